@@ -24,7 +24,8 @@ def table(path: Path, rows: int, target: str) -> Path:
         writer = csv.writer(file)
         writer.writerow(["question", target])
         for n in range(rows):
-            writer.writerow([f"What of {n}?", f"class {n % 3}" if target == "label" else f"It {n}."])
+            answer = f"class {n % 3}" if target == "label" else f"It is {n}."
+            writer.writerow([f"What of {n}?", answer])
     return path
 
 

@@ -43,10 +43,11 @@ def ledger_view(
     unit: whether the site's file identifies patients or single records."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
+    arrivals = any(cohort.arrival for cohort in cohorts)
     if spent:
         lines = study_lines(spent, policy.delta, unit)
-        parts.append(studies_table(lines, policy.delta))
-    if any(cohort.arrival for cohort in cohorts):
+        parts.append(studies_table(lines, policy.delta, arrivals=arrivals))
+    if arrivals:
         parts.append(cohorts_table(dataset, spent, cohorts, policy))
     parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy), policy.membership))
     if policy.hospital:
@@ -66,11 +67,13 @@ def ledger_view(
     return Group(*parts)
 
 
-def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
+def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = False) -> Table:
+    """Build the table of studies. arrivals: whether a table of patients by arrival follows."""
+    less = " A patient paid for the rounds since the arrival alone: the next table." * arrivals
     table = Figures(
         title="studies",
         caption=f"ε: what each study alone has paid, at policy.max_delta = {delta:g}; a report "
-        f"states it at the study's own δ. {THREE_EPSILONS} Times are UTC.",
+        f"states it at the study's own δ.{less} {THREE_EPSILONS} Times are UTC.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -53,7 +53,7 @@ def simulate(
         processes: the number of sites that train at the same time, in processes that share the
             base's weights.
         rounds: for a study with a [schedule], the round after which to stop. Slots are not waited
-            for.
+            for: the first begins at schedule.start, or, if the plan names none, now.
         key: signs the run; by default a key that is made for this run and stored nowhere.
         anyway: run a study that is not expected to gain anything over public records alone.
         shares: for the forecast of the gain: class -> share of the sites' units, of classes that
@@ -110,7 +110,7 @@ def simulate(
                 settings = Settings(
                     key=key or SigningKey(),
                     pause=1.0,
-                    clock=SimulatedClock(),
+                    clock=SimulatedClock(begin(study)),
                     upto=rounds,
                     skip=False,
                     anyway=anyway,
@@ -184,6 +184,12 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
         error = too_few(Refused, len(sites) - len(refused), refused, least)
         raise explain_refusal(error, study, sites)
     return paid
+
+
+def begin(study: Study) -> float | None:
+    """Return when a simulated schedule begins, in seconds since 1970: at its start, so that a plan
+    has rounds at the same times whenever it is simulated. None, for now, if it names no start."""
+    return (study.schedule and study.schedule.start_timestamp) or None
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:

@@ -125,9 +125,14 @@ def _between(bound: list[float] | None, key: str) -> str:
 
 
 def _describe_selection(quality: dict[str, Any]) -> str:
-    """Write the paragraph about the steps that the coordinator chose for each round; "" if it chose
-    none."""
+    """Write the paragraph about what the coordinator chose: the steps of each round, or the version
+    in use; "" if the evaluation was not finished."""
     rounds = quality.get("selection")
+    if "version" in quality:  # of a study without a last round
+        return (
+            "\n\nThe version in use was chosen by comparisons on the public records, so that its "
+            "figures may be better here than on records that chose nothing."
+        )
     if not isinstance(rounds, list) or not rounds:
         if not (quality.get("by_round") and quality.get("gain")):
             return ""

@@ -162,15 +162,17 @@ class Continuous:
         }
 
     def quality(self) -> dict[str, Any]:
-        """Measure base and champion on the present public records, and return the report's quality
-        table."""
+        """Measure base, public start and champion on the present public records, and return the
+        report's quality table."""
         evaluator, champion = self.evaluator, self.champion
         arrays = self.parts.load(self.versions.at(champion))
         adapter = {name: arrays[name] for name in self.progress.adapter}
+        start = self.progress.origin or None
         return {
             "before": evaluator.follow(None),
+            **({"start": evaluator.follow(start)} if start else {}),
             "after": evaluator.follow(adapter),
-            "gain": evaluator.gain(adapter),
+            "gain": evaluator.gain(adapter, start),
             **figures(champion, self._public),
         }
 

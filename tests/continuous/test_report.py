@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from fedtune.core.config import Columns, PublicTable, StartTable
 from fedtune.evaluation.run import evaluate
 from fedtune.runs.run import Run
 from fedtune.server import version_report
 from fedtune.server.versions import Versions
 from tests.cli_kit import run as command
-from tests.continuous.fakes import Judge, go, loss, sites
+from tests.continuous.fakes import Judge, continuous, go, loss, parts, sites
+from tests.server.fakes import zeros
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
 
@@ -56,6 +58,26 @@ def test_base_and_version_are_compared_on_the_records_in_use(trial: Any) -> None
             f"version {body['continuous']['version in use']}, in use",
         ]
         assert "gain" in quality
+
+
+@pytest.mark.parametrize("start", [StartTable(steps=1), None])
+def test_the_version_in_use_is_compared_with_the_public_start(
+    trial: Any, start: StartTable | None
+) -> None:
+    class Public(Judge):
+        def gain(self, adapter: Any, start: Any = None) -> dict[str, Any]:
+            over = {"over_start": [loss(adapter) - loss(start)] * 2} if start else {}
+            return super().gain(adapter) | over
+
+    columns = Columns(prompt="p", completion="c")
+    public = PublicTable(path=Path("public.jsonl"), licence="CC0-1.0", columns=columns)
+    study = continuous().model_copy(update={"start": start, "public": public})
+    settings = parts(3, evaluator=lambda study, frozen: Public())
+    quality = trial(*sites()).run(study, resume=True, parts=settings)["quality"]
+    assert ("start" in quality) is ("over_start" in quality["gain"]) is bool(start)
+    if start:
+        assert quality["start"] == {"loss": loss(zeros())}
+        assert quality["gain"]["over_start"] == [quality["after"]["loss"] - loss(zeros())] * 2
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def shown(*parts: Any) -> str:
 def test_the_ledger_shows_who_arrived_when_and_who_is_out(world: Path) -> None:
     site = load_site(world / "site-north.toml")
     said = shown(ledger_view(Ledger(site.site.state), "records", site.policy))
+    assert "A patient paid for the rounds since the arrival alone: the next table." in said
     assert "patients by arrival" in said
     rows = said[said.index("patients by arrival") :]
     assert f"12 1 {ONE} spent: left out" in rows and f"3 1 {ONE}" in rows

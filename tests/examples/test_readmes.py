@@ -4,6 +4,7 @@
 | preference, rlhf    | run in order, on a tiny base, one round each                             |
 | mts_dialog, medquad | the same, where the data set is                                          |
 | coding, answering   | likewise; answering over few patients, with every run of the tests       |
+| year                | likewise, on the first 240 dialogues                                     |
 | vqa_rad, fsdd       | not run: the first command makes a base from a wheel, or needs espeak-ng |
 """
 
@@ -21,6 +22,10 @@ from pathlib import Path
 import pytest
 
 from examples.answering import prepare as answering
+from fedtune.core.config import load_site
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import find_heaviest_budget
+from fedtune.server.versions import Versions
 from tests.cli_kit import run as fedtune
 from tests.docs.pages import ROOT, commands, read
 from tests.examples.test_real_data import DATA, data, first_documents
@@ -77,7 +82,7 @@ class Walk:
     """Runs commands in the current folder, as a shell would, with less to compute."""
 
     def __init__(self, base: Path | str, patch: pytest.MonkeyPatch) -> None:
-        self.base, self.patch = base, patch
+        self.base, self.patch, self.less = base, patch, TINY
 
     def __call__(self, words: Words, capture: pytest.CaptureFixture[str]) -> str:
         words = [self._located(word) for word in words]
@@ -92,7 +97,7 @@ class Walk:
             Path(target).write_text(Path(target).read_text() + Path(source).read_text())
             return ""
         assert words[0] == "fedtune", words
-        extra = shlex.split(TINY.get(words[1], ""))
+        extra = shlex.split(self.less.get(words[1], ""))
         if words[1] == "simulate":
             extra += ["--set", f"base.model={self.base}"]
         done = fedtune(*words[1:], *extra)
@@ -182,3 +187,25 @@ def test_the_answering_examples_commands_over_few_patients(
     assert "at most 1 of the 5 sites" in shown and "whatever happens, ε = 2.302" in shown
     report = Path("runs/answering/run/report.md").read_text()
     assert "**Whatever happens, ε = 2.302 holds**" in report and "| fir | 1 | 2.302 |" in report
+
+
+@pytest.mark.real
+def test_a_small_year_has_its_rounds_and_releases_by_the_plan(
+    walk: Walk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quarters' dates do not depend on the day on which it runs. Whose ε is spent is left out
+    of what follows."""
+    few = data("mts_dialog").read_text(encoding="utf-8").split("\n")[:240]
+    Path("mts_dialog").mkdir()
+    Path("mts_dialog/train.jsonl").write_text("\n".join(few), encoding="utf-8")
+    walk.base, walk.less = MINILM, {}
+    shown = [walk(words, capsys) for words in readme("year")]
+    index = Versions(Path("runs/year/run")).index()
+    assert index is not None
+    days = [version.at.removesuffix("T02:00:00Z") for version in index.versions[1:]]
+    assert days == ["2026-03-30", "2026-06-29", "2026-09-28", "2026-12-28"]
+    site = load_site(Path("runs/year/sites/alder/site.toml"))
+    cohorts = Ledger(site.home).cohorts("records")
+    assert [len(cohort.spent) for cohort in cohorts] == [2, 2, 2, 1]
+    assert 5.9 < find_heaviest_budget("records", cohorts, site.policy).epsilon <= 6.0
+    assert all("each verdict follows from what its comparison saw" in text for text in shown[-3:])

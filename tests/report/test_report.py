@@ -18,6 +18,7 @@ from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import writing
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.report.claim import STRENGTHS, best_guess, strength
+from fedtune.server import version_report
 from tests.docs.pages import ROOT
 
 SITE = {
@@ -179,6 +180,11 @@ def test_every_figure_has_its_interval_and_says_on_how_many_records(tmp_path: Pa
     body["quality"] |= {"selection": rounds, "selection_records": 60}
     text = written(tmp_path, body)
     assert "was chosen on the 60 public [selection] records; the evaluation records chose" in text
+    assert "Nothing was chosen" not in text
+    body = copy.deepcopy(SHOWN)
+    body["quality"] |= version_report.figures(3, "ab" * 32)
+    text = written(tmp_path, body)
+    assert "was chosen by comparisons on the public records" in text
     assert "Nothing was chosen" not in text
 
 
