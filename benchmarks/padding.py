@@ -64,11 +64,11 @@ class Size(NamedTuple):
 
 class Padding(NamedTuple):
     """Positions over tokens: of the records alone, each at its padded length, and of the blocks
-    that hold them; and the number of blocks of a batch."""
+    that hold them; and the number of blocks in a batch."""
 
     records: float
     blocks: float
-    count: float
+    number: float
 
 
 def multiple(of: int, length: int) -> int:
@@ -194,7 +194,7 @@ def counted(data: Path) -> Iterator[str]:
         for label, way in WAYS.items():
             with arranged(way):
                 found = [padding(sizes, batches) for batches in batch_sets]
-            cells = " | ".join(f"{one.blocks:.3f}, {one.count:.1f}" for one in found)
+            cells = " | ".join(f"{one.blocks:.3f}, {one.number:.1f}" for one in found)
             yield f"| {name} | {limit} | {label} | {found[0].records:.3f} | {cells} |"
 
 
