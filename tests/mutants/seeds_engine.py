@@ -24,8 +24,7 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         34, "how-many-positions-follows-from-the-batch", CACHE,
-        "return Bucket(length, tiles, padded_length(max_targets) if max_targets else 0, full)",
-        "return Bucket(length, tiles, 0, full)",
+        "return Bucket(length, tiles, targets, full)", "return Bucket(length, tiles, 0, full)",
         T + "test_records_of_other_counts_of_targets_share_no_block",
         "the head's rows follow from the neighbours' targets",
     ),

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from fedtune.core.data.dataset import Dataset, Example
 from fedtune.core.dp.clip import Chunk
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import ModelError
+from fedtune.core.models import cache
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import LARGEST
 from fedtune.core.models.network import Network
 from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives._tokens import select_labelled
+from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.objectives.classify import Classify
 from fedtune.core.progress import OnWork
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -132,20 +135,59 @@ def test_a_row_is_the_same_beside_any_others(tiny_base: Path) -> None:
     assert neighbour_rows.differing(tiny_base, [4], ("causal_lm", "classify")) == []
 
 
+def with_targets(base: Path, length: int, counts: Sequence[int]) -> CachedDataset:
+    """Records of one length, the last `counts` tokens of which are targets."""
+    lora = LoraTable(rank=2, modules=("q_proj",), last_layers=2)
+    network = Network(find_base(str(base)), torch.float32, lora, labels=0)
+    draw, examples = np.random.default_rng(0), []
+    for unit, count in enumerate(counts):
+        ids, targets = draw.integers(3, 280, (2, length), dtype=np.int32)
+        targets[: length - count] = -100
+        examples.append(Example(ids, targets, -100, unit))
+    return CachedDataset(network, Dataset(examples, len(examples), Counter()))
+
+
+def in_blocks(data: CachedDataset) -> list[list[int]]:
+    blocks = data.compute_blocks(lambda _: None, range(len(data.dataset.examples)))
+    return [b.index[: b.count].tolist() for b, _ in blocks]
+
+
 def test_records_of_other_counts_of_targets_share_no_block(tiny_base: Path) -> None:
     """How many positions reach the head is a bucket's, not the most that a neighbour has."""
-    lora = LoraTable(rank=2, modules=("q_proj",), last_layers=2)
-    network = Network(find_base(str(tiny_base)), torch.float32, lora, labels=0)
-    ids = np.arange(3, 19, dtype=np.int32)
-    examples = []
-    for unit, count in enumerate([1, 2, 3, 4, 6, 8, 1]):
-        targets = np.full(16, -100, np.int32)
-        targets[-count:] = 7
-        examples.append(Example(ids, targets, -100, unit))
-    data = CachedDataset(network, Dataset(examples, len(examples), Counter()))
-    blocks = data.compute_blocks(lambda _: None, range(len(examples)))
-    found = [b.index[: b.count].tolist() for b, _ in blocks]
+    found = in_blocks(with_targets(tiny_base, 16, [1, 2, 3, 4, 6, 8, 1]))
     assert found == [[0, 6], [1], [2, 3], [4, 5]]
+
+
+def test_records_share_a_block_where_the_head_runs_at_every_position(tiny_base: Path) -> None:
+    found = in_blocks(with_targets(tiny_base, 64, [64, 48, 49, 56, 57, 48]))
+    assert found == [[1, 5], [0, 2, 3, 4]]
+
+
+def scored(data: CachedDataset) -> list[int]:
+    """At how many positions the head runs in the block of each record."""
+
+    def score(batch: Batch) -> int:
+        return select_labelled(batch.target_ids)[1].shape[1]
+
+    found = dict[int, int]()
+    for batch, positions in data.compute_blocks(score, range(len(data.dataset.examples))):
+        found |= dict.fromkeys(batch.index[: batch.count].tolist(), positions)
+    return [found[index] for index in sorted(found)]
+
+
+def test_the_head_runs_at_as_many_positions_beside_any_others(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every count of targets; with a twin that leaves them out of the bucket."""
+    counts = range(49)
+    alone = [scored(with_targets(tiny_base, 48, [count]))[0] for count in counts]
+    assert scored(with_targets(tiny_base, 48, counts)) == alone
+    data = with_targets(tiny_base, 48, counts)
+    every = UnitGradientEngine(data, CausalLM()).matrix(counts)
+    for some in ([48, 7, 40], [*counts[::-5]]):
+        assert torch.equal(UnitGradientEngine(data, CausalLM()).matrix(some), every[some])
+    monkeypatch.setattr(cache, "head_positions", lambda length, targets: length)
+    assert scored(with_targets(tiny_base, 48, counts)) != alone
 
 
 @pytest.mark.long

@@ -31,7 +31,7 @@ from fedtune.core.models.prefix_store import (
     make_room_after,
 )
 from fedtune.core.objectives._interface import Batch
-from fedtune.core.objectives._shapes import padded_length
+from fedtune.core.objectives._shapes import head_positions, padded_length
 from fedtune.core.progress import OnWork, report
 
 log = logging.getLogger("fedtune.models")
@@ -48,8 +48,9 @@ class Bucket(NamedTuple):
     """The padded shapes of one record, which depend on no other. Records share a micro-batch only
     if they are equal in all of them.
 
-    length: padded length of its longest passage; targets: most targets of a passage, also padded;
-    full: for an encoder, which reads a padding mask, whether there is no padding."""
+    length: padded length of its longest passage; targets: positions of a passage at which the
+    base's own head runs, 0 for a record without targets; full: for an encoder, which reads a
+    padding mask, whether there is no padding."""
 
     length: int
     tiles: int = 1
@@ -137,7 +138,8 @@ class CachedDataset:
         full = self.network.kind == "encoder" and all(
             len(self._positions[row]) == length for row in rows
         )
-        return Bucket(length, tiles, padded_length(max_targets) if max_targets else 0, full)
+        targets = head_positions(length, max_targets) if max_targets else 0
+        return Bucket(length, tiles, targets, full)
 
     def _prefix_bucket(self, row: int) -> Bucket:
         """Return the bucket of a passage in the pass through the frozen part."""

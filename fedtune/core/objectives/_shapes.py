@@ -15,6 +15,14 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
+def head_positions(length: int, targets: int) -> int:
+    """Return the number of positions at which the head runs, of a passage of this padded length
+    with so many targets at most: all of them if most have a target, since selecting would cost more
+    than it saves."""
+    selected = padded_length(max(1, targets))
+    return selected if selected <= 0.75 * length else length
+
+
 def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
     """Split 0 to `total` into parts of one size, at most `limit`: a row's result in a matrix
     product depends on the number of rows. The last part overlaps the one before; each part comes

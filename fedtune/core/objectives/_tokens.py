@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedtune.core.objectives._shapes import padded_length
+from fedtune.core.objectives._shapes import head_positions
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +70,13 @@ def knows_reference(batch: Batch) -> bool:
 
 def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Select the positions with a target, first in each row, (R, K), and their targets, -100 on
-    padding; return None for all positions if most of them have a target, since selecting would
-    cost more than it saves. K is the same for every record of a bucket."""
+    padding; return None for all positions where the head runs at all of them. K is the same for
+    every record of a bucket."""
     import torch
 
     is_target = target_ids != -100
-    width = padded_length(max(1, int(is_target.sum(dim=1).max())))
-    if width > 0.75 * target_ids.shape[1]:
+    width = head_positions(target_ids.shape[1], int(is_target.sum(dim=1).max()))
+    if width == target_ids.shape[1]:
         return None, target_ids
     keep = torch.argsort(is_target.int(), dim=1, descending=True, stable=True)[:, :width]
     return keep, target_ids.gather(1, keep)
