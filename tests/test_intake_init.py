@@ -54,18 +54,21 @@ def test_a_site_of_a_database(world: Path) -> None:
     assert load_site("south/site.toml").data.url == site.data.url
 
 
-def test_sites_of_databases_are_named_after_what_tells_them_apart() -> None:
-    urls = {}
+def test_sites_are_named_after_what_tells_them_apart() -> None:
+    urls, lines = {}, ["who,q,desk", *(f"p{n},what?,A" for n in range(3))]
     for folder in ("north", "south"):
         made = databases.made("sqlite", Path(folder))
         for table in ("heart", "lung"):
             made.table(table, ("who", "q", "desk"), NOTES)
         Path(folder, "clinic.db").rename(f"{folder}.db")
         urls[folder] = f"sqlite:///{folder}.db"
+        Path(folder, "notes.csv").write_text("\n".join(lines))
     columns = ("--text", "q", "--target", "desk", "--patient", "who")
     for study, places, expected in (
         ("files", [f"{url}#lung" for url in urls.values()], ["north", "south"]),
         ("tables", [f"{urls['north']}#heart", f"{urls['north']}#lung"], ["heart", "lung"]),
+        ("folders", ["north/notes.csv", "south/notes.csv"], ["north", "south"]),
+        ("nothing", [f"{urls['north']}#lung"] * 2, ["site-1", "site-2"]),
     ):
         data = [word for place in places for word in ("--data", place)]
         assert run("init", study, *CLASSES, *columns, *data).exit_code == 0

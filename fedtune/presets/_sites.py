@@ -21,7 +21,7 @@ from fedtune.core.data.sources._interface import Names
 from fedtune.core.errors import ConfigError, DataError, escape_controls
 from fedtune.presets import _written
 from fedtune.presets._public import MOST_CHOICES
-from fedtune.presets.places import WherePath, file_at, is_bulk, lines_of, name_of, split_place
+from fedtune.presets.places import WherePath, file_at, is_bulk, lines_of, names_of, split_place
 from fedtune.presets.templates import NAME, acceptance, ledger_beside, quote_string
 
 if TYPE_CHECKING:
@@ -276,12 +276,11 @@ def _state(data: WherePath | None) -> str:
 
 
 def names(records: Records) -> list[str]:
-    """Name the sites after their files or tables, or site-1, site-2 ... if these are not valid
-    names. Databases with a table of one name are told apart by their files."""
-    for by_file in (False, True):
-        found = [name_of(place, by_file=by_file) for place in records.data]
-        if found and len({*found}) == len(found) and all(re.fullmatch(NAME, n) for n in found):
-            return found
+    """Name the sites after their tables, else their files, else these files' folders, by what tells
+    them apart and is a valid name; or site-1, site-2 ... if nothing does."""
+    for found in zip(*map(names_of, records.data), strict=False):
+        if len({*found}) == len(found) and all(re.fullmatch(NAME, name) for name in found):
+            return [*found]
     return [f"site-{n}" for n in range(1, records.sites + 1)]
 
 

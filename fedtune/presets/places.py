@@ -56,12 +56,13 @@ def is_bulk(place: WherePath) -> bool:
     return isinstance(place, Path) and place.is_dir() and any(place.glob(f"*{BULK}"))
 
 
-def name_of(place: WherePath, *, by_file: bool = False) -> str:
-    """Return a name for a site, from its place: of a database its table, or with `by_file` its
-    file."""
-    file = file_at(place) if by_file or isinstance(place, Path) else None
-    text = file.stem if file else split_place(str(place))[1]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+def names_of(place: WherePath) -> list[str]:
+    """List names for a site from its place, the nearest first: of a database its table, then its
+    file, and then the folder in which that lies."""
+    texts = [] if isinstance(place, Path) else [split_place(place)[1]]
+    if file := file_at(place):
+        texts += [file.stem, file.absolute().parent.name]
+    return [re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") for text in texts]
 
 
 def lines_of(place: WherePath) -> str:
