@@ -31,6 +31,10 @@ def test_a_regular_file_is_read_whole_up_to_the_bound(tmp_path: Path) -> None:
     assert reading.json_in(path, "x") == {"a": [1, "é"]}
     with pytest.raises(InputError, match="larger than"):
         reading.content(path, "x", most=3)
+    of_no_length = reading.content(Path("/proc/self/cmdline"), "x")  # which the system says is 0
+    assert of_no_length and of_no_length == Path("/proc/self/cmdline").read_bytes()
+    with pytest.raises(InputError, match="larger than"):
+        reading.content(Path("/proc/self/cmdline"), "x", most=3)
     linked = tmp_path / "linked"
     linked.symlink_to(path)
     assert reading.text(linked, "x") == '{"a": [1, "é"]}'

@@ -8,7 +8,8 @@ import pytest
 
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import InfrastructureError
-from tests.test_files import files_of_at_most
+from fedtune.core.files import writing
+from tests.test_files import Recorded, files_of_at_most
 
 
 def step(round_: int) -> Step:
@@ -20,6 +21,18 @@ def step(round_: int) -> Step:
         max_grad_norm=1.0,
         unit="record",
     )
+
+
+def test_a_step_is_on_disk_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twin: a line that is appended as a loss is, on which nothing depends."""
+    log, recorded = StepLog(tmp_path / "steps.jsonl"), Recorded()
+    monkeypatch.setattr(writing, "os", recorded)
+    log.append(step(1))
+    assert recorded.calls == ["write", "fsync", "close", "open", "fsync", "close"]  # and its name
+    log.append(step(2))
+    assert recorded.calls[6:] == ["write", "fsync", "close"]
+    writing.append_line(log.path, b"", durably=False)
+    assert recorded.calls[9:] == ["write", "close"]
 
 
 @pytest.mark.parametrize("room", [0, 1, 40, -1])

@@ -49,6 +49,12 @@ MUTANTS = (
         "a noised step runs whose line is not whole, and no later answer can be made",
     ),
     one(
+        24, "a-step-runs-before-its-line-is-on-disk", "fedtune/core/dp/steplog.py",
+        "line.encode())\n", "line.encode(), durably=False)\n",
+        "tests/dp/test_steplog.py::test_a_step_is_on_disk_before_it_runs",
+        "a power cut takes the line of a step that ran, and a restore does not charge it",
+    ),
+    one(
         "full disk", "each-step-of-a-round-is-a-line", "fedtune/core/dp/plan.py",
         "line, of_round=self.local_steps", "line",
         "tests/dp/test_plan.py::test_epsilon_of_the_log_is_epsilon_of_the_plan",

@@ -84,7 +84,10 @@ def content(
     """Read the file's bytes. expected, todo: for the error. Errors: as above."""
     try:
         with open(_open_descriptor(path, expected, todo, kind), "rb") as file:
-            data = file.read(most + 1)
+            length = os.fstat(file.fileno()).st_size
+            data = file.read(min(length, most) + 1)  # not more: Python takes the memory first
+            if len(data) > length:  # it has grown, or the system does not know its length
+                data += file.read(most + 1 - len(data))
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
     except MemoryError:

@@ -109,11 +109,12 @@ def _link(draft: Path, path: Path) -> None:
     draft.unlink()
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Append `line` and a newline durably to `path`; a file that is made is for this user only.
-    Whatever a crash or a full disk left after the last newline is cut off first.
+def append_line(path: Path, line: bytes, *, durably: bool = True) -> None:
+    """Append `line` and a newline to `path`; a file that is made is for this user only. Whatever
+    a crash or a full disk left after the last newline is cut off first.
 
-    Errors: OSError; the line is then incomplete, and the next call cuts it off."""
+    durably: have the line on disk before this returns; otherwise a power cut may lose the last
+    lines. Errors: OSError; the line is then incomplete, and the next call cuts it off."""
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
@@ -123,10 +124,10 @@ def append_line(path: Path, line: bytes) -> None:
         while whole and os.pread(descriptor, 1, whole - 1) != b"\n":
             whole -= 1
         os.ftruncate(descriptor, whole)
-        write_all(descriptor, line + b"\n")
+        (write_all if durably else _write_whole)(descriptor, line + b"\n")
     finally:
         os.close(descriptor)
-    if made:
+    if made and durably:
         sync_folder(path.parent)
 
 
@@ -157,10 +158,14 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 def write_all(descriptor: int, content: bytes) -> None:
     """Write all of `content`, and have it on disk. Errors: OSError."""
+    _write_whole(descriptor, content)
+    os.fsync(descriptor)
+
+
+def _write_whole(descriptor: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
-    os.fsync(descriptor)
 
 
 @contextmanager

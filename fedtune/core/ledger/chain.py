@@ -151,6 +151,7 @@ class Transaction:
         self._key = key
         self.head = head
         self.pending: list[Entry] = []
+        self.receipts = ReceiptLog()
 
     def append(self, kind: str, body: dict[str, Any], seq: int | None = None) -> int:
         """Add an entry and return its sequence number."""
@@ -228,8 +229,8 @@ class Database:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 self._catch_up(connection)
-                self.check_receipts(connection)
                 transaction = Transaction(connection, self.key, self._head)
+                transaction.receipts = self.check_receipts(connection)
                 yield transaction
                 connection.execute("COMMIT")
                 if transaction.pending:

@@ -559,12 +559,11 @@ class Ledger:
                 todo="run the round again; else this is not the coordinator that sent the plan",
             )
         with self._store.writing() as writer:
-            receipts = self._store.check_receipts(writer.sql)
             new = Receipt(coordinator_public, head, str(statement["signature"]))
-            after = receipts.plus(new, self._store.knows(writer.sql, new.head))
-            if after != receipts:
+            after = writer.receipts.plus(new, self._store.knows(writer.sql, new.head))
+            if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
-            self._store.check_receipts(writer.sql)  # as every transaction does from now on
+                self._store.check_receipts(writer.sql)  # as every transaction does from now on
         return str(statement["audit"])
 
     def hashed(self, unit_key: bytes) -> str:

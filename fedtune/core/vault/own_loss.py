@@ -30,7 +30,8 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
     yield losses
     with suppress(OSError):
         site.site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        append_line(site.site.state / LOSSES, line(study, round_, losses.mean).encode())
+        written = line(study, round_, losses.mean).encode()
+        append_line(site.site.state / LOSSES, written, durably=False)  # nothing depends on it
 
 
 def line(study: Study, round_: int, mean: float | None) -> str:

@@ -168,6 +168,7 @@ class SiteWorker:
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
+            self.home.check_not_frozen()  # an order asks before its work, and under the lock
             plan = compute_plan(study, self.current(), coordinator)
             self.permit(study, plan, coordinator)
             studies.check_number(self.site.site.state, study)
@@ -218,7 +219,6 @@ class SiteWorker:
         reads the file once. round_: the round that is about to run, if one is.
         Errors: Refused."""
         site = self.current()
-        self.home.check_not_frozen()
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
