@@ -143,6 +143,21 @@ def test_an_older_file_is_kept_and_verified_with_the_rest(
         verify(folder, KEY.public)
 
 
+@pytest.mark.parametrize("line", [b'{"seq": ', b"[1]", b"\xff", b"{}", b"9", b"[" * 100_000])
+def test_a_file_is_not_set_aside_by_a_first_line_that_is_no_entry(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    """Whoever withdraws, freezes or lifts hears of a damaged log, and not of a wrong type."""
+    for number in range(6, 80):
+        AuditLog(folder, KEY).add("purge", files=number)
+    _, *lines = (folder / FILE).read_bytes().split(b"\n")
+    (folder / FILE).write_bytes(b"\n".join([line, *lines]))
+    monkeypatch.setattr(audit_log, "LIMIT", 1000)
+    with pytest.raises(NotGenuine, match="line 1: is not an entry"):
+        AuditLog(folder, KEY).add("lift")
+    assert audit_log.files(folder) == [FILE]
+
+
 def test_threads_share_one_log(folder: Path) -> None:
     def write() -> None:
         for number in range(10):

@@ -334,13 +334,13 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _append(folder: Path, line: bytes) -> None:
-    """Append one line to the newest file. Errors: OSError, NotAuditable."""
+    """Append one line to the newest file. Errors: OSError, NotAuditable, NotGenuine."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE
     if path.exists() and path.stat().st_size > LIMIT:
-        first = json.loads(next(iter(_lines(path, _content(path))))[1])["seq"]
-        path.rename(folder / f"audit-{first:09d}.jsonl")
+        where, first = next(_lines(path, _content(path)))
+        path.rename(folder / f"audit-{_read(first, where)['seq']:09d}.jsonl")
     made = not path.exists()
     descriptor = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
     try:
