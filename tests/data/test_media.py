@@ -95,8 +95,8 @@ def test_a_small_file_of_many_pixels_is_not_decoded(
 def test_a_jpeg_of_many_scans_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 bytes a scan went over 40 million pixels in 3 ms: a file of 64 MiB took an hour. What looks
-    like a scan in a thumbnail, or behind the end, is none."""
+    """64 bytes a scan went over 40 million pixels in 3 ms: a file of 64 MiB took an hour. What
+    looks like a scan in a thumbnail, or behind the end, is none."""
     image(tmp_path / "a.png", 0, (64, 64))
     thumbnail = b"Exif\0\0" + b"\xff\xda\0\2" * 200
     with Image.open(tmp_path / "a.png") as whole:
