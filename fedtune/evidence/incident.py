@@ -3,9 +3,10 @@
     DIR/…              copies of the files below, each 0400
     DIR/manifest.json  when, by whom, sha256 and size of every copy, signed by the role's key
 
-No record text, no key and no salt is copied, nor the vault's own log, in which a library may quote
-a record. The ledger's entries name nobody without the salt, but they do count without noise: whose
-arrival or withdrawal was entered. A hospital's home is copied whole, with every membership.
+No record text, no key, no salt and no proxy's password is copied, nor the vault's own log, in which
+a library may quote a record. The ledger's entries name nobody without the salt, but they do count
+without noise: whose arrival or withdrawal was entered. A hospital's home is copied whole, with
+every membership.
 Guarantee: a copy that was changed, added or taken out is found by `check`, unless whoever did it
 has the role's key; so note the fingerprint of the manifest that `keep` returns, with somebody else.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import calendar
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,8 +34,10 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
 
 FORMAT, MANIFEST = "fedtune-incident-1", "manifest.json"
+SETTINGS = "site.toml"
 PURPOSE = b"fedtune incident\0"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
+PASSWORD = re.compile(rb'(//[^/?#\s":@]*:)[^/?#\s"]*@')  # in a url, such as coordinator.proxy
 NOTIFY_SECONDS = 72 * 3600  # GDPR, Art. 33(1): from when a controller has become aware
 # Patterns of files, in a site's state folder and home, a coordinator's home, and a run.
 OF_A_SITE = (
@@ -78,7 +82,7 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     folders = {"state": (state, OF_A_SITE)}
     if home != state:
         folders["home"] = (home, OF_A_SITE)
-    found = {"site.toml": site.file} if site.file else {}
+    found = {SETTINGS: site.file} if site.file else {}
     return _keep(to, noticed, run, folders, found, signing_key(site, book), book)
 
 
@@ -117,6 +121,8 @@ def _keep(
     with drafted(to) as draft:
         for name, path in found.items():
             content = reading.content(path, "evidence", most=reading.LARGE)
+            if name == SETTINGS:
+                content = PASSWORD.sub(rb"\1...@", content)
             replace(draft / name, content, private=True)
         if book:
             book.copy_entries(draft / "ledger" / DATABASE)

@@ -60,6 +60,21 @@ def test_what_is_kept_never_held_a_salt_a_members_hash_or_a_librarys_words(
     assert all(secret in whole for secret in secrets)
 
 
+@pytest.mark.parametrize("password", ["s3cret-w0rd", "a:b'c@d", "%40%2F", "ä"])
+def test_a_proxys_password_is_not_kept(site: Site, tmp_path: Path, password: str) -> None:
+    """All else in site.toml is as it stood. Twin: a url without one is not changed."""
+    assert site.file
+    before = site.file.read_text()
+    for proxy in (f"http://fed:{password}@proxy:3128", "http://proxy:3128"):
+        said = f'\n[coordinator]\nproxy = "{proxy}"  # ask it@example.org\n'
+        site.file.write_text(before + said)
+        now = load_site(site.file)
+        assert now.coordinator and now.coordinator.proxy == proxy
+        kept = incident.keep_of_site(now, tmp_path / f"kept-{len(proxy)}")
+        expected = (before + said).replace(f":{password}@", ":...@")
+        assert (kept.folder / "site.toml").read_text() == expected
+
+
 def test_the_kept_ledger_has_every_entry_and_no_member(site: Site, tmp_path: Path) -> None:
     kept = incident.keep_of_site(site, tmp_path / "kept")
     book = Ledger(site.home)

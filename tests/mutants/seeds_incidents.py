@@ -70,6 +70,12 @@ MUTANTS = (
         "evidence is taken away, and a later site's freeze with it",
     ),
     one(
+        "incidents", "evidence-has-a-proxys-password", "fedtune/evidence/incident.py",
+        "content = PASSWORD.sub(", "PASSWORD.sub(",
+        T_EVIDENCE + "test_a_proxys_password_is_not_kept",
+        "whoever is handed the folder goes through the hospital's proxy",
+    ),
+    one(
         "incidents", "evidence-has-the-salt-for-a-moment", "fedtune/evidence/incident.py",
         'book.copy_entries(draft / "ledger" / DATABASE)',
         '(book.backup(draft / "ledger"), (draft / "ledger" / "salt").unlink())',
