@@ -19,6 +19,7 @@ from fedtune.core.registry.reasons import OTHER, PHRASES
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audit_events
+from fedtune.officer.freeze import standing
 from fedtune.officer.site_files import sites_in
 from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
@@ -117,6 +118,18 @@ def test_an_entry_of_another_spelling_is_refused(folder: Path) -> None:
     (folder / FILE).write_bytes(b"".join(rows))
     with pytest.raises(NotGenuine, match="line 6"):
         verify(folder, KEY.public)
+
+
+@pytest.mark.parametrize("signature", [5, None, ["a"], {"a": 1}, True])
+def test_a_signature_of_another_type_is_none(folder: Path, signature: Any) -> None:
+    """Whoever restores a ledger freezes it then, and meets no error of another kind."""
+    *before, last = lines(folder)
+    other = canonical(json.loads(last) | {"signature": signature}) + b"\n"
+    (folder / FILE).write_bytes(b"".join([*before, other]))
+    with pytest.raises(NotGenuine, match="line 6: is not an entry"):
+        verify(folder, KEY.public)
+    frozen = standing(folder, KEY.public).frozen
+    assert frozen and "damaged" in frozen.why
 
 
 def test_what_a_crash_cut_short_is_taken_away_by_the_next_entry(folder: Path) -> None:

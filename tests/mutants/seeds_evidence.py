@@ -211,6 +211,12 @@ MUTANTS = (
         "a list of withdrawals ends after the first, and a freeze is never lifted",
     ),
     _one(
+        "audit log", "a-signature-may-be-a-number", AUDIT,
+        'if is_typed and isinstance(entry["signature"], str) and', "if is_typed and",
+        T_AUDIT + "test_a_signature_of_another_type_is_none",
+        "one changed line keeps a damaged ledger from being restored",
+    ),
+    _one(
         "audit log", "a-variable-names-who-did-it", AUDIT,
         "return pwd.getpwuid(os.getuid()).pw_name", 'return os.environ["LOGNAME"]',
         T_AUDIT + "test_a_log_verifies_and_says_who_when_and_under_which_rule",

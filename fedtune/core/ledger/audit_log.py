@@ -237,7 +237,8 @@ def _read(line: bytes, where: str) -> dict[str, Any]:
     """Parse an entry, which must be in canonical form. Errors: NotGenuine."""
     try:
         entry = json.loads(line)
-        if set(entry) == KEYS and type(entry["seq"]) is int and canonical(entry) == line:
+        is_typed = set(entry) == KEYS and type(entry["seq"]) is int
+        if is_typed and isinstance(entry["signature"], str) and canonical(entry) == line:
             return dict(entry)
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
