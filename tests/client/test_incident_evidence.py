@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,56 @@ def test_the_kept_ledger_has_every_entry_and_no_member(site: Site, tmp_path: Pat
         rows = list(copy.execute("SELECT seq, hash FROM entries ORDER BY seq"))
         assert rows[-1] == (book.head.seq, book.head.hash) and len(rows) == book.head.seq + 1
         assert list(copy.execute("SELECT * FROM members")) == []
+
+
+def _damage_log(home: Path) -> None:
+    whole = (home / "audit.jsonl").read_bytes()
+    (home / "audit.jsonl").write_bytes(whole[:-40] + b"x" * 39 + b"\n")
+
+
+def _edit_entry(home: Path) -> None:
+    with closing(sqlite3.connect(home / "ledger.db")) as book:
+        book.execute("UPDATE entries SET body = '{}' WHERE seq = 2")
+        book.commit()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], bool, bool]] = {  # and whether of the ledger
+    "an audit log that was changed": (_damage_log, False, True),
+    "an entry that was edited": (_edit_entry, True, True),
+    "a ledger that was put back": (
+        lambda home: (home / "ledger.head").write_bytes(b""),
+        True,
+        True,
+    ),
+    "no ledger": (lambda home: (home / "ledger.db").unlink(), True, False),
+    "another file": (lambda home: (home / "ledger.db").write_bytes(b"x" * 9000), True, False),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_what_is_damaged_is_kept_as_it_is(site: Site, tmp_path: Path, how: str) -> None:
+    """Evidence of who damaged a ledger is wanted most, and a restore comes after it. Twin: of a
+    whole one the manifest names no damage."""
+    assert json.loads(_manifest(incident.keep_of_site(site, tmp_path / "whole")))["damaged"] == []
+    damage, of_ledger, has_rows = DAMAGES[how]
+    damage(site.home)
+    before = {path: path.read_bytes() for path in site.home.iterdir() if path.is_file()}
+    secrets = secrets_of(load_site(site.file)) if not of_ledger and site.file else [QUOTED]
+    kept = incident.keep_of_site(site, tmp_path / "kept")
+    facts = json.loads(_manifest(kept))
+    assert len(facts["damaged"]) == 1 and (facts["ledger"] == "") is of_ledger
+    assert ("audit.jsonl" in facts["damaged"][0]) is not of_ledger
+    assert (kept.folder / "ledger" / "ledger.db").exists() is has_rows
+    content = b"".join(path.read_bytes() for path in kept.folder.rglob("*") if path.is_file())
+    assert not any(secret in content for secret in [*secrets, before[site.home / "salt"]])
+    after = {path: path.read_bytes() for path in site.home.iterdir() if path.is_file()}
+    changed = {path.name for path in {*before, *after} if before.get(path) != after.get(path)}
+    assert changed <= {"audit.jsonl"}, "nothing is mended, or made, by keeping evidence"
+    assert incident.check(kept.folder) == kept
+
+
+def _manifest(kept: incident.Kept) -> bytes:
+    return (kept.folder / incident.MANIFEST).read_bytes()
 
 
 def test_a_check_says_whether_it_is_known_who_signed(site: Site, tmp_path: Path) -> None:
