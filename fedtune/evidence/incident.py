@@ -83,8 +83,8 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     home, state = site.home, site.site.state
     if not traces(home):
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
-    if missing := next((at for at in (home, state) if not (at / KEY).exists()), None):
-        raise ConfigError(f"{missing}: no signing key", todo="put it back from a backup")
+    if not (home / KEY).exists():  # none is made: it would not be this site's
+        raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
     folders = {"state": (state, OF_A_SITE)}
     if home != state:
         folders["home"] = (home, OF_A_SITE)

@@ -14,7 +14,7 @@ import pytest
 
 from fedtune.core.config import Site, load_site
 from fedtune.core.data.identity import every_member
-from fedtune.core.errors import NotGenuine
+from fedtune.core.errors import ConfigError, NotGenuine
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence import incident
@@ -129,6 +129,13 @@ def test_what_is_damaged_is_kept_as_it_is(site: Site, tmp_path: Path, how: str) 
     changed = {path.name for path in {*before, *after} if before.get(path) != after.get(path)}
     assert changed <= {"audit.jsonl"}, "nothing is mended, or made, by keeping evidence"
     assert incident.check(kept.folder) == kept
+
+
+def test_a_site_that_lost_its_key_makes_none(site: Site, tmp_path: Path) -> None:
+    (site.home / "site.key").unlink()
+    with pytest.raises(ConfigError, match="no signing key"):
+        incident.keep_of_site(site, tmp_path / "kept")
+    assert not (site.home / "site.key").exists()
 
 
 def _manifest(kept: incident.Kept) -> bytes:
