@@ -89,6 +89,12 @@ MUTANTS = (
         "whoever edits the ledger keeps a site from keeping evidence",
     ),
     one(
+        "incidents", "a-damaged-log-keeps-a-site-in", "fedtune/officer/leave.py",
+        "            if distrust:\n                raise\n", "            raise\n",
+        T_FREEZE + "test_a_damaged_log_keeps_nobody_from_leaving",
+        "a site with a damaged audit log cannot leave a consortium",
+    ),
+    one(
         "incidents", "evidence-has-the-salt-for-a-moment", "fedtune/evidence/incident.py",
         "book.copy_entries(to)",
         '(book.backup(to.parent), (to.parent / "salt").unlink())',
