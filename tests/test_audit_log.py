@@ -19,6 +19,7 @@ from fedtune.core.registry.reasons import OTHER, PHRASES
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audit_events
+from fedtune.officer.freeze import standing
 from fedtune.officer.site_files import sites_in
 from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
@@ -119,6 +120,18 @@ def test_an_entry_of_another_spelling_is_refused(folder: Path) -> None:
         verify(folder, KEY.public)
 
 
+@pytest.mark.parametrize("signature", [5, None, ["a"], {"a": 1}, True])
+def test_a_signature_of_another_type_is_none(folder: Path, signature: Any) -> None:
+    """Whoever restores a ledger freezes it then, and meets no error of another kind."""
+    *before, last = lines(folder)
+    other = canonical(json.loads(last) | {"signature": signature}) + b"\n"
+    (folder / FILE).write_bytes(b"".join([*before, other]))
+    with pytest.raises(NotGenuine, match="line 6: is not an entry"):
+        verify(folder, KEY.public)
+    frozen = standing(folder, KEY.public).frozen
+    assert frozen and "damaged" in frozen.why
+
+
 def test_what_a_crash_cut_short_is_taken_away_by_the_next_entry(folder: Path) -> None:
     whole = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(whole + b'{"event":"wit')
@@ -141,6 +154,21 @@ def test_an_older_file_is_kept_and_verified_with_the_rest(
     (folder / names[1]).unlink()
     with pytest.raises(NotGenuine, match="does not follow"):
         verify(folder, KEY.public)
+
+
+@pytest.mark.parametrize("line", [b'{"seq": ', b"[1]", b"\xff", b"{}", b"9", b"[" * 100_000])
+def test_a_file_is_not_set_aside_by_a_first_line_that_is_no_entry(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    """Whoever withdraws, freezes or lifts hears of a damaged log, and not of a wrong type."""
+    for number in range(6, 80):
+        AuditLog(folder, KEY).add("purge", files=number)
+    _, *lines = (folder / FILE).read_bytes().split(b"\n")
+    (folder / FILE).write_bytes(b"\n".join([line, *lines]))
+    monkeypatch.setattr(audit_log, "LIMIT", 1000)
+    with pytest.raises(NotGenuine, match="line 1: is not an entry"):
+        AuditLog(folder, KEY).add("lift")
+    assert audit_log.files(folder) == [FILE]
 
 
 def test_threads_share_one_log(folder: Path) -> None:

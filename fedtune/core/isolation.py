@@ -360,6 +360,7 @@ def _go_on_in_a_child() -> None:
     call. The kernel drops a signal to a namespace's first process if that has no handler, so the
     child has one from the start, which ends it."""
     passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it never comes
     before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
     child = os.fork()
     if child == 0:
@@ -379,7 +380,8 @@ def _go_on_in_a_child() -> None:
             os.kill(child, arrived)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:  # which has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
         os.kill(os.getpid(), -code)
     os._exit(abs(code))

@@ -3,18 +3,23 @@
     DIR/…              copies of the files below, each 0400
     DIR/manifest.json  when, by whom, sha256 and size of every copy, signed by the role's key
 
-No record text, no key and no salt is copied, nor the vault's own log, in which a library may quote
-a record. The ledger's entries name nobody without the salt, but they do count without noise: whose
-arrival or withdrawal was entered. A hospital's home is copied whole, with every membership.
+No record text, no key, no salt and no proxy's password is copied, nor the vault's own log, in which
+a library may quote a record. The ledger's entries name nobody without the salt, but they do count
+without noise: whose arrival or withdrawal was entered. A hospital's home is copied whole, with
+every membership.
 Guarantee: a copy that was changed, added or taken out is found by `check`, unless whoever did it
 has the role's key; so note the fingerprint of the manifest that `keep` returns, with somebody else.
+A ledger or an audit log that is damaged is kept as it is, as far as it can be read: the manifest
+and a warning say so.
 
 Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`."""
 
 from __future__ import annotations
 
 import calendar
+import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,14 +31,18 @@ from fedtune.core.errors import ConfigError, InfrastructureError, InputError, No
 from fedtune.core.files import reading
 from fedtune.core.files.writing import drafted, replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
-from fedtune.core.ledger.files import DATABASE, traces
-from fedtune.core.ledger.ledger import Ledger, signing_key
+from fedtune.core.ledger.files import DATABASE, KEY, LedgerError, NoRoom, traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.restore import copy_entries
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
 
+log = logging.getLogger("fedtune.site")
 FORMAT, MANIFEST = "fedtune-incident-1", "manifest.json"
+SETTINGS = "site.toml"
 PURPOSE = b"fedtune incident\0"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
+PASSWORD = re.compile(rb'(//[^/?#\s":@]*:)[^/?#\s"]*@')  # in a url, such as coordinator.proxy
 NOTIFY_SECONDS = 72 * 3600  # GDPR, Art. 33(1): from when a controller has become aware
 # Patterns of files, in a site's state folder and home, a coordinator's home, and a run.
 OF_A_SITE = (
@@ -74,12 +83,13 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     home, state = site.home, site.site.state
     if not traces(home):
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
-    book = Ledger(home)
+    if not (home / KEY).exists():  # none is made: it would not be this site's
+        raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
     folders = {"state": (state, OF_A_SITE)}
     if home != state:
         folders["home"] = (home, OF_A_SITE)
-    found = {"site.toml": site.file} if site.file else {}
-    return _keep(to, noticed, run, folders, found, signing_key(site, book), book)
+    found = {SETTINGS: site.file} if site.file else {}
+    return _keep(to, noticed, run, folders, found, SigningKey.at(state / KEY), home)
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
@@ -98,16 +108,20 @@ def _keep(
     folders: Mapping[str, tuple[Path, tuple[str, ...]]],
     found: dict[str, Path],
     key: SigningKey,
-    book: Ledger | None,
+    home: Path | None,
 ) -> Kept:
+    """Keep the files of `folders` and those `found`; home: the folder of a site's ledger."""
     if os.path.lexists(to):
         raise InputError(
             f"{to}: exists", "a new folder", "evidence is not added to: choose another"
         )
     since = _seconds(noticed) if noticed else time.time()
-    owner = book.folder if book else next(iter(folders.values()))[0]
-    acts = AuditLog(owner, book.key if book else key)
-    acts.add("keep", "--to", folder=to)  # so that the copied log says so too
+    owner = home or next(iter(folders.values()))[0]
+    acts, damaged = AuditLog(owner, SigningKey.at(home / KEY) if home else key), list[str]()
+    try:
+        acts.add("keep", "--to", folder=to)  # so that the copied log says so too
+    except NotGenuine as error:
+        damaged.append(error.happened)
     if run is not None:
         folders = {**folders, "run": (run, OF_A_RUN)}
     for name, (folder, patterns) in folders.items():
@@ -117,9 +131,10 @@ def _keep(
     with drafted(to) as draft:
         for name, path in found.items():
             content = reading.content(path, "evidence", most=reading.LARGE)
+            if name == SETTINGS:
+                content = PASSWORD.sub(rb"\1...@", content)
             replace(draft / name, content, private=True)
-        if book:
-            book.copy_entries(draft / "ledger" / DATABASE)
+        head = _copy_ledger(home, draft / "ledger" / DATABASE, damaged) if home else ""
         names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob("*") if p.is_file())
         facts: dict[str, Any] = {
             "format": FORMAT,
@@ -128,7 +143,8 @@ def _keep(
             "notify": time.strftime(TIME, time.gmtime(since + NOTIFY_SECONDS)),
             "by": person() or login(),
             "signer": key.public,
-            "ledger": book.head.hash if book else "",
+            "ledger": head,
+            "damaged": damaged,
             "files": {
                 name: [sha256(draft / name), (draft / name).stat().st_size] for name in names
             },
@@ -141,7 +157,31 @@ def _keep(
                     path.chmod(0o400)
         except OSError as error:
             raise InfrastructureError(f"{error.filename}: {error.strerror}") from None
+    for what in damaged:
+        log.warning("%s; what can be read of it is kept", what)
     return check(to)
+
+
+def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
+    """Copy a ledger's entries and return the newest one's hash; "" of a damaged ledger, of which
+    the rows that can be read are copied."""
+    try:
+        book = Ledger(home)
+    except NoRoom:
+        raise
+    except LedgerError as error:
+        damaged.append(error.happened)
+    else:
+        book.copy_entries(to)
+        return book.head.hash
+    if (home / DATABASE).exists():
+        try:
+            copy_entries(home, to)
+        except NoRoom:
+            raise
+        except LedgerError:  # no rows
+            to.unlink(missing_ok=True)
+    return ""
 
 
 def check(folder: Path, signer: str = "") -> Kept:

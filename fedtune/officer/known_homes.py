@@ -5,7 +5,8 @@
 Two homes over one dataset each state a part of what its patients have paid. A site that takes part
 with records of another home is refused before it joins or is simulated, and so is one that declares
 them public or generated: only that home's ledger knows what was charged as private. A home that is
-gone, or that has no ledger any more, is forgotten. Simulations and declared data are not noted.
+gone, or that has no ledger any more, is forgotten; one whose ledger is damaged is not. Simulations
+and declared data are not noted.
 | where it cannot be written, as in a container      | a warning; nothing is remembered |
 | another account, or another machine                | knows nothing of it              |
 | a database under another name of its server        | is another place                 |
@@ -27,7 +28,7 @@ from fedtune.core.config.database import FILES, databases_of, file_of, kind_of, 
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import DATABASE, HEAD
+from fedtune.core.ledger.files import DATABASE, KEY, traces
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
@@ -130,7 +131,8 @@ def _made(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, list[Note]]:
-    """Read the notes of the homes that still have a ledger; {} if there are none."""
+    """Read the notes of the homes that still have a ledger, or what is left of a damaged one; {} if
+    there are none."""
     if not path.exists():
         return {}
     try:
@@ -138,7 +140,7 @@ def _read(path: Path) -> dict[str, list[Note]]:
         return {
             home: [dict(note) for note in notes]
             for home, notes in homes.items()
-            if (Path(home) / HEAD).exists()
+            if traces(Path(home)) not in ([], [KEY])  # what is left of one that was adopted
         }
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         log.warning("%s: cannot be read, and is begun anew", path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Site
-from fedtune.core.errors import ConfigError, FedtuneError, Refused
+from fedtune.core.errors import ConfigError, FedtuneError, NotGenuine, Refused
 from fedtune.core.files import reading
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog
@@ -44,8 +44,10 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
     under way; ledger, receipts, audit log and stored updates stay, also while the ledger is frozen.
 
     distrust: whether no answer of this consortium is ever to be taken again. The audit log says so
-    first. Errors: ConfigError if the site has no keys, or --distrust has no stored answer that
-    names the consortium; InfrastructureError if its client runs."""
+    first; one that is damaged keeps nobody from leaving without it. Errors: ConfigError if the site
+    has no keys, or --distrust has no stored answer that names the consortium; NotGenuine of a
+    damaged audit log, after the site has left, or with --distrust before it, since nothing else
+    would remember that; InfrastructureError if its client runs."""
     state = site.site.state
     keys = keys_folder(site)
     if not (traces(site.home) and network_keys(site)):
@@ -61,10 +63,18 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
         running, files = studies.under_way(state), len(network_keys(site))
         rule, whose = DISTRUST if distrust else "", site.policy.membership
         acts = AuditLog(book.folder, book.key)
-        acts.add("leave", rule, consortium=consortium, membership=whose, files=files)
+        damaged = None
+        try:
+            acts.add("leave", rule, consortium=consortium, membership=whose, files=files)
+        except NotGenuine as error:
+            if distrust:
+                raise
+            damaged = error
         for digest in running:
             studies.end(state, digest)
         delete_keys(site)
+    if damaged:
+        raise damaged
     return Left(consortium, running, files)
 
 

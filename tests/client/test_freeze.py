@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.core.errors import ConfigError, InputError, PolicyRefused, Refused
+from fedtune.core.errors import ConfigError, InputError, NotGenuine, PolicyRefused, Refused
+from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.officer import freeze as officer
+from fedtune.officer import leave as leaving
 from fedtune.officer import purge
 from tests.cli_kit import run
 from tests.client.adoption_kit import CHARGE
@@ -205,6 +207,27 @@ def test_what_an_officer_decides_waits_for_no_other_memberships_file(tmp_path: P
     assert len(book.withdrawn()) == 2 and kept.is_dir()
     assert run("evidence", kept, "--signer", cardio).exit_code == 0
     assert run("evidence", kept, "--signer", files["onco"]).exit_code == 2
+
+
+def test_a_damaged_log_keeps_nobody_from_leaving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it must remember that a consortium is distrusted: nothing else does."""
+    site = load_site(make_hospital(tmp_path)["cardio"])
+    book = Ledger(tmp_path)
+    AuditLog(tmp_path, book.key).add("purge", files=1)
+    node = site.site.state / "keys" / "node.key"
+    node.parent.mkdir(parents=True, exist_ok=True)
+    node.write_bytes(b"a key")
+    log = tmp_path / "audit.jsonl"
+    log.write_bytes(log.read_bytes()[:-20] + bytes(19) + b"\n")
+    monkeypatch.setattr(leaving, "consortium_of", lambda _: "ab:cd")
+    with pytest.raises(NotGenuine):
+        leaving.leave(site, distrust=True)
+    assert node.exists()
+    with pytest.raises(NotGenuine):
+        leaving.leave(site)
+    assert not node.exists()
 
 
 @pytest.mark.parametrize("how", ["changed", "lock is a folder"])

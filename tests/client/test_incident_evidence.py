@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from fedtune.core.config import Site, load_site
 from fedtune.core.data.identity import every_member
-from fedtune.core.errors import NotGenuine
+from fedtune.core.errors import ConfigError, NotGenuine
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence import incident
@@ -60,6 +61,21 @@ def test_what_is_kept_never_held_a_salt_a_members_hash_or_a_librarys_words(
     assert all(secret in whole for secret in secrets)
 
 
+@pytest.mark.parametrize("password", ["s3cret-w0rd", "a:b'c@d", "%40%2F", "ä"])
+def test_a_proxys_password_is_not_kept(site: Site, tmp_path: Path, password: str) -> None:
+    """All else in site.toml is as it stood. Twin: a url without one is not changed."""
+    assert site.file
+    before = site.file.read_text()
+    for proxy in (f"http://fed:{password}@proxy:3128", "http://proxy:3128"):
+        said = f'\n[coordinator]\nproxy = "{proxy}"  # ask it@example.org\n'
+        site.file.write_text(before + said)
+        now = load_site(site.file)
+        assert now.coordinator and now.coordinator.proxy == proxy
+        kept = incident.keep_of_site(now, tmp_path / f"kept-{len(proxy)}")
+        expected = (before + said).replace(f":{password}@", ":...@")
+        assert (kept.folder / "site.toml").read_text() == expected
+
+
 def test_the_kept_ledger_has_every_entry_and_no_member(site: Site, tmp_path: Path) -> None:
     kept = incident.keep_of_site(site, tmp_path / "kept")
     book = Ledger(site.home)
@@ -67,6 +83,63 @@ def test_the_kept_ledger_has_every_entry_and_no_member(site: Site, tmp_path: Pat
         rows = list(copy.execute("SELECT seq, hash FROM entries ORDER BY seq"))
         assert rows[-1] == (book.head.seq, book.head.hash) and len(rows) == book.head.seq + 1
         assert list(copy.execute("SELECT * FROM members")) == []
+
+
+def _damage_log(home: Path) -> None:
+    whole = (home / "audit.jsonl").read_bytes()
+    (home / "audit.jsonl").write_bytes(whole[:-40] + b"x" * 39 + b"\n")
+
+
+def _edit_entry(home: Path) -> None:
+    with closing(sqlite3.connect(home / "ledger.db")) as book:
+        book.execute("UPDATE entries SET body = '{}' WHERE seq = 2")
+        book.commit()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], bool, bool]] = {  # and whether of the ledger
+    "an audit log that was changed": (_damage_log, False, True),
+    "an entry that was edited": (_edit_entry, True, True),
+    "a ledger that was put back": (
+        lambda home: (home / "ledger.head").write_bytes(b""),
+        True,
+        True,
+    ),
+    "no ledger": (lambda home: (home / "ledger.db").unlink(), True, False),
+    "another file": (lambda home: (home / "ledger.db").write_bytes(b"x" * 9000), True, False),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_what_is_damaged_is_kept_as_it_is(site: Site, tmp_path: Path, how: str) -> None:
+    """Evidence of who damaged a ledger is wanted most, and a restore comes after it. Twin: of a
+    whole one the manifest names no damage."""
+    assert json.loads(_manifest(incident.keep_of_site(site, tmp_path / "whole")))["damaged"] == []
+    damage, of_ledger, has_rows = DAMAGES[how]
+    damage(site.home)
+    before = {path: path.read_bytes() for path in site.home.iterdir() if path.is_file()}
+    secrets = secrets_of(load_site(site.file)) if not of_ledger and site.file else [QUOTED]
+    kept = incident.keep_of_site(site, tmp_path / "kept")
+    facts = json.loads(_manifest(kept))
+    assert len(facts["damaged"]) == 1 and (facts["ledger"] == "") is of_ledger
+    assert ("audit.jsonl" in facts["damaged"][0]) is not of_ledger
+    assert (kept.folder / "ledger" / "ledger.db").exists() is has_rows
+    content = b"".join(path.read_bytes() for path in kept.folder.rglob("*") if path.is_file())
+    assert not any(secret in content for secret in [*secrets, before[site.home / "salt"]])
+    after = {path: path.read_bytes() for path in site.home.iterdir() if path.is_file()}
+    changed = {path.name for path in {*before, *after} if before.get(path) != after.get(path)}
+    assert changed <= {"audit.jsonl"}, "nothing is mended, or made, by keeping evidence"
+    assert incident.check(kept.folder) == kept
+
+
+def test_a_site_that_lost_its_key_makes_none(site: Site, tmp_path: Path) -> None:
+    (site.home / "site.key").unlink()
+    with pytest.raises(ConfigError, match="no signing key"):
+        incident.keep_of_site(site, tmp_path / "kept")
+    assert not (site.home / "site.key").exists()
+
+
+def _manifest(kept: incident.Kept) -> bytes:
+    return (kept.folder / incident.MANIFEST).read_bytes()
 
 
 def test_a_check_says_whether_it_is_known_who_signed(site: Site, tmp_path: Path) -> None:

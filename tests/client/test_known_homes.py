@@ -158,6 +158,16 @@ def test_other_records_and_a_home_that_is_gone_do_not_matter(world: Path) -> Non
     assert str(world / "cardio-state") not in known_homes.path_of_notes().read_text()
 
 
+@pytest.mark.parametrize("lost", ["ledger.head", "ledger.db", "ledger.*"])
+def test_a_home_whose_ledger_is_damaged_pays_all_the_same(world: Path, lost: str) -> None:
+    """Until a person has restored it, nobody begins another ledger for its patients."""
+    join(world, "cardio")
+    for path in (world / "cardio-state").glob(lost):
+        path.unlink()
+    with pytest.raises(ConfigError, match="another ledger"):
+        join(world, "onco")
+
+
 def test_what_a_home_pays_for_is_not_declared_by_a_site_beside_it(world: Path) -> None:
     """The other site's ledger does not know what was charged as private."""
     join(world, "cardio")

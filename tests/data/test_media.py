@@ -92,6 +92,26 @@ def test_a_small_file_of_many_pixels_is_not_decoded(
     assert read(tmp_path, ["bomb.png"])[1] == {"image too large": 1}
 
 
+def test_a_jpeg_of_many_scans_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 bytes a scan went over 40 million pixels in 3 ms: a file of 64 MiB took an hour. What
+    looks like a scan in a thumbnail, or behind the end, is none."""
+    image(tmp_path / "a.png", 0, (64, 64))
+    thumbnail = b"Exif\0\0" + b"\xff\xda\0\2" * 200
+    with Image.open(tmp_path / "a.png") as whole:
+        whole.convert("RGB").save(tmp_path / "plain.jpg", progressive=True, exif=thumbnail)
+    body = (tmp_path / "plain.jpg").read_bytes()
+    last = body.rindex(b"\xff\xda")
+    for name, scans in (("few.jpg", 50), ("many.jpg", media.SCANS)):
+        (tmp_path / name).write_bytes(body[:last] + body[last:-2] * scans + body[-2:])
+    (tmp_path / "moving.jpg").write_bytes(body + b"\xff\xda\0\2" * 200)
+    records, rejected = read(tmp_path, ["plain.jpg", "few.jpg", "moving.jpg"])
+    assert len(records) == 3 and not rejected
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert read(tmp_path, ["many.jpg"])[1] == {"image too large": 1}
+
+
 def test_an_image_that_a_processor_would_blow_up_is_rejected(tmp_path: Path) -> None:
     """A short edge of one pixel made 16 makes of 39 million pixels ten thousand million."""
     for size in ((1, 21), (30_000, 1), (1, 39_000), (20, 1), (3, 60)):

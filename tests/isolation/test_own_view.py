@@ -296,11 +296,13 @@ def test_how_many_processes_a_courier_can_start_says_nothing_of_others() -> None
 STAYS = """
 import os, signal, sys, time
 from fedtune.core import isolation
+if sys.argv[1] == "ignored":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 isolation.own_view([], [])
 if sys.argv[1] != "no handler":
     signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
 print(os.getpid(), flush=True)
-if sys.argv[1] == "ends":
+if sys.argv[1] in ("ends", "ignored"):
     os._exit(5)
 if sys.argv[1] == "dies":
     os.abort()
@@ -332,13 +334,20 @@ def status_of(child: subprocess.Popen[str]) -> int | None:
 @NAMESPACES
 @pytest.mark.parametrize(
     ("how", "status"),
-    [("ends", (5,)), ("dies", DIES), ("stays", (7,)), ("no handler", (128 + signal.SIGTERM,))],
+    [
+        *(("ends", (5,)), ("ignored", (5,)), ("dies", DIES), ("killed", (-signal.SIGKILL,))),
+        *(("stays", (7,)), ("no handler", (128 + signal.SIGTERM,))),
+    ],
 )
 def test_it_ends_as_its_child_ends_and_passes_signals_on(how: str, status: tuple[int, ...]) -> None:
-    """At once, too: the signal may come before the parent waits."""
+    """At once, too: the signal may come before the parent waits. Also where whoever started it
+    ignores that children end, and where the child is killed, as for lack of memory."""
     with staying(how) as child:
         if how in ("stays", "no handler"):
             child.terminate()
+        if how == "killed":
+            (inner,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+            os.kill(int(inner), signal.SIGKILL)
         assert status_of(child) in status
 
 

@@ -11,6 +11,12 @@ T_HOMES = "tests/client/test_known_homes.py::"
 
 MUTANTS = (
     one(
+        "hospital", "a-damaged-ledger-is-no-home", HOMES,
+        "if traces(Path(home)) not in ([], [KEY])", 'if (Path(home) / "ledger.head").exists()',
+        T_HOMES + "test_a_home_whose_ledger_is_damaged_pays_all_the_same",
+        "a second ledger is begun for the same patients before the first is restored",
+    ),
+    one(
         "hospital", "a-restored-charge-is-not-adopted", CLOSED,
         "                listed += [Earlier(name, charge, spent.adapter) for name in every]\n", "",
         T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",

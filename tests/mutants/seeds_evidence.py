@@ -205,6 +205,18 @@ MUTANTS = (
         "a log of somebody's own making",
     ),
     _one(
+        "audit log", "a-damaged-first-line-is-a-wrong-type", AUDIT,
+        "_read(first, where)['seq']", "json.loads(first)['seq']",
+        T_AUDIT + "test_a_file_is_not_set_aside_by_a_first_line_that_is_no_entry",
+        "a list of withdrawals ends after the first, and a freeze is never lifted",
+    ),
+    _one(
+        "audit log", "a-signature-may-be-a-number", AUDIT,
+        'if is_typed and isinstance(entry["signature"], str) and', "if is_typed and",
+        T_AUDIT + "test_a_signature_of_another_type_is_none",
+        "one changed line keeps a damaged ledger from being restored",
+    ),
+    _one(
         "audit log", "a-variable-names-who-did-it", AUDIT,
         "return pwd.getpwuid(os.getuid()).pw_name", 'return os.environ["LOGNAME"]',
         T_AUDIT + "test_a_log_verifies_and_says_who_when_and_under_which_rule",

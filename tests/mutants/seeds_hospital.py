@@ -292,6 +292,12 @@ MUTANTS = (
         "a coordinator learns that another consortium's study is per record",
     ),
     one(
+        "hospital", "two-coordinators-are-told-one-name", "fedtune/core/vault/budget.py",
+        '        dataset = "DATASET"\n', "",
+        T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
+        "a refusal names the dataset, by which two coordinators see one hospital",
+    ),
+    one(
         "hospital", "a-name-that-only-signed-is-free-again", "fedtune/officer/memberships.py",
         "if name in earlier_names(home):", "if False:",
         "tests/client/test_memberships_command.py::"

@@ -116,6 +116,12 @@ MUTANTS = (
         "until a handler is set, a courier that is asked to end goes on, on the network",
     ),
     one(
+        "isolation", "nobody-hears-that-a-courier-ended", ISOLATION,
+        "    signal.signal(signal.SIGCHLD, signal.SIG_DFL)", "    pass",
+        T_VIEW + "test_it_ends_as_its_child_ends_and_passes_signals_on",
+        "where whoever starts a client ignores that children end, it waits for a courier for good",
+    ),
+    one(
         "isolation", "the-courier-uses-up-the-users-processes", ISOLATION,
         "    _bound_processes()\n", "",
         T_VIEW + "test_how_many_processes_a_courier_can_start_says_nothing_of_others",

@@ -225,9 +225,29 @@ MEDIA_MUTANTS = (
     ),
     _one(
         "video", "frames-that-are-not-shown-are-not-counted", VIDEO,
-        "return 1 + (last & 7) if last & 0xE0 == 0xC0 else 1", "return 1",
+        "return 1 + (body[-1] & 7) if body[-1] & 0xE0 == 0xC0 else 1", "return 1",
         T_CLIPS + "test_a_vp9_packet_counts_as_its_frames",
         "one clip keeps a site decoding for hours",
+    ),
+    _one(
+        "video", "a-packet-is-one-frame", VIDEO,
+        "return max(1, sum(slices) // PIECES)", "return 1",
+        T_CLIPS + "test_a_packet_counts_as_all_that_it_has_to_be_read_for",
+        "one clip keeps a site decoding for hours",
+    ),
+    _one(
+        "video", "what-ffmpeg-finds-in-a-unit-is-not-counted", VIDEO,
+        "_UNIT.finditer(_with_start_codes(stream, packet, body))",
+        "_UNIT.finditer(_with_start_codes(stream, packet, body)[:0])",
+        T_CLIPS + "test_a_packet_counts_as_all_that_it_has_to_be_read_for",
+        "one clip keeps a site decoding for hours",
+    ),
+    _one(
+        "video", "lengths-are-what-a-packet-says-they-are", VIDEO,
+        "if size & 3 != 3 or at != len(body) or packet.has_sidedata(\"new_extradata\"):",
+        "if False:",
+        T_CLIPS + "test_units_of_other_lengths_are_not_read",
+        "FFmpeg finds other units than were counted",
     ),
     _one(
         "video", "a-table-makes-any-memory", VIDEO,

@@ -475,6 +475,12 @@ MUTANTS = (
         "an image processor makes a gigabyte of it",
     ),
     one(
+        33, "a-jpeg-of-a-million-scans", "fedtune/core/data/media.py",
+        " and _has_many_scans(media.body):\n", " and False:\n",
+        "tests/data/test_media.py::test_a_jpeg_of_many_scans_is_not_decoded",
+        "one patient's file of 64 MiB takes an hour, and that site misses its rounds",
+    ),
+    one(
         35, "charges-of-any-unit-add-up", "fedtune/core/ledger/entries.py",
         "return self.rules == RULES and self.unit in (unit, \"any\")",
         "return self.rules == RULES",

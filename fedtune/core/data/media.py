@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import wave
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ PIXELS = 40_000_000  # of one image, from its header, before any is decoded
 # The longer side by the shorter: an image processor that scales the shorter side to a fixed length
 # would turn a line of pixels into an image of any size.
 ASPECT = 20
+# Of one JPEG: a few bytes of a scan go over all pixels. It is libtiff's own bound.
+SCANS = 100
+MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")  # of a JPEG's segment, or of its end
 SECONDS = 30.0  # of one recording
 RATES = (4_000, 192_000)  # samples a second
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -130,6 +134,8 @@ def picture(media: Media) -> Image:
                 raise Rejected("image too large")
             if _is_narrow(image):
                 raise Rejected("image too narrow")
+            if image.format in ("JPEG", "MPO") and _has_many_scans(media.body):
+                raise Rejected("image too large")
             oriented = ImageOps.exif_transpose(image)
             if oriented.mode.startswith("I") or oriented.mode == "F":  # 16 bits and more: X-rays
                 oriented = _eight_bits(oriented)
@@ -152,6 +158,16 @@ def clip(media: Media) -> list[Image]:
 
 def _is_narrow(image: Image) -> bool:
     return max(image.size) > ASPECT * max(min(image.size), 1)
+
+
+def _has_many_scans(body: bytes) -> bool:
+    """Return whether a JPEG has more than SCANS scans. What lies in its segments or behind its end
+    is not read as one."""
+    at = scans = 0
+    while scans <= SCANS and (marker := MARKER.search(body, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(body[marker.end() : marker.end() + 2])
+    return scans > SCANS
 
 
 def _eight_bits(image: Any) -> Image:

@@ -6,6 +6,7 @@ decoders from a short list, in one thread: no other file, address or protocol is
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ FRAMES = 8  # of every clip, however long it is
 PIXELS = 2**22  # of one frame, by the header
 DECODED = 2_000_000_000  # pixels of all coded frames, by the header: 24 s of 1080p at 30 a second
 PACKETS = 20_000  # of the video stream: coded frames
+PIECES = 4  # slices or scans that count as a coded frame: each may go over all of it in a few bytes
 STREAMS = 8  # of video, sound, subtitles
 DECODERS = "h264,hevc,mjpeg,mpeg4,vp8,vp9"  # none whose packets may hold any number of frames
 BORDER = 192  # pixels that FFmpeg may want in width and height beside what a header says
@@ -39,6 +41,9 @@ _OPTIONS = {
 # A table of these says how many samples follow, of which each may take no byte of the file, and
 # FFmpeg makes memory for each. The number's place after the box's name.
 _COUNTED = {b"stsz": 8, b"stz2": 8}
+_UNIT = re.compile(
+    rb"\x00\x00\x01(?=(.))", re.DOTALL
+)  # where a NAL unit begins, and its first byte
 # A file in fragments has such tables also where its index leads to, in the midst of its frames.
 _FRAGMENTS = (b"moof", b"mvex", b"trex", b"sidx", b"mfra", b"tfra")
 
@@ -95,10 +100,35 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
 
 
 def _count_frames(stream: Any, packet: Any) -> int:
-    """Count a packet's coded frames: 1, or for VP9 what its last byte says of a superframe
-    (VP9 bitstream and decoding process specification 0.6, annex B)."""
-    last = bytes(packet)[-1] if stream.codec_context.name == "vp9" else 0
-    return 1 + (last & 7) if last & 0xE0 == 0xC0 else 1
+    """Count a packet's coded frames: 1; for VP9 what its last byte says of a superframe (VP9
+    bitstream and decoding process specification 0.6, annex B); as many as its slices or scans are
+    worth, since FFmpeg reads any number of them, and of H.264 fields. Errors: Rejected."""
+    codec, body = stream.codec_context.name, bytes(packet)
+    if codec == "vp9":
+        return 1 + (body[-1] & 7) if body[-1] & 0xE0 == 0xC0 else 1
+    if codec in ("h264", "hevc"):
+        heads = (unit[1][0] for unit in _UNIT.finditer(_with_start_codes(stream, packet, body)))
+        slices = (head & 31 in (1, 5) if codec == "h264" else not head & 64 for head in heads)
+        return max(1, sum(slices) // PIECES)
+    return max(1, body.count(b"\xff\xda") // PIECES) if codec == "mjpeg" else 1
+
+
+def _with_start_codes(stream: Any, packet: Any, body: bytes) -> bytes:
+    """Return a packet with a start code before each NAL unit; FFmpeg looks for these also where
+    units have lengths. Errors: Rejected for lengths that are not of four bytes each, or do not add
+    up to the packet."""
+    said = bytes(stream.codec_context.extradata or b"")
+    if said[:3] <= b"\0\0\1":  # no record of the decoder's configuration: start codes alone
+        return body
+    size = said[4 if stream.codec_context.name == "h264" else 21]
+    at, units = 0, [b""]
+    while at < len(body) and len(units) <= PACKETS:
+        end = at + 4 + int.from_bytes(body[at : at + 4])
+        units.append(body[at + 4 : end])
+        at = end
+    if size & 3 != 3 or at != len(body) or packet.has_sidedata("new_extradata"):
+        raise Rejected(UNREADABLE)
+    return b"\0\0\1".join(units)
 
 
 def _largest_coded(stream: Any) -> int:

@@ -237,7 +237,8 @@ def _read(line: bytes, where: str) -> dict[str, Any]:
     """Parse an entry, which must be in canonical form. Errors: NotGenuine."""
     try:
         entry = json.loads(line)
-        if set(entry) == KEYS and type(entry["seq"]) is int and canonical(entry) == line:
+        is_typed = set(entry) == KEYS and type(entry["seq"]) is int
+        if is_typed and isinstance(entry["signature"], str) and canonical(entry) == line:
             return dict(entry)
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
@@ -334,13 +335,13 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _append(folder: Path, line: bytes) -> None:
-    """Append one line to the newest file. Errors: OSError, NotAuditable."""
+    """Append one line to the newest file. Errors: OSError, NotAuditable, NotGenuine."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE
     if path.exists() and path.stat().st_size > LIMIT:
-        first = json.loads(next(iter(_lines(path, _content(path))))[1])["seq"]
-        path.rename(folder / f"audit-{first:09d}.jsonl")
+        where, first = next(_lines(path, _content(path)))
+        path.rename(folder / f"audit-{_read(first, where)['seq']:09d}.jsonl")
     made = not path.exists()
     descriptor = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
     try:

@@ -243,8 +243,9 @@ def check_known(
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
     why = f"they were charged per {other[0]}" if other else "an earlier release charged them"
-    if in_home:  # what another consortium protects is not this coordinator's to know
+    if in_home:  # not this coordinator's to know: what another's study protects, a name of both
         why = "they were charged for another unit, or by an earlier release"
+        dataset = "DATASET"
     raise BudgetExceeded(
         f"the cost of earlier rounds on this dataset is unknown for one {unit}: {why}",
         "a dataset whose charges are all for the study's unit, by this release's rules",
