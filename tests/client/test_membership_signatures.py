@@ -100,6 +100,8 @@ def test_a_signature_by_the_ledger_is_found(
 ) -> None:
     """The twin."""
     monkeypatch.setattr("fedtune.core.ledger.ledger.signing_key", lambda site, book: book.key)
-    monkeypatch.setattr(incident, "signing_key", lambda site, book: book.key)
-    found = holding(Ledger(load_site(site).home).key.public, signed_outwards(site, tmp_path))
+    ledger = Ledger(load_site(site).home)
+    of_incidents = type("OfIncidents", (), {"at": staticmethod(lambda _: ledger.key)})
+    monkeypatch.setattr(incident, "SigningKey", of_incidents)
+    found = holding(ledger.key.public, signed_outwards(site, tmp_path))
     assert {"request", incident.MANIFEST} <= found and len(found) > 2
