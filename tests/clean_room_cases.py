@@ -231,7 +231,7 @@ AFTER: tuple[tuple[str, ...], ...] = (  # one after another: they change what th
     ("withdraw", "north.toml", "--file", "keys.txt"),
     ("let-go", "north.toml"),
     ("evidence", "north.toml", "--to", "kept"),
-    ("evidence", "kept"),
+    ("evidence", "kept", "--signer", "north.toml"),
     ("revoke", "north"),
     ("leave", "north.toml"),
     ("purge", "north.toml", "--yes"),
