@@ -71,22 +71,15 @@ def run(folder: Path, sites: int, rounds: int) -> dict[str, int]:
     return dict(counted)
 
 
-def traced(sites: int, rounds: int) -> Counter[str]:
+def trace_run(sites: int, rounds: int) -> Counter[str]:
     """Run the simulation in a process under strace; count its syncs by file, and its statements.
     Errors: SystemExit where it fails, or there is no strace."""
     with tempfile.TemporaryDirectory() as name:
         trace, request = Path(name) / "trace", {"sites": sites, "rounds": rounds, "folder": name}
         strace = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync", "-o", str(trace)]
-        command = [
-            *strace,
-            sys.executable,
-            "-m",
-            "benchmarks.durable",
-            "--one",
-            json.dumps(request),
-        ]
+        one = [sys.executable, "-m", "benchmarks.durable", "--one", json.dumps(request)]
         try:
-            process = subprocess.run(command, capture_output=True, text=True)
+            process = subprocess.run(strace + one, capture_output=True, text=True)
         except FileNotFoundError:
             raise SystemExit("no strace on this machine, by which syncs are counted") from None
         told = [line for line in process.stdout.splitlines() if line.startswith(measure.RESULT)]
@@ -109,8 +102,9 @@ def kind_of(path: str) -> str:
     return DRAFT.sub("", name)
 
 
-def counts(sites: int) -> Table:
-    few, many = (traced(sites, rounds) for rounds in ROUNDS)
+def count_syncs(sites: int) -> Table:
+    """Build the table of what a site has on disk in a round."""
+    few, many = (trace_run(sites, rounds) for rounds in ROUNDS)
     each = sites * (ROUNDS[1] - ROUNDS[0])
     of_round = {kind: (many[kind] - few[kind]) / each for kind in many}
     title = f"What a site has on disk in a round ({sites} sites of {PATIENTS} patients)"
@@ -141,7 +135,7 @@ def main() -> None:
         given = json.loads(chosen.one)
         measure.answer(run(Path(given["folder"]), given["sites"], given["rounds"]))
         return
-    table = counts(chosen.sites)
+    table = count_syncs(chosen.sites)
     table.save(chosen.out)
     print(table.markdown(), flush=True)
 

@@ -20,7 +20,7 @@ EVEN = range(0, TEXT - RECORD + 1, 8)
 ODD = range(5, TEXT - RECORD, 12)
 
 
-def packed(model: torch.nn.Module, record: torch.Tensor, before: int) -> torch.Tensor:
+def states_of(model: torch.nn.Module, record: torch.Tensor, before: int) -> torch.Tensor:
     """Compute the states of `record` behind `before` tokens of another and before those of a
     third."""
     draw = torch.Generator().manual_seed(before)
@@ -49,11 +49,12 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModel.from_pretrained(find_base(BASE).path, dtype=dtype).eval()
         del model.layers[LAYERS:]
-        first = packed(model, record, 0)
+        first = states_of(model, record, 0)
         for name, places in (("multiples of 8", EVEN), ("others", ODD)):
-            shares = [
-                float((packed(model, record, n) != first).any(dim=1).float().mean()) for n in places
-            ]
+            shares = []
+            for before in places:
+                differs = (states_of(model, record, before) != first).any(dim=1)
+                shares.append(float(differs.float().mean()))
             moved = sum(share > 0 for share in shares)
             print(f"| {dtype} | {name} | {len(shares)} | {moved} | {max(shares):.0%} |", flush=True)
 

@@ -110,7 +110,7 @@ TIMED = ("as shipped", "every number of targets apart", "blocks of 128", "a reco
 
 
 @contextmanager
-def arranged(way: Way) -> Iterator[None]:
+def arrange_blocks(way: Way) -> Iterator[None]:
     """Have blocks made in that way."""
     with ExitStack() as stack:
         for module in (_shapes, cache):
@@ -178,7 +178,7 @@ def padding(sizes: Sequence[Size], batches: Sequence[Sequence[int]]) -> Padding:
     return Padding(records / tokens, computed / tokens, blocks / len(batches))
 
 
-def counted(data: Path) -> Iterator[str]:
+def list_positions(data: Path) -> Iterator[str]:
     """The first table: positions of blocks over tokens, and the number of blocks."""
     heads = "".join(f" batches of {n} |" for n in EXPECTED)
     yield f"| data | up to | blocks | records alone | epoch |{heads}"
@@ -192,13 +192,13 @@ def counted(data: Path) -> Iterator[str]:
         batch_sets: list[list[Sequence[int]]] = [[range(len(sizes))]]
         batch_sets += [[poisson(len(sizes), n, draw) for _ in range(BATCHES)] for n in EXPECTED]
         for label, way in WAYS.items():
-            with arranged(way):
+            with arrange_blocks(way):
                 found = [padding(sizes, batches) for batches in batch_sets]
             cells = " | ".join(f"{one.blocks:.3f}, {one.number:.1f}" for one in found)
             yield f"| {name} | {limit} | {label} | {found[0].records:.3f} | {cells} |"
 
 
-def timed(data: Path, dtype: torch.dtype, repeats: int) -> Iterator[str]:
+def list_step_times(data: Path, dtype: torch.dtype, repeats: int) -> Iterator[str]:
     """The second table: seconds of a step. Its states below the trained layers are random numbers:
     what is in them costs nothing."""
     network = Network(find_base(BASE), dtype, LoraTable(rank=8, last_layers=6), labels=0)
@@ -227,7 +227,7 @@ def timed(data: Path, dtype: torch.dtype, repeats: int) -> Iterator[str]:
         best = dict.fromkeys(TIMED, math.inf)
         for _ in range(repeats):
             for label in TIMED:
-                with arranged(WAYS[label]):
+                with arrange_blocks(WAYS[label]):
                     best[label] = min(best[label], seconds(drawn))
         for label, least in best.items():
             yield f"| {name} | {limit} | {label} | {least:.2f} | {least / best[TIMED[0]]:.3f} |"
@@ -239,11 +239,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="tries of each step; 0: only count")
     chosen = parser.parse_args()
-    for line in counted(chosen.data):
+    for line in list_positions(chosen.data):
         print(line, flush=True)
     if chosen.repeats:
         print()
-        for line in timed(chosen.data, getattr(torch, chosen.dtype), chosen.repeats):
+        for line in list_step_times(chosen.data, getattr(torch, chosen.dtype), chosen.repeats):
             print(line, flush=True)
 
 

@@ -96,7 +96,10 @@ def write(data: Path, out: Path, seed: int) -> None:
     others = [row for row in rows if not any(row is one for one in known)]
     _csv(out / "public.csv", known)
     _csv(out / "test.csv", others[:test])
-    apart, coming = others[test : test + held_out], _dated(others[test + held_out :], draw)
+    apart, coming = (
+        others[test : test + held_out],
+        _spread(others[test + held_out :], draw),
+    )
     for number, name in enumerate(HOSPITALS):
         site = {"site": {"name": name, "declared_size": DECLARED}, **SITE}
         tables = {"note": Rows()}
@@ -113,7 +116,7 @@ def write(data: Path, out: Path, seed: int) -> None:
     toml(out / "study.toml", plan, "the public plan of a year, and for as long as it goes on")
 
 
-def _dated(rows: Rows, draw: np.random.Generator) -> list[tuple[date, dict[str, Any]]]:
+def _spread(rows: Rows, draw: np.random.Generator) -> list[tuple[date, dict[str, Any]]]:
     """Spread the rows evenly over both halves of the year, those of July's codes over the second
     alone."""
     new = [row for row in rows if row["section"] in SINCE["July"]]

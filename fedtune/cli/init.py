@@ -279,9 +279,8 @@ def init(
         records = _complete(_ask_for_missing(records, task, size), task)
         paths = presets.write(folder, task.value, records)
         told = presets.notes(task.value, records)
-        told = "\n".join(
-            [told, records.delta_note, *_shared(folder, records), *_time(folder, records)]
-        )
+        noise = _describe_shared_noise(folder, records)
+        told = "\n".join([told, records.delta_note, *noise, *_time(folder, records)])
         following = _next(folder, records, task)
     for path in (path for path in paths if path.suffix in (".toml", ".jsonl")):
         typer.echo(f"wrote {path}")
@@ -300,14 +299,14 @@ def init(
     return {"wrote": paths}
 
 
-def _shared(folder: Path, records: Records) -> list[str]:
+def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
     """Describe the ε of a study whose sites share noise, with and without its assumption, and what
     the sites must do for it; nothing for another study."""
+    if records.colluding is None:
+        return []
     from fedtune.accounting.costs import shared_lines
     from fedtune.core.config import load_study
 
-    if records.colluding is None:
-        return []
     study = load_study(folder / "study.toml")
     lines = shared_lines(study, records.declared_sizes)[:2]
     return [

@@ -110,7 +110,7 @@ def simulate(
                 settings = Settings(
                     key=key or SigningKey(),
                     pause=1.0,
-                    clock=SimulatedClock(begin(study)),
+                    clock=SimulatedClock(find_start(study)),
                     upto=rounds,
                     skip=False,
                     anyway=anyway,
@@ -186,10 +186,11 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
     return paid
 
 
-def begin(study: Study) -> float | None:
+def find_start(study: Study) -> float | None:
     """Return when a simulated schedule begins, in seconds since 1970: at its start, so that a plan
-    has rounds at the same times whenever it is simulated. None, for now, if it names no start."""
-    return (study.schedule and study.schedule.start_timestamp) or None
+    has rounds at the same times whenever it is simulated; None, which is now, if it names none."""
+    start = study.schedule.start_timestamp if study.schedule else 0.0
+    return start or None  # 1970, if the plan names no start
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:

@@ -22,7 +22,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.files.writing import replace
 from fedtune.presets import (
     _public,
-    _shared,
+    _shared_noise,
     _sites,
     _written,
     answer,
@@ -198,13 +198,13 @@ def complete_records(task: str, records: Records) -> Records:
                 f"{option}: the records of --task {task} have no such column",
                 "columns for " + ", ".join(OPTIONS[name] for name in columns),
             )
-    _shared.check(records)
+    _shared_noise.check(records)
     values = {field: getattr(records, field) or name for field, (_, name) in columns.items()}
     if records.base and Path(records.base).is_dir():
         values["base"] = str(Path(records.base).absolute())
     epsilon = TASKS[task].EPSILON
     if not records.epsilon and records.colluding is not None:
-        epsilon = _shared.largest_epsilon(records, epsilon)
+        epsilon = _shared_noise.largest_epsilon(records, epsilon)
     return dataclasses.replace(records, **values, epsilon=records.epsilon or epsilon)
 
 
@@ -328,6 +328,6 @@ def head(records: Records, **values: object) -> Mapping[str, object]:
         "rule": records.delta_rule,
         "unit": records.unit,
         "least": records.min_sites,
-        "sharing": _shared.table(records),
+        "sharing": _shared_noise.table(records),
         **values,
     }

@@ -234,6 +234,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             where=where,
             state=_state(path),
             size=size,
+            most=MAX_EPSILON,
             delta=f"{records.delta:g}",
             rule=records.delta_rule,
             declared=f"\ndeclared = {quote_string(records.declared)}" if records.declared else "",
@@ -297,6 +298,7 @@ ISOLATED = """\
 isolation = "required"        # records are read by a process without a network, and the one that
                               # has it cannot read them; "preferred": as far as a machine gives it
 """
+MAX_EPSILON = 8.0  # which the comments of the recipes' study.toml call what sites allow
 NOBODY = '\n# patient = "patient_id"'
 SITE = """\
 # {name}'s own file: where its records lie and what it allows. It is never sent.
@@ -310,6 +312,6 @@ declared_size = {size}               # units, as a person states it in public; n
 {columns}
 
 [policy]
-max_epsilon = 8.0
+max_epsilon = {most}
 max_delta = {delta:<17} # {rule}
 {admission}{bases}{acceptance}"""

@@ -93,8 +93,7 @@ def learning_rate(records: Records, momentum: float) -> float:
     clipped to length 1: a bound from the plan's noise alone.
 
     A round's mean carries noise σ√K / (K n) for K sites of n units, and less where they share it;
-    momentum β sums it up to
-    1 / (1 - β) times, and T independent rounds add up as squares."""
+    momentum β sums it up to 1 / (1 - β) times, and T independent rounds add up as squares."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, ROUNDS)
     total = sum(records.declared_sizes)
     noise = sigma * records.noise_of_sum * math.sqrt(ROUNDS) / total / (1 - momentum)

@@ -11,7 +11,7 @@ import pytest
 from fedtune.core.config import ScheduleTable, Study, format_duration, load_study
 from fedtune.core.errors import ConfigError, InfrastructureError, PolicyRefused
 from fedtune.core.vault.site_checks import check_watch
-from fedtune.launch.simulate import begin, check_rounds
+from fedtune.launch.simulate import check_rounds, find_start
 from fedtune.server.schedule import SimulatedClock, format_utc, next_slot, slot_start, wait
 from tests.continuous.fakes import START, continuous, go, parts, sites
 from tests.continuous.world import SCHEDULE, study_text
@@ -148,12 +148,12 @@ def test_simulate_wants_to_know_when_to_stop() -> None:
 
 def test_a_simulation_begins_at_the_plans_start_whenever_it_runs() -> None:
     study = continuous()
-    assert begin(study) is None  # no start: it begins now
+    assert find_start(study) is None  # no start: it begins now
     assert study.schedule
     table = study.schedule.model_copy(update={"start": "2026-03-30T02:00:00Z"})
-    at = begin(study.model_copy(update={"schedule": table}))
+    at = find_start(study.model_copy(update={"schedule": table}))
     assert at == table.start_timestamp and next_slot(table, None, at) == 0
-    assert begin(make_study()) is None
+    assert find_start(make_study()) is None
 
 
 # ------------------------------------------------------------------------------ the coordinator

@@ -12,7 +12,7 @@ from benchmarks.padding import (
     SETS,
     Padding,
     Way,
-    arranged,
+    arrange_blocks,
     padding,
     poisson,
     read,
@@ -26,7 +26,7 @@ MOST = 1.10  # padded over real positions of a record
 MOST_OF_EPOCH = 1.12  # and with what fills the blocks of an epoch
 
 
-def counted(name: str, columns: Columns, limit: int) -> list[Padding]:
+def count_padding(name: str, columns: Columns, limit: int) -> list[Padding]:
     """Over an epoch, and over Poisson batches."""
     if name != "demo":
         data(name)
@@ -39,7 +39,7 @@ def counted(name: str, columns: Columns, limit: int) -> list[Padding]:
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "columns", "limit"), SETS)
 def test_padding_is_a_tenth_at_most(name: str, columns: Columns, limit: int) -> None:
-    epoch, drawn = counted(name, columns, limit)
+    epoch, drawn = count_padding(name, columns, limit)
     assert max(epoch.records, drawn.records) <= MOST
     assert epoch.blocks <= MOST_OF_EPOCH
 
@@ -48,12 +48,12 @@ def test_padding_is_a_tenth_at_most(name: str, columns: Columns, limit: int) -> 
 def test_coarser_buckets_are_caught() -> None:
     """The twin: buckets of a whole octave."""
     with patch.object(cache, "padded_length", lambda n: 1 << (n - 1).bit_length()):
-        assert min(found.records for found in counted("medquad", QUESTION, 512)) > MOST
+        assert min(found.records for found in count_padding("medquad", QUESTION, 512)) > MOST
 
 
 @pytest.mark.real
 def test_blocks_apart_by_every_number_of_targets_have_more_padding() -> None:
-    _, drawn = counted("medquad", QUESTION, 256)
-    with arranged(Way(apart=True)):
-        _, before = counted("medquad", QUESTION, 256)
+    _, drawn = count_padding("medquad", QUESTION, 256)
+    with arrange_blocks(Way(apart=True)):
+        _, before = count_padding("medquad", QUESTION, 256)
     assert before.blocks > drawn.blocks + 0.02

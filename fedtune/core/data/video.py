@@ -41,9 +41,8 @@ _OPTIONS = {
 # A table of these says how many samples follow, of which each may take no byte of the file, and
 # FFmpeg makes memory for each. The number's place after the box's name.
 _COUNTED = {b"stsz": 8, b"stz2": 8}
-_UNIT = re.compile(
-    rb"\x00\x00\x01(?=(.))", re.DOTALL
-)  # where a NAL unit begins, and its first byte
+# Where a NAL unit begins, and its first byte.
+_UNIT = re.compile(rb"\x00\x00\x01(?=(.))", re.DOTALL)
 # A file in fragments has such tables also where its index leads to, in the midst of its frames.
 _FRAGMENTS = (b"moof", b"mvex", b"trex", b"sidx", b"mfra", b"tfra")
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from fedtune.core.dp import shared_noise
 from fedtune.core.dp.accountant import Steps, calibrate, epsilon
 from fedtune.core.errors import ConfigError
+from fedtune.presets._sites import MAX_EPSILON
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
 
-BUDGET = 8.0  # max_epsilon of the sites' files that `init` writes
-TENTHS = 10  # a recipe's ε is one of 0.1, 0.2 …
+TENTHS = 10  # ε is chosen among 0.1, 0.2, 0.3 …
 
 
 def check(records: Records) -> None:
@@ -50,7 +50,7 @@ def largest_epsilon(records: Records, most: float) -> float:
         tried = (least + above) // 2
         sigma = calibrate(tried / TENTHS, records.delta, 1.0, 1)
         own = shared_noise.own_sigma(sigma, shares)
-        fits = epsilon([Steps(own, 1.0, 2, 1)], records.delta) <= BUDGET
+        fits = epsilon([Steps(own, 1.0, 2, 1)], records.delta) <= MAX_EPSILON
         least, above = (tried, above) if fits else (least, tried)
     return least / TENTHS
 
