@@ -16,6 +16,12 @@ AREA = "shared noise"
 
 MUTANTS: tuple[Mutant, ...] = (
     _one(
+        AREA, "noise-is-shared-with-keys-that-nobody-compared", "fedtune/core/vault/policy.py",
+        "    yield from _about_peers(study, policy)\n", "",
+        "tests/secagg/test_both_epsilons.py::test_a_sites_own_key_is_none_of_its_peers",
+        "the policy admits a plan whose other sites may be the coordinator's own",
+    ),
+    _one(
         AREA, "whoever-is-in-the-set-counts", STATEMENT,
         "known = len({*signing} & {*pinned, own})", "known = len({*signing})",
         SYBILS, "|P| in place of min_sites: the coordinator enrols sites of its own",
