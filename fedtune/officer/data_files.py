@@ -40,7 +40,8 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
     delimiter = {",": "comma", ";": "semicolon", "\t": "tab"}
     mark = str(getattr(source, "delimiter", ","))
     facts = []
-    for name in sorted({*rows, *failed} | ({data.path.name} if data.path.is_file() else set())):
+    named = {data.path.name} if data.path.is_file() else set()
+    for name in sorted({*rows, *failed, *read.filtered_in, *read.withheld_in} | named):
         path = folder / name
         csv, there = path.suffix.lower() == ".csv", os.path.isfile(path)
         facts.append(

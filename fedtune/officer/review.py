@@ -123,7 +123,7 @@ def _in_answer(path: Path, site: Site) -> Study:
             f"{path}: holds no plan",
             "an answer that `fedtune admit` wrote while `fedtune server` runs",
             "join without a plan: plans that this site's client is sent lie in "
-            "{site.site.plan_file('').parent} until somebody signs them; or ask for "
+            f"{site.site.plan_file('').parent} until somebody signs them; or ask for "
             "a new answer",
         )
     return study

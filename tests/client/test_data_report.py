@@ -127,6 +127,16 @@ def test_the_command_prints_tables_json_and_a_page(
     assert SECRET not in html.read_text() and "cardio" in html.read_text()
 
 
+def test_a_file_of_which_no_row_is_used_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for ward in ("a", "b"):
+        rows = [json.dumps({"t": "x", "ward": ward})] * 3
+        (tmp_path / "notes" / f"{ward}.jsonl").write_text("\n".join(rows) + "\n")
+    site = site_of(tmp_path, "notes", 'text = "t"', more='filter = { ward = "a" }')
+    files = fedtune.data_report(load_site(site)).files
+    assert [(file.name, file.rows) for file in files] == [("a.jsonl", 3), ("b.jsonl", 3)]
+
+
 def test_a_column_of_text_is_not_shown_as_classes(tmp_path: Path) -> None:
     rows = [{"t": "x", "l": f"{SECRET} {n}"} for n in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -165,6 +165,11 @@ def test_a_packet_counts_as_all_that_it_has_to_be_read_for(monkeypatch: pytest.M
             (b"\0\0\1" + OTHER[codec] + by_code, b"\0\0\1" + unit),
         ):  # fmt: skip
             assert asked_for(monkeypatch, codec, body, record) == most
+        if codec == "h264":  # FFmpeg looks for start codes beside a record of another version
+            long = b"\0\0\1" + unit + bytes(256 + unit[0] - 2)  # a length that hides such a code
+            assert (
+                asked_for(monkeypatch, codec, long * 8 * video.PIECES, b"\2" + RECORD[1:]) == most
+            )
         others = [OTHER[codec]] * 999
         for body in (with_lengths(*few), with_lengths(*few, *others)):
             assert asked_for(monkeypatch, codec, body, RECORD) == 200
@@ -174,7 +179,9 @@ def test_a_packet_counts_as_all_that_it_has_to_be_read_for(monkeypatch: pytest.M
     assert asked_for(monkeypatch, "mpeg4", scan * 999, b"") == 200
 
 
-@pytest.mark.parametrize("broken", ["cut", "more", "two bytes", "another record", "endless"])
+@pytest.mark.parametrize(
+    "broken", ["cut", "more", "two bytes", "another record", "a record", "endless"]
+)
 def test_units_of_other_lengths_are_not_read(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     body, record, more = with_lengths(SLICE["h264"] * 9), RECORD, b""
     if broken == "cut":
@@ -185,6 +192,8 @@ def test_units_of_other_lengths_are_not_read(monkeypatch: pytest.MonkeyPatch, br
         record = b"\1" * 31
     elif broken == "another record":
         more = b"\1"
+    elif broken == "a record":  # a unit of 16 MiB, whose length begins like a record
+        body = with_lengths(bytes(2**24))
     else:
         body = bytes(4) * (video.PACKETS + 1)
     context = SimpleNamespace(name="h264", options={}, extradata=record)

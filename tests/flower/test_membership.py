@@ -147,8 +147,9 @@ def test_the_plan_of_an_answer_is_reviewed_before_the_site_joins(met: Met) -> No
     assert shown.exit_code == 0 and met.study.digest in shown.output, shown.output
     assert membership.read_reviewed_plan(met.answer) == met.study.digest
     met.write(replace(met.answer, plan="", signature=""))
-    with pytest.raises(ConfigError, match="holds no plan"):
+    with pytest.raises(ConfigError, match="holds no plan") as found:
         read_plan(met.file, site)
+    assert f"lie in {site.site.plan_file('').parent} until" in str(found.value)
 
 
 def test_a_plan_that_another_key_signed_is_not_reviewed(met: Met) -> None:

@@ -244,10 +244,24 @@ MEDIA_MUTANTS = (
     ),
     _one(
         "video", "lengths-are-what-a-packet-says-they-are", VIDEO,
-        "if size & 3 != 3 or at != len(body) or packet.has_sidedata(\"new_extradata\"):",
+        "if size & 3 != 3 or at != len(body) or another:",
         "if False:",
         T_CLIPS + "test_units_of_other_lengths_are_not_read",
         "FFmpeg finds other units than were counted",
+    ),
+    _one(
+        "video", "any-record-means-lengths", VIDEO,
+        'if said[:1] != b"\\1" if is_h264 else said[:3] <= b"\\0\\0\\1":',
+        'if said[:3] <= b"\\0\\0\\1":',
+        T_CLIPS + "test_a_packet_counts_as_all_that_it_has_to_be_read_for",
+        "FFmpeg finds slices in what was taken for lengths",
+    ),
+    _one(
+        "video", "a-packet-changes-how-long-lengths-are", VIDEO,
+        'another = body[:1] == b"\\1" or packet.has_sidedata("new_extradata")',
+        'another = packet.has_sidedata("new_extradata")',
+        T_CLIPS + "test_units_of_other_lengths_are_not_read",
+        "FFmpeg takes a packet for a new record, and finds other units than were counted",
     ),
     _one(
         "video", "a-table-makes-any-memory", VIDEO,

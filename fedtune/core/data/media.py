@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import wave
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,11 +35,14 @@ PIXELS = 40_000_000  # of one image, from its header, before any is decoded
 # The longer side by the shorter: an image processor that scales the shorter side to a fixed length
 # would turn a line of pixels into an image of any size.
 ASPECT = 20
-# Of one JPEG: a few bytes of a scan go over all pixels. It is libtiff's own bound.
+# Of one JPEG: a few bytes of a scan go over all pixels. It is libtiff's own bound. The pairs of
+# bytes that begin a scan are counted wherever they stand in the file: libjpeg finds scans also
+# where a reader of segments would not look.
 SCANS = 100
-MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")  # of a JPEG's segment, or of its end
+SCAN = b"\xff\xda"
 SECONDS = 30.0  # of one recording
 RATES = (4_000, 192_000)  # samples a second
+ORIENTATION = 0x0112  # of EXIF: how the image has to be turned
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 EXTRA = "pip install 'fedtune[media]'"
 
@@ -125,7 +127,7 @@ def load(path: Path, kind: Kind) -> Media:
 def picture(media: Media) -> Image:
     """Decode the image, RGB. Errors: Rejected; ConfigError without Pillow."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise ConfigError("image columns need Pillow, which is not installed", EXTRA) from None
     try:
@@ -134,9 +136,9 @@ def picture(media: Media) -> Image:
                 raise Rejected("image too large")
             if _is_narrow(image):
                 raise Rejected("image too narrow")
-            if image.format in ("JPEG", "MPO") and _has_many_scans(media.body):
+            if image.format in ("JPEG", "MPO") and media.body.count(SCAN) > SCANS:
                 raise Rejected("image too large")
-            oriented = ImageOps.exif_transpose(image)
+            oriented = _turn_upright(image)
             if oriented.mode.startswith("I") or oriented.mode == "F":  # 16 bits and more: X-rays
                 oriented = _eight_bits(oriented)
             return oriented.convert("RGB")
@@ -160,14 +162,27 @@ def _is_narrow(image: Image) -> bool:
     return max(image.size) > ASPECT * max(min(image.size), 1)
 
 
-def _has_many_scans(body: bytes) -> bool:
-    """Return whether a JPEG has more than SCANS scans. What lies in its segments or behind its end
-    is not read as one."""
-    at = scans = 0
-    while scans <= SCANS and (marker := MARKER.search(body, at)) and marker[1] != b"\xd9":
-        scans += marker[1] == b"\xda"
-        at = marker.end() + int.from_bytes(body[marker.end() : marker.end() + 2])
-    return scans > SCANS
+def _turn_upright(image: Image) -> Image:
+    """Return the image as its EXIF orientation says that it is shown, before it is loaded.
+
+    ImageOps.exif_transpose also writes all other EXIF tags again, and so does the loading of a TIFF
+    file that still has an orientation: minutes for a file that is full of them."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    exif = image.getexif()
+    if (turn := turns.get(exif.get(ORIENTATION, 1))) is None:
+        return image
+    del exif[ORIENTATION]
+    return image.transpose(turn)
 
 
 def _eight_bits(image: Any) -> Image:

@@ -115,17 +115,22 @@ def _count_frames(stream: Any, packet: Any) -> int:
 def _with_start_codes(stream: Any, packet: Any, body: bytes) -> bytes:
     """Return a packet with a start code before each NAL unit; FFmpeg looks for these also where
     units have lengths. Errors: Rejected for lengths that are not of four bytes each, or do not add
-    up to the packet."""
-    said = bytes(stream.codec_context.extradata or b"")
-    if said[:3] <= b"\0\0\1":  # no record of the decoder's configuration: start codes alone
+    up to the packet, and for a packet that FFmpeg takes for another record of the configuration."""
+    said, is_h264 = (
+        bytes(stream.codec_context.extradata or b""),
+        stream.codec_context.name == "h264",
+    )
+    # As FFmpeg tells a record of the decoder's configuration: without one, start codes alone.
+    if said[:1] != b"\1" if is_h264 else said[:3] <= b"\0\0\1":
         return body
-    size = said[4 if stream.codec_context.name == "h264" else 21]
+    size = said[4 if is_h264 else 21]
     at, units = 0, [b""]
     while at < len(body) and len(units) <= PACKETS:
         end = at + 4 + int.from_bytes(body[at : at + 4])
         units.append(body[at + 4 : end])
         at = end
-    if size & 3 != 3 or at != len(body) or packet.has_sidedata("new_extradata"):
+    another = body[:1] == b"\1" or packet.has_sidedata("new_extradata")
+    if size & 3 != 3 or at != len(body) or another:
         raise Rejected(UNREADABLE)
     return b"\0\0\1".join(units)
 
