@@ -73,6 +73,7 @@ from fedtune.officer.hospital_file import (
     write_hospital,
     write_membership,
 )
+from fedtune.officer.known_homes import move_notes
 from fedtune.officer.leave import DISTRUST, distrusted
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import EDIT_LOCK, check_new, site_of, still
@@ -151,6 +152,7 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
                 "a site file without the table [hospital]",
                 "take the table out, then run the command again",
             )
+        move_notes(site.site.state, home)
         _take_away(site.site.state)
     return Adoption(home, name, None, None, first=bool(adopted_here[-1]["facts"]["first"]))
 
@@ -221,6 +223,7 @@ def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed
         )
     _enter_act(home, name, first=True)
     site_copy = _switch(site_file, name, site_text)
+    move_notes(state, home)
     _take_away(state)
     return Adoption(home, name, copy, site_copy, first=True)
 
@@ -327,6 +330,7 @@ def _adopt_later(
         acts.add("leave", DISTRUST, consortium=consortium, membership=name, files=0)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
     site_copy = _switch(site_file, name, site_text)
+    move_notes(state, home)
     _take_away(state)
     return Adoption(home, name, copy, site_copy, False, entered, datasets, charged, receipts)
 

@@ -32,6 +32,10 @@ from fedtune.core.ledger.files import DATABASE, KEY, traces
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
+NOT_REMEMBERED = (
+    "%s; it is not remembered which home pays for these records, so that a second one is not "
+    "noticed on this machine"
+)
 Note = dict[str, Any]  # of a place: {path, device, inode}, or {url, databases}
 
 
@@ -64,11 +68,22 @@ def check_home(site: Site) -> None:
             noted = [note for note in homes.get(own, []) if note not in notes]
             replace(path, _encode(homes | {own: noted + notes}), private=True)
     except (InfrastructureError, OSError) as error:
-        log.warning(
-            "%s; it is not remembered which home pays for these records, so that a second one is "
-            "not noticed on this machine",
-            error,
-        )
+        log.warning(NOT_REMEMBERED, error)
+
+
+def move_notes(state: Path, home: Path) -> None:
+    """Note for `home` what was noted for the site's state folder `state`, whose ledger it adopted.
+    Called before that ledger is taken away, since a folder without one is forgotten."""
+    try:
+        path = path_of_notes()
+        with locks.hold(_made(path).with_suffix(".lock")):
+            homes = _read(path)
+            pays, own = str(home.resolve()), homes.pop(str(state.resolve()), [])
+            noted = homes.get(pays, [])
+            if added := [note for note in own if note not in noted]:
+                replace(path, _encode(homes | {pays: noted + added}), private=True)
+    except (InfrastructureError, OSError) as error:
+        log.warning(NOT_REMEMBERED, error)
 
 
 def check_simulated(site: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.courier.process import list_readable
 from fedtune.launch.tune import tune
+from fedtune.officer import adopt as adoption
 from fedtune.officer import before_joining, known_homes
 from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
@@ -254,6 +256,23 @@ def test_memberships_of_one_home_share_a_place_and_what_was_adopted_is_no_home(
         join(world, name)
     homes = json.loads(known_homes.path_of_notes().read_text())["homes"]
     assert [*homes] == [str(world / "home")]
+
+
+def test_the_home_that_adopted_a_ledger_is_known_before_its_membership_runs(world: Path) -> None:
+    """Else a second site over the records joined with a ledger of its own, and the membership that
+    had paid was the one to be refused. Also where the adoption was killed before its last step."""
+    join(world, "cardio")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adoption, "_take_away", lambda *_: sys.exit(9))
+        patched.setattr(adoption, "move_notes", lambda *_: None)
+        with pytest.raises(SystemExit):
+            adopt(world / "home", world / "cardio.toml", "cardio")
+    adopt(world / "home", world / "cardio.toml", "cardio")
+    homes = json.loads(known_homes.path_of_notes().read_text())["homes"]
+    assert [*homes] == [str(world / "home")]
+    with pytest.raises(ConfigError, match="pays for these records already"):
+        join(world, "onco")
+    join(world, "cardio")
 
 
 def test_a_dead_home_is_forgotten_by_a_person_and_that_is_entered(world: Path) -> None:

@@ -17,6 +17,12 @@ MUTANTS = (
         "a second ledger is begun for the same patients before the first is restored",
     ),
     one(
+        "hospital", "an-adopted-ledgers-records-are-anybodys", HOMES,
+        "if added := [note for note in own if note not in noted]:", "if added := list[Note]():",
+        T_HOMES + "test_the_home_that_adopted_a_ledger_is_known_before_its_membership_runs",
+        "a second ledger is begun for the same patients before the membership runs",
+    ),
+    one(
         "hospital", "a-restored-charge-is-not-adopted", CLOSED,
         "                listed += [Earlier(name, charge, spent.adapter) for name in every]\n", "",
         T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",
