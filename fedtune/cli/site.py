@@ -285,6 +285,7 @@ def ledger(
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.declared import check_acceptable
     from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
@@ -310,11 +311,13 @@ def ledger(
         if restore:
             standing = None if loaded.site.ledger else partial(frozen.standing, folder)
             book = Ledger.restore(folder, copy, standing)
-            typer.echo(
-                f"restored, with {len(book.withdrawn())} withdrawals: those that it had lost are "
-                "entered again, by their receipts"
-            )
-            if held := book.frozen:
+            held = book.frozen
+            if held is None or not held.why.startswith(SALT_LOST):
+                typer.echo(
+                    f"restored, with {len(book.withdrawn())} withdrawals: those that it had lost "
+                    "are entered again, by their receipts"
+                )
+            if held:
                 typer.echo(f"the ledger is frozen: {escape_controls(held.why)}")
         else:
             book = Ledger(folder)

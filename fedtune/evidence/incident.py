@@ -20,8 +20,10 @@ import calendar
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,9 +181,17 @@ def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
             copy_entries(home, to)
         except NoRoom:
             raise
-        except LedgerError:  # no rows
-            to.unlink(missing_ok=True)
+        except LedgerError:
+            if not _has_rows(to):
+                to.unlink(missing_ok=True)
     return ""
+
+
+def _has_rows(path: Path) -> bool:
+    """Return whether a copy of entries was begun and has one."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as copy:
+        return bool(copy.execute("SELECT EXISTS (SELECT 1 FROM entries)").fetchone()[0])
+    return False
 
 
 def check(folder: Path, signer: str = "") -> Kept:
@@ -207,7 +217,8 @@ def check(folder: Path, signer: str = "") -> Kept:
         what = "was added" if name in there else "is missing"
         raise NotGenuine(f"{folder / name}: {what}", "the files that were kept, and no others")
     for name, (digest, size) in files.items():
-        path = folder / name  # the size first, since a file may be endless
+        path = reading.regular(folder / name, "a file as it was kept", kind=NotGenuine)
+        # The size first, since a file may be endless.
         if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
             raise NotGenuine(f"{path}: was changed after it was kept", f"sha256 {digest[:16]}…")
     return Kept(

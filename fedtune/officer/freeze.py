@@ -7,32 +7,45 @@ tells something that no ε covers."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fedtune.core.config import Site
-from fedtune.core.errors import ConfigError, FedtuneError, NotGenuine, Refused
+from fedtune.core.errors import ConfigError, FedtuneError, Refused
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.entries import Freeze, Standing
-from fedtune.core.ledger.files import traces
+from fedtune.core.ledger.files import KEY, LedgerError, NoRoom, traces
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
-FREEZE, LIFT = "freeze", "lift"  # events of the audit log
+FREEZE, LIFT, REFUSE = "freeze", "lift", "refuse"  # events of the audit log
+
+log = logging.getLogger("fedtune.site")
 
 
 def freeze(site: Site, why: str) -> None:
     """Freeze the ledger. The audit log says so first, by which a restore freezes it again; one that
-    is damaged keeps nobody from freezing. An answer that has left stays away; a round under way is
-    paid and not answered.
+    is damaged keeps nobody from freezing. Of a damaged ledger, with which no round is answered, the
+    log alone says so. An answer that has left stays away; a round under way is paid and not
+    answered.
 
-    Errors: ConfigError if there is no ledger, which is not made; LedgerError; InfrastructureError,
-    also on a full disk whose reserve is used up."""
+    Errors: ConfigError if there is no ledger, which is not made; LedgerError, also after the entry
+    in the log; InfrastructureError, also on a full disk whose reserve is used up."""
     if not traces(site.home):
         raise ConfigError(f"{site.home}: no ledger yet", todo="there is nothing to freeze")
 
     def enter() -> None:
-        book = Ledger(site.home)
+        try:
+            book = Ledger(site.home)
+        except NoRoom:
+            raise
+        except LedgerError:
+            if (site.home / KEY).exists():
+                AuditLog(site.home, SigningKey.at(site.home / KEY)).add(FREEZE, "--freeze", once=1)
+                log.warning("the freeze is in the audit log: once restored, the ledger is frozen")
+            raise
         try:
             AuditLog(book.folder, book.key).add(FREEZE, "--freeze", once=1)
         finally:
@@ -42,38 +55,30 @@ def freeze(site: Site, why: str) -> None:
 
 
 def lift(site: Site, why: str) -> None:
-    """End a freeze. The audit log says so first; one that is damaged keeps nobody from lifting,
-    since the ledger's own entry says who did and why, and is told all the same. Errors: InputError
-    if the ledger is not frozen; NotGenuine, after the lift; LedgerError; InfrastructureError."""
-    book, damaged = Ledger(site.home), None
-    if book.frozen:
-        try:
-            AuditLog(book.folder, book.key).add(LIFT, "--lift")
-        except NotGenuine as error:
-            damaged = error
+    """End a freeze. The ledger says so first: if this is interrupted, a restore freezes it again,
+    by the log. Errors: InputError if the ledger is not frozen; NotGenuine of a damaged audit log,
+    after the lift; LedgerError; InfrastructureError."""
+    book = Ledger(site.home)
     book.lift(login(), why)
-    if damaged:
-        raise damaged
+    AuditLog(book.folder, book.key).add(LIFT, "--lift")
 
 
 def standing(home: Path, public: str) -> Standing:
     """Say what a restored ledger in `home` must hold, by the receipts and the audit log beside it,
-    which the key `public` signed."""
-    return Standing(withdrawn_by_receipts(home, public), _freeze_by_log(home, public))
-
-
-def _freeze_by_log(folder: Path, public: str) -> Freeze | None:
-    """Return the freeze that an audit log has and that nobody lifted. One that does not verify
-    counts as such a freeze: its newest entries may be gone."""
-    why = "restored: the audit log has a freeze that nobody lifted"
-    if not audit_log.files(folder):
-        return None
+    which the key `public` signed. A log that does not verify counts as a freeze that nobody lifted:
+    its newest entries may be gone."""
+    withdrawn = withdrawn_by_receipts(home, public)
     try:
-        entries = audit_log.verify(folder, public).entries
+        entries = audit_log.verify(home, public).entries if audit_log.files(home) else []
     except (FedtuneError, OSError):
-        return Freeze(login(), "restored: the audit log is damaged, and may have lost a freeze", 0)
+        why = "restored: the audit log is damaged, and may have lost a freeze"
+        return Standing(withdrawn, Freeze(login(), why, 0))
     acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT)]
-    return Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
+    why = "restored: the audit log has a freeze that nobody lifted"
+    frozen = Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
+    facts = [entry["facts"] for entry in entries if entry["event"] == REFUSE]
+    refused = {(f["plan"], f["round"], f["adapter"]) for f in facts if "adapter" in f}
+    return Standing(withdrawn, frozen, refused)
 
 
 def check_not_frozen(home: Path, what: str) -> None:

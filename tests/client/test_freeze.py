@@ -11,6 +11,8 @@ from fedtune.core.errors import ConfigError, InputError, NotGenuine, PolicyRefus
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
+from fedtune.core.vault.answers import answer
+from fedtune.core.wire.seal import sign_end
 from fedtune.officer import freeze as officer
 from fedtune.officer import leave as leaving
 from fedtune.officer import purge
@@ -103,6 +105,50 @@ def test_a_frozen_ledger_reserves_for_nobody(tmp_path: Path) -> None:
     frozen = book.frozen
     assert frozen and (frozen.who, frozen.why) == ("an officer", "")  # the first one stands
     book.verify()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger(
+    tmp_path: Path, frozen: bool
+) -> None:
+    """Nor does a person who refuses an answer. Twin: without a freeze both are deleted."""
+    book = Ledger(tmp_path)
+    book.declare("records", [])
+    first, second = (
+        book.reserve("records", CHARGE, adapter, lambda charges: None) for adapter in ("a", "b")
+    )
+    book.release(first, b"left the site")
+    if frozen:
+        book.freeze("an officer", "")
+    book.release(second, b"is not sent")
+    slot = CHARGE.study, CHARGE.round, "b"
+    book.refuse(slot, "an officer")
+    kept = {path.read_bytes() for path in (tmp_path / "outbox").iterdir()}
+    assert kept == ({b"left the site", b"is not sent"} if frozen else set())
+    assert book.is_refused(slot)
+
+
+def test_the_end_of_a_study_deletes_nothing_of_a_frozen_site(asked: Asked) -> None:
+    asked.train()
+    officer.freeze(asked.site, "")
+    end = asked.plan()
+    end.tables["plan"] |= sign_end(asked.key, asked.made.study.digest)
+    studies = asked.site.site.state / "studies"
+    assert answer(asked.place, end).status == "refused" and [*studies.iterdir()]
+    officer.lift(asked.site, "")
+    assert answer(asked.place, end).status == "finished" and not [*studies.iterdir()]
+
+
+def test_the_freeze_of_a_damaged_ledger_holds_once_it_is_restored(
+    asked: Asked, tmp_path: Path
+) -> None:
+    copy, state = tmp_path / "copy", asked.site.site.state
+    asked.worker.ledger.backup(copy)
+    asked.restart()
+    (state / "ledger.db").write_bytes(b"x" * 9000)
+    assert run("ledger", asked.path, "--freeze").exit_code == 4
+    assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
+    assert Ledger(state).frozen
 
 
 def test_only_a_frozen_ledger_is_lifted(asked: Asked) -> None:

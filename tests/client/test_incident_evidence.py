@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -129,6 +130,38 @@ def test_what_is_damaged_is_kept_as_it_is(site: Site, tmp_path: Path, how: str) 
     changed = {path.name for path in {*before, *after} if before.get(path) != after.get(path)}
     assert changed <= {"audit.jsonl"}, "nothing is mended, or made, by keeping evidence"
     assert incident.check(kept.folder) == kept
+
+
+def test_of_a_ledger_with_a_damaged_page_the_entries_before_it_are_kept(
+    site: Site, tmp_path: Path
+) -> None:
+    assert site.file
+    every = spend(site.file, 60).head.seq + 1
+    path = site.home / "ledger.db"
+    whole = path.read_bytes()
+    for page in range(1, len(whole) // 4096):  # the first one that costs some entries and not all
+        path.write_bytes(whole[: page * 4096] + b"x" * 4096 + whole[(page + 1) * 4096 :])
+        kept = incident.keep_of_site(site, tmp_path / f"{page}")
+        copied = kept.folder / "ledger" / "ledger.db"
+        if not copied.exists():
+            continue
+        with closing(sqlite3.connect(copied)) as copy:
+            ((rows, first),) = copy.execute("SELECT count(*), min(seq) FROM entries")
+        if rows < every:
+            break
+    assert 0 < rows < every and first == 0
+    assert incident.check(kept.folder) == kept
+
+
+def test_what_is_no_file_is_not_waited_for(site: Site, tmp_path: Path) -> None:
+    """A pipe has the size of an empty file, and nobody writes to it."""
+    (site.site.state / "log.jsonl").write_bytes(b"")
+    kept = incident.keep_of_site(site, tmp_path / "kept")
+    (empty, *_) = (p for p in kept.folder.rglob("*") if p.is_file() and not p.stat().st_size)
+    empty.unlink()
+    os.mkfifo(empty)
+    with pytest.raises(NotGenuine, match="not a regular file"):
+        incident.check(kept.folder)
 
 
 def test_a_site_that_lost_its_key_makes_none(site: Site, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,11 @@ from fedtune.core.errors import NotGenuine
 from fedtune.core.ledger.entries import Standing
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.officer import freeze as officer
+from fedtune.officer.let_go import decide
 from fedtune.officer.withdraw import withdraw
 from tests.cli_kit import run
 from tests.client.adoption_kit import hashes_of, kill_at, make_site, spend, write_notes
+from tests.client.airlock_kit import a_site
 
 
 def damaged(folder: Path) -> Path:
@@ -102,6 +105,65 @@ def test_nobody_enters_anything_while_a_ledger_is_restored(
             book.freeze("an officer", "too late for the ledger as it was")
     book.freeze("an officer", "again")
     assert Ledger(book.folder).frozen
+
+
+def test_a_lift_that_is_killed_anywhere_is_entered_before_the_papers_say_so(tmp_path: Path) -> None:
+    """Else a restore from a copy of before the freeze thaws a ledger that nobody lifted."""
+    write_notes(tmp_path / "notes.jsonl", ["p1"])
+    file = make_site(tmp_path, "north")
+    spend(file, 1)
+    site, step, ended = load_site(file), 0, False
+    while not ended:
+        officer.freeze(site, "a leak")
+        ended = kill_at(step, partial(officer.lift, site, "it was none"))
+        book = Ledger(site.home)
+        kept = officer.standing(site.home, book.key.public).frozen
+        assert kept or not book.frozen, f"killed at step {step}: a restore would thaw it"
+        step += 1
+    assert not book.frozen and not kept and step > 3
+
+
+def test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again(
+    tmp_path: Path,
+) -> None:
+    """Their hashes are under the old salt, and match nobody any more. Twin: if nobody withdrew, it
+    is not frozen."""
+    for withdrawn in ([], ["p3"]):
+        folder = tmp_path / f"{len(withdrawn)}"
+        folder.mkdir()
+        write_notes(folder / "notes.jsonl", ["p1", "p2", "p3"])
+        file = make_site(folder, "north")
+        spend(file, 2, withdrawn=withdrawn)
+        home = load_site(file).home
+        (home / "salt").unlink()
+        done = run("ledger", file, "--restore")
+        book = Ledger(home)
+        assert done.exit_code == 0 and bool(book.frozen) is bool(withdrawn)
+        assert ("entered again" in done.output) is not bool(withdrawn)
+    assert "without the salt: the receipts name 1 who withdrew" in done.output
+    withdraw(load_site(file), "p3", book)
+    assert hashes_of(book, ["p3"]) <= set(book.withdrawn())
+    assert run("ledger", file, "--lift").exit_code == 0
+
+
+def test_an_answer_that_was_refused_for_good_stays_refused(tmp_path: Path, tiny_base: Path) -> None:
+    """The audit log beside the ledger knows it. Twin: without the log it is made again."""
+    for keeps_log in (True, False):
+        (tmp_path / str(keeps_log)).mkdir()
+        asked = a_site(tmp_path / str(keeps_log), tiny_base)
+        copy, state = tmp_path / f"{keeps_log}-copy", asked.site.site.state
+        asked.worker.ledger.backup(copy)
+        asked.train()
+        decide(asked.site, [], refuse=True, every=True)
+        asked.restart()
+        (state / "ledger.db").unlink()
+        if not keeps_log:
+            (state / "audit.jsonl").unlink()
+        assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
+        text = asked.path.read_text()  # what was lost is charged dearly
+        asked.path.write_text(re.sub(r"(?m)^(max_epsilon) = .*", r"\1 = 1000.0", text))
+        assert asked.prepare().status == "admitted"
+        assert asked.train().status == ("void" if keeps_log else "waiting")
 
 
 def test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none(tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ def slot_of(slot: Slot, membership: str) -> Slot:
     return study, round_, f"{adapter}@{membership}" if membership else adapter
 
 
+def slot_fields(slot: Slot) -> dict[str, Any]:
+    """Return a slot's fields as an entry's body has them."""
+    study, round_, adapter = slot
+    return {"study": study, "round": round_, "adapter": adapter}
+
+
 def owner_of(slot: Slot) -> str:
     """Return the membership whose slot it is; "" without a hospital's home."""
     return slot[2].partition("@")[2]
@@ -174,10 +180,11 @@ class Standing:
     """What people decided, by papers beside the ledger: it stands whatever entries a restore loses.
 
     withdrawn: hash of a unit's key → when it withdrew, in UTC seconds; frozen: a freeze that nobody
-    lifted."""
+    lifted; refused: slots whose answer a person refused for good."""
 
     withdrawn: Mapping[str, int]
     frozen: Freeze | None
+    refused: Collection[Slot] = ()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from fedtune.core.ledger.entries import (
     Spent,
     Standing,
     owner_of,
+    slot_fields,
 )
 from fedtune.core.ledger.files import (
     DATABASE,
@@ -405,7 +406,7 @@ class Ledger:
                 if one.sha256:
                     writer.append("release", {"reservation": number, "sha256": one.sha256})
             for slot in sorted(set(refused) - account.refused):
-                writer.append("refuse", {**_of_slot(slot), "by": who})
+                writer.append("refuse", {**slot_fields(slot), "by": who})
             since = {self.hashed(key): at for key, at in withdrawn.items()}
             for unit in sorted(set(since) - set(account.withdrawn)):
                 writer.append("withdraw", {"unit": unit, "since": since[unit]})
@@ -442,7 +443,7 @@ class Ledger:
             if held:
                 about = {"release": entry, "reservation": reservation, "bytes": len(update)}
                 writer.append("hold", about)
-        if keeps_all:
+        if keeps_all or self._account.frozen:
             return
         with suppress(OSError):  # no earlier: the bytes of the round before stay until then
             for other in set(self._list_stored(reserved.slot[0])) - self._to_keep(reserved.slot):
@@ -499,11 +500,12 @@ class Ledger:
                 )
             if not self._is_let_go(slot):
                 sha256 = self._account.sent.get(slot, "")
-                writer.append("let-go", {**_of_slot(slot), "sha256": sha256, "by": who})
+                writer.append("let-go", {**slot_fields(slot), "sha256": sha256, "by": who})
 
     def refuse(self, slot: Slot, who: str) -> None:
-        """Enter that a person refuses a slot's answer for good, and remove its bytes. What was
-        paid for it stays paid. Errors: InputError if somebody approved it before."""
+        """Enter that a person refuses a slot's answer for good, and remove its bytes; a frozen
+        ledger keeps them. What was paid for it stays paid. Errors: InputError if somebody approved
+        it before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
@@ -511,8 +513,9 @@ class Ledger:
                     todo="leave it out",
                 )
             if slot not in self._account.refused:
-                writer.append("refuse", {**_of_slot(slot), "by": who})
-        self.path_of(slot).unlink(missing_ok=True)
+                writer.append("refuse", {**slot_fields(slot), "by": who})
+        if not self._account.frozen:
+            self.path_of(slot).unlink(missing_ok=True)
 
     def _is_let_go(self, slot: Slot) -> bool:
         return (slot, self._account.sent.get(slot, "")) in self._account.let_go
@@ -735,8 +738,3 @@ def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
     """Build the body of an entry that charges a round."""
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     return entry | ({"membership": charge.membership} if charge.membership else {})
-
-
-def _of_slot(slot: Slot) -> dict[str, Any]:
-    study, round_, adapter = slot
-    return {"study": study, "round": round_, "adapter": adapter}

@@ -12,9 +12,10 @@ Restored charges count against every dataset. The sequence skips the lost number
 a lost entry is recognised as charged. 2 alone covers what left the site as long as the step log is
 complete; where log and ledger were rolled back together, 3 assumes that no lost round cost more
 than the costliest one known. No worker of the site may run meanwhile.
-Withdrawals and a freeze among the lost entries are in the new database before it is put in place,
-as far as the caller knows them (`Standing`): no ledger that opens lacks them, wherever this is
-killed. Nobody enters anything in the old database meanwhile.
+Withdrawals, refused answers and a freeze among the lost entries are in the new database before it
+is put in place, as far as the caller knows them (`Standing`): no ledger that opens lacks them,
+wherever this is killed. If the salt is lost, no withdrawal is recognised any more, and the ledger
+is frozen. Nobody enters anything in the old database meanwhile.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
 NewerLedger where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -37,6 +38,7 @@ from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace, sync_folder
 from fedtune.core.ledger.account import NOT_PRIVATE
+from fedtune.core.ledger.audit_log import login
 from fedtune.core.ledger.chain import (
     SCHEMA,
     Entry,
@@ -49,7 +51,7 @@ from fedtune.core.ledger.chain import (
     first_body,
     named,
 )
-from fedtune.core.ledger.entries import EVERY, RULES, Charge, Standing
+from fedtune.core.ledger.entries import EVERY, RULES, Charge, Standing, slot_fields
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -68,16 +70,19 @@ from fedtune.core.ledger.files import (
 )
 from fedtune.core.wire.keys import SigningKey, canonical
 
+SALT_LOST = "restored without the salt"  # begins the reason of a freeze
 EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
 
 
 @dataclass(frozen=True)
 class _Base:
-    """A chain that verifies. path None: there is none, and a new chain is begun."""
+    """A chain that verifies. path None: there is none, and a new chain is begun; is_salt_lost: with
+    a new salt, under which no hash of a unit is what it was."""
 
     path: Path | None
     salt: bytes
     entries: list[Entry] = field(default_factory=list)
+    is_salt_lost: bool = False
 
     @property
     def seq(self) -> int:
@@ -94,6 +99,12 @@ class _Base:
     @property
     def withdrawn(self) -> set[str]:
         return {entry.body["unit"] for entry in self.entries if entry.kind == "withdraw"}
+
+    @property
+    def refused(self) -> list[dict[str, Any]]:
+        """The slots that a person refused for good, by their fields."""
+        slots = [entry.body for entry in self.entries if entry.kind == "refuse"]
+        return [{name: slot[name] for name in ("study", "round", "adapter")} for slot in slots]
 
     @property
     def is_frozen(self) -> bool:
@@ -133,17 +144,26 @@ def backup(folder: Path, to: Path, key: bool) -> None:
 
 
 def copy_entries(folder: Path, to: Path) -> None:
-    """Copy the entries alone, without salt and members, to the new database `to`, 0600."""
+    """Copy the entries alone, without salt and members, to the new database `to`, 0600. Errors:
+    LedgerError; of a damaged ledger `to` then has the entries before the damage."""
     with named(to.parent):
         to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         with closing(connect(folder / DATABASE)) as source, closing(connect(to)) as target:
             for statement in SCHEMA:
                 target.execute(statement)
-            rows = source.execute("SELECT seq, kind, body, prev, hash, signature FROM entries")
             target.execute("BEGIN")
-            target.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
-            target.execute("COMMIT")
+            try:
+                _copy_rows(source, target)
+            finally:
+                if target.in_transaction:  # it is not, where the disk is full
+                    target.execute("COMMIT")
+
+
+def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
+    """Insert the entries one by one, so that those before a damaged page are kept."""
+    for row in source.execute("SELECT seq, kind, body, prev, hash, signature FROM entries"):
+        target.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
 
 
 def restore(
@@ -178,11 +198,23 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         writer.append("restore", entry_body, seq=entry_body["highest"] + 1)
         for unit in sorted(set(stands.withdrawn) - base.withdrawn):
             writer.append("withdraw", {"unit": unit, "since": stands.withdrawn[unit]})
-        if stands.frozen and not base.is_frozen:
+        for slot in sorted(stands.refused):
+            if (fields := slot_fields(slot)) not in base.refused:
+                writer.append("refuse", {**fields, "by": login()})
+        if base.is_salt_lost and stands.withdrawn:
+            writer.append("freeze", {"by": login(), "why": _say_salt_lost(len(stands.withdrawn))})
+        elif stands.frozen and not base.is_frozen:
             writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
         connection.execute("COMMIT")
     assert writer.head is not None
     _install(folder, draft, base.salt, key, writer.head, receipts)
+
+
+def _say_salt_lost(withdrawn: int) -> str:
+    return (
+        f"{SALT_LOST}: the receipts name {withdrawn} who withdrew by hashes under the old one, so "
+        "that nobody of them is left out until `fedtune withdraw` is given their keys again"
+    )
 
 
 @contextmanager
@@ -248,9 +280,10 @@ def _key(folder: Path, from_: Path | None) -> SigningKey:
 def _base(folder: Path, from_: Path | None, public: str) -> _Base:
     local = _verify_ledger(folder, public)
     if from_ is None:
-        salt = folder / SALT
-        salt_bytes = salt.read_bytes() if salt.exists() else b""
-        return local or _Base(None, salt_bytes if len(salt_bytes) == 32 else os.urandom(32))
+        salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
+        is_whole = len(salt) == 32
+        begun = _Base(None, salt if is_whole else os.urandom(32), is_salt_lost=not is_whole)
+        return local or begun
     backup = _verify_ledger(from_, public)
     if backup is None:
         raise LedgerError(

@@ -194,7 +194,9 @@ class SiteWorker:
 
     def finish(self, digest: str) -> None:
         """Take in that a study has ended, by the coordinator's signed statement. Errors:
+        PolicyRefused while the ledger is frozen, since what is kept of the study may be evidence;
         LedgerError."""
+        self.home.check_not_frozen()
         self.draws.destroy(digest)  # of attempts that were given up
         studies.end(self.site.site.state, digest)
 
