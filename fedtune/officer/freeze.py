@@ -1,9 +1,9 @@
 """Freeze a site's ledger, so that nothing is charged, answered or deleted until a person lifts it.
 
-The freeze is an entry of the ledger, which every vault of the site reads before it charges a round
-and again before an answer leaves; in a hospital's home it stops every membership. A coordinator is
-told that a person froze the ledger, and no more: whoever freezes because of what a record says
-tells something that no ε covers."""
+The freeze is an entry of the ledger. Every vault of the site reads it before it charges a round and
+again before an answer leaves; in a hospital's home it stops every membership. A coordinator learns
+only that a person froze the ledger. If the person froze it because of what a record says, even that
+tells something which no ε covers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ FREEZE, LIFT = "freeze", "lift"  # events of the audit log
 
 
 def freeze(site: Site, why: str) -> None:
-    """Freeze the ledger. The audit log says so first, by which a restore freezes it again; one that
-    is damaged keeps nobody from freezing. An answer that has left stays away; a round under way is
-    paid and not answered.
+    """Freeze the ledger. The freeze is entered in the audit log first, so that a restore can freeze
+    the ledger again; a damaged audit log does not prevent the freeze. An answer that was sent
+    cannot be called back. A round under way is charged and not answered.
 
-    Errors: ConfigError if there is no ledger, which is not made; LedgerError; InfrastructureError,
-    also on a full disk whose reserve is used up."""
+    Errors: ConfigError if there is no ledger (none is made); NotGenuine of a damaged audit log,
+    after the freeze; LedgerError; InfrastructureError, also on a full disk whose reserve is used
+    up."""
     if not traces(site.home):
         raise ConfigError(f"{site.home}: no ledger yet", todo="there is nothing to freeze")
 
@@ -42,9 +43,10 @@ def freeze(site: Site, why: str) -> None:
 
 
 def lift(site: Site, why: str) -> None:
-    """End a freeze. The audit log says so first; one that is damaged keeps nobody from lifting,
-    since the ledger's own entry says who did and why, and is told all the same. Errors: InputError
-    if the ledger is not frozen; NotGenuine, after the lift; LedgerError; InfrastructureError."""
+    """End a freeze. The lift is entered in the audit log first. A damaged audit log does not
+    prevent it, since the ledger's own entry says who lifted the freeze and why. Errors: InputError
+    if the ledger is not frozen; NotGenuine of a damaged audit log, after the lift; LedgerError;
+    InfrastructureError."""
     book, damaged = Ledger(site.home), None
     if book.frozen:
         try:
@@ -57,14 +59,14 @@ def lift(site: Site, why: str) -> None:
 
 
 def standing(home: Path, public: str) -> Standing:
-    """Say what a restored ledger in `home` must hold, by the receipts and the audit log beside it,
-    which the key `public` signed."""
+    """Return the withdrawals and the freeze that a restored ledger in `home` must hold, by those
+    receipts and the audit log beside it that the key `public` signed."""
     return Standing(withdrawn_by_receipts(home, public), _freeze_by_log(home, public))
 
 
 def _freeze_by_log(folder: Path, public: str) -> Freeze | None:
-    """Return the freeze that an audit log has and that nobody lifted. One that does not verify
-    counts as such a freeze: its newest entries may be gone."""
+    """Return the freeze in an audit log that nobody lifted, or None. An audit log that does not
+    verify counts as a freeze, since its newest entries may be gone."""
     why = "restored: the audit log has a freeze that nobody lifted"
     if not audit_log.files(folder):
         return None
@@ -84,7 +86,8 @@ def check_not_frozen(home: Path, what: str) -> None:
 
 
 def frozen(home: Path, what: str) -> Refused:
-    """Build the refusal of what would delete or move files beside a frozen ledger."""
+    """Build the refusal of an act that would delete or move files beside a frozen ledger. what: the
+    act, as in "deleted"."""
     return Refused(
         f"{home}: the ledger is frozen, so that nothing is {what}",
         "a ledger that is not frozen",

@@ -1,9 +1,8 @@
-"""Read and check the image, audio and video files that records name, once each; they are known by
-their digest.
+"""Read and check the image, audio and video files that records name, each once.
 
 A path is relative to the data file's folder and must lie inside it once every link is followed.
-A file that cannot be used gives a reason from a fixed list, like a row; neither its name nor its
-content is shown."""
+A record whose file cannot be used is rejected for a reason from a fixed list; neither the file's
+name nor its content is shown."""
 
 from __future__ import annotations
 
@@ -36,9 +35,9 @@ PIXELS = 40_000_000  # of one image, from its header, before any is decoded
 # The longer side by the shorter: an image processor that scales the shorter side to a fixed length
 # would turn a line of pixels into an image of any size.
 ASPECT = 20
-# Of one JPEG: a few bytes of a scan go over all pixels. It is libtiff's own bound.
+# Of one JPEG, as in libtiff: a scan of a few bytes may go over all pixels.
 SCANS = 100
-MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")  # of a JPEG's segment, or of its end
+MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")  # begins a JPEG's segment, or its end
 SECONDS = 30.0  # of one recording
 RATES = (4_000, 192_000)  # samples a second
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -47,8 +46,7 @@ EXTRA = "pip install 'fedtune[media]'"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Media:
-    """An image, audio or video file. body: the bytes of the file, which can be decoded. digest:
-    sha256 of body."""
+    """An image, audio or video file that can be decoded. body: its bytes; digest: their sha256."""
 
     kind: Kind
     body: bytes
@@ -62,8 +60,8 @@ class Folder:
         self._root, self._cache = root.resolve(), dict[tuple[Path, str], Media | str]()
 
     def read(self, name: str, kind: Kind) -> Media:
-        """Read and check one file. Errors: Rejected; ConfigError if the extra that decodes it is
-        not installed."""
+        """Return the file of this name, read and checked. Errors: Rejected; ConfigError if the
+        extra that decodes it is not installed."""
         path = self._inside(name)
         if (path, kind) not in self._cache:
             try:
@@ -88,8 +86,8 @@ class Folder:
 
 
 def import_decoders(kind: Kind) -> None:
-    """Import everything that decodes files of a kind before the first is read: reads from disk
-    show which modules a process imports, and that must not depend on a record."""
+    """Import everything that decodes files of a kind, before the first file is read. Which modules
+    a process imports can be seen by its reads from disk, and must not depend on a record."""
     with suppress(ImportError, OSError):  # where one is not installed, its files are rejected
         if kind != "audio":
             from PIL import Image, ImageOps  # noqa: F401
@@ -123,7 +121,7 @@ def load(path: Path, kind: Kind) -> Media:
 
 
 def picture(media: Media) -> Image:
-    """Decode the image, RGB. Errors: Rejected; ConfigError without Pillow."""
+    """Decode the image: upright, in RGB. Errors: Rejected; ConfigError without Pillow."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -148,8 +146,8 @@ def picture(media: Media) -> Image:
 
 
 def clip(media: Media) -> list[Image]:
-    """Decode the frames of the clip that are read, in order, RGB. Errors: Rejected; ConfigError
-    without PyAV."""
+    """Return the sampled frames of the clip (video.FRAMES), in order, in RGB. Errors: Rejected;
+    ConfigError without PyAV."""
     frames = decode_frames(media.body)
     if any(_is_narrow(frame) for frame in frames):
         raise Rejected("video too narrow")
@@ -161,8 +159,8 @@ def _is_narrow(image: Image) -> bool:
 
 
 def _has_many_scans(body: bytes) -> bool:
-    """Return whether a JPEG has more than SCANS scans. What lies in its segments or behind its end
-    is not read as one."""
+    """Return whether a JPEG has more than SCANS scans. Markers inside its segments or behind its
+    end do not count."""
     at = scans = 0
     while scans <= SCANS and (marker := MARKER.search(body, at)) and marker[1] != b"\xd9":
         scans += marker[1] == b"\xda"
@@ -171,7 +169,8 @@ def _has_many_scans(body: bytes) -> bool:
 
 
 def _eight_bits(image: Any) -> Image:
-    """Scale to 8 bits, from the image's own darkest to its own brightest pixel."""
+    """Return the image in 8 bits, scaled from its own darkest to its own brightest pixel. Errors:
+    Rejected if a pixel is not finite."""
     from PIL import Image
 
     values = np.asarray(image, dtype=np.float64)
@@ -182,8 +181,8 @@ def _eight_bits(image: Any) -> Image:
 
 
 def decode_sound(media: Media, rate: int | None = None) -> Samples:
-    """Decode the recording to one channel in ±1, (samples,), at `rate` per second if given, else at
-    its own rate.
+    """Return the recording's samples, (samples,) fp32 in ±1, in one channel. rate: samples per
+    second to which they are converted; None: the recording's own rate.
 
     Errors: Rejected."""
     samples, file_rate = _waveform(media.body)
@@ -200,8 +199,8 @@ def decode_sound(media: Media, rate: int | None = None) -> Samples:
 
 
 def _waveform(body: bytes) -> tuple[Samples, int]:
-    """Decode PCM WAV with the standard library; other formats with soundfile, if it is
-    installed."""
+    """Return a recording's samples in one channel, and their rate. PCM WAV is decoded by the
+    standard library, other formats by soundfile, if it is installed. Errors: Rejected."""
     try:
         with wave.open(io.BytesIO(body)) as file:
             width = file.getsampwidth()
@@ -232,7 +231,8 @@ def _waveform(body: bytes) -> tuple[Samples, int]:
 
 
 def _pcm(raw: bytes, width: int, channels: int) -> Samples:
-    """Decode whole frames of little-endian PCM, averaged over channels."""
+    """Decode little-endian PCM to samples in ±1, averaged over channels; an incomplete frame at the
+    end is left out."""
     raw = raw[: len(raw) - len(raw) % (width * channels)]
     if width == 1:
         values = np.frombuffer(raw, np.uint8).astype(np.float32) - np.float32(128)
