@@ -106,11 +106,11 @@ __version__ = "0.1.0"
 cut_off()
 limit_spinning()
 
-# Where the optional bitsandbytes is installed it warns at its import, by whoever imports it first,
-# that a hub's code is missing, and at each int8 layer that it rounds, as it was asked to.
+# The optional bitsandbytes warns at its first import that a hub's code is missing, and at each int8
+# layer that it rounds, although a plan asked for this.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# Where each name comes from: "name=other" where it is called otherwise there.
+# The modules from which the names come; "name=other" if a module calls the name `other`.
 _MODULES = {
     "fedtune.audit": "audit_study",
     "fedtune.audit.attack": "Attack attack_run attack_study",

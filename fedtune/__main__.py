@@ -1,4 +1,4 @@
-"""`python -m fedtune`: the command `fedtune`, of the interpreter that runs it."""
+"""Run the command `fedtune` by `python -m fedtune`, with the interpreter that runs this module."""
 
 from fedtune.cli.main import main
 

@@ -1,1 +1,1 @@
-"""The ServerApp that runs at the coordinator, which never sees a record."""
+"""The ServerApp that runs at the coordinator. It never sees a record."""

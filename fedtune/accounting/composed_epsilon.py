@@ -76,8 +76,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return the steps that ran on a site's records; if the adapter was itself derived, those of
-    all its parents."""
+    """Return the steps that ran on a site's records. If the adapter was itself derived, return the
+    steps of all its parents."""
     if "events" in site:
         return tuple(Steps(*event) for event in site["events"])
     if not site.get("steps"):
@@ -116,14 +116,15 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
 
 
 def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
-    """Compose a report's "privacy" from those of its parents, all of which are private.
+    """Compose a derived report's "privacy" from the "privacy" of its parents, all of which are
+    private.
 
     Each site is charged for the steps of its own parent and, for every other parent, for the steps
-    of the same site there; if that parent has no such site, for those of the costliest site that
-    may share people with it. ε is computed by PLD at the smallest of the parents' δ, for the
-    weakest of their units. If sites of a parent shared noise, a second ε is composed from each
-    site's own noise alone. disjoint: the caller states that no person is in two parents; then the
-    largest ε counts.
+    of the same site in that parent. If that parent does not have the same site, the site is charged
+    for the steps of the parent's costliest site that may share people with it. ε is computed by PLD
+    at the smallest of the parents' δ, for the weakest of their units. If sites of a parent shared
+    noise, a second ε is composed from each site's own noise alone. disjoint: the caller states that
+    no person is in two parents; then the largest ε counts.
     Guarantee: the result is at least the ε of all steps in which a person at one site took part."""
     by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
@@ -172,8 +173,8 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
 def _events_in_parent(
     site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
-    """Return the steps that another parent may have run on the people of `site`, the same steps by
-    own noise alone, and the relation by which this was decided."""
+    """Return the steps that another parent may have run on the people of `site`, the same steps
+    with the σ of each site's own noise alone, and the relation by which this was decided."""
 
     def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))

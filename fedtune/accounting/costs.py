@@ -28,11 +28,11 @@ class SitePlan:
     - sampling_rate: q
     - batch: the expected batch, q · declared size
     - noise_multiplier: σ
-    - risk: the highest accuracy with which an attacker who knows all other records guesses a
-      unit's presence
+    - risk: the highest accuracy with which an attacker who knows all other records guesses a unit's
+      presence
     - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
-    - fallback_epsilon: with [secure_aggregation], the ε by this noise alone, which is also the ε of
-      a study without it that learns as well
+    - fallback_epsilon: with [secure_aggregation], the ε by this noise alone. A study without
+      [secure_aggregation] needs this ε to learn as well.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -57,8 +57,11 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a study at some sites. sites: a SitePlan for each. unit: the unit that ε
-    protects. objective: the objective, described in words.
+    """The cost of a study at some sites.
+
+    - unit: the unit that ε protects
+    - objective: the objective, described in words
+    - sites: a SitePlan for each site
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -106,7 +109,7 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
     """Compute what a study costs before it runs: σ, ε and rounds for sites of given sizes.
 
     Args:
-        sites: sites, or declared sizes alone. No record is read.
+        sites: the sites' settings, or their declared sizes alone. No record is read.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -144,9 +147,9 @@ def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
 
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
-    """Describe, in one line each, for a study with [secure_aggregation] and sites of these declared
-    sizes: the assumption under which ε holds, the ε that holds without it, the gain, and the width
-    of the words that sites send; [] for another study.
+    """Describe, in one line each, a study with [secure_aggregation] at sites of these declared
+    sizes: the assumption under which ε holds, the ε that holds without the assumption, the gain,
+    and the width of the words that sites send. Return [] for another study.
 
     Errors: ConfigError if nothing fits its budget."""
     if study.secure_aggregation is None or not study.private:
@@ -172,7 +175,8 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
 
 
 def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
-    """Return a line that suggests ε = 1 if the plan's ε is larger; [] if no σ gives ε = 1."""
+    """Return a line that suggests ε = 1 if the plan's ε is larger; [] if the plan gives no rounds,
+    or no σ gives ε = 1."""
     if of_site.epsilon <= 1 or study.training.rounds is None:
         return []
     try:
@@ -205,9 +209,9 @@ def _attempts(of_site: DpPlan) -> str:
 
 
 def _of_two(of_site: DpPlan, *, shared: bool) -> float:
-    """Compute ε of a unit with records at two sites. shared: whether the sites share noise, so that
-    the unit has twice the rows in one sum, each drawn independently; else the same mechanism runs
-    on it twice."""
+    """Compute ε of a unit with records at two sites. If the sites share noise (`shared`), the unit
+    has twice the rows in one sum, each drawn independently. Otherwise the same mechanism runs on
+    the unit twice."""
     (steps,) = of_site.events(of_site.steps)
     twice: Steps = (
         steps._replace(records=2 * steps.records)

@@ -16,7 +16,8 @@ ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 
 
 class AccountantsDisagree(FedtuneError):
-    """ε by PLD exceeds the bound by RDP: one of the two is wrong, so neither may be reported."""
+    """The error that ε by PLD exceeds the bound by RDP. One of the two is wrong, so neither may be
+    reported."""
 
 
 def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
@@ -44,7 +45,8 @@ def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
 def cross_check(events: Iterable[Steps], delta: float) -> float:
     """Compute PLD's ε and check that it does not exceed the looser RDP bound.
 
-    | k > 1 with q < 1: no RDP bound | PLD's ε; an independent integral checks it in the tests |
+    If a step samples several rows of one unit (k > 1 with q < 1), no RDP bound is implemented, and
+    PLD's ε is returned without this check. The tests check it by an independent integral.
     Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
     folded = merge_events(events)
     pld_epsilon = epsilon(folded, delta)

@@ -35,7 +35,7 @@ def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]
     """Return the number of held-out units at each of `sites` sites -> twice the largest `answer_sd`
     (None if there is no answer), for HELD_OUT and for the fewest units that give an answer.
 
-    sigma: private_evaluation.noise_multiplier. axes: the number of axes, with that of all records.
+    sigma: private_evaluation.noise_multiplier. axes: the number of axes; all records count as one.
 
     >>> forecast(2.0, 3)[30] < 0.16 and forecast(8.0, 1)[30] is None
     True

@@ -1,7 +1,7 @@
 """Audit a claimed ε empirically, by attacking a study on generated records only.
 
-An audit gives a lower bound on ε. It can show that a claim is false, but not that it holds; that
-follows from the proof alone."""
+An audit gives a lower bound on ε. It can show that a claim is false, but not that it holds; only
+the proof shows that."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def audit_study(
     run: Run | None = None,
     declared_size: int = 100,
 ) -> dict[str, Any]:
-    """Attack a study on generated records: lower bounds on ε beside the ε that is claimed.
+    """Attack a study on generated records, and compare lower bounds on ε with the ε that is
+    claimed.
 
     Args:
         out: the folder for audit.json, whose content is also returned.
-        trials: the number of trials of the one-step audit, with and without the canary each.
-        run: a finished run of the study. Then σ is the smallest and C the largest in its report,
-        the
+        trials: the number of trials of the one-step audit with the canary, and of those without.
+        run: a finished run of the study. Its report's smallest σ and largest C are used, the
             exposure of its adapter is measured too, and audit.md is written to its folder.
         declared_size: a site's size; it matters only if the study gives expected_batch.
 

@@ -1,5 +1,5 @@
-"""Attack models as a study trains them: likelihood-ratio membership inference on canaries, and
-the exposure and extraction of planted secrets.
+"""Attack models that are trained as a study trains them: likelihood-ratio membership inference on
+canaries, and the exposure and extraction of planted secrets.
 
 Reference: Carlini et al. 2022, "Membership inference attacks from first principles", section 5;
 Carlini et al. 2019, "The secret sharer", section 4.2."""
@@ -67,7 +67,7 @@ class Secrets:
 
     @property
     def contradicts(self) -> bool:
-        """Return True if the exposure or extraction exceeds what ε allows, at 99.9 % confidence."""
+        """Return whether the exposure or extraction exceeds what ε allows, at 99.9 % confidence."""
         chance = self.private.secrets * self.extractable
         return self.private.mean > self.allowed or bool(
             self.private.extracted and chance < 1 - CONFIDENCE
@@ -78,9 +78,10 @@ class Secrets:
 class Attack:
     """The result of an attack on canaries.
 
-    - private: membership inference against models that were trained as the plan says
+    - private: membership inference against models that were trained by the plan
     - twin: the same against models without noise
-    - epsilon, delta: those of one such model's training, at a site of `units` units
+    - units: the number of units of the attacked site
+    - epsilon, delta: those of the training of one model, at this site
     - secrets: None for a study whose model writes no text, or reads more than text
     - left_out: tables of the study that were not used for the models here"""
 
@@ -116,16 +117,16 @@ def attack_study(
     reveals of secrets that were planted among its units.
 
     One site of `units` generated units trains alone, so that no other site's noise protects it. The
-    attacker sees its final adapter alone, and has the other models as references. The same is done
-    without noise. Training starts as in the study, including [public] text, and the coordinator's
-    steps are the study's. This reads no private record and costs no ε.
+    attacker sees only the final adapter, and has the other models as references. The attack is
+    repeated on models without noise. Training starts as in the study, including [public] text, and
+    the coordinator's steps are the study's. This reads no private record and costs no ε.
 
     Args:
         out: a folder for attack.json and attack.png.
-        canaries: the number of units with one record of random tokens; each is in half of the
-        models. models: the number of models with noise, and of those without; at least 8. All but
-        one are the
-            attacker's references.
+        canaries: the number of units that hold one record of random tokens; each is in half of the
+            models.
+        models: the number of models with noise, and that of models without; at least 8. For each
+            model, the others are the attacker's references.
         units: the number of units of the site, at least that of canaries; ε is that of such a site.
 
     >>> import fedtune
@@ -168,9 +169,9 @@ def attack_study(
 
 
 def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attack:
-    """Attack models as a finished run's study trains them, from where it started.
+    """Attack models that are trained as a finished run's study trains them, from the study's start.
 
-    out, options: as of `attack_study`.
+    out, options: as for `attack_study`.
 
     >>> import fedtune
     >>> fedtune.attack_run(fedtune.Run("runs/none"))
@@ -178,7 +179,7 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: as of `attack_study`, and InputError where the run is not finished."""
+    Errors: as for `attack_study`; InputError if the run is not finished."""
     if not run.private:
         raise ConfigError(f"{run.folder}: not private, so there is no ε to attack")
     return attack_study(run.study, out, **options)
@@ -198,9 +199,9 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 
 
 def begin_again(study: Study) -> Start:
-    """Compute the study's starting point again, ignoring the digests in a finished run's plan: on
-    another machine, public text gives the same start only up to rounding. Errors: ConfigError,
-    ModelError."""
+    """Compute the study's starting point again. The digests in a finished run's plan are ignored,
+    since on another machine public text gives the same start only up to rounding. Errors:
+    ConfigError, ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
         table = study.lora.preconditioner
@@ -231,7 +232,8 @@ def save(result: Attack, out: Path) -> None:
 
 
 def _coins(canaries: int, models: int) -> np.ndarray:
-    """Draw coins (models, canaries): each canary is in half of the models."""
+    """Draw coins (models, canaries) that say which canary is in which model; each is in half of
+    them."""
     draw = np.random.default_rng()
     half = np.arange(models) < models // 2
     return np.stack([draw.permutation(half) for _ in range(canaries)], axis=1)
@@ -239,7 +241,7 @@ def _coins(canaries: int, models: int) -> np.ndarray:
 
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
     """Generate units that each hold one record, repeated as often as a draw of the plan has
-    records. The canaries come first, then the units that are in every model, the last of which hold
+    records. The canaries come first, then the units that are in every model. The last of these hold
     a secret each. Return the units, and the number of those with a secret."""
     secrets = _generate_secrets(study, network, min(SECRETS, others))
     random = generate_records(
@@ -274,9 +276,12 @@ def _given_away(
 
 @dataclass(frozen=True)
 class _World:
-    """The common setup of an attack's models: their starting point, the units that may be in them,
-    which canaries are in which model (coins: one row for each model), and the number of units with
-    a secret."""
+    """The common setup of an attack's models.
+
+    - begun: their starting point
+    - everybody: the units that may be in them
+    - coins: which canaries are in which model; one row for each model
+    - secrets: the number of units with a secret"""
 
     begun: Start
     network: Network
@@ -286,8 +291,8 @@ class _World:
     rounds: int
 
     def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
-        """Train a model for each row of coins; return each canary's loss in it, (models, canaries),
-        and the secrets' exposure in the first of them."""
+        """Train a model for each row of coins. Return each canary's loss in each model, (models,
+        canaries), and the secrets' exposure in the first model."""
         network = self.network
         study = self.begun.study
         canaries = self.coins.shape[1]
@@ -322,7 +327,7 @@ def _select_units(everybody: Dataset, there: np.ndarray) -> Dataset:
 def _judge_losses(
     losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float
 ) -> Membership:
-    """Score each canary in each model by comparison with the other models' losses, and evaluate how
+    """Score each canary in each model by comparison with the other models' losses, and measure how
     well the scores tell members from others."""
     scores = ratios(losses, coins)
     inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
@@ -331,12 +336,12 @@ def _judge_losses(
 
 
 def ratios(losses: Scores, coins: np.ndarray) -> Scores:
-    """Compute for each model and canary the log likelihood ratio of "in" to "out", (models,
-    canaries). The likelihoods are Gaussians of a common variance around the mean losses of the
-    other models with the canary, and of those without it.
+    """Compute the log likelihood ratio of "in" to "out" for each model and canary, (models,
+    canaries). The likelihoods are Gaussians of a common variance. Their means are the mean losses
+    of the other models with the canary and of those without it.
 
-    The same number of models with and without the canary is drawn at random. Otherwise the scores
-    would tell members apart without any leak: a model is not its own reference, so its kind has one
+    As many models with the canary as without it are drawn at random. Otherwise the scores would
+    tell members apart without any leak: a model is not its own reference, so its own kind has one
     reference less, and a mean of fewer models is further from any loss."""
     draw, scores = np.random.default_rng(), np.empty_like(losses)
     for t in range(len(losses)):
@@ -353,7 +358,7 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
 
 
 def _draw_models(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Draw at random, for each canary c, kept[c] of the models that `mask` (models, canaries) marks
-    in column c; return them as such a mask."""
+    """For each canary c, draw kept[c] of the models that `mask` (models, canaries) marks in column
+    c, at random. Return the drawn models as such a mask."""
     order = np.where(mask, draw.random(mask.shape), np.inf)
     return mask & (order.argsort(axis=0).argsort(axis=0) < kept)

@@ -19,10 +19,10 @@ def rate_upper(errors: int, trials: int, confidence: float) -> float:
 
 def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) -> float:
     """Compute a lower bound on μ of a Gaussian trade-off from a test's two error counts, each out
-    of `trials`.
+    of `trials`; at least 0.
 
-    β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β); each rate is bounded at half of 1 - confidence.
-    At least 0.
+    β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β). Each error rate is bounded with error probability
+    (1 - confidence) / 2.
     Reference: Dong, Roth & Su 2022, definition 2.6; Nasr et al. 2023, section 4."""
     half = 1 - (1 - confidence) / 2
     alpha = rate_upper(false_alarms, trials, half)
@@ -31,9 +31,9 @@ def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) 
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Compute the exact ε at δ of a Gaussian mechanism with μ = sensitivity / standard deviation.
+    """Compute the exact ε at δ of a Gaussian mechanism with μ = sensitivity / standard deviation;
+    0.0 if μ = 0, or if the mechanism is (0, δ)-DP already.
 
-    | μ = 0, or (0, δ)-DP already | 0.0 |
     Reference: Balle & Wang 2018, theorem 8."""
     if mu <= 0 or _delta(0.0, mu) <= delta:
         return 0.0

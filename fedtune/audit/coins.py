@@ -36,8 +36,10 @@ MOST_STEPS = 20  # the largest number of steps; the claimed ε is that of the st
 class OneRun:
     """The result of the audit of one run.
 
-    claimed: ε of the `steps` that ran. audited, ceiling: the lower bounds on ε at 95 % and 99.9 %
-    confidence, which assume nothing about the mechanism."""
+    - m: the number of canaries; guesses, correct: how many were guessed, and how many rightly
+    - claimed: ε of the `steps` that ran
+    - audited, ceiling: lower bounds on ε at 95 % and at 99.9 % confidence, which assume nothing
+      about the mechanism"""
 
     m: int
     guesses: int
@@ -56,12 +58,13 @@ class OneRun:
 def one_run(
     study: Study, network: Network | None = None, canaries: int = CANARIES, steps: int = MOST_STEPS
 ) -> OneRun:
-    """Train `study` once on generated canary units through the shipped local loop, then guess.
+    """Train `study` once on generated canary units with the shipped local loop, then guess the
+    coins.
 
-    network: the network to train, by default the study's architecture at tiny size. canaries: their
-    largest number; it is reduced to half of the trained parameters, since more canaries would hide
-    each other. A canary is one unit: a record of random tokens or, if records are drawn, as many
-    equal records as the cap allows.
+    network: the network to train, by default the study's architecture at tiny size. canaries: the
+    largest number of them. It is reduced to half of the number of trained parameters, since more
+    canaries would hide each other. A canary is one unit: a record of random tokens or, if records
+    are drawn, as many equal records as the cap allows.
 
     The attacker sees every update that leaves the site and knows all canaries. The optimiser is SGD
     with one local step, so that an update holds all of the noised sum (any other optimiser is
@@ -129,8 +132,8 @@ class _Attacker:
     Each sum is q G'b + noise, with the canaries' clipped gradients G and the coins b. The noise's
     standard deviation is estimated outside the span of G, so that a run with less noise than
     claimed is attacked at its actual noise. The score is the posterior mean of b under a Gaussian
-    prior of variance 1/4, which is the best linear one; the evidence of rounds adds up.
-    """
+    prior of variance 1/4; it is the best linear estimate. The evidence of all rounds is added
+    up."""
 
     def __init__(self, plan: DpPlan, canaries: int) -> None:
         self._rate = plan.sampling_rate

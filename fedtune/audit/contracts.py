@@ -1,5 +1,5 @@
-"""Check on generated records whether a plug-in fulfils the contracts of its group. The tests do
-this for the plug-ins of this release, `fedtune check-plugin` for those of other distributions."""
+"""Check on generated records whether a plug-in fulfils the contracts of its group. The tests check
+the plug-ins of this release, and `fedtune check-plugin` those of other distributions."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def study_for(
     engine: str = "auto",
 ) -> Study:
     """Build a private study on `base` with unit patient. It trains an adapter in the last two
-    blocks or, if the objective needs them, uses class statistics of the frozen base."""
+    blocks, or class statistics of the frozen base if the objective needs them."""
     table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
     objective = OBJECTIVES.build(name, options or {})
     if objective.record_format == "label":
@@ -259,7 +259,7 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     | weighted mean | the adapter moves by a constant times the mean, if the strategy `is_mean` |
     | order of arrival | changes at most one rounding of fp32, and 10⁻¹² of the fp64 state |
     | inputs | are not changed |
-    | names, shapes and type | the new adapter has those of the old one |
+    | names, shapes and type | are the same in the new adapter as in the old one |
     | state | after a restart with it, rounds continue as without the restart |
     """
     bench = _Bench(made)
@@ -275,8 +275,8 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
 
 
 class _Bench:
-    """Builds new strategies that are ready for their first round, and the arrays for trying them:
-    an adapter with updates of its shapes, or a head with class statistics."""
+    """Builds new strategies that are ready for their first round, and arrays to try them on: an
+    adapter with updates of its shapes, or a head with class statistics."""
 
     def __init__(self, made: Callable[[], Strategy]) -> None:
         self._made = made
@@ -369,7 +369,8 @@ def _compare_identical_updates(bench: _Bench) -> float:
 
 
 def _mean(bench: _Bench) -> float:
-    """Compare the step of two updates with the weighted mean of the steps of each alone."""
+    """Compare the step of two updates with the weighted mean of each update's step alone; return
+    the largest difference."""
     worst = 0.0
     for seed in range(5):
         adapter, seeds = bench.adapter(seed), [seed + 1, seed + 2]
@@ -474,7 +475,7 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
 
 
 def _convert_all(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
-    """Convert each unit by itself; None for one whose conversion fails."""
+    """Convert each unit by itself; the result of a unit whose conversion fails is None."""
     results: list[list[Row] | None] = []
     with Conversion(table) as conversion:
         for unit in units:
@@ -490,8 +491,9 @@ def _count_differing(some: list[list[Row] | None], others: list[list[Row] | None
 
 
 def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:
-    """Count the rows that change besides the one that is removed. Errors: DataError if the
-    file's rows are not its lines, so that none can be removed."""
+    """Remove one row at a time, and count the removals after which another row changed too. With
+    `less`, only its one removal is tried. Errors: DataError if the file's rows are not its lines,
+    so that none can be removed."""
     expected = list(rows(file, {}, strict=False, source=plugin))
     if less is not None:
         remaining = list(rows(less, {}, strict=False, source=plugin))
@@ -513,8 +515,8 @@ def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> fl
 
 
 def _count_mishandled_files(plugin: Source, copied: Path) -> float:
-    """Count the broken files that raise anything but a DataError, or whose content a message
-    quotes."""
+    """Count the broken files whose content a message quotes. An error other than a DataError is
+    passed on."""
     wrong, draw = 0, np.random.default_rng(0)
     for prefix in (None, b"", draw.bytes(4096), b'"'):
         copied.write_bytes(b"" if prefix is None else prefix + SECRET.encode())
@@ -531,9 +533,9 @@ def _count_mishandled_files(plugin: Source, copied: Path) -> float:
 def tracker(plugin: Tracker) -> Iterator[Result]:
     """Check a tracker.
 
-    | events | it accepts those of a run |
+    | events | it accepts the events of a run |
     | data | it does not change an event's data |
-    | close | it can be called at any time, and twice |
+    | close | may be called at any time, and twice |
     """
     events: list[tuple[str, dict[str, Any]]] = [
         ("start", {"study": "check-plugin", "rounds": 2, "private": True}),

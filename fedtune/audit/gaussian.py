@@ -66,11 +66,11 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     """Run `trials` steps of `plan` with a canary and as many without, and tell them apart by one
     projection of the noised sum.
 
-    The canary is a unit whose k rows all point the same way and are longer than C, among three
-    generated units that the attacker knows. Every unit is in the step (q = 1), and the claim is
-    taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
-    plan allows, μ/2: from theory, fixed before a trial is run.
-    Guarantee: the steps are those of the shipped code; their log lines go to memory, since no
+    The canary is a unit whose k rows all point the same way and are longer than C. It is added to
+    three generated units that the attacker knows. Every unit is in the step (q = 1), and the claim
+    is taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
+    plan allows, μ/2. It follows from theory, before a trial is run.
+    Guarantee: the steps are those of the shipped code. Their log lines go to memory, since no
     record is read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
     Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"."""
@@ -131,8 +131,8 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
-    """Run one step and return what an attacker sees. For sites that share noise, this is the sum of
-    the honest sites, all but one of which have no record."""
+    """Run one step and return the noised sum that an attacker sees. For sites that share noise,
+    this is the sum of the honest sites, all but one of which have no record."""
     if plan.sites == 1:
         return plan.step(n_rows, dimension, gradients, log, 1)
     total = plan.noised_sum(n_rows, dimension, gradients, log, 1)

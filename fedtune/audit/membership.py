@@ -1,15 +1,14 @@
-"""Membership inference: measure how well scores tell members from others, and compare it with
-what ε allows.
+"""Membership inference: measure how well scores tell members from others, and compare it with what
+ε allows.
 
 A score is higher for units that more probably were trained on. The figures are the ROC curve, the
-area under it, and the share of members that are found if 1 % of the others are taken for members,
-with intervals over units.
+area under it, and the share of members that are found at a threshold which 1 % of the others
+exceed. They come with intervals over units.
 
 The threshold for 1 % is estimated from the scores of n others, as the k-th highest. The true
-probability that another unit exceeds it has the distribution Beta(k, n + 1 - k), with 10 others a
-mean of about 9 %. The share of members found is therefore compared with the bound that ε allows at
-the upper end of that probability.
-"""
+probability that another unit exceeds it has the distribution Beta(k, n + 1 - k); with 10 others its
+mean is about 9 %. The share of members found is therefore compared with the bound that ε allows at
+the upper end of that probability."""
 
 from __future__ import annotations
 
@@ -62,10 +61,11 @@ class Membership:
 def membership(
     inside: Scores, outside: Scores, epsilon: float | None, delta: float, seed: int = 0
 ) -> Membership:
-    """Evaluate the scores of members (inside) and of others (outside), (units, guesses about each).
+    """Measure how well scores tell members (inside) from others (outside): arrays (units, guesses).
 
-    epsilon: None if nothing is claimed. The intervals come from a bootstrap over units, since the
-    guesses about one unit are not independent. Ties count half.
+    Return the AUC and the share of members found, with intervals, and the bounds that (epsilon,
+    delta) sets; the bounds are 1 if epsilon is None. The intervals come from a bootstrap over
+    units, since the guesses about one unit are not independent. A tie counts half in the AUC.
 
     >>> import numpy as np
     >>> told = membership(np.full((20, 1), 2.0), np.full((20, 1), 1.0), 1.0, 1e-5)
@@ -97,7 +97,8 @@ def membership(
 
 
 def auc(inside: Scores, outside: Scores) -> float:
-    """Compute the share of pairs in which the member has the higher score."""
+    """Compute the share of pairs of a member and another in which the member has the higher score;
+    a tie counts half."""
     others = np.sort(outside.ravel())
     below = np.searchsorted(others, inside.ravel(), side="left")
     upto = np.searchsorted(others, inside.ravel(), side="right")
@@ -107,8 +108,8 @@ def auc(inside: Scores, outside: Scores) -> float:
 def compute_true_positive_rate(
     inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS
 ) -> float:
-    """Compute the share of members above the threshold that at most `alarms` of the others
-    exceed."""
+    """Compute the share of members whose score exceeds a threshold; at most a share `alarms` of the
+    others exceeds it."""
     others = np.sort(outside.ravel())
     threshold = others[-1 - math.floor(alarms * others.size)]
     return float((inside.ravel() > threshold).mean())
@@ -126,8 +127,8 @@ def most_alarms(others: int) -> float:
 
 
 def least_found(share: float, members: int) -> float:
-    """Compute the lower end of the share of members found, if `share` of `members` units were found
-    (Clopper and Pearson 1934)."""
+    """Compute the lower end of the share of members found, if a share `share` of `members` units
+    was found (Clopper and Pearson 1934)."""
     hits = math.floor(share * members + 1e-9)
     return float(beta.ppf(SIDE, hits, members - hits + 1)) if hits else 0.0
 

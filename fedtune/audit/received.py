@@ -1,15 +1,16 @@
 """Test whether the updates that a coordinator receives tell whose records they were made from.
 
 A run keeps no update, only digests of what the sites signed. So the run's study is trained again,
-by the code of a site's round, on records that the attacker knows to be a site's: each file's units
-in two random halves, of which one trains and the other is what the attacker compares with.
+by the code of a site's round, on records that the attacker knows to be a site's. Each file's units
+are divided at random into two halves: one half is trained on, and the attacker compares the updates
+with the other.
 
     received   each site's noised update of every round; with secure aggregation the sum alone
-    along      by how much more it points along what a site's records would send than along what
-               others of their classes would, in mean cosines, over all rounds
+    along      the mean cosine between the updates and what a site's records would send, minus the
+               mean for all sites' records of the same classes, over all rounds
 
-Significance is tested by permuting the sites' names among the compared units of the same
-classes, as in `site_inference`. ε protects a patient, so it covers none of this."""
+Significance is tested by permuting the sites' names among the compared units of the same classes,
+as in `site_inference`. ε protects a patient, so it covers none of this."""
 
 from __future__ import annotations
 
@@ -50,11 +51,12 @@ SUM = "the sum"  # stands for the sender if only the sum of all sites' updates i
 
 @dataclass(frozen=True)
 class Along:
-    """By how much more updates point along a site's records than along other sites' records of the
-    same classes, as a difference of mean cosines.
+    """The mean cosine of updates with a site's records, minus the mean cosine with all sites'
+    records of the same classes.
 
-    p: the p-value by a permutation of the sites' names, times the number of such comparisons for
-    these updates (Bonferroni). of: the class, "" for all."""
+    - of: the class; "" for all classes
+    - p: the p-value by a permutation of the sites' names, times the number of such comparisons for
+      these updates (Bonferroni)"""
 
     site: str
     of: str
@@ -65,8 +67,8 @@ class Along:
 
 @dataclass(frozen=True)
 class Traced:
-    """The result for the updates of one site, or for SUM: how far they point along each site's
-    records. by_class: the same within each class in which sites can be compared."""
+    """The result for the updates of one site, or for SUM. sites: how far the updates point along
+    each site's records; by_class: the same within each class in which sites can be compared."""
 
     updates: str
     sites: tuple[Along, ...]
@@ -74,7 +76,7 @@ class Traced:
 
     @property
     def named(self) -> Along:
-        """Return the site that is named as the source: the one with the smallest p, then the
+        """Return the entry that is named as the source: the one with the smallest p, then the
         largest cosine."""
         return min((*self.sites, *self.by_class), key=lambda one: (one.p, -one.cosine))
 
@@ -91,13 +93,13 @@ class Party:
 def attack_received(
     run: Run, records: Mapping[str, DataFile | Path | str], *, out: Path | str | None = None
 ) -> tuple[Traced, ...]:
-    """Try to tell which site's records an update was made from, as an attacker could who has what
-    the coordinator of a finished run's study receives.
+    """Try to tell which site's records an update was made from, using only what the coordinator of
+    a finished run's study receives, and records that are known to be a site's.
 
     Each file's units are divided at random into halves. One half is trained on, from the study's
-    start and by its plan for so many units; the other half is compared with the updates. Nothing is
-    charged, since no update leaves this machine. The result is an exact function of the records, so
-    only this user can read `out`.
+    start and by its plan for this number of units; the other half is compared with the updates.
+    Nothing is charged, since no update leaves this machine. The result is an exact function of the
+    records, so only this user can read `out`.
 
     Args:
         records: site's name -> a file with the study's columns.
@@ -165,7 +167,7 @@ def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
 
 
 def _of_units(examples: Sequence[Example], asked: Asked, rows: npt.NDArray[np.bool_]) -> Dataset:
-    """Build a site's training set from its rows, with those of a unit together."""
+    """Build a site's training set from its rows; the rows of a unit stand together."""
     here = np.flatnonzero(rows)
     here = here[np.argsort(asked.units[here], kind="stable")]
     units, numbers = np.unique(asked.units[here], return_inverse=True)
@@ -179,8 +181,8 @@ def _each_a_unit(examples: Sequence[Example]) -> Dataset:
 
 
 def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
-    """Return name -> sender. If only the sum is opened, there is one sender, with all sites'
-    records and the joint noise, whose update includes the optimiser's step."""
+    """Return name -> sender. If only the sum of updates is opened, there is one sender, SUM. It has
+    all sites' records and their joint noise, and its update includes the optimiser's step."""
     if study.secure_aggregation:
         whole = join([one.dataset for one in data])
         plan = joint_plan(study, whole.n_units, len(data))
@@ -210,8 +212,8 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 
 def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
-    """Plan the sum of `sites` sites' updates like that of one site with all their units, with
-    the noise that all of them add."""
+    """Return the plan of the sum of `sites` sites' updates: that of one site with all their units,
+    and with the noise that all of them add."""
     if not study.private:
         return non_private_plan(study, units)
     plan = plan_for_site(study, units)
@@ -226,7 +228,7 @@ def compare_received(
     receives with the update that each candidate alone would cause. Return sender -> the candidates'
     mean cosines over all rounds, (n,).
 
-    candidates: n records, each a unit of its own, on the parties' network, whose arrays are
+    candidates: n records, each a unit of its own, on the parties' network. The network's arrays are
     restored afterwards."""
     study, network = begun.study, candidates.network
     adapter = begun.adapter
@@ -251,15 +253,16 @@ def compare_received(
 
 
 def _rounds(study: Study, party: Party) -> int:
-    """Return the study's number of rounds; for a study without a last round, the number of rounds
-    that a patient's budget pays for."""
+    """Return the study's number of rounds or, for a study without a last round, the number that a
+    patient's budget pays for."""
     plan = party.plan
     return plan.rounds if isinstance(plan, DpPlan) else study.training.rounds or 0
 
 
 def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) -> Floats:
-    """Compute the inner product of each update's direction with what each record would add to it
-    from the loaded adapter, (updates, n): its clipped gradient, in multiples of C."""
+    """Compute the inner product of each update's direction with what each record would add to it,
+    (updates, n). A record would add its clipped gradient at the loaded adapter, in multiples of
+    C."""
     kind = study.training.engine
     engine = UnitGradientEngine(candidates, study.objective.resolved, "record", kind)
     names = list(candidates.network.update_parameters())
@@ -279,8 +282,8 @@ def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) 
 
 
 def trace(updates: str, values: Floats, asked: Asked) -> Traced:
-    """Compare the sites by the mean cosines of their records. values: (n,), the mean cosine of each
-    compared record with these updates."""
+    """Compare the sites by the mean cosines of their records. values: (n,), each compared record's
+    mean cosine with these updates."""
     classes = [str(name) for name in np.unique(asked.classes)]
     parts = {name: asked.classes == name for name in classes} if len(classes) > 1 else {}
     parts = {name: rows for name, rows in parts.items() if len(np.unique(asked.sites[rows])) > 1}

@@ -1,5 +1,5 @@
 """Measure how much an adapter reveals of generated secrets: their exposure, and how many of them it
-writes."""
+writes by itself."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ COLUMNS = {  # the columns of rows with secrets
 
 @dataclass(frozen=True)
 class Exposure:
-    """The exposure of secrets in bits: log2 POOL minus log2 of a secret's rank by loss among POOL
-    numbers, rank 1 having the lowest loss.
+    """The exposure of secrets in bits. A secret is ranked by its loss among POOL numbers, where
+    rank 1 has the lowest loss; its exposure is log2 POOL minus log2 of the rank.
 
     - mean, highest: the mean and the largest exposure with the adapter
     - base: the mean exposure without the adapter
@@ -62,15 +62,15 @@ class Exposure:
 
 def generate_secrets(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
     """Generate rows with one secret each, to be planted among generated records before a run. They
-    have prompt and completion, or text and label, and each its own patient. They follow from the
-    study's public seed, so anybody can compute them: never use them in place of real records."""
+    have prompt and completion, or text and label, and each has its own patient. Anybody can compute
+    them from the study's public seed, so never use them in place of real records."""
     return [_row(study, at, number) for at, number in enumerate(_numbers(study, secrets, 1)[:, 0])]
 
 
 def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Dataset:
-    """Load generated rows, as from `generate_secrets`, for the study's base.
+    """Load generated rows, such as those of `generate_secrets`, for the study's base.
 
-    Errors: DataError where the study's tokenizer or length cannot hold such a record."""
+    Errors: DataError if the study's tokenizer or length cannot hold such a record."""
     columns = Columns(**{name: name for name in COLUMNS[study.objective.resolved.record_format]})
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
@@ -87,11 +87,11 @@ def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Da
 
 
 def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int = POOL) -> Exposure:
-    """Rank each planted secret by its loss in `network` among random secrets of the same form, and
-    return their exposure, and how many of them it writes by itself.
+    """Rank each planted secret by its loss in `network` among random secrets of the same form.
+    Return the secrets' exposure, and how many of them the network writes by itself. If the secrets
+    were not planted, the mean exposure is that of chance.
 
-    | the secrets were not planted | the mean is that of chance |
-    Errors: DataError where the study's tokenizer or length cannot hold such a record.
+    Errors: DataError if the study's tokenizer or length cannot hold such a record.
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
     numbers = _numbers(study, secrets, pool)
     rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
@@ -114,8 +114,9 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
 def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
     """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence.
 
-    Without its record a secret's rank is uniform. So with its record the rank is at most r with a
-    probability of at most e^ε · r / pool + δ, whatever the ranks of the other secrets are."""
+    In a model without the secret's record, the secret's rank is uniform. So with its record the
+    rank is at most r with probability at most e^ε · r / pool + δ, whatever the ranks of the other
+    secrets."""
     ranks = np.arange(1, found.pool + 1)
     reached = np.minimum(1.0, math.exp(min(epsilon, 100.0)) * ranks / found.pool + delta)
     reached[-1] = 1.0
@@ -128,7 +129,7 @@ def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
 
 def most_extracted(epsilon: float, delta: float) -> float:
     """Return the largest probability that (ε, δ) allows for the extraction of one secret. Without
-    its record, an attacker guesses one of SPACE numbers.
+    the secret's record, a model writes it with probability at most 1 / SPACE.
 
     >>> round(most_extracted(8.0, 1e-5), 6)
     4.3e-05
@@ -144,17 +145,17 @@ def _bits(losses: np.ndarray) -> np.ndarray:
 
 
 def _limit(secrets: int) -> float:
-    """Return a bound that the mean exposure by chance exceeds with probability 0.1 %. By chance
-    rank / pool is stochastically at least uniform, so a secret's bits are at most exponential with
+    """Return a bound that the mean exposure by chance exceeds with probability 0.1 %. By chance,
+    rank / pool is stochastically at least uniform. So a secret's bits are at most exponential with
     mean 1 / ln 2, and their sum is at most a gamma variable."""
     return float(gammaincinv(secrets, CONFIDENCE)) / secrets / math.log(2)
 
 
 @torch.no_grad()
 def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
-    """Count the rows whose completion the network writes greedily after the prompt: each of its
-    tokens is the likeliest one after those before it. Whether the network stops afterwards does not
-    matter. None for a classifier."""
+    """Count the rows whose completion the network writes greedily after the prompt: each token of
+    the completion is the likeliest after those before it. Whether the network stops afterwards does
+    not matter. None for a classifier."""
     objective = study.objective.resolved
     if objective.record_format == "label":
         return None

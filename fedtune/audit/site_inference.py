@@ -1,15 +1,15 @@
 """Site inference: test whether a model's outputs tell which site a record is from, and whose
 records the model learnt.
 
-    guessed    each record's site, from what training changed in the model's outputs on it, by the
-               nearest of the sites' means in its class, which the other records make
-    learnt     by how much more the loss fell on a site's records than on others of their classes
+    guessed    each record's site. Training changed the model's outputs on the record; the guess is
+               the site whose mean change, over its other records of this class, is nearest
+    learnt     how much more the loss fell on a site's records than on all records of their classes
 
 Both are compared with chance: the sites' names are permuted among units that have records of the
 same classes, so that information from the class alone does not count (Noreen 1989, chapter 2). ε
-protects a patient, so it covers neither. A guess above chance may come from the records' own
-style, which every function of them shows; what training on them adds is the difference from
-`references`, models that did not learn from these sites."""
+protects a patient, so it covers neither. A guess above chance may come from the records' own style,
+which every function of them shows. What training on them adds is the difference from `references`,
+models that did not learn from these sites."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ Ints = npt.NDArray[np.int64]
 class Guessed:
     """The share of records whose site was guessed, with equal weight for each site.
 
-    chance: its mean over permutations of the sites' names; p: how often one gives as much. of: the
-    class, "" for all."""
+    - of: the class; "" for all classes
+    - chance: the mean share over permutations of the sites' names
+    - p: the share of permutations that give at least as high a share (the p-value)"""
 
     of: str
     records: int
@@ -53,9 +54,9 @@ class Guessed:
 
 @dataclass(frozen=True)
 class Learnt:
-    """How much more the loss fell on a site's records than on others of their classes (nats).
+    """How much more the loss fell on a site's records than on all records of their classes (nats).
 
-    p: how often a permutation gives as much, times the number of sites."""
+    p: the share of permutations with at least as large a value, times the number of sites."""
 
     site: str
     records: int
@@ -65,9 +66,12 @@ class Learnt:
 
 @dataclass(frozen=True)
 class SiteInference:
-    """What a model's outputs reveal about sites. by_class: p times the number of classes;
-    references: the same guess from outputs of models that did not learn from these sites, by
-    folder."""
+    """What a model's outputs reveal about sites.
+
+    - guessed, learnt: the results for all classes together, and for each site
+    - by_class: the guesses within each class; their p is multiplied by the number of classes
+    - references: folder -> the same guess from outputs of a model that did not learn from these
+      sites"""
 
     guessed: Guessed
     by_class: tuple[Guessed, ...]
@@ -94,12 +98,12 @@ def attack_sites(
 ) -> SiteInference:
     """Try to tell sites apart by a finished run's outputs on records of theirs.
 
-    The files are of records that are known to be a site's, trained on or not; with a patient
-    column in `columns`, a patient's records are one unit. Nothing is charged; the result counts the
-    records exactly, so that `out` is for this user alone.
+    Each file holds records that are known to be one site's, whether they were trained on or not. If
+    the columns name a patient column, a patient's records are one unit. Nothing is charged. The
+    result is an exact function of the records, so only this user can read `out`.
 
     Args:
-        records: by site's name, a file of the study's columns.
+        records: site's name -> a file with the study's columns.
         references: runs of the same study's base that did not learn from these sites.
         out: a folder for sites.json.
 
@@ -124,7 +128,8 @@ def attack_sites(
 
 
 def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict[str, DataFile]:
-    """Describe each site's file, in the order of their names. Errors: ConfigError."""
+    """Describe each site's file, sorted by the sites' names. Errors: ConfigError if there are fewer
+    than two."""
     if len(records) < 2:
         raise ConfigError(
             "records of one site only",
@@ -138,8 +143,8 @@ def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict
 
 
 def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
-    """Compute what training changed in the outputs on each record, (n, 2): the fall of its loss,
-    and the change of the model's confidence."""
+    """Compute how training changed the outputs on each record, (n, 2): the fall of its loss, and
+    the change of the model's confidence. Also return the records' sites, classes and units."""
     changes = list[Floats]()
     readers, asked = read(run, given)
     for evaluator, trained in readers:
@@ -151,8 +156,8 @@ def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
 
 
 def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator, Arrays]], Asked]:
-    """Read each site's records; return what scores them, the run's trained arrays, and each
-    record's site, class and unit, in the same order.
+    """Read each site's records. Return, for each site, its evaluator and the run's trained arrays;
+    and the site, class and unit of each record, in the same order.
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
     choices = study.evaluation.choices if study.evaluation else ()
@@ -182,9 +187,9 @@ def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator,
 
 
 def _units(file: DataFile, usable: int) -> list[str]:
-    """Return the unit of each record; without a patient column each record is its own unit.
+    """Return the unit of each record. Without a patient column each record is its own unit.
 
-    Errors: DataError (a row that cannot be used, among rows of patients)."""
+    Errors: DataError if the file names patients and the model cannot read one of its rows."""
     if not file.columns.patient:
         return [str(n) for n in range(usable)]
     read = read_records(file, unit="patient")[0]
@@ -202,7 +207,8 @@ def _sureness(scores: Scores) -> Floats:
 
 
 def infer(outputs: Floats, asked: Asked) -> SiteInference:
-    """Guess each record's site from `outputs` (n, d), of which column 0 is the fall of its loss."""
+    """Build the result of an attack, without references, from `outputs` (n, d), of which column 0
+    is the fall of a record's loss."""
     classes = [str(name) for name in np.unique(asked.classes)]
     by_class = [
         guess(outputs[asked.classes == name], of_class(asked, name), name) for name in classes
@@ -215,13 +221,14 @@ def infer(outputs: Floats, asked: Asked) -> SiteInference:
 
 
 def of_class(asked: Asked, name: str) -> Asked:
-    """Select the records of a class."""
+    """Return the rows of one class."""
     rows = asked.classes == name
     return Asked(asked.names, asked.sites[rows], asked.classes[rows], asked.units[rows])
 
 
 def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
-    """Guess each record's site, and compare the share of correct guesses with chance."""
+    """Guess each record's site, and compare the share of correct guesses with chance. of: the class
+    that the records are of; "" for all."""
     shares = np.concatenate([_shares(outputs, asked, names) for names in _exchange_names(asked)])
     found, null = float(shares[0]), shares[1:]
     records = int(_counts(asked)[1].sum())
@@ -230,7 +237,8 @@ def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
 
 
 def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the rows of each class in which sites can be told apart, and their number."""
+    """Return the rows of each class in which sites can be told apart, and the numbers of these
+    rows."""
     rows = []
     for name in np.unique(asked.classes):
         here = np.flatnonzero(asked.classes == name)
@@ -241,8 +249,8 @@ def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
-    """Compute the share guessed correctly with these names (exchanges, n), with equal weight for
-    each site."""
+    """Compute the share of correct guesses, with equal weight for each site, for each row of
+    `sites` (exchanges, n), the sites' names in one permutation. Return (exchanges,)."""
     rows, counts = _counts(asked)
     if not rows:
         return np.zeros(len(sites))
@@ -253,7 +261,8 @@ def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
 
 
 def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
-    """Compute the same within a class: (m, d) values under (exchanges, m) names."""
+    """Compute the share of correct guesses within one class from values (m, d), for each row of
+    `sites` (exchanges, m). Return (exchanges,). number: how many sites there are."""
     spread = values.std(axis=0)
     values = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     own = np.eye(number)[sites]  # (exchanges, m, sites)
@@ -273,7 +282,8 @@ def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
 
 
 def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
-    """Compare each site's fall of the loss with that of others of its classes."""
+    """Compare the fall of the loss on each site's records with that on all records of their
+    classes."""
     found, p = compare(falls, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
     return tuple(
@@ -283,8 +293,9 @@ def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
 
 
 def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
-    """Compute how far each site's mean value (n,) is above that of others of its classes, and
-    how often a permutation of the sites' names gives as much: two arrays (sites,)."""
+    """Compare each site's mean of `values` (n,) with that of all records of its classes. Return two
+    arrays (sites,): the differences, and the share of permutations of the sites' names that give at
+    least as large a difference."""
     centred = values.copy()
     for name in np.unique(asked.classes):
         rows = asked.classes == name
@@ -299,8 +310,9 @@ def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
 
 
 def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
-    """Yield the sites' names as they are, then EXCHANGES permutations of them among units whose
-    records are of the same classes, block by block, from a fixed seed."""
+    """Yield the sites' numbers (1, n) as they are, then EXCHANGES permutations of them, in blocks
+    (exchanges, n), from a fixed seed. They are permuted among units whose records are of the same
+    classes."""
     yield asked.sites[None]
     first = np.unique(asked.units, return_index=True)[1]
     unit = np.searchsorted(asked.units[first], asked.units)

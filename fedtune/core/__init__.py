@@ -1,7 +1,7 @@
-"""All code that must be right for ε: what the process that holds a site's records can load.
+"""All code that must be right for ε: the modules that a vault, which holds the records, can load.
 
-It imports nothing of fedtune outside this package but its version, and nothing that serves or
-calls over a network; a contract of the imports and a test of real processes hold it to that. (A
-database's client and pip, which fetches a base before a study, do use one.)
+This package imports nothing of fedtune outside itself but the version, and nothing that serves or
+calls over a network. An import contract and a test of real processes check this. (A database's
+client uses a network, and so does pip, which fetches a base before a study.)
 docs/what-must-be-right.md lists each file.
 """

@@ -4,10 +4,10 @@
 The packages beside fedtune are found behind the standard library, and nothing is imported from
 the current folder: a module beside a user's study.toml is never run, whatever its name.
 
-transformers and bitsandbytes fetch compiled kernels from a hub at import where the package
-`kernels` is installed, and loaders ask the hub whether a cached file has changed. `cut_off` runs
-before any of them is imported, here and in every child; the hub is contacted only to fetch a base
-that a person named (core/bases/find.py)."""
+Where the package `kernels` is installed, transformers and bitsandbytes fetch compiled kernels from
+a hub when they are imported, and loaders ask the hub whether a cached file has changed. `cut_off`
+prevents both: it runs before these packages are imported, in this process and in every child. The
+hub is contacted only to fetch a base that a person named (core/bases/find.py)."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ SPINS = "10000"  # half a millisecond or so
 def limit_spinning() -> None:
     """Let a thread that waits for others in a matrix product spin for a moment only, then sleep.
 
-    GNU OpenMP lets it spin for some 15 ms, which beside other work costs several times the product
-    itself. A user who sets OMP_WAIT_POLICY or GOMP_SPINCOUNT keeps that setting. No effect if
-    PyTorch was imported before fedtune."""
+    GNU OpenMP lets it spin for some 15 ms, which costs several times the product itself if other
+    programs need the cores. A user who sets OMP_WAIT_POLICY or GOMP_SPINCOUNT keeps that setting.
+    This has no effect if PyTorch was imported before fedtune."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
@@ -74,8 +74,8 @@ _hidden = False
 
 def hide_quantisation() -> None:
     """Keep PEFT from importing bitsandbytes in this process until a plan quantises its base.
-    Wherever bitsandbytes is installed, importing it loads PyTorch's compiler, some 570 modules
-    that a study without it never uses."""
+    Importing bitsandbytes loads PyTorch's compiler, some 570 modules that other studies never
+    use."""
     global _hidden
     if QUANTISES not in sys.modules:
         sys.modules[QUANTISES] = None  # type: ignore[assignment]  # no such module, to all

@@ -63,14 +63,14 @@ class Stopped(BaseException):
 
 def is_fault(error: BaseException) -> bool:
     """Return whether an exception is a fault of the called code, and not a request to end this
-    process or generator. Some faults are no Exception: a panic of a library's Rust code, and what
-    PyTorch raises of a checkpoint that does not fit."""
+    process or generator. Some faults are no subclass of Exception, such as a panic in a library's
+    Rust code."""
     return not isinstance(error, Stopped | KeyboardInterrupt | SystemExit | GeneratorExit)
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error for the log of the machine on which it happened: its class, and the
-    message only of a FedtuneError, since a library's message may quote a record."""
+    """Return a text about an error for the log of the machine on which it happened: the class and,
+    only for a FedtuneError, the message, since a library's message may quote a record."""
     message = f": {error}" if isinstance(error, FedtuneError) else ""
     return type(error).__name__ + message
 
@@ -142,15 +142,16 @@ class InfrastructureError(FedtuneError):
 
 
 def facts_of(error: FedtuneError) -> dict[str, str]:
-    """Return an error's class, the nearest of this module, and its message, from which
-    `error_of` builds it again."""
+    """Return an error's message and class name, from which `error_of` builds the error again. For a
+    class of another module, return the name of its nearest parent class in this module."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
     words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
     return {"error": kind.__name__, **words}
 
 
 def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Build an error again that another process sent; an unknown class becomes one of ours."""
+    """Build the error that another process sent by `facts_of`; if its class is unknown, an
+    InfrastructureError."""
     kind = globals().get(str(facts.get("error")))
     is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
     words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))

@@ -4,8 +4,9 @@
     courier     speaks to the network: reads and writes the files that it is given, and no other
     conversion  runs a plug-in on one unit's rows: computes, and can do nothing else
 
-They are confined before they start a thread or import what is not fedtune's own; what they start
-inherits it. `Confinement` says what is in force; each half then *tries* what must not work.
+A process is confined before it starts a thread or imports other packages than fedtune; processes
+that it starts inherit this. `Confinement` says what is in force. Vault and courier then *try* what
+must not work.
 
 | no_network() | a network namespace, where one can be made; seccomp: no socket at all, or Unix    |
 |              | sockets alone (for the processes of a team, or a database's own socket)           |
@@ -78,7 +79,7 @@ READ_FILE = 1 << 2
 READ_DIR = 1 << 3
 READ = READ_FILE | READ_DIR
 FILES_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-# No program is run from what may be written, and no device, socket or queue is made there.
+# Rights not given where a process may write: to run a program, to make a device, socket or queue.
 NOT_WRITTEN = EXECUTE | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15  # and truncate, ioctl of a device
 SCOPES = 0b11  # abstract Unix sockets, signals: from version 6 on
@@ -88,13 +89,13 @@ NO_VIEW = (
     "it can fill the disk of the ledger, count the machine's processes, and see how long files are "
     "and when they were changed"
 )
-SMALL = 65_536  # bytes of a file that is there again on a disk of one's own
-ROOT = Path("/proc")  # where a root of one's own is built: there, and needed by nobody inside
+SMALL = 65_536  # bytes; files in a process's own folders up to this length are copied into its view
+ROOT = Path("/proc")  # where a private root is built: it always exists, and nothing inside needs it
 PROCESSES = 1024  # and threads, of a process with a view of its own and what it starts
 IN_MEMORY = MS_NOSUID | MS_NODEV | MS_NOEXEC
 OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it is written
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
-# Whatever a Confinement's means and reasons say, and nothing else.
+# Matches every text that a Confinement's means and reasons can hold, and no other text.
 WALL = re.compile(
     r"namespace|seccomp|landlock \d{1,3}|own files|own processes|records elsewhere|no Landlock"
     r"|no (network namespace|view of its own): (unshare|mount|pivot_root|a file): \w{1,20}"
@@ -110,7 +111,7 @@ CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 class Confinement:
     """The confinement that is in force in this process.
 
-    - means: "namespace", "seccomp", "landlock 7"
+    - means: what confines it, such as "namespace", "seccomp" and "landlock 7"
     - missing: what stays open, in words
     - reasons: which means is not in force, and why Linux refuses it, whether or not anything stays
       open because of that"""
@@ -130,14 +131,16 @@ class Confinement:
 
 
 def describe(walls: Sequence[str]) -> str:
-    """Describe how a half is confined, and which means is not in force."""
+    """Return a text that lists `walls`: the means that confine a half of the site, and why others
+    are not in force."""
     return ", ".join(walls) or "NOT CONFINED"
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
-    """Cut this process off every network. sockets: families of which it may still open sockets;
-    with AF_INET among them (a database over TCP) it stays on the network, and the result says so.
-    What no process of ours may do (ptrace, io_uring, raw sockets) is refused in either case.
+    """Cut this process off every network. sockets: families of which it may still open sockets. If
+    AF_INET is one of them, for a database over TCP, the process stays on the network, and the
+    result says so. The calls in NEVER (such as ptrace and io_uring) and raw sockets are refused in
+    either case.
 
     Errors: InfrastructureError if threads already run, which would stay as they are."""
     families = sorted({int(family) for family in sockets})
@@ -152,8 +155,8 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
 
 @functools.cache
 def try_confinement() -> tuple[Confinement, Confinement]:
-    """Try which confinement of vault and courier this machine supports, each in a process of its
-    own."""
+    """Return the confinement of a vault and of a courier that this machine supports, each tried in
+    a process of its own."""
     found = []
     for half in ("vault", "courier"):
         command = boot.command("fedtune.core.isolation", half)
@@ -171,10 +174,11 @@ def try_confinement() -> tuple[Confinement, Confinement]:
 def only_files(
     read: Iterable[Path], write: Iterable[Path], names: Iterable[Path] = ()
 ) -> Confinement:
-    """Restrict this process to the files below these paths, and to sockets of the network.
+    """Restrict this process to files below these paths, and to sockets of the internet families.
 
-    names: folders of which it may read the names of files, and no file. Errors: InfrastructureError
-    as for `no_network`."""
+    read: files and folders that it may read and run; write: those that it may read and write;
+    names: folders in which it may list names, but read no file. Errors: InfrastructureError as for
+    `no_network`."""
     _check_alone()
     _close_itself()
     of_files = _restrict_files(list(read), list(write), list(names))
@@ -182,10 +186,10 @@ def only_files(
 
 
 def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
-    """Give this process a private view of the machine. Of all files and folders it sees only
-    those `shown`; what it writes in the folders `own` stays in memory, on a disk that nobody
-    else has, and is lost with it; processes have other numbers than outside, and it sees only
-    its own.
+    """Give this process a private view of the machine. It sees only the files and folders `shown`
+    and the folders `own`. The folders `own` are in memory: no other process sees what it writes
+    there, and these files are lost when it ends. Processes have other numbers than outside, and it
+    sees only itself and those that it starts.
 
     The length of a file and the time of its last change, the free space of a disk and the
     numbers of processes depend on what else the machine does: at a site, on records. A process
@@ -214,9 +218,10 @@ def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
 def only_computing() -> Confinement:
     """Restrict this process to its memory, the descriptors that it has open, and ending itself.
 
-    It opens no file or socket, starts no process or thread, signals nobody, and learns neither its
-    own number nor the time: what it computes follows from its memory and what it reads. A thread
-    that runs already is not confined. "seccomp" is among the means if it holds."""
+    It can open no file or socket, start no process or thread, signal no process, and learn neither
+    its own number nor the time. So its results depend only on its memory and on what it reads from
+    open descriptors. A thread that runs already is not confined. If the restriction holds,
+    "seccomp" is among the means."""
     stopped = _stop_clocks()
     _close_itself()
     return stopped & _install(filter_of_computing)
@@ -241,7 +246,7 @@ def _check_alone() -> None:
 
 
 def _close_itself() -> None:
-    """Keep other processes of this user out of this one's memory, and its memory out of files."""
+    """Keep other processes of this user from reading this one's memory, and forbid core dumps."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(PR_SET_DUMPABLE, 0)
 
@@ -255,8 +260,8 @@ def _own_network() -> Confinement:
 
 
 def _unshare(spaces: int) -> str:
-    """Move into new namespaces; a user other than root also into a user namespace. Return why
-    Linux refuses it; "" if it does not."""
+    """Move into new namespaces; a user other than root also moves into a user namespace. Return ""
+    or, if Linux refuses, the reason."""
     user, group = os.getuid(), os.getgid()
     libc = _libc()
     if user == 0 and libc.unshare(spaces) == 0:
@@ -271,8 +276,8 @@ def _unshare(spaces: int) -> str:
 
 
 def _bound_processes() -> None:
-    """Bound the number of this process and its children: how many processes the whole machine, or
-    this user, may still start depends on how many others have.
+    """Limit how many processes this process and its children may start. Without a limit of its own,
+    a process could find out how many others run, by how many it can still start.
 
     From Linux 5.14 on a user namespace counts its own processes only; root has no such limit."""
     release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
@@ -306,9 +311,9 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
 
 
 def _place(path: Path, there: list[Path]) -> Path | None:
-    """Make the mount point of a file or folder below ROOT, and every link that leads to it.
-    there: what is mounted already; the true path is added to it. None: the path leads nowhere,
-    or to something that is mounted. Errors: OSError."""
+    """Make the mount point of a file or folder below ROOT, and every link that leads to it; return
+    the mount point. Return None if the path leads nowhere, or to something that is mounted already.
+    there: the paths that are mounted already, to which this one is added. Errors: OSError."""
     found, left = Path("/"), list(path.absolute().parts[1:])
     while left:
         here = Path(os.path.normpath(found / left.pop(0)))
@@ -343,8 +348,8 @@ def _mount(source: str | None, target: Path, kind: str | None, flags: int, data:
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
-    """Read the small files in a folder, such as certificates, but no log; and none through a
-    link, which may lead to what is to be hidden."""
+    """Return the contents of the small files in a folder, such as certificates, by name. Longer
+    files, such as logs, are left out, and links, which may lead to files that are to be hidden."""
     with suppress(OSError):
         files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         return {path.name: path.read_bytes() for path in files if path.stat().st_size <= SMALL}
@@ -352,13 +357,14 @@ def _files_in(folder: Path) -> dict[str, bytes]:
 
 
 def _go_on_in_a_child() -> None:
-    """Return in a child, the first process of a new namespace; the parent waits for it, passes
-    signals on, and ends with its status. If the parent is killed, so is the child.
+    """Fork, and return in the child only, the first process of a new namespace. The parent waits
+    for the child, passes signals on, and ends with its status. If the parent is killed, so is the
+    child.
 
-    The parent takes signals one after another with them blocked: a handler in Python would run
-    only after the wait, if the signal came between the last instruction and the wait's system
-    call. The kernel drops a signal to a namespace's first process if that has no handler, so the
-    child has one from the start, which ends it."""
+    The parent blocks signals and takes them by sigwait, one after another. If a signal came just
+    before a plain wait, a handler in Python would run only after the wait. The kernel drops a
+    signal to a namespace's first process that has no handler for it, so the child has a handler
+    from the start, which ends it."""
     passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it never comes
     before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
@@ -401,8 +407,8 @@ def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement
 
 
 def _stop_clocks() -> Confinement:
-    """Remove the time from this process's memory, so that only a system call can tell it; and
-    have the processor refuse to count its cycles."""
+    """Remove the pages of memory from which this process could read the time, so that only a system
+    call can tell it. Make the processor refuse to read its cycle counter."""
     memory = ctypes.CDLL(None, use_errno=True).mmap
     memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     memory.restype = ctypes.c_void_p

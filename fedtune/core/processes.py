@@ -46,12 +46,12 @@ PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; w
     "vault": ("fedtune.core.vault.process", "the half of this site that holds its records"),
     "courier": ("fedtune.courier.process", "the half of this site that speaks to the network"),
 }
-# These confine themselves first, which a process with threads cannot; then they call
-# `end_with_parent` themselves.
+# These programs confine themselves before they start a thread; only then do they call
+# `end_with_parent`, which starts one.
 CONFINED = ("checks", "vault", "courier")
 AT_A_SITE = ("rank", *CONFINED)  # whose logs lie beside a ledger
-# What of the environment the half on the network gets: nothing that holds a password, such as of
-# the records' database, whatever the variable is called.
+# The only variables of the environment that a courier gets. None of them holds a password, as one
+# for the records' database might, whatever it is called.
 TO_COURIER = {
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
     *("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE"),
@@ -95,11 +95,11 @@ def interruptible() -> Iterator[None]:
 
 
 class Child:
-    """One running program, Flower's or our own; a context manager that stops it.
+    """One running program, Flower's or fedtune's; a context manager that stops it.
 
-    Its output goes to `log`, which is private to this user. Nothing else is inherited but `home`,
-    its own FLWR_HOME, the descriptors `keep`, and the environment (of which a courier gets
-    TO_COURIER alone) with Flower's network chatter switched off."""
+    Its output goes to `log`, which only this user can read. The program inherits the descriptors
+    `keep` and the environment, of which a courier gets only TO_COURIER. FLWR_HOME is `home`, and
+    Flower's telemetry and update checks are switched off."""
 
     def __init__(
         self,
@@ -123,8 +123,8 @@ class Child:
             "FLWR_HOME": str(home),
             "PYTHONUNBUFFERED": "1",
         }
-        # A courier writes no file of this disk, and so its log neither. How much a vault and its
-        # other processes say follows from records, and from what a courier asks.
+        # A courier may write no file on this disk, not even its log. How much a vault and its other
+        # processes print depends on records and on a courier's requests, so it is limited.
         pipe = program in AT_A_SITE
         if pipe and program != "rank":  # a rank starts in the midst of an order: begin_log before
             begin_log(log)
@@ -172,7 +172,8 @@ class Child:
             raise self.build_end_error()
 
     def wait_for_port(self, host: str, port: int, seconds: float = 60.0) -> None:
-        """Return once the child listens. Errors: InfrastructureError if it ends or stays silent."""
+        """Wait until the child listens on a port. Errors: InfrastructureError if it ends, or does
+        not listen after `seconds`."""
         deadline = time.monotonic() + seconds
         while not is_reachable(host, port):
             if not self.alive:
@@ -207,8 +208,9 @@ class Child:
 
 @contextmanager
 def alone(folder: Path, who: str) -> Iterator[bool]:
-    """Lock `folder`, which is made if it is missing, for one process called `who`; the lock is
-    released when the process ends, for whatever reason. Yields whether the last holder was killed.
+    """Hold the lock of `folder`, which is made if it is missing, in the block. who: what the error
+    calls the process that holds it. The lock is released when the process ends, for whatever
+    reason. Yields whether the last holder was killed.
 
     Errors: InfrastructureError naming the process that holds it, or if the disk refuses."""
     lock = folder / "lock"
@@ -235,11 +237,11 @@ def is_reachable(host: str, port: int) -> bool:
 
 
 def begin_log(log: Path) -> None:
-    """Empty the log of a process of a site, and reserve the MOST_LOGGED bytes that it may take.
-    There is no such file if its disk does not have these: it would take what is left for the
-    ledger.
+    """Empty the log of a process of a site, and reserve the MOST_LOGGED bytes that it may take. If
+    the disk does not have them, remove the log, which would take the ledger's space, and log a
+    warning.
 
-    Do not call it in the middle of an order, whose space that would be."""
+    Do not call this while an order is answered: the log would take the order's space."""
     has_space = False
     with suppress(OSError):
         private_folder(log.parent)
@@ -257,14 +259,14 @@ def begin_log(log: Path) -> None:
 
 
 def keep_output(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Append what a process prints, through a pipe, to the log that `begin_log` has begun."""
+    """Start a thread that appends what a process prints to the log that `begin_log` has begun."""
     assert process.stdout
     threading.Thread(target=_write_log, args=(process.stdout, log), daemon=True).start()
 
 
 def _write_log(output: IO[bytes], log: Path) -> None:
     """Append what a process of a site prints to its log until the process ends, up to the
-    MOST_LOGGED bytes that `begin_log` reserved; what comes after is dropped."""
+    MOST_LOGGED bytes that `begin_log` reserved; later output is dropped."""
     with output, ExitStack() as opened:
         sink, left = None, 0
         with suppress(FileNotFoundError):
@@ -280,8 +282,8 @@ def _write_log(output: IO[bytes], log: Path) -> None:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Open a file readable by this user only, and not through a link, which a courier may have
-    put there."""
+    """Open a file that only this user can read. Errors: OSError for a link, which a courier may
+    have put there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
@@ -299,17 +301,17 @@ def end_with_parent() -> None:
 
 
 def _main(program: Program) -> None:
-    """Run the program named, with the options in sys.argv; does not return."""
+    """Run a program of PROGRAMS with the options in sys.argv."""
     if program not in CONFINED:
         end_with_parent()
     if program in AT_A_SITE:
-        # Python shows the line that warns, and reads it from the library's file for that: which
-        # files are read would follow from records.
+        # To show the line of a warning, Python reads it from a library's file: which files are
+        # read would depend on records.
         warnings.simplefilter("ignore")
         # A module's byte code is a new file in a folder whose names the courier may list.
         sys.dont_write_bytecode = True
-        # Else the first text that is tokenised starts as many threads as there are processors, and
-        # a plan's labels decide whose text that is. Every account counts numbers of threads.
+        # Else the first text that is tokenised would start a thread for each processor, and a
+        # plan's labels decide whose text is first. Every account of the machine can count threads.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     boot.hide_quantisation()
     import_module(PROGRAMS[program][0]).main(sys.argv[1:])

@@ -16,8 +16,8 @@ OnWork = Callable[[int, int], None]  # done, total
 class Step:
     """The progress of a long step.
 
-    done, total: in any unit of equal duration, so that the time left follows from the time taken;
-    total 0: nobody counts. once: the rounds after this one do not repeat the step."""
+    done, total: in units of equal duration, so that the time left follows from the time taken;
+    total is 0 if nobody counts. once: whether later rounds do not repeat the step."""
 
     text: str
     done: int = 0
@@ -37,16 +37,16 @@ _stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 
 def report(text: str, done: int = 0, total: int = 0, *, once: bool = False) -> None:
-    """Notify the listener, if there is one, of counts of work, never of content; they go only to
-    this machine's screen. done, total, once: as for Step."""
+    """Notify the listener, if there is one, of the progress of a step: counts of work, never
+    content. Progress is shown on this machine's screen only. done, total, once: as for Step."""
     if listener := _listener.get():
         stages = ", ".join(_stages.get())
         listener(Step(f"{stages}: {text}" if stages else text, done, total, once))
 
 
 def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
-    """Return a function that reports the work of one of `passes` equal passes, of which `before`
-    are done."""
+    """Return a function (done, total) that reports the progress of one of `passes` equal passes, of
+    which `before` are finished."""
 
     def on_work(done: int, total: int) -> None:
         report(text, before * total + done, passes * total)
@@ -76,7 +76,8 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def told(on_event: OnEvent | None) -> Iterator[None]:
-    """Send reports made in the block to `on_event` as "step" events; None: the outer listener."""
+    """Send reports made in the block to `on_event` as "step" events; if it is None, leave them to
+    the outer listener."""
     if on_event is None:
         yield
         return

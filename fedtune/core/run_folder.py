@@ -31,7 +31,7 @@ def has_head(run: Path) -> bool:
 
 
 def without_places(study: Study) -> Study:
-    """Copy a plan, keeping only the names of the files on the coordinator's machine."""
+    """Copy a plan; of the paths of files on the coordinator's machine keep only the names."""
     tables = {name: getattr(study, name) for name in FILED}
     changes = {
         name: table.model_copy(update={"path": Path(table.path.name)})
@@ -42,8 +42,8 @@ def without_places(study: Study) -> Study:
 
 
 def write_plan(run: Path, study: Study) -> None:
-    """Write a run's plan.json, which its signature covers and which others read; and, in a
-    separate note, the paths of the plan's files on this machine. Errors: InfrastructureError."""
+    """Write a run's plan.json, which the run's signature covers and which others read. Write the
+    paths of the plan's files on this machine to a separate file. Errors: InfrastructureError."""
     tables = {name: getattr(study, name) for name in FILED}
     places = {name: str(table.path.absolute()) for name, table in tables.items() if table}
     if places:
@@ -54,9 +54,10 @@ def write_plan(run: Path, study: Study) -> None:
 
 
 def _with_places(study: Study, run: Path) -> Study:
-    """Copy a run's plan with the paths of its files: as noted beside it, if the note belongs to
-    this very folder, else in the run's own folder. Of a path in the plan itself only the name
-    counts, and no link is followed: a run that was handed over can name no file of this machine."""
+    """Copy a run's plan with the paths of its files. They are taken from the file of paths in the
+    run if that was written for this very folder; else the files are expected in the run's folder.
+    Of a path in the plan only the name counts, and no link is followed, so that a run which
+    somebody handed over cannot name a file of this machine. Errors: InputError for a link."""
     tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
     noted: dict[str, Any] = {}
     if tables and (run / PLACES).exists():
@@ -73,8 +74,8 @@ def _with_places(study: Study, run: Path) -> Study:
 
 
 def _identity(folder: Path) -> int:
-    """Return what tells this folder from any copy of it: whoever hands a run over cannot choose
-    the inode number that it gets here. (The number of the device changes with a restart.)"""
+    """Return the folder's inode number, which tells the folder from any copy: whoever hands a run
+    over cannot choose it. (The number of the device would change with a restart.)"""
     return folder.stat().st_ino
 
 

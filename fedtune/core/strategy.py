@@ -1,8 +1,9 @@
 """Define the interface of an aggregation strategy: add updates as they arrive, apply them once
 per round.
 
-A strategy is a dataclass whose fields are study.strategy.options, one module each in
-fedtune/strategies. A site's vault only knows their names, for its policy, and loads none."""
+A strategy is a dataclass whose fields are study.strategy.options; each has a module in
+fedtune/strategies. A site's vault knows only the strategies' names, for its policy, and imports
+none of them."""
 
 from __future__ import annotations
 
@@ -31,20 +32,21 @@ class Strategy(ABC):
     that they keep within a round, and from round to round, is not among the fields.
     | no update was added      | `apply` returns the adapter as it was, and the state stays |
     | updates in another order | the same result, to 1e-12 of the largest value             |
-    Guarantee: post-processing of what the sites sent; costs no ε.
+    Guarantee: a strategy only post-processes what the sites sent, which costs no ε.
     """
 
     averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
-    # What updates add is a constant times their weighted mean, and so is what their noise adds.
+    # Whether updates move the adapter by a constant times their weighted mean, and so does noise.
     is_mean: ClassVar[bool] = False
-    # Sites send class statistics, of which `apply` makes the adapter (objective.directions).
+    # Whether sites send class statistics, from which `apply` makes the adapter
+    # (objective.directions).
     of_statistics: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
         """Check that the rest of the study fits this strategy. Errors: ConfigError."""
 
     def prepare(self, study: Study, frozen: Arrays) -> None:  # noqa: B027 - as `check`
-        """Take in the plan as it runs, and its public arrays that are never trained. Called
+        """Receive the plan that the sites run, and its public arrays that are never trained. Called
         once, before any update is added."""
 
     def update_like(self, adapter: Arrays) -> Arrays:
@@ -52,15 +54,16 @@ class Strategy(ABC):
         return adapter
 
     def describe_round(self, units: float, deviation: float) -> None:  # noqa: B027 - as `check`
-        """Take in the number of declared units in the round's weighted mean, and the standard
-        deviation of the noise in each of its numbers. Called before `apply`.
+        """Receive the number of declared units in the round's weighted mean and the standard
+        deviation of the noise in each of the mean's numbers. Called before `apply`.
 
-        | no noise | 0 |
-        | not one figure for all numbers: several local steps, AdamW, sites of lower rank | NaN |"""
+        deviation is 0 without noise, and NaN if it differs among the numbers, as after several
+        local steps, with AdamW, or with sites of lower rank."""
 
     @abstractmethod
     def add(self, update: Arrays, weight: float) -> None:
-        """Take in one site's update; the caller has checked names, shapes and finiteness."""
+        """Add one site's update to the round. The caller has checked that its names and shapes are
+        right and its numbers finite."""
 
     @abstractmethod
     def apply(self, adapter: Arrays) -> Arrays:
@@ -82,7 +85,7 @@ class Strategy(ABC):
 
 
 def require(condition: bool, option: str, expected: str) -> None:
-    """Check `condition`. Errors: ConfigError unless it holds."""
+    """Check `condition`. Errors: ConfigError that names `option` and the `expected` range."""
     if not condition:
         raise ConfigError(f"strategy.options.{option} is out of range", expected)
 

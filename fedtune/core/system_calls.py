@@ -1,12 +1,13 @@
 """List Linux's system calls by name, and which of them each kind of process may make.
 
-    vault       every call but NEVER; sockets of some families alone
+    vault       every call but those in NEVER; only sockets of some families
     courier     OF_COURIER, and no other: a call that is not listed is refused, also calls that a
                 newer Linux has
     conversion  COMPUTING, and no other
 
-A filter reads a call's number and the lower half of its arguments (linux/seccomp.h), never what a
-pointer leads to. `Lines` are of linux/filter.h: (code, jump if true, jump if false, constant).
+A filter reads a call's number and the lower half of its arguments (linux/seccomp.h), never the
+memory behind a pointer. `Lines` are as in linux/filter.h: (code, jump if true, jump if false,
+constant).
 
 Numbers: Linux, arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h."""
 
@@ -38,7 +39,7 @@ FOURTH = 40
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # Linux's numbers of the two
 
-# What is allowed by an argument.
+# Calls that an argument decides.
 SOCKET: Numbers = (41, 198)
 SOCKETPAIR: Numbers = (53, 199)
 PRLIMIT: Numbers = (302, 261)
@@ -58,14 +59,14 @@ NEVER: dict[str, Numbers] = {
     "init_module": (175, 105),
     "finit_module": (313, 273),
 }
-# All that a process on the network needs, and that tells it nothing of others and changes nothing
-# of theirs. Not here, among others: how full disks and memory are (statfs, ustat, sysinfo, quotas),
-# who watches files (inotify, fanotify), which of them are in memory (fadvise64, mincore, cachestat,
-# and preadv2, for which glibc calls preadv where there are no flags), whose files are and who may
-# read them (chmod, chown, link, utime, attributes), which pages had to be read (getrusage), mounts,
-# shares of the machine (affinity, scheduling, priorities, accounting), keyrings, and limits of its
-# own to set: of some, such as of a user's processes, what counts is how many all processes of that
-# user have.
+# The calls that a process on the network needs, and that neither tell it about other processes nor
+# change anything of theirs. Left out, among others, are calls about: how full disks and memory are
+# (statfs, ustat, sysinfo, quotas); watching files (inotify, fanotify); which files are in memory
+# (fadvise64, mincore, cachestat, and preadv2, for which glibc calls preadv if there are no flags);
+# owners and permissions of files (chmod, chown, link, utime, attributes); pages that had to be read
+# (getrusage); mounts; shares of the machine (affinity, scheduling, priorities, accounting);
+# keyrings. It cannot set its own limits either: some of them, such as that on a user's processes,
+# count all processes of the user.
 OF_COURIER: dict[str, Numbers] = {
     # files, which Landlock bounds
     **{"read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None)},
@@ -119,7 +120,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"getsockname": (51, 204), "getpeername": (52, 205)},
     **{"setsockopt": (54, 208), "getsockopt": (55, 209)},
 }
-# And these with some first or second argument alone: (argument, values).
+# These only if one argument has one of the values: (numbers, argument, values).
 ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)  # madvise: of memory's use; none that marks it as broken
 TERMINALS = (0x5401, 0x802C542A, 0x5413)  # ioctl: TCGETS, TCGETS2, TIOCGWINSZ
 DESCRIPTORS = (0x5421, 0x541B, 0x5450, 0x5451)  # FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
@@ -140,8 +141,8 @@ OF_COURIER_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
     "sched_getparam": ((143, 121), FIRST, (0,)),
     "sched_getscheduler": ((145, 120), FIRST, (0,)),
 }
-# What a process that only computes may ask of Linux. Not here: fstat, since a pipe has a time and a
-# number of its own.
+# The calls of a process that only computes. fstat is left out: it would tell a pipe's time and
+# number.
 COMPUTING: dict[str, Numbers] = {
     **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62)},
     **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214)},
@@ -166,8 +167,8 @@ def is_known() -> bool:
 
 
 def filter_of_vault(families: Sequence[int]) -> Lines:
-    """Build the filter of a process that opens only sockets of `families`, and changes no limits
-    of others."""
+    """Build the filter that permits every call but those in NEVER, sockets of `families` only, and
+    prlimit only for this process itself."""
     lines = _start()
     for numbers in NEVER.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, REFUSE)])
@@ -176,16 +177,18 @@ def filter_of_vault(families: Sequence[int]) -> Lines:
 
 
 def filter_of_courier(families: Sequence[int]) -> Lines:
-    """Build the filter of a process on a network of `families`, which makes no call outside
-    OF_COURIER."""
-    # Limits of its own, which it reads and does not set; the end of a child, not what it used.
+    """Build the filter that permits OF_COURIER, OF_COURIER_IF with its arguments, sockets of
+    `families`, reading this process's own limits, and waiting for a child. A call that is not
+    listed gets ENOSYS."""
+    # prlimit only reads its own limits; wait4 tells that a child ended, not what the child used.
     further = _of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))
     further += _of_call(WAIT, _if_zero(FOURTH, FOURTH + 4)) + _of_sockets(families)
     return _write_filter(OF_COURIER, OF_COURIER_IF, further, UNKNOWN)
 
 
 def filter_of_computing() -> Lines:
-    """Build the filter of a process that makes no call outside COMPUTING."""
+    """Build the filter that permits COMPUTING, and COMPUTING_IF with its arguments. A call for a
+    process number is answered with 0, any other call with EPERM."""
     nameless: Lines = []
     for numbers in NAMELESS.values():
         nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
@@ -198,8 +201,8 @@ def _write_filter(
     further: Lines,
     given: int,
 ) -> Lines:
-    """Build a filter that allows `calls`, `some` depending on an argument, and what `further`
-    says, and returns `given` for any other call."""
+    """Build a filter that allows `calls`, and `some` if an argument has one of the listed values.
+    further: lines for other calls; given: the result for every call that no line decides."""
     lines = _start()
     for numbers in calls.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, ALLOW)])
@@ -222,13 +225,15 @@ def _start() -> Lines:
 
 
 def _of_call(numbers: Numbers, lines: Lines) -> Lines:
-    """Build the lines for one call: `lines`, which end with the filter's result."""
+    """Build the lines that apply `lines`, which end with the filter's result, to one call; [] if
+    this machine does not have the call."""
     number = numbers[list(MACHINES).index(platform.machine())]
     return [] if number is None else [(IF_EQUAL, 0, len(lines), number), *lines]
 
 
 def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines:
-    """Allow a call if an argument is one of `values`, under a mask if there is one."""
+    """Build lines that allow a call if an argument, after `mask` if there is one, is one of
+    `values`, and else refuse it."""
     lines: Lines = [(LOAD, 0, 0, argument)]
     if mask:
         lines.append((MASK, 0, 0, mask))
@@ -238,7 +243,8 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
 
 
 def _if_zero(*words: int) -> Lines:
-    """Allow a call if these halves of its arguments are all 0; for a pointer, both halves."""
+    """Build lines that allow a call if these halves of its arguments are all 0, and else refuse
+    it. A pointer has two halves."""
     lines: Lines = []
     for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
@@ -246,8 +252,9 @@ def _if_zero(*words: int) -> Lines:
 
 
 def _of_sockets(families: Sequence[int]) -> Lines:
-    """Allow stream and datagram sockets of `families`: a raw socket would give root every packet
-    of the machine. A pair of datagram sockets can still send to a path, so pairs are of streams."""
+    """Build lines that allow stream and datagram sockets of `families`. A raw socket is refused: it
+    would give root every packet of the machine. Of socket pairs only streams are allowed, since one
+    of a pair of datagram sockets can still send to a path."""
     pairs = _if_argument(SECOND, (socket.SOCK_STREAM,), KIND)
     kinds: Lines = [
         (LOAD, 0, 0, SECOND),

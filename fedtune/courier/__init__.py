@@ -1,2 +1,2 @@
-"""The courier: the process of a site that has the network, with Flower, TLS and reconnecting. It
-reads no record."""
+"""The courier: the process of a site that uses the network, through Flower and TLS. It reads no
+record."""

@@ -1,5 +1,5 @@
-"""Define the ClientApp: it passes a coordinator's messages on as requests, and sends the answers
-back."""
+"""Define the ClientApp, which passes the coordinator's messages to the vault as requests, and sends
+the vault's answers back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ ASKED: Mapping[str, tuple[Kind, str]] = {
 
 
 def client_app(ask: Ask) -> ClientApp:
-    """Build the app that passes each message to `ask` as a request, and replies with its answer."""
+    """Build the app that passes each message to `ask` as a request, and replies with the answer of
+    `ask`."""
     app = ClientApp()
 
     def pass_on(message: Message, context: Context) -> Message:
@@ -40,8 +41,8 @@ def client_app(ask: Ask) -> ClientApp:
 
 
 def as_request(message: Message) -> Request:
-    """Convert a message of a type in `ASKED` to a request for the vault; its arrays are not
-    parsed."""
+    """Convert a message of a type in `ASKED` to a request for the vault. Does not parse its
+    arrays."""
     kind, arrays = ASKED[message.metadata.message_type]
     brought = message.content.array_records.get(arrays, ArrayRecord())
     return Request(kind, message.content.config_records, brought)

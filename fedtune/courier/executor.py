@@ -1,9 +1,9 @@
-"""Answer the tasks of a site's SuperNode; start a new SuperNode whenever one ends.
+"""Answer the tasks of a site's SuperNode, and start a new SuperNode whenever one ends.
 
     gateway <── forwarder <── SuperNode ── loopback, secret ──> Executor: this process
 
-The executor replaces the process that Flower would start for each message, which would unpack the
-coordinator's app bundle and run it. Guarantee: only the given app runs, and a bundle is never
+For each message Flower would start a process that unpacks the coordinator's app bundle and runs it.
+The executor replaces this process. Guarantee: only the given app runs, and a bundle is never
 opened. Other tasks and other types of message are refused."""
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class Executor:
-    """Answers the tasks of one SuperNode after another. once: whether to return as soon as a
-    coordinator that gave this site work has gone."""
+    """Answers the tasks of one SuperNode after another. once: whether the work is done as soon as a
+    coordinator that gave this site a task has gone."""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
         self._app = app
@@ -51,10 +51,10 @@ class Executor:
         self._worked = False
 
     def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
-        """Run one SuperNode after another; return only with `once`, when the coordinator has gone.
+        """Run one SuperNode after another. Return only with `once`, when the coordinator has gone.
 
-        Errors: InfrastructureError if the coordinator still refuses this site after `patience`
-        seconds."""
+        Errors: InfrastructureError if the coordinator has accepted no SuperNode for `patience`
+        seconds since the first failure, or the gateway's certificate does not verify."""
         failures: list[float] = []  # times of the failures since the last success or long run
         while True:
             began = time.monotonic()
@@ -72,8 +72,8 @@ class Executor:
             time.sleep(wait)
 
     def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
-        """Run one SuperNode until it ends, and return the reason; None if the work is done
-        (`once`).
+        """Run one SuperNode until it ends, and return the reason as an error. Return None if the
+        work is done (`once`).
 
         Errors: InfrastructureError if the gateway's certificate does not verify."""
         self.joined, problem = False, None
@@ -149,8 +149,8 @@ class Executor:
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """Return the app's reply; an error reply with a fixed text if the task is refused, or the
-        app raises an exception. The coordinator's settings in `context` are removed."""
+        """Return the app's reply, or an error reply with a fixed text if the task is refused or the
+        app raises an exception. The app does not see the coordinator's settings in `context`."""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ASKED:
             self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})

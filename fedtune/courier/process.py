@@ -1,9 +1,9 @@
-"""Run the courier: the process of a site that talks to the network; `fedtune client` starts it.
+"""Run the courier, the process of a site that uses the network. `fedtune client` starts it.
 
-Before it imports Flower, the courier confines itself: it can then read only code, the site file and
+Before it imports Flower, the courier confines itself. Then it can read only code, the site file and
 the site's network keys, and write only Flower's files and its certificate, on a disk in memory. It
-asks the vault over the socket that it inherits, or through a spool: a folder into which it writes
-requests, and from which it reads answers.
+asks the vault over a socket that it inherits, or through a spool: a folder into which the courier
+writes requests, and from which it reads answers.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List the paths that a site's courier may read: programs, fedtune, the site file, the site's
-    network keys, and a spool's answers."""
+    """List the paths that a site's courier may read: programs, fedtune, the site file and files
+    that its [coordinator] names, the site's network keys, and a spool's answers."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
@@ -69,10 +69,13 @@ def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def list_private(site: Site) -> Iterator[Path]:
-    """Yield the paths that a site's courier must not read: the site's state and ledger, a
-    hospital's settings, its records
-    and both kinds of held-out records, the passwords of their databases, the files beside them, and
-    a model that the site trained alone, which no ε covers."""
+    """Yield the paths that a site's courier must not read:
+
+    - the site's state and ledger, and its hospital's settings
+    - its records, and the records of [evaluation] and [acceptance]
+    - the files of passwords and other secrets for the databases of these records, and the files
+      that their consent tables name
+    - a model that the site trained alone, which no ε covers"""
     yield site.site.state
     if site.hospital:
         yield from (site.home / DATABASE, site.home / HOSPITAL)
@@ -94,23 +97,23 @@ def list_private(site: Site) -> Iterator[Path]:
 
 
 def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
-    """Return the site's private files that lie in a folder which its courier must read, so that
-    they cannot be hidden from it."""
+    """Return the site's private files that lie in a folder that its courier must read. These files
+    cannot be hidden from the courier."""
     shared = [path.resolve() for path in list_readable(site, spool) if path != keys_folder(site)]
     own = [path.resolve() for path in list_private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
 def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
-    """Describe for people each private file of the site that its courier can read because of its
-    place."""
+    """Return a text for each private file that the courier can read because the file lies in a
+    folder that the courier must read."""
     read = open_to_courier(site, spool)
     return [f"{path} lies where the courier reads its code" for path in read]
 
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
-    """Confine this process to the files that a site's courier may read and write, and return how
-    far this succeeded."""
+    """Confine this process to the files that a site's courier may read and write. Return the means
+    by which it is confined, and the missing ones."""
     is_elsewhere = not _try_to_read(site).missing
     read, write = list_readable(site, spool), list_writable(site, spool)
     own = isolation.own_view([*read, *write], [site.site.state / FOLDER])
@@ -125,8 +128,8 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
 
 
 def _try_to_read(site: Site) -> isolation.Confinement:
-    """Try to read the site's private files; each file that can be read is listed in `missing` of
-    the confinement."""
+    """Try to read the site's private files. Return a confinement that lists in `missing` each file
+    that could be read."""
     reached = []
     for path in list_private(site):
         with suppress(OSError):
@@ -142,8 +145,8 @@ def _try_to_read(site: Site) -> isolation.Confinement:
 
 
 def main(options: list[str]) -> NoReturn:
-    """Run a site's courier until a signal arrives or, with ONCE, the coordinator has gone; does not
-    return.
+    """Run a site's courier until a signal arrives or, with ONCE, the coordinator has gone. Then end
+    the process.
 
     options: SITE REQUESTS EVENTS ONCE PATIENCE. REQUESTS: a socket's descriptor, or the folder of a
     spool; EVENTS: a descriptor; ONCE: "once" or ""; PATIENCE: seconds.
@@ -176,7 +179,8 @@ def main(options: list[str]) -> NoReturn:
 
 
 def by_socket(vault: Connection) -> Ask:
-    """Return a function that asks the vault at the other end of a socket."""
+    """Return a function that sends a request to the vault at the other end of a socket, and returns
+    the answer."""
 
     def ask(_: Context, request: Request, seconds: float) -> Answer:
         from fedtune.core.wire.requests import receive_answer, send
@@ -188,15 +192,16 @@ def by_socket(vault: Connection) -> Ask:
 
 
 def by_file(spool: Spool) -> Ask:
-    """Return a function that asks a vault through a spool. Requests of an earlier courier, for
-    which nobody waits any more, are withdrawn first."""
+    """Return a function that asks a vault through a spool. First withdraw the requests of an
+    earlier courier, since nobody waits for their answers."""
     from fedtune.flower.polling import Poll
 
     spool.withdraw_all()
 
     def ask(_: Context, request: Request, seconds: float) -> Answer:
-        """Write a request and wait for its answer. Errors: InfrastructureError if none came within
-        `seconds`, for which the coordinator waits. The request is withdrawn in any case."""
+        """Write a request, wait for its answer, and withdraw the request in any case. Errors:
+        InfrastructureError if no answer came within `seconds`, the time that the coordinator
+        waits."""
         ends, poll = time.monotonic() + seconds, Poll(*ANSWER_SECONDS)
         name = spool.ask(request)
         try:
@@ -220,8 +225,8 @@ def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: f
     state = site.site.state / FOLDER
 
     def keep(certificate: bytes) -> None:
-        """Send a renewed certificate to the process that stores it on the site's disk, where the
-        courier cannot write."""
+        """Send a renewed certificate to the process that stores it on the site's disk. The courier
+        cannot write there."""
         tell("renewed", {"certificate": certificate.decode()})
 
     with Forwarder(replace(link(site, path), own=state), state, on_renewed=keep) as forwarder:

@@ -14,7 +14,7 @@ FIRST_SECONDS = 10.0  # time until a connection's first request head must be com
 
 class Prompt(H11Protocol):
     """A connection that is closed if its first request does not arrive within FIRST_SECONDS, or if
-    SILENT newer connections wait for theirs.
+    SILENT newer connections also wait for a first request.
 
     Anybody on this machine may connect, even without the token, and each connection uses a file
     descriptor of this process. A browser sends its request at once."""

@@ -1,4 +1,4 @@
-"""Find out what a path is (a run, a site, a dossier, ...), and which page shows it."""
+"""Decide what a path is (a run, a site, a dossier, ...), and build the page that shows it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EXPECTED = "a run, a folder of runs, a coordinator's home, a site.toml or its fo
 
 
 def page_of(path: Path, trust: str = "") -> Page:
-    """Build the page for `path`. trust: the consortium's fingerprint, with which the page of a
-    dossier or a run verifies it.
+    """Build the page for `path`. trust: the consortium's fingerprint, by which the page of a
+    dossier or a run verifies the dossier or run.
 
     | site.toml, or a folder with one              | a site           |
     | a folder with release.json or dossier.json   | a dossier        |

@@ -1,15 +1,15 @@
-"""Serve a page on loopback, with a token, security headers, live events, and work in child
-processes.
+"""Serve a page on loopback, with a token, security headers and live events. Slow parts are computed
+in child processes.
 
 | the token is missing or wrong                    | 401, without content                          |
-| the Host header names another host than loopback | 421: another site's name may resolve to here  |
-|                                                  | (DNS rebinding)                               |
+| the Host header names another host than loopback | 421: another web site's name may resolve to   |
+|                                                  | this machine (DNS rebinding)                  |
 | the method is neither GET nor HEAD               | 405                                           |
-| the path is not that of a page                   | 404                                           |
+| no page has this path                            | 404                                           |
 | a connection sends no request                    | closed: see connections.py                    |
 Guarantee: no header lets another origin read an answer, and every answer's content security policy
-lets the page load from this server alone. The token is random. It is in the printed address, and
-after the first request in a cookie of that browser (HttpOnly, SameSite=Strict).
+lets the page load from this server only. The token is random. The printed address contains it; the
+first request stores it in a cookie of the browser (HttpOnly, SameSite=Strict).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ LAST = {"connection": "close"}  # header of refusals: no connection is kept open
 
 
 class Guard:
-    """Refuses requests without the token, with another Host or with another method than GET and
-    HEAD; adds HEADERS to every response."""
+    """Refuses requests without the token, with a Host other than loopback, or with a method other
+    than GET and HEAD. Adds HEADERS to every response."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
@@ -111,9 +111,9 @@ class Guard:
         return None
 
     def _admission(self, scope: Scope) -> Response | None:
-        """Return None if the request's cookie holds the token. If the token is in the address,
-        return a response that sets the cookie and redirects to the address without it; else a
-        401."""
+        """Return None if the request's cookie holds the token. If the address holds the token,
+        return a response that sets the cookie and redirects to the address without the token. If
+        neither does, return a 401."""
         sent = SimpleCookie()
         for key, value in scope["headers"]:
             if key == b"cookie":
@@ -191,8 +191,8 @@ class Views:
         return JSONResponse(found)
 
     async def show_slow_part(self, request: Request) -> Response:
-        """Show the result of a function of work.py. It is computed in a child process, and again
-        only if the page's files have changed."""
+        """Show the result of a function of work.py, which a child process computes. It is computed
+        again only if the page's files have changed, and at the earliest after REST_SECONDS."""
         page, what = self._of(request), request.path_params["what"]
         if what not in page.slow:
             raise HTTPException(404)
@@ -210,7 +210,9 @@ class Views:
         return StreamingResponse(self._changes(self._of(request)), media_type="text/event-stream")
 
     async def _changes(self, page: Page) -> AsyncIterator[str]:
-        """Yield "change" or "slow" whenever the page's files changed, until the browser leaves."""
+        """Yield server-sent events until the browser leaves: "change" if one of the page's `files`
+        changed, "slow" if one of its `slow_files` did. Without a change, yield a comment every
+        PING_SECONDS."""
 
         def state() -> tuple[str, str]:
             return page.signature(page.files()), page.signature(page.slow_files())
@@ -248,8 +250,8 @@ class Views:
 
 
 async def run_work(what: str, page: Page) -> dict[str, Any]:
-    """Run the function of work.py that `what` names on a page's path, in a child process, and
-    return its result; {"error": …} if it fails or takes longer than WORK_SECONDS."""
+    """Run a function of work.py on a page's path in a child process. what: the function's name.
+    Return its result, or {"error": …} if it fails or takes longer than WORK_SECONDS."""
     words = boot.command(work.__name__, what, str(page.path), page.trust)
     child = await asyncio.create_subprocess_exec(
         *words,
@@ -275,7 +277,7 @@ async def run_work(what: str, page: Page) -> dict[str, Any]:
 
 
 def app_of(page: Page, token: str) -> Starlette:
-    """Build the application of one page."""
+    """Build the web application that serves one page to browsers with the token."""
 
     async def show_error(_: Request, error: Exception) -> Response:
         return Response(f"{error}\n", 500, media_type="text/plain")
@@ -321,5 +323,5 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
 
 
 def _moment(text: str) -> str:
-    """Format a UTC moment for people."""
+    """Format a UTC time for people."""
     return str(text).replace("T", " ").replace("Z", " UTC")

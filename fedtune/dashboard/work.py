@@ -1,9 +1,10 @@
 """Compute the slow parts of a page, which need scipy and seconds, in a child process:
-`python -m fedtune.dashboard.work WHAT PATH`.
+`python -m fedtune.dashboard.work WHAT PATH TRUST`.
 
-The accountant's libraries take 100 MB, which a server that mostly waits should not hold; and only
-the child holds a ledger's locks, for as long as `fedtune ledger` does. The child prints the result
-as JSON, or {"error": …}. It enters nothing in a log: to look at a page is not to review a plan.
+The accountant's libraries take 100 MB, which the server should not hold while it waits. Only the
+child holds a ledger's locks, for as long as `fedtune ledger` does. The child prints the result as
+JSON, or {"error": …}. It enters nothing in a log, since a person who looks at a page does not
+review a plan.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ LATEST = 60  # number of newest entries of an audit log that a page shows
 
 
 def budget(site_path: Path, _: str) -> dict[str, Any]:
-    """Return the figures of `fedtune ledger`: the studies, the total ε, and the ε that remains."""
+    """Return the figures of `fedtune ledger`: the studies, the total ε, and the ε that remains.
+    Return {"none": True, "ceiling": …} if there is no ledger yet."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
@@ -35,8 +37,8 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
-    """Return, for each plan that waits for a signature at this site, what `fedtune review`
-    shows."""
+    """Return {"plans": the result of `fedtune review` for each plan that waits for a signature at
+    this site}."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.review import is_unsigned, read_plan, review
@@ -54,8 +56,8 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def acts(path: Path, _: str) -> dict[str, Any]:
-    """Return the newest entries of the audit log, as `fedtune log` shows them, after a check of all
-    entries."""
+    """Check all entries of the audit log, and return the newest entries and the newest refusals,
+    with the number of entries, the signer and the head."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 
@@ -75,7 +77,7 @@ def acts(path: Path, _: str) -> dict[str, Any]:
 
 
 def verified(path: Path, trust: str) -> dict[str, Any]:
-    """Return the result of `fedtune verify`."""
+    """Return the result of `fedtune verify`; {"unsigned": True} if there is no signature."""
     from fedtune.core.run_folder import SIGNATURE
     from fedtune.evidence.verify import verify
 
@@ -85,7 +87,7 @@ def verified(path: Path, trust: str) -> dict[str, Any]:
 
 
 def versions(path: Path, _: str) -> dict[str, Any]:
-    """Return the versions as `fedtune versions` shows them: champion and challengers."""
+    """Return the index of a run's versions, which `fedtune versions` shows; {} if there is none."""
     from fedtune.server.versions import Versions
 
     index = Versions(path).index()

@@ -1,2 +1,2 @@
-"""Derive new models from finished runs, which costs no further ε, and label a site's own
-prompts."""
+"""Derive new models from finished runs, which costs no further ε, and label preferences for a
+site's own prompts."""

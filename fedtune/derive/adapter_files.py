@@ -11,8 +11,8 @@ from fedtune.core.models.lora import Arrays, name_base
 
 
 def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
-    """Save `arrays` as PEFT does, with the settings of the adapter in `like` except for its shape.
-    Errors: OSError."""
+    """Save `arrays` to `folder` as PEFT does. The settings are those of the adapter in `like`,
+    except for its shape, which is study.lora's. Errors: OSError."""
     from peft import LoraConfig
     from safetensors.numpy import save
 

@@ -1,17 +1,17 @@
-"""Write a run with a head as a transformers sequence classifier, without custom model code.
+"""Build a transformers sequence classifier from a run with a head, without custom model code.
 
 transformers' classifiers pool and classify in another way than fedtune's head, so layers are added
 whose weights compute the head's input. Every construction is exact except for rounding, and is
 compared with the run's logits before it is kept.
 
-* An encoder's head reads √H · m / |m| of the mean m over tokens. BertForSequenceClassification
-  reads the first token through a tanh. So the states are stored twice, [h, h], which changes no
-  layer norm; one more layer attends to all tokens equally and writes [m, -m], whose layer norm is
-  [m, -m] · √H / |m|, since its mean is zero; and tanh is the identity for tiny numbers.
+* An encoder's head reads √H · m / |m|, where m is the mean over tokens.
+  BertForSequenceClassification reads the first token through a tanh. So the states are stored
+  twice, as [h, h], which changes no layer norm. One more layer attends to all tokens equally and
+  writes [m, -m]. Since this has a mean of zero, its layer norm is [m, -m] · √H / |m|. tanh is the
+  identity for tiny numbers.
 * A causal base's head reads the last token, as LlamaForSequenceClassification does, but has a bias.
   One more layer, whose MLP has biases, writes the logits, and beside them a constant so large that
-  the last norm divides by it alone.
-"""
+  it alone determines what the last norm divides by."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch import nn
 from fedtune.core.models.loaded import LoadedModel
 
 State = dict[str, torch.Tensor]
-# Powers of two, so that scaling by them does not round. LOUD drowns a residual in fp32; SMALL is
-# where tanh is the identity; CONSTANT is beside logits so large that their squares vanish; GATE is
-# where SiLU and GELU are the identity.
+# Powers of two, so that scaling by them does not round. LOUD: a residual vanishes beside it (fp32).
+# SMALL: tanh is the identity there. CONSTANT: beside its square, those of logits vanish. GATE: SiLU
+# and GELU are the identity there.
 LOUD = 2.0**38
 SMALL = 2.0**-20
 CONSTANT = 2.0**20
@@ -40,9 +40,11 @@ ENCODERS = {
 
 
 def classifier_of(loaded: LoadedModel, model: Any, labels: tuple[str, ...]) -> Any:
-    """Build the sequence classifier, fp32, that computes a run's logits; None if transformers has
-    no class for it. model: the base with the adapter merged in; labels: the classes, () for a
-    reward head."""
+    """Build the sequence classifier, fp32, that computes a run's logits. Return None if
+    transformers has no class for it.
+
+    - model: the base with the adapter merged in
+    - labels: the classes; () for a reward head"""
     assert loaded.head is not None
     config, head = copy.deepcopy(model.config), loaded.head
     config.id2label = dict(enumerate(labels or ("score",)))
@@ -87,8 +89,8 @@ def _prefix_state(module: nn.Module, prefix: str) -> State:
 
 
 def _widen_encoder(model: Any, head: nn.Linear) -> State:
-    """Build the weights of the encoder with doubled states, of the layer that pools, and of the
-    head."""
+    """Build the weights of the encoder with doubled states, of the added layer that pools, and of
+    the head."""
     prefix, dense, last = ENCODERS[model.config.model_type]
     state: State = {}
     for name, value in model.state_dict().items():
@@ -109,9 +111,9 @@ def _widen_encoder(model: Any, head: nn.Linear) -> State:
 
 
 def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Double one tensor for states that are stored twice: a weight that writes a state writes
-    both halves, a weight that reads one reads the first. The second half's attention heads see
-    nothing."""
+    """Widen one tensor for an encoder of twice the width, whose second half repeats the first. A
+    weight that writes a state gets both halves; a weight that reads one gets zeros for the second.
+    Queries, keys and values of the second half's attention heads are zero."""
     if "embeddings." in name and value.ndim == 2:
         return torch.cat([value, value], dim=1)
     if name.endswith("intermediate.dense.bias"):
@@ -168,7 +170,8 @@ def _fits(config: Any, head: nn.Linear) -> bool:
 
 
 def _with_bias(model: Any, head: nn.Linear) -> State:
-    """Build a Llama whose last layer computes the head's logits, which its score reads."""
+    """Build the weights of a Llama with one more layer, which computes the head's logits; the
+    classifier's score matrix reads them."""
     config, outputs = model.config, head.out_features
     size, inner = config.hidden_size, config.intermediate_size
     state = _prefix_state(model.model, "model.")

@@ -1,9 +1,9 @@
 """Depth pruning: drop a block of consecutive layers of a base, and refit the layer before it.
 
 The last matrix of the MLP before the dropped block is refitted by ridge regression on public text,
-so that it also adds the block's contribution. Among all blocks of the given width, the one is
-dropped after which the base's next-token distribution has the smallest KL divergence from the
-original's. This reads the base and public text alone, so it costs no ε.
+so that it also adds the block's contribution. Blocks of the given width are compared by the KL
+divergence of the pruned base's next-token distribution from the original's; the block with the
+smallest one is dropped. Only the base and public text are read, so this costs no ε.
 References: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers" (the block);
 Shopkhoev et al. 2025, "ReplaceMe" (a linear map in its place)."""
 
@@ -33,9 +33,9 @@ HELD_OUT, MOST = 6, 64  # every 6th text, at most 64 of them, chooses among the 
 class PrunedLayers:
     """A choice of layers to drop: `first` to `first + width - 1`.
 
-    weight: (H, inner), the refitted last matrix of the MLP before them. divergence: the KL
-    divergence in nats of the pruned base's next-token distribution from the original's, as a mean
-    over held-out texts."""
+    - weight: (H, inner), the refitted last matrix of the MLP before them
+    - divergence: KL divergence in nats of the pruned base's next-token distribution from the
+      original's, as a mean over held-out texts"""
 
     first: int
     width: int
@@ -58,8 +58,9 @@ def supports_refit(model: Any) -> bool:
 
 @torch.no_grad()
 def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) -> PrunedLayers:
-    """Choose `width` layers to drop from a model that `supports_refit`, by token ids of public
-    texts (at least 2); neither the first layer nor the last is among them."""
+    """Choose `width` consecutive layers to drop from a model that `supports_refit`, neither the
+    first nor the last. texts: token ids of at least 2 public texts, by which the layers are
+    chosen."""
     layers = model.model.layers
     order = np.random.default_rng(0).permutation(len(texts)).tolist()
     chosen = order[::HELD_OUT][:MOST]
@@ -84,7 +85,7 @@ def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) ->
 
 
 def drop_layers(model: Any, dropped: range) -> Any:
-    """Build `model` without the layers `dropped`, sharing every weight with it."""
+    """Return a copy of `model` without the layers `dropped`, which shares every weight with it."""
     layers = model.model.layers
     kept_layers = [at for at in range(len(layers)) if at not in dropped]
     shorter = nn.ModuleList([layers[at] for at in kept_layers])
@@ -95,7 +96,7 @@ def drop_layers(model: Any, dropped: range) -> Any:
 
 
 def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
-    """Return `config` with `kept` of its layers."""
+    """Return a copy of `config` for the layers `kept_layers` of `total`."""
     changed = copy.deepcopy(config)
     for key, value in list(vars(changed).items()):  # one entry for each layer
         if isinstance(value, list) and len(value) == total:
@@ -161,9 +162,11 @@ def _refit(
     layer: Any, mlp_input: torch.Tensor, output: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
     """Fit the last matrix (H, inner) of the layer's MLP so that the layer's output is as near as
-    possible to `target` in place of `output`. Positions are weighted so that relative errors count,
-    as for the norms of later layers: else a text's first position, whose states are a hundred times
-    as large, would determine the fit alone."""
+    possible to `target` in place of `output`.
+
+    Positions are weighted so that relative errors count, as they do for the norms of later layers.
+    Otherwise a text's first position, whose states are a hundred times as large, would determine
+    the fit alone."""
     inner: list[torch.Tensor] = []
     handle = _get_output_matrix(layer).register_forward_pre_hook(
         lambda _, args: inner.append(args[0])

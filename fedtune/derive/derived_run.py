@@ -1,4 +1,5 @@
-"""Build a run that was derived from other runs: its name, its files, the head of its report."""
+"""Build a run that was derived from other runs: its name, its files, and the first fields of its
+report."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ def derived_name(out: Path, otherwise: str) -> str:
 
 def derived_study(first: Study, out: Path, otherwise: str, **changes: Any) -> Study:
     """Return the plan of a derived run, which `fedtune evaluate` and `generate` read: the first
-    parent's plan under the name of `out`, with changed tables. It keeps the seed, so that draws can
-    be repeated."""
+    parent's plan with another name, made from `out`, and with changed tables. The seed stays, so
+    that draws can be repeated."""
     named = first.study.model_copy(update={"name": derived_name(out, otherwise)})
     return first.model_copy(update={"study": named, **changes})
 
@@ -35,7 +36,7 @@ def adapter_facts(table: LoraTable | None) -> dict[str, Any]:
 def write(draft: Path, study: Study, sections: Mapping[str, Any]) -> None:
     """Write plan.json and the report into the draft of a run folder that holds its adapter already.
 
-    sections: the report's entries: base, adapter, private, privacy, and any others.
+    sections: the report's entries: base, adapter, private, privacy, and others.
     Errors: InfrastructureError."""
     head = {
         "fedtune": fedtune.__version__,

@@ -1,7 +1,7 @@
 """Distil finished runs into one small student, at the coordinator: `fedtune distill`.
 
-Guarantee: only the runs and public prompts are read, so the student has at most the runs' (ε,
-δ)."""
+Guarantee: only the runs and public prompts are read, so the student's (ε, δ) is at most that of the
+runs together."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def distill(
 
     Args:
         prompts: public prompts, with or without completions.
-        out: the new run's folder. If an error occurs, it is not made.
+        out: the new run's folder. It is not made if an error occurs.
         student: the student's base.
-        layers: in place of `student`: the student is the first teacher's base with so many of its
-            layers.
+        layers: given in place of `student`; the student is then the first teacher's base with this
+            number of its layers.
         on_event: called with ("step", {…}) to report progress.
 
     Errors: ConfigError, DataError, ModelError, InfrastructureError."""
@@ -121,7 +121,8 @@ def _first_study(teachers: Sequence[Run]) -> Study:
 
 
 def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
-    """Require one tokenizer for teachers and student. Errors: ConfigError where they differ."""
+    """Check that teachers and student have the same tokenizer, unless all teachers have heads.
+    Errors: ConfigError."""
     from fedtune.core.bases.find import load_tokenizer
 
     if all(model.head is not None for model in models):
@@ -138,7 +139,7 @@ def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
 
 
 def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list[np.ndarray]:
-    """Return the token ids of each prompt without an answer, so that pruning depends on no
+    """Return the token ids of each prompt, without its answer, so that pruning does not depend on a
     teacher's adapter."""
     table = first.objective
     rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]
@@ -148,9 +149,9 @@ def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list
 def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
-    """Return the arrays of `start` that can be initialised from the first teacher's adapter:
-    those of matrices that the student has too, at no smaller rank. kept_layers: the teacher's
-    layers that it keeps."""
+    """Return the arrays of `start` that can be initialised from the first teacher's adapter: those
+    of matrices that the student has too, at no smaller rank. kept_layers: the teacher's layers that
+    the student keeps."""
     assert study.lora is not None
     scale = first.lora.scaling / study.lora.scaling if first.lora else 1.0
     inherited: Arrays = {}
@@ -172,7 +173,8 @@ def _student_lora(
     kept_layers: Sequence[int] | None,
     settings: DistillSettings,
 ) -> LoraTable:
-    """Build the student's LoRA table. kept_layers: the teacher's layers that it keeps, if any."""
+    """Build the student's LoRA table. kept_layers: the teacher's layers that the student keeps;
+    None if it has another base."""
     inherited = teacher_lora if kept_layers is not None else None
     rank = settings.rank or (inherited.rank if inherited else RANK)
     last, modules = settings.last_layers or None, settings.modules
@@ -185,8 +187,8 @@ def _student_lora(
 
 
 def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> Study:
-    """Build the first teacher's plan with the student's base and adapter, which `fedtune
-    evaluate` and `generate` read."""
+    """Build the student's plan, which `fedtune evaluate` and `generate` read: the first teacher's
+    plan with the student's base and adapter."""
     table = first.objective
     label = table.resolved.record_format == "label"
     name_and_options: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
@@ -197,8 +199,8 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
 
 
 def _default_modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
-    """Return the modules to adapt; in the last layer only its MLP, so that each position trains
-    by itself."""
+    """Return the modules to adapt. If only the last layer is adapted, these are its MLP's, so that
+    each position trains by itself."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
     mlp = ("gate_proj", "up_proj", "down_proj")
@@ -231,8 +233,9 @@ def _teacher_dataset(
 def _train_student(
     network: Network, data: Dataset, start: Arrays, settings: DistillSettings
 ) -> dict[str, Any]:
-    """Minimise the divergence from the teachers by AdamW, from `start`, and keep the epoch with
-    the lowest divergence on held-out prompts. Returns the report's "quality"."""
+    """Minimise the divergence from the teachers with AdamW, from `start`, and load the arrays of
+    the epoch with the lowest divergence on held-out prompts. Return the report's section
+    "quality"."""
     from fedtune.core.objectives.distill import divergence
 
     cached = CachedDataset(network, data)
@@ -316,7 +319,8 @@ def dataset_of(
     tokenizer: PreTrainedTokenizerBase,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError."""
+    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError if no
+    record can be used."""
     objective = study.objective.resolved
     labelled, scored = objective.record_format != "label", objective.outputs > 0
     unit_reader = UnitReader(

@@ -28,7 +28,7 @@ TOKENIZER = (
 
 
 def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = None) -> Path:
-    """Write a run's base, adapter and head as one model that other programs load; returns its path.
+    """Write a run's base, adapter and head as one model that other programs load; return its path.
 
     Args:
         out: the new transformers folder (hf) or file (gguf).
@@ -40,11 +40,12 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     Guarantee: `out` is complete, or it is not made; a classifier's logits were compared with the
     run's.
 
-    A signed run is verified first; the card of any other run says that nobody vouches for it. If
-    the run is in a dossier, the dossier is verified, and copied into the folder.
+    A signed run is verified first; the card of an unsigned one says that nobody vouches for it. If
+    the run is in a dossier, the dossier is verified, and copied into a transformers folder.
 
-    Errors: NotGenuine (the run was changed after it was signed), InputError, ConfigError (nothing
-    to merge; `out` exists; the format cannot hold the model), ModelError, InfrastructureError."""
+    Errors: NotGenuine (the run was changed after it was signed); InputError; ConfigError (nothing
+    to merge, `out` exists, or the format cannot hold the model); ModelError;
+    InfrastructureError."""
     stored = stored or ("float32" if to == "hf" else "float16")
     if to == "hf" and stored == "q8_0":
         raise ConfigError(
@@ -84,7 +85,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
 
 
 def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
-    """Check that the format can hold what the run trained. Errors: ConfigError."""
+    """Check that the format can hold the trained adapter or head. Errors: ConfigError."""
     predict = f"`fedtune predict {run.folder} --data FILE` uses it as it is"
     if headed and to == "gguf":
         raise ConfigError(
@@ -102,7 +103,8 @@ def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
 
 
 def _write_merged(run: Run, into: Path, stored: str) -> Base:
-    """Write the merged model with the base's own tokenizer files; merge in fp32, then convert."""
+    """Write the merged model and the base's own tokenizer files; return the base. Merging is in
+    fp32, and the result is then converted to `stored`. Errors: ConfigError, ModelError."""
     import torch
 
     from fedtune.core.models.loaded import load

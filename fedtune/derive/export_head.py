@@ -70,11 +70,12 @@ REWARD = (
 
 
 def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
-    """Write the new folder `into`: a sequence classifier, if transformers has one that computes the
-    run's logits, else base and head. Return the base, and the card's lines about its use.
+    """Write a run with a head to the new folder `into`: as a sequence classifier if transformers
+    has one that computes the run's logits, else as base and head. Return the base, and the card's
+    lines about its use.
 
     Guarantee: the classifier was read back, and gave the run's logits on TEXTS.
-    Errors: ConfigError (a base that reads more than text), ModelError, OSError."""
+    Errors: ConfigError (a base that reads more than text); ModelError; OSError."""
     loaded = load(run.folder, dtype=torch.float32)
     if loaded.base.kind not in ("encoder", "causal") or loaded.head is None:
         raise ConfigError(
@@ -105,7 +106,7 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
 
 
 def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
-    """Return the classes, () for a reward head. Errors: ModelError if the head has another number
+    """Return the classes; () for a reward head. Errors: ModelError if the head has another number
     of outputs."""
     assert loaded.head is not None
     labels = run.study.objective.labels
@@ -119,8 +120,8 @@ def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer with a maximal length, and with a pad token that no text ends
-    with."""
+    """Return the base's tokenizer with the study's maximal length. For a reward head, replace a pad
+    token that equals eos, since answers end with eos."""
     tokenizer = loaded.tokenizer
     tokenizer.model_max_length = run.study.objective.max_length
     if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -133,8 +134,8 @@ def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokeni
 
 
 def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
-    """Load the classifier in `folder`, and return it if its logits on `passages` are those
-    expected; else None."""
+    """Load the classifier in `folder`. Return it if its logits on `passages` are close to
+    `expected`, else None."""
     from transformers import AutoModelForSequenceClassification
 
     made: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -149,7 +150,7 @@ def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor)
 def _use(
     run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]
 ) -> list[str]:
-    """Write the card's section on how to use the folder."""
+    """Return the lines of the card's section on how to use the folder."""
     lines: list[str] = []
     if made is model:
         pool = MEAN if loaded.base.kind == "encoder" else LAST

@@ -34,9 +34,11 @@ def write_gguf(
 ) -> None:
     """Write `folder` (config.json, model.safetensors in fp32, tokenizer) as the GGUF file `out`.
 
-    stored: the format of the matrices; vectors stay fp32, and a matrix that q8_0's blocks do not
-    fit becomes float16. about: the general.* keys, such as general.name. Errors: ConfigError if
-    llama.cpp would not compute the same; OSError."""
+    - stored: the format of the matrices. Vectors stay fp32. A matrix whose rows do not divide into
+      q8_0's blocks is stored in float16
+    - about: the general.* keys, such as name, with their values
+
+    Errors: ConfigError if llama.cpp would compute something else; OSError."""
     import gguf
 
     config = read_json(folder / "config.json")
@@ -114,8 +116,8 @@ def _shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """Return the factor (head/2,), fp32, by which Llama 3 divides each rotary frequency; None for
-    another model."""
+    """Return the factors (head/2,), fp32, by which Llama 3 divides each rotary frequency; None for
+    other models."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -133,7 +135,8 @@ def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor, one at a time. Rotary halves are interleaved, as in llama.cpp."""
+    """Yield each tensor with its name, one at a time. Rotary halves are interleaved, as in
+    llama.cpp."""
     from safetensors import safe_open
 
     from fedtune.core.bases.digest import weights
@@ -155,7 +158,8 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.
 
 
 def interleave_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder each head's rows to (first, first of the second half, second, …): (outputs, …)."""
+    """Reorder each head's rows, (outputs, …): the first of the first half, the first of the second
+    half, the second of the first half, and so on."""
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 

@@ -1,8 +1,8 @@
 """Train a finished run against a federated reward model by RLOO: `fedtune improve`.
 
-Guarantee: only two finished runs and public prompts are read, at the coordinator. The result has at
-most the (ε, δ) of both runs together, and its measured KL divergence from the starting policy is at
-most max_kl."""
+Guarantee: only two finished runs and public prompts are read, at the coordinator. The result's (ε,
+δ) is at most that of both runs together, and its measured KL divergence from the starting policy is
+at most max_kl."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the re
 class PolicyEvaluation:
     """Means over sampled answers.
 
-    - reward: in standard deviations of the starting policy's rewards, from their mean
+    - reward: in standard deviations of the starting policy's rewards, above their mean
     - kl: the divergence from the starting policy, in nats per answer
     - unscored: the share of answers that are empty or too long for the reward model"""
 
@@ -54,15 +54,18 @@ class PolicyEvaluation:
     unscored: float
 
     def penalised_reward(self, kl_coef: float) -> float:
-        """The training's objective: reward - kl_coef · KL."""
+        """Return the objective of the training: reward - kl_coef · KL."""
         return self.reward - kl_coef * self.kl
 
 
 @dataclass
 class PolicyScores:
-    """The evaluations during a training. by_step: (number of steps, evaluation). best: the
-    evaluation with the highest penalised reward among those with KL ≤ max_kl, with the adapter's
-    arrays."""
+    """The evaluations during a training.
+
+    - by_step: (number of steps, evaluation) of each
+    - best: number of steps, evaluation and adapter's arrays of the best one: the highest penalised
+      reward with KL ≤ max_kl; None if none is above the start's
+    - stopped: why the training ended"""
 
     max_kl: float
     kl_coef: float
@@ -84,14 +87,12 @@ def improve(
     settings: RlooSettings | None = None,
     on_event: OnEvent | None = None,
 ) -> Run:
-    """Train a run's model on public prompts towards answers that a reward run scores higher
-    (RLOO).
+    """Train a run's model on public prompts towards answers that a reward run scores higher (RLOO).
 
     Args:
-        out: the new run's folder. If an error occurs, it is not made.
+        out: the new run's folder. It is not made if an error occurs.
         max_kl: the largest KL divergence from the policy of `run`, in nats per answer. Training
-        ends
-            when it is exceeded. Among the checkpoints with KL ≤ max_kl, the one with the highest
+            ends when it is exceeded. Of the checkpoints with KL ≤ max_kl, the one with the highest
             reward - settings.kl_coef · KL is kept.
         eval_every: steps between two evaluations.
         on_event: called with ("step", {…}) to report progress.
@@ -159,8 +160,8 @@ def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -
 def _split_prompts(
     prompts: Prompts, policy: LoadedModel, study: Study, settings: RlooSettings
 ) -> tuple[list[Record], list[Record]]:
-    """Split the prompts by the seed into training and held-out ones. Prompts that are too long are
-    counted and left out."""
+    """Split the prompts by the seed; return training and held-out ones. Prompts that are too long
+    are left out, and counted in prompts.about. Errors: DataError if fewer than 4 fit."""
     room = min(study.objective.max_length, policy.room) - settings.new_tokens
     fit = [
         record
@@ -180,8 +181,9 @@ def _templated_prompt(record: Record, study: Study) -> str:
 
 
 def _train_both_factors(policy: LoadedModel) -> None:
-    """Train both factors, even if the study froze A: freezing A keeps the sites' noise small,
-    but here no noise is added, and B alone learns little from so few answers (decisions/0018)."""
+    """Make both factors trainable, even if the study froze A. Freezing A keeps the sites' noise
+    small; here no noise is added, and B alone learns little from so few answers
+    (decisions/0018)."""
     for name, parameter in policy.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
@@ -223,7 +225,8 @@ def _restore(policy: LoadedModel, arrays: dict[str, torch.Tensor]) -> None:
 
 @dataclass
 class PolicyEvaluator:
-    """Measures reward and KL of a policy, relative to the starting policy."""
+    """Measures reward and KL of a policy, relative to the starting policy. mean, spread: of the
+    starting policy's rewards; see `centre`."""
 
     policy: LoadedModel
     start: LoadedModel
@@ -234,8 +237,9 @@ class PolicyEvaluator:
     spread: float = 1.0
 
     def centre(self, records: Sequence[Record]) -> PolicyEvaluation:
-        """Set the rewards' origin and scale to the mean and standard deviation of the starting
-        policy's rewards on these public prompts, and return the starting policy's evaluation."""
+        """Set `mean` and `spread` to the mean and standard deviation of the starting policy's
+        rewards on these public prompts; rewards are measured from this mean, in this deviation.
+        Return the starting policy's evaluation. Errors: DataError if no score is finite."""
         answers = self._answers(records, CHOOSING)
         scores = [score for score, _ in answers if score is not None]
         if not scores or not np.isfinite(scores).all():
@@ -244,8 +248,8 @@ class PolicyEvaluator:
         return self._mean(answers)
 
     def evaluate(self, records: Sequence[Record], draws: bytes) -> PolicyEvaluation:
-        """Evaluate the policy with the same draws each time, so that two evaluations differ by
-        their policies alone."""
+        """Evaluate the policy on the first MAX_EVALUATED of `records`. draws: a name of the random
+        draws; with the same name, two evaluations differ by their policies alone."""
         return self._mean(self._answers(records, draws))
 
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -263,8 +267,8 @@ class PolicyEvaluator:
         return UNSCORED if score is None else (score - self.mean) / self.spread
 
     def _scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """Return each answer's score by the reward model; None for one that is empty, or too long
-        for that model."""
+        """Return each answer's score by the reward model; None for an answer that is empty or too
+        long for that model."""
         passages: dict[int, np.ndarray] = {}
         for at, pair in enumerate(zip(prompts, answers, strict=True)):
             with suppress(Rejected):
@@ -274,8 +278,8 @@ class PolicyEvaluator:
         return [by_index.get(at) for at in range(len(answers))]
 
     def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
-        """Return (score, KL) of sampled answers; the KL at each token is exact, over the
-        vocabulary."""
+        """Return (score, KL) of sampled answers. The KL at each token is computed exactly, over the
+        whole vocabulary."""
         records = records[:MAX_EVALUATED]
         objective = self.study.objective
         settings = self.settings

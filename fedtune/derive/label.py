@@ -45,15 +45,14 @@ def label(
         records: a site, whose withdrawn patients are left out; or a file of records.
         out: a .jsonl file that only this user can read; {out}.about.json describes how it was made.
         generator, judge: pypi:NAME, a folder, a hub id or a run. By default the generator judges
-        too.
-            A run of objective reward judges by its score.
+            too. A run of objective reward judges by its score.
         generator_digest, judge_digest: the models' expected digests; another model is refused.
         on_event: called with ("step", {…}) to report progress.
 
     Returns the content of about.json.
 
-    Errors: Refused (a run without privacy, which would carry one record into another; NeverLeaves:
-    a site's personal model), ConfigError, DataError, ModelError."""
+    Errors: Refused (a run without privacy, which would carry one record's content into another;
+    NeverLeaves for a site's personal model); ConfigError; DataError; ModelError."""
     file, exclude_unit = _file_and_exclusion(records)
     writes, judges = _source(generator), _source(judge or generator)
     with told(on_event):
@@ -69,14 +68,15 @@ def label(
 
 
 def _source(model: str | Run) -> str:
-    """Return what names a model. Errors: NeverLeaves for a site's personal model, whose labels
-    would carry what it knows of all its patients into each of their records."""
+    """Return the name or folder of a model. Errors: NeverLeaves for a site's personal model: it
+    learnt from all its patients, and its labels would carry that into each patient's records."""
     refuse_personal(source := str(model.folder) if isinstance(model, Run) else model)
     return source
 
 
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
-    """Return the file of records, and a test of which units are excluded because they withdrew."""
+    """Return the file of records, and a function that says whether a unit is left out because it
+    withdrew."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if not traces(records.home):  # no ledger yet, so nobody has withdrawn

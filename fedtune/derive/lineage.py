@@ -15,10 +15,10 @@ from fedtune.runs.run import Run
 
 
 def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:
-    """Refuse a model as a source of targets for private records unless it is a base or a DP run.
+    """Refuse a model as a source of targets for private records, unless it is a base or a DP run.
 
-    A model trained on the records without noise makes each record's target depend on all others.
-    accepted: digests that the user declares to be public. Errors: Refused."""
+    If a model was trained on the records without noise, each record's target would depend on all
+    others. accepted: digests that the user declares to be public. Errors: Refused."""
     if model.study is None or model.study.private or model.digest in accepted:
         return
     raise Refused(
@@ -42,8 +42,9 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
 
 
 def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Build the report's sections "private", "privacy" and "parents" for a model that is derived
-    from `parents`. A run that occurs twice is charged once."""
+    """Build the report's sections "private", "privacy" and "parents" for a model derived from
+    `parents`, and its statement of declared data, if there is any. A run that occurs twice is
+    charged once."""
     reports = {p["digest"]: p["report"] for p in parents}
     private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}

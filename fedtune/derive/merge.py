@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Parent:
-    """A finished run to merge: its plan, its report, its adapter's arrays by parameter name."""
+    """A finished run to merge: its plan, its report, and its adapter's arrays by parameter name."""
 
     run: Run
     study: Study
@@ -74,25 +74,23 @@ def merge_runs(
     """Merge the adapters of finished runs of one base into a new run.
 
     Args:
-        out: the new run's folder. If an error occurs, it is not made.
-        method: linear: the exact weighted sum of the updates. svd: the same, reduced to a smaller
+        out: the new run's folder. It is not made if an error occurs.
+        method: linear: the exact weighted sum of the updates. svd: this sum, reduced to a smaller
             rank. ties, dare: the sum of a part of each update. slerp: interpolation of two updates
             along the arc between them. regmean: least squares on the layers' inputs from each
             parent's own public text.
-        weights: one for each run; by default 1 each, and equal shares for slerp.
+        weights: one for each run; by default 1 each, and so equal shares for slerp.
         density: for ties and dare, the share of each update that is kept: one number, or one for
-        each
-            run.
+            each run.
         rank: for svd, ties and dare, the merged rank.
         disjoint: the caller states that no person is in two of the runs.
         measure: whether to evaluate base, parent and merged adapter on each parent's evaluation
-        file,
-            if the file exists.
+            file, if the file exists.
 
     Guarantee: this is post-processing of released adapters. The new run's ε is composed as in
     accounting/composed_epsilon.py.
 
-    Errors: InputError, ConfigError, ModelError, InfrastructureError."""
+    Errors: InputError, ConfigError, ModelError, InfrastructureError, NotGenuine."""
     out = Path(out)
     check_new(out)
     if len(runs) < 2:
@@ -125,7 +123,8 @@ def merge_runs(
 
 
 def _check_same_base(parents: Sequence[Parent]) -> None:
-    """Check that the parents share one base, by digest. Errors: ConfigError."""
+    """Check that the parents share one base, by digest, quantised in the same way, and that no two
+    have the same adapter. Errors: ConfigError."""
     first = parents[0]
     for parent in parents:
         both = f"{first.run.folder} and {parent.run.folder}"
@@ -207,9 +206,9 @@ def _report_sections(
 def _measure_parents(
     parents: Sequence[Parent], table: LoraTable, arrays: Arrays
 ) -> list[dict[str, Any]]:
-    """Measure, for each parent whose evaluation file exists, the metric of base, parent and
-    merged adapter, and the share of the parent's gain that is kept (None if the parent gained
-    nothing)."""
+    """Measure the metric of base, parent and merged adapter for each parent whose evaluation file
+    exists. Return one row per parent, with the share of the parent's gain that is kept (None if the
+    parent's metric equals the base's)."""
     rows = []
     for number, parent in enumerate(parents, 1):
         evaluation = parent.study.evaluation
@@ -227,7 +226,7 @@ def _measure_parents(
 
 
 def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
-    """Measure the study's metric of the base and of `arrays`."""
+    """Measure the study's metric; return that of the base and that with `arrays`."""
     ready = evaluator(study, table, arrays)
     trained = pick_arrays(arrays, ready.network.parameters(), Path("adapter"))
     base, after = ready.measure(None), ready.measure(trained)
@@ -242,10 +241,9 @@ def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
 
 
 def _moments(parent: Parent) -> Moments:
-    """Compute second moments of the parent's layer inputs on its own public text, with its
-    adapter loaded. This costs no ε: the text is public, and the adapter was released. Errors:
-    ConfigError without the text.
-    """
+    """Compute second moments of the parent's layer inputs on its own public text, with its adapter
+    loaded. This costs no ε, since the text is public and the adapter was released. Errors:
+    ConfigError if the text is not on this machine."""
     from fedtune.core.data.load import load_dataset
     from fedtune.core.models.build import build
     from fedtune.public.factor import moments
@@ -268,8 +266,8 @@ def _moments(parent: Parent) -> Moments:
 
 
 def _with_saved_factor(study: Study, table: LoraTable) -> Study:
-    """Return the study with an adapter of the shape `table`, whose A is loaded and not
-    initialised."""
+    """Return the study with an adapter of the shape `table`, whose A is to be loaded and not
+    drawn."""
     saved = table.model_copy(update={"a_init": "public", "a_digest": None})
     return study.model_copy(update={"lora": saved})
 

@@ -1,4 +1,4 @@
-"""Merge exported models: `fedtune merge` on what `fedtune export --to hf` wrote."""
+"""Merge models that `fedtune export --to hf` wrote: `fedtune merge` on exported folders."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def merge_models(
     seed: int = 0,
     disjoint: bool = False,
 ) -> dict[str, Any]:
-    """Merge models that `export` wrote, of one base, into the new folder `out`.
+    """Merge models of one base that `export` wrote into the new folder `out`; return its report.
 
-    The arguments are those of `merge`. Returns the new model's report. Guarantee: as merge_runs.
+    method, weights, density, seed, disjoint: as for `merge`; only linear, ties, dare and slerp.
+    Guarantee: as for `merge`.
 
-    Errors: ConfigError, ModelError, InfrastructureError."""
+    Errors: ConfigError, ModelError, InfrastructureError; NeverLeaves for a personal model."""
     out = Path(out)
     check_new(out)
     for folder in folders:
@@ -144,7 +145,8 @@ def _run_mergekit(
     densities: Sequence[float],
     seed: int,
 ) -> None:
-    """Merge transformers folders that were fine-tuned from `base` into the folder `out`, fp32.
+    """Merge transformers folders that were fine-tuned from `base`; write the result in fp32 to the
+    folder `out`.
 
     Errors: ConfigError (no such method for whole models, or mergekit is missing)."""
     if method not in _NAMES:

@@ -1,4 +1,4 @@
-"""Merge adapters of one base layer by layer; by PEFT where it has the method."""
+"""Merge adapters of one base layer by layer, with PEFT's methods where it has them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LAYER = re.compile(r"(.*\.layers?\.)(\d+)\.(.+)")
 
 
 class Factors(NamedTuple):
-    """The factors of one layer of one adapter; its update is scaling · B A. a (r, inputs), b
-    (outputs, r)."""
+    """The factors of one layer of one adapter: a (r, inputs) and b (outputs, r). The layer's update
+    is scaling · B A."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -38,8 +38,8 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """An adapter to merge. arrays: as core.models.adapter_files.load_adapter returns them; scaling:
-    alpha / rank."""
+    """An adapter to merge. arrays: its arrays, as core.models.adapter_files.load_adapter returns
+    them; scaling: alpha / rank."""
 
     arrays: Arrays
     scaling: float
@@ -70,18 +70,20 @@ def merge(
     seed: int = 0,
     moments: Sequence[Moments] = (),
 ) -> tuple[Arrays, int]:
-    """Merge adapters into one of scaling 1, fp32, of the same rank in every layer: (arrays, rank).
+    """Merge adapters into one of scaling 1, fp32, with the same rank in every layer. Return its
+    arrays and its rank.
 
     | linear  | Σ wᵢ · updateᵢ, exactly; its rank is Σ rᵢ                                      |
-    | svd     | the same, reduced to `rank` (default: the largest rᵢ) by singular values       |
-    | ties    | the largest entries, a share `density` of each update, where signs agree; then |
-    |         | reduced to `rank` (default: Σ rᵢ)                                              |
-    | dare    | random entries, a share `density` of each update, scaled up; reduced as ties   |
+    | svd     | this sum, reduced to `rank` (default: the largest rᵢ) by singular values       |
+    | ties    | the sum of each update's largest entries, a share `density`, where signs       |
+    |         | agree; then reduced to `rank` (default: Σ rᵢ)                                  |
+    | dare    | the sum of random entries, a share `density` of each update, scaled up; then   |
+    |         | reduced as ties                                                                |
     | slerp   | two updates, interpolated along the arc between them by the second's weight    |
     | regmean | the least squares fit to each update on its adapter's own inputs (`moments`,   |
     |         | one dict for each), weighted by wᵢ; its rank is Σ rᵢ                           |
-    density: one for all, or one for each adapter. An adapter without a layer counts there as an
-    update of zero.
+    density: one number for all adapters, or one for each. An adapter that lacks a layer counts
+    there as an update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
     section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
     equation 2)."""
@@ -105,7 +107,7 @@ def merge(
 
 
 def densities_of(density: float | Sequence[float], adapters: int) -> list[float]:
-    """Return a density for each of so many adapters. Errors: ConfigError.
+    """Return one density for each of `adapters` adapters. Errors: ConfigError.
 
     >>> densities_of(0.5, 2), densities_of([0.5, 0.8], 2)
     ([0.5, 0.5], [0.5, 0.8])
@@ -148,9 +150,9 @@ def _zero_update(like: Factors) -> Factors:
 def _regmean_factors(
     parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
 ) -> list[Factors]:
-    """Return the factors whose sum is the least squares fit to all updates, each on its own
-    adapter's inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B is unchanged
-    and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
+    """Return factors whose sum is the least squares fit to all updates, each on its own adapter's
+    inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹. So each B is unchanged, and its A
+    is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -165,8 +167,8 @@ def _regmean_factors(
 
 
 def _prune_factors(part: Factors, density: float, method: Method) -> Factors:
-    """Keep the share `density` of an update's entries, by ties or dare. The result has full
-    rank."""
+    """Return factors of an update of which only the share `density` of the entries is kept, chosen
+    by ties or dare. The factors have full rank."""
     from peft.utils.merge_utils import prune
 
     update = part.scaling * (part.b.float() @ part.a.float())
@@ -232,8 +234,8 @@ def _peft(parts: Sequence[Factors]) -> Any:
 
 
 def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, float]:
-    """Slerp's weights of two updates: at an angle θ, sin((1-t)θ)/sin θ and sin(tθ)/sin θ; linear
-    interpolation where they are parallel.
+    """Return slerp's weights of two updates: sin((1-t)θ)/sin θ and sin(tθ)/sin θ, where θ is the
+    angle between them. For parallel updates they are 1-t and t, as in linear interpolation.
 
     ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), so no update is ever formed."""
 
@@ -264,7 +266,8 @@ def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _arrays(merged: dict[str, Factors]) -> tuple[Arrays, int]:
-    """Pad every layer with zero rows and columns to one rank, which changes no update."""
+    """Return the merged arrays and their rank. Every layer is padded with zero rows and columns to
+    this rank, which changes no update."""
     rank = max(len(factors.a) for factors in merged.values())
     arrays: Arrays = {}
     for name, (a, b, _) in merged.items():

@@ -1,5 +1,5 @@
-"""Write the files that accompany an exported model (its card and its report), and the metadata of a
-GGUF file."""
+"""Write the files that accompany an exported model (its card and its report), and build the
+metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is
 
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
-    """Return one line with the report's privacy guarantee, whether nobody signed for it, and
-    which sites trained on data that the guarantee does not cover, or on no patient's data."""
+    """Return one line that states the report's privacy guarantee, whether the report is unsigned,
+    and which sites trained on data that the guarantee does not cover, or on no patient's data."""
     said = site_lines(report)
     more = f". {said}".removesuffix(".") if said else ""
     if not report.get("private"):
@@ -47,7 +47,7 @@ def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
 
 
 def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> dict[str, str]:
-    """Return the general.* keys of a GGUF file."""
+    """Return the general.* keys of a GGUF file, without this prefix, and their values."""
     return {
         "name": str(report.get("study")),
         "description": f"{base.name} fine-tuned with fedtune; {privacy_line(report, signed)}",
@@ -55,7 +55,7 @@ def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> di
 
 
 def _quantisation_note(study: Study) -> list[str]:
-    """Return lines that say so if the weights come from a quantised base, else []."""
+    """Return lines that say that the weights come from a quantised base; [] if they do not."""
     table = study.base.quantisation
     if table is None:
         return []
@@ -67,8 +67,8 @@ def _quantisation_note(study: Study) -> list[str]:
 
 
 def _template(study: Study) -> list[str]:
-    """Return lines with the template that was put around prompts in training; without it a model
-    may give no answer."""
+    """Return lines with the template that was put around prompts in training, without which a model
+    may give no answer; [] if there was none."""
     template = study.objective.template
     if not template or study.objective.resolved.record_format == "label":
         return []
@@ -81,7 +81,8 @@ def _template(study: Study) -> list[str]:
 
 
 def _dossier(run: Run) -> list[str]:
-    """Return lines that say where the run's dossier is, if it is copied with the model, else []."""
+    """Return lines that say where the copy of the run's dossier is; [] if the run is in no
+    dossier."""
     if around(run.folder) is None:
         return []
     return [
@@ -92,7 +93,7 @@ def _dossier(run: Run) -> list[str]:
 
 
 def _origin(base: Base) -> list[str]:
-    """Return lines with the origin of a base that comes from a wheel."""
+    """Return lines with the origin of a base that comes from a wheel; [] for other bases."""
     upstream = upstream_of(base.name)
     return [] if upstream is None else ["", f"Base: {base.name}, which is {upstream}."]
 
@@ -100,8 +101,9 @@ def _origin(base: Base) -> list[str]:
 def write_card(
     folder: Path, run: Run, report: dict[str, Any], base: Base, use: Sequence[str] = TEXT
 ) -> None:
-    """Write README.md, with what hubs read, how to load it, and the run's report; report.json; and
-    the run's figure. use: the lines that say how to load it. Errors: InputError, OSError."""
+    """Write README.md (with the fields that hubs read, how to load the model, and the run's
+    report), report.json, and a copy of the run's figure. use: the lines that say how to load the
+    model. Errors: InputError, OSError."""
     text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
     report_lines = text.splitlines()
     upstream = upstream_of(base.name)

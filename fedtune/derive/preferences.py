@@ -1,9 +1,9 @@
-"""Label preferences with models at the site (RLAIF), so that no text leaves: two answers to each
-record's prompt, and which of them a judge prefers.
+"""Label preferences with models at the site (RLAIF), so that no text leaves. A generator writes two
+answers to each record's prompt, and a judge chooses the better one.
 
 Guarantee: the preference of a record depends on that record, the models, the rubric and the seed
-alone. Models see one record at a time and no example of another; nothing is batched, normalised
-or counted over records. So each output line depends on one unit, and training on them under DP
+alone. Models see one record at a time and no example of another; nothing is batched, normalised or
+counted over records. So each output line depends on one unit, and training on the lines under DP
 protects the unit as training on its records would. References: Bai et al. 2022, "Constitutional
 AI", section 4; Lee et al. 2023, "RLAIF", section 2 (both orders)."""
 
@@ -37,14 +37,14 @@ ABOUT = ".about.json"
 
 class Judge(Protocol):
     def margin(self, prompt: str, first: str, second: str) -> float:
-        """Return a number above 0 if `first` is the better answer; it is exactly the opposite
-        with both swapped."""
+        """Return a number that is above 0 if `first` is the better answer. Swapping the two answers
+        changes its sign only."""
 
 
 @dataclass(frozen=True, repr=False)
 class VerdictJudge:
-    """A language model that is asked "A or B?", once in each order, so that its position bias
-    cancels."""
+    """A language model that is asked "A or B?" once in each order, so that its preference for a
+    position cancels out."""
 
     model: LoadedModel
     rubric: str = RUBRIC
@@ -77,7 +77,7 @@ class VerdictJudge:
 
 @dataclass(frozen=True, repr=False)
 class RewardJudge:
-    """A finished run of objective reward."""
+    """A judge that compares the scores of a finished run of objective reward."""
 
     model: LoadedModel
 
@@ -96,7 +96,8 @@ class RewardJudge:
 
 
 def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
-    """Load a judge: a run whose head gives a score judges by it, any other model by its verdict.
+    """Load a judge. A run whose head gives a score judges by its score, any other model by its
+    verdict.
 
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
@@ -116,8 +117,9 @@ def load_generator(source: str, digest: str | None = None) -> LoadedModel:
 
 
 def prompt_template(writer: LoadedModel) -> str | None:
-    """Return the template around a prompt: a run's own; for a chat-tuned base, a user turn of
-    its chat template, without which it hardly answers."""
+    """Return the template around a prompt; None if there is none. A run has its study's template.
+    For a chat-tuned base it is a user turn of its chat template, without which it hardly
+    answers."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer
@@ -139,12 +141,12 @@ def write_preferences(
     *,
     exclude_unit: Callable[[str], bool] = lambda unit: False,
 ) -> dict[str, Any]:
-    """Write `out`: a line for each record, {"prompt", "chosen", "rejected"} and, if the file names
-    patients, "patient"; and `out`.about.json: which models, what was left out and why.
+    """Write `out`, with one line for each record: {"prompt", "chosen", "rejected"} and, if the file
+    names patients, "patient". Write `out`.about.json: the models, and what was left out and why.
 
-    exclude_unit: whether to leave a unit out (withdrawn consent). Only this user can read both
-    files, which are written at the end. Returns the content of about.json. Errors: ConfigError,
-    DataError."""
+    exclude_unit: returns whether to leave a unit out (withdrawn consent). Only this user can read
+    both files, which are written at the end. Returns the content of about.json. Errors:
+    ConfigError, InputError, DataError."""
     columns = file.columns
     if not columns.prompt:
         table = table_of(file)
@@ -192,7 +194,8 @@ def write_preferences(
 def preference(
     record: Record, writer: LoadedModel, judge: Judge, settings: LabelSettings
 ) -> dict[str, str]:
-    """Write two answers to one record's prompt and judge them. Errors: Rejected."""
+    """Write two answers to one record's prompt and judge them. Return {"prompt", "chosen",
+    "rejected"}. Errors: Rejected."""
     ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
         raise Rejected("too long")

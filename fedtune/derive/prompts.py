@@ -19,7 +19,7 @@ from fedtune.derive.writing import write
 
 @dataclass(frozen=True, repr=False)
 class Prompts:
-    """Public prompts. records: each with a prompt; about: digest, licence and count, for the
+    """Public prompts. records: one for each prompt; about: digest, licence and counts, for the
     report."""
 
     records: list[Record]
@@ -58,7 +58,8 @@ def complete_prompts(
     new_tokens: int,
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
-    """Let `writer` complete the records without a completion; also returns what was left out."""
+    """Let `writer` complete the records that have no completion. Return all usable records, and the
+    number left out by reason. Errors: DataError if no record is usable."""
     completed_records: list[Record] = []
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):

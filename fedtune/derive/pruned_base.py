@@ -23,13 +23,14 @@ COPIED_FILES = ("README.md", "LICENSE")
 def write_pruned_base(
     base: Base, layers: int, folder: Path, texts: Sequence[np.ndarray] = ()
 ) -> list[int]:
-    """Write `base` with `layers` of its layers to `folder`, in the dtype that it is stored in;
-    returns the indices of the layers that stay.
+    """Write `base` with `layers` of its layers to `folder`, in the dtype in which it is stored.
+    Return the indices of the layers that stay.
 
-    texts: token ids of public texts, which choose the layers to drop and to which the layer before
-    them is refitted (depth_pruning.py). Without them, or where an architecture does not support
-    the refit, the first layers stay, and the very last, whose output the head reads.
-    Errors: ConfigError (not fewer), ModelError (an architecture without a list of layers)."""
+    texts: token ids of public texts. By them the layers to drop are chosen and the layer before
+    these is refitted (depth_pruning.py). Without texts, or if the architecture does not support the
+    refit, the first layers stay and the very last, whose output the head reads.
+    Errors: ConfigError (not fewer layers, or fewer than 2); ModelError (an architecture without a
+    list of layers)."""
     files, half_dtypes = weights(base.path), (torch.bfloat16, torch.float16)
     dtype = next((kind for kind in half_dtypes if stored_as(files, kind)), torch.float32)
     model: Any = load_backbone(base, dtype)

@@ -1,4 +1,4 @@
-"""Drive trl's RLOO trainer without its files, trackers and trainer state.
+"""Run trl's RLOO trainer without its files, trackers and trainer state.
 
 Reference: Ahmadian et al. 2024, "Back to basics", equation 9 (REINFORCE, leave one out)."""
 
@@ -27,8 +27,11 @@ def train_rloo(
     on_step: OnStep,
     settings: RlooSettings,
 ) -> None:
-    """Train `policy`'s adapter in place on `prompts`: (raw, templated) pairs. The KL's reference is
-    a frozen copy of the starting adapter. on_step: called after each step; False ends training.
+    """Train `policy`'s adapter in place. The KL is measured from a frozen copy of the starting
+    adapter.
+
+    - prompts: (raw, templated) pairs; the policy gets the templated text, `reward` the raw one
+    - on_step: called after each step with the number of steps; training ends if it returns False
 
     Errors: ConfigError (trl is not installed)."""
     wheel.silence_libraries()
@@ -67,7 +70,7 @@ def train_rloo(
 
 
 def _arguments(folder: str, settings: RlooSettings) -> Any:
-    """Build trl's settings: no files, logs or trackers of its own."""
+    """Build trl's settings, by which it writes no files, logs or trackers of its own."""
     from trl import RLOOConfig
 
     return RLOOConfig(

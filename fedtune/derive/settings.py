@@ -17,9 +17,9 @@ class LabelSettings:
 
     - new_tokens: maximum number of new tokens in an answer
     - max_length: maximum tokens of prompt and answer together
-    - seed: of the sampled answers, used together with the record's prompt
-    - template: around the prompt, as in the DPO study. None: the run's own, or a chat turn of the
-      generator if it has a chat template
+    - seed: decides the sampled answers, together with the record's prompt
+    - template: text around the prompt, as in the DPO study. None: the template of the run that
+      generates, or for a base with a chat template, a user turn of it
 
     >>> import fedtune
     >>> fedtune.LabelSettings(temperature=0.7).new_tokens
@@ -46,7 +46,7 @@ class RlooSettings:
     """Settings of training a policy by RLOO.
 
     - steps: number of steps, each on `prompts` prompts with `answers` answers each
-    - kl_coef: penalty of one nat of KL from the starting policy, in units of reward
+    - kl_coef: penalty, in units of reward, for each nat of KL from the starting policy
     - temperature: sampling temperature of the answers
 
     >>> import fedtune
@@ -69,8 +69,9 @@ class DistillSettings:
     """Settings of distillation: the student's adapter, and its training.
 
     - new_tokens: maximum length of the teacher's answer to a prompt without a completion
-    - rank, last_layers: None: as in the first teacher's adapter, if the student is that teacher
-      with fewer layers; else rank 16 in all layers. last_layers 0: adapters in all layers
+    - rank, last_layers: the adapter's rank, and the number of last layers that get one (0: all).
+      None: as in the first teacher's adapter if the student is that teacher with fewer layers;
+      else rank 16 in all layers
     - temperature: softmax temperature of teacher and student
 
     >>> import fedtune

@@ -1,4 +1,4 @@
-"""Generate text with a loaded model; the random draws depend only on the bytes of a stream."""
+"""Generate text with a loaded model. The random draws depend only on the bytes of a stream."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def write(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """Generate `count` continuations of one prompt, each up to and without its eos.
+    """Generate `count` continuations of one prompt, as token ids without the final eos.
 
-    stream: bytes on which the draws depend, and on nothing else; temperature 0: greedy decoding."""
+    stream: the bytes on which the random draws depend; temperature: 0 for greedy decoding. Errors:
+    as `write_all`."""
     return write_all(model, [ids], count, new_tokens, stream, temperature)[0]
 
 
@@ -34,8 +35,9 @@ def write_all(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[list[int]]]:
-    """Complete several prompts at once, which is faster but couples them, so it is for public
-    prompts only. Errors: ModelError if the model's outputs are not finite."""
+    """Generate continuations of several prompts at once; return `count` for each prompt. This is
+    faster, but a prompt's result may depend on the others, so it is for public prompts only.
+    Errors: ModelError if the model's outputs are not finite."""
     width = max(map(len, prompts))
     pad = model.tokenizer.pad_token_id
     rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])

@@ -1,8 +1,8 @@
-"""Checks of `fedtune doctor` on the machine of either side: one function each.
+"""Check the machine of a site or of a coordinator, for `fedtune doctor`: one function for each
+check.
 
 A check returns its finding as text, or raises a FedtuneError that says what is wrong and what to
-do. Guarantee: nothing is created, fetched, changed or sent.
-"""
+do. Guarantee: nothing is created, fetched, changed or sent."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ Check = Callable[[], str]
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding of one check. `says` is for this side only; a site's may hold counts of its
-    records."""
+    """The finding of one check. `says` is for this side only: a site's finding may hold counts of
+    its records."""
 
     name: str
     good: bool
@@ -57,7 +57,8 @@ def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
 
 
 def versions() -> str:
-    """List installed versions. Errors: InfrastructureError if fedtune requires another."""
+    """List installed versions. Errors: InfrastructureError if fedtune requires another version of a
+    package."""
     installed = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
     try:
         requirements = [Requirement(text) for text in metadata.requires("fedtune") or ()]
@@ -97,8 +98,8 @@ def secrets(files: Iterable[Path]) -> str:
 
 
 class Need(NamedTuple):
-    """The memory that a study needs, in bytes. base: in the study's own type (auto: fp32 at
-    most); adapter: fp32."""
+    """The memory that a study needs, in bytes. base: the base, counted as fp32 unless base.dtype is
+    "bfloat16"; adapter: the adapter in fp32."""
 
     base: float
     adapter: float
@@ -126,7 +127,8 @@ def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def base(study: Study, source: str | None = None) -> Path:
-    """Find the folder of the study's base on this machine. Errors: ModelError (absent, another)."""
+    """Find the folder of the study's base on this machine. source: by default base.model of the
+    study. Errors: ModelError (the base is absent, or has another digest)."""
     source_base = verify(source or study.base.model)
     if study.base.digest not in (None, source_base.digest):
         raise ModelError(
@@ -166,7 +168,8 @@ def memory(least: float) -> str:
 
 
 def read_available_memory() -> float | None:
-    """Return the bytes available to a new program, by the system and a container's limit."""
+    """Return the bytes available to a new program, by the system and a container's limit; None if
+    the system does not say."""
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         free = 1024.0 * int(lines["MemAvailable"].split()[0])

@@ -1,8 +1,7 @@
-"""Checks of `fedtune doctor` on the network: a certificate, its names, and the clocks of both
-ends.
+"""Check the network for `fedtune doctor`: a certificate, its names, and the clocks of both ends.
 
-As in fedtune/doctor/machine.py, each returns text or raises a FedtuneError. Dates are in UTC.
-"""
+As in fedtune/doctor/machine.py, each check returns text or raises a FedtuneError. Dates are in
+UTC."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
     """Fetch the certificate that the server behind `dial` presents, without verifying it.
 
-    Errors: InfrastructureError if nothing answers, or not with TLS 1.3."""
+    Errors: InfrastructureError if nothing answers, or something answers without TLS 1.3."""
 
     async def fetch() -> bytes | None:
         async with asyncio.timeout(SECONDS):
@@ -56,7 +55,8 @@ def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
 
 
 def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[int, bytes]:
-    """GET `path` from the gateway, which `context` verifies; return status and body.
+    """Send a GET request for `path` to the gateway, which `context` verifies; return status and
+    body.
 
     Errors: InfrastructureError if it does not answer, is not trusted, or closes the connection."""
 
@@ -159,7 +159,8 @@ def names(leaf: x509.Certificate, host: str) -> str:
 
 
 def clock(ahead: float) -> str:
-    """Check the clock's offset. ahead: seconds that this site's is before the coordinator's.
+    """Check the offset of this site's clock from the coordinator's, and return it as text. ahead:
+    by how many seconds the site's clock is ahead.
 
     Errors: ConfigError outside the window in which Flower accepts a site's signed requests."""
     early, late = api.CLOCK_WINDOW
@@ -174,7 +175,7 @@ def clock(ahead: float) -> str:
 
 
 def ahead_of(sent: datetime, other_time: str, received: datetime) -> float:
-    """Compute how many seconds this clock is ahead of one that read `other_time` (ISO 8601) between
-    `sent` and `received`."""
+    """Compute by how many seconds this clock is ahead of another one, which read `other_time` (ISO
+    8601) between `sent` and `received`."""
     half = (received - sent) / 2
     return (sent + half - datetime.fromisoformat(other_time)).total_seconds()

@@ -35,8 +35,8 @@ FORMAT = "fedtune-answers-1"
 
 
 class Asked(NamedTuple):
-    """One prompt: its row in the file (from 1), its text, and the expected answer ("" if there is
-    none)."""
+    """One prompt: its row in the file (from 1), its text, the expected answer ("" if there is
+    none), and the whole row."""
 
     row: int
     prompt: str
@@ -47,9 +47,9 @@ class Asked(NamedTuple):
 def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
     """Answer `count` of the study's [evaluation] prompts with the base and with the run's adapter.
 
-    The rows are spread evenly over the file, and chosen before any prompt is answered. For a study
-    with labels or choices an answer is the likeliest one and its probability, for any other the
-    greedy text of at most `max_new_tokens` tokens. The answers are stored in the run's
+    The rows are spread evenly over the file, and chosen before any prompt is answered. In a study
+    with labels or choices, an answer is the likeliest one with its probability. In any other study
+    it is the greedy text of at most `max_new_tokens` tokens. The answers are stored in the run's
     answers.json, which the run's page shows, and returned.
 
     >>> import fedtune
@@ -97,7 +97,8 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
 
 
 def choose_rows(file: DataFile, count: int) -> list[Asked]:
-    """Choose `count` rows of the file that have a prompt, spread evenly. Errors: DataError."""
+    """Choose rows of the file that have a prompt, spread evenly: `count` of them, or all if the
+    file has fewer. Errors: DataError if no row has a prompt."""
     columns = file.columns
     parts = {part: getattr(columns, part) for part in ("messages", "prompt", "text")}
     keys = {f"evaluation.columns.{part}": str(name) for part, name in parts.items() if name}

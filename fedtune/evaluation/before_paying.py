@@ -27,13 +27,16 @@ def foretell(
     records: int = 0,
 ) -> ExpectedGain | None:
     """Forecast the gain of a private study whose coordinator builds a head from class statistics.
-    Return None for any other study, whose gain cannot be forecast, and if no public record has a
-    class.
+    Return None for any other study, whose gain cannot be forecast, and if too few public records
+    have a class.
 
-    known: the strategy's state before the first round, from `training.start`. sizes: the sites'
-    declared sizes. shares: class -> share of the sites' units, for classes that public records
-    lack. records: the number of records in [evaluation]. The same arguments give the same forecast.
-    Errors: ConfigError if `shares` names an unknown class or is out of range."""
+    - known: the strategy's state before the first round, `public.start.Start.strategy`
+    - sizes: the sites' declared sizes
+    - shares: class -> share of the sites' units, for classes that public records lack
+    - records: the number of records in [evaluation]
+
+    The same arguments give the same forecast. Errors: ConfigError if `shares` names an unknown
+    class or is out of range."""
     if not can_foretell(study) or HELD_OUT not in known:
         return None
     labels, objective = study.objective.labels, study.objective.resolved
@@ -47,8 +50,8 @@ def foretell(
 def before_paying(
     study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
 ) -> tuple[ExpectedGain | None, list[str]]:
-    """Forecast a study's gain before it is started, from its base and its public files. Also return
-    the forecast in words, or the reason why there is none.
+    """Forecast a study's gain before it is started, from its base and its public files. Return the
+    forecast (None if there is none), and the same in words, or the reason why there is none.
 
     Errors: ConfigError if `shares` names an unknown class or is out of range."""
     if not can_foretell(study):
@@ -94,14 +97,14 @@ def _records(study: Study) -> int:
 
 
 def can_foretell(study: Study) -> bool:
-    """Return whether this study's gain can be forecast: whether it is private, has a last round,
-    and its coordinator builds a head from class statistics."""
+    """Return whether this study's gain can be forecast: it must be private and have a last round,
+    and its coordinator must build a head from class statistics."""
     return study.private and not study.continuous and build_strategy(study).of_statistics
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
-    """Return the sites of a study, with the noise of all its rounds. sizes: their declared sizes; a
-    single one stands for strategy.min_sites sites of that size."""
+    """Return the sites of a study, with the noise of all its rounds. sizes: their declared sizes;
+    if there is only one, it stands for strategy.min_sites sites of that size."""
     everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
     budget, honest = resolve(study, max(everyone)), noise_shares(study)
     own = own_sigma(budget.noise_multiplier, honest) / math.sqrt(budget.rounds)

@@ -1,5 +1,5 @@
-"""Score the declared choices of a study as completions of a record; a causal model's prediction is
-the likeliest choice."""
+"""Score the declared choices of a study as completions of a record. The prediction of a causal
+model is the likeliest choice."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
 
 
 def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None:
-    """Return the token of each choice, (K,), if each choice has one token, so that one pass scores
-    all choices; else None."""
+    """Return the choices' tokens, (K,), if each choice has one token; one pass then scores all
+    choices. Else return None."""
     if any(len(i) > 1 for i in ids):
         return None
     return torch.tensor([i[0] for i in ids], device=network.device)

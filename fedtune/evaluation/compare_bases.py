@@ -1,7 +1,7 @@
 """Compare candidate bases on this machine, and choose the smallest that meets a target.
 
-This reads only the study's public files: its plan, its public text, its evaluation records. The
-metric at an ε is predicted from one pass over half of the evaluation records; no site is asked."""
+Only the study's public files are read: its plan, its public text and its evaluation records. The
+metric at an ε is predicted from gradients of the evaluation records; no site is asked."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Row:
     - tokens: tokens per second in a record's first forward pass
     - step: records per second in a training step
     - base: the study's metric of the base alone
-    - predicted: ε -> the predicted metric after the study (None if nothing was predicted)
-    - up, down: bytes per round and site
-    - failed: why the base was not measured, "" if it was"""
+    - predicted: ε -> the predicted metric after the study; None if nothing was predicted
+    - up, down: bytes per round that a site sends and receives
+    - failed: why the base was not measured; "" if it was"""
 
     model: str
     parameters: int = 0
@@ -58,8 +58,9 @@ class Row:
 class Fit:
     """The result of comparing bases with a target.
 
-    rows: the bases, sorted by number of parameters. chosen: the smallest base whose figure meets
-    the target, or None. by: the name of the figure that was compared with the target."""
+    - rows: the bases, sorted by number of parameters
+    - chosen: the smallest base whose figure meets the target, or None
+    - by: which figure was compared with the target"""
 
     metric: str
     target: float
@@ -92,10 +93,10 @@ def choose_base(
         quantised: methods of quantisation with which to measure each base, besides the study's own.
         on_event: called with ("step", {…}) to report progress.
 
-    This reads the study's public text and evaluation records, and no record of a site. Each base is
+    The study's public text and evaluation records are read, and no record of a site. Each base is
     measured in a process of its own.
 
-    Errors: ConfigError (no [evaluation], no such file)."""
+    Errors: ConfigError (no [evaluation], or an unknown method of quantisation)."""
     models = models or known_bases(study)
     if study.evaluation is None:
         raise ConfigError(
@@ -151,7 +152,8 @@ def _study_epsilons(study: Study) -> list[float]:
 def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
-    """Measure a candidate in a separate process, so that the measured peak memory is its own."""
+    """Measure a candidate base in a separate process, so that the measured peak memory is its
+    own."""
     plan = study.model_dump(mode="json")
     plan["base"] |= {"model": model, "digest": None}
     name = model
@@ -179,7 +181,8 @@ def _measure_apart(
 
 
 def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> Row:
-    """Measure one candidate in this process. Errors: ModelError, ConfigError, DataError."""
+    """Measure the base of `study` in this process: speed, memory, bytes per round, the metric and
+    its prediction. Errors: ModelError, ConfigError, DataError."""
     from fedtune.core.data.load import load_dataset
     from fedtune.core.wire.codec import layout, shapes
     from fedtune.evaluation.evaluator import Evaluator
@@ -241,13 +244,13 @@ def _predict_accuracy(
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
     """Return the records per second of a training step, and ε -> predicted accuracy (None if the
-    study has no classes).
+    metric is not accuracy, or there are no classes or no ε).
 
-    The prediction imitates one step: v is the sum of clipped gradients over half of the evaluation
-    records, scaled to `sites` · `size` units, with the noise of a whole study in one step, σ/(q√T)
-    for each site. A record of the other half gets the class whose gradient has the largest inner
-    product with v. The accuracy is averaged over both halves. It is a rough guide: it separated
-    hopeless from learnable settings, and predicted 0.49 where a run reached 0.77."""
+    The prediction imitates a whole study by one step. v is the sum of clipped gradients over half
+    of the evaluation records, scaled to `sites` · `size` units; each site adds noise of σ/(q√T).
+    Each record of the other half gets the class whose gradient has the largest inner product with
+    v. The accuracy is averaged over both halves. It is a rough guide: it separated hopeless from
+    learnable settings, and predicted 0.49 where a run reached 0.77."""
     from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     objective, table = study.objective.resolved, study.evaluation
@@ -315,8 +318,8 @@ def _classes(
     study: Study, objective: Objective, network: Network, data: Dataset
 ) -> tuple[Dataset, np.ndarray] | None:
     """Return a data set that has each record once with every class, and the indices of the true
-    classes; None if the study has no classes, or distils a teacher, which would have to be asked
-    for each."""
+    classes. Return None if the study has no classes, or if it distils a teacher, which would have
+    to compute targets for each class."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation
@@ -341,7 +344,8 @@ def _classes(
 
 
 def main() -> None:
-    """Measure one candidate: request on standard input, row on the last line of standard output."""
+    """Measure one candidate: read the request on standard input, and print the row as the last line
+    on standard output."""
     request = json.load(sys.stdin)
     try:
         study = study_from_json(request["study"])

@@ -1,4 +1,4 @@
-"""Evaluate a model on records: during a run, on public ones, and afterwards, on any file of records
+"""Evaluate a model on records: on public ones during a run, and afterwards on any file of records
 that a person names."""
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def check_evaluation(study: Study) -> None:
 class Evaluator:
     """Evaluates adapters on the study's [evaluation] records, as often as needed.
 
-    The constructor computes the frozen layers below the adapters once. read: a function that reads
-    the records after the network was loaded, in place of the table's file; the process then keeps
-    no states of them after this object. Errors: ConfigError if the metric does not fit the
-    objective; DataError if the records cannot be used."""
+    The constructor computes the frozen layers below the adapters once. read: a function that
+    returns the records, given the network; it is used in place of the table's file, and the process
+    then keeps no states of these records once this object is gone. Errors: ConfigError if the
+    metric does not fit the objective; DataError if the records cannot be used."""
 
     def __init__(
         self,
@@ -143,9 +143,9 @@ class Evaluator:
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return the figures of `measure` and, for preference pairs, figures that show whether the
-        model's text degrades: margin, chosen_logp and kl, as in evaluation.pairs.pair_facts. They
-        need a pass of the base alone, too."""
+        """Return the figures of `measure`. For preference pairs also return margin, chosen_logp and
+        kl, as in evaluation.pairs.pair_facts: they show whether the model's text degrades, and need
+        a pass of the base alone, too."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}
@@ -196,9 +196,9 @@ class Evaluator:
         return facts | self.pairs_of(before, after)
 
     def by_class(self, adapter: Arrays) -> list[dict[str, Any]]:
-        """Return a row for each of the study's classes: "name", "records" (their number), "recall"
-        (None without records) and "predicted" (how many of all records are predicted as this
-        class); [] if records have no class."""
+        """Return a row for each of the study's classes; [] if records have no class. A row has
+        "name", "records" (their number), "recall" (None without records) and "predicted" (how many
+        of all records are predicted as this class)."""
         scores = self.scores(adapter) if self._labels else self.untouched
         rows = []
         for index, name in enumerate(self._labels):
@@ -252,7 +252,7 @@ class Evaluator:
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
 
     def _choose(self, logits: torch.Tensor, index: np.ndarray, scores: Scores) -> None:
-        """Enter into `scores` the likeliest class of each record by these logits (B, K), and its
+        """Enter each record's likeliest class by these logits (B, K) into `scores`, with its
         probability."""
         scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
         if scores.confidence is not None:
@@ -286,8 +286,8 @@ class Evaluator:
             self._choose(first_logits(self.network, hidden, batch, self._single), index, scores)
 
     def _most_likely(self, with_choices: CachedDataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each record, (n,) each, the choice of highest log-likelihood, summed over its
-        tokens, and its share in the sum of all choices' likelihoods."""
+        """Return two arrays (n,): for each record the choice with the highest log-likelihood,
+        summed over its tokens, and this choice's share in the sum of all choices' likelihoods."""
         likelihood = np.zeros(len(self) * self._choices)
         comparing = reporter("comparing the choices on the records")
         for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):

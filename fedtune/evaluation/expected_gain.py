@@ -1,10 +1,11 @@
 """Forecast the accuracy that one release of class statistics adds to that of public records alone.
 
-From public records follow a distribution of each class's mean and the spread of a class's records.
-The forecast draws classes from it, then records of the sites, simulates the release on them with
-the plan's noise, and compares its head with the public start on further records that are drawn in
-the same way. Many such draws give an interval for the gain in accuracy. With few public records the
-means are uncertain, and so the interval is wide. No record of a site is read, so this costs no ε.
+The public records give a distribution of each class's mean, and the spread of a class's records.
+The forecast draws classes from this distribution, and then records of the sites. It simulates the
+release on these records with the plan's noise, and compares the resulting head with the public
+start on further records, drawn in the same way. Many such draws give an interval for the gain in
+accuracy. With few public records the means are uncertain, and so the interval is wide. No record of
+a site is read, so this costs no ε.
 
 The model assumes that classes are Gaussian with a common spread, and that sites have the public
 shares of classes. If the sites' records are of another kind than the public ones, the gain
@@ -36,9 +37,9 @@ ROUGH = 0.1  # share of units in classes that public records lack, above which a
 LEAST = 0.005  # the smallest difference of accuracy that counts as a gain
 MOST_UNITS = 10_000  # the largest number of units of a site for which a gain is looked for
 # New records spread further than public ones do about their own mean and in a basis made from them.
-# The spread at which drawn records are as hard to classify as held-out public ones is too wide,
-# since some public records resemble no class. The spread is therefore widened by this share of the
-# logarithm of that factor; the share was chosen on two data sets.
+# So the variance of drawn records is multiplied by a factor. The factor f at which they are as hard
+# to classify as held-out public ones is too large, since some public records resemble no class. The
+# factor used is f to the power WIDENED, which was chosen on two data sets.
 WIDENED = 0.6
 WIDEST = 100.0
 SEARCHED = 9  # halvings in the search for that factor, each with TRIED draws of the classes
@@ -85,10 +86,10 @@ class ExpectedGain:
     - gain: the gain that an unlimited number of records would show
     - start: the predicted accuracy of the public start
     - records, found: the number of [evaluation] records, and the gain that they would show
-    - worth_from: the number of units of a site from which on the lower end of the gain is above
+    - worth_from: the smallest number of units of a site at which the lower end of the gain is above
       zero; None if it is larger than MOST_UNITS
-    - shared, one_more: the gain if all sites share one dose of noise (None if they do already), and
-      with one more site
+    - shared: the gain if all sites share one dose of noise; None if they do already
+    - one_more: the gain with one more site
     - rough: classes that public records lack and whose share of units was declared; the forecast
       for them depends on their names alone
     - unknown: classes without a forecast: public records lack them, and no share was declared"""
@@ -107,8 +108,8 @@ class ExpectedGain:
 
     @property
     def is_none(self) -> bool:
-        """Whether no gain is expected: even the interval's upper end is below LEAST, and there is
-        no unknown class that could add to it."""
+        """Whether no gain is expected: even the interval's upper end is below LEAST, and no class
+        lacks a forecast."""
         return self.gain.high < LEAST and not self.unknown
 
     @property
@@ -164,8 +165,8 @@ class ExpectedGain:
 def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
-    """Forecast a release's gain, and its change with more units, with shared noise and with one
-    more site. records: the number of [evaluation] records."""
+    """Forecast a release's gain, the number of units from which on it is above zero, and the gain
+    with shared noise and with one more site. records: the number of [evaluation] records."""
     own = world.draw(sites, DRAWS)
     more = replace(
         sites,
@@ -190,8 +191,8 @@ def expected_gain(
 
 
 def worth_from(world: World, sites: Sites) -> int | None:
-    """Return the number of units, equal at each site, from which on the lower end of the gain is
-    above zero, to within a tenth; None if it is larger than MOST_UNITS."""
+    """Return the smallest number of units, equal at each site, at which the lower end of the gain
+    is above zero. It is found to within a tenth. None if it is larger than MOST_UNITS."""
 
     def is_worth(units: int) -> bool:
         report(f"foretelling the gain with {units:,} units a site")
@@ -222,7 +223,7 @@ class Draws:
     changes: npt.NDArray[np.int8]
 
     def on_few(self, records: int) -> Array:
-        """Return the gain (n,) that this many records would show."""
+        """Return the gain (n,) that `records` records would show in each draw."""
         random = np.random.default_rng(1)
         chosen = random.integers(0, self.changes.shape[1], (len(self.changes), records))
         return np.asarray(np.take_along_axis(self.changes, chosen, axis=1).mean(axis=1))
@@ -267,7 +268,7 @@ class World:
         return [number for number in found if number not in self.shares]
 
     def draw(self, sites: Sites, draws: int) -> Draws:
-        """Simulate the release `draws` times, each with other classes, records and noise."""
+        """Simulate the release `draws` times, each time with other classes, records and noise."""
         found, starts = [], []
         noise = sites.sigma * math.sqrt(sites.doses) * self.basis.norm
         for number in range(draws):
@@ -320,7 +321,8 @@ class World:
         return rows / np.maximum(1.0, lengths), labels
 
     def _compute_widening(self, held_out: float) -> float:
-        """Return the factor on the variances of a class's records; see WIDENED."""
+        """Return the factor by which the variances of a class's records are multiplied; see
+        WIDENED."""
         low = -math.log(WIDEST) / 4
         high = math.log(WIDEST)
         narrow = self.pool

@@ -30,20 +30,20 @@ def generate(
 
     Args:
         file: the image or recording, for a base that reads one.
-        chat: whether to put the prompt into the model's chat template. None: do so if the study's
-            evaluation records are conversations, or if it has no such records; else put the prompt
-            into objective.template, as in training.
+        chat: whether to put the prompt into the model's chat template; if not, it is put into
+            objective.template, as in training. None: use the chat template if the study's
+            evaluation records are conversations, or if it has no such records.
 
-    Returns both texts; that of a personal model begins with its mark. The model is loaded by PEFT,
-    in the way of any other user of the adapter.
+    Returns both texts; that of a personal model begins with its mark. PEFT loads the model, as for
+    any other user of the adapter.
 
-    Errors: ConfigError (no language model), ModelError."""
+    Errors: ConfigError (no language model, or the prompt is too long), DataError (file),
+    ModelError."""
     return Writer(run)(prompt, max_new_tokens, chat=chat, file=file)
 
 
 class Writer:
-    """A run's base and adapter, which are loaded at the first prompt and answer further prompts
-    too.
+    """A run's base and adapter. They are loaded at the first prompt and answer further prompts too.
 
     Errors of the constructor and of a call: as for `generate`."""
 
@@ -142,7 +142,8 @@ def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
 def _tokens(
     tokenizer: Any, prompt: str, objective: ObjectiveTable, chat: bool, reader: Reader
 ) -> dict[str, Any]:
-    """Return the prompt's token ids and mask, as a chat if the model has a template for one."""
+    """Return the prompt's token ids and mask: as a chat if `chat` and the model has a template for
+    one, else in objective.template."""
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         inputs = render_chat(

@@ -40,7 +40,7 @@ def groups_of(
 
 
 def count_groups(table: EvaluationTable, columns: Sequence[str]) -> dict[str, Counter[str]]:
-    """Return column -> the number of a public file's records in each group. Errors: as
+    """Return column -> how many of a public file's records are in each group. Errors: as
     groups_at."""
     if not columns:
         return {}
@@ -59,8 +59,9 @@ def groups_at(
 ) -> dict[str, list[str]]:
     """Return column -> the group of the record at each of `places`.
 
-    name: maps a column and a cell to the group's name. key: the configuration key for error
-    messages, with {column} in it. todo: what an error message suggests.
+    - name: maps a column and a cell to the group's name
+    - key: the configuration key for error messages, with {column} in it
+    - todo: what an error message suggests
 
     Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     keys = keys_of(file) | {key.format(column=column): column for column in columns}

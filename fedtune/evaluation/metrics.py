@@ -14,7 +14,8 @@ RESAMPLES = 1000
 
 
 def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of both figures and of their difference on the same records."""
+    """Return 95 % intervals of the metric on the same records: "before" and "after" (Wilson's for a
+    share of records, else a bootstrap over records), and "change" (a paired bootstrap)."""
     n = len(before.loss)
     resamples = _resamples(n)
     pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in resamples])
@@ -32,7 +33,7 @@ def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[flo
 
 
 def mean_interval(values: np.ndarray) -> list[float]:
-    """Bound the mean of values (n,) by its 95 % bootstrap interval over the n records.
+    """Return the 95 % bootstrap interval of the mean of values (n,), over the n records.
 
     >>> mean_interval(np.array([2.0, 2.0, 2.0]))
     [2.0, 2.0]

@@ -24,14 +24,15 @@ ROWS = 256  # the number of positions whose logits, of two models, are in memory
 
 @dataclass
 class PairScores:
-    """Likelihoods and lengths of n pairs' answers, (n, 2) each: columns chosen, rejected.
+    """Likelihoods and lengths of n pairs' answers, (n, 2) each; the columns are chosen and
+    rejected.
 
     - lengths: number of tokens of prompt and answer
     - targets: number of tokens of the answer
     - logps: log-likelihood of the answer in nats, summed over its tokens
     - kl: KL divergence from the base in nats, summed over the answer's tokens
 
-    With a trained head targets, logps and kl are zero."""
+    With a trained head, targets, logps and kl are zero."""
 
     lengths: np.ndarray
     targets: np.ndarray
@@ -86,8 +87,8 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 
 
 def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
-    """Return a round's figures margin, chosen_logp and kl, as `pair_facts` defines them; margin
-    alone if a head was trained."""
+    """Return a round's figures margin, chosen_logp and kl, as `pair_facts` defines them; only
+    margin if a head was trained."""
     figures = {"margin": float(_margins(before, after, beta).mean())}
     if _writes_text(after):
         assert after.pairs is not None
@@ -99,8 +100,8 @@ def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float
 def pair_facts(
     before: Scores, after: Scores, beta: float, *, own_loss: bool = True
 ) -> dict[str, Any]:
-    """Return the changes by training on n pairs, from the scores of base (before) and adapter
-    (after). β: as in the objective. own_loss: whether the measured loss is the objective's.
+    """Return how training changed the figures on n pairs, from the scores of base (before) and
+    adapter (after). beta: the objective's β; own_loss: whether the loss is the objective's own.
 
     | records     | n |
     | preference  | share of pairs in order, before, after; interval: Wilson's, of after |

@@ -57,13 +57,12 @@ def predict(
     """Predict the label, or a reward's score, of each record with a finished run.
 
     Args:
-        records: a .csv, .jsonl or .parquet file, by its path (with the study's columns) or with
-            columns of its own; or a .txt file with one text a line; or rows: dicts, texts, or a
-            DataFrame. No label is read.
+        records: a .csv, .jsonl or .parquet file, given by its path (with the study's columns) or as
+            a DataFile with columns of its own; or a .txt file with one text a line; or rows in
+            memory: dicts, texts, or a DataFrame. No label is read.
         choices: for a run without a head, the completions to choose from; by default the study's.
         base_alone: predict without the adapter; a head is then zero, and all its classes are
-        equally
-            likely.
+            equally likely.
         ids: columns of the records that are copied to their predictions, such as a key.
 
     A trained head gives each class a probability, and a reward head gives each prompt with its
@@ -108,8 +107,9 @@ def predict(
 
 
 def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
-    """Return a column's cells. If all have one type that every file format can hold, they are
-    unchanged, else texts; None stands for a cell that is missing or unreadable."""
+    """Return a column's cells. They are unchanged if all are numbers, booleans or texts of one type
+    that every file format can hold; else they become texts. None stands for a cell that is missing
+    or unreadable."""
     cells: list[Carried] = []
     for row in source:
         row = row.cells if isinstance(row, BadCell) else row
@@ -127,8 +127,8 @@ def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
 
 
 class _Asked(NamedTuple):
-    """The columns to read: the column of each part of a record, and the configuration key that
-    names it."""
+    """The columns to read. columns: the column of each part of a record; keys: the column that each
+    configuration key names; folder: that of images and recordings."""
 
     columns: dict[str, str]
     keys: dict[str, str]
@@ -136,8 +136,9 @@ class _Asked(NamedTuple):
 
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
-        """Choose the columns: the file's, else the study's, else the parts' own names. ids:
-        further columns that the records must have."""
+        """Choose the columns: those of the given DataFile, else the study's; a part without a
+        column is read from the column of its own name. ids: further columns that the records must
+        have."""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records
         table = study.evaluation
@@ -194,8 +195,8 @@ def _lines(path: Path, asked: _Asked) -> list[Row | str]:
 
 
 def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
-    """Yield rows from memory. A plain text is a row's first column. Errors: DataError (a column is
-    missing)."""
+    """Yield rows from memory. A plain text becomes a row if one column is read. Errors: DataError
+    (a column is missing)."""
     names = Names(Path("records"), asked.keys)
     if hasattr(records, "to_dict"):  # a DataFrame, in which NaN stands for a missing value
         frame: Any = records
@@ -247,8 +248,8 @@ class _Predictor:
         )
 
     def __call__(self, chunk: Sequence[Row | str]) -> tuple[np.ndarray, list[str]]:
-        """Compute the outputs (n, K) of a chunk of rows, NaN for rows that cannot be used, and the
-        reasons why they cannot ("" for the others)."""
+        """Compute the outputs (n, K) of a chunk of rows, NaN for rows that cannot be used. Also
+        return, for each row, the reason why it cannot be used, or ""."""
         read = [self._example(row) for row in chunk]
         at = [n for n, example in enumerate(read) if isinstance(example, Example)]
         outputs = np.full((len(read), max(1, len(self.labels))), np.nan)
@@ -257,7 +258,7 @@ class _Predictor:
         return outputs, ["" if isinstance(e, Example) else e for e in read]
 
     def _example(self, row: Row | str) -> Example | str:
-        """Tokenise one row; return the reason if it cannot be used."""
+        """Tokenise one row. If it cannot be used, return the reason."""
         if isinstance(row, str):
             return row
         try:

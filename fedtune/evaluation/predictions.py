@@ -27,9 +27,9 @@ class Predictions:
     """The predictions of a run for n records, in the records' order.
 
     - labels: the K classes or choices; empty for a reward head
-    - outputs: (n, K), fp64, the head's logits or the choices' log-likelihoods in nats; (n, 1)
-      scores for a reward head; NaN for a record that cannot be used
-    - reasons: (n,), why a record cannot be used, "" if it can
+    - outputs: (n, K) fp64: the head's logits, or the choices' log-likelihoods in nats; for a reward
+      head the scores, (n, 1). NaN for a record that cannot be used
+    - reasons: (n,): why a record cannot be used; "" if it can
     - carried: columns that were copied from the records on request, (n,) each; no other content of
       the records is held"""
 
@@ -47,14 +47,14 @@ class Predictions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the labels for people: white space at their ends is left out, if all labels still
-        differ."""
+        """Return the labels as people read them: without white space at their ends, if all labels
+        still differ then."""
         names = tuple(label.strip() for label in self.labels)
         return names if len({*names}) == len(names) else self.labels
 
     @property
     def rejected(self) -> Counter[str]:
-        """Return reason -> the number of records that cannot be used for it."""
+        """Return reason -> the number of records that cannot be used for this reason."""
         return Counter(reason for reason in self.reasons if reason)
 
     @property
@@ -87,8 +87,8 @@ class Predictions:
 
     def rows(self) -> Rows:
         """Return one flat row for each record: "row" from 1, the carried columns, "prediction" and
-        "probability.LABEL", or "score", and "reason"; None for what a record does not have. Numbers
-        to DIGITS figures."""
+        "probability.LABEL", or "score", and "reason". A field is None if the record has no value
+        for it. Numbers are rounded to DIGITS significant digits."""
         told = dict(zip(self.labels, self.names, strict=True))
         values = zip(self.predicted, self.probabilities, self.scores, self.reasons, strict=True)
         rows: Rows = []

@@ -26,16 +26,22 @@ def evaluate(
     """Measure base and adapter of a finished run on a file of records.
 
     Args:
-        data: the file and its columns, or its path alone: the columns are then the study's.
-        metric, choices: without them, the study's own.
+        data: the file and its columns; or its path alone, for the columns of the study.
+        metric, choices: by default the study's own.
 
-    Returns metric, records, rejected, cut (of the records, those of which objective.max_length left
-    something out), before and after (measures by name), and interval: 95 %
-    intervals of before, after (Wilson for a share of records, else bootstrap over records) and
-    change (paired bootstrap); gain: records and change, as in report.json, and of preference pairs
-    their loss, margin, KL and share by length (evaluation.pairs.pair_facts); verdict: whether the
-    adapter is better than the base, in a sentence; alarms: what speaks against it; of the run: what
-    its report says of public text alone and of what is released, [] where nothing.
+    Returns a dict:
+
+    - metric; records, rejected: their numbers; cut: the number of records of which
+      objective.max_length left something out
+    - before, after: measures by name
+    - interval: 95 % intervals of before, after (Wilson for a share of records, else bootstrap over
+      records) and change (paired bootstrap)
+    - gain: records and change, as in report.json; of preference pairs also their loss, margin, KL
+      and share by length (evaluation.pairs.pair_facts)
+    - verdict: whether the adapter is better than the base, in a sentence; alarms: warnings against
+      it
+    - of the run: its report's sentences on the gain over public text and on what is released, or a
+      personal model's mark; [] if there are none
 
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
@@ -76,7 +82,7 @@ def evaluator_of(
     run: Run, table: EvaluationTable, read: Callable[[Network], Dataset] | None = None
 ) -> tuple[Evaluator, Arrays]:
     """Return an evaluator of a finished run's study, and the run's trained arrays. table, read:
-    the records, as for Evaluator. Errors: as for Evaluator; ModelError."""
+    where the records come from, as for Evaluator. Errors: as for Evaluator; ModelError."""
     saved, study = run.adapter(), run.study
     changes: dict[str, Any] = {"evaluation": table}
     if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained
@@ -96,9 +102,9 @@ def _of_the_run(run: Run) -> list[str]:
 
 
 def with_columns_of(study: Study, data: Path) -> DataFile:
-    """Describe a file whose columns have the names of those of the study's evaluation file.
+    """Describe a file whose columns are named as in the study's evaluation file.
 
-    Errors: ConfigError."""
+    Errors: ConfigError if the study has no such file."""
     if study.evaluation is None:
         raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
     return DataFile(path=data, columns=study.evaluation.columns)

@@ -1,4 +1,4 @@
-"""Check that records which train or choose a run's adapter are not used to measure it."""
+"""Check that no record which trains or chooses a run's adapter is used to measure it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
 
 
 def taught_by(study: Study) -> PublicTable | None:
-    """Return the [public] table if the model learns the answers of its records before the first
-    round; else None."""
+    """Return the [public] table if the model learns its records' answers before the first round;
+    else None."""
     taught = study.start and (study.start.steps or study.start.head == "public")
     return study.public if taught else None
 
 
 def check_apart(study: Study) -> None:
-    """Check that [selection], [evaluation] and, if [start] trains on its answers, [public] have no
-    record in common.
+    """Check that no two of [selection], [evaluation] and [public] have a record in common. [public]
+    counts only if the start learns from its answers.
 
     Errors: DataError if two of them share a record, or a file cannot be read."""
     files = {

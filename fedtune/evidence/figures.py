@@ -1,6 +1,6 @@
 """Check a run's report against the evidence that its sites signed.
 
-Errors: NotGenuine; whatever malformed content raises is MALFORMED."""
+Errors: NotGenuine; malformed content may also raise any of MALFORMED."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
 
 
 def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
-    """Check that the model which the report says is released follows from the plan's rule and the
-    reported figures, and fits the signed files. Return the model, TRAINED or START; "" if the plan
-    leaves no choice.
+    """Check which model the report says is released: this must follow from the plan's rule and the
+    reported figures, and fit the signed files. Return TRAINED or START; "" if the plan leaves no
+    choice.
 
-    That a start in adapter/ is the one that public text gives rests on the coordinator's word."""
+    Only the coordinator vouches that a start in adapter/ is the one that public text gives."""
     path, quality = run / "report.json", report.get("quality") or {}
     decision = quality.get("released")
     chooses = bool(study.start and study.selection and not study.continuous)
@@ -100,8 +100,8 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
 
 
 def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
-    """Return the share of units, from the report's noised counts, in the classes `lacking`, which
-    the selection records lack."""
+    """Return the share of units that are in the classes `lacking`, by the report's noised counts.
+    These are the classes of which there is no selection record."""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
     total = sum(counts.values())
     return sum(counts[name] for name in lacking) / total if total else 0.0
@@ -136,8 +136,8 @@ def seals(
     """Verify the site's signature of every update and answer. Return kind ("update" or "answer") ->
     site -> its newest step log.
 
-    content: that of evidence.json. coordinator: the key that signed the run, and enrolled: whether
-    the sites' messages must be sealed for it. Errors: NotGenuine."""
+    content: the content of evidence.json. coordinator: the key that signed the run. enrolled:
+    whether the sites' messages must be sealed for that key. Errors: NotGenuine."""
     events: dict[str, Events] = {"update": {}, "answer": {}}
     if content.get("plan") != study.digest:
         fail(run / EVIDENCE, "is of another plan", study.digest)
@@ -190,8 +190,9 @@ def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
 
 
 def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:
-    """Check that the evidence holds every round of the plan, and that in each round the report's
-    participants are the sites that signed an update. Return the number of updates."""
+    """Check that the evidence holds every round of the plan (or its first rounds, if the plan may
+    end early), and that in each round the report's participants are the sites that signed an
+    update. Return the number of updates."""
     signed: dict[int, list[str]] = {}
     updates = [entry for entry in content["updates"] if entry["kind"] == "update"]
     for entry in updates:
@@ -386,8 +387,8 @@ def _fallback(
     privacy: PrivacyTable,
     log: list[dict[str, Any]],
 ) -> None:
-    """Check what the report states about secure aggregation: the number of sites, the collusion
-    that ε allows, and σ and ε of the site's own noise alone."""
+    """Check the report's statements about secure aggregation: the number of sites, the number of
+    colluding sites for which ε holds, and σ and ε of the site's own noise alone."""
     if (table := study.secure_aggregation) is None:
         return _require_equal(path, f"{name}'s secure_aggregation", said, None)
     rule = f"{name}'s secure_aggregation"

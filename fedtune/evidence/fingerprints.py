@@ -23,13 +23,14 @@ def of_consortium(ca: str, coordinator: str) -> str:
 
 def of_site(name: str, node: str, tls: str, signing: str) -> str:
     """Compute a site's fingerprint from its name and three keys: node (PEM), tls (sha256 of the
-    public key), signing (hexadecimal). Every request of the site with these keys has it."""
+    public key), signing (hexadecimal). Every enrolment request with the same name and keys has the
+    same fingerprint."""
     return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
 
 
 def of_peer(signing: str) -> str:
     """Compute the fingerprint that a site's peers pin, from its public signing key (hexadecimal)
-    alone: a site that shares noise with it needs to know that key, and not its name.
+    alone: a site that shares noise with a peer must know the peer's key, not its name.
 
     >>> of_peer("00" * 32)
     '88d8 ab30 924b 8a69 eae4'
@@ -43,7 +44,8 @@ def of_approver(signing: str) -> str:
 
 
 def match_fingerprints(first: str, second: str) -> bool:
-    """Compare two fingerprints as people write them: in groups, with spaces or dashes."""
+    """Return whether two fingerprints are equal, as people write them: in groups, with spaces or
+    dashes, in small letters or capitals."""
     return _digits(first) == _digits(second)
 
 

@@ -1,16 +1,16 @@
-"""Keep what proves who did what, in a folder that nobody changes unnoticed, after an incident.
+"""After an incident, keep evidence of who did what, in a folder that nobody can change unnoticed.
 
-    DIR/…              copies of the files below, each 0400
-    DIR/manifest.json  when, by whom, sha256 and size of every copy, signed by the role's key
+    DIR/…                copies of the files below, each 0400
+    DIR/manifest.json    when, by whom, sha256 and size of every copy, signed by the role's key
 
-No record text, no key, no salt and no proxy's password is copied, nor the vault's own log, in which
-a library may quote a record. The ledger's entries name nobody without the salt, but they do count
-without noise: whose arrival or withdrawal was entered. A hospital's home is copied whole, with
-every membership.
-Guarantee: a copy that was changed, added or taken out is found by `check`, unless whoever did it
-has the role's key; so note the fingerprint of the manifest that `keep` returns, with somebody else.
-A ledger or an audit log that is damaged is kept as it is, as far as it can be read: the manifest
-and a warning say so.
+No record text, key, salt or proxy's password is copied. Nor is the vault's own log, in which a
+library may quote a record. Without the salt the ledger's entries name nobody, but they show,
+without noise, how many arrivals and withdrawals were entered. A hospital's home is copied whole,
+with every membership.
+Guarantee: `check` finds every copy that was changed, added or taken out, unless whoever did this
+has the role's key. So let somebody else note the digest of the manifest, which `Kept` holds.
+A damaged ledger or audit log is kept as it is, as far as it can be read. The manifest and a warning
+say so.
 
 Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`."""
 
@@ -64,10 +64,13 @@ OF_A_RUN = (
 
 @dataclass(frozen=True)
 class Kept:
-    """What `keep` made, or `check` found whole.
+    """Evidence that was kept, and that `check` found unchanged.
 
-    - noticed: when somebody became aware of the incident, and notify: 72 hours after it
-    - digest: sha256 of the manifest, to be noted elsewhere; signer: the role's public key"""
+    - noticed: when somebody became aware of the incident
+    - notify: 72 hours after this
+    - made, by: when the evidence was kept, and by whom
+    - signer: the role's public key
+    - digest: sha256 of the manifest, to be noted elsewhere"""
 
     folder: Path
     noticed: str
@@ -80,8 +83,10 @@ class Kept:
 
 
 def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
-    """Keep a site's evidence in the new folder `to`. noticed: UTC, as 2026-03-01T09:30:00Z; "" for
-    now; run: of a coordinator, as it was handed over."""
+    """Keep a site's evidence in the new folder `to`.
+
+    noticed: UTC, as 2026-03-01T09:30:00Z; "" for now. run: the folder of a coordinator's run, as it
+    was handed over."""
     home, state = site.home, site.site.state
     if not traces(home):
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
@@ -95,7 +100,7 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
-    """Keep a coordinator's evidence in the new folder `to`. run: the folder of a run of its own."""
+    """Keep a coordinator's evidence in the new folder `to`. run: the folder of one of its runs."""
     path = home / "signing.key"
     if not path.exists():
         raise ConfigError(f"{home}: no signing key here", "a site.toml, or a coordinator's home")
@@ -112,7 +117,8 @@ def _keep(
     key: SigningKey,
     home: Path | None,
 ) -> Kept:
-    """Keep the files of `folders` and those `found`; home: the folder of a site's ledger."""
+    """Keep the files of `folders` (name -> folder and patterns) and those `found` (name -> path).
+    home: the folder of a site's ledger; None for a coordinator."""
     if os.path.lexists(to):
         raise InputError(
             f"{to}: exists", "a new folder", "evidence is not added to: choose another"
@@ -165,8 +171,8 @@ def _keep(
 
 
 def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
-    """Copy a ledger's entries and return the newest one's hash; "" of a damaged ledger, of which
-    the rows that can be read are copied."""
+    """Copy a ledger's entries and return the hash of the newest one. Of a damaged ledger, copy the
+    rows that can be read, enter the damage in `damaged`, and return ""."""
     try:
         book = Ledger(home)
     except NoRoom:
@@ -196,7 +202,7 @@ def _has_rows(path: Path) -> bool:
 
 def check(folder: Path, signer: str = "") -> Kept:
     """Check that kept evidence is as it was signed. signer: the public key that must have signed
-    it; "": that which the manifest names. Errors: NotGenuine."""
+    it; "" for the key that the manifest names. Errors: NotGenuine."""
     facts = reading.json_in(folder / MANIFEST, "evidence that fedtune kept", kind=NotGenuine)
     content = {name: value for name, value in facts.items() if name != "signature"}
     try:

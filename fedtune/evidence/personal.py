@@ -1,7 +1,7 @@
 """Recognise a site's personal model, and refuse to hand it on.
 
-A personal model follows exactly from its site's patients: no noise was added and no ε covers it. It
-lies sealed in the site's state folder (runs/personal.py), and is used at the site alone. Everything
+A personal model is computed from its site's patients without noise, so no ε covers it. It is stored
+sealed in the site's state folder (runs/personal.py), and used at the site alone. Every function
 that makes something for others out of a finished run calls `refuse_personal` first."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = "personal"  # in a site's state folder
 
 
 class NeverLeaves(Refused):
-    """A personal model was named where something is made for others."""
+    """The error that a personal model was given where something is made for others."""
 
     def __init__(self, what: str) -> None:
         super().__init__(

@@ -44,7 +44,8 @@ def sign(
     """Write evidence.json and signature.json.
 
     - key, ca: the coordinator's signing key, and the consortium's CA (PEM; "" in a simulation)
-    - keys: site -> its public signing key; registry: admitted site -> its other two public keys
+    - keys: site -> its public signing key
+    - registry: admitted site -> its other two public keys
     - history: the rounds, with the sites' signed evidence
 
     Errors: InfrastructureError."""
@@ -60,7 +61,7 @@ def sign(
 
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
-    """Write signature.json over the present content of the folder's files.
+    """Write signature.json, which covers the present content of the folder's files.
 
     Errors: InfrastructureError."""
     files = {name: sha256(run / name) for name in list_covered(run)}
@@ -98,7 +99,8 @@ def list_covered(run: Path) -> list[str]:
 
 
 def carry(run: Path, into: Path) -> None:
-    """Copy a run's signed files and its signature to `into`, a folder inside an exported model."""
+    """Copy a run's signed files and its signature to the folder RUN in `into`, an exported
+    model."""
     for name in (*list_covered(run), SIGNATURE):
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)

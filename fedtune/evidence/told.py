@@ -49,7 +49,7 @@ def digest_of_adapter(run: Path) -> str:
 
 
 def state(record: dict[str, Any], key: SigningKey) -> bytes:
-    """Compose a site's statement of a decision, from the decision's record."""
+    """Compose and sign a site's statement of a decision, from the decision's record."""
     model = record["model"]
     body = {
         "format": FORMAT,
@@ -64,7 +64,8 @@ def state(record: dict[str, Any], key: SigningKey) -> bytes:
 
 
 def read_told(run: Path) -> list[Told]:
-    """Read the sites' statements about a run's model, by site's name; [] if there are none."""
+    """Read the sites' statements about a run's model, sorted by the site's name; [] if there are
+    none."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []

@@ -113,9 +113,9 @@ class Verified:
 
 
 def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, the run inside an exported model, or a dossier: check every signature and every
-    digest, and compute ε from the step logs; for a dossier also check each figure and every
-    approval.
+    """Verify a run, the run inside an exported model, or a dossier. Every signature and every
+    digest is checked, and ε is computed from the step logs; in a dossier, each figure and every
+    approval is checked too.
 
     trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
     accepted, and `signer` of the result names the one found. sites: site -> the fingerprint that it
@@ -127,8 +127,9 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (the signer is
-    not `trust`, or a site's keys do not fit `sites`), InputError, ConfigError (no run)."""
+    Errors: NotGenuine (no signed folder, or a file, a signature or a figure that does not fit),
+    Refused (the signer is not `trust`, or a site's keys do not fit `sites`), InputError (no plan),
+    ConfigError (a malformed plan)."""
     if any(os.path.lexists(Path(run) / name) for name in DOSSIER):
         from fedtune.evidence.dossier.check import check
 
@@ -137,7 +138,8 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, or the run inside an exported model; see `verify`."""
+    """Verify a run, or the run inside an exported model. Parameters and errors: those of
+    `verify`."""
     run, signed, exported = _open_run(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
     if trust and not fingerprints.match_fingerprints(trust, name):
@@ -205,8 +207,8 @@ def _report(run: Path) -> dict[str, Any]:
 
 
 def _link(run: Path, report: dict[str, Any]) -> None:
-    """Check that the link adapter/ of a continuous study leads to the version in use by the
-    report."""
+    """Check that the link adapter/ of a continuous study leads to the version that the report
+    states to be in use."""
     link, table = run / ADAPTER, report.get("continuous")
     if link.is_symlink() or table is not None:
         number = table.get("version in use") if isinstance(table, dict) else None
@@ -216,7 +218,8 @@ def _link(run: Path, report: dict[str, Any]) -> None:
 
 def key_of(run: Path) -> tuple[SigningKey, str] | None:
     """Return the coordinator's key that signed a run, from the home beside the folder of runs, and
-    the CA in the signature; None if the run does not verify, or that home has another key.
+    the CA in the signature. None if there is no such home, its key is another one, or the run does
+    not verify.
 
     To change a signed run and sign it again, call this before the change, so that only a run that
     verified is signed again. Errors: InfrastructureError (the key cannot be read)."""
@@ -310,8 +313,8 @@ def _sha256(path: Path) -> str:
 
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
-    """List the files that the signature does not cover in a run's folder, or in that of a model
-    exported from it."""
+    """List the files that the signature does not cover in a run's folder, or in the folder of a
+    model exported from the run."""
     known = {name.partition("/")[0] for name in list_covered(run)} | {SIGNATURE, ADAPTER}
     known = {RUN} if folder != run else known
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)

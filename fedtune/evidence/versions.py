@@ -6,7 +6,7 @@ each decision from the verdicts and a person's choices, and the version in use f
     versions/looked.json        keyed digests of the public records, which show that a file is new
     versions/look-N.json        the records' scores in the comparison of version N
 
-That these scores are the models' own on the public records rests on the coordinator's word.
+Only the coordinator vouches that these scores are the models' own on the public records.
 Errors: NotGenuine."""
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class _Replay:
             self._apart = frozenset(content["apart"])
 
     def choose(self, choices: list[dict[str, Any]], until: float) -> None:
-        """Apply the choices that persons made before version `until` was judged."""
+        """Apply the choices that persons made before version `until` was judged. Errors:
+        NotGenuine."""
         while self._chosen < len(choices) and choices[self._chosen]["after"] < until:
             choice = choices[self._chosen]
             if choice["version"] is not None:
@@ -114,7 +115,7 @@ class _Replay:
             self._chosen += 1
 
     def add(self, version: dict[str, Any], choices: list[dict[str, Any]]) -> None:
-        """Check one version's verdict and decision, and apply it."""
+        """Check one version's verdict and decision, and apply the decision. Errors: NotGenuine."""
         number = int(version["number"])
         if self._numbers and number != self._numbers[-1] + 1:
             self._refuse_version(number, "a version before it is missing")

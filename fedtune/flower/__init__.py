@@ -1,1 +1,1 @@
-"""Flower as fedtune uses it: in one process, in several, or across hospitals."""
+"""The code that uses Flower: in one process, in several processes, or across hospitals."""

@@ -1,13 +1,13 @@
-"""Limit uploads: a site may push as many bytes as the last message to it allows for the answer.
+"""Limit uploads: after each message to a site, the site may push REPEATS times the bytes that the
+plan allows for its answer, and SLACK bytes more.
 
 The coordinator writes home/flower/allowance.json, site -> [number of messages sent to the site,
-bytes that the plan allows for its answer], before it sends a message; the gateway reads it.
+bytes that the plan allows for its answer], before it sends a message. The gateway reads it.
 
-| the site is asked again   | its count of bytes starts at 0                                       |
-| parts are sent repeatedly | allowed up to REPEATS times the answer and SLACK bytes more, since a |
-|                           | broken connection repeats at most two parts                          |
-| the site was never asked  | it may push nothing                                                  |
-| there is no file          | no limit, as where a test asks a SuperLink by itself                 |
+| a new message to the site     | the count of the site's bytes starts at 0                      |
+| why REPEATS                   | a broken connection makes a site send at most two parts again  |
+| no message to the site yet, or the file cannot be read | it may push nothing                   |
+| there is no file              | no limit: a test may use a SuperLink without a coordinator     |
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Read the allowances; None if there is no file. Errors: OSError, ValueError if the file cannot
-    be read."""
+    """Read the allowances; None if there is no file. Errors: OSError, ValueError or TypeError if
+    the file cannot be read."""
     try:
         allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:
@@ -47,8 +47,9 @@ def _file(home: Path) -> Path:
 
 
 class Quota:
-    """The remaining quota of each site at the gateway that serves `home`: a token bucket for its
-    requests (`burst` at once, `rate` a second), and the bytes that it may still push."""
+    """The remaining quota of each site at the gateway that serves `home`. A token bucket limits a
+    site's requests to `burst` at once and `rate` a second; its allowance limits the bytes that it
+    may push."""
 
     def __init__(self, home: Path, burst: int, rate: float) -> None:
         self._home = home
@@ -66,8 +67,8 @@ class Quota:
         return tokens >= 0
 
     def push(self, name: str, size: int) -> bool:
-        """Count `size` bytes that site `name` pushes. Return whether the total is within its
-        allowance; bytes beyond it are not counted."""
+        """Count `size` bytes that site `name` pushes. Return whether the total since the newest
+        message to the site is within its allowance; if it is not, the bytes are not counted."""
         try:
             asked = read(self._home)
         except (OSError, ValueError, TypeError):

@@ -1,8 +1,9 @@
-"""What fedtune does with Flower's private names (private.py); because of them flwr is held to 1.42.
+"""Call the parts of Flower that are not in its public API (private.py). Because of them fedtune
+requires flwr 1.42.
 
-A Runtime API gives out tasks: that of the SuperLink a ServerApp task for each run, that of a
-SuperNode a ClientApp task for each message. Whoever claims a task holds its token, keeps it alive
-with heartbeats, and reports how it ended."""
+A Runtime API gives out tasks. The SuperLink's gives out a ServerApp task for each run, a
+SuperNode's a ClientApp task for each message. The process that claims a task holds its token, keeps
+the task alive with heartbeats, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -133,7 +134,7 @@ run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-def
 
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
-    """Run Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
+    """Run Flower's own SuperLink or SuperNode until it ends, with the options in sys.argv."""
     if name == "superlink":
         extensions, flower_superlink = load_superlink()
         from starlette.middleware import Middleware  # not before: it takes long, as the above
@@ -150,12 +151,12 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
 
 
 class Locked:
-    """ASGI wrapper that requires the coordinator's secret on every route, except those that
-    authenticate their callers themselves: a site's calls are signed by its node key, and an
-    executor's bear the secret or a task's token.
+    """ASGI wrapper that requires the coordinator's secret on every route except those in OPEN,
+    which authenticate their callers themselves. There, a site's calls are signed by its node key,
+    and an executor's calls carry the secret or a task's token.
 
-    Without it, everybody with an account on this machine could call Flower's Control API, which
-    registers nodes and starts, stops and lists runs."""
+    Without this wrapper, everybody with an account on this machine could call Flower's Control API,
+    which registers nodes and starts, stops and lists runs."""
 
     OPEN = ("/v1/fleet/", "/v1/runtime/")
 
@@ -194,12 +195,12 @@ def make_resumable(push: Push) -> Push:
     """Wrap a SuperNode's push of one part of a message, so that after a broken connection only that
     part is sent again.
 
-    Two habits of Flower are corrected. It sends a part again if the answer was lost; if the part
-    had arrived, the SuperLink answers that it expects no such part, and Flower drops the whole
-    message. Here that answer to a repeated part counts as "stored". And Flower takes a connection
-    that breaks during TLS for a certificate that does not verify, and gives up; here the error is
-    replaced by one after which it tries again. If a part is really lost, the coordinator notices
-    that it is missing and asks for the update again."""
+    The wrapper corrects two reactions of Flower. If an answer is lost, Flower sends the part again.
+    If the part had arrived, the SuperLink answers that it expects no such part, and Flower drops
+    the whole message; here the answer to a repeated part counts as "stored". If a connection breaks
+    during TLS, Flower takes this for a certificate that does not verify, and gives up; here the
+    error is replaced by one after which Flower tries again. If a part is really lost, the
+    coordinator notices that it is missing and asks for the update again."""
     begun: set[tuple[str, str]] = set()
 
     def again(client: Any, request: PushObjectRequest) -> PushObjectResponse:
@@ -218,16 +219,17 @@ def make_resumable(push: Push) -> Push:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed task: the kind of task, and the token that stands for it."""
+    """A claimed task. kind: the kind of task; token: authenticates calls about this task."""
 
     kind: str
     token: str
 
 
 class Runtime:
-    """A client of a Runtime API, which gives out tasks to whoever has the secret.
+    """A client of a Runtime API, which gives out tasks to callers that have the secret.
 
-    ca: the CA (PEM) of the server's certificate; None: plain HTTP, for loopback only."""
+    ca: the CA (PEM) of the server's certificate; with None the client uses plain HTTP, which is for
+    loopback only."""
 
     def __init__(self, address: str, secret: bytes, ca: bytes | None = None) -> None:
         self._client = RuntimeHttpClient.from_server_address(
@@ -282,9 +284,10 @@ def _control(address: str, ca: bytes, secret: bytes) -> ControlHttpClient:
 def server_grid(
     address: str, ca: bytes, claim: Claim, give_up: Callable[[], bool]
 ) -> Iterator[Grid]:
-    """Open the Grid of a claimed ServerApp task; leaving the block ends the run.
+    """Open the Grid of a claimed ServerApp task. The run ends with the block.
 
-    A request that fails is repeated for OUTAGE_SECONDS, or until give_up() returns True."""
+    A request that fails for a temporary reason is repeated for OUTAGE_SECONDS, or until give_up()
+    returns True."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
     grid = load_http_grid()(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
@@ -305,16 +308,18 @@ def server_grid(
 
 
 def node_keys(grid: Grid) -> dict[int, str]:
-    """Return each connected node's key (PEM), verified by the SuperLink. Errors:
-    httpx.HTTPError."""
+    """Return node -> public key (PEM) for the connected nodes. The SuperLink has verified the keys.
+    Errors: httpx.HTTPError."""
     return {node.node_id: node.public_key.decode() for node in grid.get_nodes()}
 
 
 class ClientTask:
-    """A claimed task at a site's own SuperNode; leaving the block ends it.
+    """A claimed task at a site's own SuperNode. As a context manager it ends the task with the
+    block.
 
-    A request that fails is repeated for OUTAGE_SECONDS, or until give_up() returns True, since ε
-    was spent on the update. The task's input also holds the app bundle, which is never opened."""
+    A request that fails for a temporary reason is repeated for OUTAGE_SECONDS, or until give_up()
+    returns True, since ε was spent on the update. The task's input also holds the app bundle, which
+    is never opened."""
 
     def __init__(self, address: str, claim: Claim, give_up: Callable[[], bool]) -> None:
         self._patience = _patience(give_up)
@@ -329,13 +334,12 @@ class ClientTask:
         self._status = SubStatus.FAILED
 
     def pull(self) -> tuple[Message, Context]:
-        """Return the task's message, which is to be answered, and its context. Errors:
-        httpx.HTTPError."""
+        """Return the message to answer, and its context. Errors: httpx.HTTPError."""
         message, self._context, _, _ = run_clientapp.pull_task_input(self._client)
         return message, self._context
 
     def push(self, reply: Message) -> None:
-        """Hand the reply to the SuperNode. Errors: httpx.HTTPError."""
+        """Send the reply to the SuperNode. Errors: httpx.HTTPError."""
         run_clientapp.push_message(self._client, reply, self._context)
         self._status = SubStatus.COMPLETED
 
@@ -376,8 +380,8 @@ def create_message(
     group_id: str,
     ttl: float | None = None,
 ) -> Message:
-    """Create a message of a coordinator's run and task. Flower takes both from variables of the
-    process, and a coordinator has a grid for each of its studies."""
+    """Create a message of a coordinator's run and task. Flower's own function takes run and task
+    from variables of the process, but a coordinator's process has a grid for each study."""
     metadata = Metadata(
         run_id=run_id,
         message_id="",
@@ -406,8 +410,8 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
-    """Send a heartbeat and return whether it arrived. A task that no longer exists counts as such:
-    Flower would answer a failure by SIGINT to this process."""
+    """Send a heartbeat, and return False only after a temporary error. If the task no longer
+    exists, return True, since Flower would send SIGINT to this process after a failure."""
     try:
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     except httpx.HTTPError as error:

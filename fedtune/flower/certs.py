@@ -1,16 +1,17 @@
-"""Keys and certificates of a consortium: its CA, the certificate of the gateway, and those of
-the sites.
+"""Make and read the keys and certificates of a consortium: its CA, the gateway's certificate, and
+the sites' certificates.
 
-There is one CA for the consortium's whole life; the other certificates (leaves) are short-lived
-and renewed automatically. Every key here is P-384. A secret file is readable by its owner alone.
+There is one CA for the consortium's whole life. The other certificates (leaves) are short-lived and
+renewed automatically. Every key here is P-384. A file with a private key is readable only by its
+owner.
 
     ca(home)                        ca.pem: key and certificate; the first file of a new home, never
                                     replaced
     server_leaf(home, names)        server.pem: key and leaf; renewed at half of its life
     issue(home, key, name, ...)     a leaf for a public key, such as a site's
     node_key(path), tls_key(path)   a site's keys, made at the site
-    loopback(folder)                a certificate for 127.0.0.1 and one use, where Flower insists on
-                                    TLS
+    loopback(folder)                a certificate for 127.0.0.1, made for one run where Flower
+                                    requires TLS
 
 Errors: ConfigError if a key or a CA cannot be read.
 """
@@ -49,8 +50,8 @@ def ca(home: Path) -> tuple[EC, x509.Certificate]:
     """Return the consortium's CA (key and certificate) from home/ca.pem; make it if the home is
     new.
 
-    Errors: ConfigError if it is missing from a home that has been used, since a second CA would
-    lock out every site that was admitted under the first."""
+    Errors: ConfigError if the CA is missing from a home that has been used, since a new CA would
+    lock out every site that was admitted under the first one; or if it cannot be read."""
     file, begun = home / "ca.pem", has_begun(home)
     if not os.path.lexists(file):
         if begun:
@@ -70,11 +71,11 @@ def has_begun(home: Path) -> bool:
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
-    """Return home/server.pem, whose certificate holds `names`, by which sites reach the
-    coordinator, and all names of its predecessor.
+    """Return the path home/server.pem. Its certificate holds `names`, by which sites reach the
+    coordinator, and all names of the certificate before it.
 
-    A new key and certificate are made if there is none, if a name is missing, or if half of its
-    life is over. Errors: ConfigError."""
+    A new key and certificate are made if there is no certificate, if it lacks a name, or if half of
+    its life is over. Errors: ConfigError."""
     for name in names:
         if not is_host(name):
             raise ConfigError(
@@ -110,7 +111,8 @@ def issue(
     """Issue a leaf for `key`, valid from `start` (default: five minutes ago) to `end` (default:
     LEAF_DAYS from now).
 
-    hosts: a server's names and addresses; without them the leaf is a client's, for site `name`."""
+    hosts: a server's names and addresses; without `hosts` the leaf is a client's, for the site
+    `name`."""
     ca_key, authority = ca(home)
     use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
@@ -142,17 +144,19 @@ def common_name(subject: x509.Name) -> str:
 
 
 def node_key(path: Path) -> EC:
-    """Return the site's Flower key in `path` (OpenSSH format); make it if there is none."""
+    """Return the site's Flower key in the file `path` (OpenSSH format). If there is no file, make
+    the key."""
     return _key_at(path, serialization.PrivateFormat.OpenSSH)
 
 
 def tls_key(path: Path) -> EC:
-    """Return the site's TLS key in `path` (PKCS 8); make it if there is none."""
+    """Return the site's TLS key in the file `path` (PKCS 8). If there is no file, make the key."""
     return _key_at(path, serialization.PrivateFormat.PKCS8)
 
 
 def read_key(path: Path) -> EC:
-    """Read a P-384 private key, in either format. Errors: ConfigError."""
+    """Read a P-384 private key in OpenSSH or PEM format. Errors: ConfigError if the file cannot be
+    read, or other users can read it."""
     todo = "restore it from a backup"
     data = reading.content(path, "a P-384 private key", todo, ConfigError)
     try:
@@ -189,14 +193,14 @@ def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
 
 
 def request(key: EC, name: str) -> bytes:
-    """Make a certificate signing request (PEM) of `name` for a leaf for `key`."""
+    """Make a certificate signing request (PEM) for `key`, with `name` as its subject."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(name))
     return builder.sign(key, hashes.SHA384()).public_bytes(PEM)
 
 
 def loopback(folder: Path) -> tuple[Path, Path]:
     """Make a certificate for 127.0.0.1 and its key in `folder`, and return both paths. Only
-    processes that are given this file trust it."""
+    processes that are given the certificate's file trust the certificate."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedtune loopback")
     certificate = (

@@ -1,5 +1,5 @@
-"""Enrol sites: tie a site's name to its keys, confirmed by phone. Private keys never leave their
-machine.
+"""Enrol sites: tie a site's name to its keys, after people compared a fingerprint by phone. Private
+keys never leave their machine.
 
     site          enroll(site.toml)         makes keys, and a request file with their public halves
     phone         fingerprint(request)      is read out by the site, compared by the coordinator
@@ -8,7 +8,7 @@ machine.
     coordinator   revoke(home, name)        refuses the site's next request, closes its connections
 
 A record ties a name to three keys: the node key (Flower), the TLS key (the gateway) and the signing
-key (seals). The request is signed by each of them, so nobody enrols a key that they do not hold.
+key (seals). Each key signs the request, so nobody can enrol a key that they do not hold.
 
 | a request under an admitted name, with other keys | refused: revoke the name first             |
 | the same keys again                               | the same record, and a new certificate     |
@@ -17,11 +17,12 @@ key (seals). The request is signed by each of them, so nobody enrols a key that 
 | a certificate near its end                        | the running client renews it: forwarder.py |
 | a certificate past its end                        | enroll and admit again, with the same keys |
 
-A record holds the FORMAT in which it was written; one of a newer release is refused.
-leaves/NAME.pem is each site's newest certificate, which only `fedtune doctor` reads.
+A record holds the FORMAT in which it was written; a record of a newer format is refused.
+leaves/NAME.pem is a site's newest certificate, which is read only to check its dates.
 
-Guarantee: requests with other keys or another name have other fingerprints, which are 80 bits of
-SHA-256 and so resist a second preimage; the same name and keys always have the same one.
+Guarantee: a fingerprint is 80 bits of SHA-256 over the name and keys of a request, and nobody can
+find other keys or another name with the same fingerprint (second preimage). The same name and keys
+always have the same fingerprint.
 Errors: ConfigError for a file that is missing, unreadable or malformed; Refused for a request that
 a rule above refuses.
 """
@@ -64,7 +65,7 @@ ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # fields, besi
 
 
 class Member(NamedTuple):
-    """The site behind a node: its name, and key, its signing key ("" if not known)."""
+    """The site of a node. name: the site's name; key: its public signing key, "" if not known."""
 
     name: str
     key: str = ""
@@ -72,10 +73,12 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """An admitted site.
+    """The record of an admitted site.
 
-    node: its key as Flower sends it (PEM); tls: sha256 of its TLS public key; signing: its Ed25519
-    key, hexadecimal; revoked: when it was revoked, or "" while it may take part."""
+    - node: the site's node key as Flower sends it (PEM)
+    - tls: sha256 of its public TLS key
+    - signing: its public Ed25519 key, in hexadecimal
+    - admitted, revoked: when it was admitted and revoked; revoked is "" while it may take part"""
 
     name: str
     node: str
@@ -87,7 +90,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Request:
-    """A request to take part whose signatures were verified."""
+    """A site's request to take part. Its signatures were verified."""
 
     name: str
     node: str
@@ -117,15 +120,16 @@ class Answer:
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the consortium, which is the same for every site. The site compares it
-        by phone with what the coordinator reads out."""
+        by phone with the fingerprint that the coordinator reads out."""
         return fingerprints.of_consortium(self.ca, self.coordinator)
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
-    """Make the missing keys (node.key, tls.key) in the folder `keys`, and in it the folder for
-    renewed certificates, where a courier in another container finds them; write a request to `out`.
+    """Make the missing keys (node.key, tls.key) in the folder `keys`, and the folder keys/renewed
+    for renewed certificates, where a courier in another container finds them. Write a request to
+    `out`.
 
-    Returns the fingerprint to read out by phone."""
+    Returns the request's fingerprint, which the site reads out by phone."""
     for folder in (keys, keys / RENEWED):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     node, tls = certs.node_key(keys / "node.key"), certs.tls_key(keys / "tls.key")
@@ -143,8 +147,8 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
 
 
 def check_out(out: Path, fields: Set[str], what: str) -> None:
-    """Check that an output file is new, or an earlier file of the same kind, with these fields.
-    Errors: ConfigError."""
+    """Check that an output file does not exist, or is an earlier file of the same kind, with these
+    fields. what: the kind, for the error's text. Errors: ConfigError."""
     if not os.path.lexists(out):
         return
     try:
@@ -160,7 +164,8 @@ def check_out(out: Path, fields: Set[str], what: str) -> None:
 
 
 def read_request(path: Path) -> Request:
-    """Read and verify a request. Errors: ConfigError if a signature or a key is not valid."""
+    """Read and verify a request. Errors: ConfigError if the file is not a request, or a signature,
+    a key or the name is not valid."""
     fields = texts_in(path)
     if set(fields) != REQUEST:
         raise ConfigError(f"{path}: not a request", "the file that `fedtune enroll` wrote")
@@ -200,8 +205,8 @@ def compare(request: Request, fingerprint: str) -> None:
 
 
 def admit(home: Path, request: Request, address: str) -> Answer:
-    """Register the site in nodes/NAME.json, sign its certificate, and return the answer for it.
-    address: HOST:PORT where sites connect.
+    """Register the site in nodes/NAME.json, sign its certificate, and return the answer for the
+    site. address: HOST:PORT where sites connect.
 
     Errors: Refused, by the rules at the top of this file; ConfigError if `address` is not an
     address, or the consortium's CA is missing."""
@@ -239,7 +244,8 @@ def _plan(home: Path) -> dict[str, str]:
 
 
 def revoke(home: Path, name: str) -> Record:
-    """Revoke a site: move its record to nodes/revoked/, and return it. Errors: ConfigError."""
+    """Revoke a site: move its record to nodes/revoked/, and return the record with the time of
+    revocation. Errors: ConfigError if no such site is admitted."""
     record = lookup(home, name)
     if record is None:
         names = ", ".join(registry(home)) or "nobody"
@@ -252,7 +258,7 @@ def revoke(home: Path, name: str) -> Record:
 
 
 def registry(home: Path) -> dict[str, Record]:
-    """Return name -> record, of the sites that may take part now."""
+    """Return name -> record, for the sites that may take part now."""
     return {
         record.name: record
         for file in sorted((home / "nodes").glob("*.json"))
@@ -276,7 +282,8 @@ def list_revoked(home: Path) -> list[Record]:
 
 
 def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
-    """Return the newest certificate signed for the record's key; None if not known."""
+    """Return the newest certificate that was signed for the record's TLS key; None if it is not
+    known."""
     try:
         leaf = x509.load_pem_x509_certificate(_leaf(home, record.name).read_bytes())
     except (OSError, ValueError):
@@ -291,8 +298,8 @@ def was_revoked(home: Path, tls: str) -> bool:
 
 
 def renew(home: Path, record: Record, csr: bytes) -> bytes:
-    """Issue a new certificate (PEM) for the record's key. csr: a certificate signing request.
-    Errors: Refused if it is malformed, or for another key or name."""
+    """Issue a new certificate (PEM) for the record's TLS key. csr: a certificate signing request.
+    Errors: Refused if `csr` is malformed, or for another key or name."""
     try:
         asked = x509.load_pem_x509_csr(csr)
         key = asked.public_key()
@@ -306,11 +313,11 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
 
 
 def check_clock(home: Path) -> datetime:
-    """Return the present time, after a check that no date recorded in the coordinator's home is
-    later.
+    """Check that no date recorded in the coordinator's home is later than the present time, and
+    return the present time.
 
-    Errors: ConfigError if one is: the clock was set back, and certificates and signed requests
-    would be refused as not yet valid."""
+    Errors: ConfigError if a date is later by more than certs.SKEW. Then the clock was set back, and
+    certificates and signed requests would be refused as not yet valid."""
     now, past = certs.read_clock(), dict[str, datetime]()
     for name in ("ca.pem", "server.pem"):
         with suppress(ConfigError):  # a missing or damaged file is reported by other checks
@@ -330,13 +337,14 @@ def check_clock(home: Path) -> datetime:
 
 
 def tls_digest(key: EC) -> str:
-    """Return the sha256 of a public TLS key (DER, in hexadecimal), the form that records hold."""
+    """Return the sha256 of a public TLS key's DER form, in hexadecimal, as records hold it."""
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
 def _require_distinct(new: Record, other: Record) -> None:
-    """Check that no key serves two names, and no revoked node or TLS key is used again."""
+    """Check that the new record shares no key with the other one. The signing key may be the same
+    if the name is. Errors: Refused."""
     taken = {"node": new.node == other.node, "TLS": new.tls == other.tls}
     if other.name != new.name:
         taken["signing"] = new.signing == other.signing
@@ -356,7 +364,8 @@ def _read_revoked(home: Path) -> Iterator[Record]:
 
 
 def _record(file: Path) -> Record:
-    """Read a site's record. Errors: FileNotFoundError; ConfigError."""
+    """Read a site's record. Errors: FileNotFoundError; ConfigError if the file is damaged, or of a
+    newer format."""
     expected, todo = "a record of `fedtune admit`", "restore a backup"
     try:
         fields = reading.json_in(file, expected, todo, ConfigError, MAX_BYTES)
@@ -387,7 +396,8 @@ def _record_json(record: Record) -> bytes:
 
 
 def _issue_certificate(home: Path, key: EC, name: str) -> bytes:
-    """Issue a new certificate (PEM)."""
+    """Issue a new certificate and return it (PEM). Store it as leaves/NAME.pem; a failure to store
+    it is ignored."""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
     with suppress(InfrastructureError):  # a renewal does not fail because the disk is full
         writing.replace(_leaf(home, name), leaf, private=True)
@@ -427,5 +437,6 @@ def _p384(key: object) -> EC:
 
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
-    """Compute a site's fingerprint from its name and three keys, and nothing else of a request."""
+    """Compute a site's fingerprint from its name and its three keys. No other field of the request
+    has an influence."""
     return fingerprints.of_site(name, node, tls_digest(tls), signing)

@@ -2,21 +2,21 @@
 
     SuperNode ── TLS, loopback ──> forwarder ── [HTTP CONNECT proxy] ── TLS 1.3, mTLS ──> gateway
 
-Flower's SuperNode cannot send a client certificate, and insists on TLS, so on loopback the
-forwarder has a certificate that is made for this one run. It listens on 127.0.0.1 only; another
-user of this machine would still need the node key for every request. It passes bytes on unchanged,
-at most 64 KiB at a time.
+Flower's SuperNode cannot send a client certificate, and requires TLS. So the forwarder has a
+certificate for loopback, which is made for this one run. It listens on 127.0.0.1 only; another user
+of this machine would still need the node key for every request. It passes bytes on unchanged, at
+most 64 KiB at a time.
 
 Trust: the gateway's certificate must come from the consortium's CA and name the coordinator's host;
-the system's CAs do not count. The certificate of a proxy (https://) is checked against proxy_ca or
-the system's CAs. A proxy that decrypts TLS is refused like any other stranger, and has to exempt
-the coordinator's address.
+the system's CAs are not trusted for it. The certificate of a proxy (https://) is checked against
+proxy_ca or the system's CAs. A proxy that decrypts TLS fails this check, and has to exempt the
+coordinator's address.
 
 Upkeep: the forwarder asks the gateway for its status every WATCH_SECONDS (every second while the
 gateway does not answer), and renews the site's certificate when two thirds of its life are over.
 
-Errors: none reach the SuperNode: it receives a 503 and tries again after its own pauses. `away`,
-`refusal`, `distrust`, `clock` and `ahead` tell what is wrong.
+Errors: if the gateway cannot be reached, the SuperNode receives a 503 and tries again after its own
+pauses. `away`, `refusal`, `distrust`, `clock` and `ahead` tell what is wrong.
 """
 
 from __future__ import annotations
@@ -53,11 +53,10 @@ UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnect
 
 class Forwarder:
     """Forwards a SuperNode's connections to the gateway, in a thread that runs until the `with`
-    block ends. The SuperNode connects to `port` on loopback and trusts `certificate` (a file)
-    there.
+    block ends. The SuperNode connects to `port` on loopback and trusts the file `certificate`.
 
-    watch: seconds between two status requests. on_renewed: called with each renewed certificate
-    (PEM)."""
+    state: the folder for that certificate. watch: seconds between two status requests. on_renewed:
+    called with each renewed certificate (PEM). Errors: InfrastructureError if it cannot listen."""
 
     def __init__(
         self,
@@ -90,8 +89,8 @@ class Forwarder:
 
     @property
     def away(self) -> float:
-        """Seconds since the first failed connection after the gateway's last answer; 0 while it
-        answers."""
+        """The seconds since the first connection that failed after the gateway's last answer; 0
+        while the gateway answers."""
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def __enter__(self) -> Forwarder:
@@ -246,7 +245,7 @@ class Forwarder:
 
 
 async def _cut(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancel the tasks that began during shutdown: handshakes, and the relays that follow them."""
+    """Cancel the tasks that began during the shutdown: handshakes, and relays after a handshake."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -281,8 +280,8 @@ async def dial(
 
 
 async def _close(*writers: asyncio.StreamWriter) -> None:
-    """Close each writer after its data was sent, within 2 s; abort a connection that is broken or
-    takes longer."""
+    """Close each writer when its data was sent. Abort a connection that is broken, or takes longer
+    than 2 s."""
     for writer in writers:
         writer.close()
         try:
@@ -293,8 +292,8 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
 
 
 def find_newest_certificate(link: Link) -> x509.Certificate:
-    """Return the site's certificate with the latest expiry: that of the answer, or a stored renewal
-    for the same key. Also write it to the file link.certificate."""
+    """Return the site's certificate with the latest expiry, among the one in the answer and stored
+    renewals for the same key. Also write this certificate to the file link.certificate."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
     before = link.keys / link.certificate.name  # where earlier releases stored renewals
@@ -314,8 +313,9 @@ UNTIMELY = {9: "not valid yet", 10: "expired"}
 
 
 def _describe_untimely(error: Exception, leaf: x509.Certificate) -> str | None:
-    """Say which certificate is not valid at the time of this machine's clock: the gateway's, or the
-    site's own `leaf`, since a gateway that refuses it gives no reason. None if both are valid."""
+    """Return a text that says which certificate is out of date by this machine's clock: the
+    gateway's, if `error` is about it; else the site's `leaf`, which a gateway refuses without a
+    reason. None if no date explains the error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         problem = UNTIMELY.get(error.verify_code)
         return problem and f"its certificate is {problem} by the clock here: compare the clocks"
@@ -335,7 +335,8 @@ def far_context(link: Link) -> ssl.SSLContext:
 
 
 def proxy_of(link: Link) -> urllib.parse.SplitResult | None:
-    """Return site.toml's proxy, or the environment's HTTPS_PROXY unless NO_PROXY names the host."""
+    """Return site.toml's proxy, else the environment's HTTPS_PROXY unless NO_PROXY names the host;
+    None if there is no proxy. Errors: ConfigError if the proxy's address is not usable."""
     url = link.proxy
     if url is None and not urllib.request.proxy_bypass(link.host):
         url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")

@@ -1,10 +1,10 @@
-"""Run the gateway: the coordinator's only exposed port, through which admitted sites reach the
+"""Run the gateway, the coordinator's only exposed port. Through it admitted sites reach Flower's
 Fleet API.
 
     site's forwarder ── TLS 1.3, client certificate ──> gateway ── loopback ──> SuperLink
 
 A connection needs a client certificate that the consortium's CA signed and that is valid now; else
-it is refused before HTTP. Each request is then refused unless all of this holds:
+it is refused before HTTP. Then each request is refused unless it meets all of these conditions:
 
 | call      | it is a POST to one of FLEET, the ten calls of an authenticated SuperNode          |
 | site      | the certificate's name is admitted with the certificate's key at this moment; the |
@@ -16,14 +16,14 @@ it is refused before HTTP. Each request is then refused unless all of this holds
 | rate      | the site is within Limits.rate                                                     |
 
 The gateway itself answers two calls: GET STATUS (with its clock and protocol, for `fedtune
-doctor`), and POST RENEW (a signing request for the same key; one in Limits.renewal seconds, else
-429).
-Guarantee: bodies are streamed and never held whole, so memory grows with the open connections
-alone, and these are bounded, in total and per site. Revocation closes a site's open connections
+doctor`), and POST RENEW (a signing request for the same key). A second renewal within
+Limits.renewal seconds is answered with 429.
+Guarantee: bodies are streamed and never held whole. So memory grows only with the number of open
+connections, which is bounded in total and per site. Revocation closes a site's open connections
 within a second. Peers without a certificate cannot keep others out: above a limit the oldest
 unfinished handshake is dropped, first among those of the same network. Only the head of a request
-is parsed, by h11. Errors: a refusal is counted by its reason in Gateway.refused, and its reason is
-sent to the site in one line.
+is parsed, by h11. Errors: a refusal is counted by its reason in Gateway.refused. The reason for
+refusing a request is sent to the site in one line.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ RENEWAL_SECONDS = 3600.0  # between two checks of the age of the server's own ce
 
 
 class Gateway:
-    """A server for one coordinator's home. upstream: the SuperLink's URL; trust: the file of the
-    SuperLink's certificate."""
+    """A coordinator's server that checks sites' requests and passes them to Flower's SuperLink.
+    home: the coordinator's home; upstream: the SuperLink's URL; trust: the file of the SuperLink's
+    certificate."""
 
     def __init__(
         self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
@@ -130,8 +131,8 @@ class Gateway:
             await asyncio.sleep(0.01)  # sockets of failed handshakes close in the loop's next turn
 
     def _make_room(self, network: str) -> None:
-        """Make room for a new handshake: if there are too many unfinished ones, in total or from
-        `network`, cancel the oldest."""
+        """If there are too many unfinished handshakes, in total or from `network`, cancel the
+        oldest of them, so that a new handshake can begin."""
         same = [task for task, its in self._shaking.items() if its == network]
         if len(same) >= self.limits.per_network or len(self._shaking) >= self.limits.handshakes:
             oldest = same[0] if len(same) >= self.limits.per_network else next(iter(self._shaking))
@@ -139,7 +140,7 @@ class Gateway:
             oldest.cancel()
 
     async def _welcome(self, accepted: socket.socket) -> None:
-        """Run the handshake, then serve requests until one side closes."""
+        """Run the handshake of a connection, then serve its requests until one side closes it."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         reader = asyncio.StreamReader(limit=CHUNK)
@@ -186,8 +187,8 @@ class Gateway:
             transport.abort()  # does nothing where it is closed
 
     async def _first_byte(self, accepted: socket.socket) -> None:
-        """Wait for the peer's first byte, for Limits.silent seconds. Errors: TimeoutError, after
-        the connection was closed."""
+        """Wait for the peer's first byte, for at most Limits.silent seconds. Errors: TimeoutError;
+        the connection is then closed."""
         loop, heard = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(accepted, heard.set)
         try:
@@ -269,7 +270,8 @@ class Gateway:
         return sum(peer.name == name for peer in self._peers)
 
     async def _forward(self, peer: Peer, request: h11.Request, path: str) -> None:
-        """Stream the request to the SuperLink and its response back. Errors: Denied."""
+        """Stream a request to the SuperLink, and the SuperLink's response to the peer. Errors:
+        Denied; ConnectionError if the response is too long after it has begun."""
         headers = [
             (name, value)
             for name, value in request.headers
@@ -334,7 +336,7 @@ class Gateway:
         return h11.Response(status_code=status, headers=passed)
 
     async def _say(self, peer: Peer, status: int, body: bytes) -> None:
-        """Send a response that the gateway itself makes."""
+        """Send a response that the gateway itself makes, after reading the rest of the request."""
         if peer.http.their_state is h11.SEND_BODY:
             async for _ in self._body(peer):
                 pass
@@ -344,8 +346,8 @@ class Gateway:
         await self._send(peer, h11.EndOfMessage())
 
     async def _deny(self, peer: Peer, denied: Denied) -> None:
-        """Send the reason of a refusal, then close. Before that, bytes that still arrive are read
-        and dropped for up to 2 s: closing with unread bytes would lose the response."""
+        """Send the reason of a refusal. Then read and drop arriving bytes for up to 2 s, since the
+        response would be lost if the connection were closed with unread bytes."""
         if peer.http.our_state is not h11.SEND_RESPONSE:
             raise ConnectionError
         body = denied.reason.encode()
@@ -359,8 +361,8 @@ class Gateway:
                     pass
 
     async def _watch(self) -> None:
-        """Close the connections of revoked sites, and renew the server's own certificate, until
-        cancelled."""
+        """Until cancelled, close the connections of revoked sites and renew the gateway's own
+        certificate."""
         looked = time.monotonic()
         while True:
             await asyncio.sleep(0.5)
@@ -378,8 +380,8 @@ class Gateway:
                     self._count(f"own certificate not renewed ({type(error).__name__})")
 
     def _record(self, name: str) -> enrol.Record | None:
-        """Read a site's record from disk; None if it is not admitted, or its record is
-        unreadable."""
+        """Read a site's record from disk; None if the site is not admitted, or its record cannot be
+        read."""
         try:
             return enrol.lookup(self.home, name)
         except FedtuneError:
@@ -390,8 +392,8 @@ class Gateway:
         self._tls.load_cert_chain(certs.server_leaf(self.home))
 
     def _count(self, reason: str, site: str = "") -> None:
-        """Count a refusal. The 1st, 2nd, 4th, 8th … of a reason are printed, so that nobody can
-        fill the disk with log lines."""
+        """Count a refusal by its reason. Only the 1st, 2nd, 4th, 8th … refusal for a reason is
+        printed, so that nobody can fill the disk with log lines."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
             line = {

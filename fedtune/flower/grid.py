@@ -1,4 +1,5 @@
-"""A Flower Grid in one process: the same apps and the same bytes, without a server or Ray."""
+"""Define a Flower Grid in one process. It uses a deployment's apps and wire format, but no server
+and no Ray."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ PEERS = "peers"  # in a simulated node's config: the signing keys of all sites o
 
 
 class InProcessGrid(Grid):
-    """A Grid with one node for each site file. A node's ClientApp is called when its reply is
-    pulled.
+    """A Grid with one node for each site file. A node's ClientApp is called when the node's reply
+    is pulled.
 
-    Messages in both directions go through Flower's wire format, so a message that passes here also
-    passes on the network. `bytes_down` and `bytes_up` count their bytes by node, with metadata.
-    Guarantee: at most one reply is held at a time; an exception in the ClientApp becomes an error
-    reply that names only its class (and a FedtuneError's own message).
+    Messages in both directions go through Flower's wire format, so a message that works here also
+    works on the network. `bytes_down` and `bytes_up` count the messages' bytes by node, with
+    metadata.
+    Guarantee: at most one reply is held at a time. An exception in the ClientApp becomes an error
+    reply with the exception's class, and with the message only of a FedtuneError.
     """
 
     def __init__(
@@ -58,7 +60,8 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def members(self) -> dict[int, Member]:
-        """Identify each node by its site file; a node whose file cannot be read is left out."""
+        """Return node -> the site named in its site file. A node whose file cannot be read is left
+        out."""
         members = {}
         for node, context in self._contexts.items():
             with suppress(FedtuneError):
@@ -76,7 +79,8 @@ class InProcessGrid(Grid):
         return api.create_message(RUN_ID, None, content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Keep the messages as bytes until they are pulled. Errors: KeyError on an unknown node."""
+        """Store the messages as bytes until their replies are pulled, and return the messages' ids.
+        Errors: KeyError if a node is unknown."""
         pushed = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -90,7 +94,8 @@ class InProcessGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Run each message when its reply is taken from the iterator; each is delivered once."""
+        """Yield the replies. The app answers a message when its reply is taken from the iterator;
+        each message is answered once."""
         for identity in message_ids:
             message_bytes = self._waiting.pop(identity, None)
             if message_bytes is not None:
@@ -109,7 +114,8 @@ class InProcessGrid(Grid):
 
 
 def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context]:
-    """Build a node's context for each site file, by its number."""
+    """Build the context of each node. sites: node number -> site file; peers: the sites' signing
+    keys, separated by spaces. Returns node number -> context."""
     return {
         number: Context(
             RUN_ID, number, {"site": str(path), SIMULATED: True, PEERS: peers}, RecordDict(), {}
@@ -119,8 +125,8 @@ def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context
 
 
 def answer(app: ClientApp, contexts: Mapping[int, Context], message_bytes: bytes) -> bytes:
-    """Return the reply (in the wire format) of the node to which the message is addressed; an
-    exception becomes an error reply."""
+    """Return the reply, in the wire format, of the node to which the message is addressed. An
+    exception in the app becomes an error reply."""
     message = decode(message_bytes)
     try:
         reply = app(message, contexts[message.metadata.dst_node_id])

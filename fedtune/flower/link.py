@@ -1,4 +1,5 @@
-"""Read and check how a site reaches its coordinator: the address, the answer and the keys."""
+"""Read and check the settings by which a site reaches its coordinator: the address, the answer and
+the keys."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from fedtune.flower.ports import address_of
 
 @dataclass(frozen=True)
 class Link:
-    """How a site reaches its coordinator.
+    """The settings by which a site reaches its coordinator.
 
-    keys: the folder with node.key and tls.key. own: a folder for the newest certificate, for a
-    process that cannot write to `keys`."""
+    keys: the folder with node.key and tls.key. own: the folder for the newest certificate, for a
+    process that cannot write to `keys`; None for the folder keys/renewed."""
 
     name: str
     host: str
@@ -41,9 +42,9 @@ class Link:
 
 
 def link(site: Site, path: Path) -> Link:
-    """Read the link from the answer that site.toml's [coordinator] table names, or that was stored
-    when the site joined.
-    Errors: ConfigError, Refused."""
+    """Read the link from the coordinator's answer. The answer is the file that site.toml's
+    [coordinator] table names, else the one that was stored when the site joined. path: the site
+    file, for the errors' texts. Errors: ConfigError, Refused."""
     table = site.coordinator or CoordinatorTable()
     keys = keys_folder(site)
     name = site.site.name

@@ -1,23 +1,23 @@
-"""Read, check and store a site's membership in a consortium: the coordinator's answer.
+"""Read, check and store the coordinator's answer to a site, which makes the site a member of the
+consortium.
 
     read(file, ...)         reads an answer; checks that it is complete and for this site
     join(file, ...)         does the same, compares the fingerprint that a person heard by phone,
-    and
-                            stores the answer beside the site's keys
+                            and stores the answer beside the site's keys
     load_answer(keys, ...)  reads the stored answer, with which a client connects
 
-An answer comes by mail. Neither its address nor its plan for review is trusted until a person has
+An answer comes by mail. Its address and its plan for review are not trusted until a person has
 compared the consortium's fingerprint with the one that the coordinator read out.
 
-| it is larger than MAX_BYTES, not JSON, or has other fields or values than texts | ConfigError |
+| it is larger than MAX_BYTES, not JSON, has other fields, or a value is no text  | ConfigError |
 | it is for another site or other keys, or its CA did not sign its certificate    | ConfigError |
 | its plan is not a plan, or its coordinator did not sign the plan                | ConfigError |
 | no fingerprint is given, and none was stored                                    | ConfigError |
 | its fingerprint is another than the given one                                   | Refused     |
 
-Guarantee: the fingerprint comes from a person, never from the answer, and nothing is stored before
-both agree. The answer is stored beside the keys for which it was made, so new keys need a new
-answer.
+Guarantee: the fingerprint comes from a person, never from the answer. An answer is stored only if
+its fingerprint agrees with the person's. The answer is stored beside the keys for which it was
+made, so new keys need a new answer.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ AGAIN = "ask the coordinator for it again"
 
 
 def keys_folder(site: Site) -> Path:
-    """Return the folder of a site's network keys, in its state folder beside the ledger."""
+    """Return the folder of a site's network keys, which is in the site's state folder."""
     return site.site.state / "keys"
 
 
 def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
     """Read the coordinator's answer, and check that it is complete and for this name and TLS key.
 
-    expected: the consortium's fingerprint that the coordinator read out; "": it is not compared.
+    expected: the consortium's fingerprint that the coordinator read out; "" to compare none.
     Errors: ConfigError, Refused, by the table at the top of this file."""
     fields = enrol.texts_in(path, MAX_BYTES)
     if not _REQUIRED <= set(fields) <= _REQUIRED | _OPTIONAL:
@@ -86,7 +86,7 @@ def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
 def plan_of(answer: Answer, path: Path) -> Study | None:
     """Return the plan for review in an answer; None if there is none.
 
-    Errors: ConfigError if it is not a plan, or the answer's coordinator did not sign it."""
+    Errors: ConfigError if the text is not a plan, or the answer's coordinator did not sign it."""
     if not answer.plan:
         return None
     try:
@@ -100,8 +100,8 @@ def plan_of(answer: Answer, path: Path) -> Study | None:
 
 
 def read_reviewed_plan(answer: Answer) -> str:
-    """Return the digest of the plan for review in an answer; "" if there is none, or this
-    release cannot read it."""
+    """Return the digest of the plan for review in an answer; "" if there is no plan, or this
+    release cannot read it, or its signature is not valid."""
     try:
         study = plan_of(answer, Path(KEPT))
     except ConfigError:
@@ -113,8 +113,8 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
     """Check an answer against the fingerprint that a person heard, store it in the folder `keys`,
     and return it.
 
-    fingerprint: None to compare with that of the stored answer, so that a new certificate of the
-    same consortium needs no second call. Errors: ConfigError, Refused."""
+    fingerprint: None to compare with the stored answer's fingerprint, so that a new certificate of
+    the same consortium needs no second call. Errors: ConfigError, Refused."""
     if fingerprint is None and (kept := load_answer(keys, name)):
         fingerprint = kept.fingerprint
     if not fingerprint or not fingerprint.strip():
@@ -131,7 +131,7 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
 
 
 def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
-    """Return the answer that was stored when this site joined; None if it has not joined.
+    """Return the answer that was stored when this site joined; None if the site has not joined.
 
     expected: the fingerprint in site.toml, "" if it has none. Errors: ConfigError, Refused."""
     if not (keys / KEPT).exists():
@@ -140,7 +140,8 @@ def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
 
 
 def tls_key(keys: Path) -> EC:
-    """Return the public half of the site's TLS key. Errors: ConfigError."""
+    """Return the site's public TLS key. Errors: ConfigError if a network key of the site is missing
+    or cannot be read."""
     for name in ("node.key", "tls.key"):
         if not (keys / name).is_file():
             raise ConfigError(f"{keys / name}: no such file", todo="`fedtune enroll` makes it")

@@ -1,4 +1,4 @@
-"""Pack a short message into one part, since Flower moves a message part by part.
+"""Pack a short message into one record, since Flower transfers each part of a message separately.
 
 An order with a small adapter, or an update, has eight parts: the message, its dictionary, two
 records, and an array and a chunk each for the numbers and their scales. Each part costs a request
@@ -8,10 +8,11 @@ the 170 requests of a round of three sites. A packed message has three parts.
 | up to MOST bytes        | packed: one record with the dictionary in Flower's protobuf form     |
 | more than MOST bytes    | not packed: Flower sends chunks, and repeats single ones after a cut |
 | query.prepare           | never packed, since every version of the protocol has to read it     |
-| a received packed one   | unpacked once; a packed dictionary inside is not unpacked            |
+| a received packed message | unpacked once; a packed dictionary inside is not unpacked          |
 
-Guarantee: a packed message is unpacked to the same records, byte for byte, so that seals and
-digests hold. Unpacking needs memory for the message that was sent, like Flower's own reader."""
+Guarantee: a packed message is unpacked to the same records, byte for byte, so seals and digests
+stay valid. Unpacking needs as much memory as the message that was sent, like Flower's own reader.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ NEVER = "query.prepare"
 
 
 def pack(message: Message) -> Message:
-    """Pack the content of a short message, in place."""
+    """Pack the content of a message in place, if the message is short. Returns the message."""
     if message.metadata.message_type != NEVER and message.has_content() and _is_short(message):
         proto = api.recorddict_to_proto(message.content)
         if proto.ByteSize() <= MOST:
@@ -35,8 +36,8 @@ def pack(message: Message) -> Message:
 
 
 def size(content: RecordDict) -> int:
-    """Compute the bytes of a message's unpacked content in Flower's protobuf form, which are the
-    same on every grid."""
+    """Return the number of bytes of a message's unpacked content in Flower's protobuf form. It is
+    the same on every grid."""
     return int(api.recorddict_to_proto(content).ByteSize())
 
 
@@ -50,7 +51,7 @@ def _is_short(message: Message) -> bool:
 
 
 def unpack(message: Message) -> Message:
-    """Unpack the content of a message, in place; one that is not packed stays as it is.
+    """Unpack the content of a message in place, if it is packed. Returns the message.
 
     Errors: ValueError, DecodeError, and any other error that a crafted message causes in
     Flower's reader."""

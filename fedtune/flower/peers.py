@@ -1,4 +1,5 @@
-"""Identify the gateway's peers by their certificates, and limit them."""
+"""Identify the gateway's peers by their certificates, and define the limits of their connections
+and requests."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ HEAD = 16_384  # bytes of a request's line and headers
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for one site, or for all connections. Times in seconds."""
+    """The gateway's limits for one site, and for all connections together. Times are in seconds."""
 
     request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
     words: int = 256 << 10  # bytes of any other request, such as a list of an answer's 3,000 parts
@@ -54,14 +55,15 @@ class Peer:
 
 
 class Denied(Exception):
-    """Refusal of a request: HTTP `status` and a one-line reason."""
+    """Raised to refuse a request, with an HTTP `status` and a one-line reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         self.status, self.reason = status, reason
 
 
 def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
-    """Read the peer's identity from its certificate, which the handshake has verified."""
+    """Return the peer of a connection, with the identity in its certificate, which the handshake
+    has verified."""
     der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     leaf = x509.load_der_x509_certificate(der)
     key = leaf.public_key()
@@ -72,8 +74,8 @@ def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
 
 
 def network_of(address: str) -> str:
-    """Return the network from which one host can choose its addresses: an IPv4 address, or an IPv6
-    /64."""
+    """Return the network whose addresses count as one host: an IPv4 address by itself, or the /64
+    of an IPv6 address."""
     ip = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv4Address):
         return str(ip)
@@ -81,7 +83,7 @@ def network_of(address: str) -> str:
 
 
 def tls_reason(error: ssl.SSLError) -> str:
-    """Describe a handshake's failure."""
+    """Return a text that says why a TLS handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
     words = {
@@ -94,8 +96,8 @@ def tls_reason(error: ssl.SSLError) -> str:
 
 
 def content_length(request: h11.Request) -> int | None:
-    """Read the body's announced length (h11 admits digits only); None if the request does not
-    announce one, or announces something else too."""
+    """Return the length of the body by the content-length header, in which h11 admits only digits.
+    None if the request has no such header, or also a transfer-encoding header."""
     headers = dict(request.headers)
     length = headers.get(b"content-length")
     return int(length) if length is not None and b"transfer-encoding" not in headers else None

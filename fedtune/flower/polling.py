@@ -12,8 +12,8 @@ REPLY_SECONDS = (0.02, 0.5)
 
 
 class Poll:
-    """Pauses that grow with the wait: an early result is found soon, and a long wait costs
-    little.
+    """Pauses that grow with the wait, so that an early result is found soon and a long wait needs
+    few checks.
 
     A pause is a tenth of the wait so far, but at least `least` and at most `most` seconds. So
     polling prolongs a wait by at most a tenth or by `least`, and never by more than `most`."""
@@ -36,8 +36,8 @@ class Impatient:
     """A replacement of the module `time` with shorter sleeps, since a round waits for the site that
     polls last.
 
-    Flower sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet; a change from
-    one to the other begins a new wait."""
+    Flower sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet. A change
+    between these two lengths begins a new wait."""
 
     def __init__(self) -> None:
         self._last = 0.0

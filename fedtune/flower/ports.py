@@ -1,4 +1,4 @@
-"""Ports and names by which the programs of one machine reach each other."""
+"""Choose the ports and names by which the programs of one machine reach each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def free_port() -> int:
 
 
 def bypass_proxy() -> None:
-    """Keep this process's and its children's requests to loopback away from any HTTP proxy."""
+    """Keep the requests of this process and its children to 127.0.0.1 and localhost away from any
+    HTTP proxy."""
     rules = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     os.environ["no_proxy"] = ",".join(filter(None, [rules, "127.0.0.1", "localhost"]))
 
@@ -23,7 +24,8 @@ EVERYWHERE = ("0.0.0.0", "::")
 
 
 def own_name(host: str) -> str:
-    """Return the host by which this machine connects to its own gateway: loopback if it can."""
+    """Return the host by which this machine connects to its own gateway. It is 127.0.0.1 if the
+    gateway listens everywhere or on localhost, else `host`."""
     return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host
 
 

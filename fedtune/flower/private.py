@@ -1,7 +1,8 @@
-"""Import the names of Flower that are not its public API; no other file does.
+"""Import the names of Flower that are not in its public API. No other file imports them.
 
-tests/flower/test_contract.py says what is needed of each, and `make flower` asks every release for
-it. None is a name of a gRPC service. What loads a web server is loaded by a function."""
+tests/flower/test_contract.py states what fedtune needs of each name, and `make flower` tests it on
+every release of Flower. None is a name of a gRPC service. Names whose import loads a web server are
+loaded by a function."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ __all__ = [
 
 
 def load_superlink() -> tuple[Any, Any]:
-    """Load the SuperLink: the module whose get_middleware it calls, and its main function."""
+    """Import and return the module whose get_middleware the SuperLink calls, and the SuperLink's
+    main function."""
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
 
@@ -128,7 +130,7 @@ def load_superlink() -> tuple[Any, Any]:
 
 
 def load_supernode() -> tuple[Any, Any, Any]:
-    """Load the SuperNode: the module that holds its loop, the class of its client, and its main
+    """Import and return the module with the SuperNode's loop, the class of its client, and its main
     function."""
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
@@ -138,15 +140,16 @@ def load_supernode() -> tuple[Any, Any, Any]:
 
 
 def load_http_grid() -> Any:
-    """Load the class of a ServerApp's Grid over HTTP, and with it the SuperLink's web server."""
+    """Import and return the class of a ServerApp's Grid over HTTP. This also loads the SuperLink's
+    web server."""
     from flwr.superlink.grid import HttpGrid
 
     return HttpGrid
 
 
 def pull_replies(asked: Iterable[str]) -> PullAppMessagesRequest:
-    """Build the request for the replies to these messages. From 1.43 on its field has another name,
-    and a list of texts for its type."""
+    """Build the request for the replies to the messages with the ids `asked`. Flower 1.43 renamed
+    the request's field and made it a StringList; both forms are supported."""
     if "message_ids" in PullAppMessagesRequest.DESCRIPTOR.fields_by_name:
         return PullAppMessagesRequest(message_ids=list(asked))
     texts: Any = recorddict_pb2.StringList(vals=list(asked))

@@ -12,7 +12,7 @@ from fedtune.core.wire.arrays import Record, pack_arrays
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Encode arrays by name for a message, as `wire.arrays.pack_arrays` does."""
+    """Encode name -> array for a message, in the form of `wire.arrays.pack_arrays`."""
     return as_record(pack_arrays(arrays))
 
 

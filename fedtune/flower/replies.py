@@ -1,5 +1,5 @@
-"""Assemble the answers to the coordinator's messages. The largest size of an answer is fixed before
-the message is sent."""
+"""Fetch and assemble the answers to the coordinator's messages. The largest size of an answer is
+fixed before its message is sent."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class TooLong(Exception):
 
 
 class Lost(Exception):
-    """A part of an answer will not arrive: the site gave up its upload."""
+    """A part of an answer will not arrive, since the site gave up its upload."""
 
 
 def announce(answers: Collection[Answer]) -> None:
-    """Ask the SuperLink, in one call, which of the answers have arrived or are arriving. Does
-    nothing for sites in this process, or Ray's, whose answers can be taken directly."""
+    """Ask the SuperLink, in one call, which of the answers have arrived or are arriving, and note
+    this in them. Does nothing for a grid without a SuperLink, as in a simulation."""
     unknown = {answer._asked: answer for answer in answers if not answer._root}
     grid: Any = next((answer._grid for answer in unknown.values()), None)
     if not remote(grid):
@@ -52,7 +52,7 @@ def announce(answers: Collection[Answer]) -> None:
 
 
 def remote(grid: Any) -> bool:
-    """Return whether the grid asks a SuperLink, and not sites in this process or in Ray's."""
+    """Return whether the grid uses a SuperLink. The grid of a simulation does not."""
     return getattr(grid, "_runtime_client", None) is not None
 
 
@@ -73,7 +73,8 @@ class Answer:
         self._parts, self._pending = list[str](), deque[str]()
 
     def take(self) -> Message | None:
-        """Return the message; None if it has not arrived completely. Call `announce` before.
+        """Return the answer's message; None if it has not arrived completely. Call `announce`
+        before.
 
         Errors: TooLong, Lost, and any error that a crafted message causes in Flower's reader."""
         if not remote(self._grid):
@@ -118,8 +119,8 @@ class Answer:
             raise TooLong
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Fetch every part and return name -> content; None if a part is missing. No part is
-        fetched more than twice."""
+        """Fetch the parts and return id -> content; None if a part has not arrived yet. No part's
+        content is fetched more than twice. Errors: TooLong, Lost."""
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()
@@ -150,8 +151,8 @@ class Answer:
         return response.object_content if response.object_available else None
 
     def _check(self, contents: dict[str, bytes]) -> None:
-        """Check the size of the answer's parts, and the size that it has when assembled, where a
-        part that is named several times counts as often. Errors: TooLong."""
+        """Check the size of the parts without array values, and the size of the assembled answer.
+        A part that is named several times counts several times. Errors: TooLong."""
         kinds = {n: get_object_head_values_from_object_content(c) for n, c in contents.items()}
         words = sum(len(contents[n]) for n, (kind, *_) in kinds.items() if kind != "ArrayChunk")
         if words > WORDS:
@@ -159,8 +160,8 @@ class Answer:
         sizes: dict[str, int] = {}
 
         def count_bytes(name: str) -> int:
-            """Count the bytes of an object and of everything that it names, as often as it names
-            it."""
+            """Return the number of bytes of an object and of the objects that it names, each
+            counted as often as it is named."""
             if name not in sizes:
                 kind, named, _ = kinds[name]
                 if kind in ("RecordDict", "ArrayRecord", "Array"):

@@ -1,1 +1,1 @@
-"""Run client, server and Flower together, on one machine or on many."""
+"""Start the client, the server and Flower, on one machine or on many."""

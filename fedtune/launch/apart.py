@@ -1,4 +1,4 @@
-"""Run a site's two halves apart, as in two containers: `fedtune vault` and `fedtune courier`.
+"""Run a site's two halves separately, as in two containers: `fedtune vault` and `fedtune courier`.
 
     fedtune vault ── listens at PATH ──────────── its own child: the vault
         │  passes two descriptors: one for requests, one for events
@@ -6,15 +6,15 @@
     fedtune courier ── connects to PATH ───────── its own child: the courier
 
 Once both are connected, vault and courier communicate over the same kind of sockets as the children
-of one `fedtune client`. Each connection has sockets of its own, so a restarted process never reads
+of one `fedtune client`. Each connection has its own sockets, so a restarted process never reads
 bytes that were meant for its predecessor.
 
 | the peer belongs to another user            | neither side communicates with it              |
-| a second courier connects while one is here | it is refused, and tries again                 |
+| a courier connects while another is here    | it is refused, and tries again                 |
 | one side ends, killed or not                | the other ends its child, waits, and reconnects |
 
-Guarantee: the vault reads no byte and takes no descriptor from this connection; a courier sends
-only requests and events, bounded and typed (core/wire/requests.py, core/wire/events.py)."""
+Guarantee: the vault takes no byte and no descriptor from this connection. A courier can only send
+it requests and events of bounded length and fixed types (core/wire/requests.py, events.py)."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ PEER = struct.Struct("3i")  # process, user, group: Linux's struct ucred
 
 
 class CourierLeft(InfrastructureError):
-    """The courier, which `fedtune courier` started, has ended its connection."""
+    """A courier that `fedtune courier` started has ended its connection."""
 
 
 class Door:
-    """The socket to which a courier connects; a context manager that makes it at `path` and removes
-    it.
+    """The socket to which a courier connects. As a context manager it makes the socket at `path`,
+    and removes it at the end.
 
     Errors: ConfigError if the process cannot listen at `path`, or another vault listens there."""
 
@@ -88,7 +88,7 @@ class Door:
             self.path.unlink()
 
     def wait(self) -> Guest:
-        """Wait until a courier of this user connects, and return it."""
+        """Wait until a courier of this user connects, and return its connection as a Guest."""
         while True:
             connection, _ = self.listener.accept()
             if is_same_user(connection):
@@ -120,14 +120,14 @@ class Door:
 
 
 class Guest:
-    """A courier that has connected; a context manager that ends the connection."""
+    """A courier that has connected. As a context manager it closes the connection at the end."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
     def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
         """Pass the courier the descriptors on which it sends requests (asks) and events (tells),
-        and the values of `join`'s once and patience."""
+        and the arguments once and patience of `launch.site.join`. Returns this object."""
         words = {"release": __version__, "once": once, "patience": patience}
         with suppress(OSError):  # the courier has left; `alive` is False then
             socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
@@ -143,7 +143,7 @@ class Guest:
         return not has_ended(self._connection)
 
     def build_end_error(self) -> InfrastructureError:
-        """Build the error to raise for a courier that has left."""
+        """Build the error for a courier that has left."""
         return CourierLeft("the courier of this site has left")
 
     def __enter__(self) -> Guest:
@@ -162,7 +162,7 @@ def is_same_user(connection: socket.socket) -> bool:
 
 
 def has_ended(connection: socket.socket) -> bool:
-    """Return whether the other end of a connection is closed, without reading from it."""
+    """Return whether the other end of a connection is closed. Takes no byte from the connection."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -176,8 +176,8 @@ def has_ended(connection: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class Received:
-    """What a courier receives when it connects. asks, tells: the descriptors on which it sends
-    requests and events; once, patience: as for `launch.site.join`."""
+    """The descriptors and settings that a courier receives when it connects. asks, tells: the
+    descriptors on which it sends requests and events; once, patience: as for `launch.site.join`."""
 
     asks: int
     tells: int
@@ -186,11 +186,11 @@ class Received:
 
 
 def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault listens at `door`, until a signal arrives; reconnect to
-    the vault as often as needed.
+    """Run the courier of a site whose vault listens at `door`, until a signal arrives or the vault
+    says that the work is done. Reconnect to the vault as often as needed.
 
-    The courier reads site.toml, the coordinator's answer and the site's network keys, writes to its
-    own folder, and needs no record, ledger or signing key on its machine. Events: "waiting",
+    The courier reads site.toml, the coordinator's answer and the site's network keys, and writes to
+    its own folder. It needs no record, ledger or signing key on its machine. Events: "waiting",
     "connected", "reconnecting", "stopped". Errors: ConfigError or Refused because of the answer or
     the keys; KeyboardInterrupt at Ctrl-C."""
     site = load_site(site_path, alone=True)
@@ -220,7 +220,8 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
 
 @contextmanager
 def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
-    """Connect to the vault, and try again until it accepts this courier."""
+    """Connect to the vault, and try again until the vault accepts this courier. Provide the
+    connection, and the descriptors and settings that the vault passed."""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:
@@ -245,21 +246,21 @@ class Turned(Exception):
 
 
 def _is_readable(vault: socket.socket, seconds: float) -> bool:
-    """Wait up to `seconds` for a message of the vault or the end of its connection; return whether
-    one of them came."""
+    """Wait up to `seconds` for a message of the vault, or for the end of its connection. Return
+    whether one of these came."""
     return bool(select.select([vault], [], [], seconds)[0])
 
 
 def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
-    """Return whether the vault's last message, for which this waits up to `seconds`, is DONE."""
+    """Wait up to `seconds` for the vault's last message. Return whether it is DONE."""
     with suppress(OSError):
         return _is_readable(vault, seconds) and vault.recv(len(DONE)) == DONE
     return False
 
 
 def _receive(vault: socket.socket) -> Received:
-    """Receive the descriptors and values that the vault passes. Errors: OSError; Turned if the
-    vault does not accept this courier."""
+    """Receive the descriptors and settings that the vault passes. Errors: OSError; Turned if the
+    vault does not accept this courier, or is not a vault of this user and release."""
     if not is_same_user(vault):
         raise Turned("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)

@@ -1,5 +1,4 @@
-"""Explain refusals of a simulation by its sites' budgets, and note beside their ledgers where its
-run lies."""
+"""Explain why sites' budgets refused a simulation, and store at the sites where the run lies."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from fedtune.core.vault.budget_refusal import CEILINGS, PLACES, TODO, explain, i
 
 
 def remember(sites: Sequence[Site], run: Path) -> None:
-    """Note in the sites' state folders where the run of a plan lies. The note is only shown to
-    people, so errors of the disk and a damaged plan are ignored."""
+    """Store in the sites' state folders where the run of a plan lies. This is only shown to people,
+    so errors of the disk and a damaged plan are ignored."""
     with suppress(FedtuneError, OSError):
         digest = load_plan(run).digest
         for site in sites:
@@ -28,8 +27,8 @@ def remember(sites: Sequence[Site], run: Path) -> None:
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return a refusal with notes on what the sites' budgets were spent on, from their ledgers,
-    which are all on this machine; return it unchanged if no budget was the reason."""
+    """Return a refusal with notes that say, from the sites' ledgers on this machine, for what their
+    budgets were spent. Return `refusal` unchanged if no budget was the reason."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
         return refusal
     told: list[str] = []

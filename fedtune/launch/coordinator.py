@@ -14,10 +14,10 @@ Layout of the coordinator's home (made at the first start; `fedtune backup` copi
     ca.pem              the consortium's CA; stays the same for its whole life
     server.pem          the gateway's certificate and key; renewed automatically (certs.py)
     signing.key         signs plans, orders and receipts
-    address             where sites connect; `fedtune admit` writes it into answers
+    address             HOST:PORT where sites connect; `fedtune admit` writes it into answers
     plan.json           the plan that sites are sent, and its signature; also written into answers
     nodes/SITE.json     the keys of every admitted site (enrol.py)
-    leaves/SITE.pem     the site's newest certificate, for `fedtune doctor`
+    leaves/SITE.pem     the site's newest certificate, read only to check its dates
     flower/             state of the running SuperLink and gateway; new at every start
 
 Flower's Control API, which starts and stops runs, asks for no credentials and shares the
@@ -71,11 +71,11 @@ WATCH_SECONDS = 0.5  # pause between two checks of the gateway and the registry
 
 @dataclass(frozen=True)
 class Terms:
-    """What the person who starts a study decides, beside its plan.
+    """The settings that the person who starts a study chooses, in addition to its plan.
 
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
-    - anyway: run a study that is not expected to gain anything
-    - shares: for the forecast of the gain: class -> share of the sites' units"""
+    - anyway: whether to run a study that is not expected to gain anything
+    - shares: class -> its share of the sites' units; the forecast of the gain uses it"""
 
     signing: float = SIGNING_SECONDS
     anyway: bool = False
@@ -96,18 +96,19 @@ def serve(
     terms: Terms | None = None,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Run the study with the sites that are admitted before or while it runs; return the report.
+    """Run the study with the sites that are admitted before or while it runs. Return its report.
 
     - out, home: the folders of the run, and of the coordinator's keys and registry
     - host, port: where the gateway listens
     - names: host names by which sites connect, which are written into the gateway's certificate
     - resume: continue the run in `out`
     - run: called in place of server.rounds.run
-    - terms: what its starter decides, by default Terms()
-    - deadline: when to end a study that is not finished, in seconds since 1970
+    - terms: the settings that the starting person chooses; by default Terms()
+    - deadline: the time at which a study that is not finished ends, in seconds since 1970
 
-    Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen, SIGTERM
-    stops the study, or the deadline passes; KeyboardInterrupt.
+    Errors: ConfigError; InfrastructureError if the SuperLink ends, the gateway or the SuperLink
+    cannot listen, SIGTERM stops the study, or the deadline passes; those of server.rounds.run;
+    KeyboardInterrupt.
     """
     with naming_stops(), hold_home(home, [out]) as patience:
         prepare(home, host, port, names, patience)
@@ -122,8 +123,8 @@ def serve(
 
 @contextmanager
 def naming_stops() -> Iterator[None]:
-    """Turn the signal that ends a server into the error that people see. Errors: Terminated,
-    KeyboardInterrupt."""
+    """Run the block, and replace Stopped, which a signal raises in it, by the error that people
+    see. Errors: KeyboardInterrupt for SIGINT, else Terminated."""
     try:
         yield
     except Stopped as stop:
@@ -135,17 +136,18 @@ def naming_stops() -> Iterator[None]:
 
 
 class Terminated(InfrastructureError):
-    """SIGTERM ended a server before its studies."""
+    """SIGTERM ended a server before its studies were finished."""
 
 
 @contextmanager
 def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
-    """Hold a coordinator's home and its runs' folders for this process while the block runs, and
-    remove what an earlier one left half written. A signal raises Stopped in the block. Yields for
-    how many seconds to wait for the port: the gateway of a killed server ends by itself.
+    """Lock a coordinator's home and its runs' folders for this process while the block runs. Remove
+    incomplete files of an earlier process and an earlier study's plan. A signal raises Stopped in
+    the block. Yields the number of seconds to wait for the port: if an earlier server was killed,
+    its gateway needs some time to end by itself.
 
-    Errors: InfrastructureError if another process holds one of them, or another coordinator serves
-    the consortium."""
+    Errors: InfrastructureError if another process has locked one of the folders, or another
+    coordinator serves the consortium."""
     bypass_proxy()
     refuse_second(home)
     with alone(home / "flower", "fedtune server") as killed, ExitStack() as held:
@@ -160,9 +162,9 @@ def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
 
 @contextmanager
 def consortium(home: Path, host: str, port: int) -> Iterator[Link]:
-    """Run the SuperLink, and the gateway that sites reach, while the block runs; see `prepare`.
+    """Run the SuperLink and the gateway while the block runs. Call `prepare` first.
 
-    Errors: InfrastructureError if nothing can listen, or the SuperLink ends."""
+    Errors: InfrastructureError if one of them cannot listen, or the SuperLink ends."""
     with superlink(home) as link, blaming(link.child), supervised_gateway(link, home, host, port):
         yield link
 
@@ -187,9 +189,10 @@ def prepare(
     home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
 ) -> None:
     """Create the files that are missing in the home (see the layout above), and check the port.
-    patience: seconds to wait for the port, since the gateway of a killed server ends by itself.
+    patience: seconds to wait for the port to become free, as the gateway of a killed server ends
+    by itself.
 
-    Errors: ConfigError; InfrastructureError if the port is not free by then."""
+    Errors: ConfigError; InfrastructureError if the port is still in use after `patience`."""
     deadline = time.monotonic() + patience
     while is_reachable(own_name(host), port):
         if time.monotonic() > deadline:
@@ -207,14 +210,15 @@ def prepare(
 
 
 def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
-    """Return the address by which sites connect: the first name, else where the gateway listens."""
+    """Return the address HOST:PORT by which sites connect. HOST is the first of `names`, else
+    `host`."""
     name = [*names, host][0]
     return address_of(name, port)
 
 
 def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, Any]:
-    """Return the fields of the event "listening": study (if it is one), address, fingerprint,
-    admitted sites, and a text for the operator."""
+    """Return the fields of the event "listening": address, fingerprint, participants (the admitted
+    sites), text for the operator and, if there is only one study, study (its name)."""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -234,8 +238,8 @@ def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, A
 
 
 def plan_made(study: Study, home: Path) -> str:
-    """Describe what the operator does next once plan.json exists, which answers to sites
-    contain."""
+    """Return a text that says what the operator does next, when plan.json exists. From then on,
+    answers to sites contain the plan."""
     lines = ["plan         is made; a site's answer brings it for review"]
     if len(enrol.registry(home)) < study.strategy.min_sites:
         lines.append(
@@ -248,8 +252,8 @@ def plan_made(study: Study, home: Path) -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """A running SuperLink: its process, its loopback address, the certificate that was made for
-    this run, and its secret."""
+    """A running SuperLink: its process, its loopback address, the file of the certificate that was
+    made for this start, and the secret that its calls require."""
 
     child: Child
     address: str
@@ -263,9 +267,10 @@ class Link:
 
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
-    """Run a SuperLink on loopback that admits only registered nodes and starts no process.
+    """Run a SuperLink on loopback while the block runs. It admits only registered nodes and starts
+    no process.
 
-    Its database is new at each start: the state that must survive a restart is in the run's
+    Its database is new at each start. The state that must survive a restart is in the run's
     folder."""
     state = home / "flower"
     for old in state.glob("state.db*"):
@@ -291,8 +296,8 @@ def superlink(home: Path) -> Iterator[Link]:
 def _listen_on_loopback(
     options: Sequence[str], state: Path, certificate: Path
 ) -> tuple[Child, int]:
-    """Start a SuperLink on a free port, which another program may take before it does: then on
-    another one. Errors: InfrastructureError."""
+    """Start a SuperLink on a free port, and return its process and the port. If another program
+    takes the port first, try another port, at most PORTS in all. Errors: InfrastructureError."""
     attempts = PORTS
     while True:
         attempts, port = attempts - 1, free_port()
@@ -319,7 +324,7 @@ def _listen_on_loopback(
 
 
 def _answers(port: int, certificate: Path) -> bool:
-    """Whether whoever listens on a loopback port has the key of `certificate`."""
+    """Return whether the program that listens on a loopback port has the key of `certificate`."""
     context = ssl.create_default_context(cafile=certificate)
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
@@ -331,7 +336,7 @@ def _answers(port: int, certificate: Path) -> bool:
 
 @contextmanager
 def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
-    """Run the gateway while the block runs; restart it if it ends, and register newly admitted
+    """Run the gateway while the block runs. Start it again if it ends, and register newly admitted
     sites with the SuperLink."""
     state, done = home / "flower", threading.Event()
     options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
@@ -371,7 +376,8 @@ def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator
 
 
 def register_new(link: Link, home: Path, registered: set[str]) -> None:
-    """Register every admitted node key that is not in `registered` with the SuperLink."""
+    """Register every admitted node key with the SuperLink, unless it is in `registered`. Add the
+    new keys to `registered`."""
     for record in enrol.registry(home).values():
         if record.node not in registered:
             key = {record.name: record.node.encode()}
@@ -381,8 +387,8 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
-    """Start a run at the SuperLink, claim its ServerApp task, and provide the Grid for the
-    rounds."""
+    """Start a run at the SuperLink, claim its ServerApp task, and provide the Grid for the rounds.
+    Errors: InfrastructureError if the SuperLink offers no task within CLAIM_SECONDS."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
     api.start_run(link.address, link.ca, link.secret, content, digest)
@@ -418,8 +424,8 @@ def bundle() -> bytes:
 
 @contextmanager
 def blaming(link: Child) -> Iterator[None]:
-    """Name the SuperLink in an error of the block for which it is to blame. Errors:
-    InfrastructureError."""
+    """Run the block, and replace its HTTP errors by an error that names the SuperLink. If the
+    SuperLink has ended, replace an InfrastructureError too. Errors: InfrastructureError."""
     try:
         yield
     except (httpx.HTTPError, InfrastructureError) as error:
@@ -433,8 +439,9 @@ def blaming(link: Child) -> Iterator[None]:
 
 
 class Members:
-    """Maps each node of a grid to the site that is admitted with its key: the SuperLink gives the
-    node's key, the registry the key's site. The keys of nodes that have left are remembered.
+    """Maps each node of a grid to the site that is admitted with the node's key. The SuperLink
+    gives the key of a node, the registry the site of a key. Keys of nodes that have left are
+    remembered.
 
     on_event: called with "admitted", "revoked", "connected" and "disconnected" {name} for each
     change in registry and SuperLink since the last call."""
@@ -475,7 +482,8 @@ class Members:
                 self._on_event(event, {"name": name, "text": f"{name}: {event}; {told}"})
 
     def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
-        """Allow these nodes, and no others, to push an answer of `most` bytes to the gateway."""
+        """Allow each of these nodes to push an answer of `most` bytes to the gateway. Allowances of
+        other nodes stay."""
         members = self(grid)
         for name in {members[node].name for node in nodes if node in members}:
             count, _ = self._asked.get(name, (0, 0))
@@ -484,9 +492,9 @@ class Members:
 
 
 def audit_events(home: Path, on_event: OnEvent | None) -> OnEvent:
-    """Return an `on_event` that enters a study's decisions in the coordinator's audit log, and then
-    passes each event to the given one. Entered are the study's start and end, a site's refusal, a
-    dropped update, and the release of another version."""
+    """Return a function that enters a study's decisions in the coordinator's audit log, and passes
+    each event on to `on_event`. It enters the study's start and end, a site's refusal, a dropped
+    update, and the release of another version."""
     acts = AuditLog(home, SigningKey.at(home / "signing.key"))
 
     def hear(event: str, data: dict[str, Any]) -> None:
@@ -511,8 +519,8 @@ def _ca(home: Path) -> str:
 
 
 def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
-    """Return an `on_event` that passes events on and, after "start", when plan.json is stored,
-    sends "ready" with what the operator does next."""
+    """Return a function that passes events on to `on_event`. After "start", when plan.json is
+    stored, it also sends "ready" with the operator's next steps."""
 
     def hear(event: str, data: dict[str, Any]) -> None:
         on_event(event, data)
@@ -523,7 +531,8 @@ def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
 
 
 def installed_rounds(home: Path, members: Members, terms: Terms, turn: Turn) -> Run:
-    """Return the function that runs a study of this home's consortium, in its turn."""
+    """Return server.rounds.run with the settings of this home's consortium. turn: the turn in which
+    the study runs."""
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 

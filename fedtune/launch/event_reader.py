@@ -1,4 +1,4 @@
-"""Read the events of a site's two processes, vault and courier, without ever waiting for them."""
+"""Read the events of a site's two processes, vault and courier, without blocking."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class EventReader:
     """The reading end of a connection on which vault or courier sends events. It can replace a
     Connection, also in `multiprocessing.connection.wait`.
 
-    Guarantee: `poll` and `recv_bytes` return at once. If a courier sent half an event, a Connection
-    would wait for the rest, and the vault's events would no longer be shown."""
+    Guarantee: `poll` and `recv_bytes` return at once. A Connection would wait for the rest of an
+    incomplete event, and meanwhile the other half's events would not be shown."""
 
     def __init__(self, connection: Connection) -> None:
-        """Read events from `connection`, which is closed with this object."""
+        """Read events from `connection`, which `close` closes."""
         self._connection = connection
         self._had, self._ended = bytearray(), False
         os.set_blocking(connection.fileno(), False)
@@ -49,11 +49,13 @@ class EventReader:
         return event
 
     def send_bytes(self, reply: bytes) -> None:
-        """Send the process a result for which it waits. Errors: OSError if it does not read."""
+        """Send the process a result for which it waits. Errors: OSError if the process does not
+        read it."""
         self._connection.send_bytes(reply)
 
     def _lacking(self) -> int:
-        """Count the bytes of the header, or of the event, that have not arrived."""
+        """Return the number of bytes that are still missing: of the header, or, once the header is
+        complete, of the event. Errors: OSError if the event is longer than allowed."""
         if len(self._had) < HEADER.size:
             return HEADER.size - len(self._had)
         (length,) = HEADER.unpack_from(self._had)

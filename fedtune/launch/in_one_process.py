@@ -14,8 +14,8 @@ __all__ = ["app", "place_of", "site_errors"]
 
 
 def place_of(context: Context) -> Place:
-    """Read a simulated node's site and settings from its config. Errors: ConfigError if the config
-    names no site."""
+    """Return a simulated node's site and settings, from its config. Errors: ConfigError if the
+    config names no site."""
     node = context.node_config
     watch = node.get("watch")
     return Place(

@@ -1,11 +1,11 @@
-"""Run the in-process Grid with its sites in several processes, which train at the same time.
+"""Run the in-process Grid with its sites in several processes that train at the same time.
 
     coordinator: ProcessGrid ── socket pair, bytes of Flower's own messages ──> main(): some sites
 
-Each site belongs to one process for the whole run, and its data and ledger are opened only there: a
-process waits for the locks of its sites, which an earlier process of this run may still hold.
-The base's weights are memory-mapped, so that all processes share one copy. Messages are JSON and
-bytes, never pickle.
+Each site belongs to one process for the whole run, and only that process opens its data and ledger.
+A process first waits for the locks of its sites, which an earlier process of this run may still
+hold. The base's weights are memory-mapped, so that all processes share one copy. Messages are JSON
+and bytes, never pickle.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ PAUSE = 0.05  # seconds to wait for a reply before all workers are checked again
 
 
 class ProcessGrid(InProcessGrid):
-    """A grid whose sites answer in `processes` processes; a context manager that ends them.
-    site_errors: site file -> the error with which the site failed.
+    """A grid whose sites answer in `processes` processes. As a context manager it ends these
+    processes. site_errors: site file -> the error with which the site failed.
 
     Guarantee: at most one reply is held here, and one more in each process. If a process ends, the
-    site for which it worked has failed; the next message to one of its sites starts a new one."""
+    request that it was answering fails. The next message to one of its sites starts a new process.
+    """
 
     def __init__(self, sites: Sequence[Path], processes: int, logs: Path, peers: str = "") -> None:
         super().__init__(sites, app)
@@ -95,7 +96,7 @@ class ProcessGrid(InProcessGrid):
         return Worker(*options)
 
     def _move(self) -> None:
-        """Send a message to each idle worker, and take one reply if none is held."""
+        """Send the next message to each idle worker. If no reply is held, take one."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:
@@ -132,9 +133,10 @@ class ProcessGrid(InProcessGrid):
 
 
 class Worker:
-    """A process and its sites. The process is started with the first message to one of them.
+    """A process and its sites. The first message to one of the sites starts the process.
 
-    share: which of how many equal processes on its machine it is."""
+    share: (number of this process, from 0; number of such processes), by which the processes share
+    their machine."""
 
     def __init__(self, log: Path, sites: Sites, share: tuple[int, int], peers: str) -> None:
         self.log, self.sites, self.peers = log, sites, peers
@@ -151,7 +153,7 @@ class Worker:
             connection.send_bytes(message_bytes)
 
     def receive(self) -> tuple[bytes, bytes]:
-        """Wait for the answer; return the sites' errors (JSON) and the reply. Errors: EOFError or
+        """Wait for the answer. Return the sites' errors as JSON, and the reply. Errors: EOFError or
         OSError if the process has ended."""
         if self.connection is None:
             raise EOFError
@@ -187,7 +189,7 @@ def _error(fields: list[str]) -> FedtuneError:
 
 
 def main(options: list[str]) -> None:
-    """Answer messages from a socket until it closes. options: the socket's DESCRIPTOR, this
+    """Answer messages from a socket until the socket closes. options: the socket's DESCRIPTOR, this
     process's NUMBER, and the number of PROCESSES."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     descriptor, number, processes = map(int, options)
@@ -199,7 +201,7 @@ def main(options: list[str]) -> None:
     share_machine(number, processes)
     contexts = contexts_of(sites, peers)
     with ExitStack() as held, suppress(EOFError, OSError):
-        for path in sites.values():  # one that was cut off, or outlives its run, may still answer
+        for path in sites.values():  # a process that was cut off or outlives its run may hold them
             held.enter_context(locks.hold(_lock_of(path, Path(folder))))
         while True:
             reply = answer(app, contexts, connection.recv_bytes())

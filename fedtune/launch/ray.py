@@ -3,14 +3,15 @@
     coordinator: RayGrid ── Ray, bytes of Flower's own messages ──> Relay, an actor on a node
                                  Relay ── socket pair, as ProcessGrid ──> a process: some sites
 
-A site lives as a whole in one process, which its relay starts as `--processes` does here: that
-process alone opens the site's records and ledger, and what it prints goes to its log alone. Ray
-carries paths, digests and versions, the messages that a coordinator sends, and the answers that it
-would get from a hospital: no record, and no sum without noise. What Ray carries is neither
-encrypted nor authenticated, unless the cluster is set up for it.
+A whole site runs in one process, which its relay starts in the same way as `--processes` does on
+one machine. Only that process opens the site's records and ledger, and its output goes only to its
+log. Ray carries paths, digests and versions, the messages that a coordinator sends, and the answers
+that it would get from a hospital. It carries no record, and no sum without noise. These messages
+are neither encrypted nor authenticated, unless the cluster is set up for it.
 
-All nodes must see the same folders of the run and of the sites, and each other's locks there. Else
-a site whose node was lost could go on elsewhere with an older ledger, and be charged too little.
+All nodes must see the same folders of the run and of the sites, and each other's locks in these
+folders. Else a site whose node was lost could continue on another node with an older ledger, and be
+charged too little.
 """
 
 from __future__ import annotations
@@ -43,22 +44,23 @@ LOOPBACK = "127.0.0.1"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 # With clustering, Ray would replace 127.0.0.1 by an address that other machines can reach.
 HERE = QUIET | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# How often to try, for half a minute each time; 20 times, if Ray is not told.
+# The number of tries to reach a cluster, half a minute each; Ray's default is 20 tries.
 THERE = QUIET | {"RAY_gcs_server_port_wait_time_s": "2"}
 Marks = tuple[dict[str, str], list[str]]  # site file -> digest; files whose locks are held
-START_SECONDS = 300.0  # for Ray to find a free processor and to start an actor there, busy as it is
+START_SECONDS = 300.0  # for Ray to find a free processor and to start an actor on a busy node
 THREADS = "OMP_NUM_THREADS"
 
 
 class RayGrid(ProcessGrid):
-    """A ProcessGrid whose processes run on the nodes of a Ray cluster: of the one at `address`,
-    which goes on afterwards, or ("") of one on this machine that begins and ends with the grid.
+    """A ProcessGrid whose processes run on the nodes of a Ray cluster. The cluster is the one at
+    `address`, which keeps running afterwards. If `address` is "", the grid starts a cluster on this
+    machine and ends it.
 
-    Guarantee: Ray delivers a message once or not at all. If a node is lost, the sites for which it
-    worked have failed; the next message to one of them starts a process on another node, which
-    waits until the lost one has let go of its sites. Which error a site's records have caused stays
-    in the log of its process.
-    Errors: ConfigError, InfrastructureError when it is opened or when a process is replaced."""
+    Guarantee: Ray delivers a message once or not at all. If a node is lost, the requests to its
+    sites fail. The next message to such a site starts a process on another node, which waits until
+    the lost process has released the site. An error that a site's records cause is written only
+    to the log of the site's process.
+    Errors: ConfigError, InfrastructureError when the grid is opened or a process is replaced."""
 
     def __init__(
         self, sites: Sequence[Path], processes: int, logs: Path, peers: str, address: str = ""
@@ -99,7 +101,8 @@ class RayGrid(ProcessGrid):
         return next((worker for worker in busy if worker.answer in ready), None)
 
     def _start(self, workers: list[Any]) -> None:
-        """Start a process for each worker, where most processors are left for it. Errors:
+        """Start a process for each worker, on the node with most processors per process. Nodes on
+        which a process has ended are used only if there are no others. Errors:
         InfrastructureError."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -144,7 +147,8 @@ class _RayWorker(Worker):
     node = ""  # Ray's name of the node
 
     def begin(self, digests: dict[str, str], marks: list[str], share: tuple[int, int]) -> Any:
-        """Have the relay start the process; share: as for Worker, of the node's machine."""
+        """Ask the relay to start the process, and return Ray's reference to the result of
+        `Relay.begin`. share: as for Worker, on the node's machine."""
         options = str(self.log), self.sites, share, self.peers, os.environ.get(THREADS, "")
         return self.relay.begin.remote(digests, marks, *options)
 
@@ -171,7 +175,7 @@ class _RayWorker(Worker):
 
 
 class Relay:
-    """A process of some sites on this node, and the way to it: an actor."""
+    """A Ray actor that starts a process of some sites on its node and passes messages to it."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
@@ -186,9 +190,9 @@ class Relay:
         peers: str,
         threads: str,
     ) -> tuple[str, str, str]:
-        """Start the process, with the coordinator's number of threads and not Ray's, unless this
-        node is not as it must be: return its host's name, its release of fedtune, and what differs
-        (`_differences`)."""
+        """Start the process with the coordinator's number of threads (not Ray's), unless the
+        coordinator's files or folders differ on this node. Return the node's host name, its release
+        of fedtune, and the differences (`_differences`)."""
         seen = socket.gethostname(), __version__, _differences(digests, marks)
         if not seen[2]:
             os.environ.pop(THREADS, None)
@@ -207,15 +211,15 @@ class Relay:
         return reply
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, also while it works."""
         if self._worker:
             self._worker.stop()
 
 
 @contextmanager
 def _connected(address: str, processes: int) -> Iterator[None]:
-    """Join the cluster at `address`, or ("") start one on this machine that ends with the block.
-    Errors: ConfigError, InfrastructureError."""
+    """Join the cluster at `address` during the block. If `address` is "", start a cluster on this
+    machine that ends with the block. Errors: ConfigError, InfrastructureError."""
     if importlib.util.find_spec("ray") is None:
         raise InfrastructureError(
             "the ray engine is not installed", todo="pip install 'fedtune[ray]'"
@@ -258,8 +262,9 @@ def _connected(address: str, processes: int) -> Iterator[None]:
 
 @contextmanager
 def _as_before(folder: Path) -> Iterator[None]:
-    """Let Ray import nothing from the current folder, of which it tells its workers: in the block
-    that is `folder`. Its own handling of SIGTERM is undone."""
+    """Make `folder` the current folder during the block. Ray passes the current folder to its
+    workers, and must not import anything from the user's. Afterwards, restore the handler of
+    SIGTERM, which Ray replaces."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with chdir(folder):
@@ -271,8 +276,8 @@ def _as_before(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
-    """Provide what every node must see: the digests of the sites' files, and a file in each folder
-    whose lock is held here."""
+    """Provide the marks that every node must see: the digests of the sites' files, and a new file
+    in each folder, whose lock this process holds during the block."""
     with ExitStack() as held:
         marks = []
         for folder in map(private_folder, dict.fromkeys(folders)):
@@ -284,7 +289,8 @@ def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
 
 
 def _differences(digests: Mapping[str, str], marks: Sequence[str]) -> str:
-    """Return which of the coordinator's files and folders are others on this machine; "" if none.
+    """Return a text that lists the coordinator's files and folders that differ on this machine; ""
+    if none do.
 
     digests: site file -> its digest. marks: files whose locks the coordinator holds."""
     wrong = []
@@ -327,7 +333,7 @@ def _check_address(address: str) -> None:
 
 
 def _join_error(error: Exception, address: str) -> InfrastructureError:
-    """Return an error that says why no cluster was joined or started."""
+    """Build the error that says why no cluster was joined or started."""
     import ray
 
     text = " ".join(str(error).split())
@@ -351,7 +357,7 @@ def _join_error(error: Exception, address: str) -> InfrastructureError:
 
 
 def _start_error(error: Exception) -> InfrastructureError:
-    """Return an error that says why a node started no process."""
+    """Build the error that says why a node started no process."""
     import ray
 
     if isinstance(error, ray.exceptions.GetTimeoutError):
@@ -370,7 +376,8 @@ def _start_error(error: Exception) -> InfrastructureError:
 
 
 def _check_node(host: str, release: str, wrong: str) -> None:
-    """Check that a node has this release and sees the folders. Errors: InfrastructureError."""
+    """Check that a node has this release and sees the coordinator's files and folders. wrong: what
+    differs there (`_differences`). Errors: InfrastructureError."""
     if release != __version__:
         raise InfrastructureError(
             f"node {host} of the Ray cluster has fedtune {release}",

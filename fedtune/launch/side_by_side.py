@@ -3,8 +3,9 @@
     serve_all() ── opens ──> SuperLink and gateway, as coordinator.serve does
        └── for each study: a run of the SuperLink, and server.rounds.run in its turn
 
-With at_once = 1 a study begins when the one before it has ended. Else so many are under way, each
-in a thread of its own, and take turns (server/turns.py); the next begins when one has ended.
+With at_once = 1 a study begins when the one before it has ended. With a larger at_once that many
+studies run, each in its own thread, and take turns (server/turns.py). When a study ends, the next
+one begins.
 
 | a study fails: refused, too few sites, its deadline, a fault | the others go on                 |
 | Ctrl-C, SIGTERM, kill -9, or the SuperLink ends              | all end; --resume continues each |
@@ -46,9 +47,10 @@ from fedtune.server.turns import SharedTurn, Turn, Turns
 class Entry:
     """A study to run.
 
-    - out: the folder of its run; resume: whether to continue the run there
-    - deadline: when to end it if it is not finished, in seconds since 1970
-    - observed: opens what is called with its events"""
+    - out: the folder of the study's run
+    - observed: opens a context that provides the function called with the study's events
+    - resume: whether to continue the run in `out`
+    - deadline: the time, in seconds since 1970, at which a study that is not finished ends"""
 
     study: Study
     out: Path
@@ -63,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a study ended: with its report, or with an error."""
+    """The end of a study: its report, or the error that ended it."""
 
     entry: Entry
     report: dict[str, Any] | None = None
@@ -71,7 +73,8 @@ class Outcome:
 
 
 def check_together(studies: Sequence[Study], at_once: int) -> None:
-    """Check that studies can run at one coordinator. Errors: ConfigError."""
+    """Check that studies can run at one coordinator: each has a name of its own, and no study waits
+    for the end of a study without a last round. Errors: ConfigError."""
     names = [study.study.name for study in studies]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -97,13 +100,13 @@ def serve_all(
     on_end: Callable[[Outcome], None] = lambda outcome: None,
     terms: Terms | None = None,
 ) -> list[Outcome]:
-    """Run studies, `at_once` of them at a time and the others in a queue, in the order given;
-    return how each ended. A study that fails does not touch the others.
+    """Run studies in the order given, `at_once` of them at a time. Return the outcome of each. A
+    study that fails does not affect the others.
 
-    host, port, names, home: as for coordinator.serve. on_event: called with the events of the
-    consortium, such as sites that connect. on_end: called as soon as a study has ended.
-    Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen or SIGTERM
-    arrives; KeyboardInterrupt."""
+    host, port, names, home, terms: as for coordinator.serve. on_event: called with the events of
+    the consortium, such as sites that connect. on_end: called as soon as a study has ended.
+    Errors: ConfigError; InfrastructureError if the SuperLink ends, it or the gateway cannot listen,
+    or SIGTERM arrives; KeyboardInterrupt."""
     check_together([entry.study for entry in entries], at_once)
     with naming_stops(), hold_home(home, [entry.out for entry in entries]) as patience:
         prepare(home, host, port, names, patience)
@@ -167,7 +170,8 @@ class _Server:
             raise
 
     def _run(self, entry: Entry, turn: Turn) -> None:
-        """Run a study, and note how it ended. Errors: what ends the server."""
+        """Run a study, and store its outcome. Errors: KeyboardInterrupt, Terminated, and other
+        exceptions that end the server."""
         report, error = None, None
         try:
             with (

@@ -1,4 +1,4 @@
-"""Simulate a study on one machine, with the server, client and messages of a deployment."""
+"""Simulate a study on one machine, with a deployment's code for server, client and messages."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def simulate(
         resume: continue the run in `out` after its last complete round.
         on_event: called in this process with each event's kind and data, such as ("round", {…}).
         engine: "in-process", or "ray": the processes run on the nodes of a Ray cluster.
-        address: of a running Ray cluster, "auto" or "HOST:PORT", all of whose nodes see the run's
-            and the sites' folders; default: one on this machine that ends with the run.
+        address: of a running Ray cluster, "auto" or "HOST:PORT". All of its nodes must see the
+            run's and the sites' folders. Default: a cluster on this machine that ends with the run.
         processes: the number of sites that train at the same time, in processes that share the
             base's weights.
-        rounds: for a study with a [schedule], the round after which to stop. Slots are not waited
-            for: the first begins at schedule.start, or, if the plan names none, now.
+        rounds: for a study with a [schedule], the round after which to stop. The simulation does
+            not wait for slots: its clock starts at schedule.start, else at the present time.
         key: signs the run; by default a key that is made for this run and stored nowhere.
         anyway: run a study that is not expected to gain anything over public records alone.
-        shares: for the forecast of the gain: class -> share of the sites' units, of classes that
-            [public] lacks.
+        shares: class -> its share of the sites' units, for classes that [public] lacks; the
+            forecast of the gain uses it.
 
     A site's file is read again before each round. A site that was made or changed in memory is
     first written to site.toml in its state folder. A site whose data is declared public or
-    generated pays from a ledger of this run: ledgers/SITE in the run's folder, beside a copy of the
-    site's file.
+    generated pays from a ledger of this run, ledgers/SITE in the run's folder, which also holds a
+    copy of the site's file.
 
     Errors: ConfigError if these sites cannot run the study, or another home pays for their records;
     DataError if a site's records do not fit it; PolicyRefused if declared data was ever charged as
@@ -128,8 +128,8 @@ def simulate(
 
 @contextmanager
 def _paying(sites: Sequence[Site]) -> Iterator[None]:
-    """Keep the vault of each site whose own ledger pays, and a restore of that ledger, from working
-    meanwhile. Errors: InfrastructureError naming who works with it."""
+    """Lock the ledger of each site whose own ledger pays, during the block, against the site's
+    vault and against a restore. Errors: InfrastructureError that names who holds a lock."""
     from fedtune.core.vault.process import locked
 
     with ExitStack() as held:
@@ -163,11 +163,12 @@ def _run(
 
 
 def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
-    """Check that the sites' budgets allow the study, within a second and before anything is loaded
-    or computed from public text. Return what sites have paid so far, for those that have paid.
+    """Check that the sites' budgets allow the study. It takes less than a second, and comes before
+    anything is loaded or computed from public text. Return what each site has paid so far, for the
+    sites that have paid.
 
-    out: the run's folder. Errors: Refused if the budgets of too few sites suffice; the error lists
-    what they were spent on."""
+    out: the run's folder. Errors: Refused if too few sites have the budget; the error lists what
+    the budgets were spent on."""
     from fedtune.launch.budgets import explain_refusal
     from fedtune.officer.budget_check import check_budget
     from fedtune.server.too_few import too_few
@@ -187,15 +188,15 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
 
 def find_start(study: Study) -> float | None:
-    """Return when a simulated schedule begins, in seconds since 1970: at its start, so that a plan
-    has rounds at the same times whenever it is simulated; None, which is now, if it names none."""
+    """Return the schedule's start in seconds since 1970, so that each simulation of a plan has
+    rounds at the same times. Return None, which means now, if the plan names no start."""
     start = study.schedule.start_timestamp if study.schedule else 0.0
     return start or None  # 1970, if the plan names no start
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
-    """Return a function that reports, on this machine's screen alone, the steps before a run
-    begins."""
+    """Return a function that sends the steps before a run begins as events "step", for this
+    machine's screen only."""
     if on_event is None:
         return lambda text: None
     notify = on_event
@@ -204,7 +205,7 @@ def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
 
 def _peers(study: Study, sites: Sequence[Site]) -> str:
     """Return the signing keys of all sites, separated by spaces; "" without secure aggregation. In
-    a simulation, where all keys are made on this machine, a site accepts these keys as its peers',
+    a simulation all keys are made on this machine, so a site accepts them as the keys of its peers,
     unless its policy.peers names others."""
     if study.secure_aggregation is None:
         return ""
@@ -215,8 +216,8 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 
 @contextmanager
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
-    """Provide the sites, with each site of declared data replaced by a copy that pays from a ledger
-    of this run. These ledgers are removed if the run never begins. Errors: InfrastructureError."""
+    """Provide the sites. Replace each site of declared data by a copy that pays from a ledger of
+    this run. If the run never begins, remove these ledgers. Errors: InfrastructureError."""
     from fedtune.core.vault.declared import paid_by_run
 
     paying, new = list[Site](), not (out / "plan.json").exists()
@@ -238,8 +239,8 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
-    """Send an event "records", which only this machine's screen shows, with how many of a site's
-    rows are used or left out."""
+    """Send an event "records", for this machine's screen only, that says how many of a site's rows
+    are used and left out."""
     from fedtune.core.vault.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
@@ -248,8 +249,8 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
-    """Send events "records", which only this machine's screen shows, with the noise to expect in a
-    private evaluation's answers."""
+    """Send events "records", for this machine's screen only, that say how much noise the answers of
+    a private evaluation will have."""
     from fedtune.accounting.costs import query_lines
 
     if on_event:
@@ -258,17 +259,17 @@ def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> Non
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
-    """Return the first site's error if the errors of all sites are about their input files; else
-    None."""
+    """Return the first error, by the order of `files`, if there are errors and all are about the
+    sites' input files; else None."""
     found_errors = [error for path in files if (error := errors.get(str(path)))]
     all_inputs = all(isinstance(error, InputError) for error in found_errors)
     return found_errors[0] if found_errors and all_inputs else None
 
 
 def site_file(site: Site) -> Path:
-    """Return the file that a site's worker reads: the file from which `site` was loaded, if it
-    still gives the same site; else site.toml in the site's state folder, which is written now.
-    Errors: InfrastructureError."""
+    """Return the file that a site's worker reads. That is the file from which `site` was loaded, if
+    loading it again gives the same site. Else write site.toml in the site's state folder, and
+    return it. Errors: InfrastructureError."""
     if site.file is not None:
         with suppress(ConfigError):
             if load_site(site.file) == site:
@@ -293,7 +294,8 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 def _grid(
     files: list[Path], out: Path, engine: str, address: str, processes: int, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Provide the sites' grid, and site file -> the error with which the site failed."""
+    """Open a grid of the sites for the block. Provide it, and a mapping of site file -> the error
+    with which the site failed."""
     from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:

@@ -4,9 +4,9 @@ their events to the person at the screen.
     gateway <── courier: Flower, TLS ── socket ──> vault: records, ledger, keys
                     └────────── events ──> join(): this process <── events ──┘
 
-A parent controls its child's environment, and neither half may control the other, so this process
-starts both: first the vault, then the courier. Each confines itself before it does anything else
-(isolation.py). If one of them ends, the other is ended, and both are started again."""
+A parent process controls its child's environment, and neither half may control the other. So this
+process starts both: first the vault, then the courier. Each confines itself before it does anything
+else (isolation.py). If one half ends, this process ends the other and starts both again."""
 
 from __future__ import annotations
 
@@ -83,16 +83,16 @@ def join(
 ) -> None:
     """Take part in the coordinator's studies until a signal arrives; reconnect as often as needed.
 
-    Before the site connects, its site file, data sheet and records are checked
-    (`check_before_joining`), and a declaration that its data is public or generated is signed.
+    Before the site connects, `check_before_joining` checks its site file, data sheet and records,
+    and signs a declaration that its data is public or generated.
 
     - once: return when a coordinator that gave this site work has gone
     - watch: take part only in studies without a last round
     - processes: the number of processes that share each step
-    - patience: seconds for which to try again while the coordinator refuses this site; after a
-      crash Flower refuses it for about 60 s, until the old session has expired
-    - door: a socket to which a courier that is started elsewhere connects (launch/apart.py); None:
-      the courier is started here
+    - patience: seconds for which to try again while the coordinator refuses this site. After a
+      crash Flower refuses the site for about 60 s, until the old session has expired.
+    - door: a socket to which a courier connects that was started elsewhere (launch/apart.py); with
+      None this function starts the courier
 
     Events, each with a text for people: "isolation" {confined, open}, "joined", "answered" {kind
     and the vault's facts}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; for a
@@ -101,8 +101,8 @@ def join(
 
     Errors: those of the check; PolicyRefused if policy.isolation requires more than this machine
     supports; InfrastructureError if the coordinator still refuses this site after `patience`, or
-    the halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an
-    error."""
+    the halves end again and again; KeyboardInterrupt at Ctrl-C. After SIGTERM the function returns
+    without an error."""
     site = load_site(site_path)
     shown = Shown(site, on_event or ignore)
     with (
@@ -135,16 +135,16 @@ def join(
 
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
-    """Return the settings that a vault receives besides its site file (core/vault/answers.py,
-    Place)."""
+    """Return the settings that a vault receives in addition to its site file: the fields of Place
+    in core/vault/answers.py."""
     reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
 
 def check(site: Site, path: Path) -> None:
     """Run `check_before_joining` in a separate process, so that a person at the site can correct
-    errors before it connects. Errors: those of that check; InfrastructureError if the process ends
-    in another way."""
+    errors before the site connects. Errors: those of `check_before_joining`; InfrastructureError if
+    the process fails otherwise."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
         of_child, tells = connection_for(ours, theirs)
@@ -165,8 +165,9 @@ def check(site: Site, path: Path) -> None:
 class Halves:
     """The processes vault and courier of a site; a context manager that starts and ends both.
 
-    path: the site file. place: the vault's further settings (`place_of`). once, patience: as for
-    `join`. door: the socket to which a courier that was started elsewhere connects."""
+    path: the site file. place: the vault's further settings (`place_of`). processes, once,
+    patience: as for `join`. door: the socket to which a courier connects that was started
+    elsewhere; with None the courier is started here."""
 
     site: Site
     path: Path
@@ -213,11 +214,11 @@ class Halves:
         self._open.close()
 
     def watch(self, shown: Shown) -> InfrastructureError | None:
-        """Show the events of both processes until the courier has done its work (return None), or
-        one of them ends otherwise (return the error that says how).
+        """Show the events of both processes. Return None once the courier reports that its work is
+        done. Return an error if a process ends without such a report.
 
-        Errors: the error with which the courier ended; PolicyRefused if a process is not confined
-        as the policy requires."""
+        Errors: the error that the courier reported; PolicyRefused if a process is not confined as
+        the policy requires."""
         listeners = [self.door.listener] if self.door else []
         while True:
             of_vault, of_courier = self.of_vault.fileno(), self.of_courier.fileno()
@@ -238,8 +239,9 @@ class Halves:
 
 
 def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:
-    """Show the events of one half that have arrived. Return True if `show` did, after the last one.
-    fetching: for a vault, the site file; its requests to fetch a base are then carried out."""
+    """Show the events of one half that have arrived, at most EVENTS_AT_ONCE. Return True as soon as
+    `show` returns True: the half's work is done. fetching: for a vault, the site file; then the
+    vault's requests to fetch a base are carried out."""
     try:
         for _ in range(EVENTS_AT_ONCE):  # not all, so that the other half's events are shown too
             if not connection.poll(0):
@@ -257,8 +259,8 @@ def take_events(connection: EventReader, show: Any, fetching: Path | None = None
 
 
 def _fetch(path: Path, base: str) -> dict[str, str]:
-    """Fetch a base that the vault asks for, if site.base or policy.bases names it. Return {}, or
-    the error as facts of an event."""
+    """Fetch a base for the vault, if site.base or policy.bases names it. Return {}, or the error as
+    facts of an event."""
     from fedtune.core.bases.find import find_base, known_digest
 
     try:
@@ -273,16 +275,18 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
 
 
 class Again:
-    """Decides whether the halves are started again after one of them has ended: always if they had
-    run for more than LONG seconds, else at most FEW times in a row."""
+    """Decides whether the halves are started again after one of them has ended. Halves that ran for
+    more than LONG seconds are, others at most FEW times in a row. There is no limit if a courier
+    that was started elsewhere has left."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
         self._began, self._short = time.monotonic(), 0
 
     def after(self, ended: InfrastructureError | None) -> bool:
-        """Return whether to start the halves again, after a pause. ended: what `Halves.watch`
-        returned; None if their work is done. Errors: `ended`, if they ended too early too often."""
+        """Return False if `ended` is None: the halves' work is done. Else pause, and return True:
+        start the halves again. ended: the result of `Halves.watch`. Errors: `ended`, if the halves
+        ended early too often."""
         if ended is None:
             return False
         lasted = time.monotonic() - self._began > LONG
@@ -301,8 +305,8 @@ class Again:
 
 
 class Allowance:
-    """Limits the length of a courier's events that are shown: BURST characters, and PER_SECOND more
-    each second.
+    """Limits the total length of the courier's events that are shown, to BURST characters and
+    PER_SECOND more each second.
 
     Shown text may be stored on any disk of the machine, as in a container's log, and a courier
     should not be able to fill the disk."""
@@ -313,8 +317,8 @@ class Allowance:
         self._left_out = 0
 
     def permits(self, facts: dict[str, Any]) -> bool:
-        """Return whether an event may be shown. If so, the number of events left out since the last
-        one is logged."""
+        """Return whether an event may be shown. If so, log the number of events left out since the
+        last shown one."""
         now = time.monotonic()
         self._left = min(BURST, self._left + (now - self._since) * PER_SECOND)
         self._since = now
@@ -332,8 +336,8 @@ class Allowance:
 class Shown:
     """Shows the events of the halves to the person at the site.
 
-    For each answer the vault sends its facts, and then the courier the number of bytes; both are
-    shown as one event. halves: the halves whose events come here: both or, with a spool, one."""
+    For each answer the vault sends its facts, and then the courier sends the number of bytes; both
+    are shown as one event. halves: those whose events are shown; with a spool it is only one."""
 
     def __init__(
         self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")
@@ -354,7 +358,8 @@ class Shown:
         self._confined.clear()
 
     def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
-        """Show an event of the vault. Errors: PolicyRefused, as for `Halves.watch`."""
+        """Show an event of the vault. Always returns False. Errors: PolicyRefused, as for
+        `Halves.watch`."""
         if event == "answered":
             self._facts.append((time.monotonic(), facts))
             if "courier" not in self._halves:
@@ -368,8 +373,8 @@ class Shown:
         return False
 
     def from_courier(self, event: str, facts: dict[str, Any]) -> bool:
-        """Show an event of the courier; return True if it says that its work is done. Errors: the
-        error with which the courier ended; PolicyRefused, as for `Halves.watch`."""
+        """Show an event of the courier. Return True if the event says that the courier's work is
+        done. Errors: the error that the courier reports; PolicyRefused, as for `Halves.watch`."""
         told = from_courier(event, facts)
         is_counted = event in FREELY or (event == "answered" and self._facts)
         if not is_counted and not self._allowance.permits(told or {}):
@@ -398,9 +403,9 @@ class Shown:
         return False
 
     def _keep(self, told: dict[str, Any]) -> None:
-        """Store a renewed certificate where the courier reads it at its next start: as soon as no
-        order is being answered, and at most once in RENEWALS seconds, since the courier must not
-        decide when something is written to the disk."""
+        """Store a renewed certificate where the courier reads it at its next start. It is written
+        as soon as no order is being answered, and at most once in RENEWALS seconds, since the
+        courier must not decide when this process writes to the disk."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return
@@ -423,8 +428,8 @@ class Shown:
             log.warning("a renewed certificate cannot be kept; it is asked for again")
 
     def flush(self, seconds: float) -> None:
-        """Show the vault's facts that have waited `seconds` or longer for the courier's, and store
-        a certificate that had to wait for the end of an order."""
+        """Show the vault's facts that have waited `seconds` or longer for the courier's facts. Then
+        store a certificate that waits for the end of an order."""
         while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
             self._show(self._facts.popleft()[1])
         if self._certificate is not None:
@@ -457,9 +462,10 @@ class Shown:
         return {"study": last["study"], "done": rounds, "text": text}
 
     def _isolation(self, half: str, facts: dict[str, Any]) -> None:
-        """Note how one half is confined; when all have reported, show it and enter it in the audit
-        log. A half reports once, before it does anything else. A further report is left out, since
-        a courier could choose by it when the audit log takes disk space, and how much.
+        """Note how one half is confined. When all halves have reported, show their reports and
+        enter them in the audit log. A half reports once, before it does anything else. Further
+        reports are left out, since through them a courier could choose when and how much the audit
+        log grows.
 
         Errors: PolicyRefused if the policy requires more; those of `_enter_isolation`."""
         if half in self._confined:
@@ -484,14 +490,14 @@ class Shown:
                 self._enter_isolation(confined, still_open)
 
     def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
-        """Enter in the site's audit log how both halves are confined, but only if the disk has
-        space besides the ledger's reserve: a courier that is started elsewhere, as in another
-        container, may reconnect as often as it likes, and report something else each time.
+        """Enter in the site's audit log how both halves are confined, unless the disk has no space
+        besides the ledger's reserve. A courier that was started elsewhere, as in another container,
+        may reconnect as often as it likes and send a different report each time.
 
         Errors: LedgerError; InfrastructureError if the disk refuses."""
         site = self._site
         walls = {half: isolation.describe(each) for half, each in confined.items()}
-        acts = AuditLog(site.home, SigningKey.at(site.home / KEY))  # from its enrolment
+        acts = AuditLog(site.home, SigningKey.at(site.home / KEY))  # made at enrolment
         if not site.room.has_space(LONGEST):
             log.warning("isolate is not in the audit log: the disk has no space; to do: free space")
             return
@@ -502,7 +508,7 @@ class Shown:
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
-    """Describe how each half is confined, and which accesses remain open to it."""
+    """Return a text that says how each half is confined and which accesses remain open to it."""
     said, missing = [], []
     for half, text in SAYS.items():
         if half in confined:
@@ -520,8 +526,8 @@ def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]
 
 
 def _say_again(event: str, facts: dict[str, Any]) -> bool:
-    """Log a line that a child process logged, or report a step that it reported. Return False if
-    the event is neither of these."""
+    """Repeat a child process's log line or progress report in this process. Return False if the
+    event is neither of these."""
     if event == "log":
         log_again(facts)
     elif event == "step":

@@ -1,19 +1,20 @@
 """Run a site whose halves share a folder and no socket: `fedtune vault` and `fedtune courier
 --spool`.
 
-    fedtune vault SITE --spool DIR ──── its own child: the vault; or, with vault.run, for each
-        │                               request a command that starts a vault, as by a scheduler
+    fedtune vault SITE --spool DIR ──── its own child: the vault. With vault.run, for each request
+        │                               a command that starts a vault, such as a scheduler's
         │  DIR/requests, DIR/answers (core/wire/spool.py)
         │
     fedtune courier SITE --spool DIR ── its own child: the courier
 
-| the courier ends, killed or not | the next one withdraws its requests; their answers are deleted |
-| the vault ends, killed or not   | the next one answers the open requests; those that were        |
-|                                 | charged, from the ledger                                       |
-| nobody answers a request        | the courier waits as long as the coordinator does              |
+| the courier ends, killed or not | the next courier withdraws its requests; their answers are     |
+|                                 | deleted                                                        |
+| the vault ends, killed or not   | the next vault answers the open requests; it reads answers     |
+|                                 | that were charged already from the ledger                      |
+| no vault answers a request      | the courier waits as long as the coordinator does              |
 
-Guarantee: the courier's files can only start this site's vault, with the name of a request as an
-argument: 64 hexadecimal digits. No other text of the courier becomes part of a command."""
+Guarantee: the courier's files can only start this site's vault. The name of a request, 64
+hexadecimal digits, is the only text of the courier that becomes part of a command."""
 
 from __future__ import annotations
 
@@ -61,10 +62,12 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
     or, with `once`, until a coordinator that gave this site work has gone.
 
     The courier reads site.toml, the coordinator's answer, the site's network keys and the spool's
-    answers, and writes to its own folder, a renewed certificate and the spool's requests. Events:
-    as for `launch.site.join`. Errors: ConfigError or Refused because of the answer or the keys;
-    PolicyRefused if policy.isolation requires more than this machine supports; InfrastructureError
-    if the coordinator still refuses this site, or the courier ends again and again;
+    answers. It writes to its own folder and the spool's requests; a renewed certificate is stored
+    too. Events: as for `launch.site.join`.
+
+    Errors: ConfigError or Refused because of the answer or the keys; PolicyRefused if
+    policy.isolation requires more than this machine supports; InfrastructureError if the
+    coordinator still refuses this site after PATIENCE seconds, or the courier ends again and again;
     KeyboardInterrupt at Ctrl-C."""
     site, spool = load_site(site_path, alone=True), Spool.at(folder)
     link, home = read_link(site, site_path), site.site.state / FOLDER
@@ -83,13 +86,13 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
 def answer_requests(
     site_path: Path, folder: Path, *, watch: bool = False, processes: int = 1, on_event: OnEvent
 ) -> None:
-    """Answer the requests in the spool `folder` until a signal arrives. watch, processes, and the
-    checks at the start: as for `launch.site.join`.
+    """Answer the requests in the spool `folder` until a signal arrives. Check the site first, as
+    `launch.site.join` does. watch, processes: as for `launch.site.join`.
 
-    Events: those of the vault there. Errors: those of the checks; ConfigError if the folder cannot
-    be used, or vault.run names no program; PolicyRefused if policy.isolation requires more than
-    this machine supports; InfrastructureError if the vault ends again and again; KeyboardInterrupt
-    at Ctrl-C."""
+    Events: those of the vault in `launch.site.join`. Errors: those of the checks; ConfigError if
+    the folder cannot be used, or vault.run names no program; PolicyRefused if policy.isolation
+    requires more than this machine supports; InfrastructureError if the vault ends again and again;
+    KeyboardInterrupt at Ctrl-C."""
     site, spool = load_site(site_path), Spool.at(folder)
     shown = Shown(site, on_event, halves=("vault",))
     with until_stopped(on_event), alone(site.site.state / FOLDER, "fedtune client"):
@@ -114,11 +117,11 @@ def answer_request(
     processes: int = 1,
     on_event: OnEvent,
 ) -> None:
-    """Answer the request `name` in the spool `folder`, and return. The command in vault.run calls
+    """Answer the request `name` in the spool `folder`, and return. The command in vault.run does
     this, after `answer_requests` has checked the site.
 
-    Errors: InfrastructureError if there is no such request, or no answer could be written; else
-    as for `answer_requests`."""
+    Errors: InfrastructureError if there is no such request, or no answer could be written; the
+    other errors of `answer_requests`."""
     site, spool = load_site(site_path), Spool.at(folder)
     shown = Shown(site, on_event, halves=("vault",))
     with (
@@ -132,16 +135,16 @@ def answer_request(
 
 @dataclass(frozen=True)
 class _Half:
-    """One half of a site as a process. told: the connection with its events; fetching: for a vault,
-    its site file, by which bases are fetched for it."""
+    """The process of one half of a site. told: the reader of its events; fetching: for a vault, the
+    site file, by which this process fetches bases for the vault."""
 
     child: Child
     told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
-        """Show the process's events until it has done its work (return None), or ends otherwise
-        (return the error that says how)."""
+        """Show the process's events. Return None once `show` returns True: the work is done. Return
+        an error if the process ends without that."""
         while True:
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
@@ -154,7 +157,8 @@ class _Half:
 def _vault(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, name: str = ""
 ) -> Any:
-    """Start a vault that answers in a spool. name: the only request to answer; "": all."""
+    """Start a vault that answers the requests in a spool. name: the only request to answer; ""
+    answers all."""
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
@@ -180,8 +184,8 @@ def _child(
 def _start_for_each(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, notify: OnEvent
 ) -> None:
-    """Run the command vault.run for one request after another. A request that then has no answer is
-    tried again later, after the others, as long as its courier waits.
+    """Run the command vault.run for one request after another, without end. If a request has no
+    answer afterwards, try it again later, after the others, as long as its courier waits.
 
     Errors: ConfigError if vault.run names no program."""
     assert site.vault
@@ -210,8 +214,8 @@ def _start_for_each(
 
 
 def _run(command: list[str], folder: Path, log: Path) -> str:
-    """Run a command to its end, and return in words how it ended. If this process is stopped, the
-    command is stopped too."""
+    """Run a command, and return a text that says how it ended. If this process is stopped, stop the
+    command too."""
     begin_log(log)
     try:
         started = subprocess.Popen(

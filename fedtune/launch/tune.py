@@ -30,12 +30,13 @@ POINTS, SPAN = 5, 10.0
 class Trial:
     """One run of a search.
 
-    - settings: in the form of `--set`
-    - value: the metric on the records that choose; None if the run failed
+    - settings: the trial's settings, as texts in the form of `--set`
+    - folder: the name of the run's folder
+    - value: the metric on the records by which trials are compared; None if the run failed
     - loss: the loss on the same records, which decides between equal values
     - epsilon: the largest ε of a site
-    - error: why the run failed, "" if it did not
-    - warning: for a preference run, report.preference.alarms on the records of its report"""
+    - error: why the run failed; "" if it did not
+    - warning: for a preference run, the first warning of report.preference.alarms; "" if none"""
 
     settings: tuple[str, ...]
     folder: str
@@ -50,7 +51,8 @@ class Trial:
 class Search:
     """A finished search: its trials, the best first and those that failed last.
 
-    metric: the metric by which they are sorted; records: the records on which it was measured."""
+    metric: the metric by which the trials are sorted. records: the name of the records on which it
+    was measured."""
 
     metric: str
     records: str
@@ -71,7 +73,7 @@ def tune(
     records: Path | None = None,
     on_trial: Callable[[int, int, Trial], None] | None = None,
 ) -> Search:
-    """Run a study once for each of several settings, on declared data alone, and sort the trials.
+    """Run a study once for each of several settings, on declared data only, and sort the trials.
 
     Args:
         study: the study.toml.
@@ -80,15 +82,15 @@ def tune(
             interrupted, or that is repeated with more settings, keeps the finished trials.
         settings: texts "key=a,b,c"; all combinations of several keys are tried. If no key has
             several values, learning rates around the plan's are tried.
-        trials: the largest number of trials: points of the grid of learning rates, or combinations,
-            which are then drawn by the study's seed.
-        records: for a study without [selection], the file whose records choose, with the columns of
-            [evaluation]. The [evaluation] records choose nothing.
+        trials: the largest number of trials. Without a key of several values, it is the number of
+            learning rates. Else, if there are more combinations, the study's seed draws as many.
+        records: for a study without [selection], the file of records by which trials are compared,
+            with the columns of [evaluation]. The [evaluation] records never decide between trials.
         on_trial: called when a trial ends, with its number, the number of trials, and the trial.
 
     A trial that fails is listed with its error. Errors: PolicyRefused if a site's data is private,
-    or was ever charged as private; ConfigError if another home pays for it, if there are no
-    records that choose, `out` is not the folder of a search, or a setting is invalid."""
+    or was ever charged as private; ConfigError if another home pays for a site's data, if there are
+    no records by which to compare, `out` is not the folder of a search, or a setting is invalid."""
     from fedtune.core.vault.declared import declare
     from fedtune.officer.known_homes import check_simulated
 
@@ -121,7 +123,7 @@ def rank_trials(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> l
     """Sort trials, the best first and those that failed last.
 
     warned_last: whether a trial with a warning comes after all others that ran, whatever its value.
-    Set it only if the warning is about the records that choose."""
+    Set it only if the warning is about the records by which trials are compared."""
     sign = -1 if known_metric(metric).higher_is_better else 1
 
     def key(trial: Trial) -> tuple[bool, bool, float, float]:
@@ -145,7 +147,8 @@ def check_declared(sites: Sequence[Site]) -> None:
 
 
 def _check_chooser(study: Study, records: Path | None) -> None:
-    """Check that there are records to choose by. Errors: ConfigError."""
+    """Check that the study has a last round, and that there are records by which to compare trials.
+    Errors: ConfigError."""
     if study.continuous:
         raise ConfigError("a study with a [schedule] has no last round", "training.rounds")
     if study.selection is None and (records is None or study.evaluation is None):
@@ -182,8 +185,8 @@ def _values(setting: str) -> list[str]:
 
 
 def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
-    """List the combinations of settings to try. If no setting has several values, these are a
-    geometric grid of learning rates around the plan's, with the plan's first."""
+    """List the combinations of settings to try. If no setting has several values, the combinations
+    differ in the learning rate: a geometric grid around the plan's rate, in ascending order."""
     lists = [
         [f"{setting.partition('=')[0].strip()}={value}" for value in _values(setting)]
         for setting in settings
@@ -206,8 +209,8 @@ def _draw_combinations(
 
 
 def _index(out: Path) -> dict[tuple[str, ...], str]:
-    """Read settings -> name of the trial, from tune.json. Errors: ConfigError if `out` is not the
-    folder of a search."""
+    """Read tune.json, and return settings -> name of the trial; {} for a new folder. Errors:
+    ConfigError if `out` is not the folder of a search."""
     if not (out / INDEX).exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(
@@ -250,7 +253,7 @@ def _mark_failed(trial: Trial, error: FedtuneError) -> Trial:
 
 
 def _read_value(trial: Trial, run: Run, metric: str) -> Trial:
-    """Return a finished trial with its value on the records that choose."""
+    """Return a finished trial with its value on the records by which trials are compared."""
     quality: dict[str, Any] = run.report.get("quality") or {}
     after = quality.get("after") or {}
     if rounds := quality.get("selection"):

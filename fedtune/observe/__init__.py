@@ -1,12 +1,12 @@
-"""Report a run's or site's events to its operator: in a log, a status file and metrics. None of
-them holds anything private.
+"""Report a run's or site's events to its operator, in a log, a status file, metrics and trackers.
+None of these holds anything private.
 
     with observer("coordinator", folder, then=watch, metrics_port=9464) as seen:
         serve(..., on_event=seen)
 
-Nothing here touches the wire. A sink (a log, a status file, metrics, a tracker) cannot stop a
-study: its first error is logged. In strict mode (FEDTUNE_STRICT=1, as in tests) the error is
-raised.
+Nothing here sends a message of the study. A sink (a log, a status file, metrics, a tracker) cannot
+stop a study, since its first error is logged and later ones are ignored. In strict mode
+(FEDTUNE_STRICT=1, as in tests) the error is raised.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ EARLY = 200  # events kept for a run folder that does not exist yet
 
 
 class Observer:
-    """Passes each event to `then` and to every sink. As a context manager it also passes "stopped"
-    if the block ends without "done".
+    """Passes each event to every sink, and then to `then`. As a context manager it also passes
+    "stopped" to the sinks, if the block raises an error or ends without "done" or "stopped".
 
     late: sinks whose folder the run has not created yet. They receive the earlier events at
-    "start", so that a run that never began leaves no files. run: the run's folder, if one is
-    created."""
+    "start", so that a run that never began leaves no files. run: the run's folder; its log and
+    status are removed if a refusal or a wrong input ended the run before it began."""
 
     def __init__(
         self,
@@ -112,8 +112,9 @@ class Observer:
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:
-    """Return the fields of a "stopped" event: the error's class, and the phrase of its text that a
-    log may hold; if a person stopped the run, only the signal."""
+    """Return the fields of a "stopped" event: the error's class and, of a refusal or a failure of
+    infrastructure, the phrase of PHRASES in its text. If a signal stopped the run, return only the
+    signal. Return {} for None."""
     if error is None:
         return {}
     if isinstance(error, KeyboardInterrupt):
@@ -124,8 +125,8 @@ def _end(error: BaseException | None) -> dict[str, Any]:
 
 
 class _Tracked:
-    """A tracker as a sink: it receives the fields that the log may hold, and no event that is only
-    for the screen."""
+    """Makes a tracker a sink. The tracker receives only the fields that the log may hold, and no
+    event of SCREEN."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self.name = tracker, type(tracker).__name__
@@ -145,8 +146,8 @@ class _Tracked:
 
 
 def _forget(run: Path) -> None:
-    """Remove the status files and the folder of a run whose plan no site admitted, which has no
-    plan.json."""
+    """Remove the log, the status file and the folder of a run that ended before it had a plan.json.
+    A folder with other files stays."""
     with suppress(OSError):
         if not (run / PLAN).exists():
             for name in (LOG, FILE, LOCK):
@@ -169,16 +170,16 @@ def observer(
     """Build the observer of a role with all its sinks.
 
     - folder: the run's folder, or the site's state folder
-    - then: called with each event too, such as the console's Watch
-    - metrics_port: where to serve metrics (None: nowhere)
+    - then: also called with each event, such as the console's Watch
+    - metrics_port: the port at which metrics are served; None to serve none
     - more: further sinks, such as the status of the coordinator's home
     - site: the site.toml whose budget the metrics show
-    - ledger: the folder of the site's ledger, if it is not `folder`: while an order is answered
-      from there, nothing is written that takes space
+    - ledger: the folder of the site's ledger, if it is not `folder`. While an order is being
+      answered there, the log and the status file take no disk space.
     - early: whether to write to the run's folder before the run begins
-    - trackers: those of a coordinator's run
+    - trackers: the trackers of a coordinator's run
 
-    Errors: as metrics.Metrics."""
+    Errors: those of metrics.Metrics."""
     files = [
         JsonLog(folder / LOG, role=role, ledger=ledger),
         StatusFile(folder, role=role, ledger=ledger),

@@ -1,6 +1,5 @@
-"""Filter the events of a site's courier before they are shown, since the courier, which has the
-network, may be hostile: only known names and types pass, with bounded lengths and printable
-text."""
+"""Filter the events of a site's courier before they are shown. The courier uses the network and may
+be hostile, so only known names and types pass, with bounded lengths and printable text."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the facts that may be shown of a courier's event; None if the courier may not send
-    such an event."""
+    """Return those facts of a courier's event that may be shown; None if the courier may not send
+    an event of this name."""
     if event not in FROM_COURIER:
         return None
     shown: dict[str, Any] = {}
@@ -54,7 +53,7 @@ def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def log_again(facts: dict[str, Any]) -> None:
-    """Log a line that another process logged."""
+    """Log a line that another process logged, at that line's level."""
     names = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
     level = names.get(str(facts.get("level")), logging.WARNING)
     logging.getLogger("fedtune.client").log(level, "%s", facts.get("text"))

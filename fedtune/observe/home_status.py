@@ -4,8 +4,9 @@
     home("connected", {"name": "north"})            # the home's own events
     home.study("gait", "2026-12-24T18:00:00Z")      # a sink for the events of one study
 
-The rows are in status.json under "studies", by name. Those of studies that earlier servers of this
-home ran are kept, the newest MOST.
+status.json lists the rows under "studies", by name. Rows of studies that earlier servers of this
+home began are kept; such a study that did not end becomes "gone". Of more than MOST rows, the
+oldest are removed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ COPIED = (
 
 
 class HomeStatus(StatusFile):
-    """The status file of a coordinator's home; its sinks may be called from several threads."""
+    """The status file of a coordinator's home. The functions that `study` returns may be called
+    from several threads."""
 
     def __init__(self, folder: Path, *, strict: bool | None = None) -> None:
         super().__init__(folder, role="coordinator", strict=strict)
@@ -46,8 +48,9 @@ class HomeStatus(StatusFile):
             super().write()
 
     def study(self, name: str, deadline: str = "") -> OnEvent:
-        """Add a study, which has not begun yet, as the newest; return the sink for its events.
-        deadline: when it is ended if it is not finished, in UTC; "" if it has none."""
+        """Add a study, which has not begun yet, as the newest row. Return the function to call with
+        its events. deadline: the time (UTC) at which the study ends if it is not finished, "" if it
+        has none."""
         status: Record = {"role": "coordinator", "state": "queued", "round": 0}
         status |= {"sites": {}, "last": []}
         self._rows.pop(name, None)
@@ -74,8 +77,8 @@ class HomeStatus(StatusFile):
 
 
 def row_of(status: Record) -> Record:
-    """Return what a row shows of a study's status: state, rounds, the largest ε of a site so far
-    and of the plan, quality, and the sites that refused it or that it waits for."""
+    """Return the fields of a study's row, from its status: state, rounds, quality, the largest ε of
+    a site so far and by the plan, and the sites for which a reason is noted, such as a refusal."""
     row = {key: status[key] for key in COPIED if key in status}
     sites = status["sites"]
     for key in ("epsilon", "planned"):

@@ -1,10 +1,10 @@
-"""Log one JSON line per event, from an allow-list of fields; record text cannot be passed.
+"""Log one JSON line per event, with fields of an allow-list only. A record's text cannot be logged.
 
     {"time": "2026-05-04T09:30:00Z", "role": "coordinator", "event": "round", "round": 3, ...}
 
-Guarantee: every value written is a number, a truth value, a digest, a name (at most 64 letters,
-digits, dots, dashes; no spaces), or one of this package's own phrases. There is no field for free
-text: a reason is reduced to one of these phrases, if it contains one.
+Guarantee: every value written is a number, a truth value, a digest, an address, a time, a name (at
+most 64 letters, digits, dots, dashes; no spaces), or one of fedtune's fixed phrases and words.
+There is no field for free text: a reason is replaced by the fixed phrase that it contains.
 | a field that is not listed      | strict: NotLoggable; else left out, its name under "dropped" |
 | a value of another type or form | the same; the value is neither written nor in the error      |
 | a reason with no known phrase   | "other"                                                      |
@@ -83,8 +83,8 @@ RENAMED = {"name": "site"}
 
 
 class NotLoggable(TypeError):
-    """An event has a field that no log may hold, or a value of another form than its field's. This
-    is raised in strict mode only; the message names the field, never the value."""
+    """An event has a field that is not listed, or a value of the wrong type or form for its field.
+    Raised in strict mode only. The message names the field, never the value."""
 
 
 def strict_here() -> bool:
@@ -114,7 +114,8 @@ def _number(value: Any) -> float | None:
 
 
 def _epsilon(value: Any) -> float | None:
-    """Round an ε up, so that it is never written smaller than it is."""
+    """Round an ε up to 6 decimals, so that the written value is never too small. None if it is not
+    finite."""
     number = _number(value)
     return None if number is None else math.ceil(float(value) * 1e6) / 1e6
 
@@ -129,7 +130,8 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
 
 
 def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
-    """Build a rule for a fixed set of words; an unknown one becomes "other", without an error."""
+    """Build a rule for a fixed set of words. It replaces any other word by "other", without an
+    error."""
 
     def check(value: Any) -> str:
         if not isinstance(value, str):
@@ -140,7 +142,7 @@ def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
 
 
 def _exception(value: Any) -> str:
-    """Return the name if this process has an exception class of that name, else "other"."""
+    """Return the name `value` if this process has an exception class of that name, else "other"."""
     if not isinstance(value, str):
         raise TypeError
     names, pending = set(), [BaseException]
@@ -169,7 +171,8 @@ def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any],
 
 def _walls(value: Any) -> list[str]:
     """Return the means by which one of a site's two processes is confined, in isolation.py's words.
-    Any other text becomes "other", since the courier, which has the network, may send anything."""
+    Replace any other text by "other", since the courier, which uses the network, may send
+    anything."""
     if not isinstance(value, list):
         raise TypeError
     return [wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER for wall in value]
@@ -225,8 +228,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
-    """Reduce an event to its loggable fields, with "dropped", the names of those left out because
-    they or their values are not known. Errors: NotLoggable, if strict, in place of that."""
+    """Return an event's loggable fields, and "dropped", the names of fields that are left out since
+    they are not listed or their values have the wrong form. Errors: NotLoggable, if strict, in
+    place of leaving a field out."""
     record: Record = {"event": event if event in EVENTS else OTHER}
     dropped = set() if event in EVENTS else {"event"}
     for key, value in data.items():
@@ -246,14 +250,17 @@ def now() -> str:
 
 
 class JsonLog:
-    """Appends each event to `path`, which only this user can read; usable as `on_event`. Events of
-    SCREEN, such as steps of a progress bar, are left out.
+    """Appends each event to the file `path`, which only this user can read. An object can be used
+    as `on_event`. Events of SCREEN, such as steps of a progress bar, are left out.
 
     Guarantee: a site's log takes or frees disk space only while no order is being answered: at its
-    first event, and when it is renamed at OF_SITE bytes. For the courier decides when events are
-    logged, and how many; during an order it could take space that the ledger needs. A line for
-    which no space is reserved is left out; if the disk does not have the space, nothing is
-    logged."""
+    first event, and when it is renamed at OF_SITE bytes. The reason is that the courier influences
+    when events are logged, and how many, and could take space that the ledger needs for an order.
+    A line for which no space is reserved is left out. If the disk does not have the space, nothing
+    is logged.
+
+    role: written into each line; ledger: the folder of the site's ledger, by default that of
+    `path`."""
 
     def __init__(
         self,
@@ -303,9 +310,9 @@ class JsonLog:
             os.close(file)
 
     def _take_space(self, length: int) -> None:
-        """Reserve the disk space of a site's log and of FILE.1; do nothing while an order is being
-        answered. Errors: OSError if the disk does not have the space; nothing is logged then until
-        the next start."""
+        """Rename a full log to FILE.1, and reserve the disk space of a site's log and of FILE.1. Do
+        nothing while an order is being answered. Errors: OSError if the disk does not have the
+        space; then nothing is logged until the next start."""
         with between_orders(self._ledger) as is_now:
             if not is_now:
                 return
@@ -317,8 +324,8 @@ class JsonLog:
             self._has_space = True
 
     def _reserve(self, path: Path) -> None:
-        """Reserve the disk space that a log file may take, without changing its length. Errors:
-        OSError if the disk does not have it."""
+        """Reserve the disk space that a log file may take, without changing the file's length.
+        Errors: OSError if the disk does not have the space."""
         file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
         try:
             if not reserve(file, OF_SITE + OF_A_LINE):

@@ -3,17 +3,18 @@
     coordinator   rounds done and planned, participants, missing by reason, bytes, seconds, ε
     site          connected, rounds sent, ε spent and remaining on the dataset
 
-Guarantee: a figure depends on records only through DP's noise, or follows from what a person
-entered; a site's ε follows from its charges alone. The port asks for no token, so every account of
-the machine can read it, and so can the site's courier.
+Guarantee: a figure depends on records only through DP's noise, or follows from settings that a
+person entered; a site's ε follows from its charges alone. The port asks for no token, so every
+account of the machine can read it, and so can the site's courier.
 
 Neither role exports the number of a ledger's entries (it grows when data changes or a patient
 withdraws), counts of records (rejected, too long, sampled), losses at a site, gradient norms, or
-seconds per batch. Each of them can reveal whether a patient's record is present; a metrics store
-keeps figures for years, and the people who may read a dashboard are rarely those who may read the
-records. A person at the site sees the rejected counts with `fedtune doctor`.
+seconds per batch. Each of these can reveal whether a patient's record is present. A metrics store
+keeps figures for years, and the people who may read a dashboard are often not allowed to read the
+records. A person at the site sees the number of rejected records with `fedtune doctor`.
 
-Labels are site names, the phrases of log.py and fixed words, so a site cannot add series at will.
+Labels are site names, the phrases of registry/reasons.py and fixed words, so a site cannot add
+series at will.
 Errors: ConfigError without prometheus-client, or for an address other than loopback;
 InfrastructureError if the port is taken.
 """
@@ -42,10 +43,11 @@ SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper bounds of the histog
 
 
 class Metrics:
-    """The figures of one role, served on loopback if `port` is given; usable as `on_event`.
+    """The figures of one role. They are served on loopback if `port` is given. An object can be
+    used as `on_event`.
 
-    port 0: any free port, see `.port`. site: the site.toml whose ledger is read at the start and
-    after each answer."""
+    port: 0 for any free port; the property `port` gives its number. site: the site.toml whose
+    ledger is read at the start, and at each event with an ε."""
 
     def __init__(
         self,
@@ -164,13 +166,13 @@ class _Spent(NamedTuple):
 
 
 class LedgerFigures:
-    """The budget of a site, from its ledger at the time of the last `read`.
+    """The budget of a site as a Prometheus collector, from the ledger at the last `read`.
 
     | there is no ledger yet      | readable is 1, and nothing is spent   |
     | the ledger does not verify  | readable is 0, and no figure is shown |
 
     Guarantee: a scrape does not read the ledger. The courier may scrape as often as it likes, and
-    would learn from the duration of a reading that the ledger has one more entry."""
+    could learn from the duration of a read that the ledger has one more entry."""
 
     def __init__(self, site: Path) -> None:
         self._path, self._mutex = site, threading.Lock()
@@ -182,7 +184,7 @@ class LedgerFigures:
         return []
 
     def read(self) -> None:
-        """Read the new entries of the ledger."""
+        """Read the ledger, and compute the figures that are served from then on."""
         with self._mutex:
             try:
                 self._shown = self._figures()
@@ -245,7 +247,8 @@ class Serving(NamedTuple):
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
-    """Serve `registry` over HTTP on loopback. Errors: ConfigError, InfrastructureError."""
+    """Serve `registry` over HTTP on loopback, from a thread of this process. Errors: ConfigError if
+    `host` is not loopback; InfrastructureError if the port cannot be opened."""
     if not ip_address(host).is_loopback:
         raise ConfigError(
             f"metrics on {host}",

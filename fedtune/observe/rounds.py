@@ -1,14 +1,14 @@
-"""Read a run's rounds from metrics.jsonl into columns, line by line, continuing from the last
-position.
+"""Read a run's rounds from metrics.jsonl into columns. Each refresh continues where the last one
+ended.
 
     rounds = Rounds(run)
     rounds.refresh()          # True: there are new rounds
     rounds.quality["loss"]    # an array with one number for each round; NaN if it was not measured
 
 The coordinator rewrites the file after each round. If the last line that was read is still at its
-place, reading continues after it; else the whole file is read again. The file of a study with
-10,000 rounds and 200 sites has 140 MB, so lines are not kept in memory, but columns of numbers and,
-for a table, the NEWEST rounds.
+place, reading continues after this line; else the whole file is read again. The file of a study
+with 10,000 rounds and 200 sites has 140 MB. So the lines are not kept in memory; only columns of
+numbers and, for a table, the NEWEST rounds are.
 Guarantee: the columns hold only the fields of a round that the log's allow-list (log.py) permits.
 | a line that cannot be parsed, or no file | left out; the next refresh tries again |
 """
@@ -55,7 +55,7 @@ class Rounds:
         return len(self.number)
 
     def refresh(self) -> bool:
-        """Read the lines that were added or changed since the last call; return whether there were
+        """Read the lines that were added or changed since the last call. Return whether there were
         any."""
         before = (self._at, self._last)
         with suppress(FedtuneError, OSError):
@@ -77,8 +77,8 @@ class Rounds:
             self._enter(json.loads(line))
 
     def _enter(self, entry: Record) -> None:
-        """Enter a round. Errors: TypeError, ValueError or KeyError for values that no round has;
-        nothing is entered then."""
+        """Add a round to the columns. Errors: TypeError, ValueError or KeyError if the entry is not
+        a round's; then nothing is added."""
         round_, seconds = FIELDS["round"](entry["round"]), entry.get("seconds")
         spent = entry.get("epsilon") or {}
         values = [math.inf if value is None else float(value) for value in spent.values()]
@@ -111,7 +111,8 @@ def _figures(values: Record) -> dict[str, float]:
 
 
 def _extend(columns: dict[str, array[float]], figures: dict[str, float], count: int) -> None:
-    """Add a round's figures to their columns, each as long as all rounds."""
+    """Append a round's figures to their columns, NaN to columns without one. count: the number of
+    earlier rounds, for which a new column gets NaN."""
     for name in figures:
         columns.setdefault(name, array("d", [NAN]) * count)
     for name, column in columns.items():

@@ -1,11 +1,11 @@
-"""Write and read the status file of a run or a site: updated at each event, read by `fedtune
-status`.
+"""Write and read the status file of a run or a site. Each event updates it; `fedtune status` reads
+it.
 
     status.json   the loggable fields (log.cleaned) of the events so far; replaced atomically
-    status.lock   locked by the process that writes the status, until it ends; no other writes it
+    status.lock   locked by the process that writes the status, until it ends
 
-Guarantee: a reader never sees a partial file, and never takes a killed process for a running one:
-the lock is released when the process ends, for whatever reason.
+Guarantee: only one process writes a status file. A reader never sees a partial file, and never
+takes a killed process for a running one, since the lock is released however the process ends.
 | state    | meaning                                                               |
 | waiting  | the process runs, and waits for the other side                               |
 | running  | the process runs, and works                                                  |
@@ -60,13 +60,13 @@ CARRIED = (
 
 
 class StatusFile:
-    """Replaces folder/status.json at each event; usable as `on_event`. `close` releases the
-    lock.
+    """Replaces folder/status.json at each event. An object can be used as `on_event`. `close`
+    releases the lock.
 
     Guarantee: a site's status file is replaced only while no order is being answered, and its
-    length is a multiple of OF_SITE. It lies on the ledger's disk, and the courier decides when
-    events come; so the courier can neither take space during an order nor vary it by small amounts.
-    Events that came during an order are in the file after the next event."""
+    length is a multiple of OF_SITE. The file lies on the ledger's disk, and the courier influences
+    when events come. So the courier can neither take disk space during an order nor change it by
+    small amounts. Events during an order are written with the next event."""
 
     def __init__(
         self,
@@ -118,8 +118,8 @@ class StatusFile:
         draft.replace(self.folder / FILE)
 
     def _holds(self) -> bool:
-        """Take the lock, and return whether this process holds it. If another live process holds
-        it, that process writes the status."""
+        """Take the lock if it is free, and return whether this process holds it. If another live
+        process holds the lock, that process writes the status."""
         if self._lock is None:
             lock = writing.open_own(self.folder / LOCK, os.O_RDWR)
             try:
@@ -178,8 +178,8 @@ def updated(status: Record, record: Record) -> Record:
 
 
 def _link(new: Record, record: Record) -> None:
-    """Enter, at a coordinator, the sites that its registry and its connections have gained or
-    lost."""
+    """Enter in a coordinator's status which sites were admitted or revoked, and which are
+    connected."""
     event, names = record["event"], list(record.get("participants", ()))
     for name in [*names, record["site"]] if "site" in record else names:
         site = new["sites"].setdefault(name, {})
@@ -189,7 +189,7 @@ def _link(new: Record, record: Record) -> None:
 
 
 def _answer(new: Record, record: Record) -> None:
-    """Enter a site's facts about its own answer: to a plan, an order or a query."""
+    """Enter a site's facts about its answer to a plan, an order or a query."""
     new["round"] = record.get("round", new["round"])
     if record.get("status") == WAITING:
         new["state"] = "waiting"
@@ -243,8 +243,8 @@ def _brief(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A status file's content when it was read. alive: whether the process that writes it still
-    ran."""
+    """The content of a status file when it was read. alive: whether the process that writes the
+    file was running then."""
 
     folder: Path
     status: Record
@@ -261,7 +261,8 @@ class Snapshot:
 
     @property
     def words(self) -> str:
-        """Describe the state for people, with who stopped the process, or what it waits for."""
+        """The state as a text for people. It says who stopped the process, or for what the process
+        waits."""
         if self.state == "stopped" and self.status.get("reason") in BY:
             return f"stopped ({BY[self.status['reason']]})"
         if self.state == "waiting" and self.status["role"] == "site" and self.status.get("done"):
@@ -276,12 +277,12 @@ class Snapshot:
 
     @property
     def unsigned(self) -> str:
-        """Return the sites where nobody has signed the plan yet."""
+        """The sites where nobody has signed the plan yet, joined by commas."""
         return self._waiting(held=False)
 
     @property
     def held(self) -> str:
-        """Return the sites where an answer waits until a person releases it."""
+        """The sites where an answer waits until a person releases it, joined by commas."""
         return self._waiting(held=True)
 
     def _waiting(self, *, held: bool) -> str:
@@ -297,8 +298,8 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the duration in seconds of the remaining rounds, if each takes as long as the
-        last one; 0 if not known, as after the first round."""
+        """The duration in seconds of the remaining rounds, if each takes as long as the last one; 0
+        if it is not known, as after the first round."""
         status = self.status
         left = int(status.get("rounds") or 0) - int(status.get("round") or 0)
         running = self.state == "running" and left > 0
@@ -306,8 +307,8 @@ class Snapshot:
 
 
 def reasons(study: Snapshot) -> list[str]:
-    """List why a study of a home was stopped: the error, unless a person stopped it, and which
-    sites refused or failed, by which rule."""
+    """List the reasons why a study of a home was stopped: the error, unless a person stopped the
+    study, and "SITE: reason" of sites that refused or failed. [] if it was not stopped."""
     if study.state != "stopped":
         return []
     told = (study.status.get(key) for key in ("error", "reason"))
@@ -319,8 +320,8 @@ def reasons(study: Snapshot) -> list[str]:
 
 
 def standing(site: Record) -> str:
-    """Describe a site's part in a study: its last answer, the declaration of its data, and its
-    connection."""
+    """Return a text about a site's part in a study: its last answer, the declaration of its data,
+    and whether it is connected."""
     declared = f"data declared {site['declared']}" if site.get("declared") else ""
     told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
     if site.get("connected") is None:
@@ -331,7 +332,7 @@ def standing(site: Record) -> str:
 
 
 def folder_of(path: Path) -> Path:
-    """Find the folder in which `path` (a run, a home, a site.toml) keeps its status.
+    """Return the folder with the status of `path` (a run, a coordinator's home, a site.toml).
 
     Errors: ConfigError, InputError."""
     if path.is_dir():
@@ -375,7 +376,8 @@ Rule = Callable[[Any], Any]
 
 
 def _word(value: Any) -> str:
-    """Check a fixed word, such as an error's class: no control characters for a terminal."""
+    """Check the form of a fixed word, such as an error's class, so that no control characters
+    reach a terminal. Errors: TypeError."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_ .]{0,64}", value):
         raise TypeError
     return value

@@ -1,24 +1,24 @@
 """Make a site with a ledger of its own a membership of a hospital's home.
 
-The first site's ledger becomes the hospital's, with its key, salt, audit log and receipts. What a
-later site spent is entered in that ledger as charges of its membership (closed_ledger.py),
-and so are its withdrawals: the old ledger holds hashes under another salt, so they are found by
-hashing the keys of its records.
+The first site's ledger becomes the hospital's, with its key, salt, audit log and receipts. A later
+site's charges are entered in that ledger as charges of its membership (closed_ledger.py), and so
+are its withdrawals. The old ledger holds hashes under another salt, so the patients who withdrew
+are found by hashing the keys in the site's records.
 
-A whole copy of the state folder is kept beside it, and one of site.toml. Each step after that
-leaves every ledger whole, and none is done twice:
-| killed before site.toml is replaced | the site goes on with its own ledger; run it again         |
-| killed after that                   | it is a membership; run again, it takes the old files away |
-The old ledger is closed to every other process meanwhile, and who waited for it is refused: its
-anchor is taken away first.
-| members that its files no longer hold | the hospital's ledger does not know them; what their     |
+The adoption keeps a whole copy of the state folder, beside it, and a copy of site.toml. Each later
+step leaves every ledger whole, and running the command again repeats no step that was done:
+| killed before site.toml is replaced | the site still uses its own ledger; run the command again  |
+| killed after that                   | the site is a membership; run again to remove old files    |
+Meanwhile no other process can write to the old ledger. Its anchor, the signed head, is removed
+first, so that a process which waited for the ledger is refused.
+| patients no longer in its files       | the hospital's ledger does not know them; what their     |
 |                                       | dataset paid counts against every dataset of the         |
 |                                       | hospital                                                 |
 | signed plans, accepted charges        | a person signs and accepts them anew                     |
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
 |                                       | membership                                               |
-Neither a frozen ledger is adopted, nor any by a home that is frozen.
+A frozen ledger is not adopted, and a frozen home adopts none.
 Errors: ConfigError, InputError, DataError, PolicyRefused, Refused, LedgerError,
 InfrastructureError."""
 
@@ -84,19 +84,20 @@ OF_LEDGER = (  # in a state folder: what becomes the hospital's, its anchor firs
     *(f"{RECEIPTS}/*", f"{OUTBOX}/*", f"{ASKED}/*"),
 )
 NOT_COPIED = (f"{ROOM}*", "*.lock", "*/lock", "*.new")
-ACTS = 16  # of the newest entries of the audit log: what one of them says is not entered again
+ACTS = 16  # an act that one of so many newest entries of the audit log states is not entered again
 
 
 @dataclass(frozen=True)
 class Adoption:
-    """What an adoption did.
+    """The result of an adoption.
 
-    - copy, site_copy: the state folder and site.toml as they were; None if there is none any more
+    - copy, site_copy: the copies of the state folder and of site.toml; None if this call only
+      finished an adoption that was interrupted
     - first: whether the site's ledger became the hospital's
-    - charges: how many of a later site's were entered now
-    - datasets: the site's name of a dataset → the hospital's; charged: → that under which its
-      charges count
-    - receipts: new ones for patients who had withdrawn"""
+    - charges: how many charges of a later site were entered now
+    - datasets: the site's name of each dataset → the hospital's name
+    - charged: the site's name of each dataset → the name under which its charges count
+    - receipts: the new receipts of patients who had withdrawn"""
 
     home: Path
     name: str
@@ -110,9 +111,10 @@ class Adoption:
 
 
 def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ()) -> Adoption:
-    """Make the site of `site_file` the membership `name` of `home`, which is made if there is none.
+    """Make the site of `site_file` the membership `name` of `home`. A home that does not exist is
+    made.
 
-    withdrawn: keys of patients who withdrew from a later site and are in no record any more."""
+    withdrawn: keys of patients who withdrew from a later site and have no record there any more."""
     home, site_file = home.resolve(), site_file.resolve()
     check_not_frozen(home, "adopted")
     if load_site(site_file, alone=True).hospital:
@@ -132,7 +134,9 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 
 
 def _finish(home: Path, site_file: Path, name: str) -> Adoption:
-    """Take away what an adoption that was killed after its last step left of the old ledger."""
+    """Finish an adoption that was killed after its last step: remove the old ledger's files.
+
+    Errors: ConfigError if the site is another membership, or its own ledger was never adopted."""
     site = load_site(site_file)
     if (site.home, site.policy.membership) != (home, name):
         raise ConfigError(
@@ -188,7 +192,7 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
 
 
 def _files_of(state: Path) -> Iterator[Path]:
-    """List a ledger's files in a state folder, after the folders that they lie in."""
+    """Yield a ledger's folders in a state folder, then its files."""
     yield from (state / name for name in (RECEIPTS, OUTBOX, ASKED))
     yield from (path for pattern in (KEY, *OF_LEDGER) for path in sorted(state.glob(pattern)))
 
@@ -197,7 +201,8 @@ def _files_of(state: Path) -> Iterator[Path]:
 
 
 def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
-    """Return whether the home has no ledger but this site's, as where an adoption was killed."""
+    """Return whether the home has, or gets, no ledger but this site's: no home exists yet, or an
+    adoption of this site that was killed made it."""
     if not (home / FILE).exists():
         return True
     there = load_hospital(home).memberships.get(name)
@@ -245,7 +250,7 @@ def _make_home(home: Path, state: Path, text: str) -> None:
 
 
 def _hospital_text(site: Site, site_file: Path, name: str) -> str:
-    """Compose hospital.toml from what the site file says of its datasets and ceilings."""
+    """Compose hospital.toml from the site file's datasets and ceilings."""
     names = {table.name: table.name for table in _tables(site)}
     data = {table.name: _registered(table, names) for table in _tables(site)}
     keys = ("max_epsilon", "max_fallback_epsilon", "max_delta", "max_rounds")
@@ -259,7 +264,7 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
     """Check that no answer waits for a person, and that no record was declared public or generated:
-    the hospital's ledger could not know these any more. Errors: InputError, PolicyRefused."""
+    the hospital's ledger cannot take these over. Errors: InputError, PolicyRefused."""
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",
@@ -336,8 +341,8 @@ def _adopt_later(
 
 
 def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str, str]:
-    """Map the site's name of each dataset to the hospital's: the one under which its place is
-    registered, or one that neither hospital.toml nor the ledger has."""
+    """Map the site's name of each dataset to the hospital's name: the name under which the same
+    file or table is registered, or else one that neither hospital.toml nor the ledger has."""
     names = dict[str, str]()
     for table in _tables(site):
         at = [key for key, data in hospital.datasets.items() if data.is_place_of(table)]
@@ -348,8 +353,9 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
 
 
 def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
-    """Return the datasets that are disjoint from one which the hospital's ledger knows: either
-    ledger chose by itself for which of the two a patient in both counts."""
+    """Return the datasets that are declared disjoint from a dataset which the hospital's ledger
+    knows. Of a patient in both, each of the two ledgers decided by itself for which dataset the
+    patient counts."""
     datasets = hospital.datasets
     pairs = {(one, other) for one in datasets for other in datasets[one].disjoint_from}
     pairs |= {(other, one) for one, other in pairs}
@@ -357,17 +363,18 @@ def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
 
 
 def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -> bool:
-    """Return whether nobody can tell any more which patients paid for a dataset: no table of it is
-    left; or it had members that its files no longer hold, who may come back as newcomers or in
-    another dataset; or its charges counted against a disjoint dataset too."""
+    """Return whether nobody can tell any more which patients paid for a dataset. That is so if no
+    table of it is left, if its charges counted against a disjoint dataset too, or if it had
+    patients or records that its files no longer hold. These may come back as newcomers or in
+    another dataset."""
     if dataset not in members:
         return True
     return not (old.is_whole(dataset, members[dataset]) and old.is_apart_from_start(dataset))
 
 
 def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:
-    """Return the key of each patient who withdrew, and when. Errors: InputError with the number of
-    those whose key is neither in a record nor given."""
+    """Return the key of each patient who withdrew → the time in UTC seconds. Errors: InputError if
+    the keys of some are neither in a record nor given; it states how many."""
     keys = set(given)
     if old.withdrawn:
         for table in (*_tables(site), *([site.acceptance] if site.acceptance else [])):
@@ -386,7 +393,8 @@ def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[st
 
 
 def _copy_stored(old: Closed, name: str, book: Ledger) -> None:
-    """Copy the updates that may be sent again, to where the hospital's ledger looks for them."""
+    """Copy the updates that may be sent again to the folder where the hospital's ledger looks for
+    them."""
     for slot in old.stored:
         to = book.path_of(slot_of(slot, name))
         if old.path_of(slot).exists() and not to.exists():
@@ -401,13 +409,13 @@ def _tables(site: Site) -> list[SiteData]:
 
 
 def _of_everybody(table: SiteData) -> SiteData:
-    """Return the table with the records of patients who did not consent, too."""
+    """Return the table without its consent rules, so that everybody's records are read."""
     return table.model_copy(update={"consent": None})
 
 
 def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
-    """Return what hospital.toml says of a site's dataset. names: of the datasets that are
-    registered; of others it is not known that they are disjoint."""
+    """Return the entry of a site's dataset in hospital.toml. names: the site's name of each
+    registered dataset → the hospital's name. Other datasets are left out of disjoint_from."""
     place = {"url": table.url} if table.url else {"path": table.path.resolve()}
     return RegisteredData(
         **place,
@@ -421,7 +429,7 @@ def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
 def _as_membership(
     site: Site, home: Path, name: str, hospital: Hospital, names: Mapping[str, str]
 ) -> Site:
-    """Return the site as its new file says it is."""
+    """Return the site's settings as its new site file will state them."""
     changes: dict[str, object] = {"hospital": HomeTable(home=home, membership=name)}
     for key, table in _by_key(site).items():
         given = table.model_copy(update={"name": names.get(table.name, table.name)})
@@ -433,8 +441,8 @@ def _as_membership(
 def _site_text(
     home: Path, site: Site, site_file: Path, name: str, hospital: Hospital, names: Mapping[str, str]
 ) -> str:
-    """Compose the site file of the membership: with the hospital's names of its datasets, and
-    without what the hospital says otherwise. Errors: ConfigError."""
+    """Compose the membership's site file. It uses the hospital's names of the datasets, and lacks
+    the declarations that differ from the hospital's. Errors: ConfigError."""
     text = site_file.read_text(encoding="utf-8")
     for key, table in _by_key(site).items():
         if names.get(table.name, table.name) != table.name:
@@ -450,8 +458,8 @@ def _by_key(site: Site) -> dict[str, SiteData]:
 
 
 def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) -> list[str]:
-    """List the declarations that the site file makes otherwise than the hospital. Errors:
-    ConfigError if the two differ in whose records may be used."""
+    """List the declarations (disjoint_from, cohort) that the site file makes with another value
+    than hospital.toml. Errors: ConfigError if the two files differ in the table of consent."""
     data = hospital.datasets[names.get(table.name, table.name)]
     if table.consent != data.consent:
         raise ConfigError(
@@ -465,7 +473,8 @@ def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) ->
 
 
 def _switch(site_file: Path, name: str, text: str) -> Path:
-    """Replace the site file, after reading it as it will be; return the copy that is kept."""
+    """Replace the site file, after a check that the new text can be read. Return the path of the
+    copy of the old file."""
     check_text(site_file, text, lambda draft: site_of(draft, name, site_file))
     copy = keep_copy(site_file)
     replace(site_file, text.encode(), private=True)
@@ -478,8 +487,8 @@ def _enter_act(home: Path, name: str, **facts: int) -> None:
 
 
 def _keep_state(state: Path) -> Path:
-    """Copy a state folder beside itself, as a whole or not at all, and return the copy; one that
-    was made of the same ledger today is taken. Errors: InfrastructureError."""
+    """Copy a state folder beside itself, as a whole or not at all, and return the copy's path. A
+    copy of the same ledger from today is used again. Errors: InfrastructureError."""
     for number in range(1, 1000):
         copy = state.with_name(f"{state.name}.{before()}{f'-{number}' * (number > 1)}")
         if not copy.exists():
@@ -507,15 +516,15 @@ def _keep_state(state: Path) -> Path:
 
 
 def _remove_drafts(folder: Path, pattern: str) -> None:
-    """Remove folders that a process which was killed had begun to copy to."""
+    """Remove the folders to which a process that was killed had begun to copy."""
     for draft in folder.glob(pattern):
         if is_abandoned(draft):
             shutil.rmtree(draft, ignore_errors=True)
 
 
 def _copy_ledger(state: Path, to: Path) -> None:
-    """Copy a ledger with its key into an empty folder. SQLite copies the database: to close it here
-    would give up this process's lock on it."""
+    """Copy a ledger with its key into an empty folder. SQLite copies the database, because closing
+    the file here would give up this process's lock on it."""
     backup(state, to, key=True)
     for pattern in OF_LEDGER:
         for path in state.glob(pattern):
@@ -529,7 +538,7 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def _take_away(state: Path) -> None:
-    """Remove a ledger's files from a state folder; its key stays, as the membership's own."""
+    """Remove a ledger's files from a state folder. The key stays: it is the membership's own."""
     try:
         for pattern in OF_LEDGER:
             for path in sorted(state.glob(pattern)):

@@ -56,11 +56,13 @@ def attack_site(
     references: Sequence[Run] = (),
     out: Path | str | None = None,
 ) -> SiteAttack:
-    """Tell this site's units from held-out ones by the change of their loss through training.
+    """Measure how well this site's units can be told from held-out ones by the change of their loss
+    through training.
 
     A unit's score is how far the run's loss on its records is below that of the references: the
-    untrained base, and other runs of the same adapter that did not train on them. The result
-    depends exactly on private records, so it stays at the site: only this user can read `out`.
+    untrained base, and other runs of the same adapter that did not train on them. The result is
+    computed from private records without noise, so it stays at the site: only this user can read
+    `out`.
 
     Args:
         held_out: a file of similar records on which no site trained, with the same columns; by
@@ -74,8 +76,7 @@ def attack_site(
     fedtune.core.errors.InputError: ...
 
     Errors: ConfigError (nothing is held out, or a reference of another adapter), DataError (too few
-    units on a side), ModelError.
-    """
+    units on a side), ModelError."""
     study = run.study
     network = build(study)
     inside = _read(site, site.data, network, run)
@@ -106,7 +107,8 @@ def attack_site(
 
 
 def _held_out(site: Site, path: Path | str | None) -> SiteData:
-    """Read the held-out records. Errors: ConfigError."""
+    """Return the settings by which the held-out records are read: the site's [data] with `path` as
+    the file, or [evaluation]. Errors: ConfigError if there is neither."""
     if path is not None:
         changes: dict[str, Any] = {"path": Path(path), "url": None, "name": "held-out"}
         if site.data.url:  # the keys of a database do not apply to a file
@@ -127,8 +129,8 @@ def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
 
 
 def _scores(network: Network, data: Dataset, run: Run, references: Sequence[Run]) -> Scores:
-    """Compute for each unit, (units, 1), by how much the run's mean loss on its records is below
-    that of the references."""
+    """Return, as an array (units, 1), by how much the run's mean loss on each unit's records is
+    below the mean loss of the references."""
     cached = CachedDataset(network, data)
 
     def losses(of: Run | None) -> Scores:

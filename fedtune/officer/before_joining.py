@@ -20,17 +20,19 @@ SAMPLE = 8  # the number of units whose conversion is repeated alone
 
 
 def check_before_joining(site: Site) -> None:
-    """Check what a person at the site should correct before it takes part.
+    """Check a site for problems that a person should correct before it takes part.
 
     Guarantee: while a study is running here, no private record decides whether the site joins,
     since a site that does not come back after a restart would reveal something about its records.
-    Findings about the records are then warnings on this machine, and the rounds continue as if the
-    client had not been restarted, with noise alone if nothing can be read.
+    Problems with the records are then only warnings on this machine. The rounds continue as if the
+    client had not been restarted; if no record can be read, the site sends noise alone.
 
-    Errors: PolicyRefused, ConfigError or InputError because of settings, sheet, another home that
-    pays for the same records, or data that the site declares public or generated; Refused by a
-    consortium that a person here distrusts; LedgerError; and, if no study is running, also
-    DataError or PolicyRefused because of the records."""
+    Errors:
+    - PolicyRefused, ConfigError or InputError: settings or data sheet are wrong, another home pays
+      for the same records, or data that the site declares public or generated may not be used
+    - Refused: a person here distrusts the consortium
+    - LedgerError
+    - DataError or PolicyRefused because of the records, only if no study is running"""
     allow_declared(site)
     check_home(site)
     if consortium := consortium_of(site):
@@ -55,7 +57,8 @@ def check_before_joining(site: Site) -> None:
 
 
 def check_records(site: Site) -> None:
-    """Check that the site's records are usable, before there is a study. Errors: DataError."""
+    """Check that the site has at least 2 usable units, before there is a study. Errors:
+    DataError."""
     unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
     records, _ = read_records(site.data, unit=unit)
     if len({record.unit for record in records}) < 2:

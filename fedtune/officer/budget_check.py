@@ -1,8 +1,8 @@
 """Check, before anything is computed for a study, whether a site's budget allows its cost.
 
-This needs σ, the number of steps, δ and the ledger alone: no record is read, no base is loaded, and
-the digests that public text would add to the plan do not matter. The site repeats the check when
-the plan arrives."""
+The check needs only σ, the number of steps, δ and the ledger: it reads no record, loads no base,
+and does not need the digests of public text that the plan will hold. The site repeats the check
+when the plan arrives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Paid:
     - before, after: ε of the dataset so far, and after one more run
     - ceiling: policy.max_epsilon, or the hospital's
     - again: the ε of earlier studies with this study's name, 0 if there is none
-    - run: the folder of the newest of them"""
+    - run: the folder of the newest of these studies, "" if it is not known"""
 
     site: str
     before: Total
@@ -52,10 +52,11 @@ class Paid:
 
 def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     """Check the plan's figures and the dataset's budget against the site's rules, as far as they
-    are known before the study starts. Return what its records have paid; None if they have paid
-    nothing, or pay from a ledger of the run alone.
+    are known before the study starts.
 
     out: the run's folder; a resumed run has already paid for a part of the plan.
+    Returns: what the site's records have paid. None if they have paid nothing or pay only from a
+    ledger of the run, and for a study that is not private or has no last round.
     Errors: Refused."""
     for refusal in privacy_refusals(study, site, None):
         raise refusal

@@ -1,7 +1,7 @@
 """Run the process that checks a site before it takes part; `fedtune client` starts it and waits.
 
-It reads the records as the vault does: without a network. Its memory is freed when it ends, and
-the process that started it never imports the code that reads records."""
+The process reads the records as the vault does: without a network. Its memory is freed when it
+ends, and the process that started it never imports the code that reads records."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fedtune.core.wire.events import Teller, pass_warnings_on
 
 
 def main(options: list[str]) -> None:
-    """Check a site, and send the findings to the process that started this one. options: SITE
-    EVENTS."""
+    """Check a site, and send the findings to the process that started this one.
+
+    options: the path of site.toml, and the file descriptor to which the findings are written."""
     path, events = options
     site = load_site(Path(path))
     confine(site, processes=1)  # what this machine lacks, the vault says, which is next

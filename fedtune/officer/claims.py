@@ -1,7 +1,8 @@
-"""Compare what a coordinator's run says of this site with what this site's own ledger holds.
+"""Compare the claims of a coordinator's run about this site with this site's own ledger.
 
-A run proves what sites signed, and not that all of it is there: only the site knows what it
-released. What a coordinator vouches for alone (the adapter's bytes, scores) no site can compare."""
+A run proves what its sites signed, but not that nothing is left out: only the site knows what it
+released. The coordinator alone vouches for the adapter's bytes and the scores; no site can compare
+these."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ from fedtune.evidence.verify import Verified
 class Compared:
     """A site's part in a run.
 
-    - name: under which the run lists this site's key; "" if it does not
-    - rounds: whose updates are in the run and in this ledger; left_out: those that this site
-      released and the run does not hold, because they were lost on the way, came too late, or were
-      left out
-    - stated, paid: ε of this site by the run and by this ledger, at the plan's δ; None without
+    - name: the name under which the run lists this site's key; "" if it does not list the key
+    - rounds: the rounds whose updates are in the run and in this ledger
+    - left_out: the rounds whose updates this site released and the run does not hold: they were
+      lost on the way, came too late, or were left out
+    - stated, paid: this site's ε by the run and by this ledger, at the plan's δ; None without
       privacy"""
 
     name: str
@@ -37,7 +38,8 @@ class Compared:
 
 
 def compare(site: Site, run: Path, found: Verified) -> Compared:
-    """Compare a run that was verified (`found`) with this site's ledger, which is verified first.
+    """Verify this site's ledger, then compare a run with it. found: the result of verifying the
+    run.
 
     Errors: NotGenuine if the run has this site's name under another key, or an update under this
     site's key that its ledger did not release (the key was stolen, or the ledger put back)."""

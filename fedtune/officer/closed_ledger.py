@@ -1,11 +1,11 @@
-"""Read another site's ledger, while no process can write to it, for a hospital's ledger to enter
-what it paid (`Ledger.enter_earlier`).
+"""Read another site's ledger, while no process can write to it, so that a hospital's ledger can
+enter its charges (`Ledger.enter_earlier`).
 
-Whatever is in doubt counts against more, never less:
+A doubtful charge counts against more datasets or units, never against fewer:
 | a charge that a restore entered, against every dataset | is entered against each of them        |
 | left out cohorts, and arrivals                          | are not carried: every unit pays       |
 | accepted charges of unknown ε, signed plans             | are not carried: a person decides anew |
-Errors: Refused for a ledger that a person froze, with all that it may prove; LedgerError."""
+Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from fedtune.officer.freeze import frozen
 
 
 class Closed:
-    """Another site's ledger, to which no process can write meanwhile.
+    """Another site's ledger, to which no process can write while `closed` holds it.
 
-    withdrawn: hash of a unit's key → when it withdrew, in UTC seconds; refused: slots whose answer
-    a person refused for good; stored: those whose update was released, and may be sent again;
-    path_of: where a slot's update is stored."""
+    - withdrawn: hash of a unit's key → when the unit withdrew, in UTC seconds
+    - refused: the slots whose answer a person refused for good
+    - stored: the slots whose update was released, and may be sent again
+    - path_of: returns the path at which a slot's update is stored"""
 
     def __init__(self, ledger: Ledger, reader: Transaction) -> None:
         self._ledger, self._reader, self._account = ledger, reader, ledger._account
@@ -38,7 +39,7 @@ class Closed:
 
     @property
     def datasets(self) -> list[str]:
-        """Every dataset that was declared or charged."""
+        """The sorted names of all datasets that were declared or charged."""
         charged = {reserved.dataset for reserved in self._account.reserved.values()}
         return sorted({*self._account.declared, *charged})
 
@@ -47,8 +48,8 @@ class Closed:
         return self._ledger.hashed(key)
 
     def list_earlier(self, membership: str, names: Mapping[str, str]) -> list[Earlier]:
-        """List the charges as those of a membership, oldest first, each against the dataset to
-        which `names` maps its own."""
+        """List the charges, oldest first, as charges of `membership`. Each counts against the
+        dataset to which `names` maps its own dataset."""
         listed = list[Earlier]()
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership)
@@ -69,15 +70,16 @@ class Closed:
         return not any(since for pair, since in apart.items() if dataset in pair)
 
     def is_whole(self, dataset: str, members: Collection[bytes]) -> bool:
-        """Return whether `members` hold all that the dataset ever had."""
+        """Return whether `members` hold every patient and record that the dataset ever had.
+        members: identities as of `core.data.identity.every_member`."""
         known = {self._ledger._salt_member(member) for member in members}
         return self._reader.hashes(dataset) <= known
 
 
 @contextmanager
 def closed(ledger: Ledger) -> Iterator[Closed]:
-    """Keep every other process from writing to a ledger while the block runs; nor may the block
-    call it. Errors: Refused if a person froze it; LedgerError."""
+    """Keep every other process from writing to a ledger while the block runs. The block must not
+    call the ledger's own methods. Errors: Refused if a person froze it; LedgerError."""
     with ledger._store.writing() as reader:
         if ledger._account.frozen:
             raise frozen(ledger.folder, "adopted")

@@ -18,8 +18,10 @@ COUPLED = "selected by a query or a view, which may couple patients: outside the
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file of records or a table of a database: name, size in bytes, apparent encoding, separator
-    of cells (CSV), number of rows, and number of rows that failed."""
+    """A file of records or a table of a database.
+
+    The fields: name, size in bytes, apparent encoding, separator of cells (CSV only), number of
+    rows, and number of rows that failed."""
 
     name: str
     size: int
@@ -30,7 +32,7 @@ class FileFacts:
 
 
 def files_of(data: SiteData, read: Read) -> list[FileFacts]:
-    """Describe each file that was read; files of another kind are left out."""
+    """Describe each file or table of which a row was read or failed."""
     rows = Counter(record.place.file for record in read.records if record.place)
     failed = Counter(each.file for each in read.failed)
     if data.url:
@@ -58,14 +60,14 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
 
 
 def _encoding(path: Path, source: object) -> str:
-    """Describe a file's encoding as its bytes show it, and also the one with which it is read,
-    if they differ."""
+    """Name the encoding that a file's bytes show, and also the one with which it is read, if they
+    differ."""
     found, asked = found_encoding(path), str(getattr(source, "encoding", "utf-8"))
     return f"{found}, read as {asked}" if found.startswith("not") and asked != "utf-8" else found
 
 
 def _tables(rows: Counter[str], failed: Counter[str], read: Read) -> list[FileFacts]:
-    """Describe a database's tables, for which neither size nor encoding are known."""
+    """Describe a database's tables. Neither their size nor their encoding is known."""
     left_out = read.filtered_in + read.withheld_in
     names = sorted({*rows, *failed, *left_out})
     return [FileFacts(n, 0, "–", "–", rows[n] + failed[n] + left_out[n], failed[n]) for n in names]

@@ -1,4 +1,4 @@
-"""Write a data report as one HTML file without scripts, links or images: it loads nothing."""
+"""Render a data report as one HTML page without scripts, links or images: it loads nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRIVATE = (
 
 
 def page(report: DataReport) -> str:
-    """Return the report as a page; every cell is escaped."""
+    """Return the report as an HTML page, in which every cell is escaped."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         # No script runs and nothing is fetched, whatever a name holds.

@@ -1,7 +1,8 @@
 """Report on a site's files in counts, never content, for the person who can correct them.
 
 Guarantee: no cell of a record is in the report, except the names of classes, of columns and of
-files; it goes to the site's own screen, or to a file that its user names, and nowhere else."""
+files. The report goes to the site's own screen or to a file that its user names, and nowhere
+else."""
 
 from __future__ import annotations
 
@@ -67,8 +68,9 @@ class StudyFit:
     - problem: why the study cannot use them, "" if it can
     - lengths: lengths of uncut records, in tokens
     - too_long: number of records longer than max_length
-    - train, cut, over_cap, excluded: numbers of records that training uses, cuts to max_length,
-      leaves out because of the cap, and leaves out since their patients withdrew or are elsewhere
+    - train, cut: numbers of records that training uses, and cuts to max_length
+    - over_cap: number of records left out because of the cap
+    - excluded: number of records left out because their patients withdrew or count elsewhere
     - rejected: reason -> number of records"""
 
     study: str
@@ -88,13 +90,13 @@ class StudyFit:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a site's files hold, in counts. `str` is the report as text; `as_dict` for JSON.
+    """Counts of what a site's files hold. `str` gives the report as text, `as_dict` for JSON.
 
     - columns: names in the files, as far as a message may show them
     - failed: the rejected rows, including those that a study rejects
     - classes: names and counts, "" for values that are not shown
-    - lengths: of the text of each record, in characters
-    - per_patient: records per patient"""
+    - lengths: the spread of the records' lengths of text, in characters
+    - per_patient: the spread of the number of records per patient"""
 
     site: str
     path: str
@@ -219,11 +221,10 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
     """Report on a site's records: columns, rows that cannot be used, classes, lengths, duplicates.
 
     Args:
-        study: report also how this study would use the records: their tokens compared with
-        max_length,
-            and how many would be cut, be over the cap, or be rejected. Its base must be on this
-            machine.
-        date: a column of dates, by whose year the report counts records.
+        study: report also how this study would use the records: how their tokens compare with
+            max_length, and how many records would be cut, be over the cap, or be rejected. The
+            study's base must be on this machine.
+        date: the name of a column of dates; the report counts records by its year.
 
     Nothing is written, and the report holds no record's content. Since it counts private records,
     it is for the site alone. `print(report)` shows it, `report.save("data.html")` writes it.
@@ -269,8 +270,9 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
 
 
 def _classes(records: Sequence[Record], study: Study | None) -> dict[str, int]:
-    """Count the records by class. With a study its public names are shown, and only the number
-    of other values; without one, values that several records share, if these are few."""
+    """Count the records by class. With a study that names classes, these names are shown, and other
+    values are counted together. Otherwise a value is shown if several records have it and if there
+    are at most CLASSES values."""
     known: Sequence[str] = ()
     values = Counter(record.label.strip() for record in records if record.label)
     if study and study.evaluation and study.evaluation.choices and not values:
@@ -290,7 +292,7 @@ def _classes(records: Sequence[Record], study: Study | None) -> dict[str, int]:
     return counts
 
 
-LONG_NAME = 60  # a value with so many characters or more is not taken for the name of a class
+LONG_NAME = 60  # a value with more characters is not taken for the name of a class
 
 
 def _characters(record: Record) -> int:
@@ -299,7 +301,7 @@ def _characters(record: Record) -> int:
 
 
 def _years(data: SiteData, date: str) -> dict[str, int]:
-    """Count the rows by the year of a column of dates."""
+    """Count the rows by the year in the column `date`."""
     counts: Counter[str] = Counter()
     names = Names(data.where, {"--date": date} | keys_of(data))
     for _, row in site_rows(data, names, strict=False):
@@ -317,8 +319,9 @@ def _years(data: SiteData, date: str) -> dict[str, int]:
 
 
 def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit]:
-    """Read the records as the study's training does, and measure them whole.
+    """Read the records as the study's training does, and measure them before they are cut.
 
+    Returns: the dataset, None if the study cannot use the records; and how it would use them.
     Errors: ModelError if the base is not on this machine."""
     if study.base.digest is None:  # a study.toml, which states no digest
         base = find_base(site.site.base or study.base.model)
@@ -361,8 +364,8 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
 
 
 def _tokens(example: Example) -> int:
-    """Count a record's tokens, including the last target; for a preference pair those of the
-    longer passage."""
+    """Count a record's tokens, including the last target; of a preference pair count the longer
+    passage."""
     return max(
         len(passage.input_ids) + bool((passage.target_ids != NO_TARGET).any())
         for passage in example.passages

@@ -1,4 +1,4 @@
-"""Scan a site's records for identifiers, for the person who answers for them.
+"""Scan a site's records for identifiers, for the person who is responsible for them.
 
 Guarantee: the result holds rows, kinds and counts, and no part of a text. It stays at the site."""
 
@@ -21,7 +21,7 @@ log = logging.getLogger("fedtune.data")
 
 @dataclass(frozen=True)
 class ScannedRow:
-    """A row with findings: file name, row as `fedtune data report` counts, findings by kind."""
+    """A row with findings: file name, row number as in `fedtune data report`, findings by kind."""
 
     file: str
     row: int
@@ -32,8 +32,10 @@ class ScannedRow:
 class DataScan:
     """The result of a scan.
 
-    action: that of [data.scan], "" without that table. records: number of records read. failed:
-    number of rows that cannot be read or scanned. rows: the rows with findings."""
+    - action: the action that [data.scan] sets, "" without that table
+    - records: number of records read
+    - failed: number of rows that cannot be read or scanned
+    - rows: the rows with findings"""
 
     site: str
     action: str
@@ -51,8 +53,8 @@ class DataScan:
         return sum(kind in row.kinds for row in self.rows)
 
     def table(self) -> list[tuple[str, str, int, int]]:
-        """Return kind, paragraph of HIPAA's list, findings and rows, for each kind that was
-        found."""
+        """Return a row for each kind that was found: kind, paragraph of HIPAA's list, number of
+        findings, number of rows."""
         found = self.findings
         return [(k, KINDS[k], found[k], self.rows_with(k)) for k in KINDS if found[k]]
 
@@ -61,8 +63,7 @@ class DataScan:
 
 
 def data_scan(site: Site) -> DataScan:
-    """Scan the records that training would read, which takes some 50 ms for each. No study is
-    needed.
+    """Scan the records that training would read, at some 50 ms for each record. No study is needed.
 
     Errors: DataError (no file, other columns), ModelError (fedtune[scan] is not installed, or its
     model cannot be fetched), InfrastructureError.

@@ -57,13 +57,13 @@ RENEW = (
 
 
 def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
-    """Yield each check's finding as it ends; with a study also its plan, data and self-test.
-    outline: as for client.review.is_outline.
+    """Yield each check's finding as the check ends. With a study, also check its plan, its data and
+    the self-test. outline: whether the plan is an outline (`review.is_outline`).
 
     Errors: ConfigError if site.toml cannot be read; everything else is a finding."""
     site = load_site(path)
     yield Finding("site file", True, f"{path}: {site.site.name}")
-    if study is not None:  # first: it takes a second, and what follows minutes
+    if study is not None:  # first: it takes a second, and the other checks take minutes
         yield from findings([("plan", lambda: _plan(study, site, outline))])
     yield from findings(
         [
@@ -112,8 +112,8 @@ def _home(site: Site) -> str:
 
 
 def _isolation(site: Site) -> str:
-    """Try how `fedtune client` would be confined here. Errors: PolicyRefused if the policy asks
-    for more than this machine supports."""
+    """Describe how `fedtune client` would be confined here. Errors: PolicyRefused if the policy
+    asks for more than this machine supports."""
     here = isolation_here(site)
     if here.lacks and site.policy.isolation == "required":
         raise PolicyRefused(
@@ -124,11 +124,11 @@ def _isolation(site: Site) -> str:
 
 
 def _disk(site: Site, least: float) -> str:
-    """Check the free space of the state folder's disk, and say whether records lie there too.
+    """Check the free space of the state folder's disk, and say whether records lie on it too.
 
     A coordinator can see how much space is free beside the ledger's room (docs/guarantee.md, "What
-    it does not cover"): with the records, or what is cached of them, on the same disk, that follows
-    from how long they are."""
+    it does not cover"). If the records or their cache lie on the same disk, that space reveals how
+    long the records are."""
     text = machine.disk(site.home, least)
     of_records = {"records": _records_file(site), "FEDTUNE_CACHE": cache_dir()}
     state = _device(site.home)
@@ -139,14 +139,14 @@ def _disk(site: Site, least: float) -> str:
 
 
 def _records_file(site: Site) -> Path | None:
-    """Return the file or folder of the records; None for a database that is a server."""
+    """Return the file or folder of the records; None if they are in a database server."""
     if site.data.url is None:
         return site.data.path
     return file_of(site.data.url) if kind_of(site.data.url) in FILES else None
 
 
 def _device(path: Path) -> int:
-    """Return the number of the file system of a path, or of the nearest folder that is there."""
+    """Return the number of the file system of a path, or of its nearest folder that exists."""
     while not path.exists():
         path = path.parent
     return path.stat().st_dev
@@ -254,9 +254,10 @@ def _network(site: Site, path: Path) -> Iterator[Finding]:
 
 
 def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
-    """Return the gateway's status and by how many seconds this clock is ahead of its clock.
+    """Return the gateway's status, and by how many seconds this machine's clock is ahead of the
+    gateway's.
 
-    Errors: InfrastructureError if it does not answer, or refuses this site."""
+    Errors: InfrastructureError if the gateway does not answer, or refuses this site."""
     sent = certs.read_clock()
     code, body = tls.get(connect, far_context(site_link), site_link.address, STATUS)
     received = certs.read_clock()
@@ -283,7 +284,8 @@ def _secrets(site: Site) -> str:
 
 
 def _records(site: Site) -> str:
-    """Compare the count of usable units with declared_size; nothing else compares the two."""
+    """Compare the number of usable units with declared_size, and return both as text. Errors:
+    FedtuneError if there are fewer than 2 units, or the two differ by a factor of two or more."""
     by_patient = site.data.columns.patient is not None
     read = read_file(site.data, unit="patient" if by_patient else "record")
     units = len({record.unit for record in read.records})
@@ -317,7 +319,8 @@ def _ledger(site: Site) -> str:
 def _same_people(site: Site) -> str:
     """List signs that one patient has two keys, or that datasets declared disjoint share records.
 
-    No guarantee covers these and boilerplate texts cause both signs, so a person has to judge."""
+    The guarantee covers neither case. Boilerplate texts cause both signs, so a person has to
+    judge."""
     if not traces(site.home):
         return "nobody has taken part here as yet"
     ledger, data = Ledger(site.home), site.data
@@ -342,7 +345,8 @@ def _same_people(site: Site) -> str:
 
 
 def _plan(study: Study, site: Site, outline: bool) -> str:
-    """Check the plan as `fedtune review` does, ledger and signature included."""
+    """Check the plan against policy, ledger and signatures, as `fedtune review` does, and return σ
+    and ε as text. Errors: the first refusal."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
     for refusal in would_refuse(study, site, plan, ledger, outline=outline):
@@ -360,7 +364,7 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
 
 
 def _fits(site: Site, study: Study, base: Base) -> str:
-    """Describe how the study would use the rows, with those that it rejects."""
+    """Describe how the study would use the rows, and list those that it rejects."""
     check_data(site, study, base)
     tokenizer, reader = reading_of(base, study.base.modality)
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none

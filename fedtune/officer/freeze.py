@@ -1,9 +1,9 @@
 """Freeze a site's ledger, so that nothing is charged, answered or deleted until a person lifts it.
 
-The freeze is an entry of the ledger, which every vault of the site reads before it charges a round
-and again before an answer leaves; in a hospital's home it stops every membership. A coordinator is
-told that a person froze the ledger, and no more: whoever freezes because of what a record says
-tells something that no ε covers."""
+The freeze is an entry of the ledger. Every vault of the site reads it before it charges a round and
+again before an answer leaves; in a hospital's home it stops every membership. A coordinator learns
+only that a person froze the ledger. If the person froze it because of what a record says, even that
+tells something which no ε covers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ log = logging.getLogger("fedtune.site")
 
 
 def freeze(site: Site, why: str) -> None:
-    """Freeze the ledger. The audit log says so first, by which a restore freezes it again; one that
-    is damaged keeps nobody from freezing. Of a damaged ledger, with which no round is answered, the
-    log alone says so. An answer that has left stays away; a round under way is paid and not
-    answered.
+    """Freeze the ledger. The freeze is entered in the audit log first, so that a restore can freeze
+    the ledger again; a damaged audit log does not prevent the freeze. A damaged ledger, with which
+    no round is answered, is frozen by the audit log alone, once it is restored. An answer that was
+    sent cannot be called back. A round under way is charged and not answered.
 
-    Errors: ConfigError if there is no ledger, which is not made; LedgerError, also after the entry
-    in the log; InfrastructureError, also on a full disk whose reserve is used up."""
+    Errors: ConfigError if there is no ledger (none is made); NotGenuine of a damaged audit log,
+    after the freeze; LedgerError, of a damaged ledger after the entry in the audit log;
+    InfrastructureError, also on a full disk whose reserve is used up."""
     if not traces(site.home):
         raise ConfigError(f"{site.home}: no ledger yet", todo="there is nothing to freeze")
 
@@ -55,18 +56,18 @@ def freeze(site: Site, why: str) -> None:
 
 
 def lift(site: Site, why: str) -> None:
-    """End a freeze. The ledger says so first: if this is interrupted, a restore freezes it again,
-    by the log. Errors: InputError if the ledger is not frozen; NotGenuine of a damaged audit log,
-    after the lift; LedgerError; InfrastructureError."""
+    """End a freeze. The lift is entered in the ledger before the audit log, so that a restore after
+    an interruption freezes the ledger again. Errors: InputError if the ledger is not frozen;
+    NotGenuine of a damaged audit log, after the lift; LedgerError; InfrastructureError."""
     book = Ledger(site.home)
     book.lift(login(), why)
     AuditLog(book.folder, book.key).add(LIFT, "--lift")
 
 
 def standing(home: Path, public: str) -> Standing:
-    """Say what a restored ledger in `home` must hold, by the receipts and the audit log beside it,
-    which the key `public` signed. A log that does not verify counts as a freeze that nobody lifted:
-    its newest entries may be gone."""
+    """Return the withdrawals, the refused answers and the freeze that a restored ledger in `home`
+    must hold, by those receipts and the audit log beside it that the key `public` signed. An audit
+    log that does not verify counts as a freeze, since its newest entries may be gone."""
     withdrawn = withdrawn_by_receipts(home, public)
     try:
         entries = audit_log.verify(home, public).entries if audit_log.files(home) else []
@@ -89,7 +90,8 @@ def check_not_frozen(home: Path, what: str) -> None:
 
 
 def frozen(home: Path, what: str) -> Refused:
-    """Build the refusal of what would delete or move files beside a frozen ledger."""
+    """Build the refusal of an act that would delete or move files beside a frozen ledger. what: the
+    act, as in "deleted"."""
     return Refused(
         f"{home}: the ledger is frozen, so that nothing is {what}",
         "a ledger that is not frozen",

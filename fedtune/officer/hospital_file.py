@@ -1,6 +1,7 @@
-"""Write hospital.toml and edit it and site.toml as text, so that a person's comments stay.
+"""Compose hospital.toml, and edit hospital.toml and site.toml as text, so that a person's comments
+stay.
 
-Each edited file is read as it would be before it takes the old one's place."""
+Each new text is loaded, as a check, before it replaces the old file."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def write_home(home: Path, membership: str) -> str:
 
 
 def quote(value: Any) -> str:
-    """Quote a TOML value."""
+    """Return a number, text, path, list or table as TOML. Numbers must be finite. A key of a table
+    whose value is None is left out; elsewhere None is not allowed."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, list | tuple):
@@ -127,8 +129,8 @@ def without_table(text: str, *path: str) -> str:
 
 
 def with_key(text: str, table: str, key: str, value: str | None) -> str:
-    """Return the text with another value of a key in a table; None: without the key.
-    Errors: ConfigError if the table is not written as one."""
+    """Return the text with a key of a table set to `value`, or without the key if `value` is None.
+    Errors: ConfigError if the table is not written as a table of its own."""
     lines = text.splitlines(keepends=True)
     start, end = _find(lines, (table,))
     written = [f"{key} = {quote(value)}\n"] if value is not None else []
@@ -148,7 +150,7 @@ def _is_whole(lines: list[str]) -> bool:
 
 
 def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
-    """Return the first line of a table and the one behind its last."""
+    """Return the index of a table's header line, and the index of the line after its last."""
     wanted = list(path)
     for start, line in enumerate(lines):
         with suppress(ValueError):
@@ -170,7 +172,7 @@ def _begins(line: str) -> bool:
 
 
 def _path_of(table: Any) -> list[str]:
-    """Return the names of a header, read by itself."""
+    """Return the names in a table's header. table: the header alone, as TOML reads it."""
     path = list[str]()
     while isinstance(table, dict) and table:
         ((name, table),) = table.items()
@@ -179,8 +181,8 @@ def _path_of(table: Any) -> list[str]:
 
 
 def check_text(path: Path, text: str, load: Callable[[Path], T]) -> T:
-    """Return what `load` reads from a file beside `path` with this text. Errors: what `load`
-    raises, naming `path`."""
+    """Write the text to a draft beside `path`, and return what `load` reads from the draft, which
+    is then deleted. Errors: those of `load`, with the name of `path` in a ConfigError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         return load(replace(draft, text.encode(), private=True))
@@ -192,12 +194,13 @@ def check_text(path: Path, text: str, load: Callable[[Path], T]) -> T:
 
 
 def load_hospital_text(home: Path, text: str) -> Hospital:
-    """Read a text as it would be read as hospital.toml. Errors: ConfigError."""
+    """Read a text as the hospital.toml of `home`. Errors: ConfigError."""
     return check_text(home / FILE, text, lambda draft: load_hospital(home, draft.name))
 
 
 def keep_copy(path: Path) -> Path:
-    """Keep a copy of a settings file beside it, for this user alone; return its path."""
+    """Copy a settings file to a file beside it that only this user can read; return the copy's
+    path. A copy from today with the same content is used again."""
     content = reading.content(path, "a settings file", kind=ConfigError)
     for number in range(1, 1000):
         copy = path.with_name(f"{path.name}.{before()}{f'-{number}' * (number > 1)}")
@@ -209,5 +212,5 @@ def keep_copy(path: Path) -> Path:
 
 
 def before() -> str:
-    """Return the end of the name of a copy that is made today (UTC)."""
+    """Return the suffix of the name of a copy that is made today (UTC)."""
     return f"before-{datetime.now(UTC).date().isoformat()}"

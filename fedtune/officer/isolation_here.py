@@ -1,5 +1,5 @@
-"""Try and describe how `fedtune client` would confine a site's two halves on this machine; and
-how they were confined when they last started, which may have been in other containers."""
+"""Find out how `fedtune client` would confine a site's vault and courier on this machine, and how
+they were confined when they last started, perhaps in other containers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fedtune.observe.status import read_status
 
 @dataclass(frozen=True)
 class Here:
-    """The isolation on this machine. text: what separates the halves, and what stays open;
-    lacks: only the latter, item by item."""
+    """The isolation on this machine. text: what separates vault and courier, and which protection
+    is missing; lacks: the missing protections alone, one by one."""
 
     text: str
     lacks: tuple[str, ...]
 
 
 def isolation_here(site: Site) -> Here:
-    """Try which confinement this machine supports for vault and courier, and find out where the
-    site's records are.
+    """Try which confinement this machine supports for vault and courier, and check whether the
+    courier could read the site's records.
 
-    A courier that found no record where it last ran, or shares only a folder with the vault, runs
-    elsewhere: its confinement here is then not described."""
+    If the courier reported at its last start that it found no record, it runs elsewhere, and its
+    confinement here is not described."""
     of_vault, of_courier = isolation.try_confinement()
     last = _last(site)
     lacks = [*of_vault.missing, *describe_open_files(site)]
@@ -52,8 +52,8 @@ def _describe_means(tried: isolation.Confinement) -> str:
 
 
 def _last(site: Site) -> Mapping[str, list[str]]:
-    """Read how the halves of a site reported that they are confined; empty if they never
-    started."""
+    """Return how vault and courier reported, at their last start, that they are confined; {} if
+    there is no such report."""
     with suppress(FedtuneError):
         told: Mapping[str, list[str]] = read_status(site.site.state).status.get("confined", {})
         return told

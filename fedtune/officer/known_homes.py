@@ -2,15 +2,15 @@
 
     homes.json    in $XDG_STATE_HOME/fedtune, else ~/.local/state/fedtune; 0600
 
-Two homes over one dataset each state a part of what its patients have paid. A site that takes part
-with records of another home is refused before it joins or is simulated, and so is one that declares
-them public or generated: only that home's ledger knows what was charged as private. A home that is
-gone, or that has no ledger any more, is forgotten; one whose ledger is damaged is not. Simulations
-and declared data are not noted.
+If two homes paid for one dataset, each would state a part of what its patients have paid. So a site
+with records of another home is refused before it joins or is simulated. It is also refused if it
+declares these records public or generated, since only that home's ledger knows what was charged as
+private. A home that is gone, or that has no ledger any more, is forgotten; a home with a damaged
+ledger is not. Simulations and declared data are not noted.
 | where it cannot be written, as in a container      | a warning; nothing is remembered |
 | another account, or another machine                | knows nothing of it              |
 | a database under another name of its server        | is another place                 |
-Guarantee: what decides is settings and the places of files, never a record."""
+Guarantee: the result depends on settings and the places of files, never on a record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ Note = dict[str, Any]  # of a place: {path, device, inode}, or {url, databases}
 
 
 def path_of_notes() -> Path:
-    """Return the path of this account's notes. Errors: InfrastructureError if it has no folder."""
+    """Return the path of this account's notes. Errors: InfrastructureError if the account has no
+    home folder."""
     named = os.environ.get("XDG_STATE_HOME", "")
     if Path(named).is_absolute():  # as the XDG specification asks
         return Path(named) / "fedtune" / FILE
@@ -51,9 +52,9 @@ def path_of_notes() -> Path:
 
 
 def check_home(site: Site) -> None:
-    """Check that no other home pays for the site's private records, and note that this one does.
+    """Check that no other home pays for the site's private records, and note that this home does.
 
-    Errors: ConfigError naming the other home, or a ledger that was never adopted."""
+    Errors: ConfigError, which names the other home or a ledger that was never adopted."""
     _check_adopted(site)
     tables = _tables(site)
     try:
@@ -114,10 +115,10 @@ def _tables(site: Site) -> list[SiteData]:
 
 
 def forget(place: str, home: Path) -> list[str]:
-    """Forget that other homes than `home` pay for a place, which is a path or a url; return those
-    homes.
+    """Forget that other homes than `home` pay for some records, and return those homes. place: the
+    records' path or url, or the other home.
 
-    Errors: InputError if no other home is known to pay for it; InfrastructureError."""
+    Errors: InputError if no other home is known to pay for `place`; InfrastructureError."""
     path, own = path_of_notes(), str(home.resolve())
     with locks.hold(_made(path).with_suffix(".lock")):
         homes = _read(path)
@@ -146,8 +147,8 @@ def _made(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, list[Note]]:
-    """Read the notes of the homes that still have a ledger, or what is left of a damaged one; {} if
-    there are none."""
+    """Read the notes of all homes in which files of a ledger, even a damaged one, are left. Return
+    {} if there are none, or if the notes cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -183,13 +184,13 @@ def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]
 
 
 def _named(note: Note) -> str:
-    """Return the name under which a note is forgotten."""
+    """Return the path or url by which `forget` finds a note."""
     return str(note.get("path") or note.get("url"))
 
 
 def _is_place(note: Note, table: SiteData) -> bool:
-    """Return whether a note is of the table's file, folder or database, or one lies in the
-    other."""
+    """Return whether a note is of the table's file, folder or database, or of a folder around its
+    file or a file in its folder."""
     if "path" in note:
         return any(_is_same_file(note, path) for path in _path(table))
     # What an earlier version noted of a database is its url alone.
@@ -205,8 +206,8 @@ def _path(table: SiteData) -> Iterator[Path]:
 
 
 def _is_same_file(note: Note, path: Path) -> bool:
-    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed; or
-    whether one of the two is a folder in which the other lies, at any depth."""
+    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed. A
+    folder counts as the same as any file or folder in it, at any depth."""
     noted = Path(note["path"])
     if path.is_relative_to(noted) or noted.is_relative_to(path):
         return True
@@ -221,7 +222,7 @@ def _is_same_file(note: Note, path: Path) -> bool:
 
 
 def _note(table: SiteData) -> Note:
-    """Return what is remembered of a table's place."""
+    """Return the note of a table's place."""
     for path in _path(table):
         with suppress(OSError):
             found = path.stat()

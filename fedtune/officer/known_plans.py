@@ -15,8 +15,8 @@ from fedtune.runs.choice import with_digests_of
 
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:
     """Return the study with its digests filled in from a run of it, or from a plan that a
-    coordinator sent; unchanged if there is none. With the digests, the ledger's charges and
-    signatures can be matched to this study. runs: folders to search first."""
+    coordinator sent. Return the study unchanged if neither is found. With the digests, the ledger's
+    charges and signatures can be matched to this study. runs: folders to search first."""
     for plan in _plans(site, runs):
         filled = with_digests_of(study, plan)
         if filled.digest == plan.digest:

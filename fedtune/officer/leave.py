@@ -1,6 +1,6 @@
 """Leave a consortium from the site's own side, whether or not its coordinator still answers.
 
-What was charged, released and entered stays. A consortium that is distrusted (its coordinator's key
+Charges, releases and ledger entries stay. A consortium that is distrusted (its coordinator's key
 was lost or stolen, or the coordinator lied) is never joined again: whoever has its keys could say
 anything in its name."""
 
@@ -31,8 +31,11 @@ DISTRUST = "--distrust"
 
 @dataclass(frozen=True)
 class Left:
-    """The consortium that a site left ("" if its answer was never stored), the studies that were
-    under way, and how many files of network keys were deleted."""
+    """The result of leaving a consortium.
+
+    - consortium: its fingerprint; "" if the site never stored the coordinator's answer
+    - studies: digest → name of the studies that were under way
+    - files: number of deleted files of network keys"""
 
     consortium: str
     studies: dict[str, str]
@@ -41,13 +44,15 @@ class Left:
 
 def leave(site: Site, *, distrust: bool = False) -> Left:
     """Delete a site's network keys, certificates and the coordinator's answer, and end the studies
-    under way; ledger, receipts, audit log and stored updates stay, also while the ledger is frozen.
+    under way. Ledger, receipts, audit log and stored updates stay. A frozen ledger does not prevent
+    this.
 
-    distrust: whether no answer of this consortium is ever to be taken again. The audit log says so
-    first; one that is damaged keeps nobody from leaving without it. Errors: ConfigError if the site
-    has no keys, or --distrust has no stored answer that names the consortium; NotGenuine of a
-    damaged audit log, after the site has left, or with --distrust before it, since nothing else
-    would remember that; InfrastructureError if its client runs."""
+    distrust: whether to refuse every later answer of this consortium. This is entered in the audit
+    log first, and nothing else remembers it. Without `distrust`, the site leaves even if the audit
+    log is damaged.
+    Errors: ConfigError if the site has no keys, or with `distrust` no stored answer that names the
+    consortium; NotGenuine of a damaged audit log, after the site has left, but with `distrust`
+    before anything is deleted; InfrastructureError if the site's client runs."""
     state = site.site.state
     keys = keys_folder(site)
     if not (traces(site.home) and network_keys(site)):
@@ -87,9 +92,10 @@ def consortium_of(site: Site) -> str:
 
 
 def check_trusted(folder: Path, consortium: str) -> None:
-    """Check that no person here distrusts a consortium, by its fingerprint and the audit log in
-    `folder`, before its answer is stored or used. Signatures are not looked at: a log that a crash
-    cut short does not keep a site away, and a line that somebody added only does.
+    """Check, before a consortium's answer is stored or used, that no person here distrusts it by
+    the audit log in `folder`. consortium: its fingerprint. The log's signatures are not checked: a
+    log that a crash cut short does not keep a site away, and a line that somebody added can only
+    keep it away.
 
     Errors: Refused; InputError if the log cannot be read."""
     if consortium in (found := distrusted(folder)):
@@ -102,8 +108,8 @@ def check_trusted(folder: Path, consortium: str) -> None:
 
 
 def distrusted(folder: Path) -> dict[str, str]:
-    """Map the fingerprint of each consortium that a person distrusts, by the audit log in `folder`,
-    to the day. Errors: InputError if the log cannot be read."""
+    """Return the fingerprint → day of each consortium that a person distrusts by the audit log in
+    `folder`. Errors: InputError if the log cannot be read."""
     found = dict[str, str]()
     for entry in _entries(folder):
         facts = entry.get("facts")
@@ -115,7 +121,7 @@ def distrusted(folder: Path) -> dict[str, str]:
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of an audit log as far as they can be read."""
+    """Yield the entries of an audit log, without lines that are no JSON."""
     for name in audit_log.files(folder):
         for line in reading.content(folder / name, "an audit log").splitlines():
             with suppress(ValueError, RecursionError):

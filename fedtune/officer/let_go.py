@@ -1,11 +1,11 @@
 """Show the officer the answers that wait at a site, and release or refuse them.
 
 The officer sees facts of the plan, a length and a cost, but not the content of an answer or the
-site's messages about a round. For a refusal reaches the coordinator; if it depended on the records,
-it would reveal something about them that no ε covers.
+site's messages about a round. The reason is that a refusal reaches the coordinator: if it depended
+on the records, it would reveal something about them that no ε covers.
 
-In a hospital's home a person decides with the site file of one membership about that membership's
-answers alone."""
+In a hospital's home, a person decides only about the answers of the membership whose site file is
+given."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class Waiting:
     """An answer that waits for a person, as plan and ledger describe it.
 
     - name: the name by which `decide` selects it
-    - membership: that which paid for it; "" without a hospital's home, or of before there was one
+    - membership: the membership that paid for it; "" without a hospital's home, or if the answer
+      was there before the home
     - kind: ANSWER, or DRAW, a draw of shared noise, which is not charged yet
     - size: length in bytes
-    - epsilon: ε of this round alone, at policy.max_delta; fallback: with shared noise, the ε by the
-      site's own noise alone
+    - epsilon: ε of this round alone, at policy.max_delta
+    - fallback: with shared noise, the same by the site's own noise alone; else ""
     - since: the time since which it waits, UTC"""
 
     name: str
@@ -53,7 +54,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class _Found:
-    """The waiting answers, and their ledger."""
+    """A waiting answer, its slot and its ledger."""
 
     waiting: Waiting
     slot: Slot
@@ -61,16 +62,15 @@ class _Found:
 
 
 def list_waiting(site: Site) -> list[Waiting]:
-    """List the answers that wait at a site, of its own membership in a hospital's home, oldest
-    first; [] if there is no ledger, which is not made.
-    Errors: LedgerError."""
+    """List the answers that wait at a site, oldest first; in a hospital's home only those of the
+    site's own membership. Return [] if there is no ledger; none is made. Errors: LedgerError."""
     return [found.waiting for found in _find(site)]
 
 
 def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -> list[Waiting]:
-    """Release the answers that wait under `names`, or refuse them for good, and enter this in the
-    audit log and in the ledger, in this order. every: all that wait now. Returns the decided
-    answers.
+    """Release the answers that wait under `names`, or refuse them for good. Each decision is
+    entered in the audit log, then in the ledger. every: decide about all answers that wait now.
+    Returns the decided answers.
 
     Errors: InputError if nothing waits under a name, or another person was faster; LedgerError;
     InfrastructureError."""

@@ -46,7 +46,7 @@ from fedtune.officer.hospital_file import (
     write_membership,
 )
 
-EDIT_LOCK = "hospital.lock"  # in a home, of who edits hospital.toml
+EDIT_LOCK = "hospital.lock"  # in a home: held by the process that edits hospital.toml
 LOCKS = (LOCK, "flower/lock", "ranks/lock")  # in a state folder: of a client, or of a vault
 
 
@@ -54,8 +54,8 @@ LOCKS = (LOCK, "flower/lock", "ranks/lock")  # in a state folder: of a client, o
 class Membership:
     """A membership as `fedtune memberships` shows it.
 
-    - consortium: {address, fingerprint} of the coordinator whose answer it took; None: none yet
-    - share: what it spent, by dataset, against its own share
+    - consortium: {address, fingerprint} of the coordinator whose answer is stored; None if none is
+    - share: dataset → what the membership spent, compared with its own share
     - studies: digest → name of those under way
     - runs: whether its client or vault runs now
     - problem: why its site file cannot be used; "" if it can"""
@@ -77,7 +77,7 @@ class Listed:
     """A home's memberships, and what all of them spent.
 
     - totals: each registered dataset's budget against the hospital's ceilings
-    - who: by dataset, what each membership spent, ended ones too"""
+    - who: dataset → what each membership spent; memberships that have ended are included"""
 
     home: Path
     hospital: Hospital
@@ -157,8 +157,8 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
 def site_of(
     path: Path, membership: str, at: Path | None = None, *, keys_may_differ: bool = False
 ) -> Site:
-    """Load the site file of a membership, or a draft of it that will lie `at` another path; see
-    `load_site`. Errors: ConfigError if it is another's."""
+    """Load the site file of a membership. at: for a draft, the path at which the file will lie;
+    keys_may_differ: as for `load_site`. Errors: ConfigError if it is another membership's file."""
     site = load_site(path, at=at, keys_may_differ=keys_may_differ)
     if site.policy.membership != membership:
         raise ConfigError(
@@ -176,9 +176,9 @@ def is_running(state: Path) -> bool:
 
 @contextmanager
 def still(home: Path, site: Site) -> Iterator[None]:
-    """Keep the clients and vaults of the site, and of the home's memberships if it is one, from
-    running meanwhile. Errors: InfrastructureError if one runs; ConfigError if a membership's site
-    file cannot be read, since it could not be told whether one does."""
+    """Keep the clients and vaults of the site, and of all memberships of `home`, from running while
+    the block runs. Errors: InfrastructureError if one runs; ConfigError if a membership's site file
+    cannot be read, since nobody can then tell whether its client runs."""
     states = {site.site.state.resolve()}
     memberships = load_hospital(home).memberships if (home / FILE).exists() else {}
     for membership in memberships.values():
@@ -199,8 +199,8 @@ def still(home: Path, site: Site) -> Iterator[None]:
 def make_home(home: Path, name: str, size: int, dataset: str, data: RegisteredData) -> Path:
     """Make a hospital's home with one registered dataset, and return its hospital.toml.
 
-    data: with an absolute path, or a url. Errors: ConfigError if there is a home already, or the
-    size is too large for the ceilings' δ; InfrastructureError."""
+    data: the dataset's table, with an absolute path or a url. Errors: ConfigError if there is a
+    home already, or the size is too large for the ceilings' δ; InfrastructureError."""
     if (home / FILE).exists():
         raise ConfigError(f"{home / FILE} exists", "a folder that is no home yet")
     text = write_hospital(name, size, ceilings_for(size), {dataset: data})
@@ -209,7 +209,8 @@ def make_home(home: Path, name: str, size: int, dataset: str, data: RegisteredDa
 
 
 def ceilings_for(size: int) -> CeilingTable:
-    """Return the ceilings of a new home: the defaults, with a δ that suits so many units."""
+    """Return the ceilings of a new home: the defaults, with δ lowered until 2 · max_delta · size <
+    1."""
     most = CeilingTable().max_delta
     while 2 * most * size >= 1:
         most /= 10
@@ -221,8 +222,9 @@ def add(
 ) -> list[Path]:
     """Enter a membership in hospital.toml and write its site file, 0600; return both files.
 
-    Killed between the two, it writes the site file when it is run again. Errors: ConfigError if the
-    name is taken or ended, the site file exists, or either file would not be valid."""
+    If the process is killed between the two, a second call writes the site file. Errors:
+    ConfigError if the name is taken or ended, the site file exists, or either file would not be
+    valid."""
     home, site = home.resolve(), site.absolute()
     hospital = load_hospital(home)
     if site.exists():
@@ -241,8 +243,8 @@ def add(
 
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
-    """Check that a membership may have this name: none has, and neither the home's ledger nor its
-    audit log names one that had. Errors: ConfigError."""
+    """Check that a new membership may have this name: no membership has it, and neither the home's
+    ledger nor its audit log names an earlier one. Errors: ConfigError."""
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     if name in earlier_names(home):
@@ -264,7 +266,8 @@ def earlier_names(home: Path) -> set[str]:
 
 
 def append(home: Path, table: str) -> None:
-    """Append a table to hospital.toml, after reading it with it. Errors: ConfigError."""
+    """Append a table to hospital.toml, after a check that the new text can be read. Errors:
+    ConfigError."""
     path = home / FILE
     with locks.hold(home / EDIT_LOCK):  # of two that are added at once, both stay
         text = path.read_text(encoding="utf-8")
@@ -278,11 +281,12 @@ def append(home: Path, table: str) -> None:
 
 @dataclass(frozen=True)
 class Ending:
-    """What the end of a membership would do.
+    """What `end` would do.
 
-    - delete: kind → files of its state folder, of its studies, and of its way into the consortium
-    - paid: what it spent, by dataset, which stays spent
-    - anyway: why it is refused unless somebody insists; "" if it is not"""
+    - delete: kind → the files of the state folder, of the membership's studies, and its network
+      keys
+    - paid: dataset → what the membership spent; this stays spent
+    - anyway: why `end` refuses without `anyway`; "" if it does not refuse"""
 
     home: Path
     name: str
@@ -328,7 +332,8 @@ def list_ending(home: Path, name: str) -> Ending:
 
 
 def network_keys(site: Site) -> list[Path]:
-    """List the files of a site's way into its consortium, earlier keys too."""
+    """List the files of a site's network keys, certificates and coordinator's answer, earlier ones
+    too."""
     folders = _key_folders(site)
     return sorted(path for each in folders for path in each.rglob("*") if not path.is_dir())
 
@@ -342,11 +347,10 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     """End a membership; return the copy of hospital.toml that is kept.
 
     Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
-    and so does its own signing key. The table in hospital.toml goes last, from the file as it is
-    then, so that a run which was killed may be repeated and a change made meanwhile stays; from
-    then on the site file is refused. Errors: InputError if studies are
-    under way, unless `anyway`; Refused if the ledger is frozen; InfrastructureError if its client
-    runs."""
+    and so does its own signing key. Its table in hospital.toml is removed last, so that an end that
+    was killed can be repeated; from then on the site file is refused. Other changes of
+    hospital.toml, made meanwhile, stay. Errors: InputError if studies are under way, unless
+    `anyway`; Refused if the ledger is frozen; InfrastructureError if its client runs."""
     if ending.anyway and not anyway:
         raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
     home, name, site = ending.home, ending.name, ending.site
@@ -370,7 +374,8 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
 
 
 def _without(home: Path, name: str) -> str:
-    """Return the text of hospital.toml as it is now, without a membership. Errors: ConfigError."""
+    """Return the text of hospital.toml, as it is on disk now, without a membership. Errors:
+    ConfigError."""
     before = (home / FILE).read_text(encoding="utf-8")
     text = without_table(before, "memberships", name)
     there, left = (set(load_hospital_text(home, one).memberships) for one in (before, text))

@@ -1,4 +1,5 @@
-"""Find the newest head of a site's audit log that a run, or its dossier, holds sealed."""
+"""Find the newest head of a site's audit log that a run, or its dossier, holds in encrypted
+form."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ from fedtune.evidence.sign import EVIDENCE, RUN
 
 
 def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
-    """Return the newest head of a site's audit log that its updates in a run, or in the dossier of
-    one, hold sealed. state: the folder of its ledger, where the key is; memberships: those that
-    share it.
+    """Return the newest head of a site's audit log that the site's updates in a run hold, encrypted
+    for the site. run: the folder of a run, or of its dossier; state: the folder of the ledger,
+    where the key is; memberships: the memberships that share the ledger.
 
-    Errors: ConfigError without the key, InputError where there is no such head, or no run."""
+    Errors: ConfigError if the key is missing; InputError if `run` holds no such head, or is no
+    run."""
     if not (state / KEY).exists():
         raise ConfigError(f"{state}: no {KEY} here", "a site's state folder")
     key = SigningKey.at(state / KEY)

@@ -1,11 +1,10 @@
 """Delete the files that a site's studies left beside the ledger.
 
-Files of KINDS are deleted. Files of NEVER_DELETED, which the ledger, the guarantee and the site's
-enrolment need, are not; nor are files that fedtune did not write, which are listed so that a person
-can decide about them.
+Files of KINDS are deleted. Files of NEVER_DELETED stay: the ledger, the guarantee and the site's
+enrolment need them. Files that fedtune did not write stay too, and are listed so that a person can
+decide about them.
 Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
-round is ordered again, it is trained and charged again.
-"""
+round is ordered again, it is trained and charged again."""
 
 from __future__ import annotations
 
@@ -97,8 +96,8 @@ class Listing:
 
 
 def listing(site: Site, study: str | None = None) -> Listing:
-    """List the files that `purge` would delete: those of all studies, or of those whose digest or
-    name is `study`.
+    """List the files that `purge` would delete. study: a study's name or digest; only the files of
+    such studies are then listed.
 
     Errors: ConfigError if there is no state folder; InputError if no study has that digest or name;
     LedgerError."""
@@ -127,8 +126,8 @@ def purge(contents: Listing) -> None:
     """Delete the listed files and the folders that become empty. This is safe even if the site's
     courier has removed the lock, or has replaced a folder by a link.
 
-    Errors: InfrastructureError if a client runs on this state, or the disk refuses; Refused if the
-    ledger is frozen, and LedgerError, before anything is deleted."""
+    Errors: InfrastructureError if a client runs on this state, or a file cannot be deleted; Refused
+    if the ledger is frozen, or LedgerError, before anything is deleted."""
     with (
         alone(contents.state / "flower", "fedtune client"),
         alone(contents.state / "ranks", "the vault of a client"),
@@ -155,8 +154,9 @@ def purge(contents: Listing) -> None:
 
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
-    """Add what the membership's own studies left beside the hospital's ledger, and nothing that
-    another membership, which may run the same plan, would have to pay for again."""
+    """Add the files that the membership's own studies left beside the hospital's ledger. Files of
+    another membership, which may run the same plan, are not added: it would have to pay for them
+    again."""
     if not traces(site.home):
         return
     book, own = Ledger(site.home), site.policy.own_memberships
@@ -190,7 +190,7 @@ def _owner_of_draw(path: Path) -> str | None:
 
 
 def _kind(name: str) -> str | None:
-    """Classify a file: "" if it is never deleted, None if fedtune did not write it."""
+    """Return a file's kind; "" if the file is never deleted, None if fedtune did not write it."""
     if not DRAFT.search(name) and any(fnmatchcase(name, pattern) for pattern in NEVER_DELETED):
         return ""
     for kind, patterns in KINDS.items():
@@ -200,8 +200,8 @@ def _kind(name: str) -> str | None:
 
 
 def _walk(state: Path) -> Iterator[Path]:
-    """Yield every file; for a folder that holds a ledger (a backup) only the folder, unless it
-    is the ledger of a run of declared data."""
+    """Yield every file. For a folder that holds a ledger (a backup), yield only the folder, unless
+    it is the ledger of a run of declared data."""
     for root, folders, files in os.walk(state):
         folder = Path(root)
         of_run = folder.parent == state / RUNS
@@ -214,7 +214,8 @@ def _walk(state: Path) -> Iterator[Path]:
 
 
 def _unlink(path: Path, top: Path) -> None:
-    """Delete a file below `top`, following no link, if it is there. Errors: OSError."""
+    """Delete a file below `top` without following a link. A missing file is no error. Errors:
+    OSError."""
     folder = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part in path.relative_to(top).parent.parts:

@@ -1,4 +1,4 @@
-"""Read a site's records as training does, for its own people."""
+"""Read a site's records as training does, for people at the site."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def check_data(site: Site, study: Study, base: Base | None = None) -> Dataset:
-    """Check that the site's records fit the study, and return them as they are read; only the site
-    may know the result. base: by default the one that the study names, which is for one's own
-    studies only.
+    """Check that the site's records fit the study, and return the dataset that training would read;
+    only the site may know the result. base: by default site.base, else the base that the study
+    names, which is only for one's own studies.
 
     Errors: DataError."""
     base = base or find_base(site.site.base or study.base.model, study.base.digest)

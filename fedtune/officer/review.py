@@ -53,7 +53,7 @@ class Review:
     """The review of a plan.
 
     - digest: the digest that is signed; "" if it needs a computation on public text first
-    - sections: (heading, lines) each
+    - sections: pairs (heading, lines)
     - refusals: the rules that refuse the plan
     - verdict: whether the site would refuse it today, wait for a signature, or take part"""
 
@@ -73,8 +73,9 @@ def read_plan(
     study.toml, whether to compute also the parts that follow from its base and its public text (the
     adapter's frozen factor, the start), which may take an hour. Only a whole plan has the digest
     that a coordinator sends; rules and costs do not need it.
-    Errors: ConfigError; ModelError if the base cannot be found; PolicyRefused if the plan names a
-    plug-in that the site's policy does not, which is then not imported."""
+    Errors: ConfigError; ModelError if the base cannot be found; Refused if the answer is not the
+    coordinator's; PolicyRefused if the plan names a plug-in that the site's policy does not name.
+    Such a plug-in is not imported."""
     if path.suffix in SENT:
         if settings:
             raise ConfigError(f"--set cannot change {path}, a plan as it was sent", "a study.toml")
@@ -198,8 +199,9 @@ def would_refuse(
     *,
     outline: bool = False,
 ) -> list[Refused]:
-    """List every rule and limit that refuses the plan today; a missing signature is not among
-    them. ledger: None if there is none yet; outline: as for is_outline."""
+    """List every rule and limit that refuses the plan today. A missing signature is not listed.
+
+    ledger: None if there is none yet; outline: whether the plan is an outline (`is_outline`)."""
     if ledger and site.policy.peers:
         site = pin_others(site, signing_key(site, ledger).public)
     rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
@@ -207,8 +209,9 @@ def would_refuse(
 
 
 def _about_teacher(study: Study, site: Site) -> list[Refused]:
-    """Refuse a teacher that is a run and was changed since it was signed. It is verified only
-    here, where a person reads: a round compares the teacher's digest, which the plan pins."""
+    """Refuse a teacher that is a run and was changed since it was signed; return [] in all other
+    cases. The run is verified only here, for the person who reviews: a round only compares the
+    teacher's digest with the plan's."""
     if not may_resolve(study, site.policy) or study.objective.resolved.teacher_spec is None:
         return []
     from fedtune.runs.teacher_admission import check_teacher
@@ -223,8 +226,9 @@ def _about_teacher(study: Study, site: Site) -> list[Refused]:
 def cost_refusals(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
 ) -> list[Refused]:
-    """List every limit that refuses the plan's cost on top of what was spent. ledger: as for
-    `would_refuse`."""
+    """List the refusals of the plan's cost: for earlier charges of unknown ε, and for a limit that
+    the cost would exceed on top of what was spent. In a study without a last round, only charges
+    that count for a patient who arrives now are added. ledger: None if there is none yet."""
     refused, name = list[Refused](), site.data.name
     try:
         check_known(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
@@ -242,7 +246,8 @@ def cost_refusals(
 
 
 def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
-    """Return whether the plan still waits for a signature here."""
+    """Return whether the site's policy asks for a signature under the plan and nobody has signed
+    it."""
     signed = ledger is not None and ledger.admitted(study.digest, site.policy.own_memberships)
     return site.policy.admission != "standing" and not signed
 
@@ -456,8 +461,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
 
 
 def _share(budget: Budget) -> list[str]:
-    """Say what a membership's own share of the hospital's ceiling comes to; nothing of a site that
-    is no membership."""
+    """Describe how much a membership has spent of its own share of the hospital's ceiling. Return
+    [] for a site that is no membership."""
     if budget.policy.hospital is None:
         return []
     own = budget.share
@@ -470,14 +475,15 @@ def _share(budget: Budget) -> list[str]:
 
 
 def _delta(site: Site, plan: DpPlan) -> list[str]:
-    """Describe the meaning of δ at worst, and warn of one that is too large for this site."""
+    """Describe what δ means at worst, or warn that it is too large for this site's size."""
     size = site.site.declared_size
     warned = warning(plan.delta, plan.unit, size)
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
 
 
 def _whatever(budget: Budget) -> list[str]:
-    """For a plan, or a dataset, with secure aggregation: return the total that holds without it."""
+    """If the plan or an earlier charge uses secure aggregation, describe the total ε by this site's
+    own noise alone. Return [] otherwise."""
     if not budget.is_shared:
         return []
     before = budget.fallback(ahead=0)
@@ -492,8 +498,8 @@ def _whatever(budget: Budget) -> list[str]:
 
 
 def _room_for_attempts(budget: Budget) -> list[str]:
-    """Describe how many failed attempts the site's limits leave room for; at most as many as the
-    plan has rounds, since nobody plans for more."""
+    """Describe how many failed attempts at a round the site's limits leave room for. No more than
+    the plan's number of rounds are counted, since nobody plans for more."""
     plan, ahead = budget.plan, budget.remaining()
     if plan.sites == 1 or not ahead:
         return []
@@ -515,8 +521,8 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 
 
 def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
-    """For a study without a last round: describe what one patient pays in all, and who has paid
-    what."""
+    """Describe, for a study without a last round, what one patient pays in all, and the most that
+    any patient has paid so far."""
     policy = site.policy
     spent = find_heaviest_budget(site.data.name, ledger.cohorts(site.data.name), policy)
     most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)

@@ -1,12 +1,11 @@
 """Describe a site's records as a data sheet in Croissant's format, and attest that the sheet
 describes them.
 
-    SITE/sheet.toml                the fields that a person typed (core/config/sheet.py)
-    DATA.croissant.json            beside the records, for this user alone: the typed fields,
-    counts,
-                                   and hashes of the files
-    STATE/sheet.json               the attestation: a hash of the records, and one of the sheet
-    --public FILE                  the typed fields alone
+    SITE/sheet.toml         the fields that a person typed (core/config/sheet.py)
+    DATA.croissant.json     beside the records, for this user alone: the typed fields, counts, and
+                            hashes of the files
+    STATE/sheet.json        the attestation: a hash of the records, and one of the sheet
+    --public FILE           the typed fields alone
 
 Guarantee: the public sheet is computed from the typed fields alone; its function gets no
 records."""
@@ -81,9 +80,9 @@ TERMS = {
 class Described:
     """The result of `describe_data`.
 
-    - sheet: the fields that a person typed
-    - template: whether an empty sheet was written, and nothing else
-    - private, public: the files, None if not written
+    - sheet: the path of the fields that a person typed
+    - template: whether only an empty sheet was written
+    - private, public: the paths of the private and the public sheet; None if not written
     - rows, usable, units: counts, for this site only"""
 
     sheet: Path
@@ -190,8 +189,8 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
 
 
 def records_hash(site: Site) -> str:
-    """Hash a site's records: files byte by byte; from another source every row, whatever the
-    patients' consent. Errors: DataError."""
+    """Hash a site's records: each file's name and bytes or, from another source, every row, whether
+    or not the patient consented. Errors: DataError."""
     total = hashlib.sha256()
     if _in_files(site):
         for file in _files(site.data.path):
@@ -206,14 +205,14 @@ def records_hash(site: Site) -> str:
 
 def check_attested(site: Site) -> None:
     """If the policy requires a data sheet, check that sheet and records have not changed since they
-    were attested; see `check_sheet` and `check_attested_records`."""
+    were attested. Errors: those of `check_sheet` and `check_attested_records`."""
     check_sheet(site)
     check_attested_records(site)
 
 
 def check_sheet(site: Site) -> None:
-    """If the policy asks for a data sheet, check that somebody attested its content. It reads no
-    record.
+    """If the policy requires a data sheet, check that somebody attested its content. No record is
+    read.
 
     Errors: PolicyRefused, ConfigError, InputError."""
     if not site.policy.data_sheet:
@@ -229,8 +228,8 @@ def check_sheet(site: Site) -> None:
 
 
 def check_attested_records(site: Site) -> None:
-    """If the policy asks for a data sheet, check that the records are those that somebody attested.
-    Only for this machine: the result depends on the records, so it is never an answer to a
+    """If the policy requires a data sheet, check that the records are those that somebody attested.
+    The result depends on the records, so it is only for this machine and never an answer to a
     coordinator.
 
     Errors: PolicyRefused, InputError, DataError."""
@@ -250,7 +249,8 @@ def _check_unchanged(site: Site, what: str, now: str) -> None:
 
 
 def _in_files(site: Site) -> bool:
-    """Return whether the records are files; beside a database's url, the path is that of media."""
+    """Return whether the records are files. With data.url they are not: data.path is then that of
+    media."""
     return site.data.url is None and site.data.path.exists()
 
 
@@ -259,7 +259,7 @@ def _typed_hash(typed: Sheet) -> str:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield the files of the records, sorted, without those that describe_data wrote among them."""
+    """Yield the files of the records, sorted, without the sheets that describe_data wrote."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
     yield from (
         file for file in files if os.path.isfile(file) and not file.name.endswith(CROISSANT)

@@ -11,8 +11,9 @@ from fedtune.officer.site_files import sites_in
 
 
 def site_file(context: Context) -> str:
-    """Return node_config["site"], else (in Flower's simulation) the n-th site file of the folder
-    run_config["sites"], n being the partition. Errors: ConfigError."""
+    """Return the path of a node's site file: node_config["site"] or, in Flower's simulation, the
+    file with the number of the node's partition in the folder run_config["sites"]. Errors:
+    ConfigError."""
     path = context.node_config.get("site")
     if path is not None:
         return str(path)

@@ -11,8 +11,9 @@ from fedtune.core.files import reading
 
 
 def sites_in(place: Path | Iterable[Path]) -> list[Path]:
-    """List the given site files; of a folder, list every *.toml in it, and every site*.toml one
-    level down that has a [site] table, sorted. Errors: ConfigError (no file, or one is broken)."""
+    """List the given site files. Of a folder, list its *.toml files and, one level down, its
+    site*.toml files, in so far as they have a [site] table, sorted. Errors: ConfigError (no file,
+    or one is broken)."""
     if not isinstance(place, Path):
         return [path for entry in place for path in sites_in(entry)]
     if place.is_file():

@@ -1,6 +1,6 @@
 """Count the records of a site that a plan cannot use since it does not name their class.
 
-Guarantee: the counts are for the site's own screen; nothing of it is logged or sent."""
+Guarantee: the counts are for the site's own screen; none of them is logged or sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedtune.core.config import Site, Study
 from fedtune.core.data.records import read_records
 from fedtune.core.errors import escape_controls
 
-MOST = 12  # classes that are named; of more, the column is likely to hold texts
+MOST = 12  # the most classes that are named; a column with more is likely to hold texts
 
 
 def unknown_classes(study: Study, site: Site) -> str:

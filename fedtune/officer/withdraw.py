@@ -54,12 +54,13 @@ class Release:
 class Withdrawal:
     """The result of a withdrawal.
 
-    - in_file: records of the patient that the files still hold, None if one cannot be read
+    - in_file: number of the patient's records that the files still hold, None if a file cannot be
+      read
     - trained_on: whether the patient was ever trained on here
     - releases: studies whose adapters may still reflect the patient
-    - personal: personal models that were trained on the patient; none of them is used until it was
-      trained again
-    - receipt: for the patient, signed by the site, as it lies in `receipt_file`"""
+    - personal: files of the personal models that were trained on the patient's records; none of
+      these models is used until it is trained again
+    - receipt: the content of `receipt_file`, signed by the site, for the patient"""
 
     in_file: int | None
     trained_on: bool
@@ -70,13 +71,13 @@ class Withdrawal:
 
 
 class UnknownPatient(InputError):
-    """No record and no study at this site has this patient's key; the message does not contain
-    it."""
+    """The error that no record and no study at this site has this patient's key. Its message does
+    not contain the key."""
 
 
 class NotLogged(NotGenuine):
-    """A withdrawal is entered in the ledger and has its receipt, and the audit log is damaged, so
-    that it has no line there. withdrawal: the result."""
+    """The error that the audit log is damaged and has no line for a withdrawal. The withdrawal is
+    entered in the ledger and has its receipt. withdrawal: the result."""
 
     def __init__(self, withdrawal: Withdrawal, damage: NotGenuine) -> None:
         super().__init__(damage.happened, damage.expected, damage.todo)
@@ -89,8 +90,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     From the next round on, the patient's records are left out, and their states in memory are
     dropped. Nothing on the wire changes, since batch, noise and divisor do not depend on the true
     count. Earlier releases cannot be undone: the adapters of `releases` were trained with the
-    patient's records, and reveal about them at most what their ε allows. In a hospital's home all
-    of this is of every membership, whichever one's site this is.
+    patient's records, and reveal about them at most what their ε allows. In a hospital's home the
+    withdrawal holds for every membership, whichever membership's site is given.
 
     Each withdrawal has a receipt in the site's state folder, signed by the site's key and readable
     by this user alone, with the time and the releases, but without the patient's key. A second
@@ -99,10 +100,12 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     Guarantee: a receipt and its file's name follow from this patient's withdrawal and from the
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.
-    Errors: UnknownPatient (nothing is entered, since a mistyped key would leave the patient in);
-    ConfigError if site.toml names no patient column; what reading them raises, if the key can be
-    looked up in the files alone and one cannot be read; NotLogged if the withdrawal is entered and
-    its receipt written, but the audit log is damaged; LedgerError."""
+    Errors:
+    - UnknownPatient: nothing is entered, since a mistyped key would leave the patient in
+    - ConfigError if site.toml names no patient column
+    - the error of reading a file, if the key is found neither in another file nor in the ledger
+    - NotLogged if the audit log is damaged; the withdrawal is entered and its receipt written
+    - LedgerError"""
     if not site.data.columns.patient:
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
@@ -155,7 +158,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
 
 def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
-    """Return the site and the other memberships of its home, and why one of them cannot be read."""
+    """Return the site and the other memberships of its home that can be read, and the error of a
+    membership that cannot; None if all can."""
     sites, unread = [site], None
     others = load_hospital(site.home).memberships if site.hospital else {}
     for name, membership in others.items():
@@ -168,7 +172,8 @@ def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
 
 
 def _tables(site: Site) -> list[SiteData]:
-    """List the tables of a site that name patients; records to judge a model by may be gone."""
+    """List the tables of a site that name a patient column. [acceptance] is left out if its file is
+    gone."""
     tables = [table for table in (site.data, site.evaluation) if table]
     if (judged := site.acceptance) and (judged.url or judged.path.exists()):
         tables.append(judged)
@@ -176,8 +181,9 @@ def _tables(site: Site) -> list[SiteData]:
 
 
 def in_reserved_space(site: Site, enter: Callable[[], T]) -> T:
-    """Call `enter`, which writes what a person decided; on a full disk once more, in the space that
-    is reserved for that. Errors: what `enter` raises."""
+    """Call `enter`, which writes what a person decided, and return its result. If writing fails,
+    free the space that is reserved for such entries and call `enter` again. Errors: those of
+    `enter`; a LedgerError other than NoRoom is raised at once."""
     try:
         return enter()
     except InfrastructureError as error:
@@ -207,9 +213,9 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
 
 
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
-    """Map the hash of each unit's key to when it withdrew, in UTC seconds, by the receipts beside a
-    ledger that the key `public` signed; other files are skipped. The hashes hold with the salt
-    under which they were made."""
+    """Return the hash of each unit's key → when the unit withdrew, in UTC seconds, by those
+    receipts beside a ledger that the key `public` signed. Other files are skipped. The hashes hold
+    only with the salt under which they were made."""
     since: dict[str, int] = {}
     for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
@@ -219,7 +225,8 @@ def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
 
 
 def _genuine(path: Path, public: str) -> dict[str, Any]:
-    """Read a receipt that this site signed. Errors: InputError if it did not."""
+    """Read a receipt, and return it without its signature. Errors: InputError if the key `public`
+    did not sign it."""
     receipt = reading.json_in(path, "a receipt of a withdrawal")
     signature = str(receipt.pop("signature", ""))
     try:
@@ -232,10 +239,10 @@ def _genuine(path: Path, public: str) -> dict[str, Any]:
 
 
 def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
-    """Build and sign the receipt that a patient may keep: it names the patient by a salted hash,
-    which tells nobody without this site's salt who it is. The ledger's key signs it, also in a
-    hospital's home: the withdrawal holds in every membership, and the receipt proves it after one
-    has ended. It is the patient's and the hospital's, and goes to no coordinator."""
+    """Build and sign the receipt that a patient may keep. The receipt names the patient by a salted
+    hash, by which nobody without this site's salt can identify the patient. The ledger's key signs,
+    in a hospital's home too: a withdrawal holds in every membership, and must be provable after a
+    membership has ended. The receipt is for patient and hospital, and goes to no coordinator."""
     receipt: dict[str, Any] = {
         "what": "withdrawal of consent: no later round of this site reads the patient's records",
         "site": site.site.name,

@@ -1,1 +1,1 @@
-"""Compute the start of a plan at the coordinator, from public records alone; it costs no ε."""
+"""Compute the start of a plan at the coordinator, from public records alone. This costs no ε."""

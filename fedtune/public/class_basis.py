@@ -1,5 +1,5 @@
 """Compute the basis in which sites sum features by class, and the public records' statistics in
-it. Both follow from public data alone and cost no ε."""
+this basis. Both follow from public data alone and cost no ε."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
 
 
 def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
-    """Compute what the coordinator knows of the classes from public data, as the arrays (fp64) of
-    a `Discriminant` state: the basis, public records' sums by class, and the vectors of the
-    classes' names. Records with an unknown label count as unlabelled.
+    """Compute the first state of a `Discriminant` from public data, as arrays (fp64): the basis,
+    public records' sums by class, the vectors of the classes' names, and the result of a
+    cross-validation. Records with an unknown label count as unlabelled.
 
-    Errors: ConfigError where names and records span too few directions."""
+    Errors: ConfigError if names and records span too few directions."""
     objective = study.objective.resolved
     vectors, labels = vectors_of(data)
     reads_text = data.network.reader.column is None
@@ -32,8 +32,8 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
 
 
 def basis_of(knowledge: Arrays, directions: int) -> Arrays:
-    """Return what sites receive of `knowledge`, fp32: the first `directions` rows of the basis
-    (directions, H) and the mean (H,)."""
+    """Return the part of `knowledge` that sites receive, fp32: the first `directions` rows of the
+    basis (directions, H) and the mean (H,)."""
     basis = np.clip(knowledge[DIRECTIONS][:directions], -LARGEST, LARGEST)
     return {
         CLASS_BASIS: np.ascontiguousarray(basis.astype(np.float32)),

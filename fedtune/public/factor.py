@@ -26,11 +26,12 @@ _MAX_POSITIONS = 8192  # per layer; enough for principal components of a few tho
 
 
 def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
-    """Compute A (rank, inputs) by name: one row along the mean input (activation 0.5 on it), the
-    others whitened principal components orthogonal to it (activation of unit variance).
+    """Compute A (rank, inputs) for each layer, by name. One row lies along the mean input and gives
+    it the activation 0.5. The others are whitened principal components orthogonal to the mean;
+    their activations have unit variance.
 
-    Positions: those with a target; for a record without one, its last token. Errors: ConfigError
-    when the public text has too few positions for this rank."""
+    Inputs are taken at the positions with a target, or at the last token of a record without one.
+    Errors: ConfigError if the public text has too few positions for this rank."""
     with network.base_only():
         inputs = _inputs(network, dataset)
     factor, names = Arrays(), list(network.frozen_factor())
@@ -44,7 +45,7 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Compute the second moment E[x xᵀ] (inputs, inputs), fp64, of each adapted layer's input x on
     public text. The dictionary's keys are the names of the layers' A.
 
-    Positions are those of `public_factor`; activations are those under the loaded adapter."""
+    Positions are those of `public_factor`; the loaded adapter is applied."""
     inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
     return {name: x.T @ x / len(x) for name, x in inputs.items()}
 

@@ -67,10 +67,10 @@ class Start:
     - study: the plan with base.digest, training.rounds and the digests of the arrays below filled
       in; its digest names the study in every ledger and seal
     - adapter: the trainable arrays of round 0
-    - frozen: the arrays that sites receive and do not train: A if it comes from public text (it is
-      sent, since machines decompose a matrix to different results), and the preconditioner, if the
-      plan has one; or the basis of class statistics
-    - strategy: what the strategy knows of public records; no site receives it"""
+    - frozen: the arrays that sites receive and do not train: A if it comes from public text, and
+      the preconditioner if the plan has one; or the basis of class statistics. A is sent because
+      machines decompose a matrix to different results
+    - strategy: the strategy's state from public records, which no site receives"""
 
     study: Study
     adapter: Arrays
@@ -79,8 +79,8 @@ class Start:
 
 
 def start(study: Study) -> Start:
-    """Resolve the base, fix the number of rounds, and compute from public text what the plan
-    asks for: A, the preconditioner, the initial adapter or head.
+    """Find the base, fix the number of rounds, and compute what the plan asks for from public text:
+    A, the preconditioner, the initial adapter or head.
 
     Errors: ModelError, ConfigError, DataError (public text)."""
     network = build(study)
@@ -108,9 +108,9 @@ def start(study: Study) -> Start:
 def _freeze(
     study: Study, network: Network, answered: Callable[[], CachedDataset]
 ) -> tuple[Study, Arrays, Arrays]:
-    """Return three things: the plan with the digests of its frozen arrays (A and preconditioner,
-    or the basis of class statistics) filled in; the arrays to send; and the preconditioner's W,
-    from which a narrow preconditioner's U is made."""
+    """Return three things: the plan with the digests of its frozen arrays (A and preconditioner, or
+    the basis of class statistics) filled in; the arrays to send; and the preconditioner's W, also
+    if the narrow preconditioner's U is sent in its place."""
     if study.lora is None:
         if network.statistics is None:
             return study, {}, {}
@@ -157,8 +157,8 @@ def _compute_known(study: Study, answered: Callable[[], CachedDataset]) -> State
 
 
 def _read_public(study: Study, network: Network) -> CachedDataset:
-    """Read the records of [public] with their answers; without answers if only a basis is built
-    from them."""
+    """Read the records of [public] with their answers. If only a basis is built from them, their
+    answers may be missing."""
     assert study.public is not None  # Study and strategy require it wherever it is read
     labelled = network.statistics is None or (
         study.start is not None and study.start.head == "public"
@@ -233,8 +233,9 @@ def _compute_once(
 
 
 def _is_ours(study: Study) -> bool:
-    """Return whether this release's code alone computes on the public text. Only then is a result
-    stored: its key holds this package's digest, and a plug-in's code may change unnoticed."""
+    """Return whether only code of this release computes on the public text. Only then is a result
+    stored: its key holds a digest of this package's code, and a plug-in's code may change
+    unnoticed."""
     modality = study.base.modality
     known = modality is None or modality in MODALITIES.release()
     return known and study.objective.name in OBJECTIVES.release()

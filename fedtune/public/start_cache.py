@@ -1,9 +1,9 @@
-"""Store results computed from public text on this machine, by a digest of everything on which
+"""Store results computed from public text on this machine, under a digest of everything on which
 they depend.
 
-The computation takes minutes to an hour. A run that is interrupted before its first round, or is
-reviewed, checked and started by different commands, finds the stored result. No array here comes
-from a site's records, and none costs ε."""
+The computation takes minutes to an hour. The stored result is found by a run that was interrupted
+before its first round, and by the commands that review, check and start one study. No array here
+comes from a site's records, and none costs ε."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_arrays(key: str) -> Arrays | None:
 
 
 def keep(key: str, arrays: Arrays) -> None:
-    """Store arrays under `key`. If the disk refuses, the arrays are computed again next time."""
+    """Store arrays under `key`. If they cannot be written, they are computed again next time."""
     with suppress(InfrastructureError, OSError):
         replace(_path(key), save(arrays), private=True)
         _prune()

@@ -1,5 +1,5 @@
 """Compute preconditioner, first steps and head from public text with answers, at the coordinator.
-They cost no ε: neither the text nor the base holds anything of private records."""
+They cost no ε, since neither the text nor the base holds private records."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
     """Compute the preconditioner's factor W (outputs, rank), fp32, of each B. The dictionary's keys
     are the names under which the factors are sent.
 
-    W is computed (core/models/preconditioner.py) from the second moment G = Σ g gᵀ over the columns
-    g of each public record's gradient of that B, at the adapter that is loaded; each record's
-    gradient of all trainable parameters together is scaled to length 1.
+    W is computed (core/models/preconditioner.py) from the second moment G = Σ g gᵀ. The sum is over
+    the columns g of each public record's gradient of that B, at the loaded adapter. Before, each
+    record's gradient of all trainable parameters together is scaled to length 1.
 
     Errors: ModelError if the public records give no gradient, or a layer is not watched by the
-    gradient engine; ConfigError if a B belongs to a projector, whose input has several rows for
-    one record."""
+    gradient engine; ConfigError if a B belongs to a projector, whose input has several rows for one
+    record."""
     named, total = data.network.parameters(), len(data.dataset.examples)
     curvatures = {
         name: _Curvature(len(b), b.shape[1], total)
@@ -66,9 +66,9 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) -> Arrays:
     """Train `adapter` for one step on all public records and return the new adapter, fp32.
 
-    A step is a site's step without noise: each record's preconditioned gradient is scaled to
-    length C, the mean is multiplied by start.learning_rate, and the adapter moves by M times the
-    result. step: its number among start.steps, from 0.
+    The step is that of a site, but without noise: each record's preconditioned gradient is scaled
+    to length C, the mean is multiplied by start.learning_rate, and the adapter moves by M times the
+    result. step: the number of this step among start.steps, from 0.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
     learners", section 2 (public pre-training costs no ε)."""
@@ -97,8 +97,9 @@ def _gradients(
     """Yield the gradients of all public records, a block of records at a time: parameter's name ->
     (records in the block, *parameter's shape).
 
-    label: the text of the progress reports; passes, before: the number of passes over the records
-    that they count, and how many of these came before this one."""
+    - label: the text of the progress reports
+    - passes: the number of passes over the records that the reports count
+    - before: how many of these passes came before this one"""
     network, objective = data.network, study.objective.resolved
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
@@ -139,8 +140,8 @@ def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
 
 
 class _Curvature:
-    """The second moment G (outputs, outputs) of one layer's gradients; where G would take more
-    memory than the gradients themselves, these are held instead."""
+    """The second moment G (outputs, outputs) of one layer's gradients. If G would take more memory
+    than the gradients themselves, the gradients are held instead."""
 
     def __init__(self, outputs: int, columns: int, records: int) -> None:
         self._columns: list[torch.Tensor] = []
@@ -163,11 +164,11 @@ class _Curvature:
 
 @torch.no_grad()
 def head_of_labels(study: Study, network: Network) -> Arrays:
-    """Build a head (weight (K, H), bias (K,), fp32) from the base's vectors of the classes' names,
-    or of their descriptions: the rows' mean is subtracted and each row is scaled to length
-    start.scale. The bias is zero.
+    """Build a head (weight (K, H), bias (K,), fp32) from the base's vectors of the classes' names
+    or descriptions. Their mean is subtracted, and each row is scaled to length start.scale. The
+    bias is zero.
 
-    Errors: ConfigError where the objective trains no head.
+    Errors: ConfigError if the objective trains no head.
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.4."""
     table = study.start
     assert table is not None
@@ -184,7 +185,7 @@ def head_of_labels(study: Study, network: Network) -> Arrays:
 
 @torch.no_grad()
 def vectors_of_labels(study: Study, network: Network) -> npt.NDArray[np.float64]:
-    """Compute the network's pooled vector (H,) of each class's name, or of its description in
+    """Compute the network's pooled vector of each class's name, or of its description in
     start.descriptions: (K, H)."""
     descriptions, vectors = study.start.descriptions if study.start else {}, []
     for label in study.objective.labels:
@@ -216,10 +217,10 @@ def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
     base's vectors, and return `adapter` with the new head, fp32.
 
     The fit minimises the mean loss in nats plus PENALTY / 2 times the squared distance, in weights
-    and biases, from the head in `adapter`; a direction in which no record has a component keeps
-    its value. The regression runs in fp64 on vectors divided by their root mean square length: the
-    given head is read as one for such vectors, and the returned one is for the base's own. The
-    optimum is unique.
+    and biases, from the head in `adapter`. A direction in which no record has a component keeps its
+    value. The regression runs in fp64 on vectors divided by their root mean square length. The
+    given head is taken as one for such scaled vectors; the returned head is for the base's own
+    vectors. The optimum is unique.
 
     Reference: Böhning 1992, "Multinomial logistic regression algorithm", section 2."""
     with data.network.loaded(trainable=adapter):

@@ -38,8 +38,9 @@ def write(out: Path, report: dict[str, Any]) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """Convert a value to JSON's own types: a number that is not finite becomes the text "nan" or
-    "inf", a dataclass an object, a set a sorted list, and anything else, as a path, text.
+    """Convert a value to JSON's own types. A number that is not finite becomes the text "nan" or
+    "inf", a dataclass an object, and a set a sorted list. Any other value, such as a path, becomes
+    text.
 
     >>> jsonable({"a": (1, float("inf"))})
     {'a': [1, 'inf']}

@@ -1,4 +1,4 @@
-"""Write the report's section on audits: ε found by attacks beside the claimed ε."""
+"""Render the report's section on audits: ε found by attacks beside the claimed ε."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Look:
     def at(
         cls, metric: str, before: Scores, after: Scores, groups: Mapping[str, Sequence[str]]
     ) -> Look:
-        """Build a look from all scores; it keeps those on which `metric` depends."""
+        """Build a look from all scores. The look keeps the scores on which `metric` depends."""
         return cls(metric, before.columns(metric), after.columns(metric), groups)
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def look_left(
     - files: the records' digests of all files so far, with `public`
     - apart: the digests of the public records that trained the model
 
-    Files that share records count as one file, also if they share them only with a third.
+    Files that share records count as one file, also if both share records only with a third file.
 
     >>> files = {"a": frozenset("xy"), "b": frozenset("y"), "c": frozenset("z")}
     >>> look_left(["a", "a"], files, (), "b", ScheduleTable(every=60, looks=2))

@@ -30,8 +30,9 @@ coordinator"
 
 
 def assumptions(site: dict[str, Any]) -> str:
-    """State the assumption under which the ε of a report's "privacy", or of one site in it, holds;
-    for a derived run, that of each run in it. "" if no noise is shared."""
+    """State the assumption under which ε holds, from a report's "privacy" or from one site in it.
+    For a derived run, state the assumptions of all runs from which it was made. Return "" if no
+    noise is shared."""
     table = site.get("secure_aggregation")
     if not isinstance(table, dict):
         return ""
@@ -40,8 +41,9 @@ def assumptions(site: dict[str, Any]) -> str:
 
 
 def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a report's "privacy" with the figures that hold if sites collude: those of the site
-    whose own noise alone gives the largest ε. None if the run had no secure aggregation.
+    """Return the entry of the site whose own noise alone gives the largest ε, with the figures of
+    this noise. They hold even if the other sites collude. None if the run had no secure
+    aggregation. A "privacy" without sites counts as one site.
 
     >>> table = {"sites": 3, "colluding": 1, "own_noise_multiplier": 2.0, "fallback_epsilon": 1.5}
     >>> fallback({"epsilon": 1.0, "secure_aggregation": table})["epsilon"]
@@ -63,7 +65,7 @@ def _own_noise(site: dict[str, Any]) -> dict[str, Any]:
 
 def shared_line(privacy: dict[str, Any]) -> str:
     """State in one line the assumption under which a report's ε holds, and the ε that holds without
-    it; "" if the run had no secure aggregation."""
+    the assumption; "" if the run had no secure aggregation."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""

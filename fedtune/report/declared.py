@@ -1,6 +1,6 @@
-"""Build the sentences that every output of a run shows: whether it was a simulation, which sites
-declared their data public or generated, and at which ones a query or a view selected the records,
-which ε does not cover."""
+"""Build the sentences that every output of a run shows. They say whether the run was a simulation,
+which sites declared their data public or generated, and at which sites a query or a view selected
+the records. ε does not cover such a selection."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ hospital took part.'
 
 
 def declared_line(report: Mapping[str, Any]) -> str:
-    """Name the sites whose data is declared public or generated, in a sentence or two; "" if
-    every site's data is private.
+    """Return a sentence or two that name the sites whose data is declared public or generated; ""
+    if every site's data is private.
 
     >>> declared_line({"declared": {"north": "public"}})
     'north trained on data that its site declared public: no claim about patients is made for it. \
-It paid from a ledger of the run, not from a budget for life.'
+    It paid from a ledger of the run, not from a budget for life.'
     """
     by_site = report.get("declared")
     if not isinstance(by_site, Mapping) or not by_site:
@@ -65,12 +65,12 @@ It paid from a ledger of the run, not from a budget for life.'
 
 
 def free_query_line(report: Mapping[str, Any]) -> str:
-    """Name the sites whose records a query or a view selected, and what that means for ε; "" if
-    there are none.
+    """Return a sentence that names the sites whose records a query or a view selected, and says
+    what this means for ε; "" if there are no such sites.
 
     >>> free_query_line({"free_query": ["north"]})
     'A query or a view selected the records of north: what it couples between patients, as by \
-counting, ranking or averaging, is not covered by ε.'
+    counting, ranking or averaging, is not covered by ε.'
     """
     names = report.get("free_query")
     if not isinstance(names, list) or not names:

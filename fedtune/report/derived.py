@@ -1,4 +1,5 @@
-"""Write the report's section on a model derived at the coordinator from runs and public prompts."""
+"""Render the report's section on a model derived at the coordinator from runs and public
+prompts."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_short(value: Any) -> str:
-    """Format a number to four significant figures."""
+    """Format a number to four significant figures; "–" if the value is no number."""
     if not isinstance(value, int | float):
         return "–"
     return f"{value:.4g}" if math.isfinite(value) else str(value)
@@ -25,8 +25,8 @@ def size_text(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration in a suitable unit, rounded to a quarter of the unit: 90 s, 2 min, 1.5
-    h."""
+    """Format a duration in seconds, minutes or hours, with a decimal place for hours only: 90 s, 2
+    min, 1.5 h."""
     if seconds < 100:
         return f"{math.ceil(seconds)} s"
     if seconds < 5400:

@@ -79,8 +79,8 @@ def choose_better(gain: float, unseen: float = 0.0) -> str:
 
 
 def advice(report: dict[str, Any]) -> str:
-    """Say what would help if the sites' records were not shown to add anything to public text; ""
-    if they were, or the study has no public start."""
+    """Return a sentence on what would help, if the sites' records were not shown to add anything to
+    public text. Return "" if they were, or if the study has no public start."""
     claim = over_start(report.get("quality") or {})
     if not claim or claim == "better than":
         return ""

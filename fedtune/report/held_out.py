@@ -65,13 +65,15 @@ def _figure(score: float, count: float, variance: float, quantile: float) -> Row
 
 
 def interval(score: float, count: float, variance: float, quantile: float) -> list[float]:
-    """Compute the interval of the means p in [0, 1] that fit two noised sums: those for which
-    |Σ score - p · Σ 1| is at most `quantile` times its standard deviation
-    √(v · (1 + p²) + n · p · (1 - p)). The first term is the noise of both sums; the second is the
-    sampling error of the held-out units, which is largest for scores of 0 and 1.
+    """Compute the interval of the means p in [0, 1] that fit two noised sums. A mean fits if
 
-    score: Σ score, moved to the nearer end of [0, count] if it is outside, which brings it nearer
-    to every p. count: n = Σ 1 with noise, above 0. variance: v, of the noise in each sum.
+        |Σ score - p · Σ 1|   ≤   quantile · √(v · (1 + p²) + n · p · (1 - p))
+
+    Under the root, the first term is the noise of both sums. The second is the sampling error of
+    the held-out units, which is largest for scores of 0 and 1.
+
+    score: Σ score; outside [0, count] the nearer end is used instead, which is nearer to every p.
+    count: n = Σ 1 with noise, above 0. variance: v, of the noise in each sum.
     Reference: Fieller 1954 (a ratio of two noised figures); Wilson 1927 (a share's own variance).
 
     >>> interval(50.0, 100.0, 0.0, 1.96)  # without noise this is Wilson's interval
@@ -100,8 +102,8 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
 
 
 def _say_resolved(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a sentence for each figure that is below others: values of one axis are compared within
-    a site (or within all together), and sites within a cell."""
+    """Yield a sentence for each figure that is below others. Values of one axis are compared within
+    a site, or within all sites together; sites are compared within a cell."""
     shown = [row for row in rows if row["interval"] is not None]
     for site in sorted({row["site"] for row in shown}):
         for axis in dict.fromkeys(row["by"] for row in shown):
@@ -164,7 +166,7 @@ def text_row(row: Row) -> tuple[str, ...]:
 
 
 def lines(table: Mapping[str, Any], unit: str) -> list[str]:
-    """Describe how to read the figures, and which differences are resolved."""
+    """Return lines that say how to read the figures, and which differences are resolved."""
     resolved = [f"Resolved: {line}." for line in table["resolved"]]
     return [
         f"Numbers of {unit}s and figures have noise. All intervals hold together in "

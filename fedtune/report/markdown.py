@@ -107,7 +107,7 @@ def _claim(report: dict[str, Any]) -> str:
 
 def _describe_shared(privacy: dict[str, Any]) -> str:
     """Describe the assumption under which ε holds if sites shared noise, and the ε that holds
-    without it; "" if they did not."""
+    without the assumption; "" if they shared none."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""
@@ -133,7 +133,7 @@ def _banner(report: dict[str, Any]) -> str:
 
 
 def _for_life(report: dict[str, Any]) -> str:
-    """Write the paragraph about a study without a last round; "" for another study."""
+    """Return the paragraph about a study without a last round; "" for another study."""
     if not report.get("continuous"):
         return ""
     return (
@@ -145,8 +145,8 @@ def _for_life(report: dict[str, Any]) -> str:
 
 
 def _held_out(privacy: dict[str, Any]) -> str:
-    """Write the paragraph with the ε of held-out records, which were only queried; "" if there was
-    no query."""
+    """Return the paragraph about the ε of held-out records, which were only queried; "" if there
+    was no query."""
     evaluation = privacy.get("evaluation") or {}
     if not evaluation.get("steps"):
         return ""
@@ -186,7 +186,7 @@ def _private_quality(report: dict[str, Any]) -> str:
 
 
 def _held_out_table(report: dict[str, Any]) -> str:
-    """Write the table of the newest query's answers by class, group and site; "" if there is
+    """Return the table of the newest query's answers by class, group and site; "" if there is
     none."""
     if (shown := write_shown(report)) is None:
         return ""
@@ -238,7 +238,8 @@ def _whatever(site: dict[str, Any]) -> str:
 
 
 def _ranks(ranks: dict[str, Any]) -> str:
-    """Write the rank that each site trained; "" if every site trained the full rank."""
+    """Return the section with the rank that each site trained; "" if every site trained the full
+    rank."""
     if not ranks:
         return ""
     trained = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
@@ -278,8 +279,8 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
 
 
 def _wire(report: dict[str, Any]) -> str:
-    """Write the wire encodings and each site's bytes: by round or, for more than MOST_COLUMNS
-    sites, in total."""
+    """Return the section with the wire encodings and each site's bytes: by round or, for more than
+    MOST_COLUMNS sites, in total."""
     wire, rounds = report.get("wire") or {}, report.get("rounds") or []
     masked = fallback(report.get("privacy") or {}) is not None
     update = "masked words" if masked else cell(wire.get("update"))
@@ -370,7 +371,7 @@ def _setting(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """Write a value of a report for people, without brackets or quotes."""
+    """Format a value of a report for people, without brackets or quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(item)}" for name, item in sorted(value.items()))
     return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)

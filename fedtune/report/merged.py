@@ -1,4 +1,4 @@
-"""Write the report's section on a merged adapter: its parents, and how their ε were composed."""
+"""Render the report's section on a merged adapter: its parents, and how their ε were composed."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 tests can show.
 
 Guarantee: if the null hypothesis of a test holds, P(p ≤ a) ≤ a for every a and any number of
-records. The null hypothesis of `chance_of` is that the two versions are exchangeable; that of
-`chance_above`, that a share changes by at most a given value, however many records the versions
-differ about."""
+records. The null hypothesis of `chance_of` is that the two versions are exchangeable. That of
+`chance_above` is that a share changes by at most a given value, whatever the number of records on
+which the versions differ."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ LEAST_GROUP = 20  # records that a group needs for a test
 # than the upper end of that share's interval.
 BEYOND = 0.1
 RATES = 16  # at so many values of the share of records that differ the tail is computed
-CHANGED = 0.2  # the share of records about which two versions are assumed to differ before a study
+CHANGED = 0.2  # the share of records on which two versions are assumed to differ before a study
 
 
 def chance_of(before: Scores, after: Scores, metric: str) -> float:
     """Compute the p-value of the hypothesis that `after` is no better than `before`, by a
     permutation test on the same records.
 
-    p is the share of results, among the observed one and SWAPS in which the versions' scores were
-    randomly exchanged within records, in which the second version is at least as much better as
-    observed; 1 if it was not better. The seed is fixed, so the same scores give the same p.
+    The versions' scores are randomly exchanged within records, SWAPS times. p is the share of these
+    results and the observed one in which the second version is at least as much better as observed;
+    1 if it was not better. The seed is fixed, so the same scores give the same p.
 
     Guarantee: if the two are exchangeable, P(p ≤ a) ≤ a for every a, whatever the metric.
     Source: Noreen 1989, chapter 2 (approximate randomisation); Phipson & Smyth 2010, "Permutation
@@ -58,8 +58,8 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Return each record's part (n,) in the improvement of `after`: a sum of parts orders results
-    as the metric does. None for a metric that no sum over records orders."""
+    """Return each record's part (n,) in the improvement of `after`. The sum of the parts orders
+    results as the metric does. None for a metric that no sum over records orders."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss
@@ -106,18 +106,17 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
     confidence 1 - level is above `least`.
 
     parts: each record's change (n,), from `changes`. The share of records that change at all is not
-    known, so the tail is the largest over all values up to the upper end of that share's own
+    known. So the tail is the largest over all values of this share up to the upper end of its own
     interval, which is taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a
-    change by half (a tie that becomes a win) does not count as better, and one by half to the worse
-    counts as a whole record.
-    """
+    change by half (a tie that becomes a win) does not count as better, and a change by half to the
+    worse counts as a whole record."""
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
 
 def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
     """Bound the probability that the records which get better outnumber those which get worse by
-    `net` or more, if the expected difference is least · n.
+    `net` or more, if the expected difference is at most least · n.
 
     changed: the number of the n records that were observed to change."""
     if not n or net <= least * n or least >= 1:
@@ -143,13 +142,16 @@ def least_gain(
     """Estimate the smallest gain of a share, such as an accuracy, that a study finds with a power
     of 0.8; above 1 if no gain is enough.
 
-    - records: number of public records; threshold: the p-value below which a test succeeds
+    - records: number of public records
+    - threshold: the p-value below which a test succeeds
     - margin: how much better the new version must be
     - groups: for each group, its number of records and the margin by which it may get worse; the
       gain is taken to be the same in each
-    - changed: the share of records about which the two versions differ, if the gain is not larger
+    - changed: the share of records on which the versions are assumed to differ, unless the gain is
+      larger
 
-    The probability of failure, 0.2, is divided equally among the tests.
+    The test of all records and that of each group each get an equal part of the probability 0.2 of
+    missing the gain.
 
     >>> round(least_gain(300, 0.05 / 16), 3)
     0.096

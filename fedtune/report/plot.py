@@ -56,8 +56,8 @@ def png(report: dict[str, Any]) -> bytes:
 
 
 def _caption(report: dict[str, Any]) -> str:
-    """Write the caption: one line each for the study's name, the gains (`gain.headline`), and the
-    model that is released."""
+    """Return the caption: the study's name, then the gains and the released model
+    (`gain.headline`), a paragraph each."""
     said = [line.text for line in headline(report.get("quality") or {})]
     parts = [str(report.get("study") or ""), *(textwrap.fill(text, WIDE) for text in said)]
     return "\n".join(parts).replace("$", "")
@@ -147,7 +147,7 @@ def _count(quality: dict[str, Any]) -> str:
 
 def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:
     """Return (round, score, standard deviation of its noise) of each private evaluation with a
-    score; one whose count does not exceed its noise has none."""
+    score. An evaluation whose count does not exceed its noise has no score."""
     points = []
     for row in report.get("rounds") or []:
         answer = row.get("private_quality") or {}

@@ -1,5 +1,5 @@
-"""Write the part of report.md about how a run was made: times, machine, versions, settings, and who
-signed."""
+"""Render the part of report.md about how a run was made: times, machine, versions, settings, and
+who signed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHOWN = 16  # digits of a signing key that are shown; report.json has the whole 
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """Render the sections "ran", "settings" and "signed"; [] if a report has none of them."""
+    """Render a report's "settings", "signed" and "ran" as Markdown; [] if it has none of them."""
     parts = [_settings(report.get("settings") or {}), _describe_signed(report.get("signed") or {})]
     parts.append(_describe_run(report.get("ran") or {}))
     return [part for part in parts if part]

@@ -1,4 +1,4 @@
-"""Write the part of report.md about quality: the measured figures with their intervals, and the
+"""Render the part of report.md about quality: the measured figures with their intervals, and the
 records on which they were measured."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ LONG = 1000  # a sentence is cut after so many characters
 
 
 def section(report: dict[str, Any]) -> str:
-    """Render the section: first what the sites' records added and which model is released; then the
-    figures with their intervals and the number of records; then what was chosen on selection
+    """Render the section. It says what the sites' records added and which model is released; then
+    the figures with their intervals and the number of records; then what was chosen on selection
     records."""
     quality = report.get("quality") or {}
     metric = quality.get("metric")
@@ -75,7 +75,7 @@ def _sentence(text: str) -> str:
 
 
 def _columns(quality: dict[str, Any]) -> tuple[str, str]:
-    """Build the column heads for the figures of the base and of the released model."""
+    """Return the column heads for the figures of the base and of the released model."""
     return (
         ("base alone", "released: public text alone")
         if is_start_released(quality)
@@ -84,8 +84,8 @@ def _columns(quality: dict[str, Any]) -> tuple[str, str]:
 
 
 def _others(quality: dict[str, Any]) -> dict[str, str]:
-    """Return column head -> figures of the third model: the public start or, if the start is
-    released, the trained model; {} if there is none."""
+    """Return the third model's key in `quality` -> its column head. The third model is the public
+    start or, if the start is released, the trained model; {} if there is none."""
     named = {"start": "public text alone"}
     if is_start_released(quality):
         named = {TRAINED: "trained, not released"}
@@ -125,7 +125,7 @@ def _between(bound: list[float] | None, key: str) -> str:
 
 
 def _describe_selection(quality: dict[str, Any]) -> str:
-    """Write the paragraph about what the coordinator chose: the steps of each round, or the version
+    """Return the paragraph about the coordinator's choices: the steps of each round, or the version
     in use; "" if the evaluation was not finished."""
     rounds = quality.get("selection")
     if "version" in quality:  # of a study without a last round

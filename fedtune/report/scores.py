@@ -33,7 +33,7 @@ class Scores:
     - exact: (n,) whether greedy decoding gives the completion exactly
     - chosen, gold: (n,) class indices, -1 without classes
     - margin: (n,) how much the better completion of a pair is preferred; below 0 if the worse one
-      is
+      is preferred
     - pairs: further figures of pairs, None for other records
     - confidence: (n,) probability of the chosen class, None without classes"""
 
@@ -73,7 +73,7 @@ class Scores:
         return cls(**(none | given))
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
-        """Compute a metric over all records, or over those that `rows` selects."""
+        """Compute a metric over all records, or over the records that `rows` selects."""
         loss, tokens = self.loss[rows], self.tokens[rows]
         if metric == "loss":
             return float(loss.mean())

@@ -1,4 +1,4 @@
-"""Write the report's section on the teacher of a study that distils one at the sites."""
+"""Render the report's section on the teacher of a study whose sites distil a teacher."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ def cell(value: Any, most: int = 200) -> str:
 
 
 def figure(value: Any) -> str:
-    """Format a number with four significant figures; return text unchanged."""
+    """Format an integer in full, and another number with four significant figures. Return text as
+    `cell` does."""
     n = number(value)
     if n is None or not math.isfinite(n):
         return cell(value)
@@ -28,8 +29,8 @@ def figure(value: Any) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
-    """Build a Markdown table; the first column is left-aligned, the others right if they hold
-    numbers."""
+    """Build a Markdown table. The first column is left-aligned; with `numbers` the others are
+    right-aligned."""
     names = list(head)
     rule = "---:" if numbers else "---"
     lines = [names, ["---", *[rule] * (len(names) - 1)], *[list(row) for row in rows]]

@@ -1,1 +1,1 @@
-"""Run folders: choose, read and verify one, and admit a run as a teacher."""
+"""Choose, read and verify run folders, and admit a run as a teacher."""

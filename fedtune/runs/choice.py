@@ -24,8 +24,8 @@ LOCK = "lock"  # a file in a run's folder that the process which trains there ke
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[Path] = ()) -> Path:
-    """Return the first folder of runs/NAME, runs/NAME-2, -3, … that does not exist; with `resume`
-    the one before it, which is the newest.
+    """Return the first folder of runs/NAME, runs/NAME-2, -3, … that does not exist. With `resume`,
+    return the newest existing one instead, if there is any.
 
     Folders of a study with another name are passed over: runs/a-2 may be the second run of `a`, or
     the first of `a-2`. taken: folders of other studies that have written no plan yet."""
@@ -40,7 +40,8 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[
 
 
 def _is_of_another(run: Path, name: str) -> bool:
-    """Return whether the folder's plan is of a study with another name; not if none is legible."""
+    """Return whether the folder's plan is of a study with another name; False if no plan can be
+    read."""
     try:
         study = json.loads((run / "plan.json").read_bytes())["study"]["name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -107,8 +108,8 @@ def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any
 
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
-    """Find the finished run that a command would start or resume; None if there is none, and the
-    command has work to do. `out`, `resume`, `runs`: as for new_run."""
+    """Return the finished run that a command would start or resume; None if there is none, so that
+    the command has work to do. `out`, `resume`, `runs`: as for new_run."""
     run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
     if run is None:
         return find_finished(study, runs)
@@ -167,8 +168,9 @@ def check_vacant(run: Path) -> None:
 
 
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
-    """Describe on one line which run continues, or that another one of this study is not
-    finished; "" if neither. run, resume, runs: as for new_run."""
+    """Describe on one line which run is resumed, or which earlier run of this study is not
+    finished; "" if there is none. run: the folder that new_run chose; resume, runs: as for
+    new_run."""
     if resume:
         found = has_begun(run)
         return f"going on with {run}" if found else f"no run to go on with: {run} begins"
@@ -184,8 +186,8 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
 @contextmanager
 def hold_run(run: Path) -> Iterator[None]:
     """Lock a run's folder for this process while the block runs. A missing folder is made, and
-    removed again if nothing was written to it. Errors: InfrastructureError if another process,
-    which the error names, trains there."""
+    removed again if nothing was written to it. Errors: InfrastructureError if another process
+    trains there, which the error names."""
     made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)

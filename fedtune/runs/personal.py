@@ -2,13 +2,14 @@
 
     STATE/personal/PLAN-ADAPTER.sealed    one for each released run; 0600, in a folder of 0700
 
-Its first line says in clear what it is, and nothing else is in clear. The rest is encrypted
-(AES-256-GCM) under a key derived from the site's signing key, with that line authenticated: the
-trained arrays, how they were chosen, and the salted hashes of the patients on whom they were
-trained.
+The file's first line says that it is a personal model. Everything else is encrypted (AES-256-GCM)
+under a key derived from the site's signing key: the trained arrays, how they were chosen, and the
+salted hashes of the patients on whose records they were trained. The first line is authenticated
+with it.
 
-Guarantee: without the site's private key nothing but that line and the length can be read. An
-opened model has no folder: whatever reads or writes a run's folder refuses it (NeverLeaves)."""
+Guarantee: without the site's private key, only the first line and the length can be read. An opened
+model has no folder: any code that reads or writes a run's folder refuses the model
+(NeverLeaves)."""
 
 from __future__ import annotations
 
@@ -44,12 +45,13 @@ AGAIN = "fedtune personalise RUN --site SITE"
 
 @dataclass(frozen=True)
 class About:
-    """What is sealed beside the arrays.
+    """The facts that are sealed with the arrays.
 
-    - plan, adapter: digests of the released run; site, study: their names
-    - units: salted hashes of the patients on whom it was trained
+    - plan, adapter: digests of the released run
+    - site, study: the names of the site and the study
+    - units: salted hashes of the patients on whose records the model was trained
     - opt_outs: a salted digest of the site's list of opt-outs at that time, "" without one
-    - chosen: what the site's own records chose"""
+    - chosen: the way to fit that the site's own records chose"""
 
     plan: str
     adapter: str
@@ -63,9 +65,9 @@ class About:
 class PersonalRun(Run):
     """A released run with the site's own arrays in place of the released ones.
 
-    Guarantee: it has no `folder`, so that nothing which reads or writes a run's folder, such as
-    export, merge, label or a dossier, can take it for a run that may be handed on. Errors:
-    NeverLeaves where something asks for it."""
+    Guarantee: it has no `folder`, so that code which reads or writes a run's folder, such as
+    export, merge, label or a dossier, cannot take it for a run that may be handed on. Errors:
+    NeverLeaves if code asks for the folder."""
 
     def __init__(self, shared: Run, arrays: Arrays, about: About, digest: str) -> None:
         self.shared, self.about, self.digest = shared, about, digest
@@ -83,12 +85,12 @@ class PersonalRun(Run):
 
     @property
     def report(self) -> dict[str, Any]:
-        """Refuse: the report is of the released model. Errors: NeverLeaves."""
+        """Raise NeverLeaves: the report is about the released model."""
         raise NeverLeaves(repr(self))
 
     @property
     def mark(self) -> str:
-        """What stands before every text that this model writes."""
+        """The words that stand before every text that this model writes."""
         return f"[personal model of {self.about.site}, {MARK}]"
 
     def adapter(self) -> Arrays:
@@ -114,15 +116,15 @@ class PersonalRun(Run):
 
 
 def personal_file(site: Site, run: Run) -> Path:
-    """Return the path of the site's personal model for a released run, whether or not there is
-    one. It begins as the site's other files of this study do, by which `fedtune purge` finds
+    """Return the path of the site's personal model for a released run, whether or not there is one.
+    Its name begins like the site's other files of this study, by which `fedtune purge` finds
     them."""
     name = f"{outbox_prefix(run.study.digest)}-{digest_of_adapter(run.folder)[:16]}{SUFFIX}"
     return site.site.state / FOLDER / name
 
 
 def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
-    """Describe a personal model of this run. trained: units and chosen."""
+    """Describe a personal model of this run. trained: the fields `units` and `chosen` of About."""
     return About(
         plan=run.study.digest,
         adapter=digest_of_adapter(run.folder),
@@ -149,9 +151,10 @@ def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
 def open_personal(run: Run, site: Site) -> PersonalRun:
     """Open this site's personal model for a released run.
 
-    Errors: InputError if there is none; if other users can read it; if it is another site's, of
-    another run or was changed; if a patient on whom it was trained has withdrawn, or the list of
-    opt-outs has changed since: it must then be trained again. LedgerError."""
+    Errors: InputError if there is no such model, other users can read the file, it is another
+    site's or another run's, or it was changed. InputError also if the model must be trained again,
+    because a patient on whose records it was trained has withdrawn, or the list of opt-outs has
+    changed. LedgerError."""
     path = personal_file(site, run)
     if not os.path.lexists(path):
         raise InputError(f"{path}: this site has no personal model of {run.place}", todo=AGAIN)
@@ -169,8 +172,8 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
 
 
 def models_of(site: Site, ledger: Ledger, unit: str) -> list[Path]:
-    """List the personal models of this site that were trained on a patient. unit: the patient's
-    salted hash. A file that cannot be opened, which nothing uses, is left out."""
+    """List this site's personal models that were trained on a patient's records. unit: the
+    patient's salted hash. A file that cannot be opened is left out: no command can use it."""
     found = list[Path]()
     for path in sorted((site.site.state / FOLDER).glob(f"*{SUFFIX}")):
         with suppress(InputError):
@@ -198,8 +201,8 @@ def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Array
 
 
 def _cipher(key: SigningKey) -> AESGCM:
-    """Return the cipher of a site's personal models, which only its key can make: its ledger's,
-    since the sealed hashes of patients hold with that ledger's salt alone."""
+    """Return the cipher of a site's personal models. key: the key of the site's ledger, since the
+    sealed hashes of patients hold with that ledger's salt alone."""
     return AESGCM(key.derive(PURPOSE))
 
 

@@ -30,7 +30,7 @@ ORIGIN = "origin/"  # the prefix of the start's arrays in this file
 class Run:
     """A run, read from its folder: its study, its report, its adapter, its metrics by round.
 
-    The present content of the folder is read: a run that still continues has metrics and no report.
+    The folder may be that of a run that still continues: it has metrics, but no report.
 
     >>> import fedtune
     >>> fedtune.Run("runs/none")
@@ -48,12 +48,13 @@ class Run:
 
     @property
     def place(self) -> Path:
-        """The folder that messages name."""
+        """The folder by which messages name the run."""
         return self.folder
 
     @property
     def mark(self) -> str:
-        """What stands before every text that this model writes; "" before a released one's."""
+        """The words that stand before every text that this model writes; "" for a released
+        model."""
         return ""
 
     @cached_property
@@ -76,12 +77,12 @@ class Run:
         return {name: site["epsilon"] for name, site in sites.items()}
 
     def adapter(self) -> Arrays:
-        """Read name -> array, fp32: the adapter, its frozen factor, and the head if there is one.
+        """Read the adapter, its frozen factor, and the head if there is one: name -> array, fp32.
         Errors: ModelError."""
         return load_adapter(self.folder / ADAPTER)
 
     def load_peft(self, backbone: Any) -> Any:
-        """Load the adapter onto a base by PEFT, as any other user of it does. Errors:
+        """Load the adapter onto a base by PEFT, as other users of the adapter do. Errors:
         ModelError."""
         from peft import PeftModel
 
@@ -97,9 +98,11 @@ class Run:
         return loaded.eval()
 
     def start(self) -> Arrays | None:
-        """Read the arrays of the public start, from which the rounds began. None if the study has
-        no [start], or this folder does not have them: they are not among a run's signed files, but
-        in the coordinator's checkpoint. They must have the digest in the plan."""
+        """Read the arrays of the public start, from which the rounds began. They are not among a
+        run's signed files, but in the coordinator's checkpoint.
+
+        Returns: None if the study has no [start], this folder does not have the arrays, or their
+        digest is not the plan's."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -178,6 +181,7 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_run(folder: Path | str) -> Run:
-    """Open a run, or the run in a dossier. Errors: InputError, ConfigError."""
+    """Open a run, or the run in a dossier. Errors: InputError, ConfigError; NeverLeaves for a
+    personal model."""
     inside = Path(folder) / RUN
     return Run(inside if (inside / "plan.json").is_file() else folder)

@@ -1,6 +1,6 @@
 """Admit a teacher: verify its signature when a person names it, or reviews a plan that names it.
 
-Afterwards its digest identifies it. A site's process loads no model of another digest
+Afterwards the teacher's digest identifies it. A site's process loads no model of another digest
 (core/models/loaded.py), and verifies no signature."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fedtune.runs.verify_model import verify
 
 
 def register_teacher(study: Study) -> None:
-    """Look up the teacher of a local study by its name in the study, so that `find_teacher` finds
-    it by its digest afterwards.
+    """Verify and load the teacher of a local study by the name that the study gives, so that
+    `find_teacher` finds it by its digest afterwards.
 
     Errors: ModelError (the model is missing, or has another digest), NotGenuine (the teacher is a
     run that was changed after it was signed)."""

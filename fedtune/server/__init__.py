@@ -1,1 +1,1 @@
-"""The coordinator: admission, rounds, the store and the released model."""
+"""The coordinator's code: admission, rounds, the checkpoint and the released model."""

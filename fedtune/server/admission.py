@@ -1,4 +1,4 @@
-"""Admit sites and validate their replies: every field that a site sends is checked here."""
+"""Admit sites and validate their replies. Every field that a site sends is checked here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """Build the signed plan message for sites. Of the coordinator's files it holds the names
+    """Build the signed message that carries the plan to the sites. It names the coordinator's files
     without their folders."""
     sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
     plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
@@ -55,18 +55,20 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
 class Roster:
     """The sites of a run and their nodes.
 
-    - sizes, keys: site -> declared size and public key, fixed by its first admission
+    - sizes, keys: site -> declared size, and site -> public key, fixed by its first admission
     - lora_ranks: site -> the rank that it trains, if the plan lets sites choose
-    - declared: site -> what it declares its data to be, of DECLARED, "" if it is private
-    - free_query: sites whose records a query or a view selects
-    - enrolled: returns node -> the member enrolled for it now (None: nobody needs to be enrolled)
+    - declared: site -> the kind of data that it declares, one of DECLARED; "" for private data
+    - free_query: the sites whose records a query or a view selects
+    - enrolled: returns node -> the member enrolled for it now; with None nobody needs to be
+      enrolled
     - expect: called with the nodes that are asked and the number of bytes that an answer may have
-    - pause: called to wait for so many seconds between two messages
-    - nodes: site -> its node, of sites that have admitted the plan
+    - pause: waits for a number of seconds between two messages
+    - nodes: site -> its node, for sites that have admitted the plan
     - refused: site -> reason, for the rest of the run
-    - absent: site -> reason, of sites that failed or did not answer; they are asked again each
+    - absent: site -> reason, for sites that failed or did not answer; they are asked again each
       round
-    - waiting: site -> message, where nobody has signed the plan yet; they are asked again later
+    - waiting: site -> message, for sites where nobody has signed the plan yet; they are asked again
+      later
     - down, up: site -> bytes sent to it, and received from it, since the newest saved round
 
     Guarantee: a node's reply changes the state of its own site alone."""
@@ -100,9 +102,9 @@ class Roster:
         return sorted(set(self.nodes) - set(self.refused))
 
     def join(self) -> None:
-        """Send the plan to every connected node that has not answered it for good, so that a site
-        may join late. A node that waits for a person's signature is left out until its pause is
-        over."""
+        """Send the plan to every connected node that has not given a final answer to it, so that a
+        site may join late. A node that waits for a person's signature is left out until its pause
+        is over."""
         connected, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
         self._asked &= connected
@@ -115,25 +117,26 @@ class Roster:
 
     @property
     def waiting(self) -> dict[str, str]:
-        """Return site -> message, of the sites where nobody has signed the plan yet."""
+        """Return site -> message, for the sites where nobody has signed the plan yet."""
         return {one.name: one.reason for one in self._unsigned.values()}
 
     @property
     def longest_wait(self) -> float:
-        """Return for how many seconds the first of `waiting` has waited; 0 if none waits."""
+        """Return the longest time in seconds that one of the `waiting` sites has waited; 0 if none
+        waits."""
         now = time.monotonic()
         return max((now - one.since for one in self._unsigned.values()), default=0.0)
 
     def out(self) -> dict[str, str]:
-        """Return site -> reason, of the sites that cannot be asked now."""
+        """Return site -> reason, for the sites that cannot be asked now."""
         reasons = {name: f"failed: {why}" for name, why in self.absent.items()}
         reasons |= {name: f"waiting: {why}" for name, why in self.waiting.items()}
         reasons |= {name: f"refused: {why}" for name, why in self.refused.items()}
         return dict(sorted(reasons.items()))
 
     def raise_if_refused(self) -> None:
-        """Raise Refused if too many sites refused for strategy.min_sites to be reached, even if all
-        others that are known took part."""
+        """Raise Refused if a site refused, and fewer than strategy.min_sites sites would take part
+        even if every other known site did."""
         reachable = len({*self.list_willing(), *self.absent, *self.waiting})
         if self.refused and reachable < self.study.strategy.min_sites:
             raise self.too_few(Refused)
@@ -152,8 +155,8 @@ class Roster:
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
-        """Send each node its message and yield the replies. A reply may be replies.WORDS bytes
-        long, and `arrays` bytes longer for its arrays."""
+        """Send each node its message and yield the replies. A reply may have replies.WORDS bytes,
+        and `arrays` bytes more for its arrays."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
@@ -197,9 +200,10 @@ class Roster:
             self.on_status(name, status, reason)
 
     def _name_of(self, node: int, claim: _Claim) -> str:
-        """Return the name of the node's site: by the registry or, in a simulation, by its site
-        file, never by its own claim. Without either, a node keeps the name with which it was first
-        admitted, if no other node had it. A node without a name is called "node N"."""
+        """Return the name of the node's site. The registry gives the name or, in a simulation, the
+        site file; the node's claim never overrides it. Without either, a node keeps the claimed
+        name with which it was first admitted. A node has the name "node N" if it has no other, or
+        if another node or signing key has that name already."""
         vouched = (self.enrolled or self.named)().get(node)
         if vouched and self.enrolled:
             return vouched.name
@@ -229,8 +233,8 @@ class Roster:
 
 
 class _Unsigned(NamedTuple):
-    """A node where nobody has signed the plan yet. since: the time of its first answer that said
-    so; again: the time at which it is asked again. Both are in seconds on the monotonic clock."""
+    """A node where nobody has signed the plan yet. since: when the node first answered that it
+    waits; again: when it is asked again. Both are in seconds on the monotonic clock."""
 
     name: str
     reason: str
@@ -239,8 +243,8 @@ class _Unsigned(NamedTuple):
 
     @classmethod
     def after(cls, known: _Unsigned | None, name: str, reason: str) -> _Unsigned:
-        """Return the node's state after one more answer that it waits. known: its state before, or
-        None if this is its first such answer."""
+        """Return the node's state after it answered that it waits. known: its state before this
+        answer, None if it is the node's first such answer."""
         now = time.monotonic()
         since = known.since if known else now
         return cls(name, reason, since, now + before_asking(now - since))
@@ -253,7 +257,7 @@ def before_asking(waited: float) -> float:
 
 
 class _Claim(NamedTuple):
-    """A node's reply to the plan, before its name has been verified."""
+    """A node's reply to the plan. Its name is not verified yet."""
 
     status: str
     reason: str = ""
@@ -303,15 +307,15 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 
 @dataclass
 class Tally:
-    """What the coordinator has received in the round in progress.
+    """The updates that the coordinator has received in the round in progress.
 
-    - missing: site -> why it has not delivered
+    - missing: site -> the reason why it has not delivered
     - failures: how often each site failed to deliver
-    - counted: (study, round, site) of the accepted updates; a retry and a replay are new messages,
-      so a message's own id would not show that an update was counted already
-    - largest: the largest weight that a site may have (0: not computed yet)
-    - weights: site -> its weight, of sites that declared more than `largest`
-    - evidence: site -> what it signed about its update"""
+    - counted: (study, round, site) of the accepted updates. A retry and a replay are new messages,
+      so a message's id would not show that an update was counted already.
+    - largest: the largest weight that a site may have; 0 until it is computed
+    - weights: site -> its weight, for sites that declared more than `largest`
+    - evidence: site -> the seal, digest and signed texts of its update"""
 
     number: int
     participants: list[str] = field(default_factory=list)
@@ -325,12 +329,12 @@ class Tally:
     weights: dict[str, int] = field(default_factory=dict)
 
     def has(self, study: str, name: str) -> bool:
-        """Return whether an update of (study, round, site) was counted already."""
+        """Return whether an update of site `name` was counted in this round of the study."""
         return (study, self.number, name) in self.counted
 
     def note_missing(self, name: str, result: Outcome) -> bool:
-        """Note why a site delivered nothing. Return whether it waits for a person, and was noted to
-        wait for the same reason before: this need not be reported twice."""
+        """Note why a site delivered nothing. Return True if the site waits for a person, and the
+        same reason was noted before, so that it need not be reported twice."""
         before, why = self.missing.get(name), f"{result.status}: {result.reason}"
         self.missing[name] = why
         return result.status == WAITING and why == before
@@ -347,9 +351,9 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply. status: "trained", "ready", "masked" or "answered" if it counts;
-    else "failed", "refused", "unprepared", "void", "dropped" or that it waits for a person, with
-    the reason."""
+    """A site's validated reply. status: "trained", "ready", "masked" or "answered" if the reply
+    counts; else "failed", "refused", "unprepared", "void", "dropped" or WAITING (for a person at
+    the site). reason: why the reply does not count."""
 
     status: str
     reason: str = ""
@@ -374,8 +378,8 @@ def outcome(
     longest: float = math.inf,
     read: Callable[[ArrayRecord], Arrays] | None = None,
 ) -> Outcome:
-    """Validate a site's reply. These are checked in this order; the first that fails is the
-    reason why the reply is dropped:
+    """Validate a site's reply with these checks, in this order. The first that fails is the reason
+    why the reply is dropped:
 
     | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
     |             | `expected`                                                                  |
@@ -384,9 +388,9 @@ def outcome(
     |             | most `longest` times the growth that `encoding` may cause                   |
     | the log     | its steps had the plan's noise (`terms`), and are more than `steps_before`  |
 
-    record, done: the name of the reply's array record, and the status of a site that did the work.
+    record: the name of the reply's array record. done: the status of a site that did the work.
     private: whether the plan adds noise, so that the reply has a step log. read: a function that
-    decodes the arrays in place of the second and third check, and raises WireError."""
+    checks and decodes the arrays in place of the second and third check, and raises WireError."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -411,7 +415,7 @@ def outcome(
 
 
 class _DroppedUpdate(Exception):
-    """A reply is not counted; the message is the reason."""
+    """Raised for a reply that is not counted; the message is the reason."""
 
 
 def _open_update(
@@ -427,7 +431,8 @@ def _open_update(
 
 
 def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: float) -> Arrays:
-    """Decode an update of the shapes of `like`. Errors: WireError, _DroppedUpdate."""
+    """Check and decode an update with the names and shapes of `like`. Errors: WireError,
+    _DroppedUpdate."""
     agreed = codec.shapes(like)
     check_agreed(arrays, codec.layout(agreed, encoding))
     update = codec.decode(unpack_arrays(arrays), agreed)
@@ -448,7 +453,8 @@ def _check_numbers(update: Arrays, longest: float) -> None:
 
 
 def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
-    """Check that the log belongs to this plan and shows a new step. Errors: _DroppedUpdate."""
+    """Check that the step log agrees with the plan and shows a new step. Errors:
+    _DroppedUpdate."""
     if terms is None:
         return
     if why := step_summary.objection(events, terms):

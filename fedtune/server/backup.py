@@ -1,14 +1,14 @@
 """Back up a coordinator to one file while it runs, and restore it on another machine.
 
     manifest.json        format, study, when, and sha256 of every file below
-    study.toml           the plan, and the public files that it names beside itself
-    coordinator/         the home: CA, keys, registry, audit log; nothing of a running SuperLink
-    runs/NAME/           the run, as of one moment between two transactions of its checkpoint
+    study.toml           the plan; also the public files in its folder that it names
+    coordinator/         the home: CA, keys, registry, audit log; not a running SuperLink's files
+    runs/NAME/           the run, as it was between two transactions of its checkpoint
 
 Guarantee: the run's files belong to one state that a crash could have left, so `--resume`
-continues from it. What sites were charged after the backup stays charged in their ledgers; a round
-that they trained after it is ordered again. A backup holds the consortium's private keys: its mode
-is 0600, and it must be kept as safe as they are.
+continues from it. Charges that sites entered after the backup stay in their ledgers; a round that
+sites trained after the backup is ordered again. A backup holds the consortium's private keys: its
+mode is 0600, and it must be kept as safe as the keys.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ Files = dict[str, bytes]
 def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> dict[str, Any]:
     """Write the coordinator's state to `to`, a new file that only its owner can read.
 
-    plan: study.toml; run: its folder, None if there is none yet. Returns the manifest. Errors:
-    InputError if `to` exists, the home has no CA, or `run` is not a run; ConfigError if the CA
-    cannot be read; CheckpointError if the run cannot be read; InfrastructureError if the backup
-    cannot be written, or the run keeps changing."""
+    plan: study.toml; run: the run's folder, None if there is no run yet. Returns the manifest.
+
+    Errors: InputError if `to` exists, the home has no CA, or `run` is not a run; ConfigError if
+    the CA cannot be read; CheckpointError if the run cannot be read; InfrastructureError if the
+    backup cannot be written, or the run keeps changing."""
     if os.path.lexists(to):
         raise InputError(f"{to}: exists", "a new file", "choose another with --to")
     home_with_ca(home)
@@ -92,8 +93,8 @@ def restore(file: Path, into: Path) -> dict[str, Any]:
     """Write a backup's files to `into`, a new folder: study.toml, and coordinator/ and runs/ beside
     it.
 
-    Every file is checked before any is written. Returns the manifest. Errors: InputError if it
-    is not a complete backup, or `into` exists; InfrastructureError."""
+    Every file is checked before any is written. Returns the manifest. Errors: InputError if `file`
+    is not a complete backup, or `into` exists; InfrastructureError if the disk refuses."""
     if os.path.lexists(into):
         raise InputError(f"{into}: exists", "a new folder", "choose another with --to")
     manifest, files = _read(file)
@@ -113,7 +114,7 @@ def refuse_second(home: Path) -> None:
     address: the one that was backed up, or one restored from the same backup.
 
     A coordinator that this machine cannot reach, or that has another address, is not noticed.
-    Errors: InfrastructureError if one answers."""
+    Errors: InfrastructureError if a coordinator of this consortium answers."""
     if not (home / RESTORED).exists() or not (home / "address").is_file():
         return
     address = reading.text(home / "address", "where sites connect", "give it with --name").strip()
@@ -133,7 +134,7 @@ def refuse_second(home: Path) -> None:
 
 
 def _check_run(run: Path) -> None:
-    """Check that the folder is that of a run. Errors: InputError if it is not."""
+    """Check that `run` is the folder of a run. Errors: InputError if it is not."""
     if not any(os.path.lexists(run / name) for name in (FOLDER, "plan.json", "status.json")):
         raise InputError(
             f"{run}: not a run folder",
@@ -143,9 +144,9 @@ def _check_run(run: Path) -> None:
 
 
 def home_with_ca(home: Path) -> Path:
-    """Return `home` after a check that it holds a readable CA. A backup never makes a CA.
+    """Check that `home` holds a readable CA, and return `home`. Unlike certs.ca, never make a CA.
 
-    Errors: InputError if there is none; ConfigError if it cannot be read."""
+    Errors: InputError if there is no CA; ConfigError if it cannot be read."""
     if not (home / "ca.pem").is_file():
         raise InputError(
             f"{home}: not a coordinator's home",
@@ -157,7 +158,7 @@ def home_with_ca(home: Path) -> Path:
 
 
 def _collect_public(study: Study, plan: Path) -> Files:
-    """Collect study.toml and, of the public files that it names, those inside its folder."""
+    """Read study.toml and those public files named in it that lie inside its folder."""
     named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
     folder = plan.resolve().parent
     inside = [path.resolve() for path in named if path.resolve().is_relative_to(folder)]
@@ -170,8 +171,8 @@ def _home(home: Path) -> Files:
 
 
 def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield each regular file's path in `folder` and its content, without drafts, locks and the
-    files of a running process. A log that ends in half a line ends before it."""
+    """Yield the path in `folder` and the content of each regular file, except drafts, locks and the
+    files of a running process. An incomplete last line of a log is left out."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if NOT_KEPT & set(parts) or path.suffix == ".new" or not path.is_file():
@@ -185,9 +186,9 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _at_rest(run: Path) -> tuple[Files, str]:
-    """Read a run's files so that all belong to one state: the checkpoint's arrays are those that
-    its database names, and the database did not change while they were read. Also return the
-    target of the released adapter's link, "" if there is none.
+    """Read a run's files so that all belong to one state: the arrays are the ones that the
+    checkpoint's database names, and the database did not change meanwhile. Return the files, and
+    the target of the released adapter's link, "" if there is none.
 
     Errors: InfrastructureError if the run changed during each of TRIES readings."""
     database = run / FOLDER / DATABASE
@@ -216,7 +217,7 @@ def _at_rest(run: Path) -> tuple[Files, str]:
 
 
 def _snapshot(database: Path) -> bytes:
-    """Copy the database as of its last transaction; b"" if there is no database.
+    """Return the database's content after its last transaction; b"" if there is no database.
 
     Errors: CheckpointError if the database is damaged."""
     if not os.path.lexists(database):

@@ -1,33 +1,33 @@
 """Bound the norm of an honest site's update by the plan's noise, clipping and rates.
 
-With η the learning rate, T = local_steps, λ weight decay, μ the proximal term, w₀ the adapter that
-was sent, D = q·k·n the divisor (n: declared size) and d coordinates, a step's noised mean is
-g = (S + Z) / D, ‖S‖ ≤ B·C for B sampled rows, and Z ~ N(0, (σC)² I) independent of everything
-before it.
+Let η be the learning rate, T = local_steps, λ the weight decay, μ the proximal term, w₀ the adapter
+that was sent, d its number of coordinates, and D = q·k·n the divisor (n: declared size, k: records
+of a unit in a step). A step's noised mean is g = (S + Z) / D. Here ‖S‖ ≤ B·C for B sampled rows,
+and Z ~ N(0, (σC)² I) is independent of everything before it.
 
 SGD (no momentum): Δ ← cΔ - ηg - ηλw₀ with c = 1 - η(λ + μ). Two bounds hold; the smaller counts.
 
-(a) The weighted sum of the T noises is one Gaussian, so with χ = √(d + 2√(dx) + 2x)
-    (Laurent & Massart 2000, lemma 1: the norm of a standard Gaussian but for probability e⁻ˣ)
+(a) The weighted sum of the T noises is one Gaussian. The norm of a standard Gaussian is at most
+    χ = √(d + 2√(dx) + 2x), except with probability e⁻ˣ (Laurent & Massart 2000, lemma 1), so
 
         ‖Δ‖ ≤ η/D · √(Σ c²ʲ) · σC · χ  +  η/D · Σ|c|ʲ · B*C  +  ηλ |Σ cʲ| ‖w₀‖,    j = 0 … T-1
 
-(b) Given the past, a step adds a Gaussian of deviation s = ησC/D to a vector of norm at most
-    b = |c|R + ηB*C/D + ηλ‖w₀‖, R being the bound so far, so that (Birgé 2001, lemma 8.1, for the
-    noncentral χ²) R² ← s²d + b² + 2s√((s²d + 2b²)x) + 2s²x. Signal and noise, being nearly
-    orthogonal, add as squares here; (a) is smaller where steps are many.
+(b) Given the earlier steps, a step adds a Gaussian of deviation s = ησC/D to a vector of norm at
+    most b = |c|R + ηB*C/D + ηλ‖w₀‖, where R is the bound so far. By Birgé 2001, lemma 8.1, for the
+    noncentral χ², R² ← s²d + b² + 2s√((s²d + 2b²)x) + 2s²x. In (b) signal and noise add as squares,
+    since they are nearly orthogonal; with many steps (a) is smaller.
 
 B* bounds every step's B ~ Binomial(M, q) by Bernstein's inequality (Boucheron, Lugosi & Massart
-2013, theorem 2.10), for M = ROWS · k · n rows at most: the true number is private and may exceed
-the declared one.
+2013, theorem 2.10). M = ROWS · k · n allows for more units than declared, since their true number
+is private and may exceed the declared one.
 
-AdamW: by Cauchy–Schwarz a coordinate's step m̂/√v̂ is at most r_t = √(Σ wᵢ²/uᵢ), w and u being the
-bias-corrected weights of the two running means (7.3 in the limit for 0.9 and 0.999; Kingma & Ba
-2015, section 2.1, give the rougher (1-β₁)/√(1-β₂)), whatever the gradients are. So
-‖Δ‖ ≤ η√d Σ (1-ηλ)^(T-t) r_t + (1 - (1-ηλ)^T) ‖w₀‖; no noise enters, and no probability.
+AdamW: by Cauchy–Schwarz a coordinate's step m̂/√v̂ is at most r_t = √(Σ wᵢ²/uᵢ), whatever the
+gradients are. Here w and u are the bias-corrected weights of the two running means. r_t tends to
+7.3 for 0.9 and 0.999; Kingma & Ba 2015, section 2.1, give the rougher (1-β₁)/√(1-β₂). So
+‖Δ‖ ≤ η√d Σ (1-ηλ)^(T-t) r_t + (1 - (1-ηλ)^T) ‖w₀‖, which depends on no noise and always holds.
 
-Guarantee: an honest site with at most ROWS times its declared size in units passes, except with
-probability FAILURE per update. The bound costs no ε: it reads only noised updates.
+Guarantee: an honest site whose units number at most ROWS times its declared size passes, except
+with probability FAILURE per update. The bound costs no ε, since it reads only noised updates.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Terms(Agreed):
 
 
 def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
-    """Derive the terms of a site with `declared` units in a private study. budget: the mechanism
+    """Return the terms for a site with `declared` units in a private study. budget: the mechanism
     (rate, noise multiplier, rounds) that the plan gives a site of this size."""
     assert study.clipping is not None  # Study: a private study clips
     k = study.records_per_draw
@@ -85,10 +85,10 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 
 
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
-    """Bound the norm ‖Δ‖ of an honest site's update of an adapter with norm `start` and
-    `dimension` numbers.
+    """Return the bound on the norm ‖Δ‖ of an honest site's update. The adapter that was sent has
+    norm `start` and `dimension` numbers.
 
-    The bound holds in every round: it uses the plan's learning_rate, which a schedule only
+    The bound holds in every round, since it uses the plan's learning_rate, which a schedule only
     lowers."""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
@@ -178,8 +178,8 @@ class Limits:
         "longest", the largest norm; {} if the plan adds no noise.
 
         declared: the site's declared size. dimension, start: number of values and norm of the
-        adapter. done: the number of saved rounds in a continuous study, where the budget's rounds
-        are those that one unit takes part in, and not the study's; None in another study.
+        adapter. done: the number of saved rounds in a continuous study, None in another study. In
+        a continuous study the budget's rounds are those of one unit, and the study runs more.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:

@@ -2,7 +2,7 @@
 
 A new adapter (the challenger) replaces the one in use (the champion) if it is better on the public
 [evaluation] records by the test that [schedule] sets (report.change_plan). One file of records
-allows schedule.looks comparisons; after these nothing is compared until the file is replaced by one
+allows schedule.looks comparisons. After these nothing is compared until the file is replaced by one
 that shares no record with it. At most schedule.files files are used. looks.py stores the result of
 each comparison.
 
@@ -34,8 +34,8 @@ Emit = Callable[..., None]
 
 
 class Continuous:
-    """The schedule and versions of a continuous study. slot: that of the newest round that was
-    started, whether or not it succeeded; None before the first."""
+    """The schedule and versions of a continuous study. slot: the slot of the newest round that was
+    started, whether or not the round succeeded; None before the first round."""
 
     def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
@@ -63,8 +63,8 @@ class Continuous:
 
     @property
     def evaluator(self) -> Measures:
-        """The evaluator on the public records that the file holds now; if it cannot be read, on
-        those that were read last."""
+        """The evaluator on the public records that the file holds now. If the file cannot be read,
+        the evaluator on the records that were read last."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:
@@ -85,14 +85,14 @@ class Continuous:
         return index.champion if index else 0
 
     def begin(self) -> None:
-        """Release the study's first adapter. After a restart, judge the newest adapter, unless it
-        was judged before the interruption."""
+        """Release the study's first adapter, unless a version was released already. Then judge the
+        newest adapter, if an interruption came before its decision."""
         self.versions.begin(Version(self.progress.round, self._at, "first"), self._save)
         self.judge()
 
     def judge(self) -> None:
-        """Compare the newest adapter with the champion, and release it if it is better; do nothing
-        if it was judged before."""
+        """Compare the newest adapter with the champion, and release it if it is better. Do nothing
+        if there is a decision about it already."""
         progress = self.progress
         while (index := self.versions.index()) is not None and index.judged < progress.round:
             version = self._compare(index)

@@ -1,4 +1,5 @@
-"""Check the coordinator before a study; nothing leaves this machine."""
+"""Check the coordinator's machine, plan, keys and port before a study. Nothing leaves this
+machine."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class Place(NamedTuple):
 
     @property
     def hostnames(self) -> list[str]:
-        """The names by which sites connect: those of --name, else the one in the address given
-        to sites."""
+        """The names by which sites connect: the values of --name or, without --name, the name in
+        the address that sites were given."""
         file = self.home / "address"
         if self.names or not os.path.lexists(file):
             return list(self.names)
@@ -52,7 +53,7 @@ def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[
     """Yield the finding of each check when the check ends. settings: overrides of study.toml's
     keys, as for load_study.
 
-    Errors: ConfigError if study.toml cannot be read; everything else is a finding."""
+    Errors: ConfigError if study.toml cannot be read; every other error becomes a finding."""
     study = load_study(path, settings=settings)
     yield Finding("study file", True, f"{path}: {study.study.name}")
     yield from findings(
@@ -71,7 +72,8 @@ def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[
 
 
 def _plan(study: Study) -> str:
-    """Describe σ, rounds and ε if they are the same for every site, else what they depend on."""
+    """Return a text that states σ, rounds and ε if they are the same for every site, else how to
+    list them. Errors: ConfigError if the rounds cost more than the plan's ε."""
     if isinstance(study.privacy, str):
         return "NOT PRIVATE"
     resolved = with_rounds(study)

@@ -35,9 +35,9 @@ ERROR_TEXT = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One node's answer: its content, or None and the reason why there is none.
+    """One node's answer: its content, or None and the reason why there is no content.
 
-    size: bytes of the content on the wire. status: of an answer without content, "dropped" if it
+    size: bytes of the content on the wire. status, if there is no content: "dropped" if the answer
     was longer than agreed, else "failed"."""
 
     node: int
@@ -58,8 +58,8 @@ def ask(
     """Send each node its content and yield exactly one Reply per node, in order of arrival.
 
     kind, group: the messages' type and group in Flower. timeout: seconds to wait for all answers.
-    most: bytes that an answer may have. A node is identified by the message that it answers, never
-    by the answer's content.
+    most: the number of bytes that an answer may have. A node is identified by the message that it
+    answers, never by the answer's content.
     Guarantee: at most one reply is held in memory, of at most `most` bytes. A reply that is longer,
     unreadable or never complete counts as a failure of its node alone and delays no other.
     Errors: InfrastructureError if the grid fails.
@@ -109,8 +109,8 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
 def _pull_answer(node: int, answer: replies.Answer, most: int) -> Reply | None:
     """Pull a node's answer; None if it has not arrived.
 
-    Answers are pulled one at a time: a message that Flower cannot read makes it lose all that it
-    pulled in the same call, and large answers are not held in memory together."""
+    Answers are pulled one at a time, for two reasons: a message that Flower cannot read makes it
+    lose all messages pulled in the same call, and large answers are not held in memory together."""
     try:
         message = answer.take()
         if message is None:

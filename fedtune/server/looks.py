@@ -1,7 +1,7 @@
-"""Record on which public records a continuous study's versions were compared, so that each verdict
-can be computed again, and a replaced file cannot contain records that were compared on before.
+"""Record the public records on which a continuous study's versions were compared. From this each
+verdict can be computed again, and a new file that shares records with an earlier one is noticed.
 
-    out/looks.key                  the key of the digests; it is never part of what is handed over
+    out/looks.key                  the key of the digests; it is never handed over with a run
     out/versions/looked.json       keyed digests of the records of each public file for comparisons,
                                    and of the public records that trained the model
     out/versions/look-N.json       the result of version N's comparison, record by record
@@ -27,10 +27,10 @@ KEY = "looks.key"
 
 
 class Looked:
-    """The records on which the versions of the run in `out` were compared, by keyed digest.
+    """The keyed digests of the records on which the versions of the run in `out` were compared.
 
-    files: a public file's sha256 -> its records' digests. apart: the digests of the public records
-    that trained the model; None until they were computed."""
+    files: sha256 of a public file -> the digests of its records. apart: the digests of the public
+    records that trained the model; None until they are computed."""
 
     def __init__(self, out: Path) -> None:
         """Read the stored digests. Errors: CheckpointError if their file is damaged, or the key is
@@ -48,8 +48,8 @@ class Looked:
             self.apart = frozenset(found["apart"])
 
     def key_digests(self, digests: Collection[str]) -> frozenset[str]:
-        """Return the HMACs of records' digests under this run's key, which is made at the first
-        call. Errors: InfrastructureError."""
+        """Return the HMACs of records' digests under this run's key. The first call makes the key.
+        Errors: InfrastructureError."""
         path = self._out / KEY
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

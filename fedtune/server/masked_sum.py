@@ -13,11 +13,11 @@ from fedtune.core.secagg.statement import Ready
 
 
 class MaskedSum:
-    """The running sum of the words of a set of sites. Each site counts once. The sum needs the
-    memory of one site's words.
+    """The running sum of the words of a set of sites. Each site counts once. The sum needs as much
+    memory as one site's words.
 
-    statements: those of the set's sites. dimension: d, the number of words of a site. bits: of a
-    word."""
+    statements: the statements of the set's sites. dimension: d, the number of words of a site.
+    bits: the number of bits of a word."""
 
     def __init__(self, statements: Sequence[Ready], dimension: int, bits: int) -> None:
         self.statements = {ready.site: ready for ready in statements}
@@ -31,7 +31,8 @@ class MaskedSum:
         return sorted(set(self.statements) - self._added)
 
     def add(self, site: str, words: Words) -> None:
-        """Add the words of one site of the set."""
+        """Add the words of one site. Errors: ValueError if the site is not in the set, or was added
+        already."""
         if site not in self.statements or site in self._added:
             raise ValueError(f"{site}: sends masked words that were not asked for")
         self._total += words
@@ -39,7 +40,7 @@ class MaskedSum:
 
     def open(self) -> npt.NDArray[np.int64]:
         """Return the noised integer sum, (d,). Errors: ValueError while words are missing, since
-        a partial sum still has masks and is uniformly random."""
+        a partial sum is still masked, and therefore uniformly random."""
         if self.missing:
             raise ValueError("masked words of the set are missing")
         return centre_words(self._total)

@@ -1,5 +1,4 @@
-"""Exchange messages with the sites, for training and for queries: send signed orders, and receive
-the replies."""
+"""Send signed orders to the sites, for training and for queries, and receive their replies."""
 
 from __future__ import annotations
 
@@ -36,13 +35,13 @@ class Order:
 
     - kind: type of the message
     - plan: the plan's digest, with a suffix for queries and for the two parts of a round with
-      secure aggregation; the site's ledger enters the work under it
+      secure aggregation; the site enters the work in its ledger under this text
     - round: number of the round
     - group: group of the messages
     - receipt: maps a site's name to the receipt that is sent with its order
-    - arrays: bytes of arrays that an answer may have
-    - attempt: number of the attempt at the round, 0 if a round has only one
-    - said: further records of the message
+    - arrays: the number of bytes that the arrays of an answer may have
+    - attempt: number of the attempt at the round; 0 if a round has only one attempt
+    - said: further records of the message, by name
     - adapter: whether the newest adapter is sent with the order"""
 
     kind: str
@@ -57,7 +56,8 @@ class Order:
 
 
 class Answer(NamedTuple):
-    """One site's reply. expected: what its seal must state; sent: bytes that went to the site."""
+    """One site's reply. expected: the context that its seal must state; sent: the number of bytes
+    sent to the site."""
 
     name: str
     reply: Reply
@@ -119,8 +119,8 @@ def exchange(
 
 
 def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
-    """Yield the answers. While the next one is awaited, progress reports of this process carry the
-    label "site N of M": in a simulation the sites work in it."""
+    """Yield the answers. While the next answer is awaited, progress reports of this process carry
+    the label "site N of M", since in a simulation the sites may work in this process."""
     for number in itertools.count(1):
         with stage(f"site {number} of {sites}"):
             reply = next(answers, None)
@@ -130,8 +130,8 @@ def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
 
 
 def tell_finished(roster: Roster, key: SigningKey) -> None:
-    """Send the sites a signed statement that the study has ended, so that none waits for another
-    round. A site that cannot be reached within TOLD_SECONDS goes on waiting."""
+    """Send the sites a signed statement that the study has ended, so that no site waits for another
+    round. A site that cannot be reached within TOLD_SECONDS continues to wait."""
     plan = dict(roster.plan.config_records["plan"])
     said = ConfigRecord(plan | seal.sign_end(key, str(plan["digest"])))
     contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": said}))
@@ -142,8 +142,8 @@ def tell_finished(roster: Roster, key: SigningKey) -> None:
 
 
 def _digest_beside(shared: RecordDict) -> str:
-    """Compute the digest of the adapter and the set of sites that are sent with an order, from the
-    same bytes from which a site computes it."""
+    """Compute the digest of the adapter and the set of sites that are sent with an order. A site
+    computes it from the same bytes."""
     adapter = shared.array_records.get("adapter")
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
 

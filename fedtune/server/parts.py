@@ -172,9 +172,9 @@ class Settings:
     """Settings with which a coordinator runs a study.
 
     - key: the coordinator's signing key
-    - receipts: file that keeps the sites' newest receipts from one run to the next (None: they are
-      kept in the run's checkpoint alone)
-    - plan: file for the plan as it is sent (None: not stored)
+    - receipts: file that keeps the sites' newest receipts from one run to the next; with None only
+      the run's checkpoint keeps them
+    - plan: file in which the plan is stored as it is sent; with None it is not stored
     - ca: the consortium's certificate (PEM; "" in a simulation)
     - registry: returns, for each admitted site, its public keys other than the signing key; its
       fingerprint covers them
@@ -182,14 +182,15 @@ class Settings:
     - waits: whether to wait longer than `patience` for sites, as long as none has refused
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
     - pause: seconds before the first retry of a round (twice that before the second, and so on)
-    - turn: the study's turn among those of the same coordinator, and its deadline
-    - clock, upto: for a continuous study, the time of day, and the round after which to stop (None:
-      it runs until somebody stops it)
+    - turn: makes the study wait for its turn among the coordinator's studies, and ends it at its
+      deadline
+    - clock, upto: for a continuous study, the time of day, and the round after which to stop; with
+      None it runs until somebody stops it
     - skip: for a continuous study, whether to leave out a round that too few sites delivered and
       continue with the next slot
     - anyway: whether to run a study that is not expected to gain anything
-    - shares: for the forecast of the gain: class -> share of the sites' units, of classes that
-      public records lack"""
+    - shares: class -> its share of the sites' units, for classes that the public records lack; the
+      forecast of the gain uses it"""
 
     key: SigningKey = field(default_factory=SigningKey)
     receipts: Path | None = None
@@ -212,9 +213,9 @@ class Settings:
 class Dependencies:
     """Functions that a run calls.
 
-    enrolled: returns node -> member, of the nodes of a grid that may take part now (None: every
-    connected node may). expect: called with the nodes that are asked, and with the number of bytes
-    that an answer may have."""
+    enrolled: returns node -> member for those nodes of a grid that may take part now; with None
+    every connected node may. expect: called with the grid, the nodes that are asked, and the number
+    of bytes that each answer may have."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator

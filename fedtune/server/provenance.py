@@ -1,7 +1,7 @@
 """Describe in a report how a run was made: times, machine, versions, settings, and who signed.
 
-Each figure is public or the coordinator's own: from its clock, its machine, its packages, the plan,
-or the sites' declarations. None is measured at a site, or sent by one for this purpose."""
+The figures come from the coordinator's clock, machine and packages, from the plan, and from the
+sites' declarations. No figure is measured at a site, and no site sends one for this purpose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def clock_round(started: float) -> dict[str, Any]:
 
 def describe_provenance(progress: Progress) -> dict[str, Any]:
     """Return a report's sections "ran" (times, machine, versions), "settings" (of the plan) and
-    "signed" (by site: what it declared, its key, in how many rounds its signed update counted)."""
+    "signed" (site -> its declared size, its key, and the number of rounds in which its signed
+    update counted)."""
     return {
         "ran": _times(progress.history) | {"machine": machine(), "versions": versions()},
         "settings": _settings(progress),

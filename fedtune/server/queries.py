@@ -41,9 +41,12 @@ class Queries:
     def ask(self) -> dict[str, Any]:
         """Ask every willing site about the newest adapter and return the pooled answer.
 
-        Its entries: the score under its name (likelihood or accuracy), noise_sd (standard deviation
-        of its noise), sites (those that answered), missing (site -> reason) and, if any site
-        answered, table (the figures by class, group and site).
+        The entries of the answer:
+        - likelihood or accuracy, the name of the plan's score: the mean score
+        - noise_sd: the standard deviation of that mean's noise
+        - sites: the sites that answered
+        - missing: site -> the reason why it did not answer
+        - table, if any site answered: the figures by class, group and site
 
         Errors: InfrastructureError if the grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
@@ -78,7 +81,8 @@ class Queries:
         missing: dict[str, str],
         answer: Answer,
     ) -> str:
-        """Check one reply and count it."""
+        """Check one reply, and return its status. Add an answer to `answers`, else the reason to
+        `missing`."""
         name, reply = answer.name, answer.reply
         _add(entry["bytes_down"], name, answer.sent)
         _add(entry["bytes_up"], name, reply.size)
@@ -134,12 +138,12 @@ class Queries:
 
 
 def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[str, float | None]:
-    """Pool the answers: {score: the mean over all units of all sites, "noise_sd": the standard
-    deviation of its noise}.
+    """Pool the answers. Return {score: the mean over all units of all sites, "noise_sd": the
+    standard deviation of its noise}.
 
-    The mean is the ratio r = Σ score / n of two sums, n the pooled count, whose noise has variance
-    v each. noise_sd is √(v · (1 + r²)) / n, to first order (delta method), and does not include the
-    sampling error of the records.
+    The mean is the ratio r = Σ score / n, where n is the pooled count. The noise of both sums has
+    variance v. noise_sd is √(v · (1 + r²)) / n, to first order (delta method), and does not include
+    the sampling error of the records.
 
     | no site answered, or n is within TOO_NOISY standard deviations of 0 | both None        |
     | the noise puts the ratio outside [0, 1]                             | the nearer bound |"""
@@ -156,7 +160,8 @@ def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[
 
 
 def _variance(events: list[dict[str, Any]]) -> float:
-    """Compute the noise's variance in one number of an answer: (σC)², by the site's step log."""
+    """Compute the variance of the noise in one number of an answer, (σC)², from the site's step
+    log."""
     return float(max((e["sigma"] * e["max_grad_norm"]) ** 2 for e in events))
 
 

@@ -21,7 +21,8 @@ def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) 
 def pad_update(
     update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
 ) -> Arrays:
-    """Pad `update` to the shapes of `like`, with zeros where its site trained nothing."""
+    """Pad `update` to the shapes of `like`, with zeros in the columns that its site did not
+    train."""
     padded: Arrays = {}
     for name, array in update.items():
         padded[name] = array

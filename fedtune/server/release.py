@@ -1,7 +1,7 @@
 """Decide which adapter a run releases: the one that the sites trained, or the public start.
 
-Both follow from noised updates and public records, so the choice costs no ε. It is made on the
-[selection] records; the [evaluation] records measure the chosen adapter."""
+Both adapters follow from noised updates and public records, so the choice costs no ε. The
+[selection] records decide; the [evaluation] records only measure the chosen adapter."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fedtune.strategies._posterior import ClassFigures
 def decide(
     progress: Progress, selector: Measures | None, figures: ClassFigures | None = None
 ) -> dict[str, Any]:
-    """Decide by the plan's selection.release, and return the decision; {} if the plan has nothing
-    to decide.
+    """Decide by the plan's selection.release, and return the decision; {} if the plan has no public
+    start or no [selection].
 
-    Entries: "model", TRAINED or START; "why", the reason in words; and, if two models were
-    compared, "metric", "records" (their number), and each model's value of the metric.
+    The decision's entries are "model", TRAINED or START; "why", the reason in words; and, if two
+    models were compared, "metric", the number of "records", and each model's value of the metric.
 
     selector: measures on the [selection] records. figures: the sites' noised figures of each class.
-    Selection records that lack a class cannot show what the trained model has learnt of it. The
-    start is then released only if it would be better even if the trained model were right about
-    every unit of the classes that are lacking; their share is estimated from the noised counts.
+    Selection records without a class cannot show what the trained model has learnt of it. Then the
+    start is released only if it would still be better if the trained model were right about every
+    unit of the missing classes. The share of these units is estimated from the noised counts.
     | both models measure the same                                             | TRAINED |
-    | records lack classes whose share is not known, or metric is not accuracy | TRAINED |
+    | records lack classes, and their share is unknown or the metric is not accuracy | TRAINED |
     """
     study = progress.study
     if selector is None or not progress.origin or not study.start or study.selection is None:

@@ -135,10 +135,10 @@ class _Run:
 
     @property
     def _step_chooser(self) -> Measures | None:
-        """Return what measures candidates on the selection records to choose how far a round moves
-        the adapter; None if no step is chosen. That is so if the strategy builds a head from class
-        statistics, and if the selection records lack a class that the plan names: they would
-        reject every step that learns it."""
+        """The evaluator on the selection records, which measures how far a round should move the
+        adapter. None if no step is chosen: the plan has no [selection], the strategy builds a head
+        from class statistics, or the selection records lack a class that the plan names. Such
+        records would reject every step that learns this class."""
         selector = self._selector
         if selector is None or self.strategy.of_statistics or selector.lacking:
             return None
@@ -180,7 +180,8 @@ class _Run:
         """Report what the sites' records are expected to add to the public ones, before any ε is
         spent.
 
-        Errors: ConfigError if they are expected to add nothing, and a site's data is private."""
+        Errors: ConfigError if they are expected to add nothing and a site's data is private, unless
+        settings.anyway is set."""
         sizes, records = self.progress.sizes, len(self._evaluator) if self._evaluator else 0
         names = self.roster.list_willing()
         shares, known = self.settings.shares, self.progress.strategy
@@ -208,8 +209,8 @@ class _Run:
         return done or not step.steps_left(self.study, self.progress.history)
 
     def _next(self, number: int) -> None:
-        """Run one round. With a schedule, wait for its slot first, and leave the round out if too
-        few sites deliver it."""
+        """Run one round. In a continuous study, first wait for the round's slot. If too few sites
+        deliver the round, leave it out, or raise TooFew if settings.skip is false."""
         if self.continuous is None:
             return self._round(number)
         self.continuous.wait()
@@ -228,8 +229,9 @@ class _Run:
 
     def _admit(self) -> None:
         """Wait until min_sites sites have admitted the plan. Sites have settings.patience seconds
-        to connect (without a limit if settings.waits), and people there settings.signing seconds to
-        sign. Errors: Refused, InfrastructureError."""
+        to connect, or no limit if settings.waits is set and no site has refused. People at the
+        sites have settings.signing seconds to sign the plan. Errors: Refused, InfrastructureError.
+        """
         began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
@@ -247,8 +249,8 @@ class _Run:
             self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
-        """Report the sites where the start waits for a person's signature, if they are not those in
-        `told`; return them."""
+        """Report the sites where nobody has signed the plan yet, unless these are the sites in
+        `told`. Return the sites' names."""
         names = set(self.roster.waiting)
         if names != told:
             self._event(
@@ -310,7 +312,8 @@ class _Run:
         exchange(self.progress, self.roster, self.settings.key, names, order, take)
 
     def _receipt(self, name: str) -> dict[str, Any] | None:
-        """Return a site's newest receipt, which may be that of another study."""
+        """Return a site's newest receipt, also if another study wrote it; None if there is
+        none."""
         newest = self.receipts.read().get(self.progress.keys.get(name, ""), {})
         return newest if self._is_own(newest) else self.progress.receipts.get(name)
 
@@ -319,8 +322,9 @@ class _Run:
         return receipt.get("coordinator") == self.settings.key.public
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:
-        """Check a reply, count its update unless the site's update is counted already, and return
-        the status. start: an upper bound on the norm of the adapter that was sent."""
+        """Check a reply, count its update unless an update of the site is counted already, and
+        return the reply's status. start: an upper bound on the norm of the adapter that was
+        sent."""
         name, reply = answer.name, answer.reply
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
@@ -365,8 +369,8 @@ class _Run:
         return result.status
 
     def _weight_cap(self, tally: Tally) -> int:
-        """Return the largest weight that a site may have, whatever size it declares. The cap is
-        computed once in a round."""
+        """Return the largest weight that a site may have, whatever size it declares. It is computed
+        once in a round."""
         if not tally.largest:
             sizes = self.progress.sizes
             tally.largest = LARGEST * median_low(sizes[name] for name in self.roster.list_willing())
@@ -441,16 +445,16 @@ class _Run:
         return sum(units), of_gradient * self._rate_of_noise(tally.number)
 
     def _rate_of_noise(self, number: int) -> float:
-        """Return the factor by which the noise of a gradient becomes that of an update; NaN if it
-        differs between the update's numbers."""
+        """Return the ratio of the noise in an update to the noise in a gradient: the learning rate.
+        NaN if the ratio is not the same for all numbers of the update."""
         training, lora = self.study.training, self.study.lora
         is_one_step = training.local_steps == 1 and training.optimizer == "sgd"
         is_whole = lora is None or lora.min_rank is None
         return training.rate(number) if is_one_step and is_whole else math.nan
 
     def _query(self) -> None:
-        """Run the newest round's private evaluation. If it is repeated after a crash, the sites
-        send the same answers again, without a new charge."""
+        """Run the newest round's private evaluation. If the coordinator repeats it after a crash,
+        the sites send the same answers again, without a new charge."""
         answer = self.queries.ask()
         self._enter(Phase.QUERIED)
         for name, why in answer["missing"].items():
@@ -470,9 +474,9 @@ class _Run:
         self.stored = dict(receipts)
 
     def _measure(self, number: int) -> dict[str, float]:
-        """Measure the adapter on the [evaluation] records if it is due after round `number`; {} if
-        not. A plan with [selection] makes its choices on those records, and needs the evaluation
-        only after the last round."""
+        """Measure the adapter on the [evaluation] records if a measurement is due after round
+        `number`; return {} if not. A plan with [selection] makes its choices on the selection
+        records, and needs the evaluation only after the last round."""
         table = self.study.evaluation
         every = 0 if self.study.selection else table.every if table else 0
         last = self.continuous is None and self._is_over
@@ -498,8 +502,8 @@ class _Run:
         return report
 
     def _write(self, adapter: Arrays, name: str) -> None:
-        """Write an adapter to the folder `name` of the run: in a draft first, so that the folder is
-        never incomplete."""
+        """Write an adapter to a draft folder, and rename that to the run's folder `name`, so that
+        this folder is never incomplete."""
         folder, draft = self.out / name, self.out / f"{name}.new"
         shutil.rmtree(draft, ignore_errors=True)
         self.parts.save(self.study, adapter, self.progress.frozen, draft)
@@ -507,8 +511,8 @@ class _Run:
         draft.rename(folder)
 
     def _publish(self) -> dict[str, Any]:
-        """Write the report, and sign it together with the adapter and the sites' signed evidence;
-        return its content."""
+        """Write the report, and sign it together with the adapter and the sites' signed evidence.
+        Return the report's content."""
         own, ran = self.settings, self.progress
         self.parts.report(self.out, report := self._report())
         sign(self.out, ran.study, own.key, own.ca, ran.keys, own.registry(), ran.history)

@@ -28,7 +28,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """This machine's clock. sleep: called to wait for so many seconds."""
+    """This machine's clock. sleep: the function that waits for a number of seconds."""
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
@@ -54,8 +54,9 @@ class SimulatedClock:
 
 
 def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
-    """Return the slot of the next round: the newest slot that has begun at time `now`, or the one
-    after `last` if `last`, the slot of the latest round, is that slot or a later one."""
+    """Return the slot of the next round: the slot to which `now` belongs (0 before the first), or
+    the slot after `last`, whichever is later. last: the slot of the latest round, None if there was
+    none."""
     current = max(0, math.floor((now - table.start_timestamp) / table.every))
     return current if last is None else max(current, last + 1)
 

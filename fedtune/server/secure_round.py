@@ -1,14 +1,14 @@
-"""Run the coordinator's part of a round with secure aggregation, of which it learns only the sum of
-the sites' noised gradients.
+"""Run the coordinator's part of a round with secure aggregation. The coordinator learns only the
+sum of the sites' noised gradients.
 
     ready    every site draws its noised sum and sends a signed statement about this draw; then the
              set of sites is fixed
-    masked   each site of the set sends its sum as masked words; the masks cancel in the total alone
-    open     once all words have arrived: take the optimiser's step on the mean gradient of all
-    units
+    masked   each site of the set sends its sum as masked words; the masks cancel only in the total
+    open     when all words have arrived, the coordinator takes the optimiser's step on the mean
+             gradient of all units
 
-If a site of the set does not send its words, nothing is opened, and the next attempt is a new draw
-for which every site pays again. The set of an attempt is saved before any site is informed."""
+If a site of the set does not send its words, nothing is opened. The next attempt is a new draw, for
+which every site pays again. The set of an attempt is saved before any site is informed of it."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ OnStatus = Callable[[str, str, str, int], None]
 class SecureRound:
     """Runs a study's rounds; `advance` takes the current one as far as the sites' replies allow.
 
-    A restart continues from progress.attempt: {"round", "number": of the attempt, "statements":
-    site -> its statement, "closed": whether the set of sites is fixed}."""
+    A restart continues from progress.attempt: {"round", "number": the attempt's number in the
+    round, "statements": site -> its statement, "closed": whether the set of sites is fixed}."""
 
     progress: Progress
     roster: Roster
@@ -68,8 +68,8 @@ class SecureRound:
         return self.progress.study
 
     def advance(self, names: list[str], tally: Tally) -> None:
-        """Ask the sites `names` for their part of the round. The sites of the set are counted in
-        `tally` once the sum has been opened."""
+        """Ask the sites `names` for their statements until the set is fixed, and the sites of the
+        set for their words. Count these sites in `tally` if the sum was opened."""
         attempt, least = self._attempt(tally.number), self.study.strategy.min_sites
         if not attempt["closed"]:
             self._collect([n for n in names if n not in attempt["statements"]], tally)
@@ -116,9 +116,9 @@ class SecureRound:
         return self._note_reply(tally, answer, result)
 
     def _check_statement(self, name: str, draw: Draw, result: Outcome) -> Outcome:
-        """Check that a site's statement is about this draw, with the size and key with which the
-        site was admitted, and with the plan's noise. Return `result`, or why the reply is
-        dropped."""
+        """Check that a site's statement is about this draw, and states the size and key with which
+        the site was admitted and the plan's noise. Return `result`, or a "dropped" outcome with the
+        reason."""
         try:
             ready = parse(result.evidence["said"].get("ready"))
         except StatementError as error:
@@ -223,8 +223,8 @@ class SecureRound:
         return {name: min(sizes[name], most) for name in names}
 
     def _bound_norm(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
-        """Bound the norm of the step if all sites are honest: `norm_bound` with the rows of all
-        units and the noise of all `sites`. Infinite without privacy."""
+        """Return the largest norm that the step can have if all sites are honest: `norm_bound` for
+        the rows of all units and the noise of all `sites`. Infinite without privacy."""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
             return math.inf
@@ -314,7 +314,8 @@ class SecureRound:
 
     @property
     def _like(self) -> Arrays:
-        """Return arrays with the names and shapes of a site's update."""
+        """Return arrays with the names and shapes of a site's update. For strategies that train the
+        adapter itself, these are the newest adapter's arrays."""
         return self.strategy.update_like(self.progress.adapter)
 
     def _adapter_digest(self) -> str:
@@ -359,8 +360,8 @@ def step_adapter(
     round_: int,
 ) -> Arrays:
     """Take one step of the plan's optimiser from `adapter` along the mean gradient g, and return
-    the change, fp32. Like a site's optimiser, it starts each round without a past. Here w is the
-    adapter and λ the weight decay:
+    the change in fp32. Like a site's optimiser, it keeps no state between rounds. Here w is the
+    adapter, η the learning rate and λ the weight decay:
 
     | sgd   | -η (g + λw)                                                           |
     | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |"""

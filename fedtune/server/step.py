@@ -1,8 +1,8 @@
 """Choose how far a round's mean update moves the adapter, on public [selection] records.
 
 The updates were noised at the sites and the selection records are public, so every trial here is
-post-processing and costs no ε. A step of length zero is among those tried, so the selection loss
-never rises from round to round, and the newest adapter is always the best one so far.
+post-processing and costs no ε. A step of length zero is also tried, so the selection loss never
+rises from round to round, and the newest adapter is always the best one so far.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def choose(
     """Choose the adapter of least loss on the selection records among
     origin + keep · (adapter - origin) + step · (proposed - adapter).
 
-    origin is the adapter before the first round, adapter the newest one, and proposed the one that
-    the round's updates give. The search varies step, then keep, then step again; it starts at the
-    previous round's step, and that round's measurement is the loss without a step. A keep below 1
-    averages earlier rounds with this one, which has less noise than either.
+    Here origin is the adapter before the first round, adapter is the newest one, and proposed is
+    the adapter that the round's updates give. The search varies step, then keep, then step again.
+    It starts at the newest step that was not 0. The previous round's measurement is the loss of a
+    zero step. A keep below 1 averages earlier rounds with this one; the average has less noise than
+    either.
 
-    Returns the adapter, and {"keep", "step", "selection": its measurements}."""
+    Returns the adapter, and {"keep", "step", "selection": the adapter's measurements}."""
     origin = progress.origin
     adapter = progress.adapter
     history = progress.history
@@ -105,8 +106,9 @@ def line_search(loss: Callable[[float], float], start: float) -> float:
 
 
 def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
-    """Return whether to go on with rounds: there were fewer than selection.patience of them, or one
-    of the last selection.patience rounds lowered the loss (its step is not 0, or keep below 1)."""
+    """Return whether to run another round. False only if steps were chosen, and none of the last
+    selection.patience rounds lowered the selection loss. A round lowered it if its step is not 0 or
+    its keep is below 1."""
     if study.selection is None or len(history) < study.selection.patience:
         return True
     newest = history[-study.selection.patience :]
@@ -117,8 +119,8 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
 def _combine(
     origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
 ) -> Arrays:
-    """Compute the candidate of `choose` for these factors, in fp64; returns fp32. If both factors
-    are 1 it is `proposed` itself, without rounding."""
+    """Compute the candidate of `choose` for these factors in fp64, and return it in fp32. If both
+    factors are 1, return `proposed` itself, without rounding."""
     if keep == factor == 1:
         return proposed
     combined = {}

@@ -1,13 +1,13 @@
-"""Save a run's checkpoint: its state in SQLite, and its arrays beside it.
+"""Save a run's checkpoint: its state in SQLite, and its arrays in files beside the database.
 
     out/checkpoint/run.db                the run, its rounds and its sites; a transaction per phase
     out/checkpoint/frozen.safetensors    the frozen arrays, and the adapter before the first round;
                                          written once
     out/checkpoint/round-K.safetensors   adapter and strategy state after round K
 
-Guarantee: arrays are on disk before the transaction that names them by file and sha256, and older
-arrays are removed after it. So after a crash at any time either the old or the new state is
-complete.
+Guarantee: arrays are on disk before the transaction that names their file and sha256, and older
+arrays are removed after the transaction. So after a crash at any time either the old or the new
+state is complete.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class CheckpointError(InputError):
 
 
 class Phase(StrEnum):
-    """The phase of a run, with k the last saved round.
+    """The phase of a run. Here k is the last saved round.
 
     started → asked → kept [→ queried] → asked → … → finished
 
     | asked   | sites were ordered to train round k + 1              |
     | kept    | round k was saved                                    |
-    | queried | its query about held-out records was answered, too   |"""
+    | queried | its query about held-out records was made, too       |"""
 
     STARTED = "started"
     ASKED = "asked"
@@ -92,22 +92,22 @@ FOLLOWS = {
 class Progress:
     """The state of a run between two phases.
 
-    - asked: digest of the study as given by the user; study: the study with base digest, rounds and
-      the digests of public arrays filled in
-    - origin: with [selection] or a public start, the adapter before the first round
+    - asked: digest of the study as given by the user
+    - study: the study with base digest, rounds and the digests of public arrays filled in
+    - origin: with [selection] or a public start, the adapter before the first round; else {}
     - round: the last saved round; adapter and strategy change only together with it
     - strategy: the strategy's state after that round
     - sizes, keys: site -> its declared size, and its public signing key
-    - events, queries: site -> its step log in this study so far, of training and of its answers
-      about held-out records
-    - receipts: site -> its newest receipt, which the next order to it carries
+    - events, queries: site -> its step log in this study so far, of training, and of its answers to
+      queries
+    - receipts: site -> its newest receipt, which the next order to the site carries
     - before, started: quality of the base, and of the public start before the first round
-    - expected: the forecast of what the sites add to that start
-    - admission: site -> its last answer to the plan, in words
+    - expected: the forecast of the gain that the sites' records add to the start
+    - admission: site -> a text about its last answer to the plan
     - history: one entry for each saved round
     - attempt: with secure aggregation, the attempt at the round in progress
 
-    Guarantee: everything in it is public, or was noised at a site before it was sent."""
+    Guarantee: every field is public, or was noised at a site before the site sent it."""
 
     asked: str
     study: Study
@@ -153,8 +153,8 @@ def save(out: Path, progress: Progress) -> None:
 def load(out: Path, study: Study) -> Progress | None:
     """Load the run of `study` from `out`; None if no run was saved there.
 
-    Errors: CheckpointError if the checkpoint is damaged, or another study's;
-    InfrastructureError."""
+    Errors: CheckpointError if the checkpoint is damaged or belongs to another study;
+    InfrastructureError if the database cannot be opened."""
     folder = out / FOLDER
     path = folder / DATABASE
     if not path.exists():
@@ -200,11 +200,11 @@ def load(out: Path, study: Study) -> Progress | None:
 
 
 def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
-    """Create the folder `out`, which only this user can read; with `resume`, load the run that it
-    holds, if any.
+    """Create the folder `out`, readable only by this user, if it does not exist. With `resume`,
+    load the run in it.
 
-    Errors: ConfigError if it holds a run and `resume` is not set; InfrastructureError if it cannot
-    be made; CheckpointError."""
+    Returns None without `resume`, or if no run was saved there. Errors: ConfigError if `out` holds
+    a run and `resume` is not set; InfrastructureError if `out` cannot be made; those of `load`."""
     if not resume:
         check_vacant(out)
     try:
@@ -217,10 +217,10 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
 
 
 def keep_plan(path: Path | None, message: RecordDict) -> None:
-    """Store the plan and the coordinator's signature, both from a message of
-    admission.plan_message, as JSON for `fedtune admit`. path: None to store nothing.
+    """Store the plan and the coordinator's signature in a JSON file for `fedtune admit`. message:
+    of admission.plan_message. path: None to store nothing.
 
-    Errors: InfrastructureError."""
+    Errors: InfrastructureError if the disk refuses."""
     if path is not None:
         plan = message.config_records["plan"]
         text = json.dumps({"study": plan["study"], "signature": plan["signature"]})
@@ -242,11 +242,11 @@ def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
 
 
 class Receipts:
-    """A file of each site's newest receipt, by the site's public key, over all runs. path: None to
-    store nothing.
+    """A file that holds each site's newest receipt over all runs, by the site's public key. path:
+    None to store nothing.
 
-    The first order of the next study carries the receipt, so a site whose ledger was restored from
-    an old copy notices which entries are missing. Errors: CheckpointError if the file is
+    The first order of the next study carries the receipt. From it a site whose ledger was restored
+    from an old copy learns which entries are missing. Errors: CheckpointError if the file is
     damaged."""
 
     def __init__(self, path: Path | None) -> None:
@@ -255,8 +255,8 @@ class Receipts:
         self._read: dict[str, dict[str, Any]] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Return the receipts; the file is read again only if another study has replaced it since,
-        for this is asked for each site of a round."""
+        """Return public key -> receipt; {} if there is no file. This is called for each site of a
+        round, so the file is read again only if it was replaced since the last call."""
         if self.path is None or not self.path.exists():
             return {}
         try:
@@ -374,8 +374,8 @@ def _arrays(round_: int) -> str:
 
 
 def _files(path: Path) -> dict[str, str]:
-    """Read the array files that the last transaction names: file -> sha256; {} before the first
-    transaction."""
+    """Return file -> sha256 for the array files that the last transaction names; {} before the
+    first transaction."""
     if not path.exists():
         return {}
     with sqlite_errors(path, ValueError, TypeError), closing(connect(path)) as sql:

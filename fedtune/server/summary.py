@@ -1,4 +1,4 @@
-"""Build a run's report from its progress; every ε comes from the sites' step logs."""
+"""Build a run's report from its progress. Every ε comes from the sites' step logs."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
 
 
 def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
-    """Describe the study before it runs: its name, "participants", the sites that take part, and
-    "planned", the largest ε that it can cost each of them at the study's δ. For a continuous study
-    that is the ε of one unit over all its rounds."""
+    """Describe the study before it runs. Returns "study" (its name), "participants" (the sites that
+    take part) and "planned" (site -> the largest ε that the study can cost it, at the study's δ).
+    For a continuous study that is the ε of one unit over all rounds in which it takes part."""
     study = progress.study
     by_site = dict[str, float]()
     names = roster.list_willing()
@@ -72,8 +72,8 @@ def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> di
 def _epsilon(
     events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable, shares: int = 1
 ) -> float:
-    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the released
-    sum; 1 for the site's own noise alone."""
+    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the opened
+    sum; 1 counts the site's own noise alone."""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 
@@ -116,8 +116,8 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"held_out": the table of the newest query's answers, with its round}; {} if no site
-    ever answered."""
+    """Return {"held_out": the table of the newest query that a site answered, with its round}; {}
+    if no site ever answered."""
     for entry in reversed(history):
         if table := entry.get("private_quality", {}).get("table"):
             return {"held_out": {"round": entry["round"], **table}}
@@ -131,9 +131,9 @@ def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def statements(declared: dict[str, str], free_query: set[str], names: list[str]) -> dict[str, Any]:
-    """Return the statements of the sites `names` about their data, as the history stores them:
-    "declared", site -> public or generated, and "free_query", the sites where a query or a view
-    selects the records. An entry without sites is left out."""
+    """Return the statements of the sites `names` about their data, in the history's form. The
+    entries are "declared" (site -> "public" or "generated") and "free_query" (the sites where a
+    query or a view selects the records). An entry without sites is left out."""
     found = {
         "declared": {name: declared[name] for name in sorted(names) if declared.get(name)},
         "free_query": sorted(free_query.intersection(names)),
@@ -142,8 +142,8 @@ def statements(declared: dict[str, str], free_query: set[str], names: list[str])
 
 
 def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
-    """Return site -> what it declared its data to be ("" for private), of all sites that took part
-    so far; and the sites where a query or a view selected the records in any round."""
+    """Return site -> the kind of data that it declared ("" for private), for all sites that took
+    part so far; and the sites where a query or a view selected the records in any round."""
     declared = {
         name: entry.get("declared", {}).get(name, "")
         for entry in history
@@ -155,13 +155,14 @@ def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str],
 def _ranks(progress: Progress) -> dict[str, Any]:
     """Report the ranks that sites trained, if some trained fewer than the plan's; else {}.
 
-    "sites": site -> rank; "of": the plan's rank; "columns": for each range of B's columns, the
-    share of all sites' weight that trained them, averaged over rounds, and their noise relative to
-    that of columns that every site trains (None: no noise, AdamW, or a strategy that takes no
-    mean).
+    - sites: site -> rank
+    - of: the plan's rank
+    - columns: for each range of B's columns, the share of the sites' weight that trained it,
+      averaged over rounds, and its noise relative to columns that every site trains. The noise is
+      None without noise, with AdamW, and with a strategy that takes no mean.
 
-    The mean's divisor is the weight of all sites, so in columns that few sites train the signal
-    falls in proportion to the share, and the noise by less."""
+    The mean's divisor is the weight of all sites. So in columns that few sites train the signal
+    falls in proportion to the share, and the noise falls by less."""
     study = progress.study
     history = progress.history
     ranks = lora_ranks(progress.history)
@@ -212,8 +213,8 @@ def describe_cap(weight: int, declared: int) -> str:
 
 
 def _describe_caps(progress: Progress) -> dict[str, str]:
-    """Return site -> a text about its cap, of the sites whose weight was capped below their
-    declared size, as of the newest round in which it was."""
+    """Return site -> a text about its cap, for the sites whose weight was ever capped below their
+    declared size. The text gives the newest cap."""
     weights: dict[str, int] = {}
     for entry in progress.history:
         weights |= entry.get("weights", {})
@@ -223,8 +224,8 @@ def _describe_caps(progress: Progress) -> dict[str, str]:
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Count for each site the rounds that it missed, its longest absence in rounds and seconds, and
-    how often each reason was given.
+    """Return, for each site that missed a round, the number of rounds that it missed, its longest
+    absence in rounds and in seconds, and how often each reason was given.
 
     The seconds of an absence are the sum of its rounds' durations, by a monotonic clock. A round in
     which a site was not asked neither counts as missed nor ends an absence."""
@@ -287,8 +288,8 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
-    """Report what the queries cost the units among the held-out records. "with_training" is the ε
-    of a unit that is also among the site's training records, which the coordinator cannot rule
+    """Report the ε that the queries cost the units of the held-out records. "with_training" is the
+    ε of a unit that also has training records at the site, which the coordinator cannot rule
     out."""
     table = progress.study.private_evaluation
     assert table is not None
@@ -316,8 +317,8 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
 def judge_adapter(
     progress: Progress, evaluator: Measures, selector: Measures | None
 ) -> dict[str, Any]:
-    """Report "gain", the trained adapter's gain over the base and over the public start, with
-    intervals; and, if steps were chosen on selection records, "selection_records", their number."""
+    """Return "gain", the trained adapter's gain over the base and over the public start, with
+    intervals; and, if the plan has selection records, "selection_records", their number."""
     start = progress.origin if progress.study.start and progress.origin else None
     gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
@@ -326,9 +327,9 @@ def judge_adapter(
 def with_start_released(
     quality: dict[str, Any], progress: Progress, evaluator: Measures
 ) -> dict[str, Any]:
-    """Return a report's quality table for a run that releases its public start: "after" and "gain"
-    then describe the start, "trained" and the intervals "trained" the trained model, and
-    gain.over_start compares the trained model with the start."""
+    """Return a report's quality table for a run that releases its public start. Then "after" and
+    "gain" describe the start; "trained", in the table and in the gain's intervals, describes the
+    trained model; and gain.over_start compares the trained model with the start."""
     trained, gain = quality["gain"], evaluator.gain(progress.origin)
     for name, bounds in gain.get("intervals", {}).items():
         bounds[TRAINED] = trained["intervals"][name]["after"]
@@ -337,8 +338,8 @@ def with_start_released(
 
 
 def counts_are_told(progress: Progress) -> bool:
-    """Return whether a report may state the sites' noised number of units in each class: the plan
-    adds noise, and more than one site took part."""
+    """Return whether a report may state the sites' noised number of units in each class. It may if
+    the plan adds noise and more than one site took part."""
     took_part = {name for entry in progress.history for name in entry["participants"]}
     return progress.study.private and len(took_part) > 1
 
@@ -346,9 +347,9 @@ def counts_are_told(progress: Progress) -> bool:
 def classes(
     progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
 ) -> list[dict[str, Any]]:
-    """Return a row for each class: the released adapter's figures on the evaluation records and, if
-    `counts_are_told`, the sites' noised number of units. This is post-processing of noised sums,
-    so it costs no ε."""
+    """Return a row for each class. It holds the released adapter's figures on the evaluation
+    records, whether the sites' noised sums taught the class and, if `counts_are_told`, the noised
+    number of units. This is post-processing of noised sums, so it costs no ε."""
     names = progress.study.objective.labels
     if not names:
         return []

@@ -1,4 +1,4 @@
-"""Report the teacher of a study that distils one, and the joint cost of both."""
+"""Add a teacher to the report of a study that distils it, with the joint cost of both trainings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ NOT_PRIVATE = "was trained without privacy"
 def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     """Add a teacher to its student's report, and the teacher's cost to the student's ε.
 
-    report: that of the student's own rounds. teacher: its name, digest and kind ("base", "run" or
-    "unknown"), and a run's report. If the teacher is a private run, each site's ε becomes that of
-    both trainings, composed as `fedtune merge` composes parents, and own_epsilon that of the
-    student's rounds alone.
+    report: the report of the student's own rounds. teacher: its name, digest and kind ("base",
+    "run" or "unknown") and, of a run, its report. If the teacher is a private run, "epsilon" of
+    each site becomes the ε of both trainings, composed as `fedtune merge` composes parents, and
+    "own_epsilon" is the ε of the student's rounds alone.
     Guarantee: the stated ε is never less than that of all trainings in which one unit took part,
-    unless the report says that the teacher's cost is not known or had no privacy.
+    unless the report says that the teacher's cost is not known, or that the teacher was trained
+    without privacy.
 
     | the teacher is a base                             | it adds no cost                    |
     | it is not here, or its report does not give its ε | student's ε; cost: not known       |

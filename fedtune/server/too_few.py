@@ -1,4 +1,4 @@
-"""Raise the error of a study in which too few sites take part."""
+"""Build the error of a study in which too few sites take part."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Let the studies of one coordinator take turns: one of them works at a time, a round long.
+"""Let the studies of one coordinator take turns, so that only one of them works at a time.
 
     turns = Turns()
     with turns.line_up(deadline) as turn:   # in the thread of each study
-        turn.pass_on()                      # before each round: whoever waits comes first
-        turn.pause(2.0)                     # the others work meanwhile
+        turn.pass_on()                      # before each round: the waiting studies go first
+        turn.pause(2.0)                     # the other studies work meanwhile
 
-What a study does between two of these calls is one turn: its start, the wait for one answer to the
-plan, or one round with its measurement. So the studies share no state that two threads change, a
+A turn is the work of a study between two of these calls: its start, one poll of the sites for
+admission, or one round with its measurement. So no two threads change shared state at once, a
 site never has orders of two studies at once, and a round has its whole strategy.round_timeout.
 Guarantee: first come, first served. Between two turns of a study each other study has at most one.
 """
@@ -31,8 +31,8 @@ class DeadlinePassed(InfrastructureError):
 
 
 class Turn:
-    """The turn of a study that runs alone, and waits for no other. deadline: when the study ends
-    if it is not finished, in seconds since 1970."""
+    """The turn of a study that runs alone and waits for no other. deadline: the time, in seconds
+    since 1970, at which the study ends even if it is not finished."""
 
     def __init__(self, deadline: float = math.inf) -> None:
         self._deadline = deadline
@@ -56,13 +56,13 @@ class Turn:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise in the block the signal that ends the server, whatever the thread. Errors:
-        Stopped."""
+        """Run the block. If a signal ends the server, Python raises Stopped in the main thread. In
+        another thread SharedTurn.interruptible raises it."""
         yield
 
 
 class Turns:
-    """The line in which the studies of one server wait; its first has the turn."""
+    """The queue of the studies of one server. The first study in it has the turn."""
 
     def __init__(self) -> None:
         self._line = deque[SharedTurn]()
@@ -70,49 +70,51 @@ class Turns:
         self.stop: Stopped | None = None  # the signal that ended the server
 
     def line_up(self, deadline: float = math.inf) -> SharedTurn:
-        """Give a study its place, the last, and return its turn: the study's thread enters it."""
+        """Append a study to the queue and return its turn, which the study's thread enters as a
+        context manager."""
         turn = SharedTurn(self, deadline)
         with self._changed:
             self._line.append(turn)
         return turn
 
     def wait_for(self, turn: SharedTurn) -> None:
-        """Return as soon as a study is the first in the line."""
+        """Block until a study is the first in the queue; append it if it is not in the queue."""
         with self._changed:
             if turn not in self._line:
                 self._line.append(turn)
             self._changed.wait_for(lambda: self._line[0] is turn)
 
     def leave(self, turn: SharedTurn) -> None:
-        """Take a study out of the line, if it is in it."""
+        """Remove a study from the queue, if it is there."""
         with self._changed:
             if turn in self._line:
                 self._line.remove(turn)
             self._changed.notify_all()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep until `seconds` have passed, or `end` is called."""
+        """Sleep for `seconds`; `end` interrupts it with an exception."""
         end = time.monotonic() + seconds
         with self._changed:
             while (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
 
     def end(self, threads: list[threading.Thread], stop: Stopped) -> None:
-        """Raise `stop` in the studies' threads, where Python itself raises no signal, and return
-        when they have ended."""
+        """Interrupt the studies' threads, to which Python delivers no signal, and return when they
+        have ended. SharedTurn.interruptible raises `stop` there."""
         self.stop = stop
         alive = [thread for thread in threads if thread.is_alive()]
         for thread in alive:
             ident, kind = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, kind)
         with self._changed:
-            self._changed.notify_all()  # who waits raises it when it wakes
+            self._changed.notify_all()  # a waiting thread raises it when it wakes
         for thread in alive:
             thread.join()
 
 
 class SharedTurn(Turn):
-    """A turn among others; a context manager for the whole of a study."""
+    """The turn of a study that shares the server with others. As a context manager it spans the
+    whole study: it waits for the first turn, and leaves the queue at the end."""
 
     def __init__(self, turns: Turns, deadline: float) -> None:
         super().__init__(deadline)

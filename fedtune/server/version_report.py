@@ -1,4 +1,5 @@
-"""Describe a continuous study's versions in its report: which one is in use, and how good it is."""
+"""Describe a continuous study's versions in its report: which version is in use, and how good it
+is."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
-    """Return the entries of a quality table that say what it compares and on which records.
+    """Return the entries of a quality table that name the models it compares, and the records.
     champion: number of the version in use; public: sha256 of the public records, "" if not
     known."""
     records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
@@ -40,12 +41,14 @@ def in_use(index: Index) -> dict[str, Any]:
 
 
 def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
-    """Rewrite a run's report after a person chose the version in use: that version and the base are
-    measured on the present public records. If there is no report yet, nothing is written.
+    """Rewrite a run's report after a person chose the version in use. That version and the base are
+    measured on the present public records, unless the report has this version's figures already.
+    If there is no report yet, nothing is written.
 
-    signed_by: the coordinator's key and CA, to sign the report again; None: it is not signed.
-    Returns "", or why the version could not be measured: the report then has no figures of it.
-    Errors: InputError if report.json is damaged; InfrastructureError if the disk refuses."""
+    signed_by: the coordinator's key and CA, with which the report is signed again; with None it is
+    not signed. Returns "", or the reason why the version could not be measured; the report then has
+    no figures of the version. Errors: InputError if report.json is damaged; InfrastructureError if
+    the disk refuses."""
     if not (run / "report.json").is_file():
         return ""
     body, reason = read_report(run), ""

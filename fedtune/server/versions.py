@@ -1,4 +1,4 @@
-"""Store the released adapters of a study without a last round, and which of them is in use.
+"""Store the released adapters of a study without a last round, and the one that is in use.
 
     out/versions/index.json   the decision about every version, and the version in use (champion)
     out/versions/N/           version N, the adapter after round N, if it was ever released
@@ -39,13 +39,13 @@ class Version:
 
     - number: the round that made it
     - at: when that round was scheduled (UTC)
-    - decision: "first", "released" or "kept back"; "pinned": a person had pinned the champion, so
-      that nothing else was released; "not compared": the plan allowed no comparison
+    - decision: "first", "released" or "kept back"; "pinned" if it was not released because a person
+      had pinned the champion; "not compared" if the plan allowed no comparison
     - metric, value: the study's metric, and this version's value on the public records
     - champion, champion_value: the version then in use, and its value on the same records
-    - p: the p-value of the comparison: how probable so large an advantage is for a version that is
-      no better
-    - look: the number of this comparison on those records, from 1
+    - p: the comparison's p-value, the probability of so large an advantage for a version that is no
+      better
+    - look: the number of this comparison among those on the same public records, from 1
     - public: sha256 of the file of public records
     - verdict, why, groups: the result of the plan's test (report.change_plan)"""
 
@@ -67,9 +67,9 @@ class Version:
 
 @dataclass(frozen=True)
 class Choice:
-    """A person's choice. after: the newest version at that time. version: the one that is in use
-    from then on; None if the person ended a rollback, so that better versions are released
-    again."""
+    """A person's choice. after: the newest version at the time of the choice. version: the version
+    that is in use from then on; None if the person ended a rollback, so that better versions are
+    released again."""
 
     after: int
     version: int | None
@@ -100,7 +100,8 @@ _INDEX = TypeAdapter(Index)
 
 
 class Versions:
-    """The versions of the run in `out`. Several processes may open them; each change is atomic."""
+    """The adapter versions of the continuous run in `out`. Several processes may open them; each
+    change is atomic."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / VERSIONS
@@ -108,7 +109,7 @@ class Versions:
     def index(self) -> Index | None:
         """Read the index; None if no version was ever released.
 
-        Errors: CheckpointError if it is damaged."""
+        Errors: CheckpointError if the index is damaged."""
         path, expected = self.folder / INDEX, "the file as it was written"
         if not os.path.lexists(path):
             return None
@@ -128,8 +129,8 @@ class Versions:
         return self.folder / str(number)
 
     def begin(self, version: Version, save: Callable[[Path], None]) -> None:
-        """Release `version` as the first one, unless there is an index. Then point the link at the
-        champion, in case a crash came between index and link."""
+        """Release `version` as the first version, unless there is an index. Then point the link at
+        the champion, in case a crash came after the index was written and before the link was."""
         with self._alone():
             if (index := self.index()) is None:
                 self._put(version.number, save)
@@ -138,11 +139,11 @@ class Versions:
             self._settle(index)
 
     def add(self, version: Version, save: Callable[[Path], None]) -> Version | None:
-        """Enter the decision about `version`, release it if the decision is "released", and return
-        the version as entered: under a pinned champion its decision becomes "pinned".
+        """Enter the decision about `version` in the index, and release the version if the decision
+        is "released". While a champion is pinned, enter "pinned" in place of the decision.
 
-        Return None and change nothing if the champion is no longer the one with which the version
-        was compared. save: writes the version's adapter to a folder."""
+        Returns the version as entered; None, with nothing changed, if the champion is no longer the
+        one with which the version was compared. save: writes the version's adapter to a folder."""
         with self._alone():
             index = self.index()
             assert index is not None  # `begin` was called before any version is judged
@@ -193,8 +194,8 @@ class Versions:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the folder's lock: the coordinator and `fedtune versions` may run at the same
-        time."""
+        """Hold the folder's lock during the block, since the coordinator and `fedtune versions` may
+        run at the same time."""
         if not self.out.is_dir():
             self._require_index()
         self.folder.mkdir(exist_ok=True)
@@ -202,7 +203,8 @@ class Versions:
             yield
 
     def _put(self, number: int, save: Callable[[Path], None]) -> None:
-        """Write a version's folder durably as a draft, and then rename it."""
+        """Write a version's adapter to a draft folder, flush it to disk, and rename it to the
+        version's folder."""
         draft, place = self.folder / f"{number}.new", self.at(number)
         shutil.rmtree(draft, ignore_errors=True)
         save(draft)

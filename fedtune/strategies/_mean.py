@@ -29,7 +29,7 @@ class RunningMean:
     """The mean Σ wᵢxᵢ / Σ wᵢ of the updates xᵢ with weights wᵢ that were added so far.
 
     The caller must not change an update's arrays after `add`, which buffers them. Sums are fp64:
-    the order of arrival moves the result by about 1e-16 of the largest term, far below the
+    the order of arrival changes the result by about 1e-16 of the largest term, far below the
     precision of the adapter's fp32. Memory: the sum, and a buffer of less than 64 MiB or one
     update, however many updates are added."""
 
@@ -47,7 +47,7 @@ class RunningMean:
             self._add_up()
 
     def take(self) -> State | None:
-        """Return the mean, or None if nothing was added, and start over."""
+        """Return the mean, and start over; None if nothing was added."""
         self._add_up()
         total, weight = self._sum, self._weight
         self._sum, self._weight = {}, 0.0

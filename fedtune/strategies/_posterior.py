@@ -1,12 +1,12 @@
 """Compute a linear head from one noised release of class statistics.
 
-For each of K classes, a site adds up over its units the features f(x), k numbers, of that class's
-records, and adds the number `weight` for each. The sums form one array (K, k + 1), whose last
-column counts the class's units. The array is noised once. This module computes from that array and
-from public vectors alone, so it costs no ε.
+Each site sums the features f(x), k numbers, of its units' records, separately for each of the K
+classes. For each unit it also adds the number `weight` to a further column. The sums form one array
+(K, k + 1), whose last column therefore counts the class's units. The array is noised once. This
+module computes from that array and from public vectors alone, so it costs no ε.
 
 The head is a linear discriminant of the classes' posterior means. A class's prior mean is that of
-its public records or, without such records, the base's vector of the class's name; prior and
+its public records or, without such records, the base's vector of the class's name. Prior and
 release are weighted by the inverse of their variances from noise and sampling. So a direction in
 which noise exceeds the signal is shrunk towards the prior, and a class that public records lack is
 learnt from the release alone. The constants below were chosen on two data sets and tested on
@@ -55,7 +55,7 @@ class Basis:
     - directions: (d, H), orthogonal rows of equal length, scaled so that public records' features
       in the first `released` directions have a median length of 1
     - released: k, the number of directions that the sites use
-    - weight: what each unit adds to the column of counts"""
+    - weight: the number that each unit adds to the column of counts"""
 
     mean: Array
     directions: Array
@@ -89,8 +89,9 @@ class Public:
 class Noised:
     """The release: the noised sum over all sites.
 
-    sums: (K, k + 1). deviation: standard deviation of the noise in each number. units: N, the
-    sum of the sites' declared sizes."""
+    - sums: (K, k + 1)
+    - deviation: standard deviation of the noise in each number
+    - units: N, the sum of the sites' declared sizes"""
 
     sums: Array
     deviation: float
@@ -109,11 +110,12 @@ class Classes:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """The release's figures of each class (K,).
+    """The release's figures of each class, (K,) each.
 
-    count: number of units with noise, which may be below zero; deviation: standard deviation of
-    that noise; learnt: whether the class has public records, or a count of more than EVIDENT
-    standard deviations."""
+    - count: number of units with noise, which may be below zero
+    - deviation: standard deviation of that noise
+    - learnt: whether the class has public records, or a count of more than EVIDENT standard
+      deviations"""
 
     count: Array
     deviation: float
@@ -133,17 +135,18 @@ def directions_for(classes: int, records: int, noise: float, units: int, named: 
     """Choose how many directions the sites release, before any vector is computed.
 
     - records: number of public records, labelled or not
-    - noise: σ of the release in multiples of its bound, times √(number of sites that each add
-      noise of their own)
+    - noise: σ of the release in multiples of its bound, times √(number of sites that each add noise
+      of their own)
     - units: N, the sum of declared sizes
     - named: whether the base has vectors of the classes' names
 
-    The result is the smallest number that keeps ENOUGH of the expected separation
-    Σ b²/v / (b + v/c + s²/c²), with b and v a direction's variance between and within classes, c
-    the units of a class and s the noise. A noisy direction is shrunk and does no harm by itself,
-    but all directions share one bound, so each further one makes the others shorter. Variances
-    are assumed to fall as 1, 1/2, 1/3 …, which is close to those of sentence encoders; the result
-    depends little on it. Errors: ConfigError if neither records nor names span a direction."""
+    The result is the smallest number that keeps the share ENOUGH of the largest expected separation
+    of the classes, Σ b² / (v · (b + v/c + s²/c²)), summed over the directions. Here b is a
+    direction's variance between classes, v that within a class, c the number of units of a class,
+    and s the noise. A noisy direction does no harm by itself, since it is shrunk. But all
+    directions share one bound, so a further one leaves less of it to the others. Variances are
+    assumed to fall as 1, 1/2, 1/3 …, about as in sentence encoders; the result depends little on
+    that. Errors: ConfigError if neither records nor names span a direction."""
     most = min(max(records - 1, 0) + (classes - 1 if named else 0), RELEASED)
     if most < 1:
         raise ConfigError(
@@ -163,12 +166,15 @@ def directions_for(classes: int, records: int, noise: float, units: int, named: 
 
 
 def choose(vectors: Array, names: Array | None, directions: int, weight: float) -> Basis:
-    """Build the basis from public vectors: first directions that span the names' vectors, then the
-    principal directions of public records.
+    """Build the basis from public vectors: first the directions that span the names' vectors, then
+    the principal directions of public records.
 
-    vectors: (n, H) of public records. names: (K, H), the base's vectors of the classes' names.
-    directions: k, the number of directions that the sites release. weight: a unit's entry in the
-    column of counts. Errors: ConfigError if records and names span fewer than k directions."""
+    - vectors: (n, H) of public records
+    - names: (K, H), the base's vectors of the classes' names, or None
+    - directions: k, the number of directions that the sites release
+    - weight: the number that each unit adds to the column of counts
+
+    Errors: ConfigError if records and names span fewer than k directions."""
     span = vectors[:0] if names is None else names - names.mean(axis=0)
     mean = vectors.mean(axis=0) if len(vectors) or names is None else names.mean(axis=0)
     spread = vectors - mean
@@ -249,10 +255,10 @@ def held_out_hits(
 ) -> Array | None:
     """Cross-validate the classifier that public data alone gives.
 
-    Each of FOLDS parts of the records is predicted from the other parts, which also give the
-    basis. vectors, labels, names: as for `summarise_public`; known: what it returned for them.
-    Returns (2,): the number of correct predictions, and the number of predictions; None if fewer
-    than FOLDS labelled records could be predicted."""
+    The records are divided into FOLDS parts. Each part is predicted from the other parts, which
+    also give the basis. vectors, labels, names: as for `summarise_public`; known: its result for
+    them. Returns (2,): the number of correct predictions, and the number of predictions; None if
+    fewer than FOLDS labelled records could be predicted."""
     classes = len(known.counts)
     right = 0
     judged = 0
@@ -288,8 +294,9 @@ def _freedom(public: Public) -> float:
 
 
 def _variances(public: Public) -> Array:
-    """Return the second moment (d,) of each feature over public records, plus 1/1000 of their mean,
-    so that no direction has variance 0; 1/d each if there are no records."""
+    """Return the second moment (d,) of each feature over public records, plus 1/1000 of the mean of
+    these moments, so that no direction has variance 0. Without records return 1/d for each
+    feature."""
     total = np.diag(public.moment) / max(public.records, 1)
     if not total.any():
         return np.full(len(total), 1 / len(total))
@@ -301,7 +308,8 @@ class _Counts:
     """The number of units of each class at the sites, (K,).
 
     - noised: the released counts; deviation: standard deviation of their noise
-    - expected: the estimate from counts and public shares together; variance: of that estimate"""
+    - expected: the estimate from counts and public shares together; variance: of the estimate,
+      before it is scaled to the declared number of units"""
 
     noised: Array
     deviation: float
@@ -340,9 +348,9 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
 
 
 def _prior_means(public: Public, within: Array, between: Array) -> Array:
-    """Return the prior class means (K, d): the names' vectors, scaled to the spread of class means,
-    times a factor from 0 to 1.5 by which they agree with the means of public records; 0 without
-    names."""
+    """Return the prior class means (K, d); 0 without names. They are the names' vectors, scaled to
+    the spread of class means, times a factor from 0 to 1.5 that is larger the better the vectors
+    agree with the means of public records."""
     if public.names is None:
         return np.zeros_like(public.sums)
     length = math.sqrt((public.names**2).sum() / len(public.names))
@@ -358,9 +366,9 @@ def _prior_means(public: Public, within: Array, between: Array) -> Array:
 
 
 def _covariance(public: Public, means: Array, shares: Array) -> Array:
-    """Return the covariance within classes (d, d). It is that of labelled records, averaged with an
-    estimate that counts as RECORDS records: the covariance of all public records minus that of the
-    posterior means."""
+    """Return the covariance within classes (d, d): the scatter of labelled records about their
+    class's mean, averaged with an estimate that counts as RECORDS records. The estimate is the
+    second moment of all public records minus the covariance of the posterior means."""
     centred = means - shares @ means
     outer = (centred * shares[:, None]).T @ centred
     moment = public.moment / public.records if public.records else np.diag(_variances(public))

@@ -1,4 +1,4 @@
-"""Linear discriminant: the coordinator makes a classifier from the sites' noised class
+"""Linear discriminant: the coordinator builds a classifier from the sites' noised class
 statistics."""
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def state_of(basis: Basis, public: Public) -> State:
 
 
 def public_head(known: State) -> Arrays:
-    """Build the head, fp32, from public data alone, as if no site had released anything. known: as
-    `state_of` returns it."""
+    """Build the head, fp32, from public data alone, as if no site had released anything. known: the
+    result of `state_of`."""
     classes = len(known[COUNTS])
     nothing = Noised(sums=np.zeros((classes, 1)), deviation=SILENT, units=1)
     return _arrays(head(nothing, basis_in(known, 0, COUNT_WEIGHT), public_in(known)))
@@ -108,8 +108,8 @@ class Discriminant(Strategy):
         self._units = self._deviation = 0.0
 
     def check(self, study: Study) -> None:
-        """Check that each unit counts once and with equal weight, and that a site sends sums, not
-        steps.
+        """Check that each unit counts once and with equal weight, and that a site sends sums and
+        not steps.
 
         Errors: ConfigError."""
         t = study.training

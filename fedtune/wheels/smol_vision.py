@@ -42,7 +42,8 @@ PROCESSOR = {
 
 
 def compose(language: Path, into: Path) -> None:
-    """Write a base of the language model in `language`, a Llama folder in fp32, and the tower."""
+    """Write to `into` a base of the language model in `language`, a Llama folder in fp32, and the
+    tower."""
     import torch
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken
@@ -96,8 +97,8 @@ def compose(language: Path, into: Path) -> None:
 
 
 def _tower(outputs: int) -> dict[str, Any]:
-    """Draw the weights of the tower and the projector. They have the same bits on every machine,
-    since numpy's stream has, and each is rounded to bfloat16."""
+    """Draw the weights of the tower and the projector. They have the same bits on every machine:
+    numpy's stream is the same everywhere, and each weight is rounded to bfloat16."""
     import numpy as np
     import torch
 

@@ -108,7 +108,7 @@ def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
 
 
 def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the arrays as transformers names them, with fused projections split, in fp32."""
+    """Return the arrays in fp32 under the names of transformers, with fused projections split."""
     out: dict[str, torch.Tensor] = {}
 
     def put(theirs: str, ours: str, at: int | None = None) -> None:
@@ -120,8 +120,8 @@ def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{ours}.weight"], out[f"{ours}.bias"] = t[f"{theirs}/gamma"], t[f"{theirs}/beta"]
 
     def attention(theirs: str, ours: str) -> None:
-        """Split linear_0: it holds q, k and v for self-attention, and q alone for attention to a
-        recording."""
+        """Rename an attention's arrays and split the fused one. For self-attention linear_0 holds
+        q, k and v; for attention to a recording linear_0 holds q, and linear_1 k and v."""
         fused = ["q_proj", "k_proj", "v_proj"]
         if ours.endswith("encoder_attn"):
             put(f"{theirs}/linear_0", f"{ours}.{fused.pop(0)}")

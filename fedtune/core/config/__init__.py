@@ -1,10 +1,11 @@
-"""Study (the public plan) and Site (local, never sent), read from TOML. An unknown key is an error.
+"""Read Study (the public plan) and Site (never sent) from TOML. An unknown key is an error.
 
-A study says what everybody may know. A site file says where the data lies and what the site allows;
-nothing in it leaves the machine except what a person typed of these: `site.name` and
-`site.declared_size`; where the plan lets sites choose, `site.lora_rank`; whether data is `declared`
-public or generated, and whether a query or a view selects it; and the value of a policy's rule, in
-a refusal by it.
+A study says what everybody may know. A site file says where the records are and what the site
+allows. Only these of its values, which a person typed, leave the machine:
+
+- `site.name` and `site.declared_size`; `site.lora_rank`, if the plan lets sites choose it
+- whether data is `declared` public or generated, and whether a query or a view selects it
+- the value of a rule of the policy, in a refusal by that rule
 """
 
 from fedtune.core.config.held_out import PrivateEvaluationTable

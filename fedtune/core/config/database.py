@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 FILES = ("sqlite", "duckdb")  # databases that are one file
 KINDS = (*FILES, "postgresql")
 SECRETS = re.compile("password|secret|token")
-# A url's parameter, the environment's variable, and the file where neither names one.
+# A url's parameter, the environment variable, and the file that is used if neither names one.
 LIBPQ = (
     ("passfile", "PGPASSFILE", "~/.pgpass"),
     ("servicefile", "PGSERVICEFILE", "~/.pg_service.conf"),
@@ -27,8 +27,8 @@ PORT, THIS_MACHINE = "5432", ("", "127.0.0.1", "::1")
 
 
 def check_url(value: str) -> str:
-    """Check a database's url. Errors: ValueError, whose text leaves out the url, which may hold
-    a password."""
+    """Check a database's url, and return it. Errors: ValueError; its text does not quote the url,
+    which may hold a password."""
     try:
         parts = urlsplit(value)
         asked, password = parse_qs(parts.query, keep_blank_values=True), parts.password
@@ -63,7 +63,7 @@ def kind_of(url: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """Return a checked url for messages, without its user and without its query string."""
+    """Return a checked url without its user and its query string, to be shown in messages."""
     parts = urlsplit(url)
     if parts.scheme in FILES:
         return url
@@ -71,10 +71,11 @@ def redact_url(url: str) -> str:
 
 
 def databases_of(url: str) -> frozenset[str]:
-    """Return the databases that a checked url names, one for each server and port, each in one
-    spelling: a file's path without links; a PostgreSQL server's hosts, ports and database, from the
-    url or its query string, as libpq reads them. Two names of one server, such as an alias and its
-    address, stay two, as does what a service file or a variable of libpq's names."""
+    """Return the databases that a checked url names, each in one spelling, so that urls can be
+    compared. A file is named by its path without links. A PostgreSQL database is named by host,
+    port and name, once for each host, as libpq reads them from the url and its query string. An
+    alias and an address of one server are not recognised as one. Neither are settings in a service
+    file or in libpq's environment variables."""
     parts = urlsplit(url)
     if parts.scheme in FILES:
         return frozenset({f"{parts.scheme}:{file_of(url).resolve()}"})
@@ -90,7 +91,7 @@ def databases_of(url: str) -> frozenset[str]:
 
 
 def _spelled(host: str) -> str:
-    """Return a host in one spelling; the folder of a socket keeps its case."""
+    """Return a host's name in one spelling: in lower case, unless it is the folder of a socket."""
     if host.startswith("/"):
         return host.rstrip("/")
     host = host.lower().strip("[]").rstrip(".")
@@ -110,8 +111,8 @@ def is_over_tcp(url: str) -> bool:
 
 
 def secrets_of(url: str) -> Iterator[Path]:
-    """List the existing files in which libpq looks for a password or a key for a checked url:
-    those that the url or the environment names, else those of this user's home."""
+    """Yield the existing files in which libpq looks for a password or a key for a checked url:
+    those that the url or the environment names, else those in this user's home."""
     if kind_of(url) in FILES:
         return
     asked = parse_qs(urlsplit(url).query)
@@ -123,13 +124,13 @@ def secrets_of(url: str) -> Iterator[Path]:
 
 
 def file_of(url: str) -> Path:
-    """Return the path of a database that is a file; a url of three slashes gives a relative
-    path."""
+    """Return the path of a database that is a file. It is relative if the url has three slashes."""
     return Path(unquote(urlsplit(url).path)[1:])
 
 
 def anchor_url(url: str, folder: Path) -> str:
-    """Make the path of a file database absolute; a relative one is relative to `folder`."""
+    """Return the url with the path of a file database made absolute, from `folder`. Any other url
+    is returned unchanged."""
     kind = kind_of(url)
     if kind not in FILES:
         return url

@@ -15,18 +15,18 @@ Edges = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MOST_NAMES)
 
 
 class PrivateEvaluationTable(Table):
-    """A DP query to the sites about the model on their held-out records: the sum of the units'
-    scores and the number of units, with noise, charged to the ledger.
+    """A query to the sites about the model's quality on their held-out records. A site answers with
+    the sum of its units' scores and the number of units, both with noise, and charges its ledger.
 
-    - score: the likelihood of a record's answer, or whether the likeliest of objective.labels is
-      the record's
-    - classes: also for each of objective.labels
-    - groups: also for each of these values of a column
-    - bands: also for each band of a column of numbers, between these edges
+    - score: "likelihood" is that of a record's answer; "accuracy" is whether the likeliest of
+      objective.labels is the record's
+    - classes: whether each of objective.labels is asked about separately too
+    - groups: by column, the values that are asked about separately too
+    - bands: by column of numbers, the edges of the bands that are asked about separately too
 
     Guarantee: every class, group and band is named here, in a public plan; no record adds one."""
 
-    noise_multiplier: Noise  # σ, in multiples of a unit's row: √2 for each axis, the whole included
+    noise_multiplier: Noise  # σ, in multiples of C (Study.query_norm)
     every: Count = 1  # rounds; the last one is always queried
     # Omitted where nothing is told apart, so that such plans keep their digest.
     score: Literal["likelihood", "accuracy"] = Field(
@@ -58,6 +58,6 @@ class PrivateEvaluationTable(Table):
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
-        """The names of the groups, by column, in the order in which they are summed."""
+        """The names of the groups and bands, by column, in the order of an answer's cells."""
         named = {name: tuple(value.strip() for value in v) for name, v in self.groups.items()}
         return named | {column: band_names(edges) for column, edges in self.bands.items()}

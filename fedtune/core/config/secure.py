@@ -11,19 +11,18 @@ if TYPE_CHECKING:
 
 
 class SecureAggregationTable(Table):
-    """Sites mask what they send, so that nobody can open more than a round's sum, and share the
-    noise of one site: with n = strategy.min_sites, each adds σ/√(n - t).
+    """Sites mask their updates, so that nobody can open more than a round's sum, and share one dose
+    of noise: with n = strategy.min_sites, each adds noise of σ/√(n - t).
 
-    colluding: t, the number of sites that may collude with the coordinator. At least one, because
-    every site knows the released adapter and the noise that it added itself."""
+    colluding: t, the number of sites that may collude with the coordinator while ε still holds. It
+    is at least one, because every site knows the noise that it added itself."""
 
     colluding: Number = 1
 
 
 def check_secure(study: Study) -> None:
-    """If the plan has [secure_aggregation], check that its other settings fit that table, so that
-    nobody can open more than the sum of the sites' updates of a round. Errors: ValueError with the
-    reason."""
+    """Check that a plan's other settings fit its table [secure_aggregation], if it has one. Errors:
+    ValueError with the reason."""
     table = study.secure_aggregation
     t = study.training
     n = study.strategy.min_sites
@@ -57,10 +56,10 @@ def check_secure(study: Study) -> None:
 
 
 def noise_shares(study: Study) -> int:
-    """Return the number of sites that share one site's noise: n - t, 1 without
+    """Return the number of sites whose noise adds up to one dose: n - t, or 1 without
     [secure_aggregation].
 
-    Guarantee: if at most t of n sites collude, at least this many are honest, and their noise alone
-    is that of one site."""
+    Guarantee: if at most t of n sites collude, at least this many are honest, and the noise of
+    these alone is at least one dose."""
     table = study.secure_aggregation
     return study.strategy.min_sites - table.colluding if table else 1

@@ -1,7 +1,7 @@
 """The data sheet of a site: what a person typed about its records, in a TOML file beside
 site.toml.
 
-Nothing in it is computed from records: a plan may require it, and it may leave the site."""
+Nothing in it is computed from records, so it may leave the site. A plan may require it."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Sheet(Table):
 
 
 def sheet_path(site: Site) -> Path:
-    """Return the path of a site's sheet: sheet.toml beside site.toml, NAME-sheet.toml beside
-    another NAME.toml, and in the state folder for a site that was not loaded from a file."""
+    """Return the path of a site's data sheet: sheet.toml beside site.toml, NAME-sheet.toml beside
+    another NAME.toml. For a site that was not loaded from a file it is in the state folder."""
     file = site.file
     if file is None:
         return site.site.state / NAME
@@ -84,7 +84,7 @@ def sheet_path(site: Site) -> Path:
 
 
 def load_sheet(site: Site) -> Sheet | None:
-    """Read a site's sheet; None if there is none. Errors: ConfigError."""
+    """Read a site's data sheet; return None if there is no file. Errors: ConfigError."""
     path = sheet_path(site)
     if not path.exists() and not path.is_symlink():
         return None
@@ -102,7 +102,7 @@ def load_sheet(site: Site) -> Sheet | None:
 
 
 def template() -> str:
-    """Write an empty sheet, with what to put into each field."""
+    """Return the text of an empty data sheet that says what each field is for."""
     lines = [
         "# What only people know about this site's records. Nothing here is computed from them,",
         "# and nothing here may be: write no count and no date that you looked up in the records.",
@@ -114,6 +114,6 @@ def template() -> str:
 
 
 def list_lacking(sheet: Sheet | None, asked: tuple[SheetField, ...]) -> tuple[str, ...]:
-    """Return the required fields that are empty."""
+    """Return those of the fields `asked` that the sheet leaves empty; all if there is no sheet."""
     held = sheet.held if sheet else ()
     return tuple(name for name in asked if name not in held)

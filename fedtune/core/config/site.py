@@ -46,14 +46,14 @@ MODULES = (
 
 
 # "release", alone or among names: every plug-in of this release. An entry point of another
-# distribution is imported only where it is named.
+# distribution is imported only if it is named.
 Plugins = tuple[str, ...] | Literal["release"]
-# What a model may be judged by at a site: a MetricName, or "ece", how far a class's probability is
-# from how often it is right.
+# The figures by which a site may judge a model: each MetricName, and "ece", the expected
+# calibration error: how far a class's probability is from how often the class is right.
 AcceptedMetric = Literal["accuracy", "f1", "ece", "loss", "perplexity", "exact_match", "preference"]
 RELEASE: Literal["release"] = "release"
 SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
-A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path has it: of two slashes one
+A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # in a Path, which keeps one of two slashes
 Value = str | int  # that a cell may be equal to
 
 
@@ -63,9 +63,9 @@ class SiteTable(Table):
     name: Name
     declared_size: Count  # units, as a person declares it; public; no code derives it from the data
     state: Place = Path("state")  # ledger, keys, step log, received plans
-    base: Source | None = None  # where this site has the base, if elsewhere; its digest must match
+    base: Source | None = None  # the base's place at this site, if not the plan's; same digest
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
-    cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
+    cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of all
     # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
     lora_rank: Rank | None = None
     # The ledger of one run of declared data; `fedtune simulate` writes it into the run's own copy.
@@ -85,11 +85,12 @@ class SiteTable(Table):
 class ConsentTable(Table):
     """Patients' consent to the use of their records. A patient with any row that does not say yes
     in `column`, or whose key is on the list `opt_outs`, is left out before anything is computed,
-    and again before each round. Guarantee: nobody outside the site can tell who, or how many.
+    and again before each round. Guarantee: nobody outside the site can tell who was left out, or
+    how many were.
 
-    opt_outs: a file of hashed keys, one per line, that only this user can read (0600). hashing: how
-    a key, as text, is hashed: its sha256, the sha256 of the salt followed by the key, or
-    HMAC-SHA256 keyed by the salt."""
+    - opt_outs: a file of hashed keys, one per line, that only this user can read (0600)
+    - hashing: how a key's text is hashed. sha256: by sha256; salted-sha256: by the sha256 of the
+      salt followed by the key; hmac-sha256: by HMAC-SHA256 with the salt as its key"""
 
     column: str | None = None
     values: tuple[Value, ...] = ("yes",)  # that mean yes; white space around them does not count
@@ -121,8 +122,8 @@ class ConvertTable(Table):
 
 
 class SiteData(DataFile):
-    """The site's records, as one dataset with one privacy budget: files at `path`, or a table of
-    the database at `url`; with a url, `path` is the folder of images and recordings."""
+    """The site's records: one dataset with one privacy budget. They are files at `path`, or a table
+    of the database at `url`. With a url, `path` is the folder of images and recordings."""
 
     path: Place = Path()
     url: Url | None = None  # sqlite:///, duckdb:/// or postgresql://, without a password
@@ -134,7 +135,7 @@ class SiteData(DataFile):
     source: Name | None = None  # what reads the files; None: by suffix
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
     convert: ConvertTable | None = None  # what each unit's rows become before they are read
-    # Which rows take part: those that have, in each of these columns, the value or one of them.
+    # Only rows take part that have, in each of these columns, the value or one of the values.
     filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
     consent: ConsentTable | None = None
     scan: ScanTable | None = None  # for identifiers; None: no record is scanned
@@ -174,7 +175,7 @@ class SiteData(DataFile):
         return bool(self.options.get("query") or self.options.get("view"))
 
     def anchored(self, folder: Path) -> Self:
-        """Make every path in the table absolute, including those of a database and of its
+        """Return a copy in which every path is absolute, also those of a database and of its
         password."""
         table, options = super().anchored(folder), dict(self.options)
         if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
@@ -197,12 +198,12 @@ class SiteData(DataFile):
 
 
 class SiteEvaluation(SiteData):
-    """The site's held-out records, for noised and paid queries; a dataset with its own budget.
-    groups: the plan's name of a group → the column of these files that holds it; in a group that
-    is not named here, no patient counts.
+    """The site's held-out records, about which a plan's queries ask. The answers are noised, and
+    paid from this dataset's own budget. groups: for each column of groups that a plan names, the
+    column of these files that holds it. For a column that is not listed, no patient is in a group.
 
-    Unless one of the two names the other in disjoint_from, what is spent on either counts against
-    both, as between any two datasets of a site."""
+    What is spent on this dataset counts against [data] too, and the reverse, unless one of the two
+    names the other in disjoint_from. This holds for any two datasets of a site."""
 
     name: Name = "held-out"
     groups: dict[str, str] = Field(default_factory=dict)
@@ -212,14 +213,14 @@ class AcceptanceTable(SiteData):
     """The rules by which a person at this site judges a finished model on the site's records,
     written before anybody sees a figure.
 
-    - thresholds: a lower bound of a metric for which higher is better, an upper bound of any other
-    - recall: a lower bound of a class's recall
-    - groups: columns whose values are evaluated separately
-    - bands: lower edges that divide a column of numbers, such as an age, into groups
-    - least_group: in patients, or in records without a patient column: a figure of a smaller group
-      decides nothing
-    - differences: the most by which a group may be worse than all others
-    - alone: the run of a model that this site trained alone
+    - thresholds: by metric, the least value or, if lower is better, the largest
+    - recall: by class, the least recall
+    - groups: columns; the records with each of a column's values are also evaluated separately
+    - bands: by column of numbers, such as an age, the edges that divide it into groups
+    - least_group: the least size of a group, in patients (without a patient column, in records);
+      figures of smaller groups decide nothing
+    - differences: by metric, the most by which a group may be worse than all other records
+    - alone: the run of a model that this site trained alone, for comparison
 
     Guarantee: only `fedtune accept` reads this table and its records."""
 
@@ -252,15 +253,21 @@ class AcceptanceTable(SiteData):
 
     @property
     def digest(self) -> str:
-        """A digest of everything in this table, which is part of a decision's record."""
+        """The sha256 over everything in this table; the record of a decision holds it."""
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 class ShareTable(Table):
-    """What a hospital's home leaves one of its memberships: its name, the ceilings of all of them
-    together, who else has space reserved beside the ledger, and which registered datasets are
-    declared disjoint from which. Read from hospital.toml."""
+    """The part of a hospital's settings that one of its memberships needs, read from hospital.toml.
+
+    - membership: the membership's name
+    - max_epsilon, max_fallback_epsilon, max_delta, max_rounds: the ceilings of all memberships
+      together
+    - earlier: whether charges from before the ledger was the hospital's are this membership's
+    - declared_size: the hospital's declared size
+    - memberships: all memberships; disk space is reserved for each beside the ledger
+    - disjoint_from: for each registered dataset, those that share no patient with it"""
 
     membership: Name
     max_epsilon: Positive
@@ -293,7 +300,7 @@ class PolicyTable(Table):
     max_grad_norm: Positive = 10.0  # C, of training
     max_sampling_rate: Fraction = 1.0  # q, of training
     max_steps: Count = 10_000  # of one study's training
-    max_rounds: Number = ROUNDS  # that the ledger pays for, of all studies; each has its room
+    max_rounds: Number = ROUNDS  # of all studies, that the ledger pays for; each has disk reserved
     max_rank: Rank = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
     objectives: Plugins = RELEASE
@@ -307,73 +314,75 @@ class PolicyTable(Table):
     peers: tuple[PublicKey, ...] = ()
     # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
     release: tuple[Literal["evaluation", "sheet"], ...] = ()
-    data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold, and records as attested
+    data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold; with records as attested
     # immediate: an answer is sent as soon as it is paid for and noised. held: it waits at the site
     # until a person lets it go, with `fedtune let-go`.
     answers: Literal["immediate", "held"] = "immediate"
-    # required: `fedtune client` runs only where the process that holds the records has no network,
-    # and the one that has it cannot read them; preferred: as far as this machine gives it.
+    # required: `fedtune client` runs only if the process with the records has no network, and the
+    # process with the network cannot read records. preferred: as far as this machine allows it.
     isolation: Literal["required", "preferred"] = "preferred"
 
-    # What a hospital's home leaves to this membership; read from hospital.toml, never from here.
+    # The hospital's settings for this membership: read from hospital.toml, never from site.toml.
     hospital: ShareTable | None = None
 
     @property
     def membership(self) -> str:
-        """The membership that pays from a hospital's ledger; "" of a site with one of its own."""
+        """The name of the membership; "" for a site with a ledger of its own."""
         return self.hospital.membership if self.hospital else ""
 
     @property
     def own_memberships(self) -> frozenset[str]:
-        """The memberships under which what the ledger holds is this one's; {""} without a home."""
+        """The names under which the ledger holds this membership's entries: its own name and, if
+        entries from before the ledger was the hospital's are its own too, "". {""} for a site with
+        a ledger of its own."""
         earlier = self.hospital is None or self.hospital.earlier
         return frozenset({self.membership, *([""] if earlier else [])})
 
     @property
     def ceiling(self) -> float:
-        """The most ε of everything that the ledger pays for: the hospital's, for a membership."""
+        """The most ε that the ledger may pay in all; for a membership, the hospital's ceiling."""
         return self.hospital.max_epsilon if self.hospital else self.max_epsilon
 
     @property
     def fallback_ceiling(self) -> float:
-        """The most ε of everything that the ledger pays for, by the site's own noise alone: the
-        hospital's, for a membership."""
+        """The most ε that the ledger may pay in all, by the site's own noise alone; for a
+        membership, the hospital's ceiling."""
         return self.hospital.max_fallback_epsilon if self.hospital else self.max_fallback_epsilon
 
     @property
     def delta(self) -> float:
-        """The δ at which all that the ledger pays for is composed: the hospital's, for a
-        membership, so that every one states the same total. `max_delta` is the most of a plan."""
+        """The δ at which all charges of the ledger are composed; for a membership the hospital's,
+        so that all memberships state the same total. A plan's own δ is at most `max_delta`."""
         return self.hospital.max_delta if self.hospital else self.max_delta
 
     def fits(self, declared_size: int) -> bool:
-        """Return whether the δ at which everything is composed is below 1 / `declared_size`."""
+        """Return whether the δ of all charges together is below 1 / `declared_size` (`fits`)."""
         return fits(self.delta, declared_size)
 
 
 def fits(max_delta: float, declared_size: int) -> bool:
-    """Return whether the δ at which everything is composed, 2 · max_delta (core/dp/filter.py), is
-    below 1 / `declared_size`."""
+    """Return whether the δ of all charges together, 2 · max_delta (core/dp/filter.py), is below
+    1 / `declared_size`."""
     return 2 * max_delta < 1 / declared_size
 
 
 class HomeTable(Table):
-    """The home that a site shares with the hospital's other memberships, and its name there."""
+    """The home that the hospital's memberships share, and this site's name as a membership."""
 
     home: Place  # the folder of hospital.toml and of the hospital's ledger
     membership: Name
 
     def anchored(self, folder: Path) -> Self:
-        """Name the home by one path, whatever links or dots lead there."""
+        """Return a copy with the home's path absolute and without links, in its one form."""
         return self.model_copy(update={"home": (folder / self.home).resolve()})
 
 
 class VaultTable(Table):
-    """The command that starts the vault, the half of a site with its records, if requests lie in
-    a spool."""
+    """The command that starts the vault, the half of a site with its records, if the halves meet by
+    files in a folder (`fedtune vault --spool`)."""
 
-    # A command that ends with fedtune, as it is called where the records are: for each request it
-    # is started with the words of `fedtune vault` after it. No shell reads it.
+    # The command ends with fedtune, by the name that it has on the machine with the records. It is
+    # started for each request, with the words of `fedtune vault` appended. No shell reads it.
     run: str
 
     @model_validator(mode="after")
@@ -394,15 +403,16 @@ class VaultTable(Table):
 class CoordinatorTable(Table):
     """The address of the coordinator, and what authenticates it to the site."""
 
-    answer: Place | None = None  # its answer to `fedtune enroll`; without it, as --answer kept it
+    answer: Place | None = None  # its answer to `fedtune enroll`; None: the one that --answer kept
     address: Address | None = None  # host:port; without it, the answer's
     fingerprint: str | None = None  # of the consortium, as the coordinator read it out
     proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY
-    proxy_ca: Place | None = None  # what an https:// proxy's certificate must chain to
+    proxy_ca: Place | None = None  # the CA of an https:// proxy's certificate
 
 
 class Site(Table):
-    """The settings of one site: where its records are, and what it allows. Guarantee: never sent.
+    """The settings of one site: where its records are, and what it allows. Guarantee: it is never
+    sent; only the few values that `fedtune.core.config` lists leave the machine.
 
     Two sites are equal when their tables are, whatever file they were loaded from.
 
@@ -427,7 +437,7 @@ class Site(Table):
 
     @property
     def home(self) -> Path:
-        """The folder of the site's ledger, salt, audit log and receipts of withdrawals: its state
+        """The folder with the site's ledger, salt, audit log and receipts of withdrawals: the state
         folder or, for a membership, the hospital's home."""
         return self.hospital.home if self.hospital else self.site.state
 
@@ -463,7 +473,7 @@ class Site(Table):
         >>> site.data.path.name
         'records.jsonl'
 
-        Errors: DataError where a row is not a record, InfrastructureError where it cannot be
+        Errors: DataError if a row is not a record; InfrastructureError if the file cannot be
         written."""
         from fedtune.core.config.records import RECORDS, write_records
 
@@ -480,7 +490,8 @@ class Site(Table):
 
     @property
     def file(self) -> Path | None:
-        """The site.toml from which it was loaded, and which may have changed since."""
+        """The path of the site.toml from which the site was loaded, which may have changed since;
+        None if it was not loaded from a file."""
         return self._file
 
     def with_peers(self, keys: tuple[str, ...]) -> Self:

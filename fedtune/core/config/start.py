@@ -34,8 +34,8 @@ class StartTable(Table):
     # Steps on all of [public] with its answers, each as a site without noise would take it.
     steps: Annotated[int, Field(ge=0, le=10_000)] = 0
     learning_rate: Positive = 1.0  # of these steps; as training.learning_rate
-    # A head starts at zero, at what the base makes of the classes' names (or descriptions), or at
-    # the logistic regression on [public], which is drawn there.
+    # A head starts at zero, at the base's vectors of the classes' names (or descriptions), or at a
+    # logistic regression on [public] that is regularised towards these vectors.
     head: Literal["zero", "labels", "public"] = "zero"
     scale: Positive = 2.0  # length of each class's vector in the head
     # class -> words in its name's place
@@ -44,13 +44,13 @@ class StartTable(Table):
 
 
 class SelectionTable(DataFile):
-    """Public records by which the coordinator chooses the step size of each round, and what is
-    released. None of them may be in [evaluation], whose figures would then be of records that
-    chose the adapter."""
+    """Public records by which the coordinator chooses the step size of each round, and the adapter
+    that is released. None of them may be in [evaluation], whose records must have no part in that
+    choice."""
 
     patience: Count = 3  # rounds in a row of which no step lowers the loss; then the study ends
-    # "better": of the trained adapter and its public start ([start]) the one with the better metric
-    # on these records; of two alike the trained one.
+    # "better": the trained adapter or its public start ([start]), whichever has the better metric
+    # on these records; the trained adapter if both are alike.
     release: Literal["better", "trained"] = Field(
         default="better", exclude_if=lambda rule: rule == "better"
     )

@@ -46,7 +46,7 @@ from fedtune.core.registry.metrics import METRICS, MetricName
 if TYPE_CHECKING:
     from fedtune.core.objectives import Objective
 
-QUERIES = ":evaluation"  # behind a plan's digest: its queries, in orders, ledgers and step logs
+QUERIES = ":evaluation"  # after a plan's digest, in orders, ledgers and step logs: its queries
 
 
 class StudyTable(Table):
@@ -55,7 +55,7 @@ class StudyTable(Table):
     name: Name
     # public: adapter initialisation and site selection; never noise, never sampling
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    # Fields that each site's data sheet must hold; omitted where empty, as [schedule] is.
+    # Fields that each site's data sheet must hold; left out of the plan's JSON if empty.
     data_sheet: tuple[SheetField, ...] = Field(
         default=(), max_length=MOST_NAMES, exclude_if=lambda fields: not fields
     )
@@ -82,7 +82,7 @@ class BaseTable(Table):
 
     @model_validator(mode="after")
     def _check_combination(self) -> BaseTable:
-        if self.quantisation and self.dtype == "auto":  # it is part of what the base computes
+        if self.quantisation and self.dtype == "auto":  # it then decides what the base computes
             raise ValueError('dtype: a quantised base needs "bfloat16" or "float32"')
         return self
 
@@ -118,12 +118,12 @@ class LoraTable(Table):
         return self
 
     def rank_at(self, most: int | None) -> int:
-        """Return the LoRA rank that a site with the limit `most` trains; None: no limit."""
+        """Return the LoRA rank that a site trains if its limit is `most`; None is no limit."""
         return self.rank if most is None else min(most, self.rank)
 
     @property
     def scaling(self) -> float:
-        """The factor of B A: alpha/rank, or alpha/√rank."""
+        """The factor by which the product B·A is multiplied: alpha/rank; of rslora, alpha/√rank."""
         return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
 
 
@@ -134,7 +134,8 @@ class ObjectiveTable(Table):
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: Names = ()  # classify: the public list of classes
     template: Text | None = None  # "… {text}" wrapped round a prompt; public
-    # Of a record longer than max_length; truncate: the prompt, truncate_answer: the answer's end.
+    # A record longer than max_length is rejected, or loses its prompt's start (truncate), or its
+    # answer's end (truncate_answer).
     overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
     append_eos: bool = True  # a completion or text ends with eos, itself a target
     # The public basis of class statistics; filled in when the study starts.
@@ -150,9 +151,9 @@ class ObjectiveTable(Table):
 
     @cached_property
     def resolved(self) -> Objective:
-        """The training objective itself, with these options and labels: imported and checked once,
-        when a study file is opened, or at a site when its policy has allowed the name. It is no
-        value of the plan: neither the plan's JSON nor a pickle or a copy of it holds it.
+        """The training objective, built with these options and labels. It is imported and checked
+        once: when a study file is opened, or at a site after its policy has allowed the name. It is
+        not a value of the plan, so the plan's JSON, its pickles and its copies do not hold it.
 
         Errors: ConfigError listing the existing objectives, or this one's options."""
         from fedtune.core.objectives import OBJECTIVES
@@ -169,14 +170,15 @@ class ObjectiveTable(Table):
 
 
 class PublicTable(DataFile):
-    """Public text that initialises the adapter's frozen factor. It costs no ε, because it is not
-    private."""
+    """Public text from which the coordinator computes what the adapter or the head starts with:
+    A (lora.a_init), the preconditioner, [start]. It costs no ε, because it is not private."""
 
     licence: str
 
 
 class ClippingTable(Table):
-    """The bound C on one row's gradient, and how it is enforced."""
+    """The bound C on the gradient of one row (of a unit, or of a record if records are drawn), and
+    how it is enforced."""
 
     max_grad_norm: Positive = 1.0  # C
     mode: Literal["flat", "normalised"] = "flat"
@@ -203,7 +205,7 @@ class StrategyTable(Table):
 
     name: str = "fedavg"  # of this release, or of an entry point fedtune.strategies
     weights: Literal["equal", "declared"] = "declared"  # at most 4 times the median size
-    fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
+    fraction: Fraction = 1.0  # of the sites asked per round; it does not lower ε (no amplification)
     min_sites: Number = 1  # below it the round is retried, then the study stops
     round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds
     # of the strategy itself, e.g. server_learning_rate
@@ -211,31 +213,32 @@ class StrategyTable(Table):
 
 
 class EvaluationTable(DataFile):
-    """Public or released held-out records, evaluated at the coordinator after each round."""
+    """Public or released held-out records, on which the coordinator evaluates the model after each
+    round, or each `every`-th."""
 
     metric: MetricName = "loss"
     choices: Names = ()  # accuracy by log-likelihood over these completions
     every: Count = 1
 
 
-# Values of a schedule that a plan need not say.
+# Defaults of a schedule. The plan's JSON leaves out a key with its default.
 ALPHA = 0.05
 LOOKS = 16
 FILES = 5
 
 
 class ScheduleTable(Table):
-    """The times of a study without a last round, start + k · every, k = 0, 1, 2, …; and its change
-    plan, by which a version replaces the released one (fedtune/report/change_plan.py).
+    """The times at which rounds of a study without a last round start: start + k · every, for
+    k = 0, 1, 2, … And its change plan, the rules by which a version replaces the released one
+    (fedtune/report/change_plan.py):
 
     - alpha: the largest probability that a version replaces the released one wrongly, over all
       comparisons on the same [evaluation] records
-    - looks: how often versions may be compared on these records, each time at alpha/looks
-    - files: the number of such files without a common record, after which versions are no longer
-      compared
+    - looks: how often versions may be compared on these records, each time at the level alpha/looks
+    - files: how many [evaluation] files without a common record may be used, one after another
     - margin: for a metric that is a share of records, a version must be better by more than this
-    - groups: for a column, the most by which the share may be worse among the records of any value
-    """
+    - groups: by column, the most by which the share may be worse among the records with any one
+      value"""
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
@@ -246,7 +249,7 @@ class ScheduleTable(Table):
     groups: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=dict, max_length=MOST_NAMES, exclude_if=lambda groups: not groups
     )
-    # Of plans before there were looks, whose digests hold it; a new one names alpha and looks.
+    # Only in plans of earlier releases, whose digests hold it; a new plan has alpha and looks.
     confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
         default=None, exclude_if=lambda confidence: confidence is None
     )
@@ -261,7 +264,7 @@ class ScheduleTable(Table):
 
     @property
     def threshold(self) -> float:
-        """The largest p at which one comparison accepts a version."""
+        """The largest p-value at which one comparison accepts a version."""
         return self.alpha / self.looks
 
     @property
@@ -335,12 +338,12 @@ class Study(Table):
 
     @property
     def records_per_draw(self) -> int:
-        """k: the most rows of one unit in a step, each clipped separately."""
+        """k, the most rows that one unit has in a step; each row is clipped separately."""
         return (self.max_records_per_unit or 1) if self.sampling_unit == "record" else 1
 
     @property
     def digest(self) -> str:
-        """sha256 of the plan's canonical JSON without the paths on the coordinator's machine."""
+        """The sha256 of the plan's canonical JSON, without paths on the coordinator's machine."""
         plan = self.model_dump(mode="json")
         for table in ("public", "selection", "evaluation"):
             if plan.get(table):
@@ -365,20 +368,21 @@ class Study(Table):
 
     @property
     def query_cells(self) -> tuple[tuple[str, str], ...]:
-        """The cells of an answer, each an axis and a value of it: all records, ("", ""), first."""
+        """The cells of an answer, each an axis and one of its values. The first is ("", ""), for
+        all records."""
         axes = self.query_axes.items()
         return (("", ""), *((axis, value) for axis, values in axes for value in values))
 
     @property
     def query_norm(self) -> float:
-        """C, the most by which a unit changes an answer's sums in the L2 norm: √2 for each axis,
-        the whole included, combined (fedtune/core/dp/query.py)."""
+        """C, the most by which a unit changes an answer's sums in the L2 norm: √(2 · axes), where
+        all records together count as an axis too (fedtune/core/dp/query.py)."""
         return math.sqrt(2 * (1 + len(self.query_axes)))
 
     @property
     def queries_digest(self) -> str:
-        """The digest of the queries in orders, ledgers and step logs, distinct from the
-        training's digest."""
+        """The digest that stands for the plan's queries in orders, ledgers and step logs. The
+        plan's own digest stands there for the training."""
         return self.digest + QUERIES
 
     @model_validator(mode="after")

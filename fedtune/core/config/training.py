@@ -32,7 +32,7 @@ class TrainingTable(Table):
     engine: Literal["auto", "opacus"] = "auto"
 
     def rate(self, round_: int) -> float:
-        """Return the learning rate of a round, the first being 1, of the plan's `rounds`.
+        """Return the learning rate of a round, where the first round is 1.
 
         | constant | learning_rate                                         |
         | linear   | learning_rate · (1 - t), t = (round - 1) / rounds     |

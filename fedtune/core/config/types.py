@@ -23,7 +23,7 @@ from fedtune.core.files import reading
 
 
 def _between(least: float, most: float) -> AfterValidator:
-    """Bound a value to a wide range within which the arithmetic takes a reasonable time."""
+    """Return a check that a value is in a range in which the arithmetic takes reasonable time."""
 
     def check(value: float) -> float:
         if not least <= value <= most:
@@ -64,7 +64,7 @@ MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
 def _place(value: Any, info: ValidationInfo) -> Any:
-    """Accept text as a path in Python; for text in a file pydantic makes the path itself."""
+    """Return a text in Python as a Path; of a text in a file pydantic makes the Path itself."""
     text = isinstance(_file(value), str) and info.mode == "python"
     return Path(value) if text else value
 
@@ -106,7 +106,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def _parse_duration(value: Any) -> Any:
-    """Parse a duration such as "1h" to seconds."""
+    """Return the seconds of a duration such as "1h"; a value that is no text is unchanged."""
     if isinstance(value, str):
         if COUNTS.search(value):
             raise ValueError(BY_COUNT)
@@ -118,7 +118,7 @@ def _parse_duration(value: Any) -> Any:
 
 
 def format_duration(seconds: int) -> str:
-    """Format seconds as in the file: 3600 is "1h"."""
+    """Return a duration in the form of the file: 3600 is "1h"."""
     unit = max((u for u, n in UNITS.items() if seconds % n == 0), key=lambda u: UNITS[u])
     return f"{seconds // UNITS[unit]}{unit}"
 
@@ -138,7 +138,7 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 
 def merge_tables(table: Any, changes: Any) -> Any:
-    """Return `table` with `changes` merged in, table by table."""
+    """Return `table` with `changes` merged in: nested tables are merged, other values replaced."""
     if not isinstance(changes, dict) or not isinstance(table, dict):
         return changes
     return table | {key: merge_tables(table.get(key), value) for key, value in changes.items()}
@@ -149,7 +149,7 @@ def _json_value(value: Any) -> Any:
 
 
 class Table(BaseModel):
-    """A TOML table: frozen, strict, and closed to unknown keys."""
+    """A TOML table as an object that is frozen, strict about types, and refuses unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -159,15 +159,15 @@ class Table(BaseModel):
     )
 
     def changed(self, **changes: Any) -> Self:
-        """Copy with some values changed, and validate the copy: a dict changes a nested table, as
-        in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
+        """Return a validated copy with some values changed. A dict changes a nested table, as in
+        `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
 
         Errors: pydantic.ValidationError."""
         table = merge_tables(self.model_dump(mode="json"), changes)
         return type(self).model_validate_json(json.dumps(table, default=_json_value))
 
     def anchored(self, folder: Path) -> Self:
-        """Make every path in the table absolute, relative ones against `folder`."""
+        """Return a copy in which every path is absolute; relative paths are taken from `folder`."""
         changes: dict[str, Any] = {}
         for key in type(self).model_fields:
             value = getattr(self, key)
@@ -185,7 +185,7 @@ class Columns(Table):
     + `chosen` + `rejected` (a preference), `prompt` + `completion` + `label` (a judgement), `text`,
     or `text` + `label`. `image`, `audio` or `video` holds the path of a file, relative to the data
     file's folder and inside it; `label` may then be the only other column. Records with the same
-    `patient` belong together."""
+    value in the column `patient` are one patient's."""
 
     messages: str | None = None
     prompt: str | None = None

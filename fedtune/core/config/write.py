@@ -12,11 +12,11 @@ from fedtune.core.files.writing import replace
 
 
 def save(table: Study | Site, path: Path | str) -> Path:
-    """Save a study or a site as TOML that loads as an equal object; returns the path.
+    """Write a study or a site to a TOML file that loads as an equal object; return the path.
 
-    Every key is written, defaults too, so that a later release reads the same. Relative paths
-    are taken from the current folder and written absolute. Only this user can read a site's file
-    (0600).
+    Default values are written too, so that a later release reads the same, except those that a
+    plan's digest leaves out. Relative paths are taken from the current folder and written absolute.
+    Only this user can read a site's file (0600).
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -24,6 +24,6 @@ def save(table: Study | Site, path: Path | str) -> Path:
     >>> fedtune.load_study(fedtune.save(study, study_file.with_name("copy.toml"))) == study
     True
 
-    Errors: InfrastructureError where the file cannot be written."""
+    Errors: InfrastructureError if the file cannot be written."""
     tables = table.anchored(Path.cwd()).model_dump(mode="json", exclude_none=True)
     return replace(Path(path), tomli_w.dumps(tables).encode(), private=isinstance(table, Site))

@@ -1,2 +1,2 @@
-"""Read, check and tokenise a site's records, and cap them per unit. Content never reaches a
-message."""
+"""Read, check and tokenise a site's records, and cap them per unit. No message holds a
+record's content."""

@@ -1,4 +1,4 @@
-"""Read the cells of a row: texts, and keys in the form in which they are compared."""
+"""Read the cells of a row as texts, or as keys in the form in which keys are compared."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from fedtune.core.data.sources._interface import find_unclean
 
 
 def text_of(value: object) -> str:
-    """Return the string unchanged, spaces included. Errors: Rejected if it is empty or white
-    space."""
+    """Return the string unchanged, with its spaces. Errors: Rejected as for `string_of`, and if it
+    is empty or white space."""
     text = string_of(value)
     if not text.strip():
         raise Rejected("empty text")
@@ -16,7 +16,8 @@ def text_of(value: object) -> str:
 
 
 def string_of(value: object) -> str:
-    """Return a string as it is. Errors: Rejected for anything else."""
+    """Return a string unchanged. Errors: Rejected if the value is missing, is no string, or has a
+    NUL or a lone surrogate."""
     if value is None:
         raise Rejected("missing value")
     if not isinstance(value, str):
@@ -27,8 +28,8 @@ def string_of(value: object) -> str:
 
 
 def key_of(value: object) -> str:
-    """Normalise a label or a patient's key: "7", " 7", 7 and 7.0 (a nullable integer column) are
-    the same. Errors: Rejected."""
+    """Return a label or a patient's key in the form in which they are compared: "7", " 7", 7 and
+    7.0 (of a nullable integer column) are all "7". Errors: Rejected."""
     if isinstance(value, float):
         if value != value:
             raise Rejected("missing value")

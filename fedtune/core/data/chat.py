@@ -38,9 +38,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **op
 
 
 def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template that uses random numbers, or that may write an object's address in
-    memory: the generator and the memory belong to the whole process, so that what one record
-    takes from them another does not get. Errors: ConfigError."""
+    """Check that the chat template uses no random numbers, and cannot write an object's address in
+    memory. The generator and the memory belong to the whole process, so one record's tokens would
+    depend on the records before it. Errors: ConfigError."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = str(tokenizer.get_chat_template())
@@ -68,12 +68,13 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _may_draw(used: nodes.Filter) -> bool:
-    """Return whether a filter is `random`, or `map` by a filter that may be."""
+    """Return whether a filter may draw a random number: it is `random`, or a `map` whose own filter
+    may be `random` or `map`."""
     if used.name != "map":
         return bool(used.name == "random")
     if used.dyn_args is not None:
         return True
-    named = used.args[0] if used.args else None  # without one it takes an attribute
+    named = used.args[0] if used.args else None  # without a filter `map` takes an attribute
     mapped = named.value if isinstance(named, nodes.Const) else named
     return mapped is not None and (not isinstance(mapped, str) or mapped in ("random", "map"))
 

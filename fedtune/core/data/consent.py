@@ -31,11 +31,11 @@ def with_consent(
     consent.
 
     | one row of a patient does not say yes        | all of that patient's rows are left out   |
-    | a missing value, or one that is none         | is no yes                                 |
-    | a row that cannot be used for a bad cell     | speaks with its other cells               |
-    | no patient column                            | each row speaks for itself                |
-    | a list of opt-outs, and a row without a key  | left out: nobody can tell whose it is     |
-    Errors: DataError where the list or its salt cannot be read, or others may read it."""
+    | the consent cell is missing or has no value  | the row does not say yes                  |
+    | a row is unusable because of another cell    | its consent cell counts                   |
+    | there is no patient column                   | each row counts for itself alone          |
+    | a row has no key, and there are opt-outs     | left out, as its patient may be on that list |
+    Errors: DataError if the list or its salt cannot be read, or other users may read it."""
     table = data.consent
     if table is None:
         yield from rows
@@ -54,15 +54,15 @@ def with_consent(
 
 
 def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
-    """Read the list of opt-outs; return a test of whether a patient's key is on it. None: there is
-    no list.
+    """Read the list of opt-outs, and return a test of whether a patient's key is on it; None if
+    site.toml names no list.
 
-    Errors: DataError, without a line of the list."""
+    Errors: DataError, which quotes no line of the list."""
     if table.opt_outs is None:
         return None
     listed = frozenset(_digests(table.opt_outs))
     salt = reading.secret(table.salt_file, "a salt", DataError) if table.salt_file else b""
-    salt = salt.removesuffix(b"\n").removesuffix(b"\r")  # an editor's; all else may be the salt's
+    salt = salt.removesuffix(b"\n").removesuffix(b"\r")  # of an editor; all else is salt
 
     def digest(key: str) -> bytes:
         if table.hashing == "hmac-sha256":
@@ -97,7 +97,7 @@ def _agrees(row: Row, table: ConsentTable) -> bool:
 
 
 def _cells_of(row: Row | str) -> Row | None:
-    """Return the readable cells of a row; None if not even the cell of its patient can be read."""
+    """Return the readable cells of a row; None if no cell of it can be read."""
     return row.cells if isinstance(row, BadCell) else row if isinstance(row, dict) else None
 
 

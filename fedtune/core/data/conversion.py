@@ -3,15 +3,15 @@ afterwards.
 
     this process ── two pipes for each unit ──> conversion_process ── forks ──> a child for the unit
 
-The process that forks is started anew, without this one's memory; it never reads a row, nor runs
-a line of the plug-in. A child imports the plug-in, reads its unit's rows, writes the converted
-rows, and ends. It is confined before the plug-in is imported (isolation.only_computing).
+The process that forks is started as a new program, without this process's memory. It reads no row
+and runs no code of the plug-in. A child imports the plug-in, reads its unit's rows, writes the
+converted rows, and ends. It is confined before the plug-in is imported (isolation.only_computing).
 
 Guarantee: the conversion of a unit's rows depends only on those rows and public settings.
 Neither memory nor a file, a process, a clock or a count passes from the conversion of one unit
-to that of another. Whatever goes wrong in a child, that unit is empty, and no other
-(docs/guarantee.md says what is not covered). How many children a reading has follows from how
-many units its site declares, where there are at most a quarter more (`count_children`)."""
+to that of another. If anything goes wrong in a child, its unit has no records, and no other unit
+changes (docs/guarantee.md says what is not covered). The number of children follows from the site's
+declared size, unless there are over a quarter more units than that (`count_children`)."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from fedtune.core.errors import (
 
 log = logging.getLogger("fedtune.data")
 PROGRAM = "fedtune.core.data.conversion_process"
-CPU_SECONDS = 20  # of one child; what others do has no part in it
-SECONDS = 120.0  # from a child's start to its end, for one that waits for nothing
+CPU_SECONDS = 20  # of processor time of one child; other processes' time does not count
+SECONDS = 120.0  # from a child's start to its end, for a child that waits in vain
 START_SECONDS = 600.0  # until the process that forks is ready
-SAID = 300  # characters of what a plug-in says of its options, before a record is read
+SAID = 300  # characters shown of a plug-in's error about its options, before a record is read
 MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed"
 
 
@@ -53,12 +53,12 @@ class Unconverted(Exception):
 
 
 class Conversion:
-    """The conversions of one plug-in, for a `with` block in which a site's rows are read.
+    """Converts units' rows with one plug-in, in a `with` block in which a site's rows are read.
 
-    declared_size: declared number of units of the site whose whole dataset is read; when the
-    block ends, children without rows run in place of units that do not exist. Errors:
-    ConfigError where the plug-in is not installed or does not take its options;
-    InfrastructureError where this machine cannot confine it. Both before a row is passed."""
+    declared_size: the site's declared size, if its whole dataset is read, else 0. When the block
+    ends, children without rows run until as many have run as `count_children` returns.
+    Errors, before a row is passed: ConfigError if the plug-in is not installed or does not accept
+    its options; InfrastructureError if this machine cannot confine it."""
 
     def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
         self._table, self._declared_size = table, declared_size
@@ -83,16 +83,15 @@ class Conversion:
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Convert one unit's rows.
 
-        Errors: Unconverted if the plug-in raises, hangs, exits or needs more memory, or if it
-        returns something other than a list of rows of plain finite values, or more than
-        typed_rows.BYTES of them."""
+        Errors: Unconverted if the plug-in raises, hangs, exits or needs too much memory, or if its
+        result is no list of rows of plain finite values or is too long (typed_rows)."""
         try:
             return returned_rows(self._convert(given_bytes(rows)))
         except (ValueError, RecursionError):  # too long, or not of these types
             raise Unconverted from None
 
     def _make_up(self) -> None:
-        """Run children without rows, until the total is what `count_children` says."""
+        """Run children without rows until as many have run as `count_children` returns."""
         if self._units > count_children(0, self._declared_size) > 0:
             log.warning(
                 "the records hold more units than site.declared_size allows for, so that how many "
@@ -103,7 +102,7 @@ class Conversion:
                 self._convert(b"")
 
     def _convert(self, given: bytes) -> bytes:
-        """Return what a child computed from these bytes. Errors: Unconverted if it failed."""
+        """Return the bytes that a new child made of `given`. Errors: Unconverted if it failed."""
         if self._control is None:  # the process that forks was killed, for want of memory
             try:
                 self._start()
@@ -121,7 +120,7 @@ class Conversion:
             content = _exchange(rows.writing, results.reading, given)
             rows.close()
             results.close()
-            self._control.sendall(b".")  # a child that goes on is ended
+            self._control.sendall(b".")  # ends a child that still runs
             ended = self._control.recv(1)
             if not ended:
                 raise OSError
@@ -170,7 +169,8 @@ class Conversion:
         raise ConfigError(text)
 
     def _try(self) -> dict[str, str]:
-        """Have a child import the plug-in and check its options, before there is a row."""
+        """Have a child import the plug-in and check its options, before a row is read. Return the
+        kind of the result (ready, plug-in or machine) and its text."""
         try:
             (found,) = returned_rows(self._convert(b""))
             return {"kind": str(found["kind"]), "text": str(found.get("text", ""))}
@@ -191,13 +191,14 @@ class Conversion:
 
 
 def count_children(units: int, declared_size: int) -> int:
-    """Return how many processes convert so many units: the declared size plus a quarter, doubled
-    until it is enough. So the number is public, unless there are more units than that.
+    """Return how many processes convert `units` units: the declared size plus a quarter, doubled
+    until there is a process for each unit. If there are no more units than the declared size plus
+    a quarter, the result tells nothing of their number.
 
     >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
     (250, 250, 500)
 
-    With 0 declared, because these are not all records of a site, it is one for each unit."""
+    With declared_size 0 (the rows are not all of a site's) it is one for each unit."""
     children = declared_size + declared_size // 4
     while 0 < children < units:
         children *= 2
@@ -205,7 +206,7 @@ def count_children(units: int, declared_size: int) -> int:
 
 
 class _Pipe:
-    """A pipe whose ends are closed once."""
+    """A pipe, each end of which is closed only once."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
@@ -226,8 +227,8 @@ class _Pipe:
 
 
 def _exchange(writing: int, reading: int, given: bytes) -> bytes | None:
-    """Write the rows and read the result; None if it is too long or late. The caller closes
-    `writing`, so the rows' length goes before them."""
+    """Write the rows and return the result; None if it is too long or comes too late. `writing` is
+    left open, so the length of the rows is written first."""
     os.set_blocking(writing, False)
     rest = memoryview(len(given).to_bytes(8, "big") + given)
     content, deadline = bytearray(), time.monotonic() + SECONDS
@@ -252,7 +253,7 @@ def _exchange(writing: int, reading: int, given: bytes) -> bytes | None:
 
 
 def _line(control: socket.socket) -> bytes:
-    """Read one line byte by byte: what follows it belongs to the next message."""
+    """Read one line byte by byte, since the bytes after it belong to the next message."""
     line = bytearray()
     while not line.endswith(b"\n") and (byte := control.recv(1)):
         line += byte
@@ -261,8 +262,8 @@ def _line(control: socket.socket) -> bytes:
 
 def _environment() -> Mapping[str, str]:
     """Return the environment of the process that forks: the same on every machine, except for
-    the location of Python's packages. PYTHONHASHSEED: sets have one order, so that a unit is
-    always converted alike."""
+    the location of Python's packages. PYTHONHASHSEED makes the order of sets the same in each
+    process, so that a unit is converted alike each time."""
     paths = dict.fromkeys(path for path in sys.path if os.path.isabs(path))
     return {
         "PYTHONPATH": os.pathsep.join(paths),

@@ -1,8 +1,8 @@
 """Fork a child for each unit's conversion; `core/data/conversion.py` starts this process.
 
-It has no network, reads no row, and runs nothing of a plug-in: it finds the plug-in's modules
-and keeps their text, since a child may open no file. On request it forks a child, ends it on
-request or after its time, and reports whether the child succeeded."""
+This process has no network, reads no row, and runs no code of a plug-in. It finds the plug-in's
+modules and keeps their text, since a child may open no file. On request it forks a child. It ends
+the child on request or when its time is over, and reports whether the child succeeded."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ MEMORY = 2**30  # bytes of address space that a child may add
 TEXT = 64 * 2**20  # bytes of the plug-in's modules and what they need
 CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
 PR_SET_PDEATHSIG = 1
-TRUSTED = ("numpy",)  # whose code is trusted here anyway: imported where a plug-in requires it
+TRUSTED = ("numpy",)  # imported here if a plug-in requires it: its code is trusted anyway
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # fmt: off
-# Of the standard library: what a conversion may import.
+# The modules of the standard library that a conversion may import.
 PREPARED = (
     "abc", "array", "ast", "base64", "binascii", "bisect", "bz2", "calendar", "codecs",
     "collections", "collections.abc", "configparser", "contextlib", "copy", "csv", "ctypes",
@@ -59,7 +59,8 @@ PREPARED = (
 
 
 def main() -> None:
-    """Serve over a descriptor: sys.argv has its number and the table, as JSON."""
+    """Serve requests on a socket. sys.argv: the socket's descriptor, and [data.convert] with the
+    limits as JSON."""
     control = socket.socket(fileno=int(sys.argv[1]))
     table = json.loads(sys.argv[2])
     limits = _Limits(table["seconds"], table["cpu_seconds"])
@@ -116,7 +117,8 @@ def _fork_and_wait(
 ) -> bool:
     """Run a child on these pipes to its end, and return whether it succeeded.
 
-    The fork is the system call itself: a library's fork keeps the child's number in its memory."""
+    The system call is made directly, since the C library's fork keeps the child's number in memory,
+    where the child could read it."""
     clone = ctypes.PyDLL(None).syscall
     pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
@@ -147,7 +149,7 @@ def _fork_and_wait(
 
 
 def _child(plugin: _PlugIn, reading: int, writing: int, cpu_seconds: int) -> None:
-    """Run as the child of one unit; does not return."""
+    """Convert one unit's rows as the child, and end the process; never return."""
     code = 1
     try:
         _limit(reading, writing, cpu_seconds)
@@ -165,7 +167,8 @@ def _child(plugin: _PlugIn, reading: int, writing: int, cpu_seconds: int) -> Non
 
 
 def _limit(reading: int, writing: int, cpu_seconds: int) -> None:
-    """Close everything but the two pipes, and bound what this process may use."""
+    """Close every descriptor but the two pipes and 0 to 2, and limit this process's memory, time
+    and files."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     first, second = sorted((reading, writing))
     os.closerange(3, first)
@@ -205,8 +208,8 @@ class _PlugIn:
         self._modules = modules
 
     def convert(self, given: bytes) -> bytes:
-        """Return the converted rows; without bytes, return whether the plug-in accepts its
-        options."""
+        """Return the converted rows, encoded; if `given` is empty, a row that says whether the
+        plug-in accepts its options."""
         sys.meta_path = [BuiltinImporter, FrozenImporter, self._modules]
         if given:
             return returned_bytes(self._build().convert(given_rows(given)))
@@ -233,8 +236,8 @@ class _PlugIn:
 
 
 class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
-    """The modules of a distribution and of those that it requires: found, read and compiled
-    here, and run by a child."""
+    """The modules of a plug-in's distribution and of those that it requires. This process finds,
+    reads and compiles them; only a child runs them."""
 
     def __init__(self, point: metadata.EntryPoint) -> None:
         self._texts, self._packages = dict[str, bytes](), set[str]()
@@ -264,7 +267,7 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
         return self._codes.get(fullname)
 
     def _add(self, top: str) -> None:
-        spec = importlib.util.find_spec(top)  # of a name without a dot: nothing is imported
+        spec = importlib.util.find_spec(top)  # the name has no dot, so nothing is imported
         if spec is None:
             return
         if not spec.submodule_search_locations:
@@ -286,7 +289,7 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
                 f"the plug-in that data.convert names, with what it requires, has more than "
                 f"{TEXT >> 20} MiB of modules"
             )
-        with suppress(SyntaxError, ValueError):  # a template of code; a child says so if it matters
+        with suppress(SyntaxError, ValueError):  # a template of code; a child cannot import it
             self._codes.setdefault(name, compile(text, str(path), "exec", dont_inherit=True))
         self._texts.setdefault(name, text)
         if is_package:
@@ -313,7 +316,7 @@ def _requirements(distribution: metadata.Distribution | None) -> list[str]:
 
 
 def _top_levels(required: set[str]) -> list[str]:
-    """List the modules and packages of distributions."""
+    """Return the top-level modules and packages of the distributions `required`."""
     if not required:
         return []
     named = metadata.packages_distributions().items()

@@ -1,4 +1,4 @@
-"""Tokenised records, and the dataset that training reads."""
+"""Define tokenised records, and the dataset that training reads."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class Passage(NamedTuple):
     """A token sequence and its targets.
 
     input_ids: (L,) int32. target_ids: (L,) int32, the token that position t must predict, or -100
-    without a loss."""
+    if position t has no loss."""
 
     input_ids: Ids
     target_ids: Ids
 
 
 class SoftTargets(NamedTuple):
-    """A teacher's outcomes (P, k) int32 (tokens, or labels) and their log-probabilities (P, k)
-    fp32 at each of a record's P targets; for a label, P = 1."""
+    """A teacher's k outcomes at each of a record's P targets; for a label, P = 1.
+
+    tokens: (P, k) int32, token ids or indices of labels. logp: (P, k) fp32, their
+    log-probabilities."""
 
     tokens: Ids
     logp: npt.NDArray[np.float32]
@@ -41,15 +43,17 @@ class Example:
     """A tokenised record.
 
     - input_ids, target_ids: as for Passage
-    - label: index in objective.labels; 1 or 0 for desirable or not; or -100
-    - unit: in 0..n_units-1
-    - rejected: for a preference pair, the same prompt with the worse completion
-    - media: the record's image or recording, of `tiles` tiles
-    - soft: a teacher's targets
-    - cut: the number of tokens left out, to fit objective.max_length
-    - groups: for a held-out record, its group on each axis that a plan names, -1 if in none
+    - label: index in objective.labels; of a judged completion 1 (desirable) or 0; else -100
+    - unit: the number of the record's unit, in 0..n_units-1
+    - rejected: for a preference pair, the same prompt with the worse completion; else None
+    - media: the record's image, recording or clip, if it has one
+    - tiles: the number of tiles into which the base splits that file; 1 without a file
+    - soft: a teacher's targets, if there is a teacher
+    - cut: the number of tokens left out so that the record fits objective.max_length
+    - groups: for a held-out record, the index of its group on each axis of the plan; -1 if none
 
-    The last target is not an input, since no loss reads its state."""
+    Where tokens are predicted, the last target is not an input: no loss reads the state after it.
+    """
 
     input_ids: Ids
     target_ids: Ids
@@ -70,10 +74,11 @@ class Example:
 
 
 class Failed(NamedTuple):
-    """A rejected row, for the site's own screen.
+    """A rejected row, which only the site's own screen shows.
 
-    file: only its name, which may hold a patient's; row: as a spreadsheet counts (the header is row
-    1), for JSONL the line, for Parquet from 1."""
+    - file: the file's name without its folder; it may hold a patient's name
+    - row: the row as a spreadsheet counts it (the header is row 1), for JSONL the line, for other
+      formats a number from 1; 0 if the whole file is rejected"""
 
     file: str
     row: int
@@ -82,15 +87,17 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Counts:
-    """What happened to a file's rows; only people at the site see it.
+    """Counts of what became of a dataset's rows. Only people at the site see them.
 
-    - filtered: left out by data.filter
+    - rows: all rows
+    - filtered: rows that data.filter left out
     - withheld: rows of patients who did not consent
-    - over_cap: usable, but over their patient's max_records_per_unit
     - duplicates: records with the content of an earlier record, of any patient
-    - excluded: records of units that were left out as a whole
+    - over_cap: usable records over their patient's max_records_per_unit
+    - excluded: records of patients who withdrew or take part elsewhere
+    - failed: the rejected rows
 
-    Guarantee: nothing that leaves the site, and nothing that trains, follows from these."""
+    Guarantee: neither training nor anything that leaves the site depends on these counts."""
 
     rows: int = 0
     filtered: int = 0
@@ -103,16 +110,17 @@ class Counts:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """Examples, with those of a unit together and units in the order of their first record; and the
-    number of rejected records by reason.
+    """A dataset's examples. Those of a unit stand together, and units are in the order of their
+    first record.
 
-    - keys: the key of each unit, as the ledger hashes it
-    - members: what the site's ledger remembers, hashed, of the records that train: keys, contents,
-      and which records belong to whom
-    - trained: the members by which a later reading chooses: patients' keys, and which records
-      belong to whom, of each patient as many as the ledger's reserve holds
-    - content_hash: of all members, in no order
-    - counts: what happened to the rows"""
+    - rejected: the number of rejected rows by reason
+    - keys: the key of each unit, in the form that the ledger hashes
+    - members: byte strings that the site's ledger remembers by their hashes. They identify the
+      patients that train, the records' contents, and which record belongs to which unit
+    - trained: those members by which a later load chooses records: patients' keys, and which
+      record belongs to which unit, for at most load.REMEMBERED records of a unit
+    - content_hash: a hash over all members, in any order
+    - counts: what became of the rows"""
 
     examples: list[Example]
     n_units: int
@@ -129,7 +137,8 @@ class Dataset:
 
     @property
     def share_read(self) -> float:
-        """Return the share of a median record that is read; 1 if there is none."""
+        """Return the share of a record's tokens that is read, as the median over all records; 1
+        without records."""
         shares = [
             len(example.input_ids) / (len(example.input_ids) + example.cut)
             for example in self.examples
@@ -137,7 +146,8 @@ class Dataset:
         return float(np.median(shares)) if shares else 1.0
 
     def exclude_units(self, is_excluded: Callable[[bytes], bool]) -> Dataset:
-        """Return the dataset without the units whose key `is_excluded`; `members` is unchanged."""
+        """Return the dataset without the units for whose key `is_excluded` is true. `members`,
+        `trained` and `counts` stay the same."""
         remaining = [old for old, key in enumerate(self.keys) if not is_excluded(key)]
         new_index = {old: index for index, old in enumerate(remaining)}
         examples = [
@@ -155,7 +165,7 @@ class Dataset:
 
     @cached_property
     def by_unit(self) -> list[list[int]]:
-        """Return the indices of each unit's examples."""
+        """Return, for each unit, the indices of its examples."""
         groups: list[list[int]] = [[] for _ in range(self.n_units)]
         for index, example in enumerate(self.examples):
             groups[example.unit].append(index)

@@ -1,9 +1,9 @@
 """Read rows from files, from a folder of files, or from a database (data/sources).
 
-A bad row gives a reason from a fixed list, never an exception. A bad file gives a DataError to a
-person who can still correct it, but a reason like a row's once a site takes part: no row, and no
-file of a folder, decides whether the others are read. Neither holds content, and no library's
-error is chained, since its message may quote a row.
+For a bad row a reason from a fixed list is yielded; no exception is raised. A bad file raises
+DataError while a person can still correct it. Once a site takes part, a reason is yielded for a bad
+file too, so that no row, and no file of a folder, decides whether the others are read. Reasons and
+errors hold no content, and no library's error is chained, since its message may quote a row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Rejected(Exception):
 
 
 class Place(NamedTuple):
-    """The place of a row. file: only its name; row: as dataset.Failed counts; 0: the whole file."""
+    """The place of a row. file: the file's name without its folder; row: the row's number, as in
+    dataset.Failed; 0 for the whole file."""
 
     file: str
     row: int
@@ -60,15 +61,17 @@ def placed_rows(
     """Yield the place of each row, and the row as a dict or the reason for its rejection, in the
     order of the sorted files.
 
-    strict: raise errors, for a person who can correct the files before they are used. source:
-    the source that reads them; None: chosen by each file's suffix. names: filled with the
-    columns that were met. Errors: DataError for a path that is missing or of another kind; if
-    strict also for a single file that is unreadable, for CSV that is not well-formed, and for a
-    column that `keys` names and no file has. Only `where` is named: a file inside a folder may
-    bear a patient's name.
-    Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
-    well-formed file's; a file that cannot be read is one rejected row. A MemoryError ends the
-    reading: it is not the fault of one row or file, since it depends on what is held of others.
+    - strict: raise errors, for a person who can correct the files before they are used
+    - source: the source that reads the files; None if each file's suffix decides
+    - names: the object to which the names of the files' columns are added
+
+    Errors: DataError for a path that is missing or of another kind; if strict also for a single
+    file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
+    no file has. An error names `where` only, since a file in a folder may bear a patient's name.
+    MemoryError is raised too: it is not the fault of one row or file, since it depends on how much
+    memory others take.
+    Guarantee: if not strict, what is yielded for a row follows from that row alone; of CSV only if
+    the whole file is well-formed. For a file that cannot be read one reason is yielded.
     """
     names = names or Names(where, keys)
     if isinstance(source, Collection):
@@ -102,7 +105,7 @@ def placed_rows(
 def _collect_rows(
     where: Path, source: Collection, names: Names, strict: bool
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the rows of a place that is read as a whole, as placed_rows does."""
+    """Yield the rows of a database, or of a folder that is read as a whole, as placed_rows does."""
     file = ""
     try:
         for number, (file, row) in enumerate(source.collect(where, names), 1):
@@ -124,7 +127,8 @@ def _collect_rows(
 
 
 def _check_row(row: object) -> Row | str:
-    """Return a source's row or its reason; anything else is replaced by a fixed reason."""
+    """Return a source's row, or its reason if it is one of REASONS; for anything else return a
+    fixed reason."""
     if isinstance(row, str):
         if row in REASONS:
             return row

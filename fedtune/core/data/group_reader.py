@@ -1,4 +1,4 @@
-"""Find the plan's groups to which a held-out record belongs, from its own row alone."""
+"""Find the groups of the plan to which a held-out record belongs, from the record's row alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ NO_GROUP = -1
 class GroupReader:
     """Finds a row's groups. It holds only public settings and the names of a site's columns.
 
-    columns: for each axis, the file's column ("": the site names none), the plan's values and,
-    for a column of numbers, its edges.
-    | no column, a missing cell, a value that the plan does not name | NO_GROUP |
+    columns: for each axis, the file's column ("" if the site names none), the plan's values and,
+    for a column of numbers, the edges between its bands.
     """
 
     columns: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
@@ -30,7 +29,8 @@ class GroupReader:
         return {f"evaluation.groups.{column}": column for column, _, _ in self.columns if column}
 
     def __call__(self, row: Row) -> tuple[int, ...]:
-        """Return, for each axis, the index of the row's value among the plan's values."""
+        """Return, for each axis, the index of the row's value among the plan's values; NO_GROUP
+        without a column or a cell, or if the plan does not name the value."""
         return tuple(
             _place(row.get(column) if column else None, values, edges)
             for column, values, edges in self.columns
@@ -41,8 +41,8 @@ NO_GROUPS = GroupReader()
 
 
 def group_reader(file: DataFile, study: Study | None) -> GroupReader:
-    """Build the finder of groups for a site's held-out rows; for any other file there are no
-    groups."""
+    """Return the reader of groups for a site's held-out rows; NO_GROUPS for any other file, or if
+    the plan has no query."""
     table = study.private_evaluation if study else None
     if table is None or not isinstance(file, SiteEvaluation):
         return NO_GROUPS

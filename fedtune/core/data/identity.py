@@ -1,5 +1,5 @@
-"""Compute the identifiers by which the ledger recognises a record across files, datasets and
-formats."""
+"""Compute the identifiers ("members") by which the ledger, which stores them hashed, recognises a
+record across files, datasets and formats."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from fedtune.core.data.tokenize import _texts
 
 def identity_of(record: Record, by_patient: bool) -> set[bytes]:
     """Return the members that identify a record: its whole content; its image or recording; its
-    longest text, if it is long enough to be unique; and, with by_patient, its patient.
+    longest text, if it has at least LONG characters; and, with by_patient, its patient.
 
-    Only the longest text counts: a question or an instruction that many records share identifies
-    none."""
+    Shorter texts do not count, since many records may share a question or an instruction."""
     members = {record_member(record)}
     if record.media:
         members.add(b"media\0" + record.media.digest)
@@ -27,8 +26,8 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
 
 
 def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
-    """Read a site's dataset and return the identifiers of each usable record. patients: include the
-    patient.
+    """Return the identifiers of each usable record of a site's dataset (`identity_of`). patients:
+    whether a record's patient is among them, if a patient column is named.
 
     Errors: DataError, ConfigError, as in `read_records`."""
     by_patient = data.columns.patient is not None
@@ -37,8 +36,8 @@ def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
 
 
 def every_member(data: SiteData) -> set[bytes]:
-    """Return all that a ledger may have remembered of the records which a dataset holds now, for
-    studies per patient and per record, whether or not data.consent leaves them out.
+    """Return every member that a ledger may hold of the records that are in a dataset now, from
+    studies per patient and per record. Records that data.consent leaves out are included.
 
     Errors: as for `identities`."""
     everybody = data.model_copy(update={"consent": None})

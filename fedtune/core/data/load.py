@@ -37,20 +37,23 @@ from fedtune.core.objectives._interface import RecordFormat
 
 log = logging.getLogger("fedtune.data")
 
-LONG = 40  # characters from which a text is taken to be its record's own
+LONG = 40  # characters from which on a text is taken to identify its record
 _PAIR = ("chosen", "rejected")
 
 
 # Records of a unit that a ledger remembers as trained on. With the unit's key they fill the 8 KiB
-# that the room lends for each unit (files/room.py), so that whether they are remembered never
+# of disk that are reserved for each unit (files/room.py), so that whether they are remembered never
 # depends on how much of the disk is free, which may follow from records.
 REMEMBERED = 39
 
 
 class Unit(NamedTuple):
-    """One unit's records: those that train with their examples, which are numbered later; the
-    others with the reasons for their rejection; the number of records over the cap; and which of
-    those that train the ledger remembers as such, at most REMEMBERED of them."""
+    """One unit's records after reading.
+
+    - records, examples: the records that train, and the example of each, whose unit is set later
+    - rejected: the unusable records with the reasons
+    - over_cap: the number of records left out by the cap
+    - remembered: the records that the ledger remembers as trained on, at most REMEMBERED"""
 
     records: list[Record]
     examples: list[Example]
@@ -63,11 +66,16 @@ class Unit(NamedTuple):
 class UnitReader:
     """Turns one unit's records into examples: tokenised, capped, with soft targets.
 
-    It reads one unit at a time and holds public values alone. scored: a head reads the text to its
-    end; max_records: of one unit; None: all; choices: answers that a prompt leaves room for; scan:
-    what a site's [data.scan] makes of a record.
-    Guarantee: which of a unit's records train, and as what, depends on that unit's records and
-    their history alone; a record on which a library fails is rejected, and no other one is."""
+    It reads one unit at a time and holds public values alone.
+
+    - scored: whether a head is trained, which reads the text at its last token
+    - max_records: the cap on one unit's records; None: no cap
+    - choices: answers for which a prompt that is cut must leave room
+    - scan: applies a site's [data.scan] to a record
+
+    Guarantee: which of a unit's records train, and on which tokens, depends on that unit's records
+    and on which of them trained before. If a library fails on a record, only that one is rejected.
+    """
 
     objective: ObjectiveTable
     tokenizer: PreTrainedTokenizerBase
@@ -83,8 +91,8 @@ class UnitReader:
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
-        """Read the records of one unit, in the file's order. is_kept: whether this unit trained
-        on a record before; the cap prefers these, then those of the smallest sha256."""
+        """Read the records of one unit, in the file's order. is_kept: whether the unit trained on a
+        record before. The cap prefers such records, then those with the smallest sha256."""
         rejected: list[tuple[Record, str]] = []
         nameless = [replace(record, unit="", place=None) for record in records]
         made = per_unit(self._examples, (Example, str))(nameless)
@@ -165,8 +173,8 @@ class UnitReader:
 
 
 def _lead(record: Record, placed: Record) -> str:
-    """Return the text that the base's template puts in front of the record's prompt or first user
-    message. placed: the record after the template was applied."""
+    """Return the text that the base's reader put in front of the record's prompt or first user
+    message. placed: the record as the reader returned it (Reader.place)."""
     if record.messages:
         texts = zip(record.messages, placed.messages, strict=True)
         own, text = next((own, text) for (role, own), (_, text) in texts if role == "user")
@@ -178,14 +186,15 @@ def _lead(record: Record, placed: Record) -> str:
 def _beside(
     records: Sequence[Record], made: list[Example | str] | None
 ) -> list[tuple[Record, Example | str]]:
-    """Pair each record with its conversion's result; records of an empty unit with the reason."""
+    """Pair each record with its example, or the reason why it has none. made: None if the
+    conversion of the whole unit failed."""
     return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
 
 
 def _select_passed(
     outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
 ) -> list[tuple[Record, Example]]:
-    """Select the usable examples; append the others to `rejected` with their reasons."""
+    """Return the records with examples; append the others to `rejected` with their reasons."""
     rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
     return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
@@ -193,8 +202,8 @@ def _select_passed(
 def _cap_records(
     usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
 ) -> list[tuple[Record, Example]]:
-    """Select at most `limit` of one unit's records, in order: those trained on before, then
-    those of the smallest sha256."""
+    """Return at most `limit` of one unit's records, in their order. Those trained on before are
+    chosen first, then those with the smallest sha256."""
     order = sorted(
         (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
         for index, (record, _) in enumerate(usable)
@@ -214,15 +223,19 @@ def load_dataset(
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
     reader: Reader | None = None,
 ) -> Dataset:
-    """Read, tokenise and cap a dataset. reader: how the base reads records, if it reads more
-    than text (modalities). labelled=False admits records that have nothing to predict.
+    """Read, tokenise and cap a dataset.
 
-    exclude_unit: patients to leave out; is_known_member: test for members of earlier loads of
-    the same dataset; strict: raise errors, for a person who can correct the files; soft_targets:
-    a teacher's targets for one record. [public], [selection] and [evaluation] of a study hold no
-    private records: their unit is the record. A site's own held-out records are private, and
-    their unit is the study's. Errors: DataError for a path or a format that cannot be used; if
-    strict, also as in `rows`, and if fewer than two units are left.
+    - labelled: False also admits records that have nothing to predict
+    - exclude_unit: whether to leave out the patient with this key
+    - is_known_member: whether an earlier load of the dataset had this member
+    - strict: raise errors, for a person who can correct the files
+    - soft_targets: computes a teacher's targets for one record
+    - reader: how the base reads records, if it reads more than text (modalities)
+
+    A site's records, held-out ones included, have the study's unit. [public], [selection] and
+    [evaluation] of a study hold no private records, and their unit is the record.
+    Errors: DataError for a path or columns that cannot be used; if strict, also as in `files.rows`,
+    and if no record is usable, or all of a site's labelled records are one unit's.
     Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its
     own history alone (UnitReader): adding or removing a unit changes nothing of the others."""
     table = table_of(file)
@@ -270,7 +283,7 @@ def load_dataset(
 
 
 def _counts(read: Read, units: Sequence[Unit]) -> Counts:
-    """Count what happened to the rows of a file. `units`: those that were not left out."""
+    """Count what became of the rows of a file. units: all that `exclude_unit` did not leave out."""
     rejected = [(record.place, reason) for unit in units for record, reason in unit.rejected]
     over_cap = sum(unit.over_cap for unit in units)
     here = sum(len(unit.records) for unit in units) + len(rejected) + over_cap
@@ -297,9 +310,9 @@ def check_columns(
     labelled: bool = True,
     reader: Reader | None = None,
 ) -> RecordFormat:
-    """Check that the file's columns fit the study, and return their format; reads no file.
+    """Check that the file's columns fit the study, and return the records' format. No file is read.
 
-    Evaluation records of a study on preference pairs or judgements are pairs. Errors: DataError."""
+    In a study on judgements the evaluation records are preference pairs. Errors: DataError."""
     table = table_of(file)
     columns, objective = file.columns, study.objective
     at = f"{table}.columns"
@@ -371,15 +384,16 @@ def _row_member(key: str) -> bytes:
 
 
 def _trained_member(record: Record) -> bytes:
-    """Return the member "this unit trains on this record"; it differs between units."""
+    """Return the member that says "this unit trains on this record". It holds the unit's hash, so
+    equal records of two units have two members."""
     unit_hash = hashlib.sha256(unit_member(record.unit)).digest()
     return b"kept\0" + unit_hash + content_of(record)
 
 
 def _members(records: list[Record]) -> frozenset[bytes]:
-    """Return each record's members whatever its unit: the record, its file and its longer texts.
-    `fedtune doctor` compares datasets by them even if a text or file is in another column or
-    format."""
+    """Return the records' members that do not depend on the unit: each record, its file and its
+    longer texts. By these `fedtune doctor` finds common records of two datasets, even if a text or
+    file is in another column or format."""
     members = set()
     for record in records:
         members.add(record_member(record))
@@ -390,5 +404,5 @@ def _members(records: list[Record]) -> frozenset[bytes]:
 
 
 def text_members(record: Record) -> set[bytes]:
-    """Return the record's longer texts, as members that the ledger hashes."""
+    """Return the record's texts of at least LONG characters, in the form that the ledger hashes."""
     return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}

@@ -1,9 +1,8 @@
-"""Read and check the image, audio and video files that records name, once each; they are known by
-their digest.
+"""Read and check the image, audio and video files that records name, each once.
 
 A path is relative to the data file's folder and must lie inside it once every link is followed.
-A file that cannot be used gives a reason from a fixed list, like a row; neither its name nor its
-content is shown."""
+A record whose file cannot be used is rejected for a reason from a fixed list; neither the file's
+name nor its content is shown."""
 
 from __future__ import annotations
 
@@ -35,9 +34,9 @@ PIXELS = 40_000_000  # of one image, from its header, before any is decoded
 # The longer side by the shorter: an image processor that scales the shorter side to a fixed length
 # would turn a line of pixels into an image of any size.
 ASPECT = 20
-# Of one JPEG: a few bytes of a scan go over all pixels. It is libtiff's own bound. The pairs of
-# bytes that begin a scan are counted wherever they stand in the file: libjpeg finds scans also
-# where a reader of segments would not look.
+# Of one JPEG, as in libtiff: a scan of a few bytes may go over all pixels. The pairs of bytes that
+# begin a scan are counted wherever they stand in the file, because libjpeg also finds scans where a
+# reader of segments would not look.
 SCANS = 100
 SCAN = b"\xff\xda"
 SECONDS = 30.0  # of one recording
@@ -49,8 +48,7 @@ EXTRA = "pip install 'fedtune[media]'"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Media:
-    """An image, audio or video file. body: the bytes of the file, which can be decoded. digest:
-    sha256 of body."""
+    """An image, audio or video file that can be decoded. body: its bytes; digest: their sha256."""
 
     kind: Kind
     body: bytes
@@ -64,8 +62,8 @@ class Folder:
         self._root, self._cache = root.resolve(), dict[tuple[Path, str], Media | str]()
 
     def read(self, name: str, kind: Kind) -> Media:
-        """Read and check one file. Errors: Rejected; ConfigError if the extra that decodes it is
-        not installed."""
+        """Return the file of this name, read and checked. Errors: Rejected; ConfigError if the
+        extra that decodes it is not installed."""
         path = self._inside(name)
         if (path, kind) not in self._cache:
             try:
@@ -90,8 +88,8 @@ class Folder:
 
 
 def import_decoders(kind: Kind) -> None:
-    """Import everything that decodes files of a kind before the first is read: reads from disk
-    show which modules a process imports, and that must not depend on a record."""
+    """Import everything that decodes files of a kind, before the first file is read. Which modules
+    a process imports can be seen by its reads from disk, and must not depend on a record."""
     with suppress(ImportError, OSError):  # where one is not installed, its files are rejected
         if kind != "audio":
             from PIL import Image, ImageOps  # noqa: F401
@@ -125,7 +123,7 @@ def load(path: Path, kind: Kind) -> Media:
 
 
 def picture(media: Media) -> Image:
-    """Decode the image, RGB. Errors: Rejected; ConfigError without Pillow."""
+    """Decode the image: upright, in RGB. Errors: Rejected; ConfigError without Pillow."""
     try:
         from PIL import Image
     except ImportError:
@@ -150,8 +148,8 @@ def picture(media: Media) -> Image:
 
 
 def clip(media: Media) -> list[Image]:
-    """Decode the frames of the clip that are read, in order, RGB. Errors: Rejected; ConfigError
-    without PyAV."""
+    """Return the sampled frames of the clip (video.FRAMES), in order, in RGB. Errors: Rejected;
+    ConfigError without PyAV."""
     frames = decode_frames(media.body)
     if any(_is_narrow(frame) for frame in frames):
         raise Rejected("video too narrow")
@@ -186,7 +184,8 @@ def _turn_upright(image: Image) -> Image:
 
 
 def _eight_bits(image: Any) -> Image:
-    """Scale to 8 bits, from the image's own darkest to its own brightest pixel."""
+    """Return the image in 8 bits, scaled from its own darkest to its own brightest pixel. Errors:
+    Rejected if a pixel is not finite."""
     from PIL import Image
 
     values = np.asarray(image, dtype=np.float64)
@@ -197,8 +196,8 @@ def _eight_bits(image: Any) -> Image:
 
 
 def decode_sound(media: Media, rate: int | None = None) -> Samples:
-    """Decode the recording to one channel in ±1, (samples,), at `rate` per second if given, else at
-    its own rate.
+    """Return the recording's samples, (samples,) fp32 in ±1, in one channel. rate: samples per
+    second to which they are converted; None: the recording's own rate.
 
     Errors: Rejected."""
     samples, file_rate = _waveform(media.body)
@@ -215,8 +214,8 @@ def decode_sound(media: Media, rate: int | None = None) -> Samples:
 
 
 def _waveform(body: bytes) -> tuple[Samples, int]:
-    """Decode PCM WAV with the standard library; other formats with soundfile, if it is
-    installed."""
+    """Return a recording's samples in one channel, and their rate. PCM WAV is decoded by the
+    standard library, other formats by soundfile, if it is installed. Errors: Rejected."""
     try:
         with wave.open(io.BytesIO(body)) as file:
             width = file.getsampwidth()
@@ -247,7 +246,8 @@ def _waveform(body: bytes) -> tuple[Samples, int]:
 
 
 def _pcm(raw: bytes, width: int, channels: int) -> Samples:
-    """Decode whole frames of little-endian PCM, averaged over channels."""
+    """Decode little-endian PCM to samples in ±1, averaged over channels; an incomplete frame at the
+    end is left out."""
     raw = raw[: len(raw) - len(raw) % (width * channels)]
     if width == 1:
         values = np.frombuffer(raw, np.uint8).astype(np.float32) - np.float32(128)

@@ -1,4 +1,4 @@
-"""Convert one unit's rows to what it trains on; every such conversion passes through `per_unit`.
+"""Convert one unit's rows to examples. Every step of this passes through `per_unit`.
 
 fedtune's own code, which is small for each format, splits the rows of a file or table into
 units. What then happens to a unit's rows (a plug-in's conversion, records, scans, templates,
@@ -22,16 +22,17 @@ def per_unit(
 ) -> Callable[[Sequence[R]], list[V] | None]:
     """Wrap a conversion so that it gets the rows of one unit and nothing else.
 
-    convert: takes a list of one unit's rows, and holds only public settings; a frozen dataclass
-    or a function of this release, or a Conversion, which runs a plug-in's conversion in a
-    separate process. kinds: the types in the list that it returns. None: the unit is empty.
+    convert: takes a list of one unit's rows, and holds only public settings. It is a frozen
+    dataclass or a function of this release, or a Conversion, which runs a plug-in's conversion in
+    a separate process. kinds: the types of the values in the list that it returns.
+    Returns: a function of one unit's rows that returns that list, or None if the unit is left out.
 
     Guarantee: the result for a unit depends only on its rows and public settings. `convert` learns
-    neither whose rows they are, nor which unit it is, nor how many there are; whatever is wrong
-    with what it does or returns concerns this unit alone.
-    | an exception, a panic of a library's, other types | None                                    |
-    | MemoryError | raised: others' rows decide when it comes; the reader leaves out the record   |
-    | ConfigError | raised: what a record needs is not installed, which no row decides            |
+    neither whose rows they are, nor which unit it is, nor how many units there are. If it fails, or
+    returns values of other types, this unit alone is left out.
+    | `convert` raises, a library panics, other types | None is returned                          |
+    | MemoryError | raised, since memory that other units take decides when it occurs              |
+    | ConfigError | raised, since a package is missing, on which no row has an influence           |
     """
 
     def of_unit(rows: Sequence[R]) -> list[V] | None:

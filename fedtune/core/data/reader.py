@@ -1,4 +1,4 @@
-"""Interface with which a base reads a record that has an image, audio or video file."""
+"""The interface by which a base reads a record with an image, audio or video file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 class Reader(Protocol):
     """One base's way of reading records.
 
-    column: the column that [data].columns must name besides the text; starts: whether the text
-    begins with the place-holders, so that the tokenizer adds no start tokens; avoid: token ids
-    that no other text may hold.
+    - column: the column that [data].columns must name besides the text; None if there is none
+    - starts: whether `place` puts the base's start tokens before the text, so that the tokenizer
+      adds none
+    - avoid: token ids that no text may hold except as place-holders
     """
 
     starts: bool
@@ -28,17 +29,16 @@ class Reader(Protocol):
     def column(self) -> Kind | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
-        """Return the record with place-holders in its text, and its number of tiles (1 if a base
-        has none).
-        Errors: Rejected."""
+        """Return the record with place-holders for its file in its text, and the number of its
+        tiles (1 if a base splits no file). Errors: Rejected."""
 
     def check(self, ids: list[int], tiles: int) -> None:
         """Check token ids. Errors: Rejected unless `ids` hold the place-holders of exactly this
         many tiles."""
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Compute the tower's input, fp32, (tiles, ...), from this file alone."""
+        """Compute the input of the base's tower from this file alone: fp32, (tiles, …)."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a file of noise, with as many tiles as `like`, for checks that must not read a
-        real file. Return None if this base reads text alone."""
+        """Generate a file of noise, with as many tiles as `like` if given, for checks that must not
+        read a real file. Return None if this base reads text alone."""

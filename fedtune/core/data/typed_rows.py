@@ -1,7 +1,7 @@
-"""Encode rows as bytes of a bounded length and of plain types, between a vault and a conversion.
+"""Encode rows as JSON of bounded length, for the pipe between a vault and a converter's process.
 
-The encoding is JSON, not pickle, so that whatever a conversion sends is data. Bytes go to a
-conversion as {"$bytes": base64}; a conversion returns none."""
+JSON is used and not pickle, since decoding it runs no code of that process. The vault sends a value
+of bytes as {"$bytes": base64}; the process may not return bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fedtune.core.data.sources._interface import Row
 
 BYTES = 16 * 2**20  # of the rows that a conversion returns
 GIVEN_BYTES = 128 * 2**20  # of the rows that it is given
-VALUES = 2**20  # at most so many values, by their separators: each takes up to a hundred bytes
+VALUES = 2**20  # at most, counted by separators: a decoded value takes up to a hundred bytes
 SEPARATORS = (b",", b"[", b"{", b":")
 MARK = "$bytes"
 
 
 def given_bytes(rows: Sequence[Row]) -> bytes:
-    """Encode one unit's rows for its conversion; values of other types become texts. Errors:
-    ValueError if they are too long."""
+    """Encode one unit's rows for its conversion; a value that JSON does not have becomes a text.
+    Errors: ValueError if the rows are longer than GIVEN_BYTES."""
     written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
     content = written.encode("utf-8", "surrogatepass")
     if len(content) > GIVEN_BYTES:
@@ -49,8 +49,8 @@ def returned_bytes(rows: object) -> bytes:
 def returned_rows(content: bytes) -> list[Row]:
     """Decode the rows that a conversion returned; the bytes are not trusted.
 
-    Errors: ValueError if they are not a list of dicts by column of plain, finite values, or are too
-    many."""
+    Errors: ValueError unless they are a list of dicts with plain, finite values by column, of at
+    most BYTES bytes and VALUES values."""
     if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:
         raise ValueError("too long")
     try:

@@ -1,4 +1,5 @@
-"""Raise errors for a dataset with too little left to train on, for a person who can correct it."""
+"""Make the errors for a dataset of which too little is left to train on, for a person who can
+correct it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Decode a few frames of a clip, evenly spaced in time, with PyAV (FFmpeg's libraries).
 
-The bytes of one file are read, with a demuxer that its first bytes choose from a short list, by
-decoders from a short list, in one thread: no other file, address or protocol is opened."""
+The file's first bytes choose the demuxer, from a short list; the decoders are from a short list
+too, and run in one thread. No other file, address or protocol is opened."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ BORDER = 192  # pixels that FFmpeg may want in width and height beside what a he
 EXTRA = "pip install 'fedtune[video]'"
 
 UNREADABLE, LARGE, LONG = "unreadable video", "video too large", "video too long"
-_STRICT = {"err_detect": "explode"}  # an error that a decoder would conceal is one
+_STRICT = {"err_detect": "explode"}  # an error that a decoder would conceal counts
 _OPTIONS = {
     **_STRICT,
     "max_pixels": str(2 * PIXELS),
     "codec_whitelist": DECODERS,
-    "ignore_editlist": "1",  # of a list of cuts, FFmpeg's index may grow without a byte of the file
+    "ignore_editlist": "1",  # by an edit list FFmpeg's index may outgrow the file
     "max_streams": str(STREAMS),
     "protocol_whitelist": "none",
     "threads": "1",
 }
-# A table of these says how many samples follow, of which each may take no byte of the file, and
-# FFmpeg makes memory for each. The number's place after the box's name.
+# These tables state a number of samples. A sample may take no byte of the file, but FFmpeg makes
+# memory for each. By table, the offset of the number after the box's name.
 _COUNTED = {b"stsz": 8, b"stz2": 8}
 # Where a NAL unit begins, and its first byte.
 _UNIT = re.compile(rb"\x00\x00\x01(?=(.))", re.DOTALL)
-# A file in fragments has such tables also where its index leads to, in the midst of its frames.
+# Boxes of a file in fragments, which may have such tables in the midst of its frames too.
 _FRAGMENTS = (b"moof", b"mvex", b"trex", b"sidx", b"mfra", b"tfra")
 
 
@@ -57,8 +57,8 @@ def import_pyav() -> Any:
 
 
 def decode_frames(body: bytes) -> list[Image]:
-    """Decode the FRAMES frames that are shown in the middle of as many equal parts of the clip, in
-    order, RGB; a frame that is shown for long is there several times.
+    """Divide the clip into FRAMES equal parts, and return the frame that is shown in the middle of
+    each, in order, in RGB. A frame that is shown for long may be returned several times.
 
     Errors: Rejected; ConfigError without PyAV."""
     av = import_pyav()
@@ -71,14 +71,15 @@ def decode_frames(body: bytes) -> list[Image]:
 
 
 def _sampled(av: Any, body: bytes) -> list[Any]:
-    """Decode the frames that are shown at the sampled times, which packets' times give."""
+    """Decode the frames that are shown at the sampled times. The packets' times give the clip's
+    beginning and end. Errors: Rejected."""
     times, pixels = [], 0
     with _opened(av, body) as (container, stream):
         for packet in _first(container.demux(stream)):
             if packet.size:
                 times.append(packet.pts)
                 pixels += _count_frames(stream, packet) * _largest_coded(stream)
-                if pixels > DECODED:  # asked before any is decoded: some are never shown
+                if pixels > DECODED:  # before any is decoded, as some are never shown
                     raise Rejected(LONG)
     first, span = min(times), max(times) - min(times)
     sampled = [first + (2 * part + 1) * span // (2 * FRAMES) for part in range(FRAMES)]
@@ -99,9 +100,10 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
 
 
 def _count_frames(stream: Any, packet: Any) -> int:
-    """Count a packet's coded frames: 1; for VP9 what its last byte says of a superframe (VP9
-    bitstream and decoding process specification 0.6, annex B); as many as its slices or scans are
-    worth, since FFmpeg reads any number of them, and of H.264 fields. Errors: Rejected."""
+    """Count a packet's coded frames. For VP9 the last byte tells how many a superframe has (VP9
+    bitstream and decoding process specification 0.6, annex B). For H.264, HEVC and MJPEG, PIECES
+    slices or scans count as one frame, since FFmpeg reads any number of them. Any other packet is
+    one frame. Errors: Rejected."""
     codec, body = stream.codec_context.name, bytes(packet)
     if codec == "vp9":
         return 1 + (body[-1] & 7) if body[-1] & 0xE0 == 0xC0 else 1
@@ -113,14 +115,13 @@ def _count_frames(stream: Any, packet: Any) -> int:
 
 
 def _with_start_codes(stream: Any, packet: Any, body: bytes) -> bytes:
-    """Return a packet with a start code before each NAL unit; FFmpeg looks for these also where
-    units have lengths. Errors: Rejected for lengths that are not of four bytes each, or do not add
-    up to the packet, and for a packet that FFmpeg takes for another record of the configuration."""
-    said, is_h264 = (
-        bytes(stream.codec_context.extradata or b""),
-        stream.codec_context.name == "h264",
-    )
-    # As FFmpeg tells a record of the decoder's configuration: without one, start codes alone.
+    """Return a packet with a start code before each NAL unit, also if the file gives units' lengths
+    instead: FFmpeg looks for start codes in either case. Errors: Rejected if a length has not four
+    bytes, if the lengths do not add up to the packet, or if FFmpeg would take the packet for a new
+    record of the decoder's configuration."""
+    said = bytes(stream.codec_context.extradata or b"")
+    is_h264 = stream.codec_context.name == "h264"
+    # FFmpeg's own test for a record of the configuration. Without one there are start codes alone.
     if said[:1] != b"\1" if is_h264 else said[:3] <= b"\0\0\1":
         return body
     size = said[4 if is_h264 else 21]
@@ -136,8 +137,8 @@ def _with_start_codes(stream: Any, packet: Any, body: bytes) -> bytes:
 
 
 def _largest_coded(stream: Any) -> int:
-    """Count the pixels that a coded frame may have by the file's header, whatever it says of
-    itself; the decoder refuses more."""
+    """Return how many pixels a coded frame may have by the file's header. The decoder refuses a
+    frame with more, whatever the frame's own header says."""
     return int((stream.width + BORDER) * (stream.height + BORDER))
 
 
@@ -151,7 +152,8 @@ def _first(items: Iterator[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
-    """Open the first video stream of a clip, and no other file that it may name."""
+    """Open a clip, and yield its container and its first video stream. No other file is opened that
+    the clip may name. Errors: Rejected."""
 
     def refuse(*_: Any) -> None:
         raise PermissionError
@@ -171,7 +173,7 @@ def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
 
 
 def _demuxer(body: bytes) -> str:
-    """Name FFmpeg's demuxer of a file that begins like this. Errors: Rejected."""
+    """Return the name of FFmpeg's demuxer for a file, by its first bytes. Errors: Rejected."""
     if body[4:8] == b"ftyp":
         _check_tables(body)
         return "mov"
@@ -183,8 +185,8 @@ def _demuxer(body: bytes) -> str:
 
 
 def _check_tables(body: bytes) -> None:
-    """Check the tables of an MP4 file, wherever they stand outside its frames. Errors: Rejected if
-    one is compressed or states more than PACKETS entries, or if the file is in fragments."""
+    """Check the tables of an MP4 file in every box outside its frames' data. Errors: Rejected if a
+    table is compressed or states more than PACKETS entries, or if the file is in fragments."""
     at = 0
     while at + 8 <= len(body):
         size, name, header = int.from_bytes(body[at : at + 4]), body[at + 4 : at + 8], 8
@@ -211,6 +213,6 @@ def _check_counts(box: bytes) -> None:
 
 
 def _picture(frame: Any) -> Image:
-    """Convert a frame to RGB, upright."""
+    """Return a frame as an upright image in RGB."""
     image: Image = frame.to_image(threads=1)
     return image.rotate(frame.rotation, expand=True) if frame.rotation % 90 == 0 else image

@@ -45,7 +45,7 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
     Guarantee: never below the true ε of the composed mechanisms (the PLD estimate is pessimistic,
     whatever the grid). The grid is 10⁻⁴ where that is affordable, else a power of two times it.
     | no events    | 0.0 |
-    | q = 1        | a plain Gaussian with σ/k; where all steps are, they are one: no grid, exact |
+    | q = 1        | a Gaussian with σ/k; if all steps have q = 1, one Gaussian: exact, no grid |
     | k = 1, q < 1 | the Poisson-sampled Gaussian |
     | k > 1, q < 1 | the mixture of Gaussians: sensitivity Binomial(k, q) |
     Errors: ValueError on anything but a `Steps` with 0 < σ < ∞, 0 < q ≤ 1, whole steps ≥ 0 and
@@ -60,8 +60,9 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
 
 
 def at_least(event: Steps, delta: float) -> float:
-    """Lower bound on ε without a PLD: a threshold test on the sum of all steps that distinguishes
-    the data with one unit from those without it (Chebyshev with it, the normal tail without)."""
+    """Return a lower bound on ε without a PLD: that of a threshold test on the sum of all steps,
+    which tells the data with one unit from the data without it. (Its hit rate is bounded by
+    Chebyshev's inequality, its false alarms by the normal tail.)"""
     sigma, rate, steps, k = event
     deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
     mean, spread = k * steps * rate, math.sqrt(steps) * deviation
@@ -77,7 +78,8 @@ def calibrate(
 ) -> float:
     """Find the smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
 
-    Guarantee: computed with the accountant that reports, and checked after rounding."""
+    Guarantee: the accountant that reports use computes ε for the rounded σ.
+    Errors: ConfigError if no σ up to MOST thousandths suffices."""
 
     def is_enough(thousandths: int) -> bool:
         return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
@@ -119,8 +121,8 @@ def affordable_steps(
 
 
 def _shift(target: float, delta: float) -> float:
-    """Estimate how many standard deviations a sum may move under ε = target: where a search starts,
-    since ε is expensive to compute far below the right noise."""
+    """Estimate how many standard deviations a sum may move under ε = target. A search starts at
+    this estimate, since ε is expensive to compute far below the right noise."""
     z = math.sqrt(-2 * math.log(delta))
     return 2 * target / (z + math.sqrt(z * z + 2 * target))
 
@@ -215,7 +217,7 @@ def _gaussian(mu: float, delta: float) -> float:
 
     if above(0.0) <= 0:
         return 0.0
-    # No more than by zero-concentrated DP (Bun & Steinke 2016, proposition 1.3).
+    # An upper bound on ε by zero-concentrated DP (Bun & Steinke 2016, proposition 1.3).
     most = mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))
     return float(brentq(above, 0.0, most, xtol=1e-12, rtol=1e-13)) * (1 + 1e-9) + 1e-9
 
@@ -240,7 +242,8 @@ def _compose_distributions(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribu
 def _one_step(
     sigma: float, rate: float, records: int, interval: float
 ) -> pld.PrivacyLossDistribution:
-    """Return PoissonSampledDpEvent(q, Gaussian(σ)), or MixtureOfGaussiansDpEvent for k > 1."""
+    """Return the loss distribution of one step: a Poisson-sampled Gaussian, or for k > 1 a mixture
+    of Gaussians."""
     if records == 1:
         return pld.from_gaussian_mechanism(
             sigma, sampling_prob=rate, value_discretization_interval=interval
@@ -252,8 +255,8 @@ def _one_step(
 
 
 def _interval(event: Steps) -> float:
-    """Return the grid of privacy losses: 10⁻⁴ · 2ⁿ with the smallest n that keeps the points
-    few."""
+    """Return the spacing of the grid of privacy losses: 10⁻⁴, doubled until it has at most _POINTS
+    points (a mixture: _MIXTURE_POINTS)."""
     sigma, rate, _, records = event
     if rate == 1:
         mu = _mu(event)
@@ -266,8 +269,8 @@ def _interval(event: Steps) -> float:
 
 
 def _mixture_span(sigma: float, rate: float, records: int) -> float:
-    """Estimate how far apart the privacy losses of one mixture step are: the largest that is not
-    cut off with the tail, log Σ p_j exp((j·x − j²/2)/σ²) at the largest output x, less the least,
+    """Estimate the range of one mixture step's privacy losses. The largest that is not cut off with
+    the tail is log Σ p_j exp((j·x − j²/2)/σ²) at the largest output x; the least is
     k · log(1 − q)."""
     rows = np.arange(records + 1)
     most = int(np.argmax(binom.sf(rows, records, rate) < 1e-22))

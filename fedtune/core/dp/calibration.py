@@ -28,8 +28,8 @@ def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibr
     """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
     exceeded. most: the limit up to which affordable steps are counted.
 
-    Errors: ConfigError if the study is not private, nothing fits the budget, or more than `most`
-    steps do."""
+    Errors: ConfigError if the study is not private, not even one round fits the budget, or more
+    than `most` steps fit it."""
     privacy = study.privacy
     if isinstance(privacy, str):
         raise ConfigError('privacy = "off" has no ε', "a [privacy] table")

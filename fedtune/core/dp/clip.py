@@ -35,7 +35,7 @@ class Chunk:
     parts: Sequence[torch.Tensor]
 
     def flat(self) -> torch.Tensor:
-        """Concatenate the parts to (rows, d), a copy."""
+        """Return the parts concatenated to a new tensor (rows, d)."""
         import torch
 
         return torch.cat([part.flatten(1) for part in self.parts], dim=1)
@@ -52,8 +52,8 @@ def grid_for(noise_std: float) -> float:
 
 
 def sensitivity(max_grad_norm: float, dimension: int, grid: float) -> float:
-    """Bound how far adding or removing one row moves the integer sum in the L2 norm, in the units
-    of the gradient: C, and what rounding `dimension` coordinates to the grid adds.
+    """Return a bound on how far adding or removing one row moves the integer sum in the L2 norm, in
+    gradient units: C, plus the most that rounding `dimension` coordinates to the grid adds.
 
     Reference: Dwork & Roth 2014, definition 3.8."""
     return max_grad_norm + math.sqrt(dimension) * grid / 2
@@ -65,13 +65,13 @@ def scales(
     mode: Mode = "flat",
     gamma: float = 0.01,
 ) -> torch.Tensor:
-    """Compute each row's clipping factor: multiplied by it, the row's L2 norm over all `parts` is
-    at most `max_grad_norm`; fp64 (rows,).
+    """Compute each row's clipping factor, fp64 (rows,). A row times its factor has an L2 norm over
+    all `parts` of at most `max_grad_norm`.
 
     flat: min(1, C/‖g‖) (Abadi et al. 2016, algorithm 1);
     normalised: C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
-    Guarantee: every scaled row has norm ≤ C measured in fp64, whatever the input. A norm in fp32
-    over millions of numbers would be 4·10⁻⁵ off, and the bound with it.
+    Guarantee: every scaled row has norm ≤ C measured in fp64, whatever the input. A norm that is
+    summed in fp32 over millions of numbers would be 4·10⁻⁵ off, and so would the bound.
     | non-finite row          | 0: such a unit contributes nothing |
     | norm overflows fp64     | 0 |
     """
@@ -91,8 +91,8 @@ def scales(
 
 
 def _norms(block: torch.Tensor) -> torch.Tensor:
-    """Compute each row's L2 norm, (rows,). On a GPU one row at a time: there the order in which a
-    reduction adds up follows from the number of rows, and a row's norm would too."""
+    """Compute each row's L2 norm, (rows,). On a GPU each row is computed alone: there the order of
+    a sum depends on the number of rows, and so would the last bits of a row's norm."""
     import torch
 
     if block.device.type != "cpu":
@@ -104,7 +104,8 @@ def _norms(block: torch.Tensor) -> torch.Tensor:
 def clip(
     gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
 ) -> torch.Tensor:
-    """Scale each row of `gradients` (units, d) by its factor of `scales`; fp64, a copy."""
+    """Return an fp64 copy of `gradients` (units, d), each row clipped to max_grad_norm by
+    `scales`."""
     import torch
 
     scale = scales([gradients], max_grad_norm, mode, gamma)
@@ -142,8 +143,8 @@ def add_clipped(
 
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Yield fp64 copies of a few columns at a time, all rows, with their first and last index in
-    (d,)."""
+    """Yield fp64 copies of all rows, a few columns at a time, with the index in (d,) of the first
+    column and of the one after the last."""
     import torch
 
     start = 0

@@ -1,10 +1,9 @@
 """Bound ε of adaptively chosen studies with privacy filters.
 
-Steps that take every unit (q = 1) are Gaussian mechanisms, and a filter that adds up the squares
-of their shifts k/σ costs no more than had all been planned at once (Smith & Thakurta 2022):
-however the next step is chosen from earlier results, the rest of the budget is that of the same
-Gaussian. Sampled steps have no such filter; beside them all steps are bounded by their Rényi
-divergence.
+Steps that take every unit (q = 1) are Gaussian mechanisms. A filter that adds up the squares of
+their shifts k/σ costs no more than if all steps had been planned at once, however each step is
+chosen from earlier results (Smith & Thakurta 2022). Sampled steps have no such filter. If a sampled
+step is among them, all steps are bounded by their Rényi divergence.
 
 Why one order, and why before any result: a filter adds up ρ_i(α), where event i may have been
 chosen because of earlier outputs, and the sum is a bound only if α is a constant of the proof. The
@@ -34,7 +33,7 @@ from scipy.stats import binom  # type: ignore[import-untyped]
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps, merge_events
 
-# Fine where ε is large (small orders), wide where it is small.
+# Small orders, which suit a large ε, are close together; large orders are further apart.
 ORDERS = (
     *(1 + n / 20 for n in range(2, 60)),
     *(4 + n / 4 for n in range(32)),
@@ -48,11 +47,11 @@ _MOST_TERMS = 2**22  # of an integral, which is computed (0.1 s); a larger one i
 def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
     """Choose the order of `ORDERS` at which the planned `events` fit most often within `epsilon`.
 
-    That number is the budget over the plan's cost, ρ(ε, α)/ρ_plan(α). Call it once per dataset,
-    before any result is released, and store the order.
+    At order α the events fit ρ(ε, α)/ρ_plan(α) times: the budget over the plan's cost. Call this
+    once per dataset, before any result is released, and store the order.
     | no events | the order that allows the most ρ per unit of order: best for large σ, q = 1 |
     | `epsilon` so small that no order leaves a budget | the order at which the events have the
-    least ε: the Rényi filter then admits nothing, and what is composed exactly still may |
+    least ε; the Rényi filter then admits nothing, but `total_epsilon` may admit exact cases |
     Errors: ValueError when epsilon or delta is out of range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
@@ -68,11 +67,14 @@ def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
 def rdp(events: Iterable[Steps], order: float) -> float:
     """Add up the Rényi divergence of all events under add-or-remove-one, Σ ρ_i(order), in nats.
 
+    k: the most records of one unit in a step.
+
     | q = 1 | order · steps · (k/σ)² / 2 |
-    | q < 1 | of N(0, σ²) and Σ_j Binomial(k, q)(j) · N(j, σ²), the larger of both directions |
-    | q < 1, σ so far below k that the integral is long | that of q = 1, which is no less |
-    Guarantee: never below the true divergence (rounded up by 10⁻¹² per step, far above the error
-    of the integral). The pair dominates the mechanism, so its divergence does too.
+    | q < 1 | between N(0, σ²) and Σ_j Binomial(k, q)(j) · N(j, σ²): the larger of both directions |
+    | q < 1, σ so far below k that the integral takes too long | as for q = 1, an upper bound |
+    Guarantee: never below the true divergence. With q < 1 each integral is rounded up by
+    10⁻¹²/(order − 1), far above its error. These two distributions dominate the mechanism, so their
+    divergence is at least the mechanism's.
     Errors: ValueError on an impossible event or an order ≤ 1.
     Reference: Mironov, Talwar & Zhang 2019 (k = 1); Choquette-Choo et al. 2024, corollary 4.7 (the
     dominating pair); Zhu, Dong & Wang 2022 (domination carries over to Rényi)."""
@@ -87,9 +89,9 @@ def rdp(events: Iterable[Steps], order: float) -> float:
 
 @lru_cache(maxsize=65536)
 def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) -> float:
-    """Compute ρ(order) of one step with q < 1; where that takes too long, which needs σ far below
-    k, the divergence of a step that takes all k rows, since the Rényi divergence is quasi-convex
-    (van Erven & Harremoës 2014, theorem 13)."""
+    """Compute ρ(order) of one step with q < 1. If the integral takes too long, because σ is far
+    below k, return the divergence of a step that takes all k rows: an upper bound, since the Rényi
+    divergence is quasi-convex (van Erven & Harremoës 2014, theorem 13)."""
     if _terms(sigma, records, order) > _MOST_TERMS:
         return order * (records / sigma) ** 2 / 2
     remove = _log_moment(sigma, rate, records, order)
@@ -166,11 +168,11 @@ def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
     (a) all charges are of one kind of step (σ, q, k), or all take every unit (q = 1): ε is composed
         exactly at `delta`, by PLD (stopping a fixed composition early is post-processing) or by the
         filter for Gaussian DP;
-    (b) from the first charge on that is neither, all charges go through a Rényi filter at `delta`,
-        at the one order that was fixed with the dataset's first charge.
-    Which exact case there can be follows from the first step, to which no result led; whether it is
-    left for (b) may depend on results. A transcript ends in (a) or in (b), never in both: the
-    outcomes of either have P ≤ e^ε Q + δ, and together P ≤ e^ε Q + 2δ. Hence 2 · `delta`.
+    (b) as soon as the charges are neither, all of them go through a Rényi filter at `delta`, at the
+        one order that was fixed with the dataset's first charge.
+    Which exact case is possible follows from the first step, which no result influenced; whether
+    (b) follows may depend on results. A transcript ends either in (a) or in (b). The outcomes that
+    end in (a) have P ≤ e^ε Q + δ, those in (b) too, and all together P ≤ e^ε Q + 2δ: hence 2δ.
 
     | no events                        | 0 |
     | a study without privacy (σ = 0)  | infinity |

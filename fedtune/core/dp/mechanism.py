@@ -3,8 +3,9 @@ here.
 
     gradients of rows ── clipped_sum ──> sum that no row moves by more than C ── noised_sum ──>
 
-Training, queries, class statistics and rounds whose sum alone is opened differ in what a row's
-gradient is, and in how the noise is shared; they clip, round, add up, log and noise here."""
+Training, queries, class statistics and rounds of which only the sum is opened differ in what a
+row's gradient is, and in how the noise is shared. All of them clip, round, sum, log and add noise
+by these two functions."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ RowGradients = Callable[[list[int]], Iterator[Chunk]]
 class Bound:
     """The bound on what one row may add to a sum.
 
-    norm: C, in the L2 norm. mode, gamma: of the clipping. grid: the unit of the sum, in gradient
-    units."""
+    norm: C, in the L2 norm; mode, gamma: how rows are clipped (`clip.scales`); grid: the unit of
+    the sum, in gradient units."""
 
     norm: float
     mode: clip.Mode
@@ -41,8 +42,8 @@ def clipped_sum(
 ) -> torch.Tensor:
     """Sum the clipped gradients of rows in multiples of the grid, int64 (dimension,). Not noised.
 
-    gradients: called once, with `sampled`; yields each of them exactly once, and each from its own
-    records alone. What it yields is overwritten.
+    gradients: called once with the rows `sampled`; yields the gradient of each row exactly once,
+    computed from that row's own records alone. These tensors are overwritten.
     Guarantee: a row adds a vector of norm at most C before it is rounded to the grid, whatever its
     gradient (`clip.sensitivity` bounds what rounding adds); one that is not finite adds nothing.
     Integers add exactly: the sum without a row is the sum less what that row added, to the last
@@ -70,10 +71,11 @@ def noised_sum(
     """Log a step, then add its noise to a clipped sum, in place; int64 (d,), in multiples of the
     grid.
 
-    total: of `clipped_sum` with the same bound, over all processes of the site; noise_multiplier:
-    σ, in multiples of the sum's sensitivity to one row; log_step: writes the step's line.
-    Guarantee: one Gaussian mechanism on the sum, whose noise is drawn anew from the system's
-    generator; its line is in the log before there is a result.
+    total: the result of `clipped_sum` with the same bound, over all processes of the site;
+    noise_multiplier: σ, in multiples of the sum's sensitivity to one row; log_step: writes the
+    step's line.
+    Guarantee: the call is one Gaussian mechanism on the sum, with fresh noise from the system's
+    generator. The step's line is in the log before there is a result.
     Errors: those of `log_step` and of `noise.gaussian_on_grid`; the sum is not returned then.
     Reference: Dwork & Roth 2014, appendix A."""
     sensitivity = clip.sensitivity(bound.norm, len(total), bound.grid)

@@ -28,19 +28,19 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
     """Draw round(N(0, std²) / grid), int64 (dimension,), to add to an integer sum on that grid.
 
     Each number is rounded from the sum of two Gaussians of variance std²/2, by Box–Muller in fp64
-    on 53-bit uniforms. One alone will not do: Box–Muller takes both
-    numbers of a pair from one radius. Beyond 6.8 standard deviations neighbouring radii are further
-    apart than the grid, so that some grid points cannot occur, and a result at one of them would
-    exclude a neighbouring dataset. The sum of two draws is that coarse only if both radii are: 2⁻⁷⁰
-    a pair. The tail ends at 12.1 std (10⁻³³).
-    Guarantee: the summands lie on the grid, so the result equals a rounded continuous Gaussian
-    mechanism: post-processing, no floating-point attack. Each call has a key of its own; nothing
-    that a caller passes or sets reaches the draw.
+    on 53-bit uniforms. One Gaussian would not suffice: Box–Muller takes both numbers of a pair from
+    one radius. Beyond 6.8 standard deviations neighbouring radii are further apart than the grid,
+    so that some grid points cannot occur, and a result at one of them would exclude a neighbouring
+    dataset. A sum of two has such gaps only if both radii are so large: probability 2⁻⁷⁰ for a
+    pair. The tail ends at 12.1 std (10⁻³³).
+    Guarantee: sum and noise lie on the grid, so the result equals a rounded continuous Gaussian
+    mechanism. Rounding is post-processing, and no floating-point attack is left. Each call has a
+    key of its own; nothing that a caller passes or sets decides the random bits.
     Source: Mironov 2012; Balle & Wang 2018; Holohan & Braghin 2021, "Secure random sampling in
     differential privacy" (sums of several Gaussians against what fp64 shows of one).
-    | dimension | at most 2¹⁵ pairs are in work at once, besides the result's 8 bytes each |
+    Memory: 8 bytes for each number of the result, and at most 2¹⁵ pairs at once.
     Errors: ValueError when std or grid is not positive and finite, or their ratio does not fit the
-    integers: no argument gives zero noise.
+    integers. No argument gives zero noise.
     """
     import torch  # here alone, as in clip.py
 

@@ -49,7 +49,7 @@ class NonPrivatePlan:
         return mechanism.clipped_sum(gradients, sampled, dimension, bound)
 
     def grid_at(self, dimension: int) -> float:
-        """The unit of the integer sum without noise, as if the noise were C."""
+        """Return the unit of the integer sum: without noise it is that for noise of size C."""
         assert self.clipping is not None
         norm = self.clipping.max_grad_norm
         return shared_noise.grid(norm, norm, dimension)

@@ -1,7 +1,7 @@
-"""DP-SGD: the one place that combines sampler, clipped sum, noise and accountant.
+"""Run DP-SGD steps: the one module that combines sampler, clipped sum, noise and accountant.
 
-The shape follows google-deepmind/jax_privacy's execution plan: a frozen description that both
-computes ε and runs the step."""
+As in google-deepmind/jax_privacy's execution plan, one frozen object both computes ε and runs the
+step."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class DpPlan:
     - records: k, the most rows of one unit (1 where units are drawn)
     - lifetime: in a study without a last round, the ε that no unit exceeds; rounds and steps are
       then the most in which one unit takes part
-    - sites, colluding: with secure aggregation n and t. This site then adds σ/√(n - t), and (σ, ε)
-      are those of the sum that anybody opens, to which n - t honest sites added noise
+    - sites, colluding: n and t of secure aggregation. This site then adds noise of σ/√(n - t); σ
+      and ε are those of the sum that is opened, to which n - t honest sites added noise
 
     Guarantee, for adding or removing one unit: each call of `step` is a Gaussian mechanism on the
     clipped sum. A unit has k rows in it, each drawn with probability q: for k = 1 this is the
@@ -94,11 +94,11 @@ class DpPlan:
 
     @property
     def fallback_epsilon(self) -> float:
-        """ε of the whole plan if nothing but this site's own noise holds."""
+        """ε of the whole plan by this site's own noise alone, whatever other sites do."""
         return accountant.epsilon(self.fallback_events(self.steps), self.delta)
 
     def fallback_events(self, steps: int) -> list[Steps]:
-        """The steps with this site's noise only, from which the fallback ε is computed."""
+        """Return the steps with this site's own noise only, to compute the fallback ε."""
         return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
 
     def step(
@@ -110,12 +110,12 @@ class DpPlan:
         round_: int,
         team: Team | None = None,
     ) -> torch.Tensor:
-        """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
+        """Run one DP-SGD step on `n_rows` rows; return the noised mean gradient, fp32 (dimension,).
 
         `gradients` is called with the sampled rows and yields the gradient of each exactly once;
         its tensors are zeroed after use. (A SitePlan calls it again for rows that could not be
-        summed together.) An empty sample is a noise-only step. team: other processes that sum
-        some of the rows; sampling and noise happen only in this process, once. Errors:
+        summed together.) If no row is sampled, the result is noise alone. team: other processes
+        that sum some of the rows; sampling and noise happen only in this process, once. Errors:
         RuntimeError if a row is missing or doubled; nothing is released then.
         """
         total = self._drawn_sum(n_rows, dimension, gradients, team)
@@ -133,9 +133,9 @@ class DpPlan:
         """Run one step as `step` does, but return the noised sum in multiples of
         `grid_at(dimension)`, int64.
 
-        Guarantee, as (noise multiplier, sampling rate): the result of one site alone has
-        (own_noise, q). The sum over `sites` such sites has (noise_multiplier, q), even if
-        `colluding` of them reveal their own noise."""
+        Guarantee: one site's result alone is a sampled Gaussian mechanism with noise multiplier
+        own_noise and sampling rate q. The sum over `sites` such sites has noise_multiplier and q,
+        even if `colluding` of them reveal their own noise."""
         return self._add_noise_to(self._drawn_sum(n_rows, dimension, gradients, team), log, round_)
 
     def _drawn_sum(
@@ -149,12 +149,11 @@ class DpPlan:
 
     @property
     def grid(self) -> float:
-        """The unit of the integer sum of a site whose sum is opened by itself, in gradient
-        units."""
+        """The unit of the integer sum, in gradient units, if this site's sum is opened alone."""
         return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
 
     def grid_at(self, dimension: int) -> float:
-        """The unit of the integer sum of `dimension` numbers, in gradient units."""
+        """Return the unit of the integer sum of `dimension` numbers, in gradient units."""
         if self.sites == 1:
             return self.grid
         return shared_noise.grid(self.own_noise * self.max_grad_norm, self.max_grad_norm, dimension)
@@ -194,12 +193,12 @@ class DpPlan:
 @dataclass(frozen=True)
 class SitePlan:
     """A private plan as a site's round runs it. team: other processes that sum some of the rows;
-    make_room: is told why a sum failed, and frees what memory it can.
+    make_room: a function that gets the error of a failed sum, and frees what memory it can.
 
-    Guarantee: where rows cannot be summed together, whatever the reason, each is summed alone, and
-    only one for which that fails too is left out: one unit never decides whether the others are in
-    the sum. The step costs what it would have, and no error leaves it, which would be an answer
-    about the records. What went wrong is in this machine's own log."""
+    Guarantee: if rows cannot be summed together, for whatever reason, each is summed alone, and
+    only a row that fails alone is left out. So one unit never decides whether others are in the
+    sum. The step costs the same ε, and a failed sum raises no error, since an error would reveal
+    something about the records. The reason is in this machine's own log."""
 
     plan: DpPlan
     team: Team | None = None
@@ -218,7 +217,7 @@ class SitePlan:
         return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows, int64 (dimension,), in this process alone where the team fails."""
+        """Sum the clipped rows, int64 (dimension,); if the team fails, in this process alone."""
 
         def sum_rows(rows: list[int]) -> torch.Tensor:
             return self._together_or_alone(rows, dimension, clipped_sum)
@@ -269,8 +268,8 @@ class SitePlan:
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
     """Build the plan of a site with `declared_size` units (public), of at most `most` steps.
 
-    Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
-    than `most`."""
+    Errors: ConfigError if the study is not private, not even one round fits the budget, or more
+    than `most` steps fit it."""
     calibration = resolve(study, declared_size, most)
     privacy = study.privacy
     clipping = study.clipping

@@ -3,9 +3,9 @@
 A unit's row is the pair (mean score, 1) over its records. A score is in [0, 1]: the geometric mean
 probability of a record's targets, or the probability of its label (exp of minus the loss), or
 whether its label is the likeliest. Two sums leave: Σ score and Σ 1. If the plan names classes or
-groups, a further pair follows for each of them: the part of that pair which the unit's records
-there contribute. All of it goes through the same step as training's, so that sampler, clip, noise,
-grid, log and accountant are the same.
+groups, a further pair follows for each class or group: the part of that pair which the unit's
+records in it contribute. The sums go through the same step as in training, so that sampler, clip,
+noise, grid, log and accountant are the same.
 
 Guarantee: a row is clipped to C = √(2 · axes), where an axis is the whole, the classes, or one
 column of groups. A row that is built as above is never longer: on one axis the parts add up to at
@@ -71,8 +71,8 @@ class Rows(Protocol):
 def answer(plan: StepPlan, rows: Rows, log: StepLog, round_: int) -> torch.Tensor:
     """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,).
 
-    rows: `of_units` makes those of some units, fp64 (len(units), 2 · cells), for `TOGETHER` units
-    at once; what they are made from is wiped afterwards."""
+    rows: the units' rows. `of_units` is called for `TOGETHER` units at a time and returns fp64
+    (len(units), 2 · cells); `wipe` is called at the end."""
 
     def drawn_rows(units: list[int]) -> Iterator[Chunk]:
         for first in range(0, len(units), TOGETHER):

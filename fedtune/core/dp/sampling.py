@@ -10,7 +10,7 @@ import numpy as np
 def poisson(n_units: int, sampling_rate: float) -> list[int]:
     """Sample indices of 0..n_units-1, each independently with probability `sampling_rate`.
 
-    Guarantee: the sample is as secret as the noise: there is no seed, nothing is logged.
+    Guarantee: the sample is as secret as the noise. There is no seed, and nothing is logged.
     | sampling_rate = 1 | every unit, always |
     | no unit drawn     | an empty list: the caller takes a noise-only step |
     Reference: Mironov, Talwar & Zhang 2019, section 3 (sampled Gaussian mechanism).

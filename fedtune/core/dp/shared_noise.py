@@ -36,11 +36,12 @@ def joint_sigma(own: float, shares: int) -> float:
 
 
 def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
-    """Return the unit of every site's integer sum: the largest power of two of at most 2⁻¹⁶ of a
-    site's own noise, by which √d/2 grid steps are at most 0.5 % of C.
+    """Return the unit of every site's integer sum: the largest power of two that is at most 2⁻¹⁶ of
+    a site's own noise, and so small that √d/2 grid steps are at most 0.5 % of C.
 
-    Coarser than a lone site's grid, so that sums fit 32 bits; the noise is at least 2¹⁶ steps wide,
-    where a sum of rounded Gaussians is a rounded Gaussian but for exp(-π² 2³²): decision 0047.
+    This grid is coarser than a lone site's, so that sums fit 32 bits. The noise is at least 2¹⁶
+    steps wide, so that a sum of rounded Gaussians is a rounded Gaussian but for exp(-π² 2³²)
+    (decision 0047).
 
     >>> grid(1.0, 1.0, 100) == 2.0**-16
     True
@@ -52,8 +53,8 @@ def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
 
 
 def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
-    """Return the grid of a study with [secure_aggregation] whose sum has noise σ. None: privacy
-    is off, and the grid is as if the noise were C."""
+    """Return the grid of a study with [secure_aggregation] whose sum has noise σ. sigma: None if
+    privacy is off; the grid is then that for noise of size C."""
     assert study.clipping is not None
     norm = study.clipping.max_grad_norm
     own = 1.0 if sigma is None else own_sigma(sigma, noise_shares(study))
@@ -82,7 +83,7 @@ def word_bits(
     >>> word_bits([40_000, 40_000, 20_000], 1, 1.0, 1.0, 2.0**-16)
     64
 
-    Errors: ConfigError where not even 64 bits do."""
+    Errors: ConfigError if even 64 bits are too few."""
     largest = 0.0
     for size in units:
         reach = ROWS * size * rows * (max_grad_norm + step) + TAIL * noise_std + step

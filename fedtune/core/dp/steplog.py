@@ -1,4 +1,4 @@
-"""Write and read the step log: what steps ran, append-only, kept at the site."""
+"""Write and read the step log: a site's append-only file of the steps that ran."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fedtune.core.files.writing import replace as replace_file
 
 @dataclass(frozen=True)
 class Step:
-    """One step's parameters; σ = 0 of a step without noise. Every value is public: it follows from
-    the plan and the declared size, never from the data."""
+    """One step's parameters; σ is 0 for a step without noise. Every value is public: it follows
+    from the plan and the declared size, never from the data."""
 
     study: str  # plan digest
     round: int
@@ -33,15 +33,15 @@ class StepLog:
     """A JSONL file of `Step`.
 
     Guarantee: a step's line is complete and on disk before the noised sum of that step exists
-    anywhere else, so a crash can only over-report what was spent. Whatever a crash or a full disk
-    left after the last newline is not a step: none ran, and the next line replaces it.
+    anywhere else, so a crash can only over-report what was spent. Bytes after the last newline,
+    left by a crash or a full disk, are no step: no step ran, and the next line replaces them.
 
-    All steps of a round are one line, written before the first: a disk that is full by then lets no
-    step run, and how much is written in a round does not grow with a plan's figures. Each attempt
-    at a round (`begin_round`) has a line of its own.
+    All steps of a round share one line, which is written before the first step. So a full disk lets
+    no step of the round run, and the number of lines does not grow with the number of steps. Each
+    attempt at a round (`begin_round`) has a line of its own.
 
-    membership: which of a hospital's appends here; each line then names it, since one plan may be
-    under way in two of them.
+    membership: the hospital's membership that appends here. Each of its lines names it, since two
+    memberships may run the same plan.
 
     Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
 
@@ -55,7 +55,7 @@ class StepLog:
         self._round = None
 
     def append(self, step: Step, of_round: int = 1) -> None:
-        """Log one of the `of_round` equal steps of a round."""
+        """Log one of the `of_round` equal steps of a round; only the first writes a line."""
         step = replace(step, membership=self._membership)
         if step == self._round and self._ahead:
             self._ahead -= 1
@@ -74,9 +74,9 @@ class StepLog:
         self._round, self._ahead = step, of_round - 1
 
     def join(self, other: Path) -> None:
-        """Append the lines of another step log as this membership's, once: those that a join which
-        was killed appended are not appended again. If this membership has other lines here, all
-        are appended. Errors: InfrastructureError."""
+        """Append the lines of another step log as this membership's. If a killed join appended some
+        of them, only the others are appended. If this membership has different lines here, all are
+        appended. Errors: InfrastructureError."""
         lines = [self._named(line) for line in _whole_lines(other)]
         there = _whole_lines(self.path)
         own = [line for line in there if self._named(line) == line]
@@ -86,8 +86,8 @@ class StepLog:
             replace_file(self.path, content.encode(), private=True)
 
     def _named(self, line: str) -> str:
-        """Return a line as one of this membership; one that is no step stays as it is, so that
-        whoever reads the log is told."""
+        """Return a line with this membership's name. A line that is no step stays as it is, so that
+        `steps` raises an error for it."""
         try:
             return json.dumps({**json.loads(line), "membership": self._membership}, sort_keys=True)
         except (ValueError, TypeError):

@@ -1,1 +1,1 @@
-"""Read and write files with bounds, completely or not at all."""
+"""Read files up to a bound, and write files completely or not at all."""

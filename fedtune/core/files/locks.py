@@ -1,7 +1,7 @@
-"""Lock files, each held by one process and released when that process ends, for whatever reason.
+"""Hold locks on files. A lock is released when the process that holds it ends, for whatever reason.
 
-In a folder that other users can write, the name of a lock may be a link, a pipe or a device:
-each is refused without waiting."""
+In a folder that other users can write, a lock's name may belong to a link, a pipe or a device. Each
+of these is refused without waiting."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fedtune.core.files import reading, writing
 
 @contextmanager
 def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Wait for the lock and hold it; the lock file is made if it is missing.
+    """Wait for the lock, and hold it during the block.
 
-    shared: share the lock with other readers. Errors: InfrastructureError."""
+    shared: hold it together with other readers. The lock file is made if it is missing, unless
+    `shared`. Errors: InfrastructureError."""
     with mapping_errors(path):
         if shared:
             descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -35,8 +36,8 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hold_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock in the block, unless another process does. Yields whether it is held; the
-    lock file is made if it is missing. Errors: InfrastructureError."""
+    """Hold the lock during the block, unless another process holds it; yield whether this one does.
+    The lock file is made if it is missing. Errors: InfrastructureError."""
     with mapping_errors(path):
         descriptor = writing.open_own(path, os.O_RDWR)
     try:
@@ -52,7 +53,8 @@ def hold_if_free(path: Path) -> Iterator[bool]:
 
 
 def _let_go(descriptor: int) -> None:
-    """Unlock before closing: a process that was forked meanwhile has the descriptor too."""
+    """Release the lock and close its file. Closing alone would not release the lock, if a process
+    that was forked meanwhile has the descriptor too."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -60,10 +62,11 @@ def _let_go(descriptor: int) -> None:
 
 @contextmanager
 def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
-    """Hold the lock as the only process of its kind; the lock file is removed on release.
+    """Hold the lock during the block as the only process of its kind, and yield whether the last
+    process that held it was killed. The lock file is removed on release.
 
-    who, folder: the name of such a process, and the folder it uses, for the error. Yields whether
-    the last holder was killed. Errors: InfrastructureError naming the process that holds it."""
+    who, folder: the kind of process, and the folder that it uses, for the error. Errors:
+    InfrastructureError, at once, naming the process that holds the lock."""
     with mapping_errors(path):
         descriptor = _lock_file(path)
     if descriptor is None:
@@ -86,7 +89,7 @@ def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def mapping_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into InfrastructureError, naming the lock."""
+    """Raise InfrastructureError, which names the lock, for an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -98,9 +101,8 @@ def mapping_errors(path: Path) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> int | None:
-    """Lock the file that has the name now; None if another process has locked it.
-
-    Errors: OSError."""
+    """Lock the file that has the name `path` now, and return its descriptor; None if another
+    process has locked it. Errors: OSError."""
     while True:
         descriptor = writing.open_own(path, os.O_RDWR)
         try:
@@ -115,7 +117,7 @@ def _lock_file(path: Path) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # who let it go had removed it meanwhile
+        os.close(descriptor)  # the last holder has removed this file meanwhile
 
 
 def _holder(path: Path) -> str:

@@ -1,12 +1,12 @@
-"""Read a file that a person named: a regular file up to a bound, else an error on one line.
+"""Read a file that a person named: a regular file of bounded length.
 
 | missing, a folder, a pipe, a device, a symlink loop      | refused without blocking             |
-| larger than `most`                                       | refused before it is in memory       |
-| not UTF-8, JSON or TOML; nested deeper than DEPTH;       | refused                              |
-| a lone surrogate, which no file could hold again         | refused                              |
+| larger than `most`                                       | refused before all is in memory      |
+| not UTF-8, JSON or TOML; nested deeper than DEPTH        | refused                              |
+| with a lone surrogate, which cannot be written as UTF-8  | refused                              |
 
-Errors: `kind`, an InputError unless the caller names a subclass; it holds the path, no content.
-"""
+Errors: of the class `kind`, by default InputError. The error's text is one line that names the path
+and holds no content of the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedtune.core.errors import FedtuneError, InputError
 SMALL = 16 * 2**20  # bytes: of keys, reports
 TABLES = 2**20  # of a TOML file: a person wrote it, and each MiB takes a second
 LARGE = 2**28  # of a model's JSON files: a tokenizer's has tens of megabytes
-DEPTH = 100  # no file of ours nests deeper than ten
+DEPTH = 100  # fedtune's own files nest at most ten deep
 NAME, PATH = 255, 4095  # bytes that a name and a path may have
 Kind = type[FedtuneError]
 # A TOML key, whole, with a group where it has very many parts. Possessive: each character is read
@@ -37,7 +37,7 @@ _KEY = re.compile(rf"{_PART}{_NEXT}{{0,{DEPTH - 1}}}+({_NEXT})?")
 
 
 def refuse_path(path: str | Path) -> str:
-    """Return why no file can have this path, or ""."""
+    """Return the reason why no file can have this path; "" if one can."""
     try:
         name = os.fsencode(path)
     except UnicodeEncodeError:
@@ -50,20 +50,21 @@ def refuse_path(path: str | Path) -> str:
 
 
 class NotRegular(OSError):
-    """A folder, a pipe, a device or a socket has the name of a file."""
+    """The path is of a folder, a pipe, a device or a socket, and not of a regular file."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading, without waiting for something else of that name, such as
-    a pipe without a writer. Errors: OSError, including NotRegular."""
+    """Open a regular file for reading. Never wait, as opening a pipe without a writer would.
+    Errors: OSError, including NotRegular."""
     return open(descriptor(path), "rb")
 
 
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open the file first and check its type then: the name may refer to something else a moment
-    later.
+    """Open a regular file and return its descriptor. The type is checked on the open file, since
+    the name may refer to something else a moment later.
 
-    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError, including NotRegular."""
+    With O_NONBLOCK a pipe without a writer is opened at once, and then refused. Errors: OSError,
+    including NotRegular."""
     number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
@@ -73,7 +74,8 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
-    """Check that `path` is a readable regular file; returns it. Errors: as above."""
+    """Check that `path` is a readable regular file, and return the path. Errors: as at the top of
+    this file."""
     os.close(_open_descriptor(path, expected, todo, kind))
     return path
 
@@ -81,11 +83,12 @@ def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) 
 def content(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> bytes:
-    """Read the file's bytes. expected, todo: for the error. Errors: as above."""
+    """Return the file's bytes. expected, todo: what was expected and what to do, for the error;
+    most: the bytes that the file may have. Errors: as at the top of this file."""
     try:
         with open(_open_descriptor(path, expected, todo, kind), "rb") as file:
             length = os.fstat(file.fileno()).st_size
-            data = file.read(min(length, most) + 1)  # not more: Python takes the memory first
+            data = file.read(min(length, most) + 1)  # not more: Python allocates it first
             if len(data) > length:  # it has grown, or the system does not know its length
                 data += file.read(most + 1 - len(data))
     except OSError as error:
@@ -98,8 +101,8 @@ def content(
 
 
 def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL) -> bytes:
-    """Read the bytes of a file that only this user may read. Errors: as above; also if others
-    can read it."""
+    """Return the bytes of a file that only this user may read. Errors: as at the top of this file;
+    also if others have any right to it."""
     data = content(path, expected, kind=kind, most=most)
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise kind(
@@ -111,7 +114,7 @@ def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL
 def text(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> str:
-    """Read the file as UTF-8 text. Errors: as above."""
+    """Return the file's content as text in UTF-8. Errors: as at the top of this file."""
     try:
         return content(path, expected, todo, kind, most).decode("utf-8")
     except UnicodeDecodeError:
@@ -121,12 +124,12 @@ def text(
 def json_in(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> dict[str, Any]:
-    """Read the JSON object in the file. Errors: as above."""
+    """Return the JSON object in the file. Errors: as at the top of this file."""
     return _table(path, json.loads, "JSON", expected, todo, kind, most)
 
 
 def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
-    """Read the JSON objects in the file, one per line. Errors: as above."""
+    """Return the JSON objects in the file, one per line. Errors: as at the top of this file."""
 
     def parse(source: str) -> dict[str, Any]:
         rows = [json.loads(line) for line in source.splitlines()]
@@ -140,13 +143,13 @@ def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, A
 
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
-    """Read the TOML tables in the file. Errors: as above."""
+    """Return the TOML tables in the file. Errors: as at the top of this file."""
     return _table(path, tables, "TOML", expected, todo, kind, TABLES)
 
 
 def tables(source: str) -> dict[str, Any]:
-    """Parse TOML. Errors: ValueError, RecursionError; the time does not explode with the
-    content."""
+    """Parse TOML. Keys with too many parts are refused first, since tomllib would take very long
+    for them. Errors: ValueError, RecursionError."""
     if any(key[1] for key in _KEY.finditer(source)):
         raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
     return tomllib.loads(source)
@@ -189,7 +192,7 @@ def _table(
         parsed = parse(source)
     except RecursionError:
         raise kind(f"{path}: nested too deep", expected, todo) from None
-    except tomllib.TOMLDecodeError as error:  # says where; of a plan, which holds no record
+    except tomllib.TOMLDecodeError as error:  # its text says where; no TOML file holds a record
         raise kind(f"{path}: not valid TOML: {error}", expected, todo) from None
     except (ValueError, MemoryError):  # also a number of thousands of digits
         raise kind(f"{path}: not valid {form}", expected, todo) from None
@@ -201,7 +204,7 @@ def _table(
 
 
 def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
-    """Return a descriptor of a regular file. Errors: as above."""
+    """Open a regular file and return its descriptor. Errors: as at the top of this file."""
     if why := refuse_path(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
@@ -215,8 +218,8 @@ def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the sha256 over name and content of a file, or of the files directly in a folder,
-    sorted by name; "" if there is no file."""
+    """Return the sha256 over the name and content of a file, or of each file directly in a folder,
+    in the order of names; "" if there is no file."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     total = hashlib.sha256()
     for file in files:

@@ -1,16 +1,16 @@
 """Reserve disk space at a site, so that writes which must succeed do.
 
-A site's ledger grows with its records, by a few bytes for each, and each withdrawal leaves a
-receipt and an entry of the audit log. On a disk that is nearly full, the number of these would
-decide whether a round can be charged, or which records are remembered. So a file beside them
-shrinks as they grow: ledger, receipts, audit log and this file together have a constant, public
-number of bytes. Whether the disk has these bytes,
-and how much it has besides, then depends only on the other files on the disk. If it does not have
-them, no order is answered.
+A site's ledger grows by a few bytes for each record, and each withdrawal adds a receipt and an
+entry of the audit log. On a disk that is nearly full, the number of records would decide whether a
+round can be charged. So a file beside the ledger, called the room, shrinks as these files grow:
+ledger, receipts, audit log and room together always have the same, public number of bytes. Whether
+the disk has these bytes, and how many more, then depends only on the other files on the disk. If it
+does not have them, no order of the coordinator is answered.
 
-A hospital's ledger is shared by the vaults of its memberships, which may answer orders at the same
-time. Each then has space of its own to give up while it answers, in a file that bears its name; one
-file beside these makes up for what the ledger has grown."""
+While an order is answered, a part of the room is freed for the writes ("given up"), and reserved
+again afterwards. The vaults of a hospital's memberships share one ledger and may answer orders at
+the same time. Each of them then frees a file of its own, named after the membership, and a common
+file shrinks as the ledger grows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from fedtune.core.files import locks
 
 log = logging.getLogger("fedtune.site")
 ROOM = "room"
-ORDERS = "orders.lock"  # held while an order is answered; a membership's has its name
+ORDERS = "orders.lock"  # held while an order is answered; a membership's lock has its name
 SHARED = "room.lock"  # held while the files of a hospital's room change
-OFFICER = "officer"  # has space to give up too: for a withdrawal while orders are answered
+OFFICER = "officer"  # has space of its own, for a withdrawal while orders are answered
 LEDGER = "ledger.db"
-ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
+ROUNDS = 2048  # that a ledger pays for in its life, unless the site's policy says otherwise
 OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
 OF_MEMBERS = 8 * 2**10  # bytes of what a ledger remembers of a unit's records
 OF_A_WITHDRAWAL = 4 * 2**10  # bytes of its receipt; and again of its entry in the audit log
@@ -42,10 +42,12 @@ RECEIPTS, AUDIT = ("withdrawals/*.json",), ("audit.jsonl", "audit-*.jsonl")
 
 @dataclass(frozen=True)
 class Room:
-    """The space in `folder`, beside a ledger that pays for at most `rounds` rounds, of a site
-    that declares `declared_size` units.
+    """The reserved disk space in `folder`, beside the ledger.
 
-    membership, memberships: in a hospital's home, who gives up space and who else does.
+    - declared_size: the site's or the hospital's declared number of units
+    - rounds: the most rounds that the ledger pays for
+    - membership: in a hospital's home, the membership (or OFFICER) whose space is freed; else ""
+    - memberships: all memberships of the hospital
 
     >>> room = Room(Path("state"), 100)
     >>> room.of_an_answer, room.size
@@ -60,36 +62,36 @@ class Room:
 
     @property
     def of_an_answer(self) -> int:
-        """Bytes that are given up while an order is answered: 1 MiB for entries and updates, 8 KiB
-        for each unit, in which a ledger remembers some forty records, and the ledger's length:
-        SQLite copies each page that a transaction changes into its journal first."""
+        """Bytes that are freed while an order is answered: 1 MiB for entries and updates, 8 KiB for
+        each unit, in which a ledger remembers some forty records, and the ledger's length, since
+        SQLite first copies each page that a transaction changes into its journal."""
         return 2**20 + OF_MEMBERS * self.declared_size + self.of_the_ledger
 
     @property
     def of_the_ledger(self) -> int:
-        """Bytes up to which the ledger's length is made up for: 4 KiB for each round that it may
-        ever pay for, and again 8 KiB for each unit."""
+        """Bytes by which the room shrinks at most as the ledger grows: 4 KiB for each round that
+        the ledger may ever pay for, and again 8 KiB for each unit."""
         return OF_A_ROUND * self.rounds + OF_MEMBERS * self.declared_size
 
     @property
     def of_receipts(self) -> int:
-        """Bytes up to which receipts of withdrawals are made up for."""
+        """Bytes by which the room shrinks at most as receipts of withdrawals are added."""
         return OF_A_WITHDRAWAL * self.declared_size
 
     @property
     def of_the_audit_log(self) -> int:
-        """Bytes up to which the audit log is made up for. A coordinator can cause entries without
-        end: they use up nothing that is the ledger's or the receipts'."""
+        """Bytes by which the room shrinks at most as the audit log grows. A coordinator can cause
+        any number of entries, which must not use up the space of the ledger or the receipts."""
         return 2**20 + OF_A_WITHDRAWAL * self.declared_size
 
     @property
     def of_growth(self) -> int:
-        """Bytes up to which everything that grows is made up for."""
+        """Bytes by which the room shrinks at most as ledger, receipts and audit log grow."""
         return self.of_the_ledger + self.of_receipts + self.of_the_audit_log
 
     @property
     def lent(self) -> int:
-        """Bytes that may be given up at the same time."""
+        """Bytes that all users of the room may free at once."""
         return self.of_an_answer * max(1, len(self._users))
 
     @property
@@ -98,13 +100,13 @@ class Room:
         return self.lent + self.of_growth
 
     def of(self, membership: str) -> Room:
-        """Return the same space, to be given up by another membership or by the OFFICER; a site
-        that is no membership has one space for all."""
+        """Return the room as another membership, or the OFFICER, uses it. A site that is no
+        membership has one space for all users, and the room is unchanged."""
         return replace(self, membership=membership if self.membership else "")
 
     def has_space(self, beside: int = 0) -> bool:
-        """Return whether the disk has the whole space and `beside` bytes more; True if the file
-        system does not say, and a write will show it."""
+        """Return whether the disk has the whole space and `beside` bytes more. Return True if the
+        file system does not tell; a write will then show it."""
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -121,8 +123,7 @@ class Room:
 
     @contextmanager
     def give_up(self) -> Iterator[None]:
-        """Free the space of an answer while the block writes there, and reserve it again
-        afterwards.
+        """Free the space of an answer for the block's writes, and reserve it again afterwards.
 
         Errors: InfrastructureError, before the block, if the disk does not have the whole space."""
         try:
@@ -156,14 +157,14 @@ class Room:
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
-        """Keep other memberships from changing the room's files while the block does."""
+        """Hold the lock under which memberships change the room's files, during the block."""
         with locks.hold(self.folder / SHARED) if self.membership else nullcontext():
             yield
 
     def _take(self, of_an_answer: int) -> None:
-        """Make the room's files as long as they are with so many bytes for an answer. What the
-        ledger has grown by leaves the file first, so that others find their space. Errors:
-        OSError."""
+        """Give the room's files their lengths, with `of_an_answer` bytes reserved for an answer.
+        The common file is shortened first by what the ledger has grown, so that other memberships
+        find their space. Errors: OSError."""
         growth = self.of_growth - self._grown
         if not self.membership:
             _allocate(self.folder / ROOM, growth + of_an_answer)
@@ -189,7 +190,7 @@ class Room:
 
     @property
     def _grown(self) -> int:
-        """Bytes of the files that grow, as far as the room makes up for them."""
+        """Bytes of the ledger, the receipts and the audit log, each up to its bound."""
         return (
             min(_length(self.folder / LEDGER), self.of_the_ledger)
             + min(self._blocks(RECEIPTS), self.of_receipts)
@@ -197,7 +198,7 @@ class Room:
         )
 
     def _blocks(self, names: tuple[str, ...]) -> int:
-        """Count the bytes that files take of a disk, which gives whole blocks."""
+        """Count the bytes that files take on the disk, in whole blocks."""
         files = [path for name in names for path in self.folder.glob(name)]
         return BLOCK * sum(-(-_length(path) // BLOCK) for path in files)
 
@@ -209,9 +210,9 @@ def _lock_of(folder: Path, membership: str) -> Path:
 
 @contextmanager
 def between_orders(folder: Path) -> Iterator[bool]:
-    """Keep the sites with their ledger in `folder` from answering an order while the block runs;
-    yields whether no order is being answered: a file that takes space then takes none of the
-    ledger's.
+    """Keep sites whose ledger is in `folder` from answering orders during the block. Yield whether
+    no order was being answered: only then may the block take disk space, without taking space that
+    was freed for the ledger.
 
     Errors: InfrastructureError."""
     stem = Path(ORDERS).stem
@@ -221,8 +222,9 @@ def between_orders(folder: Path) -> Iterator[bool]:
 
 
 def reserve(descriptor: int, size: int) -> bool:
-    """Reserve `size` bytes on disk for a file without changing its length, if the file system
-    supports it; return whether the disk has them. If it has not, the file takes none of them."""
+    """Reserve `size` bytes on disk for a file, without changing its length, and return whether the
+    disk has them. If it does not, nothing is reserved. Return True also if the file system cannot
+    reserve."""
     of_no_more_length = 1  # FALLOC_FL_KEEP_SIZE
     sizes = ctypes.c_longlong(0), ctypes.c_longlong(size)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -235,15 +237,16 @@ def reserve(descriptor: int, size: int) -> bool:
 
 
 def _length(path: Path) -> int:
-    """Return a file's bytes; 0 if there is no file."""
+    """Return a file's length in bytes; 0 if there is no file."""
     with suppress(OSError):
         return path.stat(follow_symlinks=False).st_size
     return 0
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make the file `size` bytes long, with disk blocks of its own. Errors: OSError, also if
-    something else is in its place; the file then keeps its length."""
+    """Make the file `size` bytes long, with disk blocks for all of them. Errors: OSError if the
+    disk lacks them, and the file keeps its length; also if a link, a pipe or a device has the
+    name."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o600)
     try:

@@ -1,10 +1,11 @@
-"""Write files atomically: a file is replaced as a whole or unchanged; a new file is complete or
-absent.
+"""Write files atomically: an old file is replaced as a whole or unchanged, and a new file is
+complete or absent.
 
-A draft is called NAME.PID.new, after the process that writes it. A process that is killed leaves
-its draft, and the next process that works in the folder removes it (`remove_drafts`).
+The content is first written to a draft, whose name ends in PID.new, with the number of the process
+that writes it. A process that is killed leaves its draft, and the next process that works in the
+folder removes it (`remove_drafts`).
 
-Guarantee: nothing but a regular file is replaced: no link, no pipe, no device."""
+Guarantee: only a regular file is ever replaced, never a link, a pipe or a device."""
 
 from __future__ import annotations
 
@@ -25,24 +26,25 @@ DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
 
 
 def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
-    """Write `content` to `path` atomically and durably (fsync); returns `path`.
+    """Write `content` to `path` atomically and durably (fsync), and return `path`.
 
-    A missing folder is made. private: only this user can read the file (0600) and a folder made
-    here. Errors: InfrastructureError if the write fails; the file is then unchanged."""
+    A missing folder is made. private: only this user can read the file (0600) and folders that are
+    made. Errors: InfrastructureError if the write fails; an old file is then unchanged."""
     return _place_file(path, content, os.replace, private)
 
 
 def create(path: Path, content: bytes, *, private: bool = False) -> Path:
-    """Write `content` to `path` as `replace` does, unless `path` exists: if several processes
-    create one file, the content of the first stays. Returns `path`.
+    """Write `content` to `path` as `replace` does, unless `path` exists, and return `path`. If
+    several processes create the same file, the content of the first stays.
 
-    Errors: InfrastructureError where the write fails; no file is then left."""
+    Errors: InfrastructureError if the write fails; no new file is then left."""
     return _place_file(path, content, _link, private)
 
 
 def check_replaceable(path: Path, *suffixes: str) -> Path:
-    """Check that an output file that a person named is new, or has the suffix of the kind that
-    it replaces, and that there can be a folder for it; returns it. Errors: InputError."""
+    """Check that an output file which a person named can be written, and return its path: it is
+    new, or a file with one of `suffixes` to replace, and its folder exists or can be made. Errors:
+    InputError."""
     its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
     if os.path.lexists(path) and not its_kind:
         raise InputError(
@@ -59,9 +61,9 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open one of the program's files to append to it or to lock it; it is made if it is
-    missing, and only this user can read it (0600). Errors: OSError if a link, a pipe or a device
-    is in its place."""
+    """Open one of the program's own files, to append to it or to lock it, and return its
+    descriptor. A missing file is made, and only this user can read it (0600). Errors: OSError, also
+    if a link, a pipe or a device has the name."""
     return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
@@ -93,7 +95,7 @@ def _check_regular(path: Path) -> None:
     InfrastructureError."""
     try:
         mode = os.lstat(path).st_mode
-    except (OSError, ValueError):  # none has it, or writing says what is wrong
+    except (OSError, ValueError):  # no such file, or the write will report the error
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise InfrastructureError(
@@ -110,16 +112,16 @@ def _link(draft: Path, path: Path) -> None:
 
 
 def append_line(path: Path, line: bytes, *, durably: bool = True) -> None:
-    """Append `line` and a newline to `path`; a file that is made is for this user only. Whatever
-    a crash or a full disk left after the last newline is cut off first.
+    """Append `line` and a newline to `path`. A missing file is made, and only this user can read
+    it. An incomplete line that a crash or a full disk left at the end is cut off first.
 
-    durably: have the line on disk before this returns; otherwise a power cut may lose the last
-    lines. Errors: OSError; the line is then incomplete, and the next call cuts it off."""
+    durably: whether the line is on disk when this returns; otherwise a power cut may lose the last
+    lines. Errors: OSError; the line may then be incomplete, and the next call cuts it off."""
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # what another process is writing is not torn
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a line that another process is writing
         whole = os.lseek(descriptor, 0, os.SEEK_END)
         while whole and os.pread(descriptor, 1, whole - 1) != b"\n":
             whole -= 1
@@ -157,7 +159,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write all of `content`, and have it on disk. Errors: OSError."""
+    """Write all of `content` durably (fsync). Errors: OSError."""
     _write_whole(descriptor, content)
     os.fsync(descriptor)
 
@@ -170,8 +172,8 @@ def _write_whole(descriptor: int, content: bytes) -> None:
 
 @contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """Yield a draft path beside `out`, for a file or a folder. It is renamed to `out` on success
-    and removed on an exception. Errors: InfrastructureError."""
+    """Yield a path beside `out` at which the block makes a file or a folder. The draft is renamed
+    to `out` on success, and removed if the block raises. Errors: InfrastructureError."""
     _check_regular(out)
     draft = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
@@ -193,8 +195,9 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Return whether `draft` has the name of a draft of a process that has ended. The number of
-    this process counts too, as an earlier process had it: call this before the first write."""
+    """Return whether `draft` has the name of a draft whose process has ended. A draft with this
+    process's number counts too, since an earlier process had the same number: call this before this
+    process writes."""
     named = DRAFT.search(draft.name)
     try:
         if named and int(named[1]) != os.getpid():  # in a container both may be process 1
@@ -208,11 +211,10 @@ def is_abandoned(draft: Path) -> bool:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove the drafts of killed processes from `folder` and from what lies in it.
+    """Remove the drafts of killed processes from `folder` and its subfolders.
 
-    Call it when a process begins to work there, before it writes: a draft in this process's name is
-    of an earlier process with the same number. A draft that cannot be removed stays, and does no
-    harm."""
+    Call this before the process writes there (`is_abandoned`). A draft that cannot be removed
+    stays, and does no harm."""
     for root, _, files in os.walk(folder):
         for path in (Path(root) / name for name in files):
             if is_abandoned(path):

@@ -1,6 +1,6 @@
 """Fold a ledger's verified entries into its state: charges, cohorts and declarations.
 
-Nothing here reads or writes a file; ledger.py does, and folds every entry in once."""
+This module reads and writes no file. ledger.py does, and passes every entry to `fold` once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Account:
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
         self.held: dict[int, Held] = {}  # by the entry of the release
-        # What a person at the site let go: a slot, and the sha256 of its bytes, "" of a draw of
+        # What a person at the site let go: a slot, and the sha256 of its bytes, or "" for a draw of
         # shared noise, which is let go before it is made.
         self.let_go: set[tuple[Slot, str]] = set()
         self.refused: set[Slot] = set()  # slots that a person refused for good
@@ -56,7 +56,7 @@ class Account:
         self.frozen: Freeze | None = None
 
     def fold(self, entry: Entry) -> None:
-        """Take one verified entry into account."""
+        """Update the state by one verified entry. Errors: KeyError if its kind is not known."""
         body, time = entry.body, entry.body.get("time", 0)
         if entry.kind == "declare":
             self._update_disjoint(entry.seq, body)

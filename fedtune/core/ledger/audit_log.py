@@ -13,10 +13,10 @@ An entry is canonical JSON, so that each content has one spelling:
 | prev            | sha256 of the line before it; 64 zeros in the first                     |
 | signature       | by the role's signing key, over all of the above                        |
 
-Guarantee: an entry that was changed, moved, or taken out from between others is found by `verify`.
-Whoever can read the signing key can write another log, and the last entries can be cut off: that
-shows where somebody else keeps the head. A coordinator keeps a site's, sealed, with every update
-that it counted; anybody else can note what `fedtune log` prints.
+Guarantee: `verify` finds an entry that was changed, moved, or taken out from between others. It
+does not find that the last entries were cut off, or that somebody with the signing key wrote
+another log: only a head that is kept elsewhere shows this. A coordinator keeps a site's head,
+sealed, with every update that it counted; anybody else can note the head that `fedtune log` prints.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PERSON = "FEDTUNE_PERSON"
 LIMIT = 4 * 2**20  # bytes of a file before the next is begun
 LONGEST = 4096  # bytes of an entry
 RECENT = 4 * LONGEST  # bytes at the end of the log that are looked at before an entry is added
-REPEATS = 16  # of the newest acts: what one of them says is not entered again
+REPEATS = 16  # newest entries: an act that one of them says already is not entered again
 START = "0" * 64
 PURPOSE = b"fedtune audit\0"
 EVENTS = frozenset({
@@ -76,7 +76,8 @@ class NotAuditable(TypeError):
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of `verify`: the entries, whose key signed them, and the newest one's head."""
+    """The result of `verify`. signer: the public key that signed the entries; head: "SEQ:HASH" of
+    the newest entry."""
 
     entries: list[dict[str, Any]]
     signer: str
@@ -111,10 +112,10 @@ class AuditLog:
     def add(self, event: str, rule: str = "", *, once: int = 0, **facts: Any) -> int:
         """Write an entry durably and return its number.
 
-        once: write nothing if one of this many newest entries says the same, as when a
-        coordinator repeats a refused request. A last line that a crash cut short was never acted
-        upon, and is removed first. Errors: NotAuditable; InfrastructureError if the disk
-        refuses: the act that was to be logged must then not be done."""
+        once: if one of this many newest entries says the same, write nothing and return that
+        entry's number, as when a coordinator repeats a refused request. A last line that a crash
+        cut short is removed first; nothing was done under it. Errors: NotAuditable;
+        InfrastructureError if the disk refuses: the caller must then not do the act."""
         said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}
         said |= {"login": login(), "person": person()}
         try:
@@ -149,8 +150,8 @@ class AuditLog:
         return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
 
     def check(self, head: str) -> None:
-        """Append a `cut` entry if `head`, known from a receipt, is missing from this log: the
-        log was cut off. The caller's work continues, since the ledger has a check of its own."""
+        """Append a `cut` entry if this log lacks the entry `head` that a receipt names, since the
+        log was then cut off. The caller goes on, since the ledger has a check of its own."""
         if not head:
             return
         with _locked(self.folder):
@@ -275,7 +276,8 @@ def _holds(folder: Path, head: str) -> bool:
 
 
 def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that only names and numbers are logged. Errors: NotAuditable."""
+    """Check that the facts are numbers and short texts of permitted characters; return them, each
+    path as its last part. Errors: NotAuditable."""
     if event not in EVENTS:
         raise NotAuditable("event")
     named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}
@@ -287,7 +289,7 @@ def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, A
 
 
 def _name(path: Path) -> str:
-    """Return the last part of a path, with characters replaced that no name should hold."""
+    """Return the last part of a path, with "?" for each character that TEXT does not permit."""
     return "".join(c if TEXT.fullmatch(c) else "?" for c in path.name)[:200]
 
 

@@ -1,4 +1,4 @@
-"""The ledger's files: a signed hash chain in SQLite, its anchor, its newest receipt, its outbox.
+"""Keep the ledger's files: a signed hash chain in SQLite, its anchor, its receipts, its outbox.
 
     ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
     ledger.head     signed (seq, hash) of the newest entry, written after the entry is on disk
@@ -6,13 +6,13 @@
     site.key, salt  this site's key (Ed25519) and the salt of the member hashes; 0600
     outbox/         updates that may be sent again
 
-Guarantee: `hash` = sha256(prev ‖ kind ‖ body), so the newest signature covers every entry; an entry
-is on disk before `writing` returns, and the anchor follows it. What is edited, deleted, reordered,
-torn or rolled back behind the anchor or the receipt is a LedgerError when the ledger is opened.
+Guarantee: `hash` = sha256(prev ‖ kind ‖ body), so the newest signature covers every entry. An entry
+is on disk before `writing` returns; the anchor is written after the entry. If entries were edited,
+deleted, reordered, torn, or rolled back behind anchor or receipt, opening raises LedgerError.
 | anchor behind the entries  | a crash between the two writes: repaired                           |
 | entries behind the anchor  | rolled back: LedgerError                                            |
 | no ledger, but its traces  | LedgerError, unless its first creation was interrupted              |
-| format above FORMAT        | NewerLedger, before anything is written; never restored over        |
+| format above FORMAT        | NewerLedger, before anything is written; a restore refuses, too     |
 Errors: LedgerError (also for a full disk, a read-only file, a lock that is not given up).
 Reference: https://www.sqlite.org/pragma.html#pragma_synchronous (EXTRA: FULL alone can undo a
 commit when power fails before the journal's deletion is on disk).
@@ -142,7 +142,7 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
 
 
 class Transaction:
-    """The view of one writer. Others see its appended entries only after `writing` has returned."""
+    """One writer's transaction. Others see its entries only after `writing` has returned."""
 
     def __init__(
         self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
@@ -197,7 +197,8 @@ class Transaction:
 
 
 class Database:
-    """The files in `folder`, made on first use; `fold` sees every entry once, verified."""
+    """The ledger's files in `folder`, made on first use. `fold` is called once for each entry, when
+    the entry is verified."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
         self.folder = folder
@@ -350,9 +351,9 @@ def first_body(public: str, salt: bytes) -> dict[str, Any]:
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Yield the entries from the start or, with `after`, from that one on, which is read once more
-    to compare its hash. Each is checked against the one before it, without its signature. Errors:
-    LedgerError at the first broken link."""
+    """Yield each entry with its signature, from the start or from the entry `after`, whose hash is
+    compared once more. Each entry is checked against the one before it; signatures are not
+    verified. Errors: LedgerError at the first broken link."""
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(

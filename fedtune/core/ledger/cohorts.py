@@ -43,7 +43,7 @@ class Arrivals:
         return self._of.get(dataset, {}).get(unit, FIRST)
 
     def cohorts(self, dataset: str) -> dict[int, Arrival]:
-        """List every cohort that may have units, oldest first."""
+        """Return every cohort that may have units, by the entry of its arrival, oldest first."""
         cohorts = dict(sorted(self._cohorts.get(dataset, {}).items()))
         if not cohorts or dataset in self._older:
             cohorts = {FIRST: Arrival("first", 0, 0), **cohorts}
@@ -55,12 +55,13 @@ class Arrivals:
         """Build the "arrive" entry to append before the units `keys` join the dataset; None if it
         would record nothing new.
 
-        keys, members: salted hashes; members: of the dataset's units so far. A unit's arrival
-        depends on its own key alone, never on other units' records.
+        members: salted hashes of the dataset's members so far; keys: salted hashes of the keys of
+        the units that join. A unit's arrival depends on its own key alone, never on other units'
+        records.
 
-        | a key that was never a member  | arrives now                                           |
-        | a known key that arrived       | arrived when it did                                   |
-        | a known key that never arrived | there from the start, in a study without arrivals |"""
+        | a key that was never a member       | arrives now                        |
+        | a member with an arrival            | keeps its arrival                  |
+        | a member without an arrival         | counts as there from the start     |"""
         arrived = self._of.get(dataset, {})
         new = sorted({key.hex() for key in keys if key not in members})
         older = any(key in members and key.hex() not in arrived for key in keys)

@@ -1,13 +1,13 @@
 """Sign a site's declarations that a dataset is public or generated, as entries of its ledger.
 
-The hashes of declared records are kept as well, and records that were declared do not become
-private unless a person accepts it.
-Guarantee: a name that was ever charged as private can never be declared, and neither can a record
-of a dataset so charged, by the salted hashes that the ledger keeps of each record: of its content,
-its file, its longest text and its patient. The hashes stay, also of patients who withdrew.
-| a ledger that lost charges and was restored | nothing is declared: any name may be among them |
-| a short text under other column names       | is not known again                              |
-Read and written at the site alone, before it connects: a refusal ends the command here.
+The ledger keeps hashes of the declared records as well. Declared records do not become private
+unless a person accepts it.
+Guarantee: a dataset name that was ever charged as private can never be declared. Nor can a record
+of a dataset that was so charged: the ledger recognises the record by the salted hashes of its
+content, its file, its longest text and its patient. These hashes stay, also after a withdrawal.
+| a ledger that lost charges and was restored | declares nothing: a lost charge may be of any name |
+| a short text under other column names       | is not recognised                                  |
+All this is done at the site alone, before it connects. A refusal ends the site's command.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def declare(
 
 
 def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
-    """Check that no private record was ever declared public or generated: declared runs cost
-    nothing for life, so a private file could be tried for free before it is paid for.
+    """Check that no private record was ever declared public or generated. Declared runs are not
+    charged to the lifetime ledger, so that a private file could otherwise be tried for free.
 
     records: as for `declare`, but without the patients' keys, since invented patients may have
     any keys. Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
@@ -91,7 +91,8 @@ def to_accept(ledger: Ledger, dataset: str) -> bool:
 
 
 def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
-    """Check that there is something for a person to accept. Errors: ConfigError."""
+    """Check that the dataset has charges of unknown ε, or an earlier declaration, that a person may
+    accept. Errors: ConfigError."""
     if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
         raise ConfigError(
             f"nothing of dataset {dataset!r} is unknown", "a dataset with such rounds"
@@ -99,14 +100,15 @@ def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
-    """List the declared datasets that nobody has accepted for `dataset` since."""
+    """List the datasets whose newest declaration nobody has accepted for `dataset`."""
     account = ledger._account
     accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
     return [name for name, entry in account.not_private_since.items() if entry > accepted]
 
 
 def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
-    """Refuse a name among those `charged` as private. Errors: PolicyRefused."""
+    """Check that `dataset` is none of the names `charged` as private, and that no charge was lost
+    in a restore. Errors: PolicyRefused."""
     if EVERY in charged:
         raise PolicyRefused(
             f"data.declared = {what!r}, and this ledger was restored: of the charges that it lost "

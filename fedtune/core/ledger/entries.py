@@ -23,8 +23,9 @@ PermitApart = Callable[[dict[str, list[str]]], None]  # dataset -> those declare
 
 
 def slot_of(slot: Slot, membership: str) -> Slot:
-    """Return a slot as that of a hospital's membership. Two memberships have two, even with one
-    plan: the same bytes at two coordinators would show them that they know the same hospital."""
+    """Return the slot under which a hospital's membership answers. Two memberships have two slots,
+    even with one plan: if both sent the same bytes, two coordinators would see that they know the
+    same hospital."""
     study, round_, adapter = slot
     return study, round_, f"{adapter}@{membership}" if membership else adapter
 
@@ -36,7 +37,7 @@ def slot_fields(slot: Slot) -> dict[str, Any]:
 
 
 def owner_of(slot: Slot) -> str:
-    """Return the membership whose slot it is; "" without a hospital's home."""
+    """Return the membership to which a slot belongs; "" without a hospital's home."""
     return slot[2].partition("@")[2]
 
 
@@ -49,9 +50,9 @@ class Charge:
     - records: k, rows of one unit in a step
     - order: the Rényi order of the site's filter at the time of the charge
     - rules: RULES of the release that charged
-    - sites, colluding: with secure aggregation n and t, so that under its assumption the noise of n
-      - t sites is on what anybody opens
-    - membership: which of a hospital's memberships paid; "" of a site whose ledger is its own"""
+    - sites, colluding: n and t of secure aggregation; under its assumption every sum that anybody
+      opens has the noise of n - t sites
+    - membership: which of a hospital's memberships paid; "" at a site that has its own ledger"""
 
     study: str  # plan digest
     name: str
@@ -71,13 +72,13 @@ class Charge:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
-        """Read a charge from a ledger entry; an entry without `rules` was written before they
-        existed: version 1."""
+        """Read a charge from the fields of a ledger entry. An entry without `rules` was written
+        before that field existed, and has version 1."""
         return cls(**{"rules": 1, "membership": membership, **fields})
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of a ledger entry; without secure aggregation the same as in earlier
-        releases. The membership stands beside them."""
+        """Return the charge as fields of a ledger entry, without the membership, which the entry
+        has beside the charge. Without secure aggregation they are as in earlier releases."""
         fields = asdict(self)
         del fields["membership"]
         if self.sites == 1:
@@ -85,13 +86,13 @@ class Charge:
         return fields
 
     def is_paid_by(self, memberships: Collection[str]) -> bool:
-        """Return whether it counts as what these memberships spent; a charge that a restore entered
-        (EVERY) counts as anybody's."""
+        """Return whether the charge counts as paid by one of `memberships`. A charge that a restore
+        entered (EVERY) counts as paid by each."""
         return self.membership == EVERY or self.membership in memberships
 
     def is_known_for(self, unit: str) -> bool:
-        """Return whether its ε holds for one `unit`: not if the charge is for another unit, or
-        if the records were chosen by the RULES of an earlier release."""
+        """Return whether the charge's ε holds for one `unit`. It does not if the charge is for
+        another unit, or if an earlier release's RULES chose the records."""
         return self.rules == RULES and self.unit in (unit, "any")
 
     @property
@@ -126,8 +127,8 @@ class Spent:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A charge of another ledger, and the sha256 of the update that was released for it; "" of
-    none."""
+    """A charge of another ledger, and the sha256 of the update that was released for it; "" if
+    none was."""
 
     dataset: str
     charge: Charge
@@ -139,7 +140,7 @@ class Earlier:
 class Held:
     """A released answer that waits for a person at the site.
 
-    charge: what was paid for it; adapter: names its slot, together with the charge's study and
+    charge: the charge for it; adapter: the third part of its slot, beside the charge's study and
     round; size: in bytes; since: UTC seconds."""
 
     charge: Charge
@@ -177,10 +178,11 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Standing:
-    """What people decided, by papers beside the ledger: it stands whatever entries a restore loses.
+    """Decisions of people, read from files beside the ledger. A restore that loses their entries
+    enters them again.
 
     withdrawn: hash of a unit's key → when it withdrew, in UTC seconds; frozen: a freeze that nobody
-    lifted; refused: slots whose answer a person refused for good."""
+    lifted, or None; refused: slots whose answer a person refused for good."""
 
     withdrawn: Mapping[str, int]
     frozen: Freeze | None
@@ -191,8 +193,8 @@ class Standing:
 class Cohort:
     """Units of a dataset that arrived together, and the charges that count against each of them.
 
-    arrival: the entry that dates these units; 0: none does, so that they pay for every charge, and
-    `units` is then 0 too."""
+    arrival: the entry of their arrival; 0 if there is none: every charge then counts against them,
+    and `units` is 0, too."""
 
     arrival: int
     name: str

@@ -1,7 +1,7 @@
 """Sign and read the plain files of a ledger: the anchor, the receipts and the salt.
 
 Guarantee: a head that this site's key did not sign is never returned.
-Errors: LedgerError; OSError (chain.named makes it one).
+Errors: LedgerError; OSError, which `chain.named` turns into a LedgerError.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ def head_in(statement: Any, public: str) -> Head | None:
 def sealed_token(
     key: SigningKey, statement: dict[str, Any], audit: str = "", membership: str = ""
 ) -> str:
-    """Encrypt a head statement so that only this site can read it; of constant length (hex).
+    """Encrypt a head statement so that only this site can read it; return hexadecimal text of
+    constant length.
 
-    audit: the head of the site's audit log, so that a coordinator that stores the token, unread,
-    stores both. In clear text the sequence number would reveal to the coordinator that the data
-    changed, or that a patient withdrew. AES-256-GCM under a key derived from the site's own; only
-    the same membership of a hospital opens it, so that nobody can try whether two sites are one
-    hospital."""
+    audit: the head of the site's audit log; a coordinator that stores the unread token stores both
+    heads. In clear text the sequence number would reveal to the coordinator that the data changed,
+    or that a patient withdrew. The cipher is AES-256-GCM under a key derived from the site's own.
+    Only the same membership of a hospital opens the token, so that nobody can use tokens to test
+    whether two sites are one hospital."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)
     cipher = AESGCM(key.derive("ledger token"))
@@ -90,8 +91,9 @@ def sealed_token(
 
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
-    """Return the statement in a token, and the audit log's head; {} if the token is not one of
-    this site's, as one of these memberships; without any, of a site that is none."""
+    """Return the statement in a token with the audit log's head; {} if the token is not from this
+    site under one of `memberships`. Without memberships, try that of a site in no hospital's home.
+    """
     cipher = AESGCM(key.derive("ledger token"))
     for membership in memberships or ("",):
         with suppress(ValueError, InvalidTag):
@@ -124,7 +126,7 @@ class Receipt(NamedTuple):
 
 class ReceiptLog(NamedTuple):
     """Receipts of coordinators. accepted: each coordinator's newest; refused: those whose entry
-    this chain lacks; while one of them is unsettled, nothing is reserved."""
+    this chain lacks. Nothing is reserved until a restore has charged for the refused ones."""
 
     accepted: tuple[Receipt, ...] = ()
     refused: tuple[Receipt, ...] = ()
@@ -134,7 +136,8 @@ class ReceiptLog(NamedTuple):
         return self.accepted + self.refused
 
     def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
-        """Add `new`; an accepted receipt only if it is its coordinator's newest."""
+        """Return the log with `new` added: to `refused` if it is not `in_chain`, else to `accepted`
+        if it is its coordinator's newest."""
         if not in_chain:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
         older = [r for r in self.accepted if r.coordinator == new.coordinator]
@@ -157,7 +160,8 @@ class ReceiptLog(NamedTuple):
 
 
 def read_receipts(path: Path, public: str) -> ReceiptLog | None:
-    """Return the receipts stored in `path`, none if there is no file; None if it was altered."""
+    """Return the receipts in the file `path`; an empty log if there is no file, None if the file
+    was altered."""
     if not path.exists():
         return ReceiptLog()
     lists: list[tuple[Receipt, ...]] = []
@@ -212,16 +216,16 @@ def salt_at(path: Path) -> bytes:
 
 
 def outbox_name(digest: str) -> str:
-    """Return a file name for a digest: its 16 to 64 hexadecimal digits. A string that has none gets
-    the digits of its sha256. All digits are used: a coordinator who chooses what is hashed can
-    find two digests with the same first 16."""
+    """Return a file name for a digest: its 16 to 64 hexadecimal digits, or the digits of the
+    string's sha256 if it has no such digits. All digits are used, since a coordinator who chooses
+    the hashed content can find two digests with the same first 16."""
     tail = digest.rpartition(":")[2]
     good = 16 <= len(tail) <= 64 and all(c in "0123456789abcdef" for c in tail)
     return tail if good else hashlib.sha256(digest.encode()).hexdigest()
 
 
 def outbox_prefix(digest: str) -> str:
-    """The first 16 of those digits, by which files of a study are found."""
+    """Return the first 16 digits of `outbox_name`, with which names of a study's files begin."""
     return outbox_name(digest)[:16]
 
 
@@ -232,7 +236,7 @@ def newer_name(new: Path, old: Path) -> Path:
 
 
 def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return the path of the note of a draw that waits for a person, beside the ledger in
+    """Return the path of the file about a draw that waits for a person, beside the ledger in
     `folder`."""
     start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
     return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))

@@ -1,21 +1,21 @@
 """The privacy ledger of a site: it charges each round to a dataset before the round trains.
 
-Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, released or
-not; an update that left the site has an entry, and its bytes can be sent again but never trained
-again for free. Every failure charges more, never less: a crash between reservation and release, a
-restore, a dataset name that turns out to hold another dataset's patients.
+Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, whether or
+not an update is released. An update that left the site has an entry; its bytes may be sent again,
+but no round is trained again for free. A failure makes the ledger charge more, never less: a crash
+between reservation and release, a restore, a dataset name that holds another dataset's patients.
 
-What counts against a dataset: its own charges and those of every other dataset of the site, except
-datasets that were declared disjoint (by either). Two that were first composed and later declared
-disjoint are both charged for what either had spent until then. All of that follows from what a
-person at the site declares, never from a record. A patient whose key is in both is left out of the
+The charges that count against a dataset are its own, and those of every other dataset of the site
+unless one of the two was declared disjoint from the other. If that declaration came later, all
+charges that either had until then count against both. This depends on what a person at the site
+declares, never on a record. A patient whose key is in two disjoint datasets is left out of the
 later one (`disjoint_member_test`).
 | σ = 0 (a study without privacy)      | charged as σ = 0: the dataset's ε is infinite             |
 | a round that is reserved again       | is charged again                                          |
 | a charge that counts against another | is permitted only if that dataset's budget permits it too |
 Units that arrived later (`cohorts`) are charged only for the dataset's rounds after their arrival,
 except rounds that left the cohort out, and for every charge of other datasets.
-| a unit known before arrivals were kept | arrived with the first charge |
+| a unit known before arrivals were kept | counts as arrived with the first charge |
 A charge by an earlier release (`Charge.rules`), or one for another unit, gives no ε for a unit:
 `unknown` lists those that nobody at the site has accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
@@ -99,8 +99,8 @@ class Ledger:
     """The ledger in `folder`, created on first use. One object may serve several threads, and
     several processes may open one folder.
 
-    room: the reserved disk space, which decides whether an update is stored; without it, storing is
-    tried."""
+    room: the reserved disk space; an update is written to disk only where it leaves this space
+    free. None: writing is always tried."""
 
     def __init__(self, folder: Path, room: Room | None = None) -> None:
         self.folder, self._room = folder, room
@@ -134,19 +134,20 @@ class Ledger:
         keys: Iterable[bytes] | None = None,
         units: Iterable[bytes] = (),
     ) -> frozenset[bytes]:
-        """Sign a declaration of `dataset`: the others it shares no patient with (None: those that
-        it last declared), its content's hash, and its members (patient keys, record bytes), of
-        which only salted hashes are kept.
+        """Enter a signed declaration of `dataset`.
 
-        Returns those of `units`, the patients' keys, that a dataset disjoint from this one has.
-        They are not entered, whether as members or as arrivals, and may not take part here: of two
-        processes that read at the same moment, the one that enters a key first keeps its patient.
+        - disjoint_from: the datasets with which it shares no patient; None: as last declared
+        - content_hash: hash of its content; None: content and cohort stay as they were
+        - members: patients' keys and record bytes, of which only salted hashes are kept; a member
+          stays a member for good
+        - keys: the key of each unit, if arrivals are recorded. Keys that were never members arrive
+          now, as one cohort, whatever their or other units' records are
+        - units: patients' keys to look for in datasets disjoint from this one
 
-        The call is cheap if nothing changed. A member that was ever in the dataset stays its
-        member; without a content hash, content and cohort stay as they were. keys: the key of
-        each unit, if arrivals are recorded. A key that was never a member arrives now, in a
-        cohort of all such keys, whatever its or other units' records are. Errors: NoRoom if the
-        disk has too little space; nothing is entered."""
+        Returns those of `units` that a disjoint dataset has. They are entered neither as members
+        nor as arrivals, and may not take part here: of two processes that read at the same moment,
+        the one that enters a key first keeps its patient. The call is cheap if nothing changed.
+        Errors: NoRoom if the disk has too little space; nothing is entered."""
         hashes = {self._salt_member(member) for member in members}
         with self._store.writing() as writer:
             previous = self._account.declared.get(dataset, {})
@@ -167,7 +168,7 @@ class Ledger:
                 "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
                 "members": writer.members(dataset),
             }
-            # The content's hash alone is no reason: it follows from the plan that it was read for.
+            # A new content hash alone adds no entry: it depends on the plan for which data is read.
             if declaration != {**previous, "content": declaration["content"]}:
                 writer.append("declare", declaration)
             if arrival:
@@ -179,15 +180,15 @@ class Ledger:
         return self.member_test(dataset)(member)
 
     def member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Build a test of whether a member was ever declared as the dataset's, by the ledger's
-        present state."""
+        """Return a function that tells whether a member was ever declared as the dataset's, by the
+        ledger's present state."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
         return lambda member: self._salt_member(member) in hashes
 
     def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Build a test of whether a dataset disjoint from `dataset` has a patient's key. A
-        patient in both takes part in the dataset that had the key first, or, if the datasets
+        """Return a function that tells whether a dataset disjoint from `dataset` has a patient's
+        key. A patient in both takes part in the dataset that had the key first, or, if the datasets
         were declared disjoint afterwards, in neither."""
         with self._store.writing() as writer:
             names = [
@@ -252,14 +253,14 @@ class Ledger:
             return self._account.newcomer(dataset)
 
     def arrival(self, dataset: str) -> Callable[[bytes], int]:
-        """Build a lookup from a unit's key to the arrival of its cohort."""
+        """Return a function from a unit's key to the arrival of its cohort, an entry's number."""
         self._read()
         return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
 
     @property
     def memberships(self) -> set[str]:
-        """The memberships that any entry names: a payment, a plan that a person signed for one, or
-        an answer that a person decided about."""
+        """All memberships that an entry names: a charge, a signature under a plan, or a person's
+        decision about an answer."""
         account = self._account
         with self._store.writing():
             slots = {*account.sent, *account.refused, *(slot for slot, _ in account.let_go)}
@@ -280,11 +281,11 @@ class Ledger:
         *,
         of_newcomers: bool = False,
     ) -> None:
-        """Call `permit` as `reserve`, or `reserve_for` for newcomers, would, and charge nothing.
-        This comes before records are read, since each reading may add an entry. permit_other: as
-        for `reserve_for`.
+        """Call `permit` as `reserve` would, and charge nothing. of_newcomers: call it as
+        `reserve_for` would for a unit that arrives now; permit_other: as for `reserve_for`. Call
+        this before records are read, since each reading may add an entry.
 
-        Errors: what `permit` raises; LedgerError."""
+        Errors: those that `permit` raises; LedgerError."""
         with self._store.writing():
             self._ask(dataset, permit, permit_other, of_newcomers)
 
@@ -324,14 +325,18 @@ class Ledger:
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
     ) -> int:
-        """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
+        """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows;
+        return the entry's number.
 
-        `permit` gets all charges that count against a dataset, without the new one, and raises
-        to refuse. It is called for `dataset` and for every other dataset against which the
-        charge would count, under the write lock; it must not call this ledger. permit_unknown: is
-        given `unknown` of the dataset for the charge's unit, likewise; permit_apart: what each
-        dataset is declared disjoint from, by which the charges count, likewise. Returns the entry's
-        number. Errors: what `permit` raises (nothing is charged); LedgerError."""
+        The three functions are called under the write lock, must not call this ledger, and raise an
+        error to refuse; nothing is charged then.
+
+        - permit: called for `dataset` and for every other dataset against which the charge would
+          count, with all charges that count against it so far
+        - permit_unknown: called with `unknown` of the dataset for the charge's unit
+        - permit_apart: called with the datasets from which each dataset is declared disjoint
+
+        Errors: those that the functions raise; LedgerError."""
         with self._store.writing() as writer:
             self._check_not_frozen()
             self._ask(dataset, permit)
@@ -350,16 +355,16 @@ class Ledger:
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
     ) -> tuple[int, frozenset[int]]:
-        """Charge one round to the cohorts of `dataset` that `permit` allows: a cohort that it
+        """Charge one round to the cohorts of `dataset` that `permit` allows. A cohort that it
         refuses is left out of the round and not charged for it. Returns the reservation's number
-        and the arrivals of the cohorts left out. permit_other: asked in place of `permit` of every
-        other dataset against which the charge counts. All rounds count there, whoever was in them,
-        so that what limits one cohort's life is no limit of such a dataset. permit_unknown,
-        permit_apart: as for `reserve`.
+        and the arrivals of the cohorts left out.
 
-        Guarantee: who is left out follows from public charges, the policy and the time of arrival,
-        never from a record; and the charge is made even where no cohort remains.
-        Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
+        permit_other: called in place of `permit` for every other dataset against which the charge
+        counts. There all rounds count, whichever cohorts took part, and no cohort's lifetime is a
+        limit. permit_unknown, permit_apart: as for `reserve`.
+        Guarantee: which cohorts are left out follows from public charges, the policy and the time
+        of arrival, never from a record. The charge is made even where no cohort remains.
+        Errors: those that `permit` raises for a newcomer or another dataset; LedgerError."""
         with self._store.writing() as writer:
             self._check_not_frozen()
             self._ask(dataset, permit, permit_other, of_newcomers=True)
@@ -383,13 +388,13 @@ class Ledger:
         refused: Iterable[Slot],
         who: str,
     ) -> int:
-        """Enter what a membership of this hospital paid from a ledger of its own before, as charges
-        of the membership, and return how many were not there yet. No permit is asked: it was spent.
+        """Enter the charges that a membership of this hospital has in an earlier ledger of its own;
+        return how many were not there yet. No permit is asked, since they were spent already.
 
-        withdrawn: the key of each unit that withdrew there, and when, in UTC seconds; refused:
-        slots whose answer a person refused for good. Guarantee: all is entered, or nothing, and
-        once, however often it is tried; each charge keeps its rules, unit and order. Errors:
-        LedgerError if the membership has paid for anything else here."""
+        withdrawn: the key of each unit that withdrew there → when, in UTC seconds; refused: slots
+        whose answer a person refused for good. Guarantee: either everything is entered or nothing,
+        and repeating the call enters nothing twice; each charge keeps its rules, unit and order.
+        Errors: LedgerError if other rounds were charged to the membership here."""
         with self._store.writing() as writer:
             account = self._account
             paid = [r for r in account.reserved.values() if r.charge.membership == membership]
@@ -417,17 +422,17 @@ class Ledger:
     ) -> None:
         """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
         held: whether it may be sent only when a person at the site has approved it; keeps_all:
-        whether earlier updates of the study stay too, as where one person runs the whole study.
+        whether earlier updates of the study stay stored, as where one person runs the whole study.
 
-        If the disk has no space for the bytes, only this object keeps them: whether an update is
-        sent must not depend on what fills the disk, such as the number of records. A request
-        after a restart is then answered by another round, which is charged again. Errors:
+        If the disk has no space for the bytes, they are kept in memory, by this object: whether an
+        update is sent must not depend on what fills the disk, such as the number of records. A
+        request after a restart is then answered by another round, which is charged again. Errors:
         LedgerError if the reservation is unknown or used, or if another process released this
         round first (send what `released` returns).
 
-        Guarantee: otherwise only the newest update of each study is kept, on the disk or in memory.
-        While this object lives, which rounds are sent again as they were does not follow from what
-        space the disk has, of which records' files take some."""
+        Guarantee: unless keeps_all, only the newest update of each study is kept, on disk or in
+        memory. So while this object lives, the disk's free space, which depends on the size of the
+        records' files, does not decide which rounds are sent again unchanged."""
         with self._store.writing() as writer:
             reserved = self._account.reserved.get(reservation)
             if reserved is None or reservation in self._account.done:
@@ -450,7 +455,7 @@ class Ledger:
                 other.unlink(missing_ok=True)
 
     def is_held(self, slot: Slot) -> bool:
-        """Return whether what was released for a slot waits for a person at the site."""
+        """Return whether the answer that was released for a slot waits for a person at the site."""
         self._read()
         account = self._account
         return account.released.get(slot) in account.held and not self._is_let_go(slot)
@@ -474,8 +479,9 @@ class Ledger:
         return decided or slot in account.sent
 
     def list_held(self) -> list[Held]:
-        """List the answers that wait for a person at the site, oldest first: those whose bytes
-        are here, or may be in the memory of the site's process, as the newest of their study."""
+        """List the answers that wait for a person at the site, oldest first. An answer is listed if
+        its bytes are on disk, or if it is its study's newest, so that they may be in the memory of
+        the site's process."""
         account = self._account
         with self._store.writing():
             newest = {(slot[0], owner_of(slot)): slot for slot in account.released}
@@ -492,7 +498,8 @@ class Ledger:
             ]
 
     def let_go(self, slot: Slot, who: str) -> None:
-        """Enter that a person approved a slot's answer, with these bytes and no others."""
+        """Enter that a person approved a slot's answer with the released bytes and no others, or,
+        without an answer, a draw. Errors: InputError if a person refused it before."""
         with self._store.writing() as writer:
             if slot in self._account.refused:
                 raise InputError(
@@ -529,8 +536,8 @@ class Ledger:
         return self._released_bytes((study, round_, adapter))
 
     def head_statement(self, audit: str = "", membership: str = "") -> dict[str, Any]:
-        """Return {token}: the newest entry and the audit log's head, for the coordinator of a
-        membership to countersign unread."""
+        """Return {"token": …}: the newest entry and the audit log's head, encrypted. A membership's
+        coordinator countersigns the token without reading it."""
         statement = self._store.statement(self._read())
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
@@ -540,13 +547,13 @@ class Ledger:
         coordinator_public: str,
         memberships: Iterable[str] = ("",),
     ) -> str:
-        """Check a countersigned head against this ledger, and keep it if it is the newest. Returns
-        the audit log's head in it, "" if it holds none. memberships: under which its token may
-        have been sealed.
+        """Check a countersigned head against this ledger, and store it if it is the newest. Returns
+        the audit log's head in it, "" if it holds none. memberships: those under which its token
+        may have been sealed.
 
-        Errors: LedgerError if it is not a receipt of this site by that coordinator (it is ignored),
-        or if the ledger lacks the entry: the ledger was rolled back, and reserves nothing from now
-        on, in any process, until it is restored."""
+        Errors: LedgerError if it is not a receipt for this site by that coordinator; it is then
+        ignored. LedgerError also if the ledger lacks the entry: the ledger was rolled back, and
+        reserves nothing from now on, in any process, until it is restored."""
         token = {"token": receipt.get("token")}
         statement = opened_token(self.key, token["token"], *memberships)
         head = head_in(statement, self.key.public)
@@ -606,7 +613,8 @@ class Ledger:
         return self._account.frozen
 
     def freeze(self, who: str, why: str) -> None:
-        """Enter that nothing is charged or answered until a person lifts it, once."""
+        """Freeze the ledger, unless it is frozen: nothing is charged or answered until a person
+        lifts the freeze."""
         with self._store.writing() as writer:
             if self._account.frozen is None:
                 writer.append("freeze", {"by": who, "why": why})
@@ -619,7 +627,7 @@ class Ledger:
             writer.append("lift", {"by": who, "why": why})
 
     def check_not_frozen(self) -> None:
-        """Check that no person froze the ledger. Errors: PolicyRefused, in words that may leave the
+        """Check that no person froze the ledger. Errors: PolicyRefused, whose text may leave the
         site; LedgerError."""
         self._read()
         self._check_not_frozen()
@@ -642,8 +650,8 @@ class Ledger:
 
     def copy_entries(self, to: Path) -> None:
         """Copy the entries consistently into the new database `to`, without the salt and without
-        the members' hashes, which count records: it shows every charge and signature, and is no
-        backup. Errors: LedgerError."""
+        the members' hashes, whose number would reveal how many records there are. The copy shows
+        every charge and signature, but is no backup. Errors: LedgerError."""
         from fedtune.core.ledger.restore import copy_entries
 
         with self._store.writing():
@@ -656,9 +664,9 @@ class Ledger:
         from_: Path | None = None,
         standing: Callable[[str], Standing] | None = None,
     ) -> Ledger:
-        """Restore from a backup, or from the files that are left, charging lost entries as spent.
-        standing: given the site's public key, says what people decided that the restored ledger
-        must hold before it is put in place."""
+        """Restore from the backup in folder `from_`, or from the files that are left; charge lost
+        entries as spent. standing: a function that is given the site's public key and returns the
+        people's decisions that the ledger must have before it is put in place."""
         from fedtune.core.ledger.restore import restore
 
         restore(folder, from_, standing)
@@ -672,7 +680,7 @@ class Ledger:
         return hmac.digest(self._store.salt, member, "sha256")
 
     def path_of(self, slot: Slot) -> Path:
-        """Return the file in which a slot's update is stored, if it is."""
+        """Return the path of the file for a slot's update, whether or not the file exists."""
         study, round_, adapter = slot
         outbox = self.folder / OUTBOX
         new = outbox / f"{outbox_name(study)}-{round_}-{outbox_name(adapter)}.bin"
@@ -680,8 +688,8 @@ class Ledger:
         return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
-        """Write an update to the outbox, or keep it in memory, one of each study, if there is no
-        space."""
+        """Write an update to the outbox. If there is no space, keep it in memory in place of an
+        earlier update of the same study."""
         path, kept = self.path_of(slot), (slot, update)
         if self._room is None or self._room.has_space(len(update)):
             try:
@@ -727,8 +735,8 @@ class Ledger:
 
 
 def signing_key(site: Site, ledger: Ledger) -> SigningKey:
-    """Return the key with which a site signs what leaves it: the ledger's or, for a membership of a
-    hospital, one of its own, so that two coordinators do not see that a hospital is the same.
+    """Return the key with which a site signs what leaves it: the ledger's key or, for a membership
+    of a hospital, its own key, so that two coordinators do not see that they know one hospital.
 
     Errors: InfrastructureError."""
     return SigningKey.at(site.site.state / KEY) if site.hospital else ledger.key

@@ -2,20 +2,20 @@
 
 Guarantee: what a restored ledger charges is at least what was spent.
 1. Base: the longest chain that verifies, of the backup and of the folder itself.
-2. Every step in the step log beyond the base's charges is charged, whole rounds at a time.
-3. Each entry known to be lost (anchor, receipts, readable rows beyond the base) that 2 does not
-   account for is charged as a round with the least σ and the most q, steps and k known.
+2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
+3. Entries beyond the base that anchor, receipts or readable rows show, and for which step 2 charged
+   nothing, are charged as rounds with the least σ and the most q, steps and k known.
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
 | lost entries, but no round known to price them            | exhausted                       |
 | the step log is behind the base, and entries are lost     | exhausted: both logs are damaged |
 Restored charges count against every dataset. The sequence skips the lost numbers, so a receipt for
-a lost entry is recognised as charged. 2 alone covers what left the site as long as the step log is
-complete; where log and ledger were rolled back together, 3 assumes that no lost round cost more
-than the costliest one known. No worker of the site may run meanwhile.
-Withdrawals, refused answers and a freeze among the lost entries are in the new database before it
-is put in place, as far as the caller knows them (`Standing`): no ledger that opens lacks them,
-wherever this is killed. If the salt is lost, no withdrawal is recognised any more, and the ledger
-is frozen. Nobody enters anything in the old database meanwhile.
+a lost entry is recognised as charged. If the step log is complete, step 2 alone covers every update
+that left the site. If log and ledger were rolled back together, step 3 assumes that no lost round
+cost more than the costliest one known. No worker of the site may run meanwhile.
+Lost withdrawals, refused answers and a lost freeze, if the caller knows them (`Standing`), are
+entered in the new database before it is put in place, so that a ledger without them can never be
+opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any more,
+and the new ledger is frozen. The old database is locked meanwhile.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
 NewerLedger where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -76,8 +76,8 @@ EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
 
 @dataclass(frozen=True)
 class _Base:
-    """A chain that verifies. path None: there is none, and a new chain is begun; is_salt_lost: with
-    a new salt, under which no hash of a unit is what it was."""
+    """A chain that verifies. path: None if there is none; a new chain is then begun. is_salt_lost:
+    whether the new chain has a new salt, under which every unit has another hash."""
 
     path: Path | None
     salt: bytes
@@ -113,7 +113,7 @@ class _Base:
 
     @property
     def released(self) -> Counter[tuple[Any, ...]]:
-        """Noised steps behind the released updates, by _round_key."""
+        """The number of noised steps in the rounds whose updates were released, by _round_key."""
         rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
         total: Counter[tuple[Any, ...]] = Counter()
         for entry in self.entries:
@@ -169,9 +169,11 @@ def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
 def restore(
     folder: Path, from_: Path | None, standing: Callable[[str], Standing] | None = None
 ) -> None:
-    """Put the longest chain that verifies in place, and charge what it lacks (see above).
+    """Install the longest chain that verifies, and charge lost entries by steps 1 to 3 at the top
+    of this file.
 
-    standing: says what people decided, by papers that the site's public key signed."""
+    standing: given the site's public key, returns what people decided in files that this key
+    verifies."""
     with named(folder):
         key = _key(folder, from_)
         with _closed(folder / DATABASE):
@@ -219,8 +221,9 @@ def _say_salt_lost(withdrawn: int) -> str:
 
 @contextmanager
 def _closed(path: Path) -> Iterator[None]:
-    """Keep other processes from writing to a database in the block, if it can be opened at all; who
-    waits for it is refused afterwards, since the anchor is of the new one then."""
+    """Keep other processes from writing to the old database in the block, if it can be opened at
+    all. A process that waits for it is refused afterwards: the anchor is then of the new database.
+    Errors: sqlite3.Error if another process keeps it locked."""
     with ExitStack() as opened:
         try:
             if path.exists():
@@ -237,9 +240,9 @@ def _install(
 ) -> None:
     """Put the new files in place of the old ones, which are kept under another name.
 
-    A restore that is killed at any point and begun again charges no less: database, anchor and step
-    log keep their places until what replaces them is there. (The new database knows the old anchor
-    as lost, and as charged.)"""
+    A restore that is killed at any point and begun again charges no less: database and anchor keep
+    their places until their replacements are on disk, and the step log is not touched. The new
+    database counts the old anchor's entry as lost and charged."""
     aside = f".lost-{time.time_ns()}"
     for name in (DATABASE, HEAD):
         if (folder / name).exists():
@@ -295,7 +298,8 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
 
 
 def _verify_ledger(folder: Path, public: str) -> _Base | None:
-    """Return the ledger of a folder if every entry, signature and member digest in it verifies."""
+    """Return the ledger of a folder if every entry, signature and member digest in it verifies;
+    else None."""
     path, salt = folder / DATABASE, folder / SALT
     if not (path.exists() and salt.exists()):
         return None
@@ -353,7 +357,7 @@ def _restore_body(
 
 
 def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, top: int) -> int:
-    """Bound the number of entries that the base lacks."""
+    """Return an upper bound on the number of entries that the base lacks."""
 
     def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
         return head.seq - base.seq if head.seq > base.seq else head.seq

@@ -18,11 +18,11 @@ from fedtune.core.ledger.ledger import Ledger
 
 @dataclass(frozen=True)
 class StudyLine:
-    """What one study spent of a dataset's budget.
+    """All charges of one study against a dataset's budget.
 
     - epsilon: ε of this study alone, at the δ asked for
-    - rounds: distinct rounds
-    - charged: reservations, more than rounds if one was paid twice
+    - rounds: number of distinct rounds
+    - charged: number of reservations, more than `rounds` if a round was charged twice
     - first, last: UTC seconds
     - known: whether ε is known (Charge.is_known_for)
     - fallback: with secure aggregation the ε that holds whatever happens, by this site's own noise
@@ -50,11 +50,12 @@ class StudyLine:
 class DatasetBudget:
     """The total ε of a dataset as the privacy filter bounds it, and the same composed by PLD.
 
-    - epsilon: at 2 · delta
-    - pld: at delta, which is policy.delta
-    - remaining: of policy.max_epsilon, never below 0
-    - fallback: what the filter gives by this site's own noise alone, against fallback_ceiling; None
-      if no charge has secure aggregation, so that the two are one"""
+    - epsilon: by the filter, at 2 · delta
+    - how: the name of the composition, such as "PLD"
+    - pld: by PLD, at delta, which is policy.delta
+    - ceiling: the most ε that the policy allows; `remaining` is what is left of it, at least 0
+    - fallback: by the filter, from this site's own noise alone, against fallback_ceiling; None if
+      no charge has secure aggregation, since `epsilon` then holds in any case"""
 
     dataset: str
     epsilon: float
@@ -71,7 +72,7 @@ class DatasetBudget:
 
     @property
     def fallback_remaining(self) -> float | None:
-        """What remains of policy.max_fallback_epsilon."""
+        """What is left of fallback_ceiling, at least 0; None without a fallback ε."""
         if self.fallback is None or self.fallback_ceiling is None:
             return None
         return max(0.0, self.fallback_ceiling - self.fallback)
@@ -90,7 +91,7 @@ def facts(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> dict[str, Any]:
     """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit:
-    whether the site's file identifies patients or single records."""
+    "patient" or "record", as the site's file identifies them; None: that of each study."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
     shared = dict[str, Any]()
@@ -144,7 +145,7 @@ def _is_noise_shared(spent: Sequence[Spent]) -> bool:
 
 
 def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> DatasetBudget:
-    """Compose the charges in `spent`, against the policy's limits."""
+    """Compute a dataset's budget: the total of the charges `spent`, and the policy's limits."""
     events = [entry.charge.event for entry in spent]
     order = spent[0].charge.order if spent else 2.0
     total = total_epsilon(events, order, policy.delta)
@@ -160,8 +161,8 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
 def find_heaviest_budget(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> DatasetBudget:
-    """Return the dataset's budget: that of the cohort with the largest ε, and the largest
-    fallback."""
+    """Return the dataset's budget: that of the cohort with the largest ε, but with the largest
+    fallback ε of any cohort."""
     budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     most = max(budgets, key=lambda total: total.epsilon)
     shared = [total for total in budgets if total.fallback is not None]
@@ -173,9 +174,9 @@ def find_heaviest_budget(
 
 @dataclass(frozen=True)
 class MembershipLine:
-    """What one membership of a hospital spent of a dataset's budget, by itself.
+    """All charges of one membership of a hospital against a dataset's budget.
 
-    - membership: its name; "" of what was paid before the ledger was the hospital's, EVERY of
+    - membership: its name; "" for charges from before the ledger was the hospital's, EVERY for
       charges that a restore entered
     - studies, charged: how many studies, and reservations
     - epsilon: as the privacy filter bounds it, at 2 · policy.delta; fallback: by this site's
@@ -191,8 +192,8 @@ class MembershipLine:
 def membership_lines(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> list[MembershipLine]:
-    """Build one line for each membership that paid for something that counts against the dataset.
-    Their ε do not add up to the total, which composes all charges."""
+    """Build one line for each membership that has a charge against the dataset. Their ε do not add
+    up to the total, which composes all charges."""
     names = {spent.charge.membership: None for cohort in cohorts for spent in cohort.spent}
     return [_membership_line(dataset, cohorts, policy, name) for name in names]
 
@@ -207,8 +208,8 @@ def _membership_line(
 
 
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
-    """Return what a membership spent of its own share, as vault.budget counts it: with charges that
-    a restore entered and, if they are its own, with earlier ones."""
+    """Return the budget of a membership's own share, counted as vault.budget does: with the charges
+    that a restore entered, and with those from before the hospital's home if they are its own."""
     own = _paid_by(lambda charge: charge.is_paid_by(policy.own_memberships), cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None

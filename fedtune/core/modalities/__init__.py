@@ -1,4 +1,4 @@
-"""Modalities turn a record into tensors: one module each, a frozen dataclass.
+"""Modalities turn a record into tensors. Each is a frozen dataclass in a module of its own.
 
 The kind of the base decides which modality reads its records, unless the study names another
 (base.modality)."""
@@ -25,7 +25,8 @@ MODALITIES = Group("modalities", "base.modality", __name__, Modality)  # type: i
 def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Reader:
     """Build the reader of records for `base`. name: the value of the study's base.modality.
 
-    Errors: ModelError, ConfigError (no such modality, or an extra is not installed)."""
+    Errors: ModelError if no modality fits the base; ConfigError if there is none of this name, or
+    an extra is not installed."""
     for candidate in [name] if name else MODALITIES.release():
         modality = MODALITIES.load(candidate)
         if base.kind in modality.kinds:

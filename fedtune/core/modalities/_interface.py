@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 class Modality(ABC):
     """Turns a record into tensors.
 
-    It writes place-holders into a record's text and turns its file into the tensor that the
-    frozen tower reads. Targets, caps, units and gradients are as for text. kinds: the kinds of
-    base that it serves. A plan has no options for it, so fields of a subclass have defaults."""
+    It writes place-holders into a record's text and turns the record's file into the tensor that
+    the base's frozen tower reads. Targets, caps, units and gradients are as for text.
+
+    kinds: the kinds of base whose records it reads. A plan gives a modality no options, so all
+    fields of a subclass must have defaults."""
 
     kinds: ClassVar[tuple[Kind, ...]]
 

@@ -21,14 +21,14 @@ from fedtune.core.data.records import Record
 from fedtune.core.errors import ModelError
 from fedtune.core.modalities._interface import Modality
 
-SPACED = "\u0e00"  # Thai, and what comes after it, mostly has no spaces between words
+SPACED = "\u0e00"  # scripts from Thai on mostly have no spaces between words
 _START = "<|startoftranscript|>"
 
 
 class Speech:
-    """Reads recordings; those longer than the base's window are rejected, or cut with overflow =
-    "truncate". A transcript begins with a space, like Whisper's own transcripts, in scripts that
-    put spaces between words."""
+    """Reads recordings. One that is longer than the base's window is rejected if overflow is
+    "reject", else cut. In scripts that put spaces between words, a transcript gets a space in
+    front, as in Whisper's own transcripts."""
 
     column: Literal["audio"] = "audio"
     starts = True
@@ -76,10 +76,10 @@ class Speech:
 
 @dataclass(frozen=True)
 class AudioText(Modality):
-    """A recording and its transcript, for Whisper.
+    """Reads a recording and its transcript, for Whisper.
 
-    The base folder's own feature extractor makes log-mel spectrograms of one length. The decoder's
-    text begins with Whisper's own start tokens; a transcript, or nothing, follows."""
+    The feature extractor in the base's folder makes log-mel spectrograms of one length. The
+    decoder's text is Whisper's start tokens and then the transcript, if there is one."""
 
     kinds = ("speech",)
 
@@ -88,7 +88,7 @@ class AudioText(Modality):
 
 
 def _start(tokenizer: Any) -> str:
-    """Return the tokens with which the decoder's text begins, as text, like WhisperTokenizer's."""
+    """Return the start tokens of the decoder's text, as a text, as WhisperTokenizer puts them."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     known, asked = tokenizer.get_vocab(), tokenizer.init_kwargs

@@ -65,10 +65,11 @@ class Images:
         return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
 
     def read_whole(self) -> None:
-        """Read every image as one tile from now on, as this class does anyway."""
+        """Read every image as one tile from now on, which this class does in any case."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate noise: square, wide or high, so that records differ in their number of tiles."""
+        """Generate an image of noise with the size of `like`, else square, wide or high, so that
+        records differ in their number of tiles."""
         from PIL import Image as pillow
 
         shapes = ((24, 24), (24, 72), (72, 24))
@@ -84,12 +85,12 @@ class Images:
         return int(patches) + int(config.vision_feature_select_strategy == "full")
 
     def _layout(self, media: Media) -> tuple[int, int]:
-        """Count rows and columns of tiles besides the whole image; 0, 0 if the image is not
-        split."""
+        """Return into how many rows and columns of tiles the image is split, besides the whole
+        image; (0, 0) if it is not split."""
         return 0, 0
 
     def text(self, rows: int, columns: int) -> str:
-        """Write the place-holders of an image of so many tiles besides the whole."""
+        """Return the place-holders for an image and its `rows` · `columns` tiles."""
         return self._token * self._run
 
 
@@ -120,7 +121,7 @@ class Tiled(Images):
         return self._layouts[media.digest]
 
     def text(self, rows: int, columns: int) -> str:
-        """Write the image tokens as Idefics3Processor.replace_image_token does."""
+        """Return the place-holders as Idefics3Processor.replace_image_token makes them."""
         run = self._token * self._run
         whole_image = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
         lines = (
@@ -131,9 +132,9 @@ class Tiled(Images):
 
 
 class Square(Images):
-    """Reads an image for Qwen2-VL, always padded to one square: the largest with sides of at most
-    SIDE pixels that the base's processor does not resize. The image is centred; the rest has the
-    processor's mean colour."""
+    """Reads an image for Qwen2-VL. Every image is scaled and padded to the same square, the largest
+    with sides of at most SIDE pixels that the base's processor does not resize. The image is
+    centred; the padding has the processor's mean colour."""
 
     def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)
@@ -141,7 +142,7 @@ class Square(Images):
         self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
 
     def prepare(self, image: Image) -> torch.Tensor:
-        """Compute the patches, (1, P, values of a patch)."""
+        """Compute the image's P patches, (1, P, values of a patch)."""
         from PIL import ImageOps
 
         prepare = self._processor
@@ -168,12 +169,12 @@ class Square(Images):
 
 @dataclass(frozen=True)
 class ImageText(Modality):
-    """An image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
+    """Reads an image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
 
-    The base folder's own image processor resizes, normalises and, where so configured, splits an
-    image into tiles. For each tile the text holds a run of image tokens, which the network replaces
-    by its projected tower states. Qwen2-VL takes an image of any size; here it is always padded to
-    one square, so that the positions of the text do not depend on the image."""
+    The image processor in the base's folder resizes and normalises an image and, if configured so,
+    splits it into tiles. For each tile the text holds a run of image tokens, which the network
+    replaces by the tile's projected tower states. For Qwen2-VL, which takes images of any size,
+    every image is padded to one square, so that the positions of the text do not depend on it."""
 
     kinds = ("image_text",)
 

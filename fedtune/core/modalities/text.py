@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True)
 class TextModality(Modality):
-    """Reads text alone; there are no place-holders."""
+    """Reads text alone, without place-holders."""
 
     kinds = ("causal", "encoder")
 

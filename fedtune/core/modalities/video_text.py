@@ -23,8 +23,8 @@ from fedtune.core.modalities.image_text import Images, ImageText, Square, put_be
 
 
 class Clips:
-    """Reads a clip as FRAMES images, one tile each, in order: each frame is prepared, and written
-    as place-holders, as the base's reader of images does it."""
+    """Reads a clip as FRAMES images of one tile each, in order. The base's reader of images
+    prepares each frame and gives its place-holders."""
 
     column: Literal["video"] = "video"
     starts = False
@@ -47,7 +47,8 @@ class Clips:
         return torch.cat([self._images.prepare(frame) for frame in clip(media)])
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate frames of noise, from fewer to more than are read."""
+        """Generate a clip of noise, of fewer or more frames than FRAMES, in the size of `like` if
+        given."""
         av = import_pyav()
         file = io.BytesIO()
         with av.open(file, "w", format="avi") as out:
@@ -63,11 +64,12 @@ class Clips:
 
 @dataclass(frozen=True)
 class VideoText(Modality):
-    """A clip and a text about it, for Idefics3, SmolVLM and LLaVA. Experimental.
+    """Reads a clip and a text about it, for Idefics3, SmolVLM and LLaVA. Experimental.
 
-    FRAMES frames, evenly spaced in time, are read as so many images. A head alone reads their
-    tower's states in order, projected to one vector; with adapters the language model reads them
-    in order. base.modality names it: without the name these bases read images."""
+    FRAMES frames, evenly spaced in time, are read as that many images. A head alone reads the
+    frames' tower states in order, projected to one vector; with adapters the language model reads
+    them in order. A study must name this modality in base.modality, else these bases read images.
+    """
 
     kinds = ("image_text",)
 

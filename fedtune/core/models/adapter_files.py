@@ -16,8 +16,8 @@ AGAIN = "copy the run's folder again"
 
 
 def load_adapter(folder: Path) -> Arrays:
-    """Load all arrays saved in `folder` (PEFT's format, head.safetensors or both) by the network's
-    names: the trained ones and the frozen factor. Errors: ModelError."""
+    """Load all arrays saved in `folder` (PEFT's format, head.safetensors or both): the trained ones
+    and the frozen factor, under the network's names. Errors: ModelError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -14,11 +14,12 @@ from fedtune.core.registry import process_cache
 
 
 def build(study: Study, base: Base | None = None) -> Network:
-    """Build the network of a study; one per process and setting, so that simulated sites share
-    it. base: by default the base that the study names, fetched if needed, which is for one's own
-    studies only.
+    """Build the network of a study. There is one per process and setting, so that simulated sites
+    share it.
 
-    Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
+    base: the base to use. By default it is the one that the study names, which is fetched if
+    needed: only for studies of this machine's own user. Errors: ModelError (base missing or of
+    another digest); ConfigError (the base has no module of a name in lora.modules)."""
     base = base or find_base(study.base.model, study.base.digest)
     objective = study.objective.resolved
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
@@ -46,15 +47,16 @@ def _build(
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the number format: bfloat16 if it is faster here, unless the study names another."""
+    """Return the number format that `name` stands for; for "auto", bfloat16 if it is faster here,
+    else float32."""
     fast = _bf16_is_faster() if name == "auto" else name == "bfloat16"
     return torch.bfloat16 if fast else torch.float32
 
 
 @process_cache.cached("speed of bf16")
 def _bf16_is_faster() -> bool:
-    """Return whether the GPU or processor multiplies bf16 natively; for the processor, whether
-    that is faster, measured once per process."""
+    """Return whether bf16 is faster than fp32 here. A GPU counts as faster if it supports bf16
+    natively; a processor with native bf16 is measured once per process."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     if not torch.cpu._is_avx512_bf16_supported():

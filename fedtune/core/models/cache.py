@@ -1,10 +1,10 @@
 """Form micro-batches of a dataset, with the states below the cut computed once per record.
 
 The kernel of a matrix product, and its order of addition, depend on the matrices' shapes, so the
-last digits of a record's figures depend on the number of records beside it. Whatever is summed
-under the guarantee is therefore computed in blocks: micro-batches whose every shape is a
-function of the record's own bucket (docs/decisions/0025-fixed-shapes.md), each on a core of its own
-(docs/decisions/0092-blocks-side-by-side.md)."""
+last digits of a record's results depend on the number of records beside it. Every result that is
+summed under the guarantee is therefore computed in blocks: micro-batches whose shapes all follow
+from the record's own bucket (docs/decisions/0025-fixed-shapes.md). Each block is computed on a core
+of its own (docs/decisions/0092-blocks-side-by-side.md)."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ Result = TypeVar("Result")
 
 
 class Bucket(NamedTuple):
-    """The padded shapes of one record, which depend on no other. Records share a micro-batch only
-    if they are equal in all of them.
+    """The padded shapes of one record, which depend on no other record. Records share a micro-batch
+    only if all their shapes are equal.
 
-    length: padded length of its longest passage; targets: positions of a passage at which the
-    base's own head runs, 0 for a record without targets; full: for an encoder, which reads a
-    padding mask, whether there is no padding."""
+    - length: padded length of the record's longest passage
+    - tiles: number of tiles of its image
+    - targets: positions of a passage at which the base's own head runs; 0 for a record without
+      targets
+    - full: whether there is no padding; only for an encoder, which reads a padding mask"""
 
     length: int
     tiles: int = 1
@@ -62,24 +64,24 @@ class CachedDataset:
     """A dataset with cached prefix states of a network.
 
     If something below the adapters is frozen, each record's states are computed once and kept
-    unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts at
-    the cut. This is exact: there is no dropout and no adapter below it. All positions are
-    kept or, if no layer above the cut mixes positions, only those with a target (the last one if
-    the record has none).
+    unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts at the
+    cut. This is exact, since below the cut there is no dropout and no adapter. All positions are
+    kept. If no layer above the cut mixes positions, only those with a target are kept, or the last
+    one if the record has no target.
     Guarantee: a record's states at the cut, and its results in `compute_blocks`, come from matrix
     products whose shapes follow from the record's own bucket, not from other records.
     memory: bytes of states that the process may hold before more go to the encrypted file; None:
-    a quarter of the machine's.
+    the process's share of a quarter of the machine's memory.
 
-    Datasets that hold the same record over the same network share its states. Their key is a digest
-    of token ids, kept positions and media file: the ids reflect tokenizer, template and length, and
-    a network is one base, dtype, quantisation and cut.
-    """
+    Datasets that hold the same record over the same network share its states. The states are named
+    by a digest of token ids, kept positions and media file. The ids reflect tokenizer, template and
+    length, and a network has one base, dtype, quantisation and cut."""
 
     def __init__(
         self, network: Network, dataset: Dataset, memory: int | None = None, *, alone: bool = False
     ) -> None:
-        """alone: whether a block is one record, as it always is where the network says so."""
+        """alone: whether each block holds one record only. It always does if the network does not
+        share blocks."""
         self.network = network
         self._alone = alone or not network.shares_blocks
         self.dataset = dataset
@@ -111,7 +113,8 @@ class CachedDataset:
         return CachedDataset(self.network, dataset, self._memory)
 
     def operators(self) -> AbstractContextManager[None]:
-        """Use as many threads of operators as a block is computed with."""
+        """Return a context in which this thread has as many threads of operators as compute a
+        block."""
         return nullcontext() if self.cores is None else one_operator_thread()
 
     @property
@@ -149,14 +152,14 @@ class CachedDataset:
         return Bucket(padded, self._tiles[row // self._n_passages], full=full)
 
     def _prefix_block(self, bucket: Bucket) -> int:
-        """Return the number of passages of a block in the frozen part."""
+        """Return the number of passages in a block of the pass through the frozen part."""
         if self._alone:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
         return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
 
     def warm(self) -> None:
-        """Fill the cache now, reporting progress by records."""
+        """Compute all states that are missing now, and report the progress."""
         if not self.network.cached:
             return
         self._states = [self.network.states.get(name) for name in self._names]
@@ -185,8 +188,8 @@ class CachedDataset:
             self._tower_states.clear()
 
     def _encode_files(self) -> None:
-        """Compute and store the tower's states of all files that have none yet, up to one that
-        fails: the rest are encoded with the records that need them."""
+        """Compute and store the tower's states of all files that have none yet. If one fails, stop:
+        the rest are encoded with the records that need them."""
         files = {e.media.digest: e.media for e in self.dataset.examples if e.media is not None}
         missing = [file for file in files.values() if self._stored_tower_states(file) is None]
 
@@ -205,10 +208,11 @@ class CachedDataset:
             make_room_after(error)
 
     def _prefix_passes(self, groups: Sequence[list[int]]) -> Iterator[None]:
-        """Compute and store the states of passages, a group of one block at a time, and say when
-        each is done. Where a group fails, each of its passages is tried again with nothing beside
-        it: one for which a library raises then is left out by itself, and fails again when it is
-        read."""
+        """Compute and store the states of passages, in groups of one block each; yield after each
+        group.
+
+        If a group fails, each of its passages is computed again by itself. A passage that fails
+        again is left without states, and raises when it is read."""
         done = 0
         while done < len(groups):
             blocks = ((rows, self._encode_media(self._filled(rows))) for rows in groups[done:])
@@ -235,7 +239,8 @@ class CachedDataset:
                 yield
 
     def _compute_alone(self, row: int) -> None:
-        """Compute and store a passage's states while nothing else is computed, if it can be."""
+        """Compute and store a passage's states while nothing else is computed. Log the error if
+        this fails."""
         try:
             with self.operators():
                 tower_states = self._encode_media(self._filled([row]))
@@ -255,8 +260,9 @@ class CachedDataset:
         return _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
 
     def _pass_through_prefix(self, block: tuple[list[int], torch.Tensor | None]) -> torch.Tensor:
-        """Compute the states of passages of one bucket, at most a block, on the CPU; the padding's
-        with them. block: the passages, and the tower's states of their files."""
+        """Compute the states of at most one block of passages of one bucket, with those of the
+        padding. The result is on the CPU. block: the passages, and the tower's states of their
+        files."""
         rows, tower_states = block
         hidden = self.network.prefix(*self._tokens(self._filled(rows)), tower_states)
         return hidden.cpu()  # none stay in a GPU's memory
@@ -275,9 +281,9 @@ class CachedDataset:
         self, indices: Indices, token_budget: int = 4096, on_work: OnWork | None = None
     ) -> Iterator[Batch]:
         """Yield the records `indices`, each once, in micro-batches of one bucket and at most
-        `token_budget` positions (always at least one record). For public or local results: their
-        last digits depend on the batch. on_work: called with the share of the work that is done,
-        each time that the next micro-batch is requested."""
+        `token_budget` positions (but at least one record). Use this for public or local results
+        only, since their last digits depend on the batch. on_work: called with the work done so far
+        and the total, each time the next micro-batch is requested."""
         self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
@@ -301,17 +307,17 @@ class CachedDataset:
         may_share: Callable[[Batch], bool] = lambda _: True,
         discard: Callable[[Result], None] = lambda _: None,
     ) -> Iterator[tuple[Batch, Result]]:
-        """Yield micro-batches of a fixed shape, blocks, with `compute(block)`: always the same
-        number of records of a bucket, at most `limit`, filled up with the first. Use it for
-        everything that is summed over units and noised.
+        """Yield blocks with `compute(block)`. Blocks are micro-batches of a fixed shape: each holds
+        the same number of records of a bucket, at most `limit`; a block with fewer is filled up
+        with copies of its first record. Use it for everything that is summed over units and noised.
 
-        - on_work: called with the share of the work that is done, block by block
-        - may_share: whether `compute` may run beside itself on this block, in another thread;
-          elsewhere the block is computed alone
+        - on_work: called with the work done so far and the total, after each block
+        - may_share: returns whether this block may be computed while `compute` runs in other
+          threads; if not, it is computed alone
         - discard: called with results that are not yielded, because something failed
 
-        Guarantee: a record's result follows from the record and its bucket, to the last bit,
-        at any number of cores."""
+        Guarantee: a record's result follows from the record and its bucket, to the last bit, at any
+        number of cores."""
         self._ensure_warm(indices)
         groups = self._block_groups(indices, limit)
         blocks = (self._batch(b, _fill_block(r, size), len(r)) for b, size, r in groups)
@@ -340,8 +346,8 @@ class CachedDataset:
     def _block_groups(
         self, indices: Indices, limit: int | None
     ) -> list[tuple[Bucket, int, list[int]]]:
-        """Group `indices` into blocks: for each its bucket, its number of records, and their
-        indices."""
+        """Group `indices` into blocks. Return the bucket of each block, its number of records, and
+        the indices of those."""
 
         def size(bucket: Bucket) -> int:
             if self._alone or (self.network.head is not None and not self.network.pooled):
@@ -354,8 +360,8 @@ class CachedDataset:
         return [(bucket, size(bucket), records) for bucket, records in groups]
 
     def _work(self, bucket: Bucket, records: int) -> int:
-        """Count the products of a pass of so many records of a bucket above the cut. The time of
-        the pass, and that of a gradient, is proportional to them; only ratios matter."""
+        """Count the products in a pass of `records` records of a bucket above the cut. The times of
+        the pass and of a gradient are proportional to this number; only ratios matter."""
         of_position, of_target = self.network.products
         positions = self._positions_per_record(bucket)
         targets = self._n_passages * bucket.targets
@@ -369,7 +375,8 @@ class CachedDataset:
             self._encode_files()
 
     def _positions_per_record(self, bucket: Bucket) -> int:
-        """Count a record's positions in memory, including its file's."""
+        """Count a record's positions in memory, with those of its image or recording if they are
+        held too."""
         held = self.network.reads_tower or not self.network.cached
         frames = self.network.frames(bucket.tiles) if held else 0
         return self._n_passages * (bucket.length + frames)
@@ -416,8 +423,8 @@ class CachedDataset:
         return tokens.to(self.network.device), logp.to(self.network.device)
 
     def _encode_media(self, rows: list[int]) -> torch.Tensor | None:
-        """Compute the tower's states of the passages' files, all of one number of tiles: (rows,
-        tiles, P, W). Each file is encoded once."""
+        """Compute the tower's states of the passages' files, (rows, tiles, P, W); all files have
+        the same number of tiles. Each file is encoded once. None if the records have no files."""
         files = [self.dataset.examples[row // self._n_passages].media for row in rows]
         if files[0] is None:
             return None
@@ -429,7 +436,8 @@ class CachedDataset:
         return torch.stack([states[f.digest] for f in files if f]).to(self.network.device)
 
     def _tower_states_of(self, file: Media) -> torch.Tensor:
-        """Read the tower's states of a file; compute and store them where the store lacks them."""
+        """Read the tower's states of a file. If the store does not have them, compute and store
+        them."""
         stored = self._stored_tower_states(file)
         if stored is not None:
             try:
@@ -441,7 +449,8 @@ class CachedDataset:
         return states
 
     def _stored_tower_states(self, file: Media) -> HiddenStates | None:
-        """Find the tower's states of a file, and hold them."""
+        """Return the stored states of a file's tower, and keep a reference so that they stay; None
+        if there are none."""
         name = _name_of_file(file)
         stored = self._tower_states.get(name) or self.network.states.get(name)
         if stored is not None:
@@ -454,7 +463,7 @@ class CachedDataset:
         self.network.states[name] = self._tower_states[name] = stored
 
     def _rows(self, records: Indices) -> list[int]:
-        """Return the rows (passages) of `records`."""
+        """Return the numbers of all passages of `records`."""
         return [
             record * self._n_passages + k for record in records for k in range(self._n_passages)
         ]
@@ -495,7 +504,7 @@ class CachedDataset:
         return [read[index] for index in rows]
 
     def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pad passages of one bucket to token ids and mask (rows, length)."""
+        """Pad passages of one bucket. Return token ids and mask, both (rows, length)."""
         passages = [self._passages[row].input_ids for row in rows]
         length = length or padded_length(max(map(len, passages)))
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -507,12 +516,12 @@ class CachedDataset:
 
 
 def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> torch.Tensor:
-    """Check, before they reach a GPU, that the base has a row for each token;
-    returns them. targets: whether NO_TARGET may be among them.
+    """Check, before they reach a GPU, that the base has a row for each of `tokens`, and return
+    them. targets: whether NO_TARGET may be among them.
 
     A tokenizer may have more tokens than its base, or a negative one. On a GPU an index beyond a
-    table ends all work of the process, of every other record too; here it fails as on a CPU, for
-    its own record. Errors: IndexError."""
+    table ends all work of the process, with that of every other record; this check fails for the
+    token's own record only, as a CPU would. Errors: IndexError."""
     known = tokens[tokens != NO_TARGET] if targets else tokens
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < rows:
         raise IndexError("a token for which the base has no row")
@@ -547,7 +556,7 @@ def _name_of_file(file: Media) -> bytes:
 
 
 def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
-    """Return the digest that names a passage's states: of token ids, kept positions and file,
-    separately."""
+    """Return the digest that names a passage's states, made from the digests of token ids, kept
+    positions and file."""
     parts = (passage.input_ids.tobytes(), positions.tobytes(), *([media] if media else []))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

@@ -1,8 +1,8 @@
 """Sum a site's records by class: their vectors in a public basis, and their number.
 
-The basis is public and fixed before a record is read. It decides how useful the sums are, but
-not how far a record moves them: features are bounded here, and a unit's sums are clipped and
-noised like every gradient."""
+The basis is public and fixed before a record is read. The usefulness of the sums depends on it, but
+the guarantee does not: features are bounded here, and a unit's sums are clipped and noised like
+every gradient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST = 1e3  # of an entry of basis or mean, as of an adapter's
 class ClassStatistics(nn.Module):
     """Sums by class of features f(x) = V (x - m), bounded to length 1, and of the classes' counts.
 
-    basis: V (k, H), mean: m (H,), both public; sums: (K, k + 1), the only thing that is trained."""
+    basis: V (k, H), public; mean: m (H,), public; sums: (K, k + 1), the only trained tensor."""
 
     basis: torch.Tensor
     mean: torch.Tensor
@@ -36,16 +36,17 @@ class ClassStatistics(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Set the sums to zero, where every round begins."""
+        """Set the sums to zero, as every round begins."""
         nn.init.zeros_(self.sums.weight)
 
     def forward(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute the products (B, K) fp32 of each vector's statistics (features, count_weight)
-        with each row of the sums.
+        """Compute (B, K) fp32: the inner product of each vector's statistics with each class's
+        sums. Its gradient with respect to the sums is the statistics: the features, then
+        count_weight. If a vector or its features are not finite, its statistics are zero.
 
-        | a vector that is not finite, or whose features are not | statistics of zero |
-        Guarantee: the statistics of a record have length at most √(1 + count_weight²) whatever
-        basis and vector are, and follow from its own vector alone, to the last bit."""
+        Guarantee: a record's statistics have length at most √(1 + count_weight²), up to fp32
+        rounding, whatever basis and vector are. They depend on its own vector alone, to the last
+        bit."""
         products: torch.Tensor = self.sums(self.statistics(vectors, count_weight))
         return products
 
@@ -64,8 +65,8 @@ class ClassStatistics(nn.Module):
         return torch.cat([features, count_weight * is_finite.float()], dim=1)
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Load basis and mean. Errors: ModelError if they do not have this shape, are not
-        finite, or have an entry larger than LARGEST; nothing is loaded then."""
+        """Load basis and mean. Errors: ModelError if they do not have the shapes of this network's,
+        are not finite, or have an entry larger than LARGEST; nothing is loaded then."""
         held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
         if arrays.keys() != held.keys():
             raise ModelError(

@@ -45,18 +45,18 @@ def compute_side_by_side(
 
     - cores: how many blocks are computed at once; None: one, in the caller's thread, with all of
       its threads of operators
-    - positions_of: a block's size; as many wait or are computed as one core's share of positions
-      times the cores holds, and always one
-    - may_share: whether a block may be computed beside others; one that may not is computed alone
-    - discard: called with each result that is not yielded, since a block before it failed or the
+    - positions_of: returns a block's size in positions. Blocks that wait or are being computed have
+      together at most POSITIONS_PER_CORE positions for each core; one block is always allowed
+    - may_share: returns whether a block may be computed beside others; if not, it is computed alone
+    - discard: called with each result that is not yielded because an earlier block failed or the
       caller stopped
 
-    The blocks themselves are made in the caller's thread, one after the other, ahead of their
-    turn. Within the loop the caller too has one thread of operators, unless `cores` is None.
+    The blocks are made in the caller's thread, one after the other, before their turn. Within the
+    loop the caller too has one thread of operators, unless `cores` is None.
 
-    Guarantee: a result is what one core computes of that block alone, at any number of cores. The
-    threads that this process starts follow from `cores`.
-    Errors: those of `compute`, and of making a block, at the block's turn."""
+    Guarantee: at any number of cores, a result is the one that a single core computes from that
+    block alone. The number of threads that this process starts depends on `cores` only. Errors:
+    those of `compute`, and of making a block, at the block's turn."""
     if cores is None:
         yield from ((block, compute(block)) for block in blocks)
         return
@@ -91,7 +91,8 @@ def compute_side_by_side(
 
 
 def _made(blocks: Iterable[Block]) -> Iterator[tuple[Block | None, BaseException | None]]:
-    """Yield the blocks as they are made, and at the end the fault by which one could not be."""
+    """Yield each block with None. If a block cannot be made because of a fault, yield None with
+    that error, and end."""
     try:
         for block in blocks:
             yield block, None
@@ -121,7 +122,8 @@ def _submit(
 
 
 def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Return `count` threads, all of which run."""
+    """Return a pool of `count` threads that have all started. Start them if there is no such pool
+    yet."""
     if count not in _threads:
         all_run = threading.Barrier(count + 1)
         mine = torch.get_num_threads()
@@ -140,16 +142,16 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
 
 
 def _begin() -> None:
-    """Give a new thread one thread of operators. A thread takes the process's number at its first
-    use of PyTorch: asked for it, it has done so, and keeps what it is given after."""
+    """Give a new thread one thread of operators. At its first use of PyTorch a thread takes over
+    the process's number. Asking for the number is such a use, so the number set after it stays."""
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 @contextmanager
 def one_operator_thread() -> Iterator[None]:
-    """Use one thread of operators in this thread, within the block. PyTorch's others wait: neither
-    ends and none starts, unlike where two of four are used."""
+    """Use one thread of operators in this thread, within the block. PyTorch's other threads wait:
+    none ends and none starts, as some would if, say, two of four were used."""
     before = torch.get_num_threads()
     if before == 1:
         yield

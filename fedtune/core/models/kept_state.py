@@ -1,10 +1,10 @@
 """Check that a model keeps nothing of a text that it read.
 
-A model of a library lives as long as the process. Some keep state of a text for the next one:
-dynamic rotary positions keep the frequencies of the longest text so far, and BigBird leaves sparse
-attention for good at the first short text. One patient's record would then change what is computed
-of every other. So each network, and each teacher, reads generated texts before it reads a record
-(docs/decisions/0084-no-state-between-records.md)."""
+A loaded model lives as long as the process. Some models keep state of one text when they read the
+next: dynamic rotary positions keep the frequencies of the longest text so far, and BigBird turns
+sparse attention off for good at the first short text. One patient's record would then change the
+results of all records after it. So each network and each teacher reads generated texts before it
+reads a record (docs/decisions/0084-no-state-between-records.md)."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ log = logging.getLogger("fedtune.models")
 SHORT = (1, 2, 4, 7, 8)  # tokens: every length to which so short a text is padded, and one within
 BESIDE = 8  # generated records that share a block
 
-# By network, so that another network is checked anew, also where the plan is an earlier one.
+# Network -> digests of the plans with which it was checked. A new network is checked for each plan.
 _checked: WeakKeyDictionary[Network, set[str]] = process_cache.register(
     "length checks", WeakKeyDictionary()
 )
 
 
 def check_reads(study: Study, network: Network) -> None:
-    """Check that the base reads records of the study's length on this machine and keeps nothing
-    of them, once per network and plan, before any record is read.
+    """Check that the base can read records of the study's length on this machine and keeps nothing
+    of them. This runs once per network and plan, before any record is read.
 
-    A record that is too long would fail, and so disclose its length. Errors: ConfigError
-    (KeepsState), whose message may leave a site: it does not even hold the class of a library's
-    error, which would tell whether memory ran out."""
+    Without this check a record that is too long would fail, and so disclose its length. Errors:
+    ConfigError, or KeepsState, which is one. The message may leave a site, so it does not name the
+    class of a library's error, which would tell whether memory ran out."""
     if study.digest in _checked.setdefault(network, set()):
         return
     longest = study.objective.max_length
@@ -74,7 +74,8 @@ def order_of(longest: int) -> list[int]:
 
 
 def count_placeholders(network: Network, study: Study) -> int:
-    """Count the tokens that stand for the largest of the generated files; 0 without files."""
+    """Count the tokens that stand for the largest of the generated files; 0 if the base reads no
+    files."""
     if network.reader.column is None:
         return 0
     generated = random_records(network, study, BESIDE, 1).examples
@@ -82,10 +83,12 @@ def count_placeholders(network: Network, study: Study) -> int:
 
 
 def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) -> None:
-    """Check, as `check_order`, that the network keeps nothing of generated records of `lengths`,
-    through the code that reads records. A length's second and later readings are beside others;
-    the shortest texts, which cost as much in a block as the longest, are read alone. Errors:
-    KeepsState; whatever a library raises that cannot read them."""
+    """Check with `check_order` that the network keeps nothing of generated records of `lengths`.
+    The records go through the same code as a site's.
+
+    The first time, a length is read alone; later it is read in a block with other records. The
+    shortest texts are always read alone, since in a block they cost as much as the longest. Errors:
+    KeepsState; any error of a library that cannot read them."""
     generated = {n: random_records(network, study, BESIDE, n) for n in lengths}
 
     def read(length: int, again: bool) -> torch.Tensor:
@@ -114,10 +117,12 @@ def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) 
 def check_order(
     name: str, model: nn.Module, read: Callable[[int, bool], torch.Tensor], lengths: Sequence[int]
 ) -> None:
-    """Check that reading texts of `lengths`, in this order, gives equal results for equal texts,
-    to the last bit, and changes nothing of `model`. read: returns what the model computes of the
-    text of that length; its second argument: whether the text was read before. Only the first
-    reading may add what is built when it is first needed. Errors: KeepsState."""
+    """Check that texts of `lengths`, read in this order, leave `model` unchanged, and that equal
+    texts give bit-equal results.
+
+    read(length, again): returns the model's result for the text of that length; `again` is whether
+    the text was read before. The first reading may add state that modules build when they are first
+    used. Errors: KeepsState."""
     results: dict[int, torch.Tensor] = {}
     weights = sum_weights(model)
     before = describe_state(model)

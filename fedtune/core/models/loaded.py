@@ -1,7 +1,7 @@
 """Load complete models: a base, the adapter that a run's plan describes, and the run's head.
 
-They serve scores and soft targets, one record at a time: no result of a record depends on other
-records."""
+A loaded model computes scores and soft targets of one record at a time, so that no record's
+result depends on other records."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ PLAN = "plan.json"
 class LoadedModel:
     """A base or run, ready to use.
 
-    model: a transformers model, or a PeftModel around it, in eval mode; head: the trained head, if
-    the run has one; study: the run's plan; digest: of everything that it computes with."""
+    - model: a transformers model, or a PeftModel around one, in eval mode
+    - head: the trained head; None if there is none
+    - study: the run's plan; None for a base
+    - digest: see `digest_of`"""
 
     base: Base
     model: Any
@@ -56,16 +58,16 @@ class LoadedModel:
 
     @torch.no_grad()
     def next_tokens(self, ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
-        """Compute log-probabilities of the tokens after the positions `at` of `ids`, (n, V)
-        fp32."""
+        """Compute log-probabilities of the next token after each of the positions `at` of `ids`,
+        (n, V) fp32."""
         return next(self.next_tokens_all([ids], [at]))
 
     @torch.no_grad()
     def next_tokens_all(
         self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
-        """Compute next-token log-probabilities of several passages in one pass, for public text
-        only."""
+        """Yield the result of `next_tokens` for each passage. All passages are computed in one
+        pass, so use this for public text only."""
         weight = self._inner.lm_head.weight
         for states, places in zip(self._states(passages)[0], at, strict=True):
             chosen = states[torch.from_numpy(places)]
@@ -79,7 +81,8 @@ class LoadedModel:
 
     @torch.no_grad()
     def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
-        """Score several passages in one pass, (n, outputs), for public text only."""
+        """Score several passages in one pass, (n, outputs); for public text only. Errors:
+        ModelError (no head)."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
         logits: torch.Tensor = self.head(pool_states(*self._states(passages), self.base.kind))
@@ -126,11 +129,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     sent: bool = False,
 ) -> LoadedModel:
-    """Load the base or the run folder that `source` names. sent: whether the run was received,
-    so that its base is found by digest, or is in the run itself.
+    """Load the base or the run folder that `source` names.
+
+    - digest: the digest that the model must have; None for any
+    - dtype: the number format of the base
+    - sent: whether the run was received from elsewhere. Its base is then the one in the run's own
+      folder, or is found on this machine by digest, never by name
 
     Guarantee: with `digest` given, a model that computes anything else is refused. Errors:
-    ModelError (not found, another digest, or it cannot be loaded), ConfigError (plan.json);
+    ModelError (not found, another digest, or it cannot be loaded); ConfigError (plan.json);
     PolicyRefused (sent, and its base is not on this machine)."""
     run = place_of(str(source))
     study = load_plan(run) if (run / PLAN).is_file() else None
@@ -164,9 +171,9 @@ def load(
 
 
 def digest_of(base: Base, study: Study | None, arrays: lora.Arrays) -> str:
-    """Return the base's digest; of a run, a digest of the base, of the adapter and head in
-    `arrays`, and of what its plan says of them: how the base is quantised, which adapter the arrays
-    are of, how a record becomes tokens and classes, and the privacy that a policy asks for."""
+    """Return the base's digest or, for a run, a digest of everything that decides its results: the
+    base, the adapter and head in `arrays`, and the plan's quantisation, adapter, objective and
+    privacy tables."""
     if study is None:
         return base.digest
     plan = study.model_dump(mode="json", include={"lora", "objective", "privacy"})
@@ -178,9 +185,9 @@ def digest_of(base: Base, study: Study | None, arrays: lora.Arrays) -> str:
 
 
 def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any:
-    """Attach the plan's adapter, as training does, and load the arrays that were hashed into it.
-    adapter_config.json, which tells others how to load them, is not read. Errors: ModelError,
-    ConfigError."""
+    """Attach the plan's adapter to `network`, as training does, and load `arrays` into it, except
+    the head's. adapter_config.json, from which other programs load the adapter, is not read.
+    Errors: ModelError, ConfigError."""
     adapter = {name: array for name, array in arrays.items() if not name.startswith("head.")}
     parameters: dict[str, nn.Parameter] = {}
     if study.lora:
@@ -191,9 +198,9 @@ def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any
 
 
 def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Make the head's input contiguous. transformers passes a view of each passage's last state,
-    for which PyTorch copies the head's whole weight for each passage: 2.7 GB for 48 of SmolLM2, and
-    most of writing's time."""
+    """Make the head's input contiguous. transformers passes a view of each passage's last state.
+    For a view PyTorch copies the head's whole weight once per passage: 2.7 GB for 48 passages with
+    SmolLM2, and most of the time that writing text takes."""
     return (states[0].contiguous(),)
 
 

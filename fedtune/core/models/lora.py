@@ -29,10 +29,10 @@ Arrays = dict[str, np.ndarray]
 def attach(
     model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Components | None = None
 ) -> PeftModel:
-    """Attach PEFT's LoRA to `model` with B zero; only `lora.train` is trainable. parts: the
-    parts of a base with a tower, which never gets an adapter.
+    """Attach PEFT's LoRA to `model` with B zero. Only B is trainable, or A and B if lora.train is
+    "AB". parts: given for a base with a tower; the tower never gets an adapter.
 
-    Errors: ConfigError when a named module does not exist in this architecture."""
+    Errors: ConfigError if a named module does not exist in this architecture."""
     text = parts.text if parts else model
     layers, targets = None, list(lora.modules)
     if lora.last_layers is not None:
@@ -66,8 +66,9 @@ def attach(
 
 
 def name_base(config: PeftConfig, base_name: str) -> None:
-    """Name the base in an adapter's config; a wheel's base by its id and revision on the hub,
-    which PEFT resolves without fedtune. fedtune itself uses the run's plan."""
+    """Write the base's name into an adapter's config, for PEFT; fedtune itself reads the run's
+    plan. A base from a wheel is named by its id and revision on the hub, which PEFT resolves
+    without fedtune."""
     upstream = upstream_of(base_name)
     config.base_model_name_or_path = upstream.model if upstream else base_name
     config.revision = upstream.revision if upstream else config.revision
@@ -84,8 +85,8 @@ def blocks(text: torch.nn.Module) -> int:
 def _by_name(
     model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
-    """Return the full names of the target modules, since a tower's layers share the last names
-    of the text's."""
+    """Return the full names of the target modules; the last parts of the names do not suffice,
+    since a tower's layers share them with the text model's."""
     named = {id(module): name for name, module in model.named_modules()}
     text, modules = list(parts.text.named_modules()), list[torch.nn.Module]()
     for name in lora.modules:
@@ -129,10 +130,10 @@ def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
 def frozen_of_plan(
     table: LoraTable, factor: Arrays, outputs: Arrays, trained: Mapping[str, nn.Parameter]
 ) -> Arrays:
-    """Check that A (`factor`) and W or U (`outputs`) are the plan's, and return the latter: empty
-    if the plan has no preconditioner. trained: the trainable parameters by name.
+    """Check that A (`factor`) and the preconditioner's W or U (`outputs`) are the plan's, before a
+    record is read. Return `outputs`, or {} if the plan has no preconditioner.
 
-    Errors: ModelError; no record was read before it."""
+    trained: the trainable parameters by name. Errors: ModelError."""
     if table.a_digest not in (None, digest(factor)):
         raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
     wanted = table.preconditioner

@@ -1,7 +1,8 @@
 """Compute cross-entropy with a frozen head, without ever holding positions × vocabulary.
 
-The head is the largest layer of a small model and it is not trained: all that training needs of it
-is the gradient at its input. That is formed together with the loss, some positions at a time."""
+The head is the largest layer of a small model, and it is not trained: training needs only the
+gradient at its input. This gradient is computed together with the loss, for some positions at a
+time."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ def head_loss(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     """Compute the negative log-likelihood (nats) of `targets` (n,) under softmax(states Wᵀ), fp32
     (n,).
 
-    states: (n, H); weight: the frozen head's, (V, H), in the same type. Products in that type,
-    softmax and loss in fp32, as with the head and cross_entropy apart.
+    states: (n, H); weight: the frozen head's, (V, H), in the type of `states`. Products are
+    computed in that type, softmax and loss in fp32, as if the head and cross_entropy ran one after
+    the other.
     Reference: Hsu et al. 2024, "Liger kernel", section 3.2 (FusedLinearCrossEntropy)."""
     losses: torch.Tensor = _apply(states, weight, targets)
     return losses

@@ -1,4 +1,4 @@
-"""Describe what a model's modules hold, so that a change of it is seen."""
+"""Describe what a model's modules hold, so that changes can be detected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALL = 2**20  # bytes of a tensor up to which its content is compared, not its
 _TABLES = ("_modules", "_parameters", "_buffers")  # of a module
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
 _SERIES = (list, tuple, set, frozenset, deque)
-# Described by what they are: a module is described where it is a child.
+# Described by their identity alone. A module's content is described where it is a child.
 _BY_IDENTITY = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
 
 
@@ -37,7 +37,7 @@ def build_refusal(name: str, found: str) -> KeepsState:
 
 def describe_state(model: nn.Module) -> dict[str, object]:
     """Describe everything that the modules of `model` hold (parameters, buffers, attributes) by
-    name, so that two descriptions are equal as long as nothing was written to it."""
+    name. Two descriptions are equal as long as nothing was written to the model between them."""
     seen: dict[int, object] = {}
     state: dict[str, object] = {}
     for path, module in model.named_modules():
@@ -82,7 +82,8 @@ def _describe_parts(value: Any, seen: dict[int, object]) -> object:
 
 
 def _attributes_of(value: Any) -> Iterator[tuple[str, object]]:
-    """Yield what an object holds, by name: in its table, and in the slots of its classes."""
+    """Yield an object's attributes with their names: those in its `__dict__` and those in the slots
+    of its classes."""
     yield from getattr(value, "__dict__", {}).items()
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
@@ -103,8 +104,9 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_weights(model: nn.Module) -> list[int]:
-    """Sum the bytes of each tensor that `describe_state` describes by the number of its writes: a
-    write past that count, as through `.data`, shows here. It reads all of the model's memory."""
+    """Return the sum of the bytes of each large tensor. `describe_state` describes these tensors by
+    PyTorch's count of writes; a write that is not counted, such as one through `.data`, changes the
+    sum. This reads all of the model's memory."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
     return [_sum_bytes(_bytes_of(t)) for t in tensors.values() if t.nbytes > _SMALL]
 

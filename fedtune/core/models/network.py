@@ -1,7 +1,7 @@
 """Hold one copy of the base in memory, cut into a frozen prefix and a trainable part.
 
-Sites and coordinator use the same methods, whatever the base: states at the cut, hidden states
-above it, logits. Adapters are swapped by loading arrays."""
+Whatever the base, sites and coordinator use the same methods: for states at the cut, hidden states
+above it, and logits. Adapters are swapped by loading arrays."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ from fedtune.core.run_folder import HEAD
 class Network:
     """A frozen base with its adapter or head.
 
-    Shapes: B records, L positions, H hidden, V classes or vocabulary. Adapters and heads are fp32
-    whatever the base."""
+    Shapes: B records, L positions, H hidden, V classes or vocabulary. Adapters and heads are in
+    fp32, whatever the base's type."""
 
     def __init__(
         self,
@@ -66,8 +66,11 @@ class Network:
         modality: str | None = None,
         directions: int = 0,
     ) -> None:
-        """Build the network. labels: outputs of the trained head, 0 for the model's own head;
-        directions: of the public basis, if class statistics are trained for that head, else 0."""
+        """Build the network.
+
+        - labels: number of outputs of the trained head; 0 to use the model's own head
+        - directions: number of directions of the public basis, if class statistics are trained for
+          the head; else 0"""
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base = base
@@ -119,8 +122,8 @@ class Network:
         self.draw_factor(seed=0)
 
     def _cut(self, lora: LoraTable) -> Split | None:
-        """Find the cut. Trying it is the first reading of a text: it may add what the modules build
-        when it is first needed, and change nothing. Errors: KeepsState."""
+        """Find the cut. Trying it is the first reading of a text: modules may add state that they
+        build at their first use, but may change none. Errors: KeepsState."""
         before = describe_state(self._backbone)
         found = cut(self._backbone, lora)
         if not before.items() <= describe_state(self._backbone).items():
@@ -135,7 +138,8 @@ class Network:
 
     @cached_property
     def positions(self) -> int | None:
-        """The longest text of the base in tokens; None if its config does not say."""
+        """The length in tokens of the longest text that the base can read; None if its config does
+        not say."""
         return positions_of(self._backbone)
 
     def check_length(self, length: int) -> None:
@@ -179,7 +183,8 @@ class Network:
         return self._parts.frames * tiles
 
     def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
-        """Whether a row of the layer's input is a tile (in the projector) and not a passage."""
+        """Return whether a row of the layer's input is a tile (in the projector) and not a
+        passage."""
         if not self._projects or self._parts.projector is None:
             return False
         return any(parameter is p for p in self._parts.projector.parameters())
@@ -200,8 +205,8 @@ class Network:
 
     @cached_property
     def products(self) -> tuple[int, int]:
-        """Count the multiplications of one position in the layers above the cut, and of one
-        target in the base's own head: the time of a pass follows from both."""
+        """The multiplications of one position in the layers above the cut, and of one target in the
+        base's own head. The time of a pass follows from both."""
         above = 0 if self.pooled else _weights(self._split.tail if self._split else self._backbone)
         scored = self.head is None and self._lm_head is not None
         return above, self.hidden_size * self.vocabulary if scored else 0
@@ -216,9 +221,9 @@ class Network:
     def prefix(
         self, input_ids: torch.Tensor, mask: torch.Tensor, tower_states: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute states at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained.
-        tower_states: those of each passage's file, (B, tiles, P, W). Place-holders that `hidden`
-        fills with the projector's output are NaN until then."""
+        """Compute states at the cut, (B, L, H); (B, 1, H) fp32 if only a head is trained.
+        tower_states: the tower's states of each passage's file, (B, tiles, P, W). Place-holders
+        that `hidden` fills with the projector's output are NaN until then."""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooled and self._parts.crossed:
             assert tower_states is not None  # a head on the tower itself: the mean over all frames
@@ -247,8 +252,8 @@ class Network:
         return states if self._fills else self._fill(states, tower_states)
 
     def _position_ids(self, is_placeholder: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return position ids for a base whose positions are two-dimensional (M-RoPE); else
-        nothing."""
+        """Return position ids for a base whose positions are two-dimensional (M-RoPE); {} for
+        others."""
         return {"position_ids": plane_positions(is_placeholder)} if self._parts.plane else {}
 
     def _fill(self, states: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
@@ -275,8 +280,9 @@ class Network:
         keep: torch.Tensor | None = None,
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute last hidden states from those at the cut, adapters applied, (B, L, H); only at
-        the positions `keep` (B, K) if given, (B, K, H). tower_states: needed if `reads_tower`."""
+        """Compute last hidden states from the states at the cut, with adapters applied, (B, L, H).
+        If `keep` (B, K) is given, compute them only at these positions, (B, K, H). tower_states:
+        needed if `reads_tower`."""
         if self.pooled:
             return prefix
         extra = self._cross_inputs(tower_states) if self.reads_tower else {}
@@ -292,8 +298,8 @@ class Network:
         return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute next-token logits (n, V) fp32 of states (n, H), only of `tokens` if given; if
-        a head is trained, its class logits."""
+        """Compute (n, V) fp32 of states (n, H): class logits if a head is trained, else next-token
+        logits, only those of `tokens` if given."""
         if self.head is not None:
             scores: torch.Tensor = self.head(selected.float())
             return scores
@@ -310,7 +316,7 @@ class Network:
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute the products (B, V) fp32 of vectors' class statistics with their trained sums.
+        """Compute the products (B, V) fp32 of the vectors' class statistics and the trained sums.
         Errors: ModelError if the network has no such statistics."""
         if self.statistics is None:
             raise ModelError("this network has no class statistics", "an objective with directions")
@@ -319,8 +325,9 @@ class Network:
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool to one vector per record (B, H) fp32: the mean over tokens (encoder) or the last
-        token. For a head alone on a speech base: the mean over the tower's frames; on clips: their
-        frames in order, projected."""
+        token's state. If only a head is trained, `prefix` has pooled already, and its vector is
+        returned: on a speech base the mean over the tower's frames, on clips their frames in order,
+        projected."""
         return hidden[:, 0] if self.pooled else pool_states(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -333,8 +340,9 @@ class Network:
 
     @contextmanager
     def recomputing(self, enabled: bool) -> Iterator[None]:
-        """Checkpoint activations if `enabled`: blocks with an adapter keep only their inputs and
-        run again in the backward pass, with equal gradients: a third more time."""
+        """Checkpoint activations within the block if `enabled`. Layers with an adapter then keep
+        only their inputs and run again in the backward pass. Gradients are equal and take a third
+        more time."""
         blocks = [m for m in self.trained.modules() if isinstance(m, GradientCheckpointingLayer)]
         blocks = [m for m in blocks if enabled and any(p.requires_grad for p in m.parameters())]
         for block in blocks:  # the block's own switch would need training mode
@@ -358,8 +366,8 @@ class Network:
         return dict(sorted(named.items()))
 
     def update_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters whose change a site sends, by name, in name order: the adapter's
-        own, or the class statistics from which the coordinator computes the adapter."""
+        """Return the parameters whose change a site sends, by name, in name order: the trainable
+        ones, or the class statistics from which the coordinator computes the head."""
         if self.statistics is None:
             return self.parameters()
         return {CLASS_SUMS: cast(nn.Parameter, self.statistics.sums.weight)}
@@ -368,19 +376,20 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def zero(self) -> Arrays:
-        """Return zero trainable arrays, which are the base itself: a head starts at zero too."""
+        """Return zero trainable arrays. With them the network is the base itself, since a head
+        starts at zero too."""
         return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
-        """Load the trainable arrays; class statistics start at zero again. Errors: ModelError when
-        names or shapes differ from this network's, or an entry is not finite, or larger than
-        LARGEST."""
+        """Load the trainable arrays, and set class statistics to zero. Errors: ModelError if names
+        or shapes differ from this network's, or an entry is not finite or larger than LARGEST."""
         load_into(self.parameters(), arrays)
         if self.statistics is not None:
             self.statistics.reset()
 
     def draw_factor(self, seed: int) -> Arrays:
-        """Draw LoRA's A from a public seed, equal on every machine; load and return it."""
+        """Draw LoRA's A, or the basis of class statistics, from a public seed, equal on every
+        machine. Load and return it."""
         if self.statistics is not None:
             self.statistics.draw(seed)
             return self.statistics.arrays()
@@ -389,9 +398,9 @@ class Network:
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return what `study` never trains: A, drawn from the public seed or as
-        received, and the preconditioner, if the plan has one; or the basis of class statistics.
-        Errors: ModelError if it is not the plan's."""
+        """Load and return the arrays that `study` never trains: A, drawn from the public seed or as
+        received, with the preconditioner if the plan has one; or the basis of class statistics.
+        Errors: ModelError if they are not the plan's."""
         if self.statistics is not None:
             return self._adopt_basis(study, received)
         if study.lora is None:
@@ -406,8 +415,8 @@ class Network:
         return whole
 
     def _adopt_basis(self, study: Study, received: Arrays) -> Arrays:
-        """Load the basis of class statistics; without one in the plan, draw it from the public
-        seed, as for a finished run. Errors: ModelError."""
+        """Load and return the basis of class statistics. If the plan has none, as for a finished
+        run, draw it from the public seed. Errors: ModelError."""
         assert self.statistics is not None
         expected = study.objective.basis_digest
         if not received and expected is None:
@@ -429,9 +438,9 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        """Load A, and the preconditioner if it is among `arrays`; for class statistics, the
-        basis. Does nothing if the same arrays were loaded last and A is unchanged since. Errors:
-        as `load_trainable`."""
+        """Load A, and the preconditioner if it is among `arrays`; or the basis of class statistics.
+        Do nothing if the same arrays were loaded last and A is unchanged since. Errors: as
+        `load_trainable`."""
         if self.statistics is not None:
             return self.statistics.load(arrays)
         versions = self._factor_versions()
@@ -444,8 +453,8 @@ class Network:
     def loaded(
         self, frozen: Arrays | None = None, trainable: Arrays | None = None
     ) -> Iterator[None]:
-        """Load arrays within the block, and restore the previous ones after it; None: unchanged.
-        Errors: as `load_trainable`."""
+        """Load arrays within the block, and restore the previous ones after it. Arrays given as
+        None stay as they are. Errors: as `load_trainable`."""
         held = None if frozen is None else self.frozen_factor() | self.preconditioner
         trained = self.trainable()
         try:
@@ -483,7 +492,8 @@ class Network:
             yield
 
     def save(self, folder: Path) -> None:
-        """Save the adapter in PEFT's format; a head (if any) beside it as head.safetensors."""
+        """Save the adapter in PEFT's format and the head, if there is one, beside it as
+        head.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -494,7 +504,7 @@ class Network:
 
 
 def _weights(part: nn.Module) -> int:
-    """Count the weights of a part's linear layers; quantised layers have fewer parameters than
-    weights."""
+    """Count the weights of a part's linear layers from their shapes, since a quantised layer has
+    fewer parameters than weights."""
     layers = (module for module in part.modules() if isinstance(module, nn.Linear))
     return sum(layer.in_features * layer.out_features for layer in layers)

@@ -1,20 +1,20 @@
 """Scale B's gradient by the inverse square root of the output's curvature, estimated on public
 text.
 
-Gradients of B are large along a few directions of a layer's output and small along most, and noise
-is the same along all. With M = b I - W Wᵀ, public before a record is read, a site clips
-M g in place of g, adds its noise to that, and the adapter moves by M times the noised mean: steps
-where gradients of public text are small are longer, and cost no more noise. Clipping and noise act
-on M g alone, so the guarantee does not depend on M; and the adapter stays plain LoRA, since M has
-been applied to what is added to B.
+Gradients of B are large along a few directions of a layer's output and small along most, but noise
+is equally large along all. M = b I - W Wᵀ is public before a record is read. A site clips M g in
+place of the gradient g and adds its noise to it, and the adapter moves by M times the noised mean.
+So steps are longer where gradients of public text are small, at no more noise. Clipping and noise
+act on M g alone, so the guarantee does not depend on M. The adapter stays plain LoRA, since M is
+applied to the change of B.
 
-Only W (outputs, rank) travels, so M is symmetric by its form. b follows from W: the mean square of
+Only W (outputs, rank) is sent, so M is symmetric by its form. b follows from W: the mean square of
 M's eigenvalues is 1, so that a step is as long as without M.
 
-If noise is large, hardly more than W's directions can be learnt from private records: there the
-gradients of units agree most. A narrow preconditioner is M = U Uᵀ, with the same eigenvectors
-and the same proportions among W's directions, and zero elsewhere: a unit's gradient is clipped
-by its part in these directions, and noise elsewhere moves nothing. U is sent in place of W,
+If noise is large, private records can teach little beyond W's directions, in which the gradients of
+units agree most. For this there is a narrow preconditioner M = U Uᵀ. It has the same eigenvectors,
+the same proportions among W's directions, and zero elsewhere. A unit's gradient is then clipped by
+its part in these directions, and noise in other directions moves nothing. U is sent in place of W,
 under another name.
 
 References: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
@@ -42,7 +42,7 @@ _IN_NARROW = ".lora_U."
 
 
 def name_for(name: str, *, narrow: bool = False) -> str:
-    """Return the name of the factor W for the B called `name`; of U for a narrow preconditioner."""
+    """Return the name of the factor W that belongs to the B called `name`, or of U if `narrow`."""
     return name.replace(_IN_B, _IN_NARROW if narrow else _IN_M)
 
 
@@ -67,9 +67,9 @@ class Multiplier:
 
 
 def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> Multiplier | None:
-    """Return M of the trained tensor `name`; None if `factors` has none for it.
+    """Return M of the trained tensor `name`; None if `factors` has no factor for it.
 
-    Errors: ModelError for one out of range."""
+    Errors: ModelError if the factor is out of range."""
     if _IN_B not in name:
         return None
     if (narrow := factors.get(name_for(name, narrow=True))) is not None:
@@ -80,10 +80,10 @@ def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> 
 
 
 def identity_part(factor: npt.NDArray[np.float32]) -> float:
-    """Compute b of M = b I - W Wᵀ, so that the mean square of M's d eigenvalues is 1.
+    """Compute the b of M = b I - W Wᵀ for which the mean square of M's d eigenvalues is 1.
 
-    Errors: ModelError if no M of this scale has all its eigenvalues at LEAST or above: W comes
-    from the coordinator and is not trusted."""
+    W comes from the coordinator and is not trusted. Errors: ModelError if no M of this scale has
+    all its eigenvalues at LEAST or above."""
     outputs, rank = factor.shape
     values = np.linalg.eigvalsh(factor.T.astype(np.float64) @ factor.astype(np.float64))
     total, squares = float(values.sum()), float((values**2).sum())
@@ -99,9 +99,10 @@ def identity_part(factor: npt.NDArray[np.float32]) -> float:
 
 
 def check_narrow(factor: npt.NDArray[np.float32]) -> None:
-    """Check that the mean square of the d eigenvalues of M = U Uᵀ is 1, so that none is above √d.
+    """Check that the mean square of the d eigenvalues of M = U Uᵀ is 1, so that none is above √d. U
+    comes from the coordinator and is not trusted.
 
-    Errors: ModelError: U comes from the coordinator and is not trusted."""
+    Errors: ModelError if it is not 1, to within SCALE, or U has no fewer columns than rows."""
     outputs, rank = factor.shape
     wide = factor.astype(np.float64)
     squares = float(((wide.T @ wide) ** 2).sum())
@@ -114,8 +115,8 @@ def check_narrow(factor: npt.NDArray[np.float32]) -> None:
 
 
 def narrow_factors(factors: Arrays) -> Arrays:
-    """Return U of M = U Uᵀ for each W: in the directions of W equal to M = b I - W Wᵀ, up to the
-    scale that makes the mean square of its eigenvalues 1, and zero elsewhere."""
+    """Return, for each W, U of the narrow M = U Uᵀ. In W's directions this M equals b I - W Wᵀ,
+    scaled so that the mean square of its eigenvalues is 1; in all others it is zero."""
     return {name.replace(_IN_M, _IN_NARROW): _narrow_factor(w) for name, w in factors.items()}
 
 
@@ -129,13 +130,14 @@ def _narrow_factor(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def rank_of(outputs: int, rank: int) -> int:
-    """Return W's number of columns for a layer's outputs: fewer than the layer has outputs."""
+    """Return W's number of columns: `rank`, or one less than the layer has outputs if that is
+    smaller."""
     return min(rank, outputs - 1)
 
 
 def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
-    """Step the adapter by one round: the result of `apply`, each B's change multiplied by its M,
-    summed in fp64. Without a preconditioner in `frozen`: apply(adapter)."""
+    """Return the adapter after one round. The change that `apply` makes to each B is multiplied by
+    B's M and added in fp64. If `frozen` has no preconditioner, the result is apply(adapter)."""
     _, factors = separate_frozen(frozen)
     if not factors:
         return apply(adapter)
@@ -155,8 +157,8 @@ def move_adapter(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors:
 def multiply_by_m(
     values: npt.NDArray[np.float64], name: str, factors: Arrays
 ) -> npt.NDArray[np.float64]:
-    """Multiply M by `values` (…, outputs, columns) of the trained tensor `name`; unchanged if it
-    has none among `factors`."""
+    """Return M times `values` (…, outputs, columns) of the trained tensor `name`; `values`
+    unchanged if `factors` has no M for it."""
     found = multiplier_of(name, factors)
     if found is None:
         return values
@@ -169,9 +171,9 @@ def factor_of(
 ) -> npt.NDArray[np.float32]:
     """Compute W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
 
-    moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ: its mean eigenvalue. The
-    `rank` largest eigenvalues of G are kept; the others count as one, by their root mean square.
-    Errors: ModelError where G is zero or not finite."""
+    moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue. M
+    keeps its eigenvalues for the `rank` largest of G. All its others are replaced by their root
+    mean square. Errors: ModelError if G is zero or not finite."""
     values, vectors = np.linalg.eigh(_require_finite(moment))  # ascending
     return _factor(values, vectors, rank, damping)
 
@@ -179,8 +181,8 @@ def factor_of(
 def factor_of_columns(
     columns: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W as `factor_of` does, with G = columns columnsᵀ for (outputs, n) with n <
-    outputs: for a wide layer G itself would take too much memory. Errors: as `factor_of`."""
+    """Compute W as `factor_of` does for G = columns columnsᵀ, with columns (outputs, n) and n <
+    outputs. For a wide layer G itself would take too much memory. Errors: as `factor_of`."""
     vectors, singular, _ = np.linalg.svd(_require_finite(columns), full_matrices=False)
     return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
 
@@ -198,8 +200,8 @@ def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _factor(
     values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W from the largest eigenvalues of G (ascending) and their vectors; the others are
-    zero."""
+    """Compute W from the largest eigenvalues of G (ascending) and their vectors; G's other
+    eigenvalues are zero."""
     outputs, known = vectors.shape
     mean = float(values.sum()) / outputs
     shrunk = 1 / np.sqrt(

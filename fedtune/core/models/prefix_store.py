@@ -3,14 +3,14 @@ name.
 
 Hidden states can be turned back into text, so states that do not fit into memory are encrypted
 before they are written: AES-256-GCM, with a key per block that exists only in this process's
-memory. Dropping a HiddenStates object erases its states, wherever their bytes still lie.
+memory. Once a HiddenStates object is dropped, its key is gone, and nobody can read the states even
+if their bytes are still on the disk.
 
-Guarantee: a store that is full changes how long a step takes, and nothing else. The space that
-the states need follows from the length of every record of a site, so a refused write is not an
-error: the states are computed again whenever they are read (`Unavailable`). The file leaves
-`LEAST_FREE` bytes of its disk free for files that must be written, the ledger and its outbox, and
-beside them the bytes that the ledger's reserve gives up while an order is answered
-(`PrefixStore.leave_free`)."""
+Guarantee: a full store changes how long a step takes, and nothing else. The space that the states
+need follows from the length of every record of a site, so a refused write is not an error: the
+states are computed again whenever they are read (`Unavailable`). The file leaves `LEAST_FREE` bytes
+of its disk free for files that must be written: the ledger and its outbox. It also leaves the bytes
+free that the ledger's reserve frees while a request is answered (`PrefixStore.leave_free`)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LEAST_FREE = 256 * 2**20  # bytes that the file of states leaves free on its dis
 
 
 class Unavailable(InfrastructureError):
-    """The store does not hold these states: the reader computes them again."""
+    """The store does not hold these states. The reader computes them again."""
 
 
 class Altered(Unavailable):
@@ -66,10 +66,11 @@ def default_limit() -> int:
 
 
 class PrefixStore:
-    """Hidden states kept by this process; the limit is for the process and all records together.
+    """The hidden states that this process keeps. The limit holds for all records of the process
+    together.
 
-    The first states go to memory: every record is drawn equally often, so it does not matter which
-    ones are there, and nothing is moved."""
+    The first states go to memory and are never moved to the file. Every record is drawn equally
+    often, so it does not matter which ones are in memory."""
 
     def __init__(self) -> None:
         self._used = 0
@@ -83,21 +84,22 @@ class PrefixStore:
 
     @property
     def in_memory(self) -> int:
-        """Return the bytes of states held in memory."""
+        """Return how many bytes of states are held in memory."""
         while self._dropped:
             self._used -= self._dropped.popleft()
         return self._used
 
     @property
     def on_disk(self) -> int:
-        """Return the bytes of referenced blocks in the file."""
+        """Return how many bytes of the file hold referenced blocks."""
         return self._file.used if self._file else 0
 
     def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
         """Store `states` (positions, H) of `record`: in memory if the process then holds at most
-        `limit` bytes (None: its share of a quarter of the machine's memory), else in the file.
+        `limit` bytes there, else in the file. limit: None: the process's share of a quarter of the
+        machine's memory.
 
-        If the file cannot be written, the returned object holds nothing: its `read` raises
+        If the file cannot be written, the returned object holds nothing and its `read` raises
         Unavailable."""
         available = default_limit() // self.processes if limit is None else limit
         if not self._memory_is_short and self.in_memory + states.nbytes <= available:
@@ -128,13 +130,13 @@ class PrefixStore:
             return _Nothing()
 
     def leave_free(self, beside: int) -> None:
-        """Leave `beside` bytes more than LEAST_FREE of the file's disk free: those which the
-        ledger's room has given up are free while states are written, and not theirs."""
+        """Keep `beside` bytes of the file's disk free in addition to LEAST_FREE. The ledger's
+        reserve frees that many while a request is answered, and the states must not use them."""
         self.least_free = max(self.least_free, LEAST_FREE + beside)
 
     def release_memory(self) -> None:
-        """Drop all states held in memory, for good if memory ran out: the memory left for a row
-        then does not depend on how many records were read before it."""
+        """Drop all states held in memory, and keep none there any more. Called when memory ran out:
+        the memory left for a row must not depend on how many records were read before it."""
         self._memory_is_short = True
         for stored in list(self._in_memory):
             stored.drop()
@@ -151,8 +153,8 @@ class _Nothing:
 
 
 class _InMemory:
-    """States in this process's memory, until they are dropped. forget: removes them from the
-    store's count, once."""
+    """States in this process's memory, until they are dropped. forget: subtracts their bytes from
+    the store's count; it acts once."""
 
     forget: weakref.finalize[[int], _InMemory]
 
@@ -171,8 +173,8 @@ class _InMemory:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Sealed:
-    """States in an encrypted block. record: bound into the encryption, so that no block passes
-    for another record's."""
+    """States in an encrypted block. record: authenticated with the block, so that one record's
+    block cannot be read as another's."""
 
     file: _File
     at: int
@@ -204,8 +206,9 @@ def _seal(states: torch.Tensor, record: bytes, file: _File, least_free: int) -> 
 
 
 class _File:
-    """Blocks in a file of mode 0600 without a name (if the platform permits), so that no crash
-    leaves it behind. The space of an unreferenced block is reused for a block of its size."""
+    """Blocks in a file of mode 0600. Where the platform permits, the file has no name, so that a
+    crash does not leave it behind. The space of an unreferenced block is reused for a block of the
+    same size."""
 
     def __init__(self, folder: Path) -> None:
         self.owner = os.getpid()
@@ -219,7 +222,7 @@ class _File:
 
     @property
     def used(self) -> int:
-        """Return the bytes of referenced blocks."""
+        """Return how many bytes hold referenced blocks."""
         while self.dropped:
             at, size = self.dropped.popleft()
             self._free[size].append(at)
@@ -233,7 +236,7 @@ class _File:
 
     def write(self, block: bytes, least_free: int) -> int:
         """Write a block and return its offset. Errors: OSError, also if the disk would have less
-        than `least_free` bytes afterwards; the file is unchanged."""
+        than `least_free` bytes afterwards; blocks stored before stay intact."""
         if self.used == 0:  # everything was dropped, and goes from the disk too
             self._free.clear()
             self._end = 0
@@ -256,8 +259,8 @@ class _File:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the memory of the machine or of its GPU ran out. PyTorch has a class only
-    for the latter."""
+    """Return whether the memory of the machine or of its GPU ran out. PyTorch has an error class
+    only for the GPU's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

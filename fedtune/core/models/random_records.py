@@ -17,8 +17,8 @@ from fedtune.core.models.random_targets import with_random_targets
 
 
 class GeneratedFile(NamedTuple):
-    """A generated file, the ids of its place-holders, and its number of tiles; for a base that
-    reads only text: None, nothing, 1."""
+    """A generated file, the ids of its place-holders, and its number of tiles. For a base that
+    reads only text these are None, an empty list and 1."""
 
     media: Media | None
     ids: list[int]

@@ -12,7 +12,7 @@ from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, SoftTargets
 
 def with_random_targets(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:
     """Add random soft targets to `data` if the study has a teacher, for checks on generated
-    records. The targets of each record follow from its tokens."""
+    records. A record's targets depend only on its tokens and `seed`."""
     if study.objective.resolved.teacher_spec is None:
         return data
     labels = len(study.objective.labels)

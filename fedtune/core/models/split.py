@@ -1,10 +1,10 @@
 """Split a decoder into a frozen prefix and a tail that share every weight with the whole model.
 
-With adapters in the last k blocks only, the states at the cut are the same in every step: they
-are computed once per record, and each later step runs the tail alone. With adapters in the last
-block's MLP only, the cut lies behind that block's attention: above it no layer mixes positions,
-so the tail runs only at the positions that have a target. A tail that begins earlier still
-narrows there: the last block's MLP runs only where a loss is needed."""
+With adapters in the last k blocks only, the states at the cut are the same in every step: they are
+computed once per record, and each later step runs the tail alone. With adapters in the last block's
+MLP only, the cut lies behind that block's attention. No layer above it mixes positions, so the tail
+runs only at positions that have a target. If the cut lies lower, only the last block's MLP is
+narrowed in this way: it runs at the positions that need a loss."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from fedtune.core.config import LoraTable
 
 @dataclass(frozen=True)
 class Split:
-    """A decoder in two: prefix(input_ids=…) and tail(inputs_embeds=states), each with
-    `.last_hidden_state`.
-    positionwise: the tail treats each position by itself. narrows: the tail takes keep=(B, K) and
-    gives the states at these positions alone."""
+    """The two parts of a decoder. Call them as prefix(input_ids=…) and tail(inputs_embeds=states);
+    each returns an object with `.last_hidden_state`.
+
+    positionwise: whether the tail treats each position by itself; narrows: whether the tail accepts
+    keep=(B, K) and returns the states at these positions only."""
 
     prefix: nn.Module
     tail: nn.Module
@@ -35,15 +36,15 @@ class Split:
 
 
 def cut(model: Any, lora: LoraTable) -> Split | None:
-    """Find the deepest cut below all adapters of a decoder backbone, or None where there is none.
+    """Find the deepest cut below all adapters of a decoder backbone. Return None if there is none.
 
-    Guarantee: tail(prefix(x)) equals the whole backbone bit for bit on a probe, or the cut is not
-    used. Call before the adapter is attached."""
+    Guarantee: a cut is used only if tail(prefix(x)) equals the whole backbone bit for bit on a
+    probe. Call this before the adapter is attached."""
     layers = getattr(model, "layers", None)
     last = next((name for name in ("norm", "layer_norm") if hasattr(model, name)), "")
     if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
         return None
-    # A decoder with a table of positions adds them to its input: above the cut they are there.
+    # A decoder with a table of positions adds them to its input: above the cut this was done.
     without_positions = {"embed_positions": _Nowhere()} if hasattr(model, "embed_positions") else {}
     without_norm = {last: nn.Identity()}
     halves, candidates = _halves(layers[-1]), []
@@ -66,8 +67,9 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
 
 @dataclass(frozen=True)
 class _Halves:
-    """A pre-norm block: first (attention, with its residual), then x + mlp(norm(x)). inside: the
-    last names of the modules that only the MLP has."""
+    """The two halves of a pre-norm block: first (attention, with its residual), then x +
+    mlp(norm(x)). inside: the last names of the modules that are in the MLP and not in the
+    attention."""
 
     first: nn.Module
     norm: nn.Module

@@ -36,11 +36,12 @@ _checked: WeakKeyDictionary[LoadedModel, set[int]] = process_cache.register(
 
 
 def teacher_for(study: Study) -> TeacherFunction | None:
-    """Return the function that computes a record's soft targets; None without a teacher.
+    """Return the function that computes a record's soft targets; None if the study has no teacher.
 
-    The teacher first reads generated texts of up to the longest that it may be given, and keeps
-    nothing of them. Errors: ModelError (the teacher is not on this machine, or has another
-    digest), ConfigError (it is of another kind; KeepsState)."""
+    First the teacher reads generated texts, up to the longest that it may be given, to check that
+    it keeps nothing of them. Errors: ModelError (the teacher has another digest, or cannot be
+    loaded); PolicyRefused (it is not on this machine); ConfigError (it is of another kind);
+    KeepsState."""
     spec = study.objective.resolved.teacher_spec
     if spec is None:
         return None
@@ -53,8 +54,9 @@ def teacher_for(study: Study) -> TeacherFunction | None:
 def soft_targets_of(
     models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher
 ) -> TeacherFunction:
-    """Average several teachers' probabilities at temperature `spec.temperature`; for next tokens
-    keep the `spec.top` likeliest. Errors: ConfigError if they do not fit this objective."""
+    """Return the function that computes a record's soft targets: the mean of the teachers'
+    probabilities at temperature `spec.temperature`. Of next tokens only the `spec.top` likeliest
+    are kept. Errors: ConfigError if the teachers do not fit this objective."""
     labels = objective.labels
     for model in models:
         _check(model, labels)
@@ -83,7 +85,7 @@ def find_teacher(spec: Teacher) -> LoadedModel:
 
 
 def folder_of(spec: Teacher) -> Path | None:
-    """Return the folder of the teacher's digest on this machine, if there is one."""
+    """Return the folder on this machine with the teacher's digest; None if there is none."""
     cached = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
     noted = known_here.look_up(cache_dir(), spec.digest)
     places = [cached, *([noted[1]] if noted else [])]
@@ -103,7 +105,8 @@ def _check(model: LoadedModel, labels: Sequence[str]) -> None:
 
 
 def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
-    """Check once per loaded model and length that it keeps nothing. Errors: KeepsState."""
+    """Check once per loaded model and length that it keeps no state between texts. Errors:
+    KeepsState."""
     own = model.study.objective if objective.labels and model.study else objective
     longest = min(own.max_length, model.room)
     if longest in _checked.setdefault(model, set()):

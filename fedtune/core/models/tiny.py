@@ -43,9 +43,9 @@ def tiny_network(study: Study, base: Base) -> Network:
     """Build `base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's
     adapter on it (rank at most 4; last_layers in proportion, so that the same cut is used).
 
-    Weights come from the study's public seed; the trained ones are moved far from zero, because
-    a guarantee must hold at any weights, not only at the start, and a loss that couples records
-    through the policy's distance from the start (a batch's divergence) shows only there. Errors:
+    Weights come from the study's public seed. The trained ones are moved far from zero: a guarantee
+    must hold at any weights, not only at the start, and a loss that couples records through the
+    trained model's distance from the start (a batch's divergence) shows only there. Errors:
     whatever transformers raises if the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
@@ -80,8 +80,8 @@ def _moment(draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
 
 
 def tiny_columns(study: Study, lora_rank: int | None) -> slice:
-    """Return the columns of the tiny adapter that a site of `lora_rank` trains: fewer than all,
-    and not the first ones, if that is so in the study."""
+    """Return the columns of the tiny adapter that a site of `lora_rank` trains. If the site trains
+    fewer columns than the study's adapter has, they are fewer here too, and not the first ones."""
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
         return ALL
     tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
@@ -91,8 +91,8 @@ def tiny_columns(study: Study, lora_rank: int | None) -> slice:
 def generate_records(
     study: Study, network: Network, sizes: Sequence[int], stream: int = 0
 ) -> Dataset:
-    """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of
-    different units share batches; each after a file of noise, if the base reads files. The same
+    """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of different
+    units share batches. If the base reads files, each record begins with a file of noise. The same
     study and stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
     record_format = study.objective.resolved.record_format
@@ -131,8 +131,8 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
 
 
 def random_base(folder: Path, seed: int = 0) -> Path:
-    """Write a random Llama of this size to `folder`, for checks that need some base and no file
-    of a real one."""
+    """Write a random Llama of this size to `folder`, for checks that need a base but none of a real
+    one's files."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
@@ -172,8 +172,8 @@ def _renumber(config: Any) -> None:
 
 
 def _shrink(config: Any) -> None:
-    """Shrink a config: sizes and the weights' scale change; activation, norms, tying, positions
-    and masks stay those of the base."""
+    """Shrink a config. Its sizes and the scale of its weights change; activation, norms, tying,
+    positions and masks stay those of the base."""
     layers = int(config.num_hidden_layers)
     layers_left = min(LAYERS, layers)
     heads = int(config.num_attention_heads)

@@ -72,7 +72,7 @@ def _load(name: str, base: Base, **changes: Any) -> Any:
 
 
 def _speech(config: Any, base: Base, folder: Path, sizes: dict[str, int]) -> None:
-    """Shrink a speech model: one second at most, for any window of the base."""
+    """Shrink a speech model, for recordings of at most one second whatever the base's window."""
     extractor = _load("AutoFeatureExtractor", base, chunk_length=1)
     extractor.save_pretrained(folder)
     config.d_model = sizes["hidden_size"]

@@ -1,11 +1,11 @@
-"""Training objectives: one module each, a frozen dataclass whose fields are
+"""Training objectives. Each has a module here with a frozen dataclass, whose fields are
 study.objective.options.
 
-A record's loss comes from its own passages alone, so that no record's loss depends on another
-(the built-in loss of a language model averages over the batch's tokens and breaks the
-sensitivity bound). Quantities that couple units in other tools (KTO's batch estimate, reward
-centring) are constants here. No objective's module imports torch before a loss is computed: a
-plan is made without it."""
+A record's loss is computed from its own passages alone, so that it depends on no other record.
+(The built-in loss of a language model averages over the batch's tokens, which would break the
+sensitivity bound.) Quantities that couple units in other tools (KTO's batch estimate, reward
+centring) are constants here. No objective's module imports torch before a loss is computed, since
+a plan is made without torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def names() -> list[str]:
 
 
 def describe(table: ObjectiveTable) -> str:
-    """Describe the objective in plain words: what it does, what it reads and what it trains.
+    """Return a text in plain words: what the objective does, what it reads and what it trains.
 
     Errors: ConfigError, as for `table.resolved`."""
     objective = table.resolved

@@ -41,8 +41,8 @@ class Network(Protocol):
         """Compute the negative log-likelihood (nats) of next tokens, (n,) fp32."""
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute (B, V) fp32, linear in the trained class sums: the gradient of entry c of a
-        record is its bounded features, and `count_weight`, in row c."""
+        """Compute (B, V) fp32, linear in the trained class sums. The gradient of a record's entry c
+        is a matrix with the record's bounded features and `count_weight` in row c."""
 
     def base_only(self) -> AbstractContextManager[None]:
         """Disable the adapter within the block."""
@@ -62,7 +62,7 @@ class Batch:
     soft             a teacher's outcomes and log-probabilities at P targets, each (R, P, k), zero
                      beyond a record's last target
     tower_states     (R, tiles, P, W) of each passage's file, where `reads_tower`
-    tiles            of every record of the batch
+    tiles            number of tiles of every record of the batch
     count            number of real records; those beyond it repeat the first, to fill a block
     reference_logps  (N, k) for all N records of the dataset: each passage's log-likelihood under
                      the frozen base, NaN until it is computed"""
@@ -95,8 +95,8 @@ READS: dict[RecordFormat, str] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model by name and digest, the temperature of its soft targets, and the number of
-    next tokens in each."""
+    """A frozen model, by name and digest. temperature: that of its soft targets; top: how many next
+    tokens each soft target has."""
 
     name: str
     digest: str
@@ -109,10 +109,10 @@ class Objective(ABC):
     """A training objective: a per-record loss, and the record format that it reads.
 
     Subclasses are frozen dataclasses. The fields that they add are study.objective.options,
-    typed by their defaults; `__post_init__` checks their range. A site reads the first paragraph
-    of their docstring before it signs. labels: objective.labels. Guarantee that a subclass must
-    keep, and that `fedtune check-plugin` measures: a record's loss depends on that record alone,
-    and is deterministic."""
+    typed by their defaults; `__post_init__` checks their range. A person at a site reads the first
+    paragraph of the subclass's docstring before signing. labels: objective.labels.
+    Guarantee that a subclass must keep, and that `fedtune check-plugin` measures: a record's loss
+    depends on that record alone, and is deterministic."""
 
     labels: tuple[str, ...] = ()
 
@@ -148,9 +148,9 @@ class Objective(ABC):
         return None
 
     def may_run_beside(self, batch: Batch) -> bool:
-        """Return whether `losses` of this batch may run in one thread while it runs on another
-        batch in a second one: it then neither disables the adapter nor writes anything but what
-        it returns. False costs time only."""
+        """Return whether `losses` may run on this batch while another thread runs it on another
+        batch. It may if it neither disables the adapter nor writes anything but its result. To
+        return False costs time only."""
         return False
 
     @abstractmethod
@@ -158,12 +158,12 @@ class Objective(ABC):
         """Compute the loss of each record, (B,) fp32."""
 
 
-# Bound on every number by which an objective multiplies a record's outputs: a larger one would, as
-# a large entry of an adapter does, turn the last digits of a product into another gradient.
+# Bound on every number by which an objective multiplies a record's outputs. Under a larger one, as
+# under a large entry of an adapter, rounding in a product's last digits would change the gradient.
 LARGEST = 100.0
 
 
 def require(condition: bool, option: str, expected: str) -> None:
-    """Raise ConfigError for `option` unless `condition`."""
+    """Check `condition`. Errors: ConfigError that names `option` and the `expected` range."""
     if not condition:
         raise ConfigError(f"objective.options.{option} is out of range", expected)

@@ -1,4 +1,4 @@
-"""Compute log-likelihoods of the labelled positions, on which every objective on text is based."""
+"""Compute log-likelihoods of target tokens, on which every objective on text is based."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Likelihood(NamedTuple):
 
 
 def likelihood(network: Network, batch: Batch) -> Likelihood:
-    """Compute each passage's log-likelihood. The head runs on labelled positions, and on as many
-    more as fill the bucket: a gather of only the batch's labelled positions would have a shape
-    that depends on all its records.
+    """Compute each passage's log-likelihood. The head runs on the positions with a target, and on
+    others up to the number that the bucket sets. With only the positions that have a target, the
+    shape of a tensor would depend on all records of the batch.
 
     | a passage without targets | 0.0, and no gradient |
     """
@@ -44,9 +44,9 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 
 
 def reference(network: Network, batch: Batch) -> Likelihood:
-    """Compute likelihoods under the policy at the study's start: the frozen base with the
-    adapter off. It is never a second model, and never one that saw a record. So the result is
-    the same in every step, and is computed at a record's first use."""
+    """Return likelihoods under the reference policy, which is the frozen base with the adapter off:
+    never a second model, and never one that saw a record. They are the same in every step, so each
+    is computed at a record's first use and then kept in the batch."""
 
     import torch
 
@@ -62,16 +62,16 @@ def reference(network: Network, batch: Batch) -> Likelihood:
 
 
 def knows_reference(batch: Batch) -> bool:
-    """Return whether `reference` has been computed for each record of the batch: it then leaves
-    the adapter as it is."""
+    """Return whether `reference` has been computed for each record of the batch, so that it need
+    not disable the adapter again."""
     known = batch.reference_logps
     return known is not None and not bool(known[batch.index].isnan().any())
 
 
 def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Select the positions with a target, first in each row, (R, K), and their targets, -100 on
-    padding; return None for all positions where the head runs at all of them. K is the same for
-    every record of a bucket."""
+    """Return K positions of each row, (R, K), those with a target first, and their targets, -100
+    where there is none. If the head runs at all positions, return None and all targets. K is the
+    same for every record of a bucket."""
     import torch
 
     is_target = target_ids != -100

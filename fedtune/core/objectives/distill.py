@@ -27,13 +27,13 @@ LEAST = 1e-6  # of a probability that all other outcomes share
 @dataclass(frozen=True)
 class Distill(Objective):
     """Distillation: a small student learns a frozen teacher's whole distribution, not its answer
-    alone. At the sites the teacher must be public, or trained under (ε, δ) itself: one that was
-    fitted to the records makes each record's target depend on all the others, and no clipping of
-    the student's gradients bounds that.
+    alone. At the sites the teacher must be public, or trained under (ε, δ) itself. A teacher that
+    was fitted to the records would make each record's target depend on all the others, and no
+    clipping of the student's gradients would bound that.
 
-    hard: weight of the usual loss on the record's own answer; top: number of the teacher's next
-    tokens that are used. References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016,
-    section 3."""
+    hard: weight of the usual loss on the record's own answer; top: how many of the teacher's
+    likeliest next tokens are used at each target. References: Hinton et al. 2015, section 2 (T²);
+    Kim and Rush 2016, section 3."""
 
     teacher: str = ""
     digest: str = ""
@@ -72,7 +72,8 @@ def divergence(
     network: Network, batch: Batch, temperature: float = 1.0, hard: float = 0.0
 ) -> torch.Tensor:
     """Compute (1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,)
-    fp32: the mean over its own targets. Next tokens beyond the teacher's likeliest are one outcome.
+    fp32, as the mean over its own targets. All next tokens but the teacher's likeliest count as one
+    outcome.
 
     | a record without targets | 0.0, and no gradient |
     """
@@ -112,8 +113,8 @@ def _next_tokens(
     teacher_logp: torch.Tensor,
     weights: tuple[float, float],
 ) -> torch.Tensor:
-    """Compute each position's loss, (n,); the backward pass recomputes logits over the
-    vocabulary."""
+    """Compute each position's loss, (n,). The backward pass computes the logits over the vocabulary
+    again, which saves memory."""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint
@@ -140,7 +141,7 @@ def _next_tokens(
 
 
 def _with_rest(logp: torch.Tensor) -> torch.Tensor:
-    """Extend (n, k) by one more outcome: all others."""
+    """Extend log-probabilities (n, k) to (n, k + 1) by the outcome "any other token"."""
     import torch
 
     others = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
@@ -148,5 +149,5 @@ def _with_rest(logp: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
-    """Compute KL (nats) of log-probabilities (n, k), (n,)."""
+    """Compute KL(teacher ‖ student) in nats, (n,), from log-probabilities (n, k)."""
     return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=1)

@@ -48,7 +48,7 @@ class DPO(Objective):
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each pair, (B,) fp32, from its own two passages.
 
-        With h the log-ratio of the better completion minus that of the worse (to the reference):
+        h is the log-ratio to the reference of the better completion minus that of the worse one.
         | sigmoid | -(1-s) log σ(βh) - s log σ(-βh); s = label_smoothing > 0 is conservative DPO |
         | ipo     | (h - 1/2β)², h of the means over tokens                                     |
         """

@@ -47,7 +47,7 @@ class KTO(Objective):
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each judged completion, (B,) fp32, from its own passage.
 
-        With r the completion's log-ratio to the reference and z the reference point (nats):
+        r is the completion's log-ratio to the reference, z the reference point, both in nats.
         | desirable   | λ_D (1 - σ(β(r - z))) |
         | undesirable | λ_U (1 - σ(β(z - r))) |
         z is a constant of the plan. The paper estimates it from other records of the batch, which

@@ -24,7 +24,7 @@ CERTAIN = -1e-6  # log-likelihood per token above which the odds are taken to be
 @dataclass(frozen=True)
 class ORPO(Objective):
     """Odds-ratio preference optimisation: the better completion is learnt as it stands, and its
-    odds are raised over the worse one's. No reference policy.
+    odds are raised over the worse one's. There is no reference policy.
 
     Reference: Hong et al. 2024, section 4.2."""
 
@@ -43,7 +43,7 @@ class ORPO(Objective):
 
         -ℓ(better) - weight · log σ(log odds(better) - log odds(worse)), where ℓ is the
         log-likelihood per target (nats) and odds = e^ℓ / (1 - e^ℓ).
-        | a completion that is certain | odds of a likelihood of e^-0.000001, no gradient by them |
+        | a likelihood above e^-0.000001 | the odds are those of e^-0.000001, without a gradient |
         """
         import torch
         from torch.nn import functional

@@ -17,10 +17,11 @@ class Prototypes(Objective):
     """Sums of the records' vectors by class, and the classes' counts, from which the coordinator
     makes a linear classifier.
 
-    The frozen base's vector of a record is projected on `directions` public directions, bounded to
-    length 1, and followed by `count_weight`, in the row of the record's class. The loss is minus
-    the inner product of this with the trained sums, so that its gradient is the record's statistics
-    whatever was trained before; everything done with their noised sum is post-processing.
+    A record's statistics are a matrix with one row for each class. The frozen base's vector of the
+    record is projected on `directions` public directions and bounded to length 1; it stands in the
+    row of the record's class, followed by `count_weight`. The loss is minus the inner product of
+    this matrix with the trained sums, so that its gradient is minus the record's statistics,
+    whatever was trained before. All that is done with their noised sum is post-processing.
     | a label that is none of the classes, a vector that is not finite | statistics of zero |
 
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.3 (class

@@ -1,7 +1,7 @@
 """Resolve the name of a plug-in in study.toml or site.toml to a class.
 
 A plug-in is a dataclass whose fields are its options. It is a module of this release, or an entry
-point of a distribution that is installed beside it, and is imported when asked for by its name."""
+point of a distribution that is installed beside it. It is imported when its name is asked for."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ T = TypeVar("T")
 class Group(Generic[T]):
     """All plug-ins of one kind.
 
-    - key: where a configuration names one, as "objective.name"
-    - package: holds one module for each plug-in of this release
+    - name: the name of the kind, as in the group of entry points "fedtune.NAME"
+    - key: the configuration's key that names a plug-in, such as "objective.name"
+    - package: the package with one module for each plug-in of this release
     - kind: the class that plug-ins extend
+    - foreign: whether other distributions may provide plug-ins, as entry points of the group
 
-    A foreign plug-in is an entry point of the group "fedtune.NAME", if `foreign` allows one. A name
-    of this release always means the release's own plug-in.
+    The name of a plug-in of this release always means that one, never a foreign plug-in.
     Guarantee: a foreign plug-in is imported only by `load` and `build`, and then only the one asked
     for."""
 
@@ -40,13 +41,13 @@ class Group(Generic[T]):
     foreign: bool = True
 
     def release(self) -> list[str]:
-        """List the plug-ins of this release; neither they nor their package are imported."""
+        """Return the names of this release's plug-ins, importing neither them nor their package."""
         package = importlib.util.find_spec(self.package)
         path = (package.submodule_search_locations if package else None) or []
         return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
 
     def installed(self) -> list[str]:
-        """List the installed foreign plug-ins without importing them."""
+        """Return the names of the installed foreign plug-ins, without importing them."""
         if not self.foreign:
             return []
         points = metadata.entry_points(group=f"fedtune.{self.name}")
@@ -55,8 +56,8 @@ class Group(Generic[T]):
     def load(self, name: str) -> type[T]:
         """Import and return the class of the plug-in `name`.
 
-        | a foreign name that two distributions offer | ConfigError: it is ambiguous |
-        Errors: ConfigError listing the available names, or where it is not of this kind."""
+        Errors: ConfigError if no plug-in, or more than one, has the name, if it cannot be imported,
+        or if it is not a class of this kind."""
         if name in self.release():
             return self._of_module(f"{self.package}.{name}")
         point = self.find(name)
@@ -93,14 +94,16 @@ class Group(Generic[T]):
         return plugin
 
     def build(self, name: str, options: Mapping[str, Any], **kind_fields: Any) -> T:
-        """Build the plug-in `name` with its options. kind_fields: fields that `kind` itself has.
+        """Build the plug-in `name` with its options. kind_fields: values of the fields that `kind`
+        itself has.
 
-        Errors: ConfigError as for `load`; or listing the options, or for a value of one."""
+        Errors: ConfigError as for `load`, and if an option is unknown, missing or has a value of
+        another type."""
         return self._instantiate(name, self.load(name), options, **kind_fields)
 
     def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
         """Build the plug-in `name` from `found`, the object that was already loaded from the entry
-        point `value` ("module:class"); options are checked as in `build`."""
+        point `value` ("module:class"). Options are checked, and errors raised, as in `build`."""
         return self._instantiate(name, self._check_kind(name, value, found), options)
 
     def _instantiate(

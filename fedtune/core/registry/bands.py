@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def band_names(edges: Sequence[float]) -> tuple[str, ...]:
-    """Name the bands between rising edges.
+    """Return the names of the bands between rising edges.
 
     >>> band_names((18, 65))
     ('below 18', '18 to below 65', '65 and above')
@@ -19,7 +19,7 @@ def band_names(edges: Sequence[float]) -> tuple[str, ...]:
 
 
 def band_of(text: str, edges: Sequence[float]) -> int | None:
-    """Find which of `band_names` a number is in; None if the text is not a finite number.
+    """Return the index in `band_names` of the band of a number; None if it is not a finite number.
 
     >>> [band_of(age, (18, 65)) for age in ("3", "18", "64.5", "70", "unknown", "nan")]
     [0, 1, 1, 2, None, None]

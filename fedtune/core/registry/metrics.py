@@ -1,4 +1,4 @@
-"""The table of the metrics that a report may hold: direction, bounds, interval, loggable."""
+"""List the metrics that a report may hold, with their properties."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MetricName = Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "pre
 class Metric:
     """A metric's properties.
 
-    - higher_is_better: the direction
+    - higher_is_better: whether a larger value is better
     - bounded: whether it lies between 0 and 1
-    - share: whether it is a share of records, whose interval is Wilson's
-    - by_class: whether it needs a class of each record
-    - loggable: whether a log may hold it, since it is measured on public records each round
+    - share: whether it is a share of records, with Wilson's interval
+    - by_class: whether each record must have a class
+    - loggable: whether a log may hold it, because it is measured on public records in each round
     """
 
     higher_is_better: bool
@@ -34,19 +34,19 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(higher_is_better=True, bounded=True, share=True, by_class=True),
     "f1": Metric(higher_is_better=True, bounded=True, by_class=True),
     "preference": Metric(higher_is_better=True, bounded=True, share=True),
-    # Of pairs, beside the share in order: implied-reward margin, nats per token of the better
-    # answers, nats per token from the base.
+    # Of preference pairs: the implied reward's margin, the better answers' nats per token, and the
+    # divergence from the base in nats per token.
     "margin": Metric(higher_is_better=True),
     "chosen_logp": Metric(higher_is_better=True),
     "kl": Metric(higher_is_better=False),
-    # Of a distilled student, and of an improved policy: in their reports alone.
+    # Only in the reports of a distilled student and of an improved policy.
     "divergence": Metric(higher_is_better=False, loggable=False),
     "reward": Metric(higher_is_better=True, loggable=False),
     "unscored": Metric(higher_is_better=False, bounded=True, loggable=False),
 }
-OTHER = Metric(higher_is_better=True, loggable=False)  # of a report by another release
+OTHER = Metric(higher_is_better=True, loggable=False)  # a metric of another release's report
 
 
 def metric(name: object) -> Metric:
-    """Look up a metric by name; OTHER if this release does not know it."""
+    """Return the properties of the metric `name`; OTHER if this release does not know it."""
     return METRICS.get(str(name), OTHER)

@@ -20,7 +20,8 @@ def register(name: str, cache: T) -> T:
 
 
 def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
-    """Cache a function's last results, as functools.lru_cache does, under `name`."""
+    """Decorate a function so that its last results are cached, as by functools.lru_cache, and
+    register the cache under `name`."""
 
     def decorate(function: F) -> F:
         wrapped: Any = lru_cache(maxsize=maxsize)(function)
@@ -31,6 +32,6 @@ def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
 
 
 def clear(*names: str) -> None:
-    """Empty the caches of these names, or every cache, as if the process had just begun."""
+    """Empty the caches of these names; without names, every cache."""
     for name in names or _clear:
         _clear[name]()

@@ -1,11 +1,11 @@
-"""Phrases that may be logged in place of a refusal's text: the first that is found in it."""
+"""Reduce the text of a refusal to the first of a list of phrases that it contains, for the log."""
 
 from __future__ import annotations
 
 from typing import Any
 
 # fmt: off
-# The first of these that a reason contains is logged.
+# Of a reason, only the first of these phrases that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_fallback_epsilon",
     "policy.max_delta", "of all its consortia together", "policy.hospital",
@@ -59,12 +59,13 @@ PHRASES = (
 )
 # fmt: on
 OTHER = "other"
-HELD = "policy.answers"  # in the reason of a site whose answer waits for a person there
-WAITING = "waiting"  # a site's status where a person there has yet to sign, or to let an answer go
+HELD = "policy.answers"  # in the reason of a site whose answer waits for a person at the site
+WAITING = "waiting"  # a site's status while a person there has yet to sign or let an answer go
 
 
 def reason_of(value: Any) -> str:
-    """Reduce a reason to its phrase of PHRASES, or "other"; "" for none. Errors: TypeError."""
+    """Return the first of PHRASES that a reason contains; "other" if it contains none, "" if it is
+    empty. Errors: TypeError if it is no text."""
     if not isinstance(value, str):
         raise TypeError
     return next((phrase for phrase in PHRASES if phrase in value), OTHER) if value else ""

@@ -1,4 +1,4 @@
-"""Figures as people read them, rounded so that none looks better than it is."""
+"""Format figures for people, rounded so that none looks better than it is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def percent(value: float) -> str:
-    """A probability as a percentage, rounded up (a bound must not be rounded down)."""
+    """Format a probability as a percentage, rounded up, since a bound must not be rounded down."""
     return f"{min(math.ceil(value * 1000) / 10, 100.0):g} %"
 
 
 def rounded_up(value: Any, digits: int = 3) -> str:
-    """Format ε rounded up, so that the figure shown is never below the true one."""
+    """Format ε rounded up, so that the figure shown is never below the true one; None as "none"."""
     n = number(value)
     if n is None or not math.isfinite(n):
         return "none" if value is None else str(value)
@@ -22,12 +22,12 @@ def rounded_up(value: Any, digits: int = 3) -> str:
 
 
 def rounded_down(value: float, digits: int = 3) -> str:
-    """Format what remains of a budget rounded down, so that the figure is never above the true
+    """Format the rest of a budget rounded down, so that the figure shown is never above the true
     one."""
     scale = 10**digits
     return f"{math.floor(value * scale) / scale:g}"
 
 
 def number(value: Any) -> float | None:
-    """The value where it is a number, else None."""
+    """Return the value as a float if it is a number, else None. A truth value is no number."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,9 +1,8 @@
-"""Hold a site's noised sums until their set of sites is known, with the masking keys of their
-draws.
+"""Hold a site's noised sums, each with its masking key, until the set of ready sites is known.
 
-They are only in the memory of the site's process, so that no copy of its folder holds one: a
-folder that is put back to an earlier moment cannot mask a draw a second time, for another set.
-When a process ends its draws are lost, and their attempts are void at this site."""
+Sums and keys are only in the memory of the site's process, so no copy of its folder holds them: if
+the folder is restored from a backup, a draw cannot be masked again for another set. When the
+process ends its draws are lost, and their attempts are void."""
 
 from __future__ import annotations
 
@@ -25,8 +24,11 @@ FOLDER = "draws"  # in a state folder, where earlier releases kept them
 class Waiting:
     """A draw that is ready and not yet masked.
 
-    total: the noised integer sum, (d,); reservation: the ledger's entry that pays for it; events:
-    the step log's summary, as it is sent."""
+    - total: the noised integer sum, (d,)
+    - key: the draw's masking key
+    - ready: the site's signed statement
+    - reservation: the number of the ledger entry that pays for the draw
+    - events: the summary of the step log, in the form in which it is sent"""
 
     total: npt.NDArray[np.int64]
     key: X25519PrivateKey
@@ -36,7 +38,7 @@ class Waiting:
 
 
 class Draws:
-    """The draws of one site that wait for their set of sites; empty when its process starts."""
+    """The draws of one site that wait for the set of ready sites; none when its process starts."""
 
     def __init__(self) -> None:
         self._waiting: dict[Draw, Waiting] = {}
@@ -46,22 +48,22 @@ class Draws:
         self._waiting[waiting.ready.draw] = waiting
 
     def find(self, draw: Draw) -> Waiting | None:
-        """Return the draw that waits for its set of sites; None if this process has none:
-        another attempt is a new draw."""
+        """Return the waiting draw of this round and attempt; None if this process has none. Each
+        attempt has a draw of its own."""
         return self._waiting.get(draw)
 
     def destroy(self, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:
-        """Drop the plan's draws of (round, attempt) up to `before`, with their keys: those that
-        were masked, and those of attempts that the coordinator gave up. Without a round, drop
-        all draws of the plan."""
+        """Remove the plan's draws up to the round and attempt `before`, with their keys. They were
+        masked, or the coordinator gave up their attempts. Without `before`, remove all draws of the
+        plan."""
         for draw in [*self._waiting]:
             if draw.plan == plan and (draw.round, draw.attempt) <= before:
                 del self._waiting[draw]
 
 
 def remove_stored(folder: Path) -> None:
-    """Remove the draws, and their keys, that earlier releases stored in a site's folder. Errors:
-    OSError."""
+    """Remove the draws that earlier releases stored, with their keys, in a site's state folder.
+    Errors: OSError."""
     places = folder / FOLDER
     if places.is_dir():
         for path in places.glob("*-*-*-*.bin*"):  # drafts that a crash left, too

@@ -1,8 +1,9 @@
-"""Mask words pairwise, so that each looks random and the masks cancel in the sum.
+"""Mask the words of a site's sum, so that they look random and all sites' masks cancel in the sum.
 
-For each pair of sites of a set P, HKDF-SHA256 over their X25519 secret and H(P) gives a key,
-whose AES-256-CTR keystream one of the two adds and the other subtracts, modulo 2ᵇ. The sum over
-all of P is the sum of the unmasked words; with one message missing it is uniform.
+Two sites of a set P derive a key by HKDF-SHA256 from their X25519 secret and the set's digest. The
+key gives an AES-256-CTR keystream, which one of the two adds to its words and the other subtracts,
+modulo 2ᵇ. The sum over all of P is the sum of the unmasked words. If one site's words are missing,
+the sum looks uniform.
 
 References: Bonawitz et al. 2017, "Practical secure aggregation", section 4 (pairwise masks, here
 without recovery of dropouts); RFC 7748 (X25519), RFC 5869 (HKDF)."""
@@ -21,12 +22,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedtune.core.secagg.statement import Ready, set_digest
 
-_CHUNK = 2**18  # words of a keystream in work at once
+_CHUNK = 2**18  # words of a keystream that are made at once
 Words = npt.NDArray[Any]  # uint32 or uint64
 
 
 def dtype_of(bits: int) -> npt.DTypeLike:
-    """Return the little-endian type in which words of so many bits travel."""
+    """Return the little-endian type in which words of 32 or 64 bits are sent."""
     return {32: "<u4", 64: "<u8"}[bits]
 
 
@@ -46,12 +47,13 @@ def mask(
     statements: Sequence[Ready],
     bits: int,
 ) -> Words:
-    """Mask an integer sum (d,) for the set `statements`: words of `bits` bits, (d,).
+    """Return an integer sum (d,), masked for the set `statements`: (d,) words of `bits` bits.
 
+    key, mine: this site's masking key and statement. `key` must be used for one set only.
     Guarantee: without the words of every other site of the set, or their keys, the result is
     computationally indistinguishable from uniform words. The sum is reduced modulo 2ᵇ and never
-    clamped, checked or rejected: any answer of a site about its noised sum would be protected by
-    its own noise only. `key` must be used for one set only."""
+    clamped, checked or rejected, since what a site tells about its own noised sum would be
+    protected by the site's own noise only."""
     words = total.astype(np.uint64).astype(dtype_of(bits))  # modulo 2⁶⁴, then modulo 2ᵇ
     digest = set_digest(statements)
     for other in statements:
@@ -70,7 +72,8 @@ def mask(
 
 
 def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:
-    """Yield `size` words of one AES-256-CTR keystream; the key is used once, so it starts at 0."""
+    """Yield `size` words of one AES-256-CTR keystream, in chunks. Each key is used once, so the
+    counter starts at 0."""
     encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     for start in range(0, size, _CHUNK):
         count = min(_CHUNK, size - start)
@@ -79,6 +82,6 @@ def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:
 
 
 def centre_words(words: Words) -> npt.NDArray[np.int64]:
-    """Read words as integers in [-2ᵇ⁻¹, 2ᵇ⁻¹)."""
+    """Return words of b bits as integers in [-2ᵇ⁻¹, 2ᵇ⁻¹)."""
     signed = words.astype(words.dtype.newbyteorder("="))
     return signed.view(np.int32 if words.dtype.itemsize == 4 else np.int64).astype(np.int64)

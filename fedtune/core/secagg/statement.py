@@ -1,4 +1,4 @@
-"""Sign and check statements of ready sites, and the set of sites for which a round is opened."""
+"""Sign and check the statements of ready sites, and check the set of sites whose sum is opened."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _ANY = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 class StatementError(InputError):
-    """A statement, or a set of them, is not what the sites of this attempt signed."""
+    """A statement of a ready site, or a set of these, is malformed or not for this attempt."""
 
 
 @dataclass(frozen=True)
 class Draw:
     """The draw of noise that a statement is about.
 
-    adapter: digest of the adapter that was sent; attempt: how often the round was begun, the first
-    being 1."""
+    plan: digest of the plan; adapter: digest of the adapter that the coordinator sent; attempt:
+    number of the attempt at the round, from 1."""
 
     plan: str
     round: int
@@ -49,12 +49,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Ready:
-    """The signed statement of a site that its noised sum for `draw` is complete.
+    """A site's signed statement that its noised sum for `draw` is complete.
 
-    - site, size: name and declared size
-    - signing: its public signing key
-    - masking: the X25519 key (hexadecimal) that it made for this draw only
-    - noise: σ that it added itself, in multiples of C, 0 without privacy
+    - site, size: the site's name and declared size
+    - signing: the site's public signing key (hexadecimal)
+    - masking: the public X25519 key (hexadecimal) that the site made for this draw only
+    - noise: σ of the noise that the site added, in multiples of C; 0 without privacy
 
     All of it is public: σ follows from the plan, and the grid of the sum from σ."""
 
@@ -88,7 +88,7 @@ class Ready:
 
 def parse(text: Any) -> Ready:
     """Parse and verify a statement. Errors: StatementError if it is malformed, not in canonical
-    form, not signed by the key that it names, or names a masking key that gives no secret."""
+    form, not signed by the key that it names, or its masking key gives no secret."""
     try:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise ValueError
@@ -109,8 +109,8 @@ def parse(text: Any) -> Ready:
 
 
 def _gives_a_secret(masking: str) -> bool:
-    """Return whether a masking key is not a point of low order: with such a point the secret is
-    zero for any other key, and everybody knows it."""
+    """Return whether a masking key gives a secret. It gives none if it is a point of low order: the
+    shared secret is then zero with any other key, which everybody knows."""
     try:
         _ANY.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(masking)))
     except ValueError:
@@ -138,7 +138,7 @@ def _check_fields(ready: Ready) -> None:
 
 
 def parse_set(text: Any) -> list[Ready]:
-    """Parse the statements of a set: a JSON list of their texts. Errors: StatementError."""
+    """Parse and verify a set's statements, a JSON list of their texts. Errors: StatementError."""
     try:
         if not isinstance(text, str) or len(text) > MOST * (LONGEST + 4):
             raise ValueError
@@ -156,7 +156,7 @@ def set_text(statements: Sequence[Ready]) -> str:
 
 
 def set_digest(statements: Sequence[Ready]) -> str:
-    """Hash a set of statements, in any order: sha256 of what its sites signed."""
+    """Return the sha256 (hexadecimal) over the signed statements of a set, whatever their order."""
     total = hashlib.sha256(SET)
     for text in sorted(ready.text() for ready in statements):
         total.update(f"{len(text)}:{text}".encode())
@@ -166,14 +166,14 @@ def set_digest(statements: Sequence[Ready]) -> str:
 def check_set(
     statements: Sequence[Ready], mine: Ready, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that a site may mask its sum for this set.
+    """Check that a site may mask its sum for the set `statements`.
 
-    | its own statement         | is in it, as it was signed                                     |
-    | plan, round, attempt and adapter | of every statement are this site's own                  |
-    | noise                     | of every statement is this site's own: ε counts on it, and with |
-    |                           | another the grid would be another, and the sum none             |
-    | names, signing and masking keys | each occurs once                                         |
-    | pinned signing keys       | with its own, at least `at_least`; others count for nothing    |
+    - The set holds this site's statement `mine`, as it was signed.
+    - Plan, round, attempt and adapter of every statement are those of `mine`.
+    - So is the noise: ε relies on it, and sums on grids for different noise cannot be added.
+    - Each name, signing key and masking key occurs once.
+    - At least `at_least` signing keys are this site's own or `pinned`.
+
     Errors: StatementError, which names the rule."""
     if mine not in statements:
         raise StatementError("the set of ready sites does not hold this site's own statement")
@@ -194,7 +194,8 @@ def check_set(
 def check_pinned(
     signing: Collection[str], own: str, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that this site pins enough of these sites' signing keys. Errors: StatementError."""
+    """Check that at least `at_least` of the sites' signing keys are pinned here, the site's own
+    counted too. Errors: StatementError."""
     known = len({*signing} & {*pinned, own})
     if known < at_least:
         raise StatementError(

@@ -29,15 +29,16 @@ RENDEZVOUS_SECONDS = 1800.0  # how long a rank without a timeout tries to reach 
 
 
 class Group:
-    """Connect process `rank` of `size` to the others; returns once all are connected.
+    """The connections of process `rank` of `size` to the others. The constructor returns once all
+    are connected.
 
     socket_path: in a folder that only this user can open; rank 0 creates it and the others
     connect to it; timeout: seconds to wait for the others in each exchange (None: for ever);
     check_alive: called while rank 0 waits for the others to connect, and raises if one of them
     has ended.
-    Guarantee: no other user of this machine joins, reads or sends: the folder's permissions keep
-    them out, and the kernel reports the user of the connecting process. Errors, of every method:
-    InfrastructureError where another process is gone or silent."""
+    Guarantee: no other user of this machine joins, reads or sends. The folder's permissions keep
+    them out and, on Linux, the kernel reports the user of the connecting process. Errors, of every
+    method: InfrastructureError where another process is gone or silent."""
 
     def __init__(
         self,
@@ -138,7 +139,8 @@ def _handshake(peer: socket.socket) -> int:
 
 
 def _peer_user(peer: socket.socket) -> int:
-    """Return the user id of the process at the other end, as the kernel reports it."""
+    """Return the user id of the process at the other end, as Linux reports it. On other systems
+    return this process's own user id, so that the folder alone keeps others out."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return os.getuid()  # not Linux: the folder alone keeps others out
@@ -189,9 +191,9 @@ def _receive_into(peer: socket.socket, buffer: B) -> B:
 def sum_over_workers(
     group: Group, sampled: list[int], dimension: int, clipped_sum: ClippedSum
 ) -> torch.Tensor:
-    """Sum the clipped rows over all processes: each calls it with the same `sampled`, and rank 0
-    gets the sum. A process without rows, or one that fails, contributes zeros, so that no other
-    waits for it.
+    """Sum the clipped rows over all processes. Each process calls this with the same `sampled`, and
+    sums its share by `clipped_sum`; rank 0 gets the sum, int64 (dimension,), the others zeros. A
+    process without rows, or one that fails, sends zeros, so that no other waits for it.
 
     Errors: as `Team.total`."""
     # After the sum, one counter per row: how often it was added. A total alone could not tell one

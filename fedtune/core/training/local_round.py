@@ -36,15 +36,14 @@ def local_round(
 ) -> Arrays:
     """Train `local_steps` steps from `adapter`, and return trained minus `adapter`, fp32 by name.
 
-    - For a B with a public preconditioner M, the returned change is the one before M, on which the
-      noise is the same in every direction.
-    - recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it
-    - columns: the only columns of each B that are trained and returned
-    - losses: gets the records' losses, which are private and not part of the result
+    - recompute: whether to use activation checkpointing, which Opacus' hooks do not support
+    - columns: the columns of each B that are trained and returned
+    - losses: an object that the records' losses are added to; they are private and not returned
 
-    Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
-    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: a round leaves no
-    state but its update."""
+    For a B with a public preconditioner M, the returned change is the one before M is applied, in
+    which the noise is the same in every direction. Only the noised mean gradient reaches the
+    optimiser, so momentum, decay and the proximal term (Li et al. 2020) are post-processing. The
+    optimiser starts afresh each round: a round leaves no state but its update."""
     network = data.network
     network.load_trainable(adapter)
     objective = study.objective.resolved
@@ -87,9 +86,9 @@ def local_sum(
     recompute: bool = False,
     losses: RoundLoss | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Compute a site's part of a round of which only the sum is opened: its noised sum of
-    clipped rows in multiples of the plan's grid, int64 (d,), the tensors end to end in name
-    order as on the wire.
+    """Compute a site's part of a round of which only the sum over sites is opened. Return the
+    noised sum of clipped rows in multiples of the plan's grid, int64 (d,): the tensors end to end
+    in the order of their names, as on the wire.
 
     The optimiser runs at the coordinator, on the mean of all sites."""
     network = data.network

@@ -1,5 +1,5 @@
-"""Run four oracles before a site's first round, on the study's own architecture at tiny size and
-on generated records, through the code that will train."""
+"""Run four checks ("oracles") of the code that will train, before a site's first round, on the
+study's own architecture at tiny size and on generated records."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ HUGE = 1e6
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one oracle: `figure` was measured, and passes if it is at most `bound`.
-    note: what went wrong, if the oracle stopped; it mentions generated records only."""
+    """The result of one oracle. It passes if the measured `figure` is at most `bound`. note: the
+    error, if the oracle stopped; an error can mention generated records only."""
 
     name: str
     passed: bool
@@ -66,8 +66,8 @@ class SelfTestFailed(Refused):
 
 
 class MemoryLog(StepLog):
-    """A step log that keeps its lines in memory, for generated records only: what it records
-    costs nobody anything, and the site's own log is not touched."""
+    """A step log in memory for steps on generated records, which cost no ε. The site's own log is
+    not touched."""
 
     def __init__(self) -> None:
         self.lines: list[Step] = []
@@ -87,10 +87,10 @@ def require(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> None:
-    """Check the oracles' results. Errors: SelfTestFailed naming each oracle that failed, its
-    figure and its bound. For an oracle that stopped, the message says only that it did: the
-    reason is a library's message, which may reveal this machine's memory, disk or folders, and
-    stays in this machine's log. A refusal's message leaves the site."""
+    """Run the oracles, and check that each passes. Errors: SelfTestFailed naming each oracle that
+    failed, its figure and its bound. This message leaves the site. So it says only that an oracle
+    stopped: the reason is a library's message, which may reveal this machine's memory, disk or
+    folders, and is logged on this machine alone."""
     results = run(study, network, declared_size, lora_rank)
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -113,15 +113,15 @@ def run(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> list[Result]:
-    """Run the oracles for `study`; [] if it promises no privacy. `network`: the study's own,
+    """Run the oracles for `study`; return [] if it promises no privacy. `network`: the study's own,
     from which the architecture is taken; its weights, adapter and caches are not touched.
-    lora_rank: of a site that trains no more.
+    lora_rank: how many ranks the site trains; None: all of them.
 
-    Guarantee: reads no record, writes no file but a tiny base in a temporary folder.
-    | parity      | rows and their clipped sum against a loop of one record, plain autograd |
-    | isolation   | another unit's records change, or others are there: how far a row moves |
-    | sensitivity | a unit is removed, ordinary or hostile: how far the sum moves, in C |
-    | noise       | zero signal, 4·10⁶ coordinates: |σ̂/σ - 1|, independence, and the log line |
+    Guarantee: this reads no record, and writes no file but a tiny base in a temporary folder.
+    | parity      | how far rows and clipped sum differ from plain autograd, record by record |
+    | isolation   | how far a row moves if other units' records change or are left out |
+    | sensitivity | how far the sum moves, in C, if an ordinary or hostile unit is removed |
+    | noise       | |σ̂/σ - 1| over 4·10⁶ coordinates without signal; independence; log lines |
     The noise oracle raises a false alarm with probability below 10⁻⁹.
     """
     if not study.private:
@@ -154,7 +154,8 @@ def run(
 
 
 def run_check(name: str, bound: float, measure: Callable[[], float]) -> Result:
-    """Run `measure`, and let at most `bound` pass; whatever it raises does not pass."""
+    """Run `measure`. The result passes if the figure is at most `bound`; it does not pass if
+    `measure` raises an error."""
     started, note = time.perf_counter(), ""
     try:
         figure = measure()
@@ -203,8 +204,8 @@ class _Bench:
         return data.by_unit[unit] if self.by == "record" else [unit]
 
     def total(self, data: Dataset, hostile: dict[int, float] | None = None) -> torch.Tensor:
-        """Return the clipped sum of `data` from one shipped step, fp32. `hostile`: rows (by
-        number) that are overwritten with a value before the step sees them."""
+        """Return the clipped sum of `data` that one step of the released code gives. `hostile`: by
+        row number, a value with which the row is overwritten before the step."""
         engine = self.engine(data)
 
         def gradients(rows: list[int]) -> Iterator[Chunk]:
@@ -223,7 +224,8 @@ class _Bench:
 
 
 def _parity(bench: _Bench) -> float:
-    """Oracle (a): measure the largest relative difference of a row, or of the clipped sum."""
+    """Oracle (a): measure the largest relative difference of a row, or of the clipped sum, to the
+    same by plain autograd."""
     measured, reference = bench.rows(bench.data).double(), _one_by_one(bench)
     rows = float(
         ((measured - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)).max()
@@ -297,9 +299,10 @@ def _isolation(bench: _Bench) -> float:
 
 
 def _check_lengths(study: Study, network: Network) -> float:
-    """Check that the tiny base, which has read nothing yet, keeps nothing of texts of one token to
-    thousands, up to the study's length, read in order of length and back, each after a file where
-    the base reads files; return 0. Errors: KeepsState."""
+    """Check that the tiny base, which has read nothing yet, keeps no state of the texts that it
+    reads; return 0. The texts have from one token up to thousands, at most the study's length, and
+    are read in order of length and back. If the base reads files, each text follows one. Errors:
+    KeepsState."""
     longest = min(study.objective.max_length, network.positions or LENGTHS[-1], LENGTHS[-1])
     longest = max(1, longest - count_placeholders(network, study))
     there = [*(length for length in LENGTHS if length < longest), longest]
@@ -308,8 +311,8 @@ def _check_lengths(study: Study, network: Network) -> float:
 
 
 def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
-    """Return the same records except `unit`'s, which get reversed tokens, other targets, another
-    file, the next label and one length."""
+    """Return the records with those of `unit` changed: they get reversed tokens, other targets,
+    another file and the next label, and keep their lengths."""
     draw, examples = np.random.default_rng(unit), list(data.examples)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
@@ -332,7 +335,7 @@ def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Data
 
 
 def _sensitivity(bench: _Bench) -> float:
-    """Oracle (c): the most that removing one unit moves the sum, in C for each of its rows.
+    """Oracle (c): measure the most that removing one unit moves the sum, in C for each of its rows.
 
     Every unit is removed once as it is, and one unit with each hostile gradient in its rows."""
     c, worst = bench.plan.max_grad_norm, 0.0
@@ -357,11 +360,11 @@ def _remove_unit(data: Dataset, unit: int) -> Dataset:
 
 
 def _noise(bench: _Bench) -> float:
-    """Oracle (d): |σ̂/σ - 1| with the plan's own σ, q and C.
+    """Oracle (d): measure |σ̂/σ - 1| with the plan's own σ, q and C.
 
-    Three chunks without signal are summed, so that noise added for each chunk is detected; steps
-    must be mutually independent, so that noise which a seed replays is detected; each step must
-    leave one line of the log."""
+    Three chunks without signal are summed, so that noise added once for each chunk is detected.
+    Steps must be mutually independent, so that noise which a seed replays is detected. Each step
+    must write one line of the log. Errors: RuntimeError."""
     plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
     noises = [
         plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0

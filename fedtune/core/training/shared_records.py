@@ -1,4 +1,4 @@
-"""Hand a dataset from one process of a site to the others: header and tensors, no pickle.
+"""Hand a dataset from one process of a site to the others, as a header and tensors, not by pickle.
 
 Guarantee: a site's records are read once, by the process that keeps its ledger. Other processes
 train on what that process read, whatever the files hold by then."""
@@ -19,8 +19,8 @@ from fedtune.core.data.media import Media
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Hash every record as it trains, in order (sha256): if fingerprints are equal, the same row
-    is the same record."""
+    """Return the sha256 over every record as it trains, in order. In datasets of equal fingerprints
+    each row is the same record."""
     total = hashlib.sha256(f"{dataset.n_units} ".encode())
     for example in dataset.examples:
         media = example.media.digest.hex() if example.media else ""

@@ -48,7 +48,8 @@ class _Factor(NamedTuple):
 
 
 class _Move(NamedTuple):
-    """A B's trained columns now and before, and the change to them before M."""
+    """The change of a B with a preconditioner. view: its trained columns in the network; before:
+    their values at first; change: how much they change, before M is applied; factor: M."""
 
     view: torch.Tensor
     before: torch.Tensor
@@ -71,15 +72,16 @@ class NoRowGradient(ModelError):
 
 
 class UnitGradientEngine:
-    """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a
-    patient with the mean over that patient's records (clipped once, later); "record": a row is
-    one record. (Charles et al. 2024, user-level and example-level sampling.) columns: the
-    columns of each B to compute. losses: gets the losses of these gradients, which stay at the
-    site.
+    """Computes the gradients of rows.
 
-    trained: the tensors that a step updates, in the update's order: views into the network's
-    parameters; for a B with a public preconditioner M the change to it before M, zero at first,
-    whose gradient is M g. `write` brings that change to the network.
+    - sampling_unit: "unit" for user-level sampling (Charles et al. 2024): a row is a record, or
+      the mean over a patient's records, clipped once later; "record" for example-level sampling: a
+      row is one record
+    - columns: the columns of each B whose gradients are computed
+    - losses: an object that the records' losses are added to; they stay at the site
+    - trained: the tensors that a step updates, in the update's order. Each is a view into a
+      parameter or, for a B with a public preconditioner M, the change to B before M, zero at first,
+      whose gradient is M g. `write` applies that change to the network
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
     whose shapes follow from the record's bucket alone. A row's records are added in the order of
@@ -125,7 +127,7 @@ class UnitGradientEngine:
 
     @property
     def n_rows(self) -> int:
-        """Number of rows to sample from: as private as the data."""
+        """Number of rows to sample from. This number is as private as the records."""
         return len(self._members)
 
     def __call__(
@@ -136,11 +138,12 @@ class UnitGradientEngine:
     ) -> Iterator[Chunk]:
         """Yield the gradients of `rows`, each once, in the order and chunks that are fastest.
 
-        - on_work: called with the share of the work that is done, block by block
-        - raises: errors that end a check on generated records; none ends a round
+        - on_work: called after each block with the work done so far and the whole work
+        - raises: classes of errors that are raised, as in a check on generated records; () in a
+          round, which no error ends
 
-        A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
-        other rows are unaffected."""
+        A row that cannot be computed, for whatever reason, is zero; other rows are not affected.
+        """
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows, on_work):
@@ -159,12 +162,13 @@ class UnitGradientEngine:
             yield self._single_row(row, raises)
 
     def write(self) -> None:
-        """Write the changes that `trained` holds to the network: B as it was, plus M times them."""
+        """Write each B with a preconditioner to the network: B as it was at first, plus M times the
+        change in `trained`."""
         for view, before, change, factor in self._moves:
             view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
 
     def _single_row(self, row: int, raises: tuple[type[Exception], ...]) -> Chunk:
-        """Compute one row with nothing beside it, not even another of its own blocks."""
+        """Compute one row by itself, one block after the other."""
         try:
             (chunk,) = self._chunks([row], None, alone=True)
             return chunk
@@ -200,8 +204,8 @@ class UnitGradientEngine:
                 yield self._means(part, report_part(number), alone)
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
-        """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and
-        checks on generated records. Errors: NoRowGradient, by the network's layers."""
+        """Compute the gradients of `rows` as one tensor (rows, d), in their order. This is for
+        tests, and for checks on generated records. Errors: NoRowGradient."""
         matrix = torch.empty(len(rows), self.dimension)
         positions = {row: position for position, row in enumerate(rows)}
         for chunk in self(list(rows), raises=(NoRowGradient,)):
@@ -239,8 +243,8 @@ class UnitGradientEngine:
         self, records: list[int], on_work: OnWork, alone: bool
     ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
         """Yield the gradients of `records`, each once, a block at a time: the records' indices,
-        and each parameter's gradients. Blocks are computed side by side where network, engine and
-        objective allow it, and the caller does not want each `alone`."""
+        and each parameter's gradients. Blocks are computed side by side if network, engine and
+        objective allow it, and `alone` is False."""
         computed = self.data.compute_blocks(
             self._per_record,
             records,
@@ -278,8 +282,8 @@ class UnitGradientEngine:
         gradients: Sequence[torch.Tensor | None],
         made: list[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Return each parameter's per-record gradients, (count, its size). made: gets every tensor
-        of gradients as soon as there is one."""
+        """Return each parameter's per-record gradients, (count, its size). made: a list to which
+        every new tensor of gradients is added at once, so that the caller can wipe it."""
         flat = []
         n_records = len(batch.index)
         n_passages = len(batch.mask)
@@ -321,7 +325,7 @@ def _wipe(gradients: Sequence[torch.Tensor | None]) -> None:
 
 
 def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
-    """Select `columns` if an engine returned more than `width`; the others are wiped."""
+    """Return `columns` of a gradient that is wider than `width`; zero the whole original then."""
     if gradient.shape[-1] == width:
         return gradient
     selected = gradient[..., columns].clone()

@@ -4,8 +4,8 @@
     shared noise         held → let go → charged → computed → "ready" → masked → sent
 
 A draw of shared noise waits before it is made, so that no other site is left with a draw that
-nobody masks. A person releases these bytes, or this draw, and no others; what is refused stays
-refused, and paid. The officer's side is let_go.py.
+nobody masks. A person releases one answer, with exactly the stored bytes, or one draw. A refusal
+is final, and what was charged stays charged. The command for the site's people is in let_go.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedtune.core.vault.worker import SiteWorker
 
 log = logging.getLogger("fedtune.site")
-MOST = 32  # of them, at most
+MOST = 32  # waiting draws that are stored, at most
 WAITS = 'policy.answers = "held" and nobody at the site has let this answer go'
 LET_GO = "ask the site to run `fedtune let-go`"
 
@@ -44,24 +44,25 @@ def check_not_refused(ledger: Ledger, slot: Slot) -> None:
 
 
 def check_let_go(ledger: Ledger, slot: Slot) -> None:
-    """Check that what was released for a slot may leave the site. Errors: Held, Void."""
+    """Check that a slot's stored answer may leave the site. Errors: Held if a person has yet to
+    let it go; Void if a person refused it."""
     check_not_refused(ledger, slot)
     if ledger.is_held(slot):
         raise Held(WAITS, todo=LET_GO)
 
 
 def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoReturn:
-    """Note that a draw of shared noise waits for a person, before it is made.
+    """Store that a draw of shared noise, which is not made yet, waits for a person; raise Held.
 
-    charge: what it will cost; size: bytes of the masked words. Errors: always Held."""
+    charge: the charge of the draw; size: number of bytes of the masked words."""
     _keep_asked(site, slot, charge, size)
     raise Held(WAITS, todo=LET_GO)
 
 
 def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
-    """Note a waiting draw where `fedtune let-go` finds it. At most MOST are kept, and the oldest
-    are dropped: a coordinator may ask for any number, and none is paid for yet. A draw for which
-    the disk has no space beside the ledger's reserve is not kept."""
+    """Write a waiting draw to a file that `fedtune let-go` reads. Of more than MOST files the
+    oldest are deleted, since a coordinator may ask for any number of draws before one is charged. A
+    draw for which the disk has no space beside the ledger's reserve is only logged."""
     path = asked_path(site.ledger.folder, slot)
     if path.exists():
         return

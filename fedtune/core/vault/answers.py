@@ -1,4 +1,4 @@
-"""Answer a coordinator's requests: a plan with an admission, an order with a sealed update."""
+"""Answer a coordinator's requests: return an admission for a plan, a sealed update for an order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Place:
     - site: its site file
     - coordinator: the signing key with which it enrolled, "" if any coordinator may ask (a
       simulation)
-    - watch: whether it takes part in studies without a last round, None if nobody was asked
+    - watch: whether the site takes part in studies without a last round; None in a simulation
     - reviewed: the digest of the plan that the coordinator's answer held for review
     - simulated: whether the person who runs the study runs this site too; then `peers` holds the
       signing keys of all sites"""
@@ -71,9 +71,9 @@ class Place:
 class Order:
     """A kind of order.
 
-    work: what it makes the site do; arrays: the name of the answer's arrays; done: the status of
-    success; suffix: what follows the plan's digest in such an order, so that an order for one kind
-    is never taken for another."""
+    work: the function that does the order's work; arrays: the name of the answer's arrays; done:
+    the answer's status on success; suffix: the text after the plan's digest in an order of this
+    kind, so that an order of one kind is never taken for another."""
 
     work: Work
     arrays: str
@@ -90,7 +90,7 @@ ORDERS: dict[Kind, Order] = {
 
 
 def answer(place: Place, request: Request) -> Answer:
-    """Answer one request; whatever goes wrong also gives an answer."""
+    """Answer one request. A fault or refusal becomes an answer, too, with its status and reason."""
     if request.kind == "prepare":
         return _admission(place, request)
     return _answer_and_seal(place, request, ORDERS[request.kind])
@@ -180,12 +180,12 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
 
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
-    """Enter an act of the site's process in its audit log, if the disk has space for it beside the
-    reserve that the ledger needs (files.room): a coordinator can ask for acts without end, each at
-    no cost, and these must not take the space of a charge or a withdrawal. If an act is not
-    entered, the site prints a warning, and the coordinator's answer is the same.
+    """Add an act of the site's process to its audit log, if the disk has space for the entry beside
+    the ledger's reserve (files.room). A coordinator can cause acts without end and at no cost, and
+    these must not take the space of a charge or a withdrawal. If there is no space, the site logs a
+    warning, and the coordinator gets the same answer.
 
-    Errors: InfrastructureError; the act is then not done."""
+    Errors: InfrastructureError; the caller then does not do the act."""
     if site.room.has_space(ENTRY):
         acts(site).add(event, rule, once=REPEATS, **facts)
     else:
@@ -197,8 +197,9 @@ def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
 
 
 def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:
-    """Enter in the audit log that a plan was admitted, and whether a person here signed it, or
-    that it waits for one. Errors: PolicyRefused if the site refuses it; as `note`."""
+    """Add to the audit log that a plan was admitted, and whether a person at the site signed it, or
+    that the plan waits for a signature. Errors: PolicyRefused with the admission's reason if the
+    site refuses the plan; InfrastructureError as in `note`."""
     about = {"plan": study.digest, "study": study.study.name}
     if admission.admitted:
         policy = site.current().policy
@@ -211,7 +212,9 @@ def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None
 
 
 def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
-    """Enter a refusal, with the rule that refused; the coordinator is answered in any case."""
+    """Add a refusal to the audit log, with the rule that refused; if that fails, log a warning.
+
+    failure: status and reason as `run_guarded` returns them; only "refused" is entered."""
     status, reason = failure
     if status == "refused":
         try:
@@ -230,9 +233,10 @@ def _plan_of(named: Any, suffix: str) -> str:
 def run_guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
     """Run `attempt` and return the status and reason of its failure, None if it succeeded.
 
-    Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure
-    only the fact leaves. Once a record was read, a round does not fail because of its content: what
-    cannot be summed becomes a step of noise alone (dp.plan.SitePlan), and is charged."""
+    Guarantee: a refusal's text, which names only rules and public values, leaves the site. Of any
+    other failure only the fact leaves that there was one. A record's content never makes a round
+    fail: a step that cannot be summed becomes a step of noise alone (dp.plan.SitePlan), and is
+    charged."""
     try:
         attempt()
     except Unprepared as error:

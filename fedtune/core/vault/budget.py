@@ -1,9 +1,8 @@
-"""Compute what a dataset's records have paid, and what a site's limits leave of the budget for
-one plan.
+"""Check one plan's cost against a site's limits and the charges of a dataset.
 
-Every charge of a private plan to a site's ledger is checked here first; one without noise (σ = 0)
-is admitted by policy.allow_privacy_off alone, and no private plan is admitted after it. The result
-is a function of the plan, the policy and the charges alone, so a coordinator may see each
+Each charge of a private plan is checked here before it is entered in the ledger. A charge without
+noise (σ = 0) needs only policy.allow_privacy_off, and no private plan is admitted after it. The
+results depend on the plan, the policy and the charges alone, so a coordinator may see each
 refusal."""
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ QUERIES_TODO = (
 class Budget:
     """The budget of one dataset, as seen by one plan that would spend from it.
 
-    policy: the site's policy, as its file is now; plan: of a study's training, or of its
-    queries; charges: all that count against the dataset, or for a plan without a last round
-    against one cohort, in the ledger's order.
-    Guarantee: while `check` (or, for another dataset than the plan's own, `check_ceilings`) passes
-    before every charge, all that was released from the dataset
-    is (policy.ceiling, 2 · policy.delta)-DP under the assumption of secure aggregation
-    where studies have it, and (policy.fallback_ceiling, 2 · policy.delta)-DP without,
-    whatever the choice of studies depended on; see `fedtune.core.dp.filter`. For a membership of a
-    hospital these are the hospital's ceilings, and what this membership alone released is within
-    its share, policy.max_epsilon and policy.max_fallback_epsilon."""
+    policy: the site's policy, as its file is now; plan: that of a study's training or of its
+    queries; charges: in the ledger's order, all charges against the dataset, or against one cohort
+    if the study has no last round.
+    Guarantee: assume that `check` passes before every charge (`check_ceilings` for a dataset other
+    than the plan's own). Then everything released from the dataset is (policy.ceiling,
+    2 · policy.delta)-DP, if secure aggregation holds where studies have it. Without that
+    assumption it is (policy.fallback_ceiling, 2 · policy.delta)-DP. Both hold whatever the choice
+    of studies depended on (`fedtune.core.dp.filter`). In a hospital's home these are the hospital's
+    ceilings, and what this membership alone released is within its share (policy.max_epsilon,
+    policy.max_fallback_epsilon)."""
 
     policy: PolicyTable
     plan: DpPlan
@@ -49,8 +48,9 @@ class Budget:
 
     @property
     def order(self) -> float:
-        """The privacy filter's order: the one of the dataset's first charge, fixed before any
-        result; for a dataset without charges, the one that admits most steps of this plan."""
+        """The Rényi order of the privacy filter. The dataset's first charge fixes it, before any
+        result. For a dataset without charges it is the order that admits most steps of this plan.
+        """
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
@@ -58,13 +58,13 @@ class Budget:
 
     def total(self, ahead: int) -> Total:
         """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
-        policy.delta; under the assumption of secure aggregation, where studies have it."""
+        policy.delta. Secure aggregation is assumed to hold where studies have it."""
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def fallback(self, ahead: int) -> Total:
-        """Compute the same with this site's own noise only.
+        """Compute the dataset's total ε with `ahead` more steps, by this site's own noise only.
 
-        This is a separate filter: its order too was fixed with the first charge, before any result.
+        This is a separate privacy filter, of the same order: that of the dataset's first charge.
         """
         charged = [charge.fallback for charge in self.charges]
         return self._compose(charged, self.plan.fallback_events(ahead))
@@ -76,16 +76,16 @@ class Budget:
         return total_epsilon(events, order, self.policy.delta)
 
     def remaining(self) -> int:
-        """Count the plan's steps that are not charged yet. A round that was charged twice takes the
-        place of a later one: a study at the very ceiling goes on after a crash as far as its budget
-        lasts."""
+        """Return how many of the plan's steps are not charged yet, at least 0. A round that was
+        charged twice counts twice, in place of a later round. So a study at its ceiling goes on
+        after a crash, with fewer rounds."""
         paid = sum(charge.steps for charge in self.share._of_plan())
         return max(self.plan.steps - paid, 0)
 
     def ahead(self, round_: int | None = None) -> int:
-        """Count the steps that are still to be paid for: those that remain and, if `round_` is
-        about to run, at least those of one round, since a round that is trained again is paid for
-        again. In a plan without a last round: those of one round."""
+        """Return how many steps are still to be charged: those of `remaining`, but at least one
+        round's if `round_` is about to run, since a round that is trained again is charged again.
+        In a plan without a last round it is always one round's steps."""
         steps = self.plan.local_steps
         if self.plan.lifetime is not None:
             return steps
@@ -93,10 +93,11 @@ class Budget:
 
     def check(self, round_: int | None = None, more: int = 0) -> None:
         """Check that the charges and all steps ahead stay below every limit: the site's ceilings
-        and, in a plan without a last round, the plan's own lifetime.
+        and, in a plan without a last round, the plan's lifetime ε of a unit.
 
-        round_: the round that is about to run, if one is; more: further steps, as of attempts that
-        may fail. A round that is sent again is not paid for. Errors: BudgetExceeded."""
+        round_: the round that is about to run, None if none is; more: further steps to count, such
+        as those of attempts that may fail. To send an answer again costs nothing. Errors:
+        BudgetExceeded."""
         ahead = self.ahead(round_) + more
         if self.share._exceeds_lifetime(ahead):
             raise BudgetExceeded(
@@ -109,12 +110,11 @@ class Budget:
     def check_ceilings(self, round_: int | None = None, more: int = 0) -> None:
         """Check that the charges and all steps ahead stay below the site's ceilings.
 
-        This alone is the check of a dataset that is not the plan's own but against which its
-        charges count: the plan's lifetime is of the units that the plan trains on, cohort by
-        cohort, and no unit of another dataset has a cohort there. A study's training and its
-        queries count together against policy.max_epsilon_per_study, as far as both are charged to
-        the same people: a coordinator may ask either first.
-        Arguments and errors: as for `check`."""
+        For a dataset other than the plan's own, against which the plan's charges count as well,
+        this is the whole check. The plan's lifetime ε does not apply to that dataset's units: it is
+        for the units that the plan trains on, by cohort. A study's training and queries count
+        together against policy.max_epsilon_per_study if both are charged to the same people, since
+        a coordinator may order either first. Arguments and errors: as for `check`."""
         self.check_alone()
         policy, share = self.policy, self.share
         ahead = self.ahead(round_) + more
@@ -146,16 +146,16 @@ class Budget:
 
     @property
     def share(self) -> Budget:
-        """The budget of what this membership alone spent; of everything, without a hospital's
-        home. A charge that a restore entered counts against every membership's share."""
+        """This budget with the charges of this membership alone; without a hospital's home, with
+        all charges. A charge that a restore entered counts against every membership's share."""
         if self.policy.hospital is None:
             return self
         mine = self.policy.own_memberships
         return replace(self, charges=[c for c in self.charges if c.is_paid_by(mine)])
 
     def _exceeds_lifetime(self, ahead: int) -> bool:
-        """Return whether the charges of the plan, and steps ahead, exceed its lifetime, if it has
-        one."""
+        """Return whether the plan's charges and `ahead` more steps exceed the plan's lifetime ε;
+        False if it has none."""
         plan = self.plan
         if plan.lifetime is None:
             return False
@@ -163,14 +163,14 @@ class Budget:
         return accountant.epsilon(events, plan.delta) > plan.lifetime
 
     def _exceeds_of_a_study(self, ahead: int) -> bool:
-        """Return whether the charges of the plan's study, and steps ahead, exceed
+        """Return whether the charges of the plan's study and `ahead` more steps exceed
         policy.max_epsilon_per_study."""
         events = [*(charge.event for charge in self._of_study()), *self.plan.events(ahead)]
         return accountant.epsilon(events, self.plan.delta) > self.policy.max_epsilon_per_study
 
     def _exceeds_ceiling(self, ahead: int) -> bool:
-        """Return whether all charges of the dataset, and steps ahead, exceed a ceiling of the
-        hospital's."""
+        """Return whether all charges of the dataset and `ahead` more steps exceed a ceiling of the
+        hospital."""
         above = self.total(ahead).epsilon > self.policy.ceiling
         return above or (
             self.is_shared and self.fallback(ahead).epsilon > self.policy.fallback_ceiling
@@ -178,10 +178,11 @@ class Budget:
 
     def check_alone(self) -> None:
         """Check that no other membership of the hospital takes part in a plan whose noise is
-        shared: two of its sites in one sum would move it by twice what either is charged for,
-        under one dose of noise. A charge that a restore entered may be another's.
+        shared. A patient would then be in the one noised sum twice, and move it by twice what
+        each membership is charged for. A charge that a restore entered counts as another
+        membership's, since nobody knows whose it was.
 
-        Errors: BudgetExceeded, without saying who does."""
+        Errors: BudgetExceeded, which does not name the other membership."""
         if self.policy.hospital is None or self.plan.sites == 1:
             return
         of_plan = (charge for charge in self.charges if charge.study == self.plan.study)
@@ -193,9 +194,10 @@ class Budget:
             )
 
     def check_attempts(self, round_: int) -> None:
-        """Check that a round of the plan may be paid for once more. It is paid for again if it was
-        interrupted, or if the coordinator orders it from another adapter: without a bound, a plan
-        that a person signed for its own ε could spend up to the site's limits.
+        """Check that the plan's round may be charged once more; it may be MOST_ATTEMPTS times. A
+        round is charged again if it was interrupted, or if the coordinator orders it again on
+        another adapter. Without this limit a plan could cost more than the ε for which a person
+        signed it, up to all that the site allows.
 
         Errors: BudgetExceeded."""
         paid = sum(charge.round == round_ for charge in self.share._of_plan())
@@ -208,23 +210,23 @@ class Budget:
 
     @property
     def is_shared(self) -> bool:
-        """Whether secure aggregation lowers any part of the total, so that a second total holds
-        without it."""
+        """Whether the plan or a charge has secure aggregation, so that there is a second total, by
+        this site's own noise alone."""
         return self.plan.sites > 1 or any(charge.sites > 1 for charge in self.charges)
 
     def _of_plan(self) -> list[Charge]:
         return [charge for charge in self.charges if charge.study == self.plan.study]
 
     def _of_study(self) -> list[Charge]:
-        """The charges of the plan's study: of its training and of its queries."""
+        """Return the charges of the plan's study, for training and for queries."""
         digest = self.plan.study.removesuffix(QUERIES)
         plans = digest, digest + QUERIES
         return [charge for charge in self.charges if charge.study in plans]
 
 
 def _exceeds_hospital() -> BudgetExceeded:
-    """The refusal of what other consortia's charges decide: without a figure, since what they spent
-    is not this coordinator's to know."""
+    """Build the error for a limit that other consortia's charges decide. It names no figure, since
+    this coordinator must not learn what other consortia spent."""
     return BudgetExceeded(
         "the study does not fit into the budget of this hospital, of all its consortia together",
         todo="ask the site; `fedtune ledger` there shows what was spent",
@@ -234,11 +236,11 @@ def _exceeds_hospital() -> BudgetExceeded:
 def check_known(
     dataset: str, unit: str, unknown: Sequence[Spent], *, in_home: bool = False
 ) -> None:
-    """Check that no charge of a dataset is of unknown cost, unless a person signed for it.
+    """Check that no charge of a dataset is of unknown cost for `unit`, unless a person at the site
+    accepted it.
 
-    unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
-    in_home: whether a hospital's memberships share the ledger.
-    Errors: BudgetExceeded."""
+    unknown: the charges that `Ledger.unknown` returns for the dataset and `unit`; in_home: whether
+    a hospital's memberships share the ledger. Charges are public. Errors: BudgetExceeded."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
@@ -255,11 +257,12 @@ def check_known(
 
 
 def check_rounds(charges: Sequence[Charge], policy: PolicyTable, room: Room) -> None:
-    """Check that the ledger may pay for one more round of any study: it has space for a fixed
-    number (files.room). A coordinator numbers the rounds of a schedule, and orders them at no
-    cost once everybody's budget is used up. charges: all of the ledger; room: as it was reserved
-    when this process started, which a larger policy.max_rounds does not change. Errors:
-    BudgetExceeded."""
+    """Check that the ledger may be charged for one more round of any study. Its disk space is
+    reserved for a fixed number of rounds (files.room). A coordinator of a continuous study could
+    otherwise order rounds without end: they cost nothing once every unit's budget is used up.
+
+    charges: all charges of the ledger; room: the space that was reserved when this process started,
+    which a larger policy.max_rounds does not change. Errors: BudgetExceeded."""
     most = min(policy.max_rounds, room.rounds)
     own = [charge for charge in charges if charge.is_paid_by(policy.own_memberships)]
     if len(charges) >= room.rounds and policy.hospital:

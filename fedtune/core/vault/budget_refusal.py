@@ -1,7 +1,7 @@
-"""Explain at a site what a budget was spent on when it refuses a plan, and what would still fit.
+"""Explain at a site, when a budget refuses a plan, what was spent and what would still fit.
 
-Guarantee: none of it leaves the site. The coordinator gets only the refusal's own text, which
-names a rule and public values; what other studies spent stays at the site (decision 0010)."""
+Guarantee: this explanation never leaves the site. The coordinator gets only the refusal's own text,
+which names a rule and public values, not what other studies spent (decision 0010)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TODO = (
 
 
 def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
-    """Describe what was spent of a site's budget, then each study that spent it with the place
-    of its run, as far as this site knows it, then what would fit; for the site's own screen.
+    """Return lines for the site's own screen: what the dataset has paid, the newest MOST studies
+    that paid, with the folder of each run that this site knows, and how much of `study` would fit.
     ledger: None if there is none yet."""
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name) if ledger else []
@@ -50,8 +50,9 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
-    """Find the largest privacy.epsilon, or if σ is given the most rounds, that stays within the
-    budget, to about a hundredth of what the plan asks for; "" if there is none."""
+    """Return a text that names the most that stays within the budget: the largest privacy.epsilon
+    or, if the plan gives σ, the most rounds. It is found to about a hundredth of what the plan asks
+    for. Return "" if nothing fits, and for a study without noise or without a last round."""
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable) or study.continuous:
         return ""

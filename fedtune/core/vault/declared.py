@@ -1,5 +1,6 @@
-"""Check and sign declarations that a site's data is public or generated, before it joins; such
-data pays from a ledger of the run."""
+"""Check and sign declarations that a site's data is public or generated.
+
+This happens before the site joins a study. Runs on such data are charged to a ledger of the run."""
 
 from __future__ import annotations
 
@@ -14,9 +15,8 @@ from fedtune.core.ledger.ledger import Ledger
 
 
 def declare(site: Site, sign: bool = True) -> None:
-    """Check a site's declared datasets and its private ones; see `sign_declarations` and
-    `check_private`. Call it before the site connects: its result depends on records, and stays
-    at the site."""
+    """Run `sign_declarations`, then `check_private`. Call this before the site connects: whether it
+    raises an error depends on records, which the coordinator must not see."""
     sign_declarations(site, sign)
     check_private(site)
 
@@ -33,10 +33,10 @@ def sign_declarations(site: Site, sign: bool = True) -> None:
 
 
 def check_private(site: Site) -> None:
-    """Check that none of a site's private data was ever declared; no record is read if the site
-    never declared any.
+    """Check that no private record of a site was ever declared public or generated. If the site
+    never declared any data, no record is read.
 
-    Errors: PolicyRefused if some was; DataError if it cannot be read; LedgerError."""
+    Errors: PolicyRefused if one was declared; DataError if the data cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if not data.declared and (site.home / DATABASE).exists():
             ledger = Ledger(site.home)
@@ -57,8 +57,9 @@ def run_ledger(site: Site, digest: str) -> Path:
 
 
 def permit_declared(site: Site, home: Ledger) -> None:
-    """Check that declared data may take part: it was declared in `home` before the site joined, and
-    in a consortium its policy allows it. The result never depends on a record.
+    """Check that the site may train on its declared data: the ledger `home` has the signed
+    declaration, made before the site joined the study, and in a consortium the site's policy allows
+    such data. The result never depends on a record.
 
     site: as `as_stated` returns it. Errors: PolicyRefused."""
     for data in filter(None, (site.data, site.evaluation)):
@@ -69,18 +70,18 @@ def permit_declared(site: Site, home: Ledger) -> None:
 
 
 def as_stated(current: Site, loaded: Site) -> Site:
-    """Return the site as it was when it joined, with the policy that its file has now.
+    """Return the site as it was when it joined, but with the policy that its file has now.
 
-    current: the site file as it is now; loaded: as it was when the site joined.
-    A policy that was changed applies from the next order, and so does what a hospital declares
-    disjoint. All else counts when the site is started
-    again: the coordinator was told the declared size and the LoRA rank, from which q, σ and the
-    rule for δ follow, the disk space beside the ledger was reserved for that size, and the records
-    in memory were read by these tables, the held-out ones included.
-    Errors: PolicyRefused if the file says by now what cannot wait until then: that another ledger
-    pays, that data is not declared, or that a query or a view selects the records, of which the
-    coordinator was not informed; or if the new policy does not fit the declared size of the
-    start."""
+    current: the site file as it is now; loaded: the site as it was when it joined.
+    A changed policy applies from the next order, and so does a hospital's changed list of disjoint
+    datasets. Other changes apply when the site is started again. The coordinator was told the
+    declared size and the LoRA rank, from which q, σ and the rule for δ follow; the disk space
+    beside the ledger was reserved for that size; and the records in memory, held-out ones
+    included, were read by the earlier tables.
+    Errors: PolicyRefused if the file has a change that must not wait for a restart: another
+    [hospital] table, so that another ledger would pay; another data.declared; a query or a view
+    that now selects the records, of which the coordinator was not informed; a policy that does not
+    fit the declared size with which the site joined."""
     if current.hospital != loaded.hospital:  # whose ceilings the new policy would be under
         raise PolicyRefused(
             "the table [hospital] was changed while this site takes part",
@@ -106,7 +107,7 @@ def as_stated(current: Site, loaded: Site) -> Site:
             "twice policy.max_delta below 1 / site.declared_size",
             "stop this site and start it again, so that the new size counts",
         )
-    # Whether the file itself names the ledger of a run: in a consortium `begin_run` chooses it.
+    # Keep the ledger that the file names: None means a consortium, where `begin_run` chooses one.
     table = loaded.site.model_copy(update={"ledger": current.site.ledger})
     stated = loaded.model_copy(update={"site": table, "policy": current.policy})
     hospital = current.policy.hospital

@@ -1,6 +1,7 @@
-"""Apply a site's rules for a private evaluation query. The plan must contain the query, the
-policy must allow its release, and the budget of the held-out records pays for it, less what the
-study's training still needs."""
+"""Answer a private evaluation query by a site's rules.
+
+The plan must contain the query, the policy must allow the release of its answer, and the budget of
+the held-out records must cover the query together with what the study's training still needs."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def plan_of_queries(study: Study, round_: int) -> DpPlan:
 def answer_query(
     site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
 ) -> bytes:
-    """Evaluate `adapter` on the held-out records with noise; return what is sent, as it is in
-    the ledger. Errors: as SiteWorker.evaluate."""
+    """Charge a query, then evaluate `adapter` on the held-out records with noise. Return the bytes
+    of the answer, which are then in the ledger's outbox. Errors: as SiteWorker.evaluate."""
     study = prepared.study
     current = site.current()
     training = prepared.private
@@ -87,7 +88,8 @@ def answer_query(
 
 
 def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
-    """Return the held-out records that the policy lets the study query. Errors: PolicyRefused."""
+    """Check that the policy lets the study query the held-out records; return their table of
+    site.toml. Errors: PolicyRefused."""
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
@@ -104,9 +106,9 @@ def check_budget(
     charges: Sequence[Charge],
     round_: int,
 ) -> None:
-    """Check that the query after `round_` and the remaining queries stay below both limits; if the
-    same people may be in the training records, together with everything that the study's training
-    has spent and will spend.
+    """Check that the query after `round_` and the remaining queries stay within the site's limits.
+    If the same people may be in the training records, all that the study's training has spent and
+    will spend counts, too.
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
@@ -119,7 +121,8 @@ def check_budget(
 
 
 def _is_disjoint(site: Site) -> bool:
-    """Return whether the site declared both files disjoint, which the ledger enforces."""
+    """Return whether the site declared that the training and the held-out records share no
+    patient; the ledger enforces this."""
     held_out, data = site.evaluation, site.data
     assert held_out is not None
     return data.name in held_out.disjoint_from or held_out.name in data.disjoint_from
@@ -128,9 +131,8 @@ def _is_disjoint(site: Site) -> bool:
 def charge_of(
     study: Study, plan: DpPlan, site: Site, round_: int, charges: Sequence[Charge]
 ) -> Charge:
-    """Build the charge to enter in the ledger for one query after `round_` or, if `plan` is that
-    of the training, for one round. charges: what the dataset has paid so far, which fixes the
-    privacy filter's order."""
+    """Build the ledger's charge for one query after `round_` or, if `plan` is that of the training,
+    for one round. charges: the dataset's charges so far, which fix the privacy filter's order."""
     assert site.evaluation is not None
     queries = plan.study != study.digest
     return Charge(
@@ -152,8 +154,9 @@ def charge_of(
 
 
 def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
-    """Score the held-out records. If that fails, for whatever reason, no unit has a row: the
-    answer is then noise alone, since an error would reveal something about the records."""
+    """Score the held-out records, and return the units' rows. If scoring fails for any reason,
+    return rows of no unit, so that the answer is noise alone: an error would reveal something
+    about the records."""
     try:
         return UnitRows(study, data)
     except BaseException as error:
@@ -164,12 +167,13 @@ def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
 
 
 class UnitRows:
-    """The rows of a question about held-out records, made for the units that are asked for.
+    """The rows of a query about held-out records, without noise: one for each unit, built when it
+    is asked for.
 
-    A unit's row is the mean of its records' (score, 1) with the loaded adapter, and the part of
-    it in each class and group of the plan: fp64 (2 · cells,), cell by cell, un-noised. Between
-    two calls only two numbers per record are stored, and no row: the memory that an answer takes
-    at once follows from the plan, not from the number of units. `wipe` zeroes these numbers."""
+    A row has two numbers for each cell of the query, fp64 (2 · cells,): the sums of (score, 1) over
+    the unit's records in the cell, divided by the number of all its records. Between two calls only
+    two numbers for each record are stored, so that the memory for rows follows from the plan and
+    not from the number of units. `wipe` zeroes the stored numbers."""
 
     @torch.no_grad()
     def __init__(self, study: Study, data: CachedDataset | None) -> None:
@@ -206,7 +210,8 @@ class UnitRows:
         self._pairs.zero_()
 
     def _cells(self, record: int) -> list[int]:
-        """Return the cells of the plan in which a record is: all, and at most one per axis."""
+        """Return the cells to which a record belongs: cell 0, for all records, and at most one of
+        each axis."""
         example = self._examples[record]
         groups = ((example.label,) if self._by_class else ()) + example.groups
         placed = zip(self._starts, groups, strict=False)
@@ -216,8 +221,8 @@ class UnitRows:
 def _scores(
     study: Study, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield indices of some of `records` with their scores, fp64; NaN for a record whose score
-    cannot be computed, which affects only its unit."""
+    """Yield pairs of tensors: the indices of some of `records`, and their scores in fp64. A record
+    whose score cannot be computed has NaN, which affects only its unit."""
     pending = dict.fromkeys(records)
     try:
         may_share = study.objective.resolved.may_run_beside

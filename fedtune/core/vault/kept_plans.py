@@ -1,9 +1,9 @@
-"""Store plans that this site was admitted to, as requests: STATE/kept-plans/PLAN.request; 0600.
+"""Store the requests of plans that this site admitted: STATE/kept-plans/PLAN.request (0600).
 
-A vault that is started for one request has no prepared study. It first answers again the request
-that held the plan, like a vault that was restarted: every rule is checked again, and this answer is
-dropped. Then it does its order. A plan is stored as long as its study is running; which plans are
-stored depends on messages alone, never on a record."""
+A vault that is started for one request has no prepared study. So it first answers the request with
+the order's plan again, as a restarted vault does: every rule is checked again, and this answer is
+dropped. Then it does the order. A plan is stored while its study is running. Which plans are stored
+depends on messages alone, never on a record."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
-    """Store a plan that was admitted, and forget those whose studies have ended. Called while
-    the ledger's space is reserved (files.room), so that it cannot be written into. A plan for
-    which the disk has no space is not stored, and the site prints a warning: its orders are
-    answered as for an unknown plan."""
+    """Store the request if it held a plan that was admitted; delete the stored requests of studies
+    that have ended. Call this while the ledger's reserve (files.room) is whole, so that no file is
+    written into it. If the disk has no space, the plan is not stored and the site logs a warning;
+    the plan's orders are then answered as for an unknown plan."""
     folder = site.site.state / FOLDER
     try:
         if request.kind == "prepare" and answer.status == "admitted":
@@ -45,8 +45,9 @@ def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> 
 
 
 def find_asked(site: Site, request: Request) -> Request | None:
-    """Return the stored request that brought the plan which an order names. None if none is stored,
-    or if an earlier release wrote the file: the coordinator is then asked for the plan again."""
+    """Return the stored request with the plan that an order names. None if it is not stored, or
+    cannot be decoded, as one that an earlier release wrote; the site then asks the coordinator for
+    the plan again."""
     named = PLAN.match(str(request.tables.get("order", {}).get("plan", "")))
     path = named and _path(site.site.state / FOLDER, named[0])
     if not (path and path.is_file()):

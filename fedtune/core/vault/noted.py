@@ -17,9 +17,11 @@ def acts(site: SiteWorker) -> AuditLog:
 
 
 def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:
-    """Compare the ledger, and the audit log, with the receipt in an order; "" if there is none.
+    """Compare the ledger and the audit log with the receipt that came with an order, and store the
+    receipt if it is the newest. receipt: as JSON; "" if the order has none. An audit log that lacks
+    the receipt's entry gets an entry that says so.
 
-    Errors: LedgerError."""
+    Errors: LedgerError if the receipt is not for this ledger, or the ledger lacks its entry."""
     if receipt:
         own = site.site.policy.own_memberships
         head = site.home.accept_receipt(json.loads(receipt), coordinator, own)

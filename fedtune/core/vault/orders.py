@@ -1,4 +1,4 @@
-"""Do the work of an order with the site's worker, and return what is to be sealed."""
+"""Do the work of an order with the site's worker, and return the update that is to be sealed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def evaluate(site: SiteWorker, digest: str, request: Request) -> Update:
 
 
 def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Draw a noised sum from the adapter that came with the order."""
+    """Train on the adapter that came with the order, keep the noised sum as this site's draw, and
+    return the signed statement that the site is ready."""
     round_, receipt = _order(request)
     asked = json.loads(str(request.tables["set"]["asked"]))
     adapter = _adapter(site, digest, request)
@@ -33,7 +34,7 @@ def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
 
 
 def mask_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Mask this site's draw for the set that came with the order."""
+    """Mask this site's draw for the set of sites that came with the order; return the words."""
     round_, receipt = _order(request)
     statements = str(request.tables["set"]["statements"])
     return secure_round.mask_sum(site, digest, round_, _attempt(request), statements, receipt)

@@ -1,10 +1,10 @@
 """Store a site's training loss by round in a separate file: losses.jsonl in the state folder
 (0600).
 
-The loss is private: no ε covers it. It is in no message, log, status, metric or ledger, and its
-errors are not reported; `fedtune dashboard` draws it for the site's people, and `fedtune purge`
-deletes it. Every line has the same length, whatever the loss is, and there is one whether or not
-a record was drawn.
+The loss is private: no ε covers it. It is in no message, log, status, metric or ledger, and a
+failure to write it is not reported. `fedtune dashboard` draws it for the site's people, and
+`fedtune purge` deletes it. The length of a line does not depend on the loss, and a line is written
+whether or not a record was drawn.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def base_for(study: Study, site: Site) -> Base:
 
 
 def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
-    """Compute the plan that the site would run; None where privacy = "off". The study's stated
-    figures are checked first, since computing anything from unbounded figures may never end.
+    """Check the study against the site's data sheet and rules, then return the plan that the site
+    would run; None if privacy = "off". The study's stated figures are checked before anything is
+    computed from them, since a computation from unbounded figures may never end.
 
     Errors: PolicyRefused."""
     for refusal in sheet_refusals(study, site):
@@ -69,10 +70,10 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
 def admit_queries(study: Study, site: Site, queries: DpPlan, coordinator: str) -> None:
     """Check that the site's rules admit the queries of an admitted study. queries: their plan.
 
-    A query is held to the study's rules and to those about what is protected (σ, δ, units): its own
-    σ, which no other site shares. The bounds on C, q and steps are of training: a query's C follows
-    from how many numbers it has, it takes every unit, and it is asked at most once a round. Errors:
-    PolicyRefused naming the first rule that refuses."""
+    The rules about the study and about what is protected (σ, δ, units) apply to a query; its σ is
+    that of this site's own noise. The bounds on C, q and steps apply to training only: a query's C
+    follows from how many numbers its answer has, it reads every unit, and it is asked at most once
+    a round. Errors: PolicyRefused naming the first rule that refuses."""
     policy, size = site.policy, site.site.declared_size
     rules = (
         _about_study(study, site, coordinator),
@@ -92,9 +93,9 @@ def refusals(
     *,
     outline: bool = False,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data. outline:
-    whether the plan is of a study.toml, whose digests are filled in when the study starts; a
-    site that is asked to run a plan refuses one that leaves them open."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data. outline: True
+    for a study.toml whose digests are filled in only when the study starts. A site that is asked to
+    run a plan refuses one that leaves them open."""
     yield from _about_study(study, site, coordinator, outline=outline)
     yield from privacy_refusals(study, site, plan)
     yield from _about_outcome(study, site.policy)
@@ -103,7 +104,8 @@ def refusals(
 def _about_study(
     study: Study, site: Site, coordinator: str, *, outline: bool = False
 ) -> Iterator[PolicyRefused]:
-    """Refuse by what the study names and runs; outline: as for `refusals`."""
+    """Yield refusals about the study's plug-ins, base, coordinator, adapter and shared noise, and
+    about how this site selects its records and runs. outline: as for `refusals`."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
@@ -139,8 +141,8 @@ def _about_outcome(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def sheet_refusals(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Yield a refusal for each required field of this site's data sheet that is empty; it
-    depends only on what a person typed. Checked when the site joins, not during a study. Errors:
+    """Yield a refusal for each required field of this site's data sheet that is empty. This depends
+    only on what a person typed. It is checked when the site joins, not during a study. Errors:
     ConfigError."""
     asked = {
         "policy.data_sheet": site.policy.data_sheet,
@@ -165,8 +167,8 @@ def permit_plugins(study: Study, site: Site) -> None:
 
 
 def may_resolve(study: Study, policy: PolicyTable) -> bool:
-    """Return whether the study's objective may be imported: it is this release's, or the policy
-    names it."""
+    """Return whether the study's objective may be imported: either it is part of this release, or
+    the policy lists every plug-in of the study."""
     return study.objective.name in OBJECTIVES.release() or not any(_about_plugins(study, policy))
 
 
@@ -187,7 +189,8 @@ def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def _about_query(site: Site) -> Iterator[PolicyRefused]:
-    """Refuse if a query or a view, which the guarantee does not cover, selects the records."""
+    """Refuse records that an SQL query or a view selects, which no ε covers, unless the policy
+    allows it."""
     if site.free_query and not site.policy.allow_free_query:
         yield PolicyRefused(
             "a query or a view selects this site's records, so that one patient may decide what "
@@ -197,8 +200,8 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
 
 
 def pin_others(site: Site, own: str) -> Site:
-    """Return the site without its `own` signing key among policy.peers: a site's own noise is
-    counted once, whatever its file lists."""
+    """Return the site with policy.peers less its `own` signing key, so that its noise is counted
+    once even if its file lists the key."""
     return site.with_peers(tuple(key for key in site.policy.peers if key != own))
 
 
@@ -217,8 +220,8 @@ def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
 
 
 def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Refuse to share noise if a vault lives for one request: a draw's key is only in memory,
-    and would be lost before the draw is masked."""
+    """Refuse to share noise if the site starts a vault for each request: a draw's key is only in
+    memory, and would be lost before the draw is masked."""
     if study.secure_aggregation and site.vault:
         yield PolicyRefused(
             "vault.run starts this site's vault for one request at a time, and a plan that shares "
@@ -273,7 +276,7 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Refuse a study of single records where a column says whose they are."""
+    """Refuse a study that protects single records if site.toml names a patient column."""
     tables = [table for table in (site.data, site.evaluation) if table]
     if study.unit == "record" and any(table.columns.patient for table in tables):
         yield PolicyRefused(
@@ -286,8 +289,8 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
 def _about_protection(
     sigma: float | None, delta: float, size: int, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Refuse too little noise for one release, too few units or too large a δ. sigma: of the noise
-    that this site itself adds; None if it is not computed yet."""
+    """Refuse too little noise for one release, too few units or too large a δ. sigma: the noise
+    multiplier of what this site itself adds; None if it is not computed yet."""
     if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
             f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
@@ -354,7 +357,8 @@ def _stated_figures(study: Study, size: int) -> _StatedFigures:
 def _about_cost(
     study: Study, stated: _StatedFigures, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Refuse by a lower bound on ε, before computing ε itself takes a time that grows with it."""
+    """Refuse a study whose ε is too large by a lower bound, or by the ε that the plan states. The
+    time to compute ε itself grows with ε, so this is checked before."""
     privacy, least = study.privacy, 0.0
     assert isinstance(privacy, PrivacyTable)
     if study.continuous:

@@ -1,4 +1,4 @@
-"""Hold a site's state for a plan that it admitted, and its answers: admission and update."""
+"""Define a site's state for a plan that it admitted, and its answers: admission and update."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fedtune.core.wire.codec import Encoded, layout, shapes
 
 
 class Unprepared(Refused):
-    """This site does not know the plan (it was restarted, or joined late), or reads its settings
-    anew: the coordinator sends the plan again."""
+    """The site does not know the plan, since it was restarted or joined late, or it must read its
+    settings anew. The coordinator then sends the plan again."""
 
 
 class Unsigned(PolicyRefused):
@@ -34,7 +34,7 @@ class Held(PolicyRefused):
 
 
 class Void(Refused):
-    """This attempt at a round is over for this site; another attempt is a new draw of noise."""
+    """This attempt at a round is over for this site; in another attempt it draws new noise."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Admission:
     waits: bool = False  # not admitted, for a person at the site has yet to sign the plan
 
     def fields(self) -> dict[str, str | int]:
-        """Return what the answer states beside its status, and for a plan that waits for a
-        person also the status; fields with their usual value are left out."""
+        """Return the answer's fields as plain values. Fields with their usual value are left out;
+        status and reason are included only if the plan waits for a person."""
         fields: dict[str, str | int] = {"name": self.name, "declared_size": self.declared_size}
         fields |= {} if self.lora_rank is None else {"lora_rank": self.lora_rank}
         fields |= {} if self.declared is None else {"declared": self.declared}
@@ -64,8 +64,9 @@ class Admission:
 class Update:
     """An update of a site.
 
-    delta: trained minus received adapter, in the plan's encoding; events: the steps that this study
-    ran here so far; said: text that is sealed with them."""
+    delta: the arrays to send: trained minus received adapter in the plan's encoding, masked words,
+    or a query's sums; events: a summary of the noised steps that the study has run at the site;
+    said: further text fields of the sealed answer."""
 
     delta: Encoded
     events: list[dict[str, float | int]]

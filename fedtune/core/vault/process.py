@@ -1,9 +1,9 @@
 """Run the vault: the process of a site that holds its records; `fedtune client` starts it.
 
-It has no network: it answers the courier over the socket that it inherits, or through the files of
-a spool, and opens no other socket (policy.isolation and `isolation.no_network` say how, and when a
-database over TCP keeps it on the network). It reads records, keeps the ledger and the keys, and
-draws its own progress."""
+The vault has no network. It answers the courier over the socket that it inherits, or through the
+files of a spool, and opens no other socket. `isolation.no_network` describes how this is enforced;
+a database over TCP is the exception. The vault reads records, keeps the ledger and the keys, and
+sends its progress to the process that started it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after it
 
 
 def families(site: Site, processes: int) -> list[int]:
-    """List the families of sockets that a site's vault opens: none, except for PostgreSQL or for
-    the processes that share its steps."""
+    """Return the socket families that a site's vault may open: none, except for a database server
+    that holds the records, or for the processes that share the vault's steps.
+
+    processes: how many processes share each step, the vault included."""
     tables = filter(None, (site.data, site.evaluation))
     urls = [table.url for table in tables if table.url]
     if any(map(is_over_tcp, urls)):
@@ -52,7 +54,8 @@ def families(site: Site, processes: int) -> list[int]:
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
-    """Cut this process off the network, and check that it is."""
+    """Cut this process off the network and try to reach one; return what was achieved and what is
+    missing."""
     return isolation.no_network(families(site, processes)) & _try_networks()
 
 
@@ -68,10 +71,13 @@ def _try_networks() -> isolation.Confinement:
 
 
 def main(options: list[str]) -> None:
-    """Answer requests until the courier has ended, or a signal comes.
+    """Answer requests until the courier has ended, or a signal comes. End at once if the process
+    is not confined and policy.isolation is "required".
 
-    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. REQUESTS: a descriptor, or the folder
-    of a spool; PLACE: as JSON; NAME: name of the only request of a spool to answer."""
+    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. SITE: the site file; REQUESTS: the
+    courier's descriptor, or the folder of a spool; EVENTS: a descriptor; PROCESSES: how many
+    processes share each step; PLACE: the other fields of `Place` as JSON; NAME: the one request of
+    the spool to answer."""
     path, requests, events, processes, given, *name = options
     site = load_site(Path(path))
     means = confine(site, int(processes))
@@ -101,8 +107,9 @@ def main(options: list[str]) -> None:
 
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
-    """Hold the locks of a site's vault. A vault whose client was killed may live on for a moment,
-    and is waited for. Errors: InfrastructureError if it does not end."""
+    """Hold the locks of a site's vault in the block. A vault whose client was killed may run on for
+    a moment; wait up to LAST_MOMENTS for its end. Errors: InfrastructureError if it does not end.
+    """
     deadline = time.monotonic() + LAST_MOMENTS
     while True:
         with ExitStack() as held:
@@ -119,8 +126,9 @@ def _alone(site: Site) -> Iterator[None]:
 
 @contextmanager
 def locked(site: Site, who: str) -> Iterator[None]:
-    """Hold the lock of a site's vault and, in a hospital's home, that of its membership. who: the
-    name of a process that holds them, for the error. Errors: InfrastructureError naming it."""
+    """Hold the lock of a site's vault and, in a hospital's home, that of its membership. who: what
+    the error calls another process that holds one of them. Errors: InfrastructureError naming it.
+    """
     with ExitStack() as held:
         held.enter_context(alone(site.site.state / HOME, who))
         if site.hospital:
@@ -129,9 +137,9 @@ def locked(site: Site, who: str) -> Iterator[None]:
 
 
 def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
-    """Hold, in a hospital's home, the lock that the vault of a membership has while it runs:
-    wherever its site file lies, nobody restores the ledger from which it pays. Errors:
-    InfrastructureError naming the vault that runs."""
+    """Hold the lock in a hospital's home that the vault of a membership holds while it runs. The
+    lock keeps others from restoring the hospital's ledger meanwhile, wherever the membership's site
+    file lies. Errors: InfrastructureError naming the vault that runs."""
     lock = home / f"vault-{membership}.lock"
     return locks.hold_alone(lock, f"vault of membership {membership!r}", home)
 
@@ -139,8 +147,8 @@ def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
 def serve(
     path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
-    """Answer the courier's requests until it has ended, or sends something that is not a
-    request."""
+    """Answer the courier's requests until the courier has ended, or sends a message that cannot be
+    read to its end. A message that can be read but is no request is answered with a failure."""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -177,9 +185,10 @@ def serve_spool(
 def serve_request(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object], name: str
 ) -> None:
-    """Answer one request of a spool, after taking in the plan of its order again.
+    """Answer one request of a spool. For an order, first answer the stored request with the order's
+    plan again, so that the plan is known.
 
-    Errors: InfrastructureError if it is not there, or its answer cannot be written."""
+    Errors: InfrastructureError if the request is missing, or its answer cannot be written."""
     from fedtune.core.vault.answers import Place, answer
     from fedtune.core.vault.kept_plans import find_asked, keep_asked
     from fedtune.core.vault.rank_process import team
@@ -204,7 +213,7 @@ def serve_request(
 
 
 def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
-    """Answer the request that is received now; if it is not a request, answer with a failure."""
+    """Receive one request and answer it; return a failure if what was received is no request."""
     try:
         request = receive()
     except RequestError as error:
@@ -214,7 +223,7 @@ def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer
 
 
 def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
-    """Answer a request, and tell the person at the site the outcome."""
+    """Answer a request, and send a description of the answer to this site's screen."""
     from fedtune.core.vault.answers import answer
     from fedtune.core.vault.reply_facts import answer_facts
 

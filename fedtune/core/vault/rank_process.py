@@ -5,10 +5,10 @@
     rank n   receives the plan, the records, the adapter and the rows from rank 0, and returns an
              integer sum; opens neither the records' files nor the ledger
 
-If the other ranks cannot serve, for whatever reason, rank 0 sums all rows itself: the sum is the
-same, but later. Their failures never change what the coordinator gets.
+If the other ranks cannot serve for any reason, rank 0 sums all rows itself. This takes longer and
+gives the same sum, so a failure of the other ranks never changes what the coordinator gets.
 
-`fedtune client SITE --processes N` starts them itself; under torchrun they are there already."""
+`fedtune client SITE --processes N` starts the other ranks; torchrun starts them in its place."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Workers:
     """A site's worker processes: rank 0 starts them with the first round that needs them, and again
     after a failure. Use it as a context manager, which ends them.
 
-    size: number of processes, this one included; torchrun: torchrun started them."""
+    size: number of processes, this one included; torchrun: whether torchrun started them."""
 
     def __init__(
         self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
@@ -81,10 +81,12 @@ class Workers:
         frozen: Arrays,
         columns: slice = ALL,
     ) -> Iterator[Team | None]:
-        """Provide the team for one round of `study`, with the same plan, factor and records in
-        all ranks; None if the others cannot serve, and this process does the round alone. plan:
-        the plan by which all ranks clip, whatever the site file has said since; columns: as for
-        local_round. Any error in the block ends the team."""
+        """Provide the team for one round of `study`, with the same plan, frozen factor and records
+        in all ranks. Provide None if the others cannot serve; this process then does the round
+        alone. Any error in the block ends the team.
+
+        plan: the plan by which all ranks clip, even if the site file has changed since; columns: as
+        for local_round."""
         try:
             yield self._team(study, plan, data, frozen, columns)
         except BaseException:
@@ -122,8 +124,9 @@ class Workers:
         self.children = []
 
     def __enter__(self) -> Workers:
-        """Share the machine from the start: records that are read before the first round use the
-        same threads, and so the same blocks, as every other process."""
+        """Take this process's share of the machine's cores at once. Records that are read before
+        the first round then use as many threads as in every other process, and so the same blocks.
+        """
         if self.size > 1:
             for rank in () if self._torchrun else range(1, self.size):
                 begin_log(self._log_of(rank))
@@ -160,8 +163,9 @@ class Workers:
                 raise child.build_end_error()
 
     def _with_torchruns(self) -> Group:
-        """Listen in a temporary folder, since a socket's path must be short, and write that path to
-        the state folder, which only this user can read."""
+        """Build rank 0's group under torchrun. Its socket is in a temporary folder, since a
+        socket's path must be short; the path is written to a file in the state folder, which only
+        this user can read."""
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
         socket_path = Path(folder, "team")
         replace(_rendezvous_file(self._site), str(socket_path).encode(), private=True)
@@ -171,8 +175,8 @@ class Workers:
     def _prepare(
         self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
     ) -> None:
-        """Have every rank build the network of `study` and take the plan by which this process
-        clips, unless it has done so. Errors: InfrastructureError."""
+        """Have every rank build the network of `study` and take over this process's plan, by which
+        rows are clipped; skip this if all ranks have done it. Errors: InfrastructureError."""
         wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
         if self._prepared == wanted:
             return
@@ -186,8 +190,8 @@ class Workers:
         self._prepared = wanted
 
     def _hand_out(self, group: Group, dataset: Dataset) -> None:
-        """Send every rank the records as this process read them, unless it has them. Errors:
-        InfrastructureError."""
+        """Send every rank the records that this process read, unless the ranks have them already.
+        Errors: InfrastructureError."""
         records = fingerprint(dataset)
         if self._records == records:
             return
@@ -214,7 +218,7 @@ class _Lead:
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows over all processes; if that fails, the team has ended."""
+        """Sum the clipped rows over all processes; if that fails, end the team and raise."""
         parameters = self._network.update_parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
@@ -233,7 +237,7 @@ class _Lead:
 def follow(group: Group, site: Site) -> NoReturn:
     """Serve rank 0's requests until InfrastructureError says that it has ended.
 
-    Guarantee: it opens neither the records' files nor the ledger, charges nothing, draws
+    Guarantee: this process opens neither the records' files nor the ledger, charges nothing, draws
     nothing, adds no noise and writes no step log."""
     PREFIX_STORE.leave_free(site.room.lent)
     prepared: _StudyAtRank | None = None
@@ -291,9 +295,10 @@ class _StudyAtRank:
         self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
 
     def _start_threads(self) -> None:
-        """Compute generated units' gradients, as rank 0 has in its self-test. A process that is
-        given no row in an order would start its threads in a later one, and each takes a number of
-        the machine's one counter: how many rows were drawn, or are there, would follow from it."""
+        """Compute gradients of generated units, so that this process starts its threads now, as
+        rank 0 did in its self-test. Otherwise a process that gets no row in one order would start
+        its threads in a later one. Each thread takes the machine's next process number, and these
+        numbers would then reveal how many rows there are, or were drawn."""
         generated = CachedDataset(self.network, random_records(self.network, self._study))
         engine = UnitGradientEngine(
             generated, self._study.objective.resolved, engine=self._study.training.engine
@@ -301,13 +306,12 @@ class _StudyAtRank:
         engine.matrix(range(generated.dataset.n_units))
 
     def take(self, dataset: Dataset) -> None:
-        """Train on these records from now on; cached states of records that are no longer among
-        them are dropped."""
+        """Use these records from now on; drop cached states of records that are not among them."""
         self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
-        """Return a function that sums rows' clipped gradients at the parameters `flat`, all of
-        them in order, with only these columns of each B trained."""
+        """Return a function that sums the clipped gradients of rows. flat: the values of all
+        parameters, one after another; columns: the columns of each B that are trained."""
 
         def clipped_sum(rows: list[int]) -> torch.Tensor:
             engine = UnitGradientEngine(
@@ -335,8 +339,8 @@ def _rendezvous_file(site: Path) -> Path:
 
 @contextmanager
 def team(site: Path, processes: int) -> Iterator[None]:
-    """Share the rounds of this process's worker for `site` among `processes`, or among
-    torchrun's."""
+    """In the block, share the rounds of this process's worker for `site` among `processes`
+    processes, or among those that torchrun started."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Workers(site, max(size, processes), torchrun=size > 1)
     with ranks:
@@ -347,8 +351,8 @@ def team(site: Path, processes: int) -> Iterator[None]:
 def follow_torchrun(site: Path) -> None:
     """Run as one of the ranks ≥ 1 that torchrun started, until rank 0 ends.
 
-    Such a rank holds records and is not confined, as those that the site itself starts are. Errors:
-    PolicyRefused if the site's policy requires that."""
+    This process holds records but is not confined, unlike ranks that the site itself starts.
+    Errors: PolicyRefused if policy.isolation is "required"."""
     isolation = load_site(site).policy.isolation
     if isolation == "required":
         raise PolicyRefused(
@@ -373,7 +377,8 @@ def _follow(site: Path, rank: int, size: int, socket_path: Path | None) -> None:
 
 
 def _await_rank_0(site: Path) -> Path:
-    """Wait for the socket of torchrun's rank 0. Errors: InfrastructureError after TIMEOUT."""
+    """Wait until torchrun's rank 0 listens, and return its socket's path. Errors:
+    InfrastructureError after TIMEOUT."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with suppress(OSError):

@@ -1,9 +1,9 @@
 """Read a site's records as training does, and report at the site what happened to them.
 
-Guarantee: this report stays at the site: on its screen, in the log of the process that reads,
-and in a file in its state folder for its own user. No log.jsonl, metric, message or tracker gets
-a count of records, and no event except the log lines that the vault sends to the process that
-started it."""
+Guarantee: this report stays at the site: on its screen, in the log of the process that reads, and
+in a file in the state folder that only its user can read. No log.jsonl, metric, message or tracker
+gets a count of records. The only events with counts are the log lines that the vault sends to the
+process that started it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ log = logging.getLogger("fedtune.site")
 OF_COUNTS = 2**14  # bytes of counts.json, or a multiple of them
 SHOWN = 20  # rejected rows that are listed
 shown: set[str] = set()  # what this process has said of a site's rows on its own screen
-FAR = 0.1  # of the declared size: a count that differs by more is said
-HALF = 0.5  # of a median record: where less is read, that is a warning
+FAR = 0.1  # of the declared size: a larger difference to the true size is reported
+HALF = 0.5  # of a median record: if less is read, there is a warning
 
 
 def read_for_training(
@@ -48,8 +48,8 @@ def read_for_training(
 ) -> Dataset:
     """Read a site's dataset without the patients who withdrew or take part in another dataset.
 
-    ledger: None if the site has none yet. soft_targets: a teacher's targets. Errors: DataError for
-    a path or columns that cannot be used, which no record decides."""
+    ledger: None if the site has none yet; soft_targets: the function that gives a teacher's
+    targets. Errors: DataError if the path or the columns cannot be used; no record decides this."""
     if ledger is None:
         return load_dataset(
             data, study, tokenizer, strict=False, soft_targets=soft_targets, reader=reader
@@ -105,7 +105,8 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
 
 
 def _remedy(rejected: Counter[str]) -> str:
-    """Return what a person may do about a reason that fedtune names itself."""
+    """Return, in brackets, what a person may do about rejected rows; "" for reasons without
+    advice."""
     remedies = {
         "unknown label": "labels that the plan does not name",
         "not UTF-8": '[data] encoding = "latin-1", or another, reads it',
@@ -146,10 +147,8 @@ def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
     """Write what happened to a dataset's rows to counts.json in the state folder, readable by this
-    user only (0600), and warn on this process's own stderr of records that are left out or cut. The
-    file takes the same space on disk whatever the counts are.
-
-    If the disk refuses the file, there is one warning."""
+    user only (0600), and log a warning about records that are left out or cut. The file takes the
+    same space on disk whatever the counts are. If the disk refuses the file, log a warning."""
     counts = dataset.counts
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

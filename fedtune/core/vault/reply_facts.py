@@ -23,8 +23,9 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
     """Return an answer's study, round, status and reason, the study's ε so far and as planned,
     and a line of text.
 
-    epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ;
-    fallback: with secure aggregation the same by this site's own noise alone."""
+    Of these facts, `epsilon` is the ε of all charged rounds of the study at the plan's δ,
+    interrupted rounds included. With secure aggregation, `fallback` is the ε of the same rounds by
+    this site's own noise alone."""
     site = worker(place.site)
     status = answer.status
     reason = str(answer.fields["reason"])
@@ -75,8 +76,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
 
 
 def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
-    """Describe a plan that nobody here has signed: what it would spend, and how to read or sign
-    it."""
+    """Describe a plan that nobody here has signed: its ε, and how to read or sign the plan."""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
         spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
@@ -127,7 +127,8 @@ def _compute_spent(study: Study, site: SiteWorker) -> _Spent | None:
 
 
 def _compute_planned(study: Study, site: SiteWorker) -> float | None:
-    """Compute ε of the whole plan here; for a study without a last round, ε of a patient's life."""
+    """Compute the ε of the whole plan at this site, or the lifetime ε of a unit if the study has no
+    last round; None if the plan does not fit the site's size."""
     try:
         plan = plan_for_site(study, site.site.site.declared_size)
     except FedtuneError:  # the plan fits no site of this size, and the reply says so

@@ -1,10 +1,11 @@
-"""Take a site's part in a round of which only the sum is opened: ready, then masked once.
+"""Do a site's part in a round of which only the sum over the sites is opened, in two orders.
 
     ready    reserve → noised sum and a masking key, in memory → a signed statement
     masked   check the set → masked words into the ledger's outbox → key destroyed → words
 
-Both answer again with the same bytes: a masked draw even after a restart, a draw that waits for
-its set only until this process ends. The attempt is void then: docs/secure-aggregation.md."""
+A repeated order gets the same bytes. For a masked draw this holds after a restart, too. A draw that
+waits for its set is lost when this process ends, and the attempt is then void; see
+docs/secure-aggregation.md."""
 
 from __future__ import annotations
 
@@ -53,13 +54,13 @@ def draw_sum(
     receipt: str,
     asked: list[str],
 ) -> Update:
-    """Draw this site's noised sum for an attempt at a round, and state that it is ready; or return
-    the statement of the draw that was already made for it.
+    """Draw this site's noised sum for an attempt at a round, and return the signed statement that
+    the site is ready. If the draw was made already, return its statement again.
 
-    asked: signing keys of the sites that are asked, so that a round for which this site pins too
-    few of them costs nothing.
+    asked: signing keys of the sites that are asked to take part. If this site pins too few of them,
+    the attempt is void before anything is charged.
     Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, before
-    anything is paid for, if a person at the site must release the draw first."""
+    anything is charged, if a person at the site must release the draw first."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     draw = Draw(digest, round_, attempt, arrays_digest(adapter))
     if (answered := site.ledger.released(*_slot(site, draw))) is not None:
@@ -78,9 +79,9 @@ def mask_sum(
     """Mask this site's draw for a set of sites and return the words; for the same set always the
     same bytes.
 
-    Guarantee: the words leave for one set only, by the ledger's entry under its write lock; and
-    for no set with fewer than strategy.min_sites sites pinned here. Errors: Unprepared, Void
-    (the attempt is over for this site), PolicyRefused, LedgerError."""
+    Guarantee: the words leave for one set only, which the ledger's entry fixes under the write
+    lock. They leave for no set with fewer than strategy.min_sites pinned sites, this one included.
+    Errors: Unprepared, PolicyRefused, LedgerError; Void if the attempt is over for this site."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     try:
         asked = parse_set(statements)
@@ -101,8 +102,9 @@ def mask_sum(
 
 
 def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
-    """Mask the waiting draw, and put the words into the ledger's outbox. Errors: StatementError
-    if this set may not be masked for, or this process has no such draw; LedgerError."""
+    """Mask the waiting draw, put the words into the ledger's outbox, and return these bytes.
+    Errors: StatementError if this set is not allowed, or this process has no such draw;
+    LedgerError."""
     waiting, study = site.draws.find(draw), prepared.study
     if waiting is None:
         raise StatementError(
@@ -140,8 +142,8 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
-    """Check that a person at the site released a draw, if its policy asks for one; nobody is
-    asked about a draw that no budget permits. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
+    """Check that a person at the site released a draw, if the site's policy requires it. The budget
+    is checked before a person is asked. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
     slot = _slot(site, draw)
     airlock.check_not_refused(site.ledger, slot)
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
@@ -156,7 +158,7 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
 
 
 def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
-    """Charge a draw, compute its noised sum, and keep it with its key until its set is fixed."""
+    """Charge a draw, compute its noised sum, and keep sum and key until its set is fixed."""
     study = prepared.study
     data, reserved = site.reserve(prepared, draw.round, adapter, _slot(site, draw)[2])
     recompute = site.site.site.gradient_checkpointing
@@ -168,7 +170,7 @@ def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arra
     stated = Ready(draw, name, size, site.key.public, masks.public_of(key), noise).signed(site.key)
     waiting = Waiting(total, key, stated, reserved, json.dumps(site.events(prepared)))
     site.draws.keep(waiting)
-    # What the coordinator gave up: its keys go, so that nothing masks those draws any more.
+    # The coordinator gave earlier attempts up. Their keys go, so that nothing masks those draws.
     site.draws.destroy(draw.plan, (draw.round, draw.attempt - 1))
     return waiting
 

@@ -16,7 +16,7 @@ from fedtune.core.training.local_round import check_trains
 
 # Checks already passed in this process; the code does not change while it runs.
 _tested: set[str] = process_cache.register("self-tests", set())
-# By network: one that is built anew is checked anew, whatever the plan's age.
+# By network, so that a network that is built again is checked again, even for an old plan.
 _trains: WeakKeyDictionary[Network, set[tuple[str, int | None]]] = process_cache.register(
     "training checks", WeakKeyDictionary()
 )
@@ -33,11 +33,11 @@ def self_test(study: Study, network: Network, size: int, lora_rank: int | None) 
 
 
 def check_models(study: Study, network: Network) -> None:
-    """Check that base and teacher can read records of the study's length and keep nothing of
+    """Check that base and teacher can read records of the study's length and keep no state of
     them, once per model and plan.
 
-    Errors: PolicyRefused, whose models and length are public; ModelError, if the teacher is not
-    here."""
+    Errors: PolicyRefused, which names only the models and the length, both public; ModelError if
+    the teacher is not on this machine."""
     try:
         check_reads(study, network)
         teacher_for(study)
@@ -46,8 +46,8 @@ def check_models(study: Study, network: Network) -> None:
 
 
 def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
-    """Check that the adapter trains, once per network, study (its digest names base and A) and
-    rank.
+    """Check that the adapter trains, once per network, plan and rank. The plan's digest covers base
+    and A.
 
     Errors: ModelError."""
     kind = study.digest, lora_rank

@@ -1,10 +1,10 @@
-"""List the studies that a site was admitted to and that have not ended, in one file each.
+"""Keep one file for each study that a site admitted and that has not ended.
 
     STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: the digits of its digest
 
-The file is written before the coordinator learns that its plan was admitted, and removed when
-the coordinator says that the study has ended, or by `fedtune purge`. It depends on messages and
-on what people do, never on a record."""
+The file is written before the coordinator learns that its plan was admitted. It is removed when the
+coordinator says that the study has ended, or by `fedtune purge`. Which files exist depends on
+messages and on what people do, never on a record."""
 
 from __future__ import annotations
 

@@ -24,14 +24,13 @@ def check_plan_length(plan: str) -> None:
 
 
 def keep_plan(site: Site, study: Study) -> Path:
-    """Store a plan where `fedtune review` finds it, whether or not somebody here has signed it. It
-    is public.
+    """Write a plan, which is public, to a file that `fedtune review` finds, whether or not somebody
+    here has signed it; return the file's path.
 
-    At most MOST are stored, and the oldest are dropped. A plan for which the disk has no space
-    beside the ledger's reserve (files.room) is not stored, and the site prints a warning: plans
-    that nobody asked for must not take the space of a charge or a withdrawal, and the coordinator's
-    answer is the same. Called while the space is reserved, so that a plan cannot be written into
-    it."""
+    Of more than MOST plans the oldest are deleted. A plan for which the disk has no space is not
+    stored; the site then logs a warning, and the coordinator gets the same answer. Call this while
+    the ledger's reserve (files.room) is whole: a plan that nobody asked for must not take the space
+    of a charge or a withdrawal."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -108,13 +108,14 @@ class SiteWorker:
 
     @cached_property
     def home(self) -> Ledger:
-        """The site's lifetime ledger, which a hospital's memberships share: its receipts,
-        declarations, signatures, withdrawals."""
+        """The site's lifetime ledger, with receipts, declarations, signatures and withdrawals. The
+        memberships of a hospital share it."""
         return Ledger(self.site.home, self.room)
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The ledger that pays: the site's lifetime ledger, or that of one run of declared data."""
+        """The ledger to which rounds are charged: the site's lifetime ledger, or that of one run of
+        declared data."""
         of_run = self.site.site.ledger
         ledger = Ledger(of_run, self.room) if of_run else self.home
         remove_stored(ledger.folder)
@@ -122,8 +123,7 @@ class SiteWorker:
 
     @property
     def has_ledger(self) -> bool:
-        """Whether the ledger that pays exists; that of a run is made with its first admitted
-        plan."""
+        """Whether `ledger` exists. The ledger of a run is made when its plan is admitted."""
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
@@ -133,24 +133,25 @@ class SiteWorker:
 
     @property
     def room(self) -> Room:
-        """The space reserved beside the site's ledger, which decides what its disk has space
-        for."""
+        """The disk space reserved beside the site's ledger. Other files are written only where they
+        leave this space free."""
         return self.site.room
 
     def room_to_answer(self) -> AbstractContextManager[None]:
-        """Provide disk space in the state folder for what an order writes there, whatever else
-        fills the disk, and however many records the ledger remembers. Errors:
-        InfrastructureError; nothing is then read, charged or sent."""
+        """Free reserved disk space in the state folder while an order is answered, so that its
+        writes succeed whatever else fills the disk and however many records the ledger remembers.
+        Errors: InfrastructureError; nothing is then read, charged or sent."""
         return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
-        """Return the worker that pays for a plan: this one, unless its data is declared and
-        `begin_run` made one for that plan."""
+        """Return the worker whose ledger is charged for a plan: the one that `begin_run` made for
+        the plan, else this one."""
         return self._of_runs.get(digest, self)
 
     def begin_run(self, digest: str) -> SiteWorker:
-        """Return the worker that pays for a plan whose signature was checked: this one, unless
-        its data is declared and it has no run's ledger yet, as in a consortium."""
+        """Return the worker whose ledger is charged for a plan. For declared data in a consortium
+        it is a worker of its own for each plan, with a ledger of the run, which is made at the
+        first call. Otherwise it is this worker. The caller has checked the plan's signature."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
         if digest not in self._of_runs:
@@ -163,10 +164,10 @@ class SiteWorker:
         return self._of_runs[digest]
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
-        """Admit or refuse `study`; on admission, build the model, and note that the study is
-        running here. No record is read: a round that is paid for reads them.
+        """Admit or refuse `study`. On admission, build the model, and note that the study is
+        running here. No record is read before a round is charged.
 
-        Errors: DataError, ModelError: the site cannot take part (details stay local)."""
+        Errors: DataError, ModelError if the site cannot take part; their text stays at the site."""
         try:
             self.home.check_not_frozen()  # an order asks before its work, and under the lock
             plan = compute_plan(study, self.current(), coordinator)
@@ -193,9 +194,9 @@ class SiteWorker:
         return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
 
     def finish(self, digest: str) -> None:
-        """Take in that a study has ended, by the coordinator's signed statement. Errors:
-        PolicyRefused while the ledger is frozen, since what is kept of the study may be evidence;
-        LedgerError."""
+        """Note that a study has ended, and destroy its draws. The caller has checked the
+        coordinator's signed statement. Errors: PolicyRefused while the ledger is frozen, because
+        what is stored of the study may be evidence; LedgerError."""
         self.home.check_not_frozen()
         self.draws.destroy(digest)  # of attempts that were given up
         studies.end(self.site.site.state, digest)
@@ -217,9 +218,9 @@ class SiteWorker:
     def permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, round_: int | None = None
     ) -> Site:
-        """Check the study against the site file as it is now, and return that site, so that a round
-        reads the file once. round_: the round that is about to run, if one is.
-        Errors: Refused."""
+        """Check the study against the site file as it is now: policy, signature and budget. Return
+        the site of that file, so that a round reads the file once. round_: the round that is about
+        to run, None if none is. Errors: Refused."""
         site = self.current()
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
@@ -234,36 +235,36 @@ class SiteWorker:
         return site
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
-        """Enter the site's declarations about a dataset before its charges are read; in a
-        hospital's home about every dataset in the ledger, since the membership that trains on
-        another one may not run.
+        """Enter in the ledger the cohort of a dataset, and from which datasets it is disjoint,
+        before its charges are read. In a hospital's home, enter for every dataset in the ledger
+        from which others it is disjoint: another dataset's vault is perhaps not running now.
 
-        Errors: BudgetExceeded if the cost of earlier rounds on it is unknown."""
+        Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown."""
         if site.policy.hospital:
             apart = site.policy.hospital.disjoint_from
             for other in {*self.ledger.datasets} - {data.name}:
-                # One that is registered no more is apart from none.
+                # A dataset that hospital.toml no longer lists is disjoint from none.
                 self.ledger.declare(other, apart.get(other, ()))
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
     def check_stated(self, site: Site, declared: Mapping[str, Sequence[str]]) -> None:
-        """Check, under the ledger's lock, that it holds what `declare` entered of which datasets of
-        a hospital's home are disjoint. declared: what it holds.
+        """Check, under the ledger's lock, that the ledger still has the disjoint datasets that
+        `declare` entered for a hospital's home. declared: by dataset, those that the ledger has.
 
-        Errors: Unprepared if another membership's vault has read hospital.toml otherwise meanwhile:
-        the coordinator sends the plan again, and this one reads it anew."""
+        Errors: Unprepared if another membership's vault entered another version of hospital.toml
+        meanwhile. The coordinator then sends the plan again, and this vault reads the file anew."""
         if hospital := site.policy.hospital:
             stated = {name: sorted({*hospital.disjoint_from.get(name, ())}) for name in declared}
             if stated != declared:
                 raise Unprepared("this site reads its settings anew", todo="send the plan again")
 
     def require_signature(self, study: Study, site: Site) -> None:
-        """Check that a person signed the plan, if the site's policy asks for it. In a simulation
-        "reviewed" asks for nothing more, since the same person has the plan and the site's file.
+        """Check that a person signed the plan, if the site's policy requires it. In a simulation
+        the rule "reviewed" needs no signature: one person has both the plan and the site's file.
 
-        Errors: Unsigned; the caller that answers the coordinator stores the plan for `fedtune
+        Errors: Unsigned; the caller that answers the coordinator then stores the plan for `fedtune
         review`."""
         rule = site.policy.admission
         if rule == "standing" or self.home.admitted(study.digest, site.policy.own_memberships):
@@ -276,10 +277,10 @@ class SiteWorker:
         )
 
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """Load one dataset for `study`; studies with the same view share the states at the cut. A
-        continuous study, or data.consent, reads the files anew each round; otherwise patients who
-        withdrew are removed from the dataset that was read, since new rows that arrived meanwhile
-        would reveal the withdrawal.
+        """Load one dataset for `study`. Studies that read it in the same way share the states at
+        the cut. For a continuous study, or with data.consent, the files are read anew each round.
+        Otherwise the dataset in memory is used, less the patients who withdrew since. If a
+        withdrawal made the site read the files again, new rows in them would reveal it.
 
         Errors: DataError if the columns do not fit the study, or there is no file."""
         anew = study.continuous or bool(data.consent)
@@ -302,15 +303,15 @@ class SiteWorker:
         return cached
 
     def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> frozenset[bytes]:
-        """Enter a dataset's content in the ledger, and return the units that take part in a
-        disjoint dataset, which another membership may have read at the same moment.
+        """Enter hashes of a dataset's content in the ledger. Return the keys of the units that take
+        part in a disjoint dataset, which another membership may have read at the same moment.
 
-        Guarantee: whether a later reading knows which records of whom were trained on, and so which
-        it chooses under the cap, follows from that unit's own records and history, and from no
-        space on the disk: at most REMEMBERED records of a unit are entered, for which the ledger's
-        reserve has space. Hashes that only a declaration of public data is compared with are
-        entered if they leave that reserve intact. Errors: LedgerError; NoRoom if the disk does not
-        take what the reserve holds."""
+        Guarantee: at most REMEMBERED records of a unit are entered as trained on, and the ledger's
+        reserve has space for them. So a later reading, which chooses known records first under the
+        cap, depends only on that unit's records and history, never on free disk space. Hashes that
+        serve only to recognise a private record that somebody declares public are entered if they
+        leave the reserve whole. Errors: LedgerError; NoRoom if the disk has less space than was
+        reserved."""
         folder, known = self.ledger.folder, self.ledger.member_test(data.name)
         new = sum(not known(member) for member in dataset.members)
         members = dataset.trained
@@ -333,10 +334,10 @@ class SiteWorker:
             return self.ledger.declare(*about, dataset.trained, data.cohort, arrivals, dataset.keys)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """Load a dataset as `data_for` does, in a study in which this site takes part. There are
-        no records if they cannot be read now, for whatever reason, or if the ledger's disk has
-        no space for the list of participants: the round is then noise alone, and charged.
-        Errors: LedgerError, without which nothing can be charged."""
+        """Load a dataset as `data_for` does, in a study in which this site takes part. Return an
+        empty dataset if the records cannot be read now, for whatever reason, or if the disk has no
+        space for the ledger's list of participants. The round is then noise alone, and charged.
+        Errors: LedgerError other than NoRoom, since without a ledger nothing can be charged."""
         try:
             return self.data_for(study, network, data)
         except BaseException as error:
@@ -352,10 +353,10 @@ class SiteWorker:
             return CachedDataset(network, Dataset([], 0, Counter()))
 
     def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
-        """Read the dataset without the patients who withdrew. One record more or less, or a
-        broken one, cannot be observed from outside; with too few units the site sends noise
-        alone. Errors: DataError (no file, or columns that do not fit the study), which no record
-        decides."""
+        """Read the dataset without the patients who withdrew. With too few units the site sends
+        noise alone. A record more or less, or a broken one, cannot be observed from outside.
+        Errors: DataError if there is no file, or the columns do not fit the study; no record
+        decides this."""
         self._check_source(study, network, data)
         try:
             dataset = read_for_training(
@@ -395,9 +396,10 @@ class SiteWorker:
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def slot(self, plan: str, round_: int, label: str) -> Slot:
-        """Return the slot in the ledger of a round from the adapter, or the draw, that `label`
-        names: the membership's own, or an earlier one, of before there was a home, that was
-        answered or decided about."""
+        """Return the ledger's slot for a round. label: digest of the adapter, or label of the draw.
+
+        It is the membership's slot, unless the slot that the site used before the hospital had a
+        home was answered, or a person decided about it: then it is that slot."""
         policy = self.site.policy
         earlier = plan, round_, label
         may_be_earlier = policy.membership and "" in policy.own_memberships
@@ -406,7 +408,8 @@ class SiteWorker:
         return slot_of(earlier, policy.membership)
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
-        """Check that a round is in the plan, and take in the coordinator's receipt.
+        """Check that a round is in the plan, and compare the ledger with the coordinator's receipt;
+        return the prepared study.
 
         Errors: Unprepared, PolicyRefused, LedgerError."""
         prepared = self._require(digest)
@@ -420,8 +423,8 @@ class SiteWorker:
     def reserve(
         self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
     ) -> tuple[CachedDataset, int]:
-        """Charge a round in the ledger, for the answer in `slot`; return the records that take part
-        and the reservation.
+        """Charge a round in the ledger; return the records that take part, and the number of the
+        reservation. slot: the label of the answer's slot.
 
         Errors: as `train`; nothing is charged then."""
         study, plan = prepared.study, prepared.private
@@ -443,8 +446,8 @@ class SiteWorker:
         in_home = site.hospital is not None
         known = partial(check_known, self._dataset, study.unit, in_home=in_home)
         stated = partial(self.check_stated, site)
-        # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
-        # is asked of cohorts, their own charges are not all attempts.
+        # Before a record is read, since each reading may add an entry to the ledger. In a
+        # continuous study `permit` sees one cohort's charges, which may lack some attempts.
         if plan and study.continuous:
             Budget(site.policy, plan, self.ledger.charges(self._dataset)).check_attempts(round_)
         self.ledger.ask(self._dataset, permit, permit_other, of_newcomers=study.continuous)
@@ -483,8 +486,8 @@ class SiteWorker:
         return self.events_of(prepared.study.digest) if prepared.private else []
 
     def events_of(self, digest: str) -> list[dict[str, Any]]:
-        """Summarise the noised steps that a plan ran here so far: this membership's alone, since
-        another's coordinator may have sent the same plan."""
+        """Summarise the noised steps that a plan ran here so far, for this membership alone: the
+        coordinator of another membership may have sent the same plan."""
         return step_summary(self.log.steps(digest, self.site.policy.own_memberships))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
@@ -549,7 +552,7 @@ class SiteWorker:
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
-        """Seal an update whose arrays have this digest."""
+        """Return header and signature of a sealed answer. content_digest: digest of its content."""
         prepared, policy = self._require(digest), self.site.policy
         header = Header(
             plan=digest,
@@ -581,9 +584,9 @@ class SiteWorker:
         return prepared
 
     def current(self) -> Site:
-        """Return the site with the policy that its file has now: a tightened policy applies from
-        the next round, and all else when the site is started again; see `as_stated`. Its own key
-        is none of policy.peers."""
+        """Return the site with the policy that its file has now. A tightened policy applies from
+        the next round, other changes when the site is started again (`as_stated`). policy.peers is
+        returned without the site's own key."""
         site = as_stated(load_site(self._path), self.site) if self._path else self.site
         if not site.policy.peers and not self.peers:
             return site

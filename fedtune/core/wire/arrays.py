@@ -1,6 +1,6 @@
 """Encode arrays for the wire: NumPy .npy bodies, each with the type and shape that it declares.
 
-Decoding uses no pickle, and no more memory than was sent. Nothing here uses Flower: Flower's
+Decoding uses no pickle, and no more memory than was sent. This module does not use Flower, whose
 record of arrays is a table of `Packed` (flower/records.py)."""
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
     """Compare the names, types and shapes that a record declares with the agreed ones, before any
     body is read.
 
-    | more, fewer or other names         | WireError                                 |
-    | another shape or type              | WireError                                 |
-    | more or fewer bytes than the shape | WireError, whatever the body says of itself |
-    Guarantee: nothing is allocated in proportion to what the message claims."""
+    | more, fewer or other names            | WireError |
+    | another shape or type                 | WireError |
+    | a body of more or fewer bytes than the shape needs; its header is not read | WireError |
+    Guarantee: no memory is allocated in proportion to what the message claims."""
     if len(record) != len(agreed) or set(record) != set(agreed):
         raise WireError("other arrays than agreed")
     for name, array in record.items():
@@ -125,9 +125,8 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
 
 
 def read_agreed(record: Record, agreed: Shapes) -> Arrays:
-    """Decode tensors of the `agreed` shapes, in any of the encodings; nothing is read before
-    check_agreed has passed.
-    Errors: WireError."""
+    """Decode tensors of the `agreed` shapes, in any of the encodings. No body is read before
+    check_agreed has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
         raise WireError("numbers in no known encoding")
@@ -136,9 +135,11 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
 
 
 def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
-    """Decode the frozen arrays of a plan, fp32, which are checked before any is read: LoRA's A,
-    of `rank` rows, if it comes from public text, and the preconditioner's W or U; or basis and
-    mean of class statistics, if the plan names their digest. Errors: WireError."""
+    """Decode a plan's frozen arrays, in fp32. All are checked before one is read.
+
+    A plan with LoRA may have the matrices A, of `rank` rows, if they come from public text, and the
+    preconditioner's W or U. A plan for class statistics (`has_basis`) has their basis and mean.
+    Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
     if has_basis and lora is None:
         _check_basis(shapes)
@@ -176,9 +177,9 @@ def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
 def unpack_arrays(record: Record) -> Encoded:
     """Decode the arrays of a record.
 
-    Guarantee: a body is decoded only if its own header says the record's type, C order and exactly
-    the number of bytes that follow, so a small message cannot claim a large array; pickle is never
-    read. Errors: WireError."""
+    Guarantee: a body is decoded only if its own header states the record's type, C order and a
+    shape of exactly as many bytes as follow. So a small message cannot claim a large array. Pickle
+    is never read. Errors: WireError."""
     return {name: _decode(name, array.dtype, array.data) for name, array in record.items()}
 
 

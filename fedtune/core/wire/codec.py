@@ -6,10 +6,10 @@
 
 All tensors travel as one array VALUES, end to end in name order: names and shapes follow from
 the plan, and Flower's cost is per array. The divisors of the blocks travel beside it, in one
-fp32 array SCALES. A block ends with its tensor, so that a small tensor beside a large one keeps
-its digits.
+fp32 array SCALES. No block has numbers of two tensors, so that a small tensor beside a large one
+keeps its digits.
 
-For a number x, m the largest magnitude in its block, both finite:
+x is a number, m the largest magnitude in its block, and both are finite:
 
 | encoding | |decoded - x| is at most         | bytes a number | GROWTH: how far a norm can rise |
 | float32  | 0                                | 4              | 1                               |
@@ -18,7 +18,7 @@ For a number x, m the largest magnitude in its block, both finite:
 
 (int8: ‖error‖² ≤ Σ BLOCK · (m/254)² over the blocks, and no block's m is above its norm.)
 Guarantee: the same numbers give the same bytes. A number that is not finite makes its block's scale
-not finite, which `decode` refuses. Post-processing of noised updates: no ε.
+not finite, which `decode` refuses. Encoding is post-processing of noised updates and costs no ε.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
 
 
 def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
-    """Decode what `encode` encoded, in fp32; the encoding follows from the arrays' type.
+    """Decode the arrays of `encode` to fp32 tensors; their type tells the encoding.
 
-    Guarantee: how many numbers and blocks there are follows from the `agreed` shapes alone.
-    Errors: WireError where there are other numbers than agreed, or the scales are not one positive
-    and finite number for each block."""
+    Guarantee: the number of numbers and of blocks follows from the `agreed` shapes alone.
+    Errors: WireError if there are more or fewer numbers than agreed, or if the scales are not one
+    positive and finite number for each block."""
     values, scales = encoded.get(VALUES), encoded.get(SCALES)
     if values is None or set(encoded) - {VALUES, SCALES}:
         raise WireError("other arrays than agreed")

@@ -33,10 +33,10 @@ class Teller:
     """Sends events over a connection; if nobody reads them any more, they are dropped.
 
     Guarantee: the sender never waits for an event to be read. If the process that started this one
-    stands still, such as on a terminal that nobody scrolls, events that do not fit into the
-    connection are left out and counted: the number of events depends on records, and so would the
-    moment at which a waiting vault stopped answering. `fetch` and `error` wait: `fetch` for its
-    result, `error` because its process answers nobody after it."""
+    stands still, as on a terminal that is paused, events that do not fit into the connection are
+    left out and counted. A vault that waited would stop answering after a number of events, which
+    depends on records. Only `fetch` and `error` wait: `fetch` for its result, `error` because its
+    process answers nobody afterwards."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()
@@ -45,7 +45,7 @@ class Teller:
         os.set_blocking(connection.fileno(), False)
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
-        # An error: who started this process has ended, and so will this.
+        # OSError: the process that started this one has ended, and this one will end, too.
         with self._mutex, suppress(OSError):
             if self._left_out and self._send(_not_shown(self._left_out)):
                 self._left_out = 0
@@ -70,8 +70,8 @@ class Teller:
             self("error", facts_of(error))
 
     def _send(self, event: str) -> bool:
-        """Send an event, or as much of it as there is space for; return False if nothing was
-        sent."""
+        """Send an event, or as much of it as the connection has space for. Return False if nothing
+        of it was sent."""
         if not self._send_rest():
             return False
         content = event.encode()
@@ -83,7 +83,7 @@ class Teller:
         return False
 
     def _send_rest(self) -> bool:
-        """Send the rest of an event; return whether that was all."""
+        """Send the rest of the last event; return whether nothing of it is left."""
         try:
             while self._rest:
                 self._rest = self._rest[os.write(self._connection.fileno(), self._rest) :]
@@ -93,7 +93,7 @@ class Teller:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Wait in the block until there is space, and for the answer."""
+        """Make writes and reads in the block wait until they can be done."""
         with suppress(OSError):
             os.set_blocking(self._connection.fileno(), True)
         try:

@@ -69,8 +69,8 @@ class SigningKey:
 @lru_cache(maxsize=256)  # a ledger's head and receipts are read again at every transaction
 def verifies(public: str, message: bytes, signature: str) -> bool:
     """Return whether `signature` over `message` is by the key `public`, both in lower-case
-    hexadecimal; malformed: False. One signature has one form: upper case and spaces are not
-    accepted."""
+    hexadecimal. Return False if one is malformed, also if it has upper case or spaces, so that one
+    signature has one form."""
     if not (_PUBLIC.fullmatch(public) and _SIGNATURE.fullmatch(signature)):
         return False
     try:

@@ -1,16 +1,18 @@
-"""Define the protocol version of coordinator and site, raised when one could misread the other.
+"""Define the protocol version of coordinator and site. A change by which one could misread the
+other raises the number.
 
-It covers all that crosses the wire: plans, admissions, orders, updates, seals, receipts and
-enrolment files. A release of fedtune that changes none of them keeps the number, and may replace
-another at either end in the middle of a study.
+The version covers all that crosses the wire: plans, admissions, orders, updates, seals, receipts
+and enrolment files. A release of fedtune that changes none of them keeps the number, and may
+replace another at either end in the middle of a study.
 
-| same number, another release | goes on                                                         |
-| another number               | refused by whoever notices first, before a record is read or a  |
-|                              | round is charged; the other end is told both numbers            |
-| none                         | a peer from before there was one: refused                       |
+| same number, another release | the study goes on                                               |
+| another number               | refused by the end that notices first, before a record is read  |
+|                              | or a round is charged; the other end is told both numbers       |
+| no number                    | refused: the peer's release is older than this numbering        |
 
-To every version belong, for ever: the message `query.prepare` with a record `plan`, its answer with
-a record `admission`, and in both the fields below; in the answer also `name`, `status`, `reason`.
+Every version will always have these: the message `query.prepare` with a record `plan`, its answer
+with a record `admission`, in both the fields of `version_fields`, and in the answer also `name`,
+`status` and `reason`.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class OtherProtocol(Refused):
 
 
 def version_fields() -> dict[str, int | str]:
-    """Return the protocol and release that this end states. Guarantee: public, the same at every
-    site."""
+    """Return the protocol and release that this end states. Both are public, and the same at every
+    site with this release."""
     return {"protocol": PROTOCOL, "release": __version__}
 
 

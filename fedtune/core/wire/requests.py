@@ -26,8 +26,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Scalar = str | int | float | bool
 Table = Mapping[str, Any]  # of a message: its values are checked where they are read
 
-# What is sent of a failure, whatever it was: its class would be an answer about the records, or
-# about the room that they leave on this machine. The site's own log says what happened.
+# The only text that is sent about a failure: its class would reveal something about the records, or
+# about the space that they leave on this machine. The site's own log says what happened.
 FAILED = "the site's own log says why"
 MOST_WORDS = 64 << 20  # bytes of a request's tables: a plan, or the statements of many sites
 MOST_ARRAYS = 10_001  # in a message
@@ -94,8 +94,9 @@ def send(connection: Way, sent: Request | Answer) -> None:
 
 
 def receive_request(connection: Way) -> Request:
-    """Receive a request. Errors: EOFError, OSError if the courier has ended or sends more than a
-    request can hold; RequestError if it does not have the agreed form, after all of it was read."""
+    """Receive a request. Errors: EOFError, OSError if the courier has ended, or sends more than a
+    request can hold or a header that cannot be read; RequestError if the message, which was then
+    read to its end, does not have the agreed form."""
     header, arrays = _receive(connection)
     kind, tables = header.get("kind"), header.get("tables")
     if kind not in KINDS or not isinstance(tables, dict) or not all(map(_is_table, tables.items())):

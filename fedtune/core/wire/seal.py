@@ -1,4 +1,4 @@
-"""Sign updates, orders of rounds and receipts: signatures bind bytes to sender and purpose.
+"""Sign updates, orders of rounds and receipts. A signature binds bytes to sender and purpose.
 
 coordinator ── order: plan, round, nonce ──> site
 coordinator <── seal over header + body ──── site     header names the site's ledger head
@@ -30,10 +30,11 @@ class SealError(InputError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a site's signature binds an update to. Every field is public.
+    """The context to which a site's signature binds an update. Every field is public.
 
-    plan, base: digests; receiver: the coordinator's public key; nonce: as in the order; body:
-    body_digest of what is sent; ledger: {token}, its ledger's head, which no one else can read."""
+    plan, base: digests; receiver: the coordinator's public key; nonce: as in the order; body: the
+    message's `body_digest`; ledger: {token} with the head of the site's ledger, which only the site
+    can read."""
 
     plan: str
     round: int
@@ -47,7 +48,7 @@ class Header:
 
 def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
     """Return the sha256 over the arrays' digest and the message's text fields, except header and
-    signature: with that digest alone one can check the text beside the arrays.
+    signature. Whoever has the arrays' digest can check the text without the arrays.
 
     Errors: SealError if `fields` holds anything but short text."""
     return digest_of(arrays_digest(arrays), fields)
@@ -128,8 +129,8 @@ def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256 over what goes with an order: an adapter's arrays, and a table of texts
-    if there is one."""
+    """Return the sha256 over what is sent beside the coordinator's signed order: the adapter's
+    arrays and, if there is one, a table of texts."""
     content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
     return hashlib.sha256(canonical(content)).hexdigest()
 
@@ -144,8 +145,8 @@ def order(
     *,
     beside: str,
 ) -> dict[str, Any]:
-    """Sign the coordinator's request for one round. attempt: its number, if there may be
-    several; beside: the digest_beside of what goes with it."""
+    """Return the coordinator's signed order for one round. attempt: the attempt's number, 0 if
+    there is only one; beside: `digest_beside` of the arrays and the table that go with it."""
     fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
     fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
@@ -157,10 +158,9 @@ def check_order(
     arrays: Mapping[str, bytes],
     table: Mapping[str, Any] | None = None,
 ) -> None:
-    """Verify an order, and then the arrays and the table that came with it.
+    """Verify an order, then the arrays and the table that came with it.
 
-    Errors: SealError if the order, or what came with it, is not from the coordinator that sent the
-    plan."""
+    Errors: SealError if order, arrays or table are not from the coordinator `public`."""
     fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt", "beside")}
     fields |= {"attempt": message["attempt"]} if "attempt" in message else {}
     signed = b"fedtune order\0" + canonical(fields)

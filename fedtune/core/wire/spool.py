@@ -1,4 +1,4 @@
-"""Pass requests and answers as files, where a vault and a courier share only a folder.
+"""Pass requests and answers as files, for a vault and a courier that share only a folder.
 
     DIR/requests/NAME   the courier writes and removes them; the vault reads them
     DIR/answers/NAME    the vault writes and removes them; the courier reads them
@@ -8,12 +8,12 @@ requests have the same name, and an answer names its request: an answer that an 
 left is never taken for another's. A file is written under another name, synced to disk and
 renamed: it is complete, or not there.
 
-Guarantee: what lies in DIR/requests can delay an answer, and nothing else.
+Guarantee: no file in DIR/requests can do more than delay an answer.
 
 | a link, a pipe, a folder, a device, a file with two names | not opened, or closed again unread  |
 | another user's file; one longer than a request can be     | closed again unread                 |
-| a file that does not hash to its name: written while it   | read once, and not answered; what   |
-| is read, cut off, copied                                  | counts are the bytes that were read |
+| a file that does not hash to its name: written while it   | read once, and not answered; the    |
+| is read, cut off, copied                                  | hash is of the bytes that were read |
 | more than MOST files                                      | none is answered until there are    |
 |                                                           | fewer                               |
 """
@@ -57,7 +57,7 @@ MOST_NAMES = 1024  # of files that one look at a folder takes in
 LENGTH = 8  # bytes in which the length of what follows is written
 MOST_HEAD = 1024  # bytes of a file's first part
 MOST_FILE = MOST_HEAD + MOST_WORDS + MOST_BYTES + LENGTH * (MOST_ARRAYS + 2)
-Seen = tuple[int, int, int]  # of a file: its number, its bytes, and when it was written
+Seen = tuple[int, int, int]  # a file's inode number, its length, and when it was written
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Spool:
 
     def answer_to(self, name: str) -> Answer | None:
         """Return the answer to a request; None as long as there is none. Errors: RequestError if
-        the file is not an answer to it."""
+        the answer's file is not an answer to this request."""
         try:
             with self._of(self.answers) as folder:
                 content = _read(folder, name)
@@ -130,8 +130,9 @@ class Spool:
     # -------------------------------------------------------------------------------- the vault
 
     def waiting(self) -> list[str]:
-        """List the requests that have no answer, the oldest first, without those that `take`
-        refused and that have not changed since; an empty list if there are too many files."""
+        """List the names of requests that have no answer, the oldest first. Leave out a file that
+        `take` refused and that has not changed since. Return [] if there are more than MOST files.
+        """
         with self._of(self.requests) as folder, self._of(self.answers) as answers:
             found = dict[str, os.stat_result]()
             with os.scandir(folder) as entries:
@@ -154,8 +155,8 @@ class Spool:
         return [name for _, name in sorted(new)]
 
     def take(self, name: str) -> bytes | None:
-        """Read a request's file, once; None if it does not exist any more, or is not one that is
-        answered."""
+        """Read a request's file, once. Return None if the file is gone, or is refused by the rules
+        at the top of this module."""
         with self._of(self.requests) as folder:
             seen = _look(folder, name)
             try:
@@ -170,12 +171,12 @@ class Spool:
         return content
 
     def put(self, name: str, answer: Answer) -> None:
-        """Write the answer to a request. Its mode and its time are always the same."""
+        """Write the answer to a request. The file's mode and time are always the same."""
         with self._of(self.answers) as folder:
             _write(folder, name, _encode(answer, {"request": name}), dated=False)
 
     def remove_answered(self) -> None:
-        """Remove the answers whose requests are gone: they were taken, or nobody waits for them."""
+        """Remove the answers whose requests are gone: the courier read them, or gave them up."""
         with self._of(self.requests) as requests, self._of(self.answers) as answers:
             with os.scandir(answers) as entries:
                 listed = [entry.name for entry in islice(entries, MOST_NAMES)]
@@ -194,7 +195,7 @@ class Spool:
 
     @contextmanager
     def _of(self, path: Path) -> Iterator[int]:
-        """Open one of the folders, and turn errors of the system into ours."""
+        """Open one of the folders in the block; turn an OSError into an InfrastructureError."""
         try:
             with _opened(path) as number:
                 yield number
@@ -254,7 +255,8 @@ def _check_release(head: dict[str, Any]) -> None:
 
 
 class _InMemory:
-    """The bytes of a file as a channel for a request or an answer: each part after its length."""
+    """A channel (`Way`) for a request or an answer in memory: the bytes of a file, in which each
+    part follows its length."""
 
     def __init__(self, content: bytes = b"") -> None:
         self._parts, self._left = list[bytes](), memoryview(content)
@@ -362,7 +364,7 @@ def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> Non
 
 
 def _remove(folder: int, name: str) -> None:
-    """Remove a file if it is there and may be removed. A folder of that name stays: neither courier
-    nor vault makes one."""
+    """Remove a file if it is there and may be removed. A folder of that name stays, since neither
+    courier nor vault made it."""
     with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
         os.unlink(name, dir_fd=folder)

@@ -1,4 +1,4 @@
-"""Define the interface of a page: the files that it watches, the values for its template, and its
+"""Define the interface of a page: the files that refresh it, the values for its template, and its
 curves."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from fedtune.observe.status import LOCK, held
 
 
 class Page(ABC):
-    """A page of one path. Its template is templates/KIND.html. The part of it in KIND_PART.html is
-    fetched again whenever one of `files` changes."""
+    """A page of one path. Its template is templates/KIND.html. Whenever one of `files` changes, the
+    browser fetches each of its `parts` again; the template of a part is KIND_PART.html."""
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("top", "bottom", "rounds")
@@ -33,18 +33,19 @@ class Page(ABC):
 
     @abstractmethod
     def read_context(self) -> dict[str, Any]:
-        """Read the values that the template shows. This must take milliseconds only. Errors:
-        FedtuneError."""
+        """Read the values that the template shows. It must take no longer than milliseconds.
+        Errors: FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:
         """Read the curves by round; None if the page has none."""
         return None
 
     def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read
-        """Read the rounds that were added; for a large study the first call takes seconds."""
+        """Read the rounds that were added since the last call. For a large study the first call
+        takes seconds."""
 
     def child(self, name: str) -> Page | None:
-        """Return the page of a run inside this one; None if there is no such run."""
+        """Return the page of the run `name` inside this page; None if there is no such run."""
         return None
 
     def slow_files(self) -> Iterable[Path]:
@@ -68,7 +69,7 @@ class Page(ABC):
 
 
 class Notice(dict[str, str]):
-    """One alarm. level: "bad" or "warn"; text: what is wrong and what to do."""
+    """One alarm. level: "bad" or "warn"; text: says what is wrong and what to do."""
 
     def __init__(self, level: str, text: str) -> None:
         super().__init__(level=level, text=text)

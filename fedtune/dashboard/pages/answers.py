@@ -1,5 +1,5 @@
-"""Read a run's answers.json for a page: answers to public records. Values of another form than
-expected are left out."""
+"""Read a run's answers.json, the answers of base and adapter to public records, for a page. Values
+of an unexpected form are left out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ MOST, LONGEST = 20, 1500  # prompts, and characters of a text
 
 
 def answers_in(run: Path) -> dict[str, Any]:
-    """Read the answers of base and adapter; {} if there are none, or if they were made with another
-    version of the adapter."""
+    """Read the answers of base and adapter, with the time at which they were made. Return {} if
+    there are none, or if they were made with another version of the adapter; {"error": …} if the
+    file is damaged."""
     path = run / ANSWERS
     if not path.exists():
         return {}
@@ -44,8 +45,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(side: Any, expected: str) -> dict[str, Any]:
-    """Read one model's answer. In the result, share is the probability of the model's label, and
-    right whether the label is the expected one; each is None if the answer has no label."""
+    """Read one model's answer. Returns "text", the answer; "share", the probability of the model's
+    label, None if the answer has no label; and "right", whether the label is the expected one, None
+    if that is not known."""
     side = side if isinstance(side, dict) else {}
     text, share = _text(side.get("answer")), number(side.get("probability"))
     share = share if share is not None and 0 <= share <= 1 else None

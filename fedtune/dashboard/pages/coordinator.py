@@ -1,5 +1,5 @@
-"""The page of a coordinator: its consortium's members and certificates, the studies that it has
-run, and the run that it serves."""
+"""Build the page of a coordinator: the consortium's members and certificates, the coordinator's
+studies, and the run that it serves."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ SOON_DAYS = 7  # a certificate with fewer days left raises an alarm; it should b
 
 
 class CoordinatorPage(Page):
-    """A coordinator's home; see `Page`. Its runs are found beside it, or in runs/ beside it. If it
-    serves several studies, the page lists them, and each run has its own page."""
+    """The dashboard's page of a coordinator's home. The coordinator's runs are found beside the
+    home, or in runs/ beside the home. If the coordinator serves several studies, the page lists
+    them, and each run has its own page."""
 
     kind = "coordinator"
     parts = RunPage.parts
@@ -45,11 +46,12 @@ class CoordinatorPage(Page):
         return [self.path / "audit.jsonl"]
 
     def run(self) -> RunPage | None:
-        """Find the newest run of the study that this home serves; None if it serves several."""
+        """Return the page of the newest run of the study that this home serves; None if the home
+        serves several studies, or there is no such run."""
         return self._run_pages().get(self._status().get("plan_digest"))
 
     def _run_pages(self) -> dict[str | None, RunPage]:
-        """Find the newest run of each plan, by the plan's digest."""
+        """Return digest of a plan -> the page of its newest run."""
         beside = self.path.resolve().parent
         runs = [run for folder in (beside, beside / RUNS) for run in runs_in(folder)]
         newest = dict[str | None, RunPage]()
@@ -119,7 +121,8 @@ class CoordinatorPage(Page):
         }
 
     def _members(self, sites: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Notice]]:
-        """List every admitted and revoked site, with the days until its certificate expires."""
+        """Return a row for each site in the run, and for each admitted or revoked site, with the
+        days until its certificate expires; and the notices about certificates that expire soon."""
         rows, notices = {site["name"]: {**site, "days": None} for site in sites}, list[Notice]()
         empty = sites_of(None, {"privacy": {"sites": {"": {}}}})[0]
         for name, record in enrol.registry(self.path).items():

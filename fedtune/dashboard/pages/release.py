@@ -1,4 +1,4 @@
-"""The page of a dossier: whether it verifies, who signed it, and its content."""
+"""Build the page of a dossier: whether the dossier verifies, who signed it, and its content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTENT = "dossier.json"
 
 
 class ReleasePage(Page):
-    """A dossier's folder; see `Page`."""
+    """The dashboard's page of a dossier."""
 
     kind = "release"
     parts = ("top",)

@@ -1,5 +1,5 @@
-"""The page of a run, while it trains and when it is finished: progress, quality, and cost for
-each site."""
+"""Build the page of a run, while the run trains and when it is finished: progress, quality, and the
+cost for each site."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOTHING: dict[str, Any] = {}
 
 
 class RunPage(Page):
-    """A run's folder; see `Page`."""
+    """The dashboard's page of a run."""
 
     kind = "run"
     parts = (*Page.parts, "answers")
@@ -97,7 +97,8 @@ class RunPage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Read the curves by round, with one number for each round; None if it was not measured."""
+        """Return the curves by round. Each has one number for each round, None in rounds in which
+        nothing was measured."""
         self.read_rounds()
         rounds, shown = self.rounds, self.read_context()
         quality = {name: _plain(values) for name, values in rounds.quality.items()}
@@ -156,7 +157,8 @@ class RunPage(Page):
 
 
 def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the command that asks base and adapter the same prompts; [] once it has been run."""
+    """Return the command that asks base and adapter the same prompts, for the page's list of
+    commands. [] if it has been run, or the plan has no [evaluation]."""
     if not plan.get("evaluation") or (run / ANSWERS).exists():
         return []
     line = f"fedtune answers {shlex.quote(str(run))}"
@@ -164,7 +166,7 @@ def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Join the entries of status and report about each site, by name."""
+    """Return a row for each site, sorted by name, with its entries in status and report."""
     by_status = snapshot.status["sites"] if snapshot else {}
     by_report = (report.get("privacy") or {}).get("sites") or {}
     absences = report.get("absences") or {}
@@ -194,7 +196,7 @@ def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str
 def alarms(
     snapshot: Snapshot | None, report: dict[str, Any], sites: list[dict[str, Any]]
 ) -> list[Notice]:
-    """List the alarms, worst first."""
+    """List the alarms of a run: no privacy, a worse model, a stop, and problems of sites."""
     found, quality = [], report.get("quality") or {}
     if report.get("private") is False or (snapshot and snapshot.status.get("private") is False):
         found.append(
@@ -232,8 +234,8 @@ def alarms(
 def _quality(
     snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the study's metric of base and trained model, with intervals; while the run continues,
-    that of the newest round."""
+    """Return the quality of base and trained model by each metric, with intervals. While the run
+    continues, the trained model is that of the newest measured round. {} without a metric."""
     quality = report.get("quality") or {}
     metric = quality.get("metric") or (plan.get("evaluation") or {}).get("metric")
     if metric is None:
@@ -272,7 +274,8 @@ def _quality(
 def _privacy(
     sites: list[dict[str, Any]], report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the largest ε of a site so far, the planned ε, and the explanations of both."""
+    """Return the largest ε of a site so far, the planned ε, and texts that explain them; {"off":
+    True} for a run without privacy."""
     table = plan.get("privacy")
     told = report.get("privacy") or {}
     if table == "off" or report.get("private") is False:
@@ -294,7 +297,7 @@ def _privacy(
 
 
 def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return public facts about the run, from plan and report, as pairs of label and value."""
+    """Return the public facts about a run in plan and report, as pairs of label and value."""
     base = report.get("base") or plan.get("base") or {}
     adapter = plan.get("lora") or {}
     pairs = [

@@ -1,4 +1,4 @@
-"""The page of a folder of runs: the result of each, and its ε."""
+"""Build the page of a folder of runs: the result and the ε of each run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def runs_in(folder: Path) -> Iterator[Path]:
 
 
 class RunsPage(Page):
-    """A folder of runs; see `Page`."""
+    """The dashboard's page of a folder of runs."""
 
     kind = "runs"
     parts = ("top",)

@@ -1,5 +1,5 @@
-"""The page of a site: its budget, the plans that wait for its officer, its refusals, and its
-data."""
+"""Build the page of a site: its budget, the plans that wait for its officer's signature, its
+refusals, and its data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class SitePage(Page):
-    """The page of a site.toml; see `Page`. It is meant for people at the site alone."""
+    """The dashboard's page of a site.toml. It is meant only for people at the site."""
 
     kind = "site"
     parts = ("top", "bottom")
@@ -78,7 +78,7 @@ class SitePage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Read the site's own training loss by round, for each of its newest studies."""
+        """Return {"own": the site's own training loss by round, for each of its newest studies}."""
         return {"own": _losses(self._site().site.state / LOSSES)}
 
     def _site(self) -> Site:
@@ -86,7 +86,7 @@ class SitePage(Page):
 
 
 def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
-    """Warn that nobody here has signed the plan of the newest study."""
+    """Yield a warning if nobody at this site has signed the plan of the newest study."""
     status = snapshot.status if snapshot else {}
     digest, study = status.get("plan_digest"), status.get("study")
     if snapshot is None or snapshot.over or status.get("signed") is not False or not digest:
@@ -101,7 +101,7 @@ def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> 
 
 
 def _policy(site: Site) -> list[tuple[str, str]]:
-    """Return the site's policy, as label and value."""
+    """Return the site's policy as pairs of label and value."""
     policy = site.policy
     return [
         ("policy.max_epsilon", f"{policy.max_epsilon:g}"),
@@ -118,8 +118,8 @@ def _policy(site: Site) -> list[tuple[str, str]]:
 
 
 def _counts(path: Path) -> list[dict[str, Any]]:
-    """Return, for each dataset, how many rows were used or left out, and why, when it was last
-    read. The values are counts and fixed words."""
+    """Return, for each dataset, the numbers of rows that were used and left out, by reason, when
+    the dataset was last read. The values are counts and fixed words."""
     if not path.exists():
         return []
     with suppress(FedtuneError):
@@ -133,8 +133,8 @@ def _counts(path: Path) -> list[dict[str, Any]]:
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
-    """Return the losses of the newest STUDIES studies, the newest first. A round that was trained
-    twice has the later loss; lines that fedtune did not write are left out."""
+    """Return the losses of the newest STUDIES studies, the newest first. For a round that was
+    trained twice the later loss counts. Lines that fedtune did not write are left out."""
     studies: dict[str, dict[str, Any]] = {}
     lines: list[str] = []
     with suppress(OSError, FedtuneError):

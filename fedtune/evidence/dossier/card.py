@@ -1,4 +1,4 @@
-"""Write a dossier's model card, README.md, in the format of the Hugging Face hub."""
+"""Compose a dossier's model card, README.md, in the format of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ PEFT = (
 
 
 def card(content: Mapping[str, Any], found: Mapping[str, Any], run: Path) -> str:
-    """Write the card of a dossier's content. run: the run's folder; found: its documents."""
+    """Return the model card for a dossier's content. run: the run's folder; found: the run's
+    documents by name."""
     lora = bool(found["plan.json"].get("lora"))
     head = _head(found["report.json"], task=pipeline_tag(run), lora=lora)
     return f"---\n{head}\n---\n\n{card_body(content, found)}"
 
 
 def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Write the card of `card` without its head."""
+    """Return the card without its head."""
     report, plan = found["report.json"], found["plan.json"]
     texts = {section["id"]: section for section in content["sections"]}
     parts = [
@@ -46,8 +47,8 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
-    """Write the head with the fields of the hub's model cards. The same run always gives the same
-    text, so that `verify` can compare it."""
+    """Return the card's head, with the fields of the hub's model cards. The same run always gives
+    the same text, so that `verify` can compare it."""
     import yaml  # type: ignore[import-untyped]
 
     base = report["base"]

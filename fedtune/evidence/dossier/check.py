@@ -37,7 +37,7 @@ from fedtune.evidence.verify import Verified, verify_run
 
 
 def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a dossier; see `fedtune.evidence.verify.verify`.
+    """Verify a dossier. Parameters and result: those of `fedtune.evidence.verify.verify`.
 
     Errors: NotGenuine, Refused, InputError."""
     if not (folder / RELEASE).exists():
@@ -82,12 +82,12 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
 
 
 def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
-    """Check every figure by comparison with the run, and every page by comparison with the one that
-    this release writes; return the names of the files that nobody's word is needed for.
+    """Check every figure against the run, and every page against the one that this release
+    composes. Return the names of the files whose whole text is confirmed in this way.
 
-    There are none in another release's dossier. Its facts are looked up and its pages compared by
-    their numbers, which finds what was changed later; but whoever signed it may have written other
-    figures into its texts, or left facts out."""
+    In a dossier of another release, no text is confirmed. Its facts are looked up in the run, and
+    the numbers of its pages are compared. This finds changes that were made later; but its signer
+    may have put other figures into its texts, or left facts out."""
     path, same_release = folder / CONTENT, signed["fedtune"] == __version__
     text = reading.text(path, "the dossier's content", TODO, NotGenuine, reading.LARGE)
     content = reading.json_in(path, "the dossier's content", TODO, NotGenuine)
@@ -134,8 +134,8 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
 
 
 def _read_pack(folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the assurance pack, and check each of its facts; {} for a dossier without one, as
-    earlier releases wrote it."""
+    """Read the assurance pack, and check each of its facts. Return {} for a dossier without a pack,
+    as earlier releases wrote it."""
     path = folder / pack.JSON
     if pack.JSON not in signed["files"]:
         return {}
@@ -150,7 +150,8 @@ def _read_pack(folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any]
 def _pack_again(
     folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any], typed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Write the assurance pack again, as `release` does; return file -> content."""
+    """Compose the assurance pack's texts again, as `release` does, for comparison; return file ->
+    content."""
     own = folder / FOLDER
     names = {*signed["files"], RELEASE}
     content = pack.build_pack(found, typed, all_sections(own if own.is_dir() else None), names)

@@ -1,17 +1,20 @@
-"""Build a dossier's content from the package's texts (sections/*.toml), a run, and what a person
-typed.
+"""Build a dossier's content from the package's texts (sections/*.toml), a run, and a person's
+texts.
 
-A text holds no figure of a run. A figure is a fact: a source in the run and a format. Information
-that neither the package nor the run has is a blank, which a person fills in (details.toml).
+A text of the package holds no figure of a run. A figure is a fact: a source in the run and a
+format. Information that neither the package nor the run has is a blank, which a person fills in
+(details.toml). A section consists of blocks:
 
-    text = "…"                       a paragraph               note = "…"     a highlighted one
-    list = ["…"]                     a list                    limits = true  claim.limits
+    text = "…"                       a paragraph
+    note = "…"                       a highlighted paragraph
+    list = ["…"]                     a list
+    limits = true                    the list that claim.limits returns
     picture = "name", alt, caption   one of diagrams.py
     curve = "caption"                the metric by ε, or by round if the run has no ε
     fact = "label", at = SOURCE      one figure of the run
     table = "caption", head, rows    a table of the package's own words
     table = "caption", each = SOURCE, key = "site", columns = [["ε", SOURCE, "epsilon"], …]
-                                     a row for each entry at SOURCE; {key} in a SOURCE is its name
+                                     a row for each entry at SOURCE, whose name replaces {key}
     blank = "key", label, help       a text that a person fills in
     when = "private"                 with any of these: shown only for such runs (WHEN)"""
 
@@ -106,7 +109,8 @@ def blanks() -> Iterator[Mapping[str, str]]:
 
 
 def notes(found: Documents) -> list[str]:
-    """Return what the first page of a run's dossier highlights, such as that it is not private."""
+    """Return the highlighted texts of the first page of a run's dossier, such as that it is not
+    private."""
     blocks = _blocks(sections()[0]["block"], found, {})
     return [block["note"] for block in blocks if block["kind"] == "note"]
 
@@ -168,8 +172,8 @@ def _blocks(
 
 
 def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
-    """Yield the curve's block, with the metric of each measured round; nothing if the metric is not
-    known of the base, or of any round."""
+    """Yield the curve's block, with the metric of each measured round. Yield nothing if the base's
+    metric is unknown, or no round has one."""
     quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
     metric, private = quality.get("metric"), WHEN["private"](found)
     name = escape_key(str(metric))
@@ -205,8 +209,7 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def look_up(found: Documents, source: str, how: str) -> dict[str, str] | None:
-    """Look up the fact at `source`, and show it in the format `how`; None if the run does not have
-    it."""
+    """Return the fact at `source`, shown in the format `how`; None if the run has no such value."""
     value = resolve(found, source)
     if value is MISSING or value is None:
         return None

@@ -93,7 +93,8 @@ def _interval(value: Any) -> str:
 
 
 def _find_line(quality: Any, about: str) -> str:
-    """Return the sentence of gain.headline with the subject `about`."""
+    """Return the sentence of gain.headline about the subject `about`; "not measured" if there is
+    none."""
     found = (line.text for line in headline(quality) if line.about == about)
     return next(found, "not measured")
 
@@ -104,8 +105,8 @@ def _upstream(value: Any) -> str:
 
 
 def base_name(name: str) -> str:
-    """Return the plan's name of a base, without the path if it is a folder on the coordinator's
-    machine.
+    """Return the plan's name of a base. For a folder on the coordinator's machine, return a text
+    without the path.
 
     >>> base_name("/home/ada/models/llama")
     'a local folder, known by its digest'

@@ -1,4 +1,4 @@
-"""Write a dossier as Markdown: dossier.md."""
+"""Render a dossier as Markdown: dossier.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def title(content: Mapping[str, Any], what: str = "Dossier") -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Write a dossier's content as Markdown. Values of the run are escaped and on one line."""
+    """Return a dossier's content as Markdown. Values of the run are escaped and on one line."""
     parts = [f"# {cell(title(content))}"]
     parts.append(_contents(content))
     for section in content["sections"]:
@@ -31,7 +31,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def body(blocks: list[dict[str, Any]]) -> str:
-    """Write blocks of a section, without a heading, as Markdown."""
+    """Return blocks of a section, without a heading, as Markdown."""
     return "\n\n".join(_section(blocks)) + "\n"
 
 
@@ -107,7 +107,7 @@ def _blank(block: Mapping[str, str]) -> str:
 
 
 def cell_long(text: str) -> str:
-    """Escape a person's text, whatever its length."""
+    """Escape a person's text without cutting it, whatever its length."""
     words, lines = text.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > 150:

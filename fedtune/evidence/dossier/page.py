@@ -1,4 +1,4 @@
-"""Write a dossier as one HTML file without scripts or requests, which can be read with a keyboard
+"""Render a dossier as one HTML file without scripts or requests, which can be read with a keyboard
 or a screen reader, and printed."""
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def page(
 ) -> str:
     """Return a dossier's content as HTML, with its pictures in it.
 
-    what, data: the title's first word, and the file with the same content. wide: further style, of
-    a page whose tables are wide."""
+    what, data: the title's first word, and the file with the same content. wide: further CSS for a
+    page with wide tables."""
     name = escape(title(content, what))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

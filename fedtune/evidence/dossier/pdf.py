@@ -1,4 +1,4 @@
-"""Write a dossier as one printable PDF: dossier.pdf; needs fpdf2, of the extra `dossier`.
+"""Render a dossier as one printable PDF, dossier.pdf. This needs fpdf2, of the extra `dossier`.
 
 The font is DejaVu Sans, which comes with matplotlib: the built-in fonts of PDF readers lack ε, σ
 and ☐."""
@@ -36,7 +36,7 @@ def can_write() -> bool:
 
 
 def pdf(content: Mapping[str, Any]) -> bytes:
-    """Write a dossier's content as a PDF (A4), with its pictures in it.
+    """Return a dossier's content as a PDF (A4), with its pictures in it.
 
     Errors: ModuleNotFoundError without fpdf2."""
     document = _create_document(title(content))
@@ -164,7 +164,8 @@ DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 
 def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[float, ...]:
-    """Give each column the width of its longest word, and share the rest by mean length."""
+    """Return each column's width: that of its longest word, and a part of the rest by the mean
+    length of its cells."""
     document.set_font(SANS, "B", SIZES["table"])
     least, means = [], []
     for n, name in enumerate(head):
@@ -204,7 +205,8 @@ def _cell(value: Any) -> str:
 
 
 def _make_breakable(text: str) -> str:
-    """Allow line breaks in long words: in paths after their parts, in digests anywhere."""
+    """Allow line breaks in words longer than LONG: after each of BROKEN_AFTER, and after LONG
+    letters."""
     return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
 
 

@@ -1,4 +1,4 @@
-"""Draw a picture of drawing.py into a PDF, as lines and letters."""
+"""Draw a picture of drawing.py into a PDF, as vector shapes and text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Package a finished run as a signed dossier: `fedtune release`; approve one: `fedtune approve`."""
+"""Package a finished run as a signed dossier: `fedtune release`. Approve a dossier: `fedtune
+approve`."""
 
 from __future__ import annotations
 
@@ -66,15 +67,14 @@ def release(
     it.
 
     Args:
-        details: blank's key -> the text that a person typed for it; the other blanks stay marked as
-            such.
+        details: blank's key -> the text that a person typed for it; other blanks are shown as
+            blank.
         home: the coordinator's home, whose key signs; by default the one beside the folder of runs.
-        A
-            simulation has no home: its dossier is signed with a key that is made for it and not
+            A simulation has no home: its dossier is signed with a key that is made for it and not
             stored.
         sections: a folder with further sections of the assurance pack, such as a hospital's rules.
-        attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states what
-        they found.
+        attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states their
+            results.
 
     >>> import fedtune
     >>> fedtune.release("runs/none", "dossiers/none")
@@ -126,7 +126,8 @@ def release(
 
 
 def _carry_told(run: Path, into: Path) -> None:
-    """Copy the sites' statements about the run's model that count; each is signed by its site."""
+    """Copy those of the sites' statements about the run's model that count. Each is signed by its
+    site."""
     for one in read_told(run):
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
@@ -134,10 +135,10 @@ def _carry_told(run: Path, into: Path) -> None:
 
 
 def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy what attacks on the run's plan found; return file -> content.
+    """Copy the results of attacks on the run's plan; return file -> content.
 
-    Errors: ConfigError (nothing is there, or it is of another study), Refused (it is of an attack
-    at a site, on its own records)."""
+    Errors: ConfigError (no result is there, or it is of another study), Refused (it is of an attack
+    at a site, on the site's own records)."""
     found = {
         name: reading.json_in(folder / name, "what an attack found")
         for name in assurance.ATTACKS
@@ -201,8 +202,8 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
 
 
 def _sign_weights(draft: Path, home: Path | None) -> None:
-    """Sign the weights also in OpenSSF's format, with the key for it in `home`; None: with a key
-    that is not stored."""
+    """Sign the weights also in OpenSSF's format, with the key for this format in `home`. Without a
+    home, sign with a new key that is not stored."""
     with tempfile.TemporaryDirectory() as nowhere:
         key = (home or Path(nowhere)) / openssf.KEY
         openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
@@ -230,7 +231,8 @@ def _write_pack(
     sections: Sequence[assurance.Section],
     made: str,
 ) -> None:
-    """Write the assurance pack, when every other file of the dossier is there but its signature."""
+    """Write the assurance pack. All other files of the dossier, except its signature, must be there
+    already."""
     entry = {REGISTRY: registry(found, typed, made)} if found["report.json"]["private"] else {}
     names = {*list_covered(draft), *entry, pack.JSON, pack.PAGE, crate.FILE, RELEASE}
     content = pack.build_pack(found, typed, sections, names)
@@ -245,9 +247,9 @@ def _write_pack(
 
 
 def read_details(path: Path, sections: Sequence[assurance.Section] | None = None) -> dict[str, str]:
-    """Read blank's key -> the text that a person typed for it. sections: those of the assurance
-    pack; None: the package's. Errors: InputError; ConfigError (an unknown key, or a value that is
-    not a text)."""
+    """Read blank's key -> the text that a person typed for it. sections: the assurance pack's
+    sections; None for those of the package. Errors: InputError; ConfigError (an unknown key, or a
+    value that is not a text)."""
     known = {block["blank"] for block in blanks()} | {key for key, _ in _pack_blanks(sections)}
     table = reading.toml_in(path, DETAILS)
     for key, value in table.items():
@@ -261,7 +263,8 @@ def read_details(path: Path, sections: Sequence[assurance.Section] | None = None
 def _pack_blanks(
     sections: Sequence[assurance.Section] | None,
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Return (key, what to tell the person) for each blank of the assurance pack."""
+    """Return (key, lines that explain the blank to a person) for each blank of the assurance
+    pack."""
     if sections is None:
         sections = assurance.package_sections()
     return [
@@ -274,8 +277,8 @@ def _pack_blanks(
 
 
 def details_template(sections: Sequence[assurance.Section] | None = None) -> str:
-    """Return the text of a file with a dossier's blanks, for a person to fill in. sections: as for
-    `read_details`.
+    """Return the text of a file with a dossier's blanks, for a person to fill in. sections: the
+    assurance pack's sections; None for those of the package.
 
     >>> "contact = " in details_template()
     True
@@ -317,8 +320,8 @@ def approve(
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Errors: NotGenuine, Refused (another signer), InputError (this key approved it already),
-    ConfigError (nothing was said)."""
+    Errors: NotGenuine, Refused (another signer), InputError (not a dossier, or this key approved it
+    already), ConfigError (a name, role or reason that is empty, too long or not on one line)."""
     folder = Path(folder)
     for what, said in (("name", name), ("role", role), ("reason", reason)):
         if not said.strip() or len(said) > LONGEST or not said.isprintable():

@@ -1,10 +1,11 @@
 """Sign a folder as a dossier, and read back the signed content.
 
-    release.json           sha256 and size of every file below the folder, but for approvals/; when;
-                           signed by the coordinator
-    approvals/KEY.json     somebody's signature over release.json's digest, with name, role, reason
+    release.json           sha256 and size of every file in the folder except approvals/, and the
+                           time, signed by the coordinator
+    approvals/KEY.json     a person's or a site's signature over release.json's digest, with name,
+                           role and reason
 
-Both are canonical JSON: each content has one spelling."""
+Both are canonical JSON, so that the same content always has the same bytes."""
 
 from __future__ import annotations
 
@@ -73,8 +74,8 @@ def _links(folder: Path) -> bool:
 
 
 def sign(folder: Path, key: SigningKey, ca: str, made: str = "") -> None:
-    """Write release.json over the folder as it is. made: the moment of signing, which other files
-    name too; "": now. Errors: InfrastructureError."""
+    """Write release.json, which covers the folder's files as they are. made: the moment of signing,
+    which other files name too; "" for now. Errors: InfrastructureError."""
     names = list_covered(folder)
     body = {
         "format": FORMAT,
@@ -124,7 +125,8 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
 
 
 def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -> dict[str, Any]:
-    """Make an approval of a release, by its digest, signed with the approver's own key."""
+    """Build an approval of a release, signed with the approver's own key. release: the release's
+    digest."""
     body = {
         "format": APPROVAL,
         "release": release,
@@ -138,8 +140,8 @@ def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -
 
 
 def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
-    """Read and check every approval of a release. Errors: NotGenuine (one is of another release,
-    was changed, or another file lies among them)."""
+    """Read and check every approval of a release. release: its digest. Errors: NotGenuine (an
+    approval is of another release or was changed, or another file lies among them)."""
     inside, read = folder / APPROVALS, []
     if inside.is_symlink():
         fail(inside, "is a link", "the approvals' own folder")

@@ -1,4 +1,4 @@
-"""Trackers get the events of a run: frozen dataclasses, one file each."""
+"""Trackers receive a run's events. Each tracker is a frozen dataclass in its own file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRACKERS = Group("trackers", "tracker.name", __name__, Tracker)  # type: ignore[
 
 
 def build(words: Sequence[str]) -> list[Tracker]:
-    """Build the trackers that a command line names, each as NAME or NAME:OPTION=VALUE,….
+    """Build the trackers that a command line names. words: NAME or NAME:OPTION=VALUE,… of each.
 
     Errors: ConfigError for a name, an option or a package that does not exist."""
     return [_build_tracker(word) for word in words]

@@ -1,4 +1,4 @@
-"""Name a round's figures for trackers. A figure that trl's trainers log too has their name.
+"""Name a round's figures for trackers. A figure that trl's trainers also log gets their name.
 
 | figure in fedtune         | tracked as                                              |
 | quality.loss, .accuracy … | eval/loss, eval/accuracy …                              |
@@ -18,7 +18,7 @@ TRL = {"preference": "rewards/accuracies", "margin": "rewards/margins"}
 
 
 def figures(data: Mapping[str, Any]) -> dict[str, float]:
-    """Return tracked name -> number, of a round's figures; those that are not finite are left out.
+    """Return tracked name -> number for a round's figures. Figures that are None are left out.
 
     >>> figures({"round": 2, "quality": {"loss": 1.5}, "epsilon": {"north": 0.5, "south": None}})
     {'eval/loss': 1.5, 'epsilon/north': 0.5}
@@ -42,7 +42,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, float]:
 
 
 def about(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about a run in its "start" event: study, plan, rounds, whether it is
-    private."""
+    """Return the facts about a run in its "start" event: study, digest of the plan, rounds, and
+    whether the run is private."""
     keys = ("study", "plan_digest", "rounds", "private")
     return {key: data[key] for key in keys if key in data}

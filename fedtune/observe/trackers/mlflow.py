@@ -1,4 +1,4 @@
-"""The tracker for MLflow."""
+"""Define the tracker for MLflow."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ENDS = {"done": "FINISHED", "stopped": "FAILED"}
 class MLflow(Tracker):
     """Sends metrics by round to MLflow: one experiment per study, one MLflow run per run.
 
-    uri: a database on this machine, or an MLflow server's address; MLflow's own telemetry is
-    off. A resumed run continues in the newest MLflow run of its plan."""
+    uri: a database on this machine, or an MLflow server's address. MLflow's own telemetry is
+    switched off. A resumed run continues in the newest MLflow run of its plan."""
 
     uri: str = "sqlite:///mlflow.db"
 
@@ -48,7 +48,7 @@ class MLflow(Tracker):
 
     def _run(self, data: Mapping[str, Any]) -> str:
         """Begin an MLflow run or, if the run is resumed, find the newest MLflow run of its plan.
-        Return its id."""
+        Return the MLflow run's id."""
         client, facts = self._client, about(data)  # type: ignore[attr-defined]
         name, plan = str(facts.get("study") or "study"), str(facts.get("plan_digest") or "")
         known = client.get_experiment_by_name(name)

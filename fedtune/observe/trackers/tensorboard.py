@@ -1,4 +1,4 @@
-"""The tracker for TensorBoard."""
+"""Define the tracker for TensorBoard."""
 
 from __future__ import annotations
 

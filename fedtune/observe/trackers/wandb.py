@@ -1,4 +1,4 @@
-"""The tracker for Weights & Biases, offline."""
+"""Define the tracker for Weights & Biases, which works offline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class WeightsAndBiases(Tracker):
     """Writes metrics by round as an offline run of Weights & Biases, in `folder` on this machine.
 
     Nothing is sent until a person runs `wandb sync`. Nothing about the machine, the terminal and
-    the code is recorded. A resumed run is a new one, in the same group."""
+    the code is recorded. A resumed run becomes a new run of Weights & Biases, in the same group."""
 
     project: str = "fedtune"
     folder: str = "."

@@ -53,12 +53,12 @@ class Acceptance:
 
 
 def accept(run: Run | Path | str, site: Site) -> Acceptance:
-    """Judge a finished run, or the run in a dossier, by this site's [acceptance], on its own
-    held-out records: exact figures, without noise, which stay at the site.
+    """Judge a finished run, or the run in a dossier, by this site's [acceptance], on the site's own
+    held-out records. The figures are exact, without noise, and stay at the site.
 
-    Patients on whom a study here trained or was to train, or who withdrew, are left out. The
-    base, the public start (if the run's folder still has it) and the site's own model, if it
-    named one, are measured on the same records; beside a personal model the released one is, too.
+    Patients on whom a study here trained or was to train, or who withdrew, are left out. The base,
+    the public start (if the run's folder still has it) and the site's own model, if it named one,
+    are measured on the same records. If the run is a personal model, so is the released one.
 
     >>> import fedtune
     >>> fedtune.accept(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
@@ -108,7 +108,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     figure, and nothing is judged again.
 
     A person must call this on purpose: a reader of the statement learns an exact bit about held-out
-    patients, which no ε covers. It is entered in the site's audit log. Errors: InputError if
+    patients, which no ε covers. The site's audit log gets an entry of it. Errors: InputError if
     nothing was decided about this model, or `to` exists; NeverLeaves if it is a personal model."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     if isinstance(run, PersonalRun):
@@ -140,7 +140,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
 def _sign_record(
     run: Run, table: AcceptanceTable, keyed: str, figures: dict[str, Any], key: SigningKey
 ) -> dict[str, Any]:
-    """Build the record of a decision, and sign it."""
+    """Build and sign the record of a decision."""
     body: dict[str, Any] = {
         "format": FORMAT,
         "site": figures["site"],

@@ -42,8 +42,8 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
 
 
 def differences(measure: str, rows: Sequence[Mapping[str, Any]], level: float) -> Picture:
-    """Draw each group's difference from all others with its interval; intervals that exclude no
-    difference are marked."""
+    """Draw for each group the difference from all others, with its interval. A group whose interval
+    does not contain 0 is marked."""
     edges = [bound for row in rows for bound in row["difference"]["interval"]]
     most = max(map(abs, edges), default=0.0) or 1.0
     height = TOP + ROW * len(rows)

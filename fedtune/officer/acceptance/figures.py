@@ -1,4 +1,4 @@
-"""Build every figure of an acceptance as JSON values; None for values that are not numbers."""
+"""Build every figure of an acceptance as JSON values. NaN and infinities become None."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ WORST = 20  # the number of worst errors that are listed
 
 
 def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
-    """Judge the model, and build the content of the page. Errors: ConfigError, as for judge."""
+    """Judge the model, and return the content of figures.json, from which the page is made. Errors:
+    ConfigError, as for judge."""
     held_out, scores = scored.held_out, scored.scores[MODEL]
     judgement = judge(table, scores, held_out.units, held_out.groups, scored.labels)
     tested = [one for one in judgement.compared if one.found is not None]
@@ -54,8 +55,8 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
 
 def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return each model's measures and, for each other model, by how much the judged model is
-    better, on the same resamples of the same patients."""
+    """Return each model's measures. For each other model, also return by how much the judged
+    model's figure is higher, on the same resamples of the same patients."""
     units = scored.held_out.units
     ours = Sample(scored.scores[MODEL], units)
     found: dict[str, dict[str, Any]] = {}
@@ -80,8 +81,8 @@ def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
 
 
 def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    """List the worst errors: for classes the wrong predictions with the highest confidence, else
-    the records with the highest loss."""
+    """List the worst errors, at most WORST: for classes the wrong predictions with the highest
+    confidence, else the records with the highest loss."""
     if scores.confidence is not None:
         wrong = np.flatnonzero(scores.chosen != scores.gold)
         order = wrong[np.argsort(-scores.confidence[wrong], kind="stable")]
@@ -105,8 +106,8 @@ def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> li
 
 
 def _reliability(scores: Scores) -> list[dict[str, float]]:
-    """Return for each bin of probability its edges, records, mean probability and share of
-    correct predictions."""
+    """Return for each bin of probability that has records its edges, number of records, mean
+    probability and share of correct predictions."""
     cells = bins_of(scores).sum(axis=0)
     return [
         {

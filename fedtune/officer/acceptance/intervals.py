@@ -1,5 +1,4 @@
-"""Compute intervals of measures over patients, and of differences between two groups of
-patients.
+"""Compute intervals of measures over patients, and of differences between two groups of patients.
 
 Patients are the sampling units, so resamples draw patients with all their records.
 
@@ -12,7 +11,8 @@ both intervals.
 For any other measure, the difference of two groups is compared with the differences that random
 exchanges of patients between the groups give (Noreen 1989, chapter 2; Phipson & Smyth 2010). So
 without a true difference one is found with at most the stated probability, whatever the measure's
-distribution. The interval extends to both sides by the size of these differences."""
+distribution. The interval extends to both sides by the size that these random differences exceed
+only with that probability."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Measured(NamedTuple):
 class Sample:
     """Scores of some records, by patient.
 
-    units: the patient of each record, (n,); rows: the selected records, bool (n,); None: all."""
+    units: the patient of each record, (n,); rows: which records are selected, bool (n,); None
+    selects all."""
 
     def __init__(self, scores: Scores, units: np.ndarray, rows: np.ndarray | None = None) -> None:
         self._scores = scores
@@ -100,8 +101,9 @@ class Sample:
         return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
 
     def bound_unseen(self, measure: Measure, level: float) -> float:
-        """Bound the share of records that differ from all of these, where all of these are
-        right, or all wrong; 0 of any other measure."""
+        """If the model is right on all of these records, or wrong on all, return an upper bound on
+        the share of records on which it is not. Return 0 in all other cases, and for a measure
+        without `errs`."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
         if not measure.errs or 0 < right.mean() < 1:
             return 0.0
@@ -156,7 +158,8 @@ class Difference(NamedTuple):
 def differences(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[Difference]:
-    """Compare measures of two groups of patients, each at this confidence."""
+    """Return for each measure the difference between a group and all others, with its interval at
+    this confidence."""
     halves = iter(_exchange([m for m in measures if not m.share], group, others, level))
     found = []
     for measure in measures:
@@ -183,8 +186,9 @@ def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) ->
 def _exchange(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[float]:
-    """Return for each measure how large a difference is, at this confidence, between a random
-    group of as many patients, drawn from both groups, and the rest."""
+    """Draw random groups of as many patients as `group` from both groups together, and return for
+    each measure the size of difference from the rest that such a group exceeds with probability 1 -
+    level."""
     if not measures:
         return []
     sums = [np.concatenate([group.sums(m), others.sums(m)]) for m in measures]
@@ -201,7 +205,8 @@ def _exchange(
 
 
 def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
-    """Draw many times which `size` of n patients form a group: ones and zeros, block by block."""
+    """Choose at random, `draws` times, which `size` of n patients form a group. Return blocks
+    (draws, n) of ones and zeros."""
     few = n * draws <= 4 * BLOCK
     return [_cached_choice(n, size, draws)] if few else _choice(n, size, draws)
 

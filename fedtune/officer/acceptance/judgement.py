@@ -44,9 +44,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Compared:
-    """A group compared with all other patients in one measure. found: whether they differ, that is,
-    the interval of the difference does not contain 0; None if that is not resolved, for the reason
-    `why`."""
+    """A group compared with all other patients in one measure.
+
+    - found: whether the two differ, that is, the interval of the difference does not contain 0;
+      None if this is not resolved
+    - worse: whether the group is worse, by that interval
+    - why: the reason why it is not resolved"""
 
     column: str
     value: str
@@ -60,8 +63,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The judgement of a model. decision: the decision by all figures together; comparisons: the
-    number of group comparisons that were resolved."""
+    """The judgement of a model.
+
+    - decision: the decision by all figures together
+    - level: the confidence of each group comparison's interval
+    - overall: measure → its value on all records"""
 
     decision: Decision
     judged: list[Judged]
@@ -102,7 +108,7 @@ def judge(
 
 
 def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, float]:
-    """Return the bounds by measure. Errors: ConfigError."""
+    """Return measure → threshold. Errors: ConfigError if these records do not have a measure."""
     named: dict[str, float] = {str(name): bound for name, bound in table.thresholds.items()}
     named |= {RECALL + name: bound for name, bound in table.recall.items()}
     for name in (*named, *table.differences):
@@ -168,9 +174,9 @@ def _compare_groups(
     known: Mapping[str, Measure],
     named: Mapping[str, float],
 ) -> tuple[list[Compared], float]:
-    """Compare each group with all others in every measure by which the site judges; return the
-    confidence of each interval too. The calibration error, which is larger for fewer records, is
-    replaced by the model's overconfidence."""
+    """Compare each group with all others in every measure by which the site judges. The calibration
+    error, which is larger for fewer records, is replaced by the model's overconfidence. Returns:
+    the comparisons, and the confidence of each interval."""
     also = [str(name) for name in table.differences if name not in named]
     measures = [known[GAP if name == "ece" else name] for name in [*named, *also]]
     rows: list[Compared] = []
@@ -207,7 +213,8 @@ def _compare_groups(
 def _judge_groups(
     table: AcceptanceTable, known: Mapping[str, Measure], compared: Sequence[Compared]
 ) -> list[Judged]:
-    """Judge how much worse each resolved group is, if the site bounds it."""
+    """Judge how much worse each resolved group is, in the measures for which the site sets a
+    bound."""
     judged = []
     for row in compared:
         if row.difference is None or row.measure not in table.differences:

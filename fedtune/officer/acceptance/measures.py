@@ -1,7 +1,8 @@
 """Define the measures of a model on records, each a function of sums over patients.
 
-A measure is computed from a few numbers of each record, added up over the records of a patient and
-then over patients: so a resample of patients costs one product of matrices, whatever the measure.
+A measure is computed from a few numbers for each record, which are added up over a patient's
+records and then over patients. So a resample of patients costs one product of matrices, whatever
+the measure.
 
 | accuracy, exact_match, preference | share of records, as in evaluation.metrics            |
 | recall: CLASS    | share of a class's records that are predicted as this class            |
@@ -33,11 +34,13 @@ GAP = "overconfidence"
 class Measure:
     """A measure of a model.
 
-    - parts: of each record, (n, d); figure: of their sums (…, d) over some patients' records
-    - share: whether it is a share of records, with parts (counted, 1)
+    - parts: computes the numbers of each record, (n, d)
+    - figure: computes the measure from the sums (…, d) of these numbers over some patients' records
+    - share: whether it is a share of records; each record has two numbers: whether it counts as a
+      success, and whether it is in the share's denominator
     - macro: whether classes count equally, however few their records are
-    - errs: whether it follows from which records are right, so that resamples without an error show
-      nothing of unseen errors"""
+    - errs: whether it depends only on which records are right, and how sure the model was;
+      resamples of records without an error then show nothing of unseen errors"""
 
     name: str
     higher_is_better: bool
@@ -49,7 +52,8 @@ class Measure:
 
 
 def measures_of(scores: Scores, labels: Sequence[str]) -> dict[str, Measure]:
-    """List the measures that records of this kind have, by name. labels: of classes or choices."""
+    """Return name → measure for all measures that records of this kind have. labels: the names of
+    classes or choices."""
     if scores.pairs is not None or scores.margin.any():
         return {m.name: m for m in (_mean("preference", _in_order, share=True), _LOSS)}
     if scores.confidence is None:
@@ -113,8 +117,8 @@ def _f1(classes: int) -> Measure:
 
 
 def bins_of(scores: Scores) -> Array:
-    """Return for each record, in the bin of its chosen class's probability, (1, that
-    probability, whether it is right), and zeros in all other bins: (n, BINS, 3)."""
+    """Return an array (n, BINS, 3). In the bin of its chosen class's probability, a record has the
+    values 1, that probability, and whether the class is right; in all other bins it has zeros."""
     assert scores.confidence is not None
     at = np.minimum((scores.confidence * BINS).astype(int), BINS - 1)
     cells = np.zeros((len(at), BINS, 3))

@@ -30,8 +30,9 @@ BASE = "base alone"
 class Scored:
     """The scores of each model on the same records, MODEL first.
 
-    labels: the classes or choices; not_scored: models without scores, and why; cut: records of
-    which a part was not read."""
+    - labels: the classes or choices
+    - not_scored: model → why it has no scores
+    - cut: number of records of which a part was not read"""
 
     held_out: HeldOut
     scores: dict[str, Scores]
@@ -41,7 +42,8 @@ class Scored:
 
 
 def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -> Scored:
-    """Score this run's model, its base, the public start, and the site's own model.
+    """Score this run's model, its base, the public start, and the site's own model; if the run is a
+    personal model, score the released one too.
 
     Errors: ConfigError, DataError, ModelError, as of evaluator_of and read_held_out."""
     read: list[HeldOut] = []
@@ -92,7 +94,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
 
 
 def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
-    """Describe the records as an evaluation of this study's kind does."""
+    """Return the evaluation table by which a study of this kind would score the records."""
     record_format = study.objective.resolved.record_format
     choices = study.evaluation.choices if study.evaluation else ()
     metric = "loss"

@@ -1,4 +1,4 @@
-"""Write an acceptance as one HTML page without scripts or requests, for screen, phone and paper,
+"""Render an acceptance as one HTML page without scripts or requests, for screen, phone and paper,
 light and dark."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TELLING = (
 
 
 def page(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """Return the page; every text of a record or a column is escaped."""
+    """Return the HTML page, in which every text of a record or a column is escaped."""
     name = escape(f"Acceptance of {figures['study']} at {figures['site']}")
     kind = {"accepted": "accepted", "refused": "refused"}.get(figures["decision"], "open")
     content = {"sections": list(_sections(figures, record))}
@@ -79,7 +79,7 @@ def _describe_decision(figures: Mapping[str, Any]) -> str:
 
 
 def _because(figures: Mapping[str, Any]) -> str:
-    """Describe in a sentence or two what decided, and what the groups show."""
+    """Describe in a few sentences which figures decided, and what was found about the groups."""
     judged = figures["judged"]
     if figures["decision"] == "accepted":
         parts = [f"Every one of {len(judged)} figures lies on the right side of its threshold."]
@@ -101,7 +101,7 @@ def _because(figures: Mapping[str, Any]) -> str:
 
 
 def _name_different(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Name each group that differs, once, with the measures in which it does."""
+    """Yield each group that differs, once, with the measures in which it differs."""
     found: dict[str, list[str]] = {}
     for one in figures["compared"]:
         if one["found"]:

@@ -36,14 +36,15 @@ class HeldOut:
     """A site's held-out records, without those that are left out.
 
     - units: the patient of each record, (n,)
-    - groups: by column, each record's value
+    - groups: column → each record's value
     - places: the place of each record
-    - left_out: patients by reason; rejected: records by reason
+    - left_out: reason → number of patients; of those who did not agree, the number of records
+    - rejected: reason → number of records
     - keyed: a digest of the records under the site's salt, which tells nobody else what they are
     - compared_by: what was compared with the records that train: "patients" or, without a patient
       column on a side, "contents"
-    - training_read: whether [data] was on this machine for the comparison, beside what the ledger
-      remembers of it"""
+    - training_read: whether [data] was on this machine for the comparison, so that more than the
+      ledger's memory of it was compared"""
 
     dataset: Dataset
     units: np.ndarray
@@ -68,9 +69,9 @@ def read_held_out(
     ledger: Ledger,
     taught: Collection[str] = (),
 ) -> HeldOut:
-    """Read the records of [acceptance] as the study's model reads records, all records of each
-    patient. taught: salted hashes of patients on whom a personal model was trained, who are left
-    out even if they are no longer in [data].
+    """Read the records of [acceptance] as the study's model reads records, but without a cap on a
+    patient's records. taught: salted hashes of patients on whom a personal model was trained, who
+    are left out even if they are no longer in [data].
 
     Errors: DataError (a file or columns that cannot be used, or nobody is left), ConfigError (a
     column of groups with more than MOST_GROUPS values)."""
@@ -125,12 +126,12 @@ def _format_counts(counts: Counter[str]) -> str:
 def _left_out(
     records: list[Record], site: Site, ledger: Ledger, patients: bool, taught: Collection[str]
 ) -> dict[str, str]:
-    """Return the patients who are left out, and why.
+    """Return each patient who is left out → the reason.
 
     Patients count as trained on if they are in [data] now, or ever were members of a dataset of
-    this site other than its [evaluation]. They are recognised by the patient's key if both
-    tables name a patient column, and in any case by an image, a recording or a text of LONG
-    characters; if patients cannot be compared, also by a shorter record as a whole."""
+    this site other than its [evaluation]. They are recognised by the patient's key if both tables
+    name a patient column, and in any case by an image, a recording or a text of LONG characters; if
+    patients cannot be compared, also by a shorter record as a whole."""
     held_out = site.evaluation.name if site.evaluation else None
     tests = [ledger.member_test(name) for name in ledger.datasets if name != held_out]
     trained = set().union(*identities(site.data)) if _is_there(site) else set()
@@ -171,8 +172,8 @@ def _digest_records(records: list[Record], ledger: Ledger) -> str:
 
 
 def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, list[str]]:
-    """Read the columns of groups beside the records. Errors: DataError (a column that does not
-    exist), ConfigError (too many values)."""
+    """Read the columns that group the records, and return column → each record's group. Errors:
+    DataError (a column that does not exist), ConfigError (too many values)."""
     if not table.groups:
         return {}
     return groups_at(

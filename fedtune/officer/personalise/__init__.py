@@ -1,2 +1,1 @@
-"""A site's own model: a released one, trained further on the site's records, for use there
-alone."""
+"""Train a released model further on a site's own records, for use at this site alone."""

@@ -3,7 +3,7 @@
 The fit minimises the records' mean loss plus pull / 2 times the squared distance from the released
 arrays, by full-batch L-BFGS, so that there is no rate to choose. The pull, the number of steps and
 the share of the change that is kept are chosen by records that the fit does not see. The share
-mixes the two models: of heads, each record's logits are that mixture of both heads'.
+mixes the two models: with heads, each record's logits are the same mixture of both heads' logits.
 
 References: Li et al. 2020, "Federated optimization in heterogeneous networks", section 3 (the
 proximal term); Li et al. 2021, "Ditto", section 3; Mansour et al. 2020, "Three approaches for
@@ -28,7 +28,7 @@ STEPS = (2, 4, 8, 16, 32)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.95  # that the chosen model is better than the released one, before it is kept
 
-# Rows -> the losses of these records, batch by batch, with the records' numbers.
+# Yields, batch by batch, the numbers of the given records and their losses.
 Losses = Callable[[Sequence[int]], Iterator[tuple[np.ndarray, torch.Tensor]]]
 
 
@@ -43,7 +43,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Grid:
-    """The ways that are tried."""
+    """The pulls, steps and shares of which every combination is tried."""
 
     pulls: tuple[float, ...] = PULLS
     steps: tuple[int, ...] = STEPS
@@ -56,12 +56,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Choice:
-    """What records that were not trained on say.
+    """The way to fit that was chosen by records which the fit did not see.
 
     - way: the way with the smallest loss, whether or not it is better than the released model
     - shared, personal: the mean losses (nats) of the released model and of this way
-    - least: the bound above which its gain in nats lies with the probability CONFIDENCE, as if it
-      had been the only way that was tried; the best of many is somewhat worse than it looks
+    - least: a lower bound on this way's gain in nats, with probability CONFIDENCE if it had been
+      the only way that was tried; the best of many is somewhat worse than it looks
     - better: whether that bound is above zero"""
 
     way: Way
@@ -75,10 +75,11 @@ class Choice:
 
 
 class Fit:
-    """Fits the network's parameters to some rows; their values now are the released ones.
+    """Fits the network's parameters to some rows. The parameters must hold the released values at
+    first.
 
-    scales: by name, the length by which a parameter's change is multiplied: the pull is measured in
-    changes before that."""
+    scales: name → the factor by which a parameter's change is multiplied; the pull acts on the
+    change before this multiplication."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Fit:
     def path(
         self, rows: Sequence[int], pull: float, steps: Sequence[int]
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the change by name after each of these numbers of steps."""
+        """Fit to `rows`, and yield name → change after each number of steps that `steps` lists."""
         change = {n: torch.zeros_like(p, requires_grad=True) for n, p in self._parameters.items()}
         optimiser = torch.optim.LBFGS(
             list(change.values()), max_iter=1, max_eval=25, line_search_fn="strong_wolfe"
@@ -139,14 +140,15 @@ class Fit:
 
     @torch.no_grad()
     def scores(self, rows: Sequence[int]) -> np.ndarray:
-        """Compute the losses of these rows, in their order, with the parameters as they are."""
+        """Return the losses of these rows, in their order, with the parameters' present values."""
         found = dict[int, float]()
         for index, losses in self._losses(rows):
             found |= dict(zip(index.tolist(), losses.double().cpu().tolist(), strict=True))
         return np.array([found[row] for row in rows])
 
     def arrays(self, rows: Sequence[int], way: Way) -> Arrays:
-        """Return the fitted arrays by name, fp32. The parameters are the released ones again."""
+        """Fit to `rows`, and return name → fitted array, fp32. The parameters then hold the
+        released values again."""
         (change,) = self.path(rows, way.pull, (way.steps,))
         self.load(change, way.share)
         arrays = {n: p.detach().float().cpu().numpy().copy() for n, p in self._parameters.items()}
@@ -155,10 +157,10 @@ class Fit:
 
 
 def choose(fit: Fit, folds: Sequence[Sequence[int]], units: np.ndarray, grid: Grid) -> Choice:
-    """Choose how to fit, by the losses of each fold's rows under fits to all other folds' rows;
-    a fold that is the only one stands beside rows that are in none.
+    """Choose how to fit, by the losses of each fold's rows under a fit to all rows that are not in
+    the fold. Rows need not be in any fold.
 
-    units: the patient of each row, (n,). The parameters are the released ones afterwards."""
+    units: the patient of each row, (n,). Afterwards the parameters hold the released values."""
     everyone, ways = range(len(units)), grid.ways
     tested = [row for fold in folds for row in fold]
     fit.restore()
@@ -183,8 +185,9 @@ def choose(fit: Fit, folds: Sequence[Sequence[int]], units: np.ndarray, grid: Gr
 
 
 def bound_gain(gains: np.ndarray, units: np.ndarray) -> float:
-    """Return a lower bound of the mean gain a record, at CONFIDENCE: Student's t over patients,
-    whose records may agree. gains, units: (n,)."""
+    """Return a lower bound of the mean gain per record, at CONFIDENCE, by Student's t over
+    patients, since a patient's records may be correlated; -∞ for a single patient. gains, units:
+    (n,)."""
     _, patient = np.unique(units, return_inverse=True)
     mean, count = gains.mean(), patient.max() + 1
     deviations = np.bincount(patient, gains - mean)

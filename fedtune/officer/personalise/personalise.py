@@ -1,8 +1,8 @@
 """Make a site's own model out of a released run, and seal it to the site: `fedtune personalise`.
 
-Guarantee: nothing is sent, nothing in the run's folder is changed, and of what is trained nothing
-is written but the sealed file. The result follows from the site's patients without noise: no ε
-covers it."""
+Guarantee: nothing is sent, and nothing in the run's folder is changed. Of the trained model only
+the sealed file is written. The result follows from the site's patients without noise: no ε covers
+it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ ADAPTER_GRID = Grid(pulls=(0.1, 0.001), steps=(1, 2, 4, 8))
 
 @dataclass(frozen=True)
 class Personal:
-    """What `personalise` found.
+    """The result of `personalise`.
 
     - file: the sealed model; None if the released model is kept, and no file was written
-    - choice: what the records that a fit did not see say, in nats
-    - patients, records: whom and what it is trained on; left_out: patients by reason; rejected:
-      records by reason"""
+    - choice: how the models compare on records that a fit did not see, in nats
+    - patients, records: the numbers of patients and records that are trained on
+    - left_out: reason → number of patients
+    - rejected: reason → number of records"""
 
     file: Path | None
     choice: Choice
@@ -54,8 +55,9 @@ class Personal:
 
 def personalise(run: Run | Path | str, site: Site) -> Personal:
     """Train a finished run's model further on this site's own records, with a pull towards the
-    released one, and seal the result to the site's key. It is kept only if records that it was not
-    trained on say that it is better than the released model; else an earlier one is deleted too.
+    released one, and seal the result to the site's key. The result is kept only if it is better
+    than the released model on records that the fit did not see. Otherwise an earlier result is
+    deleted too.
 
     The records are those of [data], without patients who withdrew or did not consent, and without
     those of [acceptance] and [evaluation]. `predict`, `evaluate`, `generate` and `accept` use the
@@ -92,8 +94,9 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
 
 
 def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
-    """Choose how to fit, and fit to all of the site's records; no arrays if the released model is
-    kept. Nothing is written. Errors: DataError, ModelError."""
+    """Choose how to fit, and fit to all of the site's records. Nothing is written. Returns: the
+    records, the choice, and the fitted arrays, None if the released model is kept. Errors:
+    DataError, ModelError."""
     saved, study = run.adapter(), own_study(run.study)
     network = build(study)
     network.adopt(study, {name: value for name, value in saved.items() if "lora_A" in name})
@@ -113,8 +116,9 @@ def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | N
 
 
 def own_study(study: Study) -> Study:
-    """Return the study by which a site trains the released arrays without sums or a teacher: with
-    class statistics, the head that was made of them; with soft targets, the records' own."""
+    """Return the study with which a site trains the released arrays, without sums or a teacher.
+    With class statistics it trains the head that was made of them; with soft targets it uses the
+    records' own targets."""
     objective = study.objective.resolved
     changes: dict[str, Any] = {}
     if objective.directions or objective.teacher_spec:
@@ -128,15 +132,16 @@ def own_study(study: Study) -> Study:
 
 
 def _scales(network: Network) -> dict[str, float]:
-    """Return by which length each parameter's change is multiplied. A head's weights are divided by
-    the length of the vectors that it reads, so that the pull on them is that on a bias."""
+    """Return name → the factor by which a parameter's change is multiplied. For a head's weights it
+    is 1 / √(hidden size), the inverse length of the vectors that the head reads, so that the pull
+    acts on weights as on a bias. For other parameters it is 1."""
     length = math.sqrt(network.hidden_size)
     return {n: 1 / length if n == "head.weight" else 1.0 for n in network.parameters()}
 
 
 def _losses(objective: Objective, data: CachedDataset) -> Losses:
-    """Return the function that computes the losses of some records. A head's records are one vector
-    for each passage, all of which are held in one batch."""
+    """Return the function that computes the losses of given records. For a head, each passage is
+    one vector, so all records are joined into one batch beforehand."""
     network = data.network
     everything = _joined(data) if network.pooled else None
 

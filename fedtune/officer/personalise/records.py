@@ -1,8 +1,8 @@
 """Read the records on which a site's personal model is trained: the site's own, without those that
 are held out.
 
-Guarantee: no patient is trained on who withdrew, who did not consent, or who is among the records
-of [acceptance] or [evaluation], by whatever key."""
+Guarantee: no patient is trained on who withdrew, who did not consent, or who is recognised among
+the records of [acceptance] or [evaluation], by key or by content (`_left_out`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Own:
     - units: the patient of each record, (n,), numbered in an order that follows from the site's
       salt
     - hashes: each patient's salted hash
-    - left_out: patients by reason; rejected: records by reason"""
+    - left_out: reason → number of patients
+    - rejected: reason → number of records"""
 
     dataset: Dataset
     units: np.ndarray
@@ -42,14 +43,15 @@ class Own:
     rejected: Counter[str]
 
     def folds(self, number: int) -> list[list[int]]:
-        """Divide the records into so many parts of nearly as many patients; all records of a
-        patient are in one part, and which one follows from the site's salt."""
+        """Divide the records into `number` parts with nearly equal numbers of patients, and return
+        each part's rows. All records of a patient are in one part, which follows from the site's
+        salt."""
         return [np.flatnonzero(self.units % number == part).tolist() for part in range(number)]
 
 
 def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
-    """Read the site's records as the study reads them, all records of a patient together if the
-    site names a patient column.
+    """Read the site's records as the study reads them, a patient's records together if the site
+    names a patient column.
 
     Errors: DataError (a file or columns that cannot be used, or fewer than LEAST patients)."""
     record_format = check_columns(site.data, study, network.tokenizer, reader=network.reader)
@@ -92,7 +94,7 @@ def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
 def _left_out(
     records: list[Record], site: Site, ledger: Ledger, by_patient: bool
 ) -> dict[str, str]:
-    """Return the patients who are left out, and why.
+    """Return each patient who is left out → the reason.
 
     A held-out patient is recognised by the key, if both tables name a patient column, and in any
     case by a whole record, an image, a recording or a long text that is held out too."""
@@ -110,6 +112,6 @@ def _left_out(
 
 
 def _as_all(table: SiteData) -> SiteData:
-    """Return a table with the records of patients who did not consent, too: they are held out as
+    """Return the table without its consent rules: patients who did not consent are held out as
     well."""
     return table.model_copy(update={"consent": None})

@@ -1,7 +1,7 @@
-"""Converters are plug-ins that turn one unit's rows into the rows that are read.
+"""Converters are plug-ins that turn one unit's rows into the rows that are read in their place.
 
-This release has none. A converter of another distribution is named in site.toml (data.convert),
-and the process that holds the records never imports it (../conversion.py)."""
+This release contains no converter. site.toml names one of another distribution (data.convert). The
+process that holds the records never imports it (../conversion.py)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ __all__ = ["CONVERTERS", "Converter", "Row"]
 
 @dataclass(frozen=True)
 class Converter(ABC):
-    """A conversion of one unit's rows, such as messages of which each holds several notes.
+    """Converts one unit's rows, such as messages that hold several notes each.
 
     Subclasses are frozen dataclasses whose fields are [data.convert.options] of site.toml."""
 
     @abstractmethod
     def convert(self, rows: list[Row]) -> list[Row]:
-        """Return the rows that are read in place of these.
+        """Return the rows that are read in place of `rows`.
 
         rows: all rows of one unit, in the order of the file: a patient's rows, or a single row
-        if the unit is the record, from which at most one row may result. They are dicts by
-        column of texts, numbers, truth values, None, bytes, and lists and dicts of these; the
-        result holds no bytes. An image or recording must be one that these rows name. The method
-        runs in a process that ends with it, and that has no file, clock or network. If it
-        raises, or does not finish within the limits of core/data/conversion.py, this unit has no
-        record, and no other unit is affected."""
+        if the unit is the record, of which at most one row may be made. Each is a dict by column
+        of texts, numbers, truth values, None, bytes, and lists and dicts of these.
+        Returns: rows without bytes; an image or recording must be one that `rows` name.
+
+        The method runs in a process without files, clock and network, which ends afterwards. If it
+        raises, or exceeds the limits of core/data/conversion.py, the unit has no record, and no
+        other unit is affected."""
 
 
 CONVERTERS = Group("converters", "data.convert.name", __name__, Converter)  # type: ignore[type-abstract]

@@ -1,9 +1,9 @@
-"""Data sources read files of records: one module each, a frozen dataclass with [data.options] as
-fields.
+"""Data sources read records from files and databases: one module each, with a frozen dataclass
+whose fields are [data.options].
 
-A file's suffix decides which source reads it. A site may name one (data.source in site.toml), to
-give it options. All are part of this release, since they see the rows of many units. Another
-distribution can provide a converter, which sees one unit's rows (data/converters)."""
+A file's suffix decides which source reads it, unless site.toml names one (data.source), which may
+then be given options. All sources are part of this release, since they see the rows of many units.
+Another distribution can provide a converter, which sees one unit's rows (data/converters)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ SOURCES = Group("sources", "data.source", __name__, Source, foreign=False)  # ty
 
 
 def by_suffix() -> dict[str, Source]:
-    """Map each file suffix to this release's source."""
+    """Return, for each file suffix, the source of this release that reads such files."""
     kinds = [SOURCES.load(name) for name in SOURCES.release()]
     return {suffix: kind() for kind in kinds for suffix in kind.suffixes}

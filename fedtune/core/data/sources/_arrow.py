@@ -1,4 +1,4 @@
-"""Rows of Arrow record batches, one at a time."""
+"""Read the rows of Arrow record batches, one at a time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fedtune.core.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Classes = Mapping[str, Sequence[str]]  # of a column of class numbers, their names
+Classes = Mapping[str, Sequence[str]]  # by column of class numbers, the classes' names
 
 
 def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
-    """Tell `names` which columns a file has, and list the requested ones among them."""
+    """Add a file's columns to `names`, and return those of them that are requested. Import what
+    their cells need."""
     names.header(list(schema.names))
     columns = sorted(set(names.keys.values()) & set(schema.names))
     _import_what_cells_need([schema.field(name).type for name in columns])
@@ -25,9 +26,9 @@ def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
 
 
 def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
-    """Import everything with which Arrow makes some cells, such as nanoseconds or a time with a
-    zone, and look up the zones of these types, before the first cell is read: the modules that a
-    process imports, and the files of zones that it reads, must not depend on a record."""
+    """Import what Arrow needs for cells such as nanoseconds or a time with a zone, and look up the
+    zones of these types, before the first cell is read. Which modules a process imports, and which
+    files of zones it reads, must not depend on a record."""
     import zoneinfo  # noqa: F401
 
     import pyarrow as pa
@@ -41,7 +42,7 @@ def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
 
 
 def _zones(type_: pa.DataType) -> set[str]:
-    """Return the zones of the times that a cell of this type may hold."""
+    """Return the time zones that this type names, also in its parts."""
     parts = [type_.field(index).type for index in range(type_.num_fields)]
     parts += [type_.value_type] if hasattr(type_, "value_type") else []
     own = {type_.tz} if getattr(type_, "tz", None) else set()
@@ -51,11 +52,12 @@ def _zones(type_: pa.DataType) -> set[str]:
 def rows_of(
     batch: pa.RecordBatch, columns: Sequence[str], classes: Classes | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row of a batch, or why it cannot be used.
+    """Yield each row of a batch, or the reason why it cannot be used. classes: for a column of
+    class numbers, the names that take the numbers' place.
 
-    Errors: pyarrow.ArrowInvalid, before any row, if an offset of the file points outside its own
-    cell: to another patient's text, or to memory beyond the file; DataError for a column of a
-    type that is not read. Guarantee: neither depends on a value, which affects only its own row.
+    Errors, before any row: pyarrow.ArrowInvalid if an offset of the file points outside its own
+    cell, to another patient's text or to memory beyond the file; DataError for a column of a type
+    that is not read. Guarantee: no error depends on a value; a value affects only its own row.
     """
     cells = {name: batch.column(name) for name in columns}
     for column in cells.values():
@@ -78,12 +80,12 @@ def rows_of(
 
 
 def _check(column: pa.Array) -> None:
-    """Check offsets and lengths, and no value: `validate(full=True)` of the whole column would
-    refuse every row for one text that is not UTF-8, a time of 24:00 or a decimal with too many
-    digits. Errors: pyarrow.ArrowInvalid; DataError for a type that is not read.
+    """Check a column's offsets and lengths, but no value. `validate(full=True)` of the whole column
+    would refuse every row for one text that is not UTF-8, a time of 24:00 or a decimal with too
+    many digits. Errors: pyarrow.ArrowInvalid; DataError for a type that is not read.
 
-    Arrow has no checksums: a changed offset that is still in order and within the file cannot be
-    told from a true one."""
+    Arrow has no checksums, so a changed offset that is still in order and within the file is not
+    noticed."""
     import pyarrow as pa
 
     kind, types = column.type, pa.types
@@ -120,8 +122,8 @@ def _check(column: pa.Array) -> None:
 
 
 def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
-    """Check where each list begins and ends, as lists of nulls, and then the elements of the
-    lists."""
+    """Check where each list begins and ends, on lists of nulls with these offsets, and then check
+    the lists' elements. Errors: as for `_check`."""
     import pyarrow as pa
 
     values = column.values
@@ -134,7 +136,7 @@ def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
 
 
 def _value(cell: pa.Scalar) -> Any:
-    """Return a cell as a Python value. Errors: any that this cell's value causes."""
+    """Return a cell as a Python value. Errors: of any type, caused by this cell's value alone."""
     import pyarrow as pa
 
     if not cell.is_valid:
@@ -152,7 +154,8 @@ def _value(cell: pa.Scalar) -> Any:
 
 
 def _class(labels: Sequence[str], number: int) -> str | None:
-    """Return the name of a class number; -1 is a data set's mark of a missing class."""
+    """Return the name of the class with this number; None for -1, which marks a missing class.
+    Errors: ValueError if no class has the number."""
     if number == -1:
         return None
     if not 0 <= number < len(labels):

@@ -1,7 +1,7 @@
-"""Read databases for the SQL source: in one transaction that can write nothing, each cell as a
-text.
+"""Read databases for the SQL source, each in one transaction that can write nothing, and each cell
+as text.
 
-Guarantee: no cell decides what happens to another row; no message holds a cell or a password, since
+Guarantee: no cell decides what happens to another row. No message holds a cell or a password, since
 the database's own messages are dropped."""
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     import psycopg
 
 BATCH = 1000  # rows
-EXACT = Context(prec=20_000)  # more digits than a numeric has behind its point
+EXACT = Context(prec=20_000)  # more digits than PostgreSQL's numeric has after its point
 CONNECT = 30  # seconds
 DIGITS = 400  # of a number that is written out; DOUBLE has 309
-FLOAT, DECIMAL = "float", "decimal"  # a column's kind of number; "": none that is written twice
+FLOAT, DECIMAL = "float", "decimal"  # a column's kind of number; "": each is written in one way
 DRIVERS = {"postgresql": "psycopg", "duckdb": "duckdb"}
-LOCKED = {  # of DuckDB: a file is read, and nothing else
+LOCKED = {  # settings of DuckDB with which it reads its file, and nothing else
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
@@ -40,7 +40,7 @@ LOCKED = {  # of DuckDB: a file is read, and nothing else
 
 @dataclass(frozen=True)
 class Unusable:
-    """A cell is not a text; reason: one of REASONS."""
+    """A cell that cannot be used as text. reason: one of REASONS."""
 
     reason: str
 
@@ -53,13 +53,13 @@ class Database(Protocol):
     """A connection in a transaction that can write nothing."""
 
     def describe(self, table: str) -> tuple[list[str], bool]:
-        """List a table's columns ([] if there is no table), and return whether it is an ordinary
-        table, whose rows somebody wrote."""
+        """Return a table's columns ([] if there is no such table), and whether it is an ordinary
+        table and not, for example, a view."""
 
     def columns_of_query(self, query: str) -> list[str]: ...
 
     def numbers(self, text: str) -> list[str]:
-        """List the kind of number of each column of a statement: FLOAT, DECIMAL or ""."""
+        """Return the kind of number of each column of a statement: FLOAT, DECIMAL or ""."""
 
     def as_text(self, cell: str) -> str:
         """Return the SQL expression that reads a cell as text."""
@@ -69,7 +69,9 @@ class Database(Protocol):
 
 
 def number_text(cell: Cell, kind: str) -> Cell:
-    """Return a number's text, so that equal numbers are one key, as in files: 7, 7.0 and 7.00."""
+    """Return a number's text in one form, so that equal numbers, such as 7, 7.0 and 7.00, are one
+    key, as they are in files. A NaN becomes None; a cell that is no number is returned unchanged.
+    kind: the kind of number of its column."""
     if not kind or not isinstance(cell, str):
         return cell
     try:
@@ -87,7 +89,7 @@ def number_text(cell: Cell, kind: str) -> Cell:
 
 
 def quote_name(*names: str) -> str:
-    """Quote a name, or a schema's and a table's."""
+    """Quote a name for SQL, or several that belong together, such as a schema and its table."""
     return ".".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
@@ -102,9 +104,10 @@ def require_driver(kind: str) -> None:
 
 @contextmanager
 def connected(url: str, password: str | None, where: object) -> Iterator[Database]:
-    """Connect to a database and begin its one transaction.
+    """Connect to a database, and yield it within its one transaction. where: the name of the
+    database in errors.
 
-    Errors: DataError, which names only the kind of error: a database's message may quote a cell."""
+    Errors: DataError with the error's type alone, since a database's message may quote a cell."""
     opened = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}[kind_of(url)]
     try:
         with opened(url, password) as database:
@@ -141,7 +144,7 @@ class _Sqlite:
     connection: sqlite3.Connection
 
     def describe(self, table: str) -> tuple[list[str], bool]:
-        schema, _, name = table.rpartition(".")  # as quoted() has it when it is read
+        schema, _, name = table.rpartition(".")  # as quote_name gets it when it is read
         made = self.connection.execute(
             "SELECT type, sql FROM sqlite_master WHERE name = ? AND type IN ('table', 'view')",
             (name,),
@@ -157,7 +160,7 @@ class _Sqlite:
         return [str(column[0]) for column in found.description]
 
     def numbers(self, text: str) -> list[str]:
-        # A column's cells may each be of another type; _plain sees which.
+        # In SQLite each cell of a column may have its own type, which _plain looks at.
         return [""] * len(self.connection.execute(f"{text} LIMIT 0").description)
 
     def as_text(self, cell: str) -> str:
@@ -176,7 +179,7 @@ def _text(raw: bytes) -> str | Unusable:
 
 
 def _plain(cell: Any) -> Cell:
-    """Return SQLite's value as text: 7 and 7.0 are one key."""
+    """Return a value of SQLite as text, in which 7 and 7.0 are one key."""
     if cell is None or isinstance(cell, str | Unusable):
         return cell
     if isinstance(cell, int | float):
@@ -301,8 +304,8 @@ class _Postgresql:
         ((encoding,),) = self.connection.execute("SHOW server_encoding").fetchall()
         codec = _codec(str(encoding))
         body = text.encode(codec)
-        # Cells come as the bytes that they are, so that one which is no text in the database's
-        # own encoding is that row's matter.
+        # Cells come as raw bytes, so that one which is no text in the database's own encoding
+        # spoils its own row alone.
         self.connection.execute("SET LOCAL client_encoding = 'SQL_ASCII'")
         with self.connection.cursor("fedtune") as cursor:
             cursor.itersize = BATCH
@@ -322,7 +325,7 @@ def _decode_cell(cell: Any, codec: str) -> Cell:
 
 
 def _codec(encoding: str) -> str:
-    """Return Python's name of a PostgreSQL encoding. Errors: DataError."""
+    """Return Python's name of a PostgreSQL encoding. Errors: DataError if Python has none."""
     name = encoding.lower()
     if name in ("utf8", "sql_ascii"):
         return "utf-8"

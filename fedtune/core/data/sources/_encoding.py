@@ -1,5 +1,4 @@
-"""Check that a text encoding is one in which a row's bytes cannot change how another row is
-read."""
+"""Check that in a text encoding a row's bytes cannot change how another row is read."""
 
 from __future__ import annotations
 
@@ -17,11 +16,10 @@ ASCII = "".join(map(chr, range(128)))
 
 
 def encoding_of(name: str) -> str:
-    """Return Python's name of an encoding: UTF-8, or one with a byte for each character that has
-    ASCII's characters in ASCII's places.
+    """Return Python's name of an encoding in which a damaged byte spoils one character only: UTF-8,
+    or one byte a character with ASCII as its first 128.
 
-    | utf-16, utf-7, shift_jis | ConfigError: a byte more or less shifts what follows |
-    Errors: ConfigError."""
+    Errors: ConfigError for every other one, such as utf-16, utf-7 and shift_jis."""
     try:
         known = codecs.lookup(name).name
     except (LookupError, ValueError):
@@ -47,8 +45,8 @@ _BEYOND_ASCII = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
 
 
 def all_of_a_byte(path: Path) -> bool:
-    """Return whether the text is not UTF-8 and holds no UTF-8 character of several bytes: then
-    each of its bytes is a character. Errors: OSError."""
+    """Return whether each byte of the text seems to be a character: the text is not UTF-8, and
+    no bytes in it form a UTF-8 character of several bytes. Errors: OSError."""
     if found_encoding(path) != "not UTF-8":
         return False
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -60,7 +58,8 @@ def all_of_a_byte(path: Path) -> bool:
 
 
 def found_encoding(path: Path) -> str:
-    """Guess a text file's encoding from its bytes. Errors: OSError."""
+    """Guess a text file's encoding from its bytes, and return a name for people: "UTF-16", "not
+    UTF-8", "UTF-8" or "UTF-8 with a byte order mark". Errors: OSError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with reading.open_regular(path) as file:
         head = file.read(3)

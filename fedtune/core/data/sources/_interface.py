@@ -16,14 +16,14 @@ Row = dict[str, object]
 Keys = Mapping[str, str]  # a configuration key, "data.columns.text", to the column that it names
 
 SHOWN = 20  # column names in a message
-FEW = 5  # records of a file; of fewer a key in half of them may be a patient's own
+FEW = 5  # records of a file; in fewer, a key that half of them have may be a patient's name
 # Why a row cannot be used. No other words of a source are kept, since they may quote the row.
 REASONS = (
     *("not JSON", "not UTF-8", "NUL byte", "too long", "wrong type", "wrong column count"),
     *("missing value", "empty text", "cannot be read", "not in the encoding"),
 )
-# What a column is called. A first line of such cells is shown, even where none of them is asked
-# for, if one has one of these words; without a header the first line is a record.
+# The form of a column's name. A first line of such cells may be shown if one of them is requested
+# or has one of these WORDS; else it may be a record, in a file without a header.
 COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
 KEY = re.compile(r"[^\W\d][\w.-]{0,39}")  # of a JSON record, in any language
 WORDS = frozenset(
@@ -38,8 +38,8 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 
 class BadCell(str):
-    """The reason why a row cannot be used, with its readable cells: a patient's refusal of
-    consent counts whatever other cells hold."""
+    """The reason why a row cannot be used, with the row's readable cells: a patient's refusal of
+    consent in one of them counts all the same."""
 
     cells: Row
 
@@ -51,9 +51,14 @@ class BadCell(str):
 
 @dataclass
 class Names:
-    """Column names of a dataset: where it is, the requested columns, and the column names met in
-    all its files; and which of these a message may show: a key of a few JSON records may itself
-    be content, and so may the first line of a CSV file without a header."""
+    """The column names of a dataset. Some of them may not be shown in a message: a key of a few
+    JSON records may itself be content, and so may the first line of a CSV file without a header.
+
+    - where: the dataset's place
+    - keys: the requested columns
+    - headers, keys_met: the columns of all headers; in how many JSON records each key occurs
+    - shown: the columns of headers that a message may show
+    - objects: the number of JSON records"""
 
     where: Path | str
     keys: Keys
@@ -61,7 +66,7 @@ class Names:
     shown: list[str] = field(default_factory=list)
     keys_met: Counter[str] = field(default_factory=Counter)
     objects: int = 0
-    row: int = 0  # of the row that a source yields next, as a person finds it; 0: it does not say
+    row: int = 0  # number of the row that the source yields next; 0: the source does not set it
     hints: list[str] = field(default_factory=list)  # what may be wrong with a whole file
 
     def begin(self) -> None:
@@ -69,15 +74,15 @@ class Names:
         self.row = 0
 
     def suspect(self, hint: str) -> None:
-        """Add what may be wrong with a whole file, in words that hold no content."""
+        """Add a hint at what may be wrong with a whole file. It must hold no content."""
         if hint not in self.hints:
             self.hints.append(hint)
 
     @property
     def listed(self) -> list[str]:
-        """List the column names that a message may show: those of a header, and keys of JSON
-        records without a space (a key with a space may be a person's name) that half of several
-        records have, or that stand beside a requested key."""
+        """The column names that a message may show: those of headers, and the `common` keys of JSON
+        records. Keys with a space are left out, since one may be a person's name. With fewer than
+        FEW records keys are shown only if they look like a header (`is_header`)."""
         common = self.common
         if self.objects < FEW and not is_header(common, self.keys):
             common = []
@@ -85,22 +90,22 @@ class Names:
 
     @property
     def common(self) -> list[str]:
-        """List the keys that half of the records have, for a person who may see the records."""
+        """The keys that at least half of the records have, for a person who may see the records."""
         return [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
-        """Add a file's columns. shown: whether they may be in a message."""
+        """Add the columns in a file's header. shown: whether a message may show them."""
         self.headers.update(names)
         if shown:
             self.shown += [name for name in names if name not in self.shown]
 
     def object(self, row: Row) -> None:
-        """Add the keys of one row, for a format whose files have no header."""
+        """Add the keys of one row of a file without a header, such as JSONL."""
         self.objects += 1
         self.keys_met.update(row.keys())
 
     def require(self) -> None:
-        """Check the requested columns. Errors: DataError for a column that no file has."""
+        """Check that each requested column is in some file. Errors: DataError."""
         present = self.headers | set(self.keys_met)
         absent = [(key, column) for key, column in self.keys.items() if column not in present]
         if not absent or not (present or self.hints):
@@ -119,7 +124,7 @@ class Names:
 
 
 class NotWellFormed(DataError):
-    """CSV with broken quoting: the boundaries of its records are unknown."""
+    """A CSV file has broken quoting, so that the boundaries of its records are unknown."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,8 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]]
 
     def files(self, folder: Path) -> list[Path] | None:
-        """List the files of a folder to read, if a file beside them lists them; None: each with one
-        of `suffixes`.
-        Errors: DataError."""
+        """Return the files of a folder that are to be read, if a file beside them lists them; None
+        if each file with one of `suffixes` is to be read. Errors: DataError."""
         return None
 
     @abstractmethod
@@ -142,10 +146,10 @@ class Source(ABC):
         """Yield each row of `path` in order, as a dict by column, or as one of REASONS if it is
         rejected (a BadCell if some of its cells can be read).
 
-        It tells `names` which columns the file has (`Names.header`), and reads one row at a time:
-        the result for a row depends on that row alone. If it raises any exception, the file counts
-        as unreadable; a DataError must name `names.where`, never `path`, which may hold a patient's
-        name, and no content."""
+        The method adds the file's columns to `names` (`Names.header`). What it yields for a row
+        must depend on that row alone. If it raises any exception, the file counts as unreadable. A
+        DataError must hold no content, and must name `names.where` and not `path`, which may hold a
+        patient's name."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,8 @@ class Collection(Source):
     """A source that reads a place as a whole: a database, or a folder of files that refer to each
     other.
 
-    kept: the filter for columns that data.filter does not name; patient: the column that
-    data.columns.patient must name, if there is only one."""
+    kept: for columns that data.filter does not name, the values that rows must have; patient: the
+    column that data.columns.patient must name; "" if any may be named."""
 
     suffixes = ()
     kept: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -162,17 +166,18 @@ class Collection(Source):
 
     @abstractmethod
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
-        """Yield each row, or one of REASONS, behind the name of its file or table.
+        """Yield, for each row, the name of its file or table, and the row or one of REASONS.
 
-        The result for a row depends on that patient's rows alone. Otherwise as `rows`."""
+        What is yielded for a row depends on that patient's rows alone. All else is as for `rows`.
+        """
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         return (row for _, row in self.collect(path, names))
 
 
 def is_header(cells: list[str], keys: Keys) -> bool:
-    """Return whether a file's first line may be shown: it has a requested column, or consists of
-    what look like column names."""
+    """Return whether a file's first line may be shown: it has a requested column, or all its cells
+    look like column names (COLUMN) and one has one of WORDS."""
     if any(column in cells for column in keys.values()):
         return True
     words = {word for cell in cells for word in re.split(r"[_.-]", cell.lower())}

@@ -1,4 +1,4 @@
-"""Arrow data source: a Hugging Face data set on disk, or Arrow files."""
+"""Read Arrow files, and Hugging Face data sets on disk."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # as `Dataset.save_to_disk` names them
-FILE = b"ARROW1"  # how an Arrow file begins; else it is a stream, as `save_to_disk` writes it
+FILE = b"ARROW1"  # the beginning of an Arrow file; a stream, as of `save_to_disk`, lacks it
 
 
 @dataclass(frozen=True)
 class Arrow(Source):
-    """Arrow files, and the folder that `Dataset.save_to_disk` of Hugging Face writes: the files
-    that its state.json lists, and no cache beside them. Class numbers are read as the names that
-    the data set gives them. Nothing of `datasets` runs, so no code of a data set does.
-    """
+    """Reads Arrow files, and the folder that `Dataset.save_to_disk` of Hugging Face writes. Of such
+    a folder it reads the files that state.json lists, and no cache beside them. Class numbers are
+    read as the names that the data set gives them. The package `datasets` is not used, so no code
+    of a data set runs."""
 
     suffixes = (".arrow",)
 
@@ -85,14 +85,15 @@ def _batches(data: BufferedReader) -> Iterator[pa.Schema | pa.RecordBatch]:
             yield stream.schema
             yield from stream
         return
-    whole = pa.BufferReader(data.read())  # of a file Arrow itself reads by threads
+    whole = pa.BufferReader(data.read())  # given a file, Arrow would read it by threads
     with pa.ipc.open_file(whole, options=options) as file:
         yield file.schema
         yield from (file.get_batch(number) for number in range(file.num_record_batches))
 
 
 def _classes(schema: pa.Schema, columns: list[str]) -> Classes:
-    """Read the names of class numbers, which `datasets` keeps in the schema."""
+    """Return, by column, the names of class numbers, which `datasets` keeps in the schema; {} if
+    they cannot be read."""
     try:
         known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = known["info"]["features"]
@@ -111,5 +112,5 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _plain(name: object) -> bool:
-    """Return whether a name is that of a file in the folder itself."""
+    """Return whether a name is a file name without a folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name

@@ -1,4 +1,4 @@
-"""CSV data source."""
+"""Read CSV files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fedtune.core.files import reading
 
 @dataclass(frozen=True)
 class Csv(Source):
-    """Comma-separated values: a first line of column names, then rows. UTF-8, unless `encoding` is
-    another of those that encoding_of allows."""
+    """Reads CSV: a first line of column names, then rows. encoding: one of those that encoding_of
+    allows."""
 
     suffixes = (".csv",)
 
@@ -46,7 +46,7 @@ class Csv(Source):
         csv.field_size_limit(2**31 - 1)
         encoding = encoding_of(self.encoding)
         with reading.open_regular(path) as file:
-            # Of the header's line, which is no record.
+            # These bytes are of the header's line, which is no record.
             if file.peek(2).startswith(UTF_16):
                 raise DataError(
                     f"{names.where}: the file is UTF-16",
@@ -66,8 +66,8 @@ class Csv(Source):
             if not header:
                 return
             self._register(header, names)
-            # All of them, before the first is given: where a quote is broken, what stands behind it
-            # is not read, and a no may be among it.
+            # All rows are read before the first is yielded: after a broken quote none can be read,
+            # and one of those may withdraw consent.
             for number, cells in list(lines):
                 names.row = number
                 reason = find_unclean("".join(cells))
@@ -80,8 +80,9 @@ class Csv(Source):
                     yield dict(zip(header, cells, strict=True))
 
     def _register(self, header: list[str], names: Names) -> None:
-        """Add the file's columns, and what may be wrong with their delimiter."""
-        # Without a header the first line is a record: its cells are shown only if it is one.
+        """Add the file's columns to `names`, and a hint if another delimiter seems to be used.
+        Errors: DataError if a requested column occurs twice."""
+        # In a file without a header the first line is a record, and must not be shown.
         names.header(header, shown=is_header(header, names.keys))
         for mark, word in DELIMITERS.items():
             if len(header) == 1 and mark != self.delimiter and mark in header[0]:
@@ -102,7 +103,8 @@ class Csv(Source):
                 )
 
     def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:
-        """Yield the non-empty rows, each with its number, from 1, as a spreadsheet shows it."""
+        """Yield each non-empty row with its number, from 1, as a spreadsheet shows it. Errors:
+        NotWellFormed."""
         reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
         try:
             yield from ((number, cells) for number, cells in enumerate(reader, 1) if cells)
@@ -118,15 +120,16 @@ class Csv(Source):
 
 
 LINE = 2**16  # bytes of a header at most
-WESTERN = "cp1252"  # what a spreadsheet in western Europe writes that is not UTF-8
+WESTERN = "cp1252"  # the encoding of a spreadsheet in western Europe that is not UTF-8
 
 
 def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
-    """Guess the dialect of a CSV: the delimiter by the names that its header must have, the
-    encoding by its bytes. None for the usual dialect, and for a file that is not CSV.
+    """Guess the dialect of a CSV file: the delimiter by the names that the header must have
+    (`wanted`), the encoding by the file's bytes. Return None for the usual dialect, and for a file
+    that is not CSV.
 
-    This is for a person's own file, whose site.toml then states the dialect: in much of Europe a
-    spreadsheet separates cells by semicolons. While a site takes part nothing is guessed.
+    A person's own file may need this, since in much of Europe a spreadsheet separates cells by
+    semicolons; site.toml then states the dialect. While a site takes part nothing is guessed.
 
     >>> from pathlib import Path
     >>> file = Path("nord.csv")
@@ -142,7 +145,7 @@ def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
             encoding = decoding = WESTERN
         with reading.open_regular(path) as file:
             line = file.readline(LINE).decode(decoding, "replace")
-    except OSError:  # whoever reads it says so
+    except OSError:  # the reader of the file reports it
         return None
     names = {*wanted}
     marks = (mark for mark in (",", *DELIMITERS) if names <= {*_header(line, mark)})
@@ -151,8 +154,8 @@ def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
 
 
 def _header(text: str, mark: str) -> list[str]:
-    """Split the first row of a text; [] if it is not CSV, which the reader of the file will
-    report."""
+    """Return the cells of a text's first row; [] if it is not CSV, which the reader of the file
+    reports."""
     try:
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
     except csv.Error:

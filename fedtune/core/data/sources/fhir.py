@@ -1,4 +1,4 @@
-"""FHIR data source: a folder of a bulk export, FHIR R4, newline-delimited JSON."""
+"""Read the folder of a FHIR bulk export: FHIR R4 as newline-delimited JSON."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Key = tuple[str, str]  # a patient, and the id of a resource that is that patien
 
 @dataclass(frozen=True)
 class Fhir(Collection):
-    """The documents, or with resource = "Condition" the conditions, of a folder of .ndjson files,
-    as a bulk export writes them: which resources a file has is in its name, as in
-    DocumentReference.000.ndjson. Rows have the columns of COLUMNS, patient among them.
+    """Reads documents, or with resource = "Condition" conditions, from the .ndjson files of a bulk
+    export. A file's name says which resources it has, as in DocumentReference.000.ndjson. Rows have
+    the columns of COLUMNS, patient among them.
 
-    A document's text is its first attachment of `content_type`, in base64 or contained in it. Only
-    documents of status "current" that no other document of that patient replaces are read, unless
-    data.filter names `status` or `replaced`; of conditions, all but those entered in error.
-    What refers to another resource counts where both are the same patient's, and only then."""
+    A document's text is its first attachment of `content_type`, in base64 or as a contained
+    resource. Only documents of status "current" that no other document of the patient replaces are
+    read, unless data.filter names `status` or `replaced`. Of conditions, those entered in error are
+    left out. A reference to another resource counts only if both are the same patient's."""
 
     kept: ClassVar = {"status": ("current",), "replaced": ("no",)}
     patient: ClassVar = "patient"
@@ -71,7 +71,7 @@ class Fhir(Collection):
                             yield path.name, str(line)
                     elif line.get("resourceType") == self.resource:
                         yield path.name, self._row(line, encounters, conditions, replaced, people)
-            except OSError:  # one file is nothing to the others
+            except OSError:  # an unreadable file does not affect the others
                 names.row = 0
                 yield path.name, "cannot be read"
 
@@ -83,7 +83,8 @@ class Fhir(Collection):
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
-        """Return a resource as a row, or the reason why it cannot be used."""
+        """Return a resource as a row, or the reason why it cannot be used, with the cells that can
+        be read."""
         given = encounters, conditions, replaced, people
         try:
             return self._cells(line, *given)
@@ -145,7 +146,8 @@ class Fhir(Collection):
         }
 
     def _text(self, line: Any) -> str | None:
-        """Return the document's text; None if the export does not hold it. Errors: ValueError."""
+        """Return the document's text; None if the export does not hold it. Errors: ValueError if it
+        is not base64."""
         contained = {
             str(one.get("id")): one
             for one in _tables(line.get("contained"))
@@ -165,8 +167,8 @@ class Fhir(Collection):
 
 
 def _files(where: Path, resource: str) -> list[Path]:
-    """List a folder's files of one resource. Errors: DataError if it is not a folder, or has no
-    such file."""
+    """Return a folder's files of one kind of resource. Errors: DataError if it is not a folder, or
+    has no such file."""
     if not where.is_dir():
         raise DataError(f"{where}: no folder", f"a bulk export's folder of {SUFFIX} files")
     found = sorted(p for p in where.iterdir() if p.suffix == SUFFIX and resource in p.name)
@@ -179,7 +181,7 @@ def _files(where: Path, resource: str) -> list[Path]:
 
 
 def _resources(where: Path, resource: str) -> Iterator[Any]:
-    """Yield the resources of one kind beside the documents; unreadable ones belong to nobody."""
+    """Yield the readable resources of one kind in the export's folder."""
     for path in sorted(where.iterdir()):
         if path.suffix == SUFFIX and resource in path.name and os.path.isfile(path):
             yield from _lines(path, resource)
@@ -195,8 +197,8 @@ def _lines(path: Path, resource: str) -> Iterator[Any]:
 
 
 def _encounters(where: Path) -> dict[Key, dict[str, str]]:
-    """Map each patient's encounters to the site of each; of several with one id, the first by
-    content counts."""
+    """Map each encounter of a patient to its site. Of several encounters with one id, the first in
+    the order of content counts."""
     found: dict[Key, dict[str, str]] = {}
     for line in _resources(where, "Encounter"):
         try:
@@ -214,8 +216,8 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
 
 
 def _people(where: Path) -> dict[str, dict[str, str]]:
-    """Map each patient's id to gender and date of birth, if they are given; of several resources
-    with one id, the first by content counts."""
+    """Map each patient's id to gender and date of birth, if they are given. Of several resources
+    with one id, the first in the order of content counts."""
     found: dict[str, dict[str, str]] = {}
     for line in _resources(where, "Patient"):
         told = {"gender": line.get("gender"), "born": line.get("birthDate")}
@@ -230,7 +232,7 @@ def _people(where: Path) -> dict[str, dict[str, str]]:
 
 def _age(born: str, date: Any) -> int | None:
     """Return a patient's age at a date, in whole years; None if one of the dates is not given to
-    the day."""
+    the day, or the date is before birth."""
     days = [DAY.match(value) if isinstance(value, str) else None for value in (born, date)]
     if not all(days):
         return None
@@ -240,7 +242,8 @@ def _age(born: str, date: Any) -> int | None:
 
 
 def _conditions(where: Path) -> dict[Key, list[str]]:
-    """Map each patient's encounters to the conditions that were found there."""
+    """Map each encounter of a patient to the names of the conditions that refer to it, without
+    those entered in error."""
     found: dict[Key, list[str]] = {}
     for line in _resources(where, "Condition"):
         try:
@@ -255,8 +258,9 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
 
 
 def _list_replaced(files: list[Path]) -> set[Key]:
-    """List the documents that a document of the same patient replaces. Another patient's
-    document does not count: its presence would decide what happens to this one's."""
+    """Return the documents that another document of the same patient replaces. A document of
+    another patient does not count, since its presence would decide what happens to this patient's.
+    """
     found: set[Key] = set()
     for path in files:
         for line in _lines(path, "DocumentReference"):
@@ -280,13 +284,13 @@ def _patient(line: Any) -> str:
 
 
 def _reference(value: Any, kind: str) -> str:
-    """Return the id in a reference, for any server and version; "" if there is none, or if it
-    refers to another kind of resource, or into the resource itself."""
+    """Return the id of the resource to which a reference points, without server and version; "" if
+    there is none, or if it points to another kind of resource or into the resource itself."""
     text = _table(value).get("reference")
     if not isinstance(text, str) or text.startswith("#"):
         return ""
     text = text.partition("/_history/")[0].strip()
-    if text.startswith(f"{kind}?"):  # a search for it, as a bundle has it
+    if text.startswith(f"{kind}?"):  # a search for the resource, as in a bundle
         return text.partition("|")[2] or text.partition("?")[2]
     if text.startswith("urn:"):
         return text.rpartition(":")[2]
@@ -322,8 +326,8 @@ def _tables(value: Any) -> list[dict[str, Any]]:
 
 
 def _decode_attachment(data: str) -> str:
-    """Decode an attachment. Errors: ValueError if it is not base64. Bytes that are not UTF-8
-    become lone surrogates, and are rejected as such."""
+    """Decode an attachment. Bytes that are not UTF-8 become lone surrogates, for which the row is
+    rejected later. Errors: ValueError if it is not base64."""
     try:
         raw = base64.b64decode("".join(data.split()), validate=True)
     except binascii.Error as error:

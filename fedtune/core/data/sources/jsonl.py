@@ -1,4 +1,4 @@
-"""JSON Lines data source."""
+"""Read JSON Lines files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ LINE = 64 * 2**20  # bytes of one line
 
 @dataclass(frozen=True)
 class Jsonl(Source):
-    """One JSON object per line. UTF-8, unless `encoding` is another of those that encoding_of
-    allows."""
+    """Reads files of one JSON object per line. encoding: one of those that encoding_of allows."""
 
     suffixes = (".jsonl",)
 
@@ -45,8 +44,8 @@ class Jsonl(Source):
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield the number of each non-empty line of a file, from 1, and its object, or the reason
-    why it is not one. Errors: OSError."""
+    """Yield the number of each non-empty line of a file, from 1, with the line's object, or the
+    reason why it has none. Errors: OSError."""
     with reading.open_regular(path) as handle:
         for number, line in enumerate(_lines(handle), 1):
             line = line.removeprefix(BOM)
@@ -55,8 +54,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines; of a line longer than LINE bytes only its beginning, which is still
-    longer than LINE."""
+    """Yield the lines; of a line longer than LINE bytes, only its first LINE + 1 bytes."""
     while line := handle.readline(LINE + 1):
         tail = line
         while len(tail) > LINE and not tail.endswith(b"\n"):
@@ -80,8 +78,8 @@ def _json_object(line: bytes, encoding: str) -> Row | str:
 
 
 def _bad_cell(reason: str, line: bytes, encoding: str) -> str:
-    """Return why a line cannot be used, with its cells if it is an object except for bytes in
-    some of them."""
+    """Return the reason why a line cannot be used, with its cells if the line is a JSON object but
+    for unusable bytes in some of them."""
     try:
         value = json.loads(line.decode(encoding, "surrogateescape"), strict=False)
     except MemoryError:

@@ -1,4 +1,4 @@
-"""Parquet data source."""
+"""Read Parquet files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 1024  # rows that are decoded at once
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """Apache Parquet; only the named columns are read."""
+    """Reads Apache Parquet files, and of these only the requested columns."""
 
     suffixes = (".parquet",)
 
@@ -45,9 +45,9 @@ class Parquet(Source):
 
 
 def _rows_of_group(source: ParquetFile, group: int, columns: list[str]) -> Iterator[Row | str]:
-    """Yield the rows of a row group. If rows cannot be decoded together, as when Arrow meets
-    more than 2 GiB of nested texts in one batch, they are decoded one by one, so that no other
-    row is lost unless one row alone is that long. Errors: pyarrow.ArrowException."""
+    """Yield the rows of a row group. If a batch of rows cannot be decoded, as when it has more than
+    2 GiB of nested texts, the rows are decoded one by one, so that a row is lost only if a single
+    row is that long. Errors: pyarrow.ArrowException."""
     import pyarrow as pa
 
     def batches(size: int) -> Iterator[pa.RecordBatch]:

@@ -1,4 +1,4 @@
-"""SQL data source: a table of a SQLite, DuckDB or PostgreSQL database."""
+"""Read a table of a SQLite, DuckDB or PostgreSQL database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files import reading
 
-# Columns by which a table tells patients apart: with one of them, records alone are no unit.
+# Columns that name a patient. If a table has one, data.columns.patient must be set.
 PATIENTS = frozenset(
     {
         *("patient", "patient_id", "patientid", "pat_id", "person", "person_id", "personid"),
@@ -35,14 +35,16 @@ Cells = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Sql(Collection):
-    """The rows of one table, read in one transaction that can write nothing. Columns of another
-    table, `join`, may be added by the column `on` of both tables, but only from the same
-    patient's rows.
+    """Reads the rows of one table, in one transaction that can write nothing, and sorts them by
+    content, so that the database's order has no influence.
 
-    view: `table` is a view; query: a query in place of a table. Either may make one patient's
-    rows depend on another's, so both are outside the guarantee (policy.allow_free_query).
-    password_file, password_env: where PostgreSQL's password is, if not in ~/.pgpass. All rows
-    are sorted by content, so that nothing of the database's order is left."""
+    - join, on: another table whose columns are added to each row, from the same patient's rows with
+      the same value in the column `on` of both tables
+    - view: whether `table` may be a view; query: a query in place of a table. With either, one
+      patient's rows may depend on another's, so both are outside the guarantee
+      (policy.allow_free_query)
+    - password_file, password_env: the file or the environment variable with PostgreSQL's password,
+      if it is not in ~/.pgpass"""
 
     url: str = ""
     table: str = ""
@@ -76,13 +78,13 @@ class Sql(Collection):
         with connected(self.url, self._password(), names.where) as database:
             columns, rows = self._read(database, names)
             found = list(enumerate(rows, 1))
-        # By what it holds: rows that are alike may change places.
+        # Sorted by content: only rows with the same content may change places.
         for number, cells in sorted(found, key=lambda row: _order(row[1])):
             names.row = number
             yield self.table or "query", _row(columns, cells)
 
     def _read(self, database: Database, names: Names) -> tuple[list[str], list[Cells]]:
-        """Read the columns that are asked for; returns them, and the rows. Errors: DataError."""
+        """Return the requested columns that the tables have, and the rows. Errors: DataError."""
         asked = sorted(set(names.keys.values()))
         if self.query:
             own, other = database.columns_of_query(self.query), []
@@ -106,8 +108,8 @@ class Sql(Collection):
         return columns + more, rows
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
-        """List the columns by which another table's rows are joined, including the patient's:
-        without it, a row's patient could decide what happens to another's. Errors: DataError."""
+        """Return the columns by which another table's rows are joined. The patient's is one of
+        them, so that no row is joined to another patient's. Errors: DataError."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
             raise DataError(f"{names.where}: data.options.on is not a column of both tables")
@@ -158,7 +160,8 @@ def _source(table: str) -> str:
 
 
 def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
-    """Yield the cells of some columns as text; equal numbers in a column are equal texts."""
+    """Yield, for each row, the cells of some columns as text. Equal numbers in a column are equal
+    texts."""
     cells = [f"t.{quote_name(column)}" for column in columns]
     kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
     text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
@@ -169,9 +172,9 @@ def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[
 def _join_rows(
     rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int
 ) -> Iterator[Cells]:
-    """Yield each row with the cells of the other table's rows whose first `by` cells are the
-    same, or alone if there are none. The database's own = is not used: to it "AB" and "ab" may
-    be one patient."""
+    """Yield each row, without its first `by` cells, once for each row of the other table with the
+    same first `by` cells, followed by that row's other cells. If there is none, `more` empty cells
+    follow. The database's own = is not used, since for it "AB" and "ab" may be one patient."""
 
     def key(row: Cells) -> tuple[str, ...] | None:
         usable = [
@@ -192,7 +195,7 @@ def _join_rows(
 
 
 def _patient(names: Names) -> str:
-    """Return the patient column, "" if none is named."""
+    """Return the requested patient column; "" if none is named."""
     named = (".columns.patient", "--patient")  # in a file, or on the command line
     return next((c for key, c in names.keys.items() if key.endswith(named)), "")
 
@@ -217,7 +220,7 @@ def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
 
 
 def _order(cells: Sequence[Cell]) -> list[tuple[int, str]]:
-    """Order rows by content: cells without a value first, unusable cells last."""
+    """Return a key that sorts rows by content, with empty cells first and unusable cells last."""
     return [
         (2, cell.reason) if isinstance(cell, Unusable) else (int(cell is not None), cell or "")
         for cell in cells

@@ -1,4 +1,4 @@
-"""Engines compute per-record gradients in one backward pass: one module each.
+"""Engines compute per-record gradients in one backward pass. Each engine is a module here.
 
 | one_pass | LoRA on linear layers, and linear layers themselves: the fastest, and the default |
 | opacus   | Opacus' hooks, for every layer that it knows; chosen where one_pass does not fit |

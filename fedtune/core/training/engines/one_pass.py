@@ -1,11 +1,11 @@
 """Compute per-record gradients of LoRA's small factors, as batched matrix products in the
 backward pass.
 
-A record's gradient of B is a (outputs, rank) matrix and that of A a (rank, inputs) one: far smaller
-than the activations they come from. So they are formed layer by layer during the backward pass,
-without hooks, without the sum that autograd would form besides, and without a second pass. With A
-frozen the layer keeps only the rank-r activation, never its input. Of B's columns those alone are
-formed that a site trains (fedtune/core/models/rank_slice.py)."""
+A record's gradient of B is an (outputs, rank) matrix and that of A a (rank, inputs) one: far
+smaller than the activations from which they are computed. So they are computed layer by layer
+during the backward pass, without hooks, without autograd's own sum over records, and without a
+second pass. With A frozen the layer keeps only the rank-r activation, never its input. Of B, only
+the columns that a site trains are computed (fedtune/core/models/rank_slice.py)."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ _LORA = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 class OnePass:
-    """Serves LoRA over a linear base of any kind (bf16, 4-bit, Conv1D) and trainable linear layers;
-    LoRA with dropout or bias as its two linear layers. A disabled or merged adapter is left to
-    PEFT, and then gives no gradient. Works under non-reentrant activation
-    checkpointing.
+    """Serves LoRA over a linear base of any kind (bf16, 4-bit, Conv1D) and trainable linear layers.
+    LoRA with dropout or bias is served as its two linear layers. A disabled or merged adapter is
+    left to PEFT, and then gives no gradient. Non-reentrant activation checkpointing works.
 
-    missing: parameters that it cannot serve; if there are any, it must not be used.
-    | a layer used twice in one pass | its contributions add up                              |
-    | a layer not used               | None in its place, never zeros                        |
-    | a first axis that is no record | the caller compares it with the batch, and refuses    |
+    missing: parameters that this engine cannot serve; if there are any, it must not be used.
+    | a layer used twice in one pass      | its gradients add up                                  |
+    | a layer not used                    | None in its place, never zeros                        |
+    | a first axis that is not of records | the caller compares it with the batch, and refuses    |
     References: Goodfellow 2015, "Efficient per-example gradient computations"; Bu et al. 2023,
     "Differentially private optimization on large model at small cost", section 3.2."""
 

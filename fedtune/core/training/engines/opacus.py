@@ -56,12 +56,13 @@ class OpacusHooks:
         return self._take_gradients()
 
     def _parts(self) -> Iterator[nn.Module | nn.Parameter]:
-        """Iterate over all that Opacus may set an attribute on."""
+        """Yield all modules and parameters on which Opacus may set an attribute."""
         yield from self._trained.modules()
         yield from self._trained.parameters()
 
     def _take_gradients(self) -> list[torch.Tensor | None]:
-        """Detach Opacus' per-sample gradients from the parameters; autograd's sums are zeroed."""
+        """Return Opacus' per-sample gradients, detached, and remove them from the parameters; zero
+        autograd's sums."""
         gradients: list[torch.Tensor | None] = []
         for parameter in self._parameters:
             gradient = getattr(parameter, "grad_sample", None)

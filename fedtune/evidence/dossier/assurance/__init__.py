@@ -1,2 +1,3 @@
-"""Answer the questions of a hospital's governance office, statement by statement: assurance.html,
-and the same run in the formats of two registries. A section is a file (sections/*.toml)."""
+"""Build a dossier's assurance pack. assurance.html answers the questions of a hospital's governance
+office, statement by statement; each of its sections is a file (sections/*.toml). Two more files
+describe the run for OpenDP's registry and as an RO-Crate."""

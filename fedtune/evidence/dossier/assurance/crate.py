@@ -1,7 +1,8 @@
 """Describe a dossier as an RO-Crate: ro-crate-metadata.json, plain JSON-LD without a library.
 
-It follows RO-Crate 1.1 and the profile Process Run Crate 0.5: a software, its execution, what went
-in and what came out. There is no profile for federated learning, and this is not one."""
+The crate follows RO-Crate 1.1 and the profile Process Run Crate 0.5: it names a software, its
+execution, the inputs and the results. There is no profile for federated learning, and this is not
+one."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ FORMATS = {
 
 
 def crate(found: Documents, typed: Mapping[str, str], names: Iterable[str], made: str) -> str:
-    """Return ro-crate-metadata.json. names: the dossier's signed files, but for this one. made:
-    when it was signed."""
+    """Return the text of ro-crate-metadata.json. names: the dossier's signed files, with or without
+    this one. made: when the dossier was signed."""
     report = found["report.json"]
     files = [_file(name) for name in sorted({*names} - {FILE})]
     weights = f"{RUN}/{ADAPTER}/"
@@ -97,7 +98,7 @@ def _entity(name: str, kind: str, /, **properties: Any) -> dict[str, Any]:
 
 
 def _moment(time: str | None) -> str | None:
-    """Spell UTC as the profile does."""
+    """Return a time in UTC as the profile spells it; None for None."""
     return time and time.replace("Z", "+00:00")
 
 

@@ -5,11 +5,11 @@ Each row of a section has one answer:
 
     shown          a mechanism, with evidence of this run
     built in       a mechanism with tests, of which this run recorded nothing
-    not shown      this run has no such evidence, or not that mechanism; it says why
+    not shown      this run lacks the evidence or the mechanism; the row says why
     organisation   only the organisation can say
     not opened     nobody read the source, so that nothing is claimed; it is not counted
 
-Beside the first three, a part may be the organisation's: a blank."""
+A row with one of the first three answers may also have a blank, for the organisation's part."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _fact(
 
 
 def _missing(row: Mapping[str, Any], found: Documents) -> str:
-    """Return why nothing is claimed of this run; "" if it is as the row needs it."""
+    """Return the row's needs that this run does not meet, in words; "" if it meets all."""
     return "; ".join(NEEDS[need] for need in row.get("needs", []) if not WHEN[need](found))
 
 
@@ -148,12 +148,12 @@ def _is_there(name: str, names: AbstractSet[str]) -> bool:
 
 
 def pack_page(pack: Mapping[str, Any]) -> str:
-    """Return assurance.html."""
+    """Return the text of assurance.html."""
     return page(_as_blocks(pack), "Assurance pack", JSON, WIDE)
 
 
 def _as_blocks(pack: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pack as content with blocks, which `page` writes."""
+    """Return the pack as content with blocks, which `page` renders."""
     summary = {
         "kind": "table",
         "table": "Statements by answer",

@@ -1,8 +1,9 @@
 """Describe a private run in the form of OpenDP's Deployments Registry: registry.yaml.
 
 The registry is a public list of uses of differential privacy (opendp/deployments-registry-data);
-its schema says what the fields mean. What the run knows is filled in here. The rest says that a
-person has to fill it, so that the file is a draft that fits the schema and no entry."""
+its schema says what the fields mean. Fields that the run determines are filled in here. Every other
+field says that a person must fill it in, so the file fits the schema but is a draft, not an
+entry."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ ACTORS = """\
 
 
 def registry(found: Documents, typed: Mapping[str, str], made: str) -> str:
-    """Return registry.yaml. made: when the dossier was signed, which stands for the day of
-    publication until a person says another."""
+    """Return the text of registry.yaml. made: when the dossier was signed; this is entered as the
+    day of publication, until a person enters another."""
     import yaml  # type: ignore[import-untyped]
 
     entry = _entry(found, typed, made)
@@ -128,7 +129,8 @@ def _unprotected(found: Documents) -> str:
 
 
 def _parameters(privacy: dict[str, Any]) -> str:
-    """Say what is behind ε and δ: the assumption of shared noise, and what was asked besides."""
+    """Return sentences on what ε is taken over, the assumption of shared noise under which it
+    holds, and ε with queries."""
     told = ["ε is the largest of the sites', rounded up, over all rounds."]
     if alone := fallback(privacy):
         told.append(

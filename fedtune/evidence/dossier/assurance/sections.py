@@ -1,18 +1,18 @@
 """Load the sections of an assurance pack: one TOML file for each standard, law or house rule.
 
-id, title                  the section's, in lower case and in words
+id, title                  the section's id, in lower case, and its title
 from                       where its statements were read: a document and its version
 text = "…"                 whom the section is for, and what it leaves out; optional
 
 [[row]]                    a statement
-id = "5.1.06"              its number there, or a name if the number was not read
+id = "5.1.06"              its number in the document, or a name if the number was not read
 asks = "…"                 what it asks, in words of one's own
 importance = "mandatory"   as the document has it; optional
-mechanism = "…"            what answers it here; with tests alone it is built in, not shown
+mechanism = "…"            what answers it in fedtune; with tests alone it is built in, not shown
 facts = [["label", SOURCE, FORMAT], …]   evidence: figures of the run (facts.py)
-files = ["run/plan.json"]  evidence: files of the dossier; "run/adapter/" is a folder
-tests = ["tests/…"]        what shows in fedtune's repository that the mechanism works
-needs = ["private"]        true only of such runs (NEEDS); of another one nothing is claimed
+files = ["run/plan.json"] evidence: files of the dossier; "run/adapter/" is a folder
+tests = ["tests/…"]        files of fedtune's repository that show that the mechanism works
+needs = ["private"]        the mechanism is claimed only for such runs (NEEDS)
 organisation = "…"         what only the organisation can say: a blank, for a person to fill
 blank = "purpose"          the blank is one of the dossier's own, and is typed once
 unopened = "name"          nobody read this source: the row has no number and is not counted"""
@@ -125,8 +125,8 @@ def _check_kinds(where: str, table: Mapping[str, Any], kinds: Mapping[str, type]
 
 
 def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
-    """Check that a row says what it must, and nothing that cannot be looked up. Errors:
-    ConfigError."""
+    """Check that a row has the required keys, and that its needs, sources, formats and blank are
+    known. Errors: ConfigError."""
     for name in ("id", "asks"):
         if not row.get(name):
             raise ConfigError(f"{where}: has no {name}", EXPECTED)
