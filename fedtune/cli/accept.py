@@ -32,9 +32,8 @@ def accept(
         typer.Option(
             "--tell",
             metavar="FILE",
-            help="Judge nothing. Write a signed statement for the coordinator that says "
-            "what was last decided about this model: accepted, refused or not "
-            "resolved.",
+            help="Judge nothing. Write a signed statement of the last verdict on this model "
+            "(accepted, refused or not resolved) to FILE, for the coordinator.",
             show_default=False,
         ),
     ] = None,
@@ -42,8 +41,9 @@ def accept(
         bool,
         typer.Option(
             "--personal",
-            help="Judge this site's personal model of the run, which `fedtune personalise` made, "
-            "beside the released one. Such a decision is told to nobody.",
+            help="Judge this site's personal model of the run, which `fedtune personalise` "
+            "made, and show the released model beside it. The coordinator is never told "
+            "of this verdict.",
         ),
     ] = False,
 ) -> dict[str, Any]:

@@ -34,8 +34,8 @@ HELD_OUT = Annotated[
     typer.Option(
         "--held-out",
         metavar="FILE",
-        help="With --site: non-members, records like the site's on which no site trained. "
-        "Default: the file of [evaluation].",
+        help="With --site: a file of non-members, records like the site's on which no site "
+        "trained. Default: the records of [evaluation] in SITE.",
         show_default=False,
     ),
 ]
@@ -44,8 +44,9 @@ REFERENCES = Annotated[
     typer.Option(
         "--reference",
         metavar="RUN",
-        help="With --site or --records: another run with the same base and shape of adapter, in "
-        "which these records did not take part; may be repeated.",
+        help="With --site or --records: compare with the model of this other run, which has "
+        "the same base and shape of adapter and did not train on these records; may be "
+        "repeated.",
         show_default=False,
     ),
 ]
@@ -54,8 +55,8 @@ RECORDS = Annotated[
     typer.Option(
         "--records",
         metavar="NAME=FILE",
-        help="Attack sites instead of units: a file of one site's records, with the "
-        "study's columns; give it once for each of two or more sites.",
+        help="Attack sites instead of units: name a site and a file of its records, with the "
+        "study's columns. Give the option once for each of two or more sites.",
         show_default=False,
     ),
 ]
@@ -63,8 +64,8 @@ RECEIVED = Annotated[
     bool,
     typer.Option(
         "--received",
-        help="With --records: train the study again on half of each site's records, and "
-        "infer from each update that the coordinator receives which site sent it.",
+        help="With --records: train the study again on half of each site's records, and try to "
+        "tell which site sent each update that reaches the coordinator.",
     ),
 ]
 OUT = Annotated[
@@ -73,7 +74,11 @@ OUT = Annotated[
 CANARIES = Annotated[
     int,
     typer.Option(
-        min=10, max=10_000, metavar="N", help="Without --site: the number of canary units."
+        min=10,
+        max=10_000,
+        metavar="N",
+        help="Without --site: the number of test units (canaries); each model trains on half "
+        "of them.",
     ),
 ]
 MODELS = Annotated[
@@ -112,19 +117,19 @@ def attack(
 ) -> dict[str, Any]:
     """Try to tell which units a model was trained on, and compare the success with what ε allows.
 
-    **At a site** (--site): tell the site's own units from held-out ones, in this run. The result
-    counts private records exactly, and stays at the site.
+    **At a site** (--site): tell the site's own units from held-out ones, by the model of this run.
+    The result follows exactly from private records, so it must stay at the site.
 
-    **Anywhere**: train models on generated records as the run's sites did, each with half of the
-    canaries, with noise and again without, where the attack must succeed. For a study on text, also
-    measure how much a model reveals of planted secrets, and whether it writes them. This reads no
-    record and costs no ε.
+    **Anywhere**: train models on generated records, as the run's sites trained. Each model gets
+    half of the test units (canaries), and the attack tells which. Without noise, which is tried as
+    well, the attack must succeed. For a study on text, also measure how much a model reveals of
+    planted secrets, and whether it writes them. This reads no record and costs no ε.
 
-    **Between sites** (--records for each site): tell from the model's outputs which site a record
-    is from and whose records it learnt, tested against permutations of the sites' names; with
-    --received also from the updates that a coordinator receives. ε does not cover this attack.
+    **Between sites** (--records for each site): from the model's outputs, tell which site a record
+    is from and whose records the model learnt. Both are tested against permutations of the sites'
+    names. With --received, also tell which site sent each update. ε does not cover this attack.
 
-    A result beyond what ε allows means that something is broken: exit code 3."""
+    If the attack finds more than ε allows, something is broken, and the exit code is 3."""
     from fedtune.cli.watch import Watch
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.runs.run import Run

@@ -38,8 +38,8 @@ def backup(
     """Copy a coordinator into one file, even while it runs: plan, CA, keys, registry, log and run.
 
     The file holds the consortium's private keys: only its owner can read it. Make a new backup
-    after each round: whatever came after a backup is done again, and sites are charged for it
-    again."""
+    after each round: a restored coordinator runs the rounds after its backup again, and the sites
+    are charged for them again."""
     from fedtune.core.config import load_study
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey

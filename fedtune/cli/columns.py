@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def named_columns(data: Path, pairs: list[str]) -> DataFile:
-    """Return `data` with its columns named by KEY=NAME pairs; without any pair, the prompt column
-    alone.
+    """Return the file `data` with its columns named by KEY=NAME pairs; without any pair, the column
+    "prompt" is its only one.
 
     Errors: ConfigError."""
     from pydantic import ValidationError
@@ -43,8 +43,8 @@ COLUMNS = Annotated[
     typer.Option(
         "--column",
         metavar="KEY=NAME",
-        help="A part of a record and its column in the file, such as prompt=question; may "
-        "be repeated.",
+        help="Name the column of the file that holds a part of a record, such as "
+        "prompt=question; may be repeated.",
     ),
 ]
 

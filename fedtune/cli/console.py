@@ -45,8 +45,8 @@ def warn_not_private(console: Console) -> None:
 
 
 def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
-    """Build the table of answers that wait at a site for a person: facts of the plan, lengths
-    and costs."""
+    """Build the table of the answers that wait until a person at this site releases them, with
+    their study, round, length and cost."""
     table = Figures(
         caption=f"ε: of this round alone, at policy.max_delta = {delta:g}. Times are UTC.",
         caption_justify="left",
@@ -138,7 +138,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
 
 
 def uses_of(out: Path) -> list[tuple[str, str]]:
-    """List the commands that this run's model can be used with, and what each is for."""
+    """List the commands that accept this run's model, each with its purpose."""
     from fedtune.core.run_folder import has_head, load_plan
 
     plan, headed = load_plan(out), has_head(out)
@@ -153,7 +153,7 @@ def uses_of(out: Path) -> list[tuple[str, str]]:
         else (f"fedtune generate {out} {prompt}", SIDE_BY_SIDE),
         (f"fedtune evaluate {out} --data FILE", OWN_RECORDS),
     ]
-    if headed or not media:  # no format of others holds a base of media and its adapter as one
+    if headed or not media:  # no format of other programs holds a base of media with an adapter
         why = "as one model, for other programs"
         commands.append((f"fedtune export {out} --out {out.name}-model", why))
     return commands
@@ -205,7 +205,8 @@ def plan_table(study: Study, plan: Plan) -> Table:
 
 
 def versions_table(index: Index) -> Table:
-    """Build the table of a run's versions with the decision about each, and mark the one in use."""
+    """Build the table of a run's versions with the decision about each, and mark the version in
+    use."""
     table = Figures(
         caption="against: the version in use then, on the same public records. p: how likely one "
         "as good would be by chance; look: which comparison on those records it was. public: their "
@@ -254,7 +255,8 @@ def _digest(value: Any) -> str:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """Build the table of a run's base and adapter, with their intervals."""
+    """Build the table of the metric of a run's base, of its adapter, and of the change, with 95 %
+    intervals."""
     metric, interval = result["metric"], result["interval"]
     reasons = [f", {n:,} left out: {why}" for why, n in sorted(result["rejected"].items()) if n]
     caption = f"{result['records']:,} records" + "".join(reasons)
@@ -270,8 +272,8 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 
 def predictions_table(made: Predictions, rows: int) -> Group:
-    """Build the table of the first `rows` predictions, of how often each label is predicted, and
-    what was rejected."""
+    """Build the table of the first `rows` predictions. Below it, list how often each label is
+    predicted and how many records are rejected, by reason."""
     table = Figures(box=box.SIMPLE_HEAD)
     table.add_column("row", justify="right")
     for name in made.carried:
@@ -301,8 +303,8 @@ def predictions_table(made: Predictions, rows: int) -> Group:
 
 
 def fit_table(fit: Fit) -> Group:
-    """Build one row per candidate base, smallest first; list below it the bases that cannot be
-    used."""
+    """Build a table with a row for each candidate base, smallest first. Below it, list the bases
+    that cannot be used."""
     epsilons = next((list(row.predicted) for row in fit.rows if row.predicted), [])
     table = Figures(
         title=f"bases, by size; {fit.metric}",
@@ -333,7 +335,7 @@ def fit_table(fit: Fit) -> Group:
 
 
 def files_table(folder: Path, paths_by_kind: dict[str, list[Path]]) -> Table:
-    """Build the table of a folder's files, by kind."""
+    """Build the table of the number and total size of a folder's files, by kind."""
     table = Figures(
         title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
@@ -353,7 +355,8 @@ def side_by_side(before: str, after: str) -> Table:
 
 
 def answers_table(found: dict[str, Any]) -> Table:
-    """Build the table of prompts with both answers, and the probability of a label."""
+    """Build the table of prompts with the expected answer and the answers of base and adapter. An
+    answer that is a label has its probability beside it."""
 
     def text(answer: dict[str, Any]) -> Text:
         share = answer.get("probability")

@@ -20,7 +20,8 @@ def dashboard(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A run, a folder of runs, a coordinator's home, a site.toml, or a dossier.",
+            help="What to show: a run, a folder of runs, a coordinator's home, a site.toml, or "
+            "a dossier.",
             show_default=False,
         ),
     ],
@@ -34,8 +35,8 @@ def dashboard(
         str,
         typer.Option(
             metavar="FINGERPRINT",
-            help="The consortium's fingerprint, as its coordinator read it out: runs and "
-            "dossiers are verified against it.",
+            help="Verify runs and dossiers against this fingerprint of the consortium, as its "
+            "coordinator read it out.",
             show_default=False,
         ),
     ] = "",

@@ -29,7 +29,8 @@ PLAN = Annotated[
     Path | None,
     typer.Option(
         metavar="STUDY",
-        help="A study.toml: also count tokens, and what this study would cut or leave out.",
+        help="Also count tokens, and report what the study of this study.toml would cut or "
+        "leave out.",
         show_default=False,
     ),
 ]
@@ -44,7 +45,9 @@ HTML = Annotated[
 DATE = Annotated[
     str | None,
     typer.Option(
-        metavar="COLUMN", help="A column of dates: count records by year.", show_default=False
+        metavar="COLUMN",
+        help="Count records by year of the dates in this column.",
+        show_default=False,
     ),
 ]
 
@@ -58,7 +61,9 @@ ACTIONS = {
 ROWS = Annotated[
     bool,
     typer.Option(
-        "--rows", help="List the rows, and the kinds of identifier that were found in each."
+        "--rows",
+        help="Also list the rows with findings, and the kinds of identifier that were found in "
+        "each.",
     ),
 ]
 
@@ -114,9 +119,9 @@ def describe(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write the public sheet: what a person typed, and nothing computed "
-            "from records. It is the only sheet that may leave the site, and only if "
-            'policy.release lists "sheet".',
+            help="Also write the public data sheet to FILE. It holds what a person typed, and "
+            "nothing computed from records. Only this sheet may leave the site, and only "
+            'if policy.release lists "sheet".',
             show_default=False,
         ),
     ] = None,
@@ -145,7 +150,8 @@ def describe(
 
 
 def _plan(path: Path, site: Site, settings: list[str]) -> Study:
-    """Load a study.toml, or a plan, without starting it: the adapter is not needed."""
+    """Load a study.toml, or a plan as JSON, without computing what public text adds to it. The data
+    report needs no adapter."""
     from fedtune.core.config import load_study
     from fedtune.core.vault.policy import permit_plugins
     from fedtune.officer.review import read_plan
@@ -181,8 +187,8 @@ def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
 
     The scan prints counts by kind, and with --rows the rows concerned, but never a piece of a text.
     Nothing leaves this machine. [data.scan] in site.toml decides what happens to such records in
-    training: warn, redact or leave_out. A scan can miss identifiers, and those stay. It needs
-    fedtune[scan], and reads English."""
+    training: warn, redact or leave_out. A scan can miss identifiers, and those stay in the records.
+    The scan needs fedtune[scan] and reads English."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.officer.data_scan import data_scan

@@ -23,7 +23,9 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Run a third of the demo, to check that an installation works."
+            "--quick",
+            help="Run a smaller demo (fewer classes, patients and rounds), to check that an "
+            "installation works.",
         ),
     ] = False,
 ) -> dict[str, Any]:

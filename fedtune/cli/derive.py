@@ -27,7 +27,8 @@ DISTILL_TEACHERS = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN…",
-        help="Folders of finished runs, the teachers; the student learns the mean of several.",
+        help="Folders of finished runs, the teachers. From several teachers the student learns "
+        "the mean of their distributions.",
     ),
 ]
 DISTILL_PROMPTS = Annotated[
@@ -128,8 +129,8 @@ def distill(
 
     The student learns the teachers' whole distribution (next tokens, or classes), not only their
     answers. With --layers the student starts as the first teacher without some of its layers, and
-    the layer before the dropped ones is refitted to replace them. This is post-processing: it costs
-    no ε, and the report carries over what the runs spent. The result is a run folder: evaluate,
+    the layer before the dropped ones is refitted to replace them. Distillation is post-processing:
+    it costs no ε, and the report repeats what the runs spent. The result is a run folder: evaluate,
     generate and merge accept it, and plain transformers and PEFT load it."""
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
@@ -162,8 +163,8 @@ MERGE_METHOD = Annotated[
     Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
     typer.Option(
         metavar="METHOD",
-        help="linear: the exact sum of the updates. svd: the same sum at a smaller rank. "
-        "ties, dare: the sum of a part of each update. slerp: the arc between two "
+        help="linear: the exact weighted sum of the updates. svd: the same sum at a smaller "
+        "rank. ties, dare: the sum of a part of each update. slerp: the arc between two "
         "updates. regmean: least squares on the public texts of each run.",
     ),
 ]
@@ -178,18 +179,22 @@ MERGE_DENSITY = Annotated[
     typer.Option(
         "--density",
         metavar="SHARE",
-        help="ties, dare: share of each update's entries to keep; may be repeated, once "
-        "for each run in their order. Default: 0.5.",
+        help="For ties and dare: the share of each update's entries to keep; may be repeated, "
+        "once for each run in their order. Default: 0.5.",
         show_default=False,
     ),
 ]
 MERGE_RANK = Annotated[
     int | None,
-    typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: rank of the merged adapter."),
+    typer.Option(
+        min=1, max=8192, metavar="N", help="For svd, ties and dare: rank of the merged adapter."
+    ),
 ]
 MERGE_SEED = Annotated[
     int,
-    typer.Option(min=0, max=SEEDS, metavar="N", help="dare: seed that chooses which entries stay."),
+    typer.Option(
+        min=0, max=SEEDS, metavar="N", help="For dare: seed that chooses which entries stay."
+    ),
 ]
 MERGE_DISJOINT = Annotated[
     bool,
@@ -218,10 +223,9 @@ def merge(
 ) -> dict[str, Any]:
     """Merge the adapters of finished runs of one base into one, with a report of its own.
 
-    This reads no record of a site and costs no ε. The report composes the ε of runs of the same
-    site, and of runs that may have been of the same site. Whole exported models are merged by
-    mergekit.
-    """
+    This reads no record of a site and costs no ε. The report composes the ε of runs in which the
+    same site took part, or may have taken part. Exported models, which are whole models, are merged
+    by mergekit."""
     from rich.markdown import Markdown
 
     from fedtune.cli.console import closing
@@ -279,8 +283,8 @@ def export(
 ) -> dict[str, Any]:
     """Merge base and adapter of a run into one model that other programs load.
 
-    This costs no ε. The model's guarantee, its limits and the base's licence are copied with it;
-    from a dossier, so is everything that the dossier holds."""
+    This costs no ε. The model's guarantee, its limits and the base's licence are copied with it. If
+    RUN is a dossier, the dossier is copied into a transformers folder too."""
     from fedtune.derive.export import export as write
     from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.dossier.seal import RELEASE
@@ -340,9 +344,9 @@ def choose_base(
 ) -> None:
     """Measure bases on this machine, and name the smallest one that meets a target.
 
-    This reads the study's public text and evaluation records, and no record of a site. The ε is
-    only predicted, from one pass over the records: the prediction tells bases that cannot learn the
-    task from those that can, and little more."""
+    This reads the study's public text and evaluation records, and no record of a site. The metric
+    at an ε is only predicted, from one pass over the public records. The prediction tells bases
+    that cannot learn the task from those that can, and little more."""
     from fedtune.cli.console import fit_table
     from fedtune.cli.watch import Watch
     from fedtune.core.files.writing import check_replaceable, replace

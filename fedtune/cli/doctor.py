@@ -18,7 +18,7 @@ from fedtune.core.errors import ConfigError, escape_controls
 from fedtune.core.progress import Step, listening, report
 from fedtune.report.figures import duration
 
-SLOW_SECONDS = 5.0  # without a finding, before a pipe is told which check runs
+SLOW_SECONDS = 5.0  # of a check; then, if there is no terminal, a line about it
 AGAIN_SECONDS = 30.0  # between two such lines of one check
 
 
@@ -36,8 +36,8 @@ DOCTOR_STUDY = Annotated[
     typer.Option(
         "--study",
         metavar="STUDY",
-        help="At a site: also check the base, the plan under the policy, the records for "
-        "this plan, and run the self-test of the guarantee.",
+        help="At a site: also check the base, whether the policy allows this plan, and the "
+        "records for this plan, and run the self-test of the guarantee.",
     ),
 ]
 DOCTOR_HOME = Annotated[
@@ -87,11 +87,11 @@ def doctor(
     """Check this machine for problems before a study meets them, and say what to do about each.
 
     **At a site** (site.toml): records against the declared size, ledger, keys and certificate, the
-    connection to the coordinator, the coordinator's names and clock; with --study also the base,
-    the memory, the plan under the policy, and the self-test.
+    connection to the coordinator, the host names in its certificate, its clock; with --study also
+    the base, the memory, whether the policy allows the plan, and the self-test.
 
-    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, port, and the
-    registry of sites. Give it the same options as `fedtune server`.
+    **At the coordinator** (study.toml): plan, base, CA and certificate, its host names, clock,
+    port, and the registry of sites. Give it the same options as `fedtune server`.
 
     **At both**: versions, disk, memory, and who can read the secrets. No record leaves this
     machine."""
@@ -144,8 +144,8 @@ def doctor(
 
 
 class Checking:
-    """Shows which check runs and its progress: always on a terminal; elsewhere as a line after
-    SLOW_SECONDS without one, and then every AGAIN_SECONDS."""
+    """Shows which check runs, and its progress. A terminal shows both at all times. Elsewhere a
+    line is printed once a check has run for SLOW_SECONDS, and then every AGAIN_SECONDS."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -167,7 +167,7 @@ class Checking:
         self._listening.__exit__(None, None, None)
 
     def end_check(self) -> None:
-        """Note that a check has ended, so that nothing more is shown of it."""
+        """Note that a check has ended, so that no more lines about it are printed."""
         with self._lock:
             if self._timer:
                 self._timer.cancel()
@@ -198,7 +198,7 @@ class Checking:
 
 
 def _kind(file: Path) -> str:
-    """Return "site" or "study", by the file's tables. Errors: ConfigError."""
+    """Return "site" or "study", whichever table the file has. Errors: ConfigError."""
     from fedtune.core.files import reading
 
     expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"

@@ -42,13 +42,13 @@ class Told(Exception):
 def command(
     on: typer.Typer, name: str | None = None, *, panel: str | None = None, epilog: str | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, None]]:
-    """Register a command whose errors become one line on stderr, with their notes below it, and an
-    exit code.
+    """Build a decorator that registers a command. An error of the command becomes an exit code and
+    one line on stderr, with the error's notes below it.
 
-    Arguments that no command can use are refused before it runs: a path that no file can have, a
-    text or a number that is not valid. A function that returns a result, rather than None, gets
-    --json: stdout then holds the result as JSON alone, and what it prints for people goes to
-    stderr."""
+    Before the command runs, arguments are refused that no command can use: a path that no file can
+    have, text that is not UTF-8, a number that is not finite. A command whose function returns a
+    result, rather than None, gets the option --json. With --json stdout holds the result as JSON
+    alone, and text for people goes to stderr."""
 
     def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
@@ -102,8 +102,8 @@ def command(
 
 @contextlib.contextmanager
 def quiet_if_unread() -> Iterator[None]:
-    """End a command with NOT_READ, without a message, if nobody reads its output, as behind `|
-    head`; click and rich would end it with 1."""
+    """End a command whose output nobody reads, as behind `| head`, with exit code NOT_READ and
+    without a message; click and rich would end it with 1."""
     try:
         yield
     except SystemExit as error:
@@ -116,7 +116,7 @@ def quiet_if_unread() -> Iterator[None]:
 
 
 def _is_unread() -> bool:
-    """Return whether nobody is left to read the output, or the messages."""
+    """Return whether the reader of stdout or of stderr has closed it."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # no descriptor
@@ -131,7 +131,7 @@ def wants_json() -> bool:
 
 
 def _returns(function: Callable[..., Any]) -> bool:
-    """Return whether a command has a result and does not define --json itself."""
+    """Return whether a command's function returns a result and does not define --json itself."""
     hints = function.__annotations__
     return hints.get("return") not in (None, "None") and JSON not in hints
 
@@ -157,7 +157,7 @@ def _print_json(result: Any) -> None:
 
 
 def _check(name: str, value: Any) -> None:
-    """Check that a command can use this argument. Errors: ConfigError."""
+    """Check that a command can use this value of its argument `name`. Errors: ConfigError."""
     if isinstance(value, list | tuple):
         for item in value:
             _check(name, item)
@@ -172,8 +172,8 @@ def _check(name: str, value: Any) -> None:
 
 
 def _fault(error: Exception) -> str:
-    """Describe what the operating system refused, in its words; for any other exception, name an
-    internal error."""
+    """Describe an unexpected exception: a lack of memory, what the operating system refused, in its
+    words, or else an internal error."""
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     if isinstance(error, OSError) and error.errno:

@@ -16,7 +16,7 @@ LABEL_SOURCE = Annotated[
     Path,
     typer.Argument(
         metavar="SITE_OR_DATA",
-        help="This site's site.toml, or a file of records with --column.",
+        help="Label the records of this site.toml, or of a file of records with --column.",
         show_default=False,
     ),
 ]
@@ -45,8 +45,9 @@ LABEL_JUDGE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The model that compares the two answers, given as --generator is; or a run with "
-        "objective reward, whose scores are compared. Default: the generator.",
+        help="The model that compares the two answers: pypi:NAME, a folder, a hub id, or a "
+        "run. Of a run with objective reward, the scores are compared. Default: the "
+        "generator.",
         show_default=False,
     ),
 ]
@@ -72,7 +73,8 @@ LABEL_JUDGE_DIGEST = Annotated[
 LABEL_RUBRIC = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="A file of public text that tells the judge by what to compare."
+        metavar="FILE",
+        help="A file of public text that tells the judge by which criteria to compare answers.",
     ),
 ]
 
@@ -129,9 +131,10 @@ def label(
     """Make preference pairs from this site's prompts with models on this machine (RLAIF).
 
     A generator writes two answers to each record's prompt, and a judge, asked in both orders, says
-    which is better. No text leaves the site. Each record is labelled without examples of others, so
-    a patient's preferences depend on that patient alone: name the same patient column in the DPO
-    study. Withdrawn patients are left out. A run that was trained without privacy is refused."""
+    which is better. No text leaves the site. No model sees another record beside the one that is
+    labelled, so a patient's preferences depend on that patient alone: name the same patient column
+    in the DPO study. Withdrawn patients are left out. A run that was trained without privacy is
+    refused."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.derive.label import label as make
@@ -220,7 +223,7 @@ IMPROVE_KL_COEF = Annotated[
     typer.Option(
         min=0,
         metavar="PRICE",
-        help="KL coefficient: standard deviations of the reward that one nat of KL costs.",
+        help="KL coefficient: the cost of one nat of KL, in standard deviations of the reward.",
     ),
 ]
 
@@ -272,10 +275,11 @@ def improve(
     """Train a run's policy against a federated reward model, on public prompts (RLOO).
 
     This runs at the coordinator and is post-processing: it reads two finished runs and public
-    prompts, so it costs no ε, and the report carries over what both runs spent. Rewards are
-    measured from the starting policy's mean on the public prompts. The training ends when the
-    policy's KL from the starting policy exceeds --max-kl; the checkpoint below it with the highest
-    KL-penalised reward is kept, or none. Needs fedtune[rl]."""
+    prompts, so it costs no ε, and the report repeats what both runs spent. Rewards are measured
+    from the starting policy's mean on the public prompts. The training ends when the policy's KL
+    from the starting policy exceeds --max-kl. Of the checkpoints up to that limit, the one with the
+    highest KL-penalised reward is kept; if none is better than the start, no run is made and the
+    exit code is 3. Needs fedtune[rl]."""
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.improve import improve as learn

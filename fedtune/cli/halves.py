@@ -25,9 +25,9 @@ WATCH = Annotated[
     bool,
     typer.Option(
         "--watch",
-        help="Take part only in studies that have a [schedule] and no last round: records "
-        "are read again before each round, and units whose budget is used up are "
-        "left out.",
+        help="Take part only in studies that have a [schedule] and no last round. The site "
+        "then reads its records again before each round, and leaves out units whose "
+        "budget is used up.",
     ),
 ]
 SOCKET = Annotated[
@@ -68,9 +68,9 @@ def client(
 ) -> None:
     """Take part as a site: train on this site's records, on this machine, under this site's policy.
 
-    Give --answer the first time: the file that `fedtune admit` wrote. It is kept beside this site's
-    keys. The client runs until stopped (Ctrl-C), also after a study has finished, and reconnects by
-    itself. Only clipped and noised sums leave.
+    Give --answer the first time: the file that `fedtune admit` wrote. A copy of it is kept beside
+    this site's keys. The client runs until stopped (Ctrl-C), also after a study has finished, and
+    reconnects by itself. Of the records, only clipped and noised sums leave this machine.
 
     Under torchrun, rank 0 is the client and the other ranks share its steps."""
     if os.environ.get("RANK", "0") != "0":
@@ -89,7 +89,8 @@ def vault(
         typer.Option(
             "--request",
             metavar="NAME",
-            help="Answer one request of the spool and exit; vault.run uses this.",
+            help="Answer one request of the spool and exit; the command of vault.run in "
+            "site.toml gets this option.",
             show_default=False,
         ),
     ] = None,
@@ -103,9 +104,9 @@ def vault(
     """Take part as a site whose courier runs elsewhere, such as in another container.
 
     The vault is the part of `fedtune client` that holds records, ledger and keys, and it needs no
-    network. It checks the site, then waits at --socket for a `fedtune courier` of the same user, as
-    often as one connects, or answers the requests in --spool. Otherwise it works as `fedtune
-    client`."""
+    network. It checks the site. With --socket it then serves a `fedtune courier` of the same user,
+    and waits for the next when one leaves; with --spool it answers the requests in that folder. In
+    all else it works as `fedtune client`."""
     _check_where(socket, spool)
     if request and not spool:
         raise InputError(
@@ -121,14 +122,14 @@ def vault(
 
 
 def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE = False) -> None:
-    """Carry messages between a `fedtune vault` and the coordinator: Flower and TLS, without
-    records.
+    """Carry messages between a `fedtune vault` and the coordinator, over Flower and TLS, without
+    access to records.
 
-    The courier reads site.toml, the coordinator's answer and this site's network keys, writes the
-    folder `flower` in the state folder, and waits for the vault as often as needed. It runs until
-    stopped, or until a vault with --once has finished. With --spool it reads answers and writes
-    requests in that folder, keeps a renewed certificate beside the keys, and has a --once of its
-    own."""
+    The courier reads site.toml, the coordinator's answer and this site's network keys, and writes
+    the folder `flower` in the state folder. It waits whenever there is no vault. With --socket it
+    runs until stopped, or until a vault with --once has finished. With --spool it writes requests
+    to that folder and reads answers from it, stores a renewed certificate beside the keys, and
+    takes --once itself."""
     _check_where(socket, spool)
     if once and socket:
         raise InputError(
@@ -156,7 +157,7 @@ def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE =
 
 
 def _check_where(socket: Path | None, spool: Path | None) -> None:
-    """Check that exactly one meeting place of vault and courier is named. Errors: InputError."""
+    """Check that exactly one of --socket and --spool is given. Errors: InputError."""
     if (socket is None) == (spool is None):
         raise InputError(
             "the meeting place of vault and courier is "

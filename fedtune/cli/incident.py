@@ -21,7 +21,8 @@ def evidence(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A site.toml or a coordinator's home; without --to, a folder of kept evidence.",
+            help="With --to: the site.toml, or the coordinator's home, whose evidence to keep. "
+            "Without --to: a folder of kept evidence to check.",
             show_default=False,
         ),
     ],
@@ -34,7 +35,7 @@ def evidence(
         typer.Option(
             "--run",
             metavar="RUN",
-            help="Also keep what this run says of itself: plan, report, evidence, signature.",
+            help="With --to: also keep this run's plan, report, evidence and signature.",
             show_default=False,
         ),
     ] = None,
@@ -51,20 +52,22 @@ def evidence(
         str,
         typer.Option(
             metavar="KEY|PATH",
-            help="The public key that must have signed it, or the site.toml or coordinator's home "
-            "whose key it is.",
+            help="Without --to: accept only evidence that this public key signed, or the key "
+            "of this site.toml or coordinator's home.",
             show_default=False,
         ),
     ] = "",
 ) -> dict[str, Any]:
     """Keep evidence after an incident, or check evidence that was kept.
 
-    With --to, the ledger, the logs, receipts and plans of a site, or the registry and logs of a
-    coordinator, are copied to a new folder, whose files nobody can write to, under one signature.
-    No record text, no key and no salt is copied; the ledger's entries count patients who arrived or
-    withdrew, and are those of every membership. Without --to, every copy and the signature are
-    checked: a change ends with exit code 2. Anybody can sign a folder with a key of their own:
-    without --signer, exit code 3."""
+    With --to, copy a site's ledger, logs, receipts and plans, or a coordinator's registry and logs,
+    to a new folder of read-only files under one signature. No record text, no key and no salt is
+    copied. The ledger's entries count patients who arrived or withdrew, in every membership of a
+    hospital.
+
+    Without --to, check every copy and the signature. If one was changed, the exit code is 2.
+    Without --signer the exit code is 3, because anybody can sign a folder with a key of their
+    own."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import Refused
     from fedtune.core.ledger.audit_log import signer_at

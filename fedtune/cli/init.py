@@ -39,7 +39,7 @@ class Declared(StrEnum):
 
 
 class Role(StrEnum):
-    """Whose files are written."""
+    """The role whose files `fedtune init` writes."""
 
     BOTH = "both"
     COORDINATOR = "coordinator"
@@ -64,8 +64,8 @@ DATA = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE",
-        help="A site's records: a .csv, .jsonl, .parquet or .arrow file; a folder of "
-        "them, of a Hugging Face data set, or of a FHIR bulk export; or a database "
+        help="A site's records: a .csv, .jsonl, .parquet or .arrow file; a folder of such "
+        "files, of a Hugging Face data set, or of a FHIR bulk export; or a database "
         "table, URL#TABLE. Repeat it for more sites.",
     ),
 ]
@@ -73,8 +73,9 @@ EVALUATION = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records with answers. One part is trained on before the first round, "
-        "for no ε; a fifth chooses the size of each step; the rest evaluate.",
+        help="A file of public records with answers. One part trains the model before the "
+        "first round, which costs no ε; a fifth chooses how far each round moves the "
+        "model, or whether the sites' result is kept; the rest evaluates.",
         show_default=False,
     ),
 ]
@@ -82,8 +83,8 @@ PUBLIC = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Other public records to train on before the first round, for no ε; then no "
-        "records of --evaluation are trained on.",
+        help="A file of other public records to train on before the first round, at no cost in "
+        "ε. No record of --evaluation is then trained on.",
         show_default=False,
     ),
 ]
@@ -110,7 +111,7 @@ MEDIA = Annotated[
     str | None,
     typer.Option(
         metavar="COLUMN",
-        help="Tasks vision and speech: column of the path of an image or a recording, "
+        help="Tasks vision and speech: column that holds the path of an image or a recording, "
         "relative to the file of records. Default: image, audio.",
     ),
 ]
@@ -136,7 +137,7 @@ PATIENT = Annotated[
     str | None,
     typer.Option(
         metavar="COLUMN",
-        help="Column of the patient: all records of a patient are protected together.",
+        help="Column that identifies the patient: all records of a patient are protected together.",
         show_default=False,
     ),
 ]
@@ -145,7 +146,7 @@ ALSO = Annotated[
     typer.Option(
         "--also-label",
         metavar="TEXT",
-        help="One more class, which the public records lack; may be repeated.",
+        help="Add a class that the public records lack; may be repeated.",
     ),
 ]
 LABELS = Annotated[
@@ -153,7 +154,7 @@ LABELS = Annotated[
     typer.Option(
         "--label",
         metavar="TEXT",
-        help="A class; may be repeated. Default: the labels in --evaluation.",
+        help="Name a class; may be repeated. Default: the labels in --evaluation.",
     ),
 ]
 SIZE = Annotated[
@@ -178,9 +179,10 @@ COLLUDING = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Let all sites share one dose of noise (secure aggregation): less noise at the same "
-        "ε, which holds if at most N of them collude with the coordinator, and a larger ε "
-        "whatever happens. Default: each site adds all of its noise itself.",
+        help="Let all sites share one dose of noise (secure aggregation), so that there is "
+        "less of it. The study's ε then holds if at most N sites collude with the "
+        "coordinator; a larger ε holds in any case. Default: each site adds all of its "
+        "noise itself.",
         show_default=False,
     ),
 ]
@@ -216,8 +218,8 @@ SERVE = Annotated[
     typer.Option(
         "--serve",
         metavar="NAME",
-        help="With --role coordinator and --task: start the server at once, for sites "
-        "that reach this machine as NAME or NAME:PORT (8443).",
+        help="With --role coordinator and --task: start the server at once, for sites that "
+        "reach this machine as NAME or NAME:PORT (default port: 8443).",
         show_default=False,
     ),
 ]
@@ -254,9 +256,9 @@ def init(
 ) -> dict[str, Any]:
     """Write the files of a new study.
 
-    With --task: a recipe that was measured, filled in for your files and their columns; on a
-    terminal you are asked for what is missing. Without --task: study.toml and site.toml with every
-    key, commented line by line. Each role gets only its own files."""
+    With --task, fill in a measured recipe for your files and their columns; on a terminal you are
+    asked for missing values. Without --task, write study.toml and site.toml with every key and a
+    comment on each line. With --role, only the files of that role are written."""
     from fedtune import presets
     from fedtune.cli import server
     from fedtune.presets.places import place_of
@@ -301,7 +303,7 @@ def init(
 
 def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
     """Describe the ε of a study whose sites share noise, with and without its assumption, and what
-    the sites must do for it; nothing for another study."""
+    the sites must do. Return [] if the sites do not share noise."""
     if records.colluding is None:
         return []
     from fedtune.accounting.costs import shared_lines
@@ -317,8 +319,8 @@ def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
 
 
 def _time(folder: Path, records: Records) -> list[str]:
-    """Print how long the study that was written will take on this machine; nothing for a site
-    alone."""
+    """Describe how long the new study will take on this machine. Return [] for a site alone, or if
+    the time cannot be estimated."""
     from fedtune.core.config import load_study
     from fedtune.presets.duration import forecast
 
@@ -341,8 +343,8 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
 def _templates(
     folder: Path, records: Records, size: list[int] | None
 ) -> tuple[list[Path], str, str]:
-    """Write the commented files of a study without a recipe. Return what was written, and what is
-    next.
+    """Write the commented files of a study without a recipe. Return their paths, a note about the
+    unit, and the next commands.
 
     Errors: ConfigError for an option of a recipe, DataError for a column or a file that does not
     exist."""
@@ -376,7 +378,8 @@ def _templates(
 
 
 def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> Records:
-    """Ask for missing values on a terminal; elsewhere use the task's default names."""
+    """On a terminal, ask for missing column names and sizes; elsewhere leave the names to the task,
+    and take 200 as the size."""
     from fedtune import presets
 
     asking = sys.stdin.isatty()
@@ -459,7 +462,7 @@ def _next(folder: Path, records: Records, task: Task) -> str:
     place = f"{folder}/sites/site-*" if many else f"{folder}"
     put = "" if records.data else f"put records into {place}/data.jsonl; then\n       "
     run = f"runs/{folder.name}"
-    # Where the study has no public records, nothing says what its columns are called.
+    # A study without public records does not name its columns.
     column = "" if records.evaluation else f' --column text="{records.prompt}"'
     predict = f"       fedtune predict {run} --data FILE{column}   labels for new "
     export = f"       fedtune export {run} --out {folder.name}-model   for "

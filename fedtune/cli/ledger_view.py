@@ -1,4 +1,5 @@
-"""Print what was spent on a dataset, by which study, and what remains (`fedtune ledger`).
+"""Build what `fedtune ledger` prints: what was spent on a dataset, by which study, and what
+remains.
 
 Every ε is rounded up and what remains is rounded down, so that a person who adds the columns up
 never finds more room than there is."""
@@ -40,7 +41,8 @@ def ledger_view(
 ) -> Group:
     """Build the whole print-out for one dataset, including other datasets that count against it.
 
-    unit: whether the site's file identifies patients or single records."""
+    unit: "patient" or "record", whichever the site's file identifies; None to state each study's ε
+    for its own unit."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     arrivals = any(cohort.arrival for cohort in cohorts)
@@ -68,7 +70,8 @@ def ledger_view(
 
 
 def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = False) -> Table:
-    """Build the table of studies. arrivals: whether a table of patients by arrival follows."""
+    """Build the table of studies. arrivals: whether the table of patients by arrival follows this
+    one."""
     less = " A patient paid for the rounds since the arrival alone: the next table." * arrivals
     table = Figures(
         title="studies",
@@ -103,7 +106,8 @@ def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = 
 
 
 def _whatever(line: StudyLine) -> str:
-    """Return ε by this site's own noise alone; for a study without shared noise this is its ε."""
+    """Return the fallback ε, by this site's own noise alone. For a study without shared noise it is
+    the study's ε."""
     if not line.known:
         return "not known"
     return _format_epsilon(line.epsilon if line.fallback is None else line.fallback)
@@ -112,8 +116,8 @@ def _whatever(line: StudyLine) -> str:
 def cohorts_table(
     dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> Table:
-    """Build the table of cohorts: arrival, size, ε of each unit, and which ones are left out by
-    now."""
+    """Build the table of cohorts, with each one's arrival, size, rounds and ε, and whether it is
+    left out by now."""
     last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
     table = Figures(
         title="patients by arrival",
@@ -151,8 +155,10 @@ def memberships_table(
     share: DatasetBudget | None = None,
     earlier: str = "",
 ) -> Table:
-    """Build the table of what each of a hospital's memberships spent. share: that of `membership`,
-    whose remainder is shown; earlier: whose the charges are that the ledger had before."""
+    """Build the table of what each of a hospital's memberships spent.
+
+    share: the budget of `membership`, whose remainder is shown in its row; earlier: the membership
+    that made the charges which the ledger held before it was the hospital's."""
     table = Figures(
         title="who spent it",
         caption="ε: what each membership alone has spent, as the ceiling counts it; the total "
@@ -183,13 +189,15 @@ def memberships_table(
 
 
 def _payer(membership: str, earlier: str) -> str:
-    """Name for people whose a charge is."""
+    """Return the words for who paid a charge: a membership's name, or a phrase if it was paid
+    before the hospital's home existed, or entered by a restore, which counts it for all."""
     before = f"{earlier}, before the home" if earlier else "before the home"
     return {"": before, EVERY: "restored: counts for all"}.get(membership, membership)
 
 
 def budget_table(total: DatasetBudget, membership: str = "") -> Table:
-    """Build the table of a budget. membership: of a hospital's home, whose ceilings these are."""
+    """Build the table of a budget. membership: "" for a site with a ledger of its own; otherwise
+    the table says that the ceilings are the hospital's."""
     policy = "policy" if not membership else "the hospital's policy"
     table = Figures(
         title=f"budget of {escape(total.dataset)}" + (", all memberships" if membership else ""),
@@ -231,7 +239,7 @@ def budget_table(total: DatasetBudget, membership: str = "") -> Table:
 
 
 def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
-    """Describe the rounds of unknown cost, and who accepted them."""
+    """Describe the rounds of unknown cost, and who accepted them. Return [] if there are none."""
     rounds = [entry for entry in spent if not entry.charge.is_known_for(unit)]
     if not rounds:
         return []
@@ -264,7 +272,7 @@ def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -
 
 
 def footer(ledger: Ledger, dataset: str) -> str:
-    """Describe the ledger's head on one line."""
+    """Describe on one line the ledger's head and its other datasets."""
     head = ledger.head
     others = [name for name in ledger.datasets if name != dataset]
     beside = f"; other datasets here: {', '.join(others)}" if others else ""

@@ -21,7 +21,7 @@ HEAD = Annotated[
     str,
     typer.Option(
         metavar="SEQ:HASH",
-        help="A log head that somebody noted earlier: it must be in the chain.",
+        help="Check that the log holds this head, which somebody noted earlier.",
         show_default=False,
     ),
 ]
@@ -29,7 +29,7 @@ SIGNER = Annotated[
     str,
     typer.Option(
         metavar="KEY",
-        help="The public key that must have signed the log, for a copy of a log without "
+        help="Check that this public key signed the log. Needed for a copy of a log without "
         "the key beside it.",
         show_default=False,
     ),
@@ -41,8 +41,8 @@ RUN = Annotated[
     typer.Option(
         "--run",
         metavar="PATH",
-        help="Also check the log against a run or dossier: the updates that this site signed there "
-        "name entries that the log must hold.",
+        help="Also check the log against a run or dossier: the updates that this site signed "
+        "for it name log entries, which the log must hold.",
         show_default=False,
     ),
 ]
@@ -104,8 +104,8 @@ def log(
 
 
 def _memberships(path: Path) -> set[str]:
-    """Return the memberships of a hospital whose log it is, which its receipts name; {""} of a site
-    that is none. Errors: ConfigError."""
+    """Return the memberships that may have written to this log; "" stands for a site with a ledger
+    of its own. Errors: ConfigError."""
     from fedtune.core.config import load_site
     from fedtune.core.config.hospital import FILE
     from fedtune.core.config.load import load_hospital
@@ -116,7 +116,8 @@ def _memberships(path: Path) -> set[str]:
 
 
 def _folder(path: Path) -> Path:
-    """Return the folder of a site's ledger, or the folder itself. Errors: ConfigError."""
+    """Return the folder of an audit log: `path` itself, or that of the ledger if `path` is a
+    site.toml. Errors: ConfigError."""
     if path.is_dir():
         return path
     from fedtune.core.config import load_site

@@ -17,6 +17,7 @@ class _Stderr(logging.Handler):
 
 
 def use_one_style() -> None:
-    """Write warnings as lines that begin with whose they are, whatever library is loaded later:
-    opacus sets a format with dates for all of a process, unless there is one."""
+    """Print each library's warning as one line that begins with the library's name. This also holds
+    for libraries that are loaded later: opacus sets a format with dates for the whole process only
+    if none is set."""
     logging.basicConfig(handlers=[_Stderr()], level=logging.WARNING)

@@ -108,7 +108,7 @@ def _version(show: bool) -> None:
 
 
 def main() -> None:
-    """The `fedtune` command."""
+    """Run the `fedtune` command."""
     log_lines.use_one_style()
     hide_quantisation()
     with quiet_if_unread():
@@ -141,14 +141,14 @@ def plan(
             "--size",
             min=1,
             metavar="N",
-            help="Declared size of a site; may be repeated.",
+            help="Compute the cost for a site of this declared size; may be repeated.",
         ),
     ] = None,
     sites: SITES = None,
     share: SHARE = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Leave out the expected gain, for which the base is needed."),
+        typer.Option("--quick", help="Leave out the expected gain, which needs the base."),
     ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:
@@ -197,8 +197,8 @@ def simulate(
     engine: Annotated[
         Literal["in-process", "ray"],
         typer.Option(
-            help="in-process: on this machine, no network. ray: processes on the nodes of a Ray "
-            "cluster."
+            help="Where the sites run. in-process: on this machine, without a network. ray: in "
+            "processes on the nodes of a Ray cluster."
         ),
     ] = "in-process",
     address: Annotated[

@@ -38,7 +38,8 @@ def memberships(
         typer.Option(
             "--add",
             metavar="NAME",
-            help="Make a membership: its site.toml in --site, and its table in hospital.toml.",
+            help="Make a membership: write its site.toml to --site, and add its table to "
+            "hospital.toml.",
             show_default=False,
         ),
     ] = None,
@@ -47,7 +48,7 @@ def memberships(
         typer.Option(
             "--site",
             metavar="DIR",
-            help="With --add: the membership's own folder.",
+            help="With --add: the membership's own folder, for its site.toml and keys.",
             show_default=False,
         ),
     ] = None,
@@ -57,7 +58,8 @@ def memberships(
             "--max-epsilon",
             min=0.01,
             metavar="E",
-            help="With --add: its share of the hospital's ceiling. Default: the whole ceiling.",
+            help="With --add: the most ε of a dataset that the membership may spend. Default: "
+            "the hospital's ceiling.",
             show_default=False,
         ),
     ] = None,
@@ -66,7 +68,8 @@ def memberships(
         typer.Option(
             "--dataset",
             metavar="DATASET",
-            help="With --add: the registered dataset that it trains on. Default: the only one.",
+            help="With --add: the registered dataset on which the membership trains. Default: "
+            "the only one.",
             show_default=False,
         ),
     ] = None,
@@ -75,7 +78,7 @@ def memberships(
         typer.Option(
             "--data",
             metavar="PATH|URL",
-            help="With --add, for a HOME that does not exist: the records of its first dataset.",
+            help="With --add, if HOME does not exist yet: the records of its first dataset.",
             show_default=False,
         ),
     ] = None,
@@ -104,8 +107,8 @@ def memberships(
         typer.Option(
             "--adopt",
             metavar="SITE",
-            help="Make a site that has a ledger of its own a membership, called --name. A copy of "
-            "its state folder is kept.",
+            help="Turn a site that has its own ledger into a membership, named by --name. A "
+            "copy of its state folder is kept.",
             show_default=False,
         ),
     ] = None,
@@ -123,8 +126,8 @@ def memberships(
         typer.Option(
             "--withdrawn",
             metavar="FILE",
-            help="With --adopt: keys, one per line, of patients who withdrew and are in no record "
-            "any more.",
+            help="With --adopt: a file with the keys, one per line, of patients who withdrew "
+            "and are in no record any more.",
             show_default=False,
         ),
     ] = None,
@@ -138,27 +141,32 @@ def memberships(
         ),
     ] = None,
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="With --end: although studies are under way.")
+        bool,
+        typer.Option(
+            "--anyway", help="With --end: end the membership even if its studies are under way."
+        ),
     ] = False,
     forget: Annotated[
         str | None,
         typer.Option(
             "--forget",
             metavar="PLACE",
-            help="Forget that another home on this machine pays for these records: a path, a url, "
-            "or that home.",
+            help="Forget that another home on this machine pays for some records. PLACE: the "
+            "records' path or url, or the other home.",
             show_default=False,
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="With --end: do it without asking.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --end: end the membership without asking.")
+    ] = False,
 ) -> dict[str, Any]:
     """List the consortia in which a hospital takes part with the same patients, and what each has
-    spent; or add, adopt or end one.
+    spent; or add, adopt or end a membership.
 
     All memberships pay from one ledger, in HOME, so that no patient pays twice without being
-    counted. hospital.toml there says what all of them together may spend of a dataset, and each
-    one's share. A coordinator that the ceiling refuses learns that the hospital's budget does not
-    hold its study, and not who spent the rest."""
+    counted. hospital.toml in HOME sets the most ε of a dataset that all of them together may spend,
+    and each one's share. If the ceiling refuses a study, its coordinator learns that the hospital's
+    budget is too small for it, and not who spent the rest."""
     given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
     acts = [key for key, value in given.items() if value is not None]
     if len(acts) > 1:

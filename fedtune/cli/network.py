@@ -28,13 +28,15 @@ HOME = Annotated[
     typer.Option(
         "--home",
         metavar="DIR",
-        help="The coordinator's home. Default: the folder coordinator, here.",
+        help="The coordinator's home. Default: the folder named coordinator in this folder.",
     ),
 ]
 
 ANSWER = Annotated[
     Path | None,
-    typer.Option("--answer", metavar="FILE", help="The coordinator's answer: join with it first."),
+    typer.Option(
+        "--answer", metavar="FILE", help="Join with this answer of the coordinator, then start."
+    ),
 ]
 HEARD = Annotated[
     str | None,
@@ -64,16 +66,19 @@ def enroll(
     ] = None,
     new_keys: Annotated[
         bool,
-        typer.Option("--new-keys", help="Put the present keys aside and make new ones."),
+        typer.Option(
+            "--new-keys",
+            help="Put the present network keys aside and make new ones. The signing key stays.",
+        ),
     ] = False,
 ) -> dict[str, Any]:
     """Make this site's keys, and a request to take part that holds their public halves only.
 
-    Send the file to the coordinator, and read the fingerprint out over the phone. Run again, the
-    command writes a request with the same keys, for a certificate that expired while the client was
-    off. If keys are lost, stolen or due for rotation, the coordinator revokes the site, you run
-    this command with --new-keys, and the coordinator admits the new request. The signing key stays,
-    because it belongs to the ledger."""
+    Send the file to the coordinator, and read the fingerprint out over the phone. If a certificate
+    expired while the client was off, run this command again: the new request has the same keys. If
+    network keys are lost, stolen or due for rotation, the coordinator revokes the site, you run
+    this command with --new-keys, and the coordinator admits the new request. --new-keys leaves the
+    signing key, which belongs to the ledger."""
     return ask(site, out, new_keys=new_keys)
 
 
@@ -115,9 +120,9 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
 
 
 def _home(told: Path | None) -> Path:
-    """Return the coordinator's home: the one given, else the one beside this folder's
-    study.toml. A second home is never made because a command ran in another folder. Errors:
-    ConfigError."""
+    """Return the coordinator's home: `told`, or else the folder `coordinator` here. Errors:
+    ConfigError if there is neither that folder nor a study.toml here, so that a command in a wrong
+    folder never makes a second home."""
     home = told or Path("coordinator")
     if told is None and not home.is_dir() and not Path("study.toml").exists():
         from fedtune.core.errors import ConfigError
@@ -180,8 +185,9 @@ def admit(
     """Admit sites whose fingerprints you heard from somebody you know, and write their answers.
 
     Each request's fingerprint is compared before any site is admitted. While a server makes its
-    plan, this command waits for it, because the answers hold the plan for review; a site can then
-    connect at once. An admitted name is refused with other keys: `fedtune revoke` it first."""
+    plan, this command waits for it, because the answers hold the plan for review. Afterwards an
+    admitted site can connect at once. If a name is admitted already, other keys under this name are
+    refused until `fedtune revoke` has removed the site."""
     from fedtune.core.errors import ConfigError
     from fedtune.core.files.writing import replace
     from fedtune.flower import enrol
@@ -240,10 +246,11 @@ def _wait_for_plan(home: Path) -> None:
 
 
 def _compare(asked: list[Request], heard: list[str] | None) -> None:
-    """Compare every request's fingerprint with what the sites read out, before any site is
+    """Compare every request's fingerprint with those that the sites read out, before any site is
     admitted.
 
-    Errors: ConfigError if no fingerprint was given; Refused if one differs."""
+    heard: the values of --fingerprint; without any, a person is asked on the terminal. Errors:
+    ConfigError if nobody compared a fingerprint; Refused if one differs."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
@@ -292,12 +299,12 @@ def _address_in(home: Path) -> str:
 
 
 def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
-    """Store the coordinator's answer at this site, under the fingerprint that a person heard. None:
-    use the stored answer.
+    """Compare the coordinator's answer with the fingerprint that a person heard, and store it at
+    this site. answer: None to use the stored one.
 
-    On a terminal, a site that has not joined this consortium before is asked for the fingerprint,
-    which is not shown. Giving it signs the plan that came with the answer, unless the policy asks
-    for `fedtune review --sign` or refuses the plan. Errors: ConfigError, Refused."""
+    If `fingerprint` is None, a site without a stored answer is asked for it on a terminal. Whoever
+    gives it also signs the plan in the answer, unless the policy asks for `fedtune review --sign`
+    or refuses the plan. Errors: ConfigError, Refused."""
     from fedtune.core.errors import ConfigError
 
     if answer is None:
@@ -411,9 +418,9 @@ def leave(
 ) -> dict[str, Any]:
     """Leave a consortium: delete this site's network keys and the coordinator's answer.
 
-    The coordinator need not agree or answer. Stop the client first. What was charged, released and
-    entered stays; studies under way end here, and `fedtune purge` deletes what they left. Tell the
-    coordinator, whose `fedtune revoke` refuses the keys there."""
+    Stop the client first. The coordinator need not agree or answer; tell it, so that it refuses the
+    deleted keys with `fedtune revoke`. Charges, releases and log entries stay. Studies under way
+    end for this site, and `fedtune purge` deletes what they left."""
     from fedtune.core.config import load_site
     from fedtune.officer.leave import leave as go
 

@@ -36,9 +36,9 @@ class RoundsPace:
     layers' outputs for all records, which later rounds reuse; that time is not counted."""
 
     def __init__(self) -> None:
-        self._began: float | None = None  # of the rounds timed
-        self._timed, self._known = 0, False  # known: what is done once is past, or was heard of
-        self._once, self._once_since = 0.0, 0.0  # seconds of it, and since when it goes on
+        self._began: float | None = None  # when the first timed round began
+        self._timed, self._known = 0, False  # _known: whether one-off work is over or reported
+        self._once, self._once_since = 0.0, 0.0  # seconds of one-off work; when it began
 
     def begin(self, now: float) -> None:
         """Note that a round begins; the time between two rounds counts for the later one."""
@@ -46,7 +46,8 @@ class RoundsPace:
             self._began = now
 
     def hear(self, step: Step, now: float) -> None:
-        """Record a report of a long step."""
+        """Record a report of a long step. Only work that is done once in a study (step.once)
+        counts."""
         if not step.once or self._began is None:
             return
         if step.done == 0:

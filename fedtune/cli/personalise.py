@@ -19,8 +19,8 @@ AT_SITE = Annotated[
     typer.Option(
         "--site",
         metavar="SITE",
-        help="This site's site.toml: use the site's personal model of the run, which `fedtune "
-        "personalise` made, in place of the released one.",
+        help="Use the personal model that `fedtune personalise` made of the run at this "
+        "site.toml's site, in place of the released one.",
         show_default=False,
     ),
 ]
@@ -32,7 +32,8 @@ def add_to(app: typer.Typer, panel: str) -> None:
 
 
 def run_at(run: Path, site: Path | None) -> Run:
-    """Open a run; with a site, the site's personal model of it. Errors: InputError."""
+    """Open a run or, if a site is given, the site's personal model of that run. Errors:
+    InputError."""
     from fedtune.runs.run import Run
 
     if site is None:
@@ -56,11 +57,12 @@ def personalise(
 
     How far the model may move from the released one is chosen by records of [data] that the
     training does not see; patients of [acceptance] and [evaluation] are never trained on. If those
-    records do not show that the result is better, the released model is kept, and no file is
-    written. Else it is sealed to this site's key in the site's state folder: no ε covers it, so it
-    never leaves. `predict`, `evaluate` and `generate` use it with --site, `accept` judges it with
-    --personal; export, merge, release, distill, improve and label refuse it. After a withdrawal it
-    is not used until this command has run again. Nothing is charged to the ledger."""
+    records do not show that the personal model is better, the released model is kept, and no file
+    is written. Otherwise the personal model is sealed to this site's key in the site's state
+    folder: no ε covers it, so it never leaves. `predict`, `evaluate` and `generate` use it with
+    --site, `accept` judges it with --personal; export, merge, release, distill, improve and label
+    refuse it. After a withdrawal it is not used until this command has run again. Nothing is
+    charged to the ledger."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.evidence.personal import MARK

@@ -45,8 +45,8 @@ CHECK_PLUGIN_BASE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The model whose architecture, at tiny size, an objective or a modality is "
-        "tried on. Default: a small random text model.",
+        help="Try an objective or a modality on a tiny random model with the architecture of "
+        "this model. Default: a small random text model.",
         show_default=False,
     ),
 ]
@@ -81,10 +81,11 @@ def check_plugin(
     """Check a plug-in, on generated records, against the rules that every plug-in of its kind must
     keep.
 
-    For objectives and modalities: rows equal a loop of one record, no record moves another's row, a
-    removed unit moves the sum by at most C, losses repeat to the last bit. For strategies: a round
-    without updates, order of arrival, restart. For sources: one row at a time, broken files. For
-    converters: one unit at a time. For trackers: events.
+    For objectives and modalities: a batch's rows equal those of records computed one by one, no
+    record changes another's row, the sum changes by at most C if a unit is removed, and losses
+    repeat to the last bit. For strategies: a round without updates, the order of arrival, a
+    restart. For sources: reading one row at a time, broken files. For converters: one unit at a
+    time. For trackers: events.
 
     One line is printed for each check, with the measured value and the bound. docs/extending.md
     shows a plug-in of each kind. A check that passes is a measurement, not a proof."""

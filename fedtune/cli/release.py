@@ -34,8 +34,9 @@ def release(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A file with the statements that fedtune cannot know, such as the legal basis. "
-            "If it does not exist, it is written as a form to fill in, and nothing else is done.",
+            help="A file with the statements that fedtune cannot know, such as the legal "
+            "basis. If it does not exist, the command only writes it as a form to fill "
+            "in.",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +53,7 @@ def release(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="A folder of files NAME.toml with further sections of the assurance pack, such "
+            help="A folder of files NAME.toml with further sections for assurance.html, such "
             "as a hospital's own rules.",
             show_default=False,
         ),
@@ -61,8 +62,8 @@ def release(
         list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="A folder that `fedtune attack RUN` or `fedtune audit` wrote: the assurance pack "
-            "says what they found; may be repeated.",
+            help="A folder that `fedtune attack RUN` or `fedtune audit` wrote; assurance.html "
+            "states what was found. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -118,7 +119,8 @@ def approve(
         str,
         typer.Option(
             metavar="FINGERPRINT",
-            help="The consortium's fingerprint, as its coordinator read it out.",
+            help="Refuse the dossier unless the consortium with this fingerprint, as its "
+            "coordinator read it out, signed it.",
         ),
     ],
     name: Annotated[str, typer.Option(metavar="TEXT", help="Name of the person who approves.")],
@@ -139,14 +141,15 @@ def approve(
         Path | None,
         typer.Option(
             metavar="SITE",
-            help="A site.toml: sign with the site's key, which also signed its updates.",
+            help="Sign with the key of this site.toml's site, which also signed its updates.",
             show_default=False,
         ),
     ] = None,
 ) -> dict[str, Any]:
     """Approve a dossier that was received: check it, and sign it with name, role, reason and date.
 
-    With --site the site itself countersigns. `fedtune verify` shows who approved."""
+    With --site the site itself approves it with its own key. `fedtune verify` shows who
+    approved."""
     from fedtune.evidence.dossier.release import approve as sign
 
     signed_by, log = _key(key, site)
@@ -159,7 +162,8 @@ def approve(
 
 
 def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, AuditLog | None]:
-    """Return the key that approves; for a site, also its audit log."""
+    """Return the path of the approver's key file, or a site's signing key and audit log. Errors:
+    ConfigError."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import ConfigError
     from fedtune.core.ledger.audit_log import AuditLog

@@ -1,6 +1,7 @@
-"""Group the commands that `fedtune --help` shows, those of the daily path, by who runs them.
+"""Group the commands that `fedtune --help` shows, which are those of everyday use, by who runs
+them.
 
-`fedtune more` shows every command; a command's own --help is the same either way."""
+`fedtune more` shows every command. A command's own --help does not depend on this."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ DAILY = {
 
 
 class DailyFirst(TyperGroup):
-    """The group of all commands, whose --help lists those of DAILY."""
+    """The group of all commands. Its --help lists only the commands of DAILY."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         daily = dict[str, click.Command]()
@@ -47,7 +48,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def more(ctx: typer.Context) -> None:
-    """List every command, those of the daily path and the rest."""
+    """List every command, also those that `fedtune --help` leaves out."""
     above = ctx.find_root()
     group = above.command
     assert isinstance(group, DailyFirst)

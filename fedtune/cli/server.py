@@ -35,7 +35,7 @@ HOST = Annotated[
     str,
     typer.Option(
         metavar="ADDRESS",
-        help="The address to listen on; 127.0.0.1: reachable from this machine only.",
+        help="The address to listen on. With 127.0.0.1 only this machine can connect.",
     ),
 ]
 NAMES = Annotated[
@@ -60,15 +60,16 @@ OUT = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="The run folder to create; of several studies, the folder in which each has its own. "
-        "Default: runs/NAME beside STUDY.",
+        help="The run folder to create. For several studies: the folder in which each has its "
+        "own run folder. Default: runs/NAME beside STUDY.",
     ),
 ]
 STUDIES = Annotated[
     list[Path],
     typer.Argument(
         metavar="STUDY...",
-        help="The public plan, study.toml; several: studies of the same consortium.",
+        help="The public plan, study.toml. Give several to run studies of the same consortium "
+        "together.",
         show_default=False,
     ),
 ]
@@ -77,7 +78,7 @@ AT_ONCE = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Of several studies, run N at a time, a round each in turn; the others wait in the "
+        help="Run N of several studies at a time, a round each in turn; the others wait in the "
         "order given.",
     ),
 ]
@@ -86,8 +87,8 @@ DEADLINE = Annotated[
     typer.Option(
         "--deadline",
         metavar="[STUDY=]TIME",
-        help="End a study that is not finished at TIME, such as 2026-12-24T18:00Z; with a study's "
-        "name, that one. Its rounds are kept. May be repeated.",
+        help="End a study that is not finished at TIME, such as 2026-12-24T18:00Z, and keep "
+        "its rounds. STUDY=TIME: only that study. May be repeated.",
         show_default=False,
     ),
 ]
@@ -122,11 +123,11 @@ def server(
     runs.
 
     Several studies share the port, the home and the sites. Each has its own run folder and is
-    admitted by each site's own policy; one that fails does not touch the others.
+    admitted by each site's own policy; one that fails does not affect the others.
 
     A study with a [schedule] has a round at each scheduled time, until this command is stopped. The
     server sends tensors and numbers, never code, and sees noised sums only. It opens one port,
-    which lets through what an admitted site may ask, and nothing else."""
+    which takes only the calls that an admitted site makes."""
     from rich.console import Console
 
     from fedtune.cli.console import closing, warn_not_private

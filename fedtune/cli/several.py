@@ -1,5 +1,5 @@
-"""Show several studies that one coordinator runs: a line an event, with the study's name before it;
-and parse their deadlines."""
+"""Run several studies of one coordinator. Each event is printed on a line that begins with the
+study's name. The studies' deadlines are parsed here too."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ STOPPED = "stopped; each study keeps every whole round, and the same command wit
 
 
 def deadlines_of(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Parse the values of --deadline: the study's name -> seconds since 1970. A deadline without a
-    name is that of every study which has none of its own. Errors: ConfigError."""
+    """Parse the values of --deadline. Return each study's name -> its deadline in seconds since
+    1970, or infinity if it has none.
+
+    A deadline without a name holds for every study that has none of its own. Errors:
+    ConfigError."""
     found = dict[str, float]()
     for text in given:
         name, _, moment = text.rpartition("=")
@@ -83,8 +86,9 @@ def run_several(
 ) -> dict[str, Any]:
     """Run the studies of one command and print what happens; return how each ended.
 
-    studies: each with the folder in which its run is made. serve: serve_all with all that is not
-    here. Errors: ConfigError; Told with the outcomes if a study failed; as `serve_all`."""
+    studies: each with the folder in which its run is made. serve: `serve_all` with its other
+    arguments bound. Errors: ConfigError; Told with the outcomes if a study failed; those of
+    `serve_all`."""
     from fedtune.launch.side_by_side import Entry
 
     status, result, entries = HomeStatus(home), dict[str, dict[str, Any]](), list[Entry]()

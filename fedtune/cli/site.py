@@ -64,19 +64,20 @@ def review(
         bool,
         typer.Option(
             "--digest",
-            help="For a study.toml: also compute what its public text adds to the plan, "
-            "and with it the digest that is signed; this takes minutes to an hour. "
-            "--sign does it too.",
+            help="For a study.toml: also compute what its public text adds to the plan, and "
+            "from the whole plan the digest that is signed. This takes minutes to an "
+            "hour; --sign does it too.",
         ),
     ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
-    No public text of a study.toml is read, because price and rules follow without it; --digest also
-    predicts the gain. On this screen only, the command counts this site's records of classes that
-    the plan does not name. A site whose policy.admission is "reviewed" or "signed" keeps each plan
-    that it was sent in its state folder, under plans/; --sign admits it."""
+    The public text of a study.toml is not read, because cost and rules do not depend on it. With
+    --digest it is read, and the gain is predicted too. The command also counts this site's records
+    of classes that the plan does not name; this count is for you alone. If policy.admission is
+    "reviewed" or "signed", the site keeps each plan that it was sent in its state folder, under
+    plans/; --sign admits such a plan."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.errors import PolicyRefused
@@ -125,8 +126,8 @@ def review(
 
 
 def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | None:
-    """Print what a private plan may gain over public records, or where to find out. Return the
-    forecast, if one was made. at_hand: whether the plan's base and public files are on this
+    """Print what a private plan may gain over public records, or which command predicts it. Return
+    the forecast, if one was made. at_hand: whether the plan's base and public files are on this
     machine."""
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.vault.policy import permit_plugins
@@ -146,8 +147,8 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
 
 
 def _left_out(plan: Study, site: Site) -> str:
-    """Print how many of the site's records the plan leaves out because of their class, as far as
-    they can be read here."""
+    """Print and return how many of the site's records the plan leaves out because of their class,
+    or why they cannot be counted. Return "" if none is left out."""
     from fedtune.core.errors import FedtuneError
     from fedtune.officer.unknown_classes import unknown_classes
 
@@ -188,7 +189,10 @@ def let_go(
             show_default=False,
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All answers that wait now.")] = False,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Release, or with --refuse refuse, all answers that wait now."),
+    ] = False,
     refuse: Annotated[
         bool,
         typer.Option(
@@ -198,10 +202,10 @@ def let_go(
 ) -> dict[str, Any]:
     """List the answers that wait at this site to be sent, and release them or refuse them.
 
-    This is for a site with policy.answers = "held". For each answer it shows what plan and ledger
-    say, its length and its cost, but never its content: a refusal that followed from the records
-    would tell the coordinator about them. A draw of shared noise is released before it is made and
-    paid for. Both acts are entered, under your login's name, in the audit log and in the ledger."""
+    This is for a site with policy.answers = "held". The list shows each answer's study, round,
+    length and cost, but never its content: a refusal that followed from the records would tell the
+    coordinator about them. A draw of shared noise is released before it is made and paid for. Each
+    release or refusal is entered, under your login's name, in the audit log and in the ledger."""
     from fedtune.cli.console import waiting_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
@@ -233,7 +237,7 @@ def ledger(
     site: SITE,
     backup: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Copy the ledger to a folder, which is created."),
+        typer.Option(metavar="DIR", help="Copy the ledger to the new folder DIR."),
     ] = None,
     restore: Annotated[
         bool,
@@ -254,8 +258,8 @@ def ledger(
         str | None,
         typer.Option(
             metavar="DATASET",
-            help="Note, under your login's name, that rounds of unknown cost do not keep "
-            "this dataset from further studies.",
+            help="Accept, under your login's name, that this dataset takes part in further "
+            "studies although some of its rounds have unknown cost.",
             show_default=False,
         ),
     ] = None,
@@ -278,8 +282,8 @@ def ledger(
 
     The command reads the whole ledger and checks every signature first. Rounds of an earlier
     release or of another unit are shown as unknown; no further study runs until somebody accepts
-    them (--accept). A freeze holds for a client that runs, and for every membership of a hospital.
-    """
+    them (--accept). A freeze also holds for a client that is running, and for every membership of a
+    hospital."""
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog, login
@@ -346,7 +350,8 @@ def withdraw(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A file of patient keys, one per line. Default: you are asked for one.",
+            help="A file of patient keys, one per line. Default: on a terminal you are asked "
+            "for one; otherwise standard input is read.",
         ),
     ] = None,
     unseen: Annotated[
@@ -357,8 +362,8 @@ def withdraw(
         Path | None,
         typer.Option(
             metavar="RECEIPT",
-            help="Check a receipt instead: whether it is this site's, and whether it is "
-            "still valid.",
+            help="Withdraw nobody. Check whether this receipt is from this site, and whether "
+            "it is still valid.",
         ),
     ] = None,
 ) -> dict[str, Any]:
@@ -366,8 +371,8 @@ def withdraw(
 
     The command asks for the patient's key (the value in the patient column) without showing it, so
     that the key enters no command history. It says which released adapters were trained with the
-    patient, and writes a signed receipt for the patient. A key that no record and no study here
-    has is not entered, and the command ends with exit code 2."""
+    patient, and writes a signed receipt for the patient. A key that is in no record and no study of
+    this site is not entered, and the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
     from fedtune.core.ledger.ledger import Ledger
@@ -434,7 +439,8 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 
 
 def _keys(file: Path | None) -> list[str]:
-    """Read patient keys from a file, a terminal or a pipe. Errors: InputError if there is none."""
+    """Read patient keys from a file, a terminal or a pipe. Errors: InputError if no key is
+    given."""
     from fedtune.core.errors import InputError
     from fedtune.core.files import reading
 
@@ -460,8 +466,9 @@ def purge(
         typer.Option(
             "--study",
             metavar="NAME|DIGEST",
-            help="Delete only the updates and the plan of this study. Default: those of "
-            "all studies, and every log.",
+            help="Delete only what belongs to this study, such as its updates, plan and "
+            "personal models. Default: the files of all studies, every log and the other "
+            "leftovers.",
             show_default=False,
         ),
     ] = None,
@@ -469,9 +476,10 @@ def purge(
 ) -> dict[str, Any]:
     """Delete what this site keeps of studies beside the ledger, after listing it and asking.
 
-    Released updates, plans, logs and leftovers are deleted; the ledger, the step log and this
-    site's keys stay. If the coordinator asks again for a round whose update is deleted, the round
-    is trained and paid for again, so run this after a study."""
+    Deleted are released updates, plans, logs, personal models, pages and figures of acceptances,
+    counts of records, what the data sheet attested, and leftovers. The ledger, the step log and
+    this site's keys stay. If the coordinator asks again for a round whose update is deleted, the
+    round is trained and paid for again, so run this after a study."""
     from fedtune.cli.console import files_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
@@ -506,8 +514,8 @@ def audit(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="The folder of a finished run of this study: its own noise and clipping are "
-            "audited too, and audit.md is written into it.",
+            help="Also audit the noise and clipping of this finished run of the study, and "
+            "write audit.md into its folder.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for audit.json.")] = Path(
@@ -517,8 +525,8 @@ def audit(
 ) -> dict[str, Any]:
     """Attack a plan on generated records, and print a lower bound on ε beside the claimed ε.
 
-    No site's records are read. A bound above the claim means that something is broken: exit code 3.
-    """
+    No site's records are read. If the bound is above the claim, something is broken, and the exit
+    code is 3."""
     from rich.markdown import Markdown
 
     from fedtune.core.errors import Refused

@@ -28,7 +28,7 @@ def status(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A run's folder, a coordinator's home, or a site.toml.",
+            help="What to show: a run's folder, a coordinator's home, or a site.toml.",
             show_default=False,
         ),
     ],

@@ -30,7 +30,7 @@ def view(
     told: Sequence[Told] = (),
     held_out: Shown | None = None,
 ) -> Group:
-    """Draw a status. Values passed read_status's checks, and are shown as plain text.
+    """Draw a status. Its values have passed read_status's checks, and are shown as plain text.
 
     - site: the site.toml, for a site's status
     - told: figures that sites reported of a run's model
@@ -104,8 +104,8 @@ def confined_text(status: Mapping[str, Any]) -> str:
 
 
 def unsigned_line(snapshot: Snapshot, path: Path) -> str:
-    """Return a line that says that nobody at a site has signed the plan that its client was
-    sent, and how to read the plan; "" if somebody has, or no client runs."""
+    """Return a line that says that nobody at a site has signed the plan that its client was sent,
+    and how to read the plan. Return "" if somebody has signed it, or no client runs."""
     from fedtune.core.config import load_site
 
     status = snapshot.status
@@ -119,8 +119,8 @@ def unsigned_line(snapshot: Snapshot, path: Path) -> str:
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:
-    """Return ε so far and of the whole plan; with secure aggregation also by the site's noise
-    alone."""
+    """Return a site's ε so far and that of the whole plan; with secure aggregation also the
+    fallback ε, by the site's noise alone."""
     spent, planned, fallback = (site.get(key) for key in ("epsilon", "planned", "fallback"))
     told = "–" if spent is None else rounded_up(spent)
     told += "" if planned is None else f" of {rounded_up(planned)}"
@@ -192,7 +192,8 @@ def events_table(last: list[dict[str, Any]]) -> Table:
 
 
 class BudgetView:
-    """A site's budget as `fedtune ledger` shows it, composed anew only when the ledger changed."""
+    """A site's budget as `fedtune ledger` shows it. It is computed again only if the ledger or
+    site.toml has changed."""
 
     def __init__(self, site: Path) -> None:
         self._site = site

@@ -1,5 +1,5 @@
-"""Options that every command on a study.toml has (the file, and values in its place), and
-messages of the commands that run a study."""
+"""Define the options that the commands on a study.toml share (the file, and values that replace its
+own), and print messages of the commands that run a study."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACKER = Annotated[
     typer.Option(
         "--tracker",
         metavar="NAME",
-        help="A tracker that also gets each round's figures: tensorboard, mlflow or wandb "
+        help="Also send each round's figures to this tracker: tensorboard, mlflow or wandb "
         "(offline), as NAME or NAME:OPTION=VALUE; may be repeated.",
         show_default=False,
     ),
@@ -63,9 +63,8 @@ SHARE = Annotated[
     typer.Option(
         "--share",
         metavar="CLASS=SHARE",
-        help="For the expected gain: the share of the sites' units that are of a class "
-        "which the public records lack, such as 'genetic changes=0.1'; may be "
-        "repeated.",
+        help="For the expected gain: assume that this share of the sites' units is of CLASS, "
+        "which the public records lack, such as 'genetic changes=0.1'; may be repeated.",
         show_default=False,
     ),
 ]
@@ -78,7 +77,7 @@ ANYWAY = Annotated[
 
 
 def shares_of(given: list[str] | None) -> dict[str, float]:
-    """Parse the values of --share. Errors: ConfigError."""
+    """Parse the values of --share to class -> share. Errors: ConfigError."""
     found: dict[str, float] = {}
     for text in given or ():
         name, _, share = text.rpartition("=")
@@ -101,9 +100,11 @@ def load(study: Path, settings: list[str] | None) -> Study:
 def say_what_to_expect(
     console: Console, study: Study, sizes: Sequence[int], *, every: bool = True
 ) -> None:
-    """Print before a study starts how long it will take; warn of a δ that is too large for sites
-    of these declared sizes, or of a recipe's learning rate that no longer fits. every: whether
-    these are all sites of the study, on which the rate depends."""
+    """Print before a study starts how long it will take.
+
+    Warn if δ is too large for sites of these declared sizes, or if a recipe's learning rate no
+    longer fits. every: whether `sizes` are those of all sites of the study; only then the rate can
+    be checked."""
     from fedtune.presets.duration import forecast
     from fedtune.presets.rate import rate_note
     from fedtune.report.delta import warning
@@ -122,8 +123,8 @@ def say_what_to_expect(
 
 def say_looks(console: Console, study: Study) -> None:
     """Print, for a study without a last round, how often versions are compared, and which gain is
-    detected on the present number of public records; print nothing of them if they cannot be read
-    here.
+    detected on the present number of public records. If these records cannot be read here, only the
+    first is printed.
 
     Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
@@ -161,7 +162,8 @@ def say_looks(console: Console, study: Study) -> None:
 def say_expected_gain(
     console: Console, study: Study, sizes: Sequence[int], shares: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """Print what a study is expected to gain over public records alone; return it for --json."""
+    """Print what a study is expected to gain over public records alone. Return it for --json; None
+    if it cannot be predicted."""
     from rich.console import Console as Screen
 
     from fedtune.cli.watch import Watch
@@ -183,8 +185,8 @@ def say_expected_gain(
 
 
 def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
-    """Print what sites' records have paid before a run begins; on a terminal, ask before a study
-    is paid for a second time. Errors: InputError if nobody agrees."""
+    """Print before a run begins what each site's records have paid already. On a terminal, ask
+    before a study is paid for a second time. Errors: InputError if nobody agrees."""
     for site in paid:
         typer.echo(str(site))
     asks = ask and any(site.again for site in paid) and sys.stdin.isatty() and sys.stdout.isatty()
@@ -198,7 +200,8 @@ def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
 
 @contextmanager
 def stopping(run: Path) -> Iterator[None]:
-    """On Ctrl-C, print what the run in this folder keeps."""
+    """On Ctrl-C, end the block with a KeyboardInterrupt that says what the run in this folder
+    keeps."""
     try:
         yield
     except KeyboardInterrupt:

@@ -31,8 +31,8 @@ class Figures(Table):
             yield Text.from_markup(str(self.caption))
 
     def _width(self) -> int:
-        """Return the width below which a figure would be cut: the columns' least widths, and
-        what is between them and at the edges."""
+        """Return the width below which a figure would be cut: the columns' least widths, their
+        padding and the borders."""
         _, right, _, left = Padding.unpack(self.padding)
         count = len(self.columns)
         padding = count * (left + right) - (0 if self.pad_edge else left + right)
@@ -41,8 +41,8 @@ class Figures(Table):
 
 
 def _compute_least_width(column: Column) -> int:
-    """Return the least width of a column: of its widest cell, or if it may wrap of its widest
-    word; if words may be broken too, a few letters."""
+    """Return the least width of a column: that of its widest line, or of its widest word if it may
+    wrap, or of a few letters if its words may be broken too."""
     texts = [_text(column.header), *map(_text, column.cells)]
     if column.no_wrap:
         return max(line.cell_len for text in texts for line in text.split() or [text])

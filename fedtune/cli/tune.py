@@ -47,7 +47,7 @@ SETTINGS = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=A,B,…",
-        help="Values to try instead of the one in study.toml; may be repeated. If no key "
+        help="Try these values instead of the one in study.toml; may be repeated. If no key "
         "has several values, learning rates around the plan's are tried.",
         show_default=False,
     ),
@@ -56,8 +56,9 @@ RECORDS = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records to choose by, with the columns of [evaluation], for a study "
-        "without [selection]. The records of [evaluation] are never chosen by.",
+        help="Public records by which trials are compared, with the columns of [evaluation], "
+        "for a study without [selection]. The records of [evaluation] never serve for "
+        "this.",
         show_default=False,
     ),
 ]

@@ -42,7 +42,9 @@ def evaluate(
     choices: Annotated[
         list[str] | None,
         typer.Option(
-            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; may be repeated."
+            "--choice",
+            metavar="TEXT",
+            help="With the metrics accuracy and f1: a possible completion; may be repeated.",
         ),
     ] = None,
     columns: Annotated[
@@ -50,8 +52,8 @@ def evaluate(
         typer.Option(
             "--column",
             metavar="KEY=NAME",
-            help="A part of a record and its column in the file, such as prompt=question; "
-            "may be repeated. Default: the columns of the study.",
+            help="Name the column of the file that holds a part of a record, such as "
+            "prompt=question; may be repeated. Default: the columns of the study.",
         ),
     ] = None,
     site: AT_SITE = None,
@@ -77,7 +79,7 @@ PREDICT_OUT = Annotated[
     typer.Option(
         "--out",
         metavar="FILE",
-        help="File for all predictions, one row each: .csv, .jsonl or .parquet. Default: "
+        help="Write all predictions to FILE, one row each: .csv, .jsonl or .parquet. Default: "
         "a short table on the screen.",
         show_default=False,
     ),
@@ -89,8 +91,8 @@ PREDICT_IDS = Annotated[
     typer.Option(
         "--id",
         metavar="COLUMN",
-        help="A column of the file to copy into each prediction, such as a key to join "
-        "them by; may be repeated.",
+        help="Copy this column of the file into each prediction, such as a key to join them "
+        "by; may be repeated.",
     ),
 ]
 
@@ -120,8 +122,8 @@ def predict(
         typer.Option(
             "--column",
             metavar="KEY=NAME",
-            help="A part of a record and its column in the file, such as text=note; may "
-            "be repeated. Default: the columns of the study.",
+            help="Name the column of the file that holds a part of a record, such as "
+            "text=note; may be repeated. Default: the columns of the study.",
         ),
     ] = None,
     ids: PREDICT_IDS = None,
@@ -179,8 +181,8 @@ def versions(
 ) -> dict[str, Any]:
     """List the versions of a study with a [schedule], and choose which one is released.
 
-    RUN/adapter is always the released version, and the report describes it: after a choice it is
-    measured on the public records. The study may go on meanwhile."""
+    RUN/adapter is always the released version, and the report describes it. After a choice, the
+    chosen version is measured on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.core.errors import ConfigError, InputError
     from fedtune.evidence.coordinator_home import coordinator_log

@@ -27,9 +27,9 @@ TRUST = Annotated[
     str,
     typer.Option(
         metavar="FINGERPRINT",
-        help="The consortium's fingerprint, as its coordinator read it out. A fingerprint "
-        "that was copied from the folder or from this command proves nothing. "
-        "Without it no signature is trusted.",
+        help="Trust signatures of the consortium with this fingerprint, as its coordinator "
+        "read it out. A fingerprint that was copied from the folder or from this command "
+        "proves nothing. Without this option no signature is trusted.",
         show_default=False,
     ),
 ]
@@ -38,7 +38,8 @@ SITES = Annotated[
     typer.Option(
         "--site",
         metavar="NAME=FINGERPRINT",
-        help="A site's fingerprint, as the site read it out; may be repeated.",
+        help="Refuse the run unless site NAME signed with keys of this fingerprint, as the "
+        "site read it out; may be repeated.",
     ),
 ]
 APPROVED = Annotated[
@@ -91,10 +92,10 @@ def verify(
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
 
     For a dossier, also verify that each of its figures is the run's, and who approved it. This
-    works offline, from the folder alone. Everything that was changed is named: exit code 2. A
-    folder carries its own keys, so it proves something only to a reader who knows whose they are:
-    without --trust, or if somebody else signed, exit code 3. Nobody vouches for a simulation's key:
-    exit code 3, whatever --trust says."""
+    works offline, from the folder alone. If anything was changed, it is named, and the exit code is
+    2. A folder carries its own keys, so it proves something only to a reader who knows whose they
+    are: without --trust, or if somebody else signed, the exit code is 3. For a simulation it is 3
+    whatever --trust says, unless --simulation is given: nobody vouches for a simulation's key."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
 
@@ -128,7 +129,8 @@ def verify(
 
 
 def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> None:
-    """Compare a run with a site's own ledger. Errors: NotGenuine; Refused if rounds are missing."""
+    """Compare a run with a site's own ledger, and print the result unless `quiet`. Errors:
+    NotGenuine; Refused if rounds are missing."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import Refused
     from fedtune.core.registry.rounding import rounded_up
@@ -152,7 +154,7 @@ def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> Non
 
 
 def _signer_lines(found: Verified) -> list[str]:
-    """Say whose key signed, and what the given fingerprint proves."""
+    """Describe whose key signed, and what the given fingerprint proves."""
     if found.simulated:
         return [f"signed by    a simulation's own key {found.signer}: anybody can make one"]
     lines = [f"signed by    the coordinator of consortium {found.signer}"]
@@ -192,7 +194,8 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
 
 
 def _absent_lines(found: Verified) -> list[str]:
-    """Say which sites or rounds of the plan are not in the folder, and what they would cost."""
+    """Describe which sites or rounds of the plan are not in the folder, and what ε would be with
+    them."""
     from fedtune.core.registry.rounding import rounded_up
 
     lines = []

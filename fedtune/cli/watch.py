@@ -19,7 +19,7 @@ from fedtune.report.figures import duration, format_short, size_text
 
 LINE_SECONDS = 30.0  # between two plain lines of one step
 WIDE = 110  # columns of a screen on which a bar fits beside the words
-QUIET_SECONDS = 10.0  # without any line: then also a site's step of a round
+QUIET_SECONDS = 10.0  # without a line; then a site's step of a round is printed too
 COLUMNS = (
     2  # figures of a round on the screen: the metric and the loss; the rest is in metrics.jsonl
 )
@@ -28,7 +28,7 @@ LINKS = ("admitted", "revoked", "connected", "disconnected")  # with a name: at 
 
 @dataclass(frozen=True)
 class Cell:
-    """A column of the table of rounds, and how a round's cell in it is written."""
+    """A cell in the table of rounds, with the heading of its column and the column's width."""
 
     head: str
     text: str
@@ -37,22 +37,23 @@ class Cell:
 
 class Watch:
     """Draws the events of a run (`on_event`); use it as a context manager. Without a terminal, the
-    bar's words are printed as lines, each once and at most every LINE_SECONDS while they continue.
+    bar's words are printed as lines. Each is printed once, and again at most every LINE_SECONDS
+    while it lasts.
 
-    hold: print refusals at the end of the run, which may report them itself. Site names and reasons
-    come from other machines: they are shown as plain text."""
+    hold: keep refusals back until the run ends, since its error may report them itself. Site names
+    and reasons come from other machines: they are shown as plain text."""
 
     def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
         self.console, self._title = console, title
-        self._columns: list[str] | None = None  # of the table of rounds; None: no header yet
+        self._columns: list[str] | None = None  # of the table of rounds; None before its header
         self._hold = hold
         self._held: list[tuple[str, str]] = []  # line, reason
         self._last, self._at = "", 0.0  # the last plain line, and when
         self._done = 0  # rounds before this command's first
         self._rounds, self._step = RoundsPace(), StepPace()
-        self._lines: dict[str, float] = {}  # when each long step was last a plain line
+        self._lines: dict[str, float] = {}  # when each long step was last printed
         self._budget: float | None = None  # ε of the whole plan
-        # A narrow screen has no bar, and words that are cut: never the share done or the time left.
+        # A narrow screen has no bar, and cuts words, but never the share done or the time left.
         words = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         bar = [BarColumn(bar_width=24)] if console.width >= WIDE else []
         self._bar = Progress(
@@ -85,8 +86,8 @@ class Watch:
         self._release_held(str(error))
 
     def _long(self, step: Step) -> None:
-        """Show a report of a long step; without a terminal, print a line every QUIET_SECONDS at
-        most."""
+        """Show a report of a long step. Without a terminal, print it at most every QUIET_SECONDS,
+        and the same step at most every LINE_SECONDS."""
         now, text = time.monotonic(), step.text
         self._rounds.hear(step, now)
         seconds = self._step.estimate_remaining(step, now)
@@ -127,7 +128,7 @@ class Watch:
             self._other(event, data)
 
     def _other(self, event: str, data: dict[str, Any]) -> None:
-        """Show any other step: {"text", "done", "total"}, each optional."""
+        """Show any other event, whose data may hold "text", "done" and "total"."""
         text = str(data.get("text") or event)
         done, total = data.get("done"), data.get("total")
         count = f"{done:,}/{total:,}" if done is not None and total else ""
@@ -150,15 +151,15 @@ class Watch:
             self._bar.update(self._task, description=escape(line))
 
     def _release_held(self, error_text: str) -> None:
-        """Print the lines held back, except those whose reason `error_text` contains."""
+        """Print the lines held back, except those whose reason is part of `error_text`."""
         held, self._held = self._held, []
         for line, reason in dict.fromkeys(held):
             if not (error_text and reason and reason in error_text):
                 self.console.print(line, style="yellow", markup=False, soft_wrap=True)
 
     def _print_line(self, text: str, share: str = "") -> None:
-        """Without a terminal, print a line of progress. share: in per cent, since a service's
-        log keeps no count of a site's records."""
+        """Without a terminal, print a line of progress. share: the part that is done, in per cent
+        and never as a count, since a service's log must not keep counts of a site's records."""
         if self.console.is_terminal:
             return
         now = time.monotonic()
@@ -176,7 +177,7 @@ class Watch:
         self._last, self._at = "", time.monotonic()
 
     def _show_plan(self, data: dict[str, Any]) -> None:
-        """Say who takes part, which round is next, and what the plan costs."""
+        """Print who takes part, which round is next, and what the plan costs."""
         rounds, names = data.get("rounds"), [str(name) for name in data.get("participants") or ()]
         budget = max((data.get("planned") or {}).values(), default=None)
         self._budget = budget
@@ -188,8 +189,9 @@ class Watch:
         )
 
     def _describe_time_left(self, left: int, data: dict[str, Any]) -> str:
-        """Return the most time that the remaining rounds will take: public records that choose
-        each step may end the study before its last round."""
+        """Return the time that the remaining rounds will take, or "" if it is unknown. It begins
+        with ≤ if public records choose each step, since they may end the study before its last
+        round."""
         seconds = self._rounds.end_round(left, time.monotonic())
         bound = "≤ " if data.get("selection") else ""
         return f"{bound}{duration(seconds)}" if seconds else ""
@@ -223,7 +225,7 @@ class Watch:
             Cell("sent", size_text(data.get("bytes"))),
             Cell("left", left),
         ]
-        # Where the screen is narrow, what is in metrics.jsonl too gives way, never ε.
+        # On a narrow screen, figures that metrics.jsonl holds too are left out, but never ε.
         for name in ("sent", "trained", "", "planned", *(name[:13] for name in columns[:0:-1])):
             if sum(cell.width for cell in cells) > self.console.width:
                 cells = [cell for cell in cells if cell.head != name]

@@ -15,7 +15,7 @@ patients in six departments of its own, so none of them can learn all the desks 
 A note mixes a complaint, a finding, history and drugs; about a quarter of it comes from other
 departments or is denied, so a keyword does not settle the desk. The public notes share no template
 and no phrase with the hospitals' notes: they speak of "a reader", "a leaflet" or "a lesson" and
-take their words from `public_phrases.LIBRARY`, everything else from `phrases.CLINIC`.
+take their words from `public_phrases.LIBRARY`. All other notes take theirs from `phrases.CLINIC`.
 No real person's data is used; a patient is a number.
 """
 
@@ -33,10 +33,10 @@ from fedtune.demo.public_phrases import LIBRARY
 DEPARTMENTS = tuple(CLINIC)
 NINE = DEPARTMENTS[:9]  # an easier task, of some of the benchmarks
 DESKS = tuple("ABCDEFGHIJKLMNOPQR")
-OWN_SHARE = 0.7  # of a hospital's patients, from departments of its own
-STRAY_SHARE = 0.05  # of a patient's notes, about another department than the patient's own
+OWN_SHARE = 0.7  # of a hospital's patients are from departments of its own
+STRAY_SHARE = 0.05  # of a patient's notes are about another department than the patient's own
 NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
-# The most records of each set.
+# The number of records of each set, at most.
 VALIDATION = 297
 TEST = 297
 PUBLIC = 180
@@ -83,8 +83,8 @@ def _bullets(p: NoteParts, rng: random.Random) -> str:
 
 
 def _background(history: str, drug: str, denied: str, rng: random.Random) -> list[str]:
-    """Return two of the three background facts, in any order; in three notes of ten one is
-    denied."""
+    """Return two of the three background facts in random order. In three notes of ten, one of them
+    is the denied complaint."""
     lines = [rng.choice((history, drug)), denied] if rng.random() < 0.3 else [history, drug]
     return rng.sample(lines, 2)
 
@@ -118,7 +118,10 @@ def write(
     share: float = 1.0,
     rounds: int = 8,
 ) -> Path:
-    """Write the whole example under `folder`; return the path of its study.toml."""
+    """Write the whole example under `folder`; return the path of its study.toml.
+
+    departments: those to which the notes belong; share: the part of the usual numbers of patients;
+    rounds: training.rounds in study.toml."""
     rng, n = random.Random(seed), len(departments)
     desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
     for hospital in HOSPITALS:
@@ -133,14 +136,14 @@ def write(
         _text(site / "site.toml", SITE.format(name=hospital.name, patients=patients))
     for name, count, first in (("validation", VALIDATION, 5001), ("test", TEST, 7001)):
         rows, judges = [], round(share * count)
-        for i in range(judges - judges % (len(HOSPITALS) * n)):  # all styles and desks alike
+        for i in range(judges - judges % (len(HOSPITALS) * n)):  # each style and desk equally often
             hospital = HOSPITALS[i % len(HOSPITALS)]
             department = departments[i // len(HOSPITALS) % n]
             rows += patient_notes(hospital, first + i, department, 1, desk, rng)
         _jsonl(folder / f"{name}.jsonl", rows)
     _jsonl(folder / "public.jsonl", public_notes(rng, departments=departments))
     choices = ", ".join(f'" {letter}"' for letter in DESKS[:n])
-    fixed = departments == NINE  # benchmarks whose figures are older than [selection]
+    fixed = departments == NINE  # benchmarks that were measured before [selection] existed
     selection = "" if fixed else SELECTION
     text = STUDY.format(seed=seed, choices=choices, selection=selection, rounds=rounds)
     return _text(folder / "study.toml", text)
@@ -154,8 +157,8 @@ def patient_notes(
     desk: dict[str, str],
     rng: random.Random,
 ) -> list[dict[str, str]]:
-    """Write one patient's notes: the same person and history, mostly the same department. desk:
-    the letter of each department."""
+    """Draw one patient's notes, with the same age, sex and comorbidity, and mostly about
+    `department`. desk: the letter of each department."""
     age, woman = rng.randint(19, 91), rng.random() < 0.5
     departments = tuple(desk)
     comorbid = rng.choice(departments)
@@ -177,9 +180,11 @@ def _parts(
     departments: tuple[str, ...],
     rng: random.Random,
 ) -> NoteParts:
-    """Draw one note about `subject`: history and drugs may be the comorbidity's, the denied
-    finding is another department's, and in one note of five the complaint is vague or the
-    finding missing."""
+    """Draw one note about the department `subject`.
+
+    History and drug may be those of the comorbidity, and the denied complaint is another
+    department's. One complaint in ten is vague; in about one other note in ten the finding is
+    missing."""
     words, other = CLINIC[subject], CLINIC[comorbid]
     vague, unseen = rng.random() < 0.1, rng.random() < 0.1
     elsewhere = CLINIC[rng.choice([d for d in departments if d != subject])]
@@ -197,7 +202,7 @@ def _parts(
 def public_notes(
     rng: random.Random, count: int = PUBLIC, departments: tuple[str, ...] = DEPARTMENTS
 ) -> list[dict[str, str]]:
-    """Write unlabelled notes in a reader's words, all departments with equal frequency."""
+    """Draw unlabelled notes in a reader's words, with all departments equally frequent."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",
         "Lesson: when someone describes {a} or {b}, think of {c} and {d}.",

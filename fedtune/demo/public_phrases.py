@@ -1,8 +1,8 @@
-"""The vocabulary of the public notes, which carry no label: what people notice, what a doctor
-sees.
+"""The vocabulary of the public notes, which carry no label: for each department, complaints and
+findings.
 
-From a reader's distance and in other words: no public note shares a phrase with a hospital's.
-"""
+The phrases are those of a reader, not of a clinic: no public note shares a phrase with a hospital's
+note."""
 
 from __future__ import annotations
 

@@ -26,18 +26,18 @@ def run_demo(
     alone: bool = True,
     quick: bool = False,
 ) -> Run:
-    """Invent three hospitals under out/data, and run their study into `out`.
+    """Invent three hospitals under out/data, and run their study into `out`. Return the run.
 
-    alone: each hospital trains by itself too, for comparison; the report's "alone" holds the
-    accuracy that each reaches. quick: nine desks, a third of the patients, three rounds
-    and no hospital alone: to see that an installation works.
+    alone: also train each hospital by itself, for comparison; the report's "alone" holds the
+    accuracy that each reaches. quick: nine desks, a third of the patients, three rounds and no
+    hospital alone, to check that an installation works.
 
-    Errors: ModelError where the base cannot be fetched, InfrastructureError."""
+    Errors: ModelError if the base cannot be fetched, InfrastructureError."""
     out = Path(out)
     done_events: list[tuple[str, dict[str, Any]]] = []
 
     def forward(event: str, data: dict[str, Any]) -> None:
-        """Hold "done" back until the hospitals alone have run too."""
+        """Pass an event on, but hold "done" back until the hospitals alone have run too."""
         if event == "done":
             done_events.append((event, data))
         elif on_event:
@@ -63,8 +63,8 @@ def run_demo(
 
 
 def _run_alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
-    """Run the study with one hospital and a separate ledger: in one ledger the two studies would
-    add up, and the hospital's policy would refuse the second."""
+    """Run the study with one hospital and a separate ledger, and return the accuracy. In one ledger
+    the two studies would add up, and the hospital's policy would refuse the second."""
     name, state = site.site.name, site.site.state.with_name("state-alone")
 
     def report_step(event: str, data: dict[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """Build ready-made studies with measured settings from one's own records: `fedtune init --task`.
 
-Each task has a file of its own. A preset's public file is divided once: by its selection records
-the coordinator chooses how far each round moves the adapter, its evaluation records only judge the
-result, and some tasks learn from a further part before the first round.
+Each task has a file of its own. A preset's public file is divided once. By its selection records
+the coordinator chooses how far each round moves the adapter; its evaluation records only judge the
+result; some tasks learn from a further part before the first round.
 
-The module of a task has COLUMNS (fields of Records that name a column, each with its key in
+The module of a task has COLUMNS (for each field of Records that names a column, the key in
 site.toml and the column's default name), EPSILON, PARTS (the shares of the public records), and the
-function `study`, which composes study.toml. Tasks that train an adapter give `_adapter` a recipe.
-"""
+function `study`, which composes study.toml. Tasks that train an adapter give `_adapter` a
+recipe."""
 
 from __future__ import annotations
 
@@ -62,17 +62,16 @@ class Records:
     - prompt, target, rejected, media: columns of the input, of the target, of a worse answer, and
       of the path of an image or a recording; default: those of the task
     - patient: column of the patient; without it the record is the unit
-    - labels: the classes; default: those in `evaluation`; also_labels: further classes besides
-      these
+    - labels: the classes; default: those in `evaluation`; also_labels: further classes
     - base: the model; default: the task's
-    - size: the declared size of a site; sizes: those of each site, in the order of data, if they
-      differ
+    - size: the declared size of each site; sizes: the sites' declared sizes in the order of data,
+      if they differ
     - epsilon: ε of the study; default: the task's own
     - declared: what a person declares the sites' records to be, for a rehearsal
     - colluding: if all sites share one dose of noise, how many of them may collude with the
       coordinator; default: each site adds noise of its own
-    - role: the role whose files are written; name: of the single site, for role "site"
-    - expected: the number of sites that take part, if it does not follow from data"""
+    - role: the role whose files are written; name: the name of the single site, for role "site"
+    - expected: the number of sites that take part, if data does not have a file for each"""
 
     prompt: str = ""
     target: str = ""
@@ -100,13 +99,13 @@ class Records:
 
     @property
     def declared_sizes(self) -> tuple[int, ...]:
-        """The declared size of each site."""
+        """The declared size of each site, as a tuple."""
         own = max(1, len(self.data)) if self.role == "site" else self.sites
         return self.sizes or (self.size,) * own
 
     @property
     def delta(self) -> float:
-        """δ by the rule for all tasks: report.delta.delta_for of the largest site."""
+        """δ, by the rule of all tasks (report.delta.delta_for) for the largest site."""
         return delta_for(max(self.declared_sizes))
 
     @property
@@ -133,8 +132,8 @@ class Records:
 
     @property
     def min_sites(self) -> str:
-        """The line about min_sites in study.toml's [strategy]: for a coordinator, whose first round
-        waits for all sites, and for sites that share noise; "" for others."""
+        """The line about min_sites in study.toml's [strategy]. It is "" unless the files are a
+        coordinator's, whose first round waits for all sites, or the sites share noise."""
         if self.colluding is not None:
             return f"min_sites = {self.sites:<24} # without one of them there is too little noise\n"
         if self.role != "coordinator":
@@ -143,15 +142,16 @@ class Records:
 
 
 def write(folder: Path | str, task: str, records: Records) -> list[Path]:
-    """Write a study of `task` to a new folder, and return the paths: study.toml, site files, and
-    the parts into which the public records are divided; for a single role, its own files alone.
+    """Write a study of `task` to a new folder. Return the paths of study.toml, the site files, and
+    the parts into which the public records are divided. For a single role, only its own files are
+    written.
 
     >>> from fedtune.presets import Records, write
     >>> [path.name for path in write("triage", "classify", Records(labels=("A", "B")))]
     ['study.toml', 'site.toml']
 
     Errors: ConfigError (no such task, labels missing, the folder holds a study), DataError (a file
-    or a column that is not there), InfrastructureError. Nothing is written then."""
+    or a column that does not exist), InfrastructureError. No file is left after an error."""
     folder = Path(folder)
     records = complete_records(task, records)
     recipe = TASKS[task]
@@ -186,9 +186,10 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
 
 
 def complete_records(task: str, records: Records) -> Records:
-    """Fill in the task's own column names, and its ε, if none were given.
+    """Fill in the task's own column names and its ε where none are given.
 
-    Errors: ConfigError for a task that does not exist, or a column that it does not have."""
+    Errors: ConfigError for a task that does not exist, a column that the task does not have, or too
+    few sites to share noise."""
     if task not in TASKS:
         raise ConfigError(f"no preset is called {task}", f"one of {', '.join(TASKS)}")
     columns = TASKS[task].COLUMNS
@@ -209,14 +210,15 @@ def complete_records(task: str, records: Records) -> Records:
 
 
 def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
-    """Return option -> column, of the columns that a file of the task must have. more: further
-    fields of Records whose columns are added if they are given."""
+    """Return option -> column for the columns that a file of the task must have. more: further
+    fields of Records, whose columns are included if they are given."""
     fields = [*TASKS[task].COLUMNS, *(field for field in more if getattr(records, field))]
     return {OPTIONS.get(field, f"--{field}"): getattr(records, field) for field in fields}
 
 
 def column_lines(task: str, records: Records) -> str:
-    """Compose the lines of a table of columns, without the patient's."""
+    """Compose the lines of [data.columns], or of another table of columns, without the patient's
+    column."""
     keys = {field: key for field, (key, _) in TASKS[task].COLUMNS.items()}
     return "\n".join(
         f"{key} = {quote_string(getattr(records, field))}" for field, key in keys.items()
@@ -224,8 +226,8 @@ def column_lines(task: str, records: Records) -> str:
 
 
 def unit_note(task: str | None, records: Records) -> str:
-    """Describe which unit the study protects and, if no patient column is named, which column of
-    the sites' files may be one. task: None for a study without a recipe.
+    """Describe which unit the study protects. If no patient column is named, also name a column of
+    the sites' files that may be one. task: None for a study without a recipe.
 
     Errors: DataError for a missing file or column; the error lists the columns that exist."""
     columns: list[str] = []
@@ -237,7 +239,7 @@ def unit_note(task: str | None, records: Records) -> str:
         columns = [name for path in records.data for name in _sites.columns_of(path, names)]
     if records.patient:
         return f"protected: a patient, by {records.patient!r}: all records of one together"
-    # A column of the input or target, which may be called "dialogue", is no patient's key.
+    # A column of the input or target is no patient's key, even if it is called "dialogue".
     found = _sites.looks_like_a_patients([c for c in columns if c not in names.values()])
     hint = f"; {found!r} looks like one: --patient {quote_string(found)}" if found else ""
     return (
@@ -247,8 +249,8 @@ def unit_note(task: str | None, records: Records) -> str:
 
 
 def public_note(task: str, records: Records) -> str:
-    """Describe how many of the public records can be used and why others cannot, and the plan's
-    classes; "" if there are no public records, or none of this role's."""
+    """Describe how many of the public records can be used, why the others cannot, and the plan's
+    classes. Return "" for a site's role, and if there are no public records."""
     if records.role == "site":
         return ""
     records = complete_records(task, records)
@@ -260,9 +262,9 @@ def public_note(task: str, records: Records) -> str:
 
 
 def classes_note(task: str, records: Records) -> str:
-    """List the classes in the sites' own files that the study does not have; "" for other tasks,
-    and if there are none. For the role of a site, which does not know the study's classes, list its
-    own.
+    """List the classes in the sites' own files that the study does not have; return "" if there are
+    none, and for other tasks. A site's role does not know the study's classes, so all classes of
+    its own file are listed.
 
     Errors: as `unit_note`."""
     if task != "classify" or records.role == "coordinator":
@@ -274,8 +276,8 @@ def classes_note(task: str, records: Records) -> str:
 
 
 def files_note(task: str, records: Records) -> str:
-    """Report for each site's file whether its size is far from the declared one, and how much of
-    its records the plan reads, if that is not all; "" if there is nothing to report.
+    """Report for each site's file whether its size is far from the declared one, and how much of a
+    record the plan reads, unless it reads all. Return "" if there is nothing to report.
 
     Errors: as `unit_note`."""
     if records.role == "coordinator":
@@ -305,7 +307,7 @@ def _looks(task: str, records: Records) -> list[_sites.Look]:
 
 
 def notes(task: str, records: Records) -> str:
-    """Describe the files of a recipe's study, and whom the study protects."""
+    """Describe the files of a recipe's study, and which unit the study protects."""
     given = complete_records(task, records)
     own = given.data if given.role != "coordinator" else ()
     public = (given.evaluation, given.public) if given.role != "site" else ()
@@ -316,12 +318,13 @@ def notes(task: str, records: Records) -> str:
 
 
 def format_list(texts: Sequence[str]) -> str:
-    """Format a TOML list of strings, one on each line."""
+    """Format a TOML list of strings, with each string on its own line."""
     return "[\n" + "".join(f"    {quote_string(text)},\n" for text in texts) + "]"
 
 
 def head(records: Records, **values: object) -> Mapping[str, object]:
-    """Build the lines about privacy and sites that every preset's study.toml has."""
+    """Return the values that every preset's study.toml needs about privacy and sites, and further
+    `values`."""
     return {
         "epsilon": records.epsilon,
         "delta": f"{records.delta:g}",

@@ -1,10 +1,9 @@
-"""Build a study that adapts a base by LoRA after a start from public records. This is the common
-part of several tasks.
+"""Build a study that adapts a base by LoRA after a start from public records. Several tasks share
+this module.
 
 The adapter's frozen factor, the preconditioner and some steps before the first round are computed
 from public records with answers, which costs no ε. By the selection records the coordinator chooses
-how far a round moves the adapter.
-"""
+how far a round moves the adapter."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ class Recipe:
     - model: the base; lora, objective: the lines of these tables
     - start, steps: learning rate and number of the steps before the round; longest: the largest
       learning rate of the round
-    - judged: the lines of [evaluation]; None: by accuracy if there are few different answers, else
-      by loss
+    - judged: the lines of [evaluation] about the metric; None: accuracy if there are few different
+      answers, else loss
     - lead: the text before each answer
     - narrow: whether only few directions are trained if the noise is above LOUD"""
 
@@ -63,7 +62,7 @@ class Recipe:
     narrow: bool = False
 
     def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
-        """Build study.toml. Errors: ConfigError (too few public records)."""
+        """Compose study.toml. Errors: ConfigError (too few public records)."""
         if "public" not in public:
             found = sum(map(len, public.values()))
             raise ConfigError(
@@ -98,16 +97,16 @@ class Recipe:
 
 
 def noise_of_mean(records: Records) -> float:
-    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of
-    C: for K sites of n units σ√K / (K n), and less where they share it."""
+    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of C.
+    For K sites of n units it is σ√K / (K n), and less if the sites share the noise."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     return sigma * records.noise_of_sum / sum(records.declared_sizes)
 
 
 def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = False) -> float:
-    """Compute the learning rate with which each weight has noise NOISE (NARROW_NOISE if `narrow`),
-    but at most `longest`. In the best steps on MedQuAD at ε from 0.5 to 8 this noise was 0.21 to
-    0.36."""
+    """Compute the learning rate, at most `longest`, at which the noise in each weight is NOISE
+    (NARROW_NOISE if `narrow`). In the best steps on MedQuAD at ε from 0.5 to 8 this noise was 0.21
+    to 0.36."""
     if narrow:
         return min(NARROW_LONGEST, NARROW_NOISE / noise_of_mean(records))
     return min(longest, NOISE / noise_of_mean(records))

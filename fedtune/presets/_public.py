@@ -27,8 +27,11 @@ MOST_CHOICES = 20
 def divide_records(
     records: Records, seed: str, parts: Mapping[str, float], asked: Mapping[str, str]
 ) -> dict[str, Rows]:
-    """Divide the public records with answers, with all records of a patient in one part; {} if
-    there are none. asked: option -> the column that it names."""
+    """Divide the public records with answers into parts. All records of a patient go to one part.
+
+    parts: the name of each part -> its share; asked: option -> the column that it names. Returns:
+    the name of each part that is not empty -> its rows. With fewer than LEAST records in the
+    evaluation file, all of these are for evaluation."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
         found, _ = _read_usable(records.public, records.patient, asked)
@@ -44,7 +47,7 @@ def divide_records(
     public |= {name: [] for name in limits}
     taken = 0
     for unit in units:
-        share = (taken + len(unit) / 2) / total  # where its middle lies
+        share = (taken + len(unit) / 2) / total  # where the unit's middle lies
         name = next((name for name, end in limits.items() if share <= end), "evaluation")
         public[name] += unit
         taken += len(unit)
@@ -52,7 +55,7 @@ def divide_records(
 
 
 def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """Report for each public file how many of its rows can be used, and why others cannot."""
+    """Report for each public file how many of its rows can be used, and why the others cannot."""
     lines, known = list[str](), Rows()
     for path in (records.public, records.evaluation):
         if path is None:
@@ -67,7 +70,7 @@ def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
 
 
 def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """List the plan's classes, and those without a public record."""
+    """List the plan's classes, and those that no public record has."""
     found = _of_files(records, asked)
     planned = planned_classes(records, found)
     lines = [f"classes: {len(planned)} ({format_classes(planned)})"] if planned else []
@@ -81,20 +84,20 @@ def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
 
 
 def format_classes(labels: Sequence[str]) -> str:
-    """List the first classes."""
+    """Format the first MOST_CHOICES classes, on one line."""
     more = ["…"] if len(labels) > MOST_CHOICES else []
     return ", ".join([*map(escape_controls, labels[:MOST_CHOICES]), *more])
 
 
 def planned_classes(records: Records, found: Iterable[str]) -> tuple[str, ...]:
-    """Return the plan's classes: those that were named, else those `found` in the public files;
-    and further ones."""
+    """Return the plan's classes: those that were named, or else those `found` in the public files,
+    and then `records.also_labels`."""
     labels = records.labels or tuple(sorted(found))
     return tuple(dict.fromkeys((*labels, *records.also_labels)))
 
 
 def classes(records: Records, asked: Mapping[str, str]) -> set[str]:
-    """Return the classes that the study has."""
+    """Return the classes that the study has, named or found in the public files."""
     return {*planned_classes(records, _of_files(records, asked))}
 
 
@@ -106,9 +109,10 @@ def _of_files(records: Records, asked: Mapping[str, str]) -> set[str]:
 
 
 def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
-    """Compose each part's file, and beside it its images or recordings under the part's name.
+    """Compose each part's file and, in a folder with the part's name, its images or recordings.
+    Return path -> content.
 
-    Errors: DataError for one that is not inside the folder of its records."""
+    Errors: DataError for an image or a recording outside the folder of its records."""
     made: dict[str, bytes] = {}
     for table, part in public.items():
         given = records.public if table == "public" and records.public else records.evaluation
@@ -125,8 +129,8 @@ def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
 
 
 def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, judged: str) -> str:
-    """Compose the tables of study.toml for the public records that there are, each commented.
-    judged: the lines of [evaluation] about the metric."""
+    """Compose the commented tables of study.toml for the public parts that exist. what: the name of
+    each part -> its comment; judged: the lines of [evaluation] about the metric."""
     return "".join(
         f'\n[{table}]{" " * (23 - len(table))}{comment}\npath = "{table}.jsonl"\n'
         + {"evaluation": judged, "public": LICENCE}.get(table, "")
@@ -137,8 +141,8 @@ def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, ju
 
 
 def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
-    """Build [evaluation]'s lines: accuracy if there are few different answers; else loss. lead:
-    the text before each answer."""
+    """Compose the lines of [evaluation] about the metric: accuracy if there are few different
+    answers, else loss. lead: the text before each answer."""
     answers = [str(row[target]).strip() for part in public.values() for row in part]
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):
@@ -161,8 +165,11 @@ def _medium(given: Path, name: str) -> bytes:
 def _read_usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[Rows], Counter[str]]:
-    """Read the records that have all columns, each once and none of `but`, by patient where the
-    file has that column; and count the rows that are left out, by reason."""
+    """Read the records that have all columns, without duplicates and without those of `but`. Return
+    them grouped by patient (each by itself if it has no patient), and the number of rows left out,
+    by reason.
+
+    Errors: DataError if no record can be used."""
     units: dict[Any, dict[str, dict[str, Any]]] = {}
     left_out = Counter[str]()
     seen = {json.dumps(row, sort_keys=True) for row in but}

@@ -1,9 +1,9 @@
-"""One dose of noise that all sites of a recipe's study share, as `fedtune init --colluding` asks
-for: docs/secure-aggregation.md.
+"""Compose a recipe's settings for noise that all sites share, as `fedtune init --colluding` asks
+for (docs/secure-aggregation.md).
 
-Under the assumption that at most t of n sites collude with the coordinator, each site adds
-σ/√(n - t) in place of σ. Without the assumption a larger ε holds, which the sites' budget must
-have room for, too."""
+Each site adds σ/√(n - t) in place of σ, so the study's ε holds if at most t of the n sites collude
+with the coordinator. A larger ε holds in every case, and the sites' budgets must have room for that
+one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TENTHS = 10  # ε is chosen among 0.1, 0.2, 0.3 …
 
 
 def check(records: Records) -> None:
-    """Check that the study has sites enough to share the noise. Errors: ConfigError."""
+    """Check that the study has enough sites to share the noise. Errors: ConfigError."""
     t = records.colluding
     if t is None:
         return
@@ -41,8 +41,8 @@ def check(records: Records) -> None:
 
 
 def largest_epsilon(records: Records, most: float) -> float:
-    """Return the largest ε of at most `most`, in tenths, for which the sites' budget holds what
-    the study costs whatever happens, with room for one void attempt at all of it."""
+    """Return the largest ε up to `most`, in tenths, for which the sites' budget holds the study's
+    fallback ε, even if one void attempt costs as much again."""
     assert records.colluding is not None
     shares = records.sites - records.colluding
     least, above = 1, math.floor(most * TENTHS) + 1
@@ -56,7 +56,7 @@ def largest_epsilon(records: Records, most: float) -> float:
 
 
 def table(records: Records) -> str:
-    """Compose the table [secure_aggregation] of study.toml; "" where each site adds noise of its
+    """Compose the table [secure_aggregation] of study.toml; "" if each site adds noise of its
     own."""
     if records.colluding is None:
         return ""

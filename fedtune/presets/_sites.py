@@ -1,4 +1,4 @@
-"""Build the site files of a preset, after checking the column names in a site's own file."""
+"""Compose the site files of a preset, after checking the column names in a site's own file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedtune.presets.templates import NAME, acceptance, ledger_beside, quote_str
 if TYPE_CHECKING:
     from fedtune.presets import Records
 
-# Of a column's name: whose record it may be.
+# Words in a column's name that suggest that it identifies the patient.
 WHOSE = frozenset(
     {
         *("patient", "patients", "subject", "person", "participant", "mrn", "pid", "unit", "case"),
@@ -35,9 +35,9 @@ WHOSE = frozenset(
     }
 )
 
-FAR = 0.1  # of the declared size: a count that differs by more is said
-CHARACTERS = 4.0  # of a token: 4.0 to 4.9 in English medical texts, of the presets' bases
-HALF = 0.5  # of a median record: where less is read, that is a warning
+FAR = 0.1  # of the declared size: a count that differs by more is reported
+CHARACTERS = 4.0  # in a token of the presets' bases: 4.0 to 4.9 in English medical texts
+HALF = 0.5  # of a median record: if the plan reads less, a warning says so
 
 
 def check(records: Records) -> None:
@@ -74,10 +74,11 @@ def check(records: Records) -> None:
 
 
 def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
-    """List the columns of a site's file that may be shown; its rows are read and none is kept.
+    """List the columns of a site's file that may be shown. All rows are read, and none is kept.
 
     asked: option -> the column that it names. Errors: DataError for a column that the file does not
-    have, which lists those that it has; for a file or a database that cannot be read."""
+    have (the error lists the columns that it has), and for a file or a database that cannot be read
+    or is empty."""
     path, names, source = _open_place(place, asked)
     if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
         raise DataError(f"{names.where}: no records", "a file of records", "choose another --data")
@@ -86,12 +87,12 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Look:
-    """The content of a site's own file in counts, only for the screen of the person who has it.
+    """Counts of a site's own file, shown only to the person who has the file.
 
     - where: the file's name
     - rows, units: number of records, and of patients if a column names them
-    - target: the column of the classes; classes: the count of each
-    - lengths: characters of each record's input and of the longest target"""
+    - target: the column of the classes; classes: the number of records of each
+    - lengths: for each record, the characters of its input and its longest target together"""
 
     where: str
     rows: int
@@ -110,8 +111,10 @@ def look(
     target: str,
     patient: str | None,
 ) -> Look:
-    """Read a site's file once. asked: option -> the column that it names; prompt, answers, target,
-    patient: columns. Errors: as `columns_of`."""
+    """Read a site's file once and count what it holds.
+
+    asked: option -> the column that it names; prompt, answers, target, patient: columns. Errors: as
+    `columns_of`."""
     path, names, source = _open_place(place, asked)
     classes = Counter[str]()
     units = set[str]()
@@ -131,10 +134,9 @@ def look(
 
 
 def classes_note(look: Look, known: set[str]) -> str:
-    """Report how many of a site's records are of classes not in `known`, since they train
-    nothing; "" if there are none. known: empty if nobody named classes: then all classes are
-    listed.
-    """
+    """Report how many of a site's records are of classes not in `known`, since such records train
+    nothing; "" if there are none. known: empty if nobody named classes; then all classes are
+    listed."""
     strange = Counter({label: n for label, n in look.classes.items() if label not in known})
     if not strange:
         return ""
@@ -174,9 +176,10 @@ def size_note(look: Look, declared: int, unit: str) -> str:
 
 
 def length_note(look: Look, most: int, cut: str) -> str:
-    """Report how much of a median record the plan reads, if that is not all; tokens are
-    estimated, since no base is loaded yet. most: objective.max_length; cut: what a longer record
-    loses."""
+    """Report how much of a median record the plan reads; "" if it reads all of it. Tokens are
+    estimated, since no base is loaded yet.
+
+    most: objective.max_length; cut: a text that says what a longer record loses."""
     tokens = statistics.median(look.lengths or [0]) / CHARACTERS
     if tokens <= most:
         return ""
@@ -216,8 +219,8 @@ def looks_like_a_patients(columns: list[str]) -> str | None:
 
 
 def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str, str]:
-    """Build a site file for each site, by its file name. columns: its lines; asked: option ->
-    the column that it names."""
+    """Compose a site file for each site; return its path in the study -> its text. columns: the
+    lines of [data.columns]; asked: option -> the column that it names."""
     if records.role == "site" or (not records.data and records.sites == 1):
         places = {"site.toml": records.name or "my-hospital"}
     else:
@@ -250,7 +253,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
 
 
 def _isolation(records: WherePath | None) -> str:
-    """Build the line of [policy] that asks for as much isolation as this machine supports."""
+    """Compose the line of [policy] that asks for as much isolation as this machine supports."""
     lacks = [each for half in isolation.try_confinement() for each in half.missing]
     if isinstance(records, str) and is_over_tcp(records):
         lacks.append("a database over TCP")
@@ -260,7 +263,8 @@ def _isolation(records: WherePath | None) -> str:
 
 
 def _bases(model: str) -> str:
-    """Compose the line of [policy] that allows a folder's base beside those of this release."""
+    """Compose the line of [policy] that allows the base in a folder, beside those of this release;
+    "" if `model` is no folder."""
     if not model or not Path(model).is_dir():
         return ""
     found = find_base(model).digest
@@ -277,20 +281,21 @@ def _state(data: WherePath | None) -> str:
 
 
 def names(records: Records) -> list[str]:
-    """Name the sites after their tables, else their files, else these files' folders, by what tells
-    them apart and is a valid name; or site-1, site-2 ... if nothing does."""
+    """Name the sites after their tables, or else their files, or else these files' folders: the
+    first of these whose names all differ and are valid. If there is none, number the sites: site-1
+    and so on."""
     for found in zip(*map(names_of, records.data), strict=False):
         if len({*found}) == len(found) and all(re.fullmatch(NAME, name) for name in found):
             return [*found]
     return [f"site-{n}" for n in range(1, records.sites + 1)]
 
 
-# Of a site that joins a consortium: no plan spends before a person there has said so.
+# For a site that joins a consortium: no plan spends before a person there has signed it.
 REVIEWED = """\
 admission = "reviewed"        # joining signs the plan in the coordinator's answer; a further one
                               # waits for `fedtune review --sign`. "standing": the rules decide
 """
-# Commented: a site that never looks would be left out of every round.
+# Commented out: a site where nobody looks would be left out of every round.
 HELD = """\
 # answers = "held"            # each answer waits here until a person lets it go: `fedtune let-go`
 """
@@ -298,7 +303,7 @@ ISOLATED = """\
 isolation = "required"        # records are read by a process without a network, and the one that
                               # has it cannot read them; "preferred": as far as a machine gives it
 """
-MAX_EPSILON = 8.0  # which the comments of the recipes' study.toml call what sites allow
+MAX_EPSILON = 8.0  # comments in the recipes' study.toml name this as what sites allow
 NOBODY = '\n# patient = "patient_id"'
 SITE = """\
 # {name}'s own file: where its records lie and what it allows. It is never sent.

@@ -1,4 +1,5 @@
-"""Guess the dialect of a person's CSV once, for their own site.toml."""
+"""Guess the dialect (delimiter and encoding) of a person's CSV file once, for the person's
+site.toml."""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ Asked = Mapping[str, str]  # option -> the column that it names
 
 
 def source(place: WherePath, asked: Asked) -> Csv | None:
-    """Guess the source of a CSV that is not comma-separated UTF-8; None for other files."""
+    """Return the guessed dialect of a CSV file; None for a database, and for a file in the usual
+    dialect or another format."""
     path = file_at(place)
     return guess_format(path, asked.values()) if path else None
 
 
 def lines(place: WherePath, asked: Asked) -> str:
-    """Build the lines of [data] that name this dialect."""
+    """Compose the lines of [data] that name the file's dialect; "" for the usual one."""
     told = ", ".join(
         f"{key} = {quote_string(value)}" for key, value in _options(place, asked).items()
     )
@@ -27,7 +29,7 @@ def lines(place: WherePath, asked: Asked) -> str:
 
 
 def note(place: WherePath, asked: Asked) -> str:
-    """Describe the dialect on a screen; "" for the usual one."""
+    """Describe the file's dialect for a screen; "" for the usual one."""
     path, options = file_at(place), _options(place, asked)
     told = [f"{DELIMITERS[options['delimiter']]} between cells"] if "delimiter" in options else []
     told += [options["encoding"]] if "encoding" in options else []

@@ -19,7 +19,7 @@ __all__ = [
     "study",
 ]
 COLUMNS = {"prompt": ("prompt", "question"), "target": ("completion", "answer")}
-MAX_LENGTH = 128  # tokens, in objective.max_length; of a record that is longer:
+MAX_LENGTH = 128  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer answer loses its end"
 LORA = """\
 rank = 16

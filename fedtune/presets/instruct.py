@@ -7,7 +7,7 @@ from fedtune.presets.answer import LORA
 
 __all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"prompt": ("prompt", "instruction"), "target": ("completion", "response")}
-MAX_LENGTH = 384  # tokens, in objective.max_length; of a record that is longer:
+MAX_LENGTH = 384  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer instruction loses its start"
 
 study = Recipe(

@@ -1,4 +1,4 @@
-"""Write the site file of a new membership of a hospital's home."""
+"""Compose the site file of a new membership of a hospital's home."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ READ_BY = ("columns", "source", "options", "filter", "convert", "scan")  # keys 
 
 
 def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | None = None) -> str:
-    """Compose a site.toml, commented line by line as that of `fedtune init --role site`, for a
-    membership that trains on a registered dataset. It is read as another membership reads it, if
-    one does. dataset: which; None: the only one.
+    """Compose the site.toml of a new membership that trains on a registered dataset, with a comment
+    on each line as `fedtune init --role site` writes them. If another membership trains on that
+    dataset, its columns, source, options and filters are copied.
 
-    Errors: ConfigError if the home has no such dataset, or several and none is named."""
+    dataset: its name in hospital.toml; None if the hospital has exactly one. Errors: ConfigError if
+    the home has no such dataset, or several and none is named."""
     names = sorted(hospital.datasets)
     if dataset is None and len(names) == 1:
         dataset = names[0]
@@ -53,7 +54,8 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
 
 
 def _as_read(text: str, hospital: Hospital, dataset: str) -> str:
-    """Read the records as another membership's site file does, if one trains on them."""
+    """Copy into `text` how another membership's site file reads the dataset (READ_BY), if one
+    does."""
     for each in hospital.memberships.values():
         try:
             tables = tomllib.loads(each.site.read_text(encoding="utf-8"))
@@ -68,7 +70,7 @@ def _as_read(text: str, hospital: Hospital, dataset: str) -> str:
             read_by["options"] = {**options, PASSWORD_FILE: own}
         columns = read_by.pop("columns", {})
         if hospital.datasets[dataset].patient:
-            columns.pop("patient", None)  # it stands there, as the hospital has it
+            columns.pop("patient", None)  # `text` has it already, from hospital.toml
         lines = [f"{key} = {quote(value)}\n" for key, value in read_by.items()]
         text = text.replace("[data.columns]", "".join(lines) + "[data.columns]", 1)
         shape = "".join(f"{key} = {quote(value)}\n" for key, value in columns.items())

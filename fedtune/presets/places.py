@@ -1,4 +1,5 @@
-"""Parse where a site's records lie, as named on the command line: a file, a folder, a database."""
+"""Parse the place of a site's records from the command line: a file, a folder, or a database
+table."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ BULK = ".ndjson"  # files of a FHIR bulk export
 
 
 def place_of(text: str) -> WherePath:
-    """Read a place as it was typed: a url with a table behind #, else a path.
+    """Parse a place as it was typed: a url with a table behind #, or else a path.
 
     >>> place_of("notes.csv")
     PosixPath('notes.csv')
     >>> place_of("sqlite:///clinic.db#note")
     'sqlite:///clinic.db#note'
 
-    Errors: ConfigError, without the url, which may hold a password."""
+    Errors: ConfigError, whose text leaves out the url, since a url may hold a password."""
     if "://" not in text:
         return Path(text)
     url, table = split_place(text)
@@ -38,13 +39,13 @@ def place_of(text: str) -> WherePath:
 
 
 def split_place(place: str) -> tuple[str, str]:
-    """Return a place's url and its table."""
+    """Return the url and the table of a place."""
     url, _, table = place.partition("#")
     return url, table
 
 
 def file_at(place: WherePath) -> Path | None:
-    """Return the file or folder of a place, None for a database that is not a file."""
+    """Return the file or folder of a place; None for a database on a server."""
     if isinstance(place, Path):
         return place
     url, _ = split_place(place)
@@ -57,8 +58,8 @@ def is_bulk(place: WherePath) -> bool:
 
 
 def names_of(place: WherePath) -> list[str]:
-    """List names for a site from its place, the nearest first: of a database its table, then its
-    file, and then the folder in which that lies."""
+    """List names for a site from its place, the nearest first: the table of a database, then the
+    file's name, then the name of the file's folder."""
     texts = [] if isinstance(place, Path) else [split_place(place)[1]]
     if file := file_at(place):
         texts += [file.stem, file.absolute().parent.name]
@@ -66,7 +67,7 @@ def names_of(place: WherePath) -> list[str]:
 
 
 def lines_of(place: WherePath) -> str:
-    """Build the lines of [data] in site.toml that name the place of the records."""
+    """Compose the lines of [data] in site.toml that name the place of the records."""
     if isinstance(place, Path):
         return f"path = {_quote(place.absolute())}" + ('\nsource = "fhir"' * is_bulk(place))
     url, table = split_place(place)

@@ -1,4 +1,4 @@
-"""Task "preference": train LoRA by ORPO to prefer the better of two answers; its loss also keeps
+"""Task "preference": train LoRA by ORPO to prefer the better of two answers. ORPO's loss also keeps
 the better answer likely.
 
 Measured (docs/quality.md)."""
@@ -14,7 +14,7 @@ COLUMNS = {
     "target": ("chosen", "chosen"),
     "rejected": ("rejected", "rejected"),
 }
-MAX_LENGTH = 384  # tokens, in objective.max_length; of a record that is longer:
+MAX_LENGTH = 384  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer prompt loses its start"
 
 study = Recipe(

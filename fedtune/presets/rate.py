@@ -1,5 +1,5 @@
-"""Check whether a recipe's learning rate still fits the noise of its plan, which an edit of ε
-changes."""
+"""Check whether a recipe's learning rate still fits the noise of its plan, since an edit of ε
+changes the noise."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from fedtune.core.config import Study
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.presets import _adapter, classify
 
-OFF = 1.25  # a factor by which the noise in a weight may differ from the recipe's without a word
+OFF = 1.25  # factor by which a fitting rate may differ from the plan's before a warning
 
 
 def weight_noise(study: Study, sizes: Sequence[int]) -> float:
-    """Compute the standard deviation of the noise in each trained weight after the last round, of
-    sites of these declared sizes: of a mean weighted by them, with the strategy's momentum.
+    """Compute the standard deviation of the noise in each trained weight after the last round, for
+    sites of these declared sizes. Their mean is weighted by the sizes, and the strategy's momentum
+    counts.
 
-    Of an adapter with a preconditioner in its coordinates. Errors: ConfigError as plan_for_site."""
+    If an adapter has a preconditioner, the noise is in the preconditioner's coordinates. Errors:
+    ConfigError as plan_for_site."""
     of_site = plan_for_site(study, max(sizes))
     drawn = of_site.sampling_rate * of_site.records * sum(sizes)
     one = of_site.own_noise * of_site.max_grad_norm * math.sqrt(len(sizes)) / drawn
@@ -27,7 +29,7 @@ def weight_noise(study: Study, sizes: Sequence[int]) -> float:
 
 def rate_note(study: Study, sizes: Sequence[int]) -> str:
     """Warn if a recipe's learning rate leaves far more or less noise in each weight than the
-    recipe's own rate; "" if it fits, and for plans that no recipe wrote."""
+    recipe's own rate. Return "" if it fits, and for plans that no recipe wrote."""
     recipe = _recipe(study)
     if recipe is None or not sizes:
         return ""
@@ -45,7 +47,7 @@ def rate_note(study: Study, sizes: Sequence[int]) -> str:
 
 def _recipe(study: Study) -> tuple[float, float] | None:
     """Return the noise and the largest learning rate of the recipe that wrote a study, which is
-    recognised by its comments."""
+    recognised by the study's settings. Return None if no recipe wrote it."""
     if not study.private or study.continuous or study.training.rounds is None or not study.start:
         return None
     bound = study.clipping.max_grad_norm if study.clipping else 1.0

@@ -6,7 +6,7 @@ from fedtune.presets._adapter import EPSILON, PARTS, Recipe
 
 __all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"media": ("audio", "audio"), "target": ("text", "text")}
-MAX_LENGTH = 64  # tokens, in objective.max_length; of a record that is longer:
+MAX_LENGTH = 64  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "longer ones are left out"
 
 study = Recipe(

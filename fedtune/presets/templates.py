@@ -210,8 +210,8 @@ release = []           # what may leave besides noised updates: "evaluation", no
 
 
 def acceptance(where: str, columns: str) -> str:
-    """Compose a commented [acceptance] for a site's file, read as its [data] is. where, columns:
-    the lines of [data] and [data.columns]."""
+    """Compose a commented-out [acceptance] for a site's file, whose records are read as those of
+    [data]. where, columns: the lines of [data] and [data.columns]."""
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [
@@ -228,8 +228,8 @@ def acceptance(where: str, columns: str) -> str:
 
 
 def _held_out(where: str) -> list[str]:
-    """Compose the lines about the place of held-out patients: another table of the same database,
-    or a file or a folder of another name."""
+    """Compose the lines that name the place of held-out patients: another table of the same
+    database, or a file or a folder with another name."""
     place, *read_by = where.splitlines()
     told = "# held-out patients; exact, and nothing of it leaves"
     if place.startswith("url"):
@@ -248,14 +248,17 @@ def init(
     patient: str | None = None,
     declared: Literal["public", "generated"] | None = None,
 ) -> list[Path]:
-    """Write study.toml and site.toml, commented line by line, to a folder; returns the paths.
-    Beside study.toml goes public.jsonl, 200 invented notes from which the adapter's A is made.
+    """Write study.toml and site.toml, with a comment on each line, to a folder; return their paths.
+    Beside study.toml, public.jsonl is written: 200 invented notes from which the adapter's A is
+    made.
 
-    role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`.
-    sites: how many take part: a coordinator's first round waits for them all; of "both", above 1,
-    there are as many site files, sites/site-1/site.toml and so on. data: each site's file, beside
-    which its ledger is kept; else data.jsonl in the site's folder. patient: the column that says
-    whose record it is. declared: what a person says that the records are.
+    - role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`
+    - sites: the number of sites that take part. A coordinator's first round waits for all of them.
+      With role "both" and more than one, each has a file, sites/site-1/site.toml and so on.
+    - data: each site's file, beside which its ledger is kept; default: data.jsonl in the site's
+      folder
+    - patient: the column that identifies the patient
+    - declared: what a person declares the records to be
 
     >>> import fedtune
     >>> [path.name for path in fedtune.init("my-study")]
@@ -263,8 +266,8 @@ def init(
     >>> [path.name for path in fedtune.init("north", role="site", name="north")]
     ['site.toml']
 
-    Errors: ConfigError where one exists already or the name is none (nothing is written),
-    InfrastructureError."""
+    Errors: ConfigError if one of the files exists already or `name` is not valid (nothing is
+    written then), InfrastructureError."""
     folder = Path(folder)
     if not re.fullmatch(NAME, name):
         raise ConfigError(
@@ -312,7 +315,7 @@ def _site(
     *,
     alone: bool,
 ) -> str:
-    """Build a site's file. alone: whether the site will join a consortium."""
+    """Compose a site's file. alone: whether the file is for a site that will join a consortium."""
     text = SITE.replace('"my-hospital"', quote_string(name))
     if alone:
         text = text.replace('admission = "standing"', 'admission = "reviewed"')
@@ -328,8 +331,9 @@ def _site(
 
 
 def ledger_beside(data: WherePath) -> Path | None:
-    """Return the folder beside a site's records for its ledger, where every study of them finds it;
-    None where that folder cannot be written to, or where they are in a server's database."""
+    """Return the folder beside a site's records for its ledger, so that every study of these
+    records finds it. Return None if the records' folder cannot be written to, or the records are in
+    a server's database."""
     file = file_at(data)
     if file is None or not os.access(folder := file.absolute().parent, os.W_OK):
         return None
@@ -337,7 +341,7 @@ def ledger_beside(data: WherePath) -> Path | None:
 
 
 def quote_string(text: object) -> str:
-    """Quote a TOML string.
+    """Quote a text as a TOML string.
 
     >>> quote_string('a "b"')
     '"a \\\\"b\\\\""'

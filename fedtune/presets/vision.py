@@ -12,7 +12,7 @@ COLUMNS = {
     "prompt": ("prompt", "question"),
     "target": ("completion", "answer"),
 }
-MAX_LENGTH = 128  # tokens, in objective.max_length; of a record that is longer:
+MAX_LENGTH = 128  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "longer ones are left out"
 
 study = Recipe(
