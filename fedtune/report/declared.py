@@ -38,7 +38,7 @@ def declared_line(report: Mapping[str, Any]) -> str:
 
     >>> declared_line({"declared": {"north": "public"}})
     'north trained on data that its site declared public: no claim about patients is made for it. \
-    It paid from a ledger of the run, not from a budget for life.'
+It paid from a ledger of the run, not from a budget for life.'
     """
     by_site = report.get("declared")
     if not isinstance(by_site, Mapping) or not by_site:
@@ -70,7 +70,7 @@ def free_query_line(report: Mapping[str, Any]) -> str:
 
     >>> free_query_line({"free_query": ["north"]})
     'A query or a view selected the records of north: what it couples between patients, as by \
-    counting, ranking or averaging, is not covered by ε.'
+counting, ranking or averaging, is not covered by ε.'
     """
     names = report.get("free_query")
     if not isinstance(names, list) or not names:

@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-restore-thaws", "fedtune/core/ledger/restore.py",
-        "        if stands.frozen and not base.is_frozen:\n", "        if False:\n",
+        "        elif stands.frozen and not base.is_frozen:\n", "        elif False:\n",
         T_FREEZE + "test_a_restore_that_lost_a_freeze_freezes_again",
         "a ledger put back to a copy answers again before a person lifted the freeze",
     ),
