@@ -23,6 +23,7 @@ from fedtune.officer.freeze import standing
 from fedtune.officer.site_files import sites_in
 from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
+from tests.expected import raises_only
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate
 
@@ -126,7 +127,7 @@ def test_a_signature_of_another_type_is_none(folder: Path, signature: Any) -> No
     *before, last = lines(folder)
     other = canonical(json.loads(last) | {"signature": signature}) + b"\n"
     (folder / FILE).write_bytes(b"".join([*before, other]))
-    with pytest.raises(NotGenuine, match="line 6: is not an entry"):
+    with raises_only(NotGenuine, "line 6: is not an entry"):
         verify(folder, KEY.public)
     frozen = standing(folder, KEY.public).frozen
     assert frozen and "damaged" in frozen.why
@@ -166,7 +167,7 @@ def test_a_file_is_not_set_aside_by_a_first_line_that_is_no_entry(
     _, *lines = (folder / FILE).read_bytes().split(b"\n")
     (folder / FILE).write_bytes(b"\n".join([line, *lines]))
     monkeypatch.setattr(audit_log, "LIMIT", 1000)
-    with pytest.raises(NotGenuine, match="line 1: is not an entry"):
+    with raises_only(NotGenuine, "line 1: is not an entry"):
         AuditLog(folder, KEY).add("lift")
     assert audit_log.files(folder) == [FILE]
 

@@ -22,6 +22,7 @@ import fedtune
 from fedtune.core.errors import ConfigError, DataError, InputError
 from fedtune.core.registry import process_cache
 from fedtune.core.vault.worker import worker
+from fedtune.launch.simulate import site_file
 from tests.test_end_to_end import lay_out
 
 PRIVATE = '{ noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
@@ -213,6 +214,7 @@ def test_a_site_that_was_changed_in_memory_is_what_counts(tmp_path: Path, tiny_b
     strict = sites[0].model_copy(update={"policy": policy})
     with pytest.raises(fedtune.FedtuneError, match="min_sites = 2"):
         fedtune.simulate(fedtune.load_study(path), [strict, sites[1]], tmp_path / "run")
+    assert fedtune.load_site(site_file(strict)).policy.max_epsilon == 0.5
     fedtune.simulate(fedtune.load_study(path), sites, tmp_path / "run")
 
 

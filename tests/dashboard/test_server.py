@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import queue
 import re
@@ -24,6 +25,7 @@ from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import HERE, POLICY, app_of, serve
 from fedtune.observe import StatusFile
 from fedtune.observe.status import read_status
+from tests.expected import raises_nothing
 
 TOKEN = "a-token-of-this-test"
 LICENSES = HERE / "static" / "LICENSES.md"
@@ -178,9 +180,17 @@ def test_a_figure_that_takes_for_ever_is_given_up_and_its_process_ends(
     slow = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(9999)"
     monkeypatch.setattr(server.boot, "command", lambda *_: [sys.executable, "-c", slow])
     monkeypatch.setattr(server, "WORK_SECONDS", 5.0)
+    given, timeout = list[float](), asyncio.timeout
+
+    def noted(seconds: float) -> asyncio.Timeout:
+        given.append(seconds)
+        return timeout(seconds)
+
+    monkeypatch.setattr(server.asyncio, "timeout", noted)
     browser = client(run)
     browser.get(f"/?token={TOKEN}")
     assert "takes more than 5 s" in browser.get("/slow/verified").text
+    assert given == [5.0]
     if pid.exists():  # it had begun
         assert not Path(f"/proc/{pid.read_text()}").exists()
 
@@ -220,15 +230,19 @@ def test_the_address_without_its_token_is_on_this_server(address: tuple[str, int
         assert b" 303 " in answer and b"location: /evil.example/\r\n" in answer
 
 
-def test_who_only_connects_keeps_nobody_out(address: tuple[str, int, str]) -> None:
+def test_who_only_connects_keeps_nobody_out(
+    address: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The oldest of the silent connections give way."""
+    monkeypatch.setattr(connections, "FIRST_SECONDS", 600.0)  # so that none ends by its own time
     host, port, query = address
     with ExitStack() as stack:
         silent = [
             stack.enter_context(socket.create_connection((host, port), timeout=60))
             for _ in range(connections.SILENT + 20)
         ]
-        assert all(door.recv(1) == b"" for door in silent[:20])
+        with raises_nothing():
+            assert all(door.recv(1) == b"" for door in silent[:20])
         assert b"303" in asked_of((host, port), query)
         assert b"401" in asked_of((host, port), "token=wrong")
 

@@ -79,7 +79,8 @@ JOINING_MUTANTS = (
     _one(
         "joining", "the-first-answer-is-for-ever", MEMBERSHIP,
         "answer = read(path, tls_key(keys), name, fingerprint)\n",
-        "answer = read(path, tls_key(keys), name, '' if remembered(keys, name) else fingerprint)\n",
+        "kept = load_answer(keys, name)\n"
+        "    answer = read(path, tls_key(keys), name, '' if kept else fingerprint)\n",
         T_MEMBERSHIP + "test_another_consortiums_answer_is_refused_and_the_first_one_stays",
         "a site that has joined once joins anybody",
     ),

@@ -66,12 +66,6 @@ MUTANTS = (
         "a connection is held open by who may not read",
     ),
     _one(
-        "hostile", "a-word-is-read-from-each-letter", "fedtune/core/files/reading.py",
-        "(?:[\\w-]++|", "(?:[\\w-]+|",
-        T_READING + "test_no_pattern_takes_a_time_that_explodes",
-        "a plan with one long word keeps review and server busy for minutes",
-    ),
-    _one(
         "hostile", "a-key-of-any-length", "fedtune/core/files/reading.py",
         "    if any(key[1] for key in _KEY.finditer(source)):\n", "    if not source:\n",
         T_READING + "test_a_key_of_very_many_parts_costs_no_time",

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.mutants import seeds_engine, seeds_intake, seeds_procs, seeds_site
+from tests.mutants import seeds_intake, seeds_procs, seeds_site
 from tests.mutants.mutant import Mutant, one
 
 ONCE = "tests/guarantee/test_property.py::test_a_case_that_broke_the_guarantee_once"
-BESIDE = (
-    "tests/guarantee/test_property.py::"
-    "test_rows_that_are_computed_beside_others_do_not_know_them[inf]"
-)
 SEEN = {  # a bug, and the case that shows it
     "patients-share-the-caps-memory": "the-cap-knew-others",
     "a-teachers-refusal-is-everybodys": "too-long-for-the-teacher",
-    "the-site-composes-what-it-does-not-know": "records-then-patients",
     "ranks-keep-the-first-records": "ranks-of-a-study-for-life",
     "a-full-disk-ends-the-pass": "a-disk-full-of-states",
     "a-receipt-counts-withdrawals": "receipts-of-two-others",
@@ -32,8 +27,14 @@ MUTANTS = (
         if bug.name in SEEN
     ),
     *(
-        replace(bug, name=f"{bug.name}-property", tests=(BESIDE,))
-        for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
+        replace(  # before the plan, and again under the ledger's lock
+            bug, name=f"{bug.name}-property", tests=(f"{ONCE}[records-then-patients]",),
+            edits=(*bug.edits, (
+                "known = partial(check_known, self._dataset, study.unit, in_home=in_home)",
+                "known = lambda *_: None",
+            )),
+        )
+        for bug in seeds_site.MUTANTS if bug.name == "the-site-composes-what-it-does-not-know"
     ),
     Mutant(
         "ranks", "a-rank-reads-for-itself", "fedtune/core/vault/rank_process.py",
