@@ -25,7 +25,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedtune.core import processes
 from fedtune.core.config import load_study
-from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.errors import ConfigError, InfrastructureError, Stopped
 from fedtune.core.processes import is_reachable
 from fedtune.core.wire.requests import FAILED
 from fedtune.courier import executor as site_executor
@@ -279,6 +279,18 @@ def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
         assert status == InfrastructureError.exit_code
         assert f"stopped by {signum.name}" in alone.log("coordinator")
         assert "--resume" in alone.log("coordinator")
+
+
+@pytest.mark.parametrize(
+    ("signum", "kind"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, coordinator.Terminated)],
+)
+def test_a_person_who_stops_a_study_reads_of_no_error(
+    signum: signal.Signals, kind: type[BaseException]
+) -> None:
+    with pytest.raises(BaseException) as found, coordinator.naming_stops():
+        raise Stopped(signum)
+    assert found.type is kind
 
 
 def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Path) -> None:

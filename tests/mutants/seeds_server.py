@@ -197,7 +197,7 @@ STOP_MUTANTS = (
     _one(
         "stop", "ctrl-c-is-an-error", "fedtune/launch/coordinator.py",
         'if stop.name == "SIGINT":', 'if stop.name == "SIGQUIT":',
-        "tests/flower/test_tls.py::test_a_coordinator_that_is_stopped_takes_its_superlink_along",
+        "tests/flower/test_tls.py::test_a_person_who_stops_a_study_reads_of_no_error",
         "a person who stops a study reads of a failure",
     ),
     _one(
