@@ -198,6 +198,11 @@ def test_what_one_record_makes_a_library_do_costs_that_record_alone(
         return SoftTargets(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
 
     assert read(tokenizer, teach) == (2, {"too long": 1})
+    two = [{"t": "x", "who": 1}, {"t": SECRET, "who": 1}]
+    others = [{"t": f"y {who}", "who": who} for who in (2, 3)]
+    columns, plan = Columns(text="t", patient="who"), study(privacy={"unit": "patient"})
+    kept = load(jsonl(*two, *others), columns, plan, Fails(tokenizer, panic))
+    assert len(kept.examples) == 3, "one record's panic costs its patient's others"
 
 
 def test_no_cap_without_privacy(jsonl: Jsonl, study: MakeStudy, tokenizer: Tok) -> None:
