@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -279,9 +280,11 @@ def test_the_process_that_forks_has_a_clock_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(conversion, "SECONDS", 2.0)
     table = ConvertTable(name="hostile", options={"how": "read_every_descriptor"})
     with Conversion(table) as convert:
-        monkeypatch.setattr(conversion, "SECONDS", 20.0)  # of the process that reads
+        monkeypatch.setattr(conversion, "SECONDS", 60.0)  # of the process that reads
+        started = time.monotonic()
         with pytest.raises(Unconverted):
             convert(ROWS[:1])
+        assert time.monotonic() - started < 40, "the process that reads ended it"
         assert convert._process is not None and convert._process.poll() is None
 
 
