@@ -328,6 +328,8 @@ def ledger(
         acts = AuditLog(book.folder, book.key)
         if restore:  # a damaged log ends the command here
             acts.add("restore", "--from" if copy else "--restore")
+            if held:  # by which a later restore freezes it again
+                acts.add("freeze", "--restore")
     book.verify()
     if backup:
         acts.add("backup", "--backup")

@@ -49,7 +49,7 @@ NOTIFY_SECONDS = 72 * 3600  # GDPR, Art. 33(1): from when a controller has becom
 # Patterns of files, in a site's state folder and home, a coordinator's home, and a run.
 OF_A_SITE = (
     *("ledger.head", "ledger.receipt", "steps.jsonl", "withdrawals/*.json", "hospital.toml"),
-    *("audit.jsonl", "audit-*.jsonl", "plans/*.json", "studies/*.json", "keys/answer.json"),
+    *("audit.jsonl", "audit-*.jsonl", "plans/*.json", "studies/*", "keys/answer.json"),
     *("log.jsonl", "log.jsonl.1", "status.json"),
 )
 OF_A_COORDINATOR = (

@@ -333,6 +333,8 @@ def _adopt_later(
     acts = AuditLog(home, book.key)
     for consortium in sorted(set(distrusted(state)) - set(distrusted(home))):
         acts.add("leave", DISTRUST, consortium=consortium, membership=name, files=0)
+    for study, round_, adapter in refused:  # by which a restore of the home refuses them again
+        acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)

@@ -44,7 +44,7 @@ KINDS = {  # name for people -> patterns of paths in the state folder; "*" match
     RELEASED: (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     ASKED_DRAWS: (f"{ASKED}/*.json",),
-    "notes of studies under way": (f"{STUDIES}/*.json",),
+    "notes of studies under way": (f"{STUDIES}/*.json", f"{STUDIES}/*.ended"),
     "plans as they were asked": (f"{KEPT_PLANS}/*.request",),
     "plans that waited for a signature": ("plans/*.json",),
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log", "vault-run.log"),

@@ -12,6 +12,7 @@ from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.core.vault.answers import answer
+from fedtune.core.vault.studies import under_way
 from fedtune.core.wire.seal import sign_end
 from fedtune.officer import freeze as officer
 from fedtune.officer import leave as leaving
@@ -128,15 +129,34 @@ def test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger(
     assert book.is_refused(slot)
 
 
+def test_a_lift_deletes_the_earlier_updates_that_a_freeze_kept(tmp_path: Path) -> None:
+    """Else the space on the disk decides which rounds are sent again as they were."""
+    book = Ledger(tmp_path)
+    book.declare("records", [])
+    first, second = (
+        book.reserve("records", CHARGE, adapter, lambda charges: None) for adapter in ("a", "b")
+    )
+    book.release(first, b"first")
+    book.freeze("an officer", "")
+    book.release(second, b"second")
+    book.lift("an officer", "")
+    assert [path.read_bytes() for path in (tmp_path / "outbox").iterdir()] == [b"second"]
+
+
 def test_the_end_of_a_study_deletes_nothing_of_a_frozen_site(asked: Asked) -> None:
     asked.train()
     officer.freeze(asked.site, "")
     end = asked.plan()
     end.tables["plan"] |= sign_end(asked.key, asked.made.study.digest)
     studies = asked.site.site.state / "studies"
-    assert answer(asked.place, end).status == "refused" and [*studies.iterdir()]
+    (file,) = studies.iterdir()
+    content = file.read_bytes()
+    assert answer(asked.place, end).status == "finished"
+    assert [path.read_bytes() for path in studies.iterdir()] == [content]
+    assert not under_way(asked.site.site.state)
     officer.lift(asked.site, "")
-    assert answer(asked.place, end).status == "finished" and not [*studies.iterdir()]
+    asked.prepare()
+    assert answer(asked.place, end).status == "finished" and not [*studies.glob("*.json")]
 
 
 def test_the_freeze_of_a_damaged_ledger_holds_once_it_is_restored(

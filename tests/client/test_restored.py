@@ -6,6 +6,7 @@ import re
 import sqlite3
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,10 +141,38 @@ def test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again(
         book = Ledger(home)
         assert done.exit_code == 0 and bool(book.frozen) is bool(withdrawn)
         assert ("entered again" in done.output) is not bool(withdrawn)
-    assert "without the salt: the receipts name 1 who withdrew" in done.output
+    assert "receipts name 1 who withdrew" in done.output
     withdraw(load_site(file), "p3", book)
     assert hashes_of(book, ["p3"]) <= set(book.withdrawn())
     assert run("ledger", file, "--lift").exit_code == 0
+
+
+@pytest.mark.parametrize("how", ["another", "killed", "damaged again", "an older copy"])
+def test_only_a_first_entry_shows_that_a_salt_is_the_ledgers(tmp_path: Path, how: str) -> None:
+    """32 bytes may be another site's, or those of a restore that was killed; the freeze of a first
+    restore holds after a second one; and a copy may be older than the salt."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p2", "p3"])
+    file = make_site(tmp_path, "north")
+    book = spend(file, 2, withdrawn=["p3"])
+    home, copy = load_site(file).home, tmp_path / "copy"
+    book.backup(copy)
+    words: list[Any] = ["ledger", file, "--restore"]
+    if how in ("another", "killed"):
+        (home / "salt").write_bytes(bytes(32))
+    else:
+        (home / "salt").unlink()
+    if how == "killed":
+        (home / "ledger.db").write_bytes(b"x" * 9000)
+    assert run(*words).exit_code == 0 and Ledger(home).frozen
+    if how == "damaged again":
+        (home / "ledger.db").write_bytes(b"x" * 9000)
+        assert run(*words).exit_code == 0
+    if how == "an older copy":
+        withdraw(load_site(file), "p2", Ledger(home))
+        (home / "ledger.db").unlink()
+        assert run(*words, "--from", copy).exit_code == 0
+        assert not hashes_of(Ledger(home), ["p2"]) & set(Ledger(home).withdrawn())
+    assert Ledger(home).frozen
 
 
 def test_an_answer_that_was_refused_for_good_stays_refused(tmp_path: Path, tiny_base: Path) -> None:

@@ -117,6 +117,77 @@ def test_a_jpeg_of_many_scans_is_not_decoded(
     assert read(tmp_path, ["many.jpg", "hidden.jpg"])[1] == {"image too large": 2}
 
 
+def tiff(tags: dict[int, tuple[int, int, bytes]], data: bytes, order: str = "<") -> bytes:
+    """Lay out a TIFF file: tag -> (type, count, values). data: what stands at byte 8."""
+    body, entries = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4) + data), b""
+    for tag, (kind, count, values) in sorted(tags.items()):
+        place = values.ljust(4, b"\0")
+        if len(values) > 4:
+            place = struct.pack(f"{order}I", len(body))
+            body += values
+        entries += struct.pack(f"{order}HHI", tag, kind, count) + place
+    struct.pack_into(f"{order}I", body, 4, len(body))
+    return bytes(body + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+
+
+def grey(width: int, height: int, order: str = "<", **pieces: Any) -> dict[int, Any]:
+    """Return the tags of a grey TIFF that is not compressed."""
+    short, long = (lambda number, form=form: struct.pack(order + form, number) for form in "HI")
+    plain = {256: (4, 1, long(width)), 257: (4, 1, long(height)), 258: (3, 1, short(8))}
+    plain |= {259: (3, 1, short(1)), 262: (3, 1, short(1)), 277: (3, 1, short(1))}
+    return plain | {int(tag[1:]): value for tag, value in pieces.items()}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_of_many_pieces_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """Pillow makes an object of each: a million took 5 s, and 64 MiB gigabytes."""
+    places = struct.pack(f"{order}H", 8) * (media.PIECES + 1)
+    for tag in (media.STRIPS, media.TILES):
+        tags = grey(4, 4, order) | {tag: (3, media.PIECES + 1, places)}
+        (tmp_path / f"{tag}.tiff").write_bytes(tiff(tags, bytes(16), order))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    names = [f"{tag}.tiff" for tag in (media.STRIPS, media.TILES)]
+    assert read(tmp_path, names)[1] == {"image too large": 2}
+
+
+def test_a_tiff_that_is_decoded_again_and_again_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By strips of one place, each of which Pillow decodes, or by tiles that are far larger than
+    the image. Twin: as many as the image needs."""
+    rows = (4, 1, struct.pack("<I", 32))
+    for count in (2, 200):
+        strips = (3, count, struct.pack("<H", 8) * count)
+        tags = grey(64, 64) | {media.STRIPS: strips, 278: rows}
+        (tmp_path / f"{count}.tiff").write_bytes(tiff(tags, bytes(64 * 32)))
+    large = (4, 1, struct.pack("<I", 2**26))
+    tiles = grey(40, 4) | {media.TILE_WIDTH: (4, 1, struct.pack("<I", 1)), media.TILE_LENGTH: large}
+    tiles |= {media.TILES: (3, 40, struct.pack("<H", 8) * 40)}
+    (tmp_path / "tiles.tiff").write_bytes(tiff(tiles, bytes(64)))
+    monkeypatch.setattr(media, "COVERED", 4 * 64 * 64)
+    assert len(read(tmp_path, ["2.tiff"])[0]) == 1
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert read(tmp_path, ["200.tiff", "tiles.tiff"])[1] == {"image too large": 2}
+
+
+def test_an_image_with_a_part_many_times_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each EXIF segment of a JPEG Pillow copies all earlier ones; it inflates each colour
+    profile of a PNG."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    body = (tmp_path / "a.jpg").read_bytes()
+    part = b"\xff\xe1\0\x0aExif\0\0ab"
+    for count in (media.MOST_REPEATED, media.MOST_REPEATED + 1):
+        (tmp_path / f"{count}.jpg").write_bytes(body[:2] + part * count + body[2:])
+    (tmp_path / "a.png").write_bytes(b"\x89PNG" + b"iCCP" * (media.MOST_REPEATED + 1))
+    assert len(read(tmp_path, [f"{media.MOST_REPEATED}.jpg"])[0]) == 1
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    assert read(tmp_path, [f"{media.MOST_REPEATED + 1}.jpg", "a.png"])[1] == {"image too large": 2}
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
 def test_a_picture_is_turned_without_writing_its_tags_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
@@ -192,6 +263,41 @@ def test_long_and_broken_recordings_are_counted(
         "unreadable audio",
         "no PCM WAV, and fedtune[media] is not installed",
     }
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+def test_a_recording_is_judged_by_its_header_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """23 kB of 255 channels took 680 MB, and a rate of 2·10⁹ would have let an hour pass for 30 s.
+    Nor is more decoded than a recording may have, whatever its header says."""
+    asked = list[int]()
+    if name == "a.wav":
+        opened, kind = wave, wave.Wave_read
+        monkeypatch.setattr(kind, "readframes", lambda _, count: asked.append(count) or bytes(2))
+        for rate, channels in ((8000, 1), (8000, media.CHANNELS + 1), (2_000_000_000, 1)):
+            with wave.open(str(tmp_path / f"{rate}-{channels}"), "wb") as file:
+                file.setparams((channels, 2, rate, 0, "NONE", ""))
+                file.writeframes(bytes(2 * channels))
+    else:
+        opened = pytest.importorskip("soundfile")
+        form = {"a.flac": ("FLAC", "PCM_16"), "a.ogg": ("OGG", "VORBIS")}[name]
+        for rate, channels in ((8000, 1), (8000, media.CHANNELS + 1), (400_000, 1)):
+            if name == "a.flac" and channels > 8:
+                channels = media.CHANNELS + 1
+                form = ("WAV", "FLOAT")  # FLAC has eight at most
+            silence = np.zeros((8000, channels))
+            opened.write(tmp_path / f"{rate}-{channels}", silence, rate, *form[::-1])
+        plain = opened.SoundFile.read
+        monkeypatch.setattr(
+            opened.SoundFile,
+            "read",
+            lambda file, most, **how: asked.append(most) or plain(file, most, **how),
+        )
+    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix == "")
+    records, rejected = read(tmp_path, names, SAID)
+    assert len(records) == 1 and rejected == {"unreadable audio": 2}
+    assert asked == [int(media.SECONDS * 8000) + 1]
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

@@ -309,6 +309,27 @@ def test_a_table_is_judged_before_memory_is_made_for_it(
     assert not decoder.opened
 
 
+def chunks(samples: int, count: int, name: bytes = b"stco") -> bytes:
+    """An MP4 file with so many chunks of so many samples each."""
+    each = struct.pack(">IIIII", 0, 1, 1, samples, 1)
+    places = box(name, struct.pack(">II", 0, count))
+    return box(b"ftyp") + box(b"moov", box(b"trak", box(b"stsc", each) + places))
+
+
+@pytest.mark.parametrize("name", [b"stco", b"co64"])
+def test_samples_of_sound_are_judged_before_memory_is_made_for_them(
+    monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    """FFmpeg keeps a row of an index for each 1,024 samples of a chunk: 35 kB took a gigabyte."""
+    decoder = Decoder(lambda: [shown(0)])
+    for samples, count in ((48_000, 1000), (1, video.PACKETS)):
+        assert len(frames_of(monkeypatch, decoder, chunks(samples, count, name))) == video.FRAMES
+    decoder.opened.clear()
+    for samples, count in ((2**31 - 1, 1), (2**20, 65), (1, video.PACKETS + 1)):
+        assert reason(monkeypatch, decoder, chunks(samples, count, name)) == "video too long"
+    assert not decoder.opened
+
+
 def test_only_what_lies_outside_the_frames_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     table = b"stsz" + b"\xff" * 12
     decoder = Decoder(lambda: [shown(0)])

@@ -47,8 +47,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-coordinator-ends-a-frozen-study", "fedtune/core/vault/worker.py",
-        "        self.home.check_not_frozen()\n        self.draws.destroy(digest)",
-        "        self.draws.destroy(digest)",
+        "is_kept=self.home.frozen is not None", "is_kept=False",
         T_FREEZE + "test_the_end_of_a_study_deletes_nothing_of_a_frozen_site",
         "a coordinator deletes files that may be evidence",
     ),

@@ -39,8 +39,17 @@ ASPECT = 20
 # reader of segments would not look.
 SCANS = 100
 SCAN = b"\xff\xda"
+# Of any image: EXIF segments of a JPEG and colour profiles of a PNG, which Pillow reads one by one.
+# With each EXIF segment it copies all earlier ones.
+REPEATED, MOST_REPEATED = (b"Exif\0\0", b"iCCP"), 100
+# Of one TIFF: its strips or tiles, and the pixels that all of them cover; both may be far more than
+# the image has.
+PIECES = 2**16
+COVERED = 4 * PIXELS
+STRIPS, TILES, TILE_WIDTH, TILE_LENGTH = 273, 324, 322, 323  # the tags that say so
 SECONDS = 30.0  # of one recording
 RATES = (4_000, 192_000)  # samples a second
+CHANNELS = 16  # of one recording
 ORIENTATION = 0x0112  # of EXIF: how the image has to be turned
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 EXTRA = "pip install 'fedtune[media]'"
@@ -129,12 +138,17 @@ def picture(media: Media) -> Image:
     except ImportError:
         raise ConfigError("image columns need Pillow, which is not installed", EXTRA) from None
     try:
+        if any(media.body.count(mark) > MOST_REPEATED for mark in REPEATED):
+            raise Rejected("image too large")
+        _check_pieces(media.body)
         with Image.open(io.BytesIO(media.body), formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise Rejected("image too large")
             if _is_narrow(image):
                 raise Rejected("image too narrow")
             if image.format in ("JPEG", "MPO") and media.body.count(SCAN) > SCANS:
+                raise Rejected("image too large")
+            if image.format == "TIFF" and _count_covered(image) > COVERED:
                 raise Rejected("image too large")
             oriented = _turn_upright(image)
             if oriented.mode.startswith("I") or oriented.mode == "F":  # 16 bits and more: X-rays
@@ -158,6 +172,35 @@ def clip(media: Media) -> list[Image]:
 
 def _is_narrow(image: Image) -> bool:
     return max(image.size) > ASPECT * max(min(image.size), 1)
+
+
+def _check_pieces(body: bytes) -> None:
+    """Check that a TIFF names at most PIECES strips or tiles, before Pillow makes an object of
+    each. Errors: Rejected."""
+    order: Literal["little", "big"] = "little" if body[:2] == b"II" else "big"
+    if body[:2] not in (b"II", b"MM"):
+        return
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(body[at : at + length], order)
+
+    is_wide = body[2:3] == b"\x2b"  # BigTIFF, as Pillow tells it
+    first = number(8, 8) if is_wide else number(4, 4)
+    start, row, length = (first + 8, 20, 8) if is_wide else (first + 2, 12, 4)
+    end = min(start + row * number(first, start - first), len(body))
+    for tag in range(start, end, row):
+        if number(tag, 2) in (STRIPS, TILES) and number(tag + 4, length) > PIECES:
+            raise Rejected("image too large")
+
+
+def _count_covered(image: Any) -> int:
+    """Count the pixels that the strips or tiles of a TIFF cover, which are all decoded."""
+    tags, (width, height) = image.tag_v2, image.size
+    tile_width = max(1, int(tags.get(TILE_WIDTH, width)))
+    tile_length = max(1, int(tags.get(TILE_LENGTH, height)))
+    tiles = -(-width // tile_width) * -(-height // tile_length) * tile_width * tile_length
+    pieces = ((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in image.tile)
+    return int(max(tiles, sum(pieces)))
 
 
 def _turn_upright(image: Image) -> Image:
@@ -221,9 +264,7 @@ def _waveform(body: bytes) -> tuple[Samples, int]:
             width = file.getsampwidth()
             channels = file.getnchannels()
             rate = file.getframerate()
-            if file.getnframes() > SECONDS * max(rate, 1):
-                raise Rejected("audio too long")
-            raw = file.readframes(file.getnframes())
+            raw = file.readframes(_most_frames(rate, channels, file.getnframes()))
         return _pcm(raw, width, channels), rate
     except Rejected:
         raise
@@ -235,14 +276,23 @@ def _waveform(body: bytes) -> tuple[Samples, int]:
         raise Rejected("no PCM WAV, and fedtune[media] is not installed") from None
     try:
         with soundfile.SoundFile(io.BytesIO(body)) as file:
-            if file.frames > SECONDS * max(file.samplerate, 1):
-                raise Rejected("audio too long")
-            found = file.read(dtype="float32", always_2d=True)
+            most = _most_frames(file.samplerate, file.channels, file.frames)
+            found = file.read(most, dtype="float32", always_2d=True)
             return np.asarray(found.mean(axis=1), dtype=np.float32), int(file.samplerate)
     except Rejected:
         raise
     except Exception:
         raise Rejected("unreadable audio") from None
+
+
+def _most_frames(rate: int, channels: int, frames: int) -> int:
+    """Return how many frames are read of a recording with this header, before any is decoded: one
+    more than it may have, whatever the header says. Errors: Rejected."""
+    if not RATES[0] <= rate <= RATES[1] or not 0 < channels <= CHANNELS:
+        raise Rejected("unreadable audio")
+    if frames > SECONDS * rate:
+        raise Rejected("audio too long")
+    return int(SECONDS * rate) + 1
 
 
 def _pcm(raw: bytes, width: int, channels: int) -> Samples:

@@ -34,6 +34,7 @@ from fedtune.core.data.sources.csv import guess_format
 from fedtune.core.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: a word for yes, then its no
+NO_ROW = "converted to no row"  # the reason of each row of a unit of which the conversion left none
 UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
 CHARACTERS = 16 * 2**20  # of one unit's text: at most 64 MiB, to leave memory for others
 Messages = tuple[tuple[str, str], ...]  # (role, content)
@@ -348,14 +349,14 @@ def count_otherwise_alone(file: SiteData, sample: int) -> int:
 def _take_converted(
     reading: _Reading, placed: list[tuple[Place, Row]], convert: Convert | None
 ) -> None:
-    """Convert one unit's rows and add their records. If the conversion failed, or made several
-    rows of a unit that is one record, reject each row."""
+    """Convert one unit's rows and add their records. If the conversion failed, made no row, or made
+    several rows of a unit that is one record, reject each row."""
     assert convert is not None
     rows = [row for _, row in placed]
     converted = convert(rows)
-    if converted is None or (len(converted) > 1 and not reading.by_patient):
+    if not converted or (len(converted) > 1 and not reading.by_patient):
         for place, _ in placed:
-            reading.reject(place, UNCONVERTED)
+            reading.reject(place, NO_ROW if converted == [] else UNCONVERTED)
         return
     first, key = placed[0][0], reading.patient_of(rows[0])
     is_own = reading.names_media_of(rows)

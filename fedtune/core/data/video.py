@@ -40,7 +40,8 @@ _OPTIONS = {
 }
 # These tables state a number of samples. A sample may take no byte of the file, but FFmpeg makes
 # memory for each. By table, the offset of the number after the box's name.
-_COUNTED = {b"stsz": 8, b"stz2": 8}
+_COUNTED = {b"stsz": 8, b"stz2": 8, b"stsc": 4, b"stco": 4, b"co64": 4}
+SOUND = 2**26  # samples of uncompressed sound: FFmpeg keeps a row of an index for each 1,024
 # Where a NAL unit begins, and its first byte.
 _UNIT = re.compile(rb"\x00\x00\x01(?=(.))", re.DOTALL)
 # Boxes of a file in fragments, which may have such tables in the midst of its frames too.
@@ -210,6 +211,21 @@ def _check_counts(box: bytes) -> None:
             if int.from_bytes(box[number : number + 4]) > PACKETS:
                 raise Rejected(LONG)
             at = box.find(name, at + 1)
+    if _most_in(box, b"stsc", 12) * max(_most_in(box, b"stco"), _most_in(box, b"co64")) > SOUND:
+        raise Rejected(LONG)
+
+
+def _most_in(box: bytes, name: bytes, row: int = 0) -> int:
+    """Return the most chunks that a table of this name states; row: its rows' length in bytes, if
+    the largest second number of a row is asked for instead: the samples of a chunk."""
+    most, at = 0, box.find(name)
+    while at >= 0:
+        count = int.from_bytes(box[at + 8 : at + 12])
+        if row:
+            places = range(at + 16, min(at + 12 + row * count, len(box)), row)
+            count = max((int.from_bytes(box[place : place + 4]) for place in places), default=0)
+        most, at = max(most, count), box.find(name, at + 1)
+    return most
 
 
 def _picture(frame: Any) -> Image:

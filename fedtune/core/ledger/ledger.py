@@ -448,10 +448,14 @@ class Ledger:
             if held:
                 about = {"release": entry, "reservation": reservation, "bytes": len(update)}
                 writer.append("hold", about)
-        if keeps_all or self._account.frozen:
-            return
-        with suppress(OSError):  # no earlier: the bytes of the round before stay until then
-            for other in set(self._list_stored(reserved.slot[0])) - self._to_keep(reserved.slot):
+        if not (keeps_all or self._account.frozen):  # no earlier: the round before stays until then
+            self._delete_earlier(reserved.slot)
+
+    def _delete_earlier(self, slot: Slot) -> None:
+        """Delete the stored updates of a slot's study but that one and each other membership's
+        newest."""
+        with suppress(OSError):
+            for other in set(self._list_stored(slot[0])) - self._to_keep(slot):
                 other.unlink(missing_ok=True)
 
     def is_held(self, slot: Slot) -> bool:
@@ -625,6 +629,8 @@ class Ledger:
             if self._account.frozen is None:
                 raise InputError(f"{self.folder}: the ledger is not frozen")
             writer.append("lift", {"by": who, "why": why})
+        for slot in {slot[0]: slot for slot in self._account.released}.values():
+            self._delete_earlier(slot)
 
     def check_not_frozen(self) -> None:
         """Check that no person froze the ledger. Errors: PolicyRefused, whose text may leave the

@@ -70,7 +70,7 @@ from fedtune.core.ledger.files import (
 )
 from fedtune.core.wire.keys import SigningKey, canonical
 
-SALT_LOST = "restored without the salt"  # begins the reason of a freeze
+SALT_LOST = "restored without a salt that is known to be its own"  # begins why it is frozen
 EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
 
 
@@ -203,7 +203,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         for slot in sorted(stands.refused):
             if (fields := slot_fields(slot)) not in base.refused:
                 writer.append("refuse", {**fields, "by": login()})
-        if base.is_salt_lost and stands.withdrawn:
+        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:
             writer.append("freeze", {"by": login(), "why": _say_salt_lost(len(stands.withdrawn))})
         elif stands.frozen and not base.is_frozen:
             writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
@@ -214,8 +214,8 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
 
 def _say_salt_lost(withdrawn: int) -> str:
     return (
-        f"{SALT_LOST}: the receipts name {withdrawn} who withdrew by hashes under the old one, so "
-        "that nobody of them is left out until `fedtune withdraw` is given their keys again"
+        f"{SALT_LOST}: receipts name {withdrawn} who withdrew by hashes under the old one, so that "
+        "they may not be left out until `fedtune withdraw` is given their keys again"
     )
 
 
@@ -283,10 +283,7 @@ def _key(folder: Path, from_: Path | None) -> SigningKey:
 def _base(folder: Path, from_: Path | None, public: str) -> _Base:
     local = _verify_ledger(folder, public)
     if from_ is None:
-        salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
-        is_whole = len(salt) == 32
-        begun = _Base(None, salt if is_whole else os.urandom(32), is_salt_lost=not is_whole)
-        return local or begun
+        return local or _Base(None, *_salt_to_begin_with(folder, public))
     backup = _verify_ledger(from_, public)
     if backup is None:
         raise LedgerError(
@@ -294,7 +291,28 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
             expected=f"{DATABASE} and {SALT}, signed by {KEY}",
             todo="name another backup, or none to restore from the files that are left",
         )
-    return local if local is not None and local.seq > backup.seq else backup
+    if local is not None and local.seq > backup.seq:
+        return local
+    salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
+    # Who withdrew since the salt was made anew is known by hashes under the new one alone.
+    return dataclasses.replace(backup, is_salt_lost=len(salt) == 32 and salt != backup.salt)
+
+
+def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
+    """Return the salt of a chain that is begun anew, no entries, and whether the old salt is lost:
+    a file of the right length may be another site's, or that of a restore that was killed, so that
+    only a first entry which names its hash shows that it is the one of the ledger."""
+    salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
+    try:
+        if not (folder / DATABASE).exists():
+            raise StopIteration
+        with named(folder), closing(connect(folder / DATABASE)) as connection:
+            entry, signature = next(chain(connection, folder / DATABASE, None))
+            check_signature(folder / DATABASE, public, Head(entry.seq, entry.hash), signature)
+            check_first(folder / DATABASE, entry, public, salt)
+    except (LedgerError, StopIteration):
+        return (salt if len(salt) == 32 else os.urandom(32)), [], True
+    return salt, [], False
 
 
 def _verify_ledger(folder: Path, public: str) -> _Base | None:

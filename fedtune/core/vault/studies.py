@@ -3,8 +3,9 @@
     STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: the digits of its digest
 
 The file is written before the coordinator learns that its plan was admitted. It is removed when the
-coordinator says that the study has ended, or by `fedtune purge`. Which files exist depends on
-messages and on what people do, never on a record."""
+coordinator says that the study has ended, or by `fedtune purge`. While the ledger is frozen, the
+end of a study renames it to PLAN.ended. Which files exist depends on messages and on what people
+do, never on a record."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from fedtune.core.files.writing import replace
 from fedtune.core.ledger.files import newer_name, outbox_name, outbox_prefix
 
 FOLDER = "studies"  # in the state folder
+ENDED = ".ended"  # of the file of a study that ended while the ledger was frozen
 MOST = 64  # studies under way at once: their files lie in the room that the ledger needs
 
 
@@ -44,9 +46,14 @@ def begin(state: Path, study: Study) -> None:
         replace(path, json.dumps(facts, indent=1).encode(), private=True)
 
 
-def end(state: Path, plan_digest: str) -> None:
-    """Note that a study has ended."""
-    _path(state, plan_digest).unlink(missing_ok=True)
+def end(state: Path, plan_digest: str, *, is_kept: bool = False) -> None:
+    """Note that a study has ended. is_kept: its file may be evidence, and is renamed to PLAN.ended
+    instead of deleted."""
+    path = _path(state, plan_digest)
+    if is_kept and path.exists():
+        path.rename(path.with_suffix(ENDED))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def under_way(state: Path) -> dict[str, str]:

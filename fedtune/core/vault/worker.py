@@ -195,11 +195,10 @@ class SiteWorker:
 
     def finish(self, digest: str) -> None:
         """Note that a study has ended, and destroy its draws. The caller has checked the
-        coordinator's signed statement. Errors: PolicyRefused while the ledger is frozen, because
-        what is stored of the study may be evidence; LedgerError."""
-        self.home.check_not_frozen()
+        coordinator's signed statement. While the ledger is frozen, the study's file is kept.
+        Errors: LedgerError."""
         self.draws.destroy(digest)  # of attempts that were given up
-        studies.end(self.site.site.state, digest)
+        studies.end(self.site.site.state, digest, is_kept=self.home.frozen is not None)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
