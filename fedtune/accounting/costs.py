@@ -32,7 +32,7 @@ class SitePlan:
       presence
     - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
     - fallback_epsilon: with [secure_aggregation], the ε by this noise alone. A study without
-      [secure_aggregation] needs this ε to learn as well.
+      [secure_aggregation] whose mean has the same noise would cost this ε.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")

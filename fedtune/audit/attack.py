@@ -81,7 +81,7 @@ class Attack:
     - private: membership inference against models that were trained by the plan
     - twin: the same against models without noise
     - units: the number of units of the attacked site
-    - epsilon, delta: those of the training of one model, at this site
+    - epsilon, delta: the ε and δ of training one model at this site
     - secrets: None for a study whose model writes no text, or reads more than text
     - left_out: tables of the study that were not used for the models here"""
 
@@ -125,9 +125,10 @@ def attack_study(
         out: a folder for attack.json and attack.png.
         canaries: the number of units that hold one record of random tokens; each is in half of the
             models.
-        models: the number of models with noise, and that of models without; at least 8. For each
-            model, the others are the attacker's references.
-        units: the number of units of the site, at least that of canaries; ε is that of such a site.
+        models: the number of models with noise, at least 8; as many are trained without noise. For
+            each model, the others are the attacker's references.
+        units: the number of units of the site, at least as many as canaries; ε is computed for a
+        site of this size.
 
     >>> import fedtune
     >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))

@@ -142,8 +142,8 @@ class _Attacker:
         self._evidence = np.zeros(canaries)
 
     def observe(self, gradients: torch.Tensor, noised_sum: np.ndarray) -> None:
-        """Add the evidence of one step. gradients: (canaries, d), what each canary adds to the sum
-        if it is drawn; noised_sum: (d,)."""
+        """Add the evidence of one step. gradients: (canaries, d), the vector that each canary adds
+        to the sum if it is drawn; noised_sum: (d,)."""
         expected = gradients.numpy() * self._rate
         gram, projection = expected @ expected.T, expected @ noised_sum
         ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))

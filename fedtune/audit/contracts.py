@@ -535,7 +535,7 @@ def tracker(plugin: Tracker) -> Iterator[Result]:
 
     | events | it accepts the events of a run |
     | data | it does not change an event's data |
-    | close | may be called at any time, and twice |
+    | close | may be called a second time |
     """
     events: list[tuple[str, dict[str, Any]]] = [
         ("start", {"study": "check-plugin", "rounds": 2, "private": True}),

@@ -70,8 +70,8 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     three generated units that the attacker knows. Every unit is in the step (q = 1), and the claim
     is taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
     plan allows, μ/2. It follows from theory, before a trial is run.
-    Guarantee: the steps are those of the shipped code. Their log lines go to memory, since no
-    record is read. A correct step is called broken with probability below 10⁻⁵.
+    Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
+    read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
     Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"."""
     if trials < 1:

@@ -1,4 +1,4 @@
-"""Draw how well an attack tells members from others, beside the bound of ε."""
+"""Draw how well an attack tells members from others, together with the bound that ε sets."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ are divided at random into two halves: one half is trained on, and the attacker 
 with the other.
 
     received   each site's noised update of every round; with secure aggregation the sum alone
-    along      the mean cosine between the updates and what a site's records would send, minus the
-               mean for all sites' records of the same classes, over all rounds
+    along      the mean cosine between the updates and the steps of a site's records, minus the mean
+               for all sites' records of the same classes, over all rounds
 
 Significance is tested by permuting the sites' names among the compared units of the same classes,
 as in `site_inference`. ε protects a patient, so it covers none of this."""
@@ -157,8 +157,8 @@ def attack_received(
 
 
 def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
-    """Draw a mask of the rows that are trained on: those of half of each site's units, from a fixed
-    seed."""
+    """Draw half of each site's units to train on, from a fixed seed. Return a mask of their
+    rows."""
     random, trains = np.random.default_rng(0), np.zeros(len(asked.sites), dtype=bool)
     for number in range(len(asked.names)):
         units = np.unique(asked.units[asked.sites == number])
@@ -212,8 +212,8 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 
 def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
-    """Return the plan of the sum of `sites` sites' updates: that of one site with all their units,
-    and with the noise that all of them add."""
+    """Return the plan of one site whose update is like the sum of `sites` sites' updates: it has
+    all their units, and adds the noise that all of them add."""
     if not study.private:
         return non_private_plan(study, units)
     plan = plan_for_site(study, units)
@@ -260,9 +260,9 @@ def _rounds(study: Study, party: Party) -> int:
 
 
 def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) -> Floats:
-    """Compute the inner product of each update's direction with what each record would add to it,
-    (updates, n). A record would add its clipped gradient at the loaded adapter, in multiples of
-    C."""
+    """Return the inner product of each update's direction with each record's own step, as an array
+    (updates, n). A record's step is minus its gradient at the loaded adapter, clipped and divided
+    by C; without a [clipping] table it is minus the gradient as it is."""
     kind = study.training.engine
     engine = UnitGradientEngine(candidates, study.objective.resolved, "record", kind)
     names = list(candidates.network.update_parameters())

@@ -89,7 +89,7 @@ def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Da
 def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int = POOL) -> Exposure:
     """Rank each planted secret by its loss in `network` among random secrets of the same form.
     Return the secrets' exposure, and how many of them the network writes by itself. If the secrets
-    were not planted, the mean exposure is that of chance.
+    were not planted, the mean exposure is what chance gives.
 
     Errors: DataError if the study's tokenizer or length cannot hold such a record.
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""

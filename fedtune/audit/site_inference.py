@@ -207,8 +207,8 @@ def _sureness(scores: Scores) -> Floats:
 
 
 def infer(outputs: Floats, asked: Asked) -> SiteInference:
-    """Build the result of an attack, without references, from `outputs` (n, d), of which column 0
-    is the fall of a record's loss."""
+    """Build the result of an attack from `outputs` (n, d), of which column 0 is the fall of a
+    record's loss. The result's field `references` is left empty."""
     classes = [str(name) for name in np.unique(asked.classes)]
     by_class = [
         guess(outputs[asked.classes == name], of_class(asked, name), name) for name in classes
@@ -293,9 +293,9 @@ def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
 
 
 def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
-    """Compare each site's mean of `values` (n,) with that of all records of its classes. Return two
-    arrays (sites,): the differences, and the share of permutations of the sites' names that give at
-    least as large a difference."""
+    """Compare each site's mean of `values` (n,) with the mean over all records of its classes.
+    Return two arrays (sites,): the differences, and the share of permutations of the sites' names
+    that give at least as large a difference."""
     centred = values.copy()
     for name in np.unique(asked.classes):
         rows = asked.classes == name

@@ -18,7 +18,11 @@ def add_to(app: typer.Typer, panel: str) -> None:
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="The run folder to create. Default: runs/NAME."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The run folder to create. Default: runs/demo, or runs/demo-2, …",
+        ),
     ] = None,
     quick: Annotated[
         bool,

@@ -333,7 +333,10 @@ def choose_base(
     epsilons: Annotated[
         list[float] | None,
         typer.Option(
-            "--epsilon", min=1e-9, metavar="E", help="Also predict at this ε; may be repeated."
+            "--epsilon",
+            min=1e-9,
+            metavar="E",
+            help="Predict the metric at this ε too; may be repeated.",
         ),
     ] = None,
     json_file: Annotated[

@@ -51,7 +51,7 @@ DOCTOR_HOST = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="At the coordinator: the address to listen on, as for `fedtune server`.",
+        help="At the coordinator: check the port at this address, as for `fedtune server`.",
     ),
 ]
 DOCTOR_PORT = Annotated[
@@ -60,7 +60,7 @@ DOCTOR_PORT = Annotated[
         min=1,
         max=65535,
         metavar="N",
-        help="At the coordinator: the port to listen on, as for `fedtune server`.",
+        help="At the coordinator: check this port, on which `fedtune server` is to listen.",
     ),
 ]
 DOCTOR_NAMES = Annotated[
@@ -68,8 +68,8 @@ DOCTOR_NAMES = Annotated[
     typer.Option(
         "--name",
         metavar="NAME",
-        help="At the coordinator: the name by which sites call this machine. Default: the "
-        "name in the answers.",
+        help="At the coordinator: a name by which sites call this machine; may be repeated. "
+        "Default: the one in the address that sites were given.",
         show_default=False,
     ),
 ]

@@ -99,7 +99,8 @@ LABEL_TEMPERATURE = Annotated[
     typer.Option(
         min=0.1,
         metavar="T",
-        help="Sampling temperature of both answers; a lower one gives more likely answers.",
+        help="Sampling temperature of the two answers to a prompt; a lower one gives more likely "
+        "answers.",
     ),
 ]
 

@@ -128,8 +128,8 @@ def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE =
     The courier reads site.toml, the coordinator's answer and this site's network keys, and writes
     the folder `flower` in the state folder. It waits whenever there is no vault. With --socket it
     runs until stopped, or until a vault with --once has finished. With --spool it writes requests
-    to that folder and reads answers from it, stores a renewed certificate beside the keys, and
-    takes --once itself."""
+    to that folder and reads answers from it, and stores a renewed certificate beside the keys;
+    --once is then given to the courier, not to the vault."""
     _check_where(socket, spool)
     if once and socket:
         raise InputError(

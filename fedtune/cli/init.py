@@ -98,7 +98,8 @@ TARGET = Annotated[
     str | None,
     typer.Option(
         metavar="COLUMN",
-        help="Column of the target to learn. Default: label, answer, response, chosen, text.",
+        help="Column of the target to learn. Default by task: label, answer, response, chosen or "
+        "text.",
     ),
 ]
 REJECTED = Annotated[
@@ -154,7 +155,7 @@ LABELS = Annotated[
     typer.Option(
         "--label",
         metavar="TEXT",
-        help="Name a class; may be repeated. Default: the labels in --evaluation.",
+        help="Name a class; may be repeated. Default: the labels in --public and --evaluation.",
     ),
 ]
 SIZE = Annotated[

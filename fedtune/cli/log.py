@@ -41,8 +41,8 @@ RUN = Annotated[
     typer.Option(
         "--run",
         metavar="PATH",
-        help="Also check the log against a run or dossier: the updates that this site signed "
-        "for it name log entries, which the log must hold.",
+        help="Also check that this log is complete up to a run or dossier: each update that this "
+        "site signed for the run names an entry, which this log must hold.",
         show_default=False,
     ),
 ]

@@ -163,10 +163,10 @@ def memberships(
     """List the consortia in which a hospital takes part with the same patients, and what each has
     spent; or add, adopt or end a membership.
 
-    All memberships pay from one ledger, in HOME, so that no patient pays twice without being
-    counted. hospital.toml in HOME sets the most ε of a dataset that all of them together may spend,
-    and each one's share. If the ceiling refuses a study, its coordinator learns that the hospital's
-    budget is too small for it, and not who spent the rest."""
+    All memberships pay from one ledger, in HOME, so that ε spent on a patient in one consortium
+    counts in every other. hospital.toml in HOME sets the most ε of a dataset that all of them
+    together may spend, and each one's share. If the ceiling refuses a study, its coordinator learns
+    that the hospital's budget is too small for it, and not who spent the rest."""
     given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
     acts = [key for key, value in given.items() if value is not None]
     if len(acts) > 1:

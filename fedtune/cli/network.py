@@ -170,7 +170,7 @@ ADMIT_OUT = Annotated[
     typer.Option(
         "--out",
         metavar="FILE",
-        help="The answer to write, for a single request. Default: NAME.answer.",
+        help="The file to write the answer to, if there is one request. Default: NAME.answer.",
     ),
 ]
 

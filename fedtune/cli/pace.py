@@ -8,8 +8,8 @@ SOONEST = 10.0  # seconds of a step before its pace is known
 
 
 class StepPace:
-    """The pace of the running step: how much work it has done since its first report, and in
-    what time."""
+    """The pace of the running step: the amount of work that the step has done since its first
+    report, and the time that this took."""
 
     def __init__(self) -> None:
         self._text = ""

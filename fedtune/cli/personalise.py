@@ -19,8 +19,8 @@ AT_SITE = Annotated[
     typer.Option(
         "--site",
         metavar="SITE",
-        help="Use the personal model that `fedtune personalise` made of the run at this "
-        "site.toml's site, in place of the released one.",
+        help="Use the personal model that `fedtune personalise` made from this run for the site of "
+        "this site.toml, in place of the released model.",
         show_default=False,
     ),
 ]

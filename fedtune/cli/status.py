@@ -46,8 +46,8 @@ def status(
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Show the progress of a run or a site until it ends. The command reads files and sends no
-    request."""
+    """Show the progress of a run, a coordinator or a site until it ends. The command reads files
+    and sends no request."""
     from fedtune.core.errors import FedtuneError, InfrastructureError
 
     if metrics:

@@ -119,7 +119,7 @@ def unsigned_line(snapshot: Snapshot, path: Path) -> str:
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:
-    """Return a site's ε so far and that of the whole plan; with secure aggregation also the
+    """Return a site's ε so far and the ε of the whole plan. With secure aggregation also return the
     fallback ε, by the site's noise alone."""
     spent, planned, fallback = (site.get(key) for key in ("epsilon", "planned", "fallback"))
     told = "–" if spent is None else rounded_up(spent)

@@ -63,8 +63,8 @@ SHARE = Annotated[
     typer.Option(
         "--share",
         metavar="CLASS=SHARE",
-        help="For the expected gain: assume that this share of the sites' units is of CLASS, "
-        "which the public records lack, such as 'genetic changes=0.1'; may be repeated.",
+        help="Compute the expected gain as if this share of the sites' units were of CLASS, of "
+        "which there is no public record, such as 'genetic changes=0.1'; may be repeated.",
         show_default=False,
     ),
 ]
@@ -103,8 +103,8 @@ def say_what_to_expect(
     """Print before a study starts how long it will take.
 
     Warn if δ is too large for sites of these declared sizes, or if a recipe's learning rate no
-    longer fits. every: whether `sizes` are those of all sites of the study; only then the rate can
-    be checked."""
+    longer fits. every: whether `sizes` has the size of every site of the study; only then can the
+    rate be checked."""
     from fedtune.presets.duration import forecast
     from fedtune.presets.rate import rate_note
     from fedtune.report.delta import warning

@@ -41,8 +41,8 @@ class Figures(Table):
 
 
 def _compute_least_width(column: Column) -> int:
-    """Return the least width of a column: that of its widest line, or of its widest word if it may
-    wrap, or of a few letters if its words may be broken too."""
+    """Return the least width of a column: the width of its widest line, of its widest word if the
+    column may wrap, or of a few letters if its words may be broken too."""
     texts = [_text(column.header), *map(_text, column.cells)]
     if column.no_wrap:
         return max(line.cell_len for text in texts for line in text.split() or [text])

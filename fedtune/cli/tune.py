@@ -66,7 +66,7 @@ OUT = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Folder for the trials. Default: runs/NAME-tune.",
+        help="Folder for the trials. Default: runs/NAME-tune, with the study's name.",
         show_default=False,
     ),
 ]

@@ -264,7 +264,10 @@ def generate(
 
 def answers(
     run: RUN_FOLDER,
-    count: Annotated[int, typer.Option(min=1, max=20, metavar="N", help="Number of prompts.")] = 4,
+    count: Annotated[
+        int,
+        typer.Option(min=1, max=20, metavar="N", help="Answer N prompts, spread over the file."),
+    ] = 4,
     max_new_tokens: Annotated[
         int,
         typer.Option(

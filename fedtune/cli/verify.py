@@ -94,8 +94,9 @@ def verify(
     For a dossier, also verify that each of its figures is the run's, and who approved it. This
     works offline, from the folder alone. If anything was changed, it is named, and the exit code is
     2. A folder carries its own keys, so it proves something only to a reader who knows whose they
-    are: without --trust, or if somebody else signed, the exit code is 3. For a simulation it is 3
-    whatever --trust says, unless --simulation is given: nobody vouches for a simulation's key."""
+    are: without --trust, or if somebody else signed, the exit code is 3. It is also 3 for a dossier
+    whose pages another release of fedtune wrote, and for a simulation whatever --trust says, unless
+    --simulation is given: nobody vouches for a simulation's key."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
 

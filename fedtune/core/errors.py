@@ -150,7 +150,7 @@ def facts_of(error: FedtuneError) -> dict[str, str]:
 
 
 def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Build the error that another process sent by `facts_of`; if its class is unknown, an
+    """Build the error that another process sent by `facts_of`. If its class is unknown, build an
     InfrastructureError."""
     kind = globals().get(str(facts.get("error")))
     is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)

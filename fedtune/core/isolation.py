@@ -111,8 +111,8 @@ CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 class Confinement:
     """The confinement that is in force in this process.
 
-    - means: what confines it, such as "namespace", "seccomp" and "landlock 7"
-    - missing: what stays open, in words
+    - means: the means that confine it, such as "namespace", "seccomp" and "landlock 7"
+    - missing: the ways that stay open, in words
     - reasons: which means is not in force, and why Linux refuses it, whether or not anything stays
       open because of that"""
 
@@ -131,8 +131,8 @@ class Confinement:
 
 
 def describe(walls: Sequence[str]) -> str:
-    """Return a text that lists `walls`: the means that confine a half of the site, and why others
-    are not in force."""
+    """Return a text that lists the means (`walls`) that confine a half of the site, and why other
+    means are not in force."""
     return ", ".join(walls) or "NOT CONFINED"
 
 
@@ -276,8 +276,8 @@ def _unshare(spaces: int) -> str:
 
 
 def _bound_processes() -> None:
-    """Limit how many processes this process and its children may start. Without a limit of its own,
-    a process could find out how many others run, by how many it can still start.
+    """Limit how many processes this process and its children may start. Without such a limit a
+    process could count how many it can still start, and so find out how many others run.
 
     From Linux 5.14 on a user namespace counts its own processes only; root has no such limit."""
     release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
@@ -312,8 +312,9 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
 
 def _place(path: Path, there: list[Path]) -> Path | None:
     """Make the mount point of a file or folder below ROOT, and every link that leads to it; return
-    the mount point. Return None if the path leads nowhere, or to something that is mounted already.
-    there: the paths that are mounted already, to which this one is added. Errors: OSError."""
+    the mount point. Return None if the path leads to nothing, or to a file or folder that is
+    mounted already. there: the paths that are mounted already, to which this path is added. Errors:
+    OSError."""
     found, left = Path("/"), list(path.absolute().parts[1:])
     while left:
         here = Path(os.path.normpath(found / left.pop(0)))

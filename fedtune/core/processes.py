@@ -1,4 +1,4 @@
-"""Start, watch and stop child processes; none outlives the process that started it.
+"""Start, watch and stop child processes. No child outlives the process that started it.
 
 A child reads its standard input. When that ends, its parent has ended, even by SIGKILL, and the
 child stops itself. Each child has a session of its own, so a terminal's Ctrl-C reaches only the
@@ -208,9 +208,9 @@ class Child:
 
 @contextmanager
 def alone(folder: Path, who: str) -> Iterator[bool]:
-    """Hold the lock of `folder`, which is made if it is missing, in the block. who: what the error
-    calls the process that holds it. The lock is released when the process ends, for whatever
-    reason. Yields whether the last holder was killed.
+    """Hold the lock of `folder`, which is made if it is missing, in the block. who: the words by
+    which the error names the process that holds it. The lock is released when the process ends, for
+    whatever reason. Yields whether the last holder was killed.
 
     Errors: InfrastructureError naming the process that holds it, or if the disk refuses."""
     lock = folder / "lock"

@@ -37,8 +37,9 @@ _stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 
 def report(text: str, done: int = 0, total: int = 0, *, once: bool = False) -> None:
-    """Notify the listener, if there is one, of the progress of a step: counts of work, never
-    content. Progress is shown on this machine's screen only. done, total, once: as for Step."""
+    """Report the progress of a step to the listener, if there is one. Only counts of work are
+    reported, never content. Progress is shown on this machine's screen only. done, total, once: as
+    for Step."""
     if listener := _listener.get():
         stages = ", ".join(_stages.get())
         listener(Step(f"{stages}: {text}" if stages else text, done, total, once))
@@ -76,8 +77,8 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def told(on_event: OnEvent | None) -> Iterator[None]:
-    """Send reports made in the block to `on_event` as "step" events; if it is None, leave them to
-    the outer listener."""
+    """Send reports made in the block to `on_event` as "step" events. If `on_event` is None, the
+    outer listener gets the reports."""
     if on_event is None:
         yield
         return

@@ -43,7 +43,7 @@ class Strategy(ABC):
     of_statistics: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
-        """Check that the rest of the study fits this strategy. Errors: ConfigError."""
+        """Check that the plan's other settings fit this strategy. Errors: ConfigError."""
 
     def prepare(self, study: Study, frozen: Arrays) -> None:  # noqa: B027 - as `check`
         """Receive the plan that the sites run, and its public arrays that are never trained. Called

@@ -253,8 +253,8 @@ def _if_zero(*words: int) -> Lines:
 
 def _of_sockets(families: Sequence[int]) -> Lines:
     """Build lines that allow stream and datagram sockets of `families`. A raw socket is refused: it
-    would give root every packet of the machine. Of socket pairs only streams are allowed, since one
-    of a pair of datagram sockets can still send to a path."""
+    would give root every packet of the machine. Of socket pairs only streams are allowed, since
+    each of two paired datagram sockets can still send to a path."""
     pairs = _if_argument(SECOND, (socket.SOCK_STREAM,), KIND)
     kinds: Lines = [
         (LOAD, 0, 0, SECOND),

@@ -211,7 +211,7 @@ class Views:
 
     async def _changes(self, page: Page) -> AsyncIterator[str]:
         """Yield server-sent events until the browser leaves: "change" if one of the page's `files`
-        changed, "slow" if one of its `slow_files` did. Without a change, yield a comment every
+        changed, "slow" if one of its `slow_files` changed. Without a change, yield a comment every
         PING_SECONDS."""
 
         def state() -> tuple[str, str]:

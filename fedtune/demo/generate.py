@@ -118,10 +118,9 @@ def write(
     share: float = 1.0,
     rounds: int = 8,
 ) -> Path:
-    """Write the whole example under `folder`; return the path of its study.toml.
-
-    departments: those to which the notes belong; share: the part of the usual numbers of patients;
-    rounds: training.rounds in study.toml."""
+    """Write the whole example under `folder`; return the path of its study.toml. departments: the
+    departments to which the notes belong; share: the part of the usual numbers of patients; rounds:
+    training.rounds in study.toml."""
     rng, n = random.Random(seed), len(departments)
     desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
     for hospital in HOSPITALS:
@@ -182,8 +181,8 @@ def _parts(
 ) -> NoteParts:
     """Draw one note about the department `subject`.
 
-    History and drug may be those of the comorbidity, and the denied complaint is another
-    department's. One complaint in ten is vague; in about one other note in ten the finding is
+    The history and the drug may belong to the comorbidity; the denied complaint belongs to another
+    department. One complaint in ten is vague; in about one other note in ten the finding is
     missing."""
     words, other = CLINIC[subject], CLINIC[comorbid]
     vague, unseen = rng.random() < 0.1, rng.random() < 0.1

@@ -1,7 +1,7 @@
 """The vocabulary of the public notes, which carry no label: for each department, complaints and
 findings.
 
-The phrases are those of a reader, not of a clinic: no public note shares a phrase with a hospital's
+The phrases are a reader's, not a clinic's: no public note shares a phrase with a hospital's
 note."""
 
 from __future__ import annotations

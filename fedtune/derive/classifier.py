@@ -10,7 +10,7 @@ compared with the run's logits before it is kept.
   writes [m, -m]. Since this has a mean of zero, its layer norm is [m, -m] · √H / |m|. tanh is the
   identity for tiny numbers.
 * A causal base's head reads the last token, as LlamaForSequenceClassification does, but has a bias.
-  One more layer, whose MLP has biases, writes the logits, and beside them a constant so large that
+  One more layer, whose MLP has biases, writes the logits, and in addition a constant so large that
   it alone determines what the last norm divides by."""
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _pooling(size: int, inner: int, eps: float) -> State:
 
 
 def _fits(config: Any, head: nn.Linear) -> bool:
-    """Return whether the last layer has room for the logits and the constant."""
+    """Return whether a layer of the base is wide enough for the head's logits and a constant."""
     room: int = min(config.hidden_size, config.intermediate_size)
     return head.out_features < room
 

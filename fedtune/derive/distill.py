@@ -149,9 +149,9 @@ def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list
 def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
-    """Return the arrays of `start` that can be initialised from the first teacher's adapter: those
-    of matrices that the student has too, at no smaller rank. kept_layers: the teacher's layers that
-    the student keeps."""
+    """Return the arrays of `start` that can be initialised from the first teacher's adapter: the
+    arrays of matrices that the student has too, at no smaller rank. kept_layers: the teacher's
+    layers that the student keeps."""
     assert study.lora is not None
     scale = first.lora.scaling / study.lora.scaling if first.lora else 1.0
     inherited: Arrays = {}

@@ -238,8 +238,9 @@ class PolicyEvaluator:
 
     def centre(self, records: Sequence[Record]) -> PolicyEvaluation:
         """Set `mean` and `spread` to the mean and standard deviation of the starting policy's
-        rewards on these public prompts; rewards are measured from this mean, in this deviation.
-        Return the starting policy's evaluation. Errors: DataError if no score is finite."""
+        rewards on these public prompts; every reward is then measured from this mean, in units of
+        this deviation. Return the starting policy's evaluation. Errors: DataError if no score is
+        finite."""
         answers = self._answers(records, CHOOSING)
         scores = [score for score, _ in answers if score is not None]
         if not scores or not np.isfinite(scores).all():

@@ -68,8 +68,9 @@ def label(
 
 
 def _source(model: str | Run) -> str:
-    """Return the name or folder of a model. Errors: NeverLeaves for a site's personal model: it
-    learnt from all its patients, and its labels would carry that into each patient's records."""
+    """Return the name or folder of a model. Errors: NeverLeaves for a site's personal model. Such a
+    model learnt from all patients of the site, and its labels would carry this into each patient's
+    records."""
     refuse_personal(source := str(model.folder) if isinstance(model, Run) else model)
     return source
 

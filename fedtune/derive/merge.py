@@ -226,7 +226,7 @@ def _measure_parents(
 
 
 def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
-    """Measure the study's metric; return that of the base and that with `arrays`."""
+    """Measure the study's metric; return its value for the base alone and with `arrays`."""
     ready = evaluator(study, table, arrays)
     trained = pick_arrays(arrays, ready.network.parameters(), Path("adapter"))
     base, after = ready.measure(None), ready.measure(trained)

@@ -55,7 +55,8 @@ def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> di
 
 
 def _quantisation_note(study: Study) -> list[str]:
-    """Return lines that say that the weights come from a quantised base; [] if they do not."""
+    """Return lines that say that the weights come from a quantised base; [] if the base was not
+    quantised."""
     table = study.base.quantisation
     if table is None:
         return []

@@ -21,7 +21,7 @@ def write(
 ) -> list[list[int]]:
     """Generate `count` continuations of one prompt, as token ids without the final eos.
 
-    stream: the bytes on which the random draws depend; temperature: 0 for greedy decoding. Errors:
+    stream: the bytes that determine the random draws; temperature: 0 for greedy decoding. Errors:
     as `write_all`."""
     return write_all(model, [ids], count, new_tokens, stream, temperature)[0]
 

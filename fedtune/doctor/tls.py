@@ -159,8 +159,8 @@ def names(leaf: x509.Certificate, host: str) -> str:
 
 
 def clock(ahead: float) -> str:
-    """Check the offset of this site's clock from the coordinator's, and return it as text. ahead:
-    by how many seconds the site's clock is ahead.
+    """Check by how much this site's clock differs from the coordinator's, and return this as text.
+    ahead: by how many seconds the site's clock is ahead.
 
     Errors: ConfigError outside the window in which Flower accepts a site's signed requests."""
     early, late = api.CLOCK_WINDOW

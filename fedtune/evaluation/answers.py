@@ -139,8 +139,8 @@ def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
 
 
 def _find_likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
-    """Yield each record's likeliest label with its probability; no label if two are equally
-    likely."""
+    """Yield each record's likeliest label with its probability. If two labels are equally likely,
+    yield no label for that record."""
     for label, shares in zip(made.predicted, made.probabilities, strict=True):
         most = float(shares.max()) if label is not None else None
         tied = most is not None and int((shares == most).sum()) > 1

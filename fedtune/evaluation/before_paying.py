@@ -103,8 +103,8 @@ def can_foretell(study: Study) -> bool:
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
-    """Return the sites of a study, with the noise of all its rounds. sizes: their declared sizes;
-    if there is only one, it stands for strategy.min_sites sites of that size."""
+    """Return the sites of a study, with the noise of all its rounds. sizes: the sites' declared
+    sizes; a single size stands for strategy.min_sites sites of that size."""
     everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
     budget, honest = resolve(study, max(everyone)), noise_shares(study)
     own = own_sigma(budget.noise_multiplier, honest) / math.sqrt(budget.rounds)

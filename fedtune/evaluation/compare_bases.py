@@ -60,7 +60,7 @@ class Fit:
 
     - rows: the bases, sorted by number of parameters
     - chosen: the smallest base whose figure meets the target, or None
-    - by: which figure was compared with the target"""
+    - by: the name of the figure that was compared with the target"""
 
     metric: str
     target: float

@@ -144,8 +144,8 @@ class Evaluator:
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
         """Return the figures of `measure`. For preference pairs also return margin, chosen_logp and
-        kl, as in evaluation.pairs.pair_facts: they show whether the model's text degrades, and need
-        a pass of the base alone, too."""
+        kl, as in evaluation.pairs.pair_facts: they show whether the model's text degrades. To
+        compute them takes a second pass, of the base alone."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}

@@ -81,7 +81,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class ExpectedGain:
-    """The accuracy that a study is expected to add to what public records alone give.
+    """The accuracy that a study is expected to add to the accuracy that public records alone give.
 
     - gain: the gain that an unlimited number of records would show
     - start: the predicted accuracy of the public start
@@ -256,8 +256,8 @@ class World:
 
     @property
     def rough(self) -> list[int]:
-        """The classes that public records lack and whose share was declared, if together they have
-        ROUGH of the units or more; else []."""
+        """The classes that public records lack and whose share was declared, if these shares add up
+        to ROUGH or more; else []."""
         lacking = [number for number in self.shares if not self.public.counts[number]]
         return lacking if sum(self.shares[number] for number in lacking) >= ROUGH else []
 

@@ -43,9 +43,8 @@ def generate(
 
 
 class Writer:
-    """A run's base and adapter. They are loaded at the first prompt and answer further prompts too.
-
-    Errors of the constructor and of a call: as for `generate`."""
+    """A run's base and adapter, which are loaded at the first prompt and then stay loaded for
+    further prompts. Errors of the constructor and of a call: as for `generate`."""
 
     def __init__(self, run: Run) -> None:
         from fedtune.core import modalities
@@ -142,8 +141,8 @@ def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
 def _tokens(
     tokenizer: Any, prompt: str, objective: ObjectiveTable, chat: bool, reader: Reader
 ) -> dict[str, Any]:
-    """Return the prompt's token ids and mask: as a chat if `chat` and the model has a template for
-    one, else in objective.template."""
+    """Return the prompt's token ids and mask. The prompt is put into a chat turn if `chat` is set
+    and the model has a chat template, else into objective.template."""
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         inputs = render_chat(

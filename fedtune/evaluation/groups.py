@@ -61,7 +61,7 @@ def groups_at(
 
     - name: maps a column and a cell to the group's name
     - key: the configuration key for error messages, with {column} in it
-    - todo: what an error message suggests
+    - todo: the advice in an error message
 
     Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     keys = keys_of(file) | {key.format(column=column): column for column in columns}

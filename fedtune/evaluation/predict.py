@@ -75,8 +75,8 @@ def predict(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (no choices, or a column in `ids` has a name of the result's own),
-    DataError, ModelError."""
+    Errors: ConfigError (no choices, or choices for a run with a head; the result already has a
+    column with a name in `ids`), DataError, ModelError."""
     study = run.study
     headed = study.objective.resolved.outputs > 0
     table = study.evaluation
@@ -128,7 +128,7 @@ def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
 
 class _Asked(NamedTuple):
     """The columns to read. columns: the column of each part of a record; keys: the column that each
-    configuration key names; folder: that of images and recordings."""
+    configuration key names; folder: the folder of images and recordings."""
 
     columns: dict[str, str]
     keys: dict[str, str]
@@ -136,9 +136,9 @@ class _Asked(NamedTuple):
 
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
-        """Choose the columns: those of the given DataFile, else the study's; a part without a
-        column is read from the column of its own name. ids: further columns that the records must
-        have."""
+        """Choose the columns: the given DataFile's or else the study's. A part of a record without
+        a column is read from the column with the part's name. ids: further columns that the records
+        must have."""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records
         table = study.evaluation

@@ -47,8 +47,8 @@ class Predictions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the labels as people read them: without white space at their ends, if all labels
-        still differ then."""
+        """Return the labels as people read them: without white space at their ends, unless two
+        labels would then be equal."""
         names = tuple(label.strip() for label in self.labels)
         return names if len({*names}) == len(names) else self.labels
 

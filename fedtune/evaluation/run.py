@@ -81,8 +81,8 @@ def evaluate(
 def evaluator_of(
     run: Run, table: EvaluationTable, read: Callable[[Network], Dataset] | None = None
 ) -> tuple[Evaluator, Arrays]:
-    """Return an evaluator of a finished run's study, and the run's trained arrays. table, read:
-    where the records come from, as for Evaluator. Errors: as for Evaluator; ModelError."""
+    """Return an evaluator of a finished run's study, and the run's trained arrays. table, read: the
+    source of the records, as for Evaluator. Errors: as for Evaluator; ModelError."""
     saved, study = run.adapter(), run.study
     changes: dict[str, Any] = {"evaluation": table}
     if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained

@@ -428,8 +428,8 @@ def _cap(study: Study, privacy: PrivacyTable) -> float:
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
-    """Compute the ε of one unit of a site. Also return whether the plan's lifetime ε bounds it, so
-    that it is less than the ε of all steps in the log."""
+    """Compute the ε of one unit of a site. Also return whether the plan's lifetime ε bounds this ε,
+    so that it is less than the ε of all steps in the log."""
     cap, shares = _cap(study, privacy), noise_shares(study)
     if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True

@@ -30,7 +30,8 @@ def of_site(name: str, node: str, tls: str, signing: str) -> str:
 
 def of_peer(signing: str) -> str:
     """Compute the fingerprint that a site's peers pin, from its public signing key (hexadecimal)
-    alone: a site that shares noise with a peer must know the peer's key, not its name.
+    alone. The name is left out, since a site that shares noise with a peer needs to know only the
+    peer's key.
 
     >>> of_peer("00" * 32)
     '88d8 ab30 924b 8a69 eae4'

@@ -68,7 +68,7 @@ class Kept:
 
     - noticed: when somebody became aware of the incident
     - notify: 72 hours after this
-    - made, by: when the evidence was kept, and by whom
+    - made, by: the time at which the evidence was kept, and who kept it
     - signer: the role's public key
     - digest: sha256 of the manifest, to be noted elsewhere"""
 

@@ -79,16 +79,16 @@ def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Return a file's sha256 in hexadecimal; it is read in pieces, since an adapter may be
+    """Return a file's sha256 in hexadecimal. The file is read in pieces, since an adapter may be
     large."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_covered(run: Path) -> list[str]:
-    """List the files that a signature must cover: those of FILES that exist; all files of the
-    adapter or, in a continuous study, of all versions; and, if the public start is released, the
-    trained adapter's."""
+    """List the files that a signature must cover: the files named in FILES that exist; all files of
+    the adapter or, in a continuous study, of all versions; and, if the public start is released,
+    the files of the trained adapter."""
     inside = run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)
     trained = run / TRAINED
     paths = [*sorted(inside.rglob("*")), trained, *sorted(trained.rglob("*"))]

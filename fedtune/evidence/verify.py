@@ -138,7 +138,7 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, or the run inside an exported model. Parameters and errors: those of
+    """Verify a run, or the run inside an exported model. Parameters and errors are as for
     `verify`."""
     run, signed, exported = _open_run(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
@@ -253,7 +253,7 @@ def signer(run: Path) -> str:
 
 
 def check_signed(run: Path) -> None:
-    """Verify a run or a dossier if it has a signature; one without is accepted.
+    """Verify a run or a dossier that has a signature; accept a run or a dossier without one.
 
     Errors: NotGenuine; NeverLeaves (a site's personal model)."""
     refuse_personal(run)

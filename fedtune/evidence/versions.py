@@ -41,7 +41,7 @@ def check_versions(
     run: Path, study: Study, report: dict[str, Any], files: Collection[str]
 ) -> dict[str, int]:
     """Compute every verdict again, apply all decisions and choices in order, and check that this
-    leads to the version in use; return verdict -> number of versions. files: those that the
+    leads to the version in use; return verdict -> number of versions. files: the files that the
     signature covers.
 
     Versions that an earlier release judged, by a plan with [schedule] `confidence`, have no stored
@@ -78,8 +78,8 @@ def check_versions(
 
 
 class _Replay:
-    """Applies the decisions about a run's versions and the choices of persons, one after
-    another."""
+    """Checks the verdict and the decision of each version in turn, and applies these decisions and
+    the choices of persons, to find the version in use."""
 
     def __init__(self, run: Path, study: Study, files: Collection[str]) -> None:
         assert study.schedule is not None and study.evaluation is not None
@@ -140,7 +140,7 @@ class _Replay:
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
 
     def _verdict(self, number: int, version: dict[str, Any]) -> str:
-        """Compute a version's verdict, and check that it is the stated one."""
+        """Compute a version's verdict, and check that the record states the same verdict."""
         public = version["public"]
         if version["sure"] is not None and self._table.confidence is not None:
             self._looked.append(public)  # judged by an earlier release, without a stored comparison

@@ -1,1 +1,2 @@
-"""The code that uses Flower: in one process, in several processes, or across hospitals."""
+"""The code that uses Flower, for a study in one process, in several processes, or across
+hospitals."""

@@ -72,7 +72,7 @@ def has_begun(home: Path) -> bool:
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     """Return the path home/server.pem. Its certificate holds `names`, by which sites reach the
-    coordinator, and all names of the certificate before it.
+    coordinator, "localhost" and "127.0.0.1", and all names of the certificate before it.
 
     A new key and certificate are made if there is no certificate, if it lacks a name, or if half of
     its life is over. Errors: ConfigError."""

@@ -75,7 +75,7 @@ class Member(NamedTuple):
 class Record:
     """The record of an admitted site.
 
-    - node: the site's node key as Flower sends it (PEM)
+    - node: the site's node key in the form in which Flower sends it (PEM)
     - tls: sha256 of its public TLS key
     - signing: its public Ed25519 key, in hexadecimal
     - admitted, revoked: when it was admitted and revoked; revoked is "" while it may take part"""

@@ -314,8 +314,8 @@ UNTIMELY = {9: "not valid yet", 10: "expired"}
 
 def _describe_untimely(error: Exception, leaf: x509.Certificate) -> str | None:
     """Return a text that says which certificate is out of date by this machine's clock: the
-    gateway's, if `error` is about it; else the site's `leaf`, which a gateway refuses without a
-    reason. None if no date explains the error."""
+    gateway's certificate, if `error` is about it, or else the site's `leaf`, which a gateway
+    refuses without stating a reason. None if no date explains the error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         problem = UNTIMELY.get(error.verify_code)
         return problem and f"its certificate is {problem} by the clock here: compare the clocks"

@@ -60,9 +60,9 @@ class Answer:
     """The answer to one message, which is fetched part by part from the SuperLink.
 
     asked: the message's id. most: the largest number of bytes of the answer.
-    Guarantee: at most `most` bytes and one part are held at a time, and the assembled answer has at
-    most `most` bytes, even if one part is named many times. No method waits: while parts are
-    missing, `take` returns None and holds no part."""
+    Guarantee: while it is fetched, at most `most` bytes and one part more are held. The assembled
+    answer has at most `most` bytes, even if the answer's tree lists one part many times. No method
+    waits: while parts are missing, `take` returns None and holds no part."""
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
         self._grid = grid

@@ -27,8 +27,8 @@ def remember(sites: Sequence[Site], run: Path) -> None:
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return a refusal with notes that say, from the sites' ledgers on this machine, for what their
-    budgets were spent. Return `refusal` unchanged if no budget was the reason."""
+    """Return a refusal with notes, from the sites' ledgers on this machine, about the studies on
+    which the sites' budgets were spent. Return `refusal` unchanged if no budget was the reason."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
         return refusal
     told: list[str] = []

@@ -54,8 +54,8 @@ class EventReader:
         self._connection.send_bytes(reply)
 
     def _lacking(self) -> int:
-        """Return the number of bytes that are still missing: of the header, or, once the header is
-        complete, of the event. Errors: OSError if the event is longer than allowed."""
+        """Return the number of bytes that are still missing from the header or, once the header is
+        complete, from the event. Errors: OSError if the event is longer than allowed."""
         if len(self._had) < HEADER.size:
             return HEADER.size - len(self._had)
         (length,) = HEADER.unpack_from(self._had)

@@ -67,7 +67,8 @@ class ProcessGrid(InProcessGrid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Yield the replies to these messages that have arrived; each is delivered once."""
+        """Yield the replies to these messages that have arrived. Each reply is yielded only
+        once."""
         for identity in message_ids:
             self._move()
             reply = self._replies.pop(identity, None)

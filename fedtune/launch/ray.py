@@ -203,8 +203,8 @@ class Relay:
         return seen
 
     def answer(self, message_bytes: bytes) -> bytes:
-        """Pass a message on, and return the reply. Errors: EOFError, OSError if the process has
-        ended."""
+        """Send a message to this node's process, and return its reply. Errors: EOFError, OSError if
+        the process has ended."""
         assert self._worker
         self._worker.send("relayed", message_bytes)
         _, reply = self._worker.receive()
@@ -276,8 +276,8 @@ def _as_before(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
-    """Provide the marks that every node must see: the digests of the sites' files, and a new file
-    in each folder, whose lock this process holds during the block."""
+    """Yield what a node needs to check that it sees the same files: the digests of the sites'
+    files, and a new file in each folder, which this process keeps locked in the `with` block."""
     with ExitStack() as held:
         marks = []
         for folder in map(private_folder, dict.fromkeys(folders)):
@@ -376,8 +376,8 @@ def _start_error(error: Exception) -> InfrastructureError:
 
 
 def _check_node(host: str, release: str, wrong: str) -> None:
-    """Check that a node has this release and sees the coordinator's files and folders. wrong: what
-    differs there (`_differences`). Errors: InfrastructureError."""
+    """Check that a node has this release and sees the coordinator's files and folders. wrong: the
+    text of `_differences` about that node. Errors: InfrastructureError."""
     if release != __version__:
         raise InfrastructureError(
             f"node {host} of the Ray cluster has fedtune {release}",

@@ -73,7 +73,7 @@ class Outcome:
 
 
 def check_together(studies: Sequence[Study], at_once: int) -> None:
-    """Check that studies can run at one coordinator: each has a name of its own, and no study waits
+    """Check that studies can run at one coordinator: their names must differ, and no study may wait
     for the end of a study without a last round. Errors: ConfigError."""
     names = [study.study.name for study in studies]
     if twice := sorted({name for name in names if names.count(name) > 1}):

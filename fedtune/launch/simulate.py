@@ -259,8 +259,8 @@ def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> Non
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
-    """Return the first error, by the order of `files`, if there are errors and all are about the
-    sites' input files; else None."""
+    """Return the first error, in the order of `files`, if every error is an InputError; None if
+    there is no error or if one is of another class."""
     found_errors = [error for path in files if (error := errors.get(str(path)))]
     all_inputs = all(isinstance(error, InputError) for error in found_errors)
     return found_errors[0] if found_errors and all_inputs else None

@@ -239,9 +239,9 @@ class Halves:
 
 
 def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:
-    """Show the events of one half that have arrived, at most EVENTS_AT_ONCE. Return True as soon as
-    `show` returns True: the half's work is done. fetching: for a vault, the site file; then the
-    vault's requests to fetch a base are carried out."""
+    """Pass the events of one half that have arrived to `show`, at most EVENTS_AT_ONCE. Return True
+    once `show` returns True, which means that the half has done its work; else False. fetching: the
+    vault's site file; if it is given, a base that the vault asks for is fetched."""
     try:
         for _ in range(EVENTS_AT_ONCE):  # not all, so that the other half's events are shown too
             if not connection.poll(0):
@@ -337,7 +337,8 @@ class Shown:
     """Shows the events of the halves to the person at the site.
 
     For each answer the vault sends its facts, and then the courier sends the number of bytes; both
-    are shown as one event. halves: those whose events are shown; with a spool it is only one."""
+    are shown as one event. halves: the halves whose events are shown; with a spool only one
+    half."""
 
     def __init__(
         self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")

@@ -49,7 +49,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """A finished search: its trials, the best first and those that failed last.
+    """A finished search and its trials, the best first, and the failed ones last.
 
     metric: the metric by which the trials are sorted. records: the name of the records on which it
     was measured."""
@@ -120,7 +120,7 @@ def tune(
 
 
 def rank_trials(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
-    """Sort trials, the best first and those that failed last.
+    """Sort trials, the best first and the failed ones last.
 
     warned_last: whether a trial with a warning comes after all others that ran, whatever its value.
     Set it only if the warning is about the records by which trials are compared."""

@@ -32,8 +32,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Return those facts of a courier's event that may be shown; None if the courier may not send
-    an event of this name."""
+    """Return the facts of a courier's event that may be shown; None if the courier may not send an
+    event of this name."""
     if event not in FROM_COURIER:
         return None
     shown: dict[str, Any] = {}

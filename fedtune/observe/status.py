@@ -261,8 +261,8 @@ class Snapshot:
 
     @property
     def words(self) -> str:
-        """The state as a text for people. It says who stopped the process, or for what the process
-        waits."""
+        """The state as a text for people. It names who stopped the process, or the event for which
+        the process waits."""
         if self.state == "stopped" and self.status.get("reason") in BY:
             return f"stopped ({BY[self.status['reason']]})"
         if self.state == "waiting" and self.status["role"] == "site" and self.status.get("done"):

@@ -376,7 +376,8 @@ def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -
 
 def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:
     """Return the key of each patient who withdrew → the time in UTC seconds. Errors: InputError if
-    the keys of some are neither in a record nor given; it states how many."""
+    the keys of some of these patients are neither in a record nor given. The error states how
+    many."""
     keys = set(given)
     if old.withdrawn:
         for table in (*_tables(site), *([site.acceptance] if site.acceptance else [])):
@@ -540,7 +541,8 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def _take_away(state: Path) -> None:
-    """Remove a ledger's files from a state folder. The key stays: it is the membership's own."""
+    """Remove a ledger's files from a state folder. The key stays, since it becomes the membership's
+    own key."""
     try:
         for pattern in OF_LEDGER:
             for path in sorted(state.glob(pattern)):

@@ -1,8 +1,8 @@
 """Check, before anything is computed for a study, whether a site's budget allows its cost.
 
-The check needs only σ, the number of steps, δ and the ledger: it reads no record, loads no base,
-and does not need the digests of public text that the plan will hold. The site repeats the check
-when the plan arrives."""
+The check needs only σ, the number of steps, δ and the ledger. It reads no record and loads no base,
+and the plan need not have its digests of public text yet. The site repeats the check when the plan
+arrives."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     are known before the study starts.
 
     out: the run's folder; a resumed run has already paid for a part of the plan.
-    Returns: what the site's records have paid. None if they have paid nothing or pay only from a
-    ledger of the run, and for a study that is not private or has no last round.
+    Returns: the ε that the dataset has spent so far, and would have spent after this run. None if
+    the site's ledger has no charge yet, or its records pay only from a ledger of the run, and for a
+    study that is not private or has no last round.
     Errors: Refused."""
     for refusal in privacy_refusals(study, site, None):
         raise refusal

@@ -1,4 +1,5 @@
-"""Render a data report as one HTML page without scripts, links or images: it loads nothing."""
+"""Render a data report as one HTML page without scripts, links or images, so that the page loads
+nothing."""
 
 from __future__ import annotations
 

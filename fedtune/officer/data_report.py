@@ -90,7 +90,8 @@ class StudyFit:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts of what a site's files hold. `str` gives the report as text, `as_dict` for JSON.
+    """Counts of the rows, units and values in a site's files. `str` gives the report as text,
+    `as_dict` for JSON.
 
     - columns: names in the files, as far as a message may show them
     - failed: the rejected rows, including those that a study rejects

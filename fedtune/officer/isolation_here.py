@@ -18,8 +18,8 @@ from fedtune.observe.status import read_status
 
 @dataclass(frozen=True)
 class Here:
-    """The isolation on this machine. text: what separates vault and courier, and which protection
-    is missing; lacks: the missing protections alone, one by one."""
+    """The isolation on this machine. text: the means that separate vault and courier, and the
+    protections that are missing; lacks: the missing protections alone, one by one."""
 
     text: str
     lacks: tuple[str, ...]
@@ -52,8 +52,8 @@ def _describe_means(tried: isolation.Confinement) -> str:
 
 
 def _last(site: Site) -> Mapping[str, list[str]]:
-    """Return how vault and courier reported, at their last start, that they are confined; {} if
-    there is no such report."""
+    """Return the confinement that vault and courier reported at their last start; {} if there is no
+    such report."""
     with suppress(FedtuneError):
         told: Mapping[str, list[str]] = read_status(site.site.state).status.get("confined", {})
         return told

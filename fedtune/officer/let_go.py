@@ -62,8 +62,9 @@ class _Found:
 
 
 def list_waiting(site: Site) -> list[Waiting]:
-    """List the answers that wait at a site, oldest first; in a hospital's home only those of the
-    site's own membership. Return [] if there is no ledger; none is made. Errors: LedgerError."""
+    """List the answers that wait at a site, oldest first; in a hospital's home list only the
+    answers of the site's own membership. Return [] if there is no ledger, and make none. Errors:
+    LedgerError."""
     return [found.waiting for found in _find(site)]
 
 

@@ -55,8 +55,8 @@ class Membership:
     """A membership as `fedtune memberships` shows it.
 
     - consortium: {address, fingerprint} of the coordinator whose answer is stored; None if none is
-    - share: dataset → what the membership spent, compared with its own share
-    - studies: digest → name of those under way
+    - share: dataset → the ε that the membership spent, compared with its own share
+    - studies: digest → name of each study that is under way
     - runs: whether its client or vault runs now
     - problem: why its site file cannot be used; "" if it can"""
 
@@ -74,10 +74,10 @@ class Membership:
 
 @dataclass(frozen=True)
 class Listed:
-    """A home's memberships, and what all of them spent.
+    """A home's memberships, and the ε that each of them and all together spent.
 
     - totals: each registered dataset's budget against the hospital's ceilings
-    - who: dataset → what each membership spent; memberships that have ended are included"""
+    - who: dataset → the ε that each membership spent; memberships that have ended are included"""
 
     home: Path
     hospital: Hospital
@@ -243,8 +243,8 @@ def add(
 
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
-    """Check that a new membership may have this name: no membership has it, and neither the home's
-    ledger nor its audit log names an earlier one. Errors: ConfigError."""
+    """Check that a new membership may have this name: no membership may have it now, and neither
+    the home's ledger nor its audit log may name an earlier membership so. Errors: ConfigError."""
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     if name in earlier_names(home):
@@ -297,8 +297,8 @@ class Ending:
 
 
 def list_ending(home: Path, name: str) -> Ending:
-    """List what `end` would delete, and what stays. Errors: ConfigError if the home has no such
-    membership; InfrastructureError if its client runs."""
+    """List the files that `end` would delete, and the files that stay. Errors: ConfigError if the
+    home has no such membership; InfrastructureError if its client runs."""
     listed = list_memberships(home)
     found = [each for each in listed.memberships if each.name == name]
     if not found:

@@ -77,7 +77,8 @@ NEVER_DELETED = (
 
 @dataclass
 class Listing:
-    """A state folder's files and, of a membership, those of its studies in the hospital's home.
+    """A state folder's files and, for a membership, the files of its studies in the hospital's
+    home.
 
     - home: the folder of the ledger
     - deletable: kind -> files
@@ -155,8 +156,8 @@ def purge(contents: Listing) -> None:
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
     """Add the files that the membership's own studies left beside the hospital's ledger. Files of
-    another membership, which may run the same plan, are not added: it would have to pay for them
-    again."""
+    another membership, which may run the same plan, are not added, since that membership would have
+    to pay again for a deleted update."""
     if not traces(site.home):
         return
     book, own = Ledger(site.home), site.policy.own_memberships

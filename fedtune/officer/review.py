@@ -1,5 +1,5 @@
 """Explain a plan in plain words to the person who signs for the site: which code runs, which data
-leaves the site, and which ε it costs."""
+leaves the site, and how much ε the plan costs."""
 
 from __future__ import annotations
 
@@ -400,7 +400,8 @@ SCORES = {"likelihood": "answers' likelihoods", "accuracy": "right answers, of t
 
 
 def _describe_axes(study: Study) -> str:
-    """Describe by what the plan groups held-out units; "" if it does not."""
+    """Describe the classes and groups by which the plan groups held-out units; "" if it does not
+    group them."""
     axes = [f"{axis} ({', '.join(values)})" for axis, values in study.query_axes.items()]
     if not axes:
         return ""
@@ -475,7 +476,7 @@ def _share(budget: Budget) -> list[str]:
 
 
 def _delta(site: Site, plan: DpPlan) -> list[str]:
-    """Describe what δ means at worst, or warn that it is too large for this site's size."""
+    """Describe the worst case that δ allows, or warn that δ is too large for this site's size."""
     size = site.site.declared_size
     warned = warning(plan.delta, plan.unit, size)
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
@@ -521,8 +522,8 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 
 
 def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
-    """Describe, for a study without a last round, what one patient pays in all, and the most that
-    any patient has paid so far."""
+    """Describe, for a study without a last round, the ε that one patient pays in all, and the most
+    that any patient has paid so far."""
     policy = site.policy
     spent = find_heaviest_budget(site.data.name, ledger.cohorts(site.data.name), policy)
     most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)

@@ -249,8 +249,8 @@ def _check_unchanged(site: Site, what: str, now: str) -> None:
 
 
 def _in_files(site: Site) -> bool:
-    """Return whether the records are files. With data.url they are not: data.path is then that of
-    media."""
+    """Return whether the records are files. With data.url they are not; data.path is then the
+    folder of media."""
     return site.data.url is None and site.data.path.exists()
 
 

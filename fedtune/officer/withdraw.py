@@ -195,8 +195,8 @@ def in_reserved_space(site: Site, enter: Callable[[], T]) -> T:
 
 
 def check_receipt(path: Path, ledger: Ledger) -> str:
-    """Check that this site signed a receipt and that its ledger holds the withdrawal; return the
-    time of the withdrawal.
+    """Check that this site signed a patient's receipt of withdrawal and that its ledger holds the
+    withdrawal; return the time of the withdrawal.
 
     A unit withdraws once, so its hash and the time identify the entry. Receipts of earlier releases
     also name the entry's number, and are checked in the same way.

@@ -60,9 +60,9 @@ class Records:
     - evaluation: a public file with answers; public: another public file to train on before the
       first round
     - prompt, target, rejected, media: columns of the input, of the target, of a worse answer, and
-      of the path of an image or a recording; default: those of the task
+      of the path of an image or a recording; default: the task's columns
     - patient: column of the patient; without it the record is the unit
-    - labels: the classes; default: those in `evaluation`; also_labels: further classes
+    - labels: the classes; default: the classes in the public files; also_labels: further classes
     - base: the model; default: the task's
     - size: the declared size of each site; sizes: the sites' declared sizes in the order of data,
       if they differ

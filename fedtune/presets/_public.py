@@ -27,11 +27,12 @@ MOST_CHOICES = 20
 def divide_records(
     records: Records, seed: str, parts: Mapping[str, float], asked: Mapping[str, str]
 ) -> dict[str, Rows]:
-    """Divide the public records with answers into parts. All records of a patient go to one part.
+    """Divide the records of the evaluation file into parts. All records of a patient go to one
+    part. With fewer than LEAST records, all are for evaluation. A separate public file is not
+    divided: it is the part "public".
 
     parts: the name of each part -> its share; asked: option -> the column that it names. Returns:
-    the name of each part that is not empty -> its rows. With fewer than LEAST records in the
-    evaluation file, all of these are for evaluation."""
+    the name of each part that is not empty -> its rows."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
         found, _ = _read_usable(records.public, records.patient, asked)
@@ -70,7 +71,8 @@ def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
 
 
 def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """List the plan's classes, and those that no public record has."""
+    """Return lines that list the plan's classes, and the classes of which there is no public
+    record."""
     found = _of_files(records, asked)
     planned = planned_classes(records, found)
     lines = [f"classes: {len(planned)} ({format_classes(planned)})"] if planned else []
@@ -90,8 +92,8 @@ def format_classes(labels: Sequence[str]) -> str:
 
 
 def planned_classes(records: Records, found: Iterable[str]) -> tuple[str, ...]:
-    """Return the plan's classes: those that were named, or else those `found` in the public files,
-    and then `records.also_labels`."""
+    """Return the plan's classes: the named classes or, if none was named, the classes `found` in
+    the public files, followed by `records.also_labels`."""
     labels = records.labels or tuple(sorted(found))
     return tuple(dict.fromkeys((*labels, *records.also_labels)))
 
@@ -165,9 +167,9 @@ def _medium(given: Path, name: str) -> bytes:
 def _read_usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[Rows], Counter[str]]:
-    """Read the records that have all columns, without duplicates and without those of `but`. Return
-    them grouped by patient (each by itself if it has no patient), and the number of rows left out,
-    by reason.
+    """Read the records that have all columns, without duplicates and without the records in `but`.
+    Return them grouped by patient (each by itself if it has no patient), and the number of rows
+    left out, by reason.
 
     Errors: DataError if no record can be used."""
     units: dict[Any, dict[str, dict[str, Any]]] = {}

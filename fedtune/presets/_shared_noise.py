@@ -22,7 +22,8 @@ TENTHS = 10  # ε is chosen among 0.1, 0.2, 0.3 …
 
 
 def check(records: Records) -> None:
-    """Check that the study has enough sites to share the noise. Errors: ConfigError."""
+    """Check that the study has enough sites to share the noise, and that the coordinator writes it.
+    Errors: ConfigError."""
     t = records.colluding
     if t is None:
         return

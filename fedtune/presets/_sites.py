@@ -263,7 +263,7 @@ def _isolation(records: WherePath | None) -> str:
 
 
 def _bases(model: str) -> str:
-    """Compose the line of [policy] that allows the base in a folder, beside those of this release;
+    """Compose the line of [policy] that allows the base in the folder `model`, and no other base;
     "" if `model` is no folder."""
     if not model or not Path(model).is_dir():
         return ""

@@ -37,8 +37,8 @@ LOADING, ROUND = 20.0, 0.3  # seconds: to load libraries and base; for all else 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a base: the number of its blocks, the weights of a block, and those of its own
-    head."""
+    """The size of a base: the number of its blocks, the number of weights in a block, and the
+    number of weights in its own head."""
 
     blocks: int
     weights: int
@@ -129,7 +129,7 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
 
 def measured_speed() -> float:
     """Measure the speed of fp32 matrix products, in multiplications per second of a processor,
-    times the number of processors that a long run gets beside what runs now."""
+    times the number of processors that a long run gets next to the programs that run now."""
     left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right  # the first one starts threads
     began = time.perf_counter()

@@ -28,8 +28,9 @@ def weight_noise(study: Study, sizes: Sequence[int]) -> float:
 
 
 def rate_note(study: Study, sizes: Sequence[int]) -> str:
-    """Warn if a recipe's learning rate leaves far more or less noise in each weight than the
-    recipe's own rate. Return "" if it fits, and for plans that no recipe wrote."""
+    """Return a warning if the study's learning rate leaves more or less noise in each weight than
+    the recipe that wrote the study intends (by the factor OFF), or exceeds the largest rate that
+    the recipe allows. Return "" if it fits, and for plans that no recipe wrote."""
     recipe = _recipe(study)
     if recipe is None or not sizes:
         return ""

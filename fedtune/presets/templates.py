@@ -210,8 +210,8 @@ release = []           # what may leave besides noised updates: "evaluation", no
 
 
 def acceptance(where: str, columns: str) -> str:
-    """Compose a commented-out [acceptance] for a site's file, whose records are read as those of
-    [data]. where, columns: the lines of [data] and [data.columns]."""
+    """Compose a commented-out [acceptance] for a site's file. Its records are read in the same way
+    as the records of [data]. where, columns: the lines of [data] and [data.columns]."""
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [

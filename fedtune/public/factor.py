@@ -45,7 +45,7 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Compute the second moment E[x xᵀ] (inputs, inputs), fp64, of each adapted layer's input x on
     public text. The dictionary's keys are the names of the layers' A.
 
-    Positions are those of `public_factor`; the loaded adapter is applied."""
+    The positions are chosen as in `public_factor`; the loaded adapter is applied."""
     inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
     return {name: x.T @ x / len(x) for name, x in inputs.items()}
 
@@ -104,7 +104,7 @@ def _where(batch: Batch) -> torch.Tensor:
 
 
 def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
-    """Compute A's rows (rank, inputs) fp32 from inputs (n, inputs)."""
+    """Compute A, fp32 (rank, width), from n inputs (n, width), as `public_factor` describes."""
     if len(inputs) <= rank:
         raise ConfigError(
             f"public: {len(inputs)} positions for lora.rank = {rank}", f"more than {rank} records"

@@ -66,9 +66,9 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) -> Arrays:
     """Train `adapter` for one step on all public records and return the new adapter, fp32.
 
-    The step is that of a site, but without noise: each record's preconditioned gradient is scaled
-    to length C, the mean is multiplied by start.learning_rate, and the adapter moves by M times the
-    result. step: the number of this step among start.steps, from 0.
+    The step is like a site's step, but without noise: each record's preconditioned gradient is
+    scaled to length C, the mean is multiplied by start.learning_rate, and the adapter moves by M
+    times the result. step: the number of this step among start.steps, from 0.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
     learners", section 2 (public pre-training costs no ε)."""

@@ -1,4 +1,4 @@
-"""Render the report's section on audits: ε found by attacks beside the claimed ε."""
+"""Render the report's section on audits, with the ε that attacks found and the claimed ε."""
 
 from __future__ import annotations
 

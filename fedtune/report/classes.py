@@ -12,7 +12,7 @@ HEAD = ("class", "units at the sites, noised (± 2 sd)", "learnt", "test records
 
 
 def class_rows(quality: dict[str, Any]) -> list[list[str]]:
-    """Return the cells of each class under HEAD; [] if the run has no classes."""
+    """Return one table row for each class, with the columns HEAD; [] if the run has no classes."""
     found = quality.get("classes")
     return [_row(one) for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 

@@ -34,7 +34,7 @@ def make_table(
     """Make the table of one round's answers.
 
     - score: the name of a unit's score, "likelihood" or "accuracy"
-    - cells: the plan's cells in order, that of all units first
+    - cells: the plan's cells in order, the cell of all units first
     - sums: site -> Σ score and Σ 1 with noise, alternating, for each cell; under "", the sums of
       all sites together
     - variances: site, or "" -> variance of the noise in each of these numbers

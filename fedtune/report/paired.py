@@ -115,8 +115,8 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
 
 
 def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
-    """Bound the probability that the records which get better outnumber those which get worse by
-    `net` or more, if the expected difference is at most least · n.
+    """Bound the probability that at least `net` more records get better than get worse, if the
+    expected difference is at most least · n.
 
     changed: the number of the n records that were observed to change."""
     if not n or net <= least * n or least >= 1:

@@ -1,5 +1,5 @@
-"""Report the side effects of a preference run beside its share of pairs that are ordered correctly,
-and warn if they make the result doubtful.
+"""Report the side effects of a preference run, next to its share of pairs that are ordered
+correctly, and warn if these effects make the result doubtful.
 
 A command's closing lines, `fedtune evaluate` and the report all use these functions.
 """

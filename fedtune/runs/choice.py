@@ -117,7 +117,7 @@ def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = R
 
 
 def finished_line(run: Path) -> str:
-    """Describe a finished run on one line, with what is left to do. Errors: InputError."""
+    """Describe a finished run on one line, with the next things to do. Errors: InputError."""
     report, plan = read_report(run), load_plan(run)
     parts = [f"finished: {run}"]
     if report.get("private"):
@@ -168,9 +168,9 @@ def check_vacant(run: Path) -> None:
 
 
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
-    """Describe on one line which run is resumed, or which earlier run of this study is not
-    finished; "" if there is none. run: the folder that new_run chose; resume, runs: as for
-    new_run."""
+    """Describe on one line which run is resumed, or that there is none to resume. Without `resume`,
+    describe which earlier run of this study is not finished; "" if there is none. run: the folder
+    that new_run chose; resume, runs: as for new_run."""
     if resume:
         found = has_begun(run)
         return f"going on with {run}" if found else f"no run to go on with: {run} begins"

@@ -45,13 +45,13 @@ AGAIN = "fedtune personalise RUN --site SITE"
 
 @dataclass(frozen=True)
 class About:
-    """The facts that are sealed with the arrays.
+    """The facts that are sealed with a personal model's arrays.
 
     - plan, adapter: digests of the released run
     - site, study: the names of the site and the study
     - units: salted hashes of the patients on whose records the model was trained
     - opt_outs: a salted digest of the site's list of opt-outs at that time, "" without one
-    - chosen: the way to fit that the site's own records chose"""
+    - chosen: the settings of the fit, as they were chosen on the site's own records"""
 
     plan: str
     adapter: str

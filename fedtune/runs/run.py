@@ -30,7 +30,7 @@ ORIGIN = "origin/"  # the prefix of the start's arrays in this file
 class Run:
     """A run, read from its folder: its study, its report, its adapter, its metrics by round.
 
-    The folder may be that of a run that still continues: it has metrics, but no report.
+    The run may still be going on. Its folder then has metrics, but no report.
 
     >>> import fedtune
     >>> fedtune.Run("runs/none")
@@ -156,7 +156,7 @@ class Run:
         return f"<code>{escape(repr(self))}</code> {escape(self._line())}"
 
     def _line(self) -> str:
-        """Format the run on one line: its study, and its progress or result."""
+        """Format the run on one line: its study, and the result or "not finished"."""
         name = self.study.study.name
         if not (self.folder / "report.json").is_file():
             return f"{name}: not finished"

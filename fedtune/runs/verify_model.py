@@ -1,7 +1,7 @@
 """Compute the digest of a base or a run that a person names, and verify a run's signature.
 
-A site's process loads models by digest (core/models/loaded.py) and verifies no signature; a person
-admits a model by this module."""
+A site's process loads models by digest (core/models/loaded.py) and verifies no signature. The
+signature is verified here, when a person names a model in a command."""
 
 from __future__ import annotations
 

@@ -415,7 +415,7 @@ def outcome(
 
 
 class _DroppedUpdate(Exception):
-    """Raised for a reply that is not counted; the message is the reason."""
+    """Raised if a site's reply is not counted. The message is the reason."""
 
 
 def _open_update(

@@ -178,8 +178,8 @@ class Limits:
         "longest", the largest norm; {} if the plan adds no noise.
 
         declared: the site's declared size. dimension, start: number of values and norm of the
-        adapter. done: the number of saved rounds in a continuous study, None in another study. In
-        a continuous study the budget's rounds are those of one unit, and the study runs more.
+        adapter. done: the number of saved rounds in a continuous study, None in another study. In a
+        continuous study the budget has the rounds of one unit's life, and the study runs more.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:

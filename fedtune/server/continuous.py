@@ -141,8 +141,8 @@ class Continuous:
         )
 
     def _note(self) -> None:
-        """Store the keyed digests of the public records on which versions are compared, and of
-        those that trained the model."""
+        """Store the keyed digests of the public records on which versions are compared, and of the
+        public records that trained the model."""
         if self._looked.apart is None:
             public = taught_by(self.progress.study)
             taught = self.parts.contents(public) if public else ()

@@ -50,8 +50,8 @@ class Place(NamedTuple):
 
 
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield the finding of each check when the check ends. settings: overrides of study.toml's
-    keys, as for load_study.
+    """Check a study and its coordinator's home and port, and yield each check's finding when the
+    check ends. path: study.toml; settings: overrides of its keys, as for load_study.
 
     Errors: ConfigError if study.toml cannot be read; every other error becomes a finding."""
     study = load_study(path, settings=settings)
@@ -73,7 +73,8 @@ def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[
 
 def _plan(study: Study) -> str:
     """Return a text that states σ, rounds and ε if they are the same for every site, else how to
-    list them. Errors: ConfigError if the rounds cost more than the plan's ε."""
+    list them; "NOT PRIVATE" for a study without privacy. Errors: ConfigError if the rounds cost
+    more than the plan's ε."""
     if isinstance(study.privacy, str):
         return "NOT PRIVATE"
     resolved = with_rounds(study)

@@ -286,8 +286,8 @@ class _Run:
         )
 
     def _choose(self, tally: Tally) -> list[str]:
-        """Draw the sites to ask from those that are willing, with the plan's seed; on a retry,
-        prefer those that have not failed. The draw is public, so it amplifies no site's privacy."""
+        """Draw the sites to ask among the willing sites, with the plan's seed. On a retry, prefer
+        sites that have not failed. The draw is public, so it amplifies no site's privacy."""
         willing = self.roster.list_willing()
         target = max(self.table.min_sites, math.ceil(self.table.fraction * len(willing) - 1e-9))
         seed = f"{self.study.study.seed}:{tally.number}"
@@ -312,13 +312,14 @@ class _Run:
         exchange(self.progress, self.roster, self.settings.key, names, order, take)
 
     def _receipt(self, name: str) -> dict[str, Any] | None:
-        """Return a site's newest receipt, also if another study wrote it; None if there is
+        """Return a site's newest receipt, which another study may have written; None if there is
         none."""
         newest = self.receipts.read().get(self.progress.keys.get(name, ""), {})
         return newest if self._is_own(newest) else self.progress.receipts.get(name)
 
     def _is_own(self, receipt: dict[str, Any]) -> bool:
-        """Return whether a receipt is signed with this run's key: a site accepts no other."""
+        """Return whether a receipt is signed with this run's key. A site accepts no other
+        receipt."""
         return receipt.get("coordinator") == self.settings.key.public
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:

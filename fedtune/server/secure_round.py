@@ -68,8 +68,9 @@ class SecureRound:
         return self.progress.study
 
     def advance(self, names: list[str], tally: Tally) -> None:
-        """Ask the sites `names` for their statements until the set is fixed, and the sites of the
-        set for their words. Count these sites in `tally` if the sum was opened."""
+        """Ask the sites `names` once for their statements. If there are enough, fix the set of
+        sites, and ask these for their masked words. If the sum can then be opened, count these
+        sites in `tally`."""
         attempt, least = self._attempt(tally.number), self.study.strategy.min_sites
         if not attempt["closed"]:
             self._collect([n for n in names if n not in attempt["statements"]], tally)

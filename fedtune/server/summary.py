@@ -31,8 +31,9 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
     """Compute each site's ε so far, at the study's δ, from the steps that it logged; {} if privacy
     is off.
 
-    For a continuous study, this is the ε of a unit that took part in every round, but at most the
-    plan's lifetime ε, at which a site leaves a unit out. The site's own ledger may show less.
+    For a continuous study this is the ε of a unit that took part in every round. It is at most the
+    plan's lifetime ε, since a site leaves a unit out that has spent it. The site's own ledger may
+    show less.
     """
     privacy = progress.study.privacy
     if isinstance(privacy, str):

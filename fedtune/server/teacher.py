@@ -19,7 +19,7 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     "run" or "unknown") and, of a run, its report. If the teacher is a private run, "epsilon" of
     each site becomes the ε of both trainings, composed as `fedtune merge` composes parents, and
     "own_epsilon" is the ε of the student's rounds alone.
-    Guarantee: the stated ε is never less than that of all trainings in which one unit took part,
+    Guarantee: the stated ε is never less than the ε of all trainings in which one unit took part,
     unless the report says that the teacher's cost is not known, or that the teacher was trained
     without privacy.
 

@@ -1,5 +1,4 @@
-"""Describe a continuous study's versions in its report: which version is in use, and how good it
-is."""
+"""Describe a continuous study's versions in its report, with the version in use and its quality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Compute a weighted mean as a running sum, with a few updates buffered."""
+"""Compute a weighted mean as a running sum. Up to 64 MiB of updates wait and are then added at
+once."""
 
 from __future__ import annotations
 

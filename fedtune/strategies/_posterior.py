@@ -64,13 +64,15 @@ class Basis:
 
     @property
     def norm(self) -> float:
-        """The bound on a unit's array (K, k + 1): features are of length 1 at most."""
+        """The largest norm of one unit's array (K, k + 1), in which the features have a length of
+        at most 1 and the counts one of at most `weight`."""
         return math.hypot(1.0, self.weight)
 
 
 @dataclass(frozen=True)
 class Public:
-    """The statistics of public records that `head` needs. Features f are those of the basis.
+    """The statistics of public records that `head` needs. The features f are in the basis'
+    directions.
 
     - sums: (K, d), and counts: (K,), of labelled records by class
     - within: (d, d), scatter of labelled records about their class's mean

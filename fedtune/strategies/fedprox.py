@@ -1,4 +1,5 @@
-"""FedProx: sites stay near the adapter they were sent; the coordinator averages."""
+"""FedProx: a penalty keeps sites near the adapter that they were sent, and the coordinator averages
+their updates."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 class FedProx(FedAvg):
     """FedAvg at the coordinator; each site adds μ(w - w₀) to its step (training.proximal_mu).
 
-    w₀ is the adapter that the site was sent, w its own. The term depends on these alone and on no
-    record, so it costs no ε.
+    w₀ is the adapter that the site was sent, w the adapter as the site has trained it. The term
+    depends on these two alone and on no record, so it costs no ε.
     Reference: Li et al. 2020 (FedProx), Algorithm 2.
     """
 

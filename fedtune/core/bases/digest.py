@@ -260,9 +260,9 @@ def _hash_tensor(tensor: torch.Tensor) -> list[Any]:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """Read the parts of a base's tokenizer. These are hashed, and the tokenizer is made of them.
-    special: the bos, eos and pad tokens, and the settings that START names, by transformers' names.
-    Errors: ModelError."""
+    """Read the parts of a base's tokenizer, which are hashed and from which the tokenizer is built.
+    Return "json", "chat_template" and "special": the bos, eos and pad tokens, and the settings that
+    START names, by transformers' names. Errors: ModelError."""
     tokenizer = read_json(folder / "tokenizer.json")
     for key in ("padding", "truncation"):  # left over from the last call, set again at each call
         tokenizer.pop(key, None)

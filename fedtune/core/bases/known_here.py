@@ -18,8 +18,8 @@ _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("place
 
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:
-    """Record the folder of `digest`; the newest record counts. If the cache cannot be written, the
-    record lasts for this process only."""
+    """Record the name and the folder of the base or run with this digest; the newest record counts.
+    If the cache cannot be written, the record lasts for this process only."""
     location = name, folder.resolve()
     if _noted.get((cache, digest)) == location:
         return

@@ -74,7 +74,8 @@ def _write_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
 
 
 def _map_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
-    """Map each parameter that `path` holds bit for bit; return whether it holds all of them."""
+    """Map each parameter that `path` holds bit for bit. Return whether `path` holds all
+    parameters."""
     try:
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(parameters):

@@ -18,8 +18,8 @@ class PrivateEvaluationTable(Table):
     """A query to the sites about the model's quality on their held-out records. A site answers with
     the sum of its units' scores and the number of units, both with noise, and charges its ledger.
 
-    - score: "likelihood" is that of a record's answer; "accuracy" is whether the likeliest of
-      objective.labels is the record's
+    - score: "likelihood" is the likelihood of a record's answer; "accuracy" is whether the
+      likeliest of objective.labels is the record's label
     - classes: whether each of objective.labels is asked about separately too
     - groups: by column, the values that are asked about separately too
     - bands: by column of numbers, the edges of the bands that are asked about separately too

@@ -66,7 +66,7 @@ class RegisteredData(Table):
         return self
 
     def anchored(self, folder: Path) -> RegisteredData:
-        """Return a copy in which every path is absolute, also that of a database."""
+        """Return a copy in which every path is absolute, also the path of a database."""
         url = anchor_url(self.url, folder) if self.url else None
         return super().anchored(folder).model_copy(update={"url": url})
 
@@ -194,8 +194,8 @@ def share_in(
 
 
 def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
-    """Return a dataset of the site file with what the hospital declares about it. Errors:
-    ConfigError if it is not registered, or the two contradict each other."""
+    """Return a dataset of the site file, with the settings that the hospital declares for it.
+    Errors: ConfigError if it is not registered, or the two contradict each other."""
     if (registered := hospital.datasets.get(data.name)) is None:
         raise ConfigError(
             f"{where}: has no dataset {data.name!r}",

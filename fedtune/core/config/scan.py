@@ -1,4 +1,5 @@
-"""Table [data.scan] of site.toml: what happens to records in which the scan finds an identifier."""
+"""Define the table [data.scan] of site.toml, which decides what happens to records in which the
+scan finds an identifier."""
 
 from __future__ import annotations
 

@@ -175,8 +175,8 @@ class SiteData(DataFile):
         return bool(self.options.get("query") or self.options.get("view"))
 
     def anchored(self, folder: Path) -> Self:
-        """Return a copy in which every path is absolute, also those of a database and of its
-        password."""
+        """Return a copy in which every path is absolute, also the paths of a database and of its
+        password file."""
         table, options = super().anchored(folder), dict(self.options)
         if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
             options[PASSWORD_FILE] = str(folder / secret)
@@ -222,7 +222,9 @@ class AcceptanceTable(SiteData):
     - differences: by metric, the most by which a group may be worse than all other records
     - alone: the run of a model that this site trained alone, for comparison
 
-    Guarantee: only `fedtune accept` reads this table and its records."""
+    Guarantee: the vault never reads these records. `fedtune accept` measures on them, `withdraw`
+    and `memberships --adopt` read the patients' keys, and `personalise` reads the records to leave
+    them out of its training."""
 
     name: Name = "acceptance"
     thresholds: dict[AcceptedMetric, Finite] = Field(default_factory=dict)
@@ -264,10 +266,11 @@ class ShareTable(Table):
     - membership: the membership's name
     - max_epsilon, max_fallback_epsilon, max_delta, max_rounds: the ceilings of all memberships
       together
-    - earlier: whether charges from before the ledger was the hospital's are this membership's
+    - earlier: whether charges from before the ledger became the hospital's count as this
+      membership's
     - declared_size: the hospital's declared size
     - memberships: all memberships; disk space is reserved for each beside the ledger
-    - disjoint_from: for each registered dataset, those that share no patient with it"""
+    - disjoint_from: for each registered dataset, the datasets that share no patient with it"""
 
     membership: Name
     max_epsilon: Positive

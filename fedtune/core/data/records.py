@@ -42,7 +42,8 @@ Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Record:
-    """One record. A field for which the file has no column is "", () or None.
+    """One record. A field for which the file has no column is "", () or None, except for `unit` and
+    `place`, which are set for every record that was read.
 
     | columns          | fields                 |
     |------------------|------------------------|
@@ -232,8 +233,8 @@ class _Reading:
             return ""
 
     def take(self, place: Place, row: Row, key: str = "") -> None:
-        """Add the record of a row, or reject the row. key: the patient's key; if it is "", the
-        row's own cell is read."""
+        """Add the record of a row, or reject the row. key: the patient's key; "" if it is to be
+        read from the row."""
         try:
             if self._by_patient and not key:
                 key = key_of(row.get(self._columns.patient or ""))

@@ -47,8 +47,9 @@ def prompt_ids(
 def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
-    """Tokenise a prompt and its completion as in training; for a text to classify, the prompt
-    alone. If a head is trained, every token is an input and none a target. Errors: Rejected."""
+    """Tokenise a prompt and its completion as in training. For a text to classify, tokenise the
+    prompt alone. If a head is trained, every token is an input and none is a target. Errors:
+    Rejected."""
     kind = objective.resolved
     if kind.record_format == "label":
         record, labelled = Record("", prompt), False
@@ -169,7 +170,8 @@ def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and as much of each answer as fits after it, so that a model learns how a
-    long answer begins."""
+    long answer begins. Also return the most tokens that an answer lost, which is an estimate for a
+    very long answer."""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
     passages, cut = list[Tokens](), 0
@@ -257,7 +259,7 @@ def _classify(
 def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
 ) -> tuple[Tokens, int]:
-    """Tokenise plain text as a completion without a prompt; if it is too long, keep its
+    """Tokenise plain text as a completion without a prompt. Of a text that is too long, keep the
     beginning, without eos."""
     most = objective.max_length
     prompt = _in_template(record.prompt, objective)
@@ -390,8 +392,8 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Joined(NamedTuple):
-    """Tokens of several segments. ends: for each complete target segment, the number of tokens up
-    to its end; whole: whether every segment was tokenised to its end."""
+    """The tokens of several segments. ends: for each complete target segment, the number of tokens
+    up to its end; whole: whether every segment was tokenised to its end."""
 
     ids: list[int]
     hits: list[bool]

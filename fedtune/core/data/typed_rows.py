@@ -20,8 +20,8 @@ MARK = "$bytes"
 
 
 def given_bytes(rows: Sequence[Row]) -> bytes:
-    """Encode one unit's rows for its conversion; a value that JSON does not have becomes a text.
-    Errors: ValueError if the rows are longer than GIVEN_BYTES."""
+    """Encode one unit's rows for its conversion. A value of a type that JSON does not have becomes
+    a text. Errors: ValueError if the rows are longer than GIVEN_BYTES."""
     written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
     content = written.encode("utf-8", "surrogatepass")
     if len(content) > GIVEN_BYTES:
@@ -47,10 +47,9 @@ def returned_bytes(rows: object) -> bytes:
 
 
 def returned_rows(content: bytes) -> list[Row]:
-    """Decode the rows that a conversion returned; the bytes are not trusted.
-
-    Errors: ValueError unless they are a list of dicts with plain, finite values by column, of at
-    most BYTES bytes and VALUES values."""
+    """Decode the rows that a conversion returned. The bytes are not trusted. Errors: ValueError
+    unless they hold a list of dicts with plain, finite values by column, of at most BYTES bytes and
+    VALUES values."""
     if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:
         raise ValueError("too long")
     try:

@@ -60,9 +60,9 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
 
 
 def at_least(event: Steps, delta: float) -> float:
-    """Return a lower bound on ε without a PLD: that of a threshold test on the sum of all steps,
-    which tells the data with one unit from the data without it. (Its hit rate is bounded by
-    Chebyshev's inequality, its false alarms by the normal tail.)"""
+    """Return a lower bound on ε, without computing a PLD. The bound follows from a threshold test
+    on the sum of all steps, which tells the data with one unit from the data without it. (Its hit
+    rate is bounded by Chebyshev's inequality, its false alarms by the normal tail.)"""
     sigma, rate, steps, k = event
     deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
     mean, spread = k * steps * rate, math.sqrt(steps) * deviation
@@ -255,8 +255,8 @@ def _one_step(
 
 
 def _interval(event: Steps) -> float:
-    """Return the spacing of the grid of privacy losses: 10⁻⁴, doubled until it has at most _POINTS
-    points (a mixture: _MIXTURE_POINTS)."""
+    """Return the spacing of the grid of privacy losses: 10⁻⁴, doubled until the grid has at most
+    _POINTS points (for a mixture, _MIXTURE_POINTS)."""
     sigma, rate, _, records = event
     if rate == 1:
         mu = _mu(event)

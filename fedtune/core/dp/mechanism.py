@@ -68,8 +68,8 @@ def noised_sum(
     noise_multiplier: float,
     log_step: Callable[[], None],
 ) -> torch.Tensor:
-    """Log a step, then add its noise to a clipped sum, in place; int64 (d,), in multiples of the
-    grid.
+    """Log a step, then add its noise to a clipped sum in place, and return this sum: int64 (d,), in
+    multiples of the grid.
 
     total: the result of `clipped_sum` with the same bound, over all processes of the site;
     noise_multiplier: σ, in multiples of the sum's sensitivity to one row; log_step: writes the

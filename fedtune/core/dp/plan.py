@@ -217,7 +217,8 @@ class SitePlan:
         return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows, int64 (dimension,); if the team fails, in this process alone."""
+        """Return the sum of the clipped rows, int64 (dimension,). If the other processes fail,
+        compute it in this process alone."""
 
         def sum_rows(rows: list[int]) -> torch.Tensor:
             return self._together_or_alone(rows, dimension, clipped_sum)
@@ -235,8 +236,9 @@ class SitePlan:
     def _together_or_alone(
         self, rows: list[int], dimension: int, clipped_sum: ClippedSum
     ) -> torch.Tensor:
-        """Sum the clipped rows; if that fails, sum each row alone, and leave out a row for which
-        that fails too. The integers are the same: no row's sum depends on the rows beside it."""
+        """Sum the clipped rows together or, if that fails, each row by itself; leave out a row that
+        then fails too. Both ways give the same integers, since each row is clipped and rounded by
+        itself."""
         import torch
 
         try:

@@ -36,8 +36,8 @@ TOGETHER = 64  # rows that are made at once
 
 
 def query_plan(study: Study) -> DpPlan:
-    """Plan all queries of a private study with [private_evaluation]; one round of this plan is
-    one query."""
+    """Return the DP plan for all queries of a private study with [private_evaluation]. Each round
+    of this plan is one query."""
     table, privacy = study.private_evaluation, study.privacy
     assert table is not None and isinstance(privacy, PrivacyTable)
     return DpPlan(

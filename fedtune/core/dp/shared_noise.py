@@ -20,8 +20,8 @@ ROWS = 2  # times the declared size that a site may hold before a sum could wrap
 
 
 def own_sigma(sigma: float, shares: int) -> float:
-    """Return the σ that each of `shares` sites adds so that their noise together has σ; σ itself
-    for one."""
+    """Return the σ that each of `shares` sites must add so that their noise together has σ; for one
+    site this is σ itself."""
     return sigma if shares == 1 else math.nextafter(sigma / math.sqrt(shares), math.inf)
 
 

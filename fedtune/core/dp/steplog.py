@@ -16,8 +16,8 @@ from fedtune.core.files.writing import replace as replace_file
 
 @dataclass(frozen=True)
 class Step:
-    """One step's parameters; σ is 0 for a step without noise. Every value is public: it follows
-    from the plan and the declared size, never from the data."""
+    """One step's parameters; σ is 0 for a step without noise. Every value is public, since the plan
+    and the declared size determine it, never the data."""
 
     study: str  # plan digest
     round: int

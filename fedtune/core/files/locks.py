@@ -36,8 +36,8 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hold_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock during the block, unless another process holds it; yield whether this one does.
-    The lock file is made if it is missing. Errors: InfrastructureError."""
+    """Hold the lock during the block, unless another process holds it. Yield whether this process
+    holds it. The lock file is made if it is missing. Errors: InfrastructureError."""
     with mapping_errors(path):
         descriptor = writing.open_own(path, os.O_RDWR)
     try:

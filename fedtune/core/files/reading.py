@@ -5,8 +5,8 @@
 | not UTF-8, JSON or TOML; nested deeper than DEPTH        | refused                              |
 | with a lone surrogate, which cannot be written as UTF-8  | refused                              |
 
-Errors: of the class `kind`, by default InputError. The error's text is one line that names the path
-and holds no content of the file."""
+Errors: of the class `kind`, by default InputError. The error's text is one line that names the
+path. Of the file's content it holds at most a key or a character of a TOML file."""
 
 from __future__ import annotations
 

@@ -69,18 +69,19 @@ class Room:
 
     @property
     def of_the_ledger(self) -> int:
-        """Bytes by which the room shrinks at most as the ledger grows: 4 KiB for each round that
-        the ledger may ever pay for, and again 8 KiB for each unit."""
+        """The most bytes by which the room (the file of reserved space) shrinks as the ledger
+        grows: 4 KiB for each round that the ledger may ever pay for, and 8 KiB for each declared
+        unit."""
         return OF_A_ROUND * self.rounds + OF_MEMBERS * self.declared_size
 
     @property
     def of_receipts(self) -> int:
-        """Bytes by which the room shrinks at most as receipts of withdrawals are added."""
+        """The most bytes by which the room shrinks as receipts of withdrawals are added."""
         return OF_A_WITHDRAWAL * self.declared_size
 
     @property
     def of_the_audit_log(self) -> int:
-        """Bytes by which the room shrinks at most as the audit log grows. A coordinator can cause
+        """The most bytes by which the room shrinks as the audit log grows. A coordinator can cause
         any number of entries, which must not use up the space of the ledger or the receipts."""
         return 2**20 + OF_A_WITHDRAWAL * self.declared_size
 
@@ -105,8 +106,8 @@ class Room:
         return replace(self, membership=membership if self.membership else "")
 
     def has_space(self, beside: int = 0) -> bool:
-        """Return whether the disk has the whole space and `beside` bytes more. Return True if the
-        file system does not tell; a write will then show it."""
+        """Return whether the disk has the whole reserved space and `beside` bytes more. Return True
+        if the file system does not tell; a write will then show it."""
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

@@ -42,9 +42,9 @@ def create(path: Path, content: bytes, *, private: bool = False) -> Path:
 
 
 def check_replaceable(path: Path, *suffixes: str) -> Path:
-    """Check that an output file which a person named can be written, and return its path: it is
-    new, or a file with one of `suffixes` to replace, and its folder exists or can be made. Errors:
-    InputError."""
+    """Check that an output file which a person named can be written, and return its path. The file
+    must be new, or a file with one of `suffixes` that is to be replaced. Its folder must exist, or
+    it must be possible to make it. Errors: InputError."""
     its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
     if os.path.lexists(path) and not its_kind:
         raise InputError(

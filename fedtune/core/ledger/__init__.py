@@ -1,1 +1,2 @@
-"""The privacy ledger: what a site has spent, on disk before anything is released."""
+"""The privacy ledger: a site's charges, each of which is on disk before anything is released for
+it."""

@@ -1,6 +1,7 @@
 """Fold a ledger's verified entries into its state: charges, cohorts and declarations.
 
-This module reads and writes no file. ledger.py does, and passes every entry to `fold` once."""
+This module reads and writes no file: ledger.py reads and writes them, and passes every entry to
+`fold` once."""
 
 from __future__ import annotations
 

@@ -197,8 +197,8 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
 
 
 def signer_at(folder: Path) -> str:
-    """Return the public key of the role whose folder this is. Errors: ConfigError if there is no
-    key; InfrastructureError."""
+    """Return the public key of the site or the coordinator whose folder this is. Errors:
+    ConfigError if there is no key; InfrastructureError."""
     for name in KEY_FILES:
         if (folder / name).exists():
             return SigningKey.at(folder / name).public
@@ -276,8 +276,8 @@ def _holds(folder: Path, head: str) -> bool:
 
 
 def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that the facts are numbers and short texts of permitted characters; return them, each
-    path as its last part. Errors: NotAuditable."""
+    """Check that the facts are numbers and short texts of permitted characters. Return them, with
+    each path shortened to its last part. Errors: NotAuditable."""
     if event not in EVENTS:
         raise NotAuditable("event")
     named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}

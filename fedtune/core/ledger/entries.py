@@ -77,8 +77,8 @@ class Charge:
         return cls(**{"rules": 1, "membership": membership, **fields})
 
     def fields(self) -> dict[str, Any]:
-        """Return the charge as fields of a ledger entry, without the membership, which the entry
-        has beside the charge. Without secure aggregation they are as in earlier releases."""
+        """Return the charge as fields of a ledger entry, without the membership, which is another
+        field of the entry. Without secure aggregation they are as in earlier releases."""
         fields = asdict(self)
         del fields["membership"]
         if self.sites == 1:
@@ -127,8 +127,8 @@ class Spent:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A charge of another ledger, and the sha256 of the update that was released for it; "" if
-    none was."""
+    """A charge of another ledger, and the sha256 of the update that was released for this charge;
+    "" if none was."""
 
     dataset: str
     charge: Charge
@@ -140,8 +140,8 @@ class Earlier:
 class Held:
     """A released answer that waits for a person at the site.
 
-    charge: the charge for it; adapter: the third part of its slot, beside the charge's study and
-    round; size: in bytes; since: UTC seconds."""
+    charge: the charge for the answer; adapter: the third part of its slot, after the charge's study
+    and round; size: in bytes; since: UTC seconds."""
 
     charge: Charge
     adapter: str

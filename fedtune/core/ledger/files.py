@@ -125,8 +125,9 @@ class Receipt(NamedTuple):
 
 
 class ReceiptLog(NamedTuple):
-    """Receipts of coordinators. accepted: each coordinator's newest; refused: those whose entry
-    this chain lacks. Nothing is reserved until a restore has charged for the refused ones."""
+    """Receipts of coordinators. accepted: each coordinator's newest receipt; refused: the receipts
+    whose entry this chain lacks. Nothing is reserved until a restore has charged for the refused
+    ones."""
 
     accepted: tuple[Receipt, ...] = ()
     refused: tuple[Receipt, ...] = ()
@@ -230,8 +231,8 @@ def outbox_prefix(digest: str) -> str:
 
 
 def newer_name(new: Path, old: Path) -> Path:
-    """Return `new`, or `old` if only a file with that name exists: an earlier release named the
-    file so."""
+    """Return the path `new`, or `old` if only a file of that name exists. An earlier release gave
+    the file that name."""
     return old if old.exists() and not new.exists() else new
 
 

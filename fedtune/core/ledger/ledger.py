@@ -5,19 +5,19 @@ not an update is released. An update that left the site has an entry; its bytes 
 but no round is trained again for free. A failure makes the ledger charge more, never less: a crash
 between reservation and release, a restore, a dataset name that holds another dataset's patients.
 
-The charges that count against a dataset are its own, and those of every other dataset of the site
-unless one of the two was declared disjoint from the other. If that declaration came later, all
-charges that either had until then count against both. This depends on what a person at the site
-declares, never on a record. A patient whose key is in two disjoint datasets is left out of the
-later one (`disjoint_member_test`).
+The charges that count against a dataset are its own, and the charges of every other dataset of the
+site, unless one of the two was declared disjoint from the other. If they were declared disjoint
+after charges were made, all earlier charges of either count against both. This depends on what a
+person at the site declares, never on a record. A patient whose key is in two disjoint datasets is
+left out of the later one (`disjoint_member_test`).
 | σ = 0 (a study without privacy)      | charged as σ = 0: the dataset's ε is infinite             |
 | a round that is reserved again       | is charged again                                          |
 | a charge that counts against another | is permitted only if that dataset's budget permits it too |
 Units that arrived later (`cohorts`) are charged only for the dataset's rounds after their arrival,
 except rounds that left the cohort out, and for every charge of other datasets.
 | a unit known before arrivals were kept | counts as arrived with the first charge |
-A charge by an earlier release (`Charge.rules`), or one for another unit, gives no ε for a unit:
-`unknown` lists those that nobody at the site has accepted.
+A charge by an earlier release (`Charge.rules`), or a charge for another unit, gives no ε for a
+unit: `unknown` lists the charges of this kind that nobody at the site has accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -144,7 +144,7 @@ class Ledger:
           now, as one cohort, whatever their or other units' records are
         - units: patients' keys to look for in datasets disjoint from this one
 
-        Returns those of `units` that a disjoint dataset has. They are entered neither as members
+        Returns the keys in `units` that a disjoint dataset has. They are entered neither as members
         nor as arrivals, and may not take part here: of two processes that read at the same moment,
         the one that enters a key first keeps its patient. The call is cheap if nothing changed.
         Errors: NoRoom if the disk has too little space; nothing is entered."""
@@ -281,9 +281,9 @@ class Ledger:
         *,
         of_newcomers: bool = False,
     ) -> None:
-        """Call `permit` as `reserve` would, and charge nothing. of_newcomers: call it as
-        `reserve_for` would for a unit that arrives now; permit_other: as for `reserve_for`. Call
-        this before records are read, since each reading may add an entry.
+        """Call `permit` as `reserve` would, and charge nothing. of_newcomers: whether to call
+        `permit` as `reserve_for` would for a unit that arrives now; permit_other: as for
+        `reserve_for`. Call this before records are read, since each reading may add an entry.
 
         Errors: those that `permit` raises; LedgerError."""
         with self._store.writing():
@@ -483,9 +483,9 @@ class Ledger:
         return decided or slot in account.sent
 
     def list_held(self) -> list[Held]:
-        """List the answers that wait for a person at the site, oldest first. An answer is listed if
-        its bytes are on disk, or if it is its study's newest, so that they may be in the memory of
-        the site's process."""
+        """List the answers that wait for a person at the site, oldest first. An answer whose bytes
+        are not on disk is listed only if it is the newest of its study, since the site's process
+        may hold its bytes in memory."""
         account = self._account
         with self._store.writing():
             newest = {(slot[0], owner_of(slot)): slot for slot in account.released}
@@ -514,9 +514,9 @@ class Ledger:
                 writer.append("let-go", {**slot_fields(slot), "sha256": sha256, "by": who})
 
     def refuse(self, slot: Slot, who: str) -> None:
-        """Enter that a person refuses a slot's answer for good, and remove its bytes; a frozen
-        ledger keeps them. What was paid for it stays paid. Errors: InputError if somebody approved
-        it before."""
+        """Enter that a person refuses a slot's answer for good, and remove its bytes, which a
+        frozen ledger keeps. The charge for it stays. Errors: InputError if somebody approved it
+        before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
@@ -552,8 +552,8 @@ class Ledger:
         memberships: Iterable[str] = ("",),
     ) -> str:
         """Check a countersigned head against this ledger, and store it if it is the newest. Returns
-        the audit log's head in it, "" if it holds none. memberships: those under which its token
-        may have been sealed.
+        the audit log's head in it, "" if it holds none. memberships: the memberships for which this
+        site may have encrypted the head (`head_statement`).
 
         Errors: LedgerError if it is not a receipt for this site by that coordinator; it is then
         ignored. LedgerError also if the ledger lacks the entry: the ledger was rolled back, and
@@ -585,8 +585,8 @@ class Ledger:
         return self._salt_member(unit_key).hex()
 
     def withdraw(self, unit_key: bytes) -> Entry:
-        """Enter that a unit's consent was withdrawn, once; returns that entry. Charges stay,
-        since releases stay released."""
+        """Enter, once, that a unit's consent was withdrawn, and return this entry. The unit's
+        charges stay, since a release cannot be taken back."""
         unit = self.hashed(unit_key)
         with self._store.writing() as writer:
             if unit not in self._account.withdrawn:

@@ -1,6 +1,6 @@
 """Back up the ledger, and restore it so that lost entries are charged conservatively.
 
-Guarantee: what a restored ledger charges is at least what was spent.
+Guarantee: a restored ledger charges at least what was spent.
 1. Base: the longest chain that verifies, of the backup and of the folder itself.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
 3. Entries beyond the base that anchor, receipts or readable rows show, and for which step 2 charged

@@ -1,4 +1,5 @@
-"""Summarise what was spent on a dataset: by study, and in total against the policy."""
+"""Summarise the ε that was spent on a dataset, for each study and in total, and compare the total
+with the policy."""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ class DatasetBudget:
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
-    """Build one line per study and dataset, in the order of their first charge. unit: the unit
-    for which ε is stated; None: that of each study."""
+    """Build one line per study and dataset, in the order of their first charge. unit: the unit for
+    which ε is stated; None stands for the unit of each study."""
     groups: dict[tuple[str, str], list[Spent]] = {}
     for entry in spent:
         groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
@@ -91,7 +92,8 @@ def facts(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> dict[str, Any]:
     """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit:
-    "patient" or "record", as the site's file identifies them; None: that of each study."""
+    "patient" or "record", as the site's file identifies them; None stands for the unit of each
+    study."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
     shared = dict[str, Any]()
@@ -161,8 +163,8 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
 def find_heaviest_budget(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> DatasetBudget:
-    """Return the dataset's budget: that of the cohort with the largest ε, but with the largest
-    fallback ε of any cohort."""
+    """Return the budget of the dataset's cohort with the largest ε, but with the largest fallback ε
+    of any cohort."""
     budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     most = max(budgets, key=lambda total: total.epsilon)
     shared = [total for total in budgets if total.fallback is not None]
@@ -208,8 +210,9 @@ def _membership_line(
 
 
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
-    """Return the budget of a membership's own share, counted as vault.budget does: with the charges
-    that a restore entered, and with those from before the hospital's home if they are its own."""
+    """Return the budget of a membership's own share, counted as vault.budget counts it. This
+    includes the charges that a restore entered and, if they are the membership's own, the charges
+    from before the hospital's home."""
     own = _paid_by(lambda charge: charge.is_paid_by(policy.own_memberships), cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None

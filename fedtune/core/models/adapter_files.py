@@ -1,4 +1,5 @@
-"""Load and save an adapter's files in a run folder: PEFT's own, and a head beside them."""
+"""Load and save an adapter's files in a run folder: PEFT's files, and the head's file if there is a
+head."""
 
 from __future__ import annotations
 

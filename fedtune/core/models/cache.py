@@ -260,9 +260,9 @@ class CachedDataset:
         return _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
 
     def _pass_through_prefix(self, block: tuple[list[int], torch.Tensor | None]) -> torch.Tensor:
-        """Compute the states of at most one block of passages of one bucket, with those of the
-        padding. The result is on the CPU. block: the passages, and the tower's states of their
-        files."""
+        """Compute the states of at most one block of passages of one bucket, including the states
+        of the padding. The result is on the CPU. block: the passages, and the tower's states of
+        their files."""
         rows, tower_states = block
         hidden = self.network.prefix(*self._tokens(self._filled(rows)), tower_states)
         return hidden.cpu()  # none stay in a GPU's memory
@@ -338,7 +338,8 @@ class CachedDataset:
                 on_work(done, total)
 
     def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
-        """Return the total that `compute_blocks` reports to `on_work` for these records."""
+        """Return the number of products in a pass over these records, which `compute_blocks`
+        reports to `on_work` as the total."""
         return sum(
             self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
         )
@@ -346,8 +347,8 @@ class CachedDataset:
     def _block_groups(
         self, indices: Indices, limit: int | None
     ) -> list[tuple[Bucket, int, list[int]]]:
-        """Group `indices` into blocks. Return the bucket of each block, its number of records, and
-        the indices of those."""
+        """Group `indices` into blocks. For each block, return its bucket, its fixed size (at most
+        `limit` records), and its indices, which may be fewer than its size."""
 
         def size(bucket: Bucket) -> int:
             if self._alone or (self.network.head is not None and not self.network.pooled):
@@ -375,8 +376,8 @@ class CachedDataset:
             self._encode_files()
 
     def _positions_per_record(self, bucket: Bucket) -> int:
-        """Count a record's positions in memory, with those of its image or recording if they are
-        held too."""
+        """Count the positions that are held in memory for one record of the bucket. The positions
+        of its image or recording are included if they are held."""
         held = self.network.reads_tower or not self.network.cached
         frames = self.network.frames(bucket.tiles) if held else 0
         return self._n_passages * (bucket.length + frames)
@@ -449,8 +450,8 @@ class CachedDataset:
         return states
 
     def _stored_tower_states(self, file: Media) -> HiddenStates | None:
-        """Return the stored states of a file's tower, and keep a reference so that they stay; None
-        if there are none."""
+        """Return the tower's stored states of a file, and keep a reference so that they are not
+        dropped; None if none are stored."""
         name = _name_of_file(file)
         stored = self._tower_states.get(name) or self.network.states.get(name)
         if stored is not None:
@@ -520,7 +521,7 @@ def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> t
     them. targets: whether NO_TARGET may be among them.
 
     A tokenizer may have more tokens than its base, or a negative one. On a GPU an index beyond a
-    table ends all work of the process, with that of every other record; this check fails for the
+    table ends all work of the process, also for every other record. This check fails for the
     token's own record only, as a CPU would. Errors: IndexError."""
     known = tokens[tokens != NO_TARGET] if targets else tokens
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < rows:

@@ -2,7 +2,7 @@
 
 A block's matrix products are too small to keep several cores busy, and with more than one thread of
 operators a row's last digits may follow from its place in the block. A block that one core computes
-alone gives the same bits however many other blocks are computed beside it
+alone gives the same bits however many other blocks are computed at the same time
 (docs/decisions/0092-blocks-side-by-side.md)."""
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def compute_side_by_side(
       its threads of operators
     - positions_of: returns a block's size in positions. Blocks that wait or are being computed have
       together at most POSITIONS_PER_CORE positions for each core; one block is always allowed
-    - may_share: returns whether a block may be computed beside others; if not, it is computed alone
+    - may_share: returns whether a block may be computed at the same time as others; if not, it is
+      computed alone
     - discard: called with each result that is not yielded because an earlier block failed or the
       caller stopped
 
@@ -150,8 +151,8 @@ def _begin() -> None:
 
 @contextmanager
 def one_operator_thread() -> Iterator[None]:
-    """Use one thread of operators in this thread, within the block. PyTorch's other threads wait:
-    none ends and none starts, as some would if, say, two of four were used."""
+    """Use one thread of operators in this thread, within the block. PyTorch's other threads wait
+    meanwhile. If, say, two of four were used, threads would end and start."""
     before = torch.get_num_threads()
     if before == 1:
         yield

@@ -81,8 +81,8 @@ class LoadedModel:
 
     @torch.no_grad()
     def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
-        """Score several passages in one pass, (n, outputs); for public text only. Errors:
-        ModelError (no head)."""
+        """Score several passages in one pass, and return an array (n, outputs). Use it for public
+        text only. Errors: ModelError (no head)."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
         logits: torch.Tensor = self.head(pool_states(*self._states(passages), self.base.kind))

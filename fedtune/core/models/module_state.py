@@ -82,8 +82,8 @@ def _describe_parts(value: Any, seen: dict[int, object]) -> object:
 
 
 def _attributes_of(value: Any) -> Iterator[tuple[str, object]]:
-    """Yield an object's attributes with their names: those in its `__dict__` and those in the slots
-    of its classes."""
+    """Yield an object's attributes with their names, from its `__dict__` and from the slots of its
+    classes."""
     yield from getattr(value, "__dict__", {}).items()
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())

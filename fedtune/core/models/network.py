@@ -1,7 +1,6 @@
-"""Hold one copy of the base in memory, cut into a frozen prefix and a trainable part.
-
-Whatever the base, sites and coordinator use the same methods: for states at the cut, hidden states
-above it, and logits. Adapters are swapped by loading arrays."""
+"""Hold one copy of the base in memory, cut into a frozen prefix and a trainable part. For every
+base, sites and coordinator use the same methods: for states at the cut, hidden states above the
+cut, and logits. Adapters are swapped by loading arrays."""
 
 from __future__ import annotations
 
@@ -398,9 +397,9 @@ class Network:
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return the arrays that `study` never trains: A, drawn from the public seed or as
-        received, with the preconditioner if the plan has one; or the basis of class statistics.
-        Errors: ModelError if they are not the plan's."""
+        """Load and return the arrays that `study` never trains. These are A, drawn from the public
+        seed or as received, and the preconditioner if the plan has one; or the basis of class
+        statistics. Errors: ModelError if they are not the plan's."""
         if self.statistics is not None:
             return self._adopt_basis(study, received)
         if study.lora is None:
@@ -439,8 +438,8 @@ class Network:
 
     def load_frozen(self, arrays: Arrays) -> None:
         """Load A, and the preconditioner if it is among `arrays`; or the basis of class statistics.
-        Do nothing if the same arrays were loaded last and A is unchanged since. Errors: as
-        `load_trainable`."""
+        A is not loaded again if the same arrays were loaded last and A is unchanged since. Errors:
+        as `load_trainable`."""
         if self.statistics is not None:
             return self.statistics.load(arrays)
         versions = self._factor_versions()

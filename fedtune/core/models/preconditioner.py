@@ -116,7 +116,7 @@ def check_narrow(factor: npt.NDArray[np.float32]) -> None:
 
 def narrow_factors(factors: Arrays) -> Arrays:
     """Return, for each W, U of the narrow M = U Uᵀ. In W's directions this M equals b I - W Wᵀ,
-    scaled so that the mean square of its eigenvalues is 1; in all others it is zero."""
+    scaled so that the mean square of its eigenvalues is 1. In all other directions M is zero."""
     return {name.replace(_IN_M, _IN_NARROW): _narrow_factor(w) for name, w in factors.items()}
 
 

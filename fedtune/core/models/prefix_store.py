@@ -96,8 +96,8 @@ class PrefixStore:
 
     def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
         """Store `states` (positions, H) of `record`: in memory if the process then holds at most
-        `limit` bytes there, else in the file. limit: None: the process's share of a quarter of the
-        machine's memory.
+        `limit` bytes there, else in the file. limit: if it is None, the process's share of a
+        quarter of the machine's memory.
 
         If the file cannot be written, the returned object holds nothing and its `read` raises
         Unavailable."""
@@ -153,8 +153,8 @@ class _Nothing:
 
 
 class _InMemory:
-    """States in this process's memory, until they are dropped. forget: subtracts their bytes from
-    the store's count; it acts once."""
+    """States in this process's memory, until they are dropped. forget: the function that subtracts
+    their bytes from the store's count; only its first call has an effect."""
 
     forget: weakref.finalize[[int], _InMemory]
 

@@ -76,10 +76,9 @@ def soft_targets_of(
 
 @process_cache.cached("teachers")
 def find_teacher(spec: Teacher) -> LoadedModel:
-    """Find the teacher by its digest alone, among models that were named on this machine before,
-    or in the cache under teachers/DIGEST; the plan's name for it is ignored.
-
-    Errors: PolicyRefused if it is not on this machine; ModelError."""
+    """Find the teacher by its digest alone, among models that were named on this machine before, or
+    in the cache under teachers/DIGEST. The name that the plan gives it is ignored. Errors:
+    PolicyRefused if the teacher is not on this machine; ModelError."""
     path = folder_of(spec) or base_of_plan(spec.digest, None).path
     return load(path, spec.digest, sent=True)
 

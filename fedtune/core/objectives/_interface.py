@@ -95,8 +95,8 @@ READS: dict[RecordFormat, str] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, by name and digest. temperature: that of its soft targets; top: how many next
-    tokens each soft target has."""
+    """A frozen model, by name and digest. temperature: the temperature of its soft targets; top:
+    how many next tokens each soft target has."""
 
     name: str
     digest: str
@@ -128,7 +128,7 @@ class Objective(ABC):
 
     @property
     def directions(self) -> int:
-        """Number of public directions in which a site sums its records' vectors by class; 0: the
+        """Number of public directions in which a site sums its records' vectors by class; 0 if the
         site sends a change of the adapter instead."""
         return 0
 

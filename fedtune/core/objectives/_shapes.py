@@ -1,4 +1,5 @@
-"""Compute tensor shapes from one record or from a constant, never from the records beside it."""
+"""Compute tensor shapes from one record or from a constant, never from the other records of the
+batch."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ def padded_length(length: int) -> int:
 
 
 def head_positions(length: int, targets: int) -> int:
-    """Return the number of positions at which the head runs. length: of a passage, padded; targets:
-    the most targets of a passage. If most positions have a target, it is all of them, since
-    selecting would cost more than it saves."""
+    """Return the number of positions at which the head runs. length: the padded length of a
+    passage; targets: the most targets of a passage. If most positions have a target, the head runs
+    at all positions, since selecting some would cost more than it saves."""
     selected = padded_length(max(1, targets))
     return selected if selected <= 0.75 * length else length
 

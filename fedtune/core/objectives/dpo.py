@@ -24,7 +24,7 @@ VARIANTS = ("sigmoid", "ipo")
 @dataclass(frozen=True)
 class DPO(Objective):
     """Direct preference optimisation: the better completion gains on the worse one, both measured
-    from the policy at the study's start.
+    from the frozen base, with the adapter off.
 
     References: Rafailov et al. 2023, equation 7; Mitchell 2023 (conservative); Azar et al. 2023,
     equation 17 (IPO)."""

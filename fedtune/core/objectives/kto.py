@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class KTO(Objective):
     """Learning from single judgements (Kahneman–Tversky optimisation): a desirable completion
-    gains, an undesirable one loses, both measured from the policy at the study's start.
+    gains, an undesirable one loses, both measured from the frozen base, with the adapter off.
 
     Reference: Ethayarajh et al. 2024, section 4.1."""
 

@@ -55,6 +55,7 @@ class Reward(Objective):
 
 
 def rewards(network: Network, batch: Batch) -> torch.Tensor:
-    """Compute the score of each passage, (R,) fp32, at its last token."""
+    """Compute the score of each passage, (R,) fp32, from its pooled state (`network.pool`): that of
+    the last token, or the mean over tokens on an encoder."""
     hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
     return network.logits(network.pool(hidden, batch.mask))[:, 0]

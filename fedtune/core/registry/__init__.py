@@ -147,7 +147,7 @@ class Group(Generic[T]):
 
 
 def _toml_kind(value: object) -> type:
-    """Return the kind of value as TOML distinguishes it: text, boolean, number."""
+    """Return the kind of a value (text, boolean or number) as TOML distinguishes them."""
     return type(value) if isinstance(value, str | bool) else float
 
 

@@ -38,7 +38,8 @@ class Waiting:
 
 
 class Draws:
-    """The draws of one site that wait for the set of ready sites; none when its process starts."""
+    """The draws of one site that wait for the set of ready sites. There are none when the site's
+    process starts."""
 
     def __init__(self) -> None:
         self._waiting: dict[Draw, Waiting] = {}

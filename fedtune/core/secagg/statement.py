@@ -43,7 +43,8 @@ class Draw:
 
     @property
     def label(self) -> str:
-        """The adapter and the attempt as one text, for the ledger: two attempts are two charges."""
+        """The adapter's digest and the attempt's number as one text. The ledger charges each such
+        text separately."""
         return f"{self.adapter}:{self.attempt}"
 
 

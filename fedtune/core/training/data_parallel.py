@@ -130,7 +130,7 @@ def _accept_peers(
 
 
 def _handshake(peer: socket.socket) -> int:
-    """Read the rank of a connecting process; 0: it does not belong to this group."""
+    """Return the rank of a connecting process; 0 if it does not belong to this group."""
     peer.settimeout(5.0)
     with suppress(OSError):
         if _peer_user(peer) == os.getuid():
@@ -193,7 +193,7 @@ def sum_over_workers(
 ) -> torch.Tensor:
     """Sum the clipped rows over all processes. Each process calls this with the same `sampled`, and
     sums its share by `clipped_sum`; rank 0 gets the sum, int64 (dimension,), the others zeros. A
-    process without rows, or one that fails, sends zeros, so that no other waits for it.
+    process without rows, or one that fails, sends zeros, so that no other process waits for it.
 
     Errors: as `Team.total`."""
     # After the sum, one counter per row: how often it was added. A total alone could not tell one

@@ -204,8 +204,9 @@ class _Bench:
         return data.by_unit[unit] if self.by == "record" else [unit]
 
     def total(self, data: Dataset, hostile: dict[int, float] | None = None) -> torch.Tensor:
-        """Return the clipped sum of `data` that one step of the released code gives. `hostile`: by
-        row number, a value with which the row is overwritten before the step."""
+        """Return the sum of the clipped rows of `data`, as one step of this release's code computes
+        it. `hostile`: row number -> the value that replaces each number of that row before the
+        step."""
         engine = self.engine(data)
 
         def gradients(rows: list[int]) -> Iterator[Chunk]:
@@ -311,8 +312,8 @@ def _check_lengths(study: Study, network: Network) -> float:
 
 
 def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
-    """Return the records with those of `unit` changed: they get reversed tokens, other targets,
-    another file and the next label, and keep their lengths."""
+    """Return the records, with the records of `unit` changed: these get reversed tokens, other
+    targets, another file and the next label, and keep their lengths."""
     draw, examples = np.random.default_rng(unit), list(data.examples)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))

@@ -325,7 +325,8 @@ def _wipe(gradients: Sequence[torch.Tensor | None]) -> None:
 
 
 def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
-    """Return `columns` of a gradient that is wider than `width`; zero the whole original then."""
+    """Return `columns` of a gradient that is wider than `width`, and set the whole original to
+    zero. Return a gradient of this width unchanged."""
     if gradient.shape[-1] == width:
         return gradient
     selected = gradient[..., columns].clone()

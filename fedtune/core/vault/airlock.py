@@ -52,7 +52,8 @@ def check_let_go(ledger: Ledger, slot: Slot) -> None:
 
 
 def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoReturn:
-    """Store that a draw of shared noise, which is not made yet, waits for a person; raise Held.
+    """Store that a draw of shared noise, which is not made yet, waits for a person. Always raise
+    Held.
 
     charge: the charge of the draw; size: number of bytes of the masked words."""
     _keep_asked(site, slot, charge, size)

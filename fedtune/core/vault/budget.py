@@ -31,7 +31,7 @@ QUERIES_TODO = (
 class Budget:
     """The budget of one dataset, as seen by one plan that would spend from it.
 
-    policy: the site's policy, as its file is now; plan: that of a study's training or of its
+    policy: the site's policy, as its file is now; plan: the plan of a study's training or of its
     queries; charges: in the ledger's order, all charges against the dataset, or against one cohort
     if the study has no last round.
     Guarantee: assume that `check` passes before every charge (`check_ceilings` for a dataset other
@@ -64,7 +64,8 @@ class Budget:
     def fallback(self, ahead: int) -> Total:
         """Compute the dataset's total ε with `ahead` more steps, by this site's own noise only.
 
-        This is a separate privacy filter, of the same order: that of the dataset's first charge.
+        This is a separate privacy filter, of the same order, which the dataset's first charge
+        fixed.
         """
         charged = [charge.fallback for charge in self.charges]
         return self._compose(charged, self.plan.fallback_events(ahead))
@@ -83,9 +84,9 @@ class Budget:
         return max(self.plan.steps - paid, 0)
 
     def ahead(self, round_: int | None = None) -> int:
-        """Return how many steps are still to be charged: those of `remaining`, but at least one
-        round's if `round_` is about to run, since a round that is trained again is charged again.
-        In a plan without a last round it is always one round's steps."""
+        """Return how many steps are still to be charged: the steps of `remaining`, but at least one
+        round's steps if `round_` is about to run, since a round that is trained again is charged
+        again. For a plan without a last round, return one round's steps."""
         steps = self.plan.local_steps
         if self.plan.lifetime is not None:
             return steps
@@ -146,7 +147,7 @@ class Budget:
 
     @property
     def share(self) -> Budget:
-        """This budget with the charges of this membership alone; without a hospital's home, with
+        """This budget with the charges of this membership alone or, without a hospital's home, with
         all charges. A charge that a restore entered counts against every membership's share."""
         if self.policy.hospital is None:
             return self
@@ -194,10 +195,10 @@ class Budget:
             )
 
     def check_attempts(self, round_: int) -> None:
-        """Check that the plan's round may be charged once more; it may be MOST_ATTEMPTS times. A
-        round is charged again if it was interrupted, or if the coordinator orders it again on
-        another adapter. Without this limit a plan could cost more than the ε for which a person
-        signed it, up to all that the site allows.
+        """Check that the plan's round may be charged once more. A round may be charged
+        MOST_ATTEMPTS times. A round is charged again if it was interrupted, or if the coordinator
+        orders it again on another adapter. Without this limit a plan could cost more than the ε for
+        which a person signed it, up to all that the site allows.
 
         Errors: BudgetExceeded."""
         paid = sum(charge.round == round_ for charge in self.share._of_plan())
@@ -210,8 +211,8 @@ class Budget:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the plan or a charge has secure aggregation, so that there is a second total, by
-        this site's own noise alone."""
+        """Whether the plan or a charge shares its noise among sites (secure aggregation). Then a
+        second total ε is computed, by this site's own noise alone."""
         return self.plan.sites > 1 or any(charge.sites > 1 for charge in self.charges)
 
     def _of_plan(self) -> list[Charge]:

@@ -1,4 +1,5 @@
-"""Explain at a site, when a budget refuses a plan, what was spent and what would still fit.
+"""Explain at a site, when a budget refuses a plan, which ε was spent and which plan would still
+fit.
 
 Guarantee: this explanation never leaves the site. The coordinator gets only the refusal's own text,
 which names a rule and public values, not what other studies spent (decision 0010)."""
@@ -30,9 +31,9 @@ TODO = (
 
 
 def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
-    """Return lines for the site's own screen: what the dataset has paid, the newest MOST studies
-    that paid, with the folder of each run that this site knows, and how much of `study` would fit.
-    ledger: None if there is none yet."""
+    """Return lines for the site's own screen: the ε that the dataset has spent, the newest MOST
+    studies that spent it, with the folder of each run that this site knows, and the part of `study`
+    that would still fit. ledger: None if there is none yet."""
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name) if ledger else []
     total = budget(name, spent, policy)
@@ -50,9 +51,9 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
-    """Return a text that names the most that stays within the budget: the largest privacy.epsilon
-    or, if the plan gives σ, the most rounds. It is found to about a hundredth of what the plan asks
-    for. Return "" if nothing fits, and for a study without noise or without a last round."""
+    """Return a text that names the largest privacy.epsilon that stays within the budget or, if the
+    plan gives σ, the most rounds. This value is found to about a hundredth of the plan's value.
+    Return "" if nothing fits, and for a study without noise or without a last round."""
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable) or study.continuous:
         return ""

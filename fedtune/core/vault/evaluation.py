@@ -88,8 +88,8 @@ def answer_query(
 
 
 def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
-    """Check that the policy lets the study query the held-out records; return their table of
-    site.toml. Errors: PolicyRefused."""
+    """Check that the policy lets the study query the held-out records. Return the table of
+    site.toml that names these records. Errors: PolicyRefused."""
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
@@ -177,7 +177,7 @@ class UnitRows:
 
     @torch.no_grad()
     def __init__(self, study: Study, data: CachedDataset | None) -> None:
-        """Score the records. data: None for no units."""
+        """Score the records. data: the records; None if there are no units."""
         axes = study.query_axes
         self._by_class = CLASS in axes
         self._starts = list(itertools.accumulate(map(len, axes.values()), initial=1))

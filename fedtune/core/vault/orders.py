@@ -34,7 +34,8 @@ def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
 
 
 def mask_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Mask this site's draw for the set of sites that came with the order; return the words."""
+    """Mask this site's draw for the set of sites that came with the order, and return the masked
+    words."""
     round_, receipt = _order(request)
     statements = str(request.tables["set"]["statements"])
     return secure_round.mask_sum(site, digest, round_, _attempt(request), statements, receipt)

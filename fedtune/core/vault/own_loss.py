@@ -22,10 +22,8 @@ from fedtune.core.training.round_loss import RoundLoss
 
 @contextmanager
 def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
-    """Provide an object to which a round adds its losses; its mean is stored when the round has
-    trained.
-
-    If the disk refuses the file, the round continues without a message."""
+    """Yield an object to which a round adds its losses, and store their mean when the round has
+    trained. If the disk refuses the file, the round continues without a message."""
     losses = RoundLoss()
     yield losses
     with suppress(OSError):

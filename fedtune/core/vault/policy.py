@@ -290,7 +290,7 @@ def _about_protection(
     sigma: float | None, delta: float, size: int, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
     """Refuse too little noise for one release, too few units or too large a δ. sigma: the noise
-    multiplier of what this site itself adds; None if it is not computed yet."""
+    multiplier of the noise that this site itself adds; None if it is not computed yet."""
     if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
             f"noise_multiplier {sigma} is below policy.min_noise_multiplier "

@@ -34,7 +34,8 @@ class Held(PolicyRefused):
 
 
 class Void(Refused):
-    """This attempt at a round is over for this site; in another attempt it draws new noise."""
+    """This attempt at a round is over for this site. In another attempt the site draws new
+    noise."""
 
 
 @dataclass(frozen=True)

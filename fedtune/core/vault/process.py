@@ -54,8 +54,8 @@ def families(site: Site, processes: int) -> list[int]:
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
-    """Cut this process off the network and try to reach one; return what was achieved and what is
-    missing."""
+    """Cut this process off the network, and test this by trying to reach a network. Return the
+    confinement that is in force; its `missing` names each network that can be reached."""
     return isolation.no_network(families(site, processes)) & _try_networks()
 
 
@@ -126,8 +126,9 @@ def _alone(site: Site) -> Iterator[None]:
 
 @contextmanager
 def locked(site: Site, who: str) -> Iterator[None]:
-    """Hold the lock of a site's vault and, in a hospital's home, that of its membership. who: what
-    the error calls another process that holds one of them. Errors: InfrastructureError naming it.
+    """Hold the lock of a site's vault and, in a hospital's home, the lock of its membership. who:
+    the words by which the error names another process that holds one of them. Errors:
+    InfrastructureError if another process holds one.
     """
     with ExitStack() as held:
         held.enter_context(alone(site.site.state / HOME, who))
@@ -185,8 +186,8 @@ def serve_spool(
 def serve_request(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object], name: str
 ) -> None:
-    """Answer one request of a spool. For an order, first answer the stored request with the order's
-    plan again, so that the plan is known.
+    """Answer one request of a spool. If the request orders a round, first answer the stored request
+    with the order's plan once more, since this new process does not know that plan.
 
     Errors: InfrastructureError if the request is missing, or its answer cannot be written."""
     from fedtune.core.vault.answers import Place, answer
@@ -213,7 +214,8 @@ def serve_request(
 
 
 def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
-    """Receive one request and answer it; return a failure if what was received is no request."""
+    """Receive one request and answer it. If the bytes that were received are no request, return a
+    failure."""
     try:
         request = receive()
     except RequestError as error:

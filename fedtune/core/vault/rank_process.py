@@ -81,9 +81,9 @@ class Workers:
         frozen: Arrays,
         columns: slice = ALL,
     ) -> Iterator[Team | None]:
-        """Provide the team for one round of `study`, with the same plan, frozen factor and records
-        in all ranks. Provide None if the others cannot serve; this process then does the round
-        alone. Any error in the block ends the team.
+        """Yield the processes (`Team`) that share one round of `study`, with the same plan, frozen
+        factor and records in all ranks. Yield None if the other processes cannot serve; this
+        process then does the round alone. Any error in the block ends the other processes.
 
         plan: the plan by which all ranks clip, even if the site file has changed since; columns: as
         for local_round."""
@@ -106,8 +106,8 @@ class Workers:
         return _Lead(self, group, data.network, columns)
 
     def give_up(self, error: Exception) -> None:
-        """End a team that cannot serve, and report it at this site; the next round starts
-        another."""
+        """End the other processes, which cannot serve because of `error`, and log this at the
+        site. The next round starts new ones."""
         log.error(
             "the other processes of this site do not share the round (%s): this one does all of "
             "it, which takes longer; read rank-*.log in the site's state folder",
@@ -175,8 +175,9 @@ class Workers:
     def _prepare(
         self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
     ) -> None:
-        """Have every rank build the network of `study` and take over this process's plan, by which
-        rows are clipped; skip this if all ranks have done it. Errors: InfrastructureError."""
+        """Have every rank build the network of `study` with the arrays `frozen`, and clip its rows
+        by `plan`, as this process does. Do nothing if all ranks did so before. Errors:
+        InfrastructureError."""
         wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
         if self._prepared == wanted:
             return
@@ -218,7 +219,8 @@ class _Lead:
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows over all processes; if that fails, end the team and raise."""
+        """Sum the clipped rows over all processes. If that fails, end the other processes and raise
+        the error."""
         parameters = self._network.update_parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
@@ -306,7 +308,7 @@ class _StudyAtRank:
         engine.matrix(range(generated.dataset.n_units))
 
     def take(self, dataset: Dataset) -> None:
-        """Use these records from now on; drop cached states of records that are not among them."""
+        """Use these records from now on, and drop the cached states of all other records."""
         self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:

@@ -46,10 +46,12 @@ def read_for_training(
     ledger: Ledger | None,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Read a site's dataset without the patients who withdrew or take part in another dataset.
+    """Read a site's dataset, and return it without the patients who withdrew, and without those
+    whom a dataset declared disjoint from it excludes (`disjoint_member_test`).
 
-    ledger: None if the site has none yet; soft_targets: the function that gives a teacher's
-    targets. Errors: DataError if the path or the columns cannot be used; no record decides this."""
+    ledger: None if the site has none yet, so that nobody is left out; soft_targets: the function
+    that gives a teacher's targets. Errors: DataError if the path or the columns cannot be used,
+    whatever the records hold."""
     if ledger is None:
         return load_dataset(
             data, study, tokenizer, strict=False, soft_targets=soft_targets, reader=reader
@@ -105,8 +107,8 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
 
 
 def _remedy(rejected: Counter[str]) -> str:
-    """Return, in brackets, what a person may do about rejected rows; "" for reasons without
-    advice."""
+    """Return, in brackets, advice for a person about rows that were rejected; "" if there is none
+    for these reasons."""
     remedies = {
         "unknown label": "labels that the plan does not name",
         "not UTF-8": '[data] encoding = "latin-1", or another, reads it',

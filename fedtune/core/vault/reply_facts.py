@@ -1,4 +1,5 @@
-"""Describe each of a site's answers to its operator, only on this machine; nothing is sent."""
+"""Describe each of a site's answers to the person who runs the site, on this machine only. Nothing
+is sent."""
 
 from __future__ import annotations
 

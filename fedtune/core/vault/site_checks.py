@@ -36,8 +36,9 @@ def check_models(study: Study, network: Network) -> None:
     """Check that base and teacher can read records of the study's length and keep no state of
     them, once per model and plan.
 
-    Errors: PolicyRefused, which names only the models and the length, both public; ModelError if
-    the teacher is not on this machine."""
+    Errors: PolicyRefused if one of them cannot, or if the teacher is not on this machine. Its text
+    names only public values, such as models, digests and the length. ModelError if the teacher has
+    another digest or cannot be loaded."""
     try:
         check_reads(study, network)
         teacher_for(study)

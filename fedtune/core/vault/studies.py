@@ -57,8 +57,8 @@ def end(state: Path, plan_digest: str, *, is_kept: bool = False) -> None:
 
 
 def under_way(state: Path) -> dict[str, str]:
-    """Map the digest of each running plan to its study's name; a file that cannot be read counts
-    as a study, under the file's name."""
+    """Return digest -> study's name for each plan that runs. A file that cannot be read counts as a
+    study, under the file's name."""
     names = {}
     for path in sorted((state / FOLDER).glob("*.json")):
         try:

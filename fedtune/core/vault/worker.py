@@ -71,8 +71,8 @@ _workers: dict[str, SiteWorker] = process_cache.register("workers", {})
 
 
 def worker(path: str) -> SiteWorker:
-    """Return the one worker of a site file in this process: data and model stay loaded between
-    rounds."""
+    """Return the one worker of a site file in this process, so that data and model stay loaded
+    between rounds."""
     if path not in _workers:
         _workers[path] = SiteWorker(load_site(Path(path)), Path(path))
     return _workers[path]
@@ -150,8 +150,8 @@ class SiteWorker:
 
     def begin_run(self, digest: str) -> SiteWorker:
         """Return the worker whose ledger is charged for a plan. For declared data in a consortium
-        it is a worker of its own for each plan, with a ledger of the run, which is made at the
-        first call. Otherwise it is this worker. The caller has checked the plan's signature."""
+        each plan has a separate worker, with a ledger of the run, which is made at the first call.
+        In all other cases return this worker. The caller has checked the plan's signature."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
         if digest not in self._of_runs:
@@ -218,8 +218,8 @@ class SiteWorker:
         self, study: Study, plan: DpPlan | None, coordinator: str, round_: int | None = None
     ) -> Site:
         """Check the study against the site file as it is now: policy, signature and budget. Return
-        the site of that file, so that a round reads the file once. round_: the round that is about
-        to run, None if none is. Errors: Refused."""
+        the settings that were read, so that a round reads the file only once. round_: the round
+        that is about to run; None if none is. Errors: Refused."""
         site = self.current()
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
@@ -250,7 +250,8 @@ class SiteWorker:
 
     def check_stated(self, site: Site, declared: Mapping[str, Sequence[str]]) -> None:
         """Check, under the ledger's lock, that the ledger still has the disjoint datasets that
-        `declare` entered for a hospital's home. declared: by dataset, those that the ledger has.
+        `declare` entered for a hospital's home. declared: for each dataset, the disjoint datasets
+        that the ledger has.
 
         Errors: Unprepared if another membership's vault entered another version of hospital.toml
         meanwhile. The coordinator then sends the plan again, and this vault reads the file anew."""
@@ -369,8 +370,8 @@ class SiteWorker:
         return dataset
 
     def _check_source(self, study: Study, network: Network, data: SiteData) -> None:
-        """Check that there is a source whose columns fit the study; reads no record. Errors:
-        DataError."""
+        """Check that the records' source exists and that its columns fit the study. No record is
+        read. Errors: DataError."""
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not (data.url or data.path.exists()):
             raise DataError(f"{data.path}: no such file", "the site's records")

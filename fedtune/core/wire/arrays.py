@@ -100,7 +100,7 @@ def _pack_array(array: npt.NDArray[Any]) -> Packed:
 
 
 def bodies(record: Record) -> dict[str, bytes]:
-    """Return the unparsed bytes of each array in transit: what a seal covers."""
+    """Return the unparsed bytes of each array in transit, which a seal covers."""
     return {name: array.data for name, array in record.items()}
 
 

@@ -116,11 +116,13 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
 
 
 def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
-    """Decode the arrays of `encode` to fp32 tensors; their type tells the encoding.
+    """Decode the arrays that `encode` made to fp32 tensors. The type of the encoded numbers tells
+    which encoding was used.
 
-    Guarantee: the number of numbers and of blocks follows from the `agreed` shapes alone.
-    Errors: WireError if there are more or fewer numbers than agreed, or if the scales are not one
-    positive and finite number for each block."""
+    Guarantee: how many numbers and blocks are read follows from the `agreed` shapes alone.
+    Errors: WireError if the arrays have other names or types than those of `encode`, if there are
+    more or fewer numbers than agreed, or if the scales are missing or not one positive and finite
+    number for each block."""
     values, scales = encoded.get(VALUES), encoded.get(SCALES)
     if values is None or set(encoded) - {VALUES, SCALES}:
         raise WireError("other arrays than agreed")

@@ -1,8 +1,9 @@
 """Send events from a site's halves to the person at its screen: progress of long work, and lines of
 the log.
 
-Each half has its own pipe to the process that started it. Events of the courier may be hostile:
-they are bounded, have known names and types, and their text is made printable."""
+Each half has its own pipe to the process that started it. Events of the courier may be hostile, so
+they are accepted only up to a length and with known names and types, and their text is made
+printable."""
 
 from __future__ import annotations
 
@@ -33,10 +34,10 @@ class Teller:
     """Sends events over a connection; if nobody reads them any more, they are dropped.
 
     Guarantee: the sender never waits for an event to be read. If the process that started this one
-    stands still, as on a terminal that is paused, events that do not fit into the connection are
-    left out and counted. A vault that waited would stop answering after a number of events, which
-    depends on records. Only `fetch` and `error` wait: `fetch` for its result, `error` because its
-    process answers nobody afterwards."""
+    reads nothing, as while its terminal is paused, events that do not fit into the connection are
+    left out and counted. A vault that waited would stop answering after some number of events. This
+    number depends on records, and the coordinator could see it. Only `fetch` and `error` wait:
+    `fetch` for its result, `error` because this process answers nobody afterwards."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()

@@ -138,7 +138,7 @@ def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
 
 
 def _plain(table: Table) -> dict[str, Scalar]:
-    """Return a message's table as JSON can hold it: values of other types become text."""
+    """Return a message's table in a form that JSON can hold: values of other types become text."""
     return {
         str(name): value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in table.items()

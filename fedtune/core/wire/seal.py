@@ -129,8 +129,8 @@ def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256 over what is sent beside the coordinator's signed order: the adapter's
-    arrays and, if there is one, a table of texts."""
+    """Return the sha256 over the adapter's arrays and, if there is one, the table of texts that are
+    sent with the coordinator's signed order."""
     content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
     return hashlib.sha256(canonical(content)).hexdigest()
 
@@ -146,7 +146,8 @@ def order(
     beside: str,
 ) -> dict[str, Any]:
     """Return the coordinator's signed order for one round. attempt: the attempt's number, 0 if
-    there is only one; beside: `digest_beside` of the arrays and the table that go with it."""
+    there is only one; beside: `digest_beside` of the arrays and the table that are sent with the
+    order."""
     fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
     fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
@@ -184,7 +185,7 @@ def check_plan(message: Mapping[str, Any], digest: str) -> str:
 
 
 def sign_end(key: SigningKey, digest: str) -> dict[str, Any]:
-    """Sign that the study of a plan has ended; return the message's fields beside the plan."""
+    """Sign that the study of a plan has ended. Return the message's fields other than the plan."""
     return {"finished": True, "finished_signature": key.sign(_end(digest))}
 
 

@@ -86,7 +86,8 @@ class SitePage(Page):
 
 
 def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
-    """Yield a warning if nobody at this site has signed the plan of the newest study."""
+    """Yield a warning if the newest study is not over and it is known that nobody at this site has
+    signed its plan."""
     status = snapshot.status if snapshot else {}
     digest, study = status.get("plan_digest"), status.get("study")
     if snapshot is None or snapshot.over or status.get("signed") is not False or not digest:

@@ -37,7 +37,7 @@ from fedtune.evidence.verify import Verified, verify_run
 
 
 def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a dossier. Parameters and result: those of `fedtune.evidence.verify.verify`.
+    """Verify a dossier. Parameters and result are as for `fedtune.evidence.verify.verify`.
 
     Errors: NotGenuine, Refused, InputError."""
     if not (folder / RELEASE).exists():

@@ -109,8 +109,8 @@ def blanks() -> Iterator[Mapping[str, str]]:
 
 
 def notes(found: Documents) -> list[str]:
-    """Return the highlighted texts of the first page of a run's dossier, such as that it is not
-    private."""
+    """Return the highlighted texts of the first page of a run's dossier, for example that the run
+    is not private."""
     blocks = _blocks(sections()[0]["block"], found, {})
     return [block["note"] for block in blocks if block["kind"] == "note"]
 

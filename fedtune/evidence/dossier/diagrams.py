@@ -12,7 +12,7 @@ from fedtune.evidence.dossier.drawing import Picture
 
 
 def data_line(unit: str = "patient") -> Picture:
-    """Draw the steps from a record to the noised sum that leaves the site."""
+    """Return a picture of the steps from a record to the noised sum that leaves the site."""
     page = Picture(920, 398, "What is where, and what leaves a site")
     page.card(16, 16, 600, 366, "home", "a site: the hospital's own machine")
     page.card(680, 16, 224, 366, "out", "outside")

@@ -30,7 +30,7 @@ WHAT = "a P-256 key that fedtune made (PEM)"
 
 
 def can_sign() -> bool:
-    """Return whether model-signing and what it imports are installed."""
+    """Return whether model-signing and the packages that it imports are installed."""
     return all(importlib.util.find_spec(name) for name in ("model_signing", "OpenSSL"))
 
 

@@ -164,8 +164,8 @@ DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 
 def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[float, ...]:
-    """Return each column's width: that of its longest word, and a part of the rest by the mean
-    length of its cells."""
+    """Return each column's width: the width of its longest word, and a part of the space that is
+    left, in proportion to the mean length of its cells."""
     document.set_font(SANS, "B", SIZES["table"])
     least, means = [], []
     for n, name in enumerate(head):

@@ -126,8 +126,7 @@ def release(
 
 
 def _carry_told(run: Path, into: Path) -> None:
-    """Copy those of the sites' statements about the run's model that count. Each is signed by its
-    site."""
+    """Copy the valid statements of sites about the run's model. Each is signed by its site."""
     for one in read_told(run):
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
@@ -185,8 +184,8 @@ def _refuse_derived(run: Path) -> None:
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
-    """Return the key that signs the dossier, and the CA; for a simulation a new key and "". Errors:
-    Refused if the home does not have the key that signed the run."""
+    """Return the key that signs the dossier, and the CA. For a simulation return a new key, and ""
+    for the CA. Errors: Refused if the home does not have the key that signed the run."""
     if proven.simulated:
         return SigningKey(), ""
     path = home / "signing.key"

@@ -45,7 +45,8 @@ DECIDED = ("decision", "judged", "different", "comparisons", "patients", "record
 class Acceptance:
     """A site's decision about a model: accepted, refused or not resolved.
 
-    folder: where record, figures and page are; figures: as in figures.json."""
+    folder: the folder with the record, the figures and the page; figures: the content of
+    figures.json."""
 
     decision: Decision
     folder: Path
@@ -172,8 +173,8 @@ def _model(run: Run) -> dict[str, str]:
 
 
 def _name(record: dict[str, Any]) -> str:
-    """Name the folder of a decision by its time, and by the record, since several decisions may
-    fall in one second."""
+    """Return the name of a decision's folder: the time, and the start of the record's signature,
+    since several decisions may fall in one second."""
     return f"{record['time'].replace(':', '')}-{record['signature'][:8]}"
 
 

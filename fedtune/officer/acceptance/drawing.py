@@ -19,7 +19,8 @@ ROW, NAMES, WIDE = (
 
 
 def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
-    """Draw the share of correct predictions against the predicted probability, by bin."""
+    """Return a picture of the share of correct predictions against the predicted probability, with
+    one point for each bin."""
     page = Picture(int(LEFT + SIDE + 40), int(TOP + SIDE + 56), "Reliability")
     page.text(LEFT, 26, "share right, by the probability said", "bold")
 

@@ -55,8 +55,9 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
 
 def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return each model's measures. For each other model, also return by how much the judged
-    model's figure is higher, on the same resamples of the same patients."""
+    """Return the measures of each model. For every model but the judged one, also return by how
+    much the judged model's figure is higher, with an interval from the same resamples of
+    patients."""
     units = scored.held_out.units
     ours = Sample(scored.scores[MODEL], units)
     found: dict[str, dict[str, Any]] = {}

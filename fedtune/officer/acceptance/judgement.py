@@ -77,7 +77,8 @@ class Judgement:
 
     @property
     def different(self) -> list[str]:
-        """List the groups that differ from all others, as "COLUMN = VALUE: MEASURE"."""
+        """List the groups whose figure differs from that of all other patients, as "COLUMN = VALUE:
+        MEASURE"."""
         return [f"{c.column} = {c.value}: {c.measure}" for c in self.compared if c.found]
 
 
@@ -108,7 +109,8 @@ def judge(
 
 
 def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, float]:
-    """Return measure → threshold. Errors: ConfigError if these records do not have a measure."""
+    """Return measure → threshold. Errors: ConfigError if `known` lacks a measure that the table
+    names."""
     named: dict[str, float] = {str(name): bound for name, bound in table.thresholds.items()}
     named |= {RECALL + name: bound for name, bound in table.recall.items()}
     for name in (*named, *table.differences):

@@ -4,7 +4,7 @@ A measure is computed from a few numbers for each record, which are added up ove
 records and then over patients. So a resample of patients costs one product of matrices, whatever
 the measure.
 
-| accuracy, exact_match, preference | share of records, as in evaluation.metrics            |
+| accuracy, exact_match, preference | share of records, as in report.scores                 |
 | recall: CLASS    | share of a class's records that are predicted as this class            |
 | f1               | macro F1 over the classes that occur                                   |
 | loss, perplexity | mean over records; over tokens                                         |

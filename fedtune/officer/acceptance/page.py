@@ -51,7 +51,8 @@ TELLING = (
 
 
 def page(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """Return the HTML page, in which every text of a record or a column is escaped."""
+    """Return a decision (`record`) and its figures as an HTML page, in which every text of them is
+    escaped."""
     name = escape(f"Acceptance of {figures['study']} at {figures['site']}")
     kind = {"accepted": "accepted", "refused": "refused"}.get(figures["decision"], "open")
     content = {"sections": list(_sections(figures, record))}
@@ -79,7 +80,7 @@ def _describe_decision(figures: Mapping[str, Any]) -> str:
 
 
 def _because(figures: Mapping[str, Any]) -> str:
-    """Describe in a few sentences which figures decided, and what was found about the groups."""
+    """Describe in a few sentences which figures decided, and how the groups compare."""
     judged = figures["judged"]
     if figures["decision"] == "accepted":
         parts = [f"Every one of {len(judged)} figures lies on the right side of its threshold."]

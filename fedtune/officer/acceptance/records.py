@@ -1,4 +1,5 @@
-"""Read the records on which a site judges a model: those of patients on whom it never trained.
+"""Read the records on which a site judges a model: the records of patients on whom the site never
+trained.
 
 Guarantee: a patient who withdrew, who did not consent, or on whom any study here trained or was
 to train, is left out with all records, and counted for the site's own page."""

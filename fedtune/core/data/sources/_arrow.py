@@ -136,7 +136,8 @@ def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
 
 
 def _value(cell: pa.Scalar) -> Any:
-    """Return a cell as a Python value. Errors: of any type, caused by this cell's value alone."""
+    """Return a cell as a Python value. Errors: an error of any type, which only this cell's value
+    can cause."""
     import pyarrow as pa
 
     if not cell.is_valid:

@@ -54,9 +54,10 @@ class Names:
     """The column names of a dataset. Some of them may not be shown in a message: a key of a few
     JSON records may itself be content, and so may the first line of a CSV file without a header.
 
-    - where: the dataset's place
-    - keys: the requested columns
-    - headers, keys_met: the columns of all headers; in how many JSON records each key occurs
+    - where: the path or the name of the dataset, for messages
+    - keys: the columns that study.toml or site.toml names
+    - headers: the columns of all headers
+    - keys_met: in how many JSON records each key occurs
     - shown: the columns of headers that a message may show
     - objects: the number of JSON records"""
 
@@ -80,9 +81,9 @@ class Names:
 
     @property
     def listed(self) -> list[str]:
-        """The column names that a message may show: those of headers, and the `common` keys of JSON
-        records. Keys with a space are left out, since one may be a person's name. With fewer than
-        FEW records keys are shown only if they look like a header (`is_header`)."""
+        """The column names that a message may show: the names in headers, and the `common` keys of
+        JSON records. Keys with a space are left out, since one may be a person's name. With fewer
+        than FEW records keys are shown only if they look like a header (`is_header`)."""
         common = self.common
         if self.objects < FEW and not is_header(common, self.keys):
             common = []
@@ -154,8 +155,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Collection(Source):
-    """A source that reads a place as a whole: a database, or a folder of files that refer to each
-    other.
+    """A source that reads a database, or a folder of files that refer to each other, as a whole.
 
     kept: for columns that data.filter does not name, the values that rows must have; patient: the
     column that data.columns.patient must name; "" if any may be named."""
@@ -176,8 +176,8 @@ class Collection(Source):
 
 
 def is_header(cells: list[str], keys: Keys) -> bool:
-    """Return whether a file's first line may be shown: it has a requested column, or all its cells
-    look like column names (COLUMN) and one has one of WORDS."""
+    """Return whether a file's first line may be shown. It may if it has a requested column, or if
+    all its cells look like column names (COLUMN) and one of them has a word of WORDS."""
     if any(column in cells for column in keys.values()):
         return True
     words = {word for cell in cells for word in re.split(r"[_.-]", cell.lower())}

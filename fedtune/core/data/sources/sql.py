@@ -173,8 +173,9 @@ def _join_rows(
     rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int
 ) -> Iterator[Cells]:
     """Yield each row, without its first `by` cells, once for each row of the other table with the
-    same first `by` cells, followed by that row's other cells. If there is none, `more` empty cells
-    follow. The database's own = is not used, since for it "AB" and "ab" may be one patient."""
+    same first `by` cells, followed by that row's other cells. If the other table has no such row,
+    `more` empty cells follow. The database's own = is not used, since for it "AB" and "ab" may be
+    one patient."""
 
     def key(row: Cells) -> tuple[str, ...] | None:
         usable = [

@@ -115,7 +115,8 @@ def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _forward_of(
     module: nn.Module, sink: GradientSink, columns: slice
 ) -> Callable[..., torch.Tensor] | None:
-    """Build the module's forward that passes gradients to `sink`; None: unsupported module."""
+    """Build a forward function for the module that passes gradients to `sink`; None if the module
+    is not supported."""
     if isinstance(module, LoraLayer):
         original = type(module).forward
         if not _is_vanilla_lora(module):
@@ -219,8 +220,8 @@ class _Lora(torch.autograd.Function):
 def _input_gradient(
     grad: torch.Tensor, thin: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the gradient at the layer's input: through A, and through W if it is the layer's
-    own."""
+    """Return the gradient at the layer's input: through A and, where `weight` is given, through W
+    as well."""
     shape = (*grad.shape[:-1], a.shape[1])
     flat = thin.view(-1, thin.shape[-1])
     if weight is None:

@@ -61,8 +61,8 @@ class OpacusHooks:
         yield from self._trained.parameters()
 
     def _take_gradients(self) -> list[torch.Tensor | None]:
-        """Return Opacus' per-sample gradients, detached, and remove them from the parameters; zero
-        autograd's sums."""
+        """Return Opacus' per-sample gradients, detached, and remove them from the parameters. Set
+        the gradients that autograd summed to zero."""
         gradients: list[torch.Tensor | None] = []
         for parameter in self._parameters:
             gradient = getattr(parameter, "grad_sample", None)

@@ -1,8 +1,8 @@
 """Describe a dossier as an RO-Crate: ro-crate-metadata.json, plain JSON-LD without a library.
 
 The crate follows RO-Crate 1.1 and the profile Process Run Crate 0.5: it names a software, its
-execution, the inputs and the results. There is no profile for federated learning, and this is not
-one."""
+execution, the inputs and the results. No profile for federated learning exists, and this crate does
+not define one."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _entity(name: str, kind: str, /, **properties: Any) -> dict[str, Any]:
 
 
 def _moment(time: str | None) -> str | None:
-    """Return a time in UTC as the profile spells it; None for None."""
+    """Return a time in UTC in the spelling of the profile. For None return None."""
     return time and time.replace("Z", "+00:00")
 
 

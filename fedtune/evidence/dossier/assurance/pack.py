@@ -63,8 +63,9 @@ def build_pack(
     sections: Sequence[Section],
     names: AbstractSet[str],
 ) -> dict[str, Any]:
-    """Build assurance.json's content. found: the run's documents, and those of attacks. typed:
-    blank's name -> the text that a person typed. names: the files that the dossier has."""
+    """Build assurance.json's content. found: the documents of the run and of attacks on it; typed:
+    the name of a blank -> the text that a person typed into it; sections: the statements to answer;
+    names: the files that the dossier has."""
     return {
         "format": FORMAT,
         "study": look_up(found, "report.json#/study", "plain"),
@@ -153,7 +154,7 @@ def pack_page(pack: Mapping[str, Any]) -> str:
 
 
 def _as_blocks(pack: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pack as content with blocks, which `page` renders."""
+    """Return the assurance pack in the form that `page` renders: sections of blocks."""
     summary = {
         "kind": "table",
         "table": "Statements by answer",
