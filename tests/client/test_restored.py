@@ -147,7 +147,7 @@ def test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again(
     assert run("ledger", file, "--lift").exit_code == 0
 
 
-@pytest.mark.parametrize("how", ["another", "killed", "damaged again", "an older copy"])
+@pytest.mark.parametrize("how", ["another", "killed", "damaged-again", "an-older-copy"])
 def test_only_a_first_entry_shows_that_a_salt_is_the_ledgers(tmp_path: Path, how: str) -> None:
     """32 bytes may be another site's, or those of a restore that was killed; the freeze of a first
     restore holds after a second one; and a copy may be older than the salt."""
@@ -164,10 +164,10 @@ def test_only_a_first_entry_shows_that_a_salt_is_the_ledgers(tmp_path: Path, how
     if how == "killed":
         (home / "ledger.db").write_bytes(b"x" * 9000)
     assert run(*words).exit_code == 0 and Ledger(home).frozen
-    if how == "damaged again":
+    if how == "damaged-again":
         (home / "ledger.db").write_bytes(b"x" * 9000)
         assert run(*words).exit_code == 0
-    if how == "an older copy":
+    if how == "an-older-copy":
         withdraw(load_site(file), "p2", Ledger(home))
         (home / "ledger.db").unlink()
         assert run(*words, "--from", copy).exit_code == 0

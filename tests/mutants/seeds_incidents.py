@@ -34,7 +34,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-frozen-ledger-loses-an-earlier-update", "fedtune/core/ledger/ledger.py",
-        "        if keeps_all or self._account.frozen:\n", "        if keeps_all:\n",
+        "if not (keeps_all or self._account.frozen):", "if not keeps_all:",
         T_FREEZE + "test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger",
         "a round that was under way deletes what left before it",
     ),
@@ -66,9 +66,35 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-new-salt-says-nothing", "fedtune/core/ledger/restore.py",
-        "        if base.is_salt_lost and stands.withdrawn:\n", "        if False:\n",
+        "        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:\n", "        if False:\n",
         T_RESTORED + "test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again",
         "a patient who withdrew is trained on again after a restore without the salt",
+    ),
+    one(
+        "incidents", "a-salt-of-the-right-length-is-the-salt", "fedtune/core/ledger/restore.py",
+        "            check_first(folder / DATABASE, entry, public, salt)\n    except",
+        "            pass\n    except",
+        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[another]",
+        "with another site's salt a patient who withdrew is trained on again",
+    ),
+    one(
+        "incidents", "a-copys-salt-is-the-newest", "fedtune/core/ledger/restore.py",
+        "is_salt_lost=len(salt) == 32 and salt != backup.salt)", "is_salt_lost=False)",
+        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[an-older-copy]",
+        "who withdrew under the newer salt is trained on again",
+    ),
+    one(
+        "incidents", "a-second-restore-thaws", "fedtune/cli/site.py",
+        'acts.add("freeze", "--restore")', "pass",
+        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[damaged-again]",
+        "the freeze of a restore is lost by the next one",
+    ),
+    one(
+        "incidents", "a-lift-leaves-what-the-freeze-kept", "fedtune/core/ledger/ledger.py",
+        "            self._delete_earlier(slot)\n\n    def check_not_frozen",
+        "            pass\n\n    def check_not_frozen",
+        T_FREEZE + "test_a_lift_deletes_the_earlier_updates_that_a_freeze_kept",
+        "what the disk has space for decides which rounds are sent again",
     ),
     one(
         "incidents", "a-restore-forgets-what-was-refused", "fedtune/core/ledger/restore.py",

@@ -257,6 +257,14 @@ MEDIA_MUTANTS = (
         "FFmpeg finds slices in what was taken for lengths",
     ),
     _one(
+        "video", "a-chunk-of-any-length", VIDEO,
+        'if _most_in(box, b"stsc", 12) * max(_most_in(box, b"stco"), _most_in(box, b"co64")) '
+        "> SOUND:",
+        "if False:",
+        T_CLIPS + "test_samples_of_sound_are_judged_before_memory_is_made_for_them",
+        "a clip of 500 kB takes 14 GB",
+    ),
+    _one(
         "video", "a-packet-changes-how-long-lengths-are", VIDEO,
         'another = body[:1] == b"\\1" or packet.has_sidedata("new_extradata")',
         'another = packet.has_sidedata("new_extradata")',

@@ -142,7 +142,7 @@ MUTANTS = (
     ),
     one(
         "consent", "a-restore-forgets-who-withdrew", "fedtune/core/ledger/restore.py",
-        "set(stands.withdrawn) - base.withdrawn", "set()",
+        "sorted(set(stands.withdrawn) - base.withdrawn)", "sorted(set[str]())",
         "tests/client/test_withdraw.py::test_who_withdrew_stays_out_after_a_restore",
         "a patient who withdrew after the backup trains again, and nobody is told",
     ),

@@ -185,7 +185,7 @@ MUTANTS = (
     one(
         "resources", "an-earlier-update-is-sent-again-where-the-disk-has-room",
         "fedtune/core/ledger/ledger.py",
-        "for other in set(self._list_stored(reserved.slot[0])) - self._to_keep(reserved.slot):",
+        "for other in set(self._list_stored(slot[0])) - self._to_keep(slot):",
         "for other in set():",
         "tests/dp/test_ledger_files.py::"
         "test_of_each_study_the_newest_update_alone_is_sent_again_whatever_the_disk_has",
@@ -482,6 +482,31 @@ MUTANTS = (
         "one patient's file of 64 MiB takes minutes, and gigabytes",
     ),
     one(
+        33, "a-tiff-of-millions-of-strips", "fedtune/core/data/media.py",
+        "number(tag + 4, length) > PIECES:", "False:",
+        "tests/data/test_media.py::test_a_tiff_of_many_pieces_is_not_opened",
+        "one patient's file takes gigabytes before it is judged",
+    ),
+    one(
+        33, "a-tiff-is-decoded-a-million-times", "fedtune/core/data/media.py",
+        "if image.format == \"TIFF\" and _count_covered(image) > COVERED:", "if False:",
+        "tests/data/test_media.py::test_a_tiff_that_is_decoded_again_and_again_is_not_decoded",
+        "one patient's file of 19 MB takes an hour",
+    ),
+    one(
+        33, "a-jpeg-of-a-million-exif-segments", "fedtune/core/data/media.py",
+        "if any(media.body.count(mark) > MOST_REPEATED for mark in REPEATED):", "if False:",
+        "tests/data/test_media.py::test_an_image_with_a_part_many_times_is_not_opened",
+        "one patient's file of 64 MiB takes half an hour",
+    ),
+    one(
+        33, "a-recording-is-decoded-before-it-is-judged", "fedtune/core/data/media.py",
+        "if not RATES[0] <= rate <= RATES[1] or not 0 < channels <= CHANNELS:", "if False:",
+        "tests/data/test_media.py::"
+        "test_a_recording_is_judged_by_its_header_before_it_is_decoded[a.wav]",
+        "one patient's recording of 10 MB takes 40 GB",
+    ),
+    one(
         33, "a-jpeg-of-a-million-scans", "fedtune/core/data/media.py",
         " and media.body.count(SCAN) > SCANS:\n", " and False:\n",
         "tests/data/test_media.py::test_a_jpeg_of_many_scans_is_not_decoded",
@@ -560,7 +585,7 @@ MUTANTS = (
     ),
     one(
         "restart", "a-study-never-ends", "fedtune/core/vault/worker.py",
-        "        studies.end(self.site.site.state, digest)\n", "",
+        "        studies.end(self.site.site.state, digest, is_kept=self.home.frozen is not None)\n", "",
         T_BEFORE + "test_a_study_is_under_way_until_its_coordinator_says_that_it_ended",
         "no check of the records stops a site any more",
     ),

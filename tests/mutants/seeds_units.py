@@ -116,8 +116,8 @@ MUTANTS = (
     ),
     one(
         "units", "one-record-becomes-several", RECORDS,
-        "if converted is None or (len(converted) > 1 and not reading.by_patient):",
-        "if converted is None:",
+        "if not converted or (len(converted) > 1 and not reading.by_patient):",
+        "if not converted:",
         T_CONVERSION + "test_of_a_single_record_comes_at_most_one",
         "a record that is several units moves the sum by as many times C",
     ),
