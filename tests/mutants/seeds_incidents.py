@@ -66,7 +66,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-new-salt-says-nothing", "fedtune/core/ledger/restore.py",
-        "        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:\n", "        if False:\n",
+        "        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:\n",
+        "        if False:\n",
         T_RESTORED + "test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again",
         "a patient who withdrew is trained on again after a restore without the salt",
     ),

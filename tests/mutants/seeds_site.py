@@ -585,7 +585,8 @@ MUTANTS = (
     ),
     one(
         "restart", "a-study-never-ends", "fedtune/core/vault/worker.py",
-        "        studies.end(self.site.site.state, digest, is_kept=self.home.frozen is not None)\n", "",
+        "        studies.end(self.site.site.state, digest, is_kept=self.home.frozen is not None)\n",
+        "",
         T_BEFORE + "test_a_study_is_under_way_until_its_coordinator_says_that_it_ended",
         "no check of the records stops a site any more",
     ),
