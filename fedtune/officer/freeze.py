@@ -14,13 +14,13 @@ from fedtune.core.config import Site
 from fedtune.core.errors import ConfigError, FedtuneError, Refused
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
-from fedtune.core.ledger.entries import Freeze, Slot, Standing
+from fedtune.core.ledger.entries import Freeze, Standing
 from fedtune.core.ledger.files import KEY, LedgerError, NoRoom, traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
-FREEZE, LIFT, REFUSE, LET_GO = "freeze", "lift", "refuse", "let-go"  # events of the audit log
+FREEZE, LIFT, REFUSE = "freeze", "lift", "refuse"  # events of the audit log
 
 log = logging.getLogger("fedtune.site")
 
@@ -77,11 +77,8 @@ def standing(home: Path, public: str) -> Standing:
     acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT)]
     why = "restored: the audit log has a freeze that nobody lifted"
     frozen = Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
-    decided = dict[Slot, str]()  # the last decision about each answer
-    for entry in entries:
-        if entry["event"] in (REFUSE, LET_GO) and "adapter" in (facts := entry["facts"]):
-            decided[facts["plan"], facts["round"], facts["adapter"]] = entry["event"]
-    refused = {slot for slot, event in decided.items() if event == REFUSE}
+    facts = [entry["facts"] for entry in entries if entry["event"] == REFUSE]
+    refused = {(f["plan"], f["round"], f["adapter"]) for f in facts if "adapter" in f}
     return Standing(withdrawn, frozen, refused)
 
 

@@ -129,20 +129,6 @@ def test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger(
     assert book.is_refused(slot)
 
 
-def test_a_lift_deletes_the_earlier_updates_that_a_freeze_kept(tmp_path: Path) -> None:
-    """Else the space on the disk decides which rounds are sent again as they were."""
-    book = Ledger(tmp_path)
-    book.declare("records", [])
-    first, second = (
-        book.reserve("records", CHARGE, adapter, lambda charges: None) for adapter in ("a", "b")
-    )
-    book.release(first, b"first")
-    book.freeze("an officer", "")
-    book.release(second, b"second")
-    book.lift("an officer", "")
-    assert [path.read_bytes() for path in (tmp_path / "outbox").iterdir()] == [b"second"]
-
-
 def test_the_end_of_a_study_deletes_nothing_of_a_frozen_site(asked: Asked) -> None:
     asked.train()
     officer.freeze(asked.site, "")

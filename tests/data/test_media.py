@@ -183,9 +183,15 @@ def test_an_image_with_a_part_many_times_is_not_opened(
     for count in (media.MOST_REPEATED, media.MOST_REPEATED + 1):
         (tmp_path / f"{count}.jpg").write_bytes(body[:2] + part * count + body[2:])
     (tmp_path / "a.png").write_bytes(b"\x89PNG" + b"iCCP" * (media.MOST_REPEATED + 1))
+    comment, chunk = b"\xff\xfe\0\2" * (media.SEGMENTS + 1), (bytes(4) + b"prVt" + bytes(4))
+    (tmp_path / "b.jpg").write_bytes(body[:2] + comment + body[2:])
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk * (media.SEGMENTS + 1))
+    tags = b"II*\0" + struct.pack("<IH", 8, media.TAGS + 1) + bytes(12 * (media.TAGS + 1))
+    (tmp_path / "b.tiff").write_bytes(tags)
     assert len(read(tmp_path, [f"{media.MOST_REPEATED}.jpg"])[0]) == 1
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
-    assert read(tmp_path, [f"{media.MOST_REPEATED + 1}.jpg", "a.png"])[1] == {"image too large": 2}
+    names = [f"{media.MOST_REPEATED + 1}.jpg", "a.png", "b.jpg", "b.png", "b.tiff"]
+    assert read(tmp_path, names)[1] == {"image too large": 5}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])

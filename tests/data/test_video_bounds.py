@@ -327,6 +327,13 @@ def test_samples_of_sound_are_judged_before_memory_is_made_for_them(
     decoder.opened.clear()
     for samples, count in ((2**31 - 1, 1), (2**20, 65), (1, video.PACKETS + 1)):
         assert reason(monkeypatch, decoder, chunks(samples, count, name)) == "video too long"
+    many = (b"stsc" + struct.pack(">II", 0, video.PACKETS)) * (video.TABLES + 1)
+
+    def walked(table: bytes, *_: Any) -> int:
+        return pytest.fail("walked") if b"stsc" in table else 0
+
+    monkeypatch.setattr(video, "_most_in", walked)
+    assert reason(monkeypatch, decoder, box(b"ftyp") + box(b"moov", many)) == "video too long"
     assert not decoder.opened
 
 

@@ -91,13 +91,6 @@ MUTANTS = (
         "the freeze of a restore is lost by the next one",
     ),
     one(
-        "incidents", "a-lift-leaves-what-the-freeze-kept", "fedtune/core/ledger/ledger.py",
-        "            self._delete_earlier(slot)\n\n    def check_not_frozen",
-        "            pass\n\n    def check_not_frozen",
-        T_FREEZE + "test_a_lift_deletes_the_earlier_updates_that_a_freeze_kept",
-        "what the disk has space for decides which rounds are sent again",
-    ),
-    one(
         "incidents", "a-restore-forgets-what-was-refused", "fedtune/core/ledger/restore.py",
         "            if (fields := slot_fields(slot)) not in base.refused:\n",
         "            if (fields := slot_fields(slot)) and False:\n",

@@ -257,6 +257,12 @@ MEDIA_MUTANTS = (
         "FFmpeg finds slices in what was taken for lengths",
     ),
     _one(
+        "video", "a-table-as-often-as-a-clip-likes", VIDEO,
+        "if any(box.count(name) > TABLES for name in _COUNTED):", "if False:",
+        T_CLIPS + "test_samples_of_sound_are_judged_before_memory_is_made_for_them",
+        "one clip of a megabyte is judged for minutes",
+    ),
+    _one(
         "video", "a-chunk-of-any-length", VIDEO,
         'if _most_in(box, b"stsc", 12) * max(_most_in(box, b"stco"), _most_in(box, b"co64")) '
         "> SOUND:",

@@ -500,6 +500,12 @@ MUTANTS = (
         "one patient's file of 64 MiB takes half an hour",
     ),
     one(
+        33, "an-image-of-a-million-segments", "fedtune/core/data/media.py",
+        "    if number > SEGMENTS:\n", "    if False:\n",
+        "tests/data/test_media.py::test_an_image_with_a_part_many_times_is_not_opened",
+        "one patient's file of 64 MiB takes two gigabytes",
+    ),
+    one(
         33, "a-recording-is-decoded-before-it-is-judged", "fedtune/core/data/media.py",
         "if not RATES[0] <= rate <= RATES[1] or not 0 < channels <= CHANNELS:", "if False:",
         "tests/data/test_media.py::"

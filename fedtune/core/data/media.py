@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import wave
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -42,6 +44,9 @@ SCAN = b"\xff\xda"
 # Of any image: EXIF segments of a JPEG and colour profiles of a PNG, which Pillow reads one by one.
 # With each EXIF segment it copies all earlier ones.
 REPEATED, MOST_REPEATED = (b"Exif\0\0", b"iCCP"), 100
+SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")  # of a JPEG, for an application or a comment
+SEGMENTS = 10_000  # of a JPEG, or chunks of a PNG: Pillow keeps an object of each
+TAGS = 4_096  # of a TIFF
 # Of one TIFF: its strips or tiles, and the pixels that all of them cover; both may be far more than
 # the image has.
 PIECES = 2**16
@@ -140,6 +145,7 @@ def picture(media: Media) -> Image:
     try:
         if any(media.body.count(mark) > MOST_REPEATED for mark in REPEATED):
             raise Rejected("image too large")
+        _check_segments(media.body)
         _check_pieces(media.body)
         with Image.open(io.BytesIO(media.body), formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
@@ -174,9 +180,24 @@ def _is_narrow(image: Image) -> bool:
     return max(image.size) > ASPECT * max(min(image.size), 1)
 
 
+def _check_segments(body: bytes) -> None:
+    """Check that a JPEG has at most SEGMENTS segments, and a PNG as many chunks. Errors:
+    Rejected."""
+    number = at = 0
+    if body[:2] == b"\xff\xd8":
+        number = sum(1 for _ in islice(SEGMENT.finditer(body), SEGMENTS + 1))
+    elif body[:4] == b"\x89PNG":
+        at = 8
+        while at < len(body) and number <= SEGMENTS:
+            at += 12 + int.from_bytes(body[at : at + 4])  # length, name, content, checksum
+            number += 1
+    if number > SEGMENTS:
+        raise Rejected("image too large")
+
+
 def _check_pieces(body: bytes) -> None:
-    """Check that a TIFF names at most PIECES strips or tiles, before Pillow makes an object of
-    each. Errors: Rejected."""
+    """Check that a TIFF has at most TAGS tags, and names at most PIECES strips or tiles, before
+    Pillow makes an object of each. Errors: Rejected."""
     order: Literal["little", "big"] = "little" if body[:2] == b"II" else "big"
     if body[:2] not in (b"II", b"MM"):
         return
@@ -187,6 +208,8 @@ def _check_pieces(body: bytes) -> None:
     is_wide = body[2:3] == b"\x2b"  # BigTIFF, as Pillow tells it
     first = number(8, 8) if is_wide else number(4, 4)
     start, row, length = (first + 8, 20, 8) if is_wide else (first + 2, 12, 4)
+    if number(first, start - first) > TAGS:
+        raise Rejected("image too large")
     end = min(start + row * number(first, start - first), len(body))
     for tag in range(start, end, row):
         if number(tag, 2) in (STRIPS, TILES) and number(tag + 4, length) > PIECES:

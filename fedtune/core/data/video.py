@@ -41,6 +41,7 @@ _OPTIONS = {
 # These tables state a number of samples. A sample may take no byte of the file, but FFmpeg makes
 # memory for each. By table, the offset of the number after the box's name.
 _COUNTED = {b"stsz": 8, b"stz2": 8, b"stsc": 4, b"stco": 4, b"co64": 4}
+TABLES = 4 * STREAMS  # of one name: each is walked
 SOUND = 2**26  # samples of uncompressed sound: FFmpeg keeps a row of an index for each 1,024
 # Where a NAL unit begins, and its first byte.
 _UNIT = re.compile(rb"\x00\x00\x01(?=(.))", re.DOTALL)
@@ -204,6 +205,8 @@ def _check_tables(body: bytes) -> None:
 def _check_counts(box: bytes) -> None:
     if b"cmov" in box or any(name in box for name in _FRAGMENTS):
         raise Rejected(UNREADABLE)
+    if any(box.count(name) > TABLES for name in _COUNTED):
+        raise Rejected(LONG)
     for name, place in _COUNTED.items():
         at = box.find(name)
         while at >= 0:

@@ -629,8 +629,6 @@ class Ledger:
             if self._account.frozen is None:
                 raise InputError(f"{self.folder}: the ledger is not frozen")
             writer.append("lift", {"by": who, "why": why})
-        for slot in {slot[0]: slot for slot in self._account.released}.values():
-            self._delete_earlier(slot)
 
     def check_not_frozen(self) -> None:
         """Check that no person froze the ledger. Errors: PolicyRefused, whose text may leave the
