@@ -148,8 +148,16 @@ def test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again(
     assert run("ledger", file, "--lift").exit_code == 0
 
 
-@pytest.mark.parametrize("how", ["another", "killed", "damaged-again", "an-older-copy"])
-def test_only_a_first_entry_shows_that_a_salt_is_the_ledgers(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "gone"),
+    [
+        *((how, "") for how in ("another", "killed", "damaged-again")),
+        *(("an-older-copy", gone) for gone in ("ledger.db", "salt")),
+    ],
+)
+def test_only_a_first_entry_shows_that_a_salt_is_the_ledgers(
+    tmp_path: Path, how: str, gone: str
+) -> None:
     """32 bytes may be another site's, or those of a restore that was killed; the freeze of a first
     restore holds after a second one; and a copy may be older than the salt."""
     write_notes(tmp_path / "notes.jsonl", ["p1", "p2", "p3"])
@@ -173,7 +181,7 @@ def test_only_a_first_entry_shows_that_a_salt_is_the_ledgers(tmp_path: Path, how
     if how == "an-older-copy":
         assert run("ledger", file, "--lift").exit_code == 0
         withdraw(load_site(file), "p2", Ledger(home))
-        (home / "ledger.db").unlink()
+        (home / gone).unlink()
         assert run(*words, "--from", copy).exit_code == 0
         assert not hashes_of(Ledger(home), ["p2"]) & set(Ledger(home).withdrawn())
     assert Ledger(home).frozen

@@ -73,21 +73,21 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-salt-of-the-right-length-is-the-salt", "fedtune/core/ledger/restore.py",
-        "            check_first(folder / DATABASE, entry, public, salt)\n    except",
-        "            pass\n    except",
-        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[another]",
+        "is_lost = _names_salt(folder, public, salt) is not True", "is_lost = len(salt) != 32",
+        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[another-]",
         "with another site's salt a patient who withdrew is trained on again",
     ),
     one(
         "incidents", "a-copys-salt-is-the-newest", "fedtune/core/ledger/restore.py",
-        "is_salt_lost=len(salt) == 32 and salt != backup.salt)", "is_salt_lost=False)",
-        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[an-older-copy]",
+        "is_lost = is_another or _names_salt(folder, public, backup.salt) is False",
+        "is_lost = False",
+        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[an-older-copy-salt]",
         "who withdrew under the newer salt is trained on again",
     ),
     one(
         "incidents", "a-second-restore-thaws", "fedtune/cli/site.py",
         'acts.add("freeze", "--restore")', "pass",
-        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[damaged-again]",
+        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[damaged-again-]",
         "the freeze of a restore is lost by the next one",
     ),
     one(

@@ -204,7 +204,10 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
             if (fields := slot_fields(slot)) not in base.refused:
                 writer.append("refuse", {**fields, "by": login()})
         if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:
-            writer.append("freeze", {"by": login(), "why": _say_salt_lost(len(stands.withdrawn))})
+            why = _say_salt_lost(len(stands.withdrawn))
+            if stands.frozen:
+                why += f"; {stands.frozen.why}"
+            writer.append("freeze", {"by": login(), "why": why})
         elif stands.frozen and not base.is_frozen:
             writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
         connection.execute("COMMIT")
@@ -293,26 +296,34 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
         )
     if local is not None and local.seq > backup.seq:
         return local
+    # Who withdrew since a salt was made anew is known by hashes under that one alone.
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
-    # Who withdrew since the salt was made anew is known by hashes under the new one alone.
-    return dataclasses.replace(backup, is_salt_lost=len(salt) == 32 and salt != backup.salt)
+    is_another = len(salt) == 32 and salt != backup.salt
+    is_lost = is_another or _names_salt(folder, public, backup.salt) is False
+    return dataclasses.replace(backup, is_salt_lost=is_lost)
 
 
 def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
-    """Return the salt of a chain that is begun anew, no entries, and whether the old salt is lost:
-    a file of the right length may be another site's, or that of a restore that was killed, so that
-    only a first entry which names its hash shows that it is the one of the ledger."""
+    """Return the salt of a chain that is begun anew, no entries, and whether the old salt is lost.
+    A file of the right length may be another site's, or that of a restore that was killed."""
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
+    is_lost = _names_salt(folder, public, salt) is not True
+    return (salt if len(salt) == 32 else os.urandom(32)), [], is_lost
+
+
+def _names_salt(folder: Path, public: str, salt: bytes) -> bool | None:
+    """Return whether the first entry of the ledger in a folder names this salt; None if there is no
+    first entry that this site's key signed."""
+    path = folder / DATABASE
+    if not path.exists():
+        return None
     try:
-        if not (folder / DATABASE).exists():
-            raise StopIteration
-        with named(folder), closing(connect(folder / DATABASE)) as connection:
-            entry, signature = next(chain(connection, folder / DATABASE, None))
-            check_signature(folder / DATABASE, public, Head(entry.seq, entry.hash), signature)
-            check_first(folder / DATABASE, entry, public, salt)
+        with named(folder), closing(connect(path)) as connection:
+            entry, signature = next(chain(connection, path, None))
+            check_signature(path, public, Head(entry.seq, entry.hash), signature)
     except (LedgerError, StopIteration):
-        return (salt if len(salt) == 32 else os.urandom(32)), [], True
-    return salt, [], False
+        return None
+    return bool(entry.body.get("salt") == first_body(public, salt)["salt"])
 
 
 def _verify_ledger(folder: Path, public: str) -> _Base | None:
