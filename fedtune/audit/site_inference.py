@@ -343,7 +343,7 @@ def lines(found: SiteInference) -> list[str]:
              for folder, one in found.references.items()]  # fmt: skip
     for site in found.learnt:
         said.append(
-            f"{site.site}: the loss fell by {site.fall:+.3g} more than on all these records, by "
-            f"class (p = {site.p:.3g})"
+            f"{site.site}: the loss fell by {site.fall:+.3g} more than on all given records of the "
+            f"same classes (p = {site.p:.3g})"
         )
     return [*said, "ε of a patient does not cover which site a model learnt from"]

@@ -329,7 +329,7 @@ def ledger(
         if restore:  # a damaged log ends the command here
             acts.add("restore", "--from" if copy else "--restore")
             if held:  # by which a later restore freezes it again
-                acts.add("freeze", "--restore")
+                acts.add(frozen.FREEZE, "--restore")
     book.verify()
     if backup:
         acts.add("backup", "--backup")

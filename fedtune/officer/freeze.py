@@ -20,7 +20,8 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
-FREEZE, LIFT, REFUSE = "freeze", "lift", "refuse"  # events of the audit log
+FREEZE, LIFT = "freeze", "lift"  # events of the audit log
+REFUSE = "refuse"  # another one; of an answer if it names an adapter, else of a plan
 
 log = logging.getLogger("fedtune.site")
 

@@ -91,13 +91,13 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
         shown, how = one.waiting, "--all" if every else "by name"
         about: dict[str, Any] = {"plan": shown.plan, "study": shown.study, "round": shown.round}
         about |= {"membership": shown.membership} if shown.membership else {}
-        about |= {"adapter": one.slot[2]}  # by which a restore refuses again what was refused
+        about |= {"adapter": one.slot[2]} if refuse else {}  # by which a restore refuses it again
         acts.add(event, "--refuse" if refuse else how, kind=shown.kind, **about)
         if refuse:
             one.ledger.refuse(one.slot, login())
         else:
             one.ledger.let_go(one.slot, login())
-        if not one.ledger.frozen:
+        if not home.frozen:
             asked_path(one.ledger.folder, one.slot).unlink(missing_ok=True)
     return [one.waiting for one in chosen]
 

@@ -9,6 +9,7 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InputError, NotGenuine, PolicyRefused, Refused
 from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.files import asked_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.core.vault.answers import answer
@@ -17,6 +18,7 @@ from fedtune.core.wire.seal import sign_end
 from fedtune.officer import freeze as officer
 from fedtune.officer import leave as leaving
 from fedtune.officer import purge
+from fedtune.officer.let_go import decide
 from tests.cli_kit import run
 from tests.client.adoption_kit import CHARGE
 from tests.client.airlock_kit import Asked, a_site, contents
@@ -127,6 +129,22 @@ def test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger(
     kept = {path.read_bytes() for path in (tmp_path / "outbox").iterdir()}
     assert kept == ({b"left the site", b"is not sent"} if frozen else set())
     assert book.is_refused(slot)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_site_keeps_the_request_of_a_draw_that_a_person_decides(
+    tmp_path: Path, tiny_base: Path, frozen: bool
+) -> None:
+    held = a_site(tmp_path, tiny_base)
+    held.train()
+    spent = held.worker.ledger.spending("records")[0]
+    request = asked_path(held.site.home, (spent.charge.study, 1, spent.adapter))
+    request.parent.mkdir(exist_ok=True)
+    request.write_text("{}")
+    if frozen:
+        officer.freeze(held.site, "")
+    decide(held.site, [], refuse=True, every=True)
+    assert request.exists() is frozen
 
 
 def test_the_end_of_a_study_deletes_nothing_of_a_frozen_site(asked: Asked) -> None:

@@ -137,10 +137,14 @@ def test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again(
         file = make_site(folder, "north")
         spend(file, 2, withdrawn=withdrawn)
         home = load_site(file).home
+        if withdrawn:
+            officer.freeze(load_site(file), "a leak")
         (home / "salt").unlink()
         done = run("ledger", file, "--restore")
         book = Ledger(home)
         assert done.exit_code == 0 and bool(book.frozen) is bool(withdrawn)
+        if book.frozen:
+            assert "a freeze that nobody lifted" in book.frozen.why, "the incident's is hidden"
         assert ("entered again" in done.output) is not bool(withdrawn)
     assert "receipts name 1 who withdrew" in done.output
     withdraw(load_site(file), "p3", book)

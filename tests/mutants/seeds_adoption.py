@@ -23,6 +23,12 @@ MUTANTS = (
         "a second ledger is begun for the same patients before the membership runs",
     ),
     one(
+        "hospital", "an-adopted-refusal-is-in-no-paper", ADOPT,
+        'acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)', "pass",
+        T_ADOPT + "test_a_refusal_for_good_and_what_was_sent_come_along[onco]",
+        "a restore of the home makes an answer again that a person refused for good",
+    ),
+    one(
         "hospital", "a-restored-charge-is-not-adopted", CLOSED,
         "                listed += [Earlier(name, charge, spent.adapter) for name in every]\n", "",
         T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",

@@ -46,6 +46,18 @@ MUTANTS = (
         "what nobody let go is deleted while somebody looks into it",
     ),
     one(
+        "incidents", "the-request-of-a-draw-is-no-evidence", "fedtune/officer/let_go.py",
+        "        if not home.frozen:\n", "        if True:\n",
+        T_FREEZE + "test_a_frozen_site_keeps_the_request_of_a_draw_that_a_person_decides",
+        "what a coordinator asked for is deleted while somebody looks into it",
+    ),
+    one(
+        "incidents", "an-incidents-freeze-hides-behind-the-salts", "fedtune/core/ledger/restore.py",
+        'why += f"; {stands.frozen.why}"', "pass",
+        T_RESTORED + "test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again",
+        "whoever gives the keys again lifts an incident's freeze too",
+    ),
+    one(
         "incidents", "a-coordinator-ends-a-frozen-study", "fedtune/core/vault/worker.py",
         "is_kept=self.home.frozen is not None", "is_kept=False",
         T_FREEZE + "test_the_end_of_a_study_deletes_nothing_of_a_frozen_site",
@@ -86,7 +98,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-second-restore-thaws", "fedtune/cli/site.py",
-        'acts.add("freeze", "--restore")', "pass",
+        "acts.add(frozen.FREEZE, \"--restore\")", "pass",
         T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[damaged-again-]",
         "the freeze of a restore is lost by the next one",
     ),
