@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from fedtune.core.data.cells import text_of
 from fedtune.core.data.dataset import Dataset, Example
 from fedtune.core.data.files import Rejected, rows
 from fedtune.core.data.load import UnitReader
-from fedtune.core.data.media import KINDS, Folder
+from fedtune.core.data.media import KINDS, Decoder, Folder, Kind, Media
 from fedtune.core.data.records import Record, _messages
 from fedtune.core.data.sources import csv
 from fedtune.core.data.sources._interface import BadCell, Names, Row, find_unclean
@@ -93,15 +94,16 @@ def predict(
     check_ids(ids)
     asked = _Asked.of(study, records, headed, ids)
     source = _rows(records, asked)  # before the model is loaded, so that errors come early
-    predictor = _Predictor(run, asked, offered, base_alone)
     outputs: list[np.ndarray] = []
     reasons: list[str] = []
-    for start in range(0, len(source), CHUNK):
-        chunk = source[start : start + CHUNK]
-        values, why = predictor(chunk)
-        outputs.append(values)
-        reasons += why
-        report("predicting", len(reasons), len(source))
+    with Decoder(asked.kind) if asked.kind else nullcontext() as decoder:
+        predictor = _Predictor(run, asked, offered, base_alone, decoder)
+        for start in range(0, len(source), CHUNK):
+            chunk = source[start : start + CHUNK]
+            values, why = predictor(chunk)
+            outputs.append(values)
+            reasons += why
+            report("predicting", len(reasons), len(source))
     carried = {name: _column(source, name) for name in ids}
     return Predictions(predictor.labels, np.concatenate(outputs), tuple(reasons), carried)
 
@@ -133,6 +135,11 @@ class _Asked(NamedTuple):
     columns: dict[str, str]
     keys: dict[str, str]
     folder: Path  # of images and recordings
+
+    @property
+    def kind(self) -> Kind | None:
+        """Return the kind of the files that the rows name; None if they name none."""
+        return next((kind for kind in KINDS if kind in self.columns), None)
 
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
@@ -213,12 +220,20 @@ def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
 
 
 class _Predictor:
-    """Scores rows by a run's model, a chunk at a time. Errors: ConfigError, ModelError."""
+    """Scores rows by a run's model, a chunk at a time. decoder: of the files that the rows name, if
+    they name any. Errors: ConfigError, ModelError."""
 
-    def __init__(self, run: Run, asked: _Asked, choices: tuple[str, ...], base_alone: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        asked: _Asked,
+        choices: tuple[str, ...],
+        base_alone: bool,
+        decoder: Decoder | None,
+    ) -> None:
         study, saved = run.study, run.adapter()
         objective = study.objective.resolved
-        self._asked, self._folder = asked, Folder(asked.folder)
+        self._asked, self._folder, self._decoder = asked, Folder(asked.folder), decoder
         self._network: Network = build(study)
         if study.lora:  # the saved A is loaded, however it was initialised
             adopted = {"a_init": "public", "a_digest": None, "preconditioner": None}
@@ -273,10 +288,7 @@ class _Predictor:
         return unit.examples[0] if unit.examples else unit.rejected[0][1]
 
     def _record(self, row: Row) -> Record:
-        columns, media = self._asked.columns, None
-        for kind in KINDS:
-            if kind in columns:
-                media = self._folder.read(text_of(row.get(columns[kind])), kind)
+        columns, media = self._asked.columns, self._media(row)
         if "messages" in columns:
             turns = _messages(row.get(columns["messages"]), labelled=False)
             if turns[-1][0] == "assistant":  # the conversation ends with an answer: leave it out
@@ -288,6 +300,17 @@ class _Predictor:
             text_of(row.get(columns["completion"])) if "completion" in columns else self._longest
         )
         return Record("", prompt, answer, media=media)
+
+    def _media(self, row: Row) -> Media | None:
+        """Return the file that a row names; None if rows name none. Errors: Rejected."""
+        kind = self._asked.kind
+        if kind is None or self._decoder is None:
+            return None
+        content = self._folder.read(text_of(row.get(self._asked.columns[kind])), kind)
+        (found,) = self._decoder.decode([content])
+        if isinstance(found, str):
+            raise Rejected(found)
+        return found
 
     @torch.no_grad()
     def _score(self, examples: list[Example]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -300,7 +299,7 @@ def of_every_kind() -> list[Dataset]:
         )
 
     bodies = (b"one image", b"another")
-    images = [Media("image", body, hashlib.sha256(body).digest()) for body in bodies]
+    images = [Media.of("image", body) for body in bodies]
     kinds = [
         [],
         [example(3, 0), example(9, 1), example(1, 1)],

@@ -180,9 +180,10 @@ def fill_two_gigabytes(rows: list[Row]) -> object:
 
 
 def write_and_fail(rows: list[Row]) -> object:
+    answer = b'[{"t": "half"}]'
     for descriptor in range(3, 1024):
         try:
-            os.write(descriptor, b'[{"t": "half"}]')
+            os.write(descriptor, len(answer).to_bytes(8, "big") + answer)
         except OSError:
             continue
     raise RuntimeError

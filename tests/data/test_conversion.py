@@ -20,7 +20,8 @@ from PIL import Image
 from fedtune.core import system_calls
 from fedtune.core.config import Columns, Site, SiteData, load_site
 from fedtune.core.config.site import ConvertTable
-from fedtune.core.data import conversion
+from fedtune.core.data import children, conversion
+from fedtune.core.data.children import Children
 from fedtune.core.data.conversion import Conversion, Unconverted
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.records import Read, content_of, count_otherwise_alone, read_file
@@ -269,23 +270,23 @@ def test_in_one_process_harm_is_everybodys(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("how", WAITING)
 def test_a_conversion_that_waits_is_ended(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     with Conversion(ConvertTable(name="hostile", options={"how": how})) as convert:
-        monkeypatch.setattr(conversion, "SECONDS", 2.0)  # of the process that reads
+        monkeypatch.setattr(children, "SECONDS", 2.0)  # of the process that reads
         with pytest.raises(Unconverted):
             convert(ROWS[:1])
-        monkeypatch.setattr(conversion, "SECONDS", 60.0)
+        monkeypatch.setattr(children, "SECONDS", 60.0)
         assert convert(ROWS[1:2]) == [{"t": "cough. fever"}]
 
 
 def test_the_process_that_forks_has_a_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "SECONDS", 2.0)
+    monkeypatch.setattr(children, "SECONDS", 2.0)
     table = ConvertTable(name="hostile", options={"how": "read_every_descriptor"})
     with Conversion(table) as convert:
-        monkeypatch.setattr(conversion, "SECONDS", 60.0)  # of the process that reads
+        monkeypatch.setattr(children, "SECONDS", 60.0)  # of the process that reads
         started = time.monotonic()
         with pytest.raises(Unconverted):
             convert(ROWS[:1])
         assert time.monotonic() - started < 40, "the process that reads ended it"
-        assert convert._process is not None and convert._process.poll() is None
+        assert convert.children._process is not None and convert.children._process.poll() is None
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -305,14 +306,14 @@ def test_what_a_child_wrote_before_it_failed_is_not_read(tmp_path: Path) -> None
 def test_the_process_that_forks_is_started_again(tmp_path: Path) -> None:
     with Conversion(ConvertTable(name="plain")) as convert:
         assert convert([{"t": "a. b"}]) == [{"t": "A", "image": None}, {"t": " B", "image": None}]
-        assert convert._process is not None
-        convert._process.kill()
-        convert._process.wait()
+        assert convert.children._process is not None
+        convert.children._process.kill()
+        convert.children._process.wait()
         with pytest.raises(Unconverted):
             convert([{"t": "lost"}])
         with raises_nothing():
             assert convert([{"t": "c"}]) == [{"t": "C", "image": None}]
-        forking = convert._process
+        forking = convert.children._process
     assert forking.poll() is not None
 
 
@@ -336,7 +337,7 @@ def count_forked(
     with monkeypatch.context() as patched:
         send = socket.send_fds
         patched.setattr(
-            conversion.socket, "send_fds", lambda *given: told.append(given) or send(*given)
+            children.socket, "send_fds", lambda *given: told.append(given) or send(*given)
         )
         read_file(site.data, unit="patient", strict=False)
     return len(told)
@@ -358,7 +359,7 @@ def test_without_making_up_they_are_as_many_as_the_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin."""
-    monkeypatch.setattr(Conversion, "_make_up", lambda self: None)
+    monkeypatch.setattr(Children, "_make_up", lambda self: None)
     assert count_forked(tmp_path, monkeypatch, 4, ROWS[1:2]) == 1 + 1
     assert count_forked(tmp_path, monkeypatch, 4, ROWS) == 1 + 4
 
@@ -374,8 +375,8 @@ def test_a_sample_is_of_as_many_processes_whoever_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[object] = []
-    start = Conversion._start
-    monkeypatch.setattr(Conversion, "_start", lambda self: started.append(self) or start(self))
+    start = Children._start
+    monkeypatch.setattr(Children, "_start", lambda self: started.append(self) or start(self))
     for rows in (ROWS[1:2], ROWS):
         (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         columns, table = Columns(text="t", patient="who"), ConvertTable(name="plain")

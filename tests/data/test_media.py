@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import socket
 import struct
 import subprocess
 import sys
 import wave
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,30 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from fedtune.core.config import Columns, DataFile
-from fedtune.core.data import media
+from fedtune.core import system_calls
+from fedtune.core.config import Columns, DataFile, Site
+from fedtune.core.data import children, decoding, media
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.records import read_records
+from fedtune.core.data.records import read_file, read_records
 from fedtune.core.errors import ConfigError
 from tests.media import image, recording
 
 ASK = Columns(image="image", prompt="q", completion="a")
+pytestmark = pytest.mark.usefixtures("started_once")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[dict[str, media.Decoder]]:
+    with media.Decoder("image") as images, media.Decoder("audio") as recordings:
+        yield {"image": images, "audio": recordings}
+
+
+@pytest.fixture
+def started_once(running: dict[str, media.Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that forks serves all readings of this file, as starting it takes a second."""
+    monkeypatch.setattr(
+        "fedtune.core.data.records.Decoder", lambda kind, _: nullcontext(running[kind])
+    )
 
 
 def read(
@@ -43,14 +63,24 @@ def test_a_record_holds_its_file(tmp_path: Path) -> None:
     (record,), rejected = read(tmp_path, ["images/a.png"])
     assert not rejected
     assert media.picture(record.media).size == (30, 20)
-    assert record.media.body == (tmp_path / "images" / "a.png").read_bytes()
+    with Image.open(tmp_path / "images" / "a.png") as shown:
+        assert media.picture(record.media).tobytes() == shown.tobytes()
+    content = (tmp_path / "images" / "a.png").read_bytes()
+    assert record.media.file == hashlib.sha256(content).digest()
     assert "cat" not in repr(record) and "a.png" not in repr(record)
 
 
-def test_a_file_is_read_once_however_many_records_name_it(tmp_path: Path) -> None:
+def test_a_file_is_read_once_however_many_records_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image(tmp_path / "a.png", 0)
+    opened = list[Path]()
+    plain = media.read_file
+    monkeypatch.setattr(
+        media, "read_file", lambda path, kind: opened.append(path) or plain(path, kind)
+    )
     records, _ = read(tmp_path, ["a.png", "./a.png", "a.png"])
-    assert len({id(record.media) for record in records}) == 1
+    assert len(opened) == 1 and len({record.media.body for record in records}) == 1
 
 
 def test_paths_stay_inside_the_folder(tmp_path: Path) -> None:
@@ -85,114 +115,6 @@ def test_broken_files_are_counted_by_reason(tmp_path: Path) -> None:
     assert rejected == {"unreadable image": 4, "missing value": 1, "wrong type": 1, "empty text": 1}
 
 
-def test_a_small_file_of_many_pixels_is_not_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Image.new("1", (7000, 7000)).save(tmp_path / "bomb.png")
-    Image.init()  # the plug-ins of some formats load an image of their own
-    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    assert read(tmp_path, ["bomb.png"])[1] == {"image too large": 1}
-
-
-def test_a_jpeg_of_many_scans_is_not_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """64 bytes a scan went over 40 million pixels in 3 ms: a file of 64 MiB took an hour. Some that
-    a thumbnail has, or what follows the end, are no hindrance; behind a marker without a length,
-    which a reader of segments takes for one with a length, they count too."""
-    image(tmp_path / "a.png", 0, (64, 64))
-    thumbnail = b"Exif\0\0" + b"\xff\xda\0\2" * 20
-    with Image.open(tmp_path / "a.png") as whole:
-        whole.convert("RGB").save(tmp_path / "plain.jpg", progressive=True, exif=thumbnail)
-    body = (tmp_path / "plain.jpg").read_bytes()
-    last = body.rindex(b"\xff\xda")
-    for name, scans in (("few.jpg", 50), ("many.jpg", media.SCANS)):
-        (tmp_path / name).write_bytes(body[:last] + body[last:-2] * scans + body[-2:])
-    (tmp_path / "moving.jpg").write_bytes(body + b"\xff\xda\0\2" * 50)
-    hidden = b"\xff\x02\xff\xff" + body[last:-2] * media.SCANS
-    (tmp_path / "hidden.jpg").write_bytes(body[:last] + hidden + body[last:])
-    records, rejected = read(tmp_path, ["plain.jpg", "few.jpg", "moving.jpg"])
-    assert len(records) == 3 and not rejected
-    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    assert read(tmp_path, ["many.jpg", "hidden.jpg"])[1] == {"image too large": 2}
-
-
-def tiff(tags: dict[int, tuple[int, int, bytes]], data: bytes, order: str = "<") -> bytes:
-    """Lay out a TIFF file: tag -> (type, count, values). data: what stands at byte 8."""
-    body, entries = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4) + data), b""
-    for tag, (kind, count, values) in sorted(tags.items()):
-        place = values.ljust(4, b"\0")
-        if len(values) > 4:
-            place = struct.pack(f"{order}I", len(body))
-            body += values
-        entries += struct.pack(f"{order}HHI", tag, kind, count) + place
-    struct.pack_into(f"{order}I", body, 4, len(body))
-    return bytes(body + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
-
-
-def grey(width: int, height: int, order: str = "<") -> dict[int, Any]:
-    """Return the tags of a grey TIFF that is not compressed."""
-    short, long = (lambda number, form=form: struct.pack(order + form, number) for form in "HI")
-    plain = {256: (4, 1, long(width)), 257: (4, 1, long(height)), 258: (3, 1, short(8))}
-    return plain | {259: (3, 1, short(1)), 262: (3, 1, short(1)), 277: (3, 1, short(1))}
-
-
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_a_tiff_of_many_pieces_is_not_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
-) -> None:
-    """Pillow makes an object of each: a million took 5 s, and 64 MiB gigabytes."""
-    places = struct.pack(f"{order}H", 8) * (media.PIECES + 1)
-    for tag in (media.STRIPS, media.TILES):
-        tags = grey(4, 4, order) | {tag: (3, media.PIECES + 1, places)}
-        (tmp_path / f"{tag}.tiff").write_bytes(tiff(tags, bytes(16), order))
-    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
-    names = [f"{tag}.tiff" for tag in (media.STRIPS, media.TILES)]
-    assert read(tmp_path, names)[1] == {"image too large": 2}
-
-
-def test_a_tiff_that_is_decoded_again_and_again_is_not_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By strips of one place, each of which Pillow decodes, or by tiles that are far larger than
-    the image. Twin: as many as the image needs."""
-    rows = (4, 1, struct.pack("<I", 32))
-    for count in (2, 200):
-        strips = (3, count, struct.pack("<H", 8) * count)
-        tags = grey(64, 64) | {media.STRIPS: strips, 278: rows}
-        (tmp_path / f"{count}.tiff").write_bytes(tiff(tags, bytes(64 * 32)))
-    large = (4, 1, struct.pack("<I", 2**26))
-    tiles = grey(40, 4) | {media.TILE_WIDTH: (4, 1, struct.pack("<I", 1)), media.TILE_LENGTH: large}
-    tiles |= {media.TILES: (3, 40, struct.pack("<H", 8) * 40)}
-    (tmp_path / "tiles.tiff").write_bytes(tiff(tiles, bytes(64)))
-    monkeypatch.setattr(media, "COVERED", 4 * 64 * 64)
-    assert len(read(tmp_path, ["2.tiff"])[0]) == 1
-    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    assert read(tmp_path, ["200.tiff", "tiles.tiff"])[1] == {"image too large": 2}
-
-
-def test_an_image_with_a_part_many_times_is_not_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With each EXIF segment of a JPEG Pillow copies all earlier ones; it inflates each colour
-    profile of a PNG."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    body = (tmp_path / "a.jpg").read_bytes()
-    part = b"\xff\xe1\0\x0aExif\0\0ab"
-    for count in (media.MOST_REPEATED, media.MOST_REPEATED + 1):
-        (tmp_path / f"{count}.jpg").write_bytes(body[:2] + part * count + body[2:])
-    (tmp_path / "a.png").write_bytes(b"\x89PNG" + b"iCCP" * (media.MOST_REPEATED + 1))
-    comment, chunk = b"\xff\xfe\0\2" * (media.SEGMENTS + 1), (bytes(4) + b"prVt" + bytes(4))
-    (tmp_path / "b.jpg").write_bytes(body[:2] + comment + body[2:])
-    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk * (media.SEGMENTS + 1))
-    tags = b"II*\0" + struct.pack("<IH", 8, media.TAGS + 1) + bytes(12 * (media.TAGS + 1))
-    (tmp_path / "b.tiff").write_bytes(tags)
-    assert len(read(tmp_path, [f"{media.MOST_REPEATED}.jpg"])[0]) == 1
-    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
-    names = [f"{media.MOST_REPEATED + 1}.jpg", "a.png", "b.jpg", "b.png", "b.tiff"]
-    assert read(tmp_path, names)[1] == {"image too large": 5}
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
 def test_a_picture_is_turned_without_writing_its_tags_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
@@ -202,15 +124,15 @@ def test_a_picture_is_turned_without_writing_its_tags_again(
     pixels[:2, :3] = 200
     exif = Image.Exif()
     for value in range(1, 9):
-        exif[media.ORIENTATION] = value
+        exif[decoding.ORIENTATION] = value
         name = f"{value}.{suffix}"
         Image.fromarray(pixels).save(tmp_path / name, exif=exif)
         with Image.open(tmp_path / name) as image:
             expected = ImageOps.exif_transpose(image).convert("RGB")
         with monkeypatch.context() as patched:
             patched.setattr(ImageFileDirectory_v2, "tobytes", lambda *_: pytest.fail("written"))
-            (record,), _ = read(tmp_path, [name])
-            assert np.array_equal(np.asarray(media.picture(record.media)), np.asarray(expected))
+            turned = decoding.decode_image((tmp_path / name).read_bytes())
+            assert np.array_equal(np.asarray(turned), np.asarray(expected))
 
 
 def test_an_image_that_a_processor_would_blow_up_is_rejected(tmp_path: Path) -> None:
@@ -243,8 +165,8 @@ def test_a_label_may_stand_beside_a_file_alone(tmp_path: Path) -> None:
     recording(tmp_path / "a.wav", 0)
     (record,), _ = read(tmp_path, ["a.wav"], SAID)
     assert (record.prompt, record.label) == ("", "1")
-    assert len(media.decode_sound(record.media)) == 2400
-    assert len(media.decode_sound(record.media, 16_000)) == 4800
+    assert len(media.sound(record.media)) == 2400
+    assert len(media.sound(record.media, 16_000)) == 4800
 
 
 def test_long_and_broken_recordings_are_counted(
@@ -257,52 +179,15 @@ def test_long_and_broken_recordings_are_counted(
     (tmp_path / "cut.wav").write_bytes(body[:30])
     body[24:28] = struct.pack("<I", 10)  # ten samples a second
     (tmp_path / "slow.wav").write_bytes(body)
-    monkeypatch.setitem(sys.modules, "soundfile", None)
     names = ["long.wav", "none.wav", "cut.wav", "slow.wav", "fine.wav"]
     records, rejected = read(tmp_path, names, SAID)
     assert len(records) == 1
     assert rejected["audio too long"] >= 1
     assert sum(rejected.values()) == 4
-    assert set(rejected) <= {
-        "audio too long",
-        "unreadable audio",
-        "no PCM WAV, and fedtune[media] is not installed",
-    }
-
-
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
-def test_a_recording_is_judged_by_its_header_before_it_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """23 kB of 255 channels took 680 MB, and a rate of 2·10⁹ would have let an hour pass for 30 s.
-    Nor is more decoded than a recording may have, whatever its header says."""
-    asked = list[int]()
-    if name == "a.wav":
-        monkeypatch.setattr(
-            wave.Wave_read, "readframes", lambda _, count: asked.append(count) or bytes(2)
-        )
-        for rate, channels in ((8000, 1), (8000, media.CHANNELS + 1), (2_000_000_000, 1)):
-            with wave.open(str(tmp_path / f"{rate}-{channels}"), "wb") as file:
-                file.setparams((channels, 2, rate, 0, "NONE", ""))
-                file.writeframes(bytes(2 * channels))
-    else:
-        opened = pytest.importorskip("soundfile")
-        form = name[2:].upper()
-        for rate, channels in ((8000, 1), (8000, media.CHANNELS + 1), (400_000, 1)):
-            usable = form if channels == 1 and (form, rate) != ("OGG", 400_000) else "AIFF"
-            silence = np.zeros((8000, channels))
-            opened.write(tmp_path / f"{rate}-{channels}", silence, rate, format=usable)
-        plain = opened.SoundFile.read
-
-        def noted(file: Any, most: int, **how: Any) -> Any:
-            asked.append(most)
-            return plain(file, most, **how)
-
-        monkeypatch.setattr(opened.SoundFile, "read", noted)
-    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix == "")
-    records, rejected = read(tmp_path, names, SAID)
-    assert len(records) == 1 and rejected == {"unreadable audio": 2}
-    assert asked == [int(media.SECONDS * 8000) + 1]
+    assert set(rejected) <= set(media.REASONS["audio"])
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    body = (tmp_path / "cut.wav").read_bytes()
+    assert decoding.answer("audio", body) == media.REJECTED + media.NO_DECODER.encode()
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
@@ -317,12 +202,13 @@ def test_every_width_of_pcm_is_the_same_sound(width: int) -> None:
         out.setsampwidth(width)
         out.setframerate(8000)
         out.writeframes(body)
-    found = media.decode_sound(media.Media("audio", file.getvalue(), b""))
+    found, _ = decoding.decode_audio(file.getvalue())
     assert np.abs(found - tone).max() < 2.5 / 2 ** (8 * width - 1) + 1e-6
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image(tmp_path / "a.png", 0)
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ConfigError, match=r"Pillow.*not installed.*fedtune\[media\]"):
         read(tmp_path, ["a.png"])
@@ -339,7 +225,7 @@ def test_links_are_followed_before_the_path_is_judged(
     with pytest.raises(Rejected, match="outside"):
         media.Folder(inside).read("link.png", "image")
     monkeypatch.setattr(media.Folder, "_inside", lambda self, name: self._root / name)
-    assert media.Folder(inside).read("link.png", "image").body
+    assert media.Folder(inside).read("link.png", "image")
 
 
 @pytest.mark.parametrize(
@@ -355,46 +241,226 @@ def test_columns_that_make_no_record(given: dict[str, str], says: str) -> None:
         Columns(**given)
 
 
-@pytest.mark.parametrize(("kind", "usual"), [("image", "PNG"), ("audio", "WAV")])
-def test_no_record_decides_which_modules_are_imported(
-    tmp_path: Path, kind: str, usual: str
+# --------------------------------------------------------------------- in a process of its own
+
+
+def jpeg_of_scans(folder: Path, count: int) -> bytes:
+    """A JPEG whose last scan, of a few bytes, comes this many times: each goes over all pixels."""
+    Image.new("RGB", (3000, 3000), (90, 120, 9)).save(folder / "scans.jpg", progressive=True)
+    body = (folder / "scans.jpg").read_bytes()
+    last = body.rindex(b"\xff\xda")
+    return body[:last] + body[last:-2] * count + body[-2:]
+
+
+def of_patients(folder: Path, rows: list[tuple[str, str]], **site: int) -> Any:
+    """Read a site's file of rows (patient, name of an image)."""
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"who": w, "image": n, "label": 1}) + "\n" for w, n in rows))
+    columns = {"image": "image", "label": "label", "patient": "who"}
+    given = {"name": "a", "declared_size": 4, "state": str(folder), **site}
+    found = Site.model_validate(
+        {"site": given, "data": {"path": str(path), "columns": columns}}, strict=False
+    )
+    return read_file(found.data, unit="patient", strict=False)
+
+
+def test_a_hostile_file_costs_its_own_patient_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever shares the machine sees which files of a library are read from disk. Twin: reading
-    one such file by itself imports more."""
+    """A JPEG of so many scans takes minutes; a file of 64 MiB took hours. Twin: with fewer scans
+    the same image is read."""
+    monkeypatch.undo()
+    monkeypatch.setattr(media, "CPU_SECONDS", 2)
+    (tmp_path / "hours.jpg").write_bytes(jpeg_of_scans(tmp_path, 3000))
+    (tmp_path / "fine.jpg").write_bytes(jpeg_of_scans(tmp_path, 2))
+    image(tmp_path / "own.png", 0)
+    rows = [("z", "own.png"), ("a", "own.png"), ("z", "hours.jpg"), ("b", "fine.jpg")]
+    found = of_patients(tmp_path, rows)
+    assert [(record.unit, record.place.row) for record in found.records] == [("a", 2), ("b", 4)]
+    failed = [(row.row, row.reason) for row in found.failed]
+    assert failed == [(1, media.UNDECODED), (3, media.UNDECODED)]
+
+
+def test_a_file_takes_no_more_memory_than_a_child_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small file. Twin: with the limit that children have, it is an image."""
+    Image.new("1", (6000, 6000)).save(tmp_path / "large.png")
+    records, rejected = read(tmp_path, ["large.png"])
+    assert len(records) == 1 and not rejected
+    monkeypatch.undo()
+    monkeypatch.setattr(children, "MEMORY", 2**26)
+    records, rejected = read(tmp_path, ["large.png"])
+    assert not records and rejected in ({"image too large": 1}, {media.UNDECODED: 1})
+
+
+def test_no_library_reads_a_file_in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: on a machine that cannot confine a child, this process decodes, and says so."""
+    image(tmp_path / "a.png", 0)
+    monkeypatch.setattr(decoding, "answer", lambda *_: pytest.fail("decoded here"))
+    (record,), _ = read(tmp_path, ["a.png"])
+    assert media.picture(record.media).size == (20, 20)
+    monkeypatch.undo()
+    monkeypatch.setattr(system_calls, "MACHINES", {})
+    asked = list[str]()
+    plain = decoding.answer
+    monkeypatch.setattr(
+        decoding, "answer", lambda kind, body: asked.append(kind) or plain(kind, body)
+    )
+    (other,), _ = read(tmp_path, ["a.png"])
+    assert asked == ["image"] and other.media.body == record.media.body
+
+
+def test_a_machine_without_a_filter_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image(tmp_path / "a.png", 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert len(read(tmp_path, ["a.png"])[0]) == 1
+    assert "decoded without a limit of time or memory" in caplog.text
+
+
+@pytest.mark.parametrize("patients", [0, 1, 4])
+def test_how_many_children_decode_is_a_public_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patients: int
+) -> None:
+    """A child more is forked at the start. Twin: without making up there are as many as units."""
+    monkeypatch.undo()
+    image(tmp_path / "a.png", 0)
+    rows = [(f"{number}", "a.png") for number in range(patients)] * 2
+    told = list[object]()
+    send = socket.send_fds
+    monkeypatch.setattr(
+        children.socket, "send_fds", lambda *given: told.append(given) or send(*given)
+    )
+    of_patients(tmp_path, rows)
+    assert len(told) == 1 + 5
+    told.clear()
+    monkeypatch.setattr(children.Children, "_make_up", lambda self: None)
+    of_patients(tmp_path, rows)
+    assert len(told) == 1 + patients
+
+
+def test_a_patients_files_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are read, and as they are decoded; another patient's are not counted."""
+    names = [image(tmp_path / f"{number}.png", number) for number in range(3)]
+    size = sum((tmp_path / name).stat().st_size for name in names)
+    rows = [("a", names[0]), ("a", names[1]), ("b", names[0]), ("a", names[2]), ("a", names[0])]
+    monkeypatch.setattr("fedtune.core.data.records.UNIT_BYTES", size - 1)
+    found = of_patients(tmp_path, rows)
+    assert [(row.row, row.reason) for row in found.failed] == [(4, "image too large")]
+    monkeypatch.setattr("fedtune.core.data.records.UNIT_BYTES", size)
+    monkeypatch.setattr(media, "UNIT_BYTES", 2 * (3 * 20 * 20 + 9))
+    found = of_patients(tmp_path, rows)
+    assert [(row.row, row.reason) for row in found.failed] == [(4, "image too large")]
+
+
+HOSTILE_ANSWERS = {
+    "image": [
+        *(b"", b"?", b"+", b"-", b"-image of Mrs Adler", b"+" + bytes(8), b"+" + b"\xff" * 8),
+        b"+" + struct.pack("<II", 2, 2) + bytes(11),
+        b"+" + struct.pack("<II", 2, 2) + bytes(13),
+        b"+" + struct.pack("<II", 0, 2**31),
+        b"+" + struct.pack("<II", 30_000, 30_000),
+    ],
+    "audio": [
+        *(b"", b"+", b"+\x40\x1f\0\0", b"+\x40\x1f\0\0abc", b"-image too large"),
+        b"+" + struct.pack("<If", 8000, float("nan")),
+        b"+" + struct.pack("<If", 1, 0.5),
+        b"+" + struct.pack("<I", 4000) + bytes(4 * 120_001),
+    ],
+    "video": [
+        *(b"", b"+", b"+" + struct.pack("<II", 1, 1) + bytes(3)),
+        b"+" + (struct.pack("<II", 1, 1) + bytes(3)) * 9,
+        b"+" + struct.pack("<II", 2**12, 2**11) + bytes(9),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", media.KINDS)
+def test_what_a_child_answers_is_not_trusted(kind: media.Kind) -> None:
+    """A child that a hostile file has taken over answers anything. Twin: what is in order is
+    kept."""
+    reasons = {*media.REASONS[kind], media.UNDECODED, f"{kind} too large", f"{kind} too narrow"}
+    draw = np.random.default_rng(0)
+    noise = [b"+" + draw.bytes(int(draw.integers(60))) for _ in range(500)]
+    for told in [*HOSTILE_ANSWERS[kind], *noise]:
+        assert media.keep(kind, told) in reasons
+    size = struct.pack("<II", 1, 2) + bytes(6)
+    fine = {"image": size, "audio": struct.pack("<If", 8000, 0.5), "video": size * 8}
+    kept = media.keep(kind, b"+" + fine[kind])
+    assert isinstance(kept, bytes)
+    found = media.Media.of(kind, kept)
+    if kind == "audio":
+        assert media.sound(found).tolist() == [0.5]
+    else:
+        shown = media.clip(found) if kind == "video" else [media.picture(found)]
+        assert [frame.size for frame in shown] == [(1, 2)] * (8 if kind == "video" else 1)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_nothing_is_lost_on_the_way(tmp_path: Path, form: str) -> None:
+    """An image is what Pillow decodes, to the last bit."""
+    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a", form)
+    (record,), _ = read(tmp_path, ["a"])
+    with Image.open(tmp_path / "a") as expected:
+        assert media.picture(record.media).tobytes() == expected.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None)])
+def test_no_sample_is_lost_on_the_way(tmp_path: Path, form: str, subtype: str | None) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    samples = 0.1 * np.random.default_rng(1).standard_normal(900)
+    soundfile.write(tmp_path / "a", samples, 8000, format=form, subtype=subtype)
+    (record,), _ = read(tmp_path, ["a"], SAID)
+    expected, _ = soundfile.read(tmp_path / "a", dtype="float32")
+    assert np.array_equal(media.sound(record.media), expected)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_no_record_decides_which_modules_are_imported(tmp_path: Path, kind: str) -> None:
+    """Whoever shares the machine sees which files of a library are read from disk. Twin: what reads
+    the kept forms is imported with the first record."""
     looks = f"""if True:
         import json, pathlib, sys
-        import numpy, PIL.Image
         from fedtune.core.config import Columns, DataFile
         from fedtune.core.data import media, records
-        if sys.argv[1] == "alone":
-            media.import_decoders = records.import_decoders = lambda kind: None
+        if sys.argv[1] == "late":
+            media._import_what_reads_kept_forms = lambda kind: None
         folder = pathlib.Path({str(tmp_path)!r})
         def read(*names):
             rows = [dict(f=name, label="x") for name in names]
             path = folder / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + chr(10) for row in rows))
-            columns = Columns({kind}="f", label="label")
-            found, failed = records.read_records(DataFile(path=path, columns=columns))
-            assert len(found) == len(names), failed
-        read("usual")
+            file = DataFile(path=path, columns=Columns({kind}="f", label="label"))
+            found = records.read_file(file, strict=False).records
+            assert len(found) == len(names)
+            for record in found:
+                if {kind!r} == "audio":
+                    media.sound(record.media, 16_000)
+                else:
+                    media.picture(record.media)
+        read()
         before = {{*sys.modules}}
-        read("usual", *sys.argv[2:])
+        read(*sys.argv[2:])
         print(*{{*sys.modules}} - before)"""
     if kind == "image":
-        Image.new("RGB", (8, 8)).save(tmp_path / "usual", usual)
-        others = ["TIFF", "WEBP", "JPEG", "BMP"]
-        for name in others:
+        names = ["PNG", "TIFF", "WEBP", "JPEG", "BMP"]
+        for name in names:
             Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / name, name)
     else:
-        soundfile = pytest.importorskip("soundfile")
-        others = ["FLAC"]
-        for name, form in (("usual", usual), ("FLAC", "FLAC")):
-            soundfile.write(tmp_path / name, np.zeros(8000), 8000, format=form)
+        names = [recording(tmp_path / "a.wav", 0)]
 
     def imported(how: str) -> str:
-        words = [sys.executable, "-c", looks, how, *others]
+        words = [sys.executable, "-c", looks, how, *names]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     assert imported("first") == ""
-    assert imported("alone") != ""
+    assert imported("late") != ""

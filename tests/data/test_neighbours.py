@@ -310,4 +310,4 @@ def test_a_pipe_among_the_files_is_not_waited_for(
 
 def test_a_pipe_that_takes_a_pictures_place_is_not_waited_for(tmp_path: Path) -> None:
     with not_waited_for(tmp_path / "a.png"), pytest.raises(Rejected, match="unreadable image"):
-        media.load(tmp_path / "a.png", "image")
+        media.read_file(tmp_path / "a.png", "image")

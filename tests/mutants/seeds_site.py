@@ -470,53 +470,16 @@ MUTANTS = (
     ),
     one(
         33, "a-line-of-pixels", "fedtune/core/data/media.py",
-        "            if _is_narrow(image):\n", "            if False:\n",
+        "        if max(width, height) > ASPECT * min(width, height):\n", "        if False:\n",
         "tests/data/test_media.py::test_an_image_that_a_processor_would_blow_up_is_rejected",
         "an image processor makes a gigabyte of it",
     ),
     one(
-        33, "every-tag-of-a-picture-is-written-again", "fedtune/core/data/media.py",
+        33, "every-tag-of-a-picture-is-written-again", "fedtune/core/data/decoding.py",
         "oriented = _turn_upright(image)",
         'oriented = __import__("PIL.ImageOps", fromlist=[""]).exif_transpose(image)',
         "tests/data/test_media.py::test_a_picture_is_turned_without_writing_its_tags_again",
         "one patient's file of 64 MiB takes minutes, and gigabytes",
-    ),
-    one(
-        33, "a-tiff-of-millions-of-strips", "fedtune/core/data/media.py",
-        "number(tag + 4, length) > PIECES:", "False:",
-        "tests/data/test_media.py::test_a_tiff_of_many_pieces_is_not_opened",
-        "one patient's file takes gigabytes before it is judged",
-    ),
-    one(
-        33, "a-tiff-is-decoded-a-million-times", "fedtune/core/data/media.py",
-        "if image.format == \"TIFF\" and _count_covered(image) > COVERED:", "if False:",
-        "tests/data/test_media.py::test_a_tiff_that_is_decoded_again_and_again_is_not_decoded",
-        "one patient's file of 19 MB takes an hour",
-    ),
-    one(
-        33, "a-jpeg-of-a-million-exif-segments", "fedtune/core/data/media.py",
-        "if any(media.body.count(mark) > MOST_REPEATED for mark in REPEATED):", "if False:",
-        "tests/data/test_media.py::test_an_image_with_a_part_many_times_is_not_opened",
-        "one patient's file of 64 MiB takes half an hour",
-    ),
-    one(
-        33, "an-image-of-a-million-segments", "fedtune/core/data/media.py",
-        "    if number > SEGMENTS:\n", "    if False:\n",
-        "tests/data/test_media.py::test_an_image_with_a_part_many_times_is_not_opened",
-        "one patient's file of 64 MiB takes two gigabytes",
-    ),
-    one(
-        33, "a-recording-is-decoded-before-it-is-judged", "fedtune/core/data/media.py",
-        "if not RATES[0] <= rate <= RATES[1] or not 0 < channels <= CHANNELS:", "if False:",
-        "tests/data/test_media.py::"
-        "test_a_recording_is_judged_by_its_header_before_it_is_decoded[a.wav]",
-        "one patient's recording of 10 MB takes 40 GB",
-    ),
-    one(
-        33, "a-jpeg-of-a-million-scans", "fedtune/core/data/media.py",
-        " and media.body.count(SCAN) > SCANS:\n", " and False:\n",
-        "tests/data/test_media.py::test_a_jpeg_of_many_scans_is_not_decoded",
-        "one patient's file of 64 MiB takes an hour, and that site misses its rounds",
     ),
     one(
         35, "charges-of-any-unit-add-up", "fedtune/core/ledger/entries.py",

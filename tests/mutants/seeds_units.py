@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
-CONVERSION, FORKS = "fedtune/core/data/conversion.py", "fedtune/core/data/conversion_process.py"
+CHILDREN, FORKS = "fedtune/core/data/children.py", "fedtune/core/data/child_process.py"
 PER_UNIT, RECORDS, TYPED = (
     "fedtune/core/data/per_unit.py",
     "fedtune/core/data/records.py",
@@ -23,7 +23,7 @@ MUTANTS = (
         "units", "a-conversion-in-the-process-that-forks", FORKS,
         "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
         "    if pid == 0:\n",
-        "    plugin.convert(b'')\n"
+        "    work(b'')\n"
         "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
         "    if pid == 0:\n",
         T_CARRIED + "[in_a_shared_page]",
@@ -42,7 +42,7 @@ MUTANTS = (
         "a pipe has a time and a number that is counted up: how long the earlier units took",
     ),
     one(
-        "units", "as-many-children-as-units", CONVERSION,
+        "units", "as-many-children-as-units", CHILDREN,
         "            self._make_up()\n", "            pass\n",
         T_CONVERSION + "test_how_many_children_there_are_is_a_public_number",
         "every account of the machine counts a site's units by the numbers of its processes",
@@ -74,20 +74,20 @@ MUTANTS = (
     ),
     one(
         "units", "a-child-without-a-bound-of-memory", FORKS,
-        "        (resource.RLIMIT_AS, used + MEMORY),\n", "",
+        "        (resource.RLIMIT_AS, used + settings[\"memory\"]),\n", "",
         T_CONVERSION + "test_memory_is_bounded", "one unit's conversion takes the machine's memory",
     ),
     one(
-        "units", "a-process-that-forks-is-gone-for-all", CONVERSION,
-        '            log.warning("the process that converts records ended; it is started again")\n'
+        "units", "a-process-that-forks-is-gone-for-all", CHILDREN,
+        '            log.warning("the process that forks children ended; it is started again")\n'
         "            self._stop()\n",
-        '            log.warning("the process that converts records ended; it is started again")\n',
+        '            log.warning("the process that forks children ended; it is started again")\n',
         T_CONVERSION + "test_the_process_that_forks_is_started_again",
         "what ends it for one unit leaves all later ones empty",
     ),
     one(
-        "units", "a-result-of-a-child-that-was-ended", CONVERSION,
-        'if content is None or ended != b"0":', "if content is None:",
+        "units", "a-result-of-a-child-that-was-ended", CHILDREN,
+        "if not is_whole or ended != DONE:", "if not is_whole:",
         T_CONVERSION + "test_what_a_child_wrote_before_it_failed_is_not_read",
         "half a result is a unit's rows",
     ),

@@ -1,44 +1,31 @@
 """Fork a child for each unit's conversion; `core/data/conversion.py` starts this process.
 
-This process has no network, reads no row, and runs no code of a plug-in. It finds the plug-in's
-modules and keeps their text, since a child may open no file. On request it forks a child. It ends
-the child on request or when its time is over, and reports whether the child succeeded."""
+This process reads no row, and runs no code of a plug-in. It finds the plug-in's modules and keeps
+their text, since a child may open no file."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import importlib.abc
 import importlib.util
 import json
-import os
-import platform
 import re
-import resource
-import select
-import signal
-import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from fedtune.core import isolation
+from fedtune.core.data import child_process
 from fedtune.core.data.converters import CONVERTERS, Converter
 from fedtune.core.data.typed_rows import given_rows, returned_bytes
 from fedtune.core.errors import ConfigError
 
-MEMORY = 2**30  # bytes of address space that a child may add
 TEXT = 64 * 2**20  # bytes of the plug-in's modules and what they need
-CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
-PR_SET_PDEATHSIG = 1
 TRUSTED = ("numpy",)  # imported here if a plug-in requires it: its code is trusted anyway
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # fmt: off
@@ -59,14 +46,8 @@ PREPARED = (
 
 
 def main() -> None:
-    """Serve requests on a socket. sys.argv: the socket's descriptor, and [data.convert] with the
-    limits as JSON."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    table = json.loads(sys.argv[2])
-    limits = _Limits(table["seconds"], table["cpu_seconds"])
-    with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    isolation.no_network()
+    """Fork children that convert rows, with the plug-in and the options of [data.convert]."""
+    control, table = child_process.begin()
     for name in (*PREPARED, *_encodings()):
         with suppress(ImportError):
             importlib.import_module(name)
@@ -74,24 +55,10 @@ def main() -> None:
         point = CONVERTERS.find(table["name"])
         plugin = _PlugIn(table["name"], point.value, table["options"], _Modules(point))
     except ConfigError as error:
-        _say(control, {"kind": "plug-in", "text": str(error)})
-        return
-    if platform.machine() not in CLONE:
-        _say(control, {"kind": "machine", "text": platform.machine()})
+        child_process.say(control, "settings", str(error))
         return
     gc.freeze()  # so that a child does not copy what it never changes
-    _say(control, {"kind": "ready"})
-    while True:
-        asked, descriptors, _, _ = socket.recv_fds(control, 1, 2)
-        if not asked:
-            return
-        if len(descriptors) == 2:
-            ended = _fork_and_wait(control, plugin, descriptors[0], descriptors[1], limits)
-            control.sendall(b"0" if ended else b"1")
-
-
-def _say(control: socket.socket, told: Mapping[str, str]) -> None:
-    control.sendall(json.dumps(told).encode() + b"\n")
+    child_process.serve(control, plugin.convert, table)
 
 
 def _encodings() -> Iterator[str]:
@@ -99,98 +66,6 @@ def _encodings() -> Iterator[str]:
     import pkgutil
 
     return (f"encodings.{module.name}" for module in pkgutil.iter_modules(encodings.__path__))
-
-
-# --------------------------------------------------------------------------------- the processes
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Limits of one child: seconds from its start to its end, and seconds of processor time."""
-
-    seconds: float
-    cpu_seconds: int
-
-
-def _fork_and_wait(
-    control: socket.socket, plugin: _PlugIn, reading: int, writing: int, limits: _Limits
-) -> bool:
-    """Run a child on these pipes to its end, and return whether it succeeded.
-
-    The system call is made directly, since the C library's fork keeps the child's number in memory,
-    where the child could read it."""
-    clone = ctypes.PyDLL(None).syscall
-    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
-    if pid == 0:
-        _child(plugin, reading, writing, limits.cpu_seconds)
-    os.close(reading)
-    os.close(writing)
-    if pid < 0:
-        control.recv(1)
-        return False
-    child = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(child, select.POLLIN)
-        poll.register(control, select.POLLIN)
-        deadline, told = time.monotonic() + limits.seconds, False
-        while not told and (left := deadline - time.monotonic()) > 0:
-            ready = dict(poll.poll(1000 * left))
-            if child in ready:
-                break
-            told = control.fileno() in ready
-        else:
-            os.kill(pid, signal.SIGKILL)
-    finally:
-        os.close(child)
-    _, status = os.waitpid(pid, 0)
-    control.recv(1)  # the vault has closed its ends
-    return status == 0
-
-
-def _child(plugin: _PlugIn, reading: int, writing: int, cpu_seconds: int) -> None:
-    """Convert one unit's rows as the child, and end the process; never return."""
-    code = 1
-    try:
-        _limit(reading, writing, cpu_seconds)
-        if "seccomp" not in isolation.only_computing().means:
-            told: Any = [{"kind": "machine", "text": "no seccomp filter"}]
-            os.write(writing, returned_bytes(told))
-            code = 0
-        else:
-            content = plugin.convert(_read(reading))
-            while content:
-                content = content[os.write(writing, content) :]
-            code = 0
-    finally:
-        os._exit(code)
-
-
-def _limit(reading: int, writing: int, cpu_seconds: int) -> None:
-    """Close every descriptor but the two pipes and 0 to 2, and limit this process's memory, time
-    and files."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    first, second = sorted((reading, writing))
-    os.closerange(3, first)
-    os.closerange(first + 1, second)
-    os.closerange(second + 1, max(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-    with open("/proc/self/statm", encoding="ascii") as pages:
-        used = int(pages.read().split()[0]) * resource.getpagesize()
-    for what, most in (
-        (resource.RLIMIT_AS, used + MEMORY),
-        (resource.RLIMIT_CPU, cpu_seconds),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (most, most))
-
-
-def _read(reading: int) -> bytes:
-    length = int.from_bytes(os.read(reading, 8), "big")
-    content = bytearray()
-    while len(content) < length and (part := os.read(reading, 2**20)):
-        content += part
-    return bytes(content)
 
 
 # ------------------------------------------------------------------------------------ the plug-in
@@ -208,16 +83,16 @@ class _PlugIn:
         self._modules = modules
 
     def convert(self, given: bytes) -> bytes:
-        """Return the converted rows, encoded; if `given` is empty, a row that says whether the
-        plug-in accepts its options."""
+        """Return the converted rows, encoded; if `given` is empty, whether the plug-in accepts its
+        options, as Children reads it."""
         sys.meta_path = [BuiltinImporter, FrozenImporter, self._modules]
         if given:
             return returned_bytes(self._build().convert(given_rows(given)))
         try:
             self._build()
         except ConfigError as error:
-            return returned_bytes([{"kind": "plug-in", "text": str(error)}])
-        return returned_bytes([{"kind": "ready"}])
+            return json.dumps({"kind": "settings", "text": str(error)}).encode()
+        return json.dumps({"kind": "ready"}).encode()
 
     def _build(self) -> Converter:
         module, _, attribute = self._value.partition(":")

@@ -398,7 +398,7 @@ def _members(records: list[Record]) -> frozenset[bytes]:
     for record in records:
         members.add(record_member(record))
         if record.media:
-            members.add(b"media\0" + record.media.digest)
+            members.add(b"media\0" + record.media.file)
         members |= text_members(record)
     return frozenset(members)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +26,7 @@ from fedtune.core.data.conversion import Conversion
 from fedtune.core.data.dataset import Failed
 from fedtune.core.data.files import Place, Rejected, placed_rows
 from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
-from fedtune.core.data.media import KINDS, Folder, Media, import_decoders
+from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Media
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
 from fedtune.core.data.sources._interface import Names, Row
@@ -111,7 +111,7 @@ def unit_member(unit: str) -> bytes:
 def content_of(record: Record) -> bytes:
     """Return the record's content as bytes, without its patient."""
     more = [record.rejected] if record.rejected else []
-    more += [record.media.digest.hex()] if record.media else []
+    more += [record.media.file.hex()] if record.media else []
     said = [record.prompt, record.completion, record.label, record.messages, *more]
     return json.dumps(said).encode()
 
@@ -172,7 +172,8 @@ def read_file(
     filtered_in = Counter[str]()
     withheld_in = Counter[str]()
     declared_size = file.declared_size if isinstance(file, SiteData) else 0
-    with converting(file, declared_size) as convert:
+    decoding = Decoder(reading.kind, declared_size) if reading.kind else nullcontext()
+    with converting(file, declared_size) as convert, decoding as decoder:
         waiting: dict[str, list[tuple[Place, Row]]] = {}
         for place, row in site_rows(file, names, strict):
             count += 1
@@ -188,11 +189,24 @@ def read_file(
                 waiting.setdefault(key, []).append((place, row))
         for key in list(waiting):
             _take_converted(reading, waiting.pop(key), convert)
+        if decoder:
+            reading.decode(decoder)
     if not count and strict:
         raise DataError(
             f"{file.where}: the file has no records", "at least 2", f"check {table}.path"
         )
     return Read(reading.records, reading.failed, count, filtered_in, withheld_in, names)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class _Undecoded:
+    """A record whose file was read and is not decoded yet. file: the file's content; key: its
+    patient's key, "" if the unit is the record."""
+
+    place: Place
+    record: Record
+    key: str
+    file: bytes
 
 
 class _Reading:
@@ -209,9 +223,9 @@ class _Reading:
         self.failed: list[Failed] = []
         self._columns, self._by_patient = file.columns, unit == "patient"
         self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
-        self._kind = next((kind for kind in KINDS if getattr(file.columns, kind)), None)
-        if self._kind:
-            import_decoders(self._kind)
+        self.kind = next((kind for kind in KINDS if getattr(file.columns, kind)), None)
+        self._undecoded: list[_Undecoded] = []
+        self._files_of = defaultdict[str, dict[int, int]](dict)  # lengths of a patient's files
         self._copies, self._held = Counter[bytes](), Counter[str]()
         self._rows = 0
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
@@ -250,9 +264,41 @@ class _Reading:
             self.reject(place, "cannot be read")
 
     def _add(self, place: Place, row: Row, record: Record, key: str) -> None:
-        if self._kind:
-            named = text_of(row.get(self._columns.media or ""))
-            record = replace(record, media=self._folder.read(named, self._kind))
+        if not self.kind:
+            self._add_whole(place, record, key)
+            return
+        named = text_of(row.get(self._columns.media or ""))
+        content = self._folder.read(named, self.kind)
+        files = self._files_of[key] | {id(content): len(content)}  # the Folder keeps each
+        if self._by_patient and sum(files.values()) > UNIT_BYTES:
+            raise Rejected(f"{self.kind} too large")
+        self._files_of[key] = files
+        self._undecoded.append(_Undecoded(place, record, key, content))
+
+    def decode(self, decoder: Decoder) -> None:
+        """Decode the files that the records name, those of one unit after those of another, and add
+        the records in the order of their rows."""
+        waiting = self._undecoded
+        units = defaultdict[str, list[int]](list)
+        for number, row in enumerate(waiting):
+            units[row.key if self._by_patient else str(number)].append(number)
+        decoded: dict[int, Media | str] = {}
+        for numbers in units.values():
+            # A file that several records of a unit name is decoded once.
+            files = list({waiting[number].file: None for number in numbers})
+            found = dict(zip(files, decoder.decode(files), strict=True))
+            decoded.update({number: found[waiting[number].file] for number in numbers})
+        for number, row in enumerate(waiting):
+            media = decoded[number]
+            if isinstance(media, str):
+                self.reject(row.place, media)
+                continue
+            try:
+                self._add_whole(row.place, replace(row.record, media=media), row.key)
+            except Rejected as error:
+                self.reject(row.place, error.reason)
+
+    def _add_whole(self, place: Place, record: Record, key: str) -> None:
         if not self._by_patient:
             digest = hashlib.sha256(content_of(record))
             key = f"{digest.hexdigest()} {self._copies[digest.digest()]}"

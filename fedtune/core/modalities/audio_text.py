@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import wave
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +13,7 @@ from fedtune.core.bases.digest import unchanged
 from fedtune.core.bases.find import Base
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.media import Media, decode_sound
+from fedtune.core.data.media import Media, keep_samples, sound
 from fedtune.core.data.records import Record
 from fedtune.core.errors import ModelError
 from fedtune.core.modalities._interface import Modality
@@ -44,7 +41,7 @@ class Speech:
             raise Rejected("missing value")
         if record.prompt and objective.resolved.record_format != "label":
             raise Rejected("a speech base takes no prompt")
-        samples = decode_sound(record.media, self._rate)
+        samples = sound(record.media, self._rate)
         if len(samples) > self._extractor.n_samples and objective.overflow == "reject":
             raise Rejected("audio too long")
         said = record.completion
@@ -56,7 +53,7 @@ class Speech:
 
     def tensor(self, media: Media) -> torch.Tensor:
         """Compute the log-mel spectrogram, (1, mel bins, frames)."""
-        samples = decode_sound(media, self._rate)
+        samples = sound(media, self._rate)
         features = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
         return torch.from_numpy(np.asarray(features["input_features"], dtype=np.float32))
 
@@ -65,13 +62,8 @@ class Speech:
         count = int(self._rate * draw.uniform(0.2, 1.0))
         tone = np.sin(np.arange(count) * draw.uniform(0.05, 1.0))
         values = (8000 * tone + 4000 * draw.standard_normal(count)).clip(-32768, 32767)
-        file = io.BytesIO()
-        with wave.open(file, "wb") as out:
-            out.setnchannels(1)
-            out.setsampwidth(2)
-            out.setframerate(self._rate)
-            out.writeframes(values.astype("<i2").tobytes())
-        return Media("audio", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+        samples = (np.trunc(values) / 32768).astype(np.float32)
+        return Media.of("audio", keep_samples(samples, self._rate))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +16,7 @@ from fedtune.core.bases.digest import unchanged
 from fedtune.core.bases.find import Base, load_config
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.media import EXTRA, Media, picture
+from fedtune.core.data.media import EXTRA, Media, keep_frames, picture
 from fedtune.core.data.records import Record
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.modalities._interface import Modality
@@ -74,10 +72,8 @@ class Images:
 
         shapes = ((24, 24), (24, 72), (72, 24))
         shape = shapes[int(draw.integers(3))] if like is None else picture(like).size[::-1]
-        file = io.BytesIO()
         noise = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        pillow.fromarray(noise).save(file, "PNG")
-        return Media("image", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+        return Media.of("image", keep_frames([pillow.fromarray(noise)]))
 
     def _run_of(self, config: Any) -> int:
         """Count the image tokens that stand for one tile."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.core.bases.find import Base
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.media import Media, clip
+from fedtune.core.data.media import Media, clip, keep_frames
 from fedtune.core.data.records import Record
-from fedtune.core.data.video import FRAMES, import_pyav
+from fedtune.core.data.video import FRAMES
 from fedtune.core.errors import ModelError
 from fedtune.core.modalities._interface import Modality
 from fedtune.core.modalities.image_text import Images, ImageText, Square, put_before
@@ -47,19 +45,12 @@ class Clips:
         return torch.cat([self._images.prepare(frame) for frame in clip(media)])
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a clip of noise, of fewer or more frames than FRAMES, in the size of `like` if
-        given."""
-        av = import_pyav()
-        file = io.BytesIO()
-        with av.open(file, "w", format="avi") as out:
-            stream = out.add_stream("mjpeg", rate=8)
-            stream.pix_fmt, stream.thread_count = "yuvj444p", 1
-            stream.width, stream.height = (24, 24) if like is None else clip(like)[0].size
-            for _ in range(int(draw.integers(FRAMES // 2, 2 * FRAMES))):
-                noise = draw.integers(0, 256, (stream.height, stream.width, 3), dtype=np.uint8)
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(noise)))
-            out.mux(stream.encode())
-        return Media("video", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+        """Generate a clip of noise, in the size of `like` if given."""
+        from PIL import Image as pillow
+
+        width, height = (24, 24) if like is None else clip(like)[0].size
+        noise = draw.integers(0, 256, (FRAMES, height, width, 3), dtype=np.uint8)
+        return Media.of("video", keep_frames([pillow.fromarray(frame) for frame in noise]))
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,6 @@ class VideoText(Modality):
     kinds = ("image_text",)
 
     def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Clips:
-        import_pyav()
         images = ImageText().reader(base, tokenizer)
         if isinstance(images, Square):
             raise ModelError(

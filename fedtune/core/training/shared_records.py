@@ -70,7 +70,7 @@ def unpack_records(header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> D
         tensor.numpy() for tensor in tensors
     )
     files = [
-        Media(kind, body.tobytes(), hashlib.sha256(body.tobytes()).digest())
+        Media.of(kind, body.tobytes())
         for (kind, _), body in zip(
             header["media"], _parts(bodies, [size for _, size in header["media"]]), strict=True
         )

@@ -1,0 +1,326 @@
+"""Do pieces of work, each in a child process that can only compute and that ends afterwards.
+
+    this process ── two pipes for each child ──> a program that forks ──> a child for each piece
+
+The program that forks is started anew, without this process's memory. It reads no record. A child
+is confined before its work starts (isolation.only_computing), and has limits of memory and time.
+
+Guarantee: what a child answers depends only on what it was given and on public settings. Neither
+memory nor a file, a process, a clock or a count passes from one child to another. If anything goes
+wrong in a child, only its own piece of work fails (docs/guarantee.md says what is not covered). The
+number of children follows from a site's declared size, unless there are over a quarter more pieces
+than that (`count_children`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import TypeVar
+
+from fedtune.core import boot
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    describe,
+    escape_controls,
+)
+
+log = logging.getLogger("fedtune.data")
+SECONDS = 120.0  # from a child's start to its end, for a child that waits in vain
+MEMORY = 2**30  # bytes of address space that a child may add
+START_SECONDS = 600.0  # until the program that forks is ready
+SAID = 300  # characters shown of an error about settings, before a record is read
+MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed"
+LENGTH = 8  # bytes, big-endian, before each thing that passes through a pipe
+FAILED, DONE, NOT_CONFINED = b"1", b"0", b"m"  # what the program that forks says of a child's end
+T = TypeVar("T")
+
+
+class ChildFailed(Exception):
+    """A child's work failed; the error says nothing about what the child was given."""
+
+
+class NotConfined(ChildFailed):
+    """The child did nothing, since this machine cannot confine it."""
+
+
+class Children:
+    """Runs one child after another, in a `with` block in which a site's records are read.
+
+    - program: the module of the program that forks, which calls child_process.serve
+    - settings: what the program needs to know, as JSON
+    - what: the settings' key or the files' kind, for error messages
+    - otherwise: what a person can do if this machine cannot confine a child
+    - cpu_seconds: processor time of one child; other processes' time does not count
+    - declared_size: the site's declared size, if its whole dataset is read, else 0. When the block
+      ends, children without work run until as many have run as `count_children` returns
+
+    Errors, before anything is given to a child: ConfigError if the program refuses its settings;
+    InfrastructureError if this machine cannot confine it."""
+
+    def __init__(
+        self,
+        program: str,
+        settings: Mapping[str, object],
+        *,
+        what: str,
+        otherwise: str,
+        cpu_seconds: int,
+        declared_size: int = 0,
+    ) -> None:
+        self._program, self._settings = program, dict(settings)
+        self._what, self._otherwise = what, otherwise
+        self._cpu_seconds, self._declared_size = cpu_seconds, declared_size
+        self._forked = 0  # children that were given work
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Children:
+        self._start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._make_up()
+        self._stop()
+
+    def run(
+        self, given: Iterable[bytes], most: int, take: Callable[[bytes], T], *, counts: bool = True
+    ) -> list[T]:
+        """Fork a child, give it one thing after another, and return what `take` makes of each
+        answer, once the child has ended well.
+
+        - given: what the child is given; the next is only asked for once an answer was taken
+        - most: bytes that an answer may have
+        - take: reads an answer, which is not trusted
+        - counts: whether the child is one of those that `count_children` counts
+
+        Errors: ChildFailed if the child fails, is too slow, or answers with too much; those of
+        `take`, after the child has ended."""
+        if self._control is None:  # the program that forks was killed, for want of memory
+            try:
+                self._start()
+            except FedtuneError as error:
+                log.error("%s", describe(error))
+                raise ChildFailed from None
+        assert self._control is not None
+        there, back = _Pipe(), _Pipe()
+        self._control.settimeout(SECONDS)
+        self._forked += counts
+        taken: list[T] = []
+        try:
+            socket.send_fds(self._control, [b"?"], [there.reading, back.writing])
+            there.close_reading()
+            back.close_writing()
+            try:
+                deadline = time.monotonic() + SECONDS
+                for content in given:
+                    taken.append(take(_ask(there.writing, back.reading, content, most, deadline)))
+                there.close()  # so that the child ends
+                is_whole = not _read(back.reading, 1, deadline)
+            except ChildFailed:
+                is_whole = False
+            finally:
+                there.close()
+                back.close()
+                self._control.sendall(b".")  # ends a child that still runs
+                ended = self._control.recv(1)
+            if not ended:
+                raise OSError
+        except OSError:
+            log.warning("the process that forks children ended; it is started again")
+            self._stop()
+            raise ChildFailed from None
+        finally:
+            there.close()
+            back.close()
+        if ended == NOT_CONFINED:
+            raise NotConfined
+        if not is_whole or ended != DONE:
+            raise ChildFailed
+        return taken
+
+    def _make_up(self) -> None:
+        """Run children without work until as many have run as `count_children` returns."""
+        if self._forked > count_children(0, self._declared_size) > 0:
+            log.warning(
+                "the records hold more units than site.declared_size allows for, so that how many "
+                "processes convert them tells of it; to do: declare a larger round figure"
+            )
+        for _ in range(count_children(self._forked, self._declared_size) - self._forked):
+            with suppress(ChildFailed):
+                self.run([b""], SAID, bytes, counts=False)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        limits = {"seconds": SECONDS, "cpu_seconds": self._cpu_seconds, "memory": MEMORY}
+        with theirs:
+            self._process = subprocess.Popen(
+                boot.command(
+                    self._program, str(theirs.fileno()), json.dumps({**self._settings, **limits})
+                ),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+            )
+        self._control = ours
+        ours.settimeout(START_SECONDS)
+        try:
+            told = json.loads(_line(ours))
+        except (OSError, ValueError):
+            told = {"kind": "machine", "text": "it did not start"}
+        if told["kind"] == "ready":
+            told = self._try()
+        if told["kind"] == "ready":
+            return
+        self._stop()
+        text = escape_controls(str(told["text"]))[:SAID]
+        if told["kind"] == "machine":
+            raise InfrastructureError(
+                f"{self._what} cannot be confined here ({text})", MACHINE, self._otherwise
+            )
+        raise ConfigError(text)
+
+    def _try(self) -> dict[str, str]:
+        """Fork a child that is given nothing, before anything private is read. Return the kind of
+        its answer (ready, settings or machine) and its text."""
+        try:
+            (told,) = self.run([b""], 2**16, json.loads, counts=False)
+            return {"kind": str(told["kind"]), "text": str(told.get("text", ""))}
+        except NotConfined:
+            return {"kind": "machine", "text": "no seccomp filter"}
+        except (ChildFailed, ValueError, KeyError, TypeError, AttributeError):
+            return {"kind": "settings", "text": f"{self._what} cannot be imported"}
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._control, self._process = None, None
+
+
+def count_children(pieces: int, declared_size: int) -> int:
+    """Return how many children do the work of `pieces` units: the declared size plus a quarter,
+    doubled until there is a child for each unit. If there are no more units than the declared size
+    plus a quarter, the result tells nothing of their number.
+
+    >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
+    (250, 250, 500)
+
+    With declared_size 0 (the records are not all of a site's) it is one for each unit."""
+    children = declared_size + declared_size // 4
+    while 0 < children < pieces:
+        children *= 2
+    return children or pieces
+
+
+class _Pipe:
+    """A pipe, each end of which is closed only once."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+
+    def close_reading(self) -> None:
+        if self.reading >= 0:
+            os.close(self.reading)
+            self.reading = -1
+
+    def close_writing(self) -> None:
+        if self.writing >= 0:
+            os.close(self.writing)
+            self.writing = -1
+
+    def close(self) -> None:
+        self.close_reading()
+        self.close_writing()
+
+
+def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -> bytes:
+    """Write one thing to a child, and return its answer. Errors: ChildFailed if the answer is too
+    long, comes too late or is not whole."""
+    os.set_blocking(writing, False)
+    poll = select.poll()
+    poll.register(writing, select.POLLOUT)
+    for part in (len(given).to_bytes(LENGTH, "big"), given):
+        rest = memoryview(part)
+        while rest:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left):
+                raise ChildFailed
+            try:
+                rest = rest[os.write(writing, rest[:65536]) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:  # the child answers, or fails, without having read all of it
+                break
+    header = _read(reading, LENGTH, deadline)
+    length = int.from_bytes(header, "big")
+    if len(header) != LENGTH or length > most:
+        raise ChildFailed
+    answer = _read(reading, length, deadline)
+    if len(answer) != length:
+        raise ChildFailed
+    return answer
+
+
+def _read(reading: int, length: int, deadline: float) -> bytes:
+    """Read this many bytes; fewer if the other end is closed before. Errors: ChildFailed if they
+    come too late."""
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    content = bytearray()
+    while len(content) < length:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(1000 * left):
+            raise ChildFailed
+        part = os.read(reading, min(length - len(content), 2**20))
+        if not part:
+            break
+        content += part
+    return bytes(content)
+
+
+def _line(control: socket.socket) -> bytes:
+    """Read one line byte by byte, since the bytes after it belong to the next message."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := control.recv(1)):
+        line += byte
+    return bytes(line)
+
+
+def _environment() -> Mapping[str, str]:
+    """Return the environment of the program that forks: the same on every machine, except for the
+    location of Python's packages. PYTHONHASHSEED makes the order of sets the same in each process,
+    so that a piece of work is done alike each time."""
+    paths = dict.fromkeys(path for path in sys.path if os.path.isabs(path))
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONHASHSEED": "0",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
