@@ -174,7 +174,15 @@ def _events_in_parent(
     site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
     """Return the steps that another parent may have run on the people of `site`, the same steps
-    with the σ of each site's own noise alone, and the relation by which this was decided."""
+    with the σ of each site's own noise alone, and the relation by which this was decided.
+
+    - site: one site's share in one parent
+    - other: the shares of all sites in the other parent
+    - delta: the δ at which ε is computed, to find the costliest of several sites
+    - disjoint: whether the caller states that the two parents share nobody
+
+    The relation is SAME, UNKNOWN, APART or STATED; with one of the last two, no steps are
+    returned."""
 
     def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))

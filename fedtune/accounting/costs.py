@@ -237,7 +237,7 @@ def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
 def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
     """Return the largest number of adapter parameters for which the sum over sites of these
     declared sizes fits the narrower words; 0 if there is none. The grid gets finer, and so the sum
-    wider, with each parameter.
+    wider, with each parameter. sigma: σ of the sum that is opened; None if privacy is off.
     """
     numbers = range(1, LARGEST)
     return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))

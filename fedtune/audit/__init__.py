@@ -44,10 +44,12 @@ def audit_study(
     claimed.
 
     Args:
+        study: the private study whose plan, architecture and training code are attacked.
         out: the folder for audit.json, whose content is also returned.
         trials: the number of trials of the one-step audit with the canary, and of those without.
         run: a finished run of the study. Its report's smallest σ and largest C are used, the
-            exposure of its adapter is measured too, and audit.md is written to its folder.
+            exposure of its adapter is measured too, and audit.md is written to its folder. None
+            audits the plan alone.
         declared_size: a site's size; it matters only if the study gives expected_batch.
 
     This costs no ε: the records are generated, and a released adapter is public.

@@ -122,13 +122,14 @@ def attack_study(
     the coordinator's steps are the study's. This reads no private record and costs no ε.
 
     Args:
-        out: a folder for attack.json and attack.png.
+        study: the private study whose base, objective, plan and start are used.
+        out: a folder for attack.json and attack.png; None writes nothing.
         canaries: the number of units that hold one record of random tokens; each is in half of the
             models.
         models: the number of models with noise, at least 8; as many are trained without noise. For
             each model, the others are the attacker's references.
         units: the number of units of the site, at least as many as canaries; ε is computed for a
-        site of this size.
+            site of this size.
 
     >>> import fedtune
     >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))
@@ -187,7 +188,14 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
 
 
 def _check(study: Study, canaries: int, models: int, units: int) -> None:
-    """Check the settings of an attack. Errors: ConfigError."""
+    """Check the settings of an attack, before a model is trained.
+
+    - study: the study that is attacked; it must have privacy
+    - canaries: the number of units that hold one record of random tokens, from 1 to `units`
+    - models: the number of models with noise, at least LEAST
+    - units: the number of units of the attacked site
+
+    Errors: ConfigError."""
     if not study.private:
         raise ConfigError('privacy = "off": there is no ε to attack', "a [privacy] table")
     if models < LEAST:
@@ -243,7 +251,16 @@ def _coins(canaries: int, models: int) -> np.ndarray:
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
     """Generate units that each hold one record, repeated as often as a draw of the plan has
     records. The canaries come first, then the units that are in every model. The last of these hold
-    a secret each. Return the units, and the number of those with a secret."""
+    a secret each.
+
+    - study: the study for whose objective and record format the records are made; its seed
+      determines them
+    - network: the study's network, whose tokenizer and file reader the records must fit
+    - canaries: the number of units of which each is in half of the models
+    - others: the number of units that are in every model
+
+    Returns: the canaries + others units, and the number of those with a secret: at most SECRETS,
+    and 0 if the study's records cannot hold a secret."""
     secrets = _generate_secrets(study, network, min(SECRETS, others))
     random = generate_records(
         study, network, [1] * (canaries + others - len(secrets)), stream=3
@@ -254,8 +271,8 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[
 
 
 def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Example]:
-    """Generate `secrets` units with a secret each; [] if the study's model writes no text, or its
-    records are too short for a secret."""
+    """Generate `secrets` units with a secret each, for the study's record format and the network's
+    tokenizer; [] if the study's model writes no text, or its records are too short for a secret."""
     objective = study.objective.resolved
     writes = objective.record_format in ("text", "preference") and not objective.teacher_spec
     if not writes or network.reader.column:
@@ -269,6 +286,11 @@ def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Exam
 def _given_away(
     private: Exposure | None, twin: Exposure | None, epsilon: float, delta: float
 ) -> Secrets | None:
+    """Build the result for secrets; None if the models' exposure was not measured.
+
+    - private, twin: the secrets' exposure in a model with noise, and in one without; None if the
+      study's records hold no secret
+    - epsilon, delta: the ε and δ of training one model, which bound the exposure"""
     if private is None or twin is None:
         return None
     allowed = most_exposed(private, epsilon, delta)
@@ -279,10 +301,12 @@ def _given_away(
 class _World:
     """The common setup of an attack's models.
 
-    - begun: their starting point
-    - everybody: the units that may be in them
-    - coins: which canaries are in which model; one row for each model
-    - secrets: the number of units with a secret"""
+    - begun: their starting point, with the study that is trained
+    - network: the study's network, into which each model's arrays are loaded in turn
+    - everybody: the units that may be in them, the canaries first
+    - coins: which canaries are in which model, bool (models, canaries)
+    - secrets: the number of units with a secret
+    - rounds: the number of rounds for which each model is trained"""
 
     begun: Start
     network: Network
@@ -292,8 +316,13 @@ class _World:
     rounds: int
 
     def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
-        """Train a model for each row of coins. Return each canary's loss in each model, (models,
-        canaries), and the secrets' exposure in the first model."""
+        """Train a model for each row of coins.
+
+        - plan: how a round's steps run, with noise or without
+        - log: gets a line for each noised step of all models, in their order
+
+        Returns: each canary's mean loss in each model, (models, canaries), and the secrets'
+        exposure in the first model, None if there are no secrets."""
         network = self.network
         study = self.begun.study
         canaries = self.coins.shape[1]
@@ -329,7 +358,12 @@ def _judge_losses(
     losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float
 ) -> Membership:
     """Score each canary in each model by comparison with the other models' losses, and measure how
-    well the scores tell members from others."""
+    well the scores tell members from others.
+
+    - losses: each canary's mean loss in each model, (models, canaries)
+    - coins: whether each model was trained on each canary, bool (models, canaries)
+    - epsilon: the ε of training one model; None for models without noise, to which no bound applies
+    - delta: the δ of that ε"""
     scores = ratios(losses, coins)
     inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
     outside = np.array([scores[~coins[:, c], c] for c in range(coins.shape[1])])
@@ -343,7 +377,10 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
 
     As many models with the canary as without it are drawn at random. Otherwise the scores would
     tell members apart without any leak: a model is not its own reference, so its own kind has one
-    reference less, and a mean of fewer models is further from any loss."""
+    reference less, and a mean of fewer models is further from any loss.
+
+    losses: each canary's mean loss in each model, (models, canaries). coins: whether each model was
+    trained on each canary, bool of the same shape."""
     draw, scores = np.random.default_rng(), np.empty_like(losses)
     for t in range(len(losses)):
         there, absent = coins.copy(), ~coins

@@ -59,12 +59,14 @@ def one_run(
     study: Study, network: Network | None = None, canaries: int = CANARIES, steps: int = MOST_STEPS
 ) -> OneRun:
     """Train `study` once on generated canary units with the shipped local loop, then guess the
-    coins.
+    coins. Return the numbers of guesses, with the claimed ε and the lower bounds on it.
 
-    network: the network to train, by default the study's architecture at tiny size. canaries: the
-    largest number of them. It is reduced to half of the number of trained parameters, since more
-    canaries would hide each other. A canary is one unit: a record of random tokens or, if records
-    are drawn, as many equal records as the cap allows.
+    - study: a private study; its optimiser and its bound C are replaced as described below
+    - network: the network to train, by default the study's architecture at tiny size
+    - canaries: the largest number of canaries. It is reduced to half of the number of trained
+      parameters, since more canaries would hide each other. A canary is one unit: a record of
+      random tokens or, if records are drawn, as many equal records as the cap allows.
+    - steps: the largest number of steps; the plan's own number if that is smaller
 
     The attacker sees every update that leaves the site and knows all canaries. The optimiser is SGD
     with one local step, so that an update holds all of the noised sum (any other optimiser is
@@ -110,6 +112,14 @@ def one_run(
 def _result(
     scores: np.ndarray, coins: np.ndarray, steps: int, delta: float, claimed: float
 ) -> OneRun:
+    """Guess the coins of the canaries with the lowest and with the highest scores, and bound ε by
+    the number of right guesses.
+
+    - scores: (canaries,), higher for a canary that more probably took part
+    - coins: bool (canaries,), whether each canary took part
+    - steps: the number of steps that ran
+    - delta: the plan's δ
+    - claimed: ε of these steps at this δ"""
     per_side = max(1, int(len(coins) * GUESSED / 2))
     order = np.argsort(scores)
     correct = int(coins[order[-per_side:]].sum() + (~coins[order[:per_side]]).sum())

@@ -64,13 +64,16 @@ def check(
 ) -> Iterator[Result]:
     """Measure a plug-in against each contract of its group, one result after another.
 
+    - group: "objectives", "strategies", "modalities", "sources", "converters" or "trackers"
+    - name: the name under which the plug-in is registered in its group
+    - options: the plug-in's own options by name; None for their defaults
     - base: the base on whose architecture an objective or a modality is tested; None for a small
       random text model
     - file: the file that a source reads, or whose rows a converter receives
     - less: the same file without one record; needed if a row is not a line of the file
 
     No record of a site is read, and nothing is charged. Errors: ConfigError if there is no such
-    plug-in, or it does not have one of the options."""
+    plug-in, it does not have one of the options, or a source or a converter gets no file."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
     if group == "objectives":
@@ -117,7 +120,14 @@ def study_for(
     engine: str = "auto",
 ) -> Study:
     """Build a private study on `base` with unit patient. It trains an adapter in the last two
-    blocks, or class statistics of the frozen base if the objective needs them."""
+    blocks, or class statistics of the frozen base if the objective needs them.
+
+    - base: the name or the folder of a base
+    - name: the name of the objective; one that reads labels gets three classes
+    - options: the objective's own options; None for their defaults
+    - modality: the name of a modality plug-in; None for this release's modality for such a base
+    - engine: how per-record gradients are computed: "auto" for the fastest way, "opacus" for
+      Opacus"""
     table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
     objective = OBJECTIVES.build(name, options or {})
     if objective.record_format == "label":
@@ -137,6 +147,9 @@ def study_for(
 
 def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Result]:
     """Check an objective.
+
+    name, options: as for `check`. base: the name or the folder of the base on whose architecture it
+    is tested.
 
     | parity, isolation, sensitivity, noise | the self-test passes with each engine |
     | one loss a record | the losses have shape (B,), are fp32 and finite |
@@ -334,7 +347,8 @@ def statistics_study() -> Study:
 
 
 def _measure_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Compute the largest relative difference; infinite if the names differ."""
+    """Compute the largest relative difference between two sets of arrays by name; infinite if the
+    names differ."""
     if a.keys() != b.keys():
         return math.inf
     largest = 0.0
@@ -436,6 +450,9 @@ def _compare_restart(bench: _Bench) -> float:
 def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Result]:
     """Check a source.
 
+    file: the file that the source reads. less: the same file without one record; None to leave out
+    one line of `file` at a time.
+
     | rows | the file has rows; each is a dict by column, or a reason of fedtune's own |
     | repeatable | a second reading gives the same rows |
     | one row at a time | without one record, its row is missing and no other row changes |
@@ -453,6 +470,8 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
 
 def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
     """Check a converter.
+
+    name, options: as for `check`. file: a file whose rows the converter receives.
 
     | converts | it converts each row of the file, as a unit of its own, in a separate process |
     | repeatable | a second conversion gives the same rows |
@@ -491,9 +510,16 @@ def _count_differing(some: list[list[Row] | None], others: list[list[Row] | None
 
 
 def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:
-    """Remove one row at a time, and count the removals after which another row changed too. With
-    `less`, only its one removal is tried. Errors: DataError if the file's rows are not its lines,
-    so that none can be removed."""
+    """Remove one row at a time, at most 50, and count the removals after which another row changed
+    too.
+
+    - plugin: the source that reads the file
+    - file: the whole file
+    - copied: the path at which the file without a row is written, with the suffix of `file`
+    - less: the file without one record. Only this removal is tried then: 0 if its rows are those of
+      `file` without one, else 1. None to remove lines of `file`.
+
+    Errors: DataError if the file's rows are not its lines, so that none can be removed."""
     expected = list(rows(file, {}, strict=False, source=plugin))
     if less is not None:
         remaining = list(rows(less, {}, strict=False, source=plugin))

@@ -70,6 +70,10 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     three generated units that the attacker knows. Every unit is in the step (q = 1), and the claim
     is taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
     plan allows, μ/2. It follows from theory, before a trial is run.
+
+    plan: the plan whose noise, bound and rows of one unit are used. dimension: the length of the
+    generated gradients.
+
     Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
     read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
@@ -118,6 +122,14 @@ def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
 
 
 def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials: int) -> np.ndarray:
+    """Run steps on the same rows, and return the component of each noised sum in one direction,
+    (trials,).
+
+    - plan: the plan by which each step clips and adds noise
+    - rows: the gradients of all rows, fp32 (rows, dimension); each row is in every step
+    - toward: the direction, a unit vector, fp64 (dimension,)
+    - trials: the number of steps"""
+
     def gradients(drawn: list[int]) -> Iterator[Chunk]:
         yield Chunk(drawn, [rows[drawn]])  # a copy, which the step wipes
 
@@ -131,8 +143,13 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
-    """Run one step and return the noised sum that an attacker sees. For sites that share noise,
-    this is the sum of the honest sites, all but one of which have no record."""
+    """Run one step and return the noised sum that an attacker sees, (dimension,). For sites that
+    share noise, this is the sum of the honest sites, all but one of which have no record.
+
+    - plan: the plan of a site, whose divisor is 1
+    - n_rows, dimension: the shape of the gradients at the one site that has records
+    - gradients: yields the gradients of the sampled rows; the step overwrites them
+    - log: gets a line for each noised sum"""
     if plan.sites == 1:
         return plan.step(n_rows, dimension, gradients, log, 1)
     total = plan.noised_sum(n_rows, dimension, gradients, log, 1)

@@ -63,9 +63,15 @@ def membership(
 ) -> Membership:
     """Measure how well scores tell members (inside) from others (outside): arrays (units, guesses).
 
+    - inside: the scores of units that were trained on; a row holds all scores of one unit
+    - outside: the scores of units that were not trained on, in the same form
+    - epsilon: the ε that bounds the figures; None without privacy, so that every bound is 1
+    - delta: the δ of that ε
+    - seed: the seed of the bootstrap, so that the intervals can be computed again
+
     Return the AUC and the share of members found, with intervals, and the bounds that (epsilon,
-    delta) sets; the bounds are 1 if epsilon is None. The intervals come from a bootstrap over
-    units, since the guesses about one unit are not independent. A tie counts half in the AUC.
+    delta) sets. The intervals come from a bootstrap over units, since the guesses about one unit
+    are not independent. A tie counts half in the AUC.
 
     >>> import numpy as np
     >>> told = membership(np.full((20, 1), 2.0), np.full((20, 1), 1.0), 1.0, 1e-5)
@@ -109,7 +115,7 @@ def compute_true_positive_rate(
     inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS
 ) -> float:
     """Compute the share of members whose score exceeds a threshold; at most a share `alarms` of the
-    others exceeds it."""
+    others exceeds it. inside, outside: the scores of members and of others, of any shape."""
     others = np.sort(outside.ravel())
     threshold = others[-1 - math.floor(alarms * others.size)]
     return float((inside.ravel() > threshold).mean())

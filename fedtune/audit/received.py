@@ -102,8 +102,12 @@ def attack_received(
     records, so only this user can read `out`.
 
     Args:
+        run: a finished run, whose study is trained again.
         records: site's name -> a file with the study's columns.
-        out: a folder for received.json.
+        out: a folder for received.json; None writes nothing.
+
+    Returns: how far each site's updates point along each site's records; of a study with secure
+    aggregation, how far the sum of all updates does.
 
     >>> from fedtune import Run
     >>> from fedtune.audit.received import attack_received
@@ -167,7 +171,9 @@ def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
 
 
 def _of_units(examples: Sequence[Example], asked: Asked, rows: npt.NDArray[np.bool_]) -> Dataset:
-    """Build a site's training set from its rows; the rows of a unit stand together."""
+    """Build a site's training set from its rows; the rows of a unit stand together. examples,
+    asked: all sites' records and their units, in the same order. rows: which records are used, a
+    mask."""
     here = np.flatnonzero(rows)
     here = here[np.argsort(asked.units[here], kind="stable")]
     units, numbers = np.unique(asked.units[here], return_inverse=True)
@@ -182,7 +188,8 @@ def _each_a_unit(examples: Sequence[Example]) -> Dataset:
 
 def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
     """Return name -> sender. If only the sum of updates is opened, there is one sender, SUM. It has
-    all sites' records and their joint noise, and its update includes the optimiser's step."""
+    all sites' records and their joint noise, and its update includes the optimiser's step. names,
+    data: the sites, and the records on which each trains, in the same order."""
     if study.secure_aggregation:
         whole = join([one.dataset for one in data])
         plan = joint_plan(study, whole.n_units, len(data))
@@ -213,7 +220,8 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
     """Return the plan of one site whose update is like the sum of `sites` sites' updates: it has
-    all their units, and adds the noise that all of them add."""
+    all their units, and adds the noise that all of them add. units: the number of units of all
+    these sites together. Without privacy it adds no noise."""
     if not study.private:
         return non_private_plan(study, units)
     plan = plan_for_site(study, units)
@@ -228,8 +236,8 @@ def compare_received(
     receives with the update that each candidate alone would cause. Return sender -> the candidates'
     mean cosines over all rounds, (n,).
 
-    candidates: n records, each a unit of its own, on the parties' network. The network's arrays are
-    restored afterwards."""
+    begun: the study's starting point. parties: name -> sender. candidates: n records, each a unit
+    of its own, on the parties' network. The network's arrays are restored afterwards."""
     study, network = begun.study, candidates.network
     adapter = begun.adapter
     server = build_strategy(study)
@@ -282,8 +290,10 @@ def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) 
 
 
 def trace(updates: str, values: Floats, asked: Asked) -> Traced:
-    """Compare the sites by the mean cosines of their records. values: (n,), each compared record's
-    mean cosine with these updates."""
+    """Compare the sites by the mean cosines of their records.
+
+    updates: the name of the updates' sender, or SUM. values: (n,), each compared record's mean
+    cosine with these updates. asked: the site, class and unit of these records."""
     classes = [str(name) for name in np.unique(asked.classes)]
     parts = {name: asked.classes == name for name in classes} if len(classes) > 1 else {}
     parts = {name: rows for name, rows in parts.items() if len(np.unique(asked.sites[rows])) > 1}
@@ -296,6 +306,14 @@ def trace(updates: str, values: Floats, asked: Asked) -> Traced:
 
 
 def _along(values: Floats, asked: Asked, of: str, parts: int) -> list[Along]:
+    """Compare the sites by their records' mean cosines, among all compared records or those of one
+    class; return an entry for each site that has such records.
+
+    - values: (n,), each of these records' mean cosine with the updates
+    - asked: the site, class and unit of these records
+    - of: the class of these records; "" for all classes
+    - parts: the number of such comparisons for these updates: one of all classes, and one of each
+      class. Each p is multiplied by it and by the number of the sites."""
     means, p = compare(values, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
     there = np.flatnonzero(held)

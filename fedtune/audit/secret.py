@@ -91,6 +91,12 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     Return the secrets' exposure, and how many of them the network writes by itself. If the secrets
     were not planted, the mean exposure is what chance gives.
 
+    - network: the study's network with the adapter loaded that is examined; it is the same again
+      afterwards
+    - study: the study whose seed and record format determine the secrets
+    - secrets: how many secrets are ranked: those that `generate_secrets` makes for this number
+    - pool: among how many numbers each secret is ranked, the secret included
+
     Errors: DataError if the study's tokenizer or length cannot hold such a record.
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
     numbers = _numbers(study, secrets, pool)
@@ -112,7 +118,8 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
 
 
 def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
-    """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence.
+    """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence. found: an
+    exposure, of which only the numbers of secrets and of ranks are read.
 
     In a model without the secret's record, the secret's rank is uniform. So with its record the
     rank is at most r with probability at most e^ε · r / pool + δ, whatever the ranks of the other

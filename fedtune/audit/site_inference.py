@@ -103,9 +103,10 @@ def attack_sites(
     result is an exact function of the records, so only this user can read `out`.
 
     Args:
+        run: the finished run whose model is examined.
         records: site's name -> a file with the study's columns.
         references: runs of the same study's base that did not learn from these sites.
-        out: a folder for sites.json.
+        out: a folder for sites.json; None writes nothing.
 
     >>> from fedtune import Run
     >>> from fedtune.audit.site_inference import attack_sites
@@ -227,8 +228,10 @@ def of_class(asked: Asked, name: str) -> Asked:
 
 
 def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
-    """Guess each record's site, and compare the share of correct guesses with chance. of: the class
-    that the records are of; "" for all."""
+    """Guess each record's site, and compare the share of correct guesses with chance.
+
+    outputs: (n, d), how training changed the model's outputs on each record. asked: the site, class
+    and unit of each record. of: the class that the records are of; "" for all."""
     shares = np.concatenate([_shares(outputs, asked, names) for names in _exchange_names(asked)])
     found, null = float(shares[0]), shares[1:]
     records = int(_counts(asked)[1].sum())
@@ -262,7 +265,8 @@ def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
 
 def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
     """Compute the share of correct guesses within one class from values (m, d), for each row of
-    `sites` (exchanges, m). Return (exchanges,). number: how many sites there are."""
+    `sites` (exchanges, m). Return (exchanges,). values: the changed outputs of the class's records.
+    sites: the number of each record's site in one permutation. number: how many sites there are."""
     spread = values.std(axis=0)
     values = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     own = np.eye(number)[sites]  # (exchanges, m, sites)

@@ -137,10 +137,10 @@ def describe(walls: Sequence[str]) -> str:
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
-    """Cut this process off every network. sockets: families of which it may still open sockets. If
-    AF_INET is one of them, for a database over TCP, the process stays on the network, and the
-    result says so. The calls in NEVER (such as ptrace and io_uring) and raw sockets are refused in
-    either case.
+    """Cut this process off every network, and return what is in force. sockets: families of which
+    it may still open sockets. If AF_INET is one of them, for a database over TCP, the process stays
+    on the network, and the result says so. The calls in system_calls.NEVER (such as ptrace and
+    io_uring) and raw sockets are refused in either case.
 
     Errors: InfrastructureError if threads already run, which would stay as they are."""
     families = sorted({int(family) for family in sockets})
@@ -175,6 +175,7 @@ def only_files(
     read: Iterable[Path], write: Iterable[Path], names: Iterable[Path] = ()
 ) -> Confinement:
     """Restrict this process to files below these paths, and to sockets of the internet families.
+    Return what is in force.
 
     read: files and folders that it may read and run; write: those that it may read and write;
     names: folders in which it may list names, but read no file. Errors: InfrastructureError as for
@@ -342,7 +343,15 @@ def _place(path: Path, there: list[Path]) -> Path | None:
 
 
 def _mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:
-    """Mount a file system in this process's own namespace. Errors: OSError."""
+    """Mount a file system in this process's own namespace, by mount(2).
+
+    - source: the path to mount, or the name of a file system without one; None if it is not read
+    - target: the folder or file at which it is mounted
+    - kind: the file system's type, such as "tmpfs"; None if it is not read, as for MS_BIND
+    - flags: constants MS_… of this module, combined by |
+    - data: options of the file system, separated by commas; "" for none
+
+    Errors: OSError, whose text is "mount"."""
     words = [word.encode() if word else None for word in (source, str(target), kind)]
     if _libc().mount(*words, ctypes.c_ulong(flags), data.encode() or None):
         raise OSError(ctypes.get_errno(), "mount", str(target))
@@ -475,7 +484,8 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
 
 
 def _name_of(error: int | None) -> str:
-    """Return the name of one of Linux's errors, such as EPERM."""
+    """Return the name of one of Linux's errors, such as EPERM; "unknown" for another number or
+    None."""
     return errno.errorcode.get(error or 0, "unknown")
 
 

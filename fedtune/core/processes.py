@@ -97,9 +97,16 @@ def interruptible() -> Iterator[None]:
 class Child:
     """One running program, Flower's or fedtune's; a context manager that stops it.
 
-    Its output goes to `log`, which only this user can read. The program inherits the descriptors
-    `keep` and the environment, of which a courier gets only TO_COURIER. FLWR_HOME is `home`, and
-    Flower's telemetry and update checks are switched off."""
+    - program: the program to start, a key of PROGRAMS
+    - options: its command line, after the program's name
+    - home: the folder that is its FLWR_HOME, made if it is missing
+    - log: the file that its output goes to, which only this user can read. An earlier log is
+      emptied, except for "rank", whose log `begin_log` began. A process of a site (AT_A_SITE) can
+      write MOST_LOGGED bytes to it, and the rest is dropped
+    - keep: numbers of open descriptors of this process that the program inherits
+
+    The program inherits the environment, of which a courier gets only TO_COURIER. Flower's
+    telemetry and update checks are switched off."""
 
     def __init__(
         self,

@@ -51,7 +51,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List the paths that a site's courier may read: programs, fedtune, the site file and files
-    that its [coordinator] names, the site's network keys, and a spool's answers."""
+    that its [coordinator] names, the site's network keys, and a spool's answers. spool: None if the
+    courier asks the vault over a socket."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
@@ -63,7 +64,9 @@ def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List the paths that a site's courier may write."""
+    """List the paths that a site's courier may write: Flower's files in the state folder, the
+    requests of a spool, and some devices. spool: None if the courier asks the vault over a
+    socket."""
     requests = [spool.requests] if spool else []
     return [site.site.state / FOLDER, *requests, *map(Path, DEVICES)]
 
@@ -217,6 +220,13 @@ def by_file(spool: Spool) -> Ask:
 
 
 def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: float) -> None:
+    """Connect to the coordinator, and answer its messages until the work is done.
+
+    - site: the site whose network keys and [coordinator] are used
+    - path: the site file, for the errors' texts
+    - ask: sends a request to the vault, and returns the answer
+    - tell: sends an event to the process that started this one
+    - once, patience: as for `Executor` and its `run_supernodes`"""
     from fedtune.courier.app import client_app
     from fedtune.courier.executor import Executor
     from fedtune.flower.forwarder import Forwarder

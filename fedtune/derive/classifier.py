@@ -133,7 +133,7 @@ def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _pooling(size: int, inner: int, eps: float) -> State:
     """Build the layer that writes [m, -m] · √H / |m| at every token, where m is the mean over
-    all tokens."""
+    all tokens. size: H; inner, eps: the base's intermediate_size and layer_norm_eps."""
     zero = torch.zeros(2 * size, 2 * size)
     none = torch.zeros(2 * size)
     both = torch.ones(2 * size)

@@ -162,7 +162,12 @@ def _refit(
     layer: Any, mlp_input: torch.Tensor, output: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
     """Fit the last matrix (H, inner) of the layer's MLP so that the layer's output is as near as
-    possible to `target` in place of `output`.
+    possible to `target` in place of `output`. Return the fitted matrix in the layer's own dtype.
+
+    - layer: the layer before the dropped block
+    - mlp_input: (positions, H), the inputs of its MLP on public text
+    - output: (positions, H), its outputs there
+    - target: (positions, H), the outputs of the block's last layer there
 
     Positions are weighted so that relative errors count, as they do for the norms of later layers.
     Otherwise a text's first position, whose states are a hundred times as large, would determine

@@ -62,11 +62,14 @@ def distill(
     """Distil the averaged predictions of finished runs into a small student, on public prompts.
 
     Args:
+        teachers: the runs. The first one alone writes an answer to a prompt without a completion,
+            and the student's plan is made from its plan.
         prompts: public prompts, with or without completions.
         out: the new run's folder. It is not made if an error occurs.
         student: the student's base.
         layers: given in place of `student`; the student is then the first teacher's base with this
             number of its layers.
+        settings: of the student's adapter and training; None: the defaults of DistillSettings.
         on_event: called with ("step", {…}) to report progress.
 
     Errors: ConfigError, DataError, ModelError, InfrastructureError."""
@@ -150,8 +153,12 @@ def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
     """Return the arrays of `start` that can be initialised from the first teacher's adapter: the
-    arrays of matrices that the student has too, at no smaller rank. kept_layers: the teacher's
-    layers that the student keeps."""
+    arrays of matrices that the student has too, at no smaller rank.
+
+    - start: the student's trainable arrays before this, by name
+    - teacher_arrays: the first teacher's adapter, by name
+    - first, study: the plans of the first teacher and of the student, for the scaling of each
+    - kept_layers: the teacher's layers that the student keeps, by index"""
     assert study.lora is not None
     scale = first.lora.scaling / study.lora.scaling if first.lora else 1.0
     inherited: Arrays = {}
@@ -173,8 +180,14 @@ def _student_lora(
     kept_layers: Sequence[int] | None,
     settings: DistillSettings,
 ) -> LoraTable:
-    """Build the student's LoRA table. kept_layers: the teacher's layers that the student keeps;
-    None if it has another base."""
+    """Build the student's LoRA table.
+
+    - base: the student's base, whose kind gives the modules if nothing else names them
+    - teacher_lora: the first teacher's table; None if that run trained a head alone
+    - kept_layers: the teacher's layers that the student keeps, by index; None if it has another
+      base, and then nothing is taken from the teacher's table
+    - settings: rank, modules and last layers, as far as they are named. If the last layers are,
+      only the rank may still come from the teacher's table"""
     inherited = teacher_lora if kept_layers is not None else None
     rank = settings.rank or (inherited.rank if inherited else RANK)
     last, modules = settings.last_layers or None, settings.modules
@@ -188,7 +201,13 @@ def _student_lora(
 
 def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> Study:
     """Build the student's plan, which `fedtune evaluate` and `generate` read: the first teacher's
-    plan with the student's base and adapter."""
+    plan with the student's base and adapter.
+
+    - first: the first teacher's plan
+    - base: the student's base, pinned by its digest
+    - name: what the plan calls that base: as it was given, or BASE if it is in the run's folder
+    - out: the new run's folder, after which the study is named
+    - lora: the student's table"""
     table = first.objective
     label = table.resolved.record_format == "label"
     name_and_options: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
@@ -199,8 +218,8 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
 
 
 def _default_modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
-    """Return the modules to adapt. If only the last layer is adapted, these are its MLP's, so that
-    each position trains by itself."""
+    """Return the modules to adapt, where `last_layers` layers get an adapter (None: all). If only
+    the last layer is adapted, these are its MLP's, so that each position trains by itself."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
     mlp = ("gate_proj", "up_proj", "down_proj")
@@ -214,7 +233,15 @@ def _teacher_dataset(
     network: Network,
     settings: DistillSettings,
 ) -> Dataset:
-    """Tokenise the prompts for the student, each with the teachers' soft targets."""
+    """Tokenise the prompts for the student, each with the teachers' soft targets.
+
+    - models: the teachers; unless they classify, the first one completes the prompts that have no
+      completion
+    - prompts: the public prompts; the number left out for want of an answer is added to `about`
+    - study: the student's plan
+    - network: the student, for its tokenizer
+    - settings: give temperature and size of the soft targets, and length and seed of the
+      completions"""
     table: ObjectiveTable = study.objective
     records: list[Record] = prompts.records
     if not table.labels:
@@ -235,7 +262,12 @@ def _train_student(
 ) -> dict[str, Any]:
     """Minimise the divergence from the teachers with AdamW, from `start`, and load the arrays of
     the epoch with the lowest divergence on held-out prompts. Return the report's section
-    "quality"."""
+    "quality", under this key.
+
+    - network: the student, which at first computes what its base computes
+    - data: the public prompts with soft targets; a share HELD_OUT of them is not trained on
+    - start: the trainable arrays with which the training begins, by name
+    - settings: give epochs, batch, learning rate, temperature and seed"""
     from fedtune.core.objectives.distill import divergence
 
     cached = CachedDataset(network, data)
@@ -292,6 +324,11 @@ def _train_student(
 def _report_sections(
     study: Study, base: Base, network: Network, settings: DistillSettings, prompts: Prompts
 ) -> dict[str, Any]:
+    """Return the report's sections "base", "adapter" and "derived" of a student.
+
+    - study, base, network: the student's plan, base and trained network
+    - settings: as they were used
+    - prompts: the public prompts, of which `about` is reported"""
     assert study.lora is not None
     size = sum(p.numel() for p in network.model.parameters())
     return {
@@ -319,8 +356,15 @@ def dataset_of(
     tokenizer: PreTrainedTokenizerBase,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError if no
-    record can be used."""
+    """Build a dataset of public records, each a unit of its own.
+
+    - records: in the order that the dataset keeps. In a study of labels they need no label; else
+      each needs its completion
+    - study: the plan, whose objective says how a record is read
+    - tokenizer: of the base that reads the dataset
+    - soft_targets: computes a record's soft targets; None: the records get none
+
+    Errors: DataError if no record can be used."""
     objective = study.objective.resolved
     labelled, scored = objective.record_format != "label", objective.outputs > 0
     unit_reader = UnitReader(

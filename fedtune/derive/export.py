@@ -85,7 +85,13 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
 
 
 def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
-    """Check that the format can hold the trained adapter or head. Errors: ConfigError."""
+    """Check that the format can hold the trained adapter or head.
+
+    - run: the run to export
+    - headed: whether the run trained a head
+    - to, stored: the format of the model and of its weights, as for `export`
+
+    Errors: ConfigError."""
     predict = f"`fedtune predict {run.folder} --data FILE` uses it as it is"
     if headed and to == "gguf":
         raise ConfigError(

@@ -121,7 +121,8 @@ def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
 
 def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer with the study's maximal length. For a reward head, replace a pad
-    token that equals eos, since answers end with eos."""
+    token that equals eos, since answers end with eos. classes: whether the head has classes; else
+    it is a reward head."""
     tokenizer = loaded.tokenizer
     tokenizer.model_max_length = run.study.objective.max_length
     if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -150,7 +151,13 @@ def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor)
 def _use(
     run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]
 ) -> list[str]:
-    """Return the lines of the card's section on how to use the folder."""
+    """Return the lines of the card's section on how to use the folder.
+
+    - run: the run that was exported, for the template and eos of its prompts
+    - loaded: the run's loaded model, for the kind of its base and its tokenizer
+    - model: the base with the adapter merged into it, without a head
+    - made: the sequence classifier that was written; `model` itself if transformers has none
+    - labels: the classes; () for a reward head"""
     lines: list[str] = []
     if made is model:
         pool = MEAN if loaded.base.kind == "encoder" else LAST

@@ -37,6 +37,7 @@ def write_gguf(
     - stored: the format of the matrices. Vectors stay fp32. A matrix whose rows do not divide into
       q8_0's blocks is stored in float16
     - about: the general.* keys, such as name, with their values
+    - licence: the base's licence, for the key general.license
 
     Errors: ConfigError if llama.cpp would compute something else; OSError."""
     import gguf
@@ -165,6 +166,11 @@ def interleave_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _add(writer: Any, name: str, tensor: torch.Tensor, stored: Stored) -> None:
+    """Add a tensor to the file, in the format of `stored` as `write_gguf` applies it.
+
+    - writer: the open gguf.GGUFWriter
+    - name: the tensor's name in GGUF
+    - tensor: fp32"""
     import gguf
 
     kinds = gguf.GGMLQuantizationType

@@ -90,15 +90,19 @@ def improve(
     """Train a run's model on public prompts towards answers that a reward run scores higher (RLOO).
 
     Args:
+        run: the run whose adapter is trained further; it must write text.
+        reward_run: a run of objective reward, whose head scores the answers.
+        prompts: public prompts. A quarter of them is not trained on, only measured on.
         out: the new run's folder. It is not made if an error occurs.
         max_kl: the largest KL divergence from the policy of `run`, in nats per answer. Training
             ends when it is exceeded. Of the checkpoints with KL ≤ max_kl, the one with the highest
             reward - settings.kl_coef · KL is kept.
         eval_every: steps between two evaluations.
+        settings: of the training; None: the defaults of RlooSettings.
         on_event: called with ("step", {…}) to report progress.
 
     The report's figures come from newly sampled answers, since the best of several evaluations is
-    biased upwards.
+    biased upwards. Returns the new run.
 
     Errors: Refused (no better checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError,
     InfrastructureError."""
@@ -146,6 +150,8 @@ def _no_better_checkpoint(max_kl: float, settings: RlooSettings) -> Refused:
 
 
 def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:
+    """Check that `policy`, loaded from `run`, writes text, and that `judge`, loaded from
+    `reward_run`, scores answers. Return the plan of `run`. Errors: ConfigError."""
     if not policy.adapted or run.study.objective.resolved.outputs:
         raise ConfigError(
             f"{run.folder}: not a run that can generate text", "a finished run with an adapter"
@@ -161,7 +167,14 @@ def _split_prompts(
     prompts: Prompts, policy: LoadedModel, study: Study, settings: RlooSettings
 ) -> tuple[list[Record], list[Record]]:
     """Split the prompts by the seed; return training and held-out ones. Prompts that are too long
-    are left out, and counted in prompts.about. Errors: DataError if fewer than 4 fit."""
+    are left out, and counted in prompts.about.
+
+    - prompts: all public prompts
+    - policy: the model that answers, whose positions limit prompt and answer together
+    - study: the plan of the run, whose objective.max_length limits them too
+    - settings: give the seed, and the number of tokens to leave for an answer
+
+    Errors: DataError if fewer than 4 fit."""
     room = min(study.objective.max_length, policy.room) - settings.new_tokens
     fit = [
         record
@@ -325,6 +338,14 @@ def _report_sections(
     prompts: Prompts,
     settings: RlooSettings,
 ) -> dict[str, Any]:
+    """Return the report's sections "base", "adapter", "quality" and "derived" of an improved run.
+
+    - study: the new run's plan
+    - policy: the trained model
+    - scores: the evaluations during training, with the best one
+    - before, after: two evaluations each, on the training and on the held-out prompts
+    - prompts: the public prompts, of which `about` is reported
+    - settings: as they were used"""
     assert scores.best is not None
     base = policy.base
     return {

@@ -47,6 +47,8 @@ def label(
         generator, judge: pypi:NAME, a folder, a hub id or a run. By default the generator judges
             too. A run of objective reward judges by its score.
         generator_digest, judge_digest: the models' expected digests; another model is refused.
+        rubric: the question that a language model answers as the judge; a reward run reads none.
+        settings: of the answers that are written; None: the defaults of LabelSettings.
         on_event: called with ("step", {…}) to report progress.
 
     Returns the content of about.json.

@@ -83,6 +83,7 @@ def merge_runs(
         density: for ties and dare, the share of each update that is kept: one number, or one for
             each run.
         rank: for svd, ties and dare, the merged rank.
+        seed: for dare, of the random choice.
         disjoint: the caller states that no person is in two of the runs.
         measure: whether to evaluate base, parent and merged adapter on each parent's evaluation
             file, if the file exists.
@@ -167,6 +168,13 @@ def _report_sections(
     settings: dict[str, Any],
     disjoint: bool,
 ) -> dict[str, Any]:
+    """Return the sections of a merged run's report.
+
+    - parents: the runs that were merged
+    - study: the merged run's plan
+    - arrays: the merged adapter, by name
+    - settings: the section "merge" without its parents; its "weights" has one for each parent
+    - disjoint: whether the caller states that no person is in two of the runs"""
     non_private = [parent for parent in parents if not parent.report.get("private")]
     if non_private:
         names = ", ".join(str(parent.report.get("study")) for parent in non_private)

@@ -148,6 +148,12 @@ def _run_mergekit(
     """Merge transformers folders that were fine-tuned from `base`; write the result in fp32 to the
     folder `out`.
 
+    - base: the folder of the base
+    - models: the folders that `fedtune export --to hf` wrote
+    - weights, densities: one for each model; densities are the shares that ties and dare keep
+    - method: linear, ties, dare or slerp, as for `merge`
+    - seed: of dare's random choice
+
     Errors: ConfigError (no such method for whole models, or mergekit is missing)."""
     if method not in _NAMES:
         raise ConfigError(

@@ -82,8 +82,17 @@ def merge(
     | slerp   | two updates, interpolated along the arc between them by the second's weight    |
     | regmean | the least squares fit to each update on its adapter's own inputs (`moments`,   |
     |         | one dict for each), weighted by wᵢ; its rank is Σ rᵢ                           |
-    density: one number for all adapters, or one for each. An adapter that lacks a layer counts
-    there as an update of zero.
+
+    - adapters: two or more, of one base
+    - weights: wᵢ, one for each adapter; for slerp at least 0 and not all 0, for regmean above 0
+    - method: the row of the table above
+    - density: one number for all adapters, or one for each; above 0 and at most 1
+    - rank: the merged rank of svd, ties and dare; None: the default above. If a layer's matrix has
+      fewer rows or columns, their number takes its place, and zeros fill up the layer's factors
+    - seed: of dare's random entries
+    - moments: for regmean, one dict for each adapter, layer -> (inputs, inputs); else ()
+
+    An adapter that lacks a layer counts there as an update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
     section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
     equation 2)."""
@@ -152,7 +161,8 @@ def _regmean_factors(
 ) -> list[Factors]:
     """Return factors whose sum is the least squares fit to all updates, each on its own adapter's
     inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹. So each B is unchanged, and its A
-    is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
+    is multiplied by Gᵢ (Σ Gⱼ)⁻¹. moments: each adapter's E[x xᵀ] of this layer; None for an adapter
+    that lacks it, whose Gᵢ is zero."""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -186,6 +196,13 @@ def _layer(
     densities: Sequence[float],
     rank: int,
 ) -> Factors:
+    """Merge one layer's updates into one of scaling 1, by PEFT.
+
+    - parts: the layer's factors in each adapter; of regmean, as `_regmean_factors` returns them
+    - weights, densities: one for each adapter
+    - method: as for `merge`
+    - rank: the rank of the result of svd, ties and dare; less if the layer's matrix has fewer rows
+      or columns"""
     if method == "slerp":
         weights, method = _slerp_weights(parts[0], parts[1], weights[1] / sum(weights)), "linear"
     if method == "regmean":

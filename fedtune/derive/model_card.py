@@ -47,7 +47,8 @@ def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
 
 
 def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> dict[str, str]:
-    """Return the general.* keys of a GGUF file, without this prefix, and their values."""
+    """Return the general.* keys of a GGUF file, without this prefix, and their values. report: the
+    run's; base: whose name the description gives; signed: whether the run is signed."""
     return {
         "name": str(report.get("study")),
         "description": f"{base.name} fine-tuned with fedtune; {privacy_line(report, signed)}",
@@ -103,8 +104,15 @@ def write_card(
     folder: Path, run: Run, report: dict[str, Any], base: Base, use: Sequence[str] = TEXT
 ) -> None:
     """Write README.md (with the fields that hubs read, how to load the model, and the run's
-    report), report.json, and a copy of the run's figure. use: the lines that say how to load the
-    model. Errors: InputError, OSError."""
+    report), report.json, and a copy of the run's figure.
+
+    - folder: the folder of the exported model, in which the files are written
+    - run: the finished run, whose report.md and progress.png are read
+    - report: the content of the run's report.json
+    - base: the base on which the run trained, for its name and licence
+    - use: the lines that say how to load the model; by default those for a language model
+
+    Errors: InputError, OSError."""
     text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
     report_lines = text.splitlines()
     upstream = upstream_of(base.name)

@@ -99,6 +99,10 @@ def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> 
     """Load a judge. A run whose head gives a score judges by its score, any other model by its
     verdict.
 
+    - source: pypi:NAME, a folder or a hub id
+    - digest: the digest that the model must have; None: any
+    - rubric: the question for a verdict; a score needs none
+
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "judge")
@@ -108,7 +112,7 @@ def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> 
 
 
 def load_generator(source: str, digest: str | None = None) -> LoadedModel:
-    """Load a language model that writes answers.
+    """Load a language model that writes answers. source, digest: as for `load_judge`.
 
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
@@ -144,9 +148,17 @@ def write_preferences(
     """Write `out`, with one line for each record: {"prompt", "chosen", "rejected"} and, if the file
     names patients, "patient". Write `out`.about.json: the models, and what was left out and why.
 
-    exclude_unit: returns whether to leave a unit out (withdrawn consent). Only this user can read
-    both files, which are written at the end. Returns the content of about.json. Errors:
-    ConfigError, InputError, DataError."""
+    - file: the records' file and columns, of which one must be a prompt
+    - out: a .jsonl file; one that exists is replaced
+    - writer: the model that writes two answers to each prompt
+    - judge: chooses the better of two answers
+    - settings: length, temperature and seed of the answers, and the template around a prompt; None
+      is no template here
+    - exclude_unit: gets a record's unit (the patient's key, or the record's own if the file names
+      no patients), and returns whether to leave it out (withdrawn consent)
+
+    Only this user can read both files, which are written at the end. Returns the content of
+    about.json. Errors: ConfigError, InputError, DataError."""
     columns = file.columns
     if not columns.prompt:
         table = table_of(file)
@@ -195,7 +207,13 @@ def preference(
     record: Record, writer: LoadedModel, judge: Judge, settings: LabelSettings
 ) -> dict[str, str]:
     """Write two answers to one record's prompt and judge them. Return {"prompt", "chosen",
-    "rejected"}. Errors: Rejected."""
+    "rejected"}.
+
+    - record: only its prompt is read
+    - writer, judge, settings: as for `write_preferences`
+
+    Errors: Rejected if the texts are too long for a model or for the settings, if an answer is
+    empty, if the two are equal, or if the judge prefers none."""
     ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
         raise Rejected("too long")

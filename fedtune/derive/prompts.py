@@ -59,7 +59,15 @@ def complete_prompts(
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
     """Let `writer` complete the records that have no completion. Return all usable records, and the
-    number left out by reason. Errors: DataError if no record is usable."""
+    number left out by reason.
+
+    - records: the public prompts, in the order that is kept
+    - writer: the model that writes the completions
+    - objective: the plan's table, for the template around a prompt and the largest length
+    - new_tokens: the most tokens of a completion
+    - seed: determines the draws of a completion, together with its prompt
+
+    Errors: DataError if no record is usable."""
     completed_records: list[Record] = []
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):
@@ -81,6 +89,9 @@ def complete_prompts(
 def _complete(
     record: Record, writer: LoadedModel, objective: ObjectiveTable, new_tokens: int, seed: int
 ) -> Record:
+    """Return the record with a completion by `writer`. writer, objective, new_tokens, seed: as for
+    `complete_prompts`. Errors: Rejected if the prompt leaves no room, or the completion is
+    empty."""
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):
         raise Rejected("too long")

@@ -26,9 +26,13 @@ def write_pruned_base(
     """Write `base` with `layers` of its layers to `folder`, in the dtype in which it is stored.
     Return the indices of the layers that stay.
 
-    texts: token ids of public texts. By them the layers to drop are chosen and the layer before
-    these is refitted (depth_pruning.py). Without texts, or if the architecture does not support the
-    refit, the first layers stay and the very last, whose output the head reads.
+    - base: the whole base
+    - layers: how many layers stay; at least 2, and fewer than the base has
+    - folder: the new folder, in which transformers finds model and tokenizer
+    - texts: token ids of public texts. By them the layers to drop are chosen and the layer before
+      these is refitted (depth_pruning.py). Without texts, or if the architecture does not support
+      the refit, the first layers stay and the very last, whose output the head reads
+
     Errors: ConfigError (not fewer layers, or fewer than 2); ModelError (an architecture without a
     list of layers)."""
     files, half_dtypes = weights(base.path), (torch.bfloat16, torch.float16)

@@ -30,8 +30,11 @@ def train_rloo(
     """Train `policy`'s adapter in place. The KL is measured from a frozen copy of the starting
     adapter.
 
+    - policy: the loaded run; its parameters with requires_grad are trained
     - prompts: (raw, templated) pairs; the policy gets the templated text, `reward` the raw one
+    - reward: gets raw prompts and answers of equal number, and returns each answer's reward
     - on_step: called after each step with the number of steps; training ends if it returns False
+    - settings: of the steps, the sampled answers and the penalty on KL
 
     Errors: ConfigError (trl is not installed)."""
     wheel.silence_libraries()

@@ -21,8 +21,13 @@ def write(
 ) -> list[list[int]]:
     """Generate `count` continuations of one prompt, as token ids without the final eos.
 
-    stream: the bytes that determine the random draws; temperature: 0 for greedy decoding. Errors:
-    as `write_all`."""
+    - model: a loaded language model
+    - ids: the prompt's tokens
+    - new_tokens: the most tokens of a continuation
+    - stream: the bytes that determine the random draws
+    - temperature: of the sampling; 0 for greedy decoding
+
+    Errors: as `write_all`."""
     return write_all(model, [ids], count, new_tokens, stream, temperature)[0]
 
 
@@ -37,6 +42,14 @@ def write_all(
 ) -> list[list[list[int]]]:
     """Generate continuations of several prompts at once; return `count` for each prompt. This is
     faster, but a prompt's result may depend on the others, so it is for public prompts only.
+
+    - model: a loaded language model
+    - prompts: the tokens of each prompt
+    - count: how many continuations of each, as token ids without the final eos
+    - new_tokens: the most tokens of a continuation
+    - stream: the bytes that determine the random draws
+    - temperature: of the sampling; 0 for greedy decoding
+
     Errors: ModelError if the model's outputs are not finite."""
     width = max(map(len, prompts))
     pad = model.tokenizer.pad_token_id

@@ -57,8 +57,8 @@ def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
 
 
 def versions() -> str:
-    """List installed versions. Errors: InfrastructureError if fedtune requires another version of a
-    package."""
+    """List installed versions, and return them as text. Errors: InfrastructureError if fedtune
+    requires another version of a package."""
     installed = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
     try:
         requirements = [Requirement(text) for text in metadata.requires("fedtune") or ()]
@@ -85,7 +85,8 @@ def _find_version(name: str) -> str | None:
 
 
 def secrets(files: Iterable[Path]) -> str:
-    """Check that no other user can read one of the existing files. Errors: ConfigError."""
+    """Check that no other user can read one of the existing files, and return their number as text.
+    Files that do not exist are left out. Errors: ConfigError."""
     existing = [path for path in files if path.exists()]
     for path in existing:
         if path.stat().st_mode & OPEN:
@@ -111,7 +112,8 @@ class Need(NamedTuple):
 
 def need(study: Study, folder: Path) -> Need:
     """Estimate a study's memory for base and adapter from the headers of the base's files. An
-    adapter is counted on every layer, so the estimate is an upper bound. Errors: ModelError."""
+    adapter is counted on every layer, so the estimate is an upper bound. folder: the base's folder.
+    Errors: ModelError."""
     shapes, rank = list(_shapes(folder)), study.lora.rank if study.lora else 0
     ends = tuple(f"{name}.weight" for name in study.lora.modules) if study.lora else ()
     rows = sum(sum(shape) for name, shape in shapes if name.endswith(ends))
@@ -140,7 +142,8 @@ def base(study: Study, source: str | None = None) -> Path:
 
 
 def disk(folder: Path, least: float) -> str:
-    """Check that `least` bytes are free and can be written. Errors: InfrastructureError."""
+    """Check that `least` bytes are free and can be written on the disk of `folder`, which need not
+    exist. Return both figures as text. Errors: InfrastructureError."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -154,7 +157,8 @@ def disk(folder: Path, least: float) -> str:
 
 
 def memory(least: float) -> str:
-    """Check that `least` bytes of memory are available. Errors: InfrastructureError."""
+    """Check that `least` bytes of memory are available, and return both figures as text; it passes
+    if the system does not say what is free. Errors: InfrastructureError."""
     free = read_available_memory()
     if free is None:
         return f"{_gb(least)} wanted; this system does not say what is free"

@@ -27,7 +27,8 @@ Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 
 
 def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
-    """Fetch the certificate that the server behind `dial` presents, without verifying it.
+    """Fetch the certificate that the server behind `dial` presents, without verifying it. dial:
+    connects with a TLS context. address: the server's HOST:PORT, for the errors' texts.
 
     Errors: InfrastructureError if nothing answers, or something answers without TLS 1.3."""
 
@@ -58,6 +59,11 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
     """Send a GET request for `path` to the gateway, which `context` verifies; return status and
     body.
 
+    - dial: connects to the gateway, through the site's proxy if it has one, with a TLS context
+    - context: trusts the consortium's CA alone, and holds the site's certificate
+    - address: the gateway's HOST:PORT, for the request's header and the errors' texts
+    - path: the path in the URL, such as "/fedtune/status"
+
     Errors: InfrastructureError if it does not answer, is not trusted, or closes the connection."""
 
     async def ask() -> tuple[int, bytes]:
@@ -87,6 +93,12 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
 async def _http(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, host: str
 ) -> tuple[int, bytes]:
+    """Send a GET request over an open connection, and return the status and the body, of which the
+    part after some LONGEST bytes is dropped.
+
+    - reader, writer: the two directions of the connection
+    - path: the path in the URL
+    - host: the value of the request's Host header"""
     http = h11.Connection(h11.CLIENT)
     status = 0
     body = b""
@@ -114,7 +126,16 @@ def certificate(
     leaf: x509.Certificate, authority: x509.Certificate, least: timedelta, todo: str
 ) -> str:
     """Check that `authority` signed the certificate and that it is valid now and for at least
-    `least`. Errors: ConfigError, with `todo`."""
+    `least`. Return the times between which it is valid as text.
+
+    - leaf: the certificate to check: a site's, the gateway's or the CA's own
+    - authority: the certificate of the consortium's CA
+    - least: how long the certificate must still be valid; a zero duration to accept any end that is
+      not past
+    - todo: what a person should do if the check fails, for the error's text
+
+    Errors: ConfigError, with `todo`, or with the advice to set the clocks if the certificate is not
+    valid yet."""
     start = leaf.not_valid_before_utc
     end = leaf.not_valid_after_utc
     now = certs.read_clock()
@@ -138,7 +159,8 @@ def certificate(
 
 
 def names(leaf: x509.Certificate, host: str) -> str:
-    """Check that the certificate is for `host`, a name or an address. Errors: ConfigError."""
+    """Check that the certificate is for `host`, a name or an address, and return the names in it as
+    text. Errors: ConfigError."""
     try:
         held = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -176,6 +198,7 @@ def clock(ahead: float) -> str:
 
 def ahead_of(sent: datetime, other_time: str, received: datetime) -> float:
     """Compute by how many seconds this clock is ahead of another one, which read `other_time` (ISO
-    8601) between `sent` and `received`."""
+    8601) between `sent` and `received`. These two are this clock's times; the other clock is taken
+    to have been read halfway between them. A negative result means that this clock is behind."""
     half = (received - sent) / 2
     return (sent + half - datetime.fromisoformat(other_time)).total_seconds()

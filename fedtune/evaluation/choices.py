@@ -41,7 +41,12 @@ def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None
 def first_logits(
     network: Network, hidden: torch.Tensor, batch: Batch, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the logits of `tokens` at each record's first target, (B, K) fp32."""
+    """Compute the logits of `tokens` at each record's first target, (B, K) fp32.
+
+    - network: the causal model
+    - hidden: (B, L, H), its last hidden states of `batch` at all positions
+    - batch: the records, each a prompt with a completion
+    - tokens: (K,), the token of each choice, as from `single_tokens`"""
     first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
     rows = torch.arange(len(first), device=first.device)
     return network.logits(hidden[rows, first], tokens)
@@ -60,7 +65,8 @@ def by_record(
     network: Network, hidden: torch.Tensor, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute for each record, (B,) each: the loss summed over its target tokens in nats, the
-    number of target tokens, and how many of them are the most likely token.
+    number of target tokens, and how many of them are the most likely token. network, hidden, batch:
+    as for `first_logits`.
 
     Greedy decoding gives the completion if and only if each target is the most likely token after
     the targets before it, so one pass over the true text replaces decoding."""

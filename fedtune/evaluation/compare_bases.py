@@ -153,7 +153,13 @@ def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
     """Measure a candidate base in a separate process, so that the measured peak memory is its
-    own."""
+    own. Return its row; `failed` in it says why it was not measured.
+
+    - study: the plan, in which the candidate takes the base's place
+    - model: the candidate, by the name that a plan would give it
+    - method: the quantisation, "nf4" or "int8"; None: as the study has it
+    - sites, size: the number of sites for which to predict, and their declared size
+    - epsilons: the values of ε at which to predict; [] predicts nothing"""
     plan = study.model_dump(mode="json")
     plan["base"] |= {"model": model, "digest": None}
     name = model
@@ -182,7 +188,13 @@ def _measure_apart(
 
 def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> Row:
     """Measure the base of `study` in this process: speed, memory, bytes per round, the metric and
-    its prediction. Errors: ModelError, ConfigError, DataError."""
+    its prediction.
+
+    - study: the plan, with an [evaluation] table
+    - sites, size: the number of sites for which to predict, and their declared size
+    - epsilons: the values of ε at which to predict; () predicts nothing
+
+    Errors: ModelError, ConfigError, DataError."""
     from fedtune.core.data.load import load_dataset
     from fedtune.core.wire.codec import layout, shapes
     from fedtune.evaluation.evaluator import Evaluator
@@ -245,6 +257,12 @@ def _predict_accuracy(
 ) -> tuple[float, dict[str, float] | None]:
     """Return the records per second of a training step, and ε -> predicted accuracy (None if the
     metric is not accuracy, or there are no classes or no ε).
+
+    - study: the plan, for its objective, clipping and privacy
+    - network: holds the arrays with which the study would start
+    - data: the evaluation records, over this network
+    - sites, size: the number of sites for which to predict, and their declared size
+    - epsilons: the values of ε; each is a key of the result, as format code g writes it
 
     The prediction imitates a whole study by one step. v is the sum of clipped gradients over half
     of the evaluation records, scaled to `sites` · `size` units; each site adds noise of σ/(q√T).
@@ -319,7 +337,15 @@ def _classes(
 ) -> tuple[Dataset, np.ndarray] | None:
     """Return a data set that has each record once with every class, and the indices of the true
     classes. Return None if the study has no classes, or if it distils a teacher, which would have
-    to compute targets for each class."""
+    to compute targets for each class.
+
+    - study: the plan, whose labels or evaluation.choices are the classes
+    - objective: the plan's, resolved
+    - network: for its tokenizer
+    - data: n evaluation records
+
+    Of K classes, record i with class k is number i · K + k of the data set. The index of a true
+    class is -1 if a completion is none of the choices."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation

@@ -143,9 +143,10 @@ class Evaluator:
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return the figures of `measure`. For preference pairs also return margin, chosen_logp and
-        kl, as in evaluation.pairs.pair_facts: they show whether the model's text degrades. To
-        compute them takes a second pass, of the base alone."""
+        """Return the figures of `measure`; None stands for the base alone here too. For preference
+        pairs also return margin, chosen_logp and kl, as in evaluation.pairs.pair_facts: they show
+        whether the model's text degrades. To compute them takes a second pass, of the base
+        alone."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}
@@ -324,6 +325,11 @@ def _choice_tokens(
 ) -> tuple[list[list[int]], list[int]]:
     """Return the tokens of each choice, and for each record the number of the choice that is its
     completion.
+
+    - tokenizer: of the base
+    - data: the evaluation records, tokenised by it
+    - choices: evaluation.choices
+    - max_length: objective.max_length, to tell completions that were cut from wrong ones
 
     Errors: ConfigError (invalid choices), DataError (a completion that is not a choice)."""
     ids = choice_ids(tokenizer, choices)

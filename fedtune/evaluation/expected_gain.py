@@ -166,7 +166,12 @@ def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
     """Forecast a release's gain, the number of units from which on it is above zero, and the gain
-    with shared noise and with one more site. records: the number of [evaluation] records."""
+    with shared noise and with one more site.
+
+    - world: the classes that are consistent with the public records
+    - sites: the study's sites, with their declared sizes and noise
+    - labels: the names of the classes, in the order of their numbers
+    - records: the number of [evaluation] records; 0: `found` is None"""
     own = world.draw(sites, DRAWS)
     more = replace(
         sites,
@@ -300,7 +305,11 @@ class World:
 
     def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
         """Draw units of one record each, and return the sums (K, k + 1) that sites would release,
-        before noise."""
+        before noise.
+
+        - random: the generator of this draw
+        - means, shares: (K, d) and (K,), the classes of this draw, as from `_drawn_classes`
+        - units: the number of units over all sites"""
         counts = random.multinomial(units, shares)
         labels = np.repeat(np.arange(len(means)), counts)
         k = self.basis.released

@@ -57,11 +57,15 @@ def groups_at(
     key: str,
     todo: str = "name another column",
 ) -> dict[str, list[str]]:
-    """Return column -> the group of the record at each of `places`.
+    """Return column -> the group of the record at each of `places`, in this order.
 
+    - file: the records' file
+    - columns: the columns whose values are groups
+    - places: the place of each record's row; None, or the place of a row that was rejected, gives
+      the group MISSING
     - name: maps a column and a cell to the group's name
     - key: the configuration key for error messages, with {column} in it
-    - todo: the advice in an error message
+    - todo: the advice in an error message, with {column} where the column is to be named
 
     Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     keys = keys_of(file) | {key.format(column=column): column for column in columns}

@@ -88,7 +88,8 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 
 def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
     """Return a round's figures margin, chosen_logp and kl, as `pair_facts` defines them; only
-    margin if a head was trained."""
+    margin if a head was trained. before, after: the scores of the base and of the round's adapter;
+    beta: the objective's β."""
     figures = {"margin": float(_margins(before, after, beta).mean())}
     if _writes_text(after):
         assert after.pairs is not None

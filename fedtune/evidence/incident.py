@@ -85,8 +85,13 @@ class Kept:
 def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
     """Keep a site's evidence in the new folder `to`.
 
-    noticed: UTC, as 2026-03-01T09:30:00Z; "" for now. run: the folder of a coordinator's run, as it
-    was handed over."""
+    - site: the site, with its state folder and the home of its ledger
+    - to: the folder, which must not exist
+    - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
+    - run: the folder of a coordinator's run, as it was handed over; None for no run
+
+    Errors: InputError (`to` exists, `noticed` is no time, no such run), ConfigError (no ledger, or
+    no signing key), InfrastructureError."""
     home, state = site.home, site.site.state
     if not traces(home):
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
@@ -100,7 +105,15 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
-    """Keep a coordinator's evidence in the new folder `to`. run: the folder of one of its runs."""
+    """Keep a coordinator's evidence in the new folder `to`.
+
+    - home: the coordinator's home, with its signing key
+    - to: the folder, which must not exist
+    - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
+    - run: the folder of one of the coordinator's runs; None for no run
+
+    Errors: InputError (`to` exists, `noticed` is no time, no such run), ConfigError (no signing
+    key), InfrastructureError."""
     path = home / "signing.key"
     if not path.exists():
         raise ConfigError(f"{home}: no signing key here", "a site.toml, or a coordinator's home")
@@ -117,8 +130,15 @@ def _keep(
     key: SigningKey,
     home: Path | None,
 ) -> Kept:
-    """Keep the files of `folders` (name -> folder and patterns) and those `found` (name -> path).
-    home: the folder of a site's ledger; None for a coordinator."""
+    """Keep the files of `folders` and those `found`.
+
+    - to: the new folder
+    - noticed: UTC, as for `keep_of_site`; "" for now
+    - run: the folder of a run whose files are kept too; None for no run
+    - folders: name of a folder in `to` -> the folder to copy from, and the patterns of the files
+    - found: path in `to` -> a single file to copy; the files of `folders` are added to it
+    - key: the role's key, which signs the manifest
+    - home: the folder of a site's ledger; None for a coordinator"""
     if os.path.lexists(to):
         raise InputError(
             f"{to}: exists", "a new folder", "evidence is not added to: choose another"

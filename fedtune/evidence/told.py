@@ -49,7 +49,8 @@ def digest_of_adapter(run: Path) -> str:
 
 
 def state(record: dict[str, Any], key: SigningKey) -> bytes:
-    """Compose and sign a site's statement of a decision, from the decision's record."""
+    """Compose and sign a site's statement of a decision, from the decision's record. Return the
+    content of its file, which is canonical JSON."""
     model = record["model"]
     body = {
         "format": FORMAT,
@@ -81,6 +82,11 @@ def read_told(run: Path) -> list[Told]:
 
 
 def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
+    """Read one site's statement. If it does not count, the result's `problem` says why.
+
+    - path: the statement's file
+    - plan, adapter: the digests of the run's plan and of its adapter, which it must name
+    - keys: site -> the public key that signed its updates"""
     try:
         content, _ = signed_json(path, FORMAT)
     except NotGenuine:
@@ -98,7 +104,7 @@ def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
 
 
 def lines(told: Sequence[Told]) -> list[str]:
-    """Describe the statements for people: one line each, sites by name."""
+    """Describe the statements for people: one line each, sites by name; [] if there are none."""
     if not told:
         return []
     said = [

@@ -117,9 +117,11 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     digest is checked, and ε is computed from the step logs; in a dossier, each figure and every
     approval is checked too.
 
-    trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
-    accepted, and `signer` of the result names the one found. sites: site -> the fingerprint that it
-    read out.
+    - run: the folder of the run, the exported model or the dossier
+    - trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
+      accepted, and `signer` of the result names the one found
+    - sites: site -> the fingerprint that it read out; None, and a site that is not named: its keys
+      are not compared
 
     >>> import fedtune
     >>> fedtune.verify_run("runs/none")

@@ -41,11 +41,17 @@ def check_versions(
     run: Path, study: Study, report: dict[str, Any], files: Collection[str]
 ) -> dict[str, int]:
     """Compute every verdict again, apply all decisions and choices in order, and check that this
-    leads to the version in use; return verdict -> number of versions. files: the files that the
-    signature covers.
+    leads to the version in use; return verdict -> number of versions. For a plan without [schedule]
+    there is nothing to check, and the result is empty.
+
+    - run: the run's folder
+    - study: the run's plan
+    - report: the content of report.json
+    - files: the files that the run's signature covers, by their paths in the folder
 
     Versions that an earlier release judged, by a plan with [schedule] `confidence`, have no stored
     comparison, so their verdicts are not computed but taken from the record.
+
     Errors: NotGenuine."""
     if study.schedule is None or study.evaluation is None:
         return {}
@@ -101,8 +107,8 @@ class _Replay:
             self._apart = frozenset(content["apart"])
 
     def choose(self, choices: list[dict[str, Any]], until: float) -> None:
-        """Apply the choices that persons made before version `until` was judged. Errors:
-        NotGenuine."""
+        """Apply the choices that persons made before version `until` was judged; infinity for all
+        choices. Errors: NotGenuine."""
         while self._chosen < len(choices) and choices[self._chosen]["after"] < until:
             choice = choices[self._chosen]
             if choice["version"] is not None:

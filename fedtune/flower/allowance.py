@@ -28,8 +28,9 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Read the allowances; None if there is no file. Errors: OSError, ValueError or TypeError if
-    the file cannot be read."""
+    """Return site -> (number of messages sent to it, bytes that the plan allows for its newest
+    answer); None if there is no file. Errors: OSError, ValueError or TypeError if the file cannot
+    be read."""
     try:
         allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:

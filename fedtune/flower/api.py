@@ -156,7 +156,9 @@ class Locked:
     and an executor's calls carry the secret or a task's token.
 
     Without this wrapper, everybody with an account on this machine could call Flower's Control API,
-    which registers nodes and starts, stops and lists runs."""
+    which registers nodes and starts, stops and lists runs.
+
+    app: the ASGI application of the SuperLink. key: what a caller must send in CONTROL_HEADER."""
 
     OPEN = ("/v1/fleet/", "/v1/runtime/")
 
@@ -258,16 +260,27 @@ class Runtime:
 
 
 def register(address: str, ca: bytes, secret: bytes, nodes: dict[str, bytes]) -> None:
-    """Register sites (name -> public key, PEM) at a SuperLink. Errors: httpx.HTTPError."""
+    """Register sites at a SuperLink, so that it accepts their SuperNodes.
+
+    - address: HOST:PORT of the SuperLink
+    - ca: the certificate (PEM) by which the SuperLink's own certificate is checked
+    - secret: the secret of the locked SuperLink (see Locked), which each request must prove
+    - nodes: name of a site -> its public node key (PEM)
+
+    Errors: httpx.HTTPError."""
     with _control(address, ca, secret) as control:
         for name, key in nodes.items():
             control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
 
 def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str) -> None:
-    """Start a run at a new SuperLink.
+    """Start a run at a new SuperLink. Its ServerApp task can then be claimed.
 
-    bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
+    - address, ca, secret: of the SuperLink, as for `register`
+    - bundle: a Flower app bundle (a zip archive)
+    - digest: the bundle's sha256 in hexadecimal
+
+    Errors: httpx.HTTPError."""
     # Import the module of the Grid now: on a busy machine this takes longer than the half minute
     # without a heartbeat after which a claimed task is lost.
     load_http_grid()
@@ -286,8 +299,12 @@ def server_grid(
 ) -> Iterator[Grid]:
     """Open the Grid of a claimed ServerApp task. The run ends with the block.
 
-    A request that fails for a temporary reason is repeated for OUTAGE_SECONDS, or until give_up()
-    returns True."""
+    - address, ca: of the SuperLink, as for `register`
+    - claim: the task, as `Runtime.acquire` returned it
+    - give_up: called after each failed request. A request that failed for a temporary reason is
+      repeated for OUTAGE_SECONDS, or until give_up() returns True.
+
+    Yields the Grid, whose messages belong to this run and task."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
     grid = load_http_grid()(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
@@ -381,7 +398,17 @@ def create_message(
     ttl: float | None = None,
 ) -> Message:
     """Create a message of a coordinator's run and task. Flower's own function takes run and task
-    from variables of the process, but a coordinator's process has a grid for each study."""
+    from variables of the process, but a coordinator's process has a grid for each study.
+
+    - run_id: the number of the run
+    - task_id: the number of the claimed ServerApp task; None in a simulation, which has no tasks
+    - content: the records of the message
+    - message_type: the kind of order, such as "train" or "query.prepare"
+    - dst_node_id: the number of the node that receives the message
+    - group_id: a text that the messages of one exchange share, such as the round's number
+    - ttl: seconds for which message and reply are valid; None for Flower's DEFAULT_TTL
+
+    Returns the message without an id, which it gets when it is pushed."""
     metadata = Metadata(
         run_id=run_id,
         message_id="",

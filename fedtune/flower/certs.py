@@ -108,11 +108,16 @@ def issue(
     start: datetime | None = None,
     end: datetime | None = None,
 ) -> x509.Certificate:
-    """Issue a leaf for `key`, valid from `start` (default: five minutes ago) to `end` (default:
-    LEAF_DAYS from now).
+    """Issue a certificate that the consortium's CA signs (a leaf). It is not stored.
 
-    hosts: a server's names and addresses; without `hosts` the leaf is a client's, for the site
-    `name`."""
+    - home: the coordinator's home, with the CA in ca.pem
+    - key: the public key that the certificate is for
+    - name: the common name of its subject; for a client's certificate, the site's name
+    - hosts: a server's host names and IP addresses. Without them the certificate is a client's.
+    - start: from when it is valid; None for five minutes ago (SKEW)
+    - end: until when it is valid; None for LEAF_DAYS from now
+
+    Errors: those of `ca`."""
     ca_key, authority = ca(home)
     use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())

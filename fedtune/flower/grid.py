@@ -30,6 +30,12 @@ class InProcessGrid(Grid):
     Messages in both directions go through Flower's wire format, so a message that works here also
     works on the network. `bytes_down` and `bytes_up` count the messages' bytes by node, with
     metadata.
+
+    - sites: the sites' files; the first file gets the lowest node number
+    - app: the ClientApp that answers for each site
+    - name_of: site file -> the site's name, for `members`; by default the name in the file
+    - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
+
     Guarantee: at most one reply is held at a time. An exception in the ClientApp becomes an error
     reply with the exception's class, and with the message only of a FedtuneError.
     """
@@ -76,6 +82,7 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
+        """As api.create_message, in the run RUN_ID and without a task."""
         return api.create_message(RUN_ID, None, content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -59,7 +59,8 @@ def remote(grid: Any) -> bool:
 class Answer:
     """The answer to one message, which is fetched part by part from the SuperLink.
 
-    asked: the message's id. most: the largest number of bytes of the answer.
+    grid: the grid over which the message was sent. asked: the message's id. most: the largest
+    number of bytes of the answer.
     Guarantee: while it is fetched, at most `most` bytes and one part more are held. The assembled
     answer has at most `most` bytes, even if the answer's tree lists one part many times. No method
     waits: while parts are missing, `take` returns None and holds no part."""

@@ -126,8 +126,14 @@ class Guest:
         self._connection = connection
 
     def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
-        """Pass the courier the descriptors on which it sends requests (asks) and events (tells),
-        and the arguments once and patience of `launch.site.join`. Returns this object."""
+        """Pass the courier the descriptors and settings with which it works.
+
+        - asks: descriptor of the socket on which it sends requests and receives their answers
+        - tells: descriptor of the socket on which it sends events
+        - once: whether it ends when a coordinator that gave this site work has gone
+        - patience: seconds for which it tries again while the coordinator refuses this site
+
+        Returns this object. If the courier has left meanwhile, nothing is passed."""
         words = {"release": __version__, "once": once, "patience": patience}
         with suppress(OSError):  # the courier has left; `alive` is False then
             socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
@@ -176,8 +182,8 @@ def has_ended(connection: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class Received:
-    """The descriptors and settings that a courier receives when it connects. asks, tells: the
-    descriptors on which it sends requests and events; once, patience: as for `launch.site.join`."""
+    """The descriptors and settings that a courier receives when it connects. asks, tells, once,
+    patience: as for `Guest.hand_over`, with the descriptors' numbers in the receiving process."""
 
     asks: int
     tells: int

@@ -98,11 +98,13 @@ def serve(
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted before or while it runs. Return its report.
 
+    - study: the study as its study.toml describes it
     - out, home: the folders of the run, and of the coordinator's keys and registry
     - host, port: where the gateway listens
     - names: host names by which sites connect, which are written into the gateway's certificate
-    - resume: continue the run in `out`
-    - run: called in place of server.rounds.run
+    - resume: whether to continue the run in `out`; if not, `out` must hold no run
+    - on_event: called with each event's kind and data; None for nobody
+    - run: called in place of server.rounds.run; None for that function
     - terms: the settings that the starting person chooses; by default Terms()
     - deadline: the time at which a study that is not finished ends, in seconds since 1970
 
@@ -179,7 +181,17 @@ def run_study(
     resume: bool,
     on_event: OnEvent | None,
 ) -> dict[str, Any]:
-    """Run a study as a run of the SuperLink, and return its report."""
+    """Run a study as a run of the SuperLink, and return its report.
+
+    - link: the running SuperLink
+    - home: the coordinator's home, whose audit log gets the study's decisions
+    - rounds: called as server.rounds.run; made by `installed_rounds`
+    - study: the study as its study.toml describes it
+    - out: the folder of the run
+    - resume: whether to continue the run in `out`; if not, `out` must hold no run
+    - on_event: called with each event's kind and data; None for nobody
+
+    Errors: InfrastructureError if the SuperLink ends or refuses a request; those of `rounds`."""
     heard = audit_events(home, _with_plan(study, home, on_event) if on_event else None)
     with blaming(link.child), study_grid(link, home) as grid:
         return rounds(grid, study, out, resume=resume, on_event=heard)
@@ -188,11 +200,20 @@ def run_study(
 def prepare(
     home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
 ) -> None:
-    """Create the files that are missing in the home (see the layout above), and check the port.
-    patience: seconds to wait for the port to become free, as the gateway of a killed server ends
-    by itself.
+    """Check that the gateway's port is free, and bring the coordinator's home up to date: make its
+    CA and signing key if they are missing, renew the gateway's certificate if needed, and write the
+    address where sites connect.
 
-    Errors: ConfigError; InfrastructureError if the port is still in use after `patience`."""
+    - home: the folder of the coordinator's keys and registry
+    - host, port: where the gateway will listen
+    - names: host names by which sites connect, which are added to the gateway's certificate. If
+      there are none and `host` is 0.0.0.0 or ::, no address is written.
+    - patience: seconds to wait for the port to become free, since the gateway of a killed server
+      ends by itself
+
+    Errors: ConfigError if this machine's clock was set back, a key or certificate cannot be read,
+    or a name is not a host name; InfrastructureError if the port is still in use after `patience`,
+    or the signing key cannot be read."""
     deadline = time.monotonic() + patience
     while is_reachable(own_name(host), port):
         if time.monotonic() > deadline:
@@ -337,7 +358,14 @@ def _answers(port: int, certificate: Path) -> bool:
 @contextmanager
 def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
     """Run the gateway while the block runs. Start it again if it ends, and register newly admitted
-    sites with the SuperLink."""
+    sites with the SuperLink.
+
+    - link: the running SuperLink, to which the gateway passes the sites' requests
+    - home: the coordinator's home, in which `prepare` was called
+    - host, port: where the gateway listens
+
+    Errors: InfrastructureError if the gateway cannot listen; httpx.HTTPError if the SuperLink
+    refuses to register the sites that are admitted at the start."""
     state, done = home / "flower", threading.Event()
     options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
 
@@ -531,8 +559,14 @@ def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
 
 
 def installed_rounds(home: Path, members: Members, terms: Terms, turn: Turn) -> Run:
-    """Return server.rounds.run with the settings of this home's consortium. turn: the turn in which
-    the study runs."""
+    """Return server.rounds.run with the settings of this home's consortium.
+
+    - home: the coordinator's home. Its key signs plans and receipts, which are stored there.
+    - members: maps the nodes of the grid to the admitted sites
+    - terms: the settings that the person who starts the study chose
+    - turn: the turn in which the study runs, with its deadline
+
+    The returned function takes grid, study, out, resume and on_event, as server.rounds.run does."""
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 

@@ -38,8 +38,14 @@ PAUSE = 0.05  # seconds to wait for a reply before all workers are checked again
 
 
 class ProcessGrid(InProcessGrid):
-    """A grid whose sites answer in `processes` processes. As a context manager it ends these
-    processes. site_errors: site file -> the error with which the site failed.
+    """A grid whose sites answer in several processes. As a context manager it ends these processes.
+    site_errors: site file -> the error with which the site failed.
+
+    - sites: the sites' files
+    - processes: the number of processes, to which the sites are dealt out in turn; at most one for
+      each site is used
+    - logs: the folder for the processes' logs, sites-N.log, and for the sites' locks
+    - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
 
     Guarantee: at most one reply is held here, and one more in each process. If a process ends, the
     request that it was answering fails. The next message to one of its sites starts a new process.
@@ -136,8 +142,12 @@ class ProcessGrid(InProcessGrid):
 class Worker:
     """A process and its sites. The first message to one of the sites starts the process.
 
-    share: (number of this process, from 0; number of such processes), by which the processes share
-    their machine."""
+    - log: the file for the process's output. Its folder also has the locks of the sites.
+    - sites: node number -> site file, for the sites of this process
+    - share: (number of this process, from 0; number of such processes), by which the processes
+      share their machine
+    - peers: the signing keys of all sites of the simulation, separated by spaces; "" without secure
+      aggregation"""
 
     def __init__(self, log: Path, sites: Sites, share: tuple[int, int], peers: str) -> None:
         self.log, self.sites, self.peers = log, sites, peers

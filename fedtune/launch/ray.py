@@ -52,9 +52,13 @@ THREADS = "OMP_NUM_THREADS"
 
 
 class RayGrid(ProcessGrid):
-    """A ProcessGrid whose processes run on the nodes of a Ray cluster. The cluster is the one at
-    `address`, which keeps running afterwards. If `address` is "", the grid starts a cluster on this
-    machine and ends it.
+    """A ProcessGrid whose processes run on the nodes of a Ray cluster.
+
+    - sites, processes, logs, peers: as for ProcessGrid; relative paths are made absolute, and all
+      nodes must see these files and folders
+    - address: of a running cluster, "auto" or HOST:PORT; the cluster keeps running afterwards. With
+      "" the grid starts a cluster on this machine, with one processor for each process, and ends
+      it.
 
     Guarantee: Ray delivers a message once or not at all. If a node is lost, the requests to its
     sites fail. The next message to such a site starts a process on another node, which waits until
@@ -148,7 +152,7 @@ class _RayWorker(Worker):
 
     def begin(self, digests: dict[str, str], marks: list[str], share: tuple[int, int]) -> Any:
         """Ask the relay to start the process, and return Ray's reference to the result of
-        `Relay.begin`. share: as for Worker, on the node's machine."""
+        `Relay.begin`. digests, marks, share: as for `Relay.begin`."""
         options = str(self.log), self.sites, share, self.peers, os.environ.get(THREADS, "")
         return self.relay.begin.remote(digests, marks, *options)
 
@@ -190,9 +194,21 @@ class Relay:
         peers: str,
         threads: str,
     ) -> tuple[str, str, str]:
-        """Start the process with the coordinator's number of threads (not Ray's), unless the
-        coordinator's files or folders differ on this node. Return the node's host name, its release
-        of fedtune, and the differences (`_differences`)."""
+        """Start the process of these sites, unless the coordinator's files or folders differ on
+        this node.
+
+        - digests: site file -> sha256 of its content at the coordinator, for all sites of the run
+        - marks: paths of files whose locks the coordinator holds, one in each folder that all nodes
+          must share
+        - log: the path of the file for the process's output
+        - sites: node number -> site file, for the sites of this process
+        - share: (number of this process on this node, from 0; number of processes on this node)
+        - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
+        - threads: the coordinator's OMP_NUM_THREADS, which the process gets in place of the value
+          that Ray sets; "" for none
+
+        Returns the node's host name, its release of fedtune, and a text that lists the differences,
+        "" if there are none and the process was started."""
         seen = socket.gethostname(), __version__, _differences(digests, marks)
         if not seen[2]:
             os.environ.pop(THREADS, None)

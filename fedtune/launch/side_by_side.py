@@ -100,11 +100,15 @@ def serve_all(
     on_end: Callable[[Outcome], None] = lambda outcome: None,
     terms: Terms | None = None,
 ) -> list[Outcome]:
-    """Run studies in the order given, `at_once` of them at a time. Return the outcome of each. A
-    study that fails does not affect the others.
+    """Run studies in the order given. Return the outcome of each, in this order. A study that fails
+    does not affect the others.
 
-    host, port, names, home, terms: as for coordinator.serve. on_event: called with the events of
-    the consortium, such as sites that connect. on_end: called as soon as a study has ended.
+    - entries: the studies, each with the folder of its run
+    - host, port, names, home, terms: as for coordinator.serve
+    - at_once: how many studies run at a time
+    - on_event: called with the events of the consortium, such as sites that connect
+    - on_end: called with the outcome of each study as soon as it has ended
+
     Errors: ConfigError; InfrastructureError if the SuperLink ends, it or the gateway cannot listen,
     or SIGTERM arrives; KeyboardInterrupt."""
     check_together([entry.study for entry in entries], at_once)
@@ -121,6 +125,13 @@ def serve_all(
 
 
 class _Server:
+    """Runs the studies of `serve_all` while SuperLink and gateway run.
+
+    - link: the running SuperLink
+    - home: the coordinator's home
+    - rounds: returns, for the turn of a study, the function that runs the study's rounds
+    - on_end: called with the outcome of each study as soon as it has ended"""
+
     def __init__(
         self,
         link: Link,

@@ -44,6 +44,8 @@ def simulate(
     """Run a whole study on this machine, with the server, client and ledgers of a deployment.
 
     Args:
+        study: the study as its study.toml describes it.
+        sites: the sites that take part, at least strategy.min_sites.
         out: the run's folder; default: runs/NAME, by the study's name.
         resume: continue the run in `out` after its last complete round.
         on_event: called in this process with each event's kind and data, such as ("round", {…}).
@@ -148,6 +150,15 @@ def _run(
     settings: Settings,
     at: tuple[str, str, int, str],
 ) -> None:
+    """Run the rounds of a study with sites on this machine or a Ray cluster.
+
+    - study, out, resume, on_event: as for `simulate`
+    - files: the sites' files
+    - settings: those of the coordinator, of which patience and pause are replaced by 0
+    - at: engine, address, processes and peers, as for `_grid`
+
+    Errors: those of server.rounds.run. If the run fails and every site that failed did so because
+    of its files or records (InputError), the first of these errors is raised instead."""
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies
 
@@ -195,8 +206,8 @@ def find_start(study: Study) -> float | None:
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
-    """Return a function that sends the steps before a run begins as events "step", for this
-    machine's screen only."""
+    """Return a function that sends the steps before a run begins as events "step" to `on_event`,
+    for this machine's screen only. If `on_event` is None, the function does nothing."""
     if on_event is None:
         return lambda text: None
     notify = on_event
@@ -240,7 +251,12 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
     """Send an event "records", for this machine's screen only, that says how many of a site's rows
-    are used and left out."""
+    are used and left out.
+
+    - site: the site, whose name and declared size are stated
+    - study: the study for which the records were read
+    - dataset: the site's records, as `check_data` read them for this study
+    - on_event: called with the event"""
     from fedtune.core.vault.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
@@ -250,7 +266,8 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
     """Send events "records", for this machine's screen only, that say how much noise the answers of
-    a private evaluation will have."""
+    a private evaluation will have. sites: the number of sites. on_event: called with each event;
+    None for nobody."""
     from fedtune.accounting.costs import query_lines
 
     if on_event:
@@ -294,8 +311,17 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 def _grid(
     files: list[Path], out: Path, engine: str, address: str, processes: int, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Open a grid of the sites for the block. Provide it, and a mapping of site file -> the error
-    with which the site failed."""
+    """Open a grid of the sites for the block.
+
+    - files: the sites' files
+    - out: the run's folder; its folder `processes` gets the logs of the sites' processes
+    - engine: "in-process" or "ray"
+    - address: of a running Ray cluster; "" to start one on this machine
+    - processes: the number of processes of the sites. With 1, and without Ray, all sites work in
+      this process.
+    - peers: the sites' signing keys (`_peers`)
+
+    Yields the grid, and site file -> the error with which the site failed."""
     from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:

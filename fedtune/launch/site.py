@@ -86,9 +86,11 @@ def join(
     Before the site connects, `check_before_joining` checks its site file, data sheet and records,
     and signs a declaration that its data is public or generated.
 
-    - once: return when a coordinator that gave this site work has gone
-    - watch: take part only in studies without a last round
+    - site_path: the site's site.toml
+    - once: whether to return when a coordinator that gave this site work has gone
+    - watch: whether to take part only in studies without a last round
     - processes: the number of processes that share each step
+    - on_event: called with each event's name and facts; None for nobody
     - patience: seconds for which to try again while the coordinator refuses this site. After a
       crash Flower refuses the site for about 60 s, until the old session has expired.
     - door: a socket to which a courier connects that was started elsewhere (launch/apart.py); with

@@ -147,8 +147,9 @@ def check_declared(sites: Sequence[Site]) -> None:
 
 
 def _check_chooser(study: Study, records: Path | None) -> None:
-    """Check that the study has a last round, and that there are records by which to compare trials.
-    Errors: ConfigError."""
+    """Check that the study has a last round, and that there are records by which to compare trials:
+    [selection] or the file `records` (None if no file is given), but not both. Errors: ConfigError.
+    """
     if study.continuous:
         raise ConfigError("a study with a [schedule] has no last round", "training.rounds")
     if study.selection is None and (records is None or study.evaluation is None):
@@ -185,8 +186,12 @@ def _values(setting: str) -> list[str]:
 
 
 def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
-    """List the combinations of settings to try. If no setting has several values, the combinations
-    differ in the learning rate: a geometric grid around the plan's rate, in ascending order."""
+    """List the combinations of settings to try, each as texts "key=value". If no setting has
+    several values, the combinations differ in the learning rate: a geometric grid around the
+    plan's rate, in ascending order.
+
+    settings: texts "key=a,b,c". trials: the number of learning rates in that grid; None for POINTS.
+    If a setting has several values, it has no influence here."""
     lists = [
         [f"{setting.partition('=')[0].strip()}={value}" for value in _values(setting)]
         for setting in settings
@@ -229,7 +234,17 @@ def _trial(
     records: Path | None,
     metric: str,
 ) -> Trial:
-    """Run one trial, or read its result if its run is finished."""
+    """Run one trial, or read its result if its run is finished.
+
+    - path: the study.toml
+    - sites: the sites of the search
+    - folder: the folder of the trial's run; a run that was interrupted is continued
+    - combination: the trial's settings, texts "key=value"
+    - records: the file of records by which trials are compared, which replaces the study's
+      [evaluation] records; None for a study with [selection]
+    - metric: the name of the metric by which trials are compared
+
+    Returns the trial with its value, or with the text of the error with which it failed."""
     from fedtune.core.registry import process_cache
     from fedtune.launch.simulate import simulate
 

@@ -42,9 +42,13 @@ class Observer:
     """Passes each event to every sink, and then to `then`. As a context manager it also passes
     "stopped" to the sinks, if the block raises an error or ends without "done" or "stopped".
 
-    late: sinks whose folder the run has not created yet. They receive the earlier events at
-    "start", so that a run that never began leaves no files. run: the run's folder; its log and
-    status are removed if a refusal or a wrong input ended the run before it began."""
+    - sinks: called with each event's name and fields; those with a method `close` are closed when
+      the block ends. An error of a sink is logged, and the study goes on.
+    - then: called after the sinks, except with the "stopped" of the block's end; None calls nothing
+    - late: sinks whose folder the run has not created yet. They receive the earlier events at
+      "start", so that a run that never began leaves no files.
+    - run: the run's folder; its log and status are removed if a refusal or a wrong input ended the
+      run before it began. None removes nothing."""
 
     def __init__(
         self,
@@ -169,6 +173,7 @@ def observer(
 ) -> Observer:
     """Build the observer of a role with all its sinks.
 
+    - role: who writes: a coordinator or a site; the log and the status file name it
     - folder: the run's folder, or the site's state folder
     - then: also called with each event, such as the console's Watch
     - metrics_port: the port at which metrics are served; None to serve none

@@ -229,8 +229,11 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
     """Return an event's loggable fields, and "dropped", the names of fields that are left out since
-    they are not listed or their values have the wrong form. Errors: NotLoggable, if strict, in
-    place of leaving a field out."""
+    they are not listed or their values have the wrong form. Fields that are never logged, and those
+    with the value None, are left out and not named.
+
+    event: the event's name; a name that is not in EVENTS becomes "other". data: its fields. Errors:
+    NotLoggable, if strict, in place of leaving a field out."""
     record: Record = {"event": event if event in EVENTS else OTHER}
     dropped = set() if event in EVENTS else {"event"}
     for key, value in data.items():
@@ -259,8 +262,11 @@ class JsonLog:
     A line for which no space is reserved is left out. If the disk does not have the space, nothing
     is logged.
 
-    role: written into each line; ledger: the folder of the site's ledger, by default that of
-    `path`."""
+    - path: the log; it is made, with its folder, at the first event
+    - role: written into each line; None writes none
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)
+    - ledger: the folder of the site's ledger, by default that of `path`"""
 
     def __init__(
         self,

@@ -111,8 +111,9 @@ def _figures(values: Record) -> dict[str, float]:
 
 
 def _extend(columns: dict[str, array[float]], figures: dict[str, float], count: int) -> None:
-    """Append a round's figures to their columns, NaN to columns without one. count: the number of
-    earlier rounds, for which a new column gets NaN."""
+    """Append a round's figures to their columns, NaN to columns without one. columns: name of a
+    figure → its values by round. figures: the round's figures by name. count: the number of earlier
+    rounds, for which a new column gets NaN."""
     for name in figures:
         columns.setdefault(name, array("d", [NAN]) * count)
     for name, column in columns.items():

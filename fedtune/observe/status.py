@@ -63,6 +63,14 @@ class StatusFile:
     """Replaces folder/status.json at each event. An object can be used as `on_event`. `close`
     releases the lock.
 
+    - folder: a run's folder, a coordinator's home, or a site's state folder; it is made at the
+      first write if it is missing
+    - role: which of the two writes; it is in the status
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)
+    - ledger: the folder of the site's ledger, during whose orders nothing is written; None if it is
+      `folder`
+
     Guarantee: a site's status file is replaced only while no order is being answered, and its
     length is a multiple of OF_SITE. The file lies on the ledger's disk, and the courier influences
     when events come. So the courier can neither take disk space during an order nor change it by
@@ -141,7 +149,8 @@ def _private(path: str, flags: int) -> int:
 
 
 def updated(status: Record, record: Record) -> Record:
-    """Return the status after one more event. record: the event's loggable fields (log.cleaned)."""
+    """Return the status after one more event. status: the content of the status file, which is not
+    changed. record: the event's loggable fields (log.cleaned), with its time."""
     event, sites = record["event"], {name: dict(s) for name, s in status["sites"].items()}
     new: Record = {**status, "sites": sites}
     new |= {key: record[key] for key in CARRIED if key in record}

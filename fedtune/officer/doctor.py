@@ -58,7 +58,10 @@ RENEW = (
 
 def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
     """Yield each check's finding as the check ends. With a study, also check its plan, its data and
-    the self-test. outline: whether the plan is an outline (`review.is_outline`).
+    the self-test.
+
+    path: the site.toml. study: the plan that the site would take part in; None checks the site
+    alone. outline: whether the plan is an outline (`review.is_outline`).
 
     Errors: ConfigError if site.toml cannot be read; everything else is a finding."""
     site = load_site(path)

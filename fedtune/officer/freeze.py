@@ -30,7 +30,8 @@ def freeze(site: Site, why: str) -> None:
     """Freeze the ledger. The freeze is entered in the audit log first, so that a restore can freeze
     the ledger again; a damaged audit log does not prevent the freeze. A damaged ledger, with which
     no round is answered, is frozen by the audit log alone, once it is restored. An answer that was
-    sent cannot be called back. A round under way is charged and not answered.
+    sent cannot be called back. A round under way is charged and not answered. why: the person's
+    reason, which the ledger's entry states.
 
     Errors: ConfigError if there is no ledger (none is made); NotGenuine of a damaged audit log,
     after the freeze; LedgerError, of a damaged ledger after the entry in the audit log;
@@ -58,8 +59,9 @@ def freeze(site: Site, why: str) -> None:
 
 def lift(site: Site, why: str) -> None:
     """End a freeze. The lift is entered in the ledger before the audit log, so that a restore after
-    an interruption freezes the ledger again. Errors: InputError if the ledger is not frozen;
-    NotGenuine of a damaged audit log, after the lift; LedgerError; InfrastructureError."""
+    an interruption freezes the ledger again. why: the person's reason, which the ledger's entry
+    states. Errors: InputError if the ledger is not frozen; NotGenuine of a damaged audit log, after
+    the lift; LedgerError; InfrastructureError."""
     book = Ledger(site.home)
     book.lift(login(), why)
     AuditLog(book.folder, book.key).add(LIFT, "--lift")
@@ -85,7 +87,7 @@ def standing(home: Path, public: str) -> Standing:
 
 def check_not_frozen(home: Path, what: str) -> None:
     """Check that a person did not freeze the ledger in `home`, before files are deleted or moved
-    that may be evidence. Errors: Refused; LedgerError."""
+    that may be evidence. what: the act, as for `frozen`. Errors: Refused; LedgerError."""
     if traces(home) and Ledger(home).frozen:
         raise frozen(home, what)
 

@@ -70,8 +70,15 @@ def list_waiting(site: Site) -> list[Waiting]:
 
 def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -> list[Waiting]:
     """Release the answers that wait under `names`, or refuse them for good. Each decision is
-    entered in the audit log, then in the ledger. every: decide about all answers that wait now.
-    Returns the decided answers.
+    entered in the audit log, then in the ledger.
+
+    - site: the site where they wait; in a hospital's home only the answers of its own membership
+      are decided about
+    - names: names of answers, as `list_waiting` gives them
+    - refuse: whether the answers are refused, in place of being released
+    - every: decide about all answers that wait now, also those that `names` does not list
+
+    Returns: the decided answers.
 
     Errors: InputError if nothing waits under a name, or another person was faster; LedgerError;
     InfrastructureError."""
@@ -133,6 +140,14 @@ def _find_draws(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
 
 
 def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, since: int) -> Waiting:
+    """Describe a waiting answer by facts of the plan, its length and its cost.
+
+    - site: the site, at whose policy's δ the ε are computed
+    - slot: the study, round and adapter that are answered
+    - charge: what the answer costs; of a draw, what it would cost
+    - kind: ANSWER or DRAW
+    - size: the length of the answer in bytes
+    - since: the time since which it waits, UTC seconds"""
     from fedtune.core.dp import (
         accountant,  # it takes a second to import, and most often nothing waits
     )

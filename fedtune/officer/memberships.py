@@ -157,8 +157,14 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
 def site_of(
     path: Path, membership: str, at: Path | None = None, *, keys_may_differ: bool = False
 ) -> Site:
-    """Load the site file of a membership. at: for a draft, the path at which the file will lie;
-    keys_may_differ: as for `load_site`. Errors: ConfigError if it is another membership's file."""
+    """Load the site file of a membership.
+
+    - path: the site file, or a draft of it
+    - membership: the membership's name, which the file must state
+    - at: for a draft, the path at which the file will lie; None if `path` is that path
+    - keys_may_differ: as for `load_site`
+
+    Errors: ConfigError if it is another membership's file."""
     site = load_site(path, at=at, keys_may_differ=keys_may_differ)
     if site.policy.membership != membership:
         raise ConfigError(
@@ -199,8 +205,15 @@ def still(home: Path, site: Site) -> Iterator[None]:
 def make_home(home: Path, name: str, size: int, dataset: str, data: RegisteredData) -> Path:
     """Make a hospital's home with one registered dataset, and return its hospital.toml.
 
-    data: the dataset's table, with an absolute path or a url. Errors: ConfigError if there is a
-    home already, or the size is too large for the ceilings' δ; InfrastructureError."""
+    - home: the folder, which is made if it does not exist
+    - name: the hospital's name
+    - size: the number of units of its largest dataset, as a person declares it; the ceilings' δ
+      follows from it (`ceilings_for`)
+    - dataset: the name under which the dataset is registered
+    - data: the dataset's table, with an absolute path or a url
+
+    Errors: ConfigError if there is a home already, or the size is too large for the ceilings' δ;
+    InfrastructureError."""
     if (home / FILE).exists():
         raise ConfigError(f"{home / FILE} exists", "a folder that is no home yet")
     text = write_hospital(name, size, ceilings_for(size), {dataset: data})
@@ -221,6 +234,12 @@ def add(
     home: Path, name: str, site: Path, site_text: str, max_epsilon: float | None = None
 ) -> list[Path]:
     """Enter a membership in hospital.toml and write its site file, 0600; return both files.
+
+    - home: the folder of the hospital's home
+    - name: the membership's name, which no other membership of this home ever had
+    - site: the path at which its site file is written
+    - site_text: the content of the site file
+    - max_epsilon: its share of the hospital's ceiling; None allows the whole ceiling
 
     If the process is killed between the two, a second call writes the site file. Errors:
     ConfigError if the name is taken or ended, the site file exists, or either file would not be
@@ -244,7 +263,8 @@ def add(
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
     """Check that a new membership may have this name: no membership may have it now, and neither
-    the home's ledger nor its audit log may name an earlier membership so. Errors: ConfigError."""
+    the home's ledger nor its audit log may name an earlier membership so. home: the folder of the
+    hospital's home. hospital: the content of its hospital.toml. Errors: ConfigError."""
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     if name in earlier_names(home):

@@ -97,8 +97,8 @@ class Listing:
 
 
 def listing(site: Site, study: str | None = None) -> Listing:
-    """List the files that `purge` would delete. study: a study's name or digest; only the files of
-    such studies are then listed.
+    """List the files that `purge` would delete. study: a study's name, its digest, or at least the
+    first 8 digits of it; only the files of such studies are then listed. None lists all files.
 
     Errors: ConfigError if there is no state folder; InputError if no study has that digest or name;
     LedgerError."""

@@ -167,7 +167,8 @@ def public_sheet(typed: Sheet, name: str) -> dict[str, Any]:
 
 def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str, Any]:
     """Build the private sheet, which stays beside the records: what was typed, with counts, and
-    each file with its size and hash."""
+    each file with its size and hash. typed: the fields that a person filled in. counts: the name of
+    each figure about the records → its value."""
     body = public_sheet(typed, site.site.name)
     body["variableMeasured"] = [
         {"@type": "sc:PropertyValue", "name": name, "value": value}

@@ -31,8 +31,15 @@ def divide_records(
     part. With fewer than LEAST records, all are for evaluation. A separate public file is not
     divided: it is the part "public".
 
-    parts: the name of each part -> its share; asked: option -> the column that it names. Returns:
-    the name of each part that is not empty -> its rows."""
+    - records: the user's public files, and the patient's column
+    - seed: a text that decides into which part a patient falls
+    - parts: the name of each part -> its share; the shares need not add up to 1
+    - asked: option of `fedtune init` -> the column that it names; a row without one of these
+      columns is left out
+
+    Returns the name of each part that is not empty -> its rows, with the columns in `asked` alone.
+
+    Errors: DataError if a file has no record that can be used."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
         found, _ = _read_usable(records.public, records.patient, asked)
@@ -131,8 +138,12 @@ def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
 
 
 def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, judged: str) -> str:
-    """Compose the commented tables of study.toml for the public parts that exist. what: the name of
-    each part -> its comment; judged: the lines of [evaluation] about the metric."""
+    """Compose the commented tables of study.toml for the public parts that exist.
+
+    - what: the name of each part -> its comment
+    - public: the name of each part -> its rows
+    - columns: the lines of each part's table of columns
+    - judged: the lines of [evaluation] about the metric"""
     return "".join(
         f'\n[{table}]{" " * (23 - len(table))}{comment}\npath = "{table}.jsonl"\n'
         + {"evaluation": judged, "public": LICENCE}.get(table, "")
@@ -168,8 +179,14 @@ def _read_usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[Rows], Counter[str]]:
     """Read the records that have all columns, without duplicates and without the records in `but`.
-    Return them grouped by patient (each by itself if it has no patient), and the number of rows
-    left out, by reason.
+
+    - path: a public file of the user
+    - patient: the patient's column; None if there is none
+    - asked: option of `fedtune init` -> the column that it names
+    - but: rows of a file that was read before, by this function
+
+    Returns the records grouped by patient (each by itself if it has no patient), with the columns
+    in `asked` alone, and the number of rows left out, by reason.
 
     Errors: DataError if no record can be used."""
     units: dict[Any, dict[str, dict[str, Any]]] = {}

@@ -23,10 +23,14 @@ READ_BY = ("columns", "source", "options", "filter", "convert", "scan")  # keys 
 def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | None = None) -> str:
     """Compose the site.toml of a new membership that trains on a registered dataset, with a comment
     on each line as `fedtune init --role site` writes them. If another membership trains on that
-    dataset, its columns, source, options and filters are copied.
+    dataset, the columns, source, options, filter, convert and scan of its [data] are copied.
 
-    dataset: its name in hospital.toml; None if the hospital has exactly one. Errors: ConfigError if
-    the home has no such dataset, or several and none is named."""
+    - home: the absolute path of the hospital's home, which the file names
+    - hospital: the content of the home's hospital.toml
+    - membership: the name of the new membership
+    - dataset: its name in hospital.toml; None if the hospital has exactly one
+
+    Errors: ConfigError if the home has no such dataset, or several and none is named."""
     names = sorted(hospital.datasets)
     if dataset is None and len(names) == 1:
         dataset = names[0]

@@ -252,7 +252,9 @@ def init(
     Beside study.toml, public.jsonl is written: 200 invented notes from which the adapter's A is
     made.
 
+    - folder: where the files are written; it is made if it is missing
     - role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`
+    - name: the site's name, if only one site's file is written
     - sites: the number of sites that take part. A coordinator's first round waits for all of them.
       With role "both" and more than one, each has a file, sites/site-1/site.toml and so on.
     - data: each site's file, beside which its ledger is kept; default: data.jsonl in the site's
@@ -315,7 +317,15 @@ def _site(
     *,
     alone: bool,
 ) -> str:
-    """Compose a site's file. alone: whether the file is for a site that will join a consortium."""
+    """Compose a site's file.
+
+    - name: the site's name
+    - data: the place of its records, beside which its ledger is kept if that is possible
+      (`ledger_beside`); None for data.jsonl in the site's folder
+    - patient: the column that identifies the patient; None: each record is a unit
+    - declared: "public" or "generated", as a person declares the records; None for real ones
+    - alone: whether the file is for a site that will join a consortium, where a person reviews each
+      study (admission = "reviewed")"""
     text = SITE.replace('"my-hospital"', quote_string(name))
     if alone:
         text = text.replace('admission = "standing"', 'admission = "reviewed"')

@@ -173,7 +173,12 @@ def _compute_start(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
     """Return the adapter and head before the first round: the head that [start] asks for, then
-    start.steps steps on public text."""
+    start.steps steps on public text.
+
+    - study: the plan, with the digests of its frozen arrays filled in
+    - network: the base, with the plan's frozen arrays loaded (A and preconditioner)
+    - adapter: the trainable arrays to begin with, whose head is zero
+    - answered: reads the public records with their answers; called only if they are needed"""
     assert study.start is not None
     adapter = _with_head(study, network, adapter, answered)
     if study.start.steps:
@@ -185,7 +190,13 @@ def _compute_start(
 def _with_head(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
-    """Return `adapter` with the head that [start] asks for; unchanged if it asks for none."""
+    """Return `adapter` with the head that [start] asks for; unchanged if it asks for none.
+
+    - study: the plan; a plan without [start] asks for no head
+    - network: the base, whose vectors of the classes' names or of records give the head
+    - adapter: the trainable arrays
+    - answered: reads the public records with their answers; called only for a head fitted to
+      them"""
     if study.start is None or study.start.head == "zero":
         return adapter
     with network.loaded(trainable=adapter):  # independent of the network's last use
@@ -215,9 +226,15 @@ def _compute_once(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Arrays:
-    """Return make(*args, **kwargs), or the result stored for the same plan and text.
+    """Return make(*args, **kwargs), or the result stored for the same plan and text. The caller may
+    change the arrays, which are a copy.
 
-    without: tables of the plan, besides _APART, on which the result does not depend."""
+    - study: the plan; all of it but _APART and `without` is a part of the result's key
+    - text: the public records, whose content is a part of the key
+    - without: tables of the plan, besides _APART, on which the result does not depend. The key
+      holds this tuple too, which distinguishes a plan's computations.
+    - make: the computation; its arguments are no part of the key, so they must follow from the plan
+      and the text"""
     key = _key(study, text, without)
     if key not in _kept:
         stays = _is_ours(study)

@@ -66,9 +66,14 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) -> Arrays:
     """Train `adapter` for one step on all public records and return the new adapter, fp32.
 
+    - study: the plan, with a table [start]
+    - data: the public records with their answers, and the network that computes their gradients
+    - adapter: the trainable arrays before this step, by name; they are not changed
+    - step: the number of this step among start.steps, from 0, for the reports of progress
+
     The step is like a site's step, but without noise: each record's preconditioned gradient is
     scaled to length C, the mean is multiplied by start.learning_rate, and the adapter moves by M
-    times the result. step: the number of this step among start.steps, from 0.
+    times the result.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
     learners", section 2 (public pre-training costs no ε)."""
@@ -97,9 +102,14 @@ def _gradients(
     """Yield the gradients of all public records, a block of records at a time: parameter's name ->
     (records in the block, *parameter's shape).
 
+    - study: the plan, whose objective gives the loss
+    - data: the public records, and the network with the loaded adapter
     - label: the text of the progress reports
+    - before: how many of these passes came before this one
     - passes: the number of passes over the records that the reports count
-    - before: how many of these passes came before this one"""
+
+    Errors: ConfigError if an adapter is on a layer with several rows for one record; ModelError if
+    a layer gives no gradient."""
     network, objective = data.network, study.objective.resolved
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):

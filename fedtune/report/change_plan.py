@@ -48,7 +48,12 @@ class Look:
     def at(
         cls, metric: str, before: Scores, after: Scores, groups: Mapping[str, Sequence[str]]
     ) -> Look:
-        """Build a look from all scores. The look keeps the scores on which `metric` depends."""
+        """Build a look from all scores. The look keeps the scores on which `metric` depends.
+
+        - metric: the name of the plan's metric, a key of report.scores.FIELDS
+        - before, after: the scores of the version in use and of the new one, on the same records
+        - groups: column -> each record's value in it, in the order of the scores; for each column
+          of schedule.groups"""
         return cls(metric, before.columns(metric), after.columns(metric), groups)
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,6 +121,15 @@ def judge(look: Look, table: ScheduleTable) -> Judged:
 
 
 def _groups(look: Look, table: ScheduleTable, before: Scores, after: Scores) -> list[Group]:
+    """Test for each group of the plan whether the new version is worse there by the plan's margin
+    or more. Return the groups in the order of the plan's columns, and of the values within a
+    column.
+
+    - look: the comparison, for its metric and groups
+    - table: the plan's [schedule], for margins and level
+    - before, after: the look's scores of the version in use and of the new one
+
+    Errors: ValueError if a column does not have one value for each record."""
     found = []
     for column, margin in table.groups.items():
         values = np.array(look.groups[column], dtype=str)
@@ -138,6 +152,8 @@ def look_left(
     - looked: the public file (sha256) of each look so far
     - files: the records' digests of all files so far, with `public`
     - apart: the digests of the public records that trained the model
+    - public: the file (sha256) at which the next look would be
+    - table: the plan's [schedule]
 
     Files that share records count as one file, also if both share records only with a third file.
 

@@ -55,6 +55,13 @@ def make_table(
 
 
 def _figure(score: float, count: float, variance: float, quantile: float) -> Row:
+    """Return units, score and interval of one cell; all three are None unless the count exceeds
+    TOO_NOISY standard deviations of its noise.
+
+    - score: Σ score with noise
+    - count: Σ 1 with noise
+    - variance: of the noise in each of these two
+    - quantile: the interval's half-width in standard deviations"""
     if not count > TOO_NOISY * math.sqrt(variance):
         return {"units": None, "score": None, "interval": None}
     return {
@@ -72,8 +79,14 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
     Under the root, the first term is the noise of both sums. The second is the sampling error of
     the held-out units, which is largest for scores of 0 and 1.
 
-    score: Σ score; outside [0, count] the nearer end is used instead, which is nearer to every p.
-    count: n = Σ 1 with noise, above 0. variance: v, of the noise in each sum.
+    - score: Σ score with noise; outside [0, count] the nearer end is used instead, which is nearer
+      to every p
+    - count: n = Σ 1 with noise, above 0
+    - variance: v, of the noise in each sum
+    - quantile: the interval's half-width in standard deviations, such as 1.96 for 95 %
+
+    Returns the lower and the upper end, rounded to three digits.
+
     Reference: Fieller 1954 (a ratio of two noised figures); Wilson 1927 (a share's own variance).
 
     >>> interval(50.0, 100.0, 0.0, 1.96)  # without noise this is Wilson's interval
@@ -122,7 +135,7 @@ def _say_apart(where: str, name: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def cell_name(axis: str, value: str) -> str:
-    """Return a cell's name for people."""
+    """Return a cell's name for people; EVERYBODY for the cell of all units, whose axis is ""."""
     return f"{axis}: {value}" if axis else EVERYBODY
 
 

@@ -105,11 +105,14 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
     most `least`. p ≤ level if and only if the lower end of the change's one-sided interval at
     confidence 1 - level is above `least`.
 
-    parts: each record's change (n,), from `changes`. The share of records that change at all is not
-    known. So the tail is the largest over all values of this share up to the upper end of its own
-    interval, which is taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a
-    change by half (a tie that becomes a win) does not count as better, and a change by half to the
-    worse counts as a whole record."""
+    - parts: each record's change (n,), from `changes`
+    - least: a change of the share, from -1 to 1; below 0 for the most by which it may get worse
+    - level: the largest p at which the hypothesis is rejected
+
+    The share of records that change at all is not known. So the tail is the largest over all values
+    of this share up to the upper end of its own interval, which is taken at BEYOND · level (Berger
+    & Boos 1994). To be on the safe side, a change by half (a tie that becomes a win) does not count
+    as better, and a change by half to the worse counts as a whole record."""
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
@@ -118,7 +121,11 @@ def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
     """Bound the probability that at least `net` more records get better than get worse, if the
     expected difference is at most least · n.
 
-    changed: the number of the n records that were observed to change."""
+    - n: the number of records
+    - changed: the number of the n records that were observed to change
+    - net: how many more of them were observed to get better than to get worse
+    - least: the expected difference, as a share of the n records
+    - level: the level of the decision; BEYOND · level is a part of the bound"""
     if not n or net <= least * n or least >= 1:
         return 1.0
     beyond = BEYOND * level
@@ -143,7 +150,7 @@ def least_gain(
     of 0.8; above 1 if no gain is enough.
 
     - records: number of public records
-    - threshold: the p-value below which a test succeeds
+    - threshold: the largest p-value at which a test succeeds
     - margin: how much better the new version must be
     - groups: for each group, its number of records and the margin by which it may get worse; the
       gain is taken to be the same in each
@@ -167,7 +174,12 @@ def least_gain(
 
 def _least_gain_exchanged(records: int, threshold: float, misses: float, changed: float) -> float:
     """Estimate the smallest gain that `chance_of` shows, except with probability `misses`, by the
-    normal approximation."""
+    normal approximation. Return it as a share of the records; it may be above 1.
+
+    - records: the number of records
+    - threshold: the largest p-value at which the test succeeds
+    - misses: the probability that the test misses the gain
+    - changed: the share of records on which the versions differ, unless the gain is larger"""
     deviations = NormalDist().inv_cdf(1 - threshold) + NormalDist().inv_cdf(1 - misses)
     gain = 0.0
     for _ in range(50):  # at least the gain's share of records changes, so iterate
@@ -177,7 +189,13 @@ def _least_gain_exchanged(records: int, threshold: float, misses: float, changed
 
 def _least_gain_above(n: int, level: float, least: float, misses: float, changed: float) -> float:
     """Return the smallest gain that `chance_above` shows to be above `least`, except with
-    probability `misses`; 0 if no gain is needed, above 1 if none is enough."""
+    probability `misses`; 0 if no gain is needed, above 1 if none is enough.
+
+    - n: the number of records
+    - level: the largest p-value at which the test succeeds
+    - least: the change that must be exceeded, as a share; below 0 if it may get worse by so much
+    - misses: the probability that the test misses the gain
+    - changed: the share of records on which the versions differ, unless the gain is larger"""
 
     def is_shown(gain: float) -> bool:
         rate = max(changed, gain)

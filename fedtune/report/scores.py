@@ -64,7 +64,8 @@ class Scores:
 
     @classmethod
     def of_columns(cls, columns: Columns) -> Scores:
-        """Build scores from some of their arrays, (n,) each; the others are filled with zeros."""
+        """Build scores from some of their arrays, (n,) each; the others are filled with zeros.
+        Errors: ValueError if the arrays differ in length or hold a number that is not finite."""
         given = {name: np.array(column, float) for name, column in columns.items()}
         n = len(next(iter(given.values())))
         if any(array.shape != (n,) or not np.isfinite(array).all() for array in given.values()):

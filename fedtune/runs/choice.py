@@ -24,11 +24,16 @@ LOCK = "lock"  # a file in a run's folder that the process which trains there ke
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[Path] = ()) -> Path:
-    """Return the first folder of runs/NAME, runs/NAME-2, -3, … that does not exist. With `resume`,
-    return the newest existing one instead, if there is any.
+    """Return the folder for a study's run: the first of RUNS/NAME, RUNS/NAME-2, -3, … that does not
+    exist, or the newest one that exists. Nothing is created.
 
-    Folders of a study with another name are passed over: runs/a-2 may be the second run of `a`, or
-    the first of `a-2`. taken: folders of other studies that have written no plan yet."""
+    - name: the study's name, NAME
+    - resume: whether to return the newest existing folder of the study, if there is any. Folders of
+      a study with another name are passed over: runs/a-2 may be the second run of `a`, or the first
+      of `a-2`.
+    - runs: the folder RUNS of all runs
+    - taken: folders that other studies will use and have not written a plan to; they are passed
+      over"""
     found: list[Path] = []
     fresh, number = runs / name, 1
     while fresh.exists() or fresh in taken:
@@ -109,7 +114,7 @@ def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
     """Return the finished run that a command would start or resume; None if there is none, so that
-    the command has work to do. `out`, `resume`, `runs`: as for new_run."""
+    the command has work to do. study, out, resume, runs: as for new_run."""
     run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
     if run is None:
         return find_finished(study, runs)
@@ -140,8 +145,14 @@ def new_run(
     runs: Path = RUNS,
     taken: Collection[Path] = (),
 ) -> Path:
-    """Choose the folder of a run that starts or resumes: `out`, else one under `runs` that no other
-    study of the command has `taken`.
+    """Choose the folder of a run that starts or resumes. Nothing is created.
+
+    - study: the study to run
+    - out: the folder that a person named, which is returned as it is; None to choose one under
+      `runs` by the study's name (`folder_for`)
+    - resume: whether to continue the study's newest run under `runs`, if there is any
+    - runs: the folder of all runs
+    - taken: folders of other studies of the same command, which are not chosen
 
     Errors: ConfigError if no folder was named and this study is finished, since another run of it
     would be refused, or charged a second time."""
@@ -170,7 +181,7 @@ def check_vacant(run: Path) -> None:
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
     """Describe on one line which run is resumed, or that there is none to resume. Without `resume`,
     describe which earlier run of this study is not finished; "" if there is none. run: the folder
-    that new_run chose; resume, runs: as for new_run."""
+    that new_run chose. study, resume, runs: as for new_run."""
     if resume:
         found = has_begun(run)
         return f"going on with {run}" if found else f"no run to go on with: {run} begins"

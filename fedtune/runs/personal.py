@@ -65,6 +65,11 @@ class About:
 class PersonalRun(Run):
     """A released run with the site's own arrays in place of the released ones.
 
+    - shared: the released run
+    - arrays: name -> array, for the arrays that the site trained further
+    - about: the facts that were sealed with these arrays
+    - digest: sha256 of the sealed file, in hexadecimal
+
     Guarantee: it has no `folder`, so that code which reads or writes a run's folder, such as
     export, merge, label or a dossier, cannot take it for a run that may be handed on. Errors:
     NeverLeaves if code asks for the folder."""
@@ -136,7 +141,13 @@ def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
 
 
 def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
-    """Write a personal model, which replaces an earlier one.
+    """Encrypt a personal model and write it to a file that only this user can read. An earlier one
+    is replaced.
+
+    - path: the file, as `personal_file` names it
+    - arrays: name -> array, for the arrays that the site trained further
+    - about: the facts to seal with them
+    - key: the key of the site's ledger, from which the encryption key is derived
 
     Errors: InfrastructureError."""
     from safetensors.numpy import save

@@ -155,8 +155,17 @@ class Roster:
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
-        """Send each node its message and yield the replies. A reply may have replies.WORDS bytes,
-        and `arrays` bytes more for its arrays."""
+        """Send each node its message and yield one reply for each node, in order of arrival, until
+        strategy.round_timeout seconds have passed.
+
+        - kind: the messages' type in Flower, such as "train"
+        - contents: node -> the message that it is sent
+        - group: a text that the messages of this exchange share (their group in Flower)
+        - arrays: the number of bytes that a reply's arrays may have; it may have replies.WORDS
+          bytes besides
+
+        A node that does not answer yields a reply without content. Errors: InfrastructureError if
+        the grid fails."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
@@ -214,7 +223,14 @@ class Roster:
         return name if name and self.nodes.get(name, node) == node else f"node {node}"
 
     def _objection(self, node: int, name: str, claim: _Claim, rank: int | None) -> str:
-        """Return why a site that admits the plan may not take part; "" if it may."""
+        """Return why a site that admits the plan may not take part; "" if it may.
+
+        - node: the node that answered
+        - name: the name of the node's site (`_name_of`)
+        - claim: the node's answer, whose name, size, key and kind of data are compared with those
+          that are enrolled, or with which the site was admitted before
+        - rank: the rank that the site trains; 0 if the plan does not allow it, None if the plan
+          leaves no choice"""
         if self.enrolled is not None and self.enrolled().get(node) != Member(name, claim.key):
             return NOT_ENROLLED
         if claim.name != name:
@@ -296,8 +312,9 @@ def _parse_admission(reply: Reply) -> _Claim:
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
-    """Parse the rank that the site trains; None if the plan leaves no choice, 0 if the plan does
-    not allow the value."""
+    """Parse the rank that the site trains from its reply to the plan; 0 if the plan does not allow
+    the value. None if the plan leaves no choice, or the reply has no content. lora: the plan's
+    [lora] table, None if it has none."""
     if lora is None or lora.min_rank is None or reply.content is None:
         return None
     record = reply.content.get("admission")
@@ -379,7 +396,7 @@ def outcome(
     read: Callable[[ArrayRecord], Arrays] | None = None,
 ) -> Outcome:
     """Validate a site's reply with these checks, in this order. The first that fails is the reason
-    why the reply is dropped:
+    why the reply is dropped. A reply in which the site reports that it did no work is not checked.
 
     | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
     |             | `expected`                                                                  |
@@ -388,9 +405,23 @@ def outcome(
     |             | most `longest` times the growth that `encoding` may cause                   |
     | the log     | its steps had the plan's noise (`terms`), and are more than `steps_before`  |
 
-    record: the name of the reply's array record. done: the status of a site that did the work.
-    private: whether the plan adds noise, so that the reply has a step log. read: a function that
-    checks and decodes the arrays in place of the second and third check, and raises WireError."""
+    - reply: the node's reply, as `exchange.ask` yields it
+    - like: arrays with the names and shapes that the update must have; not used if `read` is given
+    - private: whether the plan adds noise, so that the reply has a step log
+    - steps_before: the number of steps in the site's step log before this reply
+    - key: the site's public signing key, in hexadecimal
+    - expected: the context that the seal must state. Its `ledger` is ignored, and its `body` is
+      replaced by the digest of the reply.
+    - record: the name of the reply's array record
+    - done: the status of a site that did the work
+    - encoding: how the update is encoded on the wire
+    - terms: the plan's requirements for the noised steps; None to check no step log
+    - longest: the largest norm of an honest update
+    - read: checks and decodes the arrays in place of the second and third check, and raises
+      WireError; None to make these two checks
+
+    Returns an Outcome of the status `done`, with update, step log and evidence, if all checks
+    pass. Otherwise its status says why not, and its reason gives the details."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -421,9 +452,15 @@ class _DroppedUpdate(Exception):
 def _open_update(
     site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Verify a sealed update. Return the site's statement of its ledger, and the evidence (seal,
-    digest of the arrays, signed texts) that later proves that the site sent it. Errors:
-    SealError."""
+    """Verify a sealed update.
+
+    - site: the texts of the reply, with the seal
+    - arrays: the arrays of the reply, which the seal covers
+    - key: the site's public signing key, in hexadecimal
+    - expected: as for `outcome`
+
+    Returns the site's statement of its ledger, and the evidence (seal, digest of the arrays, signed
+    texts) that later proves that the site sent it. Errors: SealError."""
     digest = seal.arrays_digest(bodies(arrays))
     ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}
@@ -431,8 +468,15 @@ def _open_update(
 
 
 def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: float) -> Arrays:
-    """Check and decode an update with the names and shapes of `like`. Errors: WireError,
-    _DroppedUpdate."""
+    """Check and decode an update.
+
+    - arrays: the arrays of the reply, in their encoded form
+    - like: arrays with the names and shapes that the update must have
+    - encoding: how it is encoded
+    - longest: the largest norm of an honest update before it is encoded
+
+    Returns name -> fp32 array. Errors: WireError if names, shapes, types or sizes are not as
+    agreed; _DroppedUpdate if a number is not finite, or the norm is larger than allowed."""
     agreed = codec.shapes(like)
     check_agreed(arrays, codec.layout(agreed, encoding))
     update = codec.decode(unpack_arrays(arrays), agreed)
@@ -453,8 +497,8 @@ def _check_numbers(update: Arrays, longest: float) -> None:
 
 
 def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
-    """Check that the step log agrees with the plan and shows a new step. Errors:
-    _DroppedUpdate."""
+    """Check that the step log `events` agrees with the plan, and has more than `steps_before`
+    steps. terms: the plan's requirements; with None nothing is checked. Errors: _DroppedUpdate."""
     if terms is None:
         return
     if why := step_summary.objection(events, terms):

@@ -53,9 +53,17 @@ Files = dict[str, bytes]
 
 
 def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> dict[str, Any]:
-    """Write the coordinator's state to `to`, a new file that only its owner can read.
+    """Write the coordinator's state to one new file that only its owner can read.
 
-    plan: study.toml; run: the run's folder, None if there is no run yet. Returns the manifest.
+    - study: the study as loaded from `plan`. Public files that it names are included if they lie in
+      the plan's folder.
+    - plan: the file study.toml
+    - home: the coordinator's home, with CA, keys and registry
+    - run: the run's folder; None if there is no run yet
+    - to: the file to write
+
+    Returns the manifest: the backup's format, the study's name, the time, the sha256 of every
+    file, and the target of the released adapter's link.
 
     Errors: InputError if `to` exists, the home has no CA, or `run` is not a run; ConfigError if
     the CA cannot be read; CheckpointError if the run cannot be read; InfrastructureError if the

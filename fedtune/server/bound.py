@@ -85,18 +85,21 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 
 
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
-    """Return the bound on the norm ‖Δ‖ of an honest site's update. The adapter that was sent has
-    norm `start` and `dimension` numbers.
+    """Return the bound on the norm ‖Δ‖ of an honest site's update. It holds in every round, since
+    it uses the plan's learning_rate, which a schedule only lowers.
 
-    The bound holds in every round, since it uses the plan's learning_rate, which a schedule only
-    lowers."""
+    - study: the plan, of which the [training] table counts
+    - site: the requirements for the site's noised steps
+    - dimension: d, the number of numbers of the update
+    - start: the norm ‖w₀‖ of the adapter that was sent, or an upper bound on it"""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
     return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32
 
 
 def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float, float]:
-    """Return the bound for SGD before rounding, and Σ|c|ʲ."""
+    """Return the bound for SGD before rounding to fp32, and Σ|c|ʲ. The arguments are those of
+    `norm_bound`: site gives noise, clipping and divisor, dimension is d, and start is ‖w₀‖."""
     t = study.training
     eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
     x = math.log(2 * t.local_steps / FAILURE)  # half of FAILURE for the noise, half for B*
@@ -119,13 +122,19 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
 
 
 def _bound_squared_norm(deviation: float, dimension: int, mean: float, x: float) -> float:
-    """Return a value that ‖mean + N(0, deviation² I)‖² exceeds with probability at most e⁻ˣ."""
+    """Return a value that ‖b + N(0, s² I)‖² exceeds with probability at most e⁻ˣ.
+
+    - deviation: s, the standard deviation of each coordinate
+    - dimension: the number of coordinates
+    - mean: the norm ‖b‖ of the constant part
+    - x: minus the logarithm of that probability"""
     center, spread = deviation**2 * dimension, deviation * math.sqrt(x)
     return center + mean**2 + 2 * spread * math.sqrt(center + 2 * mean**2) + 2 * spread**2
 
 
 def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float, float]:
-    """Return the bound for AdamW before rounding, and the number of steps."""
+    """Return the bound for AdamW before rounding to fp32, and the number of steps. The arguments
+    are those of `norm_bound`; the noise has no influence."""
     t = study.training
     keep = 1 - t.learning_rate * t.weight_decay
     step = np.arange(1, t.local_steps + 1, dtype=np.float64)
@@ -177,9 +186,10 @@ class Limits:
         """Return the limits on a site's update as arguments of `admission.outcome`: "terms" and
         "longest", the largest norm; {} if the plan adds no noise.
 
-        declared: the site's declared size. dimension, start: number of values and norm of the
-        adapter. done: the number of saved rounds in a continuous study, None in another study. In a
-        continuous study the budget has the rounds of one unit's life, and the study runs more.
+        - declared: the site's declared size
+        - dimension, start: as for `norm_bound`
+        - done: the number of saved rounds in a continuous study, None in another study. In a
+          continuous study the budget has the rounds of one unit's life, and the study runs more.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:

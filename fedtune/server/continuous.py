@@ -34,8 +34,15 @@ Emit = Callable[..., None]
 
 
 class Continuous:
-    """The schedule and versions of a continuous study. slot: the slot of the newest round that was
-    started, whether or not the round succeeded; None before the first round."""
+    """The schedule and versions of a continuous study.
+
+    - out: the run's folder, in which the versions are stored
+    - progress: the run's state, which others change from round to round
+    - parts: the functions and settings of the run
+    - event: called with an event's kind and, as named arguments, its data
+
+    The attribute slot is the slot of the newest round that was started, whether or not the round
+    succeeded; None before the first round."""
 
     def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None

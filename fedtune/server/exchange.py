@@ -55,11 +55,16 @@ def ask(
     timeout: float,
     most: int = replies.WORDS,
 ) -> Iterator[Reply]:
-    """Send each node its content and yield exactly one Reply per node, in order of arrival.
+    """Send each node its content and yield exactly one Reply per node, in order of arrival. A node
+    is identified by the message that it answers, never by the answer's content.
 
-    kind, group: the messages' type and group in Flower. timeout: seconds to wait for all answers.
-    most: the number of bytes that an answer may have. A node is identified by the message that it
-    answers, never by the answer's content.
+    - grid: the Flower grid of the nodes
+    - kind: the messages' type in Flower, such as "train"
+    - contents: node -> the records that it is sent
+    - group: the messages' group in Flower, a text that they share
+    - timeout: seconds to wait for all answers
+    - most: the number of bytes that an answer may have
+
     Guarantee: at most one reply is held in memory, of at most `most` bytes. A reply that is longer,
     unreadable or never complete counts as a failure of its node alone and delays no other.
     Errors: InfrastructureError if the grid fails.

@@ -29,8 +29,8 @@ KEY = "looks.key"
 class Looked:
     """The keyed digests of the records on which the versions of the run in `out` were compared.
 
-    files: sha256 of a public file -> the digests of its records. apart: the digests of the public
-    records that trained the model; None until they are computed."""
+    files: sha256 over name and content of a public file -> the digests of its records. apart: the
+    digests of the public records that trained the model; None until they are computed."""
 
     def __init__(self, out: Path) -> None:
         """Read the stored digests. Errors: CheckpointError if their file is damaged, or the key is

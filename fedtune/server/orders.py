@@ -73,9 +73,18 @@ def exchange(
     order: Order,
     take: Callable[[Answer], str],
 ) -> None:
-    """Send `order` to the sites `names`, and pass each reply to `take`, which returns the reply's
-    status. A site that reports "unprepared" is sent the plan and asked once more. A site whose
-    answer waits for a person's approval is asked again, at growing intervals, for
+    """Send an order to sites, and pass on each reply as it arrives. For a site that sends nothing
+    for strategy.round_timeout seconds, a reply without content is passed on.
+
+    - progress: the run's state, whose newest adapter is sent if the order says so
+    - roster: the sites and their nodes
+    - key: the coordinator's signing key, which signs each site's order
+    - names: the sites to ask; each must be among roster.nodes
+    - order: the order
+    - take: called with each site's reply; checks it and returns its status
+
+    The status decides whether a site is asked again. At "unprepared" it is sent the plan and asked
+    once more. At WAITING (for a person's approval) it is asked again, at growing intervals, for
     strategy.round_timeout seconds.
 
     Errors: InfrastructureError if the grid fails."""
@@ -149,6 +158,13 @@ def _digest_beside(shared: RecordDict) -> str:
 
 
 def _sign_order(key: SigningKey, order: Order, name: str, nonce: str, beside: str) -> ConfigRecord:
+    """Sign the copy of an order for one site, and return it as a record of the message.
+
+    - key: the coordinator's signing key
+    - order: the order
+    - name: the site, whose receipt the copy carries
+    - nonce: a random text that the site's seal must repeat
+    - beside: `_digest_beside` of what is sent with the order"""
     receipt = order.receipt(name)
     text = json.dumps(receipt) if receipt else ""
     signed = seal.order(key, order.plan, order.round, nonce, text, order.attempt, beside=beside)
@@ -156,6 +172,14 @@ def _sign_order(key: SigningKey, order: Order, name: str, nonce: str, beside: st
 
 
 def _header(progress: Progress, key: SigningKey, round_: int, name: str, nonce: str) -> seal.Header:
+    """Return the context that a site's seal must state in its answer to an order. The fields `body`
+    and `ledger` are empty, since they follow from the answer.
+
+    - progress: the run's state, which gives the digests of plan and base
+    - key: the coordinator's signing key, whose public half is the receiver
+    - round_: the round of the order
+    - name: the site
+    - nonce: the order's nonce"""
     return seal.Header(
         plan=progress.study.digest,
         round=round_,

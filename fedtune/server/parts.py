@@ -85,6 +85,7 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
 def _foretell_gain(
     study: Study, known: State, sizes: Sequence[int], shares: Mapping[str, float], records: int
 ) -> Expected | None:
+    """As Dependencies.expected."""
     from fedtune.evaluation.before_paying import foretell
 
     with stage("before the rounds"):
@@ -134,6 +135,7 @@ def _teacher(study: Study) -> dict[str, Any] | None:
 
 
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
+    """As Dependencies.save."""
     from fedtune.core.models.build import build
 
     network = build(study)
@@ -211,11 +213,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Dependencies:
-    """Functions that a run calls.
+    """The functions that a run calls, and its settings.
 
-    enrolled: returns node -> member for those nodes of a grid that may take part now; with None
-    every connected node may. expect: called with the grid, the nodes that are asked, and the number
-    of bytes that each answer may have."""
+    - start: makes what a study begins with: the study with rounds and open digests filled in, the
+      adapter, the frozen arrays, and the strategy's state
+    - evaluator: (study, frozen arrays) -> what measures adapters on its [evaluation] records
+    - epsilon: (steps, δ) -> ε. Each step is (σ, q, number of steps, records of one unit).
+    - budget: (study, declared size) -> sampling rate, noise multiplier and rounds of such a site
+    - expected: (study, the strategy's state before the first round, the sites' declared sizes,
+      class -> its share of the sites' units, number of evaluation records) -> the forecast of the
+      gain; None if it cannot be forecast
+    - accountant, engine, licence: the names of the accountant and of the study's training engine,
+      and the licence of its base, for the report
+    - teacher: study -> the facts about its teacher, None if it has none
+    - save: (study, adapter, frozen arrays, folder) writes an adapter to a folder
+    - load: reads the adapter in such a folder: name -> array, fp32
+    - fingerprint: file or folder -> sha256 of the files' names and contents; "" if there is none
+    - contents: a table of public records -> the digests of the records' contents
+    - report: (the run's folder, the report's content) writes the report
+    - enrolled: grid -> (node -> member) for those of its nodes that may take part now; with None
+      every connected node may
+    - expect: called with the grid, the nodes that are asked, and the number of bytes that each
+      answer may have"""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator

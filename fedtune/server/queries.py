@@ -81,8 +81,13 @@ class Queries:
         missing: dict[str, str],
         answer: Answer,
     ) -> str:
-        """Check one reply, and return its status. Add an answer to `answers`, else the reason to
-        `missing`."""
+        """Check one site's reply to the query, and return its status.
+
+        - entry: the newest entry of the run's history, whose counts of bytes are raised
+        - answers: site -> its checked answer, to which this one is added
+        - missing: site -> the reason why it did not answer, to which the reason is added if this
+          reply does not count
+        - answer: the reply, with the context that its seal must state"""
         name, reply = answer.name, answer.reply
         _add(entry["bytes_down"], name, answer.sent)
         _add(entry["bytes_up"], name, reply.size)

@@ -71,9 +71,10 @@ def decide(
 def _compute_unseen_share(
     study: Study, selector: Measures, figures: ClassFigures | None
 ) -> float | None:
-    """Return the share of the sites' units, from noised counts, in classes that the selection
-    records lack. None if there are no counts, or the metric is not accuracy, to which a share of
-    units cannot be added."""
+    """Return the share of the sites' units, from the noised counts in `figures`, in classes that
+    the selection records lack; 0.0 if they lack none. None if there are no counts (`figures` is
+    None, or no count is above 0), or the metric is not accuracy, to which a share of units cannot
+    be added."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

@@ -54,11 +54,16 @@ def run(
     on_event: OnEvent | None = None,
     parts: Dependencies | None = None,
 ) -> dict[str, Any]:
-    """Run `study` over the nodes of `grid`, write adapter, report, metrics and checkpoint to `out`,
-    and return the report's content.
+    """Run a study from its first to its last round, and return the report's content.
 
-    resume: continue the run that `out` holds. on_event: called with each event's kind and data.
-    parts: the functions and settings to use, by default those of this release.
+    - grid: the Flower grid whose nodes are the sites
+    - study: the study as its study.toml describes it
+    - out: the run's folder, in which adapter, report, metrics and checkpoint are written
+    - resume: whether to continue the run that `out` holds; without such a run, begin one. If not
+      set, `out` must hold no run.
+    - on_event: called with each event's kind and data; None for nobody
+    - parts: the functions and settings to use; None for those of this release
+
     Errors: ConfigError, CheckpointError (exit 2); Refused, if too many sites refused the plan (exit
     3); InfrastructureError, if too few sites answered (exit 4)."""
     parts, on_event = parts or Dependencies(), on_event or (lambda kind, data: None)
@@ -85,6 +90,12 @@ class TooFew(InfrastructureError):
 
 
 class _Run:
+    """One run, from the admission of the sites to the report.
+
+    - grid, out, parts, on_event: as for `run`
+    - strategy: the study's strategy, in the state of the newest saved round
+    - progress: the state of the run, loaded from `out` or new"""
+
     def __init__(
         self,
         grid: Grid,
@@ -544,6 +555,13 @@ class _Run:
         return report
 
     def _on_status(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
+        """Report a site's status in an event "site".
+
+        - name: the site
+        - status: the status of its reply, such as "admitted", "trained" or "dropped"
+        - reason: why the reply does not count, or how its weight was capped; "" if neither
+        - round_: the round that the reply belongs to; None for an answer to the plan, which is also
+          noted in progress.admission unless it failed"""
         if round_ is None and status != "failed":
             suffix = "" if status == "admitted" else f": {reason}"
             self.progress.admission[name] = status + suffix

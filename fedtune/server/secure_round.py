@@ -177,6 +177,13 @@ class SecureRound:
         chosen: str,
         answer: Answer,
     ) -> str:
+        """Check a site's masked words, add them to the sum, and return the reply's status.
+
+        - tally: the round's replies, in which a reason is noted if the words do not count
+        - words: the running sum of this attempt
+        - evidence: site -> its checked reply without the words, to which this one is added
+        - chosen: `set_digest` of the attempt's statements, which the reply must name
+        - answer: the reply, with the context that its seal must state"""
         name = answer.name
         if name not in words.missing:
             self.on_status(name, "dropped", "its words are counted already", tally.number)
@@ -225,7 +232,12 @@ class SecureRound:
 
     def _bound_norm(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
         """Return the largest norm that the step can have if all sites are honest: `norm_bound` for
-        the rows of all units and the noise of all `sites`. Infinite without privacy."""
+        the rows of all units and the noise of all sites. Infinite without privacy.
+
+        - sites: the number of sites in the sum
+        - rate: the sampling rate q
+        - sigma: the joint σ of the sum, in multiples of C; None without privacy
+        - divisor: q · records of a unit · units, by which the sum is divided"""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
             return math.inf
@@ -256,7 +268,14 @@ class SecureRound:
     def _check_reply(
         self, answer: Answer, read: Callable[[ArrayRecord], Arrays], *, record: str, done: str
     ) -> Outcome:
-        """Validate a reply's seal, arrays and step log, and count its bytes."""
+        """Validate a reply's seal, arrays and step log, and count its bytes.
+
+        - answer: the reply, with the context that its seal must state
+        - read: checks and decodes the reply's arrays; raises WireError
+        - record, done: as for `admission.outcome`
+
+        Returns its outcome, which is "refused" also if the node is not enrolled for the site any
+        more."""
         name = answer.name
         reply = answer.reply
         events = self.progress.events
@@ -293,6 +312,13 @@ class SecureRound:
         adapter: bool = False,
         arrays: int = 0,
     ) -> Order:
+        """Build the order of one part of the current attempt at a round.
+
+        - kind: the part, "ready" or "masked"
+        - number: the number of the round
+        - said: further records of the message, by name
+        - adapter: whether the newest adapter is sent with the order
+        - arrays: the number of bytes that the arrays of an answer may have"""
         attempt = self.progress.attempt["number"]
         return Order(
             kind=f"train.{kind}",
@@ -360,12 +386,17 @@ def step_adapter(
     adapter: Arrays,
     round_: int,
 ) -> Arrays:
-    """Take one step of the plan's optimiser from `adapter` along the mean gradient g, and return
-    the change in fp32. Like a site's optimiser, it keeps no state between rounds. Here w is the
-    adapter, η the learning rate and λ the weight decay:
+    """Take one step of the plan's optimiser along the mean gradient g, and return the change of
+    the adapter w, name -> array in fp32. Like a site's optimiser, it keeps no state between rounds.
+    Here η is the learning rate and λ the weight decay:
 
     | sgd   | -η (g + λw)                                                           |
-    | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |"""
+    | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |
+
+    - study: the plan, of which optimiser, learning rate and weight decay count
+    - gradient: g, name -> array in fp64
+    - adapter: w, with at least the names of `gradient`, in the same shapes
+    - round_: the number of the round, on which the learning rate may depend"""
     t = study.training
     update = {}
     for name, g in gradient.items():

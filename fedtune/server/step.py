@@ -119,8 +119,14 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
 def _combine(
     origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
 ) -> Arrays:
-    """Compute the candidate of `choose` for these factors in fp64, and return it in fp32. If both
-    factors are 1, return `proposed` itself, without rounding."""
+    """Compute origin + keep · (adapter - origin) + factor · (proposed - adapter) in fp64, and
+    return it in fp32. If both factors are 1, return `proposed` itself, without rounding.
+
+    - origin: the adapter before the first round
+    - adapter: the newest adapter
+    - proposed: the adapter that the round's updates give
+    - keep: how much of the earlier rounds' movement is kept, from 0 to 1
+    - factor: how far to go towards `proposed`; 0 stays"""
     if keep == factor == 1:
         return proposed
     combined = {}

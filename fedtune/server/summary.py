@@ -73,8 +73,13 @@ def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> di
 def _epsilon(
     events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable, shares: int = 1
 ) -> float:
-    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the opened
-    sum; 1 counts the site's own noise alone."""
+    """Compute ε of a site's steps, at the study's δ.
+
+    - events: the site's step log
+    - parts: its function `epsilon` computes ε
+    - privacy: the plan's [privacy] table, of which δ counts
+    - shares: the number of sites whose noise adds up in the opened sum; 1 counts the site's own
+      noise alone"""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 
@@ -319,7 +324,10 @@ def judge_adapter(
     progress: Progress, evaluator: Measures, selector: Measures | None
 ) -> dict[str, Any]:
     """Return "gain", the trained adapter's gain over the base and over the public start, with
-    intervals; and, if the plan has selection records, "selection_records", their number."""
+    intervals; and, if the plan has selection records, "selection_records", their number.
+
+    evaluator: measures on the [evaluation] records. selector: measures on the [selection] records,
+    None if the plan has none."""
     start = progress.origin if progress.study.start and progress.origin else None
     gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
@@ -348,9 +356,18 @@ def counts_are_told(progress: Progress) -> bool:
 def classes(
     progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
 ) -> list[dict[str, Any]]:
-    """Return a row for each class. It holds the released adapter's figures on the evaluation
-    records, whether the sites' noised sums taught the class and, if `counts_are_told`, the noised
-    number of units. This is post-processing of noised sums, so it costs no ε."""
+    """Return a row for each class, in the order of the plan; [] for a study without classes, or if
+    there is nothing to tell of them. It costs no ε, since it is post-processing of noised sums.
+
+    - progress: the run's state
+    - evaluator: measures on the [evaluation] records; None if the plan has none
+    - figures: the strategy's figures of each class; None if it has none
+    - released: the arrays of the released adapter
+
+    A row holds the class's "name", the released adapter's figures on the evaluation records, and,
+    with privacy and `figures`, "learnt": whether the class has public records or was noticed in the
+    sites' noised counts. If `counts_are_told`, it also holds "units", their noised number, and
+    "deviation", that noise's standard deviation."""
     names = progress.study.objective.labels
     if not names:
         return []
@@ -366,7 +383,8 @@ def classes(
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:
     """Measure the base alone and, if the plan has a public start, the start, on the evaluation
-    records, and store both in `progress`."""
+    records, and store both in `progress`. Do nothing if `evaluator` is None: the plan has no
+    [evaluation]."""
     if evaluator is None:
         return
     with stage("before the rounds"):

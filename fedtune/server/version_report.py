@@ -20,8 +20,8 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
     """Return the entries of a quality table that name the models it compares, and the records.
-    champion: number of the version in use; public: sha256 of the public records, "" if not
-    known."""
+    champion: number of the version in use; public: sha256 over name and content of the file of
+    public records (`reading.fingerprint`), "" if not known."""
     records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
     columns = ["base alone", f"version {champion}, in use"]
     return {"on": records, "columns": columns, "public": public, "version": champion}

@@ -46,7 +46,8 @@ class Version:
     - p: the comparison's p-value, the probability of so large an advantage for a version that is no
       better
     - look: the number of this comparison among those on the same public records, from 1
-    - public: sha256 of the file of public records
+    - public: sha256 over name and content of the file of public records (`reading.fingerprint`); ""
+      if not known
     - verdict, why, groups: the result of the plan's test (report.change_plan)"""
 
     number: int
@@ -130,7 +131,8 @@ class Versions:
 
     def begin(self, version: Version, save: Callable[[Path], None]) -> None:
         """Release `version` as the first version, unless there is an index. Then point the link at
-        the champion, in case a crash came after the index was written and before the link was."""
+        the champion, in case a crash came after the index was written and before the link was.
+        save: writes the version's adapter to a folder."""
         with self._alone():
             if (index := self.index()) is None:
                 self._put(version.number, save)
@@ -204,7 +206,7 @@ class Versions:
 
     def _put(self, number: int, save: Callable[[Path], None]) -> None:
         """Write a version's adapter to a draft folder, flush it to disk, and rename it to the
-        version's folder."""
+        folder of version `number`. save: writes the adapter to a folder."""
         draft, place = self.folder / f"{number}.new", self.at(number)
         shutil.rmtree(draft, ignore_errors=True)
         save(draft)

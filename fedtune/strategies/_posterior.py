@@ -204,8 +204,13 @@ def features(basis: Basis, vectors: Array) -> Array:
 def summarise_public(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], classes: int, names: Array | None
 ) -> Public:
-    """Compute the statistics of public records from their vectors (n, H) and labels (n,), where -1
-    stands for no label, and from the names' vectors (K, H)."""
+    """Compute the statistics of public records that `head` needs.
+
+    - basis: gives the directions of the features
+    - vectors: (n, H), the base's vectors of the records
+    - labels: (n,), each record's class from 0 to K - 1; a number below 0: no label
+    - classes: K
+    - names: (K, H), the base's vectors of the classes' names; None: without names"""
     every = _clip_features(basis, vectors)
     known = labels >= 0
     mine, labels = every[known], labels[known]
@@ -224,7 +229,9 @@ def summarise_public(
 
 
 def head(noised: Noised, basis: Basis, public: Public) -> Head:
-    """Compute the linear discriminant of the classes' posterior means.
+    """Compute the linear discriminant of the classes' posterior means, as a head on the base's
+    vectors. noised: the release; basis: the directions of its features; public: the statistics of
+    public records in this basis.
 
     Guarantee: this is post-processing of the release, and costs no ε. Noise of 0 is allowed."""
     counts = _counts(noised, basis, public)
@@ -336,7 +343,12 @@ def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
 
 
 def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tuple[Array, Array]:
-    """Return the classes' posterior means (K, d) and the inverses of their variances (K, d)."""
+    """Return the classes' posterior means (K, d) and the inverses of their variances (K, d).
+
+    - noised: the release, whose first k columns are sums of features
+    - basis: gives k, the number of released directions; 0: public data alone
+    - public: the statistics of public records in this basis
+    - counts: the number of units of each class at the sites, as `_counts` estimates it"""
     within, between = _spread(public)
     seen = public.counts[:, None]
     certainty = 1 / between + seen / within

@@ -140,7 +140,15 @@ def inputs(
 ) -> dict[str, torch.Tensor]:
     """Return the tensor of one file as the arguments that the transformers model expects.
 
-    ids: the tokens of the record's text, (1, L)."""
+    - model: the base as transformers loaded it; its configuration says which arguments it takes
+    - kind: the base's kind: "speech" takes a sound, all others pictures
+    - tensor: the file as the base's reader computed it (`Reader.tensor`): of a sound a log-mel
+      spectrogram (1, mel bins, frames); of pictures colours and mask (tiles, 4, height, width),
+      or, for Qwen2-VL, patches (tiles, P, …)
+    - ids: the tokens of the record's text, (1, L), in which place-holders stand for the file; read
+      for Qwen2-VL alone
+
+    The result has the file's arguments by name, without the tokens."""
     if kind == "speech":
         return {"input_features": tensor}
     if hasattr(model.config, "vision_start_token_id"):
@@ -212,7 +220,8 @@ def rows_of(config: Any, *tables: Any) -> int:
 
 def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
     """Pool hidden states to one vector per record, (B, H) fp32: the last token's state, or for
-    an encoder the mean over tokens."""
+    an encoder the mean over tokens, scaled to length √H. hidden: (B, L, H); mask: (B, L), 1 for a
+    token and 0 for padding, which is at the end."""
     if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()

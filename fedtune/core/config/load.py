@@ -69,6 +69,7 @@ def load_site(
     """Read a site from site.toml; relative paths in it are relative to the file. A membership of a
     hospital is under the ceilings of hospital.toml in its home.
 
+    - path: the site file, usually site.toml
     - alone: read the site file only, for example if the hospital's home cannot be reached
     - at: the path that the site file will have, if `path` is a draft
     - keys_may_differ: accept that another membership of the hospital reads patients' keys in

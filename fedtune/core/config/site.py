@@ -464,8 +464,12 @@ class Site(Table):
         """Make a site from records in memory: a pandas DataFrame, or dicts by column name.
 
         They are written to records.jsonl in the site's state folder, which only this user can
-        read (0600), and are read from there like any other site's. tables: policy, evaluation,
-        coordinator.
+        read (0600), and are read from there like any other site's.
+
+        - records: the rows of [data]
+        - site: the table [site], with the state folder
+        - columns: which columns of the rows hold text, label, patient and so on
+        - tables: further tables of site.toml, by name: policy, evaluation, coordinator
 
         >>> import fedtune
         >>> site = fedtune.Site.from_records(

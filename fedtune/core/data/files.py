@@ -45,7 +45,16 @@ class Place(NamedTuple):
 def rows(
     where: Path, keys: Keys, *, strict: bool = True, source: Source | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row as a dict, or the reason for its rejection, as placed_rows does."""
+    """Yield each row as a dict by column, or the reason for its rejection, as placed_rows does.
+
+    - where: the file, or the folder whose files are read
+    - keys: for each configuration key, such as "data.columns.text", the column that it names
+    - strict: raise errors, for a person who can correct the files before they are used; if not,
+      one reason takes the place of the rows that cannot be read of a file
+    - source: the source that reads the files; None if each file's suffix decides
+
+    Errors: as for placed_rows: DataError, if strict also for a single file that cannot be read and
+    for a column that no file has."""
     for _, row in placed_rows(where, keys, strict=strict, source=source):
         yield row
 
@@ -61,9 +70,13 @@ def placed_rows(
     """Yield the place of each row, and the row as a dict or the reason for its rejection, in the
     order of the sorted files.
 
+    - where: the file, or the folder whose files are read; a source that reads a database ignores it
+    - keys: for each configuration key, such as "data.columns.text", the column that it names; not
+      used if `names` is given, which holds them already
     - strict: raise errors, for a person who can correct the files before they are used
     - source: the source that reads the files; None if each file's suffix decides
-    - names: the object to which the names of the files' columns are added
+    - names: the object to which the names of the files' columns are added; None: a new one, which
+      is dropped after the reading
 
     Errors: DataError for a path that is missing or of another kind; if strict also for a single
     file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
@@ -105,7 +118,13 @@ def placed_rows(
 def _collect_rows(
     where: Path, source: Collection, names: Names, strict: bool
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the rows of a database, or of a folder that is read as a whole, as placed_rows does."""
+    """Yield the rows of a database, or of a folder that is read as a whole, as placed_rows does.
+
+    - where: the folder; a database's source ignores it
+    - source: the source that reads the database or the folder
+    - names: the object to which the columns are added; errors call the dataset by its `where`
+    - strict: raise errors; if not, an error of the source ends the rows with one "unreadable file"
+    """
     file = ""
     try:
         for number, (file, row) in enumerate(source.collect(where, names), 1):

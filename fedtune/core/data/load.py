@@ -68,10 +68,15 @@ class UnitReader:
 
     It reads one unit at a time and holds public values alone.
 
+    - objective: the plan's objective: max_length, overflow, template and labels
+    - record_format: which of a record's fields are read (`check_columns`)
     - scored: whether a head is trained, which reads the text at its last token
+    - labelled: whether a record that has nothing to predict is rejected
+    - reader: how the base reads images, recordings or clips; None if it reads text alone
+    - soft_targets: computes a teacher's targets for a record and its example; None: no teacher
     - max_records: the cap on one unit's records; None: no cap
     - choices: answers for which a prompt that is cut must leave room
-    - scan: applies a site's [data.scan] to a record
+    - scan: applies a site's [data.scan] to a record; None: no record is scanned
 
     Guarantee: which of a unit's records train, and on which tokens, depends on that unit's records
     and on which of them trained before. If a library fails on a record, only that one is rejected.
@@ -225,14 +230,20 @@ def load_dataset(
 ) -> Dataset:
     """Read, tokenise and cap a dataset.
 
+    - file: the table of study.toml or site.toml that names the file, or the database, and columns
+    - study: the plan, whose objective, unit and cap on a patient's records are applied
+    - tokenizer: the tokenizer of the base that is trained
     - labelled: False also admits records that have nothing to predict
-    - exclude_unit: whether to leave out the patient with this key
-    - is_known_member: whether an earlier load of the dataset had this member
+    - exclude_unit: whether to leave out the patient with this key; not asked if the unit is the
+      record
+    - is_known_member: whether an earlier load of the dataset had this member. The cap prefers
+      records that it had
     - strict: raise errors, for a person who can correct the files
-    - soft_targets: computes a teacher's targets for one record
-    - reader: how the base reads records, if it reads more than text (modalities)
+    - soft_targets: computes a teacher's targets for one record; None: no teacher
+    - reader: how the base reads records, if it reads more than text (modalities); None for text
 
-    A site's records, held-out ones included, have the study's unit. [public], [selection] and
+    A site's records, held-out ones included, have the study's unit, and the result also has the
+    units' keys and the members by which the ledger remembers them. [public], [selection] and
     [evaluation] of a study hold no private records, and their unit is the record.
     Errors: DataError for a path or columns that cannot be used; if strict, also as in `files.rows`,
     and if no record is usable, or all of a site's labelled records are one unit's.
@@ -312,7 +323,15 @@ def check_columns(
 ) -> RecordFormat:
     """Check that the file's columns fit the study, and return the records' format. No file is read.
 
-    In a study on judgements the evaluation records are preference pairs. Errors: DataError."""
+    - file: the table of study.toml or site.toml whose columns are checked
+    - study: the plan, whose objective and unit say which columns are needed
+    - tokenizer: the base's tokenizer; it needs a chat template if the column `messages` is named
+    - labelled: whether records need a label or an answer; False: as for load_dataset
+    - reader: how the base reads images, recordings or clips; None: no such column may be named
+
+    The format is the objective's, but "text" if records need no answer (a text to classify stays
+    "label"). In a study on judgements the evaluation records are preference pairs.
+    Errors: DataError."""
     table = table_of(file)
     columns, objective = file.columns, study.objective
     at = f"{table}.columns"

@@ -39,7 +39,8 @@ class Tokenised(NamedTuple):
 def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the token ids that stand before the completion of `prompt` in training."""
+    """Return the token ids that stand before the completion of `prompt` in training. They may be
+    more than objective.max_length."""
     text = _in_template(prompt, objective)[: CHARS * objective.max_length]
     return [*_start(tokenizer), *_encode(text, tokenizer)]
 
@@ -48,8 +49,15 @@ def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
     """Tokenise a prompt and its completion as in training. For a text to classify, tokenise the
-    prompt alone. If a head is trained, every token is an input and none is a target. Errors:
-    Rejected."""
+    prompt alone. If a head is trained, every token is an input and none is a target.
+
+    - prompt: the text before the completion, without the template; for an objective that reads
+      labels, the text to classify; "" if the completion is plain text
+    - completion: the text whose tokens are targets; not read by an objective that reads labels
+    - objective: the plan's objective: template, max_length, overflow and append_eos
+    - tokenizer: the tokenizer of the base that reads the passage
+
+    Errors: Rejected, for instance if the text is too long."""
     kind = objective.resolved
     if kind.record_format == "label":
         record, labelled = Record("", prompt), False
@@ -81,7 +89,14 @@ def _tokenise(
 ) -> Tokenised:
     """Tokenise a record to at most max_length token ids, each a target or not.
 
-    - starts: whether the text begins with the base's start tokens
+    - record: the texts, and the messages or the label; patient, place and file are not read
+    - objective: the plan's objective: max_length, overflow, template, append_eos and labels
+    - tokenizer: the base's tokenizer
+    - record_format: "label": a text to classify; "preference": an answer and a worse one;
+      "unpaired_preference": an answer whose label is its judgement; else "text"
+    - labelled: whether a record that has nothing to predict is rejected; of texts to classify, one
+      whose label objective.labels does not list
+    - starts: whether a text to classify begins with the base's start tokens already
     - lead: text that the base puts in front of the record's own text; it is never cut
     - choices: other answers for which a prompt that is cut must leave room
 
@@ -130,7 +145,14 @@ def _tokenize_answers(
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and its answers separately, since the prompt stands alone in generation.
     Return one passage for each answer, with the same prompt, and the number of tokens left out. An
-    answer and its eos are targets. Errors: Rejected."""
+    answer and its eos are targets.
+
+    - record: the prompt with `lead`, and the answer: its completion, or its label if it has none
+    - objective, tokenizer: as for `_tokenise`
+    - paired: whether record.rejected is a second answer to the prompt
+    - lead, choices: as for `_tokenise`
+
+    Errors: Rejected."""
     most, truncate = objective.max_length, objective.overflow == "truncate"
     texts = [record.completion or record.label, *([record.rejected] if paired else [])]
     if objective.overflow == "truncate_answer":
@@ -171,7 +193,11 @@ def _beginnings(
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and as much of each answer as fits after it, so that a model learns how a
     long answer begins. Also return the most tokens that an answer lost, which is an estimate for a
-    very long answer."""
+    very long answer.
+
+    - prompt: the prompt before the template is put around it, with the base's lead
+    - texts: the answers to the prompt, two for a preference pair
+    - objective, tokenizer: as for `_tokenise`"""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
     passages, cut = list[Tokens](), 0
@@ -186,8 +212,15 @@ def _beginnings(
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
     """Return the token ids without the first `excess` of those `own` ids that follow the first
-    `head`. Errors: Rejected if none of the `own` ids would stay, since an answer to an empty prompt
-    teaches nothing."""
+    `head`.
+
+    - ids: the token ids of a prompt, or of a conversation up to its first answer
+    - head: the number of ids before the record's own text: start tokens, template and lead
+    - own: the number of ids of the record's own text, the only ones that may be left out
+    - excess: by how many ids the passage is too long, at least 1
+
+    Errors: Rejected if none of the `own` ids would stay, since an answer to an empty prompt teaches
+    nothing."""
     if excess >= own:
         raise Rejected("answer too long")
     return [*ids[:head], *ids[head + excess :]]
@@ -225,7 +258,16 @@ def _classify(
 ) -> Tokenised:
     """Tokenise a text to classify. The tokenizer adds its own special tokens, which truncation
     keeps, unless the text `starts` with such tokens already. White space around a label does not
-    count. Errors: Rejected."""
+    count. No token is a target.
+
+    - record: the text is its prompt, or its completion if it has no prompt
+    - objective: the plan's objective: labels, max_length and overflow
+    - tokenizer: the base's tokenizer
+    - labelled: whether the label must be one of objective.labels; if not, it is not read, and the
+      result's label is NO_TARGET
+    - starts: as for `_tokenise`
+
+    Errors: Rejected."""
     labels = [label.strip() for label in objective.labels]
     if labelled and record.label.strip() not in labels:
         raise Rejected("unknown label")
@@ -260,7 +302,13 @@ def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
 ) -> tuple[Tokens, int]:
     """Tokenise plain text as a completion without a prompt. Of a text that is too long, keep the
-    beginning, without eos."""
+    beginning, without eos. Also return the number of tokens left out, an estimate.
+
+    - record: the text is its completion; its prompt is "", or the base's lead, which is no target
+    - objective, tokenizer: as for `_tokenise`
+    - huge: whether the text is so long that it is not tokenised to its end
+
+    Errors: Rejected if the text is too long and overflow is "reject"."""
     most = objective.max_length
     prompt = _in_template(record.prompt, objective)
     segments = [(text, hit) for text, hit in ((prompt, False), (record.completion, True)) if text]
@@ -283,7 +331,13 @@ def _chat(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> tuple[Tokens, int]:
     """Tokenise a conversation by the base's chat template; return the tokens, and how many are
-    left out. The assistant's turns, up to their eos, are targets. Errors: Rejected."""
+    left out. The assistant's turns, up to their eos, are targets.
+
+    - messages: (role, content) of each message
+    - objective, tokenizer, lead: as for `_tokenise`; the template is the tokenizer's, not the
+      objective's
+
+    Errors: Rejected."""
     most = objective.max_length
     ids, hits, ends, whole = _conversation(messages, most, tokenizer)
     if any(hits) and whole:
@@ -309,7 +363,13 @@ def _first_exchange(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> Tokens:
     """Tokenise the messages up to the first answer, and leave out so much of the start of the
-    user's first text that the whole answer fits. Errors: Rejected."""
+    user's first text that the whole answer fits.
+
+    - messages: (role, content) of each message, one of the assistant's among them
+    - objective, tokenizer: as for `_tokenise`
+    - lead: text that the base puts in front of the user's first text; it stays
+
+    Errors: Rejected."""
     most, limit = objective.max_length, CHARS * objective.max_length
     roles = [role for role, _ in messages]
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
@@ -408,8 +468,16 @@ def _join_segments(
     tokenizer: PreTrainedTokenizerBase,
     continued: bool,
 ) -> Joined:
-    """Tokenise segments one by one until they exceed max_length tokens. continued: tokenise each
-    as a continuation of those before, for tokenizers that put a space in front of a text."""
+    """Tokenise segments one by one until they exceed max_length tokens. The result may be longer
+    than max_length; the caller cuts it.
+
+    - segments: the texts in order, and whether each one's tokens are targets
+    - start: token ids that stand before the first segment and are no targets
+    - max_length: the number of tokens after which no further segment is read; of a very long
+      segment only CHARS characters for each of them are read, and nothing after it
+    - tokenizer: the base's tokenizer, which adds no special tokens here
+    - continued: tokenise each segment as a continuation of those before, for tokenizers that put a
+      space in front of a text"""
     ids = list(start)
     hits = [False] * len(start)
     prefix = ""

@@ -60,9 +60,10 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
 
 
 def at_least(event: Steps, delta: float) -> float:
-    """Return a lower bound on ε, without computing a PLD. The bound follows from a threshold test
-    on the sum of all steps, which tells the data with one unit from the data without it. (Its hit
-    rate is bounded by Chebyshev's inequality, its false alarms by the normal tail.)"""
+    """Return a lower bound on ε of the steps `event` at `delta`, without computing a PLD. The bound
+    follows from a threshold test on the sum of all steps, which tells the data with one unit from
+    the data without it. (Its hit rate is bounded by Chebyshev's inequality, its false alarms by the
+    normal tail.)"""
     sigma, rate, steps, k = event
     deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
     mean, spread = k * steps * rate, math.sqrt(steps) * deviation
@@ -78,8 +79,15 @@ def calibrate(
 ) -> float:
     """Find the smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
 
+    - target: the ε that all steps together may cost, > 0
+    - delta: the δ at which ε is computed
+    - sampling_rate: q, the probability with which a row is drawn for a step
+    - steps: how many equal steps are taken
+    - records: k, the most rows of one unit in a step; 1 if units are drawn
+
+    σ is in multiples of C, the bound on one row.
     Guarantee: the accountant that reports use computes ε for the rounded σ.
-    Errors: ConfigError if no σ up to MOST thousandths suffices."""
+    Errors: ConfigError if no σ up to MOST thousandths suffices, or ε cannot be computed."""
 
     def is_enough(thousandths: int) -> bool:
         return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
@@ -104,7 +112,14 @@ def affordable_steps(
 ) -> int:
     """Find the most steps with ε ≤ target; 0 if not even one fits.
 
-    Errors: ConfigError if more than `most` fit."""
+    - target: the ε that all steps together may cost, > 0
+    - delta: the δ at which ε is computed
+    - sampling_rate: q, the probability with which a row is drawn for a step
+    - sigma: the noise multiplier of each step, in multiples of C, the bound on one row
+    - records: k, the most rows of one unit in a step; 1 if units are drawn
+    - most: the largest number of steps that is tried
+
+    Errors: ConfigError if more than `most` fit, or ε cannot be computed."""
 
     def too_many(steps: int) -> bool:
         return epsilon([Steps(sigma, sampling_rate, steps, records)], delta) > target
@@ -243,7 +258,12 @@ def _one_step(
     sigma: float, rate: float, records: int, interval: float
 ) -> pld.PrivacyLossDistribution:
     """Return the loss distribution of one step: a Poisson-sampled Gaussian, or for k > 1 a mixture
-    of Gaussians."""
+    of Gaussians.
+
+    - sigma: the noise multiplier, in multiples of C
+    - rate: q, below 1
+    - records: k, the most rows of one unit in the step
+    - interval: the spacing of the distribution's grid of privacy losses"""
     if records == 1:
         return pld.from_gaussian_mechanism(
             sigma, sampling_prob=rate, value_discretization_interval=interval

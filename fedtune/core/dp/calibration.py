@@ -26,7 +26,7 @@ def sampling_rate(study: Study, declared_size: int) -> float:
 
 def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
     """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
-    exceeded. most: the limit up to which affordable steps are counted.
+    exceeded. most: the limit up to which affordable steps are counted; None: accountant.MOST.
 
     Errors: ConfigError if the study is not private, not even one round fits the budget, or more
     than `most` steps fit it."""

@@ -68,6 +68,12 @@ def scales(
     """Compute each row's clipping factor, fp64 (rows,). A row times its factor has an L2 norm over
     all `parts` of at most `max_grad_norm`.
 
+    - parts: the rows' gradients, for each trained tensor (rows, its size), fp32 or fp64; they are
+      not changed
+    - max_grad_norm: C, the bound on a row's norm
+    - mode: how the factor follows from the norm, "flat" or "normalised", see below
+    - gamma: γ of "normalised"; "flat" does not read it
+
     flat: min(1, C/‖g‖) (Abadi et al. 2016, algorithm 1);
     normalised: C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
     Guarantee: every scaled row has norm ≤ C measured in fp64, whatever the input. A norm that is
@@ -104,8 +110,12 @@ def _norms(block: torch.Tensor) -> torch.Tensor:
 def clip(
     gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
 ) -> torch.Tensor:
-    """Return an fp64 copy of `gradients` (units, d), each row clipped to max_grad_norm by
-    `scales`."""
+    """Return an fp64 copy of `gradients`, (rows, d), with each row clipped by `scales`. A row that
+    is not finite becomes zero.
+
+    - gradients: one row for each unit or record, (rows, d); they are not changed
+    - max_grad_norm: C, the bound on a row's norm
+    - mode, gamma: how a row is clipped, as for `scales`"""
     import torch
 
     scale = scales([gradients], max_grad_norm, mode, gamma)
@@ -123,6 +133,12 @@ def add_clipped(
     gamma: float = 0.01,
 ) -> None:
     """Clip each row of `chunk`, round it to multiples of `grid` and add it to `total`, int64 (d,).
+
+    - total: the sum so far, in multiples of `grid`; it is changed in place
+    - chunk: the gradients of some rows; they are zeroed, also if this fails
+    - grid: the unit of the sum, in gradient units
+    - max_grad_norm: C, the bound on a row's norm before it is rounded
+    - mode, gamma: how a row is clipped, as for `scales`
 
     Guarantee: integers add exactly, so the sum does not depend on order or chunking, and no
     floating-point difference between neighbours survives (Mironov 2012). Nothing un-noised but the

@@ -91,7 +91,12 @@ def rdp(events: Iterable[Steps], order: float) -> float:
 def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) -> float:
     """Compute ρ(order) of one step with q < 1. If the integral takes too long, because σ is far
     below k, return the divergence of a step that takes all k rows: an upper bound, since the Rényi
-    divergence is quasi-convex (van Erven & Harremoës 2014, theorem 13)."""
+    divergence is quasi-convex (van Erven & Harremoës 2014, theorem 13).
+
+    - sigma: the noise multiplier, in multiples of C
+    - rate: q, the probability with which a row is drawn
+    - records: k, the most rows of one unit in the step
+    - order: the Rényi order, > 1; the result is in nats"""
     if _terms(sigma, records, order) > _MOST_TERMS:
         return order * (records / sigma) ** 2 / 2
     remove = _log_moment(sigma, rate, records, order)
@@ -101,6 +106,10 @@ def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) 
 
 def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
     """Integrate log E[(mixture(x)/normal(x))^power] for x ~ N(0, σ²) by the trapezoidal rule.
+
+    - sigma, rate, records: as for `_compute_sampled_rdp`; the mixture is Σ_j p_j N(j, σ²), with p_j
+      of Binomial(records, rate)
+    - power: the order if the unit is removed, 1 - order if it is added
 
     The ratio Σ_j p_j exp((jx − j²/2)/σ²) has only zeros with |imaginary part| = πσ² (its polynomial
     in exp(x/σ²) has negative roots alone), and the integrand falls like a Gaussian of width σ, so a
@@ -126,7 +135,7 @@ def _terms(sigma: float, records: int, order: float) -> float:
 
 
 def epsilon_of(rdp: float, order: float, delta: float) -> float:
-    """Convert the Rényi divergence `rdp` at `order` to ε at `delta`; 0 if rdp is 0.
+    """Convert the Rényi divergence `rdp` (nats) at `order` to ε at `delta`; 0 if rdp is 0.
 
     Reference: Canonne, Kamath & Steinke 2020, proposition 12."""
     if not (rdp >= 0 and 0 < delta < 1):
@@ -157,6 +166,9 @@ def _check_order(order: float) -> float:
 
 
 class Total(NamedTuple):
+    """ε of several charges together. how: the method by which it was computed, in words for people,
+    such as "PLD"."""
+
     epsilon: float
     how: str
 

@@ -69,10 +69,16 @@ class Rows(Protocol):
 
 
 def answer(plan: StepPlan, rows: Rows, log: StepLog, round_: int) -> torch.Tensor:
-    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,).
+    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,). A cell is the whole,
+    or one of the plan's classes or groups.
 
-    rows: the units' rows. `of_units` is called for `TOGETHER` units at a time and returns fp64
-    (len(units), 2 · cells); `wipe` is called at the end."""
+    - plan: the plan that `query_plan` makes of the study, or a SitePlan around it
+    - rows: the units' rows. `of_units` is called for `TOGETHER` units at a time and returns fp64
+      (len(units), 2 · cells); `wipe` is called at the end
+    - log: the site's step log, to which the answer's line is written first
+    - round_: the round after which the query is asked, for that line
+
+    Errors: those of plan.step; there is no answer then."""
 
     def drawn_rows(units: list[int]) -> Iterator[Chunk]:
         for first in range(0, len(units), TOGETHER):

@@ -62,7 +62,14 @@ def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
 
 
 def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: int) -> int:
-    """Return the number of bits of a word for sites of these declared sizes; see `word_bits`."""
+    """Return the number of bits of a word that holds the sum over these sites: 32 or 64.
+
+    - study: the plan, which says C, the most rows of a unit, and how many sites share the noise
+    - sigma: σ of the sum that is opened, in multiples of C; None if privacy is off
+    - sizes: the declared size of each site in the sum
+    - dimension: how many numbers the sum has, on which the grid depends
+
+    Errors: ConfigError as for `word_bits`."""
     assert study.clipping is not None
     norm, noise = study.clipping.max_grad_norm, 0.0 if sigma is None else sigma
     step = grid_of(study, sigma, dimension)
@@ -75,8 +82,11 @@ def word_bits(
 ) -> int:
     """Return the number of bits of a word that holds twice the largest sum: 32 or 64.
 
-    units: each site's declared size; rows: the most rows of one unit; noise_std: standard
-    deviation of each site's noise; step: the grid. No coordinate of a clipped row exceeds C.
+    - units: each site's declared size
+    - rows: the most rows of one unit
+    - max_grad_norm: C, which no coordinate of a clipped row exceeds
+    - noise_std: the standard deviation of each site's noise, in gradient units
+    - step: the grid, in gradient units
 
     >>> word_bits([400, 400, 200], 1, 1.0, 1.0, 2.0**-16)
     32

@@ -74,8 +74,14 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
-    """Check that `path` is a readable regular file, and return the path. Errors: as at the top of
-    this file."""
+    """Check that `path` is a readable regular file, and return the path.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+
+    Errors: as at the top of this file."""
     os.close(_open_descriptor(path, expected, todo, kind))
     return path
 
@@ -83,8 +89,15 @@ def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) 
 def content(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> bytes:
-    """Return the file's bytes. expected, todo: what was expected and what to do, for the error;
-    most: the bytes that the file may have. Errors: as at the top of this file."""
+    """Return the file's bytes.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: as at the top of this file."""
     try:
         with open(_open_descriptor(path, expected, todo, kind), "rb") as file:
             length = os.fstat(file.fileno()).st_size
@@ -101,8 +114,14 @@ def content(
 
 
 def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL) -> bytes:
-    """Return the bytes of a file that only this user may read. Errors: as at the top of this file;
-    also if others have any right to it."""
+    """Return the bytes of a file that only this user may read.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: as at the top of this file; also if others have any right to it."""
     data = content(path, expected, kind=kind, most=most)
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise kind(
@@ -114,7 +133,16 @@ def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL
 def text(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> str:
-    """Return the file's content as text in UTF-8. Errors: as at the top of this file."""
+    """Return the file's content as text in UTF-8.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said, except of a file
+      that is not UTF-8
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: as at the top of this file."""
     try:
         return content(path, expected, todo, kind, most).decode("utf-8")
     except UnicodeDecodeError:
@@ -124,12 +152,21 @@ def text(
 def json_in(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> dict[str, Any]:
-    """Return the JSON object in the file. Errors: as at the top of this file."""
+    """Return the JSON object in the file.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: as at the top of this file; also if the file holds another JSON value than an object."""
     return _table(path, json.loads, "JSON", expected, todo, kind, most)
 
 
 def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
-    """Return the JSON objects in the file, one per line. Errors: as at the top of this file."""
+    """Return the JSON objects in the file, one per line, of a file of at most LARGE bytes.
+    expected, todo: as for `text`. Errors: InputError as at the top of this file."""
 
     def parse(source: str) -> dict[str, Any]:
         rows = [json.loads(line) for line in source.splitlines()]
@@ -143,7 +180,14 @@ def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, A
 
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
-    """Return the TOML tables in the file. Errors: as at the top of this file."""
+    """Return the TOML tables in the file, by name, of a file of at most TABLES bytes.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+
+    Errors: as at the top of this file."""
     return _table(path, tables, "TOML", expected, todo, kind, TABLES)
 
 
@@ -187,6 +231,13 @@ def _encodes(value: str) -> bool:
 def _table(
     path: Path, parse: Any, form: str, expected: str, todo: str, kind: Kind, most: int
 ) -> dict[str, Any]:
+    """Return the table that `parse` makes of a file's text.
+
+    - path, expected, todo, kind, most: as for `text`
+    - parse: the function that takes the text; its ValueError means that the text is malformed
+    - form: the format's name for the error's text, such as "JSON"
+
+    Errors: as at the top of this file; also if the result is no table."""
     source = text(path, expected, todo, kind, most)
     try:
         parsed = parse(source)
@@ -204,7 +255,9 @@ def _table(
 
 
 def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
-    """Open a regular file and return its descriptor. Errors: as at the top of this file."""
+    """Open a regular file for reading and return its descriptor, which the caller closes.
+
+    path, expected, todo, kind: as for `regular`. Errors: as at the top of this file."""
     if why := refuse_path(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:

@@ -112,8 +112,13 @@ class AuditLog:
     def add(self, event: str, rule: str = "", *, once: int = 0, **facts: Any) -> int:
         """Write an entry durably and return its number.
 
-        once: if one of this many newest entries says the same, write nothing and return that
-        entry's number, as when a coordinator repeats a refused request. A last line that a crash
+        - event: the kind of act, one of EVENTS
+        - rule: the rule or the option by which it was done; "" for none
+        - once: if one of this many newest entries says the same, write nothing and return that
+          entry's number, as when a coordinator repeats a refused request; 0: always write
+        - facts: numbers and short texts about the act, by name; of a path the last part is kept
+
+        A last line that a crash
         cut short is removed first; nothing was done under it. Errors: NotAuditable;
         InfrastructureError if the disk refuses: the caller must then not do the act."""
         said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}

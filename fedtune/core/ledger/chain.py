@@ -154,7 +154,9 @@ class Transaction:
         self.receipts = ReceiptLog()
 
     def append(self, kind: str, body: dict[str, Any], seq: int | None = None) -> int:
-        """Add an entry and return its sequence number."""
+        """Add an entry and return its sequence number. kind: which entry it is, as `Account.fold`
+        distinguishes them; body: its fields, to which the time is added; seq: its number, for the
+        entry of a restore; None: the next one."""
         body = {**body, "time": int(time.time())}
         packed = canonical(body)
         prev = self.head.hash if self.head else START
@@ -386,11 +388,27 @@ def _build_damaged_error(path: Path, detail: str) -> LedgerError:
 
 
 def check_signature(path: Path, public: str, head: Head, signature: str) -> None:
+    """Check that an entry is signed by this site's key.
+
+    - path: the path of the database, for the error's text
+    - public: the public half (hexadecimal) of the site's signing key
+    - head: number and hash of the entry
+    - signature: the signature (hexadecimal) that the database holds for it
+
+    Errors: LedgerError."""
     if not (isinstance(signature, str) and verifies(public, signed_entry(head.hash), signature)):
         raise _build_damaged_error(path, f"entry {head.seq} is not signed by this site's key")
 
 
 def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
+    """Check that the ledger was begun with the site's key and salt, which its first entry names.
+
+    - path: the path of the database, for the error's text
+    - entry: the first entry
+    - public: the public half (hexadecimal) of the key beside the database
+    - salt: the 32 bytes of the file beside the database
+
+    Errors: LedgerError."""
     bound = {key: entry.body.get(key) for key in ("public", "salt")}
     for key, name in (("public", KEY), ("salt", SALT)):
         if entry.kind != "open" or bound[key] != first_body(public, salt)[key]:
@@ -401,7 +419,8 @@ def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
 
 
 def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -> None:
-    """Check each dataset's members against its newest declaration. Errors: LedgerError."""
+    """Check each dataset's members against its newest declaration. members: for each name under
+    which members are stored, their digest in that declaration. Errors: LedgerError."""
     for dataset, digest in members.items():
         if reader.members(dataset) != digest:
             raise _build_damaged_error(path, f"the members of dataset {dataset!r} were edited")

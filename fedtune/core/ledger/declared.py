@@ -39,9 +39,15 @@ def declare(
     """Sign the declaration that `dataset` is public or generated; repeating a declaration adds
     no entry.
 
-    records: for each record, the identifiers by which the ledger recognises it
-    (`data.identity`); sign: False to check only. Errors: PolicyRefused if the name, or any of
-    the records, was charged as private; nothing is entered."""
+    - ledger: the site's lifetime ledger
+    - dataset: the dataset's name in site.toml
+    - what: what a person declares of the records, by `declared` in site.toml
+    - records: for each record, the identifiers by which the ledger recognises it (`data.identity`),
+      without a salt
+    - sign: whether to enter the declaration; False to check only
+
+    Errors: PolicyRefused if the name, or any of the records, was charged as private; nothing is
+    entered."""
     with ledger._store.writing() as writer:
         charged = {spent.dataset for spent in ledger._account.spent()}
         check_name(charged, dataset, what)

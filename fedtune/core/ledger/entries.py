@@ -73,7 +73,8 @@ class Charge:
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
         """Read a charge from the fields of a ledger entry. An entry without `rules` was written
-        before that field existed, and has version 1."""
+        before that field existed, and has version 1. membership: that of the entry; "" if it has
+        none."""
         return cls(**{"rules": 1, "membership": membership, **fields})
 
     def fields(self) -> dict[str, Any]:

@@ -79,10 +79,15 @@ def sealed_token(
     """Encrypt a head statement so that only this site can read it; return hexadecimal text of
     constant length.
 
-    audit: the head of the site's audit log; a coordinator that stores the unread token stores both
-    heads. In clear text the sequence number would reveal to the coordinator that the data changed,
-    or that a patient withdrew. The cipher is AES-256-GCM under a key derived from the site's own.
-    Only the same membership of a hospital opens the token, so that nobody can use tokens to test
+    - key: the ledger's signing key, from which the cipher's key is derived
+    - statement: {seq, hash, signature} of the newest entry (`Database.statement`)
+    - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
+    - membership: the membership of a hospital that sends the token, and alone opens it; "" for a
+      site with a ledger of its own
+
+    A coordinator that stores the unread token stores both heads. In clear text the sequence number
+    would reveal to the coordinator that the data changed, or that a patient withdrew. The cipher is
+    AES-256-GCM. Only the same membership opens the token, so that nobody can use tokens to test
     whether two sites are one hospital."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)

@@ -134,12 +134,14 @@ class Ledger:
         keys: Iterable[bytes] | None = None,
         units: Iterable[bytes] = (),
     ) -> frozenset[bytes]:
-        """Enter a signed declaration of `dataset`.
+        """Enter a signed declaration of a dataset.
 
+        - dataset: the name under which it is charged
         - disjoint_from: the datasets with which it shares no patient; None: as last declared
         - content_hash: hash of its content; None: content and cohort stay as they were
         - members: patients' keys and record bytes, of which only salted hashes are kept; a member
           stays a member for good
+        - cohort: the name that a person gave the units that arrive now
         - keys: the key of each unit, if arrivals are recorded. Keys that were never members arrive
           now, as one cohort, whatever their or other units' records are
         - units: patients' keys to look for in datasets disjoint from this one
@@ -228,7 +230,7 @@ class Ledger:
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` until now is
-        unknown."""
+        unknown. who: the person's login; reason: in that person's words, "" for none."""
         with self._store.writing() as writer:
             upto = self._store.head.seq
             writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
@@ -281,9 +283,13 @@ class Ledger:
         *,
         of_newcomers: bool = False,
     ) -> None:
-        """Call `permit` as `reserve` would, and charge nothing. of_newcomers: whether to call
-        `permit` as `reserve_for` would for a unit that arrives now; permit_other: as for
-        `reserve_for`. Call this before records are read, since each reading may add an entry.
+        """Call `permit` as `reserve` would, and charge nothing. Call this before records are read,
+        since each reading may add an entry.
+
+        - dataset: the dataset that is to be charged
+        - permit: as for `reserve` or, with `of_newcomers`, for `reserve_for`
+        - permit_other: as for `reserve_for`
+        - of_newcomers: whether to call `permit` as `reserve_for` would for a unit that arrives now
 
         Errors: those that `permit` raises; LedgerError."""
         with self._store.writing():
@@ -296,6 +302,16 @@ class Ledger:
         permit_other: Permit | None = None,
         of_newcomers: bool = False,
     ) -> None:
+        """Call `permit` for every dataset that a charge to `dataset` would count against; datasets
+        with the same charges are asked about once.
+
+        - dataset: the dataset that is to be charged
+        - permit: called with the charges against it, and refuses by raising an error
+        - permit_other: called in place of `permit` for the other datasets; None: `permit` is called
+        - of_newcomers: whether `permit` is called, for `dataset`, with the charges against a unit
+          that arrives now, in place of all charges against the dataset
+
+        Errors: LedgerError if the dataset was never declared; those that the functions raise."""
         if dataset not in self._account.declared:
             raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
         asked: list[list[int]] = []
@@ -325,16 +341,21 @@ class Ledger:
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
     ) -> int:
-        """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows;
-        return the entry's number.
+        """Charge `dataset` with one round, if `permit` allows it; return the entry's number.
 
         The three functions are called under the write lock, must not call this ledger, and raise an
         error to refuse; nothing is charged then.
 
+        - dataset: the name of a declared dataset, whose records the round reads
+        - charge: what the round costs; with `adapter` it gives the slot of the round's answer
+        - adapter: the third part of that slot: the digest of the adapter from which the round
+          starts, with the number of the attempt and the membership if there are any
         - permit: called for `dataset` and for every other dataset against which the charge would
           count, with all charges that count against it so far
-        - permit_unknown: called with `unknown` of the dataset for the charge's unit
-        - permit_apart: called with the datasets from which each dataset is declared disjoint
+        - permit_unknown: called with `unknown` of the dataset for the charge's unit; None: such
+          charges do not matter
+        - permit_apart: called with the datasets from which each dataset is declared disjoint; None:
+          this is not checked
 
         Errors: those that the functions raise; LedgerError."""
         with self._store.writing() as writer:
@@ -359,9 +380,14 @@ class Ledger:
         refuses is left out of the round and not charged for it. Returns the reservation's number
         and the arrivals of the cohorts left out.
 
-        permit_other: called in place of `permit` for every other dataset against which the charge
-        counts. There all rounds count, whichever cohorts took part, and no cohort's lifetime is a
-        limit. permit_unknown, permit_apart: as for `reserve`.
+        - dataset, charge, adapter: as for `reserve`
+        - permit: called with the charges against a unit that arrives now, and then with those
+          against each cohort. If it raises Refused for a cohort, this cohort is left out
+        - permit_other: called in place of `permit` for every other dataset against which the charge
+          counts; None: `permit` is called. There all rounds count, whichever cohorts took part, and
+          no cohort's lifetime is a limit
+        - permit_unknown, permit_apart: as for `reserve`
+
         Guarantee: which cohorts are left out follows from public charges, the policy and the time
         of arrival, never from a record. The charge is made even where no cohort remains.
         Errors: those that `permit` raises for a newcomer or another dataset; LedgerError."""
@@ -391,9 +417,15 @@ class Ledger:
         """Enter the charges that a membership of this hospital has in an earlier ledger of its own;
         return how many were not there yet. No permit is asked, since they were spent already.
 
-        withdrawn: the key of each unit that withdrew there → when, in UTC seconds; refused: slots
-        whose answer a person refused for good. Guarantee: either everything is entered or nothing,
-        and repeating the call enters nothing twice; each charge keeps its rules, unit and order.
+        - membership: its name in this hospital; each charge in `earlier` must name it
+        - earlier: all charges of the earlier ledger, oldest first, each with the name of the
+          dataset that it is charged to here
+        - withdrawn: the key of each unit that withdrew there → when, in UTC seconds
+        - refused: slots whose answer a person refused there for good, as slots of this membership
+        - who: the login of the person who moves the ledger, for the entries of refused answers
+
+        Guarantee: either everything is entered or nothing, and repeating the call enters nothing
+        twice; each charge keeps its rules, unit and order.
         Errors: LedgerError if other rounds were charged to the membership here."""
         with self._store.writing() as writer:
             account = self._account
@@ -421,8 +453,12 @@ class Ledger:
         self, reservation: int, update: bytes, *, held: bool = False, keeps_all: bool = False
     ) -> None:
         """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
-        held: whether it may be sent only when a person at the site has approved it; keeps_all:
-        whether earlier updates of the study stay stored, as where one person runs the whole study.
+
+        - reservation: the number of the entry that charged the round (`reserve`)
+        - update: the bytes to store, which `released` returns
+        - held: whether it may be sent only when a person at the site has approved it
+        - keeps_all: whether earlier updates of the study stay stored, as where one person runs the
+          whole study
 
         If the disk has no space for the bytes, they are kept in memory, by this object: whether an
         update is sent must not depend on what fills the disk, such as the number of records. A
@@ -532,7 +568,8 @@ class Ledger:
         return (slot, self._account.sent.get(slot, "")) in self._account.let_go
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
-        """Return the bytes released for this round and adapter, or None.
+        """Return the bytes released for a slot, None if none were. study, round_, adapter: the
+        three parts of the slot.
 
         The result is also None if the bytes are missing or altered: the round is then charged
         again."""
@@ -540,8 +577,9 @@ class Ledger:
         return self._released_bytes((study, round_, adapter))
 
     def head_statement(self, audit: str = "", membership: str = "") -> dict[str, Any]:
-        """Return {"token": …}: the newest entry and the audit log's head, encrypted. A membership's
-        coordinator countersigns the token without reading it."""
+        """Return {"token": …}: the newest entry and the audit log's head, encrypted. The
+        coordinator countersigns the token without reading it. audit, membership: as for
+        `sealed_token`."""
         statement = self._store.statement(self._read())
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
@@ -552,8 +590,12 @@ class Ledger:
         memberships: Iterable[str] = ("",),
     ) -> str:
         """Check a countersigned head against this ledger, and store it if it is the newest. Returns
-        the audit log's head in it, "" if it holds none. memberships: the memberships for which this
-        site may have encrypted the head (`head_statement`).
+        the audit log's head in it, "" if it holds none.
+
+        - receipt: the fields that the coordinator made (`wire.seal.receipt`)
+        - coordinator_public: the public key (hexadecimal) that must have countersigned
+        - memberships: the memberships for which this site may have encrypted the head
+          (`head_statement`); ("",) for a site with a ledger of its own
 
         Errors: LedgerError if it is not a receipt for this site by that coordinator; it is then
         ignored. LedgerError also if the ledger lacks the entry: the ledger was rolled back, and
@@ -599,7 +641,9 @@ class Ledger:
         return dict(self._account.withdrawn)
 
     def admit(self, plan_digest: str, who: str, membership: str = "") -> None:
-        """Enter that a person at the site agreed to a plan, for one membership of a hospital."""
+        """Enter, once, that a person at the site agreed to a plan. who: the person's login;
+        membership: the membership of a hospital for which the plan runs; "" for a site with a
+        ledger of its own."""
         with self._store.writing() as writer:
             if (plan_digest, membership) not in self._account.admitted:
                 entry = {"plan": plan_digest, "by": who}

@@ -132,7 +132,8 @@ class _Base:
 
 
 def backup(folder: Path, to: Path, key: bool) -> None:
-    """Copy entries and salt (and the private key) into the new folder `to`, all 0600."""
+    """Copy entries and salt from the ledger's folder into the new folder `to`, all 0600. key:
+    whether to copy the private key as well. Errors: LedgerError, also if `to` holds a ledger."""
     with named(to):
         to.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (to / DATABASE).exists():
@@ -172,8 +173,9 @@ def restore(
     """Install the longest chain that verifies, and charge lost entries by steps 1 to 3 at the top
     of this file.
 
-    standing: given the site's public key, returns what people decided in files that this key
-    verifies."""
+    folder: the ledger's folder; from_: the folder of the backup, None if only the files that are
+    left are used; standing: given the site's public key, returns what people decided in files that
+    this key verifies; None: nothing is entered again."""
     with named(folder):
         key = _key(folder, from_)
         with _closed(folder / DATABASE):
@@ -182,6 +184,14 @@ def restore(
 
 
 def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing) -> None:
+    """Write the restored database to a draft, and put it in place (`_install`).
+
+    - folder: the ledger's folder; no other process may write to its old database
+    - from_: the folder of the backup; None: there is none
+    - key: the site's signing key, which signs the new entries
+    - stands: what people decided, by files beside the ledger; lost entries of it are entered again
+
+    Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
     entry_body = _restore_body(folder, base, receipts, key.public)
@@ -242,6 +252,13 @@ def _install(
     folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: ReceiptLog | None
 ) -> None:
     """Put the new files in place of the old ones, which are kept under another name.
+
+    - folder: the ledger's folder
+    - draft: the new database, a file in `folder`
+    - salt: the salt by which the new database hashes members; the file is replaced if it differs
+    - key: the site's signing key, which signs the new anchor
+    - head: the newest entry of the new database
+    - receipts: the receipts in `folder`; None if they cannot be read, so that the file is set aside
 
     A restore that is killed at any point and begun again charges no less: database and anchor keep
     their places until their replacements are on disk, and the step log is not touched. The new
@@ -354,7 +371,15 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 def _restore_body(
     folder: Path, base: _Base, receipts: ReceiptLog | None, public: str
 ) -> dict[str, Any]:
-    """Return the body of the restore entry."""
+    """Return the body of the restore entry: which entries are lost, and the charges for them.
+
+    - folder: the ledger's folder, in which anchor, step log and readable rows are looked for
+    - base: the chain that is continued
+    - receipts: the receipts in `folder`; None, if they cannot be read, counts as none
+    - public: the public half (hexadecimal) of the site's key
+
+    In the result `base` and `highest` are the numbers between which entries are lost, `settled`
+    lists the heads that this entry charges for, and `charges` count against every dataset."""
     log = receipts or ReceiptLog()
     anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
     readable, top = _readable_charges(folder / DATABASE)
@@ -386,7 +411,12 @@ def _restore_body(
 
 
 def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, top: int) -> int:
-    """Return an upper bound on the number of entries that the base lacks."""
+    """Return an upper bound on the number of entries that the base lacks.
+
+    - base: the chain that is continued
+    - anchor: the head in the anchor's file; None if there is none that this site signed
+    - receipts: the heads that coordinators countersigned
+    - top: the highest number of an entry in the readable rows of the old database; 0 if none is"""
 
     def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
         return head.seq - base.seq if head.seq > base.seq else head.seq

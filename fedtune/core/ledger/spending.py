@@ -80,8 +80,9 @@ class DatasetBudget:
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
-    """Build one line per study and dataset, in the order of their first charge. unit: the unit for
-    which ε is stated; None stands for the unit of each study."""
+    """Build one line per study and dataset, in the order of their first charge. spent: the charges;
+    delta: the δ at which each study's ε is stated; unit: the unit for which ε is stated; None
+    stands for the unit of each study."""
     groups: dict[tuple[str, str], list[Spent]] = {}
     for entry in spent:
         groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
@@ -91,9 +92,13 @@ def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -
 def facts(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> dict[str, Any]:
-    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit:
-    "patient" or "record", as the site's file identifies them; None stands for the unit of each
-    study."""
+    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head.
+
+    - ledger: the ledger that is read
+    - dataset: the dataset's name
+    - policy: the site's policy, with the ceilings, δ, and the membership if the site is one
+    - unit: "patient" or "record", as the site's file identifies them; None stands for the unit of
+      each study, and no charge is then listed as unknown"""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
     shared = dict[str, Any]()
@@ -203,6 +208,8 @@ def membership_lines(
 def _membership_line(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, name: str
 ) -> MembershipLine:
+    """Build the line of one membership. dataset, cohorts: the dataset's name and its cohorts with
+    all charges; policy: the policy whose δ holds; name: as `MembershipLine.membership`."""
     own = _paid_by(lambda charge: charge.membership == name, cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}

@@ -43,7 +43,8 @@ def load_adapter(folder: Path) -> Arrays:
 
 
 def pick_arrays(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
-    """Pick the saved arrays that a network calls by these names. Errors: ModelError."""
+    """Pick the saved arrays that a network calls by these names. folder: where they were saved, for
+    the error. Errors: ModelError if one is missing."""
     wanted = list(names)
     if missing := [name for name in wanted if name not in saved]:
         raise ModelError(

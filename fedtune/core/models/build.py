@@ -40,7 +40,14 @@ def _build(
     quantisation: QuantisationTable | None,
     modality: str | None,
 ) -> Network:
-    """Build the network. trained: the objective's outputs and directions."""
+    """Build the network, or return the one that this process built of the same arguments.
+
+    - base: the base, verified and on this machine
+    - dtype: the number format in which the base computes
+    - lora: the adapter, without what does not change the network; None if only a head is trained
+    - trained: the objective's outputs and directions
+    - quantisation: how the base's weights are stored; None: in `dtype`
+    - modality: the study's base.modality; None: this release's for bases of this kind"""
     report(f"loading the base {base.name}")
     outputs, directions = trained
     return Network(base, dtype, lora, outputs, quantisation, modality, directions)

@@ -70,8 +70,11 @@ class CachedDataset:
     one if the record has no target.
     Guarantee: a record's states at the cut, and its results in `compute_blocks`, come from matrix
     products whose shapes follow from the record's own bucket, not from other records.
-    memory: bytes of states that the process may hold before more go to the encrypted file; None:
-    the process's share of a quarter of the machine's memory.
+
+    - network: the network whose frozen part computes the states
+    - dataset: the tokenised records
+    - memory: bytes of states that the process may hold before more go to the encrypted file; None:
+      the process's share of a quarter of the machine's memory
 
     Datasets that hold the same record over the same network share its states. The states are named
     by a digest of token ids, kept positions and media file. The ids reflect tokenizer, template and
@@ -282,8 +285,9 @@ class CachedDataset:
     ) -> Iterator[Batch]:
         """Yield the records `indices`, each once, in micro-batches of one bucket and at most
         `token_budget` positions (but at least one record). Use this for public or local results
-        only, since their last digits depend on the batch. on_work: called with the work done so far
-        and the total, each time the next micro-batch is requested."""
+        only, since their last digits depend on the batch. indices: the records' places in the
+        dataset's examples; on_work: called with the work done so far and the total, each time the
+        next micro-batch is requested."""
         self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
@@ -311,7 +315,11 @@ class CachedDataset:
         the same number of records of a bucket, at most `limit`; a block with fewer is filled up
         with copies of its first record. Use it for everything that is summed over units and noised.
 
-        - on_work: called with the work done so far and the total, after each block
+        - compute: called with each block, in several threads at once if the network allows it
+        - indices: the records' places in the dataset's examples, each once
+        - limit: the most records of a block; None: no limit but that of BLOCK_POSITIONS
+        - on_work: called with the work done so far and the total, after each block; None: not
+          called
         - may_share: returns whether this block may be computed while `compute` runs in other
           threads; if not, it is computed alone
         - discard: called with results that are not yielded, because something failed
@@ -472,7 +480,8 @@ class CachedDataset:
     def _prefix(
         self, rows: list[int], length: int, tower_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return states at the cut (rows, length, H), zero on padding."""
+        """Return states at the cut (rows, length, H), zero on padding. tower_states: the tower's
+        states of the passages' files; None if they are to be computed, or there are none."""
         if not self.network.cached:
             if tower_states is None:
                 tower_states = self._encode_media(rows)
@@ -518,7 +527,8 @@ class CachedDataset:
 
 def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> torch.Tensor:
     """Check, before they reach a GPU, that the base has a row for each of `tokens`, and return
-    them. targets: whether NO_TARGET may be among them.
+    them. rows: the number of tokens for which the base has a row; targets: whether NO_TARGET may be
+    among them.
 
     A tokenizer may have more tokens than its base, or a negative one. On a GPU an index beyond a
     table ends all work of the process, also for every other record. This check fails for the
@@ -532,7 +542,8 @@ def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> t
 def _group_by_bucket(
     indices: Iterable[int], bucket_of: Callable[[int], Bucket], size: Callable[[Bucket], int]
 ) -> Iterator[tuple[Bucket, list[int]]]:
-    """Group `indices` by bucket, at most `size(bucket)` in each group."""
+    """Group `indices` by bucket, at most `size(bucket)` in each group. Yield each group's bucket
+    and indices, in the order of the buckets."""
     members: dict[Bucket, list[int]] = {}
     for index in indices:
         members.setdefault(bucket_of(index), []).append(index)

@@ -23,7 +23,13 @@ LARGEST = 1e3  # of an entry of basis or mean, as of an adapter's
 class ClassStatistics(nn.Module):
     """Sums by class of features f(x) = V (x - m), bounded to length 1, and of the classes' counts.
 
-    basis: V (k, H), public; mean: m (H,), public; sums: (K, k + 1), the only trained tensor."""
+    basis: V (k, H), public; mean: m (H,), public; sums: (K, k + 1), the only trained tensor. All
+    three are zero at first.
+
+    - hidden: H, the length of the vectors that the base gives
+    - directions: k, the number of the basis' directions, and so of features
+    - classes: K, the number of classes
+    - device: the device that holds all three tensors"""
 
     basis: torch.Tensor
     mean: torch.Tensor

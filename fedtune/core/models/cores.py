@@ -43,6 +43,8 @@ def compute_side_by_side(
 ) -> Iterator[tuple[Block, Result]]:
     """Yield each block with `compute(block)`, in the blocks' order.
 
+    - compute: called once with each block, in another thread if more than one core is used
+    - blocks: the blocks, which are made one by one as they are needed
     - cores: how many blocks are computed at once; None: one, in the caller's thread, with all of
       its threads of operators
     - positions_of: returns a block's size in positions. Blocks that wait or are being computed have

@@ -120,9 +120,15 @@ def check_order(
     """Check that texts of `lengths`, read in this order, leave `model` unchanged, and that equal
     texts give bit-equal results.
 
-    read(length, again): returns the model's result for the text of that length; `again` is whether
-    the text was read before. The first reading may add state that modules build when they are first
-    used. Errors: KeepsState."""
+    - name: the model's name, for the error
+    - model: the module whose parameters, buffers and attributes are compared after each reading
+    - read: read(length, again) returns the model's result for the text of that length; `again` is
+      whether the text was read before. The first reading may add state that modules build when they
+      are first used
+    - lengths: the texts' lengths in tokens, in the order of reading; one that occurs again is the
+      same text
+
+    Errors: KeepsState."""
     results: dict[int, torch.Tensor] = {}
     weights = sum_weights(model)
     before = describe_state(model)

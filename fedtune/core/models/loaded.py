@@ -131,6 +131,7 @@ def load(
 ) -> LoadedModel:
     """Load the base or the run folder that `source` names.
 
+    - source: a base's name as a study gives it, or the folder of a base or of a finished run
     - digest: the digest that the model must have; None for any
     - dtype: the number format of the base
     - sent: whether the run was received from elsewhere. Its base is then the one in the run's own
@@ -186,7 +187,14 @@ def digest_of(base: Base, study: Study | None, arrays: lora.Arrays) -> str:
 
 def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any:
     """Attach the plan's adapter to `network`, as training does, and load `arrays` into it, except
-    the head's. adapter_config.json, from which other programs load the adapter, is not read.
+    the head's. Return the network in eval mode, with nothing to train. adapter_config.json, from
+    which other programs load the adapter, is not read.
+
+    - network: the base's transformers model, which is changed
+    - base: the base; its kind says which part of the network is the text model
+    - study: the run's plan; without [lora] nothing is attached
+    - arrays: all arrays of the run's adapter folder, by the network's names
+
     Errors: ModelError, ConfigError."""
     adapter = {name: array for name, array in arrays.items() if not name.startswith("head.")}
     parameters: dict[str, nn.Parameter] = {}

@@ -30,9 +30,16 @@ def attach(
     model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Components | None = None
 ) -> PeftModel:
     """Attach PEFT's LoRA to `model` with B zero. Only B is trainable, or A and B if lora.train is
-    "AB". parts: given for a base with a tower; the tower never gets an adapter.
+    "AB".
 
-    Errors: ConfigError if a named module does not exist in this architecture."""
+    - model: the base's transformers model; its layers are changed in place
+    - lora: the plan's [lora] table: rank, alpha, modules, and which blocks and factors
+    - base_name: the base's name as the study gives it, for the adapter's PEFT config
+    - parts: the model's text model, tower and projector; None: the model is the text model. A tower
+      never gets an adapter
+
+    Errors: ConfigError if a named module does not exist in this architecture, or it has fewer
+    blocks than lora.last_layers."""
     text = parts.text if parts else model
     layers, targets = None, list(lora.modules)
     if lora.last_layers is not None:
@@ -86,7 +93,14 @@ def _by_name(
     model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
     """Return the full names of the target modules; the last parts of the names do not suffice,
-    since a tower's layers share them with the text model's."""
+    since a tower's layers share them with the text model's.
+
+    - model: the whole model, in which the names are full
+    - parts: its text model, and its projector if it has one
+    - lora: the plan's [lora] table, whose `modules` are looked for
+    - layers: the numbers of the text model's blocks that get an adapter, from 0; None: all blocks
+
+    Errors: ConfigError if no linear layer has one of these names."""
     named = {id(module): name for name, module in model.named_modules()}
     text, modules = list(parts.text.named_modules()), list[torch.nn.Module]()
     for name in lora.modules:
@@ -133,7 +147,12 @@ def frozen_of_plan(
     """Check that A (`factor`) and the preconditioner's W or U (`outputs`) are the plan's, before a
     record is read. Return `outputs`, or {} if the plan has no preconditioner.
 
-    trained: the trainable parameters by name. Errors: ModelError."""
+    - table: the plan's [lora] table, which has the digests; a digest that is None is not compared
+    - factor: A by name
+    - outputs: W or U by name, as received; not read if the plan has no preconditioner
+    - trained: the trainable parameters by name; the shapes of W or U follow from their B
+
+    Errors: ModelError if digests, names, shapes or ranges are not the plan's."""
     if table.a_digest not in (None, digest(factor)):
         raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
     wanted = table.preconditioner
@@ -165,6 +184,8 @@ LARGEST = 1e3
 
 
 def load_into(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
+    """Copy arrays into the parameters of the same names. Errors: ModelError if names or shapes
+    differ, or an entry is not finite or larger than LARGEST; nothing is loaded then."""
     if set(parameters) != set(arrays):
         raise ModelError("the adapter's tensors have other names than this base's", "the same plan")
     for name, parameter in parameters.items():

@@ -65,11 +65,20 @@ class Network:
         modality: str | None = None,
         directions: int = 0,
     ) -> None:
-        """Build the network.
+        """Build the network. B and head are zero, and A is drawn from seed 0, until arrays are
+        loaded.
 
+        - base: the verified base, which is loaded from its folder
+        - dtype: the number format of the base's states and, unless it is quantised, its weights
+        - lora: the plan's [lora] table; None if only a head is trained
         - labels: number of outputs of the trained head; 0 to use the model's own head
+        - quantisation: how the base's weights are stored; None: in `dtype`
+        - modality: the study's base.modality; None: this release's for bases of this kind
         - directions: number of directions of the public basis, if class statistics are trained for
-          the head; else 0"""
+          the head; else 0
+
+        Errors: ConfigError if there is nothing to train, or class statistics with an adapter;
+        those of loading a base."""
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base = base
@@ -221,8 +230,12 @@ class Network:
         self, input_ids: torch.Tensor, mask: torch.Tensor, tower_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute states at the cut, (B, L, H); (B, 1, H) fp32 if only a head is trained.
-        tower_states: the tower's states of each passage's file, (B, tiles, P, W). Place-holders
-        that `hidden` fills with the projector's output are NaN until then."""
+        Place-holders that `hidden` fills with the projector's output are NaN until then.
+
+        - input_ids: token ids, (B, L) int64
+        - mask: (B, L) bool, False on padding, which is on the right
+        - tower_states: the tower's states of each passage's file, (B, tiles, P, W); None for a base
+          that reads text alone"""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooled and self._parts.crossed:
             assert tower_states is not None  # a head on the tower itself: the mean over all frames
@@ -280,8 +293,14 @@ class Network:
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute last hidden states from the states at the cut, with adapters applied, (B, L, H).
-        If `keep` (B, K) is given, compute them only at these positions, (B, K, H). tower_states:
-        needed if `reads_tower`."""
+        If `keep` (B, K) is given, compute them only at these positions, (B, K, H).
+
+        - prefix: the states at the cut, (B, L, H), as the method `prefix` or a cache gives them; if
+          only a head is trained, they are returned unchanged
+        - mask: (B, L) bool, False on padding
+        - keep: the indices of K positions of each passage, (B, K); None: all positions
+        - tower_states: the tower's states of each passage's file, (B, tiles, P, W); needed if
+          `reads_tower`"""
         if self.pooled:
             return prefix
         extra = self._cross_inputs(tower_states) if self.reads_tower else {}

@@ -145,7 +145,8 @@ def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arr
 
 
 def move_adapter(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
-    """Move `adapter` by M times `step`, summed in fp64."""
+    """Return `adapter` moved by M times `step`, summed in fp64 and rounded to fp32. factors: W or U
+    by name; a tensor without one is moved by `step` itself."""
     return {
         name: (array + multiply_by_m(step[name].astype(np.float64), name, factors)).astype(
             np.float32
@@ -171,8 +172,11 @@ def factor_of(
 ) -> npt.NDArray[np.float32]:
     """Compute W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
 
-    moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue. M
-    keeps its eigenvalues for the `rank` largest of G. All its others are replaced by their root
+    - moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue
+    - rank: the number of W's columns, at most outputs - 1
+    - damping: what is added to each of G's eigenvalues over their mean; > 0
+
+    M keeps its eigenvalues for the `rank` largest of G. All its others are replaced by their root
     mean square. Errors: ModelError if G is zero or not finite."""
     values, vectors = np.linalg.eigh(_require_finite(moment))  # ascending
     return _factor(values, vectors, rank, damping)
@@ -182,7 +186,8 @@ def factor_of_columns(
     columns: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
     """Compute W as `factor_of` does for G = columns columnsᵀ, with columns (outputs, n) and n <
-    outputs. For a wide layer G itself would take too much memory. Errors: as `factor_of`."""
+    outputs. For a wide layer G itself would take too much memory. Rank, damping and errors as for
+    `factor_of`."""
     vectors, singular, _ = np.linalg.svd(_require_finite(columns), full_matrices=False)
     return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
 
@@ -200,8 +205,13 @@ def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _factor(
     values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W from the largest eigenvalues of G (ascending) and their vectors; G's other
-    eigenvalues are zero."""
+    """Compute W, fp32 (outputs, rank), from the largest eigenvalues of G and their vectors; G's
+    other eigenvalues are zero.
+
+    - values: the n largest eigenvalues, ascending, (n,)
+    - vectors: their eigenvectors as columns in the same order, (outputs, n)
+    - rank: the number of W's columns, lowered to outputs - 1 if it is larger
+    - damping: as for `factor_of`"""
     outputs, known = vectors.shape
     mean = float(values.sum()) / outputs
     shrunk = 1 / np.sqrt(

@@ -196,6 +196,15 @@ class _Sealed:
 
 
 def _seal(states: torch.Tensor, record: bytes, file: _File, least_free: int) -> _Sealed:
+    """Encrypt states under a new key, and write them to the file. Return the object that reads
+    them, which alone has the key.
+
+    - states: one record's states at the cut, on the CPU
+    - record: the digest that names them; it is authenticated with the block
+    - file: the process's file of blocks
+    - least_free: how many bytes of the file's disk must stay free
+
+    Errors: OSError if the block cannot be written."""
     key = AESGCM.generate_key(256)
     plaintext = states.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     block = AESGCM(key).encrypt(_NONCE, plaintext, record)

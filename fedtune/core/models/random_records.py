@@ -37,7 +37,14 @@ def generate_file(
     generator: np.random.Generator,
     like: Media | None = None,
 ) -> GeneratedFile:
-    """Generate a file of noise as `network` reads it, with as many tiles as `like`."""
+    """Generate a file of noise as `network` reads it, with the place-holders that its text needs.
+
+    - network: the network whose base reads the file
+    - objective: the plan's objective, with which the base's reader places the file
+    - generator: the source of the noise
+    - like: a file whose number of tiles the new one has; None: the reader chooses
+
+    For a base that reads text alone there is no file (GeneratedFile)."""
     media = network.reader.generated(generator, like)
     if media is None:
         return GeneratedFile(None, [], 1)
@@ -49,14 +56,26 @@ def generate_file(
 def random_ids(
     network: Network, generator: np.random.Generator, count: int, lowest: int = 0
 ) -> npt.NDArray[np.int32]:
-    """Draw random token ids, none of them an image place-holder."""
+    """Draw random token ids, int32 (count,), none of them a place-holder of a file.
+
+    - network: the network whose vocabulary the ids are from
+    - generator: the source of the ids
+    - count: how many ids are drawn
+    - lowest: the smallest id that is drawn; it also takes the place of a place-holder"""
     ids = generator.integers(lowest, network.vocabulary, size=count, dtype=np.int32)
     ids[np.isin(ids, list(network.reader.avoid))] = lowest
     return ids
 
 
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
-    """Generate `count` units of one record each, drawn from the study's public seed."""
+    """Generate `count` units of one record each, drawn from the study's public seed: the same
+    records in every call for the same network.
+
+    - network: the network that is to read them; if its base reads files, each record has one
+    - study: the plan, whose objective says what a record is made of
+    - count: how many records
+    - length: the tokens of each passage, besides the place-holders of a file; those of the second
+      half are targets"""
     draw = np.random.default_rng(study.study.seed)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))

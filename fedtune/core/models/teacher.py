@@ -56,7 +56,8 @@ def soft_targets_of(
 ) -> TeacherFunction:
     """Return the function that computes a record's soft targets: the mean of the teachers'
     probabilities at temperature `spec.temperature`. Of next tokens only the `spec.top` likeliest
-    are kept. Errors: ConfigError if the teachers do not fit this objective."""
+    are kept. models: one teacher or more; objective: the plan's, of which the labels are read.
+    Errors: ConfigError if the teachers do not fit this objective."""
     labels = objective.labels
     for model in models:
         _check(model, labels)
@@ -122,7 +123,14 @@ def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
 def _log_probabilities(
     model: LoadedModel, record: Record, example: Example, labels: Sequence[str]
 ) -> torch.Tensor:
-    """Compute a teacher's log-probabilities for one record: (targets, V), or (1, labels).
+    """Compute what a teacher says of one record: the log-probabilities of the next token at each
+    target, (targets, V); or, with `labels`, its head's logits, (1, labels).
+
+    - model: the teacher
+    - record: the record as read; with `labels`, its text, which the teacher tokenises itself
+    - example: the record tokenised for the study; without `labels`, the teacher reads its tokens
+    - labels: objective.labels, in the order of the teacher's head; () if tokens are predicted
+
     Errors: Rejected, for a record that is longer than the teacher's positions."""
     ids = example.input_ids
     if labels:

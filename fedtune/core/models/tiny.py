@@ -93,7 +93,12 @@ def generate_records(
 ) -> Dataset:
     """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of different
     units share batches. If the base reads files, each record begins with a file of noise. The same
-    study and stream give the same records."""
+    study and stream give the same records.
+
+    - study: the plan, whose public seed and objective are used
+    - network: the tiny network that is to read them
+    - sizes: the number of records of each unit
+    - stream: the number of a series of records; another number gives others from the same seed"""
     draw = np.random.default_rng([study.study.seed, stream])
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
@@ -142,7 +147,14 @@ def random_base(folder: Path, seed: int = 0) -> Path:
 
 
 def _save(config: Any, auto: Any, names: tuple[str, ...], folder: Path, seed: int) -> None:
-    """Save a random model of `config`, and a tokenizer with the tokens `names`."""
+    """Save a random model of `config`, and a tokenizer with the tokens `names`.
+
+    - config: the transformers config of the tiny model; its vocabulary and the ids of its special
+      tokens are set here
+    - auto: the transformers class that makes a model of a config
+    - names: the tokenizer's tokens by their ids; the first four are those of _NAMES
+    - folder: where config, weights and tokenizer are written
+    - seed: the seed of the weights"""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

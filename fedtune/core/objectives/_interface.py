@@ -29,7 +29,13 @@ class Network(Protocol):
         keep: torch.Tensor | None = None,
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute last hidden states (B, L, H), or at the positions `keep` alone."""
+        """Compute last hidden states (B, L, H), or at the positions `keep` alone, (B, K, H). A
+        record of k passages gives k rows, so that B is the number of passages here.
+
+        - prefix: (B, L, H), the states at the cut, as in Batch
+        - mask: (B, L) bool, False on padding
+        - keep: (B, K) int64, the chosen positions of each row; None: all positions
+        - tower_states: as in Batch; None where the network reads no tower"""
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool to one vector per record, (B, H) fp32."""

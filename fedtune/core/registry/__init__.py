@@ -102,8 +102,14 @@ class Group(Generic[T]):
         return self._instantiate(name, self.load(name), options, **kind_fields)
 
     def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
-        """Build the plug-in `name` from `found`, the object that was already loaded from the entry
-        point `value` ("module:class"). Options are checked, and errors raised, as in `build`."""
+        """Build a plug-in from an object that is already loaded, without importing anything.
+
+        - name: the plug-in's name in the configuration, for errors
+        - value: the entry point from which the object was loaded, as "module:class", for errors
+        - found: the object; it must be a class of this kind
+        - options: values of the plug-in's fields, by name, as the configuration states them
+
+        Errors: ConfigError as for `build`."""
         return self._instantiate(name, self._check_kind(name, value, found), options)
 
     def _instantiate(

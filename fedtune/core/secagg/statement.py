@@ -167,7 +167,14 @@ def set_digest(statements: Sequence[Ready]) -> str:
 def check_set(
     statements: Sequence[Ready], mine: Ready, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that a site may mask its sum for the set `statements`.
+    """Check that a site may mask its sum for a set of ready sites.
+
+    - statements: the statements of the set, each with a signature that `parse` verified
+    - mine: the statement that this site signed for its draw
+    - pinned: signing keys (hexadecimal) of the other sites that this site trusts: policy.peers
+    - at_least: the plan's strategy.min_sites
+
+    The rules are:
 
     - The set holds this site's statement `mine`, as it was signed.
     - Plan, round, attempt and adapter of every statement are those of `mine`.
@@ -195,8 +202,15 @@ def check_set(
 def check_pinned(
     signing: Collection[str], own: str, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that at least `at_least` of the sites' signing keys are pinned here, the site's own
-    counted too. Errors: StatementError."""
+    """Check that this site pins enough of the sites of a set, itself included.
+
+    - signing: the public signing keys (hexadecimal) of all sites of the set; a key that is listed
+      twice counts once
+    - own: this site's public signing key, which counts only if `signing` has it
+    - pinned: the keys of the other sites that this site trusts: policy.peers
+    - at_least: how many of `signing` must be `own` or `pinned`: the plan's strategy.min_sites
+
+    Errors: StatementError."""
     known = len({*signing} & {*pinned, own})
     if known < at_least:
         raise StatementError(

@@ -100,7 +100,16 @@ class Group:
 def _accept_peers(
     socket_path: Path, size: int, timeout: float | None, check_alive: Callable[[], None]
 ) -> list[socket.socket]:
-    """Accept the other processes, in rank order; other users and unknown ranks are refused."""
+    """Accept the other processes, and return their connections in rank order; other users and
+    unknown ranks are refused.
+
+    - socket_path: where the Unix socket is made; it is removed before this returns or raises
+    - size: the number of processes, this one included
+    - timeout: seconds in which all must connect, and the limit of each later send or receive;
+      None: no limit
+    - check_alive: called about every 0.1 seconds while this waits; it raises if a process has ended
+
+    Errors: TimeoutError if not all connect in time; those of `check_alive`; OSError."""
     peers: dict[int, socket.socket] = {}
     deadline = None if timeout is None else time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX) as listener:
@@ -195,7 +204,14 @@ def sum_over_workers(
     sums its share by `clipped_sum`; rank 0 gets the sum, int64 (dimension,), the others zeros. A
     process without rows, or one that fails, sends zeros, so that no other process waits for it.
 
-    Errors: as `Team.total`."""
+    - group: this process's connections to the others
+    - sampled: the numbers of all rows drawn for the step; process r of n sums sampled[r::n]
+    - dimension: d, the number of entries of a row's gradient
+    - clipped_sum: computes the clipped sum of the rows that it gets, int64 (dimension,), in
+      multiples of the plan's grid
+
+    Errors: as `Team.total`: InfrastructureError if another process is gone or did not sum its rows;
+    those of `clipped_sum`, raised after this process has sent its zeros."""
     # After the sum, one counter per row: how often it was added. A total alone could not tell one
     # row missed and one doubled from none.
     counted_sum = torch.zeros(dimension + len(sampled), dtype=torch.int64)

@@ -87,10 +87,17 @@ def require(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> None:
-    """Run the oracles, and check that each passes. Errors: SelfTestFailed naming each oracle that
-    failed, its figure and its bound. This message leaves the site. So it says only that an oracle
-    stopped: the reason is a library's message, which may reveal this machine's memory, disk or
-    folders, and is logged on this machine alone."""
+    """Run the oracles, and check that each passes.
+
+    - study: the plan to be trained; without privacy no oracle runs
+    - network: the study's own, of which only the base is read; None: the base that study.base names
+      is found, and fetched if it is not here
+    - declared_size: the site's declared number of units, from which σ and rate of a step follow
+    - lora_rank: how many ranks the site trains; None: all of them
+
+    Errors: SelfTestFailed naming each oracle that failed, its figure and its bound. This message
+    leaves the site. So it says only that an oracle stopped: the reason is a library's message,
+    which may reveal this machine's memory, disk or folders, and is logged on this machine alone."""
     results = run(study, network, declared_size, lora_rank)
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -113,10 +120,15 @@ def run(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> list[Result]:
-    """Run the oracles for `study`; return [] if it promises no privacy. `network`: the study's own,
-    from which the architecture is taken; its weights, adapter and caches are not touched.
-    lora_rank: how many ranks the site trains; None: all of them.
+    """Run the oracles for `study`, and return the result of each; [] if it promises no privacy.
 
+    - network: the study's own, of which only the base is read; its weights, adapter and caches are
+      not touched. None: the base that study.base names is found, and fetched if it is not here
+    - declared_size: the site's declared number of units, from which σ and rate of a step follow
+    - lora_rank: how many ranks the site trains; None: all of them
+
+    If the plan or the tiny base cannot be made, there is one result, "tiny base", which did not
+    pass.
     Guarantee: this reads no record, and writes no file but a tiny base in a temporary folder.
     | parity      | how far rows and clipped sum differ from plain autograd, record by record |
     | isolation   | how far a row moves if other units' records change or are left out |
@@ -170,7 +182,15 @@ def _describe_error(error: Exception) -> str:
 
 class _Bench:
     """The study at tiny size: its network, generated records, and its plan with every row in
-    every step and vanishing noise."""
+    every step and vanishing noise.
+
+    - study: the plan as pinned, at full size
+    - network: the tiny network of the study's architecture
+    - plan: the site's plan of noised steps for this study; `still` is the same with every row in
+      every step and vanishing noise
+    - lora_rank: how many ranks the site trains; None: all of them
+    - by: the study's privacy.sampling: whether a row is a unit or a record
+    - scale: the factor on every gradient that makes the median length of a row 2 C"""
 
     def __init__(
         self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
@@ -313,7 +333,12 @@ def _check_lengths(study: Study, network: Network) -> float:
 
 def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
     """Return the records, with the records of `unit` changed: these get reversed tokens, other
-    targets, another file and the next label, and keep their lengths."""
+    targets, another file and the next label, and keep their lengths.
+
+    - data: generated records, which are not changed
+    - unit: the number of the unit; it also seeds the new files
+    - study: the plan, whose objective says which labels there are
+    - network: the tiny network, for its vocabulary and the kind of file that it reads"""
     draw, examples = np.random.default_rng(unit), list(data.examples)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))

@@ -74,11 +74,15 @@ class NoRowGradient(ModelError):
 class UnitGradientEngine:
     """Computes the gradients of rows.
 
+    - data: the tokenised records, with the network whose parameters are trained
+    - objective: gives each record's loss
     - sampling_unit: "unit" for user-level sampling (Charles et al. 2024): a row is a record, or
       the mean over a patient's records, clipped once later; "record" for example-level sampling: a
       row is one record
+    - engine: the name of the engine that computes per-record gradients, as for `engines.choose`
     - columns: the columns of each B whose gradients are computed
-    - losses: an object that the records' losses are added to; they stay at the site
+    - losses: an object that the records' losses are added to; they stay at the site. None: they are
+      not recorded
     - trained: the tensors that a step updates, in the update's order. Each is a view into a
       parameter or, for a B with a public preconditioner M, the change to B before M, zero at first,
       whose gradient is M g. `write` applies that change to the network

@@ -55,15 +55,20 @@ def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoRetu
     """Store that a draw of shared noise, which is not made yet, waits for a person. Always raise
     Held.
 
-    charge: the charge of the draw; size: number of bytes of the masked words."""
+    - site: the worker of this site
+    - slot: the ledger's slot of the draw
+    - charge: what the draw will cost
+    - size: number of bytes of the masked words, for the person to see"""
     _keep_asked(site, slot, charge, size)
     raise Held(WAITS, todo=LET_GO)
 
 
 def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
-    """Write a waiting draw to a file that `fedtune let-go` reads. Of more than MOST files the
-    oldest are deleted, since a coordinator may ask for any number of draws before one is charged. A
-    draw for which the disk has no space beside the ledger's reserve is only logged."""
+    """Write a waiting draw to a file that `fedtune let-go` reads; the arguments are those of
+    `hold_draw`. A file that exists stays as it is, with the time of the first request. Of more than
+    MOST files the oldest are deleted, since a coordinator may ask for any number of draws before
+    one is charged. A draw for which the disk has no space beside the ledger's reserve is only
+    logged."""
     path = asked_path(site.ledger.folder, slot)
     if path.exists():
         return

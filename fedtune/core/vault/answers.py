@@ -90,7 +90,8 @@ ORDERS: dict[Kind, Order] = {
 
 
 def answer(place: Place, request: Request) -> Answer:
-    """Answer one request. A fault or refusal becomes an answer, too, with its status and reason."""
+    """Return the site's answer to one request. A fault or refusal becomes an answer, too, with its
+    status and reason."""
     if request.kind == "prepare":
         return _admission(place, request)
     return _answer_and_seal(place, request, ORDERS[request.kind])
@@ -181,7 +182,14 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     """Add an act of the site's process to its audit log, if the disk has space for the entry beside
-    the ledger's reserve (files.room). A coordinator can cause acts without end and at no cost, and
+    the ledger's reserve (files.room).
+
+    - site: the worker of this site
+    - event: the kind of act, one of `audit_log.EVENTS`
+    - rule: the rule of the policy by which it was done
+    - facts: numbers and short texts about it, by name
+
+    A coordinator can cause acts without end and at no cost, and
     these must not take the space of a charge or a withdrawal. If there is no space, the site logs a
     warning, and the coordinator gets the same answer.
 

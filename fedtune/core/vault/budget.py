@@ -240,8 +240,13 @@ def check_known(
     """Check that no charge of a dataset is of unknown cost for `unit`, unless a person at the site
     accepted it.
 
-    unknown: the charges that `Ledger.unknown` returns for the dataset and `unit`; in_home: whether
-    a hospital's memberships share the ledger. Charges are public. Errors: BudgetExceeded."""
+    - dataset: the dataset's name, for the error
+    - unit: the unit that the study protects: "patient" or "record"
+    - unknown: the charges that `Ledger.unknown` returns for the dataset and `unit`
+    - in_home: whether a hospital's memberships share the ledger. The error then says nothing that
+      this membership's coordinator must not know, such as the dataset's name
+
+    Charges are public. Errors: BudgetExceeded."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})

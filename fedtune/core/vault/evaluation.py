@@ -51,7 +51,16 @@ def answer_query(
     site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
 ) -> bytes:
     """Charge a query, then evaluate `adapter` on the held-out records with noise. Return the bytes
-    of the answer, which are then in the ledger's outbox. Errors: as SiteWorker.evaluate."""
+    of the answer, which are then in the ledger's outbox.
+
+    - site: the worker of this site
+    - prepared: the study, as this site admitted it
+    - plan: the plan of the study's queries (`plan_of_queries`)
+    - round_: the round after which the coordinator asks
+    - adapter: the adapter that came with the order, fp32 by the tensors' names
+
+    The bytes are those of a safetensors file with the noised sums, (2 · cells,) fp32, and with a
+    summary of the noised steps as metadata. Errors: as SiteWorker.evaluate."""
     study = prepared.study
     current = site.current()
     training = prepared.private
@@ -89,7 +98,14 @@ def answer_query(
 
 def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
     """Check that the policy lets the study query the held-out records. Return the table of
-    site.toml that names these records. Errors: PolicyRefused."""
+    site.toml that names these records.
+
+    - study: the study that asks
+    - site: the site with the policy that its file has now (`SiteWorker.current`)
+    - plan: the plan of the study's queries
+    - coordinator: the public key that signed the study's plan
+
+    Errors: PolicyRefused."""
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
@@ -106,9 +122,16 @@ def check_budget(
     charges: Sequence[Charge],
     round_: int,
 ) -> None:
-    """Check that the query after `round_` and the remaining queries stay within the site's limits.
+    """Check that the query after a round and the remaining queries stay within the site's limits.
     If the same people may be in the training records, all that the study's training has spent and
     will spend counts, too.
+
+    - site: the site with the policy that its file has now
+    - study: the study that asks
+    - training: the plan of the study's training
+    - plan: the plan of the study's queries
+    - charges: all charges so far against the dataset that is checked, in the ledger's order
+    - round_: the round after which the coordinator asks
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
@@ -131,8 +154,13 @@ def _is_disjoint(site: Site) -> bool:
 def charge_of(
     study: Study, plan: DpPlan, site: Site, round_: int, charges: Sequence[Charge]
 ) -> Charge:
-    """Build the ledger's charge for one query after `round_` or, if `plan` is that of the training,
-    for one round. charges: the dataset's charges so far, which fix the privacy filter's order."""
+    """Build the ledger's charge for one query or, if `plan` is that of the training, for one round.
+
+    - study: the study that asks
+    - plan: the plan of the study's queries, or of its training
+    - site: the site with the policy that its file has now, and with a table of held-out records
+    - round_: the round after which the coordinator asks; of a charge for training, the round
+    - charges: the dataset's charges so far, which fix the privacy filter's order"""
     assert site.evaluation is not None
     queries = plan.study != study.digest
     return Charge(

@@ -28,7 +28,14 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
     """Store the request if it held a plan that was admitted; delete the stored requests of studies
-    that have ended. Call this while the ledger's reserve (files.room) is whole, so that no file is
+    that have ended.
+
+    - site: the site, in whose state folder the requests are stored
+    - request: the request that was answered
+    - content: the bytes of the request's file in the spool, which are what is stored
+    - answer: this site's answer to the request
+
+    Call this while the ledger's reserve (files.room) is whole, so that no file is
     written into it. If the disk has no space, the plan is not stored and the site logs a warning;
     the plan's orders are then answered as for an unknown plan."""
     folder = site.site.state / FOLDER

@@ -34,7 +34,7 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
 
 def line(study: Study, round_: int, mean: float | None) -> str:
     """Format a round's line, without a newline; its length follows from the plan and the round
-    alone."""
+    alone. mean: the mean loss, which is written as null if it is None or not finite."""
     is_known = mean is not None and math.isfinite(mean)
     loss = f"{mean:.5e}" if is_known else "null"
     public = json.dumps({"plan": study.digest, "study": study.study.name, "round": round_})

@@ -46,7 +46,7 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
     would run; None if privacy = "off". The study's stated figures are checked before anything is
     computed from them, since a computation from unbounded figures may never end.
 
-    Errors: PolicyRefused."""
+    coordinator: as for `admit`. Errors: PolicyRefused."""
     for refusal in sheet_refusals(study, site):
         raise refusal
     admit(study, site, None, coordinator)
@@ -59,8 +59,14 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
 
 
 def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
-    """Check that the site's rules admit the study. plan: None if it is not computed yet, or privacy
-    = "off".
+    """Check that the site's rules admit the study.
+
+    - study: the study that a coordinator asks this site to run
+    - site: the site with the policy that its file has now
+    - plan: this site's plan for the training, whose figures are checked; None if it is not computed
+      yet, so that the figures that the study states are checked, or if privacy = "off"
+    - coordinator: the public key (hexadecimal) that signed the plan; "" if none did, which a policy
+      that lists coordinators refuses
 
     Errors: PolicyRefused naming the first rule that refuses."""
     for refusal in refusals(study, site, plan, coordinator):
@@ -68,7 +74,13 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
 
 
 def admit_queries(study: Study, site: Site, queries: DpPlan, coordinator: str) -> None:
-    """Check that the site's rules admit the queries of an admitted study. queries: their plan.
+    """Check that the site's rules admit the queries of an admitted study.
+
+    - study: the study that asks
+    - site: the site with the policy that its file has now
+    - queries: the plan of the study's queries
+    - coordinator: the public key (hexadecimal) that signed the plan; "" if none did, which a policy
+      that lists coordinators refuses
 
     The rules about the study and about what is protected (σ, δ, units) apply to a query; its σ is
     that of this site's own noise. The bounds on C, q and steps apply to training only: a query's C
@@ -93,9 +105,11 @@ def refusals(
     *,
     outline: bool = False,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data. outline: True
-    for a study.toml whose digests are filled in only when the study starts. A site that is asked to
-    run a plan refuses one that leaves them open."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data.
+
+    - study, site, plan, coordinator: as for `admit`
+    - outline: whether the study is a study.toml whose digests are filled in only when it starts, so
+      that a digest may be missing. A site that is asked to run a plan refuses one without them"""
     yield from _about_study(study, site, coordinator, outline=outline)
     yield from privacy_refusals(study, site, plan)
     yield from _about_outcome(study, site.policy)
@@ -105,7 +119,8 @@ def _about_study(
     study: Study, site: Site, coordinator: str, *, outline: bool = False
 ) -> Iterator[PolicyRefused]:
     """Yield refusals about the study's plug-ins, base, coordinator, adapter and shared noise, and
-    about how this site selects its records and runs. outline: as for `refusals`."""
+    about how this site selects its records and runs. study, site, coordinator: as for `admit`;
+    outline: as for `refusals`."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
@@ -231,7 +246,8 @@ def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
-    """Refuse if the site's LoRA rank is below the plan's minimum."""
+    """Refuse if the site's LoRA rank is below the plan's minimum. most: site.lora_rank; None: the
+    site trains the plan's whole rank."""
     rank = lora.rank_at(most)
     least = lora.rank if lora.min_rank is None else lora.min_rank
     if rank >= least:
@@ -289,8 +305,13 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
 def _about_protection(
     sigma: float | None, delta: float, size: int, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Refuse too little noise for one release, too few units or too large a δ. sigma: the noise
-    multiplier of the noise that this site itself adds; None if it is not computed yet."""
+    """Refuse too little noise for one release, too few units or too large a δ.
+
+    - sigma: the noise multiplier of the noise that this site itself adds, in multiples of C; None,
+      if it is not computed yet, is not checked
+    - delta: δ of the whole study
+    - size: the site's declared number of units
+    - policy: the site's policy, which has the limits"""
     if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
             f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
@@ -306,7 +327,8 @@ def _about_protection(
 
 
 def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule about privacy that the study's training breaks."""
+    """Yield a refusal for every rule about privacy that the study's training breaks. plan: as for
+    `admit`."""
     policy, size = site.policy, site.site.declared_size
     yield from _about_unit(study, site)
     if not isinstance(study.privacy, PrivacyTable):
@@ -376,5 +398,7 @@ def _about_cost(
 
 
 def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Refuse a value above the policy's limit. name: what the refusal calls the value; rule: the
+    key of [policy] that has the limit."""
     if value > (most := getattr(policy, rule)):
         yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")

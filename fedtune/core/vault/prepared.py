@@ -93,6 +93,9 @@ class Prepared:
 def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> None:
     """Check that a stored update still has the shapes that this site would send.
 
+    payload: the bytes of the stored update, a safetensors file; round_: the update's round, on
+    which its columns depend (rank_slice).
+
     Errors: PolicyRefused if the site was restarted with another rank after it trained."""
     columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
     sent = prepared.network.update_parameters().items()

@@ -149,7 +149,13 @@ def serve(
     path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
     """Answer the courier's requests until the courier has ended, or sends a message that cannot be
-    read to its end. A message that can be read but is no request is answered with a failure."""
+    read to its end. A message that can be read but is no request is answered with a failure.
+
+    - path: the site file
+    - courier: this process's end of the connection to the courier
+    - tell: sends events about the work to the process that started this one
+    - processes: how many processes of the site share each step, this one included
+    - given: the other fields of `Place`, by name"""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -163,7 +169,13 @@ def serve_spool(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
     """Answer the requests of a spool, the oldest first, until a signal comes. A request whose
-    answer cannot be written is answered again later: from the ledger, with the same bytes."""
+    answer cannot be written is answered again later: from the ledger, with the same bytes.
+
+    - path: the site file
+    - spool: the folder of requests and answers that this process shares with the courier
+    - tell: sends events about the work to the process that started this one
+    - processes: how many processes of the site share each step, this one included
+    - given: the other fields of `Place`, by name"""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -188,6 +200,13 @@ def serve_request(
 ) -> None:
     """Answer one request of a spool. If the request orders a round, first answer the stored request
     with the order's plan once more, since this new process does not know that plan.
+
+    - path: the site file
+    - spool: the folder of requests and answers that this process shares with the courier
+    - tell: sends events about the work to the process that started this one
+    - processes: how many processes of the site share each step, this one included
+    - given: the other fields of `Place`, by name
+    - name: the name of the request's file in the spool
 
     Errors: InfrastructureError if the request is missing, or its answer cannot be written."""
     from fedtune.core.vault.answers import Place, answer

@@ -57,7 +57,10 @@ class Workers:
     """A site's worker processes: rank 0 starts them with the first round that needs them, and again
     after a failure. Use it as a context manager, which ends them.
 
-    size: number of processes, this one included; torchrun: whether torchrun started them."""
+    - site: the site file
+    - size: number of processes, this one included
+    - torchrun: whether torchrun started them; if not, this process starts them
+    - timeout: seconds that this process waits for the others in one exchange"""
 
     def __init__(
         self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
@@ -85,8 +88,11 @@ class Workers:
         factor and records in all ranks. Yield None if the other processes cannot serve; this
         process then does the round alone. Any error in the block ends the other processes.
 
-        plan: the plan by which all ranks clip, even if the site file has changed since; columns: as
-        for local_round."""
+        - study: the study whose round is trained
+        - plan: the plan by which all ranks clip, even if the site file has changed since
+        - data: the records that take part in the round, with the network
+        - frozen: the study's frozen arrays, fp32 by name, such as LoRA's A
+        - columns: the columns of each B that the round trains, as for local_round"""
         try:
             yield self._team(study, plan, data, frozen, columns)
         except BaseException:
@@ -96,6 +102,8 @@ class Workers:
     def _team(
         self, study: Study, plan: DpPlan, data: CachedDataset, frozen: Arrays, columns: slice
     ) -> Team | None:
+        """Start the group if there is none, and send it what it lacks of study and records. Return
+        None if that fails. The arguments are those of `running`."""
         try:
             group = self._group = self._group or self._start_group()
             self._prepare(group, study, plan, str(data.network.dtype), frozen)
@@ -176,8 +184,13 @@ class Workers:
         self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
     ) -> None:
         """Have every rank build the network of `study` with the arrays `frozen`, and clip its rows
-        by `plan`, as this process does. Do nothing if all ranks did so before. Errors:
-        InfrastructureError."""
+        by `plan`, as this process does. Do nothing if all ranks did so before.
+
+        - group: the connections to the other ranks
+        - study, plan, frozen: as for `running`
+        - dtype: type of this process's base weights, as torch writes it: "torch.float32"
+
+        Errors: InfrastructureError."""
         wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
         if self._prepared == wanted:
             return
@@ -210,7 +223,12 @@ class Workers:
 
 
 class _Lead:
-    """The team of a step (fedtune.core.dp.plan.Team) at rank 0."""
+    """The team of a step (fedtune.core.dp.plan.Team) at rank 0.
+
+    - workers: the site's processes, which are ended if a sum fails
+    - group: the connections to the other ranks
+    - network: this process's network, whose trainable values each rank gets before it sums
+    - columns: the columns of each B that the round trains"""
 
     def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
         self._workers = workers
@@ -265,7 +283,16 @@ def follow(group: Group, site: Site) -> NoReturn:
 def _add(
     group: Group, prepared: _StudyAtRank, header: dict[str, Any], tensors: list[torch.Tensor]
 ) -> None:
-    """Sum this rank's share of a step. Errors: InfrastructureError where rank 0 has ended."""
+    """Sum this rank's share of a step. If its rows cannot be summed, it sends zeros, and logs why.
+
+    - group: the connection to rank 0, which gets the sum
+    - prepared: the study, with the records
+    - header: rank 0's message: "dimension" of a row's gradient, and "columns" of each B that the
+      round trains, as start and stop
+    - tensors: the values of all parameters, one after another, and the numbers of the rows that
+      were drawn in all ranks together
+
+    Errors: InfrastructureError where rank 0 has ended."""
     flat, rows = tensors
     try:
         clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
@@ -367,6 +394,11 @@ def follow_torchrun(site: Path) -> None:
 
 
 def _follow(site: Path, rank: int, size: int, socket_path: Path | None) -> None:
+    """Join rank 0 and serve it until it ends.
+
+    - site: the site file
+    - rank, size: this process's number, from 1, and the number of all processes
+    - socket_path: the socket of rank 0; None: the one that torchrun's rank 0 publishes"""
     share_machine(rank, size)
     loaded = load_site(site)
     group = Group(rank, size, None, socket_path or _await_rank_0(site))

@@ -49,9 +49,15 @@ def read_for_training(
     """Read a site's dataset, and return it without the patients who withdrew, and without those
     whom a dataset declared disjoint from it excludes (`disjoint_member_test`).
 
-    ledger: None if the site has none yet, so that nobody is left out; soft_targets: the function
-    that gives a teacher's targets. Errors: DataError if the path or the columns cannot be used,
-    whatever the records hold."""
+    - data: the table of site.toml that names the records: [data] or [evaluation]
+    - study: the study by which records are rendered, tokenised and capped
+    - tokenizer: the base's tokenizer
+    - reader: how the base reads records that are more than text; None: it reads text alone
+    - ledger: the site's lifetime ledger, which is only read; None if the site has none yet, so that
+      nobody is left out
+    - soft_targets: the function that gives a teacher's targets for a record; None: no teacher
+
+    Errors: DataError if the path or the columns cannot be used, whatever the records hold."""
     if ledger is None:
         return load_dataset(
             data, study, tokenizer, strict=False, soft_targets=soft_targets, reader=reader
@@ -149,8 +155,16 @@ def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
     """Write what happened to a dataset's rows to counts.json in the state folder, readable by this
-    user only (0600), and log a warning about records that are left out or cut. The file takes the
-    same space on disk whatever the counts are. If the disk refuses the file, log a warning."""
+    user only (0600), and log a warning about records that are left out or cut.
+
+    - site: the site, whose declared size is written beside the counts
+    - data: the table of site.toml that names the records; its earlier counts are replaced, those of
+      other datasets stay
+    - study: the study for which the records were read
+    - dataset: the records that were read, with their counts
+
+    The file takes the same space on disk whatever the counts are. If the disk refuses the file, log
+    a warning."""
     counts = dataset.counts
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -77,7 +77,13 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
 
 
 def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
-    """Describe a plan that nobody here has signed: its ε, and how to read or sign the plan."""
+    """Describe a plan that nobody here has signed: its ε, and how to read or sign the plan. The
+    plan is also stored for `fedtune review` (`keep_plan`).
+
+    - study: the plan
+    - site: the worker whose ledger is charged for it
+    - place: the site at which it was answered
+    - facts: the facts of the answer so far (`answer_facts`): status, and the ε planned if known"""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
         spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"

@@ -23,7 +23,15 @@ _trains: WeakKeyDictionary[Network, set[tuple[str, int | None]]] = process_cache
 
 
 def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
-    """Run the self-test, once per process and kind of study. Errors: SelfTestFailed."""
+    """Run the self-test, once per process and kind of study.
+
+    - study: the study that the site is asked to run
+    - network: the model that the site built for it
+    - size: the site's declared number of units
+    - lora_rank: how many ranks the site trains in a round; None: the study has no adapter
+
+    Studies are of one kind if `lora_rank`, training.engine, strategy.min_sites and the tables base,
+    lora, objective, clipping, privacy and secure_aggregation are equal. Errors: SelfTestFailed."""
     names = ("base", "lora", "objective", "clipping", "privacy", "secure_aggregation")
     parts = {"training": {"engine"}, "strategy": {"min_sites"}}  # which share a dose of noise
     kind = study.model_dump_json(include={**dict.fromkeys(names, True), **parts}) + f" {lora_rank}"
@@ -48,7 +56,7 @@ def check_models(study: Study, network: Network) -> None:
 
 def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
     """Check that the adapter trains, once per network, plan and rank. The plan's digest covers base
-    and A.
+    and A. lora_rank: as for `self_test`.
 
     Errors: ModelError."""
     kind = study.digest, lora_rank

@@ -88,6 +88,10 @@ def drop_if_changed(path: Path) -> None:
 class SiteWorker:
     """The worker of a site.
 
+    - site: the settings with which the site takes part
+    - path: the site file, whose policy is read anew for every plan and order; None: that of `site`
+      holds throughout
+
     Guarantee: a plan is checked against the policy before data is read; every round is reserved in
     the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
     sent again rather than trained again."""
@@ -167,6 +171,10 @@ class SiteWorker:
         """Admit or refuse `study`. On admission, build the model, and note that the study is
         running here. No record is read before a round is charged.
 
+        - study: the plan that the coordinator sent
+        - frozen: the plan's frozen arrays that came with it, fp32 by name; {} if it has none
+        - coordinator: the public key that signed the plan; "" if none did
+
         Errors: DataError, ModelError if the site cannot take part; their text stays at the site."""
         try:
             self.home.check_not_frozen()  # an order asks before its work, and under the lock
@@ -203,6 +211,14 @@ class SiteWorker:
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> Prepared:
+        """Build the model of an admitted study, check it, and return the study ready to train.
+
+        - study: the plan that the coordinator sent
+        - plan: this site's plan for the training; None if privacy = "off"
+        - frozen: the plan's frozen arrays that came with it, fp32 by name
+        - coordinator: the public key that signed the plan
+
+        Errors: Refused, DataError, ModelError, InfrastructureError."""
         network = build(study, base_for(study, self.site))
         check_models(study, network)
         rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
@@ -218,8 +234,14 @@ class SiteWorker:
         self, study: Study, plan: DpPlan | None, coordinator: str, round_: int | None = None
     ) -> Site:
         """Check the study against the site file as it is now: policy, signature and budget. Return
-        the settings that were read, so that a round reads the file only once. round_: the round
-        that is about to run; None if none is. Errors: Refused."""
+        the settings that were read, so that a round reads the file only once.
+
+        - study: the study that is to be admitted, or whose round is to be charged
+        - plan: this site's plan for its training; None if privacy = "off"
+        - coordinator: the public key that signed the plan
+        - round_: the round that is about to run; None if none is
+
+        Errors: Refused, ConfigError, LedgerError."""
         site = self.current()
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
@@ -238,6 +260,8 @@ class SiteWorker:
         before its charges are read. In a hospital's home, enter for every dataset in the ledger
         from which others it is disjoint: another dataset's vault is perhaps not running now.
 
+        data: the table of site.toml that names the dataset; site: the site with the policy that its
+        file has now.
         Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown."""
         if site.policy.hospital:
             apart = site.policy.hospital.disjoint_from
@@ -379,6 +403,12 @@ class SiteWorker:
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Train one local round from this adapter, or return its stored update if it was trained.
 
+        - digest: the plan's digest
+        - round_: the number of the round, from 1
+        - adapter: the adapter that came with the order, fp32 by the tensors' names
+        - receipt: the coordinator's receipt for this site's ledger that came with the order, as
+          JSON; "" if it has none
+
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held if it is
         paid for and waits for a person at the site; Void if that person refused it."""
         if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
@@ -396,7 +426,8 @@ class SiteWorker:
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def slot(self, plan: str, round_: int, label: str) -> Slot:
-        """Return the ledger's slot for a round. label: digest of the adapter, or label of the draw.
+        """Return the ledger's slot for a round. plan: digest of the plan, or `queries_digest` of a
+        query; label: digest of the adapter, or label of the draw.
 
         It is the membership's slot, unless the slot that the site used before the hospital had a
         home was answered, or a person decided about it: then it is that slot."""
@@ -409,7 +440,7 @@ class SiteWorker:
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
         """Check that a round is in the plan, and compare the ledger with the coordinator's receipt;
-        return the prepared study.
+        return the prepared study. digest: the plan's digest; receipt: as for `train`.
 
         Errors: Unprepared, PolicyRefused, LedgerError."""
         prepared = self._require(digest)
@@ -424,7 +455,12 @@ class SiteWorker:
         self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
     ) -> tuple[CachedDataset, int]:
         """Charge a round in the ledger; return the records that take part, and the number of the
-        reservation. slot: the label of the answer's slot.
+        reservation. The network then has the adapter's and the frozen values.
+
+        - prepared: the study, as this site admitted it
+        - round_: the number of the round, from 1
+        - adapter: the adapter that the round starts from, fp32 by the tensors' names
+        - slot: the third part of the answer's slot (`slot`)
 
         Errors: as `train`; nothing is charged then."""
         study, plan = prepared.study, prepared.private
@@ -467,6 +503,10 @@ class SiteWorker:
         return data, reserved
 
     def _train(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
+        """Charge a round, train it, and store the update unless it has no noise. Return the bytes
+        of a safetensors file with the encoded update.
+
+        prepared, round_, adapter: as for `reserve`; digest: the third part of the answer's slot."""
         study, plan = prepared.study, prepared.private
         data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing
@@ -491,7 +531,8 @@ class SiteWorker:
         return step_summary(self.log.steps(digest, self.site.policy.own_memberships))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
-        """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be
+        """Return the dataset without the cohorts whose lifetime budget is used up. spent: the
+        entries of their arrival, as `Ledger.reserve_for` returns them. This cannot be
         observed from outside: batch, noise and divisor do not depend on the true count."""
         arrival = self.ledger.arrival(self._dataset)
         remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
@@ -505,7 +546,9 @@ class SiteWorker:
     def step_plan(
         self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
-        """Provide the round's step plan, shared with this site's other processes if it has any."""
+        """Yield the round's step plan, shared with this site's other processes if it has any.
+
+        data: the records that take part; columns: the columns of each B that the round trains."""
         if prepared.private is None:
             yield prepared.plan
         elif self.ranks is None:
@@ -518,6 +561,12 @@ class SiteWorker:
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Evaluate `adapter` on the held-out records with noise, or return the stored answer.
+
+        - digest: the plan's digest
+        - round_: the round after which the coordinator asks
+        - adapter: the adapter that came with the order, fp32 by the tensors' names
+        - receipt: the coordinator's receipt for this site's ledger that came with the order, as
+          JSON; "" if it has none
 
         Errors: as `train`."""
         prepared = self._require(digest)
@@ -532,7 +581,13 @@ class SiteWorker:
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def charge_of(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
-        """Return the ledger's charge for one round of a plan."""
+        """Return the ledger's charge for one round of a plan.
+
+        - study: the study of the round
+        - plan: this site's plan for its training; None, if privacy = "off", gives a charge with
+          σ = 0
+        - site: the site with the policy that its file has now
+        - round_: the number of the round, from 1"""
         charges = self.ledger.charges(self._dataset)
         return Charge(
             study=study.digest,
@@ -552,7 +607,14 @@ class SiteWorker:
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
-        """Return header and signature of a sealed answer. content_digest: digest of its content."""
+        """Return header and signature of a sealed answer, by these names.
+
+        - digest: the plan's digest
+        - round_: the round, as in the order
+        - nonce: the random text of the order, which the header repeats
+        - content_digest: `body_digest` of the answer's arrays and text fields
+
+        Errors: Unprepared."""
         prepared, policy = self._require(digest), self.site.policy
         header = Header(
             plan=digest,

@@ -137,6 +137,10 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
 def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
     """Decode a plan's frozen arrays, in fp32. All are checked before one is read.
 
+    - record: the arrays as the coordinator sent them with the plan
+    - lora: the plan's table [lora]; None if it has none
+    - has_basis: whether the plan names a basis of class statistics
+
     A plan with LoRA may have the matrices A, of `rank` rows, if they come from public text, and the
     preconditioner's W or U. A plan for class statistics (`has_basis`) has their basis and mean.
     Errors: WireError."""
@@ -166,6 +170,8 @@ def _check_basis(shapes: Shapes) -> None:
 
 
 def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
+    """Return whether a plan may have a frozen matrix of this name and shape: a public A, or a W or
+    U as wide as `lora.preconditioner` states."""
     table = lora.preconditioner
     if not any(mark in name for mark in (".lora_M.", ".lora_U.")):
         return lora.a_init == "public" and rows == lora.rank and 0 < columns <= WIDEST

@@ -127,8 +127,8 @@ class _ToTeller(logging.Handler):
 
 
 def receive(connection: Receives) -> tuple[str, dict[str, Any]]:
-    """Receive one event. Errors: EOFError, OSError if its sender has ended or sends more than an
-    event; ValueError if it does not have the form of an event."""
+    """Receive one event, and return its name and its facts. Errors: EOFError, OSError if its sender
+    has ended or sends more than an event; ValueError if it does not have the form of an event."""
     told = connection.recv_bytes(MOST)
     try:
         event, facts = json.loads(told)

@@ -64,7 +64,9 @@ def arrays_digest(arrays: Mapping[str, bytes]) -> str:
 
 
 def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
-    """Return the body_digest of a message whose arrays have this digest. Errors: SealError."""
+    """Return the body_digest of a message whose arrays have this digest. fields: as for
+    `body_digest`; None, of a message without text fields, gives another digest than {}. Errors:
+    SealError."""
     said = None if fields is None else texts_of(fields)
     try:
         return hashlib.sha256(canonical({"arrays": arrays, "said": said})).hexdigest()
@@ -89,7 +91,11 @@ def seal(key: SigningKey, header: Header) -> dict[str, str]:
 def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
     """Verify a seal by `public` with the `expected` header; returns the site's ledger statement.
 
-    `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError, also for a
+    - sealed: the message's fields, with "header" and "signature" as `seal` made them
+    - public: the site's public signing key, with which it was admitted
+    - expected: the context in which the site was asked; its `ledger` is ignored
+
+    Nothing of the body is parsed. Errors: SealError, also for a
     statement that is not {token}."""
     text, signature = sealed.get("header"), sealed.get("signature")
     if not isinstance(text, str) or not isinstance(signature, str):
@@ -145,9 +151,16 @@ def order(
     *,
     beside: str,
 ) -> dict[str, Any]:
-    """Return the coordinator's signed order for one round. attempt: the attempt's number, 0 if
-    there is only one; beside: `digest_beside` of the arrays and the table that are sent with the
-    order."""
+    """Return the coordinator's signed order for one round, as fields of the message.
+
+    - key: the coordinator's signing key
+    - plan: the plan's digest, followed by the suffix of the order's kind (vault.answers.ORDERS)
+    - round_: number of the round, or of the round that a query follows
+    - nonce: random text, which the site's seal of its answer repeats
+    - receipt: the coordinator's newest receipt for this site's ledger, as JSON; "" if it has none
+    - attempt: number of the attempt at the round, from 1; 0, which is left out of the fields, if
+      the round has no attempts
+    - beside: `digest_beside` of the arrays and the table that are sent with the order"""
     fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
     fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
@@ -160,6 +173,11 @@ def check_order(
     table: Mapping[str, Any] | None = None,
 ) -> None:
     """Verify an order, then the arrays and the table that came with it.
+
+    - message: the order's fields as they were received (`order`)
+    - public: the public key of the coordinator that signed the plan
+    - arrays: the unparsed bytes of each array that came with the order, by name
+    - table: the table of texts that came with it, such as the set of sites; None if there was none
 
     Errors: SealError if order, arrays or table are not from the coordinator `public`."""
     fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt", "beside")}

@@ -345,7 +345,14 @@ def _read(folder: int, name: str) -> bytes | None:
 
 
 def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> None:
-    """Write a file completely or not at all. Errors: OSError; no file is left then."""
+    """Write a file completely or not at all.
+
+    - folder: the open descriptor of the folder
+    - name: the file's name in the folder; a file of that name is replaced
+    - content: all of its bytes
+    - dated: whether the file has the time of this call; if not, its times are 0 (1970)
+
+    Errors: OSError; no file is left then."""
     draft = f"{name}.{secrets.token_hex(4)}.{os.getpid()}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

@@ -151,7 +151,12 @@ def _pack_again(
     folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any], typed: Mapping[str, str]
 ) -> dict[str, str]:
     """Compose the assurance pack's texts again, as `release` does, for comparison; return file ->
-    content."""
+    content.
+
+    - folder: the dossier, whose folder of a hospital's own sections is read if it has one
+    - signed: the content of release.json; of it the names of the files and the time are used
+    - found: the documents of the run and of attacks on it, by file name
+    - typed: blank's key -> the text that a person typed for it, as the dossier shows it"""
     own = folder / FOLDER
     names = {*signed["files"], RELEASE}
     content = pack.build_pack(found, typed, all_sections(own if own.is_dir() else None), names)

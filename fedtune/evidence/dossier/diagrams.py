@@ -67,6 +67,11 @@ def data_line(unit: str = "patient") -> Picture:
 
 
 def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
+    """Draw a vertical dashed line for each party, under a box with its name.
+
+    - names: party -> its line's x, in pixels; "coordinator" has the colours of what is outside a
+      site
+    - bottom: the y at which the lines end, in pixels"""
     for name, x in names.items():
         page.dashes(x, 50, x, bottom)
         page.box(x - 75, 16, 150, 34, "out" if name == "coordinator" else "home", name)
@@ -75,7 +80,15 @@ def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
 def call(
     page: Picture, start: float, end: float, y: float, label: str, kind: str = "arrow"
 ) -> None:
-    """Draw a message from one lane to another, with its content above it."""
+    """Draw a message from one lane to another, with its content above it.
+
+    - page: the picture to which it is added
+    - start, end: the x of the sender's lane and of the receiver's, in pixels
+    - y: the height of the arrow, in pixels from the top
+    - label: the message's content, on one line; it must fit between the lanes
+    - kind: "arrow" (grey), or "leaves" (orange) for what leaves a site
+
+    Errors: ValueError if the label is too wide."""
     page.arrow(start, y, end, y, kind)
     page.text((start + end) / 2, y - 6, label, "", "middle", 12, abs(end - start) - 10)
 

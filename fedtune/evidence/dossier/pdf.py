@@ -113,6 +113,14 @@ def _text(
     font: str = SANS,
     size: str = "text",
 ) -> None:
+    """Write a paragraph at the document's present position, and move the position below it.
+
+    - document: the fpdf2 document
+    - text: the paragraph; its backticks are left out
+    - style: "" or "B" for bold, which SANS alone has
+    - indent: the distance from the left margin, in millimetres
+    - font: SANS or MONO
+    - size: a key of SIZES"""
     document.set_font(font, style, SIZES[size])
     document.set_x(document.l_margin + indent)
     width = document.epw - indent
@@ -122,6 +130,13 @@ def _text(
 
 
 def _draw_box(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
+    """Write a text in a frame at the document's present position, on a new page if too little of
+    this one is left.
+
+    - document: the fpdf2 document
+    - text: its backticks are left out
+    - colour: the frame's red, green and blue, from 0 to 255
+    - style: "" or "B" for bold"""
     document.set_font(SANS, style, SIZES["text"])
     plain = _make_breakable(text.replace("`", ""))
     lines = document.get_string_width(plain) / document.epw + 2

@@ -67,12 +67,15 @@ def release(
     it.
 
     Args:
+        run: the run's folder.
+        out: the dossier's folder, which must not exist.
         details: blank's key -> the text that a person typed for it; other blanks are shown as
             blank.
         home: the coordinator's home, whose key signs; by default the one beside the folder of runs.
             A simulation has no home: its dossier is signed with a key that is made for it and not
             stored.
-        sections: a folder with further sections of the assurance pack, such as a hospital's rules.
+        sections: a folder with further sections of the assurance pack, such as a hospital's rules;
+            None for the package's own sections alone.
         attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states their
             results.
 
@@ -231,7 +234,13 @@ def _write_pack(
     made: str,
 ) -> None:
     """Write the assurance pack. All other files of the dossier, except its signature, must be there
-    already."""
+    already.
+
+    - draft: the dossier's folder, which is not complete yet
+    - found: the documents of the run and of attacks on it, by file name
+    - typed: blank's key -> the text that a person typed for it
+    - sections: the statements to answer, of the package and of the hospital
+    - made: when the dossier is signed, UTC, as `format_now` writes it"""
     entry = {REGISTRY: registry(found, typed, made)} if found["report.json"]["private"] else {}
     names = {*list_covered(draft), *entry, pack.JSON, pack.PAGE, crate.FILE, RELEASE}
     content = pack.build_pack(found, typed, sections, names)
@@ -308,9 +317,14 @@ def approve(
     """Approve a dossier as a named person, or for a site with the site's key; return the result of
     verifying the dossier afterwards.
 
-    key: the file of the approver's own key; if it does not exist, it is made, readable by this user
-    only. trust: the consortium's fingerprint, so that nobody approves a stranger's folder. log: a
-    site's audit log, in which the approval is entered first.
+    - folder: the dossier, in whose approvals/ the approval is written
+    - key: the approver's signing key, or its file; a file that does not exist is made, readable by
+      this user only
+    - trust: the consortium's fingerprint, so that nobody approves a stranger's folder; "" accepts
+      any signer
+    - name, role: who approves, and in which role
+    - reason: why the person approves; like name and role at most LONGEST characters on one line
+    - log: a site's audit log, in which the approval is entered first; None for a person's own key
 
     >>> import fedtune
     >>> who = {"name": "Ada Lund", "role": "data protection officer", "reason": "read"}

@@ -52,8 +52,9 @@ class Measured(NamedTuple):
 class Sample:
     """Scores of some records, by patient.
 
-    units: the patient of each record, (n,); rows: which records are selected, bool (n,); None
-    selects all."""
+    - scores: a model's scores on all n records
+    - units: the patient of each record, (n,)
+    - rows: which records are selected, bool (n,); None selects all"""
 
     def __init__(self, scores: Scores, units: np.ndarray, rows: np.ndarray | None = None) -> None:
         self._scores = scores
@@ -134,7 +135,8 @@ def _small_draws(n: int) -> Array:
 
 def clopper_pearson(share: float, n: float, level: float) -> Interval:
     """Return the interval of a share among n patients of equal weight. It is exact if n is the
-    number of patients, and not an effective number.
+    number of patients, and not an effective number. level: the confidence, such as 0.95. Without a
+    patient the interval is (0, 1).
 
     >>> low, high = clopper_pearson(1.0, 10, 0.95)
     >>> round(low, 3), high
@@ -159,7 +161,12 @@ def differences(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[Difference]:
     """Return for each measure the difference between a group and all others, with its interval at
-    this confidence."""
+    this confidence.
+
+    - measures: the measures, in the order of the result
+    - group: the records of the group's patients
+    - others: the records of all other patients, scored by the same model
+    - level: the confidence of each interval, such as 0.95"""
     halves = iter(_exchange([m for m in measures if not m.share], group, others, level))
     found = []
     for measure in measures:
@@ -176,6 +183,11 @@ def differences(
 
 
 def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) -> Difference:
+    """Compute the difference of a share in two groups of patients, with the interval that combines
+    the intervals of both shares (Newcombe 1998).
+
+    - measure: the measure, which is a share of records
+    - group, others, level: as for `differences`"""
     one, other = group.of_measure(measure, level), others.of_measure(measure, level)
     found = one.figure - other.figure
     below = math.hypot(one.figure - one.interval.low, other.interval.high - other.figure)
@@ -188,7 +200,10 @@ def _exchange(
 ) -> list[float]:
     """Draw random groups of as many patients as `group` from both groups together, and return for
     each measure the size of difference from the rest that such a group exceeds with probability 1 -
-    level."""
+    level.
+
+    - measures: the measures, none of which is a share of records; [] gives []
+    - group, others, level: as for `differences`"""
     if not measures:
         return []
     sums = [np.concatenate([group.sums(m), others.sums(m)]) for m in measures]
@@ -206,7 +221,7 @@ def _exchange(
 
 def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
     """Choose at random, `draws` times, which `size` of n patients form a group. Return blocks
-    (draws, n) of ones and zeros."""
+    (draws, n) of ones and zeros, from a fixed seed."""
     few = n * draws <= 4 * BLOCK
     return [_cached_choice(n, size, draws)] if few else _choice(n, size, draws)
 

@@ -71,8 +71,15 @@ def read_held_out(
     taught: Collection[str] = (),
 ) -> HeldOut:
     """Read the records of [acceptance] as the study's model reads records, but without a cap on a
-    patient's records. taught: salted hashes of patients on whom a personal model was trained, who
-    are left out even if they are no longer in [data].
+    patient's records.
+
+    - table: the site's [acceptance], with the place and columns of the records
+    - site: the site, with whose [data] they are compared
+    - study: the study of the model that is to be scored
+    - network: the network of this study, whose tokenizer and file reader are used
+    - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
+    - taught: salted hashes of patients on whom a personal model was trained, who are left out even
+      if they are no longer in [data]; () for a released model
 
     Errors: DataError (a file or columns that cannot be used, or nobody is left), ConfigError (a
     column of groups with more than MOST_GROUPS values)."""
@@ -128,6 +135,12 @@ def _left_out(
     records: list[Record], site: Site, ledger: Ledger, patients: bool, taught: Collection[str]
 ) -> dict[str, str]:
     """Return each patient who is left out → the reason.
+
+    - records: the records of [acceptance], each with its patient's key
+    - site: the site, whose [data] is read if it is on this machine
+    - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
+    - patients: whether [acceptance] and [data] both name a patient column
+    - taught: as for `read_held_out`
 
     Patients count as trained on if they are in [data] now, or ever were members of a dataset of
     this site other than its [evaluation]. They are recognised by the patient's key if both tables

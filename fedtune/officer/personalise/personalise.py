@@ -63,6 +63,9 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     those of [acceptance] and [evaluation]. `predict`, `evaluate`, `generate` and `accept` use the
     result at this site; nothing else opens it.
 
+    run: a run, or the path of its folder or dossier. Returns: the file of the sealed model, if one
+    was kept, how it compares with the released one, and the numbers of records.
+
     >>> import fedtune
     >>> fedtune.personalise(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
     Traceback (most recent call last):
@@ -94,9 +97,13 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
 
 
 def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
-    """Choose how to fit, and fit to all of the site's records. Nothing is written. Returns: the
-    records, the choice, and the fitted arrays, None if the released model is kept. Errors:
-    DataError, ModelError."""
+    """Choose how to fit, and fit to all of the site's records. Nothing is written.
+
+    run: the run whose model is trained further. site: the site whose [data] is read. ledger: the
+    site's ledger, which knows who withdrew.
+
+    Returns: the records, the choice, and the fitted arrays, None if the released model is kept.
+    Errors: DataError, ModelError."""
     saved, study = run.adapter(), own_study(run.study)
     network = build(study)
     network.adopt(study, {name: value for name, value in saved.items() if "lora_A" in name})

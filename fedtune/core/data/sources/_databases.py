@@ -56,7 +56,8 @@ class Database(Protocol):
         """Return a table's columns ([] if there is no such table), and whether it is an ordinary
         table and not, for example, a view."""
 
-    def columns_of_query(self, query: str) -> list[str]: ...
+    def columns_of_query(self, query: str) -> list[str]:
+        """Return the columns of a query's result, in order."""
 
     def numbers(self, text: str) -> list[str]:
         """Return the kind of number of each column of a statement: FLOAT, DECIMAL or ""."""
@@ -104,8 +105,8 @@ def require_driver(kind: str) -> None:
 
 @contextmanager
 def connected(url: str, password: str | None, where: object) -> Iterator[Database]:
-    """Connect to a database, and yield it within its one transaction. where: the name of the
-    database in errors.
+    """Connect to a database, and yield it within its one transaction. password: PostgreSQL's; None
+    if it is in ~/.pgpass, or none is needed; where: the name of the database in errors.
 
     Errors: DataError with the error's type alone, since a database's message may quote a cell."""
     opened = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}[kind_of(url)]

@@ -84,7 +84,14 @@ class Fhir(Collection):
         people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
         """Return a resource as a row, or the reason why it cannot be used, with the cells that can
-        be read."""
+        be read.
+
+        - line: the resource, as its line of JSON gives it
+        - encounters: the site of each encounter (`_encounters`)
+        - conditions: the names of the conditions of each encounter (`_conditions`); {} if the rows
+          are conditions themselves
+        - replaced: the documents that another document replaces (`_list_replaced`)
+        - people: gender and date of birth of each patient (`_people`)"""
         given = encounters, conditions, replaced, people
         try:
             return self._cells(line, *given)
@@ -104,6 +111,8 @@ class Fhir(Collection):
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row:
+        """Return a resource's cells by column; a cell that the export does not give is mostly None.
+        Parameters as for `_row`. Errors: those of ODD if the resource is not of FHIR's form."""
         patient, context = _patient(line), _table(line.get("context"))
         visit = line.get("encounter") or next(iter(_tables(context.get("encounter"))), None)
         key = patient, _reference(visit, "Encounter")

@@ -109,7 +109,8 @@ class Sql(Collection):
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
         """Return the columns by which another table's rows are joined. The patient's is one of
-        them, so that no row is joined to another patient's. Errors: DataError."""
+        them, so that no row is joined to another patient's. own, other: the columns of the two
+        tables. Errors: DataError."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
             raise DataError(f"{names.where}: data.options.on is not a column of both tables")
@@ -161,7 +162,7 @@ def _source(table: str) -> str:
 
 def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
     """Yield, for each row, the cells of some columns as text. Equal numbers in a column are equal
-    texts."""
+    texts. source: what stands after FROM, with the name t."""
     cells = [f"t.{quote_name(column)}" for column in columns]
     kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
     text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
@@ -175,7 +176,13 @@ def _join_rows(
     """Yield each row, without its first `by` cells, once for each row of the other table with the
     same first `by` cells, followed by that row's other cells. If the other table has no such row,
     `more` empty cells follow. The database's own = is not used, since for it "AB" and "ab" may be
-    one patient."""
+    one patient.
+
+    - rows: the rows of the first table: the cells to join by, then the others
+    - beside: the rows of the other table, in the same form
+    - by: the number of cells to join by. White space around their text does not count; a row in
+      which one of them is empty or unusable is joined to none
+    - more: the number of the other table's cells after those"""
 
     def key(row: Cells) -> tuple[str, ...] | None:
         usable = [

@@ -40,8 +40,13 @@ def choose(
     parameters: Sequence[nn.Parameter],
     columns: slice = ALL,
 ) -> PerRecord:
-    """Choose the engine for a model whose trainable parameters are `parameters`. columns: the
-    columns of each B that are needed; an engine may return all."""
+    """Choose the engine for a model whose trainable parameters are `parameters`.
+
+    - name: study.training.engine; "auto": one_pass if it serves every parameter, else opacus;
+      "opacus": always opacus
+    - trained: the module that holds every trainable layer, which the engine watches
+    - parameters: the trained parameters, in the order in which the engine returns their gradients
+    - columns: the columns of each B whose gradients are needed; an engine may return all"""
     from fedtune.core.training.engines.one_pass import OnePass
     from fedtune.core.training.engines.opacus import OpacusHooks
 

@@ -146,6 +146,15 @@ def _is_vanilla_lora(layer: Any) -> bool:
 def _forward_adapted(
     layer: Any, original: Any, sink: GradientSink, columns: slice, x: torch.Tensor, **more: Any
 ) -> torch.Tensor:
+    """Compute a LoRA layer's output, (B, …, outputs): by `_Lora`, or by PEFT where no per-record
+    gradient is taken.
+
+    - layer: PEFT's layer, which `_is_vanilla_lora` accepts
+    - original: PEFT's forward function, used if the adapter is disabled or merged, if gradients are
+      off, or if `more` is given
+    - sink, columns: as for `_Lora`
+    - x: the layer's input, (B, …, inputs)
+    - more: PEFT's further arguments of a call"""
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or more:
         output: torch.Tensor = original(layer, x, **more)
         return output
@@ -177,7 +186,18 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Lora(torch.autograd.Function):
-    """Compute out + s·(x Aᵀ)Bᵀ if out is given, or x Wᵀ + bias with W frozen."""
+    """Compute y + s·(x Aᵀ)Bᵀ, where y is `out` if it is given, else x Wᵀ + bias with W frozen. The
+    backward pass hands the per-record gradients of B, and of A if A is trained, to `sink`.
+
+    - x: the layer's input, (B, …, inputs)
+    - out: the frozen layer's output for x, (B, …, outputs); None if `weight` is given
+    - weight, bias: of the frozen linear layer; both None if `out` is given, bias also if the layer
+      has none
+    - a, b: A (rank, inputs) and B (outputs, rank)
+    - scaling: s
+    - sink: called with a factor and its gradients, fp32: (B, outputs, number of `columns`) for B,
+      (B, rank, inputs) for A
+    - columns: the columns of B whose gradients are computed"""
 
     @staticmethod
     def forward(
@@ -220,8 +240,13 @@ class _Lora(torch.autograd.Function):
 def _input_gradient(
     grad: torch.Tensor, thin: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the gradient at the layer's input: through A and, where `weight` is given, through W
-    as well."""
+    """Return the gradient at the layer's input, (B, …, inputs): through A and, where `weight` is
+    given, through W as well.
+
+    - grad: the gradient at the layer's output, (B, …, outputs)
+    - thin: s · grad B, fp32 (B, positions, rank)
+    - a: A, (rank, inputs)
+    - weight: W, (outputs, inputs); None if the frozen layer computes its part of the gradient"""
     shape = (*grad.shape[:-1], a.shape[1])
     flat = thin.view(-1, thin.shape[-1])
     if weight is None:
@@ -233,7 +258,13 @@ def _input_gradient(
 
 
 class _Linear(torch.autograd.Function):
-    """Compute x Wᵀ + bias, both trained."""
+    """Compute x Wᵀ + bias, both trained. The backward pass hands their per-record gradients to
+    `sink`.
+
+    - x: the layer's input, (B, …, inputs)
+    - weight: W, (outputs, inputs)
+    - bias: (outputs,), or None; of a frozen bias no gradient is computed
+    - sink: called with a parameter and its gradients, fp32 (B, *shape)"""
 
     @staticmethod
     def forward(

@@ -32,8 +32,12 @@ FORMATS = {
 
 
 def crate(found: Documents, typed: Mapping[str, str], names: Iterable[str], made: str) -> str:
-    """Return the text of ro-crate-metadata.json. names: the dossier's signed files, with or without
-    this one. made: when the dossier was signed."""
+    """Return the text of ro-crate-metadata.json.
+
+    - found: the run's documents by file name
+    - typed: blank's key -> the text that a person typed; of it the licence is used
+    - names: the dossier's signed files, with or without this one
+    - made: when the dossier was signed, UTC"""
     report = found["report.json"]
     files = [_file(name) for name in sorted({*names} - {FILE})]
     weights = f"{RUN}/{ADAPTER}/"
