@@ -23,16 +23,17 @@ def rate_upper(errors: int, trials: int, confidence: float) -> float:
 
 
 def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) -> float:
-    """Compute a lower bound on μ of a Gaussian trade-off from a test's two error counts, each out
-    of `trials`; at least 0.
+    """Compute a lower bound on μ, the distance at which a Gaussian mechanism keeps two neighbouring
+    data sets apart (sensitivity / standard deviation), from the two error counts of a test; at
+    least 0.
 
     - false_alarms: how many of the trials without the audited unit the test took for trials with it
     - misses: how many of the trials with the unit the test took for trials without it
     - trials: the number of trials without the unit, and as many with it
     - confidence: the probability that the bound is at most the true μ, such as 0.95
 
-    β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β). Each error rate is bounded with error probability
-    (1 - confidence) / 2.
+    With rates α of false alarms and β of misses, β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β). Each
+    error rate is bounded with error probability (1 - confidence) / 2.
     Errors: ValueError, as for `rate_upper`.
     Reference: Dong, Roth & Su 2022, definition 2.6; Nasr et al. 2023, section 4."""
     half = 1 - (1 - confidence) / 2
@@ -90,8 +91,8 @@ def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence
 
 
 def _one_run_p(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Compute an upper bound on the p-value of `correct` right guesses under (ε, δ)-DP: on the
-    probability that at least so many guesses about a run of such a mechanism are right.
+    """Compute how probable it is at most, if the run was (ε, δ)-DP, that `correct` guesses or more
+    are right: an upper bound on a p-value.
 
     - m, guesses, correct: as for `one_run_epsilon`
     - epsilon, delta: the privacy that is assumed"""

@@ -137,13 +137,14 @@ def _result(
 
 
 class _Attacker:
-    """Estimates which canaries took part, by regressing noised sums on their clipped gradients.
+    """Estimates which canaries took part in training, by a regression of the noised sums on the
+    canaries' clipped gradients.
 
-    Each sum is q G'b + noise, with the canaries' clipped gradients G and the coins b. The noise's
-    standard deviation is estimated outside the span of G, so that a run with less noise than
-    claimed is attacked at its actual noise. The score is the posterior mean of b under a Gaussian
-    prior of variance 1/4; it is the best linear estimate. The evidence of all rounds is added
-    up."""
+    Each sum is q G'b + noise, where G holds the canaries' clipped gradients, and b is 1 for each
+    canary that took part, else 0. The noise's standard deviation is estimated outside the span of
+    G, so that a run with less noise than claimed is attacked at its actual noise. A canary's score
+    is the posterior mean of its b under a Gaussian prior of variance 1/4; it is the best linear
+    estimate. The evidence of all rounds is added up."""
 
     def __init__(self, plan: DpPlan, canaries: int) -> None:
         self._rate = plan.sampling_rate
@@ -181,13 +182,15 @@ def _select_members(everyone: Dataset, coins: np.ndarray) -> Dataset:
 
 
 def _clip_units(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
-    """Compute each unit's clipped contribution, the sum of its rows; fp64 (canaries, d)."""
+    """Compute what each canary adds to a step's sum if it is drawn: the sum of its rows' clipped
+    gradients, fp64 (canaries, d). everyone: the canaries' records, the same number of rows for
+    each."""
     rows = engine.matrix(range(engine.n_rows))
     parts = clip.clip(rows, plan.max_grad_norm, plan.clipping, plan.gamma)
     return parts.view(everyone.n_units, plan.records, -1).sum(dim=1)
 
 
 def _sum(update: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:
-    """Compute the noised sum (d,) from one SGD step's update."""
+    """Recover from the update of one SGD step the noised sum (d,) that it was made of."""
     flat = np.concatenate([update[name].ravel() for name in sorted(update)])
     return flat.astype(np.float64) * (-plan.divisor / learning_rate)

@@ -136,7 +136,8 @@ def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
 
 def most_extracted(epsilon: float, delta: float) -> float:
     """Return the largest probability that (ε, δ) allows for the extraction of one secret. Without
-    the secret's record, a model writes it with probability at most 1 / SPACE.
+    the secret's record, a model writes it with probability at most 1 / SPACE, where SPACE is the
+    number of possible secrets.
 
     >>> round(most_extracted(8.0, 1e-5), 6)
     4.3e-05
@@ -145,7 +146,8 @@ def most_extracted(epsilon: float, delta: float) -> float:
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
-    """Compute the exposure of each row's first column among all columns. A tie counts against the
+    """Compute the exposure in bits of each secret. losses: one row for each secret, with the
+    secret's loss in the first column and those of other numbers beside it. A tie counts against the
     secret."""
     ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
     return np.asarray(np.log2(losses.shape[1] / ranks))
@@ -203,8 +205,8 @@ def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
 
 
 def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
-    """Draw different numbers (secrets, pool). The first of each row is the secret, which does not
-    depend on `pool`."""
+    """Draw an array of numbers (secrets, pool) from the study's seed; no row has a number twice.
+    The first number of each row is the secret, which does not depend on `pool`."""
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     rows = []
     for at in range(secrets):

@@ -43,7 +43,8 @@ PUBLIC = 180
 
 
 class NoteParts(NamedTuple):
-    """The content of one note, before a hospital's style turns it into text."""
+    """The content of one note, before a hospital's style turns it into text. Each text is a phrase;
+    finding is "" if the note has none, and denied is a complaint that the patient denies."""
 
     age: int
     woman: bool
@@ -99,8 +100,8 @@ class Hospital(NamedTuple):
 
     - name: its name, as in sites/NAME; its first letter begins its patients' keys
     - patients: how many patients it has
-    - own: the departments of OWN_SHARE of its patients
-    - style: writes a note's text from its content"""
+    - own: its own departments; OWN_SHARE of its patients belong to them, on average
+    - style: writes a note's text, from its content and the example's random numbers"""
 
     name: str
     patients: int
@@ -133,10 +134,12 @@ def write(
     """Write the whole example under `folder`; return the path of its study.toml.
 
     - folder: where the files are written; it is made if it is missing
-    - seed: decides every note and the letters of the desks, and is the plan's study.seed
-    - departments: the departments to which the notes belong, of DEPARTMENTS. For NINE the plan has
-      no [selection].
-    - share: the part of the usual numbers of patients, also of validation.jsonl and test.jsonl
+    - seed: decides every note and which letter (the label, called desk) stands for each department;
+      also the plan's study.seed
+    - departments: the departments to which the notes belong, some or all of DEPARTMENTS. If they
+      are NINE, the plan has no [selection]
+    - share: a factor by which the usual number of each hospital's patients and of the rows of
+      validation.jsonl and test.jsonl is multiplied
     - rounds: training.rounds in study.toml"""
     rng, n = random.Random(seed), len(departments)
     desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
@@ -234,8 +237,8 @@ def _parts(
 def public_notes(
     rng: random.Random, count: int = PUBLIC, departments: tuple[str, ...] = DEPARTMENTS
 ) -> list[dict[str, str]]:
-    """Draw unlabelled notes in a reader's words, with all departments equally frequent. Return the
-    rows of public.jsonl: {"note": text}."""
+    """Draw `count` unlabelled notes in a layman's words, with all departments equally frequent.
+    Return the rows of public.jsonl: {"note": text}."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",
         "Lesson: when someone describes {a} or {b}, think of {c} and {d}.",

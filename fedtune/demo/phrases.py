@@ -15,7 +15,7 @@ class Words(NamedTuple):
 
 
 def _words(complaints: str, findings: str, history: str, medication: str) -> Words:
-    """Return one department's words. Each argument holds phrases that are separated by
+    """Build the words of one department. Each argument holds phrases that are separated by
     semicolons."""
     return Words(*map(split, (complaints, findings, history, medication)))
 

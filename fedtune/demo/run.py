@@ -34,8 +34,8 @@ def run_demo(
     - seed: decides every invented note, and is the plan's study.seed
     - alone: also train each hospital by itself, for comparison; the report's "alone" holds the
       accuracy that each reaches
-    - quick: nine desks, a third of the patients, three rounds and no hospital alone, to check that
-      an installation works
+    - quick: take nine departments, a third of the patients and three rounds, and train no hospital
+      alone: enough to check that an installation works
 
     Errors: ModelError if the base cannot be fetched, InfrastructureError."""
     out = Path(out)
@@ -72,7 +72,7 @@ def _run_alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) ->
     training, as a share of the test records. In one ledger the two studies would add up, and the
     hospital's policy would refuse the second.
 
-    - study: the plan of the three hospitals; min_sites alone is changed
+    - study: the plan of the three hospitals, of which only strategy.min_sites is changed
     - site: the hospital; its ledger for this run is in state-alone, beside its own state folder
     - out: the folder of this run
     - on_event: called with ("step", {…}) after each round; None: nobody is told"""

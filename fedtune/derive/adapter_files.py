@@ -1,4 +1,4 @@
-"""Save a merged adapter as PEFT does."""
+"""Save a merged adapter to files that PEFT loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedtune.core.models.lora import Arrays, name_base
 
 
 def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
-    """Save `arrays` to `folder` as PEFT does.
+    """Save an adapter to `folder`, in the files that PEFT writes and loads.
 
     - folder: where adapter_config.json and adapter_model.safetensors are written; it is made if
       necessary

@@ -19,15 +19,18 @@ from fedtune.derive.writing import write
 
 @dataclass(frozen=True, repr=False)
 class Prompts:
-    """Public prompts. records: one for each prompt; about: digest, licence and counts, for the
-    report."""
+    """The public prompts that were read from a file.
+
+    - records: one for each prompt; completion is "" if the file has none
+    - about: for the report: the file's "digest", "licence", and how many "prompts" were read, and
+      how many records "left_out", as numbers"""
 
     records: list[Record]
     about: dict[str, Any]
 
 
 def read(file: PublicTable) -> Prompts:
-    """Read a file of public prompts.
+    """Read a file of public prompts, at least 4, and describe it for a report.
 
     Errors: DataError (file), ConfigError (no licence, no prompt column)."""
     if not file.licence.strip():
@@ -59,7 +62,7 @@ def complete_prompts(
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
     """Let `writer` complete the records that have no completion. Return all usable records, and the
-    number left out by reason.
+    number of records that were left out, by reason.
 
     - records: the public prompts, in the order that is kept
     - writer: the model that writes the completions
@@ -89,9 +92,9 @@ def complete_prompts(
 def _complete(
     record: Record, writer: LoadedModel, objective: ObjectiveTable, new_tokens: int, seed: int
 ) -> Record:
-    """Return the record with a completion by `writer`. writer, objective, new_tokens, seed: as for
-    `complete_prompts`. Errors: Rejected if the prompt leaves no room, or the completion is
-    empty."""
+    """Return a record with a completion that `writer` wrote. The parameters are those of
+    `complete_prompts`. Errors: Rejected if the prompt leaves no space for `new_tokens`, or the
+    completion is empty."""
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):
         raise Rejected("too long")

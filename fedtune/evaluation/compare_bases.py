@@ -32,8 +32,10 @@ from fedtune.core.registry.metrics import METRICS
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate base.
+    """What was measured of one candidate base.
 
+    - model: its name, followed by the quantisation if it was measured with another than the study's
+    - parameters: the number of its weights
     - memory: peak memory in bytes of the process that measured it
     - tokens: tokens per second in a record's first forward pass
     - step: records per second in a training step
@@ -58,9 +60,11 @@ class Row:
 class Fit:
     """The result of comparing bases with a target.
 
+    - metric, target: the study's metric, and the value that it should reach
+    - by: which value of the metric was compared with the target, in words: the one predicted at the
+      study's ε, or that of the base alone
     - rows: the bases, sorted by number of parameters
-    - chosen: the smallest base whose figure meets the target, or None
-    - by: the name of the figure that was compared with the target"""
+    - chosen: the name of the smallest base whose value meets the target; None if none does"""
 
     metric: str
     target: float
@@ -255,8 +259,9 @@ def _predict_accuracy(
     size: int,
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
-    """Return the records per second of a training step, and ε -> predicted accuracy (None if the
-    metric is not accuracy, or there are no classes or no ε).
+    """Measure the records per second of a training step, and predict the accuracy after the study.
+    Return the speed, and ε -> accuracy (None if the metric is not accuracy, or there are no classes
+    or no ε).
 
     - study: the plan, for its objective, clipping and privacy
     - network: holds the arrays with which the study would start
@@ -265,10 +270,10 @@ def _predict_accuracy(
     - epsilons: the values of ε; each is a key of the result, as format code g writes it
 
     The prediction imitates a whole study by one step. v is the sum of clipped gradients over half
-    of the evaluation records, scaled to `sites` · `size` units; each site adds noise of σ/(q√T).
-    Each record of the other half gets the class whose gradient has the largest inner product with
-    v. The accuracy is averaged over both halves. It is a rough guide: it separated hopeless from
-    learnable settings, and predicted 0.49 where a run reached 0.77."""
+    of the evaluation records, scaled to `sites` · `size` units; each site adds the noise that
+    `_noise` returns. Each record of the other half gets the class whose gradient has the largest
+    inner product with v. The accuracy is averaged over both halves. It is a rough guide: it
+    separated hopeless from learnable settings, and predicted 0.49 where a run reached 0.77."""
     from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     objective, table = study.objective.resolved, study.evaluation
@@ -321,8 +326,9 @@ def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
-    """Return σ/(q√T), in units of C: the noise of a site's whole study at this ε, as if it were
-    added in one step."""
+    """Return the standard deviation of the noise that a site adds in a whole study at this ε, as if
+    it were added in one step, in units of the clipping norm. It is σ/(q√T), with noise multiplier
+    σ, sampling rate q and T steps. size: the site's declared size."""
     from fedtune.core.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)

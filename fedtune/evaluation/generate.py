@@ -37,8 +37,8 @@ def generate(
             evaluation records are conversations, or if it has no such records.
         file: the image or recording, for a base that reads one; None for a base of text alone.
 
-    Returns the base's text and the adapter's; the second, of a personal model, begins with its
-    mark. PEFT loads the model, as for any other user of the adapter.
+    Returns two texts, the base's and the adapter's. If the run is a personal model, the second text
+    begins with a remark that says so. PEFT loads the model, as for any other user of the adapter.
 
     Errors: ConfigError (no language model, or the prompt is too long), DataError (file),
     ModelError."""
@@ -46,8 +46,8 @@ def generate(
 
 
 class Writer:
-    """A run's base and adapter, which are loaded at the first prompt and then stay loaded for
-    further prompts. Errors of the constructor and of a call: as for `generate`."""
+    """Continues prompts with a run's base and adapter, which are loaded at the first prompt and
+    stay loaded for further ones. The constructor and a call raise the same errors as `generate`."""
 
     def __init__(self, run: Run) -> None:
         from fedtune.core import modalities
@@ -68,8 +68,8 @@ class Writer:
         chat: bool | None = None,
         file: Path | None = None,
     ) -> tuple[str, str]:
-        """Return the texts of base and adapter. prompt, max_new_tokens, chat, file: as for
-        `generate`."""
+        """Continue a prompt, and return two texts: the base's, and the base's with the adapter. The
+        parameters are those of `generate`."""
         import torch
 
         from fedtune.core.bases.architecture import inputs as media_inputs
@@ -96,7 +96,7 @@ class Writer:
 
     @cached_property
     def _models(self) -> tuple[Any, Any]:
-        """Load the base, and the base with the adapter."""
+        """Load and return two models: the base, and the base with the adapter."""
         import torch
 
         from fedtune.core.bases.find import load_backbone
@@ -140,7 +140,8 @@ def _not_a_language_model(folder: Path) -> ConfigError:
 
 
 def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
-    """Check that prompt and answer fit the base's context. Errors: ConfigError."""
+    """Check that prompt and answer fit the base's context. prompt_length, max_new_tokens: their
+    numbers of tokens; most: that of the context. Errors: ConfigError."""
     if prompt_length + max_new_tokens > most:
         raise ConfigError(
             f"the prompt has {prompt_length} tokens, and {max_new_tokens} new ones were asked for",

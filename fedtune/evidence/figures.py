@@ -68,7 +68,8 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
     - report: the content of report.json
     - files: the files that the run's signature covers, by their paths in the folder
 
-    Only the coordinator vouches that a start in adapter/ is the one that public text gives.
+    If the public start is released, this cannot show that public text gives the weights in
+    adapter/: only the coordinator vouches for that.
 
     Errors: NotGenuine."""
     path, quality = run / "report.json", report.get("quality") or {}
@@ -107,8 +108,9 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
 
 
 def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
-    """Return the share of units that are in the classes `lacking`, by the report's noised counts.
-    These are the classes of which there is no selection record."""
+    """Return the share of the sites' units that are in the classes `lacking`, of which the
+    selection records have no record; 0 if `lacking` is empty. The numbers of units are the report's
+    noised counts. quality: the report's table "quality"."""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
     total = sum(counts.values())
     return sum(counts[name] for name in lacking) / total if total else 0.0
@@ -238,6 +240,10 @@ def count_absent(
     the site, and "answers", the plan's queries without an answer. Sites that lack nothing are left
     out.
 
+    - content: the content of evidence.json
+    - study: the run's plan
+    - events: kind of work -> site -> its step log, as `seals` returns them
+
     If the plan states the number of rounds, "epsilon" and "answers_epsilon" are the ε that the
     site's updates and answers cost if it took part in all of them: the evidence does not show
     whether a site was away or its updates were left out. "epsilon" is left out where it would take
@@ -262,8 +268,8 @@ def _of_all(
     study: Study, privacy: PrivacyTable, log: list[dict[str, Any]], rounds: int
 ) -> dict[str, float]:
     """Compute the ε of all rounds of the plan ("epsilon") for a site whose steps are like those of
-    `log`, and of all its queries ("answers_epsilon"). "epsilon" is left out above MOST_STEPS or
-    MOST_EPSILON, "answers_epsilon" if the plan has no queries.
+    `log`, and of all its queries ("answers_epsilon"). "epsilon" is left out if there are more than
+    MOST_STEPS steps or it is above MOST_EPSILON, "answers_epsilon" if the plan has no queries.
 
     - study, privacy: the plan, and its table [privacy]
     - log: the site's step log
@@ -294,9 +300,9 @@ def privacy(
     - keys: site -> its public keys: "signing", and of an enrolled site "node" and "tls"
     - events: kind of work -> site -> its step log, as `seals` returns them
 
-    Returns "sites" (fingerprint, key, and with privacy ε and steps of each) and, with privacy, the
-    run's ε, δ and unit, and "with_queries", "assumption", "fallback" and "capped", as in
-    verify.Verified.
+    Returns fields of verify.Verified. There is always "sites", site -> its fingerprint and signing
+    key and, in a private study, its ε and steps. A private study also has "epsilon", "delta",
+    "unit", "with_queries" and "capped" and, with secure aggregation, "assumption" and "fallback".
 
     Errors: NotGenuine."""
     path = run / "report.json"
@@ -487,14 +493,15 @@ def _queries(
 
 
 def _cap(study: Study, privacy: PrivacyTable) -> float:
-    """Return the lifetime ε at which a site leaves a unit out of a continuous study; infinity for
-    another study."""
+    """Return the most ε that the plan lets one unit spend over all rounds of a study without a last
+    round; a site leaves out a unit that has reached it. Return infinity if the plan sets no such
+    bound."""
     return privacy.epsilon if study.continuous and privacy.epsilon is not None else math.inf
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
-    """Compute the ε of one unit of a site. Also return whether the plan's lifetime ε bounds this ε,
-    so that it is less than the ε of all steps in the log."""
+    """Compute the ε that one unit of a site has spent at most. Return it, and whether it is the
+    plan's bound for one unit (`_cap`), because all steps in the log together would cost more."""
     cap, shares = _cap(study, privacy), noise_shares(study)
     if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True
@@ -503,8 +510,8 @@ def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> 
 
 
 def _bound_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Return a lower bound on ε of a site's steps, in a time that does not grow with their number
-    or their ε. shares: as for `_steps_epsilon`."""
+    """Return a lower bound on the ε of a site's steps. Unlike ε itself, it is computed in a time
+    that grows neither with the number of steps nor with ε. shares: as for `_steps_epsilon`."""
     return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
 

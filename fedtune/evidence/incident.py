@@ -66,10 +66,11 @@ OF_A_RUN = (
 class Kept:
     """Evidence that was kept, and that `check` found unchanged.
 
+    - folder, files: where it lies, and the number of its files
     - noticed: when somebody became aware of the incident
-    - notify: 72 hours after this
-    - made, by: the time at which the evidence was kept, and who kept it
-    - signer: the role's public key
+    - notify: the time 72 hours after that, until when a controller has to report a breach (GDPR)
+    - made, by: when the evidence was kept, and by whom
+    - signer: the public key of the site or coordinator
     - digest: sha256 of the manifest, to be noted elsewhere"""
 
     folder: Path
@@ -130,7 +131,8 @@ def _keep(
     key: SigningKey,
     home: Path | None,
 ) -> Kept:
-    """Keep the files of `folders` and those `found`.
+    """Copy evidence into the new folder `to`, write its signed manifest, and return the result of
+    checking it.
 
     - to: the new folder
     - noticed: UTC, as for `keep_of_site`; "" for now
@@ -191,8 +193,9 @@ def _keep(
 
 
 def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
-    """Copy a ledger's entries and return the hash of the newest one. Of a damaged ledger, copy the
-    rows that can be read, enter the damage in `damaged`, and return ""."""
+    """Copy the entries of the ledger in `home` to the file `to`, and return the hash of the newest
+    one. Of a damaged ledger, copy the rows that can be read, add a text on the damage to the list
+    `damaged`, and return ""."""
     try:
         book = Ledger(home)
     except NoRoom:
@@ -214,15 +217,17 @@ def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
 
 
 def _has_rows(path: Path) -> bool:
-    """Return whether a copy of entries was begun and has one."""
+    """Return whether the file `path`, a copy of a ledger that may have broken off, holds at least
+    one entry."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as copy:
         return bool(copy.execute("SELECT EXISTS (SELECT 1 FROM entries)").fetchone()[0])
     return False
 
 
 def check(folder: Path, signer: str = "") -> Kept:
-    """Check that kept evidence is as it was signed. signer: the public key that must have signed
-    it; "" for the key that the manifest names. Errors: NotGenuine."""
+    """Check that kept evidence is as it was signed, and return what its manifest says. signer: the
+    public key that must have signed it; "" for the key that the manifest names. Errors:
+    NotGenuine."""
     facts = reading.json_in(folder / MANIFEST, "evidence that fedtune kept", kind=NotGenuine)
     content = {name: value for name, value in facts.items() if name != "signature"}
     try:

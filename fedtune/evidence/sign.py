@@ -47,7 +47,7 @@ def sign(
     - study: the run's plan
     - key, ca: the coordinator's signing key, and the consortium's CA (PEM; "" in a simulation)
     - keys: site -> its public signing key
-    - registry: admitted site -> its other two public keys
+    - registry: admitted site -> its other two public keys, "node" and "tls"
     - history: the rounds, with the sites' signed evidence
 
     Errors: InfrastructureError."""

@@ -84,8 +84,12 @@ def check_versions(
 
 
 class _Replay:
-    """Checks the verdict and the decision of each version in turn, and applies these decisions and
-    the choices of persons, to find the version in use."""
+    """Goes through a study's versions in order to find the one in use: checks the verdict and the
+    decision of each, and applies these decisions and the choices of persons.
+
+    - run: the run's folder
+    - study: the run's plan, with [schedule] and [evaluation]
+    - files: the files that the run's signature covers, by their paths in the folder"""
 
     def __init__(self, run: Path, study: Study, files: Collection[str]) -> None:
         assert study.schedule is not None and study.evaluation is not None
@@ -121,7 +125,10 @@ class _Replay:
             self._chosen += 1
 
     def add(self, version: dict[str, Any], choices: list[dict[str, Any]]) -> None:
-        """Check one version's verdict and decision, and apply the decision. Errors: NotGenuine."""
+        """Check one version's verdict and decision, and apply the decision. Errors: NotGenuine.
+
+        version: the version's entry in the record; choices: all choices of persons, oldest first,
+        of which those from before this version are applied first."""
         number = int(version["number"])
         if self._numbers and number != self._numbers[-1] + 1:
             self._refuse_version(number, "a version before it is missing")
@@ -146,7 +153,11 @@ class _Replay:
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
 
     def _verdict(self, number: int, version: dict[str, Any]) -> str:
-        """Compute a version's verdict, and check that the record states the same verdict."""
+        """Compute a version's verdict, "better", "not better" or "outside the plan", and check that
+        the record states the same. The verdict of a version that an earlier release judged without
+        a stored comparison is taken from its decision, unchecked.
+
+        number: the version's number; version: its entry in the record. Errors: NotGenuine."""
         public = version["public"]
         if version["sure"] is not None and self._table.confidence is not None:
             self._looked.append(public)  # judged by an earlier release, without a stored comparison

@@ -230,8 +230,10 @@ class Claim:
 class Runtime:
     """A client of a Runtime API, which gives out tasks to callers that have the secret.
 
-    ca: the CA (PEM) of the server's certificate; with None the client uses plain HTTP, which is for
-    loopback only."""
+    - address: HOST:PORT of the API
+    - secret: the secret of the SuperLink or SuperNode, which a caller must prove to get a task
+    - ca: the CA (PEM) of the server's certificate; with None the client uses plain HTTP, which is
+      for loopback only"""
 
     def __init__(self, address: str, secret: bytes, ca: bytes | None = None) -> None:
         self._client = RuntimeHttpClient.from_server_address(
@@ -331,12 +333,15 @@ def node_keys(grid: Grid) -> dict[int, str]:
 
 
 class ClientTask:
-    """A claimed task at a site's own SuperNode. As a context manager it ends the task with the
-    block.
+    """A claimed task at a site's own SuperNode: `pull` fetches its message, and `push` sends the
+    reply. As a context manager it keeps the task alive, and ends it with the block.
 
-    A request that fails for a temporary reason is repeated for OUTAGE_SECONDS, or until give_up()
-    returns True, since ε was spent on the update. The task's input also holds the app bundle, which
-    is never opened."""
+    - address: HOST:PORT of the SuperNode's Runtime API, on loopback
+    - claim: the task, as `Runtime.acquire` returned it
+    - give_up: called after each failed request. A request that failed for a temporary reason is
+      repeated for OUTAGE_SECONDS, or until give_up() returns True, since ε was spent on the update.
+
+    The task's input also holds the app bundle, which is never opened."""
 
     def __init__(self, address: str, claim: Claim, give_up: Callable[[], bool]) -> None:
         self._patience = _patience(give_up)
@@ -377,8 +382,9 @@ def error_reply(message: Message, reason: str) -> Message:
 
 
 def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
-    """Build a retry policy for temporary errors. Flower's own policy never gives up, and sends
-    SIGINT to this process if a task is lost."""
+    """Return a policy for Flower's clients by which requests that fail for a temporary reason are
+    repeated for OUTAGE_SECONDS, or until give_up() returns True. Flower's own policy never gives
+    up, and sends SIGINT to this process if a task is lost."""
     return RetryInvoker(
         lambda: exponential(max_delay=5),
         httpx.HTTPError,
@@ -452,7 +458,7 @@ def _finish(client: RuntimeHttpClient, status: str) -> None:
 
 
 def _passing(error: Exception) -> bool:
-    """Return whether the same request may succeed later."""
+    """Return whether the same request, which failed with this error, may succeed later."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in {502, 503, 504}
     return isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()

@@ -66,7 +66,8 @@ def ca(home: Path) -> tuple[EC, x509.Certificate]:
 
 
 def has_begun(home: Path) -> bool:
-    """Return whether the home holds files that are made only after its CA."""
+    """Return whether the home has been used, so that its CA must have existed: it holds files that
+    are made only after the CA."""
     return any((home / name).exists() for name in UNDER_CA)
 
 
@@ -184,7 +185,8 @@ def read_key(path: Path) -> EC:
 
 
 def certificate_in(path: Path, todo: str) -> x509.Certificate:
-    """Read the first certificate in a PEM file. Errors: ConfigError."""
+    """Read the first certificate in a PEM file. todo: what the person should do, for an error's
+    text. Errors: ConfigError if there is no readable certificate."""
     data = reading.content(path, "a certificate", todo, ConfigError)
     try:
         return x509.load_pem_x509_certificate(data)

@@ -90,7 +90,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Request:
-    """A site's request to take part. Its signatures were verified."""
+    """A site's request to take part, whose signatures were verified.
+
+    - name: the site's name
+    - node: its public node key (PEM)
+    - signing: its public signing key, in hexadecimal
+    - tls: its public TLS key
+    - fingerprint: the text that people compare by phone"""
 
     name: str
     node: str
@@ -241,7 +247,8 @@ def admit(home: Path, request: Request, address: str) -> Answer:
 
 
 def _plan(home: Path) -> dict[str, str]:
-    """Return the running study's plan and its signature, for an answer; {} if there is none."""
+    """Return the fields of an answer for the running study, "plan" (JSON) and "signature"; {} if no
+    plan is stored in the home, or it is too long for an answer."""
     if not (home / PLAN).exists():
         return {}
     kept = texts_in(home / PLAN, 2 * MAX_PLAN)

@@ -260,10 +260,11 @@ async def _cut(tasks: set[asyncio.Task[None]]) -> None:
 async def dial(
     far: Link, proxy: urllib.parse.SplitResult | None, context: ssl.SSLContext
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the gateway under `context`, which checks the gateway's certificate.
+    """Connect to the gateway over TLS, and return the connection.
 
-    far: the settings by which the site reaches the gateway. proxy: the address of the hospital's
-    HTTP proxy (`proxy_of`); None to connect directly.
+    - far: the settings by which the site reaches the gateway
+    - proxy: the address of the hospital's HTTP proxy (`proxy_of`); None to connect directly
+    - context: by which the gateway's certificate is checked
 
     Errors: OSError, EOFError, ValueError."""
     if proxy is None:

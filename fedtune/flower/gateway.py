@@ -410,7 +410,8 @@ class Gateway:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the gateway until SIGTERM. arguments: HOME HOST PORT UPSTREAM TRUST."""
+    """Run the gateway until SIGTERM. arguments: the coordinator's HOME, the HOST and PORT where it
+    listens, the SuperLink's URL, and the file of the SuperLink's certificate."""
     home, host, port, upstream, trust = arguments
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, int(port)), family=family, backlog=256)

@@ -37,8 +37,8 @@ class InProcessGrid(Grid):
     - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
 
     Guarantee: at most one reply is held at a time. An exception in the ClientApp becomes an error
-    reply with the exception's class, and with the message only of a FedtuneError.
-    """
+    reply that names the exception's class; it has the exception's message only for a
+    FedtuneError."""
 
     def __init__(
         self,
@@ -82,7 +82,8 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """As api.create_message, in the run RUN_ID and without a task."""
+        """Create a message of this grid's one run, RUN_ID, which has no task. Parameters and result
+        are those of `api.create_message`."""
         return api.create_message(RUN_ID, None, content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

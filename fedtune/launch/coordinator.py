@@ -164,7 +164,8 @@ def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
 
 @contextmanager
 def consortium(home: Path, host: str, port: int) -> Iterator[Link]:
-    """Run the SuperLink and the gateway while the block runs. Call `prepare` first.
+    """Run the SuperLink and the gateway while the block runs, and yield the running SuperLink. Call
+    `prepare` first.
 
     Errors: InfrastructureError if one of them cannot listen, or the SuperLink ends."""
     with superlink(home) as link, blaming(link.child), supervised_gateway(link, home, host, port):
@@ -273,8 +274,12 @@ def plan_made(study: Study, home: Path) -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """A running SuperLink: its process, its loopback address, the file of the certificate that was
-    made for this start, and the secret that its calls require."""
+    """A running SuperLink.
+
+    - child: its process
+    - address: HOST:PORT on loopback
+    - certificate: the file of the certificate that was made for this start
+    - secret: what a caller must send (see api.Locked)"""
 
     child: Child
     address: str
@@ -288,8 +293,8 @@ class Link:
 
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
-    """Run a SuperLink on loopback while the block runs. It admits only registered nodes and starts
-    no process.
+    """Run a SuperLink on loopback while the block runs, and yield it. It admits only registered
+    nodes and starts no process.
 
     Its database is new at each start. The state that must survive a restart is in the run's
     folder."""
@@ -318,7 +323,11 @@ def _listen_on_loopback(
     options: Sequence[str], state: Path, certificate: Path
 ) -> tuple[Child, int]:
     """Start a SuperLink on a free port, and return its process and the port. If another program
-    takes the port first, try another port, at most PORTS in all. Errors: InfrastructureError."""
+    takes the port first, try another port, at most PORTS in all. Errors: InfrastructureError.
+
+    - options: the SuperLink's options, without host and port
+    - state: the folder where it works and writes its log
+    - certificate: the file of its certificate, by which its port is told from another program's"""
     attempts = PORTS
     while True:
         attempts, port = attempts - 1, free_port()
@@ -415,7 +424,7 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
-    """Start a run at the SuperLink, claim its ServerApp task, and provide the Grid for the rounds.
+    """Start a run at the SuperLink, claim its ServerApp task, and yield the Grid for the rounds.
     Errors: InfrastructureError if the SuperLink offers no task within CLAIM_SECONDS."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
@@ -435,8 +444,8 @@ def study_grid(link: Link, home: Path) -> Iterator[Grid]:
 
 
 def bundle() -> bytes:
-    """Build the app bundle that every run has. It holds names and no code, since every machine runs
-    the code that is installed there."""
+    """Return the app bundle that Flower requires for a run, a zip archive. It holds names and no
+    code, since every machine runs the code that is installed there."""
     project = (
         '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
         '[tool.flwr.app]\npublisher = "fedtune"\n'
@@ -467,12 +476,12 @@ def blaming(link: Child) -> Iterator[None]:
 
 
 class Members:
-    """Maps each node of a grid to the site that is admitted with the node's key. The SuperLink
-    gives the key of a node, the registry the site of a key. Keys of nodes that have left are
-    remembered.
+    """Maps each node of a grid to the site that is admitted with the node's key: a call with the
+    grid returns node -> Member. The SuperLink gives the key of a node, the registry the site of a
+    key. Keys of nodes that have left are remembered.
 
-    on_event: called with "admitted", "revoked", "connected" and "disconnected" {name} for each
-    change in registry and SuperLink since the last call."""
+    on_event: called with "admitted", "revoked", "connected" or "disconnected" and {name, text} for
+    each change in registry and SuperLink since the last call; None for nobody."""
 
     def __init__(self, home: Path, on_event: OnEvent | None = None) -> None:
         self._home = home
@@ -510,8 +519,8 @@ class Members:
                 self._on_event(event, {"name": name, "text": f"{name}: {event}; {told}"})
 
     def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
-        """Allow each of these nodes to push an answer of `most` bytes to the gateway. Allowances of
-        other nodes stay."""
+        """Allow the sites of these nodes to push an answer of `most` bytes each through the
+        gateway. Allowances of other sites stay."""
         members = self(grid)
         for name in {members[node].name for node in nodes if node in members}:
             count, _ = self._asked.get(name, (0, 0))
@@ -559,7 +568,8 @@ def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
 
 
 def installed_rounds(home: Path, members: Members, terms: Terms, turn: Turn) -> Run:
-    """Return server.rounds.run with the settings of this home's consortium.
+    """Return the function that runs a study's rounds, server.rounds.run, with the settings of this
+    home's consortium.
 
     - home: the coordinator's home. Its key signs plans and receipts, which are stored there.
     - members: maps the nodes of the grid to the admitted sites

@@ -103,7 +103,8 @@ class ProcessGrid(InProcessGrid):
         return Worker(*options)
 
     def _move(self) -> None:
-        """Send the next message to each idle worker. If no reply is held, take one."""
+        """Send the next message to each idle worker. Then, if no reply waits here to be pulled,
+        fetch one from a busy worker; wait at most PAUSE for it."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:
@@ -114,7 +115,8 @@ class ProcessGrid(InProcessGrid):
             self._feed(answered)
 
     def _await(self, busy: list[Worker]) -> Worker | None:
-        """Return a worker whose answer has arrived or whose process has ended; None after PAUSE."""
+        """Wait for at most PAUSE seconds until one of the workers has an answer or its process has
+        ended. Return this worker, or None if there is none by then."""
         ready = wait([worker.connection for worker in busy if worker.connection], PAUSE)
         return next((worker for worker in busy if worker.connection in ready), None)
 

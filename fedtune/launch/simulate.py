@@ -69,7 +69,7 @@ def simulate(
     Errors: ConfigError if these sites cannot run the study, or another home pays for their records;
     DataError if a site's records do not fit it; PolicyRefused if declared data was ever charged as
     private; Refused, before any training, if too few sites have budget left; ModelError;
-    InfrastructureError, also if the vault of a site that pays from its own ledger works now."""
+    InfrastructureError, also if a site pays from its own ledger and its vault is running."""
     from fedtune.launch.budgets import explain_refusal, remember
     from fedtune.officer.known_homes import check_simulated
 
@@ -130,8 +130,9 @@ def simulate(
 
 @contextmanager
 def _paying(sites: Sequence[Site]) -> Iterator[None]:
-    """Lock the ledger of each site whose own ledger pays, during the block, against the site's
-    vault and against a restore. Errors: InfrastructureError that names who holds a lock."""
+    """During the block, hold the lock of each site that pays from its own ledger, so that neither
+    the site's vault nor a restore can use that ledger. Errors: InfrastructureError that names who
+    holds a lock."""
     from fedtune.core.vault.process import locked
 
     with ExitStack() as held:
@@ -152,10 +153,13 @@ def _run(
 ) -> None:
     """Run the rounds of a study with sites on this machine or a Ray cluster.
 
-    - study, out, resume, on_event: as for `simulate`
+    - study: the study
     - files: the sites' files
-    - settings: those of the coordinator, of which patience and pause are replaced by 0
-    - at: engine, address, processes and peers, as for `_grid`
+    - out: the run's folder
+    - resume: whether to continue the run in `out`
+    - on_event: called with each event's kind and data; None for nobody
+    - settings: the coordinator's settings; their `patience` and `pause` are replaced by 0
+    - at: (engine, address, processes, peers), as for `_grid`
 
     Errors: those of server.rounds.run. If the run fails and every site that failed did so because
     of its files or records (InputError), the first of these errors is raised instead."""
@@ -206,8 +210,9 @@ def find_start(study: Study) -> float | None:
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
-    """Return a function that sends the steps before a run begins as events "step" to `on_event`,
-    for this machine's screen only. If `on_event` is None, the function does nothing."""
+    """Return a function that is called with a text for each step of the preparation, before the run
+    begins. It sends the text to `on_event` as an event "step", for this machine's screen only. If
+    `on_event` is None, the function does nothing."""
     if on_event is None:
         return lambda text: None
     notify = on_event
@@ -227,8 +232,9 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 
 @contextmanager
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
-    """Provide the sites. Replace each site of declared data by a copy that pays from a ledger of
-    this run. If the run never begins, remove these ledgers. Errors: InfrastructureError."""
+    """Provide the list of sites for the run: each site of declared data is replaced by a copy that
+    pays from a ledger of this run. If the run never begins, these ledgers are removed. Errors:
+    InfrastructureError."""
     from fedtune.core.vault.declared import paid_by_run
 
     paying, new = list[Site](), not (out / "plan.json").exists()
@@ -277,7 +283,8 @@ def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> Non
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
     """Return the first error, in the order of `files`, if every error is an InputError; None if
-    there is no error or if one is of another class."""
+    there is no error or if one is of another class. errors: site file -> the error with which the
+    site failed."""
     found_errors = [error for path in files if (error := errors.get(str(path)))]
     all_inputs = all(isinstance(error, InputError) for error in found_errors)
     return found_errors[0] if found_errors and all_inputs else None
@@ -311,7 +318,7 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 def _grid(
     files: list[Path], out: Path, engine: str, address: str, processes: int, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Open a grid of the sites for the block.
+    """Open the Grid (Flower's connection of a server to its clients) of the sites for the block.
 
     - files: the sites' files
     - out: the run's folder; its folder `processes` gets the logs of the sites' processes

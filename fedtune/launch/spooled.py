@@ -131,8 +131,12 @@ def answer_request(
     """Answer one request in a spool, and return. The command in vault.run does this, after
     `answer_requests` has checked the site.
 
-    - site_path, folder, watch, processes, on_event: as for `answer_requests`
+    - site_path: the site's site.toml
+    - folder: the spool: the folder that courier and vault share
     - name: the request's name, 64 hexadecimal digits
+    - watch: whether to take part only in studies without a last round
+    - processes: the number of processes that share each step
+    - on_event: called with each event's name and facts
 
     Errors: InfrastructureError if there is no such request, or no answer could be written; the
     other errors of `answer_requests`."""
@@ -149,16 +153,21 @@ def answer_request(
 
 @dataclass(frozen=True)
 class _Half:
-    """The process of one half of a site. told: the reader of its events; fetching: for a vault, the
-    site file, by which this process fetches bases for the vault."""
+    """The running process of one half of a site.
+
+    - child: the process
+    - told: the reader of its events
+    - fetching: of a vault, the site file: this process then fetches the bases for which the vault
+      asks; None for a courier"""
 
     child: Child
     told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
-        """Show the process's events. Return None once `show` returns True: the work is done. Return
-        an error if the process ends without that."""
+        """Pass the process's events to `show` until the process ends. Return None once `show`
+        returns True, which means that the work is done. Return an error if the process ends before.
+        """
         while True:
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
@@ -218,7 +227,8 @@ def _start_for_each(
 
     - site, path: the site, which has vault.run, and its file, in whose folder the command runs
     - spool: the spool in which the requests lie
-    - watch, processes: passed on to the vault, as for `answer_requests`
+    - watch: whether the vault takes part only in studies without a last round
+    - processes: the number of the vault's processes that share each step
     - notify: called with the events "connected" before a command, and "reconnecting" after one that
       brought no answer
 
@@ -250,7 +260,7 @@ def _start_for_each(
 
 def _run(command: list[str], folder: Path, log: Path) -> str:
     """Run a command, and return a text that says how it ended. If this process is stopped, stop the
-    command too."""
+    command too. folder: the current folder of the command. log: the file for its output."""
     begin_log(log)
     try:
         started = subprocess.Popen(

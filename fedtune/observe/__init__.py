@@ -116,9 +116,9 @@ class Observer:
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:
-    """Return the fields of a "stopped" event: the error's class and, of a refusal or a failure of
-    infrastructure, the phrase of PHRASES in its text. If a signal stopped the run, return only the
-    signal. Return {} for None."""
+    """Return the fields of a "stopped" event: the error's class and, if a refusal or a failure of
+    infrastructure names one of fedtune's fixed reasons (PHRASES), that reason. If a signal stopped
+    the run, return only the signal as the reason. If `error` is None, return {}."""
     if error is None:
         return {}
     if isinstance(error, KeyboardInterrupt):
@@ -129,8 +129,8 @@ def _end(error: BaseException | None) -> dict[str, Any]:
 
 
 class _Tracked:
-    """Makes a tracker a sink. The tracker receives only the fields that the log may hold, and no
-    event of SCREEN."""
+    """Makes a tracker a sink: passes events on to it, with only the fields that the log may hold.
+    Events that are only for the screen (SCREEN), such as steps of a progress bar, are left out."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self.name = tracker, type(tracker).__name__
@@ -179,12 +179,14 @@ def observer(
     - metrics_port: the port at which metrics are served; None to serve none
     - more: further sinks, such as the status of the coordinator's home
     - site: the site.toml whose budget the metrics show
-    - ledger: the folder of the site's ledger, if it is not `folder`. While an order is being
-      answered there, the log and the status file take no disk space.
+    - ledger: the folder of the site's ledger, if it is not `folder`. While the site is answering
+      an order (any request of the coordinator but for an admission), the log and the status file
+      take no disk space.
     - early: whether to write to the run's folder before the run begins
     - trackers: the trackers of a coordinator's run
 
-    Errors: those of metrics.Metrics."""
+    Errors: with `metrics_port`, ConfigError if the package that serves metrics is not installed,
+    and InfrastructureError if the port cannot be opened."""
     files = [
         JsonLog(folder / LOG, role=role, ledger=ledger),
         StatusFile(folder, role=role, ledger=ledger),

@@ -32,8 +32,10 @@ class HomeStatus(StatusFile):
     """The status file of a coordinator's home. The functions that `study` returns may be called
     from several threads.
 
-    folder: the home; of an earlier status file in it, the rows of studies that began are kept.
-    strict: as for StatusFile."""
+    - folder: the home. If it has a status file already, its rows are kept, except those of studies
+      that were still queued.
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)"""
 
     def __init__(self, folder: Path, *, strict: bool | None = None) -> None:
         super().__init__(folder, role="coordinator", strict=strict)

@@ -130,8 +130,8 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
 
 
 def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
-    """Build a rule for a fixed set of words. It replaces any other word by "other", without an
-    error."""
+    """Return a function that checks a text: it returns a word that is in `allowed` as it is, and
+    "other" for any other text. For a value that is no text it raises TypeError."""
 
     def check(value: Any) -> str:
         if not isinstance(value, str):
@@ -256,9 +256,10 @@ class JsonLog:
     """Appends each event to the file `path`, which only this user can read. An object can be used
     as `on_event`. Events of SCREEN, such as steps of a progress bar, are left out.
 
-    Guarantee: a site's log takes or frees disk space only while no order is being answered: at its
-    first event, and when it is renamed at OF_SITE bytes. The reason is that the courier influences
-    when events are logged, and how many, and could take space that the ledger needs for an order.
+    Guarantee: a site's log takes or frees disk space only while the site is answering no order (any
+    request of the coordinator but for an admission): at the log's first event, and when the log is
+    renamed at OF_SITE bytes. The reason is that the courier influences when events are logged, and
+    how many, and could take space that the ledger needs for an order.
     A line for which no space is reserved is left out. If the disk does not have the space, nothing
     is logged.
 
@@ -317,8 +318,9 @@ class JsonLog:
 
     def _take_space(self, length: int) -> None:
         """Rename a full log to FILE.1, and reserve the disk space of a site's log and of FILE.1. Do
-        nothing while an order is being answered. Errors: OSError if the disk does not have the
-        space; then nothing is logged until the next start."""
+        nothing while the site is answering an order (any request of the coordinator but for an
+        admission). length: the present size of the log in bytes. Errors: OSError if the disk does
+        not have the space; then nothing is logged until the next start."""
         with between_orders(self._ledger) as is_now:
             if not is_now:
                 return

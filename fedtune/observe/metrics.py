@@ -244,16 +244,17 @@ class LedgerFigures:
 
 
 class Serving(NamedTuple):
-    """A running metrics server. stop: ends it and frees its port."""
+    """A running metrics server. port: the port at which it serves. stop: ends it and frees the
+    port."""
 
     port: int
     stop: Callable[[], None]
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
-    """Serve `registry` over HTTP on loopback, from a thread of this process. port: 0 for any free
-    port. Errors: ConfigError if `host` is not loopback; InfrastructureError if the port cannot be
-    opened."""
+    """Serve `registry` over HTTP on loopback, from a thread of this process. Return the port, and
+    the function that ends the server. port: 0 for any free port. Errors: ConfigError if `host` is
+    not loopback; InfrastructureError if the port cannot be opened."""
     if not ip_address(host).is_loopback:
         raise ConfigError(
             f"metrics on {host}",

@@ -34,7 +34,14 @@ NAN = math.nan
 
 
 class Rounds:
-    """The rounds of the run in `folder`; empty until the first `refresh`."""
+    """The rounds of the run in `folder`, in columns with one number for each round; empty until the
+    first `refresh`.
+
+    - number, seconds: the round's number and its duration
+    - quality, selection: name of a measure → its column
+    - epsilon: site → the column of its ε; {} if the run has more than FEW sites
+    - largest, smallest: the largest and the smallest ε of a site
+    - newest: all fields of the newest rounds, at most NEWEST"""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE

@@ -143,8 +143,11 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 
 
 def _finish(home: Path, site_file: Path, name: str) -> Adoption:
-    """Finish an adoption that was killed after its last step: remove the old ledger's files. home,
-    site_file, name: as for `adopt`; the site file names this home already.
+    """Finish an adoption that was killed when only the old ledger's files were left to remove.
+
+    - home: the folder of the hospital's home
+    - site_file: the site.toml, which names this home already
+    - name: the name of the membership
 
     Errors: ConfigError if the site is another membership, or its own ledger was never adopted."""
     site = load_site(site_file)
@@ -202,7 +205,8 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
 
 
 def _files_of(state: Path) -> Iterator[Path]:
-    """Yield a ledger's folders in a state folder, then its files."""
+    """Yield the paths of a ledger in a state folder: first its folders, whether or not they exist,
+    then its files."""
     yield from (state / name for name in (RECEIPTS, OUTBOX, ASKED))
     yield from (path for pattern in (KEY, *OF_LEDGER) for path in sorted(state.glob(pattern)))
 
@@ -289,7 +293,8 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
     """Check that no answer waits for a person, and that no record was declared public or generated:
-    the hospital's ledger cannot take these over. Errors: InputError, PolicyRefused."""
+    the hospital's ledger cannot take these over. book: the site's own ledger. Errors: InputError,
+    PolicyRefused."""
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",
@@ -397,8 +402,8 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
 
 def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
     """Return the datasets that are declared disjoint from a dataset which the hospital's ledger
-    knows. Of a patient in both, each of the two ledgers decided by itself for which dataset the
-    patient counts."""
+    knows. If a patient is in both, each of the two ledgers decided by itself which dataset pays. So
+    what these datasets paid must count against every dataset."""
     datasets = hospital.datasets
     pairs = {(one, other) for one in datasets for other in datasets[one].disjoint_from}
     pairs |= {(other, one) for one, other in pairs}
@@ -411,8 +416,10 @@ def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -
     patients or records that its files no longer hold. These may come back as newcomers or in
     another dataset.
 
-    dataset: the site's name of it. old: the site's own ledger. members: the site's name of each
-    dataset that its site file names → the identities in its files, as of `every_member`."""
+    - dataset: the dataset, by the site's name
+    - old: the site's own ledger
+    - members: the site's name of each dataset that its site file names → the identities of all
+      patients and records in its files"""
     if dataset not in members:
         return True
     return not (old.is_whole(dataset, members[dataset]) and old.is_apart_from_start(dataset))
@@ -501,13 +508,19 @@ def _as_membership(
 def _site_text(
     home: Path, site: Site, site_file: Path, name: str, hospital: Hospital, names: Mapping[str, str]
 ) -> str:
-    """Compose the membership's site file. It uses the hospital's names of the datasets, and lacks
-    the declarations that differ from the hospital's.
+    """Return the text of the membership's site file: the present file with the datasets under the
+    hospital's names, without each disjoint_from and cohort that has another value in hospital.toml,
+    and with the table [hospital].
 
-    - home, site, name, hospital, names: as for `_as_membership`
-    - site_file: the present site file, of which all else is kept
+    - home: the folder of the hospital's home
+    - site: the site as its site file states it now
+    - site_file: the present site file
+    - name: the name of the membership
+    - hospital: the content of hospital.toml, in which the site's datasets are registered
+    - names: the site's name of each dataset → the hospital's name; a dataset that is not in it
+      keeps its name
 
-    Errors: ConfigError."""
+    Errors: ConfigError if the two files differ in a table of consent."""
     text = site_file.read_text(encoding="utf-8")
     for key, table in _by_key(site).items():
         if names.get(table.name, table.name) != table.name:
@@ -583,7 +596,8 @@ def _keep_state(state: Path) -> Path:
 
 
 def _remove_drafts(folder: Path, pattern: str) -> None:
-    """Remove the folders to which a process that was killed had begun to copy."""
+    """Remove the folders to which a process that was killed had begun to copy. folder: where they
+    lie. pattern: of their names, with * for any text."""
     for draft in folder.glob(pattern):
         if is_abandoned(draft):
             shutil.rmtree(draft, ignore_errors=True)

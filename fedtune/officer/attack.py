@@ -127,8 +127,8 @@ def _held_out(site: Site, path: Path | str | None) -> SiteData:
 
 
 def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
-    """Read one side's records as the run's study reads records for training, without patients who
-    withdrew.
+    """Read the members or the held-out records, as the run's study reads records for training,
+    without patients who withdrew.
 
     - site: the site, whose ledger, if there is one, knows who withdrew
     - data: the site's [data], or the settings of the held-out records

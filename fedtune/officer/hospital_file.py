@@ -99,7 +99,8 @@ def write_membership(
 
 
 def write_home(home: Path, membership: str) -> str:
-    """Compose the table of a site.toml that makes it a membership."""
+    """Return the text of the table [hospital], which makes a site.toml that of a membership. home:
+    the folder of the hospital's home. membership: the membership's name."""
     return (
         "\n[hospital]             # this site pays from the ledger of a hospital's home, under\n"
         f"home = {quote(home)}   # the ceilings of its hospital.toml\n"
@@ -171,7 +172,8 @@ def _is_whole(lines: list[str]) -> bool:
 
 
 def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
-    """Return the index of a table's header line, and the index of the line after its last."""
+    """Return the index of a table's header line, and the index of the line after its last. path:
+    the parts of the table's name. Errors: ConfigError if no line is that header."""
     wanted = list(path)
     for start, line in enumerate(lines):
         with suppress(ValueError):
@@ -234,5 +236,5 @@ def keep_copy(path: Path) -> Path:
 
 
 def before() -> str:
-    """Return the suffix of the name of a copy that is made today (UTC)."""
+    """Return the suffix of the name of a copy that is made today: "before-" and the date (UTC)."""
     return f"before-{datetime.now(UTC).date().isoformat()}"

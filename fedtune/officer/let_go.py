@@ -36,9 +36,10 @@ class Waiting:
       was there before the home
     - kind: ANSWER, or DRAW, a draw of shared noise, which is not charged yet
     - size: length in bytes
-    - epsilon: ε of this round alone, at policy.max_delta
-    - fallback: with shared noise, the same by the site's own noise alone; else ""
-    - since: the time since which it waits, UTC"""
+    - epsilon: ε of this round alone, as text, at the δ of the site's ledger: policy.max_delta, or
+      for a membership the hospital's
+    - fallback: with shared noise, the ε that this site's own noise alone gives, as text; else ""
+    - since: the time since which it waits, UTC, as text"""
 
     name: str
     membership: str
@@ -54,7 +55,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class _Found:
-    """A waiting answer, its slot and its ledger."""
+    """A waiting answer. slot: its study, round and adapter, by which a ledger identifies it.
+    ledger: the ledger that has it, the site's own or one of a run of declared data."""
 
     waiting: Waiting
     slot: Slot

@@ -55,7 +55,7 @@ class Membership:
     """A membership as `fedtune memberships` shows it.
 
     - consortium: {address, fingerprint} of the coordinator whose answer is stored; None if none is
-    - share: dataset → the ε that the membership spent, compared with its own share
+    - share: dataset → the ε that the membership spent, and the most that it may spend
     - studies: digest → name of each study that is under way
     - runs: whether its client or vault runs now
     - problem: why its site file cannot be used; "" if it can"""
@@ -162,7 +162,8 @@ def site_of(
     - path: the site file, or a draft of it
     - membership: the membership's name, which the file must state
     - at: for a draft, the path at which the file will lie; None if `path` is that path
-    - keys_may_differ: as for `load_site`
+    - keys_may_differ: accept that another membership of the hospital reads patients' keys in
+      another way
 
     Errors: ConfigError if it is another membership's file."""
     site = load_site(path, at=at, keys_may_differ=keys_may_differ)
@@ -277,7 +278,7 @@ def check_new(home: Path, hospital: Hospital, name: str) -> None:
 
 
 def earlier_names(home: Path) -> set[str]:
-    """Return the memberships that a home's ledger or audit log names."""
+    """Return the names of the memberships that a home's ledger or audit log names."""
     if not traces(home):
         return set()
     book = Ledger(home)
@@ -301,8 +302,10 @@ def append(home: Path, table: str) -> None:
 
 @dataclass(frozen=True)
 class Ending:
-    """What `end` would do.
+    """What the end of a membership would delete, and what it would keep.
 
+    - home, name: the hospital's home and the membership
+    - site: the membership's site; None if its site file cannot be used
     - delete: kind → the files of the state folder, of the membership's studies, and its network
       keys
     - paid: dataset → what the membership spent; this stays spent
@@ -317,8 +320,9 @@ class Ending:
 
 
 def list_ending(home: Path, name: str) -> Ending:
-    """List the files that `end` would delete, and the files that stay. Errors: ConfigError if the
-    home has no such membership; InfrastructureError if its client runs."""
+    """List the files that `end` would delete, and what the membership spent, which stays spent.
+    Errors: ConfigError if the home has no such membership; InfrastructureError if its client runs.
+    """
     listed = list_memberships(home)
     found = [each for each in listed.memberships if each.name == name]
     if not found:
@@ -364,13 +368,15 @@ def _key_folders(site: Site) -> list[Path]:
 
 
 def end(ending: Ending, *, anyway: bool = False) -> Path:
-    """End a membership; return the copy of hospital.toml that is kept.
+    """End a membership; return the path of the copy of hospital.toml that is kept. ending: the
+    result of `list_ending`. anyway: whether to end the membership in spite of `ending.anyway`.
 
     Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
     and so does its own signing key. Its table in hospital.toml is removed last, so that an end that
     was killed can be repeated; from then on the site file is refused. Other changes of
-    hospital.toml, made meanwhile, stay. Errors: InputError if studies are under way, unless
-    `anyway`; Refused if the ledger is frozen; InfrastructureError if its client runs."""
+    hospital.toml, made meanwhile, stay. Errors: InputError unless `anyway`, if studies are under
+    way or the site file cannot be used; Refused if the ledger is frozen; InfrastructureError if its
+    client runs."""
     if ending.anyway and not anyway:
         raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
     home, name, site = ending.home, ending.name, ending.site

@@ -72,7 +72,7 @@ def read_plan(
     - path: the file; its suffix tells which of these it is: .answer, .json, or another for
       study.toml
     - site: the site that would take part; its policy names the plug-ins that may be imported
-    - settings: for a study.toml, values in place of the file's, as for load_study
+    - settings: for a study.toml, values in place of the file's, each "KEY=VALUE" as for `--set`
     - whole: for a study.toml, whether to compute also the parts that follow from its base and its
       public text (the adapter's frozen factor, the start), which may take an hour. Only a whole
       plan has the digest that a coordinator sends; rules and costs do not need it.
@@ -97,8 +97,8 @@ def read_plan(
 
 
 def _fill_outline(study: Study) -> Study:
-    """Fill in the parts of a study.toml's plan that can be computed without its base: the rounds,
-    and the digest of a base that this release pins."""
+    """Return a study.toml's plan with the parts filled in that can be computed without its base:
+    the rounds, and the digest of a base that this release pins."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
@@ -166,9 +166,13 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
 
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
-    """List this site's key and its peers', with the fingerprints that people compare. plan: the
-    site's part of a study of shared noise. ledger: the site's ledger, whose key is this site's if
-    it is no membership of a hospital."""
+    """Return the lines about who shares the noise: this site's signing key and each pinned peer's,
+    with the fingerprints that people compare.
+
+    - plan: the site's part of a study of shared noise
+    - site: the site, whose policy.peers pins the keys
+    - ledger: the site's ledger. Its key is the site's signing key too, except for a membership of
+      a hospital, which has a signing key of its own."""
     own = signing_key(site, ledger).public
     pinned = dict.fromkeys(pin_others(site, own).policy.peers)
     return [
@@ -224,9 +228,9 @@ def would_refuse(
 
 
 def _about_teacher(study: Study, site: Site) -> list[Refused]:
-    """Refuse a teacher that is a run and was changed since it was signed; return [] in all other
-    cases. The run is verified only here, for the person who reviews: a round only compares the
-    teacher's digest with the plan's."""
+    """Return a refusal, in a list, if the teacher is a run that was changed since it was signed; []
+    in all other cases. The run is verified only here, for the person who reviews: a round only
+    compares the teacher's digest with the plan's."""
     if not may_resolve(study, site.policy) or study.objective.resolved.teacher_spec is None:
         return []
     from fedtune.runs.teacher_admission import check_teacher
@@ -399,7 +403,8 @@ def _leaves(study: Study, site: Site) -> list[str]:
 
 
 def _describe_accepted(site: Site) -> list[str]:
-    """Describe what happens to the site's exact decisions about finished models."""
+    """Return lines that say what happens to the site's exact decisions about finished models; [] if
+    the site has no [acceptance]."""
     if site.acceptance is None:
         return []
     return [
@@ -410,7 +415,7 @@ def _describe_accepted(site: Site) -> list[str]:
 
 
 def _describe_held(study: Study, site: Site) -> list[str]:
-    """Describe what waits for a person here before it leaves."""
+    """Return lines that say what waits for a person here before it leaves; [] if nothing does."""
     if site.policy.answers != "held":
         return []
     what = "No answer leaves before a person here has let it go"
@@ -535,7 +540,8 @@ def _whatever(budget: Budget) -> list[str]:
 
 def _room_for_attempts(budget: Budget) -> list[str]:
     """Describe how many failed attempts at a round the site's limits leave room for. No more than
-    the plan's number of rounds are counted, since nobody plans for more."""
+    the plan's number of rounds are counted, since nobody plans for more. Return [] if the plan
+    shares no noise, or has no round left."""
     plan, ahead = budget.plan, budget.remaining()
     if plan.sites == 1 or not ahead:
         return []

@@ -80,9 +80,10 @@ TERMS = {
 class Described:
     """The result of `describe_data`.
 
-    - sheet: the path of the fields that a person typed
+    - sheet: the path of sheet.toml, which has the fields that a person typed
     - template: whether only an empty sheet was written
     - private, public: the paths of the private and the public sheet; None if not written
+    - held: the names of the fields that a person filled in
     - rows, usable, units: counts, for this site only"""
 
     sheet: Path
@@ -190,8 +191,8 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
 
 
 def records_hash(site: Site) -> str:
-    """Hash a site's records: each file's name and bytes or, from another source, every row, whether
-    or not the patient consented. Errors: DataError."""
+    """Return a hash of a site's records: of each file's name and bytes or, from another source, of
+    every row, whether or not the patient consented. Errors: DataError."""
     total = hashlib.sha256()
     if _in_files(site):
         for file in _files(site.data.path):

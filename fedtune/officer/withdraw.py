@@ -42,7 +42,11 @@ _DIGITS = 16  # of the patient's salted hash in a receipt's file name
 
 @dataclass(frozen=True)
 class Release:
-    """A study that sent updates from the dataset before the withdrawal."""
+    """A study that sent updates from the dataset before the withdrawal.
+
+    - name, digest: the study's name and the digest of its plan
+    - rounds: the number of rounds whose updates were sent
+    - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private"""
 
     name: str
     digest: str
@@ -217,9 +221,9 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
 
 
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
-    """Return the hash of each unit's key → when the unit withdrew, in UTC seconds, by those
-    receipts beside a ledger that the key `public` signed. Other files are skipped. The hashes hold
-    only with the salt under which they were made."""
+    """Return the hash of each withdrawn unit's key → when the unit withdrew, in UTC seconds. They
+    are read from the receipts in `home`, beside a ledger; files that the key `public` did not sign
+    are skipped. The hashes hold only with the salt under which they were made."""
     since: dict[str, int] = {}
     for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
@@ -268,7 +272,8 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
 
 
 def _time_of(entry: Entry) -> str:
-    """Return when a unit withdrew, even if it was entered again in a restored ledger later."""
+    """Return the time at which a unit withdrew, as the text that receipts have, even if the
+    withdrawal was entered again in a restored ledger later."""
     return time.strftime(TIME, time.gmtime(entry.body.get("since", entry.body["time"])))
 
 

@@ -63,7 +63,8 @@ def divide_records(
 
 
 def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """Report for each public file how many of its rows can be used, and why the others cannot."""
+    """Return a line for each public file that says how many of its rows can be used, and why the
+    others cannot. asked: option of `fedtune init` -> the column that it names."""
     lines, known = list[str](), Rows()
     for path in (records.public, records.evaluation):
         if path is None:
@@ -155,7 +156,11 @@ def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, ju
 
 def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
     """Compose the lines of [evaluation] about the metric: accuracy if there are few different
-    answers, else loss. lead: the text before each answer."""
+    answers, else loss.
+
+    - public: the name of each part of the public records -> its rows
+    - target: the column of the answers
+    - lead: the text before each answer"""
     answers = [str(row[target]).strip() for part in public.values() for row in part]
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):

@@ -120,7 +120,7 @@ def look(
     - target: the column of the class
     - patient: the column of the patient; None if each record is a unit
 
-    Errors: as `columns_of`."""
+    Errors: DataError if the file lacks a column, cannot be read or is empty."""
     path, names, source = _open_place(place, asked)
     classes = Counter[str]()
     units = set[str]()

@@ -58,8 +58,9 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
 
 
 def _as_read(text: str, hospital: Hospital, dataset: str) -> str:
-    """Copy into `text` how another membership's site file reads the dataset (READ_BY), if one
-    does."""
+    """Return the site file `text` with settings added that say how the dataset is read (the keys
+    READ_BY), copied from another membership's site file; `text` itself if no other membership reads
+    the dataset."""
     for each in hospital.memberships.values():
         try:
             tables = tomllib.loads(each.site.read_text(encoding="utf-8"))

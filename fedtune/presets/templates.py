@@ -210,8 +210,9 @@ release = []           # what may leave besides noised updates: "evaluation", no
 
 
 def acceptance(where: str, columns: str) -> str:
-    """Compose a commented-out [acceptance] for a site's file. Its records are read in the same way
-    as the records of [data]. where, columns: the lines of [data] and [data.columns]."""
+    """Return the table [acceptance] of a site's file, commented out: by what the site judges a
+    finished model on held-out patients of its own. where, columns: the lines of the file's [data]
+    and [data.columns], by which these patients' records are read, too."""
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [
@@ -228,8 +229,9 @@ def acceptance(where: str, columns: str) -> str:
 
 
 def _held_out(where: str) -> list[str]:
-    """Compose the lines that name the place of held-out patients: another table of the same
-    database, or a file or a folder with another name."""
+    """Return the lines that name the place of held-out patients: another table of the same
+    database, or a file or a folder with another name. where: the lines of [data] that name the
+    place of the training records."""
     place, *read_by = where.splitlines()
     told = "# held-out patients; exact, and nothing of it leaves"
     if place.startswith("url"):
@@ -259,8 +261,9 @@ def init(
       With role "both" and more than one, each has a file, sites/site-1/site.toml and so on.
     - data: each site's file, beside which its ledger is kept; default: data.jsonl in the site's
       folder
-    - patient: the column that identifies the patient
-    - declared: what a person declares the records to be
+    - patient: the column that identifies the patient; None: each record is a unit
+    - declared: "public" or "generated" if a person declares the records to be that; None for
+      patients' records
 
     >>> import fedtune
     >>> [path.name for path in fedtune.init("my-study")]

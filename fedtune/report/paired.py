@@ -33,9 +33,9 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
     """Compute the p-value of the hypothesis that `after` is no better than `before`, by a
     permutation test on the same records.
 
-    The versions' scores are randomly exchanged within records, SWAPS times. p is the share of these
-    results and the observed one in which the second version is at least as much better as observed;
-    1 if it was not better. The seed is fixed, so the same scores give the same p.
+    SWAPS times, each record's two scores are exchanged at random. p is the share of the results,
+    the observed one included, in which `after` is better by at least as much as was observed; p is
+    1 if `after` was not better. The seed is fixed, so the same scores give the same p.
 
     Guarantee: if the two are exchangeable, P(p ≤ a) ≤ a for every a, whatever the metric.
     Source: Noreen 1989, chapter 2 (approximate randomisation); Phipson & Smyth 2010, "Permutation
@@ -58,8 +58,9 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Return each record's part (n,) in the improvement of `after`. The sum of the parts orders
-    results as the metric does. None for a metric that no sum over records orders."""
+    """Return how much each record adds to the improvement of `after` over `before`: (n,), above 0
+    if `after` is better on it. If scores are exchanged within records, the metric's improvement
+    rises and falls with the sum of these parts. None for a metric of which this is not so (F1)."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss
@@ -77,14 +78,16 @@ def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64
 
 
 def _swaps(n: int) -> Iterator[np.ndarray]:
-    """Yield SWAPS random masks (n,) of the records to exchange, from a fixed seed."""
+    """Yield SWAPS random masks (n,) of booleans from a fixed seed: true for the records whose two
+    scores are exchanged."""
     random = np.random.default_rng(1)
     for _ in range(SWAPS):
         yield random.random(n) < 0.5
 
 
 def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield blocks of sums of `parts` with random signs, SWAPS sums in all, from a fixed seed."""
+    """Yield the sums of `parts` for SWAPS random choices of signs, from a fixed seed, as arrays of
+    many sums each. A changed sign stands for a record whose two scores are exchanged."""
     random, parts = np.random.default_rng(1), parts[parts != 0]
     block = max(1, 2**22 // max(1, len(parts)))
     for start in range(0, SWAPS, block):
@@ -93,8 +96,8 @@ def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def changes(before: Scores, after: Scores, metric: str) -> npt.NDArray[np.float64]:
-    """Return the improvement of `after` in each record (n,), from -1 to 1, for a metric that is a
-    share of records."""
+    """Return how much better `after` is than `before` on each record: (n,), from -1 to 1. The
+    metric must be a share of records, such as accuracy."""
     parts = _parts(metric, before, after)
     assert parts is not None  # a share of records is a sum over records
     return parts
@@ -109,10 +112,11 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
     - least: a change of the share, from -1 to 1; below 0 for the most by which it may get worse
     - level: the largest p at which the hypothesis is rejected
 
-    The share of records that change at all is not known. So the tail is the largest over all values
-    of this share up to the upper end of its own interval, which is taken at BEYOND · level (Berger
-    & Boos 1994). To be on the safe side, a change by half (a tie that becomes a win) does not count
-    as better, and a change by half to the worse counts as a whole record."""
+    How many records change at all is not known beforehand. So p is the largest tail probability
+    over all shares of changing records up to the upper end of that share's own interval, which is
+    taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a record that gets better
+    by half (a tie that becomes a win) does not count as better, and one that gets worse by half
+    counts as a whole record."""
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
@@ -125,7 +129,8 @@ def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
     - changed: the number of the n records that were observed to change
     - net: how many more of them were observed to get better than to get worse
     - least: the expected difference, as a share of the n records
-    - level: the level of the decision; BEYOND · level is a part of the bound"""
+    - level: the level of the decision. BEYOND · level of it is added to the bound, for the case
+      that more records change than the interval of their share allows."""
     if not n or net <= least * n or least >= 1:
         return 1.0
     beyond = BEYOND * level
@@ -193,7 +198,8 @@ def _least_gain_above(n: int, level: float, least: float, misses: float, changed
 
     - n: the number of records
     - level: the largest p-value at which the test succeeds
-    - least: the change that must be exceeded, as a share; below 0 if it may get worse by so much
+    - least: the change of the share that must be exceeded; below 0 if the share may get worse by so
+      much
     - misses: the probability that the test misses the gain
     - changed: the share of records on which the versions differ, unless the gain is larger"""
 

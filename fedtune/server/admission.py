@@ -44,8 +44,8 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """Build the signed message that carries the plan to the sites. It names the coordinator's files
-    without their folders."""
+    """Build the signed message that carries the plan, and the arrays `frozen` that sites receive
+    and do not train. It names the coordinator's files without their folders."""
     sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
     plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
@@ -61,7 +61,8 @@ class Roster:
     - free_query: the sites whose records a query or a view selects
     - enrolled: returns node -> the member enrolled for it now; with None nobody needs to be
       enrolled
-    - expect: called with the nodes that are asked and the number of bytes that an answer may have
+    - expect: called before each exchange with the nodes that are asked, and the number of bytes
+      that an answer may have
     - pause: waits for a number of seconds between two messages
     - nodes: site -> its node, for sites that have admitted the plan
     - refused: site -> reason, for the rest of the run
@@ -142,12 +143,14 @@ class Roster:
             raise self.too_few(Refused)
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
-        """Build the error that lists the missing sites with their reasons."""
+        """Build the error, of the class `kind`, that lists the sites that cannot be asked now, with
+        the reasons."""
         least = self.study.strategy.min_sites
         return too_few(kind, len(self.list_willing()), self.out(), least)
 
     def prepare(self, nodes: Iterable[int]) -> None:
-        """Send the plan to `nodes` and note who admits it."""
+        """Send the plan to `nodes`, and note for each site whether it admits the plan, refuses,
+        waits for a person, or failed."""
         contents = dict.fromkeys(sorted(nodes), self.plan)
         for reply in self.ask("query.prepare", contents, "prepare"):
             self._on_admission_reply(reply)
@@ -209,10 +212,10 @@ class Roster:
             self.on_status(name, status, reason)
 
     def _name_of(self, node: int, claim: _Claim) -> str:
-        """Return the name of the node's site. The registry gives the name or, in a simulation, the
-        site file; the node's claim never overrides it. Without either, a node keeps the claimed
-        name with which it was first admitted. A node has the name "node N" if it has no other, or
-        if another node or signing key has that name already."""
+        """Return the name by which a node's site is known. The registry gives the name or, in a
+        simulation, the site file; the node's claim never overrides it. Without registry and site
+        file, a node keeps the name that it claimed when it was first admitted. A node has the name
+        "node N" if it has no other, or if another node or signing key has that name already."""
         vouched = (self.enrolled or self.named)().get(node)
         if vouched and self.enrolled:
             return vouched.name
@@ -249,8 +252,13 @@ class Roster:
 
 
 class _Unsigned(NamedTuple):
-    """A node where nobody has signed the plan yet. since: when the node first answered that it
-    waits; again: when it is asked again. Both are in seconds on the monotonic clock."""
+    """A node that waits because nobody at its site has signed the plan yet.
+
+    - name, reason: the site's name, and its message
+    - since: when the node first answered that it waits
+    - again: when the node is asked again
+
+    Both times are in seconds on the monotonic clock."""
 
     name: str
     reason: str
@@ -259,8 +267,8 @@ class _Unsigned(NamedTuple):
 
     @classmethod
     def after(cls, known: _Unsigned | None, name: str, reason: str) -> _Unsigned:
-        """Return the node's state after it answered that it waits. known: its state before this
-        answer, None if it is the node's first such answer."""
+        """Return the state of a node that has just answered that it waits for a person. known: its
+        state before this answer, None if it is the node's first such answer."""
         now = time.monotonic()
         since = known.since if known else now
         return cls(name, reason, since, now + before_asking(now - since))
@@ -273,7 +281,8 @@ def before_asking(waited: float) -> float:
 
 
 class _Claim(NamedTuple):
-    """A node's reply to the plan. Its name is not verified yet."""
+    """What a node's reply to the plan says, before it is compared with what is known of the site:
+    status, name, declared size, signing key, and kind of data."""
 
     status: str
     reason: str = ""
@@ -326,11 +335,13 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 class Tally:
     """The updates that the coordinator has received in the round in progress.
 
+    - number: the number of the round
+    - participants: the sites whose update was counted, in order of arrival
     - missing: site -> the reason why it has not delivered
-    - failures: how often each site failed to deliver
+    - failures: site -> how often it failed to deliver
     - counted: (study, round, site) of the accepted updates. A retry and a replay are new messages,
       so a message's id would not show that an update was counted already.
-    - largest: the largest weight that a site may have; 0 until it is computed
+    - largest: the largest weight in the mean that a site may have, in units; 0 until it is computed
     - weights: site -> its weight, for sites that declared more than `largest`
     - evidence: site -> the seal, digest and signed texts of its update"""
 
@@ -346,7 +357,8 @@ class Tally:
     weights: dict[str, int] = field(default_factory=dict)
 
     def has(self, study: str, name: str) -> bool:
-        """Return whether an update of site `name` was counted in this round of the study."""
+        """Return whether an update of site `name` was counted in this round. study: the plan's
+        digest."""
         return (study, self.number, name) in self.counted
 
     def note_missing(self, name: str, result: Outcome) -> bool:
@@ -368,9 +380,14 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply. status: "trained", "ready", "masked" or "answered" if the reply
-    counts; else "failed", "refused", "unprepared", "void", "dropped" or WAITING (for a person at
-    the site). reason: why the reply does not count."""
+    """A site's reply after it was validated.
+
+    - status: "trained", "ready", "masked" or "answered" if the reply counts. Else "failed",
+      "refused", "dropped" (a check failed), "unprepared" (the site lacks the plan), "void" (the
+      site will not send words for this attempt) or WAITING (for a person at the site).
+    - reason: why the reply does not count; "" if it does
+    - update: the site's arrays by name, decoded
+    - events: the site's step log"""
 
     status: str
     reason: str = ""
@@ -395,14 +412,15 @@ def outcome(
     longest: float = math.inf,
     read: Callable[[ArrayRecord], Arrays] | None = None,
 ) -> Outcome:
-    """Validate a site's reply with these checks, in this order. The first that fails is the reason
-    why the reply is dropped. A reply in which the site reports that it did no work is not checked.
+    """Validate a site's reply with these checks, in this order. A reply that fails one of them is
+    dropped, and the first that fails is the reason. A reply in which the site reports that it did
+    no work is not checked.
 
     | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
     |             | `expected`                                                                  |
     | the arrays  | names, shapes, type and bytes of `like` in `encoding`, before any is decoded |
-    | the numbers | of that type by their own header; finite, as are their scales; a norm of at |
-    |             | most `longest` times the growth that `encoding` may cause                   |
+    | the numbers | finite, as are their scales; a norm of at most `longest` times the growth   |
+    |             | that `encoding` may cause; each array's own header states the agreed type   |
     | the log     | its steps had the plan's noise (`terms`), and are more than `steps_before`  |
 
     - reply: the node's reply, as `exchange.ask` yields it
@@ -420,8 +438,8 @@ def outcome(
     - read: checks and decodes the arrays in place of the second and third check, and raises
       WireError; None to make these two checks
 
-    Returns an Outcome of the status `done`, with update, step log and evidence, if all checks
-    pass. Otherwise its status says why not, and its reason gives the details."""
+    Returns an Outcome of the status `done`, with update, step log and evidence, if all checks pass.
+    Otherwise its status says why not, and its reason gives the details."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -452,15 +470,15 @@ class _DroppedUpdate(Exception):
 def _open_update(
     site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Verify a sealed update.
+    """Verify the site's seal over an update.
 
     - site: the texts of the reply, with the seal
     - arrays: the arrays of the reply, which the seal covers
     - key: the site's public signing key, in hexadecimal
-    - expected: as for `outcome`
+    - expected: the context that the seal must state (plan, round, base, site, receiver, nonce)
 
     Returns the site's statement of its ledger, and the evidence (seal, digest of the arrays, signed
-    texts) that later proves that the site sent it. Errors: SealError."""
+    texts) that later proves that the site sent it. Errors: SealError if the seal is not valid."""
     digest = seal.arrays_digest(bodies(arrays))
     ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}
@@ -468,7 +486,7 @@ def _open_update(
 
 
 def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: float) -> Arrays:
-    """Check and decode an update.
+    """Check that a site's encoded update is as agreed, and decode it.
 
     - arrays: the arrays of the reply, in their encoded form
     - like: arrays with the names and shapes that the update must have
@@ -485,7 +503,8 @@ def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: flo
 
 
 def _check_numbers(update: Arrays, longest: float) -> None:
-    """Check that the update is finite and not longer than allowed. Errors: _DroppedUpdate."""
+    """Check that an update, name -> array, has finite numbers and a norm of at most `longest`.
+    Errors: _DroppedUpdate if not."""
     norm = codec.length(update)
     if not math.isfinite(norm):
         raise _DroppedUpdate("its update has a value that is not finite")
@@ -508,7 +527,8 @@ def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | N
 
 
 def _events(text: Any) -> list[dict[str, Any]]:
-    """Parse the site's step log summary. Errors: _DroppedUpdate."""
+    """Parse the summary of its step log that a site sent, and return its entries. Errors:
+    _DroppedUpdate if it is malformed."""
     try:
         return step_summary.parse(text)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):

@@ -11,8 +11,8 @@ E = TypeVar("E", bound=FedtuneError)
 
 
 def too_few(kind: type[E], willing: int, missing: Mapping[str, str], least: int) -> E:
-    """Build the error that lists the missing sites with their reasons; sites with the same reason
-    are listed together.
+    """Build the error of a study in which fewer than `least` sites take part. Its text lists the
+    missing sites with their reasons; sites with the same reason are listed together.
 
     - kind: the class of the error
     - willing: the number of sites that take part

@@ -38,7 +38,8 @@ def pinned_wheel(name: str) -> Wheel:
 
 
 def folder(name: str, cache: Path) -> Path:
-    """Return the cache folder of a known wheel's converted base, which may not exist yet."""
+    """Return the folder of a known wheel's converted base, which may not exist yet. name: the
+    base's name, without pypi:. cache: fedtune's cache folder."""
     return cache / "bases" / f"{name}-{pinned_wheel(name).version}"
 
 

@@ -39,7 +39,7 @@ class Tokenised(NamedTuple):
 def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the token ids that stand before the completion of `prompt` in training. They may be
+    """Return the token ids of a prompt as they stand before its completion in training. They may be
     more than objective.max_length."""
     text = _in_template(prompt, objective)[: CHARS * objective.max_length]
     return [*_start(tokenizer), *_encode(text, tokenizer)]
@@ -69,8 +69,9 @@ def passage_of(
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
-    """Make a passage of token ids and, for each, whether it is a target. scored: a head reads the
-    whole text at its last token, so that no token is predicted."""
+    """Make a passage. tokens: its token ids; targets: for each of them, whether it is to be
+    predicted; scored: whether a head reads the whole text at its last token, so that no token is
+    predicted."""
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
@@ -178,13 +179,14 @@ def _tokenize_answers(
 
 
 def _estimate(characters: int) -> int:
-    """Estimate how many tokens a text of so many characters would have, if it is left out before
-    it is tokenised."""
+    """Estimate how many tokens a text of so many characters would have. This is for text that is
+    left out before it is tokenised."""
     return -(-characters // USUAL)
 
 
 def _left_out(texts: Sequence[str], kept: int) -> int:
-    """Estimate how many tokens of the texts are left out if `kept` tokens stay; at least one."""
+    """Estimate how many tokens of the texts are left out if `kept` tokens stay. At least 1 is
+    returned."""
     return max(1, _estimate(sum(map(len, texts))) - kept)
 
 
@@ -192,10 +194,11 @@ def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and as much of each answer as fits after it, so that a model learns how a
-    long answer begins. Also return the most tokens that an answer lost, which is an estimate for a
-    very long answer.
+    long answer begins. Return a passage for each answer, and the most tokens that an answer lost,
+    which is an estimate for a very long answer.
 
-    - prompt: the prompt before the template is put around it, with the base's lead
+    - prompt: the base's lead (text that the base puts first) and the record's prompt after it,
+      without the template
     - texts: the answers to the prompt, two for a preference pair
     - objective, tokenizer: as for `_tokenise`"""
     most, limit = objective.max_length, CHARS * objective.max_length
@@ -211,8 +214,8 @@ def _beginnings(
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
-    """Return the token ids without the first `excess` of those `own` ids that follow the first
-    `head`.
+    """Leave out the beginning of a record's own text, and return the other token ids. Of the `own`
+    ids that follow the first `head`, the first `excess` are left out.
 
     - ids: the token ids of a prompt, or of a conversation up to its first answer
     - head: the number of ids before the record's own text: start tokens, template and lead
@@ -302,7 +305,7 @@ def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
 ) -> tuple[Tokens, int]:
     """Tokenise plain text as a completion without a prompt. Of a text that is too long, keep the
-    beginning, without eos. Also return the number of tokens left out, an estimate.
+    beginning, without eos. Return the tokens, and an estimate of how many are left out.
 
     - record: the text is its completion; its prompt is "", or the base's lead, which is no target
     - objective, tokenizer: as for `_tokenise`
@@ -393,8 +396,10 @@ def _first_exchange(
 def _conversation(
     messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Joined:
-    """Tokenise a conversation until it exceeds max_length tokens or, if the template itself marks
-    the assistant's turns, 4 · CHARS · max_length. Errors: Rejected."""
+    """Tokenise a conversation by the base's chat template, and stop once there are more than
+    max_length tokens. If the template itself marks the assistant's turns, stop after 4 · CHARS ·
+    max_length tokens.
+    Errors: Rejected if the template refuses the messages."""
     messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -420,9 +425,10 @@ def _conversation(
 
 
 def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Split the rendered chat into the assistant's answers, which are targets, and the text between
-    them, which is not. An answer ends with its eos: the template's text before it (a system prompt,
-    role headers) and after its eos is never generated. Errors: Rejected if the template alters a
+    """Render messages by the base's chat template, and split the text into segments: the
+    assistant's answers, which are targets, and the texts between the answers, which are not
+    targets. An answer ends with its eos: the template's text before it (a system prompt, role
+    headers) and after its eos is never generated. Errors: Rejected if the template alters a
     turn."""
 
     def render(count: int, header: bool = False) -> str:
@@ -452,8 +458,12 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Joined(NamedTuple):
-    """The tokens of several segments. ends: for each complete target segment, the number of tokens
-    up to its end; whole: whether every segment was tokenised to its end."""
+    """The tokens of several segments.
+
+    - ids: the token ids
+    - hits: for each token, whether it is a target
+    - ends: for each complete target segment, the number of tokens up to its end
+    - whole: whether every segment was tokenised to its end"""
 
     ids: list[int]
     hits: list[bool]
@@ -473,8 +483,8 @@ def _join_segments(
 
     - segments: the texts in order, and whether each one's tokens are targets
     - start: token ids that stand before the first segment and are no targets
-    - max_length: the number of tokens after which no further segment is read; of a very long
-      segment only CHARS characters for each of them are read, and nothing after it
+    - max_length: once there are more tokens than this, no further segment is read. Of a segment of
+      more than CHARS · max_length characters only these are read, and no segment after it
     - tokenizer: the base's tokenizer, which adds no special tokens here
     - continued: tokenise each segment as a continuation of those before, for tokenizers that put a
       space in front of a text"""

@@ -12,8 +12,8 @@ from fedtune.core.errors import DataError
 
 
 def one_unit(path: Path | str, unit: str) -> DataError:
-    """Make the error for a dataset whose usable records all belong to one unit. unit: "record" or
-    "patient"."""
+    """Make the error for a dataset whose usable records all belong to one unit. path: the place of
+    the records, as messages name it; unit: "record" or "patient"."""
     return DataError(
         f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
         "on",
@@ -31,7 +31,8 @@ def nothing_left(
     - path: the place of the records, as messages name it
     - rejected: the number of rejected rows by reason
     - objective: the plan's objective, whose labels are listed if no record has one of them
-    - read: the content of the file, for how many rows data.filter and data.consent left out"""
+    - read: what was read from the file; it says how many rows data.filter and data.consent left
+      out"""
     if (read.filtered or read.withheld) and not rejected:
         key = "data.consent" if read.withheld else "data.filter"
         return DataError(

@@ -26,10 +26,11 @@ _MORE = 2**16  # GPUs want more at once
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """Gradients of some rows.
+    """The gradients of some of a step's rows.
 
-    rows: indices into the drawn rows, in the chunk's order. parts: for each parameter in the
-    update's order, (len(rows), its size); fp32 or fp64."""
+    - rows: indices into the drawn rows, in the chunk's order
+    - parts: for each parameter, in the update's order, a tensor (len(rows), its size), fp32 or
+      fp64"""
 
     rows: Sequence[int]
     parts: Sequence[torch.Tensor]
@@ -53,7 +54,8 @@ def grid_for(noise_std: float) -> float:
 
 def sensitivity(max_grad_norm: float, dimension: int, grid: float) -> float:
     """Return a bound on how far adding or removing one row moves the integer sum in the L2 norm, in
-    gradient units: C, plus the most that rounding `dimension` coordinates to the grid adds.
+    gradient units: C (`max_grad_norm`), plus the most that rounding `dimension` coordinates to the
+    grid adds.
 
     Reference: Dwork & Roth 2014, definition 3.8."""
     return max_grad_norm + math.sqrt(dimension) * grid / 2
@@ -97,8 +99,9 @@ def scales(
 
 
 def _norms(block: torch.Tensor) -> torch.Tensor:
-    """Compute each row's L2 norm, (rows,). On a GPU each row is computed alone: there the order of
-    a sum depends on the number of rows, and so would the last bits of a row's norm."""
+    """Compute the L2 norm of each row of `block`, (rows,). On a GPU each row is computed alone,
+    since there the order of a sum depends on the number of rows, and so would the last bits of a
+    row's norm."""
     import torch
 
     if block.device.type != "cpu":
@@ -159,8 +162,8 @@ def add_clipped(
 
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Yield fp64 copies of all rows, a few columns at a time, with the index in (d,) of the first
-    column and of the one after the last."""
+    """Yield fp64 copies of all rows, a few columns at a time. With each copy come two indices in
+    the vector of all d columns: of the copy's first column, and of the one after its last."""
     import torch
 
     start = 0

@@ -1,11 +1,10 @@
-"""Clip and sum units' gradients, and noise the sum: every result from units' gradients passes
-here.
+"""Clip and sum units' gradients, and noise the sum: every result from units' gradients passes here.
 
     gradients of rows ── clipped_sum ──> sum that no row moves by more than C ── noised_sum ──>
 
-Training, queries, class statistics and rounds of which only the sum is opened differ in what a
-row's gradient is, and in how the noise is shared. All of them clip, round, sum, log and add noise
-by these two functions."""
+Training, queries, class statistics and secure aggregation (of which only the sites' sum is opened)
+differ in what a row's gradient is, and in how the noise is shared. All of them clip, round, sum,
+log and add noise by these two functions."""
 
 from __future__ import annotations
 
@@ -28,8 +27,9 @@ RowGradients = Callable[[list[int]], Iterator[Chunk]]
 class Bound:
     """The bound on what one row may add to a sum.
 
-    norm: C, in the L2 norm; mode, gamma: how rows are clipped (`clip.scales`); grid: the unit of
-    the sum, in gradient units."""
+    - norm: C, in the L2 norm
+    - mode, gamma: how rows are clipped (`clip.scales`)
+    - grid: the unit of the sum, in gradient units"""
 
     norm: float
     mode: clip.Mode

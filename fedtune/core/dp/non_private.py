@@ -19,7 +19,8 @@ from fedtune.core.dp.steplog import StepLog
 
 @dataclass(frozen=True)
 class NonPrivatePlan:
-    """A mean of unit gradients, clipped as in a private study if the study has [clipping]."""
+    """The plan of a site in a study without privacy. A step gives the mean of the rows' gradients,
+    which are clipped as in a private study if the study has [clipping]."""
 
     sampling_rate: float
     divisor: float
@@ -55,8 +56,8 @@ class NonPrivatePlan:
         return mechanism.clipped_sum(gradients, sampled, dimension, bound)
 
     def grid_at(self, dimension: int) -> float:
-        """Return the unit of the integer sum of `dimension` numbers, in gradient units: without
-        noise it is that for noise of size C."""
+        """Return the unit of the integer sum of `dimension` numbers, in gradient units. It is that
+        of a sum with noise of standard deviation C, although no noise is added."""
         assert self.clipping is not None
         norm = self.clipping.max_grad_norm
         return shared_noise.grid(norm, norm, dimension)

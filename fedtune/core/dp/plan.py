@@ -25,7 +25,7 @@ _log = logging.getLogger("fedtune.dp")
 
 
 class StepPlan(Protocol):
-    """The interface of a plan's methods that training calls, private or not."""
+    """The methods of a plan, private or not, that training calls."""
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
@@ -104,7 +104,8 @@ class DpPlan:
         return accountant.epsilon(self.events(self.steps), self.delta)
 
     def events(self, steps: int) -> list[Steps]:
-        """Return `steps` steps as the accountant counts them: with σ of the sum that is opened."""
+        """Return the accountant's events for `steps` steps. With secure aggregation their σ is that
+        of the sum over the honest sites; without it, the σ of the site's own noise."""
         sigma = shared_noise.joint_sigma(self.own_noise, self.sites - self.colluding)
         return [Steps(sigma, self.sampling_rate, steps, self.records)]
 
@@ -119,7 +120,8 @@ class DpPlan:
         return accountant.epsilon(self.fallback_events(self.steps), self.delta)
 
     def fallback_events(self, steps: int) -> list[Steps]:
-        """Return the steps with this site's own noise only, to compute the fallback ε."""
+        """Return the accountant's events for `steps` steps with this site's own noise alone, from
+        which the fallback ε is computed."""
         return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
 
     def step(
@@ -180,7 +182,7 @@ class DpPlan:
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
     ) -> torch.Tensor:
         """Draw rows, and return the sum of their clipped gradients in multiples of
-        `grid_at(dimension)`, int64 (dimension,). Not noised. Parameters as for `step`."""
+        `grid_at(dimension)`, int64 (dimension,). No noise is added. Parameters as for `step`."""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         if team is None:
             return self.clipped_sum(sampled, dimension, gradients)
@@ -201,9 +203,9 @@ class DpPlan:
     def clipped_sum(
         self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
-        """Sum the clipped rows as `mechanism.clipped_sum` does, in multiples of this plan's grid,
-        int64 (dimension,). Not noised. sampled: the indices of the rows; gradients: called once
-        with them."""
+        """Clip the gradients of rows, and return their sum in multiples of this plan's grid, int64
+        (dimension,), without noise (`mechanism.clipped_sum`). sampled: the indices of the rows;
+        gradients: called once with them."""
         return mechanism.clipped_sum(gradients, sampled, dimension, self._bound_at(dimension))
 
     def _bound_at(self, dimension: int) -> Bound:
@@ -214,8 +216,9 @@ class DpPlan:
         return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
 
     def _add_noise_to(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-        """Log the step and add the noise to `total` as `mechanism.noised_sum` does, in place, and
-        return it."""
+        """Log a step, add its noise to the clipped sum `total` in place, and return `total`
+        (`mechanism.noised_sum`). log: the site's step log; round_: the number of the round in the
+        line."""
 
         def log_step() -> None:
             line = Step(
@@ -235,8 +238,11 @@ class DpPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A private plan as a site's round runs it. team: other processes that sum some of the rows;
-    make_room: a function that gets the error of a failed sum, and frees what memory it can.
+    """A private plan as a site's round runs it.
+
+    - plan: the plan whose steps are run
+    - team: other processes that sum some of the rows; None if there are none
+    - make_room: a function that gets the error of a failed sum, and frees what memory it can
 
     Guarantee: if rows cannot be summed together, for whatever reason, each is summed alone, and
     only a row that fails alone is left out. So one unit never decides whether others are in the
@@ -264,7 +270,8 @@ class SitePlan:
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
         """Return the sum of the clipped rows `sampled`, int64 (dimension,). If the other processes
-        fail, compute it in this process alone. clipped_sum: sums the rows whose indices it gets."""
+        fail, this process computes the sum alone. clipped_sum: sums the rows whose indices it
+        gets."""
 
         def sum_rows(rows: list[int]) -> torch.Tensor:
             return self._together_or_alone(rows, dimension, clipped_sum)
@@ -282,9 +289,10 @@ class SitePlan:
     def _together_or_alone(
         self, rows: list[int], dimension: int, clipped_sum: ClippedSum
     ) -> torch.Tensor:
-        """Sum the clipped rows together or, if that fails, each row by itself; leave out a row that
-        then fails too. Both ways give the same integers, since each row is clipped and rounded by
-        itself."""
+        """Sum the clipped rows together or, if that fails, each row by itself, and return the sum,
+        int64 (dimension,). A row that fails alone, too, is left out. Both ways give the same
+        integers, since each row is clipped and rounded by itself. clipped_sum: sums the rows whose
+        indices it gets."""
         import torch
 
         try:
@@ -314,8 +322,8 @@ class SitePlan:
 
 
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
-    """Build the plan of a site with `declared_size` units (public), of at most `most` steps. most:
-    None if the accountant's own limit (accountant.MOST) is to hold.
+    """Build the plan of a site with `declared_size` units (public) for a private study. most: the
+    largest number of steps that is tried; None: accountant.MOST.
 
     Errors: ConfigError if the study is not private, not even one round fits the budget, or more
     than `most` steps fit it."""
@@ -347,11 +355,11 @@ ClippedSum = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum,
 
 
 class Team(Protocol):
-    """The other processes that share a step."""
+    """The other processes of a site that sum some of a step's rows."""
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows `sampled` over all processes, int64 (dimension,); `clipped_sum` sums
-        those assigned to this one.
+        """Return the sum of the clipped rows `sampled` over all processes, int64 (dimension,).
+        clipped_sum: sums those of the rows that are this process's share.
 
         Guarantee: each of `sampled` is in the sum exactly once, else nothing is returned.
         Errors: InfrastructureError where another process failed; those of `clipped_sum`."""

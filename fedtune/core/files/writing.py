@@ -64,8 +64,8 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
 
 def open_own(path: Path, flags: int) -> int:
     """Open one of the program's own files, to append to it or to lock it, and return its
-    descriptor. A missing file is made, and only this user can read it (0600). Errors: OSError, also
-    if a link, a pipe or a device has the name."""
+    descriptor. A missing file is made, and only this user can read it (0600). flags: os.O_… for
+    opening. Errors: OSError, also if a link, a pipe or a device has the name."""
     return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
@@ -155,7 +155,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _folder(path: Path, mode: int) -> None:
-    """Make `path` and its missing parents, each durably."""
+    """Make `path` and its missing parents, each durably. mode: the permissions of the folders that
+    are made."""
     if not path.is_dir():
         _folder(path.parent, mode)
         path.mkdir(mode, exist_ok=True)

@@ -81,12 +81,13 @@ def entry_hash(prev: str, kind: str, body: bytes) -> str:
 
 
 def signed_entry(hash_: str) -> bytes:
-    """Return the bytes that an entry's signature signs."""
+    """Return the bytes that are signed for an entry. hash_: the entry's hash."""
     return canonical({"ledger_entry": hash_})
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection without implicit transactions that commits durably."""
+    """Open a connection to the ledger's database. It commits durably, and begins no transaction by
+    itself."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     try:
         for pragma in PRAGMAS:
@@ -106,7 +107,8 @@ def connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def named(folder: Path) -> Iterator[None]:
-    """Turn SQLite's and the system's errors into LedgerErrors that say what to do."""
+    """Turn each error of SQLite or the system in the block into a LedgerError that says what to do.
+    folder: the ledger's, for the error's text."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -142,7 +144,8 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
 
 
 class Transaction:
-    """One writer's transaction. Others see its entries only after `writing` has returned."""
+    """A transaction of one writer. Other threads and processes see its entries only after
+    `Database.writing` has returned."""
 
     def __init__(
         self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
@@ -182,7 +185,7 @@ class Transaction:
         return {hash_ for name in datasets for (hash_,) in self.sql.execute(query, (name,))}
 
     def members(self, dataset: str) -> str:
-        """Digest all member hashes that the dataset ever had."""
+        """Return the sha256 (hexadecimal) over all member hashes that the dataset ever had."""
         digest = hashlib.sha256()
         query = "SELECT hash FROM members WHERE dataset = ? ORDER BY hash"
         for (hash_,) in self.sql.execute(query, (dataset,)):
@@ -199,8 +202,8 @@ class Transaction:
 
 
 class Database:
-    """The ledger's files in `folder`, made on first use. `fold` is called once for each entry, when
-    the entry is verified."""
+    """The ledger's files in `folder`, made on first use. fold: a function that is called once for
+    each entry, when the entry is verified."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
         self.folder = folder
@@ -259,7 +262,9 @@ class Database:
                 connection.close()
 
     def _catch_up(self, connection: sqlite3.Connection) -> None:
-        """Verify and fold the entries since the last transaction; then compare the anchor."""
+        """Verify the entries written since this object last looked, and pass each to `fold`. Then
+        compare the newest with the anchor (ledger.head): an anchor that is behind is moved forward.
+        Errors: LedgerError if an entry is damaged, or if the anchor names one that is not there."""
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
             self._create(connection)
         ((written,),) = connection.execute("PRAGMA user_version")
@@ -322,13 +327,15 @@ class Database:
         return {"seq": head.seq, "hash": head.hash, "signature": signature}
 
     def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
-        """Return whether this chain holds `head`, or a restore that charged for it."""
+        """Return whether this chain holds the entry `head`, or a restore has charged for the loss
+        of this entry."""
         if head in self._settled or any(low <= head.seq <= high for low, high in self._gaps):
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
     def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
-        """Read the newest receipts. Errors: LedgerError where the chain lacks their entries."""
+        """Read the receipts of the newest heads, and return them. Errors: LedgerError if the chain
+        lacks an entry that a receipt names."""
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)
         if receipts is None:
@@ -353,9 +360,10 @@ def first_body(public: str, salt: bytes) -> dict[str, Any]:
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Yield each entry with its signature, from the start or from the entry `after`, whose hash is
-    compared once more. Each entry is checked against the one before it; signatures are not
-    verified. Errors: LedgerError at the first broken link."""
+    """Read the chain of entries from a database, and yield each entry with its signature, from the
+    start or from the entry `after`, whose hash must still be the same. Each entry is checked
+    against the one before it; signatures are not verified. Errors: LedgerError at the first broken
+    link."""
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(
@@ -419,8 +427,9 @@ def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
 
 
 def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -> None:
-    """Check each dataset's members against its newest declaration. members: for each name under
-    which members are stored, their digest in that declaration. Errors: LedgerError."""
+    """Check that the stored member hashes of each dataset are those of its newest declaration.
+    members: for each name under which members are stored, their digest in that declaration. Errors:
+    LedgerError."""
     for dataset, digest in members.items():
         if reader.members(dataset) != digest:
             raise _build_damaged_error(path, f"the members of dataset {dataset!r} were edited")

@@ -1,4 +1,4 @@
-"""Generate records of random tokens that never saw any data, for checks before training."""
+"""Generate records of random tokens, which no data went into, for checks before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class GeneratedFile(NamedTuple):
     tiles: int
 
     def prepend_to(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> Passage:
-        """Put the place-holders before a text."""
+        """Return a passage: the file's place-holders, which have no targets, and then a text. ids,
+        targets: the text's token ids and their targets."""
         placeholders = np.array(self.ids, np.int32)
         no_targets = np.full(len(placeholders), NO_TARGET, np.int32)
         return Passage(np.concatenate([placeholders, ids]), np.concatenate([no_targets, targets]))
@@ -44,7 +45,7 @@ def generate_file(
     - generator: the source of the noise
     - like: a file whose number of tiles the new one has; None: the reader chooses
 
-    For a base that reads text alone there is no file (GeneratedFile)."""
+    For a base that reads text alone, the result has no file and no place-holders."""
     media = network.reader.generated(generator, like)
     if media is None:
         return GeneratedFile(None, [], 1)
@@ -61,7 +62,7 @@ def random_ids(
     - network: the network whose vocabulary the ids are from
     - generator: the source of the ids
     - count: how many ids are drawn
-    - lowest: the smallest id that is drawn; it also takes the place of a place-holder"""
+    - lowest: the smallest id that is drawn; a place-holder that is drawn is replaced by it"""
     ids = generator.integers(lowest, network.vocabulary, size=count, dtype=np.int32)
     ids[np.isin(ids, list(network.reader.avoid))] = lowest
     return ids

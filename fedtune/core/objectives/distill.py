@@ -127,7 +127,7 @@ def _next_tokens(
     - states: (n, H), the student's last hidden states at the positions
     - target_ids: (n,), the record's own next tokens; 0 where the position has no target
     - tokens, teacher_logp: (n, k), the teacher's likeliest next tokens and their log-probabilities
-    - weights: temperature and `hard`, as for `divergence`"""
+    - weights: the temperature T, and the weight of the cross-entropy (`hard`)"""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint

@@ -73,7 +73,7 @@ class Group(Generic[T]):
     def find(self, name: str) -> metadata.EntryPoint:
         """Find the entry point of the foreign plug-in `name`, without importing it.
 
-        Errors: ConfigError as for `load`."""
+        Errors: ConfigError if no installed distribution, or more than one, offers the name."""
         group = f"fedtune.{self.name}"
         points = tuple(metadata.entry_points(group=group, name=name)) if self.foreign else ()
         if not points:
@@ -109,7 +109,8 @@ class Group(Generic[T]):
         - found: the object; it must be a class of this kind
         - options: values of the plug-in's fields, by name, as the configuration states them
 
-        Errors: ConfigError as for `build`."""
+        Errors: ConfigError if it is no such class, or an option is unknown, missing or has a value
+        of another type."""
         return self._instantiate(name, self._check_kind(name, value, found), options)
 
     def _instantiate(

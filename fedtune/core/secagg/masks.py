@@ -47,7 +47,7 @@ def mask(
     statements: Sequence[Ready],
     bits: int,
 ) -> Words:
-    """Return an integer sum (d,), masked for a set of sites: (d,) words of `bits` bits.
+    """Mask an integer sum for a set of sites. Return d words of `bits` bits.
 
     - total: this site's noised sum, (d,)
     - key: the private half of the masking key in `mine`; it must be used for one set only

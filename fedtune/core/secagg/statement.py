@@ -33,8 +33,9 @@ class StatementError(InputError):
 class Draw:
     """The draw of noise that a statement is about.
 
-    plan: digest of the plan; adapter: digest of the adapter that the coordinator sent; attempt:
-    number of the attempt at the round, from 1."""
+    - plan: digest of the plan
+    - round, attempt: number of the round, and of the attempt at it, both from 1
+    - adapter: digest of the adapter that the coordinator sent"""
 
     plan: str
     round: int
@@ -52,10 +53,13 @@ class Draw:
 class Ready:
     """A site's signed statement that its noised sum for `draw` is complete.
 
+    - draw: the plan, round, attempt and adapter of the sum
     - site, size: the site's name and declared size
     - signing: the site's public signing key (hexadecimal)
     - masking: the public X25519 key (hexadecimal) that the site made for this draw only
-    - noise: σ of the noise that the site added, in multiples of C; 0 without privacy
+    - noise: σ of the noise that the site added, in multiples of the clipping norm C; 0 without
+      privacy
+    - signature: by the signing key, over all other fields; "" until the statement is signed
 
     All of it is public: σ follows from the plan, and the grid of the sum from σ."""
 
@@ -83,7 +87,7 @@ class Ready:
         return replace(self, signature=key.sign(PURPOSE + canonical(self.fields)))
 
     def text(self) -> str:
-        """Encode the statement as canonical JSON."""
+        """Encode the statement, with its signature, as canonical JSON."""
         return canonical({**self.fields, "signature": self.signature}).decode()
 
 
@@ -178,7 +182,8 @@ def check_set(
 
     - The set holds this site's statement `mine`, as it was signed.
     - Plan, round, attempt and adapter of every statement are those of `mine`.
-    - So is the noise: ε relies on it, and sums on grids for different noise cannot be added.
+    - The noise of every statement is that of `mine`: ε relies on it, and sums on grids for
+      different noise cannot be added.
     - Each name, signing key and masking key occurs once.
     - At least `at_least` signing keys are this site's own or `pinned`.
 

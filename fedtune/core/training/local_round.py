@@ -34,7 +34,8 @@ def local_round(
     columns: slice = ALL,
     losses: RoundLoss | None = None,
 ) -> Arrays:
-    """Train `local_steps` steps from `adapter`, and return trained minus `adapter`, fp32 by name.
+    """Train `local_steps` steps from `adapter`, and return the trained arrays minus `adapter`, fp32
+    by name.
 
     - study: the plan, whose [training] and [objective] say how a step is computed
     - data: the site's tokenised records, with the network that trains
@@ -105,7 +106,9 @@ def local_sum(
     - log: the site's step log, in which `plan` writes the noised step
     - round_: the round's number, from 1, for the log
     - adapter: the trainable arrays at which the gradients are computed, by name
-    - recompute, losses: as for `local_round`
+    - recompute: whether to use activation checkpointing
+    - losses: an object that the records' losses are added to; they are private and not returned.
+      None: they are not recorded
 
     The optimiser runs at the coordinator, on the mean of all sites."""
     network = data.network
@@ -123,8 +126,10 @@ def local_sum(
 
 
 def _report_progress(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
-    """Report on this machine's screen how much of a round is done, in per cent of a step: the
-    number of drawn rows is never shown."""
+    """Return a function that computes the gradients of rows as `engine` does, and reports meanwhile
+    how much of the round is done. This is shown on this machine's screen, in per cent of a step:
+    the number of drawn rows is never shown. step: the number of the step, from 0; steps: how many
+    steps the round has."""
 
     def on_work(done: int, total: int) -> None:
         report("training", 100 * step + 100 * done // total, 100 * steps)

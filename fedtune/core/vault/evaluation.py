@@ -40,8 +40,8 @@ log = logging.getLogger("fedtune.site")
 
 
 def plan_of_queries(study: Study, round_: int) -> DpPlan:
-    """Return the plan of the study's queries. Errors: PolicyRefused if no query follows
-    `round_`."""
+    """Return the plan by which the study's queries are noised and charged. Errors: PolicyRefused if
+    the study has no query after `round_`."""
     if round_ not in study.queries:
         raise PolicyRefused(f"the plan has no query after round {round_}")
     return query_plan(study)
@@ -60,7 +60,8 @@ def answer_query(
     - adapter: the adapter that came with the order, fp32 by the tensors' names
 
     The bytes are those of a safetensors file with the noised sums, (2 · cells,) fp32, and with a
-    summary of the noised steps as metadata. Errors: as SiteWorker.evaluate."""
+    count of the noised steps (`SiteWorker.events_of`) as metadata. Errors: Unprepared,
+    BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
     study = prepared.study
     current = site.current()
     training = prepared.private
@@ -182,9 +183,9 @@ def charge_of(
 
 
 def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
-    """Score the held-out records, and return the units' rows. If scoring fails for any reason,
-    return rows of no unit, so that the answer is noise alone: an error would reveal something
-    about the records."""
+    """Score the held-out records, and return the units' rows for the query. If scoring fails for
+    any reason, return an object without units, so that the answer is noise alone: an error would
+    reveal something about the records."""
     try:
         return UnitRows(study, data)
     except BaseException as error:
@@ -195,8 +196,8 @@ def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
 
 
 class UnitRows:
-    """The rows of a query about held-out records, without noise: one for each unit, built when it
-    is asked for.
+    """Rows of numbers, one for each unit, whose noised sum is the answer to a query about held-out
+    records. The rows themselves have no noise; each is built when it is asked for.
 
     A row has two numbers for each cell of the query, fp64 (2 · cells,): the sums of (score, 1) over
     the unit's records in the cell, divided by the number of all its records. Between two calls only
@@ -205,7 +206,7 @@ class UnitRows:
 
     @torch.no_grad()
     def __init__(self, study: Study, data: CachedDataset | None) -> None:
-        """Score the records. data: the records; None if there are no units."""
+        """Score each record. data: the held-out records; None for an object without units."""
         axes = study.query_axes
         self._by_class = CLASS in axes
         self._starts = list(itertools.accumulate(map(len, axes.values()), initial=1))
@@ -234,12 +235,12 @@ class UnitRows:
         return rows.flatten(1)
 
     def wipe(self) -> None:
-        """Overwrite the scores with zeros."""
+        """Overwrite the stored scores with zeros."""
         self._pairs.zero_()
 
     def _cells(self, record: int) -> list[int]:
-        """Return the cells to which a record belongs: cell 0, for all records, and at most one of
-        each axis."""
+        """Return the numbers of the cells to which a record belongs: 0, the cell of all records,
+        and at most one cell of each axis."""
         example = self._examples[record]
         groups = ((example.label,) if self._by_class else ()) + example.groups
         placed = zip(self._starts, groups, strict=False)

@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 
 def acts(site: SiteWorker) -> AuditLog:
-    """Return the audit log of a site's own acts."""
+    """Return this site's audit log (who did what, when and under which rule), which lies beside its
+    lifetime ledger and is signed with the ledger's key."""
     return AuditLog(site.home.folder, site.home.key)
 
 
 def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:
     """Compare the ledger and the audit log with the receipt that came with an order, and store the
-    receipt if it is the newest. An audit log that lacks the receipt's entry gets an entry that says
-    so.
+    receipt if it is the newest. If the audit log lacks the entry that the receipt names, the log
+    gets an entry that says so.
 
     - site: the worker of this site
     - receipt: the receipt as JSON; "" if the order has none: nothing is then compared

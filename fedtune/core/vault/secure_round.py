@@ -1,4 +1,5 @@
-"""Do a site's part in a round of which only the sum over the sites is opened, in two orders.
+"""Do a site's part in a round of shared noise, of which only the sum over the sites is opened. The
+coordinator sends two orders:
 
     ready    reserve → noised sum and a masking key, in memory → a signed statement
     masked   check the set → masked words into the ledger's outbox → key destroyed → words
@@ -149,7 +150,7 @@ def _prepare_draw(
     site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str
 ) -> Prepared:
     """Check that an order about a draw fits the plan, and compare the ledger with the receipt;
-    return the prepared study. The arguments are those of `draw_sum`.
+    return the prepared study. The parameters are as for `draw_sum`.
 
     Errors: Unprepared, PolicyRefused, LedgerError."""
     prepared = site.begin(digest, round_, receipt)
@@ -169,8 +170,9 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
-    """Check that a person at the site released a draw, if the site's policy requires it. The budget
-    is checked before a person is asked. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
+    """If the site's policy requires it, check that a person at the site released a draw before it
+    is made. The budget is checked before a person is asked. Errors: Held while nobody has decided;
+    Void if a person refused; BudgetExceeded; PolicyRefused."""
     slot = _slot(site, draw)
     airlock.check_not_refused(site.ledger, slot)
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
@@ -185,15 +187,15 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
 
 
 def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
-    """Charge a draw, compute its noised sum, and keep sum and key until its set is fixed. Return
-    what is kept.
+    """Charge a draw, compute its noised sum, and keep the sum and a new masking key in memory until
+    its set of sites is fixed. Return what is kept.
 
     - site: the worker of this site
     - prepared: the study, as this site admitted it
     - draw: plan, round, attempt and adapter of the draw
     - adapter: the adapter that the draw starts from, fp32 by the tensors' names
 
-    Errors: as `SiteWorker.reserve`."""
+    Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
     study = prepared.study
     data, reserved = site.reserve(prepared, draw.round, adapter, _slot(site, draw)[2])
     recompute = site.site.site.gradient_checkpointing

@@ -46,7 +46,7 @@ class Text:
 
     - x, y: its place on the picture, in pixels; y is the baseline's
     - line: the text, on one line
-    - kind: its classes in RULES, separated by spaces; "" for ordinary text
+    - kind: its CSS classes in RULES, separated by spaces; "" for ordinary text
     - anchor: "start", "middle" or "end", the part of the text that is at x
     - size: the font's size in pixels
     - room: its largest width in pixels"""
@@ -72,7 +72,7 @@ class Box:
 
     - x, y: its upper left corner, in pixels
     - wide, high: its size in pixels
-    - kind: its class in RULES: "box" (grey), "home" (green) or "out" (orange)"""
+    - kind: its CSS class in RULES: "box" (grey), "home" (green) or "out" (orange)"""
 
     x: float
     y: float
@@ -92,7 +92,7 @@ class Line:
     """A line in a picture.
 
     - x, y, to_x, to_y: its two ends, in pixels; an arrow head is at the second one
-    - kind: its class in RULES: "arrow" (grey) or "leaves" (orange)
+    - kind: its CSS class in RULES: "arrow" (grey) or "leaves" (orange)
     - end: "head" for an arrow head, "dashes" for a dashed line, "" for neither"""
 
     x: float
@@ -138,7 +138,7 @@ class Picture:
 
         - x, y: its place; y is the baseline's
         - line: the text, on one line
-        - kind: its classes in RULES, such as "bold soft"; "" for ordinary text
+        - kind: its CSS classes in RULES, such as "bold soft"; "" for ordinary text
         - anchor: "start", "middle" or "end", the part of the text that is at x
         - size: the font's size in pixels
         - room: its largest width in pixels; by default up to the picture's edge
@@ -156,7 +156,7 @@ class Picture:
 
         - x, y: its upper left corner
         - wide, high: its size in pixels
-        - kind: its class in RULES: "box" (grey), "home" (green) or "out" (orange)
+        - kind: its CSS class in RULES: "box" (grey), "home" (green) or "out" (orange)
         - lines: the texts, centred one below the other; an empty box if there are none
 
         Errors: ValueError if a line is wider than the box."""
@@ -184,7 +184,7 @@ class Picture:
         - x, y: the place of the first line; y is its baseline's
         - room: the largest width of a line in pixels
         - lines: the texts
-        - kind: their classes in RULES; "" for ordinary text
+        - kind: their CSS classes in RULES; "" for ordinary text
 
         Errors: ValueError if a line is wider than `room`."""
         for number, line in enumerate(lines):

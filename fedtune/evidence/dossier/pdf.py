@@ -179,8 +179,12 @@ DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 
 def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[float, ...]:
-    """Return each column's width: the width of its longest word, and a part of the space that is
-    left, in proportion to the mean length of its cells."""
+    """Return the width of each column, in millimetres: that of the longest word in the column, plus
+    its share of the space that is left. The space is shared in proportion to the mean length of the
+    cells.
+
+    head: the names of the columns; rows: the cells, each a text, a fact, or None for one that the
+    run did not record."""
     document.set_font(SANS, "B", SIZES["table"])
     least, means = [], []
     for n, name in enumerate(head):
@@ -220,8 +224,8 @@ def _cell(value: Any) -> str:
 
 
 def _make_breakable(text: str) -> str:
-    """Allow line breaks in words longer than LONG: after each of BROKEN_AFTER, and after LONG
-    letters."""
+    """Return the text with invisible places for line breaks in each word longer than LONG: after
+    each of the characters BROKEN_AFTER, and after LONG letters without one."""
     return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
 
 

@@ -129,7 +129,8 @@ def release(
 
 
 def _carry_told(run: Path, into: Path) -> None:
-    """Copy the valid statements of sites about the run's model. Each is signed by its site."""
+    """Copy the sites' statements about the run's model from the run's folder to the dossier `into`.
+    A statement that does not verify is left out."""
     for one in read_told(run):
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
@@ -137,7 +138,8 @@ def _carry_told(run: Path, into: Path) -> None:
 
 
 def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the results of attacks on the run's plan; return file -> content.
+    """Copy the results of attacks on the run's plan from `folder`, which an attack wrote, to the
+    dossier `into`; return file name -> content. report: the content of the run's report.json.
 
     Errors: ConfigError (no result is there, or it is of another study), Refused (it is of an attack
     at a site, on the site's own records)."""
@@ -187,8 +189,10 @@ def _refuse_derived(run: Path) -> None:
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
-    """Return the key that signs the dossier, and the CA. For a simulation return a new key, and ""
-    for the CA. Errors: Refused if the home does not have the key that signed the run."""
+    """Return the key that signs the dossier, and the certificate of the consortium's CA (PEM). For
+    a simulation return a new key, and "" for the CA. home: the coordinator's home; proven: the
+    result of verifying the run. Errors: Refused if the home does not have the key that signed the
+    run."""
     if proven.simulated:
         return SigningKey(), ""
     path = home / "signing.key"
@@ -204,8 +208,9 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
 
 
 def _sign_weights(draft: Path, home: Path | None) -> None:
-    """Sign the weights also in OpenSSF's format, with the key for this format in `home`. Without a
-    home, sign with a new key that is not stored."""
+    """Sign the weights in the dossier's folder `draft` also in OpenSSF's format, with the key for
+    this format in `home`, the coordinator's home. Without a home (None), sign with a new key that
+    is not stored."""
     with tempfile.TemporaryDirectory() as nowhere:
         key = (home or Path(nowhere)) / openssf.KEY
         openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
@@ -255,9 +260,9 @@ def _write_pack(
 
 
 def read_details(path: Path, sections: Sequence[assurance.Section] | None = None) -> dict[str, str]:
-    """Read blank's key -> the text that a person typed for it. sections: the assurance pack's
-    sections; None for those of the package. Errors: InputError; ConfigError (an unknown key, or a
-    value that is not a text)."""
+    """Read what a person typed into a dossier's blanks from the TOML file `path`; return blank's
+    key -> text. sections: the assurance pack's sections; None for those of the package. Errors:
+    InputError; ConfigError (an unknown key, or a value that is not a text)."""
     known = {block["blank"] for block in blanks()} | {key for key, _ in _pack_blanks(sections)}
     table = reading.toml_in(path, DETAILS)
     for key, value in table.items():

@@ -109,7 +109,8 @@ def read_release(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the folder's files are exactly those that were signed, byte by byte.
+    """Check that the folder's files are exactly those that were signed, byte by byte. files, sizes:
+    path in the folder -> sha256, and size in bytes, as release.json states them.
 
     Errors: NotGenuine."""
     present = list_covered(folder)

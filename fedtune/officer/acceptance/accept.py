@@ -172,7 +172,9 @@ def _sign_record(
 
 
 def _model(run: Run) -> dict[str, str]:
-    """Identify the judged model by its plan, its base, and the files of its adapter."""
+    """Return what identifies the judged model: the digests "plan" and "base" (the base's name if it
+    has no digest), "adapter", of the adapter's files, and "signature", of the file with the run's
+    signature, "" if there is none."""
     facts = {
         "plan": run.study.digest,
         "base": run.study.base.digest or run.study.base.model,
@@ -191,8 +193,9 @@ def _name(record: dict[str, Any]) -> str:
 
 
 def read_record(path: Path, public: str) -> dict[str, Any]:
-    """Read the record of a decision. public: the site's public signing key, in hexadecimal. Errors:
-    InputError unless the site with this key signed it."""
+    """Return the content of the record of a decision, with its signature. path: the file
+    record.json. public: the site's public signing key, in hexadecimal. Errors: InputError unless
+    the site with this key signed the record."""
     record = reading.json_in(path, "the record of an acceptance")
     body = {key: value for key, value in record.items() if key != "signature"}
     try:

@@ -20,7 +20,7 @@ ROW, NAMES, WIDE = (
 
 def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
     """Return a picture of the share of correct predictions against the predicted probability, with
-    one point for each bin."""
+    one point for each bin of probability. bins: the content of "reliability" in figures.json."""
     page = Picture(int(LEFT + SIDE + 40), int(TOP + SIDE + 56), "Reliability")
     page.text(LEFT, 26, "share right, by the probability said", "bold")
 

@@ -72,6 +72,8 @@ class Judgement:
     """The judgement of a model.
 
     - decision: the decision by all figures together
+    - judged: each figure that has a threshold
+    - compared: each group's comparison with all others, in each measure
     - level: the confidence of each group comparison's interval
     - overall: measure → its value on all records"""
 
@@ -202,7 +204,9 @@ def _compare_groups(
     error, which is larger for fewer records, is replaced by the model's overconfidence.
 
     - table: the site's [acceptance], with the least size of a group and the bounds on differences
-    - scores, units, groups: as for `judge`
+    - scores: the model's scores on the n records
+    - units: the patient of each record, (n,)
+    - groups: column → each record's value in it
     - known: name → measure, for all measures of these records
     - named: measure → threshold, for the measures that have one
 

@@ -28,11 +28,13 @@ BASE = "base alone"
 
 @dataclass
 class Scored:
-    """The scores of each model on the same records, MODEL first.
+    """The scores of several models on the same records.
 
+    - held_out: the records
+    - scores: model → its scores; the judged model, MODEL, is the first
     - labels: the classes or choices
-    - not_scored: model → why it has no scores
-    - cut: number of records of which a part was not read"""
+    - cut: number of records of which a part was not read
+    - not_scored: model → why it has no scores"""
 
     held_out: HeldOut
     scores: dict[str, Scores]

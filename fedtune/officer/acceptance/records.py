@@ -38,8 +38,9 @@ class HeldOut:
 
     - units: the patient of each record, (n,)
     - groups: column → each record's value
-    - places: the place of each record
-    - left_out: reason → number of patients; of those who did not agree, the number of records
+    - places: the file and row of each record
+    - left_out: reason → number of patients; but for the reason "did not agree, by record" the
+      number of records
     - rejected: reason → number of records
     - keyed: a digest of the records under the site's salt, which tells nobody else what they are
     - compared_by: what was compared with the records that train: "patients" or, without a patient
@@ -140,7 +141,7 @@ def _left_out(
     - site: the site, whose [data] is read if it is on this machine
     - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
     - patients: whether [acceptance] and [data] both name a patient column
-    - taught: as for `read_held_out`
+    - taught: salted hashes of patients on whom a personal model was trained
 
     Patients count as trained on if they are in [data] now, or ever were members of a dataset of
     this site other than its [evaluation]. They are recognised by the patient's key if both tables
@@ -186,8 +187,9 @@ def _digest_records(records: list[Record], ledger: Ledger) -> str:
 
 
 def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, list[str]]:
-    """Read the columns that group the records, and return column → each record's group. Errors:
-    DataError (a column that does not exist), ConfigError (too many values)."""
+    """Read the columns that group the records, and return column → the name of each record's group.
+    places: the file and row of each record. Errors: DataError (a column that does not exist),
+    ConfigError (too many values)."""
     if not table.groups:
         return {}
     return groups_at(

@@ -75,8 +75,8 @@ class Choice:
 
 
 class Fit:
-    """Fits the network's parameters to some rows. The parameters must hold the released values at
-    first.
+    """Fits the network's parameters to records, which its methods take by their numbers (rows). The
+    parameters must hold the released values at first.
 
     - parameters: name → the parameter of the network that is trained
     - scales: name → the factor by which a parameter's change is multiplied; the pull acts on the
@@ -117,9 +117,9 @@ class Fit:
     def _gradients(
         self, rows: Sequence[int], pull: float, change: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Compute the regularised loss, and set the gradients of `change`. rows, pull: as for
-        `path`. change: name → a parameter's change from the released value, before it is scaled.
-        Return the loss, fp64."""
+        """Return the loss that a fit to `rows` minimises, fp64: their mean loss plus `pull` / 2
+        times the squared length of `change`. Set `change`'s gradients to the gradients of this
+        loss. change: name → a parameter's change from the released value, before it is scaled."""
         self.load({n: self._scales[n] * d.detach() for n, d in change.items()})
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -167,7 +167,7 @@ class Fit:
 
 def choose(fit: Fit, folds: Sequence[Sequence[int]], units: np.ndarray, grid: Grid) -> Choice:
     """Choose how to fit, by the losses of each fold's rows under a fit to all rows that are not in
-    the fold. Rows need not be in any fold.
+    the fold. Rows that are in no fold are part of every fit.
 
     - fit: the parameters and the records' losses
     - folds: the numbers of the rows in each fold; all rows of a patient are in one fold

@@ -123,9 +123,9 @@ def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | N
 
 
 def own_study(study: Study) -> Study:
-    """Return the study with which a site trains the released arrays, without sums or a teacher.
-    With class statistics it trains the head that was made of them; with soft targets it uses the
-    records' own targets."""
+    """Return the study with which a site trains the released arrays further: the run's study, with
+    an objective that needs neither class statistics nor a teacher. With class statistics it trains
+    the head that was made of them; with soft targets it uses the records' own targets."""
     objective = study.objective.resolved
     changes: dict[str, Any] = {}
     if objective.directions or objective.teacher_spec:
@@ -147,8 +147,9 @@ def _scales(network: Network) -> dict[str, float]:
 
 
 def _losses(objective: Objective, data: CachedDataset) -> Losses:
-    """Return the function that computes the losses of given records. For a head, each passage is
-    one vector, so all records are joined into one batch beforehand."""
+    """Return a function that takes the numbers of records and yields, batch by batch, the numbers
+    and the losses of the batch's records. For a head, each passage is one vector, so all records
+    are joined into one batch beforehand."""
     network = data.network
     everything = _joined(data) if network.pooled else None
 

@@ -70,7 +70,7 @@ def build_pack(
     - sections: the statements to answer
     - names: the paths in the dossier of its files, its signature included and approvals left out
 
-    Errors: ConfigError (the format of a row's fact does not fit what is there)."""
+    Errors: ConfigError (a value of the run cannot be shown in the format that a row asks for)."""
     return {
         "format": FORMAT,
         "study": look_up(found, "report.json#/study", "plain"),
@@ -150,7 +150,7 @@ def _fact(
     - source: a document and a JSON pointer in it, as in facts.py
     - how: the format in which the figure is shown, one of facts.SHOWN
 
-    Errors: ConfigError (its format does not fit what is there)."""
+    Errors: ConfigError (the run's value cannot be shown in this format)."""
     try:
         return {"label": label, "fact": look_up(found, source, how)}
     except (ArithmeticError, AttributeError, TypeError, ValueError):
@@ -161,7 +161,8 @@ def _fact(
 
 
 def _missing(row: Mapping[str, Any], found: Documents) -> str:
-    """Return the row's needs that this run does not meet, in words; "" if it meets all."""
+    """Return, in words, the row's requirements on a run ("needs") that this run does not meet; ""
+    if it meets all."""
     return "; ".join(NEEDS[need] for need in row.get("needs", []) if not WHEN[need](found))
 
 
