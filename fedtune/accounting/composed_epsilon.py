@@ -28,8 +28,11 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Share:
-    """One site's part in one parent.
+    """What one site's records cost in one parent, i.e. in one of the runs from which an adapter was
+    derived.
 
+    - parent: the parent's number, from 0
+    - site: the site's name, "" if the report names no site
     - key: the site's public signing key, "" if the report has none
     - events: the steps that ran on the site's records
     - fallback: the same steps with the σ of the site's own noise alone; equal to events if the
@@ -46,8 +49,12 @@ class Share:
 
 
 def shares(report: dict[str, Any], parent: int) -> list[Share]:
-    """List the sites' shares from a parent's report.json; a report that names no site gives one
-    share without a name. parent: its number, from 0.
+    """List what each site's records cost in one parent (one of the runs from which an adapter was
+    derived), from the parent's report.json. If the report names no site, the list has one share,
+    whose `site` is "".
+
+    - report: the content of report.json
+    - parent: the parent's number, from 0
 
     Errors: InputError if the report lacks the figures of the steps that ran."""
     privacy = report["privacy"]
@@ -76,8 +83,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return the steps that ran on a site's records. If the adapter was itself derived, return the
-    steps of all its parents."""
+    """Return the steps that ran on a site's records; if the adapter was itself derived, the steps
+    of all its parents. site: the site's entry in a report's "privacy"."""
     if "events" in site:
         return tuple(Steps(*event) for event in site["events"])
     if not site.get("steps"):
@@ -87,7 +94,8 @@ def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
 
 
 def _fallback(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return the steps that ran on a site's records, with the σ of its own noise alone."""
+    """Return the same steps as `_events`, but with the σ of the site's own noise alone if sites
+    shared noise. site: the site's entry in a report's "privacy"."""
     table = site.get("secure_aggregation")
     if not table:
         return _events(site)
@@ -106,8 +114,10 @@ def _assumptions(site: dict[str, Any]) -> frozenset[tuple[int, int]]:
 
 
 def relation(first: Share, second: Share, disjoint: bool = False) -> str:
-    """Return whether two sites of two parents trained on the same people: SAME, APART, UNKNOWN, or
-    STATED if the caller states that the parents share nobody (disjoint)."""
+    """Decide whether two sites, each of another parent, trained on the same people. Return SAME
+    (equal names or keys), APART (both sites have a name and a key, and both differ), UNKNOWN (a
+    name or a key is missing), or STATED if `disjoint`, i.e. the caller states that the parents
+    share nobody."""
     if disjoint:
         return STATED
     if (first.site and first.site == second.site) or (first.key and first.key == second.key):
@@ -116,15 +126,18 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
 
 
 def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
-    """Compose a derived report's "privacy" from the "privacy" of its parents, all of which are
-    private.
+    """Compute the privacy cost of a derived adapter: compose the "privacy" of its parents' reports
+    into the "privacy" of its own. All parents must be private.
 
     Each site is charged for the steps of its own parent and, for every other parent, for the steps
     of the same site in that parent. If that parent does not have the same site, the site is charged
-    for the steps of the parent's costliest site that may share people with it. ε is computed by PLD
-    at the smallest of the parents' δ, for the weakest of their units. If sites of a parent shared
-    noise, a second ε is composed from each site's own noise alone. disjoint: the caller states that
-    no person is in two parents; then the largest ε counts.
+    for the steps of the parent's costliest site that may share people with it. The largest ε of any
+    site is the adapter's. It is computed by PLD at the smallest of the parents' δ. The unit is the
+    patient only if it is the patient in all parents, else the record. If sites of a parent shared
+    noise, a second ε is composed from each site's own noise alone.
+
+    disjoint: whether the caller states that no person is in two parents; each site is then charged
+    for its own parent alone.
     Guarantee: the result is at least the ε of all steps in which a person at one site took part."""
     by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
@@ -173,8 +186,17 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
 def _events_in_parent(
     site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
-    """Return the steps that another parent may have run on the people of `site`, the same steps
-    with the σ of each site's own noise alone, and the relation by which this was decided."""
+    """Find the steps that another parent may have run on the people of `site`. Return these steps,
+    the same steps with the σ of each site's own noise alone, and the relation of the sites by which
+    this was decided.
+
+    - site: one site's share in one parent
+    - other: the shares of all sites in the other parent
+    - delta: the δ at which ε is computed, to find the costliest of several sites
+    - disjoint: whether the caller states that the two parents share nobody
+
+    The relation is SAME, UNKNOWN, APART or STATED; with one of the last two, no steps are
+    returned."""
 
     def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))

@@ -25,14 +25,17 @@ from fedtune.report.claim import assumption, best_guess
 class SitePlan:
     """The rounds, steps and noise of one site, and their ε.
 
-    - sampling_rate: q
-    - batch: the expected batch, q · declared size
-    - noise_multiplier: σ
+    - rounds, steps: the numbers of rounds and of noised steps of the whole study
+    - sampling_rate: q, the probability with which a unit (or each record, if records are drawn) is
+      in a step
+    - batch: the expected batch, by which a sum is divided: q · declared size, times k if records
+      are drawn
+    - noise_multiplier: σ, the noise's standard deviation as a multiple of the clipping norm
     - risk: the highest accuracy with which an attacker who knows all other records guesses a unit's
       presence
     - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
-    - fallback_epsilon: with [secure_aggregation], the ε by this noise alone. A study without
-      [secure_aggregation] whose mean has the same noise would cost this ε.
+    - fallback_epsilon: with [secure_aggregation], the ε that this site's own noise alone gives. A
+      study without [secure_aggregation] costs this ε if the mean of its updates has as much noise.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -82,8 +85,9 @@ class Plan:
 
 
 def query_lines(study: Study, sites: int) -> list[str]:
-    """Describe, in one line each, the ε of a plan's private evaluation and how much of its answer
-    is noise with `sites` sites, from public numbers; [] if the plan has none.
+    """Describe what a plan's private evaluation costs and how exact it is: one line with its ε and
+    the noise in its answer, both computed from public numbers; [] if the plan has no private
+    evaluation. sites: how many sites answer.
 
     Errors: ConfigError if the study is not private."""
     table = study.private_evaluation
@@ -117,7 +121,8 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
     >>> costs.sites[0].site
     'my-hospital'
 
-    Errors: ConfigError if the study is not private, or nothing fits its budget."""
+    Errors: ConfigError if the study is not private, or no number of rounds and no σ fit its
+    budget."""
     study = validate_study(study)
     named = [
         ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
@@ -147,11 +152,12 @@ def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
 
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
-    """Describe, in one line each, a study with [secure_aggregation] at sites of these declared
-    sizes: the assumption under which ε holds, the ε that holds without the assumption, the gain,
-    and the width of the words that sites send. Return [] for another study.
+    """Describe, in one line each, what [secure_aggregation] does for a study at sites of these
+    declared sizes: the assumption under which ε holds, the ε that holds without it, how much is
+    gained, and how many bits each number takes that sites send. Return [] for a study without
+    [secure_aggregation] or without privacy.
 
-    Errors: ConfigError if nothing fits its budget."""
+    Errors: ConfigError if no number of rounds and no σ fit the study's budget."""
     if study.secure_aggregation is None or not study.private:
         return []
     of_site = plan_for_site(study, max(sizes))
@@ -175,8 +181,11 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
 
 
 def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
-    """Return a line that suggests ε = 1 if the plan's ε is larger; [] if the plan gives no rounds,
-    or no σ gives ε = 1."""
+    """Return a list of one line that suggests ε = 1 to the reader, if the plan's ε is larger.
+    Return [] if it is not, if the plan gives no number of rounds, or if no σ gives ε = 1.
+
+    - of_site: the plan at one site
+    - size: the site's declared size"""
     if of_site.epsilon <= 1 or study.training.rounds is None:
         return []
     try:
@@ -193,8 +202,9 @@ def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
 
 
 def _attempts(of_site: DpPlan) -> str:
-    """Describe both ε of the study, with and without the assumption, if one attempt at a round
-    fails and if two do."""
+    """Describe in one text how ε grows if attempts at a round fail: both ε of the study (the one
+    under the assumption on colluding sites, and the one that always holds) with one failed attempt
+    and with two, each of which is paid for. of_site: the plan at one site."""
     costs = []
     for more in (1, 2):
         steps = of_site.steps + more * of_site.local_steps
@@ -209,9 +219,10 @@ def _attempts(of_site: DpPlan) -> str:
 
 
 def _of_two(of_site: DpPlan, *, shared: bool) -> float:
-    """Compute ε of a unit with records at two sites. If the sites share noise (`shared`), the unit
-    has twice the rows in one sum, each drawn independently. Otherwise the same mechanism runs on
-    the unit twice."""
+    """Compute the ε of a unit that has records at two sites. With `shared`, the sites share one
+    dose of noise: the unit has twice the rows in one sum, and each row is drawn independently. Else
+    each site adds all of its noise, so the mechanism runs on the unit twice. of_site: the plan at
+    one site."""
     (steps,) = of_site.events(of_site.steps)
     twice: Steps = (
         steps._replace(records=2 * steps.records)
@@ -235,9 +246,11 @@ def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
 
 
 def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
-    """Return the largest number of adapter parameters for which the sum over sites of these
-    declared sizes fits the narrower words; 0 if there is none. The grid gets finer, and so the sum
-    wider, with each parameter.
-    """
+    """Return the largest number of adapter parameters at which sites can send each masked number in
+    the narrower of the two word sizes (WORDS), because the sum over all sites fits into it; 0 if it
+    never fits. More parameters need a finer grid, and so a wider sum.
+
+    - sigma: σ of the sum that is opened; None if privacy is off
+    - sizes: the sites' declared sizes"""
     numbers = range(1, LARGEST)
     return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))

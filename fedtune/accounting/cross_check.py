@@ -23,8 +23,9 @@ class AccountantsDisagree(FedtuneError):
 def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
     """Compose ε by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
 
-    Errors: those of `epsilon`; ValueError for k > 1 with q < 1, where no RDP bound is
-    implemented."""
+    events: the noised steps. delta: the δ at which ε is computed.
+    Errors: ValueError if δ is not between 0 and 1, or if a step samples several of a unit's rows at
+    a rate below 1: for such steps no RDP bound is implemented."""
     return _rdp_epsilon(merge_events(events), delta)
 
 

@@ -15,11 +15,13 @@ HELD_OUT = (30, 100, 300)  # the numbers of held-out units at each site in a for
 
 
 def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None:
-    """Return the standard deviation of the noise in a pooled answer, √(v · (1 + r²)) / n, to first
-    order (delta method); None if the count n does not clearly exceed its own noise.
+    """Return the standard deviation of the noise in an answer, i.e. in the ratio of two noised sums
+    over all sites: √(v · (1 + r²)) / n, to first order (delta method). Return None if the count n
+    does not clearly exceed its own noise.
 
-    variance: v, of the noise in each pooled sum. count: n, the pooled Σ 1. ratio: r, the answer, at
-    most 1.
+    - variance: v, the variance of the noise in each of the two sums
+    - count: n, the number of held-out units at all sites
+    - ratio: r, the answer, at most 1
 
     >>> answer_sd(8.0, 30.0)
     0.13333333333333333
@@ -32,10 +34,14 @@ def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None
 
 
 def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]:
-    """Return the number of held-out units at each of `sites` sites -> twice the largest `answer_sd`
-    (None if there is no answer), for HELD_OUT and for the fewest units that give an answer.
+    """Forecast how much of a private evaluation's answer is noise, by the number of held-out units
+    at each site. The result maps a number of units to two standard deviations of the noise at most
+    (2 · `answer_sd`, for an answer of 1), or to None if the answer is lost in the noise. Its
+    numbers of units are those of HELD_OUT, and the fewest that give an answer.
 
-    sigma: private_evaluation.noise_multiplier. axes: the number of axes; all records count as one.
+    - sigma: private_evaluation.noise_multiplier
+    - sites: how many sites answer
+    - axes: the number of axes; all records count as one
 
     >>> forecast(2.0, 3)[30] < 0.16 and forecast(8.0, 1)[30] is None
     True

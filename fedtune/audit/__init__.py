@@ -44,10 +44,13 @@ def audit_study(
     claimed.
 
     Args:
+        study: the private study whose plan, architecture and training code are attacked.
         out: the folder for audit.json, whose content is also returned.
-        trials: the number of trials of the one-step audit with the canary, and of those without.
-        run: a finished run of the study. Its report's smallest σ and largest C are used, the
-            exposure of its adapter is measured too, and audit.md is written to its folder.
+        trials: how many times the one-step audit runs a step with its test unit (the canary), and
+            how many times without.
+        run: a finished run of the study. The audit then takes the smallest σ and the largest
+            clipping norm of its report, measures the exposure of its adapter too, and writes
+            audit.md to its folder. None audits the plan alone.
         declared_size: a site's size; it matters only if the study gives expected_batch.
 
     This costs no ε: the records are generated, and a released adapter is public.
@@ -98,7 +101,8 @@ def _report(run: Run, study: Study) -> dict[str, Any]:
 
 
 def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
-    """Return `plan` with the smallest σ and the largest C that any site's step log counted."""
+    """Return `plan` with the noise as it was: the smallest σ and the largest clipping norm C that
+    the report gives for any site, as its step log counted them."""
     sites = list((report.get("privacy") or {}).get("sites", {}).values())
     sigmas = [s["noise_multiplier"] for s in sites if s.get("noise_multiplier")]
     norms = [s["max_grad_norm"] for s in sites if s.get("max_grad_norm")]
@@ -110,7 +114,8 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
 
 
 def _plan_one_site(plan: DpPlan) -> DpPlan:
-    """Return the plan of a site whose own noised sum is opened."""
+    """Return the plan by which one site's noised sum is audited alone: with the σ of the noise that
+    the site itself adds, as if no other site shared noise with it."""
     return replace(plan, noise_multiplier=plan.own_noise, sites=1, colluding=0)
 
 

@@ -53,10 +53,11 @@ SUCCEEDS = 0.8  # area under the curve that the attack must reach without noise 
 
 @dataclass(frozen=True)
 class Secrets:
-    """The result for secrets: 8-digit numbers, each planted in one unit.
+    """How much models reveal of secrets: of 8-digit numbers, each of which is in the record of one
+    unit.
 
-    - private, twin: the secrets' exposure in a model as the study trains it, and in a model without
-      noise
+    - private, twin: the secrets' exposure (how far up the model ranks them among random numbers, in
+      bits) in a model as the study trains it, and in a model without noise
     - allowed: the largest mean exposure in bits that (ε, δ) allows, at 99.9 % confidence
     - extractable: the largest probability, under (ε, δ), that the model writes a given secret"""
 
@@ -76,14 +77,17 @@ class Secrets:
 
 @dataclass(frozen=True)
 class Attack:
-    """The result of an attack on canaries.
+    """The result of an attack that guesses which canaries (test units) each of several models was
+    trained on.
 
-    - private: membership inference against models that were trained by the plan
-    - twin: the same against models without noise
+    - private: how well the attack tells members from others for models that were trained by the
+      plan
+    - twin: the same for models that were trained without noise
     - units: the number of units of the attacked site
     - epsilon, delta: the ε and δ of training one model at this site
-    - secrets: None for a study whose model writes no text, or reads more than text
-    - left_out: tables of the study that were not used for the models here"""
+    - secrets: how much a model reveals of planted secrets; None for a study whose model writes no
+      text, or reads more than text
+    - left_out: names of the study's tables that were not used for these models"""
 
     study: str
     canaries: int
@@ -122,13 +126,14 @@ def attack_study(
     the coordinator's steps are the study's. This reads no private record and costs no ε.
 
     Args:
-        out: a folder for attack.json and attack.png.
+        study: the private study whose base, objective, plan and start are used.
+        out: a folder for attack.json and attack.png; None writes nothing.
         canaries: the number of units that hold one record of random tokens; each is in half of the
             models.
         models: the number of models with noise, at least 8; as many are trained without noise. For
             each model, the others are the attacker's references.
         units: the number of units of the site, at least as many as canaries; ε is computed for a
-        site of this size.
+            site of this size.
 
     >>> import fedtune
     >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))
@@ -170,7 +175,8 @@ def attack_study(
 
 
 def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attack:
-    """Attack models that are trained as a finished run's study trains them, from the study's start.
+    """Attack models that are trained as a finished run's study trains them, from the same starting
+    point.
 
     out, options: as for `attack_study`.
 
@@ -187,7 +193,14 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
 
 
 def _check(study: Study, canaries: int, models: int, units: int) -> None:
-    """Check the settings of an attack. Errors: ConfigError."""
+    """Check the settings of an attack, before a model is trained.
+
+    - study: the study that is attacked; it must have privacy
+    - canaries: the number of units that hold one record of random tokens, from 1 to `units`
+    - models: the number of models with noise, at least LEAST
+    - units: the number of units of the attacked site
+
+    Errors: ConfigError."""
     if not study.private:
         raise ConfigError('privacy = "off": there is no ε to attack', "a [privacy] table")
     if models < LEAST:
@@ -200,9 +213,9 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 
 
 def begin_again(study: Study) -> Start:
-    """Compute the study's starting point again. The digests in a finished run's plan are ignored,
-    since on another machine public text gives the same start only up to rounding. Errors:
-    ConfigError, ModelError."""
+    """Compute the starting point of a finished run's study again: its adapter before the first
+    round, and what public text gives. The digests in the plan are ignored, since on another machine
+    public text gives the same start only up to rounding. Errors: ConfigError, ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
         table = study.lora.preconditioner
@@ -233,17 +246,26 @@ def save(result: Attack, out: Path) -> None:
 
 
 def _coins(canaries: int, models: int) -> np.ndarray:
-    """Draw coins (models, canaries) that say which canary is in which model; each is in half of
-    them."""
+    """Draw at random which canary is in which model; each canary is in half of the models. Return a
+    bool array (models, canaries)."""
     draw = np.random.default_rng()
     half = np.arange(models) < models // 2
     return np.stack([draw.permutation(half) for _ in range(canaries)], axis=1)
 
 
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
-    """Generate units that each hold one record, repeated as often as a draw of the plan has
-    records. The canaries come first, then the units that are in every model. The last of these hold
-    a secret each. Return the units, and the number of those with a secret."""
+    """Generate an attack's units. A unit holds one record, repeated as often as the plan has
+    records per draw. The canaries come first, then the units that are in every model; the last of
+    the latter hold a secret each.
+
+    - study: the study for whose objective and record format the records are made; its seed
+      determines them
+    - network: the study's network, whose tokenizer and file reader the records must fit
+    - canaries: the number of units of which each is in half of the models
+    - others: the number of units that are in every model
+
+    Returns: the canaries + others units, and the number of those with a secret: at most SECRETS,
+    and 0 if the study's records cannot hold a secret."""
     secrets = _generate_secrets(study, network, min(SECRETS, others))
     random = generate_records(
         study, network, [1] * (canaries + others - len(secrets)), stream=3
@@ -254,8 +276,8 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[
 
 
 def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Example]:
-    """Generate `secrets` units with a secret each; [] if the study's model writes no text, or its
-    records are too short for a secret."""
+    """Generate `secrets` units with a secret each, for the study's record format and the network's
+    tokenizer; [] if the study's model writes no text, or its records are too short for a secret."""
     objective = study.objective.resolved
     writes = objective.record_format in ("text", "preference") and not objective.teacher_spec
     if not writes or network.reader.column:
@@ -269,6 +291,12 @@ def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Exam
 def _given_away(
     private: Exposure | None, twin: Exposure | None, epsilon: float, delta: float
 ) -> Secrets | None:
+    """Compare how much the models reveal of secrets with what (ε, δ) allows; return None if the
+    models' exposure was not measured.
+
+    - private, twin: the secrets' exposure in a model with noise, and in one without; None if the
+      study's records hold no secret
+    - epsilon, delta: the ε and δ of training one model, which bound the exposure"""
     if private is None or twin is None:
         return None
     allowed = most_exposed(private, epsilon, delta)
@@ -277,12 +305,14 @@ def _given_away(
 
 @dataclass(frozen=True)
 class _World:
-    """The common setup of an attack's models.
+    """What all models of an attack have in common.
 
-    - begun: their starting point
-    - everybody: the units that may be in them
-    - coins: which canaries are in which model; one row for each model
-    - secrets: the number of units with a secret"""
+    - begun: the starting point of each model, with the study that is trained
+    - network: the study's network, into which each model's arrays are loaded in turn
+    - everybody: the units that may be in a model, the canaries first
+    - coins: which canaries are in which model, bool (models, canaries)
+    - secrets: the number of units with a secret
+    - rounds: the number of rounds for which each model is trained"""
 
     begun: Start
     network: Network
@@ -292,8 +322,13 @@ class _World:
     rounds: int
 
     def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
-        """Train a model for each row of coins. Return each canary's loss in each model, (models,
-        canaries), and the secrets' exposure in the first model."""
+        """Train a model for each row of coins.
+
+        - plan: how a round's steps run, with noise or without
+        - log: gets a line for each noised step of all models, in their order
+
+        Returns: each canary's mean loss in each model, (models, canaries), and the secrets'
+        exposure in the first model, None if there are no secrets."""
         network = self.network
         study = self.begun.study
         canaries = self.coins.shape[1]
@@ -329,7 +364,12 @@ def _judge_losses(
     losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float
 ) -> Membership:
     """Score each canary in each model by comparison with the other models' losses, and measure how
-    well the scores tell members from others."""
+    well the scores tell members from others.
+
+    - losses: each canary's mean loss in each model, (models, canaries)
+    - coins: whether each model was trained on each canary, bool (models, canaries)
+    - epsilon: the ε of training one model; None for models without noise, to which no bound applies
+    - delta: the δ of that ε"""
     scores = ratios(losses, coins)
     inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
     outside = np.array([scores[~coins[:, c], c] for c in range(coins.shape[1])])
@@ -337,13 +377,17 @@ def _judge_losses(
 
 
 def ratios(losses: Scores, coins: np.ndarray) -> Scores:
-    """Compute the log likelihood ratio of "in" to "out" for each model and canary, (models,
+    """Score, for each model and canary, how much the model's loss on the canary looks as if the
+    canary was in its training: the log likelihood ratio of "in" to "out", as an array (models,
     canaries). The likelihoods are Gaussians of a common variance. Their means are the mean losses
-    of the other models with the canary and of those without it.
+    of the other models that had the canary, and of those that did not.
 
-    As many models with the canary as without it are drawn at random. Otherwise the scores would
-    tell members apart without any leak: a model is not its own reference, so its own kind has one
-    reference less, and a mean of fewer models is further from any loss."""
+    For the two means, equally many other models are drawn at random. Else the scores would tell
+    members apart without any leak: a model is not its own reference, so there is one reference less
+    of its own kind, and a mean of fewer models is further from any loss.
+
+    - losses: each canary's mean loss in each model, (models, canaries)
+    - coins: whether each model was trained on each canary, bool of the same shape"""
     draw, scores = np.random.default_rng(), np.empty_like(losses)
     for t in range(len(losses)):
         there, absent = coins.copy(), ~coins
@@ -359,7 +403,8 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
 
 
 def _draw_models(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """For each canary c, draw kept[c] of the models that `mask` (models, canaries) marks in column
-    c, at random. Return the drawn models as such a mask."""
+    """Draw some of the marked models at random for each canary: for canary c, kept[c] of the models
+    that column c of `mask` (models, canaries) marks. Return a mask of the same shape that marks the
+    drawn models only."""
     order = np.where(mask, draw.random(mask.shape), np.inf)
     return mask & (order.argsort(axis=0).argsort(axis=0) < kept)

@@ -9,7 +9,12 @@ from scipy.stats import beta, binom  # type: ignore[import-untyped]
 
 
 def rate_upper(errors: int, trials: int, confidence: float) -> float:
-    """Compute the one-sided Clopper–Pearson upper bound on an error rate."""
+    """Compute the one-sided Clopper–Pearson upper bound on an error rate.
+
+    errors: how many of `trials` independent trials were errors. confidence: the probability that
+    the bound is at least the true rate, such as 0.95.
+
+    Errors: ValueError if there is no trial, or more errors than trials."""
     if not 0 <= errors <= trials or trials < 1:
         raise ValueError("errors must be between 0 and the number of trials")
     if errors == trials:
@@ -18,11 +23,18 @@ def rate_upper(errors: int, trials: int, confidence: float) -> float:
 
 
 def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) -> float:
-    """Compute a lower bound on μ of a Gaussian trade-off from a test's two error counts, each out
-    of `trials`; at least 0.
+    """Compute a lower bound on μ, the distance at which a Gaussian mechanism keeps two neighbouring
+    data sets apart (sensitivity / standard deviation), from the two error counts of a test; at
+    least 0.
 
-    β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β). Each error rate is bounded with error probability
-    (1 - confidence) / 2.
+    - false_alarms: how many of the trials without the audited unit the test took for trials with it
+    - misses: how many of the trials with the unit the test took for trials without it
+    - trials: the number of trials without the unit, and as many with it
+    - confidence: the probability that the bound is at most the true μ, such as 0.95
+
+    With rates α of false alarms and β of misses, β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β). Each
+    error rate is bounded with error probability (1 - confidence) / 2.
+    Errors: ValueError, as for `rate_upper`.
     Reference: Dong, Roth & Su 2022, definition 2.6; Nasr et al. 2023, section 4."""
     half = 1 - (1 - confidence) / 2
     alpha = rate_upper(false_alarms, trials, half)
@@ -55,6 +67,13 @@ def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence
     """Compute a lower bound on ε from a single run, in which `correct` of `guesses` guesses about m
     independent fair coins were right; 0.0 if random guessing explains that.
 
+    - m: the number of coins; each decided whether one canary was in the run
+    - guesses: the number of coins that the attacker guessed; it may leave out the others
+    - correct: how many of these guesses were right
+    - delta: the δ at which ε is bounded
+    - confidence: the probability that the bound is at most the true ε, such as 0.95
+
+    Errors: ValueError unless correct ≤ guesses ≤ m.
     Reference: Steinke, Nasr & Jagielski 2023, theorem 5.2 and appendix D."""
     if not 0 <= correct <= guesses <= m:
         raise ValueError("correct must be at most guesses, and guesses at most m")
@@ -72,7 +91,11 @@ def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence
 
 
 def _one_run_p(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Compute an upper bound on the p-value of `correct` right guesses under (ε, δ)-DP."""
+    """Compute how probable it is at most, if the run was (ε, δ)-DP, that `correct` guesses or more
+    are right: an upper bound on a p-value.
+
+    - m, guesses, correct: as for `one_run_epsilon`
+    - epsilon, delta: the privacy that is assumed"""
     p_correct = 1 / (1 + math.exp(-epsilon))
     tail = float(binom.sf(correct - 1, guesses, p_correct))
     mass = steepest = 0.0

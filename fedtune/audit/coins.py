@@ -59,12 +59,14 @@ def one_run(
     study: Study, network: Network | None = None, canaries: int = CANARIES, steps: int = MOST_STEPS
 ) -> OneRun:
     """Train `study` once on generated canary units with the shipped local loop, then guess the
-    coins.
+    coins. Return the numbers of guesses, with the claimed ε and the lower bounds on it.
 
-    network: the network to train, by default the study's architecture at tiny size. canaries: the
-    largest number of them. It is reduced to half of the number of trained parameters, since more
-    canaries would hide each other. A canary is one unit: a record of random tokens or, if records
-    are drawn, as many equal records as the cap allows.
+    - study: a private study; its optimiser and its bound C are replaced as described below
+    - network: the network to train, by default the study's architecture at tiny size
+    - canaries: the largest number of canaries. It is reduced to half of the number of trained
+      parameters, since more canaries would hide each other. A canary is one unit: a record of
+      random tokens or, if records are drawn, as many equal records as the cap allows.
+    - steps: the largest number of steps; the plan's own number if that is smaller
 
     The attacker sees every update that leaves the site and knows all canaries. The optimiser is SGD
     with one local step, so that an update holds all of the noised sum (any other optimiser is
@@ -110,6 +112,14 @@ def one_run(
 def _result(
     scores: np.ndarray, coins: np.ndarray, steps: int, delta: float, claimed: float
 ) -> OneRun:
+    """Guess the coins of the canaries with the lowest and with the highest scores, and bound ε by
+    the number of right guesses.
+
+    - scores: (canaries,), higher for a canary that more probably took part
+    - coins: bool (canaries,), whether each canary took part
+    - steps: the number of steps that ran
+    - delta: the plan's δ
+    - claimed: ε of these steps at this δ"""
     per_side = max(1, int(len(coins) * GUESSED / 2))
     order = np.argsort(scores)
     correct = int(coins[order[-per_side:]].sum() + (~coins[order[:per_side]]).sum())
@@ -127,13 +137,14 @@ def _result(
 
 
 class _Attacker:
-    """Estimates which canaries took part, by regressing noised sums on their clipped gradients.
+    """Estimates which canaries took part in training, by a regression of the noised sums on the
+    canaries' clipped gradients.
 
-    Each sum is q G'b + noise, with the canaries' clipped gradients G and the coins b. The noise's
-    standard deviation is estimated outside the span of G, so that a run with less noise than
-    claimed is attacked at its actual noise. The score is the posterior mean of b under a Gaussian
-    prior of variance 1/4; it is the best linear estimate. The evidence of all rounds is added
-    up."""
+    Each sum is q G'b + noise, where G holds the canaries' clipped gradients, and b is 1 for each
+    canary that took part, else 0. The noise's standard deviation is estimated outside the span of
+    G, so that a run with less noise than claimed is attacked at its actual noise. A canary's score
+    is the posterior mean of its b under a Gaussian prior of variance 1/4; it is the best linear
+    estimate. The evidence of all rounds is added up."""
 
     def __init__(self, plan: DpPlan, canaries: int) -> None:
         self._rate = plan.sampling_rate
@@ -171,13 +182,15 @@ def _select_members(everyone: Dataset, coins: np.ndarray) -> Dataset:
 
 
 def _clip_units(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
-    """Compute each unit's clipped contribution, the sum of its rows; fp64 (canaries, d)."""
+    """Compute what each canary adds to a step's sum if it is drawn: the sum of its rows' clipped
+    gradients, fp64 (canaries, d). everyone: the canaries' records, the same number of rows for
+    each."""
     rows = engine.matrix(range(engine.n_rows))
     parts = clip.clip(rows, plan.max_grad_norm, plan.clipping, plan.gamma)
     return parts.view(everyone.n_units, plan.records, -1).sum(dim=1)
 
 
 def _sum(update: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:
-    """Compute the noised sum (d,) from one SGD step's update."""
+    """Recover from the update of one SGD step the noised sum (d,) that it was made of."""
     flat = np.concatenate([update[name].ravel() for name in sorted(update)])
     return flat.astype(np.float64) * (-plan.divisor / learning_rate)

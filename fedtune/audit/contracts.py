@@ -64,13 +64,16 @@ def check(
 ) -> Iterator[Result]:
     """Measure a plug-in against each contract of its group, one result after another.
 
+    - group: "objectives", "strategies", "modalities", "sources", "converters" or "trackers"
+    - name: the name under which the plug-in is registered in its group
+    - options: the plug-in's own options by name; None for their defaults
     - base: the base on whose architecture an objective or a modality is tested; None for a small
       random text model
     - file: the file that a source reads, or whose rows a converter receives
     - less: the same file without one record; needed if a row is not a line of the file
 
     No record of a site is read, and nothing is charged. Errors: ConfigError if there is no such
-    plug-in, or it does not have one of the options."""
+    plug-in, it does not have one of the options, or a source or a converter gets no file."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
     if group == "objectives":
@@ -116,8 +119,15 @@ def study_for(
     modality: str | None = None,
     engine: str = "auto",
 ) -> Study:
-    """Build a private study on `base` with unit patient. It trains an adapter in the last two
-    blocks, or class statistics of the frozen base if the objective needs them."""
+    """Build a private study on `base` whose unit is the patient. It trains an adapter in the last
+    two blocks, or class statistics of the frozen base if the objective needs them.
+
+    - base: the name or the folder of a base
+    - name: the name of the objective; one that reads labels gets three classes
+    - options: the objective's own options; None for their defaults
+    - modality: the name of a modality plug-in; None for this release's modality for such a base
+    - engine: how per-record gradients are computed: "auto" for the fastest way, "opacus" for
+      Opacus"""
     table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
     objective = OBJECTIVES.build(name, options or {})
     if objective.record_format == "label":
@@ -136,7 +146,10 @@ def study_for(
 
 
 def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Result]:
-    """Check an objective.
+    """Check an objective: yield one result for each contract below.
+
+    name, options: as for `check`. base: the name or the folder of the base on whose architecture it
+    is tested.
 
     | parity, isolation, sensitivity, noise | the self-test passes with each engine |
     | one loss a record | the losses have shape (B,), are fp32 and finite |
@@ -189,10 +202,11 @@ def moved_by_company(study: Study, data: CachedDataset) -> float:
 
 
 def modality(name: str, base: str) -> Iterator[Result]:
-    """Check a modality.
+    """Check a modality: yield one result for each contract below. name: the plug-in's name. base:
+    the name or the folder of the base on whose architecture it is tested.
 
-    | place-holders | generated records pass the modality's own check |
-    | too few | a record with one place-holder less is rejected |
+    | place-holders | generated records with files pass the modality's own check |
+    | too few | a record is rejected if one token less stands for its file than the file needs |
     | tensor | a file's tensor is fp32, finite, has one row for each tile, and is repeatable |
     | parity, isolation, sensitivity, noise | the self-test passes on records with generated files |
     """
@@ -217,7 +231,8 @@ def _count_misplaced(study: Study, network: Network) -> float:
 
 
 def _too_few(study: Study, network: Network) -> float:
-    """Count the records that pass although they lack a place-holder; 0 if the text has none."""
+    """Count the generated records that pass the modality's check although one place-holder (a token
+    that stands for the file) was taken out; 0 if no record has a place-holder."""
     passed = 0
     for seed in range(8):
         shown = generate_file(network, study.objective, np.random.default_rng(seed))
@@ -252,7 +267,8 @@ def _tensors(study: Study, network: Network) -> float:
 
 
 def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
-    """Check a strategy. made: builds a new instance of it.
+    """Check a strategy: yield one result for each contract below. made: builds a new instance of
+    it.
 
     | no update | adapter and state do not change, before the first round and later |
     | identical updates | the adapter moves by that update, if the strategy `averages` |
@@ -296,12 +312,14 @@ class _Bench:
         return strategy
 
     def adapter(self, seed: int) -> Arrays:
-        """Draw an adapter."""
+        """Return an adapter of random numbers, or a head for a strategy of class statistics. seed:
+        determines the numbers."""
         shapes = {discriminant.WEIGHT: (CLASSES, HIDDEN), discriminant.BIAS: (CLASSES,)}
         return self._draw_arrays(seed, shapes if self.of_statistics else SHAPES)
 
     def update(self, seed: int) -> Arrays:
-        """Draw a site's update."""
+        """Return one site's update of random numbers, or its class statistics for a strategy that
+        reads them. seed: determines the numbers."""
         return self._draw_arrays(
             seed, {CLASS_SUMS: (CLASSES, DIRECTIONS + 1)} if self.of_statistics else SHAPES
         )
@@ -311,7 +329,10 @@ class _Bench:
         return {n: draw.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
 
     def round(self, strategy: Strategy, adapter: Arrays, seeds: Iterable[int]) -> Arrays:
-        """Run a round of updates with weights 1, 2, …"""
+        """Let `strategy` run one round, and return the adapter after the round.
+
+        - adapter: the adapter before the round
+        - seeds: one update is drawn from each; the first update has weight 1, the next 2, …"""
         return self.round_of(strategy, adapter, [self.update(seed) for seed in seeds])
 
     def round_of(self, strategy: Strategy, adapter: Arrays, updates: list[Arrays]) -> Arrays:
@@ -334,7 +355,8 @@ def statistics_study() -> Study:
 
 
 def _measure_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Compute the largest relative difference; infinite if the names differ."""
+    """Compute the largest relative difference between two sets of arrays by name; infinite if the
+    names differ."""
     if a.keys() != b.keys():
         return math.inf
     largest = 0.0
@@ -369,8 +391,8 @@ def _compare_identical_updates(bench: _Bench) -> float:
 
 
 def _mean(bench: _Bench) -> float:
-    """Compare the step of two updates with the weighted mean of each update's step alone; return
-    the largest difference."""
+    """Compare the strategy's step for two updates together with the weighted mean of its steps for
+    each update alone; return the largest relative difference."""
     worst = 0.0
     for seed in range(5):
         adapter, seeds = bench.adapter(seed), [seed + 1, seed + 2]
@@ -434,7 +456,10 @@ def _compare_restart(bench: _Bench) -> float:
 
 
 def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Result]:
-    """Check a source.
+    """Check a source: yield one result for each contract below.
+
+    file: the file that the source reads. less: the same file without one record; None to leave out
+    one line of `file` at a time.
 
     | rows | the file has rows; each is a dict by column, or a reason of fedtune's own |
     | repeatable | a second reading gives the same rows |
@@ -452,7 +477,9 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
 
 
 def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
-    """Check a converter.
+    """Check a converter: yield one result for each contract below.
+
+    name, options: as for `check`. file: a file whose rows the converter receives.
 
     | converts | it converts each row of the file, as a unit of its own, in a separate process |
     | repeatable | a second conversion gives the same rows |
@@ -491,9 +518,17 @@ def _count_differing(some: list[list[Row] | None], others: list[list[Row] | None
 
 
 def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:
-    """Remove one row at a time, and count the removals after which another row changed too. With
-    `less`, only its one removal is tried. Errors: DataError if the file's rows are not its lines,
-    so that none can be removed."""
+    """Remove one row at a time, at most 50, and count the removals after which another row changed
+    too.
+
+    - plugin: the source that reads the file
+    - file: the whole file
+    - copied: the path at which the file without a row is written, with the suffix of `file`
+    - less: the file without one record, for a file whose rows are not lines. Only this removal is
+      then tried, and the result is 0 if its rows are those of `file` without one, else 1. None:
+      lines of `file` are removed one at a time.
+
+    Errors: DataError if the file's rows are not its lines, so that none can be removed."""
     expected = list(rows(file, {}, strict=False, source=plugin))
     if less is not None:
         remaining = list(rows(less, {}, strict=False, source=plugin))
@@ -515,8 +550,11 @@ def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> fl
 
 
 def _count_mishandled_files(plugin: Source, copied: Path) -> float:
-    """Count the broken files whose content a message quotes. An error other than a DataError is
-    passed on."""
+    """Count the broken files whose content is quoted in an error's text or in the reason why a row
+    was left out. An error other than a DataError is passed on.
+
+    - plugin: the source that reads the files
+    - copied: the path at which each broken file is written"""
     wrong, draw = 0, np.random.default_rng(0)
     for prefix in (None, b"", draw.bytes(4096), b'"'):
         copied.write_bytes(b"" if prefix is None else prefix + SECRET.encode())
@@ -531,7 +569,7 @@ def _count_mishandled_files(plugin: Source, copied: Path) -> float:
 
 
 def tracker(plugin: Tracker) -> Iterator[Result]:
-    """Check a tracker.
+    """Check a tracker: yield one result for each contract below.
 
     | events | it accepts the events of a run |
     | data | it does not change an event's data |

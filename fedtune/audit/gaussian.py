@@ -29,11 +29,14 @@ DIMENSION, OTHERS = 64, 3
 class OneStep:
     """The result of the audit of one step.
 
-    - claimed: ε of one step in which every unit takes part, at `delta`
-    - audited: the lower bound on ε at 95 % confidence; ceiling: that at 99.9 %
+    - trials: how often a step ran with the audited unit, and how often without it
+    - claimed: the ε that one step in which every unit takes part is said to have, at `delta`
+    - audited, ceiling: lower bounds on this ε, at 95 % and at 99.9 % confidence
+    - false_alarms, misses: how many trials without the unit were taken for trials with it, and the
+      reverse
     - broken: whether the ceiling is above the claim
-    - weak: whether the bound is below 80 % of a claim of at least 3; then the step has more noise
-      than claimed, or the test was not effective
+    - weak: whether `audited` is below 80 % of a claim of 3 or more, in a test with enough trials;
+      if so, the step has more noise than claimed, or the test was not effective
     """
 
     trials: int
@@ -63,13 +66,18 @@ class OneStep:
 
 
 def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> OneStep:
-    """Run `trials` steps of `plan` with a canary and as many without, and tell them apart by one
-    projection of the noised sum.
+    """Run `trials` steps of `plan` with a canary and as many without, and tell the two kinds of
+    steps apart by one projection of the noised sum.
 
-    The canary is a unit whose k rows all point the same way and are longer than C. It is added to
-    three generated units that the attacker knows. Every unit is in the step (q = 1), and the claim
-    is taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
-    plan allows, μ/2. It follows from theory, before a trial is run.
+    The canary is a unit with k rows, the most that the plan lets one have. They all point the same
+    way, and are longer than the clipping norm C. The canary is added to three generated units that
+    the attacker knows. Every unit is in the step (q = 1), and the claim is taken at q = 1 too; the
+    sampler has its own test. The threshold is half of the shift that the plan allows, μ/2. It
+    follows from theory, before a trial is run.
+
+    plan: the plan by which steps run, with its σ, C and k. dimension: the length of the generated
+    gradients.
+
     Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
     read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
@@ -109,7 +117,8 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
 
 
 def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
-    """Compute the clipped sum of the units that the attacker knows."""
+    """Compute the sum of the clipped gradients of the units that the attacker knows, (dimension,).
+    others: their gradients, one unit per row."""
     norms = np.linalg.norm(others, axis=1, keepdims=True)
     c = plan.max_grad_norm
     flat = plan.clipping == "flat"
@@ -118,6 +127,14 @@ def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
 
 
 def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials: int) -> np.ndarray:
+    """Run steps on the same rows, and return the component of each noised sum in one direction,
+    (trials,).
+
+    - plan: the plan by which each step clips and adds noise
+    - rows: the gradients of all rows, fp32 (rows, dimension); each row is in every step
+    - toward: the direction, a unit vector, fp64 (dimension,)
+    - trials: the number of steps"""
+
     def gradients(drawn: list[int]) -> Iterator[Chunk]:
         yield Chunk(drawn, [rows[drawn]])  # a copy, which the step wipes
 
@@ -131,8 +148,13 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
-    """Run one step and return the noised sum that an attacker sees. For sites that share noise,
-    this is the sum of the honest sites, all but one of which have no record."""
+    """Run one step and return the noised sum that an attacker sees, (dimension,). For sites that
+    share noise, this is the sum of the honest sites, all but one of which have no record.
+
+    - plan: the plan of a site, with the divisor 1, so that the mean that a step returns is the sum
+    - n_rows, dimension: the shape of the gradients at the one site that has records
+    - gradients: yields the gradients of the sampled rows; the step overwrites them
+    - log: gets a line for each noised sum"""
     if plan.sites == 1:
         return plan.step(n_rows, dimension, gradients, log, 1)
     total = plan.noised_sum(n_rows, dimension, gradients, log, 1)

@@ -33,13 +33,14 @@ class Membership:
     - auc, tpr: (estimate, low, high) with a 95 % interval over units; tpr is the share of members
       found at 1 % false alarms
     - auc_bound, tpr_bound: the largest values that (ε, δ) allows
-    - curve: (false alarms, members found)
-    - alarms: the upper end (98.75 %) of the threshold's true rate of false alarms, since the
+    - curve: the points (false alarms, members found) of the ROC curve
+    - alarms: the upper confidence limit (98.75 %) on the true rate of false alarms, since the
       threshold is estimated from few others
-    - surely_found: the lower end (Clopper-Pearson, 98.75 %) of the members found
-    - surely_allowed: the most that (ε, δ) allows at `alarms`
+    - surely_found: the lower confidence limit (Clopper-Pearson, 98.75 %) on the share of members
+      found
+    - surely_allowed: the largest share of members found that (ε, δ) allows at `alarms`
 
-    Both ends count units, since several guesses about one unit are not independent."""
+    Both limits count units, since several guesses about one unit are not independent."""
 
     members: int
     others: int
@@ -54,7 +55,8 @@ class Membership:
 
     @property
     def contradicts(self) -> bool:
-        """Return whether the lower end of an interval is above the largest value that ε allows."""
+        """Whether the attack found more than ε allows: whether the lower end of an interval is
+        above the bound."""
         return self.auc[1] > self.auc_bound or self.surely_found > self.surely_allowed
 
 
@@ -63,9 +65,15 @@ def membership(
 ) -> Membership:
     """Measure how well scores tell members (inside) from others (outside): arrays (units, guesses).
 
+    - inside: the scores of units that were trained on; a row holds all scores of one unit
+    - outside: the scores of units that were not trained on, in the same form
+    - epsilon: the ε that bounds the figures; None without privacy, so that every bound is 1
+    - delta: the δ of that ε
+    - seed: the seed of the bootstrap, so that the intervals can be computed again
+
     Return the AUC and the share of members found, with intervals, and the bounds that (epsilon,
-    delta) sets; the bounds are 1 if epsilon is None. The intervals come from a bootstrap over
-    units, since the guesses about one unit are not independent. A tie counts half in the AUC.
+    delta) sets. The intervals come from a bootstrap over units, since the guesses about one unit
+    are not independent. A tie counts half in the AUC.
 
     >>> import numpy as np
     >>> told = membership(np.full((20, 1), 2.0), np.full((20, 1), 1.0), 1.0, 1e-5)
@@ -108,16 +116,17 @@ def auc(inside: Scores, outside: Scores) -> float:
 def compute_true_positive_rate(
     inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS
 ) -> float:
-    """Compute the share of members whose score exceeds a threshold; at most a share `alarms` of the
-    others exceeds it."""
+    """Compute the share of members whose score is above a threshold. The threshold is the lowest
+    score of a non-member that at most a share `alarms` of the non-members exceeds. inside, outside:
+    the scores of members and of non-members, arrays of any shape."""
     others = np.sort(outside.ravel())
     threshold = others[-1 - math.floor(alarms * others.size)]
     return float((inside.ravel() > threshold).mean())
 
 
 def most_alarms(others: int) -> float:
-    """Compute the upper end of the true rate of false alarms at a 1 % threshold that is estimated
-    from the scores of `others` units.
+    """Compute how high the true rate of false alarms may be at a threshold that 1 % of `others`
+    known non-members exceed: its upper confidence limit (98.75 %).
 
     >>> round(most_alarms(10), 2), round(most_alarms(10_000), 3)
     (0.35, 0.012)
@@ -127,8 +136,8 @@ def most_alarms(others: int) -> float:
 
 
 def least_found(share: float, members: int) -> float:
-    """Compute the lower end of the share of members found, if a share `share` of `members` units
-    was found (Clopper and Pearson 1934)."""
+    """Compute the lower confidence limit (98.75 %, Clopper and Pearson 1934) on the share of
+    members that an attack finds, if it found the share `share` of `members` units."""
     hits = math.floor(share * members + 1e-9)
     return float(beta.ppf(SIDE, hits, members - hits + 1)) if hits else 0.0
 
@@ -153,6 +162,7 @@ def tpr_bound(alarms: float, epsilon: float, delta: float) -> float:
 
 
 def auc_bound(epsilon: float, delta: float) -> float:
-    """Compute the largest area under a ROC curve that (ε, δ) allows: that under `tpr_bound`."""
+    """Compute the largest area under a ROC curve that (ε, δ) allows: the area under the curve that
+    `tpr_bound` gives."""
     grid = np.concatenate([[0.0], np.logspace(-8, 0, 4001)])
     return float(np.trapezoid([tpr_bound(a, epsilon, delta) for a in grid], grid))

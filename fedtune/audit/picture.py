@@ -12,7 +12,8 @@ from fedtune.audit.membership import Membership, tpr_bound
 
 def curves(named: Mapping[str, Membership], epsilon: float | None, delta: float) -> bytes:
     """Draw a ROC curve with logarithmic axes, as a PNG: one line per attack, random guessing,
-    and the bound of (ε, δ)."""
+    and the bound of (ε, δ). named: the legend's text for each attack → its result. epsilon: None
+    draws no bound."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")

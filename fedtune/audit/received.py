@@ -51,10 +51,12 @@ SUM = "the sum"  # stands for the sender if only the sum of all sites' updates i
 
 @dataclass(frozen=True)
 class Along:
-    """The mean cosine of updates with a site's records, minus the mean cosine with all sites'
-    records of the same classes.
+    """How far one sender's updates point along the records of one site.
 
-    - of: the class; "" for all classes
+    - site: the site whose records are compared; records: how many they are
+    - of: the class of these records; "" for all classes
+    - cosine: the mean cosine of the updates with the steps of these records, minus the mean cosine
+      with all sites' records of the same classes
     - p: the p-value by a permutation of the sites' names, times the number of such comparisons for
       these updates (Bonferroni)"""
 
@@ -67,8 +69,12 @@ class Along:
 
 @dataclass(frozen=True)
 class Traced:
-    """The result for the updates of one site, or for SUM. sites: how far the updates point along
-    each site's records; by_class: the same within each class in which sites can be compared."""
+    """What the updates of one sender reveal about whose records they were made from.
+
+    - updates: the name of the site that sent them; SUM if only the sum of all sites' updates is
+      opened
+    - sites: for each site, how far the updates point along its records
+    - by_class: the same within each class in which sites can be compared"""
 
     updates: str
     sites: tuple[Along, ...]
@@ -76,14 +82,15 @@ class Traced:
 
     @property
     def named(self) -> Along:
-        """Return the entry that is named as the source: the one with the smallest p, then the
-        largest cosine."""
+        """The site, and perhaps the class, that the attack names as the updates' source: the entry
+        with the smallest p; of several, the one with the largest cosine."""
         return min((*self.sites, *self.by_class), key=lambda one: (one.p, -one.cosine))
 
 
 @dataclass(frozen=True)
 class Party:
-    """A sender of updates: its records, its plan, and its weight for the strategy."""
+    """A sender of updates: the records on which it trains, the plan of its steps, and the weight of
+    its updates in the strategy."""
 
     data: CachedDataset
     plan: StepPlan
@@ -102,8 +109,12 @@ def attack_received(
     records, so only this user can read `out`.
 
     Args:
+        run: a finished run, whose study is trained again.
         records: site's name -> a file with the study's columns.
-        out: a folder for received.json.
+        out: a folder for received.json; None writes nothing.
+
+    Returns: how far each site's updates point along each site's records; of a study with secure
+    aggregation, how far the sum of all updates does.
 
     >>> from fedtune import Run
     >>> from fedtune.audit.received import attack_received
@@ -157,8 +168,8 @@ def attack_received(
 
 
 def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
-    """Draw half of each site's units to train on, from a fixed seed. Return a mask of their
-    rows."""
+    """Draw half of each site's units, from a fixed seed, to train on. Return a mask of all records
+    that is True for the records of these units. asked: the site and the unit of each record."""
     random, trains = np.random.default_rng(0), np.zeros(len(asked.sites), dtype=bool)
     for number in range(len(asked.names)):
         units = np.unique(asked.units[asked.sites == number])
@@ -167,7 +178,8 @@ def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
 
 
 def _of_units(examples: Sequence[Example], asked: Asked, rows: npt.NDArray[np.bool_]) -> Dataset:
-    """Build a site's training set from its rows; the rows of a unit stand together."""
+    """Build the training set of the records that the mask `rows` marks; the records of a unit stand
+    together in it. examples, asked: all sites' records, and their units in the same order."""
     here = np.flatnonzero(rows)
     here = here[np.argsort(asked.units[here], kind="stable")]
     units, numbers = np.unique(asked.units[here], return_inverse=True)
@@ -181,8 +193,10 @@ def _each_a_unit(examples: Sequence[Example]) -> Dataset:
 
 
 def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
-    """Return name -> sender. If only the sum of updates is opened, there is one sender, SUM. It has
-    all sites' records and their joint noise, and its update includes the optimiser's step."""
+    """Build the senders of updates, by name: the sites or, if only the sum of their updates is
+    opened, one sender called SUM. SUM has all sites' records and their joint noise, and its update
+    includes the optimiser's step. names, data: the sites, and the records on which each trains, in
+    the same order."""
     if study.secure_aggregation:
         whole = join([one.dataset for one in data])
         plan = joint_plan(study, whole.n_units, len(data))
@@ -213,7 +227,8 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
     """Return the plan of one site whose update is like the sum of `sites` sites' updates: it has
-    all their units, and adds the noise that all of them add."""
+    all their units, and adds the noise that all of them add. units: the number of units of all
+    these sites together. Without privacy it adds no noise."""
     if not study.private:
         return non_private_plan(study, units)
     plan = plan_for_site(study, units)
@@ -228,8 +243,8 @@ def compare_received(
     receives with the update that each candidate alone would cause. Return sender -> the candidates'
     mean cosines over all rounds, (n,).
 
-    candidates: n records, each a unit of its own, on the parties' network. The network's arrays are
-    restored afterwards."""
+    begun: the study's starting point. parties: name -> sender. candidates: n records, each a unit
+    of its own, on the parties' network. The network's arrays are restored afterwards."""
     study, network = begun.study, candidates.network
     adapter = begun.adapter
     server = build_strategy(study)
@@ -254,7 +269,7 @@ def compare_received(
 
 def _rounds(study: Study, party: Party) -> int:
     """Return the study's number of rounds or, for a study without a last round, the number that a
-    patient's budget pays for."""
+    patient's budget pays for at this sender."""
     plan = party.plan
     return plan.rounds if isinstance(plan, DpPlan) else study.training.rounds or 0
 
@@ -282,8 +297,12 @@ def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) 
 
 
 def trace(updates: str, values: Floats, asked: Asked) -> Traced:
-    """Compare the sites by the mean cosines of their records. values: (n,), each compared record's
-    mean cosine with these updates."""
+    """Test which site's records these updates were made from, by the mean cosines of the records
+    with the updates, in all classes together and in each.
+
+    updates: the name of the site that sent them; SUM for the sum of all sites' updates. values:
+    (n,), each compared record's mean cosine with these updates. asked: the site, class and unit of
+    these records."""
     classes = [str(name) for name in np.unique(asked.classes)]
     parts = {name: asked.classes == name for name in classes} if len(classes) > 1 else {}
     parts = {name: rows for name, rows in parts.items() if len(np.unique(asked.sites[rows])) > 1}
@@ -296,6 +315,15 @@ def trace(updates: str, values: Floats, asked: Asked) -> Traced:
 
 
 def _along(values: Floats, asked: Asked, of: str, parts: int) -> list[Along]:
+    """Test for each site whether the updates point more along its records than along those of all
+    sites. Return an `Along` for each site that has records among those compared.
+
+    - values: (n,), the mean cosine of each of these records with the updates
+    - asked: the site, class and unit of these records
+    - of: the class of these records; "" for all classes
+    - parts: the number of comparisons with these updates: one of all classes and, if there are
+      several classes, one of each that two sites or more have. A p-value is multiplied by this
+      number and by the number of sites compared (Bonferroni)."""
     means, p = compare(values, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
     there = np.flatnonzero(held)
@@ -309,7 +337,7 @@ def _along(values: Floats, asked: Asked, of: str, parts: int) -> list[Along]:
 
 
 def lines(found: Sequence[Traced]) -> list[str]:
-    """Describe the result in words."""
+    """Describe in lines of text what the updates reveal about the sites."""
     said = []
     for one in found:
         named = one.named

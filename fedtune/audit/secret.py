@@ -91,6 +91,12 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     Return the secrets' exposure, and how many of them the network writes by itself. If the secrets
     were not planted, the mean exposure is what chance gives.
 
+    - network: the study's network with the adapter loaded that is examined; it is the same again
+      afterwards
+    - study: the study whose seed and record format determine the secrets
+    - secrets: how many secrets are ranked: those that `generate_secrets` makes for this number
+    - pool: among how many numbers each secret is ranked, the secret included
+
     Errors: DataError if the study's tokenizer or length cannot hold such a record.
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
     numbers = _numbers(study, secrets, pool)
@@ -112,7 +118,8 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
 
 
 def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
-    """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence.
+    """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence. found: an
+    exposure, of which only the numbers of secrets and of ranks are read.
 
     In a model without the secret's record, the secret's rank is uniform. So with its record the
     rank is at most r with probability at most e^ε · r / pool + δ, whatever the ranks of the other
@@ -129,7 +136,8 @@ def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
 
 def most_extracted(epsilon: float, delta: float) -> float:
     """Return the largest probability that (ε, δ) allows for the extraction of one secret. Without
-    the secret's record, a model writes it with probability at most 1 / SPACE.
+    the secret's record, a model writes it with probability at most 1 / SPACE, where SPACE is the
+    number of possible secrets.
 
     >>> round(most_extracted(8.0, 1e-5), 6)
     4.3e-05
@@ -138,7 +146,8 @@ def most_extracted(epsilon: float, delta: float) -> float:
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
-    """Compute the exposure of each row's first column among all columns. A tie counts against the
+    """Compute the exposure in bits of each secret. losses: one row for each secret, with the
+    secret's loss in the first column and those of other numbers beside it. A tie counts against the
     secret."""
     ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
     return np.asarray(np.log2(losses.shape[1] / ranks))
@@ -196,8 +205,8 @@ def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
 
 
 def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
-    """Draw different numbers (secrets, pool). The first of each row is the secret, which does not
-    depend on `pool`."""
+    """Draw an array of numbers (secrets, pool) from the study's seed; no row has a number twice.
+    The first number of each row is the secret, which does not depend on `pool`."""
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     rows = []
     for at in range(secrets):

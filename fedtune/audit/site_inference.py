@@ -7,9 +7,11 @@ records the model learnt.
 
 Both are compared with chance: the sites' names are permuted among units that have records of the
 same classes, so that information from the class alone does not count (Noreen 1989, chapter 2). ε
-protects a patient, so it covers neither. A guess above chance may come from the records' own style,
-which every function of them shows. What training on them adds is the difference from `references`,
-models that did not learn from these sites."""
+protects a patient, so it covers neither.
+
+A guess above chance need not come from training: records of a site may share a style, by which the
+outputs of any model tell them apart. So the same guess is made with `references`, models that did
+not learn from these sites; what is above theirs comes from training on the sites' records."""
 
 from __future__ import annotations
 
@@ -54,9 +56,12 @@ class Guessed:
 
 @dataclass(frozen=True)
 class Learnt:
-    """How much more the loss fell on a site's records than on all records of their classes (nats).
+    """How much better the model learnt one site's records.
 
-    p: the share of permutations with at least as large a value, times the number of sites."""
+    - site, records: the site, and the number of its records
+    - fall: how much more the loss fell on these records than on all records of their classes (nats)
+    - p: the share of permutations of the sites' names with at least as large a value, times the
+      number of sites (Bonferroni)"""
 
     site: str
     records: int
@@ -68,10 +73,11 @@ class Learnt:
 class SiteInference:
     """What a model's outputs reveal about sites.
 
-    - guessed, learnt: the results for all classes together, and for each site
-    - by_class: the guesses within each class; their p is multiplied by the number of classes
-    - references: folder -> the same guess from outputs of a model that did not learn from these
-      sites"""
+    - guessed: how well the records' sites are guessed, in all classes together
+    - learnt: how much better the model learnt the records of each site
+    - by_class: as `guessed`, within each class; their p is multiplied by the number of classes
+    - references: a run's folder -> as `guessed`, from the outputs of that run's model, which did
+      not learn from these sites"""
 
     guessed: Guessed
     by_class: tuple[Guessed, ...]
@@ -81,7 +87,12 @@ class SiteInference:
 
 @dataclass(frozen=True)
 class Asked:
-    """The site, the class and the unit of each record, by row."""
+    """The site, the class and the unit of each record, as arrays with one entry per record.
+
+    - names: the sites' names
+    - sites: the number of each record's site in `names`
+    - classes: each record's class, "" if it has none
+    - units: the number of each record's unit; two sites have no unit in common"""
 
     names: tuple[str, ...]
     sites: Ints
@@ -103,9 +114,10 @@ def attack_sites(
     result is an exact function of the records, so only this user can read `out`.
 
     Args:
+        run: the finished run whose model is examined.
         records: site's name -> a file with the study's columns.
         references: runs of the same study's base that did not learn from these sites.
-        out: a folder for sites.json.
+        out: a folder for sites.json; None writes nothing.
 
     >>> from fedtune import Run
     >>> from fedtune.audit.site_inference import attack_sites
@@ -128,8 +140,8 @@ def attack_sites(
 
 
 def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict[str, DataFile]:
-    """Describe each site's file, sorted by the sites' names. Errors: ConfigError if there are fewer
-    than two."""
+    """Return each site's name -> its file, sorted by name. A bare path becomes a file with the
+    columns of the study. Errors: ConfigError if there are fewer than two sites."""
     if len(records) < 2:
         raise ConfigError(
             "records of one site only",
@@ -144,7 +156,8 @@ def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict
 
 def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
     """Compute how training changed the outputs on each record, (n, 2): the fall of its loss, and
-    the change of the model's confidence. Also return the records' sites, classes and units."""
+    the change of the model's confidence. Also return the records' sites, classes and units. given:
+    each site's name -> its file."""
     changes = list[Floats]()
     readers, asked = read(run, given)
     for evaluator, trained in readers:
@@ -156,8 +169,11 @@ def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
 
 
 def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator, Arrays]], Asked]:
-    """Read each site's records. Return, for each site, its evaluator and the run's trained arrays;
-    and the site, class and unit of each record, in the same order.
+    """Read each site's records, and make ready to run the model on them. given: each site's name ->
+    its file.
+
+    Returns: for each site, a pair of the evaluator of its records and the run's trained arrays; and
+    the site, class and unit of each record, in the same order.
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
     choices = study.evaluation.choices if study.evaluation else ()
@@ -187,7 +203,8 @@ def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator,
 
 
 def _units(file: DataFile, usable: int) -> list[str]:
-    """Return the unit of each record. Without a patient column each record is its own unit.
+    """Return the unit of each record: its patient or, without a patient column, the record itself.
+    usable: how many of the file's records the model can read.
 
     Errors: DataError if the file names patients and the model cannot read one of its rows."""
     if not file.columns.patient:
@@ -221,14 +238,16 @@ def infer(outputs: Floats, asked: Asked) -> SiteInference:
 
 
 def of_class(asked: Asked, name: str) -> Asked:
-    """Return the rows of one class."""
+    """Return the entries of the records that are of one class. name: the class."""
     rows = asked.classes == name
     return Asked(asked.names, asked.sites[rows], asked.classes[rows], asked.units[rows])
 
 
 def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
-    """Guess each record's site, and compare the share of correct guesses with chance. of: the class
-    that the records are of; "" for all."""
+    """Guess each record's site, and compare the share of correct guesses with chance.
+
+    outputs: (n, d), how training changed the model's outputs on each record. asked: the site, class
+    and unit of each record. of: the class that the records are of; "" for all."""
     shares = np.concatenate([_shares(outputs, asked, names) for names in _exchange_names(asked)])
     found, null = float(shares[0]), shares[1:]
     records = int(_counts(asked)[1].sum())
@@ -237,8 +256,9 @@ def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
 
 
 def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the rows of each class in which sites can be told apart, and the numbers of these
-    rows."""
+    """Find the classes in which sites can be told apart: those of which two sites or more have at
+    least two records each. Return, for each of these classes, the indices of its records; and an
+    array with the number of these records."""
     rows = []
     for name in np.unique(asked.classes):
         here = np.flatnonzero(asked.classes == name)
@@ -249,8 +269,12 @@ def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
-    """Compute the share of correct guesses, with equal weight for each site, for each row of
-    `sites` (exchanges, n), the sites' names in one permutation. Return (exchanges,)."""
+    """Compute the share of records whose site is guessed correctly, with equal weight for each site
+    within a class, once for each permutation of the sites' names. Return one share per permutation.
+
+    - outputs: (n, d), how training changed the model's outputs on each record
+    - asked: the site, class and unit of each record
+    - sites: (permutations, n), the number of each record's site in each permutation"""
     rows, counts = _counts(asked)
     if not rows:
         return np.zeros(len(sites))
@@ -261,8 +285,12 @@ def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
 
 
 def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
-    """Compute the share of correct guesses within one class from values (m, d), for each row of
-    `sites` (exchanges, m). Return (exchanges,). number: how many sites there are."""
+    """Compute the share of records of one class whose site is guessed correctly, with equal weight
+    for each site, once for each permutation of the sites' names. Return one share per permutation.
+
+    - values: (m, d), how training changed the model's outputs on each record of the class
+    - sites: (permutations, m), the number of each record's site in each permutation
+    - number: how many sites there are"""
     spread = values.std(axis=0)
     values = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     own = np.eye(number)[sites]  # (exchanges, m, sites)
@@ -282,8 +310,9 @@ def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
 
 
 def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
-    """Compare the fall of the loss on each site's records with that on all records of their
-    classes."""
+    """Compare how much the loss fell on each site's records with how much it fell on all records of
+    their classes; return an entry for each site. falls: (n,), the fall of the loss on each
+    record."""
     found, p = compare(falls, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
     return tuple(
@@ -295,7 +324,7 @@ def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
 def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
     """Compare each site's mean of `values` (n,) with the mean over all records of its classes.
     Return two arrays (sites,): the differences, and the share of permutations of the sites' names
-    that give at least as large a difference."""
+    that give at least as large a difference. asked: the site, class and unit of each record."""
     centred = values.copy()
     for name in np.unique(asked.classes):
         rows = asked.classes == name
@@ -310,9 +339,10 @@ def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
 
 
 def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
-    """Yield the sites' numbers (1, n) as they are, then EXCHANGES permutations of them, in blocks
-    (exchanges, n), from a fixed seed. They are permuted among units whose records are of the same
-    classes."""
+    """Yield arrays of the number of each record's site, one row for each permutation of the sites'
+    names: first the true numbers (1, n), then EXCHANGES permutations in blocks of up to `block`
+    rows, from a fixed seed. A unit's records keep one site, and only units whose records are of the
+    same classes exchange theirs."""
     yield asked.sites[None]
     first = np.unique(asked.units, return_index=True)[1]
     unit = np.searchsorted(asked.units[first], asked.units)
@@ -330,7 +360,7 @@ def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
 
 
 def lines(found: SiteInference) -> list[str]:
-    """Describe the result in words."""
+    """Describe in lines of text what the model's outputs reveal about the sites."""
 
     def format_guess(one: Guessed) -> str:
         return f"{one.share:.0%} where chance is {one.chance:.0%} (p = {one.p:.3g})"

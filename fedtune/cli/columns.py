@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def named_columns(data: Path, pairs: list[str]) -> DataFile:
-    """Return the file `data` with its columns named by KEY=NAME pairs; without any pair, the column
-    "prompt" is its only one.
+    """Return the file `data`, with its columns named by `pairs`: texts KEY=NAME, such as
+    prompt=question. Without any pair the file has one column, "prompt".
 
-    Errors: ConfigError."""
+    Errors: ConfigError if a KEY is no part of a record, or the parts do not fit together."""
     from pydantic import ValidationError
 
     from fedtune.core.config import Columns, DataFile

@@ -46,7 +46,7 @@ def warn_not_private(console: Console) -> None:
 
 def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
     """Build the table of the answers that wait until a person at this site releases them, with
-    their study, round, length and cost."""
+    their study, round, length and cost. delta: the δ at which the cost is computed."""
     table = Figures(
         caption=f"ε: of this round alone, at policy.max_delta = {delta:g}. Times are UTC.",
         caption_justify="left",
@@ -77,7 +77,8 @@ def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
 
 
 def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
-    """Print a finished run's result, its folder and the next step."""
+    """Print a finished run's result, its folder and the next step. out: the run's folder. report:
+    the content of its report.json."""
     quality = report.get("quality") or {}
     metric, before, after = (quality.get(k) for k in ("metric", "before", "after"))
     before = before.get(metric) if isinstance(before, dict) else before
@@ -160,8 +161,8 @@ def uses_of(out: Path) -> list[tuple[str, str]]:
 
 
 def print_verdict(console: Console, quality: dict[str, Any]) -> None:
-    """Print whether the model is better than the base, and for pairs also further metrics and
-    warnings."""
+    """Print whether the model is better than the base, and for a run on preference pairs also
+    further metrics and warnings. quality: the figures in the run's report."""
     claim = verdict(quality)
     style = None if claim.startswith("better") else "bold yellow"
     console.print(f"  {claim}", style=style, highlight=False, markup=False)
@@ -255,8 +256,8 @@ def _digest(value: Any) -> str:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """Build the table of the metric of a run's base, of its adapter, and of the change, with 95 %
-    intervals."""
+    """Build the table of a run's metric: for the base, for the adapter, and the change from one to
+    the other, each with a 95 % interval. result: the figures of one evaluation."""
     metric, interval = result["metric"], result["interval"]
     reasons = [f", {n:,} left out: {why}" for why, n in sorted(result["rejected"].items()) if n]
     caption = f"{result['records']:,} records" + "".join(reasons)
@@ -356,7 +357,8 @@ def side_by_side(before: str, after: str) -> Table:
 
 def answers_table(found: dict[str, Any]) -> Table:
     """Build the table of prompts with the expected answer and the answers of base and adapter. An
-    answer that is a label has its probability beside it."""
+    answer that is a label has its probability beside it. found: the content of the run's
+    answers.json."""
 
     def text(answer: dict[str, Any]) -> Text:
         share = answer.get("probability")

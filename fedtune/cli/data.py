@@ -150,8 +150,8 @@ def describe(
 
 
 def _plan(path: Path, site: Site, settings: list[str]) -> Study:
-    """Load a study.toml, or a plan as JSON, without computing what public text adds to it. The data
-    report needs no adapter."""
+    """Load a study.toml, or a plan as JSON, without what public text adds to the plan, since a
+    report on data does not depend on it."""
     from fedtune.core.config import load_study
     from fedtune.core.vault.policy import permit_plugins
     from fedtune.officer.review import read_plan

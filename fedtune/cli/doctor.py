@@ -198,7 +198,8 @@ class Checking:
 
 
 def _kind(file: Path) -> str:
-    """Return "site" or "study", whichever table the file has. Errors: ConfigError."""
+    """Return whose settings a file holds: "site" if it has a table [site], "study" if it has a
+    table [study]. Errors: ConfigError if it has neither."""
     from fedtune.core.files import reading
 
     expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"

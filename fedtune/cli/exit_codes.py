@@ -48,7 +48,12 @@ def command(
     Before the command runs, arguments are refused that no command can use: a path that no file can
     have, text that is not UTF-8, a number that is not finite. A command whose function returns a
     result, rather than None, gets the option --json. With --json stdout holds the result as JSON
-    alone, and text for people goes to stderr."""
+    alone, and text for people goes to stderr.
+
+    - on: the app, or the group of commands, at which the command is registered
+    - name: the command's name; None for the name of its function
+    - panel: the heading under which --help lists the command
+    - epilog: the last lines of the command's own --help"""
 
     def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
@@ -137,7 +142,8 @@ def _returns(function: Callable[..., Any]) -> bool:
 
 
 def _add_json(guarded: Any, function: Callable[..., Any]) -> None:
-    """Add the option --json to the command's own options."""
+    """Add the option --json to a command. guarded: the function that is registered, which gets the
+    option. function: the command's own function, whose options are kept."""
     option = typer.Option(
         "--json", help="Print the result as JSON on stdout; everything else goes to stderr."
     )
@@ -172,8 +178,8 @@ def _check(name: str, value: Any) -> None:
 
 
 def _fault(error: Exception) -> str:
-    """Describe an unexpected exception: a lack of memory, what the operating system refused, in its
-    words, or else an internal error."""
+    """Describe in a few words an exception that fedtune does not expect: that memory is lacking,
+    that the operating system refused something and why, or else that the error is internal."""
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     if isinstance(error, OSError) and error.errno:

@@ -21,7 +21,8 @@ ALLOWED = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
 
 
 class Task(StrEnum):
-    """The presets of fedtune.presets.TASKS."""
+    """The tasks for which there is a recipe: the values of --task, with the names of
+    fedtune.presets.TASKS."""
 
     CLASSIFY = "classify"
     ANSWER = "answer"
@@ -304,7 +305,8 @@ def init(
 
 def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
     """Describe the ε of a study whose sites share noise, with and without its assumption, and what
-    the sites must do. Return [] if the sites do not share noise."""
+    the sites must do. Return [] if the sites do not share noise. folder: the new study's folder.
+    records: what `fedtune init` was told of the study."""
     if records.colluding is None:
         return []
     from fedtune.accounting.costs import shared_lines
@@ -320,8 +322,9 @@ def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
 
 
 def _time(folder: Path, records: Records) -> list[str]:
-    """Describe how long the new study will take on this machine. Return [] for a site alone, or if
-    the time cannot be estimated."""
+    """Describe how long the new study will take on this machine. Return [] if only the files of a
+    site were written, or if the time cannot be estimated. folder: the new study's folder. records:
+    what `fedtune init` was told of the study."""
     from fedtune.core.config import load_study
     from fedtune.presets.duration import forecast
 
@@ -344,8 +347,9 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
 def _templates(
     folder: Path, records: Records, size: list[int] | None
 ) -> tuple[list[Path], str, str]:
-    """Write the commented files of a study without a recipe. Return their paths, a note about the
-    unit, and the next commands.
+    """Write the commented files of a study without a recipe. Return their paths, a text that says
+    what the unit is, and a text with the next commands. size: the values of --size, which only a
+    recipe has.
 
     Errors: ConfigError for an option of a recipe, DataError for a column or a file that does not
     exist."""
@@ -379,8 +383,9 @@ def _templates(
 
 
 def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> Records:
-    """On a terminal, ask for missing column names and sizes; elsewhere leave the names to the task,
-    and take 200 as the size."""
+    """Return `records` with the missing column names and sizes filled in. On a terminal a person is
+    asked for them; elsewhere the columns stay unnamed, so that the task's own names hold, and the
+    size is 200."""
     from fedtune import presets
 
     asking = sys.stdin.isatty()
@@ -396,7 +401,8 @@ def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> R
 
 
 def _complete(records: Records, task: Task) -> Records:
-    """On a terminal, ask for the files, classes and number of sites that this role needs."""
+    """Return `records` with the files, the classes and the number of sites that its role needs, for
+    which a person is asked on a terminal. Elsewhere return `records` unchanged."""
     if not sys.stdin.isatty():
         return records
     from fedtune.presets.places import place_of

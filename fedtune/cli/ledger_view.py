@@ -41,8 +41,8 @@ def ledger_view(
 ) -> Group:
     """Build the whole print-out for one dataset, including other datasets that count against it.
 
-    unit: "patient" or "record", whichever the site's file identifies; None to state each study's ε
-    for its own unit."""
+    unit: the site's unit, "patient" or "record"; None to state each study's ε for the unit that it
+    had."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     arrivals = any(cohort.arrival for cohort in cohorts)
@@ -70,8 +70,8 @@ def ledger_view(
 
 
 def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = False) -> Table:
-    """Build the table of studies. arrivals: whether the table of patients by arrival follows this
-    one."""
+    """Build the table of studies. delta: the δ at which the ε of `lines` was computed. arrivals:
+    whether the table of patients by arrival follows this one."""
     less = " A patient paid for the rounds since the arrival alone: the next table." * arrivals
     table = Figures(
         title="studies",
@@ -106,8 +106,9 @@ def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = 
 
 
 def _whatever(line: StudyLine) -> str:
-    """Return the fallback ε, by this site's own noise alone. For a study without shared noise it is
-    the study's ε."""
+    """Return as text the ε that a study cost whatever becomes of shared noise: its fallback ε (by
+    this site's own noise alone), or its ε if no noise was shared; "not known" if the cost is not
+    known."""
     if not line.known:
         return "not known"
     return _format_epsilon(line.epsilon if line.fallback is None else line.fallback)
@@ -116,8 +117,8 @@ def _whatever(line: StudyLine) -> str:
 def cohorts_table(
     dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> Table:
-    """Build the table of cohorts, with each one's arrival, size, rounds and ε, and whether it is
-    left out by now."""
+    """Build the table of cohorts, with each one's arrival, size, rounds and ε, and whether rounds
+    leave it out by now because its budget is spent."""
     last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
     table = Figures(
         title="patients by arrival",
@@ -157,8 +158,12 @@ def memberships_table(
 ) -> Table:
     """Build the table of what each of a hospital's memberships spent.
 
-    share: the budget of `membership`, whose remainder is shown in its row; earlier: the membership
-    that made the charges which the ledger held before it was the hospital's."""
+    - membership: the membership at whose site the table is shown; "" if it is shown for the
+      hospital
+    - share: the budget of `membership`, of which the remainder is shown in its row; None if no row
+      has one
+    - earlier: the membership that made the charges which the ledger held before it was the
+      hospital's; "" if none did"""
     table = Figures(
         title="who spent it",
         caption="ε: what each membership alone has spent, as the ceiling counts it; the total "
@@ -189,8 +194,9 @@ def memberships_table(
 
 
 def _payer(membership: str, earlier: str) -> str:
-    """Return the words for who paid a charge: a membership's name, or a phrase if it was paid
-    before the hospital's home existed, or entered by a restore, which counts it for all."""
+    """Return the words that say who paid a charge: the membership's name; for a charge from before
+    the hospital's home, whose membership is "", a phrase with the name `earlier`; and for a charge
+    that a restore entered another phrase, since it counts for every membership."""
     before = f"{earlier}, before the home" if earlier else "before the home"
     return {"": before, EVERY: "restored: counts for all"}.get(membership, membership)
 
@@ -239,7 +245,11 @@ def budget_table(total: DatasetBudget, membership: str = "") -> Table:
 
 
 def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
-    """Describe the rounds of unknown cost, and who accepted them. Return [] if there are none."""
+    """Describe the rounds whose cost is not known for `unit`, and who accepted them, in a list of
+    one text; [] if there are none.
+
+    - spent: the charges of `dataset`
+    - unit: "patient" or "record", the unit for which ε is shown"""
     rounds = [entry for entry in spent if not entry.charge.is_known_for(unit)]
     if not rounds:
         return []

@@ -18,6 +18,6 @@ class _Stderr(logging.Handler):
 
 def use_one_style() -> None:
     """Print each library's warning as one line that begins with the library's name. This also holds
-    for libraries that are loaded later: opacus sets a format with dates for the whole process only
-    if none is set."""
+    for libraries that are loaded later: a library such as opacus, which would set a format with
+    dates for the whole process, does so only if no format is set yet."""
     logging.basicConfig(handlers=[_Stderr()], level=logging.WARNING)

@@ -258,7 +258,8 @@ def _add(
 
 
 def _registered(data: str, patient: str | None) -> Any:
-    """Return a dataset's entry in hospital.toml, from its path or url and its patients' column."""
+    """Build the entry by which hospital.toml registers a dataset. data: the path or the url of the
+    records. patient: the column of the patients' keys; None if each record is a unit of its own."""
     from fedtune.core.config.database import anchor_url
     from fedtune.core.config.hospital import RegisteredData
     from fedtune.presets.places import place_of, split_place

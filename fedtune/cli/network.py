@@ -83,7 +83,14 @@ def enroll(
 
 
 def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[str, Any]:
-    """Make the keys that a site lacks and write its request, as `enroll` does."""
+    """Make the keys that a site lacks, write its request to take part, and print what to do next.
+
+    - site: the path of the site file
+    - out: the file to write; None for NAME.request beside the site file
+    - new_keys: whether the present network keys are put aside first and made anew
+
+    Returns: the site's name, the request's path, its fingerprint, the signing key and that key's
+    fingerprint for peers."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.ledger.ledger import Ledger, signing_key
@@ -120,9 +127,9 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
 
 
 def _home(told: Path | None) -> Path:
-    """Return the coordinator's home: `told`, or else the folder `coordinator` here. Errors:
-    ConfigError if there is neither that folder nor a study.toml here, so that a command in a wrong
-    folder never makes a second home."""
+    """Return the coordinator's home: `told`, or else the folder `coordinator` in the current
+    folder. Errors: ConfigError if the current folder has neither that folder nor a study.toml, so
+    that a command in a wrong folder never makes a second home."""
     home = told or Path("coordinator")
     if told is None and not home.is_dir() and not Path("study.toml").exists():
         from fedtune.core.errors import ConfigError
@@ -230,7 +237,8 @@ def admit(
 
 
 def _wait_for_plan(home: Path) -> None:
-    """Wait while a server here makes the plan that the answers hold. Ctrl-C admits nobody."""
+    """Wait while a server that runs in this home still makes the plan, which the answers to sites
+    have to hold. After Ctrl-C nobody is admitted."""
     from fedtune.flower.enrol import PLAN
     from fedtune.observe.status import held
 
@@ -299,12 +307,15 @@ def _address_in(home: Path) -> str:
 
 
 def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
-    """Compare the coordinator's answer with the fingerprint that a person heard, and store it at
-    this site. answer: None to use the stored one.
+    """Join a consortium: compare the coordinator's answer with the fingerprint that a person heard,
+    and store the answer at this site.
 
-    If `fingerprint` is None, a site without a stored answer is asked for it on a terminal. Whoever
-    gives it also signs the plan in the answer, unless the policy asks for `fedtune review --sign`
-    or refuses the plan. Errors: ConfigError, Refused."""
+    - answer: the answer's file; None does nothing, since a stored answer goes on holding
+    - fingerprint: as the person heard it; None: it is asked for on a terminal, if this site has no
+      stored answer yet
+
+    Whoever gives the fingerprint also signs the plan in the answer, unless the policy asks for
+    `fedtune review --sign` or refuses the plan. Errors: ConfigError, Refused."""
     from fedtune.core.errors import ConfigError
 
     if answer is None:
@@ -349,8 +360,13 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
 
 
 def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Study | None:
-    """Print what the plan in an answer would cost, and what joining means for it. Return the
-    plan if joining may sign it: the answer holds one, and this site's rules allow it."""
+    """Print what the plan in a coordinator's answer would cost, and whether joining signs it.
+    Return the plan if this site's rules allow it; None if they refuse it, or if the answer holds no
+    plan.
+
+    - answer: the path of the answer's file
+    - received: its content
+    - book: the site's ledger, by which the cost is computed"""
     from fedtune.core.errors import FedtuneError
     from fedtune.flower import membership
     from fedtune.officer.review import review

@@ -33,7 +33,8 @@ class StepPace:
 
 class RoundsPace:
     """The pace of a study's rounds. The first round in this process also computes the frozen
-    layers' outputs for all records, which later rounds reuse; that time is not counted."""
+    layers' outputs for all records, which later rounds reuse; that time is not counted. In each
+    method, `now` is in seconds on any clock."""
 
     def __init__(self) -> None:
         self._began: float | None = None  # when the first timed round began
@@ -46,8 +47,8 @@ class RoundsPace:
             self._began = now
 
     def hear(self, step: Step, now: float) -> None:
-        """Record a report of a long step. Only work that is done once in a study (step.once)
-        counts."""
+        """Note a report of a long step, to learn how long the work takes that is done once in a
+        study (step.once). Reports of other steps are ignored."""
         if not step.once or self._began is None:
             return
         if step.done == 0:
@@ -59,8 +60,8 @@ class RoundsPace:
         """Note that a round has ended. Return the seconds that the `left` remaining rounds take at
         the average time so far; None if none is left.
 
-        After the first round alone the result is None too, unless the time of its one-off work is
-        known, which it is if the sites work in this process."""
+        After the first round alone the result is None too, unless `hear` was told how long its
+        one-off work took; it is told if the sites work in this process."""
         if self._began is None:
             return None
         if not self._known:

@@ -109,7 +109,9 @@ def check_plugin(
 
 
 def _options(options: list[str]) -> dict[str, Any]:
-    """Parse options such as beta=0.1 to {"beta": 0.1}; a text stays a text. Errors: ConfigError."""
+    """Parse options KEY=VALUE, such as beta=0.1, to a dict such as {"beta": 0.1}. A number becomes
+    a float, true and false become booleans, and any other value stays a text. Errors: ConfigError
+    if an option has no "="."""
     from fedtune.core.errors import ConfigError
 
     values: dict[str, Any] = {}

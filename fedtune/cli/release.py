@@ -162,8 +162,10 @@ def approve(
 
 
 def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, AuditLog | None]:
-    """Return the path of the approver's key file, or a site's signing key and audit log. Errors:
-    ConfigError."""
+    """Return the signer and the audit log of an approval: (`path`, None) for a person's key file,
+    or the signing key and the audit log of the site whose site file is `site`.
+
+    Errors: ConfigError unless exactly one of the two is given, or if the site has no key yet."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import ConfigError
     from fedtune.core.ledger.audit_log import AuditLog

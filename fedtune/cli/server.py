@@ -196,7 +196,8 @@ def server(
 
 
 def address(told: str) -> tuple[str, int]:
-    """Parse NAME or NAME:PORT of --serve. Errors: ConfigError."""
+    """Parse the value of --serve, NAME or NAME:PORT. Return the name and the port, which is 8443 if
+    none is given. Errors: ConfigError if it is no such address."""
     found = re.fullmatch(r"([A-Za-z0-9.-]{1,253})(?::([0-9]{1,5}))?", told)
     if not found or not 1 <= int(port := found[2] or "8443") <= 65535:
         raise ConfigError("--serve: no address", "NAME or NAME:PORT, as sites call this machine")
@@ -204,7 +205,12 @@ def address(told: str) -> tuple[str, int]:
 
 
 def start(study: Path, name: str, port: int) -> dict[str, Any]:
-    """Start the server as `init --serve` does, for machines that reach this one as `name`."""
+    """Run the server of a new study for `init --serve`, and return what `server` returns. It first
+    prints the command that continues the study after a stop.
+
+    - study: the path of study.toml
+    - name: the name by which sites reach this machine; "localhost" or 127.0.0.1 if they are on it
+    - port: the port to listen on"""
     host = "127.0.0.1" if name in ("127.0.0.1", "localhost") else "0.0.0.0"
     words = f"--host {host} --port {port} --name {name}"
     typer.echo(f"\nafter a stop   fedtune server {study} {words} --resume\n")

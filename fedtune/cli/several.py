@@ -61,7 +61,8 @@ def deadlines_of(given: Sequence[str], names: Sequence[str]) -> dict[str, float]
 
 
 def format_deadline(deadline: float) -> str:
-    """Format a deadline; "" if there is none."""
+    """Format a deadline, given in seconds since 1970, as a time in UTC; "" for infinity, i.e. no
+    deadline."""
     return format_utc(deadline) if deadline < math.inf else ""
 
 
@@ -84,10 +85,17 @@ def run_several(
     *,
     resume: bool,
 ) -> dict[str, Any]:
-    """Run the studies of one command and print what happens; return how each ended.
+    """Run the studies of one `fedtune server` command and print what happens. Return {"studies": …}
+    with a dict for each study: its name, whether it is done or failed, its run folder, and its
+    report or its error.
 
-    studies: each with the folder in which its run is made. serve: `serve_all` with its other
-    arguments bound. Errors: ConfigError; Told with the outcomes if a study failed; those of
+    - studies: each with the folder in which its run is made
+    - home: the coordinator's home
+    - deadlines: each study's name -> its deadline in seconds since 1970, or infinity
+    - serve: `serve_all`, which runs several studies side by side, with its other arguments bound
+    - resume: whether studies that were begun go on
+
+    Errors: ConfigError; Told, with what would be returned, if a study failed; those of
     `serve_all`."""
     from fedtune.launch.side_by_side import Entry
 

@@ -163,7 +163,7 @@ def _left_out(plan: Study, site: Site) -> str:
 
 
 def _show_review(outcome: Review, name: str) -> None:
-    """Print a review: its sections, then the verdict."""
+    """Print the review of a plan: its sections, then the verdict. name: the study's name."""
     console, style = Console(), "bold red" if outcome.refusals else "bold"
 
     def print_indented(lines: Sequence[str]) -> None:

@@ -30,8 +30,11 @@ def view(
     told: Sequence[Told] = (),
     held_out: Shown | None = None,
 ) -> Group:
-    """Draw a status. Its values have passed read_status's checks, and are shown as plain text.
+    """Draw for a terminal the status of a run, a coordinator or a site. Its values have passed
+    read_status's checks, and are shown as plain text.
 
+    - snapshot: the status as it was read from its file
+    - budget: the site's budget, already drawn, for a site's status
     - site: the site.toml, for a site's status
     - told: figures that sites reported of a run's model
     - held_out: figures of the model on the sites' held-out records"""
@@ -96,7 +99,8 @@ def head(snapshot: Snapshot) -> Text:
 
 
 def confined_text(status: Mapping[str, Any]) -> str:
-    """Return how the two halves of a site were confined when they last started."""
+    """Describe in one text how each half of a site was confined when it last started, and which of
+    its ways to the outside are still open. status: a status file's content."""
     halves = sorted(status["confined"].items())
     told = "; ".join(f"{half}: {isolation.describe(walls)}" for half, walls in halves)
     still_open = f"; {status['open']} OPEN, as its start and `fedtune doctor` say"
@@ -119,8 +123,8 @@ def unsigned_line(snapshot: Snapshot, path: Path) -> str:
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:
-    """Return a site's ε so far and the ε of the whole plan. With secure aggregation also return the
-    fallback ε, by the site's noise alone."""
+    """Return as text a site's ε so far and the ε of the whole plan. With secure aggregation, a
+    second line has the fallback ε, which the site's own noise alone gives."""
     spent, planned, fallback = (site.get(key) for key in ("epsilon", "planned", "fallback"))
     told = "–" if spent is None else rounded_up(spent)
     told += "" if planned is None else f" of {rounded_up(planned)}"
@@ -169,7 +173,8 @@ def studies_table(studies: Mapping[str, Snapshot]) -> Table:
 
 
 def held_out_table(shown: Shown) -> Table:
-    """Draw the figures of held-out records by class, group and site."""
+    """Draw a table of the model's figures on the sites' held-out records, by class, group and
+    site."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(escape_controls(shown.title)))
     for name in shown.head:
         table.add_column(escape_controls(name), overflow="fold")

@@ -77,7 +77,8 @@ ANYWAY = Annotated[
 
 
 def shares_of(given: list[str] | None) -> dict[str, float]:
-    """Parse the values of --share to class -> share. Errors: ConfigError."""
+    """Parse the values of --share, each CLASS=SHARE. Return class -> the share of the sites' units
+    that is assumed to be of this class. Errors: ConfigError if a share is no number."""
     found: dict[str, float] = {}
     for text in given or ():
         name, _, share = text.rpartition("=")
@@ -122,9 +123,9 @@ def say_what_to_expect(
 
 
 def say_looks(console: Console, study: Study) -> None:
-    """Print, for a study without a last round, how often versions are compared, and which gain is
-    detected on the present number of public records. If these records cannot be read here, only the
-    first is printed.
+    """Print, for a study without a last round, how often versions are compared, and how large a
+    gain the present number of public records can show. If these records cannot be read here, only
+    the number of comparisons is printed.
 
     Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
@@ -162,8 +163,12 @@ def say_looks(console: Console, study: Study) -> None:
 def say_expected_gain(
     console: Console, study: Study, sizes: Sequence[int], shares: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """Print what a study is expected to gain over public records alone. Return it for --json; None
-    if it cannot be predicted."""
+    """Print what a study is expected to gain over public records alone. Return the forecast for
+    --json; None if the gain cannot be predicted.
+
+    - sizes: the sites' declared sizes
+    - shares: class -> the share of the sites' units that is assumed to be of this class, for
+      classes of which there is no public record"""
     from rich.console import Console as Screen
 
     from fedtune.cli.watch import Watch

@@ -130,8 +130,9 @@ def verify(
 
 
 def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> None:
-    """Compare a run with a site's own ledger, and print the result unless `quiet`. Errors:
-    NotGenuine; Refused if rounds are missing."""
+    """Compare a run with what a site's own ledger says of it, and print the result unless `quiet`.
+    own: the path of the site file. path: the run's folder. found: what verifying it gave. Errors:
+    NotGenuine; Refused if the run lacks rounds that the site released."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import Refused
     from fedtune.core.registry.rounding import rounded_up
@@ -155,7 +156,8 @@ def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> Non
 
 
 def _signer_lines(found: Verified) -> list[str]:
-    """Describe whose key signed, and what the given fingerprint proves."""
+    """Describe, in lines of text, whose key signed the folder, and what the given fingerprint
+    proves."""
     if found.simulated:
         return [f"signed by    a simulation's own key {found.signer}: anybody can make one"]
     lines = [f"signed by    the coordinator of consortium {found.signer}"]
@@ -195,8 +197,8 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
 
 
 def _absent_lines(found: Verified) -> list[str]:
-    """Describe which sites or rounds of the plan are not in the folder, and what ε would be with
-    them."""
+    """Describe, in lines of text, which sites or rounds of the plan are not in the folder, and what
+    ε would be with them."""
     from fedtune.core.registry.rounding import rounded_up
 
     lines = []

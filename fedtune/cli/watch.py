@@ -40,8 +40,9 @@ class Watch:
     bar's words are printed as lines. Each is printed once, and again at most every LINE_SECONDS
     while it lasts.
 
-    hold: keep refusals back until the run ends, since its error may report them itself. Site names
-    and reasons come from other machines: they are shown as plain text."""
+    hold: whether refusals are printed only at the run's end, and then only those that its error
+    does not report itself. Site names and reasons come from other machines: they are shown as plain
+    text."""
 
     def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
         self.console, self._title = console, title
@@ -128,7 +129,8 @@ class Watch:
             self._other(event, data)
 
     def _other(self, event: str, data: dict[str, Any]) -> None:
-        """Show any other event, whose data may hold "text", "done" and "total"."""
+        """Show an event that has no form of its own: its "text" (else its name) and, if it has
+        "done" and "total", how much is done."""
         text = str(data.get("text") or event)
         done, total = data.get("done"), data.get("total")
         count = f"{done:,}/{total:,}" if done is not None and total else ""
@@ -151,7 +153,8 @@ class Watch:
             self._bar.update(self._task, description=escape(line))
 
     def _release_held(self, error_text: str) -> None:
-        """Print the lines held back, except those whose reason is part of `error_text`."""
+        """Print the sites' refusals that were kept back, except those whose reason is part of
+        `error_text`, the text of the run's error."""
         held, self._held = self._held, []
         for line, reason in dict.fromkeys(held):
             if not (error_text and reason and reason in error_text):
@@ -169,7 +172,8 @@ class Watch:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _stay(self, text: str, style: str | None = None) -> None:
-        """Print a line that stays on a terminal too."""
+        """Print text that stays on the screen; on a terminal it stands above the bar, whose words
+        keep changing."""
         for line in text.split("\n"):
             self.console.print(
                 line.rstrip(), style=style, markup=False, highlight=False, soft_wrap=True
@@ -189,9 +193,9 @@ class Watch:
         )
 
     def _describe_time_left(self, left: int, data: dict[str, Any]) -> str:
-        """Return the time that the remaining rounds will take, or "" if it is unknown. It begins
-        with ≤ if public records choose each step, since they may end the study before its last
-        round."""
+        """Return as text the time that the `left` remaining rounds will take, or "" if it is
+        unknown. It begins with ≤ if public records choose each step, since they may end the study
+        before its last round."""
         seconds = self._rounds.end_round(left, time.monotonic())
         bound = "≤ " if data.get("selection") else ""
         return f"{bound}{duration(seconds)}" if seconds else ""

@@ -23,7 +23,8 @@ STANDARD = os.path.dirname(os.__file__)
 
 
 def command(module: str, *options: str) -> list[str]:
-    """Return the command line that runs `module` as __main__, under `environment`."""
+    """Return the command line that runs `module` as __main__ in a process of its own, with these
+    options. Start it with the variables that `environment` returns."""
     return [sys.executable, "-P", __file__, module, *options]
 
 
@@ -98,7 +99,7 @@ def show_quantisation() -> None:
 
 @contextmanager
 def online() -> Iterator[None]:
-    """Allow the hub in the block, unless the user set HF_HUB_OFFLINE."""
+    """Let this process reach the model hub within the block, unless the user set HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -49,12 +49,14 @@ from typing import Any
 
 
 def escape_controls(text: str) -> str:
-    """Replace control characters, so that a terminal shows text without interpreting it."""
+    """Return the text with "?" in place of each control character, so that a terminal shows the
+    text without interpreting it."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived: unwind, and stop what was started."""
+    """Raised when SIGTERM or SIGINT arrives, so that every block is left and what was started is
+    stopped."""
 
     def __init__(self, signum: int) -> None:
         self.name = signal.Signals(signum).name
@@ -142,16 +144,17 @@ class InfrastructureError(FedtuneError):
 
 
 def facts_of(error: FedtuneError) -> dict[str, str]:
-    """Return an error's message and class name, from which `error_of` builds the error again. For a
-    class of another module, return the name of its nearest parent class in this module."""
+    """Return an error as a dict of texts: its class name and the three parts of its message, from
+    which `error_of` builds the error again. For a class of another module, the name is that of its
+    nearest parent class in this module."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
     words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
     return {"error": kind.__name__, **words}
 
 
 def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Build the error that another process sent by `facts_of`. If its class is unknown, build an
-    InfrastructureError."""
+    """Build the error of which another process sent the `facts` that `facts_of` returned. If its
+    class is unknown, build an InfrastructureError."""
     kind = globals().get(str(facts.get("error")))
     is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
     words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))

@@ -14,7 +14,7 @@ must not work.
 |              | seccomp: no Unix sockets, by which a user bus or a container's daemon would read  |
 |              | what this process may not                                                         |
 | own_view()   | a root in memory with nothing in it but what is listed, where it writes too;      |
-|              | numbers of processes of its own, and a number of them that is its own             |
+|              | process numbers of its own, and a limit of its own on how many processes run      |
 | only_computing() | seccomp: memory, the descriptors that are open already, and its own end; no   |
 |              | file, process or clock, and not its own number                                    |
 | all          | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
@@ -121,7 +121,7 @@ class Confinement:
     reasons: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, list[str]]:
-        """Return the confinement as the facts of an event."""
+        """Return the three fields as a dict of lists of texts, for an event in a log."""
         return {name: list(words) for name, words in vars(self).items()}
 
     def __and__(self, other: Confinement) -> Confinement:
@@ -131,16 +131,17 @@ class Confinement:
 
 
 def describe(walls: Sequence[str]) -> str:
-    """Return a text that lists the means (`walls`) that confine a half of the site, and why other
-    means are not in force."""
+    """Return the `walls` as one text for people, or "NOT CONFINED" if there are none. walls: the
+    means that confine a half of the site; reasons why another means is not in force may follow
+    them."""
     return ", ".join(walls) or "NOT CONFINED"
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
-    """Cut this process off every network. sockets: families of which it may still open sockets. If
-    AF_INET is one of them, for a database over TCP, the process stays on the network, and the
-    result says so. The calls in NEVER (such as ptrace and io_uring) and raw sockets are refused in
-    either case.
+    """Cut this process off every network, and return what is in force. sockets: families of which
+    it may still open sockets. If AF_INET is one of them, for a database over TCP, the process stays
+    on the network, and the result says so. The calls in system_calls.NEVER (such as ptrace and
+    io_uring) and raw sockets are refused in either case.
 
     Errors: InfrastructureError if threads already run, which would stay as they are."""
     families = sorted({int(family) for family in sockets})
@@ -155,8 +156,8 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
 
 @functools.cache
 def try_confinement() -> tuple[Confinement, Confinement]:
-    """Return the confinement of a vault and of a courier that this machine supports, each tried in
-    a process of its own."""
+    """Try which confinement this machine supports, each in a process of its own. Return two: that
+    of a vault, and that of a courier."""
     found = []
     for half in ("vault", "courier"):
         command = boot.command("fedtune.core.isolation", half)
@@ -175,6 +176,7 @@ def only_files(
     read: Iterable[Path], write: Iterable[Path], names: Iterable[Path] = ()
 ) -> Confinement:
     """Restrict this process to files below these paths, and to sockets of the internet families.
+    Return what is in force.
 
     read: files and folders that it may read and run; write: those that it may read and write;
     names: folders in which it may list names, but read no file. Errors: InfrastructureError as for
@@ -252,7 +254,8 @@ def _close_itself() -> None:
 
 
 def _own_network() -> Confinement:
-    """Move into a network namespace without a device that is up."""
+    """Move this process into a network namespace in which no device is up. Return what is in force,
+    and the reason if Linux refuses."""
     # Where containers forbid it, the filter alone suffices.
     if refused := _unshare(CLONE_NEWNET):
         return Confinement(reasons=(f"no network namespace: {refused}",))
@@ -260,8 +263,9 @@ def _own_network() -> Confinement:
 
 
 def _unshare(spaces: int) -> str:
-    """Move into new namespaces; a user other than root also moves into a user namespace. Return ""
-    or, if Linux refuses, the reason."""
+    """Move this process into new namespaces; a user other than root also moves into a user
+    namespace. Return "" or, if Linux refuses, the reason. spaces: which ones, as flags CLONE_…
+    combined by |."""
     user, group = os.getuid(), os.getgid()
     libc = _libc()
     if user == 0 and libc.unshare(spaces) == 0:
@@ -276,8 +280,9 @@ def _unshare(spaces: int) -> str:
 
 
 def _bound_processes() -> None:
-    """Limit how many processes this process and its children may start. Without such a limit a
-    process could count how many it can still start, and so find out how many others run.
+    """Limit how many processes this process and its children may start. Without a limit of its own
+    a process could count how many it can still start, and so find out how many other processes run
+    on the machine.
 
     From Linux 5.14 on a user namespace counts its own processes only; root has no such limit."""
     release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
@@ -288,8 +293,10 @@ def _bound_processes() -> None:
 
 
 def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes]]) -> None:
-    """Build a root in memory, move there, and detach the old root. own: folders in memory, and
-    the files in them. Errors: OSError."""
+    """Build a root in memory, move there, and detach the old root. shown: the files and folders of
+    the old root that stay visible; own: the new folders in memory, each with the content of its
+    files by name.
+    Errors: OSError."""
     _mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", ROOT, "tmpfs", IN_MEMORY, OWN_DISK)  # which hides what is not needed any more
     there: list[Path] = []
@@ -342,7 +349,15 @@ def _place(path: Path, there: list[Path]) -> Path | None:
 
 
 def _mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:
-    """Mount a file system in this process's own namespace. Errors: OSError."""
+    """Mount a file system in this process's own namespace, by mount(2).
+
+    - source: the path to mount, or the name of a file system without one; None if it is not read
+    - target: the folder or file at which it is mounted
+    - kind: the file system's type, such as "tmpfs"; None if it is not read, as for MS_BIND
+    - flags: constants MS_… of this module, combined by |
+    - data: options of the file system, separated by commas; "" for none
+
+    Errors: OSError, whose text is "mount"."""
     words = [word.encode() if word else None for word in (source, str(target), kind)]
     if _libc().mount(*words, ctypes.c_ulong(flags), data.encode() or None):
         raise OSError(ctypes.get_errno(), "mount", str(target))
@@ -350,7 +365,8 @@ def _mount(source: str | None, target: Path, kind: str | None, flags: int, data:
 
 def _files_in(folder: Path) -> dict[str, bytes]:
     """Return the contents of the small files in a folder, such as certificates, by name. Longer
-    files, such as logs, are left out, and links, which may lead to files that are to be hidden."""
+    files, such as logs, are left out. So are links, which may lead to files that are to be
+    hidden."""
     with suppress(OSError):
         files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         return {path.name: path.read_bytes() for path in files if path.stat().st_size <= SMALL}
@@ -358,9 +374,9 @@ def _files_in(folder: Path) -> dict[str, bytes]:
 
 
 def _go_on_in_a_child() -> None:
-    """Fork, and return in the child only, the first process of a new namespace. The parent waits
-    for the child, passes signals on, and ends with its status. If the parent is killed, so is the
-    child.
+    """Fork, and return only in the child, which is the first process of a new namespace. The parent
+    waits for the child, passes signals on, and ends with its status. If the parent is killed, so is
+    the child.
 
     The parent blocks signals and takes them by sigwait, one after another. If a signal came just
     before a plain wait, a handler in Python would run only after the wait. The kernel drops a
@@ -395,7 +411,8 @@ def _go_on_in_a_child() -> None:
 
 
 def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement:
-    """Install a filter of system calls."""
+    """Install a filter of system calls in this process, and return what is in force. filter_of: the
+    function that makes the filter's program from `arguments`."""
     if not is_known() or _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
         return Confinement(missing=("no seccomp filter",))
     program = b"".join(struct.pack("HBBI", *line) for line in filter_of(*arguments))
@@ -409,7 +426,8 @@ def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement
 
 def _stop_clocks() -> Confinement:
     """Remove the pages of memory from which this process could read the time, so that only a system
-    call can tell it. Make the processor refuse to read its cycle counter."""
+    call can tell it. Make the processor refuse to read its cycle counter. Return what could not be
+    done (`missing`)."""
     memory = ctypes.CDLL(None, use_errno=True).mmap
     memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     memory.restype = ctypes.c_void_p
@@ -429,7 +447,12 @@ def _stop_clocks() -> Confinement:
 def _restrict_files(
     read: Sequence[Path], write: Sequence[Path], names: Sequence[Path]
 ) -> Confinement:
-    """Have Linux refuse every file that is not below one of these paths."""
+    """Make Linux refuse this process, by Landlock, every file that is not below one of these paths.
+    Return what is in force.
+
+    - read: files and folders that it may read and run
+    - write: files and folders that it may read and write
+    - names: folders in which it may list names"""
     version = landlock_version()
     if not version:
         return Confinement(missing=(NO_LANDLOCK,), reasons=(NO_LANDLOCK,))
@@ -459,7 +482,8 @@ def _restrict_files(
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:
-    """Add a path to a ruleset; a path that does not exist is left out."""
+    """Allow a path in a ruleset of Landlock; a path that does not exist is left out. ruleset: the
+    ruleset's descriptor; rights: what is allowed below the path, as Linux's flags."""
     try:
         opened = os.open(path, O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -475,7 +499,8 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
 
 
 def _name_of(error: int | None) -> str:
-    """Return the name of one of Linux's errors, such as EPERM."""
+    """Return the name of an error number of Linux, such as EPERM; "unknown" for any other number
+    and for None."""
     return errno.errorcode.get(error or 0, "unknown")
 
 

@@ -69,8 +69,8 @@ STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Stopped in the block at the first SIGTERM or SIGINT; later signals wait for its
-    clean-up.
+    """Raise Stopped in the block at the first SIGTERM or SIGINT. Later ones are ignored, so that
+    the block can clean up.
 
     In any thread but the main one, signals are left as they are."""
     if threading.current_thread() is not threading.main_thread():
@@ -97,9 +97,16 @@ def interruptible() -> Iterator[None]:
 class Child:
     """One running program, Flower's or fedtune's; a context manager that stops it.
 
-    Its output goes to `log`, which only this user can read. The program inherits the descriptors
-    `keep` and the environment, of which a courier gets only TO_COURIER. FLWR_HOME is `home`, and
-    Flower's telemetry and update checks are switched off."""
+    - program: the program to start, by its name in PROGRAMS
+    - options: its command line, after the program's name
+    - home: the folder in which Flower keeps its files (FLWR_HOME), made if it is missing
+    - log: the file that its output goes to, which only this user can read. An earlier log is
+      emptied, except for "rank", whose log `begin_log` began. A process of a site (AT_A_SITE) can
+      write MOST_LOGGED bytes to it, and the rest is dropped
+    - keep: numbers of this process's open files that the program inherits
+
+    The program inherits the environment, but a courier only the variables in TO_COURIER. Flower's
+    telemetry and update checks are switched off."""
 
     def __init__(
         self,
@@ -152,7 +159,7 @@ class Child:
 
     @property
     def status(self) -> int | None:
-        """The status with which the child has ended; None while it runs."""
+        """The child's exit status once it has ended; None while it runs."""
         return self._process.poll()
 
     def has_logged(self, text: str) -> bool:
@@ -208,9 +215,10 @@ class Child:
 
 @contextmanager
 def alone(folder: Path, who: str) -> Iterator[bool]:
-    """Hold the lock of `folder`, which is made if it is missing, in the block. who: the words by
-    which the error names the process that holds it. The lock is released when the process ends, for
-    whatever reason. Yields whether the last holder was killed.
+    """Hold the lock of `folder` within the block, so that no other process uses the folder. Yield
+    whether the last holder was killed. The folder is made if it is missing, and the lock is
+    released when the process ends, for whatever reason. who: the words by which the error names the
+    process that holds the lock.
 
     Errors: InfrastructureError naming the process that holds it, or if the disk refuses."""
     lock = folder / "lock"
@@ -222,7 +230,7 @@ def alone(folder: Path, who: str) -> Iterator[bool]:
 
 
 def private_folder(path: Path) -> Path:
-    """Create `path`, readable by this user only, if it does not exist."""
+    """Create the folder `path`, readable by this user only, if it does not exist. Return `path`."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
@@ -241,7 +249,8 @@ def begin_log(log: Path) -> None:
     the disk does not have them, remove the log, which would take the ledger's space, and log a
     warning.
 
-    Do not call this while an order is answered: the log would take the order's space."""
+    Do not call this while the site answers an order of the coordinator: the log would take the
+    space that was set aside for the answer."""
     has_space = False
     with suppress(OSError):
         private_folder(log.parent)
@@ -282,8 +291,8 @@ def _write_log(output: IO[bytes], log: Path) -> None:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Open a file that only this user can read. Errors: OSError for a link, which a courier may
-    have put there."""
+    """Open a file, which only this user can read if it is made now, and return its descriptor.
+    Errors: OSError for a link, which a courier may have put there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 

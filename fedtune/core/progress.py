@@ -16,8 +16,10 @@ OnWork = Callable[[int, int], None]  # done, total
 class Step:
     """The progress of a long step.
 
-    done, total: in units of equal duration, so that the time left follows from the time taken;
-    total is 0 if nobody counts. once: whether later rounds do not repeat the step."""
+    - text: what is done, in words for people
+    - done, total: in units of equal duration, so that the time left follows from the time taken;
+      total is 0 if it is not known
+    - once: whether the step is done in one round only, and not repeated in later ones"""
 
     text: str
     done: int = 0
@@ -26,7 +28,7 @@ class Step:
 
     @property
     def share(self) -> float | None:
-        """The share that is done; None if nobody counts."""
+        """The share that is done, from 0 to 1; None if the total is not known."""
         return self.done / self.total if self.total else None
 
 
@@ -38,16 +40,19 @@ _stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 def report(text: str, done: int = 0, total: int = 0, *, once: bool = False) -> None:
     """Report the progress of a step to the listener, if there is one. Only counts of work are
-    reported, never content. Progress is shown on this machine's screen only. done, total, once: as
-    for Step."""
+    reported, never content. Progress is shown on this machine's screen only.
+
+    - text: what is done, in words for people
+    - done, total: in units of equal duration; total is 0 if it is not known
+    - once: whether the step is not repeated in later rounds"""
     if listener := _listener.get():
         stages = ", ".join(_stages.get())
         listener(Step(f"{stages}: {text}" if stages else text, done, total, once))
 
 
 def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
-    """Return a function (done, total) that reports the progress of one of `passes` equal passes, of
-    which `before` are finished."""
+    """Return a function (done, total) that reports how far one pass of several has come. text: what
+    is done; passes: how many passes there are, all equal; before: how many are finished."""
 
     def on_work(done: int, total: int) -> None:
         report(text, before * total + done, passes * total)

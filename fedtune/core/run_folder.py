@@ -31,7 +31,8 @@ def has_head(run: Path) -> bool:
 
 
 def without_places(study: Study) -> Study:
-    """Copy a plan; of the paths of files on the coordinator's machine keep only the names."""
+    """Return a copy of a plan in which each file on the coordinator's machine has its name only,
+    without the folder."""
     tables = {name: getattr(study, name) for name in FILED}
     changes = {
         name: table.model_copy(update={"path": Path(table.path.name)})
@@ -54,10 +55,11 @@ def write_plan(run: Path, study: Study) -> None:
 
 
 def _with_places(study: Study, run: Path) -> Study:
-    """Copy a run's plan with the paths of its files. They are taken from the file of paths in the
-    run if that was written for this very folder; else the files are expected in the run's folder.
-    Of a path in the plan only the name counts, and no link is followed, so that a run which
-    somebody handed over cannot name a file of this machine. Errors: InputError for a link."""
+    """Return a copy of a run's plan with the paths of its files on this machine. If the file of
+    paths in the run was written for this very folder, they are taken from it. If not, each file is
+    expected in the run's folder under the name that the plan gives, and must be no link, so that a
+    run which somebody handed over cannot name another file of this machine. Errors: InputError for
+    a link."""
     tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
     noted: dict[str, Any] = {}
     if tables and (run / PLACES).exists():
@@ -80,7 +82,9 @@ def _identity(folder: Path) -> int:
 
 
 def load_plan(run: Path) -> Study:
-    """Load the study of a run. Errors: InputError, ConfigError."""
+    """Load the plan of the run in the folder `run`, with the paths of its files on this machine.
+    Errors: InputError if the folder is no run's or the plan names a link; ConfigError if the plan
+    is not valid."""
     from fedtune.core.config import study_from_json
 
     path = run / "plan.json"

@@ -63,19 +63,21 @@ class Strategy(ABC):
     @abstractmethod
     def add(self, update: Arrays, weight: float) -> None:
         """Add one site's update to the round. The caller has checked that its names and shapes are
-        right and its numbers finite."""
+        right and its numbers finite. weight: the site's weight in the round's mean."""
 
     @abstractmethod
     def apply(self, adapter: Arrays) -> Arrays:
         """Return the next adapter, and forget the round's updates."""
 
     def class_figures(self) -> ClassFigures | None:
-        """Return what the releases so far show about each class; None for a strategy without
+        """Return what the releases so far show about the classes: the noised number of units of
+        each, the deviation of that noise, and whether each was learnt. None for a strategy without
         classes, or before a round."""
         return None
 
     def state(self) -> State:
-        """Return the state that must survive a restart between rounds."""
+        """Return the arrays, by name, that must survive a restart between rounds; {} if there are
+        none."""
         return {}
 
     def load_state(self, state: State) -> None:

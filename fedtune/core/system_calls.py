@@ -167,8 +167,8 @@ def is_known() -> bool:
 
 
 def filter_of_vault(families: Sequence[int]) -> Lines:
-    """Build the filter that permits every call but those in NEVER, sockets of `families` only, and
-    prlimit only for this process itself."""
+    """Build the filter that permits every call but those in NEVER, sockets of the address
+    `families` only, and prlimit only for this process itself."""
     lines = _start()
     for numbers in NEVER.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, REFUSE)])
@@ -177,9 +177,10 @@ def filter_of_vault(families: Sequence[int]) -> Lines:
 
 
 def filter_of_courier(families: Sequence[int]) -> Lines:
-    """Build the filter that permits OF_COURIER, OF_COURIER_IF with its arguments, sockets of
-    `families`, reading this process's own limits, and waiting for a child. A call that is not
-    listed gets ENOSYS."""
+    """Build the filter of a courier. It permits the calls of OF_COURIER, those of OF_COURIER_IF
+    with the arguments listed there, and sockets of the address `families`. It also permits prlimit
+    to read this process's own limits, and wait4 to learn that a child ended, but not what the child
+    used. A call that is not listed gets ENOSYS."""
     # prlimit only reads its own limits; wait4 tells that a child ended, not what the child used.
     further = _of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))
     further += _of_call(WAIT, _if_zero(FOURTH, FOURTH + 4)) + _of_sockets(families)
@@ -187,8 +188,8 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 
 
 def filter_of_computing() -> Lines:
-    """Build the filter that permits COMPUTING, and COMPUTING_IF with its arguments. A call for a
-    process number is answered with 0, any other call with EPERM."""
+    """Build the filter that permits COMPUTING, and COMPUTING_IF with its arguments. A call that
+    asks for the number of a process or thread is answered with 0, any other call with EPERM."""
     nameless: Lines = []
     for numbers in NAMELESS.values():
         nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
@@ -201,8 +202,13 @@ def _write_filter(
     further: Lines,
     given: int,
 ) -> Lines:
-    """Build a filter that allows `calls`, and `some` if an argument has one of the listed values.
-    further: lines for other calls; given: the result for every call that no line decides."""
+    """Build a filter that permits the listed calls.
+
+    - calls: the numbers of each call that is allowed, by the call's name
+    - some: the calls that are allowed only if one argument has one of some values: name -> (the
+      call's numbers, the argument, the values)
+    - further: the filter's lines for other calls
+    - given: the result for every call that no line decides"""
     lines = _start()
     for numbers in calls.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, ALLOW)])
@@ -212,8 +218,8 @@ def _write_filter(
 
 
 def _start() -> Lines:
-    """Build a filter's first lines: calls of another machine are refused, and the call's number
-    is loaded."""
+    """Build a filter's first lines. They end the process if the call is one of another machine,
+    load the call's number, and refuse the calls of the x32 interface."""
     return [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 1, 0, MACHINES[platform.machine()]),
@@ -225,15 +231,17 @@ def _start() -> Lines:
 
 
 def _of_call(numbers: Numbers, lines: Lines) -> Lines:
-    """Build the lines that apply `lines`, which end with the filter's result, to one call; [] if
-    this machine does not have the call."""
+    """Build the lines that apply `lines` to one system call only; [] if this machine does not have
+    the call. numbers: the call's number on each machine; lines: they must end with the filter's
+    result."""
     number = numbers[list(MACHINES).index(platform.machine())]
     return [] if number is None else [(IF_EQUAL, 0, len(lines), number), *lines]
 
 
 def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines:
-    """Build lines that allow a call if an argument, after `mask` if there is one, is one of
-    `values`, and else refuse it."""
+    """Build lines that allow a call if one of its arguments is one of `values`, and else refuse it.
+    argument: where it stands in the call's data (FIRST, SECOND, …); mask: the bits of it that are
+    compared; 0: all."""
     lines: Lines = [(LOAD, 0, 0, argument)]
     if mask:
         lines.append((MASK, 0, 0, mask))
@@ -243,8 +251,8 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
 
 
 def _if_zero(*words: int) -> Lines:
-    """Build lines that allow a call if these halves of its arguments are all 0, and else refuse
-    it. A pointer has two halves."""
+    """Build lines that allow a call if these 32-bit halves of its arguments are all 0, and else
+    refuse it. words: where each half stands in the call's data; a pointer has two halves."""
     lines: Lines = []
     for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
@@ -252,9 +260,9 @@ def _if_zero(*words: int) -> Lines:
 
 
 def _of_sockets(families: Sequence[int]) -> Lines:
-    """Build lines that allow stream and datagram sockets of `families`. A raw socket is refused: it
-    would give root every packet of the machine. Of socket pairs only streams are allowed, since
-    each of two paired datagram sockets can still send to a path."""
+    """Build lines that allow stream and datagram sockets of the address `families`. A raw socket is
+    refused: it would give root every packet of the machine. Of socket pairs only streams are
+    allowed, since each of two paired datagram sockets can still send to a path."""
     pairs = _if_argument(SECOND, (socket.SOCK_STREAM,), KIND)
     kinds: Lines = [
         (LOAD, 0, 0, SECOND),

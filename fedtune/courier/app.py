@@ -24,8 +24,9 @@ ASKED: Mapping[str, tuple[Kind, str]] = {
 
 
 def client_app(ask: Ask) -> ClientApp:
-    """Build the app that passes each message to `ask` as a request, and replies with the answer of
-    `ask`."""
+    """Build the Flower app that passes each of the coordinator's messages on as a request, and
+    replies with the vault's answer. ask: sends a request to the vault, waits at most a number of
+    seconds, and returns the answer."""
     app = ClientApp()
 
     def pass_on(message: Message, context: Context) -> Message:
@@ -41,15 +42,15 @@ def client_app(ask: Ask) -> ClientApp:
 
 
 def as_request(message: Message) -> Request:
-    """Convert a message of a type in `ASKED` to a request for the vault. Does not parse its
-    arrays."""
+    """Convert a coordinator's message to a request for the vault, without parsing its arrays.
+    message: of a type in `ASKED`."""
     kind, arrays = ASKED[message.metadata.message_type]
     brought = message.content.array_records.get(arrays, ArrayRecord())
     return Request(kind, message.content.config_records, brought)
 
 
 def as_message(answer: Answer, message: Message) -> Message:
-    """Convert the vault's answer to the reply to a message. An answer that only reports a failure
+    """Convert the vault's answer to the reply to `message`. An answer that only reports a failure
     becomes a Flower error."""
     if not answer.table:
         return api.error_reply(message, FAILED)

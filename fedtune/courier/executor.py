@@ -40,8 +40,12 @@ BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class Executor:
-    """Answers the tasks of one SuperNode after another. once: whether the work is done as soon as a
-    coordinator that gave this site a task has gone."""
+    """Answers the tasks of one SuperNode after another.
+
+    - app: Flower's ClientApp, or a function that returns the reply to a message
+    - notify: called with each event: a connection, an answer, a refusal, a failure
+    - once: whether the work is done when the coordinator has gone, after it gave this site at least
+      one task"""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
         self._app = app
@@ -51,7 +55,12 @@ class Executor:
         self._worked = False
 
     def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
-        """Run one SuperNode after another. Return only with `once`, when the coordinator has gone.
+        """Run one SuperNode after another without end; but if the executor was made with `once`,
+        return when the coordinator has gone.
+
+        - state: the folder of the SuperNode's log and of its secret for this process
+        - forwarder: the running connection to the coordinator's gateway
+        - patience: seconds for which to try again while the coordinator does not accept this site
 
         Errors: InfrastructureError if the coordinator has accepted no SuperNode for `patience`
         seconds since the first failure, or the gateway's certificate does not verify."""
@@ -73,7 +82,7 @@ class Executor:
 
     def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
         """Run one SuperNode until it ends, and return the reason as an error. Return None if the
-        work is done (`once`).
+        work is done (`once`). state, forwarder: as for `run_supernodes`.
 
         Errors: InfrastructureError if the gateway's certificate does not verify."""
         self.joined, problem = False, None
@@ -116,8 +125,14 @@ class Executor:
             )
 
     def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:
-        """Answer tasks. Return False when the SuperNode has ended or the gateway refuses this site,
-        and True when the work is done (`once`)."""
+        """Answer the tasks of one SuperNode. Return False when the SuperNode has ended or the
+        gateway refuses this site, and True when the work is done (`once`).
+
+        - node: the SuperNode's process
+        - runtime: the client of the SuperNode's API, which gives out the tasks
+        - address: the HOST:PORT of this API on loopback
+        - forwarder: the running connection to the gateway, which tells whether the coordinator is
+          there"""
         coordinator, waiting = forwarder.link.address, False
         poll = Poll(*POLL_SECONDS)
         while node.alive and not (forwarder.refusal or forwarder.distrust):
@@ -149,8 +164,13 @@ class Executor:
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """Return the app's reply, or an error reply with a fixed text if the task is refused or the
-        app raises an exception. The app does not see the coordinator's settings in `context`."""
+        """Return the app's reply to a task's message. If the task is refused, or the app raises an
+        exception, return an error reply with a fixed text. The app does not see the settings that
+        the coordinator put into `context`.
+
+        - task_kind: Flower's type of the task; only CLIENT_APP is answered
+        - message: the coordinator's message, which is refused unless its type is in ASKED
+        - context: Flower's context, whose settings are emptied"""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ASKED:
             self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})

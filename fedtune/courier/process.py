@@ -51,7 +51,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List the paths that a site's courier may read: programs, fedtune, the site file and files
-    that its [coordinator] names, the site's network keys, and a spool's answers."""
+    that its [coordinator] names, the site's network keys, and a spool's answers. spool: None if the
+    courier asks the vault over a socket."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
@@ -63,7 +64,9 @@ def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List the paths that a site's courier may write."""
+    """List the paths that a site's courier may write: Flower's files in the state folder, the
+    requests of a spool, and some devices. spool: None if the courier asks the vault over a
+    socket."""
     requests = [spool.requests] if spool else []
     return [site.site.state / FOLDER, *requests, *map(Path, DEVICES)]
 
@@ -97,23 +100,24 @@ def list_private(site: Site) -> Iterator[Path]:
 
 
 def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
-    """Return the site's private files that lie in a folder that its courier must read. These files
-    cannot be hidden from the courier."""
+    """List the site's private files that lie in a folder that its courier must read, and so cannot
+    be hidden from the courier. spool: None if the courier asks the vault over a socket."""
     shared = [path.resolve() for path in list_readable(site, spool) if path != keys_folder(site)]
     own = [path.resolve() for path in list_private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
 def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
-    """Return a text for each private file that the courier can read because the file lies in a
-    folder that the courier must read."""
+    """Return a text for each of the files that `open_to_courier` lists, for the person at the site.
+    spool: None if the courier asks the vault over a socket."""
     read = open_to_courier(site, spool)
     return [f"{path} lies where the courier reads its code" for path in read]
 
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
-    """Confine this process to the files that a site's courier may read and write. Return the means
-    by which it is confined, and the missing ones."""
+    """Confine this process to the files that a site's courier may read and write, then try to read
+    the private ones. Return the confinement that is in force; its `missing` lists what stays open,
+    in words. spool: None if the courier asks the vault over a socket."""
     is_elsewhere = not _try_to_read(site).missing
     read, write = list_readable(site, spool), list_writable(site, spool)
     own = isolation.own_view([*read, *write], [site.site.state / FOLDER])
@@ -128,8 +132,8 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
 
 
 def _try_to_read(site: Site) -> isolation.Confinement:
-    """Try to read the site's private files. Return a confinement that lists in `missing` each file
-    that could be read."""
+    """Try to read each of the site's private files. Return a confinement whose `missing` (the ways
+    that stay open) names each file that could be read."""
     reached = []
     for path in list_private(site):
         with suppress(OSError):
@@ -148,9 +152,9 @@ def main(options: list[str]) -> NoReturn:
     """Run a site's courier until a signal arrives or, with ONCE, the coordinator has gone. Then end
     the process.
 
-    options: SITE REQUESTS EVENTS ONCE PATIENCE. REQUESTS: a socket's descriptor, or the folder of a
-    spool; EVENTS: a descriptor; ONCE: "once" or ""; PATIENCE: seconds.
-    """
+    options: SITE REQUESTS EVENTS ONCE PATIENCE. SITE: the site file; REQUESTS: a socket's
+    descriptor, or the folder of a spool; EVENTS: a descriptor; ONCE: "once" or ""; PATIENCE: for
+    how many seconds to try again while the coordinator does not accept this site."""
     path, requests, events, once, patience = options
     site = load_site(Path(path), alone=True)
     os.environ["TMPDIR"] = str(site.site.state / FOLDER)
@@ -192,8 +196,9 @@ def by_socket(vault: Connection) -> Ask:
 
 
 def by_file(spool: Spool) -> Ask:
-    """Return a function that asks a vault through a spool. First withdraw the requests of an
-    earlier courier, since nobody waits for their answers."""
+    """Return a function that asks the vault through a spool: it writes a request to a file, and
+    returns the answer. First remove the requests of an earlier courier, since nobody waits for
+    their answers."""
     from fedtune.flower.polling import Poll
 
     spool.withdraw_all()
@@ -217,6 +222,13 @@ def by_file(spool: Spool) -> Ask:
 
 
 def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: float) -> None:
+    """Connect to the coordinator, and answer its messages until the work is done.
+
+    - site: the settings of this site, with its network keys and its table [coordinator]
+    - path: the site file, for the errors' texts
+    - ask: sends a request to the vault, and returns the answer
+    - tell: sends an event to the process that started this one
+    - once, patience: as for `Executor` and its `run_supernodes`"""
     from fedtune.courier.app import client_app
     from fedtune.courier.executor import Executor
     from fedtune.flower.forwarder import Forwarder

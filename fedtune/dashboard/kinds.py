@@ -18,8 +18,9 @@ EXPECTED = "a run, a folder of runs, a coordinator's home, a site.toml or its fo
 
 
 def page_of(path: Path, trust: str = "") -> Page:
-    """Build the page for `path`. trust: the consortium's fingerprint, by which the page of a
-    dossier or a run verifies the dossier or run.
+    """Build the page for `path`, by the first line of this table that fits. trust: the consortium's
+    fingerprint, against which the page of a dossier or a run verifies the signatures; "" if it is
+    not known.
 
     | site.toml, or a folder with one              | a site           |
     | a folder with release.json or dossier.json   | a dossier        |

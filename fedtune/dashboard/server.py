@@ -140,7 +140,8 @@ class _Result(NamedTuple):
 
 
 class Views:
-    """The routes of one page and of the runs inside it."""
+    """The addresses that the server answers (`routes`), for one page and the runs inside it, and
+    how each is answered."""
 
     def __init__(self, page: Page) -> None:
         self._page, self._locks = page, dict[str, asyncio.Lock]()
@@ -191,8 +192,9 @@ class Views:
         return JSONResponse(found)
 
     async def show_slow_part(self, request: Request) -> Response:
-        """Show the result of a function of work.py, which a child process computes. It is computed
-        again only if the page's files have changed, and at the earliest after REST_SECONDS."""
+        """Show the result of a function of work.py, which a child process computes. The result is
+        kept; it is computed again only if the files on which it depends have changed, and at the
+        earliest after REST_SECONDS."""
         page, what = self._of(request), request.path_params["what"]
         if what not in page.slow:
             raise HTTPException(404)
@@ -250,8 +252,8 @@ class Views:
 
 
 async def run_work(what: str, page: Page) -> dict[str, Any]:
-    """Run a function of work.py on a page's path in a child process. what: the function's name.
-    Return its result, or {"error": …} if it fails or takes longer than WORK_SECONDS."""
+    """Run a function of work.py on a page's path in a child process. Return its result, or
+    {"error": …} if it fails or takes longer than WORK_SECONDS. what: the function's name."""
     words = boot.command(work.__name__, what, str(page.path), page.trust)
     child = await asyncio.create_subprocess_exec(
         *words,
@@ -290,8 +292,8 @@ def app_of(page: Page, token: str) -> Starlette:
 
 
 def serve(page: Page, port: int = 0, say: Any = print) -> None:
-    """Serve a page on loopback until Ctrl-C. port: 0 for any free port. say: called with the page's
-    address, which holds the token.
+    """Serve a page on loopback until Ctrl-C. port: 0 for any free port. say: called once with the
+    page's address, which holds the token, to show it to the user.
 
     Errors: InfrastructureError if the port is taken."""
     listener = socket.socket()
@@ -323,5 +325,5 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
 
 
 def _moment(text: str) -> str:
-    """Format a UTC time for people."""
+    """Format a UTC time for people: "2024-01-01T12:00:00Z" becomes "2024-01-01 12:00:00 UTC"."""
     return str(text).replace("T", " ").replace("Z", " UTC")

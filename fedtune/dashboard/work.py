@@ -22,8 +22,8 @@ LATEST = 60  # number of newest entries of an audit log that a page shows
 
 
 def budget(site_path: Path, _: str) -> dict[str, Any]:
-    """Return the figures of `fedtune ledger`: the studies, the total ε, and the ε that remains.
-    Return {"none": True, "ceiling": …} if there is no ledger yet."""
+    """Return the figures of `fedtune ledger` for the site file `site_path`: the studies, the total
+    ε, and the ε that remains. Return {"none": True, "ceiling": …} if there is no ledger yet."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
@@ -37,8 +37,8 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
-    """Return {"plans": the result of `fedtune review` for each plan that waits for a signature at
-    this site}."""
+    """Return {"plans": a list}: for each plan that waits for a signature at this site, its study's
+    name, its path, and the result of `fedtune review`."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.review import is_unsigned, read_plan, review
@@ -56,8 +56,9 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def acts(path: Path, _: str) -> dict[str, Any]:
-    """Check all entries of the audit log, and return the newest entries and the newest refusals,
-    with the number of entries, the signer and the head."""
+    """Check all entries of the audit log. Return the newest LATEST "entries" and the newest LATEST
+    "refusals", with the number of all entries ("count"), the "signer" and the "head"; {"entries":
+    [], "count": 0} if there is no log. path: a coordinator's home, or a site file."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 
@@ -77,7 +78,8 @@ def acts(path: Path, _: str) -> dict[str, Any]:
 
 
 def verified(path: Path, trust: str) -> dict[str, Any]:
-    """Return the result of `fedtune verify`; {"unsigned": True} if there is no signature."""
+    """Return the result of `fedtune verify` for a run or a dossier; {"unsigned": True} if it has no
+    signature. trust: the consortium's fingerprint, "" if it is not known."""
     from fedtune.core.run_folder import SIGNATURE
     from fedtune.evidence.verify import verify
 
@@ -87,7 +89,8 @@ def verified(path: Path, trust: str) -> dict[str, Any]:
 
 
 def versions(path: Path, _: str) -> dict[str, Any]:
-    """Return the index of a run's versions, which `fedtune versions` shows; {} if there is none."""
+    """Return the list of a run's versions that `fedtune versions` shows (versions/index.json); {}
+    if the run has none."""
     from fedtune.server.versions import Versions
 
     index = Versions(path).index()

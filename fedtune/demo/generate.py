@@ -43,7 +43,8 @@ PUBLIC = 180
 
 
 class NoteParts(NamedTuple):
-    """The content of one note, before a hospital's style turns it into text."""
+    """The content of one note, before a hospital's style turns it into text. Each text is a phrase;
+    finding is "" if the note has none, and denied is a complaint that the patient denies."""
 
     age: int
     woman: bool
@@ -84,12 +85,24 @@ def _bullets(p: NoteParts, rng: random.Random) -> str:
 
 def _background(history: str, drug: str, denied: str, rng: random.Random) -> list[str]:
     """Return two of the three background facts in random order. In three notes of ten, one of them
-    is the denied complaint."""
+    is the denied complaint.
+
+    - history: an earlier illness, in the words of a hospital's style, such as "PMH COPD"
+    - drug: a drug that the patient takes, in words of the same style
+    - denied: a complaint that the patient denies, in words of the same style
+    - rng: the example's random numbers"""
     lines = [rng.choice((history, drug)), denied] if rng.random() < 0.3 else [history, drug]
     return rng.sample(lines, 2)
 
 
 class Hospital(NamedTuple):
+    """An invented hospital.
+
+    - name: its name, as in sites/NAME; its first letter begins its patients' keys
+    - patients: how many patients it has
+    - own: its own departments; OWN_SHARE of its patients belong to them, on average
+    - style: writes a note's text, from its content and the example's random numbers"""
+
     name: str
     patients: int
     own: tuple[str, ...]
@@ -118,9 +131,16 @@ def write(
     share: float = 1.0,
     rounds: int = 8,
 ) -> Path:
-    """Write the whole example under `folder`; return the path of its study.toml. departments: the
-    departments to which the notes belong; share: the part of the usual numbers of patients; rounds:
-    training.rounds in study.toml."""
+    """Write the whole example under `folder`; return the path of its study.toml.
+
+    - folder: where the files are written; it is made if it is missing
+    - seed: decides every note and which letter (the label, called desk) stands for each department;
+      also the plan's study.seed
+    - departments: the departments to which the notes belong, some or all of DEPARTMENTS. If they
+      are NINE, the plan has no [selection]
+    - share: a factor by which the usual number of each hospital's patients and of the rows of
+      validation.jsonl and test.jsonl is multiplied
+    - rounds: training.rounds in study.toml"""
     rng, n = random.Random(seed), len(departments)
     desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
     for hospital in HOSPITALS:
@@ -157,7 +177,17 @@ def patient_notes(
     rng: random.Random,
 ) -> list[dict[str, str]]:
     """Draw one patient's notes, with the same age, sex and comorbidity, and mostly about
-    `department`. desk: the letter of each department."""
+    `department`.
+
+    - hospital: the patient's hospital, in whose style the notes are written
+    - number: the patient's number; with the hospital's initial it is the patient's key, as in H0001
+    - department: the department that must see the patient
+    - notes: how many notes to draw; a single note is always about `department`
+    - desk: the letter of each department, for all departments of the example
+    - rng: the example's random numbers
+
+    Returns a row for each note: "patient", "note" and "desk". The desk is a space and the letter of
+    the department that the note is about."""
     age, woman = rng.randint(19, 91), rng.random() < 0.5
     departments = tuple(desk)
     comorbid = rng.choice(departments)
@@ -181,6 +211,12 @@ def _parts(
 ) -> NoteParts:
     """Draw one note about the department `subject`.
 
+    - age, woman: the patient's age in years, and whether the patient is a woman
+    - subject: the department that the note is about, of `departments`
+    - comorbid: the department of the patient's other illness; it may be `subject` too
+    - departments: all departments of the example
+    - rng: the example's random numbers
+
     The history and the drug may belong to the comorbidity; the denied complaint belongs to another
     department. One complaint in ten is vague; in about one other note in ten the finding is
     missing."""
@@ -201,7 +237,8 @@ def _parts(
 def public_notes(
     rng: random.Random, count: int = PUBLIC, departments: tuple[str, ...] = DEPARTMENTS
 ) -> list[dict[str, str]]:
-    """Draw unlabelled notes in a reader's words, with all departments equally frequent."""
+    """Draw `count` unlabelled notes in a layman's words, with all departments equally frequent.
+    Return the rows of public.jsonl: {"note": text}."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",
         "Lesson: when someone describes {a} or {b}, think of {c} and {d}.",

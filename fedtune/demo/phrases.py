@@ -15,6 +15,8 @@ class Words(NamedTuple):
 
 
 def _words(complaints: str, findings: str, history: str, medication: str) -> Words:
+    """Build the words of one department. Each argument holds phrases that are separated by
+    semicolons."""
     return Words(*map(split, (complaints, findings, history, medication)))
 
 

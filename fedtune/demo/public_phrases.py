@@ -1,7 +1,7 @@
-"""The vocabulary of the public notes, which carry no label: for each department, complaints and
+"""The vocabulary of the public notes, which have no label: for each department, complaints and
 findings.
 
-The phrases are a reader's, not a clinic's: no public note shares a phrase with a hospital's
+The phrases are a layman's, not a clinic's: no public note shares a phrase with a hospital's
 note."""
 
 from __future__ import annotations

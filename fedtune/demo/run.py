@@ -28,9 +28,14 @@ def run_demo(
 ) -> Run:
     """Invent three hospitals under out/data, and run their study into `out`. Return the run.
 
-    alone: also train each hospital by itself, for comparison; the report's "alone" holds the
-    accuracy that each reaches. quick: nine desks, a third of the patients, three rounds and no
-    hospital alone, to check that an installation works.
+    - out: the run's folder, which must not hold a run yet
+    - on_event: called with each event's kind and public facts, such as ("round", {…}); None: nobody
+      is told. "done" comes once the hospitals alone have run too.
+    - seed: decides every invented note, and is the plan's study.seed
+    - alone: also train each hospital by itself, for comparison; the report's "alone" holds the
+      accuracy that each reaches
+    - quick: take nine departments, a third of the patients and three rounds, and train no hospital
+      alone: enough to check that an installation works
 
     Errors: ModelError if the base cannot be fetched, InfrastructureError."""
     out = Path(out)
@@ -63,8 +68,14 @@ def run_demo(
 
 
 def _run_alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
-    """Run the study with one hospital and a separate ledger, and return the accuracy. In one ledger
-    the two studies would add up, and the hospital's policy would refuse the second."""
+    """Run the study with one hospital and a separate ledger, and return the accuracy after
+    training, as a share of the test records. In one ledger the two studies would add up, and the
+    hospital's policy would refuse the second.
+
+    - study: the plan of the three hospitals, of which only strategy.min_sites is changed
+    - site: the hospital; its ledger for this run is in state-alone, beside its own state folder
+    - out: the folder of this run
+    - on_event: called with ("step", {…}) after each round; None: nobody is told"""
     name, state = site.site.name, site.site.state.with_name("state-alone")
 
     def report_step(event: str, data: dict[str, Any]) -> None:

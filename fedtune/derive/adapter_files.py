@@ -1,4 +1,4 @@
-"""Save a merged adapter as PEFT does."""
+"""Save a merged adapter to files that PEFT loads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from fedtune.core.models.lora import Arrays, name_base
 
 
 def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
-    """Save `arrays` to `folder` as PEFT does. The settings are those of the adapter in `like`,
-    except for its shape, which is study.lora's. Errors: OSError."""
+    """Save an adapter to `folder`, in the files that PEFT writes and loads.
+
+    - folder: where adapter_config.json and adapter_model.safetensors are written; it is made if
+      necessary
+    - like: the folder of a saved adapter, from whose adapter_config.json all other settings come
+    - study: the merged run's plan, whose [lora] gives rank, modules and last layers
+    - arrays: A and B of each layer by the network's names, fp32. Their scaling must be 1, since the
+      file says alpha = rank
+
+    Errors: OSError."""
     from peft import LoraConfig
     from safetensors.numpy import save
 

@@ -5,13 +5,14 @@ whose weights compute the head's input. Every construction is exact except for r
 compared with the run's logits before it is kept.
 
 * An encoder's head reads √H · m / |m|, where m is the mean over tokens.
-  BertForSequenceClassification reads the first token through a tanh. So the states are stored
-  twice, as [h, h], which changes no layer norm. One more layer attends to all tokens equally and
-  writes [m, -m]. Since this has a mean of zero, its layer norm is [m, -m] · √H / |m|. tanh is the
-  identity for tiny numbers.
-* A causal base's head reads the last token, as LlamaForSequenceClassification does, but has a bias.
-  One more layer, whose MLP has biases, writes the logits, and in addition a constant so large that
-  it alone determines what the last norm divides by."""
+  BertForSequenceClassification reads the first token through a tanh instead. So each state h is
+  stored twice, as [h, h], which changes no layer norm. One more layer attends to all tokens equally
+  and writes [m, -m]. Since this has a mean of zero, its layer norm is [m, -m] · √H / |m|. It is
+  made so small that tanh leaves it as it is.
+* A causal base's head reads the last token, as LlamaForSequenceClassification does; but the head
+  has a bias, and transformers' class has none. So one more layer, whose MLP has biases, writes the
+  logits, and in addition a constant so large that it alone determines what the last norm divides
+  by."""
 
 from __future__ import annotations
 
@@ -40,10 +41,11 @@ ENCODERS = {
 
 
 def classifier_of(loaded: LoadedModel, model: Any, labels: tuple[str, ...]) -> Any:
-    """Build the sequence classifier, fp32, that computes a run's logits. Return None if
-    transformers has no class for it.
+    """Build the sequence classifier of transformers, fp32, that computes a run's logits. Return
+    None if transformers has no class for it.
 
-    - model: the base with the adapter merged in
+    - loaded: the run, for its head and the kind of its base
+    - model: the run's base with the adapter merged in
     - labels: the classes; () for a reward head"""
     assert loaded.head is not None
     config, head = copy.deepcopy(model.config), loaded.head
@@ -89,8 +91,8 @@ def _prefix_state(module: nn.Module, prefix: str) -> State:
 
 
 def _widen_encoder(model: Any, head: nn.Linear) -> State:
-    """Build the weights of the encoder with doubled states, of the added layer that pools, and of
-    the head."""
+    """Build the weights of the classifier of an encoder, by name: the encoder with doubled states,
+    the added layer that pools, and the head."""
     prefix, dense, last = ENCODERS[model.config.model_type]
     state: State = {}
     for name, value in model.state_dict().items():
@@ -111,9 +113,10 @@ def _widen_encoder(model: Any, head: nn.Linear) -> State:
 
 
 def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Widen one tensor for an encoder of twice the width, whose second half repeats the first. A
-    weight that writes a state gets both halves; a weight that reads one gets zeros for the second.
-    Queries, keys and values of the second half's attention heads are zero."""
+    """Widen one weight for an encoder in which each state is stored twice: its second half repeats
+    the first. A weight that writes a state is repeated; a weight that reads a state gets zeros for
+    the second half. Queries, keys and values of the second half's attention heads are zero. name:
+    the weight's name in the base."""
     if "embeddings." in name and value.ndim == 2:
         return torch.cat([value, value], dim=1)
     if name.endswith("intermediate.dense.bias"):
@@ -133,7 +136,7 @@ def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _pooling(size: int, inner: int, eps: float) -> State:
     """Build the layer that writes [m, -m] · √H / |m| at every token, where m is the mean over
-    all tokens."""
+    all tokens. size: H; inner, eps: the base's intermediate_size and layer_norm_eps."""
     zero = torch.zeros(2 * size, 2 * size)
     none = torch.zeros(2 * size)
     both = torch.ones(2 * size)
@@ -164,14 +167,15 @@ def _pooling(size: int, inner: int, eps: float) -> State:
 
 
 def _fits(config: Any, head: nn.Linear) -> bool:
-    """Return whether a layer of the base is wide enough for the head's logits and a constant."""
+    """Return whether a layer of the base is wide enough to hold the head's logits and one constant
+    beside them."""
     room: int = min(config.hidden_size, config.intermediate_size)
     return head.out_features < room
 
 
 def _with_bias(model: Any, head: nn.Linear) -> State:
-    """Build the weights of a Llama with one more layer, which computes the head's logits; the
-    classifier's score matrix reads them."""
+    """Build the weights of the classifier of a Llama, by name. It has one more layer, which
+    computes the head's logits; the classifier's score matrix only reads them off."""
     config, outputs = model.config, head.out_features
     size, inner = config.hidden_size, config.intermediate_size
     state = _prefix_state(model.model, "model.")

@@ -33,7 +33,7 @@ HELD_OUT, MOST = 6, 64  # every 6th text, at most 64 of them, chooses among the 
 class PrunedLayers:
     """A choice of layers to drop: `first` to `first + width - 1`.
 
-    - weight: (H, inner), the refitted last matrix of the MLP before them
+    - weight: (H, inner), the refitted last matrix of the MLP in the layer before them
     - divergence: KL divergence in nats of the pruned base's next-token distribution from the
       original's, as a mean over held-out texts"""
 
@@ -58,9 +58,13 @@ def supports_refit(model: Any) -> bool:
 
 @torch.no_grad()
 def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) -> PrunedLayers:
-    """Choose `width` consecutive layers to drop from a model that `supports_refit`, neither the
-    first nor the last. texts: token ids of at least 2 public texts, by which the layers are
-    chosen."""
+    """Choose `width` consecutive layers to drop from a model that `supports_refit`: those without
+    which, after the refit, the next-token distribution on held-out texts changes least. The last
+    layer is never dropped, and at least half of the remaining layers (rounded down), and at least
+    one, come before the dropped ones.
+
+    texts: token ids of at least 2 public texts; some are held out to compare the choices, the
+    others serve the refit"""
     layers = model.model.layers
     order = np.random.default_rng(0).permutation(len(texts)).tolist()
     chosen = order[::HELD_OUT][:MOST]
@@ -85,7 +89,8 @@ def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) ->
 
 
 def drop_layers(model: Any, dropped: range) -> Any:
-    """Return a copy of `model` without the layers `dropped`, which shares every weight with it."""
+    """Return a copy of `model` without the layers `dropped` (indices). The copy shares every weight
+    with the model."""
     layers = model.model.layers
     kept_layers = [at for at in range(len(layers)) if at not in dropped]
     shorter = nn.ModuleList([layers[at] for at in kept_layers])
@@ -96,7 +101,8 @@ def drop_layers(model: Any, dropped: range) -> Any:
 
 
 def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
-    """Return a copy of `config` for the layers `kept_layers` of `total`."""
+    """Return a copy of `config` for a model of which only some layers stay. kept_layers: their
+    indices; total: how many layers the model had."""
     changed = copy.deepcopy(config)
     for key, value in list(vars(changed).items()):  # one entry for each layer
         if isinstance(value, list) and len(value) == total:
@@ -106,14 +112,16 @@ def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
 
 
 def _get_output_matrix(layer: Any) -> Any:
-    """Return the MLP's output matrix."""
+    """Return the last matrix of a layer's MLP, as a module; None if the layer has none of this
+    name."""
     return getattr(getattr(layer, "mlp", None), "down_proj", None)
 
 
 def _layer_activations(
     model: Any, texts: Sequence[np.ndarray]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return each layer's MLP input and layer output, (positions, H) each."""
+    """Compute, at the first POSITIONS positions of the texts, the inputs of each layer's MLP and
+    the layer's outputs. Return a pair of both for each layer, (positions, H) each."""
     layers = model.model.layers
     mlp_inputs: list[list[torch.Tensor]] = [[] for _ in layers]
     layer_outputs: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -161,8 +169,13 @@ def _row(text: np.ndarray) -> torch.Tensor:
 def _refit(
     layer: Any, mlp_input: torch.Tensor, output: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Fit the last matrix (H, inner) of the layer's MLP so that the layer's output is as near as
-    possible to `target` in place of `output`.
+    """Fit the last matrix (H, inner) of the layer's MLP anew, so that the layer's outputs are as
+    near as possible to `target`. Return the fitted matrix in the layer's own dtype.
+
+    - layer: the layer before the dropped block
+    - mlp_input: (positions, H), the inputs of its MLP on public text
+    - output: (positions, H), the outputs of the layer there, with the present matrix
+    - target: (positions, H), the outputs of the block's last layer there
 
     Positions are weighted so that relative errors count, as they do for the norms of later layers.
     Otherwise a text's first position, whose states are a hundred times as large, would determine

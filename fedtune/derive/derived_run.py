@@ -15,28 +15,39 @@ from fedtune.core.run_folder import write_plan
 
 
 def derived_name(out: Path, otherwise: str) -> str:
-    """Derive a study name from the folder `out`, using only characters that a name may have."""
+    """Make a study's name from the name of the folder `out`, with only characters that a study's
+    name may have. otherwise: the name if no character is left."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
 
 
 def derived_study(first: Study, out: Path, otherwise: str, **changes: Any) -> Study:
     """Return the plan of a derived run, which `fedtune evaluate` and `generate` read: the first
-    parent's plan with another name, made from `out`, and with changed tables. The seed stays, so
-    that draws can be repeated."""
+    parent's plan with another name and some other tables. The seed stays, so that draws can be
+    repeated.
+
+    - first: the plan of the first parent run
+    - out: the folder of the derived run, from which its name is made
+    - otherwise: the name if the folder's name has no usable character
+    - changes: the tables to replace, by name"""
     named = first.study.model_copy(update={"name": derived_name(out, otherwise)})
     return first.model_copy(update={"study": named, **changes})
 
 
 def adapter_facts(table: LoraTable | None) -> dict[str, Any]:
-    """Describe an adapter for a report: its folder and its LoRA table."""
+    """Describe an adapter for a report: {"folder": "adapter"} and the fields of its LoRA table.
+    table: None if the run has a head alone."""
     shape = table.model_dump(mode="json", exclude_none=True) if table else {}
     return {"folder": "adapter"} | shape
 
 
 def write(draft: Path, study: Study, sections: Mapping[str, Any]) -> None:
-    """Write plan.json and the report into the draft of a run folder that holds its adapter already.
+    """Write plan.json and the report of a derived run into its folder, which is not finished yet
+    and holds the adapter already.
 
-    sections: the report's entries: base, adapter, private, privacy, and others.
+    - draft: the folder
+    - study: the derived run's plan (`derived_study`)
+    - sections: the report's entries: base, adapter, private, privacy, and others
+
     Errors: InfrastructureError."""
     head = {
         "fedtune": fedtune.__version__,

@@ -62,12 +62,18 @@ def distill(
     """Distil the averaged predictions of finished runs into a small student, on public prompts.
 
     Args:
+        teachers: the runs. The first one alone writes an answer to a prompt without a completion,
+            and the student's plan is made from its plan.
         prompts: public prompts, with or without completions.
         out: the new run's folder. It is not made if an error occurs.
-        student: the student's base.
+        student: the student's base: pypi:NAME, a folder or a hub id.
         layers: given in place of `student`; the student is then the first teacher's base with this
             number of its layers.
+        settings: the settings of the student's adapter and training; None: the defaults of
+            DistillSettings.
         on_event: called with ("step", {…}) to report progress.
+
+    Returns the new run.
 
     Errors: ConfigError, DataError, ModelError, InfrastructureError."""
     out, settings = Path(out), settings or DistillSettings()
@@ -121,8 +127,9 @@ def _first_study(teachers: Sequence[Run]) -> Study:
 
 
 def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
-    """Check that teachers and student have the same tokenizer, unless all teachers have heads.
-    Errors: ConfigError."""
+    """Check that teachers and student have the same tokenizer, which soft targets of next tokens
+    require. Nothing is checked if all teachers have heads, since their targets are classes. Errors:
+    ConfigError."""
     from fedtune.core.bases.find import load_tokenizer
 
     if all(model.head is not None for model in models):
@@ -139,8 +146,12 @@ def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
 
 
 def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list[np.ndarray]:
-    """Return the token ids of each prompt, without its answer, so that pruning does not depend on a
-    teacher's adapter."""
+    """Return the token ids of each prompt, without its answer, so that pruning does not depend on
+    an answer that a teacher wrote.
+
+    - prompts: the public prompts
+    - first: the first teacher's plan, for the template and the largest length
+    - teacher: the first teacher, for its tokenizer"""
     table = first.objective
     rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]
     return [np.array(ids[: table.max_length], dtype=np.int32) for ids in rows]
@@ -149,9 +160,14 @@ def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list
 def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
-    """Return the arrays of `start` that can be initialised from the first teacher's adapter: the
-    arrays of matrices that the student has too, at no smaller rank. kept_layers: the teacher's
-    layers that the student keeps."""
+    """Initialise the student's adapter from the first teacher's. Return new values, by name, for
+    those arrays of `start` of which the teacher has one at no larger rank; the others are not in
+    the result.
+
+    - start: the student's trainable arrays as they were initialised so far, by name
+    - teacher_arrays: the first teacher's adapter, by name
+    - first, study: the plans of the first teacher and of the student, for the scaling of each
+    - kept_layers: the teacher's layers that the student keeps, by index"""
     assert study.lora is not None
     scale = first.lora.scaling / study.lora.scaling if first.lora else 1.0
     inherited: Arrays = {}
@@ -173,8 +189,14 @@ def _student_lora(
     kept_layers: Sequence[int] | None,
     settings: DistillSettings,
 ) -> LoraTable:
-    """Build the student's LoRA table. kept_layers: the teacher's layers that the student keeps;
-    None if it has another base."""
+    """Build the student's LoRA table.
+
+    - base: the student's base, whose kind gives the modules if nothing else names them
+    - teacher_lora: the first teacher's table; None if that run trained a head alone
+    - kept_layers: the teacher's layers that the student keeps, by index; None if it has another
+      base, and then nothing is taken from the teacher's table
+    - settings: rank, modules and last layers; what they leave open comes from the teacher's table
+      or a default. If they name the last layers, only the rank may come from the teacher's table"""
     inherited = teacher_lora if kept_layers is not None else None
     rank = settings.rank or (inherited.rank if inherited else RANK)
     last, modules = settings.last_layers or None, settings.modules
@@ -188,7 +210,14 @@ def _student_lora(
 
 def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> Study:
     """Build the student's plan, which `fedtune evaluate` and `generate` read: the first teacher's
-    plan with the student's base and adapter."""
+    plan with the student's base and adapter.
+
+    - first: the first teacher's plan
+    - base: the student's base, pinned by its digest
+    - name: base.model of the plan: the base as the caller named it, or BASE for a base that was
+      written to the run's folder
+    - out: the new run's folder, from whose name the study's is made
+    - lora: the student's table"""
     table = first.objective
     label = table.resolved.record_format == "label"
     name_and_options: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
@@ -199,8 +228,9 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
 
 
 def _default_modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
-    """Return the modules to adapt. If only the last layer is adapted, these are its MLP's, so that
-    each position trains by itself."""
+    """Return the names of the modules that get an adapter if nothing else names them. last_layers:
+    how many of the last layers get one; None: all. If it is 1, the modules are those of the MLP
+    alone, so that each position trains by itself."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
     mlp = ("gate_proj", "up_proj", "down_proj")
@@ -214,7 +244,16 @@ def _teacher_dataset(
     network: Network,
     settings: DistillSettings,
 ) -> Dataset:
-    """Tokenise the prompts for the student, each with the teachers' soft targets."""
+    """Tokenise the prompts for the student, each with the teachers' soft targets.
+
+    - models: the teachers; unless they classify, the first one writes an answer to each prompt that
+      has no completion
+    - prompts: the public prompts; the number of those that got no answer, and are left out, is
+      added to `about`
+    - study: the student's plan
+    - network: the student, for its tokenizer
+    - settings: give temperature and size of the soft targets, and length and seed of the
+      completions"""
     table: ObjectiveTable = study.objective
     records: list[Record] = prompts.records
     if not table.labels:
@@ -233,9 +272,14 @@ def _teacher_dataset(
 def _train_student(
     network: Network, data: Dataset, start: Arrays, settings: DistillSettings
 ) -> dict[str, Any]:
-    """Minimise the divergence from the teachers with AdamW, from `start`, and load the arrays of
-    the epoch with the lowest divergence on held-out prompts. Return the report's section
-    "quality"."""
+    """Train the student from `start`, with AdamW, to minimise its divergence from the teachers. At
+    the end it has the arrays of the epoch with the lowest divergence on held-out prompts. Return
+    {"quality": the section of this name for the report}.
+
+    - network: the student, which at first computes what its base computes
+    - data: the public prompts with soft targets; a share HELD_OUT of them is not trained on
+    - start: the trainable arrays with which the training begins, by name
+    - settings: give epochs, batch, learning rate, temperature and seed"""
     from fedtune.core.objectives.distill import divergence
 
     cached = CachedDataset(network, data)
@@ -292,6 +336,11 @@ def _train_student(
 def _report_sections(
     study: Study, base: Base, network: Network, settings: DistillSettings, prompts: Prompts
 ) -> dict[str, Any]:
+    """Return the report's sections "base", "adapter" and "derived" of a student.
+
+    - study, base, network: the student's plan, base and trained network
+    - settings: the settings of the distillation
+    - prompts: the public prompts, of which `about` is reported"""
     assert study.lora is not None
     size = sum(p.numel() for p in network.model.parameters())
     return {
@@ -319,8 +368,15 @@ def dataset_of(
     tokenizer: PreTrainedTokenizerBase,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError if no
-    record can be used."""
+    """Build a dataset of public records, each a unit of its own.
+
+    - records: the public records, whose order the dataset keeps. In a study of labels they need no
+      label; else each needs its completion
+    - study: the plan, whose objective says how a record is read
+    - tokenizer: of the base that reads the dataset
+    - soft_targets: computes a record's soft targets; None: the records get none
+
+    Errors: DataError if no record can be used."""
     objective = study.objective.resolved
     labelled, scored = objective.record_format != "label", objective.outputs > 0
     unit_reader = UnitReader(

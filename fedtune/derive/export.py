@@ -31,7 +31,9 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     """Write a run's base, adapter and head as one model that other programs load; return its path.
 
     Args:
+        run: a finished run with an adapter or a head.
         out: the new transformers folder (hf) or file (gguf).
+        to: "hf" for transformers; "gguf" for llama.cpp, which holds language models only.
         stored: the weights' format; by default float32 (hf) or float16 (gguf).
 
     A run with a head becomes a sequence classifier, which `transformers.pipeline` loads. If
@@ -85,7 +87,13 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
 
 
 def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
-    """Check that the format can hold the trained adapter or head. Errors: ConfigError."""
+    """Check that the chosen format can hold what the run trained: an adapter or a head.
+
+    - run: the run to export
+    - headed: whether the run trained a head
+    - to, stored: the format of the model and of its weights, as for `export`
+
+    Errors: ConfigError."""
     predict = f"`fedtune predict {run.folder} --data FILE` uses it as it is"
     if headed and to == "gguf":
         raise ConfigError(

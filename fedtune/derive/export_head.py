@@ -71,8 +71,10 @@ REWARD = (
 
 def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
     """Write a run with a head to the new folder `into`: as a sequence classifier if transformers
-    has one that computes the run's logits, else as base and head. Return the base, and the card's
-    lines about its use.
+    has one that computes the run's logits, else as base and head. Return the run's base, and lines
+    for the card that say how to use the model.
+
+    stored: the format of the weights, such as "float32"
 
     Guarantee: the classifier was read back, and gave the run's logits on TEXTS.
     Errors: ConfigError (a base that reads more than text); ModelError; OSError."""
@@ -106,8 +108,8 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
 
 
 def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
-    """Return the classes; () for a reward head. Errors: ModelError if the head has another number
-    of outputs."""
+    """Return the names of the classes, in the order of the head's outputs; () for a head that gives
+    a reward. Errors: ModelError if the head has another number of outputs than the plan."""
     assert loaded.head is not None
     labels = run.study.objective.labels
     if loaded.head.out_features != (len(labels) or 1):
@@ -120,8 +122,9 @@ def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer with the study's maximal length. For a reward head, replace a pad
-    token that equals eos, since answers end with eos."""
+    """Return the base's tokenizer, changed for the exported folder: its maximal length is the
+    study's, and for a reward head, a pad token that equals eos is replaced, since answers end with
+    eos. classes: whether the head has classes; if not, it is a reward head."""
     tokenizer = loaded.tokenizer
     tokenizer.model_max_length = run.study.objective.max_length
     if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -134,8 +137,9 @@ def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokeni
 
 
 def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
-    """Load the classifier in `folder`. Return it if its logits on `passages` are close to
-    `expected`, else None."""
+    """Load the classifier that was written to `folder`, and check it. Return the classifier if its
+    logits are close to the run's, else None. passages: token ids; expected: the run's logits on
+    each, (passages, outputs)."""
     from transformers import AutoModelForSequenceClassification
 
     made: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -150,7 +154,13 @@ def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor)
 def _use(
     run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]
 ) -> list[str]:
-    """Return the lines of the card's section on how to use the folder."""
+    """Return the lines of the card's section on how to use the folder.
+
+    - run: the run that was exported, for the template and eos of its prompts
+    - loaded: the run's loaded model, for the kind of its base and its tokenizer
+    - model: the base with the adapter merged into it, without a head
+    - made: the sequence classifier that was written; `model` itself if transformers has none
+    - labels: the classes; () for a reward head"""
     lines: list[str] = []
     if made is model:
         pool = MEAN if loaded.base.kind == "encoder" else LAST

@@ -37,6 +37,7 @@ def write_gguf(
     - stored: the format of the matrices. Vectors stay fp32. A matrix whose rows do not divide into
       q8_0's blocks is stored in float16
     - about: the general.* keys, such as name, with their values
+    - licence: the base's licence, for the key general.license
 
     Errors: ConfigError if llama.cpp would compute something else; OSError."""
     import gguf
@@ -85,7 +86,8 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings, under transformers' current key or its older one."""
+    """Return the settings of rotary positions in a base's config.json, including "rope_theta",
+    whether they stand under transformers' current key or under its older one."""
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta", 10000.0), **settings}
 
@@ -135,8 +137,9 @@ def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor with its name, one at a time. Rotary halves are interleaved, as in
-    llama.cpp."""
+    """Yield the name and the tensor (fp32) of each weight in `folder`, one at a time. In the
+    matrices of queries and keys the halves of rotary positions are interleaved, as llama.cpp
+    expects."""
     from safetensors import safe_open
 
     from fedtune.core.bases.digest import weights
@@ -158,13 +161,20 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.
 
 
 def interleave_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder each head's rows, (outputs, …): the first of the first half, the first of the second
-    half, the second of the first half, and so on."""
+    """Reorder the rows of each head: first the first row of the head's first half, then the first
+    row of its second half, then the second row of the first half, and so on. tensor: (outputs, …),
+    the heads one after another."""
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
 def _add(writer: Any, name: str, tensor: torch.Tensor, stored: Stored) -> None:
+    """Add a tensor to the file: a vector in fp32; a matrix in the format `stored`, or in float16 if
+    its rows do not divide into q8_0's blocks.
+
+    - writer: the open gguf.GGUFWriter
+    - name: the tensor's name in GGUF
+    - tensor: the values, in fp32"""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -223,8 +233,8 @@ def _bos_token(settings: dict[str, Any]) -> str:
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the tokenizer's pre-tokenizer. Errors: ConfigError if llama.cpp
-    does not have it."""
+    """Return llama.cpp's name for the way in which a tokenizer splits text before BPE. tokenizer:
+    the content of tokenizer.json. Errors: ConfigError if llama.cpp does not have this way."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers") or [pre]
     last = parts[-1]

@@ -43,10 +43,11 @@ UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the re
 
 @dataclass(frozen=True)
 class PolicyEvaluation:
-    """Means over sampled answers.
+    """The means of three measurements over sampled answers of a policy.
 
-    - reward: in standard deviations of the starting policy's rewards, above their mean
-    - kl: the divergence from the starting policy, in nats per answer
+    - reward: how far the reward is above the mean reward of the starting policy, in standard
+      deviations of that policy's rewards
+    - kl: the KL divergence from the starting policy, in nats per answer
     - unscored: the share of answers that are empty or too long for the reward model"""
 
     reward: float
@@ -60,11 +61,12 @@ class PolicyEvaluation:
 
 @dataclass
 class PolicyScores:
-    """The evaluations during a training.
+    """The evaluations during a training, and the checkpoint that is kept.
 
-    - by_step: (number of steps, evaluation) of each
-    - best: number of steps, evaluation and adapter's arrays of the best one: the highest penalised
-      reward with KL ≤ max_kl; None if none is above the start's
+    - max_kl, kl_coef, eval_every, steps: as for `improve` and in its settings
+    - by_step: (number of steps, evaluation) pairs, beginning with the start's at 0 steps
+    - best: (number of steps, evaluation, adapter's arrays) of the checkpoint with the highest
+      penalised reward among those with KL ≤ max_kl; None if none has a higher one than the start
     - stopped: why the training ended"""
 
     max_kl: float
@@ -90,15 +92,19 @@ def improve(
     """Train a run's model on public prompts towards answers that a reward run scores higher (RLOO).
 
     Args:
+        run: the run whose adapter is trained further; it must write text.
+        reward_run: a run of objective reward, whose head scores the answers.
+        prompts: public prompts. A quarter of them is not trained on, only measured on.
         out: the new run's folder. It is not made if an error occurs.
         max_kl: the largest KL divergence from the policy of `run`, in nats per answer. Training
             ends when it is exceeded. Of the checkpoints with KL ≤ max_kl, the one with the highest
             reward - settings.kl_coef · KL is kept.
         eval_every: steps between two evaluations.
+        settings: the settings of the training; None: the defaults of RlooSettings.
         on_event: called with ("step", {…}) to report progress.
 
     The report's figures come from newly sampled answers, since the best of several evaluations is
-    biased upwards.
+    biased upwards. Returns the new run.
 
     Errors: Refused (no better checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError,
     InfrastructureError."""
@@ -146,6 +152,8 @@ def _no_better_checkpoint(max_kl: float, settings: RlooSettings) -> Refused:
 
 
 def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:
+    """Check that `policy`, loaded from `run`, writes text, and that `judge`, loaded from
+    `reward_run`, scores answers. Return the plan of `run`. Errors: ConfigError."""
     if not policy.adapted or run.study.objective.resolved.outputs:
         raise ConfigError(
             f"{run.folder}: not a run that can generate text", "a finished run with an adapter"
@@ -160,8 +168,16 @@ def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -
 def _split_prompts(
     prompts: Prompts, policy: LoadedModel, study: Study, settings: RlooSettings
 ) -> tuple[list[Record], list[Record]]:
-    """Split the prompts by the seed; return training and held-out ones. Prompts that are too long
-    are left out, and counted in prompts.about. Errors: DataError if fewer than 4 fit."""
+    """Split the prompts at random, by the seed, into those to train on and a share HELD_OUT to
+    measure on; return both lists in this order. Prompts that are too long are left out, and counted
+    in prompts.about.
+
+    - prompts: all public prompts
+    - policy: the model that answers, whose positions limit prompt and answer together
+    - study: the plan of the run, whose objective.max_length limits them too
+    - settings: give the seed, and the number of tokens to leave for an answer
+
+    Errors: DataError if fewer than 4 fit."""
     room = min(study.objective.max_length, policy.room) - settings.new_tokens
     fit = [
         record
@@ -225,8 +241,14 @@ def _restore(policy: LoadedModel, arrays: dict[str, torch.Tensor]) -> None:
 
 @dataclass
 class PolicyEvaluator:
-    """Measures reward and KL of a policy, relative to the starting policy. mean, spread: of the
-    starting policy's rewards; see `centre`."""
+    """Measures reward and KL of a policy, relative to the policy from which its training started.
+
+    - policy, start: the model that trains, and a copy of its start, which does not train
+    - judge: scores answers by the reward run
+    - study: the plan of the run that trains, for its prompts' template
+    - settings: give the sampled answers' length, temperature and seed
+    - mean, spread: mean and standard deviation of the starting policy's rewards, once `centre` has
+      set them"""
 
     policy: LoadedModel
     start: LoadedModel
@@ -249,8 +271,9 @@ class PolicyEvaluator:
         return self._mean(answers)
 
     def evaluate(self, records: Sequence[Record], draws: bytes) -> PolicyEvaluation:
-        """Evaluate the policy on the first MAX_EVALUATED of `records`. draws: a name of the random
-        draws; with the same name, two evaluations differ by their policies alone."""
+        """Sample answers of the policy to the first MAX_EVALUATED of `records`, and evaluate them.
+        draws: a name of the random draws; with the same name, two evaluations differ by their
+        policies alone."""
         return self._mean(self._answers(records, draws))
 
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -279,8 +302,10 @@ class PolicyEvaluator:
         return [by_index.get(at) for at in range(len(answers))]
 
     def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
-        """Return (score, KL) of sampled answers. The KL at each token is computed exactly, over the
-        whole vocabulary."""
+        """Sample SAMPLES answers of the policy to each of the first MAX_EVALUATED records, and
+        return (score, KL) for each answer. The KL at each token is computed exactly, over the whole
+        vocabulary. The score is None if the answer is empty or too long for the reward model.
+        draws: a name of the random draws."""
         records = records[:MAX_EVALUATED]
         objective = self.study.objective
         settings = self.settings
@@ -311,7 +336,8 @@ class PolicyEvaluator:
 
 
 def _settings(settings: RlooSettings, max_kl: float) -> dict[str, Any]:
-    """Return the settings under the names of the report's format."""
+    """Return the settings for the report, under the names of the report's format, together with
+    `max_kl` and the name of the algorithm."""
     named = {{"kl_coef": "beta"}.get(name, name): value for name, value in vars(settings).items()}
     return {**named, "leash": max_kl, "algorithm": "RLOO (trl)"}
 
@@ -325,6 +351,14 @@ def _report_sections(
     prompts: Prompts,
     settings: RlooSettings,
 ) -> dict[str, Any]:
+    """Return the report's sections "base", "adapter", "quality" and "derived" of an improved run.
+
+    - study: the new run's plan
+    - policy: the trained model
+    - scores: the evaluations during training, with the best one
+    - before, after: two evaluations each, on the training and on the held-out prompts
+    - prompts: the public prompts, of which `about` is reported
+    - settings: the settings of the training"""
     assert scores.best is not None
     base = policy.base
     return {

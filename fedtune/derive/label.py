@@ -47,6 +47,8 @@ def label(
         generator, judge: pypi:NAME, a folder, a hub id or a run. By default the generator judges
             too. A run of objective reward judges by its score.
         generator_digest, judge_digest: the models' expected digests; another model is refused.
+        rubric: the question that a language model answers as the judge; a reward run reads none.
+        settings: the settings of the answers; None: the defaults of LabelSettings.
         on_event: called with ("step", {…}) to report progress.
 
     Returns the content of about.json.
@@ -68,16 +70,16 @@ def label(
 
 
 def _source(model: str | Run) -> str:
-    """Return the name or folder of a model. Errors: NeverLeaves for a site's personal model. Such a
-    model learnt from all patients of the site, and its labels would carry this into each patient's
-    records."""
+    """Return the name or folder by which a model is loaded. A site's personal model is refused: it
+    learnt from all patients of the site, and its labels would carry this into each patient's
+    records. Errors: NeverLeaves."""
     refuse_personal(source := str(model.folder) if isinstance(model, Run) else model)
     return source
 
 
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
-    """Return the file of records, and a function that says whether a unit is left out because it
-    withdrew."""
+    """Return the file of the site's or the given records, and a function that tells, by a unit's
+    key, whether the unit is left out because the patient withdrew."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if not traces(records.home):  # no ledger yet, so nobody has withdrawn

@@ -15,10 +15,15 @@ from fedtune.runs.run import Run
 
 
 def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:
-    """Refuse a model as a source of targets for private records, unless it is a base or a DP run.
+    """Check that a model may set targets for private records: that it is a base, or a run that was
+    trained under DP. If it was trained without noise on the same records, each record's target
+    would depend on all others.
 
-    If a model was trained on the records without noise, each record's target would depend on all
-    others. accepted: digests that the user declares to be public. Errors: Refused."""
+    - model: the base or run
+    - role: what the error calls it, such as "judge"
+    - accepted: digests of models that the user declares to be public
+
+    Errors: Refused."""
     if model.study is None or model.study.private or model.digest in accepted:
         return
     raise Refused(
@@ -29,8 +34,9 @@ def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ())
 
 
 def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
-    """Describe one parent run for the report of a derived model. Errors: InputError; NotGenuine
-    (the run was changed after it was signed)."""
+    """Describe a parent run for the report of a derived model: "name", "role", "plan" (a digest),
+    "digest" (the model's) and "report", the whole report. role: what the parent was for, such as
+    "teacher". Errors: InputError; NotGenuine (the run was changed after it was signed)."""
     check_signed(run.folder)
     return {
         "name": run.study.study.name,
@@ -42,9 +48,10 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
 
 
 def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Build the report's sections "private", "privacy" and "parents" for a model derived from
-    `parents`, and its statement of declared data, if there is any. A run that occurs twice is
-    charged once."""
+    """Combine the parent runs' privacy for the report of a model derived from them. Return the
+    report's sections "private", "privacy" (the composed ε) and "parents", and the parents'
+    statement of declared data, if there is any. A run that occurs twice is charged once. parents:
+    as `parent` describes each."""
     reports = {p["digest"]: p["report"] for p in parents}
     private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}

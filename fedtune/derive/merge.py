@@ -45,7 +45,7 @@ class Parent:
 
 
 def load_parent(run: Run) -> Parent:
-    """Load a finished run for merging.
+    """Load a finished run for merging, after a check of its signature if it has one.
 
     Errors: InputError, ConfigError or ModelError if the run is unfinished or has no adapter;
     NotGenuine if it was changed after it was signed."""
@@ -74,6 +74,7 @@ def merge_runs(
     """Merge the adapters of finished runs of one base into a new run.
 
     Args:
+        runs: two or more finished runs whose plans pin the same base.
         out: the new run's folder. It is not made if an error occurs.
         method: linear: the exact weighted sum of the updates. svd: this sum, reduced to a smaller
             rank. ties, dare: the sum of a part of each update. slerp: interpolation of two updates
@@ -83,6 +84,7 @@ def merge_runs(
         density: for ties and dare, the share of each update that is kept: one number, or one for
             each run.
         rank: for svd, ties and dare, the merged rank.
+        seed: for dare, of the random choice.
         disjoint: the caller states that no person is in two of the runs.
         measure: whether to evaluate base, parent and merged adapter on each parent's evaluation
             file, if the file exists.
@@ -123,8 +125,8 @@ def merge_runs(
 
 
 def _check_same_base(parents: Sequence[Parent]) -> None:
-    """Check that the parents share one base, by digest, quantised in the same way, and that no two
-    have the same adapter. Errors: ConfigError."""
+    """Check that all parents were trained on one base, by its digest, quantised in the same way,
+    and that no two have the same adapter. Errors: ConfigError."""
     first = parents[0]
     for parent in parents:
         both = f"{first.run.folder} and {parent.run.folder}"
@@ -149,7 +151,9 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
 
 
 def _merged_lora(parents: Sequence[Parent], rank: int) -> LoraTable:
-    """Build the merged adapter's LoRA table; its scaling is 1."""
+    """Build the LoRA table of the merged adapter: the modules of all parents, the largest of their
+    numbers of last layers (all layers if a parent has all), and alpha = rank, so that the scaling
+    is 1. rank: the merged adapter's."""
     last = [parent.table.last_layers for parent in parents]
     return LoraTable(
         rank=rank,
@@ -167,6 +171,13 @@ def _report_sections(
     settings: dict[str, Any],
     disjoint: bool,
 ) -> dict[str, Any]:
+    """Return the sections of a merged run's report.
+
+    - parents: the runs that were merged
+    - study: the merged run's plan
+    - arrays: the merged adapter, by name
+    - settings: the section "merge" without its parents; its "weights" has one for each parent
+    - disjoint: whether the caller states that no person is in two of the runs"""
     non_private = [parent for parent in parents if not parent.report.get("private")]
     if non_private:
         names = ", ".join(str(parent.report.get("study")) for parent in non_private)
@@ -206,9 +217,12 @@ def _report_sections(
 def _measure_parents(
     parents: Sequence[Parent], table: LoraTable, arrays: Arrays
 ) -> list[dict[str, Any]]:
-    """Measure the metric of base, parent and merged adapter for each parent whose evaluation file
-    exists. Return one row per parent, with the share of the parent's gain that is kept (None if the
-    parent's metric equals the base's)."""
+    """Evaluate the base, each parent and the merged adapter on the parent's evaluation file, if the
+    file exists. Return one row per parent that was evaluated: its number from 1, the metric, the
+    three values, and "kept", the share of the parent's gain over the base that the merged adapter
+    keeps (None if the parent's metric equals the base's).
+
+    table, arrays: LoRA table and arrays of the merged adapter."""
     rows = []
     for number, parent in enumerate(parents, 1):
         evaluation = parent.study.evaluation
@@ -226,7 +240,8 @@ def _measure_parents(
 
 
 def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
-    """Measure the study's metric; return its value for the base alone and with `arrays`."""
+    """Measure the study's metric on its evaluation records. Return its value for the base alone and
+    its value with an adapter, whose LoRA table is `table` and whose arrays are `arrays`."""
     ready = evaluator(study, table, arrays)
     trained = pick_arrays(arrays, ready.network.parameters(), Path("adapter"))
     base, after = ready.measure(None), ready.measure(trained)
@@ -234,16 +249,18 @@ def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[flo
 
 
 def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
-    """Return an evaluator on the study's evaluation records, for adapters of the shape `table`."""
+    """Return an evaluator that measures adapters of the shape `table` on the study's evaluation
+    records. arrays: an adapter's arrays, of which the evaluator takes A."""
     from fedtune.evaluation.evaluator import Evaluator
 
     return Evaluator(_with_saved_factor(study, table), _select_frozen(arrays))
 
 
 def _moments(parent: Parent) -> Moments:
-    """Compute second moments of the parent's layer inputs on its own public text, with its adapter
-    loaded. This costs no ε, since the text is public and the adapter was released. Errors:
-    ConfigError if the text is not on this machine."""
+    """Compute the second moments E[x xᵀ] of the inputs x of each layer that the parent adapted, on
+    the parent's own public text, with its adapter loaded. Return them by layer. This costs no ε,
+    since the text is public and the adapter was released. Errors: ConfigError if the text is not on
+    this machine."""
     from fedtune.core.data.load import load_dataset
     from fedtune.core.models.build import build
     from fedtune.public.factor import moments
@@ -266,8 +283,8 @@ def _moments(parent: Parent) -> Moments:
 
 
 def _with_saved_factor(study: Study, table: LoraTable) -> Study:
-    """Return the study with an adapter of the shape `table`, whose A is to be loaded and not
-    drawn."""
+    """Return the study with the LoRA table `table`, changed so that A is loaded from a saved
+    adapter instead of drawn from the seed."""
     saved = table.model_copy(update={"a_init": "public", "a_digest": None})
     return study.model_copy(update={"lora": saved})
 

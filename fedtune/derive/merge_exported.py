@@ -43,9 +43,14 @@ def merge_models(
     seed: int = 0,
     disjoint: bool = False,
 ) -> dict[str, Any]:
-    """Merge models of one base that `export` wrote into the new folder `out`; return its report.
+    """Merge whole models that `export` made of runs of one base, and write the result to a new
+    folder; return its report.
 
-    method, weights, density, seed, disjoint: as for `merge`; only linear, ties, dare and slerp.
+    - folders: two or more folders that `export` wrote
+    - out: the new folder. It is not made if an error occurs
+    - method: linear, ties, dare or slerp, as for `merge`
+    - weights, density, seed, disjoint: as for `merge`
+
     Guarantee: as for `merge`.
 
     Errors: ConfigError, ModelError, InfrastructureError; NeverLeaves for a personal model."""
@@ -109,7 +114,8 @@ def _classifies(folder: Path) -> bool:
 
 
 def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read the reports of exported models of one base. Errors: ConfigError."""
+    """Check that the folders are exported language models of one base, and return the content of
+    each one's report.json. Errors: ConfigError."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model given", "two or more to merge")
     if not all(map(is_exported, folders)):
@@ -147,6 +153,12 @@ def _run_mergekit(
 ) -> None:
     """Merge transformers folders that were fine-tuned from `base`; write the result in fp32 to the
     folder `out`.
+
+    - base: the folder of the base
+    - models: the folders that `fedtune export --to hf` wrote
+    - weights, densities: one for each model; densities are the shares that ties and dare keep
+    - method: linear, ties, dare or slerp, as for `merge`
+    - seed: of dare's random choice
 
     Errors: ConfigError (no such method for whole models, or mergekit is missing)."""
     if method not in _NAMES:

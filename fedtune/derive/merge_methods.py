@@ -28,8 +28,8 @@ _LAYER = re.compile(r"(.*\.layers?\.)(\d+)\.(.+)")
 
 
 class Factors(NamedTuple):
-    """The factors of one layer of one adapter: a (r, inputs) and b (outputs, r). The layer's update
-    is scaling · B A."""
+    """The two factors of one adapted layer: a (r, inputs) and b (outputs, r). The layer's update,
+    i.e. the change of its weight, is scaling · B A."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -38,15 +38,16 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """An adapter to merge. arrays: its arrays, as core.models.adapter_files.load_adapter returns
-    them; scaling: alpha / rank."""
+    """An adapter to merge. arrays: A and B of each layer by parameter name, as
+    core.models.adapter_files.load_adapter returns them; scaling: the factor of each B A (alpha /
+    rank)."""
 
     arrays: Arrays
     scaling: float
 
     def layers(self) -> dict[str, Factors]:
-        """Return module name -> the factors of its update. Errors: ConfigError if the adapter has
-        arrays other than LoRA's."""
+        """Return the factors of each adapted layer, by the name of its module. Errors: ConfigError
+        if the adapter has arrays other than LoRA's."""
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, array in self.arrays.items():
             match = _NAME.fullmatch(name)
@@ -70,8 +71,9 @@ def merge(
     seed: int = 0,
     moments: Sequence[Moments] = (),
 ) -> tuple[Arrays, int]:
-    """Merge adapters into one of scaling 1, fp32, with the same rank in every layer. Return its
-    arrays and its rank.
+    """Merge adapters into one adapter, in fp32, with scaling 1 and the same rank in every layer.
+    Return its arrays, by parameter name, and its rank. The update of a layer is the change of its
+    weight, scaling · B A; rᵢ is the rank of adapter i.
 
     | linear  | Σ wᵢ · updateᵢ, exactly; its rank is Σ rᵢ                                      |
     | svd     | this sum, reduced to `rank` (default: the largest rᵢ) by singular values       |
@@ -82,8 +84,18 @@ def merge(
     | slerp   | two updates, interpolated along the arc between them by the second's weight    |
     | regmean | the least squares fit to each update on its adapter's own inputs (`moments`,   |
     |         | one dict for each), weighted by wᵢ; its rank is Σ rᵢ                           |
-    density: one number for all adapters, or one for each. An adapter that lacks a layer counts
-    there as an update of zero.
+
+    - adapters: two or more, of one base
+    - weights: wᵢ, one for each adapter; for slerp at least 0 and not all 0, for regmean above 0
+    - method: the row of the table above
+    - density: one number for all adapters, or one for each; above 0 and at most 1
+    - rank: the merged rank of svd, ties and dare; None: the default above. If a layer's matrix has
+      fewer rows or columns than this rank, it is merged at their number, and zeros fill up its
+      factors to the rank of the other layers
+    - seed: of dare's random entries
+    - moments: for regmean, one dict for each adapter, layer -> (inputs, inputs); else ()
+
+    An adapter that lacks a layer counts there as an update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
     section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
     equation 2)."""
@@ -107,7 +119,8 @@ def merge(
 
 
 def densities_of(density: float | Sequence[float], adapters: int) -> list[float]:
-    """Return one density for each of `adapters` adapters. Errors: ConfigError.
+    """Return one density for each of `adapters` adapters. density: one number for all of them, or
+    one for each. Errors: ConfigError.
 
     >>> densities_of(0.5, 2), densities_of([0.5, 0.8], 2)
     ([0.5, 0.5], [0.5, 0.8])
@@ -143,7 +156,7 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: Method
 
 
 def _zero_update(like: Factors) -> Factors:
-    """Return an update of zero, of the shape of `like`."""
+    """Return factors of an update of zero, with the shapes of those in `like`."""
     return Factors(torch.zeros_like(like.a), torch.zeros_like(like.b), 1.0)
 
 
@@ -152,7 +165,8 @@ def _regmean_factors(
 ) -> list[Factors]:
     """Return factors whose sum is the least squares fit to all updates, each on its own adapter's
     inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹. So each B is unchanged, and its A
-    is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
+    is multiplied by Gᵢ (Σ Gⱼ)⁻¹. moments: each adapter's E[x xᵀ] of this layer; None for an adapter
+    without this layer, whose Gᵢ is zero."""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -167,8 +181,9 @@ def _regmean_factors(
 
 
 def _prune_factors(part: Factors, density: float, method: Method) -> Factors:
-    """Return factors of an update of which only the share `density` of the entries is kept, chosen
-    by ties or dare. The factors have full rank."""
+    """Return factors of an update of which only the share `density` of the entries is kept: the
+    largest for ties; random ones, scaled up, for dare. Their rank is the smaller side of the
+    layer's matrix."""
     from peft.utils.merge_utils import prune
 
     update = part.scaling * (part.b.float() @ part.a.float())
@@ -186,6 +201,13 @@ def _layer(
     densities: Sequence[float],
     rank: int,
 ) -> Factors:
+    """Merge the updates of one layer by PEFT; return factors of the result, with scaling 1.
+
+    - parts: the layer's factors in each adapter; of regmean, as `_regmean_factors` returns them
+    - weights, densities: one for each adapter
+    - method: as for `merge`
+    - rank: the rank of the result of svd, ties and dare; less if the layer's matrix has fewer rows
+      or columns"""
     if method == "slerp":
         weights, method = _slerp_weights(parts[0], parts[1], weights[1] / sum(weights)), "linear"
     if method == "regmean":
@@ -214,8 +236,8 @@ def _layer(
 
 
 def _peft(parts: Sequence[Factors]) -> Any:
-    """Build one linear layer with `parts` as its adapters "0", "1", …; its own weight is never
-    read."""
+    """Build a PEFT model of one linear layer that has `parts` as its adapters "0", "1", …; the
+    layer's own weight is never read."""
     holder, skip_init = nn.Module(), cast(Any, nn.utils.skip_init)
     holder.layer = skip_init(nn.Linear, parts[0].a.shape[1], len(parts[0].b), bias=False)
     model: Any = None
@@ -234,8 +256,9 @@ def _peft(parts: Sequence[Factors]) -> Any:
 
 
 def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, float]:
-    """Return slerp's weights of two updates: sin((1-t)θ)/sin θ and sin(tθ)/sin θ, where θ is the
-    angle between them. For parallel updates they are 1-t and t, as in linear interpolation.
+    """Return the weights of two updates in their spherical interpolation (slerp): sin((1-t)θ)/sin θ
+    and sin(tθ)/sin θ, where θ is the angle between them. t: the place on the arc, from 0 (the
+    first) to 1. For parallel updates the weights are 1-t and t, as in linear interpolation.
 
     ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), so no update is ever formed."""
 
@@ -252,8 +275,9 @@ def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, fl
 
 
 def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
-    """Add zero updates so that every block has every kind of layer, as modules × last_layers
-    requires."""
+    """Add updates of zero for layers that no adapter has, so that every block of the model has
+    every kind of layer that one block has: a LoRA table names modules and a number of last layers,
+    and cannot leave out one module of one layer."""
     places = {name: match for name in merged if (match := _LAYER.fullmatch(name))}
     kinds = {match[3]: merged[name] for name, match in places.items()}
     blocks = {(match[1], match[2]) for match in places.values()}
@@ -266,8 +290,8 @@ def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _arrays(merged: dict[str, Factors]) -> tuple[Arrays, int]:
-    """Return the merged arrays and their rank. Every layer is padded with zero rows and columns to
-    this rank, which changes no update."""
+    """Return the merged adapter's arrays by parameter name, and their rank. Every layer's factors
+    are padded with zero rows and columns to the largest rank, which changes no update."""
     rank = max(len(factors.a) for factors in merged.values())
     arrays: Arrays = {}
     for name, (a, b, _) in merged.items():

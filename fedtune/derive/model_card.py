@@ -29,8 +29,11 @@ TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is
 
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
-    """Return one line that states the report's privacy guarantee, whether the report is unsigned,
-    and which sites trained on data that the guarantee does not cover, or on no patient's data."""
+    """Return one line for a model card: the privacy guarantee by the report, whether the report is
+    unsigned, and the sites whose data the guarantee does not cover, or whose data is of no patient.
+
+    - report: the run's report
+    - signed: whether the report was signed"""
     said = site_lines(report)
     more = f". {said}".removesuffix(".") if said else ""
     if not report.get("private"):
@@ -47,7 +50,12 @@ def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
 
 
 def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> dict[str, str]:
-    """Return the general.* keys of a GGUF file, without this prefix, and their values."""
+    """Return the texts that describe a model in a GGUF file: {"name", "description"}, for the keys
+    general.name and general.description.
+
+    - report: the run's report
+    - base: the base, whose name the description gives
+    - signed: whether the run is signed"""
     return {
         "name": str(report.get("study")),
         "description": f"{base.name} fine-tuned with fedtune; {privacy_line(report, signed)}",
@@ -55,8 +63,8 @@ def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> di
 
 
 def _quantisation_note(study: Study) -> list[str]:
-    """Return lines that say that the weights come from a quantised base; [] if the base was not
-    quantised."""
+    """Return lines for the card which say that the weights come from a quantised base; [] if the
+    base was not quantised."""
     table = study.base.quantisation
     if table is None:
         return []
@@ -68,8 +76,8 @@ def _quantisation_note(study: Study) -> list[str]:
 
 
 def _template(study: Study) -> list[str]:
-    """Return lines with the template that was put around prompts in training, without which a model
-    may give no answer; [] if there was none."""
+    """Return lines for the card with the template that was put around prompts in training; a model
+    may give no answer without it. Return [] if there was no template."""
     template = study.objective.template
     if not template or study.objective.resolved.record_format == "label":
         return []
@@ -82,8 +90,8 @@ def _template(study: Study) -> list[str]:
 
 
 def _dossier(run: Run) -> list[str]:
-    """Return lines that say where the copy of the run's dossier is; [] if the run is in no
-    dossier."""
+    """Return lines for the card which say where the copy of the run's dossier is; [] if the run is
+    in no dossier."""
     if around(run.folder) is None:
         return []
     return [
@@ -94,7 +102,8 @@ def _dossier(run: Run) -> list[str]:
 
 
 def _origin(base: Base) -> list[str]:
-    """Return lines with the origin of a base that comes from a wheel; [] for other bases."""
+    """Return lines for the card with the origin of a base that comes from a wheel; [] for other
+    bases."""
     upstream = upstream_of(base.name)
     return [] if upstream is None else ["", f"Base: {base.name}, which is {upstream}."]
 
@@ -102,9 +111,16 @@ def _origin(base: Base) -> list[str]:
 def write_card(
     folder: Path, run: Run, report: dict[str, Any], base: Base, use: Sequence[str] = TEXT
 ) -> None:
-    """Write README.md (with the fields that hubs read, how to load the model, and the run's
-    report), report.json, and a copy of the run's figure. use: the lines that say how to load the
-    model. Errors: InputError, OSError."""
+    """Write the files that accompany an exported model: README.md (with the fields that hubs read,
+    how to load the model, and the run's report), report.json, and a copy of the run's figure.
+
+    - folder: the folder of the exported model, in which the files are written
+    - run: the finished run, whose report.md and progress.png are read
+    - report: the content of the run's report.json
+    - base: the base on which the run trained, for its name and licence
+    - use: the lines that say how to load the model; by default those for a language model
+
+    Errors: InputError, OSError."""
     text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
     report_lines = text.splitlines()
     upstream = upstream_of(base.name)

@@ -37,8 +37,8 @@ ABOUT = ".about.json"
 
 class Judge(Protocol):
     def margin(self, prompt: str, first: str, second: str) -> float:
-        """Return a number that is above 0 if `first` is the better answer. Swapping the two answers
-        changes its sign only."""
+        """Return a number above 0 if `first` is the better answer to the prompt, below 0 if
+        `second` is, and 0 if neither. Swapping the two answers changes its sign only."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +53,9 @@ class VerdictJudge:
         return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2
 
     def _odds(self, prompt: str, a: str, b: str) -> float:
-        """Return log P("A") - log P("B") as the next token."""
+        """Ask which of two answers is better: `a`, shown as answer A, or `b`, shown as answer B.
+        Return log P("A") - log P("B") of the next token. Errors: Rejected if the question is too
+        long for the model."""
         question = (
             f"{self.rubric}\n\nQuestion:\n{prompt.strip()}\n\nAnswer A:\n{a.strip()}\n\n"
             f"Answer B:\n{b.strip()}\n\nSay A or B."
@@ -77,7 +79,8 @@ class VerdictJudge:
 
 @dataclass(frozen=True, repr=False)
 class RewardJudge:
-    """A judge that compares the scores of a finished run of objective reward."""
+    """A judge that scores each answer by itself with a finished run of objective reward, and
+    compares the scores."""
 
     model: LoadedModel
 
@@ -88,7 +91,8 @@ class RewardJudge:
         return float(self.model.scores(self.passage(prompt, answer))[0])
 
     def passage(self, prompt: str, answer: str) -> np.ndarray:
-        """Tokenise prompt and answer as in the reward run's training. Errors: Rejected."""
+        """Return the token ids of a prompt and its answer, as the reward run read such pairs in its
+        training. Errors: Rejected, for instance if they are too long."""
         assert self.model.study is not None
         return passage_of(
             prompt, answer, self.model.study.objective, self.model.tokenizer
@@ -96,8 +100,12 @@ class RewardJudge:
 
 
 def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
-    """Load a judge. A run whose head gives a score judges by its score, any other model by its
-    verdict.
+    """Load the model that chooses between two answers. A run of objective reward judges by the
+    score of its head, any other model by its verdict (it is asked which answer is better).
+
+    - source: pypi:NAME, a folder (of a base or a run) or a hub id
+    - digest: the digest that the model must have; None: any
+    - rubric: the question to which the verdict is the answer; for a score it is not used
 
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
@@ -110,6 +118,9 @@ def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> 
 def load_generator(source: str, digest: str | None = None) -> LoadedModel:
     """Load a language model that writes answers.
 
+    - source: pypi:NAME, a folder (of a base or a run) or a hub id
+    - digest: the digest that the model must have; None: any
+
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "generator")
@@ -117,9 +128,9 @@ def load_generator(source: str, digest: str | None = None) -> LoadedModel:
 
 
 def prompt_template(writer: LoadedModel) -> str | None:
-    """Return the template around a prompt; None if there is none. A run has its study's template.
-    For a chat-tuned base it is a user turn of its chat template, without which it hardly
-    answers."""
+    """Return the text around a prompt, with {text} in the prompt's place; None if the writer needs
+    none. If the writer is a run, this is the template of its study; if it is a chat-tuned base, a
+    user turn of the base's chat template, since without one such a base hardly answers."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer
@@ -141,12 +152,22 @@ def write_preferences(
     *,
     exclude_unit: Callable[[str], bool] = lambda unit: False,
 ) -> dict[str, Any]:
-    """Write `out`, with one line for each record: {"prompt", "chosen", "rejected"} and, if the file
-    names patients, "patient". Write `out`.about.json: the models, and what was left out and why.
+    """Have a model write two answers to each record's prompt and a judge choose the better one.
+    Write to `out` one line for each record: {"prompt", "chosen", "rejected"} and, if the file names
+    patients, "patient". Write `out`.about.json: the models, and how many records were left out for
+    which reason.
 
-    exclude_unit: returns whether to leave a unit out (withdrawn consent). Only this user can read
-    both files, which are written at the end. Returns the content of about.json. Errors:
-    ConfigError, InputError, DataError."""
+    - file: the records' file and columns, of which one must be a prompt
+    - out: a .jsonl file; one that exists is replaced
+    - writer: the model that writes two answers to each prompt
+    - judge: chooses the better of two answers
+    - settings: length, temperature and seed of the answers, and the template around a prompt; here
+      a template of None means that nothing is put around it
+    - exclude_unit: is called with the key of each record's unit (the patient's, or the record's own
+      if the file names no patients); returns whether to leave the record out, as after a withdrawal
+
+    Only this user can read both files, which are written at the end. Returns the content of
+    about.json. Errors: ConfigError, InputError, DataError."""
     columns = file.columns
     if not columns.prompt:
         table = table_of(file)
@@ -195,7 +216,13 @@ def preference(
     record: Record, writer: LoadedModel, judge: Judge, settings: LabelSettings
 ) -> dict[str, str]:
     """Write two answers to one record's prompt and judge them. Return {"prompt", "chosen",
-    "rejected"}. Errors: Rejected."""
+    "rejected"}.
+
+    - record: only its prompt is read
+    - writer, judge, settings: as for `write_preferences`
+
+    Errors: Rejected if the texts are too long for a model or for the settings, if an answer is
+    empty, if the two are equal, or if the judge prefers none."""
     ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
         raise Rejected("too long")

@@ -19,15 +19,18 @@ from fedtune.derive.writing import write
 
 @dataclass(frozen=True, repr=False)
 class Prompts:
-    """Public prompts. records: one for each prompt; about: digest, licence and counts, for the
-    report."""
+    """The public prompts that were read from a file.
+
+    - records: one for each prompt; completion is "" if the file has none
+    - about: for the report: the file's "digest", "licence", and how many "prompts" were read, and
+      how many records "left_out", as numbers"""
 
     records: list[Record]
     about: dict[str, Any]
 
 
 def read(file: PublicTable) -> Prompts:
-    """Read a file of public prompts.
+    """Read a file of public prompts, at least 4, and describe it for a report.
 
     Errors: DataError (file), ConfigError (no licence, no prompt column)."""
     if not file.licence.strip():
@@ -59,7 +62,15 @@ def complete_prompts(
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
     """Let `writer` complete the records that have no completion. Return all usable records, and the
-    number left out by reason. Errors: DataError if no record is usable."""
+    number of records that were left out, by reason.
+
+    - records: the public prompts, in the order that is kept
+    - writer: the model that writes the completions
+    - objective: the plan's table, for the template around a prompt and the largest length
+    - new_tokens: the most tokens of a completion
+    - seed: determines the draws of a completion, together with its prompt
+
+    Errors: DataError if no record is usable."""
     completed_records: list[Record] = []
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):
@@ -81,6 +92,9 @@ def complete_prompts(
 def _complete(
     record: Record, writer: LoadedModel, objective: ObjectiveTable, new_tokens: int, seed: int
 ) -> Record:
+    """Return a record with a completion that `writer` wrote. The parameters are those of
+    `complete_prompts`. Errors: Rejected if the prompt leaves no space for `new_tokens`, or the
+    completion is empty."""
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):
         raise Rejected("too long")

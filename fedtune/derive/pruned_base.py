@@ -1,4 +1,5 @@
-"""Build a student with fewer layers than its base, as a folder that transformers loads."""
+"""Build a base for a student by dropping layers of another base, as a folder that transformers
+loads."""
 
 from __future__ import annotations
 
@@ -26,9 +27,14 @@ def write_pruned_base(
     """Write `base` with `layers` of its layers to `folder`, in the dtype in which it is stored.
     Return the indices of the layers that stay.
 
-    texts: token ids of public texts. By them the layers to drop are chosen and the layer before
-    these is refitted (depth_pruning.py). Without texts, or if the architecture does not support the
-    refit, the first layers stay and the very last, whose output the head reads.
+    - base: the whole base
+    - layers: how many layers stay; at least 2, and fewer than the base has
+    - folder: the new folder, in which transformers finds model and tokenizer
+    - texts: token ids of public texts, from which it is computed which layers to drop, and how to
+      change the layer before them so that it replaces them (depth_pruning.py). Without texts, or if
+      the architecture does not support this, the first layers stay, and the very last one, whose
+      output the head reads
+
     Errors: ConfigError (not fewer layers, or fewer than 2); ModelError (an architecture without a
     list of layers)."""
     files, half_dtypes = weights(base.path), (torch.bfloat16, torch.float16)
@@ -58,7 +64,8 @@ def write_pruned_base(
 
 
 def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:
-    """Return the module that holds the list of layers, and the list's name."""
+    """Return the module that holds the model's list of layers, and the name of the list in it.
+    Errors: ModelError if the architecture has no list in a known place."""
     for path, name in (("model", "layers"), ("encoder", "layer")):
         holder = getattr(model, path, None)
         if isinstance(getattr(holder, name, None), nn.ModuleList):

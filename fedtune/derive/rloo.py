@@ -1,4 +1,4 @@
-"""Run trl's RLOO trainer without its files, trackers and trainer state.
+"""Run trl's RLOO trainer, but without its files, trackers and trainer state.
 
 Reference: Ahmadian et al. 2024, "Back to basics", equation 9 (REINFORCE, leave one out)."""
 
@@ -27,11 +27,15 @@ def train_rloo(
     on_step: OnStep,
     settings: RlooSettings,
 ) -> None:
-    """Train `policy`'s adapter in place. The KL is measured from a frozen copy of the starting
-    adapter.
+    """Train the adapter of `policy`, in place, towards a higher reward. A penalty on the KL
+    divergence, measured from a frozen copy of the starting adapter, keeps the policy near its
+    start.
 
+    - policy: the loaded run; its parameters with requires_grad are trained
     - prompts: (raw, templated) pairs; the policy gets the templated text, `reward` the raw one
+    - reward: gets raw prompts and answers of equal number, and returns each answer's reward
     - on_step: called after each step with the number of steps; training ends if it returns False
+    - settings: the settings of the steps, of the sampled answers and of the penalty on KL
 
     Errors: ConfigError (trl is not installed)."""
     wheel.silence_libraries()
@@ -70,7 +74,8 @@ def train_rloo(
 
 
 def _arguments(folder: str, settings: RlooSettings) -> Any:
-    """Build trl's settings, by which it writes no files, logs or trackers of its own."""
+    """Build trl's settings from `settings`, so that trl writes no checkpoints, logs or trackers.
+    folder: an empty folder, which trl requires."""
     from trl import RLOOConfig
 
     return RLOOConfig(

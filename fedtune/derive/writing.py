@@ -1,4 +1,5 @@
-"""Generate text with a loaded model. The random draws depend only on the bytes of a stream."""
+"""Generate text with a loaded model. The random draws depend only on bytes that the caller gives
+(`stream`)."""
 
 from __future__ import annotations
 
@@ -19,10 +20,15 @@ def write(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """Generate `count` continuations of one prompt, as token ids without the final eos.
+    """Generate `count` continuations of one prompt; return each as token ids without the final eos.
 
-    stream: the bytes that determine the random draws; temperature: 0 for greedy decoding. Errors:
-    as `write_all`."""
+    - model: a loaded language model
+    - ids: the prompt's token ids
+    - new_tokens: the most tokens of a continuation
+    - stream: the bytes that determine the random draws
+    - temperature: the sampling temperature; 0 for greedy decoding
+
+    Errors: ModelError if the model's outputs are not finite."""
     return write_all(model, [ids], count, new_tokens, stream, temperature)[0]
 
 
@@ -35,8 +41,17 @@ def write_all(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[list[int]]]:
-    """Generate continuations of several prompts at once; return `count` for each prompt. This is
-    faster, but a prompt's result may depend on the others, so it is for public prompts only.
+    """Generate `count` continuations of each of several prompts in one batch; return, for each
+    prompt, a list of them. A batch is faster than one prompt at a time (`write`), but the result of
+    a prompt may depend on the other prompts, so this is for public prompts only.
+
+    - model: a loaded language model
+    - prompts: the token ids of each prompt
+    - count: how many continuations of each, as token ids without the final eos
+    - new_tokens: the most tokens of a continuation
+    - stream: the bytes that determine the random draws
+    - temperature: the sampling temperature; 0 for greedy decoding
+
     Errors: ModelError if the model's outputs are not finite."""
     width = max(map(len, prompts))
     pad = model.tokenizer.pad_token_id

@@ -38,8 +38,12 @@ Check = Callable[[], str]
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding of one check. `says` is for this side only: a site's finding may hold counts of
-    its records."""
+    """The finding of one check.
+
+    - name: what was checked
+    - good: whether the check passed
+    - says: what the check found or, if it failed, the error's text. It is for this side only: a
+      site's finding may hold counts of its records"""
 
     name: str
     good: bool
@@ -47,7 +51,8 @@ class Finding:
 
 
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Run the checks and yield each one's finding as it ends."""
+    """Run the checks, each a name and a function, and yield the finding of each as soon as it
+    ends."""
     for name, check in checks:
         report(f"checking: {name}")
         try:
@@ -57,8 +62,8 @@ def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
 
 
 def versions() -> str:
-    """List installed versions. Errors: InfrastructureError if fedtune requires another version of a
-    package."""
+    """List as text the versions of fedtune, its protocol, Python and the main libraries that are
+    installed here. Errors: InfrastructureError if fedtune requires another version of a package."""
     installed = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
     try:
         requirements = [Requirement(text) for text in metadata.requires("fedtune") or ()]
@@ -85,7 +90,8 @@ def _find_version(name: str) -> str | None:
 
 
 def secrets(files: Iterable[Path]) -> str:
-    """Check that no other user can read one of the existing files. Errors: ConfigError."""
+    """Check that no other user can read any of these files that exists, and return the number of
+    those that exist, as text. Errors: ConfigError if another user can."""
     existing = [path for path in files if path.exists()]
     for path in existing:
         if path.stat().st_mode & OPEN:
@@ -98,8 +104,11 @@ def secrets(files: Iterable[Path]) -> str:
 
 
 class Need(NamedTuple):
-    """The memory that a study needs, in bytes. base: the base, counted as fp32 unless base.dtype is
-    "bfloat16"; adapter: the adapter in fp32."""
+    """The memory that a study needs for its base and its adapter, in bytes; `memory` is the whole,
+    with programs and copies.
+
+    - base: the base, counted as fp32 unless base.dtype is "bfloat16"
+    - adapter: the adapter in fp32"""
 
     base: float
     adapter: float
@@ -111,7 +120,8 @@ class Need(NamedTuple):
 
 def need(study: Study, folder: Path) -> Need:
     """Estimate a study's memory for base and adapter from the headers of the base's files. An
-    adapter is counted on every layer, so the estimate is an upper bound. Errors: ModelError."""
+    adapter is counted on every layer, so the estimate is an upper bound. folder: the base's folder.
+    Errors: ModelError."""
     shapes, rank = list(_shapes(folder)), study.lora.rank if study.lora else 0
     ends = tuple(f"{name}.weight" for name in study.lora.modules) if study.lora else ()
     rows = sum(sum(shape) for name, shape in shapes if name.endswith(ends))
@@ -127,8 +137,9 @@ def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def base(study: Study, source: str | None = None) -> Path:
-    """Find the folder of the study's base on this machine. source: by default base.model of the
-    study. Errors: ModelError (the base is absent, or has another digest)."""
+    """Find the folder of the study's base on this machine, and check the base's digest. source:
+    where to look for it, as pypi:NAME, a folder or a hub id; None: base.model of the study. Errors:
+    ModelError (the base is absent, or has another digest)."""
     source_base = verify(source or study.base.model)
     if study.base.digest not in (None, source_base.digest):
         raise ModelError(
@@ -140,7 +151,9 @@ def base(study: Study, source: str | None = None) -> Path:
 
 
 def disk(folder: Path, least: float) -> str:
-    """Check that `least` bytes are free and can be written. Errors: InfrastructureError."""
+    """Check that at least `least` bytes are free on the disk of `folder`, and that this user can
+    write there; `folder` need not exist yet. Return both figures, free and wanted, as text. Errors:
+    InfrastructureError."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -154,7 +167,9 @@ def disk(folder: Path, least: float) -> str:
 
 
 def memory(least: float) -> str:
-    """Check that `least` bytes of memory are available. Errors: InfrastructureError."""
+    """Check that at least `least` bytes of memory are available. Return both figures, available and
+    wanted, as text. The check passes if the system does not say what is available. Errors:
+    InfrastructureError."""
     free = read_available_memory()
     if free is None:
         return f"{_gb(least)} wanted; this system does not say what is free"
@@ -168,8 +183,8 @@ def memory(least: float) -> str:
 
 
 def read_available_memory() -> float | None:
-    """Return the bytes available to a new program, by the system and a container's limit; None if
-    the system does not say."""
+    """Return how many bytes of memory a new program can get here, by the system and, in a
+    container, by its limit; None if the system does not say."""
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         free = 1024.0 * int(lines["MemAvailable"].split()[0])

@@ -1,7 +1,7 @@
 """Check the network for `fedtune doctor`: a certificate, its names, and the clocks of both ends.
 
-As in fedtune/doctor/machine.py, each check returns text or raises a FedtuneError. Dates are in
-UTC."""
+Each check returns its finding as text, or raises a FedtuneError that says what is wrong and what to
+do. Dates are in UTC."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 
 
 def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
-    """Fetch the certificate that the server behind `dial` presents, without verifying it.
+    """Connect to a server, and return the certificate that it presents, without verifying it. dial:
+    connects to the server with the TLS context that it is called with. address: the server's
+    HOST:PORT, for the errors' texts.
 
     Errors: InfrastructureError if nothing answers, or something answers without TLS 1.3."""
 
@@ -55,10 +57,17 @@ def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
 
 
 def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[int, bytes]:
-    """Send a GET request for `path` to the gateway, which `context` verifies; return status and
-    body.
+    """Send a GET request to the coordinator's gateway, whose certificate is verified; return the
+    HTTP status and the body.
 
-    Errors: InfrastructureError if it does not answer, is not trusted, or closes the connection."""
+    - dial: connects to the gateway, through the site's proxy if it has one, with the TLS context
+      that it is called with
+    - context: trusts the consortium's CA alone, and holds the site's certificate
+    - address: the gateway's HOST:PORT, for the request's header and the errors' texts
+    - path: the path in the URL, such as "/fedtune/status"
+
+    Errors: InfrastructureError if the gateway does not answer, is not trusted, or closes the
+    connection."""
 
     async def ask() -> tuple[int, bytes]:
         async with asyncio.timeout(SECONDS):
@@ -87,6 +96,12 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
 async def _http(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, host: str
 ) -> tuple[int, bytes]:
+    """Send a GET request over an open connection; return the HTTP status and the body. A body
+    longer than about LONGEST bytes is cut off there.
+
+    - reader, writer: the two directions of the connection
+    - path: the path in the URL
+    - host: the value of the request's Host header"""
     http = h11.Connection(h11.CLIENT)
     status = 0
     body = b""
@@ -114,7 +129,16 @@ def certificate(
     leaf: x509.Certificate, authority: x509.Certificate, least: timedelta, todo: str
 ) -> str:
     """Check that `authority` signed the certificate and that it is valid now and for at least
-    `least`. Errors: ConfigError, with `todo`."""
+    `least`. Return, as text, from when to when it is valid.
+
+    - leaf: the certificate to check: a site's, the gateway's or the CA's own
+    - authority: the certificate of the consortium's CA
+    - least: how long the certificate must still be valid; a zero duration to accept any end that is
+      not past
+    - todo: what a person should do if the check fails, for the error's text
+
+    Errors: ConfigError, with `todo`, or with the advice to set the clocks if the certificate is not
+    valid yet."""
     start = leaf.not_valid_before_utc
     end = leaf.not_valid_after_utc
     now = certs.read_clock()
@@ -138,7 +162,9 @@ def certificate(
 
 
 def names(leaf: x509.Certificate, host: str) -> str:
-    """Check that the certificate is for `host`, a name or an address. Errors: ConfigError."""
+    """Check that a certificate was issued for `host`, and return the names in it as text. leaf: the
+    gateway's certificate; host: the name or IP address by which sites reach the gateway. Errors:
+    ConfigError."""
     try:
         held = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -159,8 +185,8 @@ def names(leaf: x509.Certificate, host: str) -> str:
 
 
 def clock(ahead: float) -> str:
-    """Check by how much this site's clock differs from the coordinator's, and return this as text.
-    ahead: by how many seconds the site's clock is ahead.
+    """Check that this site's clock is near enough to the coordinator's, and return the difference
+    as text. ahead: by how many seconds the site's clock is ahead.
 
     Errors: ConfigError outside the window in which Flower accepts a site's signed requests."""
     early, late = api.CLOCK_WINDOW
@@ -175,7 +201,11 @@ def clock(ahead: float) -> str:
 
 
 def ahead_of(sent: datetime, other_time: str, received: datetime) -> float:
-    """Compute by how many seconds this clock is ahead of another one, which read `other_time` (ISO
-    8601) between `sent` and `received`."""
+    """Compute by how many seconds this machine's clock is ahead of another one's; a negative result
+    means that it is behind. The other clock is taken to have been read halfway between `sent` and
+    `received`.
+
+    - sent, received: this clock's times when the question was sent and the answer received
+    - other_time: the other clock's time, as it stands in the answer (ISO 8601)"""
     half = (received - sent) / 2
     return (sent + half - datetime.fromisoformat(other_time)).total_seconds()

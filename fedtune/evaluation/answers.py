@@ -35,8 +35,12 @@ FORMAT = "fedtune-answers-1"
 
 
 class Asked(NamedTuple):
-    """One prompt: its row in the file (from 1), its text, the expected answer ("" if there is
-    none), and the whole row."""
+    """One prompt of the [evaluation] file.
+
+    - row: the number of its row in the file, from 1
+    - prompt: its text
+    - expected: the expected answer; "" if the row has none
+    - record: the whole row, as it was read"""
 
     row: int
     prompt: str
@@ -119,7 +123,9 @@ def _select_usable(columns: Columns, found: Sequence[Row | str]) -> Iterator[Ask
 
 
 def _words(columns: Columns, row: Row) -> tuple[str, str]:
-    """Return a record's prompt and its expected answer. Errors: Rejected."""
+    """Return a row's prompt and its expected answer; the answer is "" if the row has none. A
+    conversation must be one message of a user, with or without the assistant's reply. Errors:
+    Rejected if it is not, or a cell holds no text."""
     if columns.messages:
         turns = _messages(row.get(columns.messages), labelled=False)
         if [role for role, _ in turns] not in (["user"], ["user", "assistant"]):
@@ -139,8 +145,9 @@ def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
 
 
 def _find_likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
-    """Yield each record's likeliest label with its probability. If two labels are equally likely,
-    yield no label for that record."""
+    """Yield {"answer", "probability"} for each record: its likeliest label, and this label's
+    probability. The answer is None if two labels are equally likely; both are None for a record
+    that cannot be used."""
     for label, shares in zip(made.predicted, made.probabilities, strict=True):
         most = float(shares.max()) if label is not None else None
         tied = most is not None and int((shares == most).sum()) > 1

@@ -26,17 +26,19 @@ def foretell(
     shares: Mapping[str, float] | None = None,
     records: int = 0,
 ) -> ExpectedGain | None:
-    """Forecast the gain of a private study whose coordinator builds a head from class statistics.
-    Return None for any other study, whose gain cannot be forecast, and if too few public records
-    have a class.
+    """Forecast how much accuracy a private study adds to that of public records alone. Only a study
+    whose coordinator builds a head from class statistics can be forecast.
+
+    Returns None for any other study, and if too few public records have a class.
 
     - known: the strategy's state before the first round, `public.start.Start.strategy`
     - sizes: the sites' declared sizes
-    - shares: class -> share of the sites' units, for classes that public records lack
-    - records: the number of records in [evaluation]
+    - shares: class -> share of the sites' units that are in it, for classes that public records
+      lack
+    - records: the number of records in [evaluation]; 0 if there are none
 
     The same arguments give the same forecast. Errors: ConfigError if `shares` names an unknown
-    class or is out of range."""
+    class, or a share is not between 0 and 1."""
     if not can_foretell(study) or HELD_OUT not in known:
         return None
     labels, objective = study.objective.labels, study.objective.resolved
@@ -50,10 +52,13 @@ def foretell(
 def before_paying(
     study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
 ) -> tuple[ExpectedGain | None, list[str]]:
-    """Forecast a study's gain before it is started, from its base and its public files. Return the
-    forecast (None if there is none), and the same in words, or the reason why there is none.
+    """Forecast how much accuracy a study adds to that of public records, from its base and its
+    public files, before it is started. Return the forecast and its lines of text. Without a
+    forecast, return None and one line that says why there is none; no line if the study is not
+    private.
 
-    Errors: ConfigError if `shares` names an unknown class or is out of range."""
+    sizes, shares: as for `foretell`. Errors: ConfigError if `shares` names an unknown class, or a
+    share is not between 0 and 1."""
     if not can_foretell(study):
         return None, [cannot(study)] if study.private else []
     from fedtune.public.start import start
@@ -67,7 +72,8 @@ def before_paying(
 
 
 def cannot(study: Study) -> str:
-    """Return why a study's gain cannot be forecast."""
+    """Return a sentence that says why nobody can forecast how much accuracy a study adds to that of
+    public records."""
     if study.continuous:
         why = "a study without a last round learns from records that are not there yet"
     elif not build_strategy(study).of_statistics:
@@ -78,8 +84,8 @@ def cannot(study: Study) -> str:
 
 
 def who_foretells(study: Study) -> str:
-    """Return who can forecast a study's gain if its public files are not on this machine, or why
-    nobody can."""
+    """Return a sentence for a machine without the study's public files: who can forecast how much
+    accuracy the study adds to that of public records, or why nobody can."""
     if not can_foretell(study):
         return cannot(study)
     return (
@@ -97,14 +103,16 @@ def _records(study: Study) -> int:
 
 
 def can_foretell(study: Study) -> bool:
-    """Return whether this study's gain can be forecast: it must be private and have a last round,
-    and its coordinator must build a head from class statistics."""
+    """Return whether one can forecast how much accuracy this study adds to that of public records:
+    it must be private and have a last round, and its coordinator must build a head from class
+    statistics."""
     return study.private and not study.continuous and build_strategy(study).of_statistics
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
-    """Return the sites of a study, with the noise of all its rounds. sizes: the sites' declared
-    sizes; a single size stands for strategy.min_sites sites of that size."""
+    """Describe the sites of a study for the forecast: their sizes, and the noise that remains in
+    the average of all rounds. sizes: the sites' declared sizes; a single size stands for
+    strategy.min_sites sites of that size."""
     everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
     budget, honest = resolve(study, max(everyone)), noise_shares(study)
     own = own_sigma(budget.noise_multiplier, honest) / math.sqrt(budget.rounds)
@@ -113,8 +121,9 @@ def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
 
 
 def _by_class(shares: Mapping[str, float], labels: Sequence[str]) -> dict[int, float]:
-    """Return class's number -> share. Errors: ConfigError if a class is unknown, or the shares are
-    out of range."""
+    """Return the shares by the classes' numbers instead of their names. shares: class -> share of
+    the sites' units; labels: the names of all classes. Errors: ConfigError if a class is unknown, a
+    share is not between 0 and 1, or the shares add up to 1 or more."""
     for name, share in shares.items():
         if name not in labels:
             raise ConfigError(

@@ -1,5 +1,5 @@
-"""Score the declared choices of a study as completions of a record. The prediction of a causal
-model is the likeliest choice."""
+"""Compute how likely a causal model finds each of a study's declared choices (evaluation.choices)
+as the completion of a record. The likeliest choice is the model's prediction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ ROWS = 512  # the number of positions whose logits over the vocabulary are in me
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each choice. Errors: ConfigError (two are equal, or one is empty)."""
+    """Return the token ids of each choice. Errors: ConfigError (two choices have the same tokens,
+    or one is empty)."""
     ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
     if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
         raise ConfigError("evaluation.choices: two choices have the same tokens, or one is empty")
@@ -31,8 +32,10 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
 
 
 def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None:
-    """Return the choices' tokens, (K,), if each choice has one token; one pass then scores all
-    choices. Else return None."""
+    """Return the token ids of the choices, (K,), if each choice is one token, so that one pass can
+    score all choices of a record. Else return None.
+
+    ids: the token ids of each choice; network: for the device on which the result lies."""
     if any(len(i) > 1 for i in ids):
         return None
     return torch.tensor([i[0] for i in ids], device=network.device)
@@ -41,14 +44,20 @@ def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None
 def first_logits(
     network: Network, hidden: torch.Tensor, batch: Batch, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the logits of `tokens` at each record's first target, (B, K) fp32."""
+    """Compute the logits of `tokens` at each record's first target, (B, K) fp32.
+
+    - network: the causal model
+    - hidden: (B, L, H), its last hidden states of `batch` at all positions
+    - batch: the records, each a prompt with a completion
+    - tokens: (K,), the token of each choice, as from `single_tokens`"""
     first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
     rows = torch.arange(len(first), device=first.device)
     return network.logits(hidden[rows, first], tokens)
 
 
 def with_choice(example: Example, choice: list[int]) -> Example:
-    """Return the example's prompt, completed with `choice` in place of its own completion."""
+    """Return a copy of the example in which the tokens `choice` replace the completion of the
+    prompt."""
     prompt = example.input_ids[: int((example.target_ids != NO_TARGET).argmax()) + 1]
     ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])
     targets = np.full(len(ids), NO_TARGET, np.int32)
@@ -59,8 +68,9 @@ def with_choice(example: Example, choice: list[int]) -> Example:
 def by_record(
     network: Network, hidden: torch.Tensor, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute for each record, (B,) each: the loss summed over its target tokens in nats, the
-    number of target tokens, and how many of them are the most likely token.
+    """Compute three arrays (B,) with a value for each record: the loss summed over its target
+    tokens, in nats; the number of its target tokens; and at how many of their positions the target
+    is the model's most likely token. network, hidden, batch: as for `first_logits`.
 
     Greedy decoding gives the completion if and only if each target is the most likely token after
     the targets before it, so one pass over the true text replaces decoding."""

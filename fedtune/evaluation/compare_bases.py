@@ -32,8 +32,10 @@ from fedtune.core.registry.metrics import METRICS
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate base.
+    """What was measured of one candidate base.
 
+    - model: its name, followed by the quantisation if it was measured with another than the study's
+    - parameters: the number of its weights
     - memory: peak memory in bytes of the process that measured it
     - tokens: tokens per second in a record's first forward pass
     - step: records per second in a training step
@@ -58,9 +60,11 @@ class Row:
 class Fit:
     """The result of comparing bases with a target.
 
+    - metric, target: the study's metric, and the value that it should reach
+    - by: which value of the metric was compared with the target, in words: the one predicted at the
+      study's ε, or that of the base alone
     - rows: the bases, sorted by number of parameters
-    - chosen: the smallest base whose figure meets the target, or None
-    - by: the name of the figure that was compared with the target"""
+    - chosen: the name of the smallest base whose value meets the target; None if none does"""
 
     metric: str
     target: float
@@ -153,7 +157,13 @@ def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
     """Measure a candidate base in a separate process, so that the measured peak memory is its
-    own."""
+    own. Return its row; `failed` in it says why it was not measured.
+
+    - study: the plan, in which the candidate takes the base's place
+    - model: the candidate, by the name that a plan would give it
+    - method: the quantisation, "nf4" or "int8"; None: as the study has it
+    - sites, size: the number of sites for which to predict, and their declared size
+    - epsilons: the values of ε at which to predict; [] predicts nothing"""
     plan = study.model_dump(mode="json")
     plan["base"] |= {"model": model, "digest": None}
     name = model
@@ -182,7 +192,13 @@ def _measure_apart(
 
 def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> Row:
     """Measure the base of `study` in this process: speed, memory, bytes per round, the metric and
-    its prediction. Errors: ModelError, ConfigError, DataError."""
+    its prediction.
+
+    - study: the plan, with an [evaluation] table
+    - sites, size: the number of sites for which to predict, and their declared size
+    - epsilons: the values of ε at which to predict; () predicts nothing
+
+    Errors: ModelError, ConfigError, DataError."""
     from fedtune.core.data.load import load_dataset
     from fedtune.core.wire.codec import layout, shapes
     from fedtune.evaluation.evaluator import Evaluator
@@ -243,14 +259,21 @@ def _predict_accuracy(
     size: int,
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
-    """Return the records per second of a training step, and ε -> predicted accuracy (None if the
-    metric is not accuracy, or there are no classes or no ε).
+    """Measure the records per second of a training step, and predict the accuracy after the study.
+    Return the speed, and ε -> accuracy (None if the metric is not accuracy, or there are no classes
+    or no ε).
+
+    - study: the plan, for its objective, clipping and privacy
+    - network: holds the arrays with which the study would start
+    - data: the evaluation records, over this network
+    - sites, size: the number of sites for which to predict, and their declared size
+    - epsilons: the values of ε; each is a key of the result, as format code g writes it
 
     The prediction imitates a whole study by one step. v is the sum of clipped gradients over half
-    of the evaluation records, scaled to `sites` · `size` units; each site adds noise of σ/(q√T).
-    Each record of the other half gets the class whose gradient has the largest inner product with
-    v. The accuracy is averaged over both halves. It is a rough guide: it separated hopeless from
-    learnable settings, and predicted 0.49 where a run reached 0.77."""
+    of the evaluation records, scaled to `sites` · `size` units; each site adds the noise that
+    `_noise` returns. Each record of the other half gets the class whose gradient has the largest
+    inner product with v. The accuracy is averaged over both halves. It is a rough guide: it
+    separated hopeless from learnable settings, and predicted 0.49 where a run reached 0.77."""
     from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     objective, table = study.objective.resolved, study.evaluation
@@ -303,8 +326,9 @@ def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
-    """Return σ/(q√T), in units of C: the noise of a site's whole study at this ε, as if it were
-    added in one step."""
+    """Return the standard deviation of the noise that a site adds in a whole study at this ε, as if
+    it were added in one step, in units of the clipping norm. It is σ/(q√T), with noise multiplier
+    σ, sampling rate q and T steps. size: the site's declared size."""
     from fedtune.core.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)
@@ -319,7 +343,15 @@ def _classes(
 ) -> tuple[Dataset, np.ndarray] | None:
     """Return a data set that has each record once with every class, and the indices of the true
     classes. Return None if the study has no classes, or if it distils a teacher, which would have
-    to compute targets for each class."""
+    to compute targets for each class.
+
+    - study: the plan, whose labels or evaluation.choices are the classes
+    - objective: the plan's, resolved
+    - network: for its tokenizer
+    - data: n evaluation records
+
+    Of K classes, record i with class k is number i · K + k of the data set. The index of a true
+    class is -1 if a completion is none of the choices."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation

@@ -71,10 +71,18 @@ def check_evaluation(study: Study) -> None:
 class Evaluator:
     """Evaluates adapters on the study's [evaluation] records, as often as needed.
 
-    The constructor computes the frozen layers below the adapters once. read: a function that
-    returns the records, given the network; it is used in place of the table's file, and the process
-    then keeps no states of these records once this object is gone. Errors: ConfigError if the
-    metric does not fit the objective; DataError if the records cannot be used."""
+    The constructor builds the network, reads the records, and computes the frozen layers below the
+    adapters once for each record.
+
+    - study: the plan, with an [evaluation] table
+    - frozen: the frozen arrays with which the adapters were trained, such as A; None: the plan's
+      own
+    - read: a function that returns the records, given the network. It is used in place of the
+      table's file. What was computed of its records is then freed with this object; that of a
+      file's records is kept in this process for later evaluators.
+
+    Errors: ConfigError if the metric does not fit the objective; DataError if the records cannot be
+    used."""
 
     def __init__(
         self,
@@ -132,7 +140,8 @@ class Evaluator:
 
     @property
     def lacking(self) -> tuple[str, ...]:
-        """The study's classes of which these records have none."""
+        """The names of the study's classes to which no record belongs; () if records have no
+        classes."""
         found = set(self._gold.tolist())
         return tuple(n for i, n in enumerate(self._labels) if i not in found)
 
@@ -143,9 +152,10 @@ class Evaluator:
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return the figures of `measure`. For preference pairs also return margin, chosen_logp and
-        kl, as in evaluation.pairs.pair_facts: they show whether the model's text degrades. To
-        compute them takes a second pass, of the base alone."""
+        """Return the figures by which a run's rounds are followed: those of `measure` and, for
+        preference pairs, margin, chosen_logp and kl (explained at evaluation.pairs.pair_facts),
+        which show whether the model's text degrades. The latter take a second pass, of the base
+        alone. adapter: None for the base alone."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}
@@ -167,22 +177,24 @@ class Evaluator:
         return float(getattr(self._objective, "beta", 1.0))
 
     def look(self, champion: Arrays, challenger: Arrays) -> Look:
-        """Score two adapters on the same records, and return the data of the comparison, with each
-        record's groups by the study's [schedule]."""
+        """Score two adapters on the same records. Return both adapters' scores, record by record,
+        with each record's groups if the study's [schedule] names groups, so that the adapters can
+        be compared."""
         before, after = self.scores(champion), self.scores(challenger)
         return Look.at(str(self.metric), before, after, self.groups)
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
-        """Return the gain of `adapter` over the base alone, as a table.
+        """Return the gain of `adapter` over the base alone, as a table with these keys. An interval
+        is a list [low, high].
 
         - records: the number of records
-        - intervals: for the metric and the loss, the 95 % intervals of the base's figure, the
-          adapter's, and the change (paired bootstrap over the records; Wilson's for a share of
-          records)
+        - intervals: for the metric and the loss, three 95 % intervals: "before" (of the base) and
+          "after" (of the adapter), Wilson's for a share of records, else a bootstrap over the
+          records; "change" (a paired bootstrap)
         - change: the interval of the metric's change
         - over_start: the interval of the metric's change against `start`, the adapter of the public
-          start
-        - pairs: for preference pairs, evaluation.pairs.pair_facts"""
+          start; absent if `start` is None
+        - pairs: only for preference pairs, the table of evaluation.pairs.pair_facts"""
         before, after = self.untouched, self.scores(adapter, with_kl=True)
         bounds = {
             name: {key: list(bound) for key, bound in intervals(before, after, name).items()}
@@ -211,7 +223,9 @@ class Evaluator:
         return rows
 
     def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:
-        """Return {"pairs": pair_facts} of two models' scores, or {} if records are not pairs."""
+        """Return {"pairs": table}, with the table of `pair_facts` on how training changed the
+        figures; {} if the records are not preference pairs. before, after: the scores of the base
+        and of the adapter."""
         if not self.paired:
             return {}
         own = self._objective.record_format == "preference"
@@ -219,7 +233,8 @@ class Evaluator:
 
     @torch.no_grad()
     def scores(self, adapter: Arrays | None, *, with_kl: bool = False) -> Scores:
-        """Score every record with `adapter`. The network's arrays are restored afterwards.
+        """Score every record with `adapter`, or with the base alone if it is None. The network's
+        arrays are restored afterwards.
 
         with_kl: for pairs also compute the divergence from the base, which takes a second pass."""
         self.network.load_frozen(self._factor)  # another study may have used the network since
@@ -252,16 +267,17 @@ class Evaluator:
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
 
     def _choose(self, logits: torch.Tensor, index: np.ndarray, scores: Scores) -> None:
-        """Enter each record's likeliest class by these logits (B, K) into `scores`, with its
-        probability."""
+        """Enter the likeliest class of each record, and its probability, into `scores`. logits: (B,
+        K), of the K classes; index: (B,), the numbers of the records to which its rows belong."""
         scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
         if scores.confidence is not None:
             shares = torch.softmax(logits.double(), dim=1)
             scores.confidence[index] = shares.amax(dim=1).cpu().numpy()
 
     def _pairs(self, batch: Batch, scores: Scores) -> None:
-        """Score a batch of pairs. The margin compares the scores of a trained head or, without one,
-        the mean log-likelihoods of a completion's tokens, so that length gives no advantage."""
+        """Enter the margin and the loss of a batch of pairs into `scores`. The margin is the better
+        answer's score less the worse one's: the trained head's or, without a head, the mean
+        log-likelihood of the answer's tokens, so that length gives no advantage."""
         index = batch.index.numpy()
         if self.network.head is None:
             preference = likelihood(self.network, batch).mean
@@ -286,8 +302,9 @@ class Evaluator:
             self._choose(first_logits(self.network, hidden, batch, self._single), index, scores)
 
     def _most_likely(self, with_choices: CachedDataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return two arrays (n,): for each record the choice with the highest log-likelihood,
-        summed over its tokens, and this choice's share in the sum of all choices' likelihoods."""
+        """Return for each record the number of the choice with the highest log-likelihood, summed
+        over the choice's tokens, and the likelihood of this choice divided by that of all choices
+        together: two arrays (n,). with_choices: each record once with every choice."""
         likelihood = np.zeros(len(self) * self._choices)
         comparing = reporter("comparing the choices on the records")
         for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):
@@ -311,8 +328,8 @@ class Evaluator:
 
 
 def _keep(file: str, states: list[HiddenStates]) -> None:
-    """Keep the states of a file's records in this process, and drop those of all but the _MOST
-    newest files."""
+    """Keep the hidden states of a file's records in this process for later evaluators. Only those
+    of the newest _MOST files stay; those of older ones are dropped."""
     _states.pop(file, None)
     _states[file] = states
     for old in [*_states][:-_MOST]:
@@ -322,10 +339,17 @@ def _keep(file: str, states: list[HiddenStates]) -> None:
 def _choice_tokens(
     tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Return the tokens of each choice, and for each record the number of the choice that is its
+    """Return the token ids of each choice, and for each record the number of the choice that is its
     completion.
 
-    Errors: ConfigError (invalid choices), DataError (a completion that is not a choice)."""
+    - tokenizer: of the base
+    - data: the evaluation records, tokenised by it
+    - choices: evaluation.choices
+    - max_length: objective.max_length; a completion that it cut off is reported as such, and not as
+      a completion that is no choice
+
+    Errors: ConfigError (two choices have the same tokens, or one is empty), DataError (a completion
+    that is not a choice, or was cut off)."""
     ids = choice_ids(tokenizer, choices)
     end = [tokenizer.eos_token_id]
     gold = []

@@ -48,10 +48,11 @@ TRIED = 8
 
 @dataclass(frozen=True)
 class Sites:
-    """The sites of a study, as declared.
+    """The sites of a study, as declared, and their noise.
 
     - sizes: the declared number of units of each
-    - sigma: standard deviation of one dose of noise over all rounds, in multiples of a unit's bound
+    - sigma: standard deviation of one dose of noise when the sums of all rounds are averaged, as a
+      multiple of the largest norm that one unit adds to the sum
     - doses: the number of doses of noise in the sum: one for each site or, if n sites of which t
       may collude share one dose, n / (n - t)"""
 
@@ -69,7 +70,8 @@ class Sites:
 
 @dataclass(frozen=True)
 class Interval:
-    """A gain in accuracy: its mean, and the interval in which nine of ten draws lie."""
+    """A gain in accuracy over many simulations: its mean, and the bounds `low` and `high` between
+    which nine of ten simulations lie."""
 
     mean: float
     low: float
@@ -83,11 +85,14 @@ class Interval:
 class ExpectedGain:
     """The accuracy that a study is expected to add to the accuracy that public records alone give.
 
-    - gain: the gain that an unlimited number of records would show
+    - gain: the gain in true accuracy, as if it were measured on unlimited test records; this gain
+      and those below are a mean with a 90 % interval
     - start: the predicted accuracy of the public start
-    - records, found: the number of [evaluation] records, and the gain that they would show
-    - worth_from: the smallest number of units of a site at which the lower end of the gain is above
-      zero; None if it is larger than MOST_UNITS
+    - sites, units: the number of sites, and the sum of their declared sizes
+    - records, found: the number of [evaluation] records, and the gain as measured on so few; None
+      if there are none
+    - worth_from: the smallest number of units, equal at each site, at which the interval's lower
+      end is above zero; None if it is larger than MOST_UNITS
     - shared: the gain if all sites share one dose of noise; None if they do already
     - one_more: the gain with one more site
     - rough: classes that public records lack and whose share of units was declared; the forecast
@@ -165,8 +170,14 @@ class ExpectedGain:
 def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
-    """Forecast a release's gain, the number of units from which on it is above zero, and the gain
-    with shared noise and with one more site. records: the number of [evaluation] records."""
+    """Simulate one release of class statistics many times, and return the accuracy that it is
+    expected to add. This includes the number of units from which on it adds any, and the gain with
+    shared noise and with one more site.
+
+    - world: the classes that are consistent with the public records
+    - sites: the study's sites, with their declared sizes and noise
+    - labels: the names of the classes, in the order of their numbers
+    - records: the number of [evaluation] records; 0: `found` of the result is None"""
     own = world.draw(sites, DRAWS)
     more = replace(
         sites,
@@ -191,8 +202,12 @@ def expected_gain(
 
 
 def worth_from(world: World, sites: Sites) -> int | None:
-    """Return the smallest number of units, equal at each site, at which the lower end of the gain
-    is above zero. It is found to within a tenth. None if it is larger than MOST_UNITS."""
+    """Return the smallest number of units, equal at each site, at which the lower end of the gain's
+    interval is above zero. It is found to within a tenth. Return None if it is larger than
+    MOST_UNITS.
+
+    world: the classes that are consistent with the public records; sites: the study's sites, whose
+    number and noise are kept."""
 
     def is_worth(units: int) -> bool:
         report(f"foretelling the gain with {units:,} units a site")
@@ -211,19 +226,21 @@ def worth_from(world: World, sites: Sites) -> int | None:
 
 @dataclass(frozen=True)
 class Draws:
-    """The results of n draws.
+    """The results of n simulated releases. Each compares the head that is built from the release
+    with the public start, on JUDGES drawn records.
 
-    - gains: (n,), the release's accuracy minus the public start's
+    - gains: (n,), the accuracy of the release's head minus the public start's
     - starts: (n,), the public start's accuracy
-    - changes: (n, JUDGES), for each record 1 if only the release's head is right, -1 if only the
-      start is, else 0"""
+    - changes: (n, JUDGES), for each of these records 1 if only the release's head is right, -1 if
+      only the public start is, else 0"""
 
     gains: Array
     starts: Array
     changes: npt.NDArray[np.int8]
 
     def on_few(self, records: int) -> Array:
-        """Return the gain (n,) that `records` records would show in each draw."""
+        """Return the gain (n,) of each simulation as a test on only `records` records would show
+        it."""
         random = np.random.default_rng(1)
         chosen = random.integers(0, self.changes.shape[1], (len(self.changes), records))
         return np.asarray(np.take_along_axis(self.changes, chosen, axis=1).mean(axis=1))
@@ -231,9 +248,10 @@ class Draws:
 
 class World:
     """A distribution of classes, in the space of features, that is consistent with the public
-    records.
+    records. Releases are simulated on records drawn from it.
 
-    - basis, public: as in strategies/_posterior.py
+    - basis: the public map from the base's vectors to d features
+    - public: the sums, counts and scatter of the public records' features by class
     - held_out: the public start's cross-validated accuracy on public records
     - shares: class's number -> share of the sites' units, of classes that public records lack;
       other classes have their public shares"""
@@ -256,19 +274,20 @@ class World:
 
     @property
     def rough(self) -> list[int]:
-        """The classes that public records lack and whose share was declared, if these shares add up
-        to ROUGH or more; else []."""
+        """The numbers of the classes that public records lack and whose share was declared, if
+        these shares add up to ROUGH or more; else []."""
         lacking = [number for number in self.shares if not self.public.counts[number]]
         return lacking if sum(self.shares[number] for number in lacking) >= ROUGH else []
 
     @property
     def unknown(self) -> list[int]:
-        """The classes that have neither public records nor a declared share."""
+        """The numbers of the classes that have neither public records nor a declared share."""
         found = np.flatnonzero(self.public.counts == 0).tolist()
         return [number for number in found if number not in self.shares]
 
     def draw(self, sites: Sites, draws: int) -> Draws:
-        """Simulate the release `draws` times, each time with other classes, records and noise."""
+        """Simulate the release `draws` times, each time with other classes, records and noise, and
+        compare the head that is built from each release with the public start."""
         found, starts = [], []
         noise = sites.sigma * math.sqrt(sites.doses) * self.basis.norm
         for number in range(draws):
@@ -287,7 +306,8 @@ class World:
         return Draws(changes.mean(axis=1), np.array(starts), changes)
 
     def _drawn_classes(self, random: np.random.Generator) -> tuple[Array, Array]:
-        """Return the classes' means (K, d), and their shares (K,) of units."""
+        """Draw one possible set of classes: return their means (K, d), and their shares (K,) of the
+        units, which add up to 1. random: the generator of this draw."""
         known = self.classes
         means = known.means + np.sqrt(known.variances) * random.standard_normal(known.means.shape)
         shares, seen = np.zeros(len(means)), self.public.counts > 0
@@ -299,8 +319,13 @@ class World:
         return means, shares / shares.sum()
 
     def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
-        """Draw units of one record each, and return the sums (K, k + 1) that sites would release,
-        before noise."""
+        """Draw units of one record each, and return what the sites together would release, before
+        noise: for each class the sums of the k features that the sites use, and its weighted number
+        of units, (K, k + 1).
+
+        - random: the generator of this draw
+        - means, shares: (K, d) and (K,), the classes of this draw, as from `_drawn_classes`
+        - units: the number of units over all sites"""
         counts = random.multinomial(units, shares)
         labels = np.repeat(np.arange(len(means)), counts)
         k = self.basis.released
@@ -313,16 +338,21 @@ class World:
     def _judges(
         self, random: np.random.Generator, means: Array, shares: Array
     ) -> tuple[Array, Labels]:
-        """Draw the records (JUDGES, d) on which both heads are compared; return them and their
-        classes (JUDGES,)."""
+        """Draw the records on which both heads are compared. Return their features (JUDGES, d), and
+        the numbers of their classes (JUDGES,).
+
+        random: the generator of this draw; means, shares: (K, d) and (K,), the classes of this
+        draw."""
         labels = random.choice(len(means), JUDGES, p=shares)
         rows = means[labels] + self.pool[:JUDGES]
         lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
         return rows / np.maximum(1.0, lengths), labels
 
     def _compute_widening(self, held_out: float) -> float:
-        """Return the factor by which the variances of a class's records are multiplied; see
-        WIDENED."""
+        """Return the factor by which the variances of a class's records are multiplied, since new
+        records spread further than public ones. It is the WIDENED-th power of the factor at which
+        the public start is right on drawn records as often as on held-out public ones. held_out:
+        its accuracy on those."""
         low = -math.log(WIDEST) / 4
         high = math.log(WIDEST)
         narrow = self.pool
@@ -335,8 +365,8 @@ class World:
         return math.exp(WIDENED * middle)
 
     def _start_in(self, random: np.random.Generator) -> float:
-        """Return the public start's accuracy in one draw of the classes that public records
-        have."""
+        """Return the public start's accuracy on records of one draw, only of classes of which there
+        are public records."""
         means, shares = self._drawn_classes(random)
         shares = np.where(self.public.counts > 0, shares, 0.0)
         judges, labels = self._judges(random, means, shares / shares.sum())
@@ -348,7 +378,8 @@ def _is_right(head: posterior.Head, rows: Array, labels: Labels) -> npt.NDArray[
 
 
 def interval(gains: Array) -> Interval:
-    """Return the mean of drawn gains (n,), and their interval between the quantiles COVERED."""
+    """Return the mean of the gains (n,) of n simulations, and the interval between their quantiles
+    COVERED."""
     low, high = np.quantile(gains, COVERED)
     return Interval(float(gains.mean()), float(low), float(high))
 

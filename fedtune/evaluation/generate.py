@@ -29,13 +29,16 @@ def generate(
     """Continue a prompt greedily, by the base alone and by the base with a run's adapter.
 
     Args:
-        file: the image or recording, for a base that reads one.
+        run: a finished run of a language model.
+        prompt: the text as a user gives it, without a template.
+        max_new_tokens: the most tokens of each continuation.
         chat: whether to put the prompt into the model's chat template; if not, it is put into
             objective.template, as in training. None: use the chat template if the study's
             evaluation records are conversations, or if it has no such records.
+        file: the image or recording, for a base that reads one; None for a base of text alone.
 
-    Returns both texts; that of a personal model begins with its mark. PEFT loads the model, as for
-    any other user of the adapter.
+    Returns two texts, the base's and the adapter's. If the run is a personal model, the second text
+    begins with a remark that says so. PEFT loads the model, as for any other user of the adapter.
 
     Errors: ConfigError (no language model, or the prompt is too long), DataError (file),
     ModelError."""
@@ -43,8 +46,8 @@ def generate(
 
 
 class Writer:
-    """A run's base and adapter, which are loaded at the first prompt and then stay loaded for
-    further prompts. Errors of the constructor and of a call: as for `generate`."""
+    """Continues prompts with a run's base and adapter, which are loaded at the first prompt and
+    stay loaded for further ones. The constructor and a call raise the same errors as `generate`."""
 
     def __init__(self, run: Run) -> None:
         from fedtune.core import modalities
@@ -65,7 +68,8 @@ class Writer:
         chat: bool | None = None,
         file: Path | None = None,
     ) -> tuple[str, str]:
-        """Return the texts of base and adapter; the arguments are those of `generate`."""
+        """Continue a prompt, and return two texts: the base's, and the base's with the adapter. The
+        parameters are those of `generate`."""
         import torch
 
         from fedtune.core.bases.architecture import inputs as media_inputs
@@ -92,7 +96,7 @@ class Writer:
 
     @cached_property
     def _models(self) -> tuple[Any, Any]:
-        """Load the base, and the base with the adapter."""
+        """Load and return two models: the base, and the base with the adapter."""
         import torch
 
         from fedtune.core.bases.find import load_backbone
@@ -109,7 +113,14 @@ class Writer:
 def _completion(
     model: Any, tokenizer: Any, inputs: dict[str, Any], start: str, max_new_tokens: int
 ) -> str:
-    """Return the model's greedy continuation of the tokens under `start`."""
+    """Return the model's greedy continuation of the tokens under `start`, without white space at
+    its ends.
+
+    - model: the base with its adapter, on or off
+    - tokenizer: the base's
+    - inputs: the arguments of model.generate, name -> tensor, for one prompt
+    - start: which of them is continued: "input_ids", on a speech base "decoder_input_ids"
+    - max_new_tokens: the most tokens of the continuation"""
     out = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -129,7 +140,8 @@ def _not_a_language_model(folder: Path) -> ConfigError:
 
 
 def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
-    """Check that prompt and answer fit the base's context. Errors: ConfigError."""
+    """Check that prompt and answer fit the base's context. prompt_length, max_new_tokens: their
+    numbers of tokens; most: that of the context. Errors: ConfigError."""
     if prompt_length + max_new_tokens > most:
         raise ConfigError(
             f"the prompt has {prompt_length} tokens, and {max_new_tokens} new ones were asked for",
@@ -141,8 +153,14 @@ def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
 def _tokens(
     tokenizer: Any, prompt: str, objective: ObjectiveTable, chat: bool, reader: Reader
 ) -> dict[str, Any]:
-    """Return the prompt's token ids and mask. The prompt is put into a chat turn if `chat` is set
-    and the model has a chat template, else into objective.template."""
+    """Return the prompt's "input_ids" and "attention_mask", (1, L). The prompt is put into a chat
+    turn if `chat` is set and the model has a chat template, else into objective.template.
+
+    - tokenizer: the base's
+    - prompt: with place-holders, for a base that reads files
+    - objective: the plan's table, for the template
+    - chat: whether to use the chat template
+    - reader: says whether the prompt begins with the base's start tokens already"""
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         inputs = render_chat(
@@ -157,8 +175,15 @@ def _tokens(
 def _media_and_prompt(
     reader: Reader, file: Path | None, prompt: str, objective: ObjectiveTable
 ) -> tuple[torch.Tensor | None, str]:
-    """Return the media tensor of `file` for the base's encoder, and the prompt with
-    place-holders."""
+    """Return the media tensor of `file` for the base's encoder, and the prompt with place-holders;
+    None and the prompt as it is for a base that reads text alone.
+
+    - reader: the base's way of reading records
+    - file: the image or recording; None if none was given
+    - prompt: the text; for a base that reads text alone not ""
+    - objective: the plan's table, for which the place-holders are put into the prompt
+
+    Errors: ConfigError (file or prompt is missing, or a file too many), DataError (file)."""
     from fedtune.core.data.media import load
     from fedtune.core.data.records import Record
 

@@ -19,7 +19,8 @@ KEY = "schedule.groups.{column}"
 
 
 def group_of(cell: object) -> str:
-    """Return the name of a row's group: its value, or MISSING if it has none."""
+    """Return the name of the group to which a row belongs: the text or number in its cell, cut to
+    80 characters, or MISSING if the cell holds neither."""
     try:
         return key_of(cell)[:80]
     except Rejected:
@@ -40,8 +41,8 @@ def groups_of(
 
 
 def count_groups(table: EvaluationTable, columns: Sequence[str]) -> dict[str, Counter[str]]:
-    """Return column -> how many of a public file's records are in each group. Errors: as
-    groups_at."""
+    """Return column -> how many of a public file's records are in each group; {} without columns.
+    Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     if not columns:
         return {}
     places = [record.place for record in read_file(table).records]
@@ -57,11 +58,15 @@ def groups_at(
     key: str,
     todo: str = "name another column",
 ) -> dict[str, list[str]]:
-    """Return column -> the group of the record at each of `places`.
+    """Return column -> the group of the record at each of `places`, in this order.
 
+    - file: the records' file
+    - columns: the columns whose values are groups
+    - places: the place of each record's row; None, or the place of a row that was rejected, gives
+      the group MISSING
     - name: maps a column and a cell to the group's name
     - key: the configuration key for error messages, with {column} in it
-    - todo: the advice in an error message
+    - todo: the advice in an error message, with {column} where the column is to be named
 
     Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     keys = keys_of(file) | {key.format(column=column): column for column in columns}

@@ -1,4 +1,4 @@
-"""Metrics of a model on records, with confidence intervals."""
+"""Compute confidence intervals of a model's metrics on records."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ RESAMPLES = 1000
 
 
 def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of the metric on the same records: "before" and "after" (Wilson's for a
-    share of records, else a bootstrap over records), and "change" (a paired bootstrap)."""
+    """Return three 95 % intervals (low, high) of a metric on the same records: "before" and "after"
+    (Wilson's for a share of records, else a bootstrap over records), and "change", of the
+    difference after - before (a paired bootstrap). before, after: the scores of two models."""
     n = len(before.loss)
     resamples = _resamples(n)
     pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in resamples])
@@ -43,13 +44,15 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 
 def _resamples(n: int) -> list[np.ndarray]:
-    """Draw bootstrap samples of n rows, from a fixed seed."""
+    """Draw RESAMPLES bootstrap samples from a fixed seed; each is an array of n row numbers below
+    n."""
     random = np.random.default_rng(0)
     return [random.integers(0, n, n) for _ in range(RESAMPLES)]
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share of n records (Wilson 1927)."""
+    """Return Wilson's score interval (low, high) of a share of n records (Wilson 1927). share: the
+    observed share, from 0 to 1."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

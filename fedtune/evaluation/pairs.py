@@ -50,8 +50,9 @@ class PairScores:
         return np.asarray(self.logps / np.maximum(self.targets, 1))
 
     def add(self, network: Network, batch: Batch, *, with_kl: bool) -> None:
-        """Score a batch of pairs. with_kl: whether to compute the divergence from the base, which
-        takes a second pass."""
+        """Compute the values of a batch of pairs, and enter them into the batch's rows here.
+        with_kl: whether to compute the divergence from the base, which takes a second pass; if not,
+        it stays 0."""
         rows = batch.index.numpy()
         self.lengths[rows] = _pairs(batch.mask.sum(dim=1))
         if network.has_head:
@@ -67,8 +68,8 @@ def _pairs(values: torch.Tensor) -> np.ndarray:
 
 
 def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
-    """Compute KL(policy ‖ base) of the next token, summed over each passage's targets, (R,), in
-    nats.
+    """Compute for each of R passages KL(policy ‖ base) of the next token, summed over the passage's
+    target tokens: (R,), in nats. The policy is the base with the adapter in `network`.
 
     The sum over the vocabulary is exact at each position. The positions are those of the answers in
     the data, not of answers that the policy wrote."""
@@ -87,8 +88,12 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 
 
 def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
-    """Return a round's figures margin, chosen_logp and kl, as `pair_facts` defines them; only
-    margin if a head was trained."""
+    """Return figures that show how a round's adapter differs from the base on the pairs, by name:
+    "margin", the mean of the pairs' margins; "chosen_logp", the mean log-likelihood of a token of
+    the chosen answers, in nats; "kl", the mean divergence from the base at a token. If a head was
+    trained, only "margin" is returned.
+
+    before, after: the scores of the base and of the round's adapter; beta: the objective's β."""
     figures = {"margin": float(_margins(before, after, beta).mean())}
     if _writes_text(after):
         assert after.pairs is not None
@@ -100,8 +105,11 @@ def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float
 def pair_facts(
     before: Scores, after: Scores, beta: float, *, own_loss: bool = True
 ) -> dict[str, Any]:
-    """Return how training changed the figures on n pairs, from the scores of base (before) and
-    adapter (after). beta: the objective's β; own_loss: whether the loss is the objective's own.
+    """Return a table of how training changed the figures on n pairs, with the entries below. If a
+    head was trained, chosen_logp, rejected_logp and kl are absent.
+
+    before, after: the scores of base and adapter; beta: the objective's β; own_loss: whether the
+    loss is the objective's own.
 
     | records     | n |
     | preference  | share of pairs in order, before, after; interval: Wilson's, of after |

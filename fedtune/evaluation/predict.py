@@ -144,8 +144,12 @@ class _Asked(NamedTuple):
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
         """Choose the columns: the given DataFile's or else the study's. A part of a record without
-        a column is read from the column with the part's name. ids: further columns that the records
-        must have."""
+        a column is read from the column with the part's name.
+
+        - study: the run's plan, of which objective and [evaluation] are read
+        - records: as for `predict`; not yet read
+        - headed: whether the run trained a head; without one only prompts or conversations are read
+        - ids: further columns that the records must have"""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records
         table = study.evaluation
@@ -220,8 +224,16 @@ def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
 
 
 class _Predictor:
-    """Scores rows by a run's model, a chunk at a time. decoder: of the files that the rows name, if
-    they name any. Errors: ConfigError, ModelError."""
+    """Scores rows by a run's model, a chunk at a time.
+
+    - run: the finished run, or a site's personal model
+    - asked: the columns to read
+    - choices: the completions to choose from; () for a run with a head
+    - base_alone: whether adapter and head are zero, so that the base alone predicts
+    - decoder: decodes the files that the rows name; None if they name none
+    - labels: the classes or choices, in the order of the outputs; () for a reward head
+
+    Errors: ConfigError, ModelError."""
 
     def __init__(
         self,

@@ -113,7 +113,8 @@ class Predictions:
 
 
 def check_out(out: Path | str) -> Path:
-    """Check that predictions can be written to a file with this name. Errors: ConfigError."""
+    """Check that predictions can be written to a file with this name, and return its path. Errors:
+    ConfigError (a suffix other than .csv, .jsonl and .parquet, or a folder)."""
     out = Path(out)
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"{out}: unsupported suffix", ", ".join(WRITERS), "choose another --out")
@@ -123,8 +124,8 @@ def check_out(out: Path | str) -> Path:
 
 
 def check_ids(columns: Sequence[str]) -> None:
-    """Check that columns of the records do not clash with those of the predictions. Errors:
-    ConfigError."""
+    """Check that no column to be copied from the records has the name of a column of the
+    predictions. Errors: ConfigError."""
     for column in columns:
         if column in ("row", "prediction", "score", "reason") or column.startswith(SHARE):
             raise ConfigError(

@@ -31,15 +31,17 @@ def evaluate(
 
     Returns a dict:
 
-    - metric; records, rejected: their numbers; cut: the number of records of which
-      objective.max_length left something out
-    - before, after: measures by name
-    - interval: 95 % intervals of before, after (Wilson for a share of records, else bootstrap over
-      records) and change (paired bootstrap)
-    - gain: records and change, as in report.json; of preference pairs also their loss, margin, KL
-      and share by length (evaluation.pairs.pair_facts)
-    - verdict: whether the adapter is better than the base, in a sentence; alarms: warnings against
-      it
+    - metric: its name
+    - records: how many records were measured
+    - rejected: reason -> the number of records that were left out for it
+    - cut: the number of records of which objective.max_length left something out
+    - before, after: the base's and the adapter's value of the metric and of "loss"
+    - interval: 95 % intervals of the metric: "before", "after" (Wilson's for a share of records,
+      else a bootstrap over records) and "change" (a paired bootstrap)
+    - gain: "records" and "change", as in report.json; for preference pairs also "pairs": their
+      loss, margin, KL and share by length (evaluation.pairs.pair_facts)
+    - verdict: whether the adapter is better than the base, in a sentence
+    - alarms: warnings against the adapter, a list of sentences
     - of the run: its report's sentences on the gain over public text and on what is released, or a
       personal model's mark; [] if there are none
 
@@ -81,8 +83,9 @@ def evaluate(
 def evaluator_of(
     run: Run, table: EvaluationTable, read: Callable[[Network], Dataset] | None = None
 ) -> tuple[Evaluator, Arrays]:
-    """Return an evaluator of a finished run's study, and the run's trained arrays. table, read: the
-    source of the records, as for Evaluator. Errors: as for Evaluator; ModelError."""
+    """Return an evaluator that measures models of a finished run's study, and the run's trained
+    arrays, which can be given to it. table: the records' file, metric and choices; read: as for
+    Evaluator, in place of the file. Errors: as for Evaluator; ModelError."""
     saved, study = run.adapter(), run.study
     changes: dict[str, Any] = {"evaluation": table}
     if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained
@@ -102,7 +105,8 @@ def _of_the_run(run: Run) -> list[str]:
 
 
 def with_columns_of(study: Study, data: Path) -> DataFile:
-    """Describe a file whose columns are named as in the study's evaluation file.
+    """Describe the file `data` as one whose columns have the same names and uses as those of the
+    study's evaluation file.
 
     Errors: ConfigError if the study has no such file."""
     if study.evaluation is None:

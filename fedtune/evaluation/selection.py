@@ -19,15 +19,15 @@ def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
 
 
 def taught_by(study: Study) -> PublicTable | None:
-    """Return the [public] table if the model learns its records' answers before the first round;
-    else None."""
+    """Return the [public] table if the model learns from the answers in it before the first round
+    (start.steps, or start.head = "public"); else None."""
     taught = study.start and (study.start.steps or study.start.head == "public")
     return study.public if taught else None
 
 
 def check_apart(study: Study) -> None:
     """Check that no two of [selection], [evaluation] and [public] have a record in common. [public]
-    counts only if the start learns from its answers.
+    counts only if the model learns from its answers before the first round.
 
     Errors: DataError if two of them share a record, or a file cannot be read."""
     files = {

@@ -63,7 +63,15 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
     reported figures, and fit the signed files. Return TRAINED or START; "" if the plan leaves no
     choice.
 
-    Only the coordinator vouches that a start in adapter/ is the one that public text gives."""
+    - run: the run's folder
+    - study: the run's plan
+    - report: the content of report.json
+    - files: the files that the run's signature covers, by their paths in the folder
+
+    If the public start is released, this cannot show that public text gives the weights in
+    adapter/: only the coordinator vouches for that.
+
+    Errors: NotGenuine."""
     path, quality = run / "report.json", report.get("quality") or {}
     decision = quality.get("released")
     chooses = bool(study.start and study.selection and not study.continuous)
@@ -100,8 +108,9 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
 
 
 def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
-    """Return the share of units that are in the classes `lacking`, by the report's noised counts.
-    These are the classes of which there is no selection record."""
+    """Return the share of the sites' units that are in the classes `lacking`, of which the
+    selection records have no record; 0 if `lacking` is empty. The numbers of units are the report's
+    noised counts. quality: the report's table "quality"."""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
     total = sum(counts.values())
     return sum(counts[name] for name in lacking) / total if total else 0.0
@@ -136,8 +145,13 @@ def seals(
     """Verify the site's signature of every update and answer. Return kind ("update" or "answer") ->
     site -> its newest step log.
 
-    content: the content of evidence.json. coordinator: the key that signed the run. enrolled:
-    whether the sites' messages must be sealed for that key. Errors: NotGenuine."""
+    - run: the run's folder, for messages
+    - content: the content of evidence.json
+    - study: the run's plan
+    - coordinator: the public key that signed the run
+    - enrolled: whether the sites' messages must be sealed for that key; not so in a simulation
+
+    Errors: NotGenuine."""
     events: dict[str, Events] = {"update": {}, "answer": {}}
     if content.get("plan") != study.digest:
         fail(run / EVIDENCE, "is of another plan", study.digest)
@@ -192,7 +206,14 @@ def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
 def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:
     """Check that the evidence holds every round of the plan (or its first rounds, if the plan may
     end early), and that in each round the report's participants are the sites that signed an
-    update. Return the number of updates."""
+    update. Return the number of updates.
+
+    - run: the run's folder, for messages
+    - content: the content of evidence.json
+    - study: the run's plan
+    - report: the content of report.json
+
+    Errors: NotGenuine."""
     signed: dict[int, list[str]] = {}
     updates = [entry for entry in content["updates"] if entry["kind"] == "update"]
     for entry in updates:
@@ -219,9 +240,14 @@ def count_absent(
     the site, and "answers", the plan's queries without an answer. Sites that lack nothing are left
     out.
 
+    - content: the content of evidence.json
+    - study: the run's plan
+    - events: kind of work -> site -> its step log, as `seals` returns them
+
     If the plan states the number of rounds, "epsilon" and "answers_epsilon" are the ε that the
     site's updates and answers cost if it took part in all of them: the evidence does not show
-    whether a site was away or its updates were left out."""
+    whether a site was away or its updates were left out. "epsilon" is left out where it would take
+    minutes to compute."""
     there: dict[str, Counter[str]] = {name: Counter() for name in events["update"]}
     for kind, entry in {(e["kind"], (e["site"], e["round"])) for e in content["updates"]}:
         there.setdefault(entry[0], Counter())[kind] += 1
@@ -242,8 +268,12 @@ def _of_all(
     study: Study, privacy: PrivacyTable, log: list[dict[str, Any]], rounds: int
 ) -> dict[str, float]:
     """Compute the ε of all rounds of the plan ("epsilon") for a site whose steps are like those of
-    `log`, and of all its queries ("answers_epsilon"). "epsilon" is left out above MOST_STEPS or
-    MOST_EPSILON."""
+    `log`, and of all its queries ("answers_epsilon"). "epsilon" is left out if there are more than
+    MOST_STEPS steps or it is above MOST_EPSILON, "answers_epsilon" if the plan has no queries.
+
+    - study, privacy: the plan, and its table [privacy]
+    - log: the site's step log
+    - rounds: the number of rounds that the plan states"""
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
     shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
     costs = dict[str, float]()
@@ -264,9 +294,16 @@ def privacy(
 ) -> dict[str, Any]:
     """Compute ε from the sites' step logs, and check that the report states the same figures.
 
-    keys: site -> its public keys. events: as `seals` returns them. Returns "sites" (fingerprint,
-    key, and with privacy ε and steps of each) and, with privacy, the run's ε, δ and unit, and
-    "with_queries", "assumption", "fallback" and "capped", as in verify.Verified.
+    - run: the run's folder, for messages
+    - study: the run's plan
+    - report: the content of report.json
+    - keys: site -> its public keys: "signing", and of an enrolled site "node" and "tls"
+    - events: kind of work -> site -> its step log, as `seals` returns them
+
+    Returns fields of verify.Verified. There is always "sites", site -> its fingerprint and signing
+    key and, in a private study, its ε and steps. A private study also has "epsilon", "delta",
+    "unit", "with_queries" and "capped" and, with secure aggregation, "assumption" and "fallback".
+
     Errors: NotGenuine."""
     path = run / "report.json"
     shown: dict[str, dict[str, Any]] = {
@@ -317,7 +354,14 @@ def privacy(
 def _logs(
     run: Path, study: Study, privacy: PrivacyTable, rounds: int, events: dict[str, Events]
 ) -> None:
-    """Check that every step log belongs to this plan, and that its ε can be computed in seconds."""
+    """Check that every step log belongs to this plan, and that its ε can be computed in seconds.
+
+    - run: the run's folder, for messages
+    - study, privacy: the plan, and its table [privacy]
+    - rounds: the number of rounds in the report, for a plan that states none
+    - events: kind of work -> site -> its step log
+
+    Errors: NotGenuine."""
     training = study.training
     table = study.private_evaluation
     clipping = study.clipping
@@ -365,13 +409,25 @@ def _is_rate(study: Study, rate: float) -> bool:
 
 
 def _log(run: Path, name: str, log: list[dict[str, Any]], agreed: Agreed) -> None:
+    """Refuse a step log that does not belong to the plan.
+
+    - run, name: the run's folder and the site, for the message
+    - log: the site's step log
+    - agreed: the plan's terms for its steps
+
+    Errors: NotGenuine."""
     if why := step_summary.objection(log, agreed):
         fail(f"{run / EVIDENCE}, {name[:64]!r}", why)
 
 
 def _refuse_uncomputable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
-    """Refuse a log for which the accountant would take minutes or more. least: a lower bound on its
-    ε. Errors: NotGenuine."""
+    """Refuse a log for which the accountant would take minutes or more.
+
+    - run, name: the run's folder and the site, for the message
+    - log: the site's step log
+    - least: a lower bound on its ε
+
+    Errors: NotGenuine."""
     where, sampled = f"{run / EVIDENCE}, {name[:64]!r}", any(e["q"] < 1 for e in log)
     if sampled and sum(e["steps"] for e in log) > MOST_STEPS:
         fail(where, "its step log has too many steps to account for", f"at most {MOST_STEPS:,}")
@@ -388,7 +444,15 @@ def _fallback(
     log: list[dict[str, Any]],
 ) -> None:
     """Check the report's statements about secure aggregation: the number of sites, the number of
-    colluding sites for which ε holds, and σ and ε of the site's own noise alone."""
+    colluding sites for which ε holds, and σ and ε of the site's own noise alone.
+
+    - path: report.json, for messages
+    - name: the site, or "the run", for messages
+    - said: the report's table "secure_aggregation" about it; must be None if the plan has none
+    - study, privacy: the plan, and its table [privacy]
+    - log: the site's step log; for the run, that of the site with the largest ε
+
+    Errors: NotGenuine."""
     if (table := study.secure_aggregation) is None:
         return _require_equal(path, f"{name}'s secure_aggregation", said, None)
     rule = f"{name}'s secure_aggregation"
@@ -404,7 +468,14 @@ def _queries(
     path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable
 ) -> float | None:
     """Check the report's statements about private evaluation against the sites' signed answers.
-    Return the largest ε of a site's training and answers together; None if no site answered."""
+    Return the largest ε of a site's training and answers together; None if no site answered.
+
+    - path: report.json, for messages
+    - said: the report's table "evaluation" under "privacy"; None if it has none
+    - events: kind of work -> site -> its step log
+    - privacy: the plan's table [privacy]
+
+    Errors: NotGenuine."""
     answered, sites = events["answer"], (said or {}).get("sites", {})
     _require_equal(path, "evaluation's sites", sorted(sites), sorted(answered))
     both = dict.fromkeys(answered, 0.0)
@@ -422,14 +493,15 @@ def _queries(
 
 
 def _cap(study: Study, privacy: PrivacyTable) -> float:
-    """Return the lifetime ε at which a site leaves a unit out of a continuous study; infinity for
-    another study."""
+    """Return the most ε that the plan lets one unit spend over all rounds of a study without a last
+    round; a site leaves out a unit that has reached it. Return infinity if the plan sets no such
+    bound."""
     return privacy.epsilon if study.continuous and privacy.epsilon is not None else math.inf
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
-    """Compute the ε of one unit of a site. Also return whether the plan's lifetime ε bounds this ε,
-    so that it is less than the ε of all steps in the log."""
+    """Compute the ε that one unit of a site has spent at most. Return it, and whether it is the
+    plan's bound for one unit (`_cap`), because all steps in the log together would cost more."""
     cap, shares = _cap(study, privacy), noise_shares(study)
     if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True
@@ -438,8 +510,8 @@ def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> 
 
 
 def _bound_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Return a lower bound on ε of a site's steps, in a time that does not grow with their number
-    or their ε."""
+    """Return a lower bound on the ε of a site's steps. Unlike ε itself, it is computed in a time
+    that grows neither with the number of steps nor with ε. shares: as for `_steps_epsilon`."""
     return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
 
@@ -454,6 +526,14 @@ def _steps(log: list[dict[str, Any]], shares: int) -> list[Steps]:
 
 
 def _agree(path: Path, what: str, said: Any, computed: float) -> None:
+    """Check that a stated figure is a number, and equal to the computed one up to SAME.
+
+    - path: the file with the statement, for messages
+    - what: the figure's name, for messages
+    - said: the figure as the file states it, of any type
+    - computed: the figure as it follows from the plan and the step logs
+
+    Errors: NotGenuine."""
     number = isinstance(said, int | float) and not isinstance(said, bool)
     if not number or not math.isclose(said, computed, rel_tol=SAME):
         fail(
@@ -464,6 +544,13 @@ def _agree(path: Path, what: str, said: Any, computed: float) -> None:
 
 
 def _require_equal(path: Path, what: str, said: Any, proven: Any) -> None:
+    """Check that a stated value is equal to the proven one.
+
+    - path, what: the file with the statement and the value's name, for messages
+    - said: the value as the file states it, of any type
+    - proven: the value as it follows from the plan and what the sites signed
+
+    Errors: NotGenuine."""
     if said != proven:
         fail(path, f"{what} is {str(said)[:64]!r}", f"{proven!r}, as it was signed")
 

@@ -22,9 +22,13 @@ def of_consortium(ca: str, coordinator: str) -> str:
 
 
 def of_site(name: str, node: str, tls: str, signing: str) -> str:
-    """Compute a site's fingerprint from its name and three keys: node (PEM), tls (sha256 of the
-    public key), signing (hexadecimal). Every enrolment request with the same name and keys has the
-    same fingerprint."""
+    """Compute a site's fingerprint from its name and three keys. Every enrolment request with the
+    same name and keys has the same fingerprint.
+
+    - name: the site's name, as it enrols
+    - node: the public key of its Flower node (PEM)
+    - tls: sha256 of its public TLS key in DER form, in hexadecimal (flower.enrol.tls_digest)
+    - signing: the public key that signs its updates, in hexadecimal"""
     return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
 
 

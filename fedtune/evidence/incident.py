@@ -66,10 +66,11 @@ OF_A_RUN = (
 class Kept:
     """Evidence that was kept, and that `check` found unchanged.
 
+    - folder, files: where it lies, and the number of its files
     - noticed: when somebody became aware of the incident
-    - notify: 72 hours after this
-    - made, by: the time at which the evidence was kept, and who kept it
-    - signer: the role's public key
+    - notify: the time 72 hours after that, until when a controller has to report a breach (GDPR)
+    - made, by: when the evidence was kept, and by whom
+    - signer: the public key of the site or coordinator
     - digest: sha256 of the manifest, to be noted elsewhere"""
 
     folder: Path
@@ -85,8 +86,13 @@ class Kept:
 def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
     """Keep a site's evidence in the new folder `to`.
 
-    noticed: UTC, as 2026-03-01T09:30:00Z; "" for now. run: the folder of a coordinator's run, as it
-    was handed over."""
+    - site: the site, with its state folder and the home of its ledger
+    - to: the folder, which must not exist
+    - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
+    - run: the folder of a coordinator's run, as it was handed over; None for no run
+
+    Errors: InputError (`to` exists, `noticed` is no time, no such run), ConfigError (no ledger, or
+    no signing key), InfrastructureError."""
     home, state = site.home, site.site.state
     if not traces(home):
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
@@ -100,7 +106,15 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
-    """Keep a coordinator's evidence in the new folder `to`. run: the folder of one of its runs."""
+    """Keep a coordinator's evidence in the new folder `to`.
+
+    - home: the coordinator's home, with its signing key
+    - to: the folder, which must not exist
+    - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
+    - run: the folder of one of the coordinator's runs; None for no run
+
+    Errors: InputError (`to` exists, `noticed` is no time, no such run), ConfigError (no signing
+    key), InfrastructureError."""
     path = home / "signing.key"
     if not path.exists():
         raise ConfigError(f"{home}: no signing key here", "a site.toml, or a coordinator's home")
@@ -117,8 +131,16 @@ def _keep(
     key: SigningKey,
     home: Path | None,
 ) -> Kept:
-    """Keep the files of `folders` (name -> folder and patterns) and those `found` (name -> path).
-    home: the folder of a site's ledger; None for a coordinator."""
+    """Copy evidence into the new folder `to`, write its signed manifest, and return the result of
+    checking it.
+
+    - to: the new folder
+    - noticed: UTC, as for `keep_of_site`; "" for now
+    - run: the folder of a run whose files are kept too; None for no run
+    - folders: name of a folder in `to` -> the folder to copy from, and the patterns of the files
+    - found: path in `to` -> a single file to copy; the files of `folders` are added to it
+    - key: the role's key, which signs the manifest
+    - home: the folder of a site's ledger; None for a coordinator"""
     if os.path.lexists(to):
         raise InputError(
             f"{to}: exists", "a new folder", "evidence is not added to: choose another"
@@ -171,8 +193,9 @@ def _keep(
 
 
 def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
-    """Copy a ledger's entries and return the hash of the newest one. Of a damaged ledger, copy the
-    rows that can be read, enter the damage in `damaged`, and return ""."""
+    """Copy the entries of the ledger in `home` to the file `to`, and return the hash of the newest
+    one. Of a damaged ledger, copy the rows that can be read, add a text on the damage to the list
+    `damaged`, and return ""."""
     try:
         book = Ledger(home)
     except NoRoom:
@@ -194,15 +217,17 @@ def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
 
 
 def _has_rows(path: Path) -> bool:
-    """Return whether a copy of entries was begun and has one."""
+    """Return whether the file `path`, a copy of a ledger that may have broken off, holds at least
+    one entry."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as copy:
         return bool(copy.execute("SELECT EXISTS (SELECT 1 FROM entries)").fetchone()[0])
     return False
 
 
 def check(folder: Path, signer: str = "") -> Kept:
-    """Check that kept evidence is as it was signed. signer: the public key that must have signed
-    it; "" for the key that the manifest names. Errors: NotGenuine."""
+    """Check that kept evidence is as it was signed, and return what its manifest says. signer: the
+    public key that must have signed it; "" for the key that the manifest names. Errors:
+    NotGenuine."""
     facts = reading.json_in(folder / MANIFEST, "evidence that fedtune kept", kind=NotGenuine)
     content = {name: value for name, value in facts.items() if name != "signature"}
     try:

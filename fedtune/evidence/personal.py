@@ -19,7 +19,7 @@ FOLDER = "personal"  # in a site's state folder
 
 
 class NeverLeaves(Refused):
-    """The error that a personal model was given where something is made for others."""
+    """Raised when a function that makes something for others is given a site's personal model."""
 
     def __init__(self, what: str) -> None:
         super().__init__(

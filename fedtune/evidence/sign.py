@@ -43,9 +43,11 @@ def sign(
 ) -> None:
     """Write evidence.json and signature.json.
 
+    - run: the run's folder, which holds all other files already
+    - study: the run's plan
     - key, ca: the coordinator's signing key, and the consortium's CA (PEM; "" in a simulation)
     - keys: site -> its public signing key
-    - registry: admitted site -> its other two public keys
+    - registry: admitted site -> its other two public keys, "node" and "tls"
     - history: the rounds, with the sites' signed evidence
 
     Errors: InfrastructureError."""
@@ -61,7 +63,8 @@ def sign(
 
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
-    """Write signature.json, which covers the present content of the folder's files.
+    """Write signature.json, which covers the present content of the folder's files. ca: the
+    certificate of the consortium's CA (PEM); "" for a simulation.
 
     Errors: InfrastructureError."""
     files = {name: sha256(run / name) for name in list_covered(run)}

@@ -15,10 +15,13 @@ KINDS = 4  # kinds of steps in a log: a plan has one, but a new release in mid-s
 
 @dataclass(frozen=True)
 class Agreed:
-    """The plan's terms for a site's noised steps.
+    """The plan's terms for a site's noised steps, which its step log must fit.
 
-    noise_multiplier: σ of the noise that the site itself adds. records: k, the most rows of one
-    unit in a step. steps: their number in the whole plan."""
+    - sampling_rate: the rate at which a step draws records or units
+    - noise_multiplier: σ of the noise that the site itself adds
+    - max_grad_norm: the clipping norm
+    - records: k, the most records of one unit that count in a step
+    - steps: the number of steps in the whole plan"""
 
     sampling_rate: float
     noise_multiplier: float
@@ -48,8 +51,9 @@ def parse(text: Any) -> list[dict[str, Any]]:
 
 
 def objection(log: Sequence[Mapping[str, Any]], agreed: Agreed) -> str:
-    """Return why a step log does not belong to the plan; "" if it does. This computes no ε, and its
-    duration does not depend on the numbers in the log."""
+    """Return why a site's step log does not belong to the plan; "" if it does. agreed: the plan's
+    terms. No ε is computed, and the time that this takes does not depend on the numbers in the
+    log."""
     for event in log:
         same = (
             math.isclose(event["q"], agreed.sampling_rate, rel_tol=1e-9)

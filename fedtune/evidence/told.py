@@ -32,8 +32,13 @@ LARGE = 1 << 28  # bytes of evidence.json
 
 @dataclass(frozen=True)
 class Told:
-    """One statement. problem: why it does not count for this model, "" if it counts. In a statement
-    that does not count, decision and time are "", and so is site unless the site signed it."""
+    """One statement of a site about a model.
+
+    - file: the name of its file
+    - site: the site that signed it; "" if it is not known who did
+    - decision, time: what the site decided, and when; both are "" in a statement that does not
+      count
+    - problem: why the statement does not count for this model; "" if it counts"""
 
     file: str
     site: str = ""
@@ -49,7 +54,11 @@ def digest_of_adapter(run: Path) -> str:
 
 
 def state(record: dict[str, Any], key: SigningKey) -> bytes:
-    """Compose and sign a site's statement of a decision, from the decision's record."""
+    """Compose and sign a site's statement of a decision. Return the content of its file, which is
+    canonical JSON.
+
+    - record: the stored decision, of which site, decision, time and the model's digests are used
+    - key: the site's signing key"""
     model = record["model"]
     body = {
         "format": FORMAT,
@@ -65,7 +74,7 @@ def state(record: dict[str, Any], key: SigningKey) -> bytes:
 
 def read_told(run: Path) -> list[Told]:
     """Read the sites' statements about a run's model, sorted by the site's name; [] if there are
-    none."""
+    none. A statement that does not count is in the list too, with the reason."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
@@ -81,6 +90,11 @@ def read_told(run: Path) -> list[Told]:
 
 
 def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
+    """Read one site's statement. If it does not count, the result's `problem` says why.
+
+    - path: the statement's file
+    - plan, adapter: the digests of the run's plan and of its adapter, which it must name
+    - keys: site -> the public key that signed its updates"""
     try:
         content, _ = signed_json(path, FORMAT)
     except NotGenuine:
@@ -98,7 +112,7 @@ def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
 
 
 def lines(told: Sequence[Told]) -> list[str]:
-    """Describe the statements for people: one line each, sites by name."""
+    """Describe the statements for people: one line each, sites by name; [] if there are none."""
     if not told:
         return []
     said = [

@@ -117,9 +117,11 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     digest is checked, and ε is computed from the step logs; in a dossier, each figure and every
     approval is checked too.
 
-    trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
-    accepted, and `signer` of the result names the one found. sites: site -> the fingerprint that it
-    read out.
+    - run: the folder of the run, the exported model or the dossier
+    - trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
+      accepted, and `signer` of the result names the one found
+    - sites: site -> the fingerprint that it read out; None, and a site that is not named: its keys
+      are not compared
 
     >>> import fedtune
     >>> fedtune.verify_run("runs/none")
@@ -138,8 +140,8 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, or the run inside an exported model. Parameters and errors are as for
-    `verify`."""
+    """Verify a run, or the run inside an exported model, but no dossier. Parameters, result and
+    errors are as for `verify`."""
     run, signed, exported = _open_run(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
     if trust and not fingerprints.match_fingerprints(trust, name):
@@ -197,8 +199,8 @@ def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    """Read report.json, which must be in canonical form: else a key could occur twice, and readers
-    would differ about its value."""
+    """Read and return report.json. It must have the canonical form, since a key could otherwise
+    occur twice, and readers would differ about its value. Errors: NotGenuine."""
     report = read_report(run)
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     if reading.text(run / "report.json", "the report of a run", TODO, NotGenuine) != text:
@@ -217,9 +219,9 @@ def _link(run: Path, report: dict[str, Any]) -> None:
 
 
 def key_of(run: Path) -> tuple[SigningKey, str] | None:
-    """Return the coordinator's key that signed a run, from the home beside the folder of runs, and
-    the CA in the signature. None if there is no such home, its key is another one, or the run does
-    not verify.
+    """Return the coordinator's key that signed a run, which is read from the home beside the folder
+    of runs, and the CA's certificate (PEM) in the signature. Return None if there is no such home,
+    the home's key is another one, or the run does not verify.
 
     To change a signed run and sign it again, call this before the change, so that only a run that
     verified is signed again. Errors: InfrastructureError (the key cannot be read)."""
@@ -236,7 +238,8 @@ def key_of(run: Path) -> tuple[SigningKey, str] | None:
 
 
 def certificate_of(run: Path) -> tuple[str, str]:
-    """Verify the signature in signature.json alone, and return the key and the CA that it names.
+    """Verify only the signature in signature.json, not the files. Return the public key that signed
+    (hexadecimal) and the certificate of the CA that signature.json names (PEM; "" in a simulation).
     Errors: NotGenuine."""
     signed = _signature(run)
     return signed["coordinator"], signed["ca"]
@@ -313,8 +316,8 @@ def _sha256(path: Path) -> str:
 
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
-    """List the files that the signature does not cover in a run's folder, or in the folder of a
-    model exported from the run."""
+    """List the names in a folder that the run's signature does not cover. folder: the run's own
+    folder, or that of a model exported from the run, of which only the run inside is covered."""
     known = {name.partition("/")[0] for name in list_covered(run)} | {SIGNATURE, ADAPTER}
     known = {RUN} if folder != run else known
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)

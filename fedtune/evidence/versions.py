@@ -41,11 +41,17 @@ def check_versions(
     run: Path, study: Study, report: dict[str, Any], files: Collection[str]
 ) -> dict[str, int]:
     """Compute every verdict again, apply all decisions and choices in order, and check that this
-    leads to the version in use; return verdict -> number of versions. files: the files that the
-    signature covers.
+    leads to the version in use; return verdict -> number of versions. For a plan without [schedule]
+    there is nothing to check, and the result is empty.
+
+    - run: the run's folder
+    - study: the run's plan
+    - report: the content of report.json
+    - files: the files that the run's signature covers, by their paths in the folder
 
     Versions that an earlier release judged, by a plan with [schedule] `confidence`, have no stored
     comparison, so their verdicts are not computed but taken from the record.
+
     Errors: NotGenuine."""
     if study.schedule is None or study.evaluation is None:
         return {}
@@ -78,8 +84,12 @@ def check_versions(
 
 
 class _Replay:
-    """Checks the verdict and the decision of each version in turn, and applies these decisions and
-    the choices of persons, to find the version in use."""
+    """Goes through a study's versions in order to find the one in use: checks the verdict and the
+    decision of each, and applies these decisions and the choices of persons.
+
+    - run: the run's folder
+    - study: the run's plan, with [schedule] and [evaluation]
+    - files: the files that the run's signature covers, by their paths in the folder"""
 
     def __init__(self, run: Path, study: Study, files: Collection[str]) -> None:
         assert study.schedule is not None and study.evaluation is not None
@@ -101,8 +111,8 @@ class _Replay:
             self._apart = frozenset(content["apart"])
 
     def choose(self, choices: list[dict[str, Any]], until: float) -> None:
-        """Apply the choices that persons made before version `until` was judged. Errors:
-        NotGenuine."""
+        """Apply the choices that persons made before version `until` was judged; infinity for all
+        choices. Errors: NotGenuine."""
         while self._chosen < len(choices) and choices[self._chosen]["after"] < until:
             choice = choices[self._chosen]
             if choice["version"] is not None:
@@ -115,7 +125,10 @@ class _Replay:
             self._chosen += 1
 
     def add(self, version: dict[str, Any], choices: list[dict[str, Any]]) -> None:
-        """Check one version's verdict and decision, and apply the decision. Errors: NotGenuine."""
+        """Check one version's verdict and decision, and apply the decision. Errors: NotGenuine.
+
+        version: the version's entry in the record; choices: all choices of persons, oldest first,
+        of which those from before this version are applied first."""
         number = int(version["number"])
         if self._numbers and number != self._numbers[-1] + 1:
             self._refuse_version(number, "a version before it is missing")
@@ -140,7 +153,11 @@ class _Replay:
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
 
     def _verdict(self, number: int, version: dict[str, Any]) -> str:
-        """Compute a version's verdict, and check that the record states the same verdict."""
+        """Compute a version's verdict, "better", "not better" or "outside the plan", and check that
+        the record states the same. The verdict of a version that an earlier release judged without
+        a stored comparison is taken from its decision, unchecked.
+
+        number: the version's number; version: its entry in the record. Errors: NotGenuine."""
         public = version["public"]
         if version["sure"] is not None and self._table.confidence is not None:
             self._looked.append(public)  # judged by an earlier release, without a stored comparison

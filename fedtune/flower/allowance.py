@@ -28,8 +28,9 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Read the allowances; None if there is no file. Errors: OSError, ValueError or TypeError if
-    the file cannot be read."""
+    """Return site -> (number of messages sent to it, bytes that the plan allows for its newest
+    answer); None if there is no file. Errors: OSError, ValueError or TypeError if the file cannot
+    be read."""
     try:
         allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:
@@ -47,9 +48,11 @@ def _file(home: Path) -> Path:
 
 
 class Quota:
-    """The remaining quota of each site at the gateway that serves `home`. A token bucket limits a
-    site's requests to `burst` at once and `rate` a second; its allowance limits the bytes that it
-    may push."""
+    """Counts the requests and bytes of each site at the gateway that serves `home`, and says
+    whether they are within the site's limits.
+
+    A site may send `burst` requests at once, and `rate` a second in the long run (a token bucket).
+    The bytes that it may push are limited by its allowance in home/flower/allowance.json."""
 
     def __init__(self, home: Path, burst: int, rate: float) -> None:
         self._home = home

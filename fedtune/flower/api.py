@@ -156,7 +156,9 @@ class Locked:
     and an executor's calls carry the secret or a task's token.
 
     Without this wrapper, everybody with an account on this machine could call Flower's Control API,
-    which registers nodes and starts, stops and lists runs."""
+    which registers nodes and starts, stops and lists runs.
+
+    app: the ASGI application of the SuperLink. key: what a caller must send in CONTROL_HEADER."""
 
     OPEN = ("/v1/fleet/", "/v1/runtime/")
 
@@ -228,8 +230,10 @@ class Claim:
 class Runtime:
     """A client of a Runtime API, which gives out tasks to callers that have the secret.
 
-    ca: the CA (PEM) of the server's certificate; with None the client uses plain HTTP, which is for
-    loopback only."""
+    - address: HOST:PORT of the API
+    - secret: the secret of the SuperLink or SuperNode, which a caller must prove to get a task
+    - ca: the CA (PEM) of the server's certificate; with None the client uses plain HTTP, which is
+      for loopback only"""
 
     def __init__(self, address: str, secret: bytes, ca: bytes | None = None) -> None:
         self._client = RuntimeHttpClient.from_server_address(
@@ -258,16 +262,27 @@ class Runtime:
 
 
 def register(address: str, ca: bytes, secret: bytes, nodes: dict[str, bytes]) -> None:
-    """Register sites (name -> public key, PEM) at a SuperLink. Errors: httpx.HTTPError."""
+    """Register sites at a SuperLink, so that it accepts their SuperNodes.
+
+    - address: HOST:PORT of the SuperLink
+    - ca: the certificate (PEM) by which the SuperLink's own certificate is checked
+    - secret: the secret of the locked SuperLink (see Locked), which each request must prove
+    - nodes: name of a site -> its public node key (PEM)
+
+    Errors: httpx.HTTPError."""
     with _control(address, ca, secret) as control:
         for name, key in nodes.items():
             control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
 
 def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str) -> None:
-    """Start a run at a new SuperLink.
+    """Start a run at a new SuperLink. Its ServerApp task can then be claimed.
 
-    bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
+    - address, ca, secret: of the SuperLink, as for `register`
+    - bundle: a Flower app bundle (a zip archive)
+    - digest: the bundle's sha256 in hexadecimal
+
+    Errors: httpx.HTTPError."""
     # Import the module of the Grid now: on a busy machine this takes longer than the half minute
     # without a heartbeat after which a claimed task is lost.
     load_http_grid()
@@ -286,8 +301,12 @@ def server_grid(
 ) -> Iterator[Grid]:
     """Open the Grid of a claimed ServerApp task. The run ends with the block.
 
-    A request that fails for a temporary reason is repeated for OUTAGE_SECONDS, or until give_up()
-    returns True."""
+    - address, ca: of the SuperLink, as for `register`
+    - claim: the task, as `Runtime.acquire` returned it
+    - give_up: called after each failed request. A request that failed for a temporary reason is
+      repeated for OUTAGE_SECONDS, or until give_up() returns True.
+
+    Yields the Grid, whose messages belong to this run and task."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
     grid = load_http_grid()(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
@@ -314,12 +333,15 @@ def node_keys(grid: Grid) -> dict[int, str]:
 
 
 class ClientTask:
-    """A claimed task at a site's own SuperNode. As a context manager it ends the task with the
-    block.
+    """A claimed task at a site's own SuperNode: `pull` fetches its message, and `push` sends the
+    reply. As a context manager it keeps the task alive, and ends it with the block.
 
-    A request that fails for a temporary reason is repeated for OUTAGE_SECONDS, or until give_up()
-    returns True, since ε was spent on the update. The task's input also holds the app bundle, which
-    is never opened."""
+    - address: HOST:PORT of the SuperNode's Runtime API, on loopback
+    - claim: the task, as `Runtime.acquire` returned it
+    - give_up: called after each failed request. A request that failed for a temporary reason is
+      repeated for OUTAGE_SECONDS, or until give_up() returns True, since ε was spent on the update.
+
+    The task's input also holds the app bundle, which is never opened."""
 
     def __init__(self, address: str, claim: Claim, give_up: Callable[[], bool]) -> None:
         self._patience = _patience(give_up)
@@ -360,8 +382,9 @@ def error_reply(message: Message, reason: str) -> Message:
 
 
 def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
-    """Build a retry policy for temporary errors. Flower's own policy never gives up, and sends
-    SIGINT to this process if a task is lost."""
+    """Return a policy for Flower's clients by which requests that fail for a temporary reason are
+    repeated for OUTAGE_SECONDS, or until give_up() returns True. Flower's own policy never gives
+    up, and sends SIGINT to this process if a task is lost."""
     return RetryInvoker(
         lambda: exponential(max_delay=5),
         httpx.HTTPError,
@@ -381,7 +404,17 @@ def create_message(
     ttl: float | None = None,
 ) -> Message:
     """Create a message of a coordinator's run and task. Flower's own function takes run and task
-    from variables of the process, but a coordinator's process has a grid for each study."""
+    from variables of the process, but a coordinator's process has a grid for each study.
+
+    - run_id: the number of the run
+    - task_id: the number of the claimed ServerApp task; None in a simulation, which has no tasks
+    - content: the records of the message
+    - message_type: the kind of order, such as "train" or "query.prepare"
+    - dst_node_id: the number of the node that receives the message
+    - group_id: a text that the messages of one exchange share, such as the round's number
+    - ttl: seconds for which message and reply are valid; None for Flower's DEFAULT_TTL
+
+    Returns the message without an id, which it gets when it is pushed."""
     metadata = Metadata(
         run_id=run_id,
         message_id="",
@@ -425,7 +458,7 @@ def _finish(client: RuntimeHttpClient, status: str) -> None:
 
 
 def _passing(error: Exception) -> bool:
-    """Return whether the same request may succeed later."""
+    """Return whether the same request, which failed with this error, may succeed later."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in {502, 503, 504}
     return isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()

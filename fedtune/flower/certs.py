@@ -66,7 +66,8 @@ def ca(home: Path) -> tuple[EC, x509.Certificate]:
 
 
 def has_begun(home: Path) -> bool:
-    """Return whether the home holds files that are made only after its CA."""
+    """Return whether the home has been used, so that its CA must have existed: it holds files that
+    are made only after the CA."""
     return any((home / name).exists() for name in UNDER_CA)
 
 
@@ -108,11 +109,16 @@ def issue(
     start: datetime | None = None,
     end: datetime | None = None,
 ) -> x509.Certificate:
-    """Issue a leaf for `key`, valid from `start` (default: five minutes ago) to `end` (default:
-    LEAF_DAYS from now).
+    """Issue a certificate that the consortium's CA signs (a leaf). It is not stored.
 
-    hosts: a server's names and addresses; without `hosts` the leaf is a client's, for the site
-    `name`."""
+    - home: the coordinator's home, with the CA in ca.pem
+    - key: the public key that the certificate is for
+    - name: the common name of its subject; for a client's certificate, the site's name
+    - hosts: a server's host names and IP addresses. Without them the certificate is a client's.
+    - start: from when it is valid; None for five minutes ago (SKEW)
+    - end: until when it is valid; None for LEAF_DAYS from now
+
+    Errors: those of `ca`."""
     ca_key, authority = ca(home)
     use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
@@ -179,7 +185,8 @@ def read_key(path: Path) -> EC:
 
 
 def certificate_in(path: Path, todo: str) -> x509.Certificate:
-    """Read the first certificate in a PEM file. Errors: ConfigError."""
+    """Read the first certificate in a PEM file. todo: what the person should do, for an error's
+    text. Errors: ConfigError if there is no readable certificate."""
     data = reading.content(path, "a certificate", todo, ConfigError)
     try:
         return x509.load_pem_x509_certificate(data)

@@ -90,7 +90,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Request:
-    """A site's request to take part. Its signatures were verified."""
+    """A site's request to take part, whose signatures were verified.
+
+    - name: the site's name
+    - node: its public node key (PEM)
+    - signing: its public signing key, in hexadecimal
+    - tls: its public TLS key
+    - fingerprint: the text that people compare by phone"""
 
     name: str
     node: str
@@ -125,11 +131,17 @@ class Answer:
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
-    """Make the missing keys (node.key, tls.key) in the folder `keys`, and the folder keys/renewed
-    for renewed certificates, where a courier in another container finds them. Write a request to
-    `out`.
+    """Make the network keys that a site lacks, and write a request to take part with the public
+    halves of its keys.
 
-    Returns the request's fingerprint, which the site reads out by phone."""
+    - name: the site's name, as in its site.toml
+    - keys: the folder of node.key and tls.key. It is made if it is missing, and so is its folder
+      `renewed`, where a courier in another container finds renewed certificates.
+    - signing: the key with which the site signs its updates
+    - out: the file of the request; an existing file is replaced
+
+    Returns the request's fingerprint, which the site reads out by phone. Errors: ConfigError if a
+    key cannot be read; InfrastructureError if a file cannot be written."""
     for folder in (keys, keys / RENEWED):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     node, tls = certs.node_key(keys / "node.key"), certs.tls_key(keys / "tls.key")
@@ -235,7 +247,8 @@ def admit(home: Path, request: Request, address: str) -> Answer:
 
 
 def _plan(home: Path) -> dict[str, str]:
-    """Return the running study's plan and its signature, for an answer; {} if there is none."""
+    """Return the fields of an answer for the running study, "plan" (JSON) and "signature"; {} if no
+    plan is stored in the home, or it is too long for an answer."""
     if not (home / PLAN).exists():
         return {}
     kept = texts_in(home / PLAN, 2 * MAX_PLAN)
@@ -409,7 +422,8 @@ def _leaf(home: Path, name: str) -> Path:
 
 
 def texts_in(path: Path, most: int = MAX_BYTES) -> dict[str, str]:
-    """Read a small JSON object of strings. Errors: ConfigError."""
+    """Read a small JSON object of strings. most: the largest number of bytes of the file. Errors:
+    ConfigError, also if the file is larger or holds a value that is no string."""
     expected, todo = "a file of `fedtune enroll` or `fedtune admit`", "ask for it again"
     fields = reading.json_in(path, expected, todo, ConfigError, most)
     if not all(isinstance(value, str) for value in fields.values()):
@@ -438,5 +452,12 @@ def _p384(key: object) -> EC:
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
     """Compute a site's fingerprint from its name and its three keys. No other field of the request
-    has an influence."""
+    has an influence.
+
+    - name: the site's name
+    - node: its public node key (PEM)
+    - tls: its public TLS key
+    - signing: its public signing key, in hexadecimal
+
+    Returns the text that people read out."""
     return fingerprints.of_site(name, node, tls_digest(tls), signing)

@@ -55,8 +55,13 @@ class Forwarder:
     """Forwards a SuperNode's connections to the gateway, in a thread that runs until the `with`
     block ends. The SuperNode connects to `port` on loopback and trusts the file `certificate`.
 
-    state: the folder for that certificate. watch: seconds between two status requests. on_renewed:
-    called with each renewed certificate (PEM). Errors: InfrastructureError if it cannot listen."""
+    - link: the settings by which the site reaches its coordinator, with the answer and the keys
+    - state: the folder for the certificate that the SuperNode trusts
+    - watch: seconds between two status requests while the gateway answers
+    - on_renewed: called with each renewed certificate (PEM), after it was stored; None for nothing
+
+    Errors: ConfigError if a proxy's address is not usable; InfrastructureError if it cannot
+    listen."""
 
     def __init__(
         self,
@@ -255,7 +260,11 @@ async def _cut(tasks: set[asyncio.Task[None]]) -> None:
 async def dial(
     far: Link, proxy: urllib.parse.SplitResult | None, context: ssl.SSLContext
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the gateway under `context`, through the proxy if there is one.
+    """Connect to the gateway over TLS, and return the connection.
+
+    - far: the settings by which the site reaches the gateway
+    - proxy: the address of the hospital's HTTP proxy (`proxy_of`); None to connect directly
+    - context: by which the gateway's certificate is checked
 
     Errors: OSError, EOFError, ValueError."""
     if proxy is None:

@@ -77,8 +77,11 @@ RENEWAL_SECONDS = 3600.0  # between two checks of the age of the server's own ce
 
 class Gateway:
     """A coordinator's server that checks sites' requests and passes them to Flower's SuperLink.
-    home: the coordinator's home; upstream: the SuperLink's URL; trust: the file of the SuperLink's
-    certificate."""
+
+    - home: the coordinator's home, with CA, registry and allowances
+    - upstream: the SuperLink's URL, without a path
+    - trust: the file of the SuperLink's certificate
+    - limits: on connections and requests; None for the defaults of Limits"""
 
     def __init__(
         self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
@@ -392,7 +395,8 @@ class Gateway:
         self._tls.load_cert_chain(certs.server_leaf(self.home))
 
     def _count(self, reason: str, site: str = "") -> None:
-        """Count a refusal by its reason. Only the 1st, 2nd, 4th, 8th … refusal for a reason is
+        """Count a refusal by its reason. site: whom it concerns; "" if not known, or this gateway
+        itself. Only the 1st, 2nd, 4th, 8th … refusal for a reason is
         printed, so that nobody can fill the disk with log lines."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
@@ -406,7 +410,8 @@ class Gateway:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the gateway until SIGTERM. arguments: HOME HOST PORT UPSTREAM TRUST."""
+    """Run the gateway until SIGTERM. arguments: the coordinator's HOME, the HOST and PORT where it
+    listens, the SuperLink's URL, and the file of the SuperLink's certificate."""
     home, host, port, upstream, trust = arguments
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, int(port)), family=family, backlog=256)

@@ -30,9 +30,15 @@ class InProcessGrid(Grid):
     Messages in both directions go through Flower's wire format, so a message that works here also
     works on the network. `bytes_down` and `bytes_up` count the messages' bytes by node, with
     metadata.
+
+    - sites: the sites' files; the first file gets the lowest node number
+    - app: the ClientApp that answers for each site
+    - name_of: site file -> the site's name, for `members`; by default the name in the file
+    - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
+
     Guarantee: at most one reply is held at a time. An exception in the ClientApp becomes an error
-    reply with the exception's class, and with the message only of a FedtuneError.
-    """
+    reply that names the exception's class; it has the exception's message only for a
+    FedtuneError."""
 
     def __init__(
         self,
@@ -76,6 +82,8 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
+        """Create a message of this grid's one run, RUN_ID, which has no task. Parameters and result
+        are those of `api.create_message`."""
         return api.create_message(RUN_ID, None, content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

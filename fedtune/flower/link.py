@@ -19,8 +19,15 @@ from fedtune.flower.ports import address_of
 class Link:
     """The settings by which a site reaches its coordinator.
 
-    keys: the folder with node.key and tls.key. own: the folder for the newest certificate, for a
-    process that cannot write to `keys`; None for the folder keys/renewed."""
+    - name: the site's name
+    - host, port: where the coordinator's gateway listens
+    - answer: the coordinator's answer, with the consortium's CA and the site's certificate
+    - keys: the folder with node.key and tls.key
+    - proxy: the address of the hospital's HTTP proxy in site.toml; None for the one that the
+      environment names, if any
+    - proxy_ca: a file of CAs for the certificate of an https:// proxy; None for the system's CAs
+    - own: the folder for the newest certificate, for a process that cannot write to `keys`; None
+      for the folder keys/renewed"""
 
     name: str
     host: str

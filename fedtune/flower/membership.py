@@ -51,10 +51,16 @@ def keys_folder(site: Site) -> Path:
 
 
 def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
-    """Read the coordinator's answer, and check that it is complete and for this name and TLS key.
+    """Read the coordinator's answer to a site, and check that it is complete and for this site. The
+    plan for review in it is not checked (`plan_of`).
 
-    expected: the consortium's fingerprint that the coordinator read out; "" to compare none.
-    Errors: ConfigError, Refused, by the table at the top of this file."""
+    - path: the file of the answer
+    - tls: the site's public TLS key, which the answer's certificate must have
+    - name: the site's name, which the answer must have
+    - expected: the consortium's fingerprint that the coordinator read out; "" to compare none
+
+    Errors: ConfigError if the file is no such answer, its CA did not sign its certificate, or it is
+    for another name or key; Refused if its fingerprint is not `expected`."""
     fields = enrol.texts_in(path, MAX_BYTES)
     if not _REQUIRED <= set(fields) <= _REQUIRED | _OPTIONAL:
         raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
@@ -110,11 +116,18 @@ def read_reviewed_plan(answer: Answer) -> str:
 
 
 def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
-    """Check an answer against the fingerprint that a person heard, store it in the folder `keys`,
-    and return it.
+    """Check the coordinator's answer against the fingerprint that a person heard, store it, and
+    return it.
 
-    fingerprint: None to compare with the stored answer's fingerprint, so that a new certificate of
-    the same consortium needs no second call. Errors: ConfigError, Refused."""
+    - path: the file of the answer
+    - keys: the folder of the site's network keys, in which the answer is stored as answer.json
+    - name: the site's name
+    - fingerprint: the consortium's fingerprint as the coordinator read it out. None compares with
+      the stored answer's fingerprint, so that a new certificate of the same consortium needs no
+      second call.
+
+    Errors: those of `read` and `plan_of`; ConfigError if no fingerprint is given and none was
+    stored."""
     if fingerprint is None and (kept := load_answer(keys, name)):
         fingerprint = kept.fingerprint
     if not fingerprint or not fingerprint.strip():
@@ -133,7 +146,8 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
 def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
     """Return the answer that was stored when this site joined; None if the site has not joined.
 
-    expected: the fingerprint in site.toml, "" if it has none. Errors: ConfigError, Refused."""
+    keys: the folder of the site's network keys, which holds the answer. name: the site's name.
+    expected: the fingerprint in site.toml; "" compares none. Errors: those of `read`."""
     if not (keys / KEPT).exists():
         return None
     return read(keys / KEPT, tls_key(keys), name, expected)

@@ -22,7 +22,8 @@ HEAD = 16_384  # bytes of a request's line and headers
 
 @dataclass(frozen=True)
 class Limits:
-    """The gateway's limits for one site, and for all connections together. Times are in seconds."""
+    """The gateway's limits for one site, and for all connections together. Times are in seconds;
+    the comment beside each limit says what it counts."""
 
     request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
     words: int = 256 << 10  # bytes of any other request, such as a list of an answer's 3,000 parts
@@ -43,7 +44,13 @@ class Limits:
 
 @dataclass(eq=False)
 class Peer:
-    """One connection of a site."""
+    """One connection of a site.
+
+    - name: the site's name, by its certificate
+    - tls: sha256 of the certificate's public key, as records hold it; "" if it is of another kind
+    - until: when the certificate expires
+    - reader, writer, http: the connection's bytes, and the parser of its requests
+    - since: when the connection began, by the monotonic clock"""
 
     name: str
     tls: str

@@ -33,11 +33,11 @@ class Poll:
 
 
 class Impatient:
-    """A replacement of the module `time` with shorter sleeps, since a round waits for the site that
-    polls last.
+    """Replaces the module `time` in Flower's code, so that Flower sleeps less between two checks.
+    This matters since a round waits for the site that checks last.
 
-    Flower sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet. A change
-    between these two lengths begins a new wait."""
+    Flower itself sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet. A
+    change between these two lengths begins a new wait."""
 
     def __init__(self) -> None:
         self._last = 0.0

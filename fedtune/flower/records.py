@@ -12,12 +12,14 @@ from fedtune.core.wire.arrays import Record, pack_arrays
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Encode name -> array for a message, in the form of `wire.arrays.pack_arrays`."""
+    """Encode arrays as a record for a Flower message. arrays: name -> array; types other than fp16,
+    int8, uint32 and uint64 become fp32."""
     return as_record(pack_arrays(arrays))
 
 
 def as_record(packed: Record) -> ArrayRecord:
-    """Put packed arrays into a record of Flower, with their bytes unchanged."""
+    """Convert encoded arrays, as `wire.arrays.pack_arrays` returns them, to a record for a Flower
+    message. Their bytes stay unchanged."""
     return ArrayRecord(
         {
             name: Array(dtype=one.dtype, shape=tuple(one.shape), stype=one.stype, data=one.data)

@@ -59,7 +59,8 @@ def remote(grid: Any) -> bool:
 class Answer:
     """The answer to one message, which is fetched part by part from the SuperLink.
 
-    asked: the message's id. most: the largest number of bytes of the answer.
+    grid: the grid over which the message was sent. asked: the message's id. most: the largest
+    number of bytes of the answer.
     Guarantee: while it is fetched, at most `most` bytes and one part more are held. The assembled
     answer has at most `most` bytes, even if the answer's tree lists one part many times. No method
     waits: while parts are missing, `take` returns None and holds no part."""
@@ -119,8 +120,9 @@ class Answer:
             raise TooLong
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Fetch the parts and return id -> content; None if a part has not arrived yet. No part's
-        content is fetched more than twice. Errors: TooLong, Lost."""
+        """Fetch the parts that are still missing. When all have arrived, return id -> content of
+        every part, before that None. No part's content is fetched more than twice. Errors: TooLong,
+        Lost."""
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()
@@ -151,8 +153,9 @@ class Answer:
         return response.object_content if response.object_available else None
 
     def _check(self, contents: dict[str, bytes]) -> None:
-        """Check the size of the parts without array values, and the size of the assembled answer.
-        A part that is named several times counts several times. Errors: TooLong."""
+        """Check that the parts that hold no array values are not too large together, and that the
+        assembled answer is not. A part that is named several times counts several times. contents:
+        id of a part -> its content. Errors: TooLong."""
         kinds = {n: get_object_head_values_from_object_content(c) for n, c in contents.items()}
         words = sum(len(contents[n]) for n, (kind, *_) in kinds.items() if kind != "ArrayChunk")
         if words > WORDS:

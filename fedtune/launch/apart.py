@@ -126,8 +126,14 @@ class Guest:
         self._connection = connection
 
     def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
-        """Pass the courier the descriptors on which it sends requests (asks) and events (tells),
-        and the arguments once and patience of `launch.site.join`. Returns this object."""
+        """Pass the courier the descriptors and settings with which it works.
+
+        - asks: descriptor of the socket on which it sends requests and receives their answers
+        - tells: descriptor of the socket on which it sends events
+        - once: whether it ends when a coordinator that gave this site work has gone
+        - patience: seconds for which it tries again while the coordinator refuses this site
+
+        Returns this object. If the courier has left meanwhile, nothing is passed."""
         words = {"release": __version__, "once": once, "patience": patience}
         with suppress(OSError):  # the courier has left; `alive` is False then
             socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
@@ -176,8 +182,12 @@ def has_ended(connection: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class Received:
-    """The descriptors and settings that a courier receives when it connects. asks, tells: the
-    descriptors on which it sends requests and events; once, patience: as for `launch.site.join`."""
+    """What a courier receives when it connects to its vault.
+
+    - asks: descriptor of the socket on which it sends requests and receives their answers
+    - tells: descriptor of the socket on which it sends events
+    - once: whether it ends when a coordinator that gave this site work has gone
+    - patience: seconds for which it tries again while the coordinator refuses this site"""
 
     asks: int
     tells: int
@@ -220,8 +230,9 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
 
 @contextmanager
 def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
-    """Connect to the vault, and try again until the vault accepts this courier. Provide the
-    connection, and the descriptors and settings that the vault passed."""
+    """Connect to the vault, and try again until the vault accepts this courier. Yield the
+    connection, which the block's end closes, and the descriptors and settings that the vault
+    passed."""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:
@@ -252,7 +263,8 @@ def _is_readable(vault: socket.socket, seconds: float) -> bool:
 
 
 def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
-    """Wait up to `seconds` for the vault's last message. Return whether it is DONE."""
+    """Wait up to `seconds` for the vault's last message. Return whether it came and says that the
+    work is done, so that the courier need not connect again."""
     with suppress(OSError):
         return _is_readable(vault, seconds) and vault.recv(len(DONE)) == DONE
     return False

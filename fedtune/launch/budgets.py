@@ -17,8 +17,8 @@ from fedtune.core.vault.budget_refusal import CEILINGS, PLACES, TODO, explain, i
 
 
 def remember(sites: Sequence[Site], run: Path) -> None:
-    """Store in the sites' state folders where the run of a plan lies. This is only shown to people,
-    so errors of the disk and a damaged plan are ignored."""
+    """Store the path of a run in each site's state folder, under the digest of the run's plan. The
+    path is only shown to people, so errors of the disk and a damaged plan are ignored."""
     with suppress(FedtuneError, OSError):
         digest = load_plan(run).digest
         for site in sites:
@@ -27,8 +27,11 @@ def remember(sites: Sequence[Site], run: Path) -> None:
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return a refusal with notes, from the sites' ledgers on this machine, about the studies on
-    which the sites' budgets were spent. Return `refusal` unchanged if no budget was the reason."""
+    """Explain why sites refused a study if a budget was the reason: return a refusal with notes,
+    from the sites' ledgers on this machine, that name the studies on which the sites' budgets were
+    spent. Return `refusal` itself if no budget was the reason.
+
+    study: the plan that was refused; sites: the sites of the simulation."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
         return refusal
     told: list[str] = []

@@ -98,11 +98,13 @@ def serve(
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted before or while it runs. Return its report.
 
+    - study: the study as its study.toml describes it
     - out, home: the folders of the run, and of the coordinator's keys and registry
     - host, port: where the gateway listens
     - names: host names by which sites connect, which are written into the gateway's certificate
-    - resume: continue the run in `out`
-    - run: called in place of server.rounds.run
+    - resume: whether to continue the run in `out`; if not, `out` must hold no run
+    - on_event: called with each event's kind and data; None for nobody
+    - run: called in place of server.rounds.run; None for that function
     - terms: the settings that the starting person chooses; by default Terms()
     - deadline: the time at which a study that is not finished ends, in seconds since 1970
 
@@ -162,7 +164,8 @@ def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
 
 @contextmanager
 def consortium(home: Path, host: str, port: int) -> Iterator[Link]:
-    """Run the SuperLink and the gateway while the block runs. Call `prepare` first.
+    """Run the SuperLink and the gateway while the block runs, and yield the running SuperLink. Call
+    `prepare` first.
 
     Errors: InfrastructureError if one of them cannot listen, or the SuperLink ends."""
     with superlink(home) as link, blaming(link.child), supervised_gateway(link, home, host, port):
@@ -179,7 +182,17 @@ def run_study(
     resume: bool,
     on_event: OnEvent | None,
 ) -> dict[str, Any]:
-    """Run a study as a run of the SuperLink, and return its report."""
+    """Run a study as a run of the SuperLink, and return its report.
+
+    - link: the running SuperLink
+    - home: the coordinator's home, whose audit log gets the study's decisions
+    - rounds: called as server.rounds.run; made by `installed_rounds`
+    - study: the study as its study.toml describes it
+    - out: the folder of the run
+    - resume: whether to continue the run in `out`; if not, `out` must hold no run
+    - on_event: called with each event's kind and data; None for nobody
+
+    Errors: InfrastructureError if the SuperLink ends or refuses a request; those of `rounds`."""
     heard = audit_events(home, _with_plan(study, home, on_event) if on_event else None)
     with blaming(link.child), study_grid(link, home) as grid:
         return rounds(grid, study, out, resume=resume, on_event=heard)
@@ -188,11 +201,20 @@ def run_study(
 def prepare(
     home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
 ) -> None:
-    """Create the files that are missing in the home (see the layout above), and check the port.
-    patience: seconds to wait for the port to become free, as the gateway of a killed server ends
-    by itself.
+    """Check that the gateway's port is free, and bring the coordinator's home up to date: make its
+    CA and signing key if they are missing, renew the gateway's certificate if needed, and write the
+    address where sites connect.
 
-    Errors: ConfigError; InfrastructureError if the port is still in use after `patience`."""
+    - home: the folder of the coordinator's keys and registry
+    - host, port: where the gateway will listen
+    - names: host names by which sites connect, which are added to the gateway's certificate. If
+      there are none and `host` is 0.0.0.0 or ::, no address is written.
+    - patience: seconds to wait for the port to become free, since the gateway of a killed server
+      ends by itself
+
+    Errors: ConfigError if this machine's clock was set back, a key or certificate cannot be read,
+    or a name is not a host name; InfrastructureError if the port is still in use after `patience`,
+    or the signing key cannot be read."""
     deadline = time.monotonic() + patience
     while is_reachable(own_name(host), port):
         if time.monotonic() > deadline:
@@ -252,8 +274,12 @@ def plan_made(study: Study, home: Path) -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """A running SuperLink: its process, its loopback address, the file of the certificate that was
-    made for this start, and the secret that its calls require."""
+    """A running SuperLink.
+
+    - child: its process
+    - address: HOST:PORT on loopback
+    - certificate: the file of the certificate that was made for this start
+    - secret: what a caller must send (see api.Locked)"""
 
     child: Child
     address: str
@@ -267,8 +293,8 @@ class Link:
 
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
-    """Run a SuperLink on loopback while the block runs. It admits only registered nodes and starts
-    no process.
+    """Run a SuperLink on loopback while the block runs, and yield it. It admits only registered
+    nodes and starts no process.
 
     Its database is new at each start. The state that must survive a restart is in the run's
     folder."""
@@ -297,7 +323,11 @@ def _listen_on_loopback(
     options: Sequence[str], state: Path, certificate: Path
 ) -> tuple[Child, int]:
     """Start a SuperLink on a free port, and return its process and the port. If another program
-    takes the port first, try another port, at most PORTS in all. Errors: InfrastructureError."""
+    takes the port first, try another port, at most PORTS in all. Errors: InfrastructureError.
+
+    - options: the SuperLink's options, without host and port
+    - state: the folder where it works and writes its log
+    - certificate: the file of its certificate, by which its port is told from another program's"""
     attempts = PORTS
     while True:
         attempts, port = attempts - 1, free_port()
@@ -337,7 +367,14 @@ def _answers(port: int, certificate: Path) -> bool:
 @contextmanager
 def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
     """Run the gateway while the block runs. Start it again if it ends, and register newly admitted
-    sites with the SuperLink."""
+    sites with the SuperLink.
+
+    - link: the running SuperLink, to which the gateway passes the sites' requests
+    - home: the coordinator's home, in which `prepare` was called
+    - host, port: where the gateway listens
+
+    Errors: InfrastructureError if the gateway cannot listen; httpx.HTTPError if the SuperLink
+    refuses to register the sites that are admitted at the start."""
     state, done = home / "flower", threading.Event()
     options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
 
@@ -387,7 +424,7 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
-    """Start a run at the SuperLink, claim its ServerApp task, and provide the Grid for the rounds.
+    """Start a run at the SuperLink, claim its ServerApp task, and yield the Grid for the rounds.
     Errors: InfrastructureError if the SuperLink offers no task within CLAIM_SECONDS."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
@@ -407,8 +444,8 @@ def study_grid(link: Link, home: Path) -> Iterator[Grid]:
 
 
 def bundle() -> bytes:
-    """Build the app bundle that every run has. It holds names and no code, since every machine runs
-    the code that is installed there."""
+    """Return the app bundle that Flower requires for a run, a zip archive. It holds names and no
+    code, since every machine runs the code that is installed there."""
     project = (
         '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
         '[tool.flwr.app]\npublisher = "fedtune"\n'
@@ -439,12 +476,12 @@ def blaming(link: Child) -> Iterator[None]:
 
 
 class Members:
-    """Maps each node of a grid to the site that is admitted with the node's key. The SuperLink
-    gives the key of a node, the registry the site of a key. Keys of nodes that have left are
-    remembered.
+    """Maps each node of a grid to the site that is admitted with the node's key: a call with the
+    grid returns node -> Member. The SuperLink gives the key of a node, the registry the site of a
+    key. Keys of nodes that have left are remembered.
 
-    on_event: called with "admitted", "revoked", "connected" and "disconnected" {name} for each
-    change in registry and SuperLink since the last call."""
+    on_event: called with "admitted", "revoked", "connected" or "disconnected" and {name, text} for
+    each change in registry and SuperLink since the last call; None for nobody."""
 
     def __init__(self, home: Path, on_event: OnEvent | None = None) -> None:
         self._home = home
@@ -482,8 +519,8 @@ class Members:
                 self._on_event(event, {"name": name, "text": f"{name}: {event}; {told}"})
 
     def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
-        """Allow each of these nodes to push an answer of `most` bytes to the gateway. Allowances of
-        other nodes stay."""
+        """Allow the sites of these nodes to push an answer of `most` bytes each through the
+        gateway. Allowances of other sites stay."""
         members = self(grid)
         for name in {members[node].name for node in nodes if node in members}:
             count, _ = self._asked.get(name, (0, 0))
@@ -531,8 +568,15 @@ def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
 
 
 def installed_rounds(home: Path, members: Members, terms: Terms, turn: Turn) -> Run:
-    """Return server.rounds.run with the settings of this home's consortium. turn: the turn in which
-    the study runs."""
+    """Return the function that runs a study's rounds, server.rounds.run, with the settings of this
+    home's consortium.
+
+    - home: the coordinator's home. Its key signs plans and receipts, which are stored there.
+    - members: maps the nodes of the grid to the admitted sites
+    - terms: the settings that the person who starts the study chose
+    - turn: the turn in which the study runs, with its deadline
+
+    The returned function takes grid, study, out, resume and on_event, as server.rounds.run does."""
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 

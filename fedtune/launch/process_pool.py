@@ -38,8 +38,14 @@ PAUSE = 0.05  # seconds to wait for a reply before all workers are checked again
 
 
 class ProcessGrid(InProcessGrid):
-    """A grid whose sites answer in `processes` processes. As a context manager it ends these
-    processes. site_errors: site file -> the error with which the site failed.
+    """A grid whose sites answer in several processes. As a context manager it ends these processes.
+    site_errors: site file -> the error with which the site failed.
+
+    - sites: the sites' files
+    - processes: the number of processes, to which the sites are dealt out in turn; at most one for
+      each site is used
+    - logs: the folder for the processes' logs, sites-N.log, and for the sites' locks
+    - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
 
     Guarantee: at most one reply is held here, and one more in each process. If a process ends, the
     request that it was answering fails. The next message to one of its sites starts a new process.
@@ -97,7 +103,8 @@ class ProcessGrid(InProcessGrid):
         return Worker(*options)
 
     def _move(self) -> None:
-        """Send the next message to each idle worker. If no reply is held, take one."""
+        """Send the next message to each idle worker. Then, if no reply waits here to be pulled,
+        fetch one from a busy worker; wait at most PAUSE for it."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:
@@ -108,7 +115,8 @@ class ProcessGrid(InProcessGrid):
             self._feed(answered)
 
     def _await(self, busy: list[Worker]) -> Worker | None:
-        """Return a worker whose answer has arrived or whose process has ended; None after PAUSE."""
+        """Wait for at most PAUSE seconds until one of the workers has an answer or its process has
+        ended. Return this worker, or None if there is none by then."""
         ready = wait([worker.connection for worker in busy if worker.connection], PAUSE)
         return next((worker for worker in busy if worker.connection in ready), None)
 
@@ -136,8 +144,12 @@ class ProcessGrid(InProcessGrid):
 class Worker:
     """A process and its sites. The first message to one of the sites starts the process.
 
-    share: (number of this process, from 0; number of such processes), by which the processes share
-    their machine."""
+    - log: the file for the process's output. Its folder also has the locks of the sites.
+    - sites: node number -> site file, for the sites of this process
+    - share: (number of this process, from 0; number of such processes), by which the processes
+      share their machine
+    - peers: the signing keys of all sites of the simulation, separated by spaces; "" without secure
+      aggregation"""
 
     def __init__(self, log: Path, sites: Sites, share: tuple[int, int], peers: str) -> None:
         self.log, self.sites, self.peers = log, sites, peers

@@ -1,13 +1,13 @@
 """Run the processes of a simulation's sites on the nodes of a Ray cluster.
 
     coordinator: RayGrid ── Ray, bytes of Flower's own messages ──> Relay, an actor on a node
-                                 Relay ── socket pair, as ProcessGrid ──> a process: some sites
+                                 Relay ── socket pair on that node ──> a process: some sites
 
 A whole site runs in one process, which its relay starts in the same way as `--processes` does on
 one machine. Only that process opens the site's records and ledger, and its output goes only to its
 log. Ray carries paths, digests and versions, the messages that a coordinator sends, and the answers
-that it would get from a hospital. It carries no record, and no sum without noise. These messages
-are neither encrypted nor authenticated, unless the cluster is set up for it.
+that it would get from a hospital. Ray carries no record, and no sum without noise. What it carries
+is neither encrypted nor authenticated, unless the cluster is set up for it.
 
 All nodes must see the same folders of the run and of the sites, and each other's locks in these
 folders. Else a site whose node was lost could continue on another node with an older ledger, and be
@@ -52,14 +52,23 @@ THREADS = "OMP_NUM_THREADS"
 
 
 class RayGrid(ProcessGrid):
-    """A ProcessGrid whose processes run on the nodes of a Ray cluster. The cluster is the one at
-    `address`, which keeps running afterwards. If `address` is "", the grid starts a cluster on this
-    machine and ends it.
+    """A ProcessGrid whose processes run on the nodes of a Ray cluster.
+
+    - sites: the sites' files
+    - processes: the number of processes, to which the sites are dealt out in turn; at most one for
+      each site is used
+    - logs: the folder for the processes' logs and the sites' locks
+    - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
+    - address: of a running cluster, "auto" or HOST:PORT; the cluster keeps running afterwards. With
+      "" the grid starts a cluster on this machine, with one processor for each process, and ends
+      it.
+
+    All nodes must see `sites` and `logs`, whose paths are made absolute.
 
     Guarantee: Ray delivers a message once or not at all. If a node is lost, the requests to its
     sites fail. The next message to such a site starts a process on another node, which waits until
-    the lost process has released the site. An error that a site's records cause is written only
-    to the log of the site's process.
+    the lost process has released the site. An error that a site's records cause is written only to
+    the log of the site's process.
     Errors: ConfigError, InfrastructureError when the grid is opened or a process is replaced."""
 
     def __init__(
@@ -101,9 +110,9 @@ class RayGrid(ProcessGrid):
         return next((worker for worker in busy if worker.answer in ready), None)
 
     def _start(self, workers: list[Any]) -> None:
-        """Start a process for each worker, on the node with most processors per process. Nodes on
-        which a process has ended are used only if there are no others. Errors:
-        InfrastructureError."""
+        """Start a process for each of these workers, and wait until all have started. Each process
+        goes to the node that then has the most processors for each of its processes. A node on
+        which a process has ended is used only if there is no other. Errors: InfrastructureError."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -147,8 +156,13 @@ class _RayWorker(Worker):
     node = ""  # Ray's name of the node
 
     def begin(self, digests: dict[str, str], marks: list[str], share: tuple[int, int]) -> Any:
-        """Ask the relay to start the process, and return Ray's reference to the result of
-        `Relay.begin`. share: as for Worker, on the node's machine."""
+        """Ask the relay to start the process; do not wait for it. Return Ray's reference to what
+        `Relay.begin` will return.
+
+        - digests: site file -> sha256 of its content here
+        - marks: paths of files whose locks this process holds, one in each folder that all nodes
+          must share
+        - share: (number of this process on its node, from 0; number of processes on that node)"""
         options = str(self.log), self.sites, share, self.peers, os.environ.get(THREADS, "")
         return self.relay.begin.remote(digests, marks, *options)
 
@@ -190,9 +204,21 @@ class Relay:
         peers: str,
         threads: str,
     ) -> tuple[str, str, str]:
-        """Start the process with the coordinator's number of threads (not Ray's), unless the
-        coordinator's files or folders differ on this node. Return the node's host name, its release
-        of fedtune, and the differences (`_differences`)."""
+        """Start the process of these sites, unless the coordinator's files or folders differ on
+        this node.
+
+        - digests: site file -> sha256 of its content at the coordinator, for all sites of the run
+        - marks: paths of files whose locks the coordinator holds, one in each folder that all nodes
+          must share
+        - log: the path of the file for the process's output
+        - sites: node number -> site file, for the sites of this process
+        - share: (number of this process on this node, from 0; number of processes on this node)
+        - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
+        - threads: the coordinator's OMP_NUM_THREADS, which the process gets in place of the value
+          that Ray sets; "" for none
+
+        Returns the node's host name, its release of fedtune, and a text that lists the differences,
+        "" if there are none and the process was started."""
         seen = socket.gethostname(), __version__, _differences(digests, marks)
         if not seen[2]:
             os.environ.pop(THREADS, None)
@@ -219,7 +245,8 @@ class Relay:
 @contextmanager
 def _connected(address: str, processes: int) -> Iterator[None]:
     """Join the cluster at `address` during the block. If `address` is "", start a cluster on this
-    machine that ends with the block. Errors: ConfigError, InfrastructureError."""
+    machine with `processes` processors, which ends with the block. Errors: ConfigError,
+    InfrastructureError."""
     if importlib.util.find_spec("ray") is None:
         raise InfrastructureError(
             "the ray engine is not installed", todo="pip install 'fedtune[ray]'"
@@ -263,8 +290,8 @@ def _connected(address: str, processes: int) -> Iterator[None]:
 @contextmanager
 def _as_before(folder: Path) -> Iterator[None]:
     """Make `folder` the current folder during the block. Ray passes the current folder to its
-    workers, and must not import anything from the user's. Afterwards, restore the handler of
-    SIGTERM, which Ray replaces."""
+    workers, which must not import anything from the folder in which the user works. Afterwards,
+    restore the handler of SIGTERM, which Ray replaces."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with chdir(folder):
@@ -276,8 +303,12 @@ def _as_before(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
-    """Yield what a node needs to check that it sees the same files: the digests of the sites'
-    files, and a new file in each folder, which this process keeps locked in the `with` block."""
+    """Provide, during the block, what a node needs to check that it sees the same files: (site file
+    -> sha256 of its content, the paths of new files). There is one new file in each of `folders`,
+    which this process keeps locked in the block and then deletes.
+
+    - files: the sites' files
+    - folders: the folders that all nodes must share"""
     with ExitStack() as held:
         marks = []
         for folder in map(private_folder, dict.fromkeys(folders)):
@@ -292,7 +323,9 @@ def _differences(digests: Mapping[str, str], marks: Sequence[str]) -> str:
     """Return a text that lists the coordinator's files and folders that differ on this machine; ""
     if none do.
 
-    digests: site file -> its digest. marks: files whose locks the coordinator holds."""
+    - digests: site file -> sha256 of its content at the coordinator
+    - marks: paths of files whose locks the coordinator holds. A folder whose file is missing or not
+      locked here is not the same folder."""
     wrong = []
     for path, digest in digests.items():
         with suppress(OSError):
@@ -333,7 +366,8 @@ def _check_address(address: str) -> None:
 
 
 def _join_error(error: Exception, address: str) -> InfrastructureError:
-    """Build the error that says why no cluster was joined or started."""
+    """Build the error that says why no cluster was joined or started. error: what Ray raised.
+    address: of the cluster to join; "" if one was to be started on this machine."""
     import ray
 
     text = " ".join(str(error).split())
@@ -357,7 +391,7 @@ def _join_error(error: Exception, address: str) -> InfrastructureError:
 
 
 def _start_error(error: Exception) -> InfrastructureError:
-    """Build the error that says why a node started no process."""
+    """Build the error that says why a node started no process. error: what Ray raised."""
     import ray
 
     if isinstance(error, ray.exceptions.GetTimeoutError):
@@ -376,8 +410,13 @@ def _start_error(error: Exception) -> InfrastructureError:
 
 
 def _check_node(host: str, release: str, wrong: str) -> None:
-    """Check that a node has this release and sees the coordinator's files and folders. wrong: the
-    text of `_differences` about that node. Errors: InfrastructureError."""
+    """Check that a node has this release of fedtune and sees the coordinator's files and folders.
+
+    - host: the node's host name
+    - release: its release of fedtune
+    - wrong: the text that lists the differing files and folders; "" if there are none
+
+    Errors: InfrastructureError."""
     if release != __version__:
         raise InfrastructureError(
             f"node {host} of the Ray cluster has fedtune {release}",

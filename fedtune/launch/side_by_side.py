@@ -45,10 +45,12 @@ from fedtune.server.turns import SharedTurn, Turn, Turns
 
 @dataclass(frozen=True)
 class Entry:
-    """A study to run.
+    """A study to run at a coordinator that runs several.
 
+    - study: the study as its study.toml describes it
     - out: the folder of the study's run
-    - observed: opens a context that provides the function called with the study's events
+    - observed: returns a context manager, open while the study runs. What it provides is called
+      with each event's kind and data.
     - resume: whether to continue the run in `out`
     - deadline: the time, in seconds since 1970, at which a study that is not finished ends"""
 
@@ -65,7 +67,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a study: its report, or the error that ended it."""
+    """The end of a study: what was to be run, and either its report or the error that ended it; the
+    other of the two is None."""
 
     entry: Entry
     report: dict[str, Any] | None = None
@@ -74,7 +77,8 @@ class Outcome:
 
 def check_together(studies: Sequence[Study], at_once: int) -> None:
     """Check that studies can run at one coordinator: their names must differ, and no study may wait
-    for the end of a study without a last round. Errors: ConfigError."""
+    for the end of a study without a last round. at_once: how many studies run at a time. Errors:
+    ConfigError."""
     names = [study.study.name for study in studies]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -100,13 +104,21 @@ def serve_all(
     on_end: Callable[[Outcome], None] = lambda outcome: None,
     terms: Terms | None = None,
 ) -> list[Outcome]:
-    """Run studies in the order given, `at_once` of them at a time. Return the outcome of each. A
-    study that fails does not affect the others.
+    """Run several studies at one coordinator. A study that fails does not affect the others.
 
-    host, port, names, home, terms: as for coordinator.serve. on_event: called with the events of
-    the consortium, such as sites that connect. on_end: called as soon as a study has ended.
-    Errors: ConfigError; InfrastructureError if the SuperLink ends, it or the gateway cannot listen,
-    or SIGTERM arrives; KeyboardInterrupt."""
+    - entries: the studies, each with the folder of its run, in the order in which they begin
+    - host, port: where the gateway listens
+    - names: host names by which sites connect, which are written into the gateway's certificate
+    - home: the folder of the coordinator's keys and registry
+    - at_once: how many studies run at a time
+    - on_event: called with the events of the consortium, such as sites that connect
+    - on_end: called with the outcome of each study as soon as it has ended
+    - terms: the settings that the starting person chooses; None for Terms()
+
+    Returns one outcome for each study, in the order of `entries`.
+
+    Errors: ConfigError; InfrastructureError if the SuperLink ends, if the gateway or the SuperLink
+    cannot listen, or if SIGTERM arrives; KeyboardInterrupt."""
     check_together([entry.study for entry in entries], at_once)
     with naming_stops(), hold_home(home, [entry.out for entry in entries]) as patience:
         prepare(home, host, port, names, patience)
@@ -121,6 +133,14 @@ def serve_all(
 
 
 class _Server:
+    """Runs the studies of `serve_all` while SuperLink and gateway run.
+
+    - link: the running SuperLink
+    - home: the coordinator's home
+    - rounds: takes a study's `Turn` (its turn among the studies), and returns the function that
+      runs the study's rounds
+    - on_end: called with the outcome of each study as soon as it has ended"""
+
     def __init__(
         self,
         link: Link,
@@ -170,8 +190,10 @@ class _Server:
             raise
 
     def _run(self, entry: Entry, turn: Turn) -> None:
-        """Run a study, and store its outcome. Errors: KeyboardInterrupt, Terminated, and other
-        exceptions that end the server."""
+        """Run a study to its end, store its outcome, and pass the outcome to `on_end`. An error
+        that ends only this study is part of the outcome. turn: when the study may work, and its
+        deadline. Errors: KeyboardInterrupt, Terminated, and other exceptions that end the server.
+        """
         report, error = None, None
         try:
             with (

@@ -44,6 +44,8 @@ def simulate(
     """Run a whole study on this machine, with the server, client and ledgers of a deployment.
 
     Args:
+        study: the study as its study.toml describes it.
+        sites: the sites that take part, at least strategy.min_sites.
         out: the run's folder; default: runs/NAME, by the study's name.
         resume: continue the run in `out` after its last complete round.
         on_event: called in this process with each event's kind and data, such as ("round", {…}).
@@ -67,7 +69,7 @@ def simulate(
     Errors: ConfigError if these sites cannot run the study, or another home pays for their records;
     DataError if a site's records do not fit it; PolicyRefused if declared data was ever charged as
     private; Refused, before any training, if too few sites have budget left; ModelError;
-    InfrastructureError, also if the vault of a site that pays from its own ledger works now."""
+    InfrastructureError, also if a site pays from its own ledger and its vault is running."""
     from fedtune.launch.budgets import explain_refusal, remember
     from fedtune.officer.known_homes import check_simulated
 
@@ -128,8 +130,9 @@ def simulate(
 
 @contextmanager
 def _paying(sites: Sequence[Site]) -> Iterator[None]:
-    """Lock the ledger of each site whose own ledger pays, during the block, against the site's
-    vault and against a restore. Errors: InfrastructureError that names who holds a lock."""
+    """During the block, hold the lock of each site that pays from its own ledger, so that neither
+    the site's vault nor a restore can use that ledger. Errors: InfrastructureError that names who
+    holds a lock."""
     from fedtune.core.vault.process import locked
 
     with ExitStack() as held:
@@ -148,6 +151,18 @@ def _run(
     settings: Settings,
     at: tuple[str, str, int, str],
 ) -> None:
+    """Run the rounds of a study with sites on this machine or a Ray cluster.
+
+    - study: the study
+    - files: the sites' files
+    - out: the run's folder
+    - resume: whether to continue the run in `out`
+    - on_event: called with each event's kind and data; None for nobody
+    - settings: the coordinator's settings; their `patience` and `pause` are replaced by 0
+    - at: (engine, address, processes, peers), as for `_grid`
+
+    Errors: those of server.rounds.run. If the run fails and every site that failed did so because
+    of its files or records (InputError), the first of these errors is raised instead."""
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies
 
@@ -195,8 +210,9 @@ def find_start(study: Study) -> float | None:
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
-    """Return a function that sends the steps before a run begins as events "step", for this
-    machine's screen only."""
+    """Return a function that is called with a text for each step of the preparation, before the run
+    begins. It sends the text to `on_event` as an event "step", for this machine's screen only. If
+    `on_event` is None, the function does nothing."""
     if on_event is None:
         return lambda text: None
     notify = on_event
@@ -216,8 +232,9 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 
 @contextmanager
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
-    """Provide the sites. Replace each site of declared data by a copy that pays from a ledger of
-    this run. If the run never begins, remove these ledgers. Errors: InfrastructureError."""
+    """Provide the list of sites for the run: each site of declared data is replaced by a copy that
+    pays from a ledger of this run. If the run never begins, these ledgers are removed. Errors:
+    InfrastructureError."""
     from fedtune.core.vault.declared import paid_by_run
 
     paying, new = list[Site](), not (out / "plan.json").exists()
@@ -240,7 +257,12 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
     """Send an event "records", for this machine's screen only, that says how many of a site's rows
-    are used and left out."""
+    are used and left out.
+
+    - site: the site, whose name and declared size are stated
+    - study: the study for which the records were read
+    - dataset: the site's records, as `check_data` read them for this study
+    - on_event: called with the event"""
     from fedtune.core.vault.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
@@ -250,7 +272,8 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
     """Send events "records", for this machine's screen only, that say how much noise the answers of
-    a private evaluation will have."""
+    a private evaluation will have. sites: the number of sites. on_event: called with each event;
+    None for nobody."""
     from fedtune.accounting.costs import query_lines
 
     if on_event:
@@ -260,7 +283,8 @@ def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> Non
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
     """Return the first error, in the order of `files`, if every error is an InputError; None if
-    there is no error or if one is of another class."""
+    there is no error or if one is of another class. errors: site file -> the error with which the
+    site failed."""
     found_errors = [error for path in files if (error := errors.get(str(path)))]
     all_inputs = all(isinstance(error, InputError) for error in found_errors)
     return found_errors[0] if found_errors and all_inputs else None
@@ -294,8 +318,17 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 def _grid(
     files: list[Path], out: Path, engine: str, address: str, processes: int, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Open a grid of the sites for the block. Provide it, and a mapping of site file -> the error
-    with which the site failed."""
+    """Open the Grid (Flower's connection of a server to its clients) of the sites for the block.
+
+    - files: the sites' files
+    - out: the run's folder; its folder `processes` gets the logs of the sites' processes
+    - engine: "in-process" or "ray"
+    - address: of a running Ray cluster; "" to start one on this machine
+    - processes: the number of processes of the sites. With 1, and without Ray, all sites work in
+      this process.
+    - peers: the sites' signing keys (`_peers`)
+
+    Yields the grid, and site file -> the error with which the site failed."""
     from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:

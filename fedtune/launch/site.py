@@ -86,9 +86,11 @@ def join(
     Before the site connects, `check_before_joining` checks its site file, data sheet and records,
     and signs a declaration that its data is public or generated.
 
-    - once: return when a coordinator that gave this site work has gone
-    - watch: take part only in studies without a last round
+    - site_path: the site's site.toml
+    - once: whether to return when a coordinator that gave this site work has gone
+    - watch: whether to take part only in studies without a last round
     - processes: the number of processes that share each step
+    - on_event: called with each event's name and facts; None for nobody
     - patience: seconds for which to try again while the coordinator refuses this site. After a
       crash Flower refuses the site for about 60 s, until the old session has expired.
     - door: a socket to which a courier connects that was started elsewhere (launch/apart.py); with
@@ -135,8 +137,9 @@ def join(
 
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
-    """Return the settings that a vault receives in addition to its site file: the fields of Place
-    in core/vault/answers.py."""
+    """Return the settings that a vault receives in addition to its site file: {"coordinator": the
+    coordinator's signing key, "watch": `watch`, "reviewed": the digest of the plan that the
+    coordinator's answer held for review}."""
     reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
@@ -165,9 +168,14 @@ def check(site: Site, path: Path) -> None:
 class Halves:
     """The processes vault and courier of a site; a context manager that starts and ends both.
 
-    path: the site file. place: the vault's further settings (`place_of`). processes, once,
-    patience: as for `join`. door: the socket to which a courier connects that was started
-    elsewhere; with None the courier is started here."""
+    - site, path: the site and its file
+    - place: the vault's further settings (`place_of`)
+    - link: the site's connection to its coordinator
+    - processes: the number of processes that share each step
+    - once: whether the courier ends when a coordinator that gave this site work has gone
+    - patience: seconds for which to try again while the coordinator refuses this site
+    - door: the socket to which a courier connects that was started elsewhere; with None the courier
+      is started here"""
 
     site: Site
     path: Path
@@ -214,8 +222,9 @@ class Halves:
         self._open.close()
 
     def watch(self, shown: Shown) -> InfrastructureError | None:
-        """Show the events of both processes. Return None once the courier reports that its work is
-        done. Return an error if a process ends without such a report.
+        """Show the events of both processes through `shown` until one of the two ends. Return None
+        once the courier reports that its work is done. Return an error if a process ends without
+        such a report.
 
         Errors: the error that the courier reported; PolicyRefused if a process is not confined as
         the policy requires."""
@@ -240,8 +249,11 @@ class Halves:
 
 def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:
     """Pass the events of one half that have arrived to `show`, at most EVENTS_AT_ONCE. Return True
-    once `show` returns True, which means that the half has done its work; else False. fetching: the
-    vault's site file; if it is given, a base that the vault asks for is fetched."""
+    once `show` returns True, which means that the half has done its work; else False.
+
+    - connection: the reader of the half's events
+    - show: called with each event's name and facts
+    - fetching: the vault's site file; if it is given, a base that the vault asks for is fetched"""
     try:
         for _ in range(EVENTS_AT_ONCE):  # not all, so that the other half's events are shown too
             if not connection.poll(0):
@@ -260,7 +272,7 @@ def take_events(connection: EventReader, show: Any, fetching: Path | None = None
 
 def _fetch(path: Path, base: str) -> dict[str, str]:
     """Fetch a base for the vault, if site.base or policy.bases names it. Return {}, or the error as
-    facts of an event."""
+    facts of an event. path: the site file. base: the base's name."""
     from fedtune.core.bases.find import find_base, known_digest
 
     try:
@@ -275,18 +287,18 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
 
 
 class Again:
-    """Decides whether the halves are started again after one of them has ended. Halves that ran for
-    more than LONG seconds are, others at most FEW times in a row. There is no limit if a courier
-    that was started elsewhere has left."""
+    """Decides whether the halves are started again after one of them has ended. After a run of more
+    than LONG seconds they always are, after shorter runs at most FEW times in a row. If a courier
+    that was started elsewhere leaves, they are always started again."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
         self._began, self._short = time.monotonic(), 0
 
     def after(self, ended: InfrastructureError | None) -> bool:
-        """Return False if `ended` is None: the halves' work is done. Else pause, and return True:
-        start the halves again. ended: the result of `Halves.watch`. Errors: `ended`, if the halves
-        ended early too often."""
+        """Return whether the caller shall start the halves again; before it returns True, wait for
+        0 to FEW seconds. ended: the result of `Halves.watch`; None means that the halves' work is
+        done, and gives False. Errors: `ended` itself, after more than FEW short runs in a row."""
         if ended is None:
             return False
         lasted = time.monotonic() - self._began > LONG
@@ -355,12 +367,12 @@ class Shown:
         self._allowance = Allowance()
 
     def begin(self) -> None:
-        """Note that the halves are started again."""
+        """Prepare for halves that are started again: each will report anew how it is confined."""
         self._confined.clear()
 
     def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
-        """Show an event of the vault. Always returns False. Errors: PolicyRefused, as for
-        `Halves.watch`."""
+        """Show an event of the vault. Always returns False, since only the courier says when the
+        work is done. Errors: PolicyRefused if a half is not confined as the policy requires."""
         if event == "answered":
             self._facts.append((time.monotonic(), facts))
             if "courier" not in self._halves:
@@ -375,7 +387,8 @@ class Shown:
 
     def from_courier(self, event: str, facts: dict[str, Any]) -> bool:
         """Show an event of the courier. Return True if the event says that the courier's work is
-        done. Errors: the error that the courier reports; PolicyRefused, as for `Halves.watch`."""
+        done. Errors: the error that the courier reports; PolicyRefused if a half is not confined as
+        the policy requires."""
         told = from_courier(event, facts)
         is_counted = event in FREELY or (event == "answered" and self._facts)
         if not is_counted and not self._allowance.permits(told or {}):
@@ -405,8 +418,9 @@ class Shown:
 
     def _keep(self, told: dict[str, Any]) -> None:
         """Store a renewed certificate where the courier reads it at its next start. It is written
-        as soon as no order is being answered, and at most once in RENEWALS seconds, since the
-        courier must not decide when this process writes to the disk."""
+        as soon as the vault is answering no request, and at most once in RENEWALS seconds, since
+        the courier must not decide when this process writes to the disk. told: the facts of the
+        courier's event, of which "certificate" is the certificate as PEM text."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return
@@ -430,7 +444,8 @@ class Shown:
 
     def flush(self, seconds: float) -> None:
         """Show the vault's facts that have waited `seconds` or longer for the courier's facts. Then
-        store a certificate that waits for the end of an order."""
+        store a renewed certificate that could not be written before, because the vault was
+        answering a request."""
         while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
             self._show(self._facts.popleft()[1])
         if self._certificate is not None:
@@ -468,6 +483,9 @@ class Shown:
         reports are left out, since through them a courier could choose when and how much the audit
         log grows.
 
+        - half: "vault" or "courier"
+        - facts: its report: lists of texts on what confines it, what stays open to it, and why
+
         Errors: PolicyRefused if the policy requires more; those of `_enter_isolation`."""
         if half in self._confined:
             log.warning("the %s tells a second time how it is confined: left out", half)
@@ -491,9 +509,12 @@ class Shown:
                 self._enter_isolation(confined, still_open)
 
     def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
-        """Enter in the site's audit log how both halves are confined, unless the disk has no space
+        """Enter in the site's audit log how the halves are confined, unless the disk has no space
         besides the ledger's reserve. A courier that was started elsewhere, as in another container,
         may reconnect as often as it likes and send a different report each time.
+
+        - confined: half -> texts on what confines it
+        - still_open: the number of accesses that remain open to the halves
 
         Errors: LedgerError; InfrastructureError if the disk refuses."""
         site = self._site
@@ -509,7 +530,9 @@ class Shown:
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
-    """Return a text that says how each half is confined and which accesses remain open to it."""
+    """Return a text that says how each half is confined and which accesses remain open to it.
+    confined: half -> {"walls": texts on what confines it, "missing": texts on what remains open}.
+    """
     said, missing = [], []
     for half, text in SAYS.items():
         if half in confined:
@@ -519,8 +542,9 @@ def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
 
 
 def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
-    """Open a connection for a child's events; return this process's end, and the descriptor that
-    the child inherits."""
+    """Open a connection on which a child process sends its events. Return this process's end, and
+    the descriptor of the child's end. ours: closes this process's end. theirs: closes this
+    process's copy of the child's end."""
     here, there = socket.socketpair()
     theirs.enter_context(there)
     return ours.enter_context(Connection(here.detach())), there.fileno()

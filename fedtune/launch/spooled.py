@@ -58,8 +58,12 @@ AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # pauses after a command that brought 
 
 
 def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault answers in the spool `folder`, until a signal arrives
-    or, with `once`, until a coordinator that gave this site work has gone.
+    """Run the courier of a site whose vault answers in a spool, until a signal arrives.
+
+    - site_path: the site's site.toml
+    - folder: the spool: the folder that courier and vault share
+    - once: whether to return when a coordinator that gave this site work has gone
+    - on_event: called with each event's name and facts
 
     The courier reads site.toml, the coordinator's answer, the site's network keys and the spool's
     answers. It writes to its own folder and the spool's requests; a renewed certificate is stored
@@ -86,8 +90,15 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
 def answer_requests(
     site_path: Path, folder: Path, *, watch: bool = False, processes: int = 1, on_event: OnEvent
 ) -> None:
-    """Answer the requests in the spool `folder` until a signal arrives. Check the site first, as
-    `launch.site.join` does. watch, processes: as for `launch.site.join`.
+    """Answer the requests in a spool until a signal arrives. Check the site first, as
+    `launch.site.join` does.
+
+    - site_path: the site's site.toml. If it has vault.run, that command starts a vault for each
+      request; else one vault answers all.
+    - folder: the spool: the folder that courier and vault share
+    - watch: whether to take part only in studies without a last round
+    - processes: the number of processes that share each step
+    - on_event: called with each event's name and facts
 
     Events: those of the vault in `launch.site.join`. Errors: those of the checks; ConfigError if
     the folder cannot be used, or vault.run names no program; PolicyRefused if policy.isolation
@@ -117,8 +128,15 @@ def answer_request(
     processes: int = 1,
     on_event: OnEvent,
 ) -> None:
-    """Answer the request `name` in the spool `folder`, and return. The command in vault.run does
-    this, after `answer_requests` has checked the site.
+    """Answer one request in a spool, and return. The command in vault.run does this, after
+    `answer_requests` has checked the site.
+
+    - site_path: the site's site.toml
+    - folder: the spool: the folder that courier and vault share
+    - name: the request's name, 64 hexadecimal digits
+    - watch: whether to take part only in studies without a last round
+    - processes: the number of processes that share each step
+    - on_event: called with each event's name and facts
 
     Errors: InfrastructureError if there is no such request, or no answer could be written; the
     other errors of `answer_requests`."""
@@ -135,16 +153,21 @@ def answer_request(
 
 @dataclass(frozen=True)
 class _Half:
-    """The process of one half of a site. told: the reader of its events; fetching: for a vault, the
-    site file, by which this process fetches bases for the vault."""
+    """The running process of one half of a site.
+
+    - child: the process
+    - told: the reader of its events
+    - fetching: of a vault, the site file: this process then fetches the bases for which the vault
+      asks; None for a courier"""
 
     child: Child
     told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
-        """Show the process's events. Return None once `show` returns True: the work is done. Return
-        an error if the process ends without that."""
+        """Pass the process's events to `show` until the process ends. Return None once `show`
+        returns True, which means that the work is done. Return an error if the process ends before.
+        """
         while True:
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
@@ -157,8 +180,15 @@ class _Half:
 def _vault(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, name: str = ""
 ) -> Any:
-    """Start a vault that answers the requests in a spool. name: the only request to answer; ""
-    answers all."""
+    """Start a vault that answers the requests in a spool.
+
+    - site, path: the site and its file
+    - spool: the spool
+    - watch: whether to take part only in studies without a last round
+    - processes: the number of processes that share each step
+    - name: the only request to answer; "" answers all until the vault is stopped
+
+    Returns a context manager that provides the running vault (_Half), and stops it at the end."""
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
@@ -173,6 +203,14 @@ def _child(
     home: Path,
     log: Path,
 ) -> Iterator[_Half]:
+    """Run one half of a site while the block runs.
+
+    - program: which half
+    - path: the site file
+    - spool: the spool in which the half works
+    - rest: the further options of the program
+    - home: the folder for what the program itself stores (FLWR_HOME)
+    - log: the file for its output"""
     with ExitStack() as theirs, ExitStack() as ours:
         connection, tells = connection_for(ours, theirs)
         options = [str(path.resolve()), str(spool.path), str(tells), *rest]
@@ -186,6 +224,13 @@ def _start_for_each(
 ) -> None:
     """Run the command vault.run for one request after another, without end. If a request has no
     answer afterwards, try it again later, after the others, as long as its courier waits.
+
+    - site, path: the site, which has vault.run, and its file, in whose folder the command runs
+    - spool: the spool in which the requests lie
+    - watch: whether the vault takes part only in studies without a last round
+    - processes: the number of the vault's processes that share each step
+    - notify: called with the events "connected" before a command, and "reconnecting" after one that
+      brought no answer
 
     Errors: ConfigError if vault.run names no program."""
     assert site.vault
@@ -215,7 +260,7 @@ def _start_for_each(
 
 def _run(command: list[str], folder: Path, log: Path) -> str:
     """Run a command, and return a text that says how it ended. If this process is stopped, stop the
-    command too."""
+    command too. folder: the current folder of the command. log: the file for its output."""
     begin_log(log)
     try:
         started = subprocess.Popen(

@@ -33,8 +33,8 @@ class Trial:
     - settings: the trial's settings, as texts in the form of `--set`
     - folder: the name of the run's folder
     - value: the metric on the records by which trials are compared; None if the run failed
-    - loss: the loss on the same records, which decides between equal values
-    - epsilon: the largest ε of a site
+    - loss: the loss on the same records, which decides between equal values; None if not measured
+    - epsilon: the largest ε of a site; None if the run states none
     - error: why the run failed; "" if it did not
     - warning: for a preference run, the first warning of report.preference.alarms; "" if none"""
 
@@ -122,8 +122,9 @@ def tune(
 def rank_trials(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
     """Sort trials, the best first and the failed ones last.
 
-    warned_last: whether a trial with a warning comes after all others that ran, whatever its value.
-    Set it only if the warning is about the records by which trials are compared."""
+    - metric: the name of the metric, which tells whether a higher value is better
+    - warned_last: whether a trial with a warning comes after all others that ran, whatever its
+      value. Set it only if the warning is about the records by which trials are compared."""
     sign = -1 if known_metric(metric).higher_is_better else 1
 
     def key(trial: Trial) -> tuple[bool, bool, float, float]:
@@ -147,8 +148,9 @@ def check_declared(sites: Sequence[Site]) -> None:
 
 
 def _check_chooser(study: Study, records: Path | None) -> None:
-    """Check that the study has a last round, and that there are records by which to compare trials.
-    Errors: ConfigError."""
+    """Check that the study has a last round, and that there are records by which to compare trials:
+    [selection] or the file `records` (None if no file is given), but not both. Errors: ConfigError.
+    """
     if study.continuous:
         raise ConfigError("a study with a [schedule] has no last round", "training.rounds")
     if study.selection is None and (records is None or study.evaluation is None):
@@ -165,7 +167,8 @@ def _check_chooser(study: Study, records: Path | None) -> None:
 
 
 def _values(setting: str) -> list[str]:
-    """Split the value of "key=a,b" at its commas, except those in brackets, braces and quotes."""
+    """Return the values in "key=a,b": the text after "=", split at the commas that are not in
+    brackets, braces or quotes."""
     _, _, text = setting.partition("=")
     values = [""]
     depth = 0
@@ -185,8 +188,13 @@ def _values(setting: str) -> list[str]:
 
 
 def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
-    """List the combinations of settings to try. If no setting has several values, the combinations
-    differ in the learning rate: a geometric grid around the plan's rate, in ascending order."""
+    """List the combinations of settings to try, each as texts "key=value". If no setting has
+    several values, the combinations differ in the learning rate: a geometric grid around the
+    plan's rate, in ascending order.
+
+    - settings: texts "key=a,b,c"
+    - trials: the number of learning rates; None for POINTS. It counts only if no setting has
+      several values."""
     lists = [
         [f"{setting.partition('=')[0].strip()}={value}" for value in _values(setting)]
         for setting in settings
@@ -209,8 +217,8 @@ def _draw_combinations(
 
 
 def _index(out: Path) -> dict[tuple[str, ...], str]:
-    """Read tune.json, and return settings -> name of the trial; {} for a new folder. Errors:
-    ConfigError if `out` is not the folder of a search."""
+    """Read the search's tune.json, and return a trial's settings -> the name of its folder; {} for
+    a new search. Errors: ConfigError if `out` is not the folder of a search."""
     if not (out / INDEX).exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(
@@ -229,7 +237,17 @@ def _trial(
     records: Path | None,
     metric: str,
 ) -> Trial:
-    """Run one trial, or read its result if its run is finished."""
+    """Run one trial, or read its result if its run is finished.
+
+    - path: the study.toml
+    - sites: the sites of the search
+    - folder: the folder of the trial's run; a run that was interrupted is continued
+    - combination: the trial's settings, texts "key=value"
+    - records: the file of records by which trials are compared, which replaces the study's
+      [evaluation] records; None for a study with [selection]
+    - metric: the name of the metric by which trials are compared
+
+    Returns the trial with its value, or with the text of the error with which it failed."""
     from fedtune.core.registry import process_cache
     from fedtune.launch.simulate import simulate
 
@@ -253,7 +271,9 @@ def _mark_failed(trial: Trial, error: FedtuneError) -> Trial:
 
 
 def _read_value(trial: Trial, run: Run, metric: str) -> Trial:
-    """Return a finished trial with its value on the records by which trials are compared."""
+    """Read from a finished run's report what decides between trials, and return `trial` with it:
+    the metric on the records by which trials are compared, the loss, the largest ε and a warning.
+    If the report has no number for `metric`, return `trial` with an error. run: the trial's run."""
     quality: dict[str, Any] = run.report.get("quality") or {}
     after = quality.get("after") or {}
     if rounds := quality.get("selection"):

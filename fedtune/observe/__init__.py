@@ -42,9 +42,13 @@ class Observer:
     """Passes each event to every sink, and then to `then`. As a context manager it also passes
     "stopped" to the sinks, if the block raises an error or ends without "done" or "stopped".
 
-    late: sinks whose folder the run has not created yet. They receive the earlier events at
-    "start", so that a run that never began leaves no files. run: the run's folder; its log and
-    status are removed if a refusal or a wrong input ended the run before it began."""
+    - sinks: called with each event's name and fields; those with a method `close` are closed when
+      the block ends. An error of a sink is logged, and the study goes on.
+    - then: called after the sinks, except with the "stopped" of the block's end; None calls nothing
+    - late: sinks whose folder the run has not created yet. They receive the earlier events at
+      "start", so that a run that never began leaves no files.
+    - run: the run's folder; its log and status are removed if a refusal or a wrong input ended the
+      run before it began. None removes nothing."""
 
     def __init__(
         self,
@@ -112,9 +116,9 @@ class Observer:
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:
-    """Return the fields of a "stopped" event: the error's class and, of a refusal or a failure of
-    infrastructure, the phrase of PHRASES in its text. If a signal stopped the run, return only the
-    signal. Return {} for None."""
+    """Return the fields of a "stopped" event: the error's class and, if a refusal or a failure of
+    infrastructure names one of fedtune's fixed reasons (PHRASES), that reason. If a signal stopped
+    the run, return only the signal as the reason. If `error` is None, return {}."""
     if error is None:
         return {}
     if isinstance(error, KeyboardInterrupt):
@@ -125,8 +129,8 @@ def _end(error: BaseException | None) -> dict[str, Any]:
 
 
 class _Tracked:
-    """Makes a tracker a sink. The tracker receives only the fields that the log may hold, and no
-    event of SCREEN."""
+    """Makes a tracker a sink: passes events on to it, with only the fields that the log may hold.
+    Events that are only for the screen (SCREEN), such as steps of a progress bar, are left out."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self.name = tracker, type(tracker).__name__
@@ -169,17 +173,20 @@ def observer(
 ) -> Observer:
     """Build the observer of a role with all its sinks.
 
+    - role: who writes: a coordinator or a site; the log and the status file name it
     - folder: the run's folder, or the site's state folder
     - then: also called with each event, such as the console's Watch
     - metrics_port: the port at which metrics are served; None to serve none
     - more: further sinks, such as the status of the coordinator's home
     - site: the site.toml whose budget the metrics show
-    - ledger: the folder of the site's ledger, if it is not `folder`. While an order is being
-      answered there, the log and the status file take no disk space.
+    - ledger: the folder of the site's ledger, if it is not `folder`. While the site is answering
+      an order (any request of the coordinator but for an admission), the log and the status file
+      take no disk space.
     - early: whether to write to the run's folder before the run begins
     - trackers: the trackers of a coordinator's run
 
-    Errors: those of metrics.Metrics."""
+    Errors: with `metrics_port`, ConfigError if the package that serves metrics is not installed,
+    and InfrastructureError if the port cannot be opened."""
     files = [
         JsonLog(folder / LOG, role=role, ledger=ledger),
         StatusFile(folder, role=role, ledger=ledger),

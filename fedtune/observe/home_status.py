@@ -30,7 +30,12 @@ COPIED = (
 
 class HomeStatus(StatusFile):
     """The status file of a coordinator's home. The functions that `study` returns may be called
-    from several threads."""
+    from several threads.
+
+    - folder: the home. If it has a status file already, its rows are kept, except those of studies
+      that were still queued.
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)"""
 
     def __init__(self, folder: Path, *, strict: bool | None = None) -> None:
         super().__init__(folder, role="coordinator", strict=strict)
@@ -49,8 +54,10 @@ class HomeStatus(StatusFile):
 
     def study(self, name: str, deadline: str = "") -> OnEvent:
         """Add a study, which has not begun yet, as the newest row. Return the function to call with
-        its events. deadline: the time (UTC) at which the study ends if it is not finished, "" if it
-        has none."""
+        its events.
+
+        name: the study's name; an earlier row of this name is replaced. deadline: the time (UTC) at
+        which the study ends if it is not finished, "" if it has none."""
         status: Record = {"role": "coordinator", "state": "queued", "round": 0}
         status |= {"sites": {}, "last": []}
         self._rows.pop(name, None)

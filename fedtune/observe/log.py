@@ -130,8 +130,8 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
 
 
 def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
-    """Build a rule for a fixed set of words. It replaces any other word by "other", without an
-    error."""
+    """Return a function that checks a text: it returns a word that is in `allowed` as it is, and
+    "other" for any other text. For a value that is no text it raises TypeError."""
 
     def check(value: Any) -> str:
         if not isinstance(value, str):
@@ -229,8 +229,11 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
     """Return an event's loggable fields, and "dropped", the names of fields that are left out since
-    they are not listed or their values have the wrong form. Errors: NotLoggable, if strict, in
-    place of leaving a field out."""
+    they are not listed or their values have the wrong form. Fields that are never logged, and those
+    with the value None, are left out and not named.
+
+    event: the event's name; a name that is not in EVENTS becomes "other". data: its fields. Errors:
+    NotLoggable, if strict, in place of leaving a field out."""
     record: Record = {"event": event if event in EVENTS else OTHER}
     dropped = set() if event in EVENTS else {"event"}
     for key, value in data.items():
@@ -253,14 +256,18 @@ class JsonLog:
     """Appends each event to the file `path`, which only this user can read. An object can be used
     as `on_event`. Events of SCREEN, such as steps of a progress bar, are left out.
 
-    Guarantee: a site's log takes or frees disk space only while no order is being answered: at its
-    first event, and when it is renamed at OF_SITE bytes. The reason is that the courier influences
-    when events are logged, and how many, and could take space that the ledger needs for an order.
+    Guarantee: a site's log takes or frees disk space only while the site is answering no order (any
+    request of the coordinator but for an admission): at the log's first event, and when the log is
+    renamed at OF_SITE bytes. The reason is that the courier influences when events are logged, and
+    how many, and could take space that the ledger needs for an order.
     A line for which no space is reserved is left out. If the disk does not have the space, nothing
     is logged.
 
-    role: written into each line; ledger: the folder of the site's ledger, by default that of
-    `path`."""
+    - path: the log; it is made, with its folder, at the first event
+    - role: written into each line; None writes none
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)
+    - ledger: the folder of the site's ledger, by default that of `path`"""
 
     def __init__(
         self,
@@ -311,8 +318,9 @@ class JsonLog:
 
     def _take_space(self, length: int) -> None:
         """Rename a full log to FILE.1, and reserve the disk space of a site's log and of FILE.1. Do
-        nothing while an order is being answered. Errors: OSError if the disk does not have the
-        space; then nothing is logged until the next start."""
+        nothing while the site is answering an order (any request of the coordinator but for an
+        admission). length: the present size of the log in bytes. Errors: OSError if the disk does
+        not have the space; then nothing is logged until the next start."""
         with between_orders(self._ledger) as is_now:
             if not is_now:
                 return

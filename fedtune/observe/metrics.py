@@ -46,8 +46,12 @@ class Metrics:
     """The figures of one role. They are served on loopback if `port` is given. An object can be
     used as `on_event`.
 
-    port: 0 for any free port; the property `port` gives its number. site: the site.toml whose
-    ledger is read at the start, and at each event with an ε."""
+    - role: whose figures are kept: a coordinator's or a site's
+    - port: 0 for any free port; the property `port` gives its number. None serves nothing.
+    - site: the site.toml whose ledger is read at the start, and at each event with an ε; None for
+      no budget
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)"""
 
     def __init__(
         self,
@@ -240,15 +244,17 @@ class LedgerFigures:
 
 
 class Serving(NamedTuple):
-    """A running metrics server. stop: ends it and frees its port."""
+    """A running metrics server. port: the port at which it serves. stop: ends it and frees the
+    port."""
 
     port: int
     stop: Callable[[], None]
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
-    """Serve `registry` over HTTP on loopback, from a thread of this process. Errors: ConfigError if
-    `host` is not loopback; InfrastructureError if the port cannot be opened."""
+    """Serve `registry` over HTTP on loopback, from a thread of this process. Return the port, and
+    the function that ends the server. port: 0 for any free port. Errors: ConfigError if `host` is
+    not loopback; InfrastructureError if the port cannot be opened."""
     if not ip_address(host).is_loopback:
         raise ConfigError(
             f"metrics on {host}",

@@ -34,7 +34,14 @@ NAN = math.nan
 
 
 class Rounds:
-    """The rounds of the run in `folder`; empty until the first `refresh`."""
+    """The rounds of the run in `folder`, in columns with one number for each round; empty until the
+    first `refresh`.
+
+    - number, seconds: the round's number and its duration
+    - quality, selection: name of a measure → its column
+    - epsilon: site → the column of its ε; {} if the run has more than FEW sites
+    - largest, smallest: the largest and the smallest ε of a site
+    - newest: all fields of the newest rounds, at most NEWEST"""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
@@ -111,8 +118,9 @@ def _figures(values: Record) -> dict[str, float]:
 
 
 def _extend(columns: dict[str, array[float]], figures: dict[str, float], count: int) -> None:
-    """Append a round's figures to their columns, NaN to columns without one. count: the number of
-    earlier rounds, for which a new column gets NaN."""
+    """Append a round's figures to their columns, NaN to columns without one. columns: name of a
+    figure → its values by round. figures: the round's figures by name. count: the number of earlier
+    rounds, for which a new column gets NaN."""
     for name in figures:
         columns.setdefault(name, array("d", [NAN]) * count)
     for name, column in columns.items():

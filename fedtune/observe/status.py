@@ -63,10 +63,18 @@ class StatusFile:
     """Replaces folder/status.json at each event. An object can be used as `on_event`. `close`
     releases the lock.
 
-    Guarantee: a site's status file is replaced only while no order is being answered, and its
-    length is a multiple of OF_SITE. The file lies on the ledger's disk, and the courier influences
-    when events come. So the courier can neither take disk space during an order nor change it by
-    small amounts. Events during an order are written with the next event."""
+    - folder: a run's folder, a coordinator's home, or a site's state folder; it is made at the
+      first write if it is missing
+    - role: which of the two writes; it is in the status
+    - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
+      None asks the environment (FEDTUNE_STRICT=1)
+    - ledger: the folder of the site's ledger; None if it is `folder`
+
+    Guarantee: a site's status file is replaced only while the site is answering no order (any
+    request of the coordinator but for an admission), and the file's length is a multiple of
+    OF_SITE. The file lies on the ledger's disk, and the courier influences when events come. So the
+    courier can neither take disk space during an order nor change it by small amounts. Events
+    during an order are written with the next event."""
 
     def __init__(
         self,
@@ -141,7 +149,8 @@ def _private(path: str, flags: int) -> int:
 
 
 def updated(status: Record, record: Record) -> Record:
-    """Return the status after one more event. record: the event's loggable fields (log.cleaned)."""
+    """Return the status after one more event. status: the content of the status file, which is not
+    changed. record: the event's loggable fields (log.cleaned), with its time."""
     event, sites = record["event"], {name: dict(s) for name, s in status["sites"].items()}
     new: Record = {**status, "sites": sites}
     new |= {key: record[key] for key in CARRIED if key in record}
@@ -178,8 +187,8 @@ def updated(status: Record, record: Record) -> Record:
 
 
 def _link(new: Record, record: Record) -> None:
-    """Enter in a coordinator's status which sites were admitted or revoked, and which are
-    connected."""
+    """Enter in a coordinator's status `new`, which is changed, which sites were admitted or
+    revoked, and which are connected. record: an event about the link to one site or several."""
     event, names = record["event"], list(record.get("participants", ()))
     for name in [*names, record["site"]] if "site" in record else names:
         site = new["sites"].setdefault(name, {})
@@ -189,7 +198,8 @@ def _link(new: Record, record: Record) -> None:
 
 
 def _answer(new: Record, record: Record) -> None:
-    """Enter a site's facts about its answer to a plan, an order or a query."""
+    """Enter in the status `new`, which is changed, what an event says about a site's answer to a
+    plan, to a request for a round, or to a query. record: the event's loggable fields."""
     new["round"] = record.get("round", new["round"])
     if record.get("status") == WAITING:
         new["state"] = "waiting"
@@ -225,7 +235,8 @@ def _round(new: Record, record: Record) -> None:
 
 
 def _add_bytes(new: Record, record: Record) -> None:
-    """Add an event's bytes, sent and received, to each site's totals since the status began."""
+    """Add the bytes that an event says were sent and received to each site's totals since the
+    status began. new: the status, which is changed. record: the event's loggable fields."""
     for key in TOTALS:
         for name, count in record.get(key, {}).items():
             site = new["sites"].setdefault(name, {})
@@ -292,7 +303,8 @@ class Snapshot:
 
     @property
     def studies(self) -> dict[str, Snapshot]:
-        """The studies of a coordinator's home, the oldest first."""
+        """The studies of a coordinator's home, the oldest first: name -> what the home's status
+        file says of the study."""
         rows = self.status.get("studies") or {}
         return {n: Snapshot(self.folder, row, self.alive) for n, row in rows.items()}
 
@@ -321,7 +333,7 @@ def reasons(study: Snapshot) -> list[str]:
 
 def standing(site: Record) -> str:
     """Return a text about a site's part in a study: its last answer, the declaration of its data,
-    and whether it is connected."""
+    and whether it is connected. site: the site's entry in a status."""
     declared = f"data declared {site['declared']}" if site.get("declared") else ""
     told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
     if site.get("connected") is None:
@@ -376,8 +388,8 @@ Rule = Callable[[Any], Any]
 
 
 def _word(value: Any) -> str:
-    """Check the form of a fixed word, such as an error's class, so that no control characters
-    reach a terminal. Errors: TypeError."""
+    """Return a fixed word, such as an error's class, after a check of its form, so that no control
+    characters reach a terminal. Errors: TypeError."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_ .]{0,64}", value):
         raise TypeError
     return value

@@ -114,7 +114,16 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
     """Make the site of `site_file` the membership `name` of `home`. A home that does not exist is
     made.
 
-    withdrawn: keys of patients who withdrew from a later site and have no record there any more."""
+    - home: the folder of the hospital's home
+    - site_file: the site.toml of a site that has a ledger of its own; it is replaced, and a copy
+      stays
+    - name: the name of the membership in hospital.toml, which no other one of this home ever had
+    - withdrawn: keys of patients who withdrew from the site and have no record there any more; they
+      are read only if the home had a ledger already
+
+    Called again after it was killed, it finishes what is left to do.
+    Errors: ConfigError, InputError, DataError, PolicyRefused, Refused (a ledger is frozen),
+    LedgerError, InfrastructureError."""
     home, site_file = home.resolve(), site_file.resolve()
     check_not_frozen(home, "adopted")
     if load_site(site_file, alone=True).hospital:
@@ -134,7 +143,11 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 
 
 def _finish(home: Path, site_file: Path, name: str) -> Adoption:
-    """Finish an adoption that was killed after its last step: remove the old ledger's files.
+    """Finish an adoption that was killed when only the old ledger's files were left to remove.
+
+    - home: the folder of the hospital's home
+    - site_file: the site.toml, which names this home already
+    - name: the name of the membership
 
     Errors: ConfigError if the site is another membership, or its own ledger was never adopted."""
     site = load_site(site_file)
@@ -192,7 +205,8 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
 
 
 def _files_of(state: Path) -> Iterator[Path]:
-    """Yield a ledger's folders in a state folder, then its files."""
+    """Yield the paths of a ledger in a state folder: first its folders, whether or not they exist,
+    then its files."""
     yield from (state / name for name in (RECEIPTS, OUTBOX, ASKED))
     yield from (path for pattern in (KEY, *OF_LEDGER) for path in sorted(state.glob(pattern)))
 
@@ -202,7 +216,12 @@ def _files_of(state: Path) -> Iterator[Path]:
 
 def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
     """Return whether the home has, or gets, no ledger but this site's: no home exists yet, or an
-    adoption of this site that was killed made it."""
+    adoption of this site that was killed made it.
+
+    - home: the folder of the hospital's home, which need not exist
+    - site_file: the absolute path of the site's site.toml
+    - name: the name of the membership
+    - book: the site's own ledger"""
     if not (home / FILE).exists():
         return True
     there = load_hospital(home).memberships.get(name)
@@ -212,6 +231,13 @@ def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
 
 
 def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed) -> Adoption:
+    """Make a home whose ledger is this site's, and the site its first membership.
+
+    - home: the folder of the home. It need not exist; an adoption that was killed may have made it.
+    - site: the site as its site file states it now
+    - site_file: the absolute path of that file, which is replaced
+    - name: the name of the membership
+    - old: the site's own ledger, to which no other process can write meanwhile"""
     state, text = site.site.state, _hospital_text(site, site_file, name)
     is_new = not (home / FILE).exists()
     hospital = load_hospital_text(home.parent, text) if is_new else load_hospital(home)
@@ -234,7 +260,9 @@ def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed
 
 
 def _make_home(home: Path, state: Path, text: str) -> None:
-    """Make a home with a copy of a site's ledger, as a whole or not at all."""
+    """Make a home with a copy of a site's ledger, as a whole or not at all. state: the site's state
+    folder, which holds the ledger. text: the content of hospital.toml. Errors:
+    InfrastructureError."""
     draft = home.with_name(f"{home.name}.{os.getpid()}.new")
     _remove_drafts(home.parent, f"{home.name}.*.new")
     try:
@@ -250,7 +278,8 @@ def _make_home(home: Path, state: Path, text: str) -> None:
 
 
 def _hospital_text(site: Site, site_file: Path, name: str) -> str:
-    """Compose hospital.toml from the site file's datasets and ceilings."""
+    """Compose hospital.toml from the site file's datasets and ceilings. name: the name of the
+    membership, which also owns the charges that were made before."""
     names = {table.name: table.name for table in _tables(site)}
     data = {table.name: _registered(table, names) for table in _tables(site)}
     keys = ("max_epsilon", "max_fallback_epsilon", "max_delta", "max_rounds")
@@ -264,7 +293,8 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
     """Check that no answer waits for a person, and that no record was declared public or generated:
-    the hospital's ledger cannot take these over. Errors: InputError, PolicyRefused."""
+    the hospital's ledger cannot take these over. book: the site's own ledger. Errors: InputError,
+    PolicyRefused."""
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",
@@ -284,6 +314,17 @@ def _adopt_later(
     members: Mapping[str, set[bytes]],
     withdrawn: Sequence[str],
 ) -> Adoption:
+    """Enter a site's charges and withdrawals in the ledger of a home that has one already, and make
+    the site a membership there.
+
+    - home: the folder of the home
+    - site: the site as its site file states it now
+    - site_file: the absolute path of that file, which is replaced
+    - name: the name of the membership
+    - old: the site's own ledger, to which no other process can write meanwhile
+    - members: the site's name of each dataset → the identities of all its patients and records, as
+      of `every_member`
+    - withdrawn: keys of patients who withdrew from this site and have no record there any more"""
     state, before_it = site.site.state, (home / FILE).read_text(encoding="utf-8")
     text, hospital = before_it, load_hospital_text(home, before_it)
     there = hospital.memberships.get(name)
@@ -344,7 +385,12 @@ def _adopt_later(
 
 def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str, str]:
     """Map the site's name of each dataset to the hospital's name: the name under which the same
-    file or table is registered, or else one that neither hospital.toml nor the ledger has."""
+    file or table is registered, or else one that neither hospital.toml nor the ledger has.
+
+    - site: the site as its site file states it now
+    - hospital: the content of hospital.toml
+    - name: the name of the membership, with which a new name begins if the site's own is taken
+    - book: the ledger in the home"""
     names = dict[str, str]()
     for table in _tables(site):
         at = [key for key, data in hospital.datasets.items() if data.is_place_of(table)]
@@ -356,8 +402,8 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
 
 def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
     """Return the datasets that are declared disjoint from a dataset which the hospital's ledger
-    knows. Of a patient in both, each of the two ledgers decided by itself for which dataset the
-    patient counts."""
+    knows. If a patient is in both, each of the two ledgers decided by itself which dataset pays. So
+    what these datasets paid must count against every dataset."""
     datasets = hospital.datasets
     pairs = {(one, other) for one in datasets for other in datasets[one].disjoint_from}
     pairs |= {(other, one) for one, other in pairs}
@@ -368,16 +414,24 @@ def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -
     """Return whether nobody can tell any more which patients paid for a dataset. That is so if no
     table of it is left, if its charges counted against a disjoint dataset too, or if it had
     patients or records that its files no longer hold. These may come back as newcomers or in
-    another dataset."""
+    another dataset.
+
+    - dataset: the dataset, by the site's name
+    - old: the site's own ledger
+    - members: the site's name of each dataset that its site file names → the identities of all
+      patients and records in its files"""
     if dataset not in members:
         return True
     return not (old.is_whole(dataset, members[dataset]) and old.is_apart_from_start(dataset))
 
 
 def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:
-    """Return the key of each patient who withdrew → the time in UTC seconds. Errors: InputError if
-    the keys of some of these patients are neither in a record nor given. The error states how
-    many."""
+    """Return the key of each patient who withdrew → the time in UTC seconds. The keys are those in
+    the site's records and those that are given.
+
+    old: the site's own ledger, which has their hashes. given: keys of patients without a record;
+    keys of patients who did not withdraw are left out. Errors: InputError if the keys of some of
+    these patients are neither in a record nor given. The error states how many."""
     keys = set(given)
     if old.withdrawn:
         for table in (*_tables(site), *([site.acceptance] if site.acceptance else [])):
@@ -397,7 +451,8 @@ def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[st
 
 def _copy_stored(old: Closed, name: str, book: Ledger) -> None:
     """Copy the updates that may be sent again to the folder where the hospital's ledger looks for
-    them."""
+    them. old: the site's own ledger. name: the name of the membership. book: the hospital's
+    ledger."""
     for slot in old.stored:
         to = book.path_of(slot_of(slot, name))
         if old.path_of(slot).exists() and not to.exists():
@@ -432,7 +487,16 @@ def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
 def _as_membership(
     site: Site, home: Path, name: str, hospital: Hospital, names: Mapping[str, str]
 ) -> Site:
-    """Return the site's settings as its new site file will state them."""
+    """Return the site's settings as its new site file will state them.
+
+    - site: the site as its site file states it now
+    - home: the folder of the hospital's home
+    - name: the name of the membership
+    - hospital: the content of hospital.toml, in which the site's datasets are registered
+    - names: the site's name of each dataset → the hospital's name; a dataset that is not in it
+      keeps its name
+
+    Errors: ConfigError if site file and hospital.toml differ in a table of consent."""
     changes: dict[str, object] = {"hospital": HomeTable(home=home, membership=name)}
     for key, table in _by_key(site).items():
         given = table.model_copy(update={"name": names.get(table.name, table.name)})
@@ -444,8 +508,19 @@ def _as_membership(
 def _site_text(
     home: Path, site: Site, site_file: Path, name: str, hospital: Hospital, names: Mapping[str, str]
 ) -> str:
-    """Compose the membership's site file. It uses the hospital's names of the datasets, and lacks
-    the declarations that differ from the hospital's. Errors: ConfigError."""
+    """Return the text of the membership's site file: the present file with the datasets under the
+    hospital's names, without each disjoint_from and cohort that has another value in hospital.toml,
+    and with the table [hospital].
+
+    - home: the folder of the hospital's home
+    - site: the site as its site file states it now
+    - site_file: the present site file
+    - name: the name of the membership
+    - hospital: the content of hospital.toml, in which the site's datasets are registered
+    - names: the site's name of each dataset → the hospital's name; a dataset that is not in it
+      keeps its name
+
+    Errors: ConfigError if the two files differ in a table of consent."""
     text = site_file.read_text(encoding="utf-8")
     for key, table in _by_key(site).items():
         if names.get(table.name, table.name) != table.name:
@@ -462,7 +537,8 @@ def _by_key(site: Site) -> dict[str, SiteData]:
 
 def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) -> list[str]:
     """List the declarations (disjoint_from, cohort) that the site file makes with another value
-    than hospital.toml. Errors: ConfigError if the two files differ in the table of consent."""
+    than hospital.toml. table: a dataset of the site file. names: the site's name of each dataset →
+    the hospital's name. Errors: ConfigError if the two files differ in the table of consent."""
     data = hospital.datasets[names.get(table.name, table.name)]
     if table.consent != data.consent:
         raise ConfigError(
@@ -476,8 +552,9 @@ def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) ->
 
 
 def _switch(site_file: Path, name: str, text: str) -> Path:
-    """Replace the site file, after a check that the new text can be read. Return the path of the
-    copy of the old file."""
+    """Replace the site file, after a check that the new text can be read as that of the membership
+    `name`. Return the path of the copy of the old file. text: the new content. Errors:
+    ConfigError."""
     check_text(site_file, text, lambda draft: site_of(draft, name, site_file))
     copy = keep_copy(site_file)
     replace(site_file, text.encode(), private=True)
@@ -519,7 +596,8 @@ def _keep_state(state: Path) -> Path:
 
 
 def _remove_drafts(folder: Path, pattern: str) -> None:
-    """Remove the folders to which a process that was killed had begun to copy."""
+    """Remove the folders to which a process that was killed had begun to copy. folder: where they
+    lie. pattern: of their names, with * for any text."""
     for draft in folder.glob(pattern):
         if is_abandoned(draft):
             shutil.rmtree(draft, ignore_errors=True)

@@ -65,9 +65,12 @@ def attack_site(
     `out`.
 
     Args:
+        run: the finished run that is attacked.
+        site: the site, whose [data] holds the members: the records that the run trained on.
         held_out: a file of similar records on which no site trained, with the same columns; by
             default the site's [evaluation].
-        out: a folder for attack.json and attack.png.
+        references: the other runs; () compares with the base alone.
+        out: a folder for attack.json and attack.png; None writes nothing.
 
     >>> import fedtune
     >>> fedtune.attack_site(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
@@ -124,13 +127,25 @@ def _held_out(site: Site, path: Path | str | None) -> SiteData:
 
 
 def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
+    """Read the members or the held-out records, as the run's study reads records for training,
+    without patients who withdrew.
+
+    - site: the site, whose ledger, if there is one, knows who withdrew
+    - data: the site's [data], or the settings of the held-out records
+    - network: the study's network, whose tokenizer and file reader are used
+    - run: the run whose study says how records are read"""
     ledger = Ledger(site.home) if traces(site.home) else None
     return read_for_training(data, run.study, network.tokenizer, network.reader, ledger)
 
 
 def _scores(network: Network, data: Dataset, run: Run, references: Sequence[Run]) -> Scores:
     """Return, as an array (units, 1), by how much the run's mean loss on each unit's records is
-    below the mean loss of the references."""
+    below the mean loss of the references.
+
+    - network: the network of the run's study
+    - data: the units that are scored
+    - run: the run that is attacked
+    - references: further runs that did not train on these units; the base is always a reference"""
     cached = CachedDataset(network, data)
 
     def losses(of: Run | None) -> Scores:

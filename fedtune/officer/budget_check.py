@@ -54,6 +54,7 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     """Check the plan's figures and the dataset's budget against the site's rules, as far as they
     are known before the study starts.
 
+    study: the study, which need not have its digests yet. site: the site with its rules and ledger.
     out: the run's folder; a resumed run has already paid for a part of the plan.
     Returns: the ε that the dataset has spent so far, and would have spent after this run. None if
     the site's ledger has no charge yet, or its records pay only from a ledger of the run, and for a
@@ -80,6 +81,13 @@ def _plan(study: Study, site: Site) -> DpPlan:
 
 
 def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None:
+    """Add up what the site's dataset has paid, and would have paid after one more run of the study;
+    None if it has paid nothing yet, or the study has no last round.
+
+    - study: the study, whose name tells which charges are of earlier runs of it
+    - site: the site with its ceilings
+    - plan: the site's part of the study
+    - ledger: the site's ledger, with the charges so far"""
     charges = ledger.charges(site.data.name)
     if not charges or study.continuous:
         return None

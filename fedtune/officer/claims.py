@@ -38,8 +38,8 @@ class Compared:
 
 
 def compare(site: Site, run: Path, found: Verified) -> Compared:
-    """Verify this site's ledger, then compare a run with it. found: the result of verifying the
-    run.
+    """Verify this site's ledger, then compare a run with it. run: the folder of the run, or of its
+    dossier. found: the result of verifying the run.
 
     Errors: NotGenuine if the run has this site's name under another key, or an update under this
     site's key that its ledger did not release (the key was stolen, or the ledger put back)."""

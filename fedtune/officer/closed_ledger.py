@@ -1,10 +1,10 @@
-"""Read another site's ledger, while no process can write to it, so that a hospital's ledger can
-enter its charges (`Ledger.enter_earlier`).
+"""Read the ledger of a site that a hospital takes over, while no process can write to it, so that
+the hospital's ledger can enter its charges (`Ledger.enter_earlier`).
 
 A doubtful charge counts against more datasets or units, never against fewer:
 | a charge that a restore entered, against every dataset | is entered against each of them        |
-| left out cohorts, and arrivals                          | are not carried: every unit pays       |
-| accepted charges of unknown ε, signed plans             | are not carried: a person decides anew |
+| the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
+| accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
 Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from fedtune.officer.freeze import frozen
 
 
 class Closed:
-    """Another site's ledger, to which no process can write while `closed` holds it.
+    """The ledger of a site that a hospital takes over, to which no other process can write while
+    `closed` holds it.
 
+    - head: the ledger's newest entry, by its hash
     - withdrawn: hash of a unit's key → when the unit withdrew, in UTC seconds
-    - refused: the slots whose answer a person refused for good
-    - stored: the slots whose update was released, and may be sent again
-    - path_of: returns the path at which a slot's update is stored"""
+    - refused: (study, round, adapter) of each answer that a person refused for good
+    - stored: (study, round, adapter) of each update that was released, and may be sent again
+    - path_of: returns the path at which the update of such a triple is stored"""
 
     def __init__(self, ledger: Ledger, reader: Transaction) -> None:
         self._ledger, self._reader, self._account = ledger, reader, ledger._account
@@ -44,12 +46,13 @@ class Closed:
         return sorted({*self._account.declared, *charged})
 
     def hashed(self, key: bytes) -> str:
-        """Hash a unit's key with this ledger's salt."""
+        """Return the hash of a unit's key with this ledger's salt."""
         return self._ledger.hashed(key)
 
     def list_earlier(self, membership: str, names: Mapping[str, str]) -> list[Earlier]:
-        """List the charges, oldest first, as charges of `membership`. Each counts against the
-        dataset to which `names` maps its own dataset."""
+        """List this ledger's charges, oldest first, as charges of `membership`. names: this
+        ledger's name of each dataset → the name under which its charges count. A charge that a
+        restore entered is listed once for each dataset, since it counts against all of them."""
         listed = list[Earlier]()
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership)

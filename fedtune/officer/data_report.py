@@ -93,7 +93,7 @@ class DataReport:
     """Counts of the rows, units and values in a site's files. `str` gives the report as text,
     `as_dict` for JSON.
 
-    - columns: names in the files, as far as a message may show them
+    - columns: the names of the files' columns, as far as a message may show them
     - failed: the rejected rows, including those that a study rejects
     - classes: names and counts, "" for values that are not shown
     - lengths: the spread of the records' lengths of text, in characters
@@ -302,7 +302,8 @@ def _characters(record: Record) -> int:
 
 
 def _years(data: SiteData, date: str) -> dict[str, int]:
-    """Count the rows by the year in the column `date`."""
+    """Return year -> number of rows, by the column `date`; rows whose cell names no year are
+    counted under "no date"."""
     counts: Counter[str] = Counter()
     names = Names(data.where, {"--date": date} | keys_of(data))
     for _, row in site_rows(data, names, strict=False):
@@ -320,7 +321,8 @@ def _years(data: SiteData, date: str) -> dict[str, int]:
 
 
 def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit]:
-    """Read the records as the study's training does, and measure them before they are cut.
+    """Read the records as the study's training does, and measure them before they are cut. read:
+    the records as they were read without a study.
 
     Returns: the dataset, None if the study cannot use the records; and how it would use them.
     Errors: ModelError if the base is not on this machine."""
@@ -365,8 +367,8 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
 
 
 def _tokens(example: Example) -> int:
-    """Count a record's tokens, including the last target; of a preference pair count the longer
-    passage."""
+    """Return the number of a record's tokens; the last target, which is no input, counts too. For a
+    preference pair it is the number of the longer passage."""
     return max(
         len(passage.input_ids) + bool((passage.target_ids != NO_TARGET).any())
         for passage in example.passages

@@ -63,7 +63,8 @@ class DataScan:
 
 
 def data_scan(site: Site) -> DataScan:
-    """Scan the records that training would read, at some 50 ms for each record. No study is needed.
+    """Look for identifiers, such as names and dates, in the records that training would read. This
+    takes some 50 ms for each record, and needs no study.
 
     Errors: DataError (no file, other columns), ModelError (fedtune[scan] is not installed, or its
     model cannot be fetched), InfrastructureError.

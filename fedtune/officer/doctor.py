@@ -58,7 +58,12 @@ RENEW = (
 
 def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
     """Yield each check's finding as the check ends. With a study, also check its plan, its data and
-    the self-test. outline: whether the plan is an outline (`review.is_outline`).
+    the self-test.
+
+    - path: the site.toml
+    - study: the plan that the site would take part in; None checks the site alone
+    - outline: whether the plan is an outline: digests that are filled in when the study starts may
+      be missing
 
     Errors: ConfigError if site.toml cannot be read; everything else is a finding."""
     site = load_site(path)
@@ -93,7 +98,8 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
 
 def _home(site: Site) -> str:
     """Check that nobody else can change the settings of a hospital's home, and that each
-    membership's site file can be used. Errors: ConfigError naming every problem."""
+    membership's site file can be used; return a text that says so. Errors: ConfigError naming every
+    problem."""
     listed = list_memberships(site.home)
     open_ = [
         f"{path}: other users can change it"
@@ -112,8 +118,8 @@ def _home(site: Site) -> str:
 
 
 def _isolation(site: Site) -> str:
-    """Describe how `fedtune client` would be confined here. Errors: PolicyRefused if the policy
-    asks for more than this machine supports."""
+    """Return a text that says how `fedtune client` would be confined here. Errors: PolicyRefused if
+    the policy asks for more than this machine supports."""
     here = isolation_here(site)
     if here.lacks and site.policy.isolation == "required":
         raise PolicyRefused(
@@ -124,7 +130,8 @@ def _isolation(site: Site) -> str:
 
 
 def _disk(site: Site, least: float) -> str:
-    """Check the free space of the state folder's disk, and say whether records lie on it too.
+    """Check the free space of the state folder's disk. Return a text that states it, and whether
+    records lie on the disk too. least: the number of bytes that must be free.
 
     A coordinator can see how much space is free beside the ledger's room (docs/guarantee.md, "What
     it does not cover"). If the records or their cache lie on the same disk, that space reveals how
@@ -153,7 +160,7 @@ def _device(path: Path) -> int:
 
 
 def _count_held(site: Site) -> str:
-    """Count the answers that wait for a person here."""
+    """Return a text with the number of answers that wait for a person here."""
     count = len(list_waiting(site))
     told = f"{count} wait: `fedtune let-go`" if count else "none waits"
     return f"each waits here until a person lets it go (policy.answers); {told}"
@@ -161,6 +168,7 @@ def _count_held(site: Site) -> str:
 
 def _check_declared(site: Site) -> str:
     """Check that no declared record was ever charged as private, as the client does at its start.
+    Return a text that says which ledger pays for the records.
 
     Errors: PolicyRefused."""
     if traces(site.home):
@@ -172,7 +180,7 @@ def _check_declared(site: Site) -> str:
 
 def _sheet(site: Site) -> str:
     """Check that the data sheet has the fields that the policy requires, and that it was attested
-    for these records.
+    for these records; return a text that says so.
 
     Errors: PolicyRefused."""
     lacks = list_lacking(load_sheet(site), site.policy.data_sheet)
@@ -212,7 +220,8 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
 
 
 def _network(site: Site, path: Path) -> Iterator[Finding]:
-    """Check enrolment, both certificates and the client's connection to the gateway."""
+    """Yield findings on enrolment, on both certificates, and on the client's connection to the
+    gateway."""
     report("checking: coordinator")
     try:
         site_link = link(site, path)
@@ -317,7 +326,8 @@ def _ledger(site: Site) -> str:
 
 
 def _same_people(site: Site) -> str:
-    """List signs that one patient has two keys, or that datasets declared disjoint share records.
+    """Return a text that lists signs that one patient has two keys, or that datasets which are
+    declared disjoint share records.
 
     The guarantee covers neither case. Boilerplate texts cause both signs, so a person has to
     judge."""
@@ -346,7 +356,8 @@ def _same_people(site: Site) -> str:
 
 def _plan(study: Study, site: Site, outline: bool) -> str:
     """Check the plan against policy, ledger and signatures, as `fedtune review` does, and return σ
-    and ε as text. Errors: the first refusal."""
+    and ε as text. outline: whether digests that are filled in when the study starts may be missing.
+    Errors: the first refusal."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
     for refusal in would_refuse(study, site, plan, ledger, outline=outline):

@@ -27,10 +27,13 @@ log = logging.getLogger("fedtune.site")
 
 
 def freeze(site: Site, why: str) -> None:
-    """Freeze the ledger. The freeze is entered in the audit log first, so that a restore can freeze
-    the ledger again; a damaged audit log does not prevent the freeze. A damaged ledger, with which
-    no round is answered, is frozen by the audit log alone, once it is restored. An answer that was
-    sent cannot be called back. A round under way is charged and not answered.
+    """Freeze the ledger. An answer that was sent cannot be called back. A round under way is
+    charged and not answered. why: the person's reason, which the ledger's entry states.
+
+    The freeze is entered in the audit log first, so that a restore can freeze the ledger again; a
+    damaged audit log does not prevent the freeze. If the ledger is damaged, only the audit log gets
+    the entry. No round is answered with a damaged ledger, and when it is restored, that entry
+    freezes it.
 
     Errors: ConfigError if there is no ledger (none is made); NotGenuine of a damaged audit log,
     after the freeze; LedgerError, of a damaged ledger after the entry in the audit log;
@@ -58,17 +61,19 @@ def freeze(site: Site, why: str) -> None:
 
 def lift(site: Site, why: str) -> None:
     """End a freeze. The lift is entered in the ledger before the audit log, so that a restore after
-    an interruption freezes the ledger again. Errors: InputError if the ledger is not frozen;
-    NotGenuine of a damaged audit log, after the lift; LedgerError; InfrastructureError."""
+    an interruption freezes the ledger again. why: the person's reason, which the ledger's entry
+    states. Errors: InputError if the ledger is not frozen; NotGenuine of a damaged audit log, after
+    the lift; LedgerError; InfrastructureError."""
     book = Ledger(site.home)
     book.lift(login(), why)
     AuditLog(book.folder, book.key).add(LIFT, "--lift")
 
 
 def standing(home: Path, public: str) -> Standing:
-    """Return the withdrawals, the refused answers and the freeze that a restored ledger in `home`
-    must hold, by those receipts and the audit log beside it that the key `public` signed. An audit
-    log that does not verify counts as a freeze, since its newest entries may be gone."""
+    """Return what a restored ledger in `home` must hold: the withdrawals, the refused answers and
+    the freeze. They are read from the receipts and the audit log beside the ledger; only what the
+    key `public` signed counts. An audit log that does not verify counts as a freeze, since its
+    newest entries may be gone."""
     withdrawn = withdrawn_by_receipts(home, public)
     try:
         entries = audit_log.verify(home, public).entries if audit_log.files(home) else []
@@ -84,8 +89,9 @@ def standing(home: Path, public: str) -> Standing:
 
 
 def check_not_frozen(home: Path, what: str) -> None:
-    """Check that a person did not freeze the ledger in `home`, before files are deleted or moved
-    that may be evidence. Errors: Refused; LedgerError."""
+    """Check that no person froze the ledger in `home`, before files that may be evidence are
+    deleted or moved. what: the act, for the error's text, as in "deleted". Errors: Refused;
+    LedgerError."""
     if traces(home) and Ledger(home).frozen:
         raise frozen(home, what)
 

@@ -64,14 +64,22 @@ MEMBERSHIPS = """
 def write_hospital(
     name: str, size: int, ceilings: CeilingTable, data: Mapping[str, RegisteredData]
 ) -> str:
-    """Compose hospital.toml. Every path in `data` is absolute."""
+    """Compose hospital.toml, without a membership.
+
+    - name: the hospital's name
+    - size: the number of units of its largest dataset, as a person declares it
+    - ceilings: the most that all memberships together may spend of a dataset
+    - data: name → dataset, of those that memberships may train on. Every path in it is absolute.
+
+    Returns: the content of the file, with comments for the person who edits it."""
     figures = {key: quote(value) for key, value in ceilings.model_dump().items()}
     text = HOSPITAL.format(name=quote(name), declared_size=size, **figures)
     return text + "".join(write_data(*one) for one in data.items()) + MEMBERSHIPS
 
 
 def write_data(name: str, data: RegisteredData) -> str:
-    """Compose the table of a dataset."""
+    """Compose the table of a dataset, to be added to hospital.toml. Every path in `data` is
+    absolute."""
     given = data.model_dump(exclude_defaults=True)
     return _table(f"datasets.{_key(name)}", given)
 
@@ -79,13 +87,20 @@ def write_data(name: str, data: RegisteredData) -> str:
 def write_membership(
     name: str, site: Path, max_epsilon: float | None = None, *, earlier: bool = False
 ) -> str:
-    """Compose the table of a membership."""
+    """Compose the table of a membership, to be added to hospital.toml.
+
+    - name: the membership's name
+    - site: the absolute path of its site.toml
+    - max_epsilon: its share of the hospital's ceiling; None allows the whole ceiling
+    - earlier: whether the charges from before the ledger was the hospital's are this
+      membership's"""
     given = {"site": site, "max_epsilon": max_epsilon, "earlier": earlier or None}
     return _table(f"memberships.{_key(name)}", given)
 
 
 def write_home(home: Path, membership: str) -> str:
-    """Compose the table of a site.toml that makes it a membership."""
+    """Return the text of the table [hospital], which makes a site.toml that of a membership. home:
+    the folder of the hospital's home. membership: the membership's name."""
     return (
         "\n[hospital]             # this site pays from the ledger of a hospital's home, under\n"
         f"home = {quote(home)}   # the ceilings of its hospital.toml\n"
@@ -119,8 +134,9 @@ def _table(name: str, values: Mapping[str, Any]) -> str:
 
 
 def without_table(text: str, *path: str) -> str:
-    """Return the text without the table of this name. Errors: ConfigError if it is not written as
-    a table of its own."""
+    """Return the text without the table of this name. text: the content of a TOML file. path: the
+    parts of the table's name, such as "memberships", "north". Errors: ConfigError if it is not
+    written as a table of its own."""
     lines = text.splitlines(keepends=True)
     start, end = _find(lines, path)
     while start + 1 < end < len(lines) and not lines[end - 1].partition("#")[0].strip():
@@ -130,6 +146,12 @@ def without_table(text: str, *path: str) -> str:
 
 def with_key(text: str, table: str, key: str, value: str | None) -> str:
     """Return the text with a key of a table set to `value`, or without the key if `value` is None.
+
+    - text: the content of a TOML file; its comments stay
+    - table: the name of a table of the file, without dots
+    - key: the name of the key; it is added below the table's header if it is not there
+    - value: the new value, a text
+
     Errors: ConfigError if the table is not written as a table of its own."""
     lines = text.splitlines(keepends=True)
     start, end = _find(lines, (table,))
@@ -150,7 +172,8 @@ def _is_whole(lines: list[str]) -> bool:
 
 
 def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
-    """Return the index of a table's header line, and the index of the line after its last."""
+    """Return the index of a table's header line, and the index of the line after its last. path:
+    the parts of the table's name. Errors: ConfigError if no line is that header."""
     wanted = list(path)
     for start, line in enumerate(lines):
         with suppress(ValueError):
@@ -182,7 +205,8 @@ def _path_of(table: Any) -> list[str]:
 
 def check_text(path: Path, text: str, load: Callable[[Path], T]) -> T:
     """Write the text to a draft beside `path`, and return what `load` reads from the draft, which
-    is then deleted. Errors: those of `load`, with the name of `path` in a ConfigError."""
+    is then deleted. path: the file for which the text is meant; it is not changed. load: reads and
+    checks a file. Errors: those of `load`, with the name of `path` in a ConfigError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         return load(replace(draft, text.encode(), private=True))
@@ -212,5 +236,5 @@ def keep_copy(path: Path) -> Path:
 
 
 def before() -> str:
-    """Return the suffix of the name of a copy that is made today (UTC)."""
+    """Return the suffix of the name of a copy that is made today: "before-" and the date (UTC)."""
     return f"before-{datetime.now(UTC).date().isoformat()}"

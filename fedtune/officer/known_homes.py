@@ -73,8 +73,9 @@ def check_home(site: Site) -> None:
 
 
 def move_notes(state: Path, home: Path) -> None:
-    """Note for `home` what was noted for the site's state folder `state`, whose ledger it adopted.
-    Called before that ledger is taken away, since a folder without one is forgotten."""
+    """Note that `home` pays for the records for which the site's state folder `state` paid, since
+    the home has adopted the site's ledger. Call this before that ledger is removed from `state`,
+    since the notes of a folder without a ledger are forgotten."""
     try:
         path = path_of_notes()
         with locks.hold(_made(path).with_suffix(".lock")):
@@ -90,7 +91,7 @@ def move_notes(state: Path, home: Path) -> None:
 def check_simulated(site: Site) -> None:
     """Check that no other home pays for the records of a site that is simulated; nothing is noted.
 
-    Errors: as `check_home`."""
+    Errors: ConfigError, which names the other home or a ledger that was never adopted."""
     _check_adopted(site)
     try:
         _check_places(_tables(site), str(site.home.resolve()), _read(path_of_notes()))
@@ -99,7 +100,8 @@ def check_simulated(site: Site) -> None:
 
 
 def _check_adopted(site: Site) -> None:
-    """Check that a membership's state folder holds no ledger. Errors: ConfigError."""
+    """Check that a membership's state folder holds no ledger of its own, which the hospital's home
+    would first have to adopt. Errors: ConfigError."""
     if site.hospital and (site.site.state / DATABASE).exists():
         raise ConfigError(
             f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
@@ -147,8 +149,9 @@ def _made(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, list[Note]]:
-    """Read the notes of all homes in which files of a ledger, even a damaged one, are left. Return
-    {} if there are none, or if the notes cannot be read."""
+    """Return home → the notes of the records for which it pays, for each home in which files of a
+    ledger, even a damaged one, are left. Return {} if there are none, or if the notes cannot be
+    read."""
     if not path.exists():
         return {}
     try:
@@ -222,7 +225,8 @@ def _is_same_file(note: Note, path: Path) -> bool:
 
 
 def _note(table: SiteData) -> Note:
-    """Return the note of a table's place."""
+    """Return the note of the place of a table's records: path, device and inode of the file or
+    folder, or url and databases of a database server."""
     for path in _path(table):
         with suppress(OSError):
             found = path.stat()

@@ -92,10 +92,12 @@ def consortium_of(site: Site) -> str:
 
 
 def check_trusted(folder: Path, consortium: str) -> None:
-    """Check, before a consortium's answer is stored or used, that no person here distrusts it by
-    the audit log in `folder`. consortium: its fingerprint. The log's signatures are not checked: a
-    log that a crash cut short does not keep a site away, and a line that somebody added can only
-    keep it away.
+    """Check, before a consortium's answer is stored or used, that no person here declared the
+    consortium distrusted. consortium: its fingerprint. folder: where the audit log lies, which has
+    such declarations.
+
+    The log's signatures are not checked: a log that a crash cut short does not keep a site away,
+    and a line that somebody added can only keep it away.
 
     Errors: Refused; InputError if the log cannot be read."""
     if consortium in (found := distrusted(folder)):
@@ -108,8 +110,9 @@ def check_trusted(folder: Path, consortium: str) -> None:
 
 
 def distrusted(folder: Path) -> dict[str, str]:
-    """Return the fingerprint → day of each consortium that a person distrusts by the audit log in
-    `folder`. Errors: InputError if the log cannot be read."""
+    """Return the consortia that a person here left and declared distrusted, from the audit log in
+    `folder`: fingerprint → day of the first such entry (YYYY-MM-DD). Errors: InputError if the log
+    cannot be read."""
     found = dict[str, str]()
     for entry in _entries(folder):
         facts = entry.get("facts")

@@ -36,9 +36,10 @@ class Waiting:
       was there before the home
     - kind: ANSWER, or DRAW, a draw of shared noise, which is not charged yet
     - size: length in bytes
-    - epsilon: ε of this round alone, at policy.max_delta
-    - fallback: with shared noise, the same by the site's own noise alone; else ""
-    - since: the time since which it waits, UTC"""
+    - epsilon: ε of this round alone, as text, at the δ of the site's ledger: policy.max_delta, or
+      for a membership the hospital's
+    - fallback: with shared noise, the ε that this site's own noise alone gives, as text; else ""
+    - since: the time since which it waits, UTC, as text"""
 
     name: str
     membership: str
@@ -54,7 +55,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class _Found:
-    """A waiting answer, its slot and its ledger."""
+    """A waiting answer. slot: its study, round and adapter, by which a ledger identifies it.
+    ledger: the ledger that has it, the site's own or one of a run of declared data."""
 
     waiting: Waiting
     slot: Slot
@@ -70,8 +72,15 @@ def list_waiting(site: Site) -> list[Waiting]:
 
 def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -> list[Waiting]:
     """Release the answers that wait under `names`, or refuse them for good. Each decision is
-    entered in the audit log, then in the ledger. every: decide about all answers that wait now.
-    Returns the decided answers.
+    entered in the audit log, then in the ledger.
+
+    - site: the site where they wait; in a hospital's home only the answers of its own membership
+      are decided about
+    - names: names of answers, as `list_waiting` gives them
+    - refuse: whether the answers are refused, in place of being released
+    - every: decide about all answers that wait now, also those that `names` does not list
+
+    Returns: the decided answers.
 
     Errors: InputError if nothing waits under a name, or another person was faster; LedgerError;
     InfrastructureError."""
@@ -133,6 +142,14 @@ def _find_draws(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
 
 
 def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, since: int) -> Waiting:
+    """Describe a waiting answer by facts of the plan, its length and its cost.
+
+    - site: the site, at whose policy's δ the ε are computed
+    - slot: the study, round and adapter that are answered
+    - charge: what the answer costs; of a draw, what it would cost
+    - kind: ANSWER or DRAW
+    - size: the length of the answer in bytes
+    - since: the time since which it waits, UTC seconds"""
     from fedtune.core.dp import (
         accountant,  # it takes a second to import, and most often nothing waits
     )

@@ -55,7 +55,7 @@ class Membership:
     """A membership as `fedtune memberships` shows it.
 
     - consortium: {address, fingerprint} of the coordinator whose answer is stored; None if none is
-    - share: dataset → the ε that the membership spent, compared with its own share
+    - share: dataset → the ε that the membership spent, and the most that it may spend
     - studies: digest → name of each study that is under way
     - runs: whether its client or vault runs now
     - problem: why its site file cannot be used; "" if it can"""
@@ -157,8 +157,15 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
 def site_of(
     path: Path, membership: str, at: Path | None = None, *, keys_may_differ: bool = False
 ) -> Site:
-    """Load the site file of a membership. at: for a draft, the path at which the file will lie;
-    keys_may_differ: as for `load_site`. Errors: ConfigError if it is another membership's file."""
+    """Load the site file of a membership.
+
+    - path: the site file, or a draft of it
+    - membership: the membership's name, which the file must state
+    - at: for a draft, the path at which the file will lie; None if `path` is that path
+    - keys_may_differ: accept that another membership of the hospital reads patients' keys in
+      another way
+
+    Errors: ConfigError if it is another membership's file."""
     site = load_site(path, at=at, keys_may_differ=keys_may_differ)
     if site.policy.membership != membership:
         raise ConfigError(
@@ -199,8 +206,15 @@ def still(home: Path, site: Site) -> Iterator[None]:
 def make_home(home: Path, name: str, size: int, dataset: str, data: RegisteredData) -> Path:
     """Make a hospital's home with one registered dataset, and return its hospital.toml.
 
-    data: the dataset's table, with an absolute path or a url. Errors: ConfigError if there is a
-    home already, or the size is too large for the ceilings' δ; InfrastructureError."""
+    - home: the folder, which is made if it does not exist
+    - name: the hospital's name
+    - size: the number of units of its largest dataset, as a person declares it; the ceilings' δ
+      follows from it (`ceilings_for`)
+    - dataset: the name under which the dataset is registered
+    - data: the dataset's table, with an absolute path or a url
+
+    Errors: ConfigError if there is a home already, or the size is too large for the ceilings' δ;
+    InfrastructureError."""
     if (home / FILE).exists():
         raise ConfigError(f"{home / FILE} exists", "a folder that is no home yet")
     text = write_hospital(name, size, ceilings_for(size), {dataset: data})
@@ -221,6 +235,12 @@ def add(
     home: Path, name: str, site: Path, site_text: str, max_epsilon: float | None = None
 ) -> list[Path]:
     """Enter a membership in hospital.toml and write its site file, 0600; return both files.
+
+    - home: the folder of the hospital's home
+    - name: the membership's name, which no other membership of this home ever had
+    - site: the path at which its site file is written
+    - site_text: the content of the site file
+    - max_epsilon: its share of the hospital's ceiling; None allows the whole ceiling
 
     If the process is killed between the two, a second call writes the site file. Errors:
     ConfigError if the name is taken or ended, the site file exists, or either file would not be
@@ -244,7 +264,8 @@ def add(
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
     """Check that a new membership may have this name: no membership may have it now, and neither
-    the home's ledger nor its audit log may name an earlier membership so. Errors: ConfigError."""
+    the home's ledger nor its audit log may name an earlier membership so. home: the folder of the
+    hospital's home. hospital: the content of its hospital.toml. Errors: ConfigError."""
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     if name in earlier_names(home):
@@ -257,7 +278,7 @@ def check_new(home: Path, hospital: Hospital, name: str) -> None:
 
 
 def earlier_names(home: Path) -> set[str]:
-    """Return the memberships that a home's ledger or audit log names."""
+    """Return the names of the memberships that a home's ledger or audit log names."""
     if not traces(home):
         return set()
     book = Ledger(home)
@@ -281,8 +302,10 @@ def append(home: Path, table: str) -> None:
 
 @dataclass(frozen=True)
 class Ending:
-    """What `end` would do.
+    """What the end of a membership would delete, and what it would keep.
 
+    - home, name: the hospital's home and the membership
+    - site: the membership's site; None if its site file cannot be used
     - delete: kind → the files of the state folder, of the membership's studies, and its network
       keys
     - paid: dataset → what the membership spent; this stays spent
@@ -297,8 +320,9 @@ class Ending:
 
 
 def list_ending(home: Path, name: str) -> Ending:
-    """List the files that `end` would delete, and the files that stay. Errors: ConfigError if the
-    home has no such membership; InfrastructureError if its client runs."""
+    """List the files that `end` would delete, and what the membership spent, which stays spent.
+    Errors: ConfigError if the home has no such membership; InfrastructureError if its client runs.
+    """
     listed = list_memberships(home)
     found = [each for each in listed.memberships if each.name == name]
     if not found:
@@ -344,13 +368,15 @@ def _key_folders(site: Site) -> list[Path]:
 
 
 def end(ending: Ending, *, anyway: bool = False) -> Path:
-    """End a membership; return the copy of hospital.toml that is kept.
+    """End a membership; return the path of the copy of hospital.toml that is kept. ending: the
+    result of `list_ending`. anyway: whether to end the membership in spite of `ending.anyway`.
 
     Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
     and so does its own signing key. Its table in hospital.toml is removed last, so that an end that
     was killed can be repeated; from then on the site file is refused. Other changes of
-    hospital.toml, made meanwhile, stay. Errors: InputError if studies are under way, unless
-    `anyway`; Refused if the ledger is frozen; InfrastructureError if its client runs."""
+    hospital.toml, made meanwhile, stay. Errors: InputError unless `anyway`, if studies are under
+    way or the site file cannot be used; Refused if the ledger is frozen; InfrastructureError if its
+    client runs."""
     if ending.anyway and not anyway:
         raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
     home, name, site = ending.home, ending.name, ending.site

@@ -15,12 +15,15 @@ from fedtune.evidence.sign import EVIDENCE, RUN
 
 
 def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
-    """Return the newest head of a site's audit log that the site's updates in a run hold, encrypted
-    for the site. run: the folder of a run, or of its dossier; state: the folder of the ledger,
-    where the key is; memberships: the memberships that share the ledger.
+    """Return the newest head of a site's audit log (NUMBER:HASH) that a run holds: each update of
+    the site carries the head of its time, encrypted for the site.
 
-    Errors: ConfigError if the key is missing; InputError if `run` holds no such head, or is no
-    run."""
+    - run: the folder of the run, or of its dossier
+    - state: the folder of the ledger, where the key is
+    - memberships: the memberships that share the ledger
+
+    Errors: ConfigError if the key is missing; InputError if `run` holds no such head, or is no run.
+    """
     if not (state / KEY).exists():
         raise ConfigError(f"{state}: no {KEY} here", "a site's state folder")
     key = SigningKey.at(state / KEY)

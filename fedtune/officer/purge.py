@@ -97,8 +97,8 @@ class Listing:
 
 
 def listing(site: Site, study: str | None = None) -> Listing:
-    """List the files that `purge` would delete. study: a study's name or digest; only the files of
-    such studies are then listed.
+    """List the files that `purge` would delete. study: a study's name, its digest, or at least the
+    first 8 digits of it; only the files of such studies are then listed. None lists all files.
 
     Errors: ConfigError if there is no state folder; InputError if no study has that digest or name;
     LedgerError."""
@@ -155,9 +155,9 @@ def purge(contents: Listing) -> None:
 
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
-    """Add the files that the membership's own studies left beside the hospital's ledger. Files of
-    another membership, which may run the same plan, are not added, since that membership would have
-    to pay again for a deleted update."""
+    """Add to `contents` the files that the membership's own studies left beside the hospital's
+    ledger. Files of another membership, which may run the same plan, are not added, since that
+    membership would have to pay again for a deleted update."""
     if not traces(site.home):
         return
     book, own = Ledger(site.home), site.policy.own_memberships
@@ -180,7 +180,8 @@ def _find(folder: Path, kind: str) -> list[Path]:
 
 
 def _owner_of_draw(path: Path) -> str | None:
-    """Return the membership that was asked for a draw; None if its note cannot be read."""
+    """Return the membership whose draw of shared noise waits for a person, from the draw's note
+    `path`; "" if the draw is of no membership, None if the note cannot be read."""
     try:
         return owner_of(("", 0, str(reading.json_in(path, "a draw that waits")["adapter"])))
     except (FedtuneError, KeyError, TypeError):
@@ -201,8 +202,9 @@ def _kind(name: str) -> str | None:
 
 
 def _walk(state: Path) -> Iterator[Path]:
-    """Yield every file. For a folder that holds a ledger (a backup), yield only the folder, unless
-    it is the ledger of a run of declared data."""
+    """Yield the files of a state folder. A folder in it that holds a ledger is a backup: it is
+    yielded itself, in place of its files. The folders of runs of declared data, which hold the
+    run's ledger, are no backups."""
     for root, folders, files in os.walk(state):
         folder = Path(root)
         of_run = folder.parent == state / RUNS
@@ -240,7 +242,9 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 
 def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, str]:
-    """Return digest -> name of the studies that match. Errors: InputError if none matches."""
+    """Return digest -> name of the studies that `name_or_digest` means: a study's name, its digest,
+    or at least the first 8 digits of it. plans: stored plans, which name studies besides those in
+    the ledger. Errors: InputError if it means none."""
     state, home = site.site.state, site.home
     spent = Ledger(home).spending() if traces(home) else []
     names = under_way(state) | {entry.charge.study: entry.charge.name for entry in spent}

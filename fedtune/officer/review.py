@@ -69,10 +69,14 @@ def read_plan(
     """Read a plan from study.toml, from the coordinator's answer, or from JSON, which a coordinator
     sent or a run folder holds.
 
-    settings: for a study.toml, values in place of the file's, as for load_study. whole: for a
-    study.toml, whether to compute also the parts that follow from its base and its public text (the
-    adapter's frozen factor, the start), which may take an hour. Only a whole plan has the digest
-    that a coordinator sends; rules and costs do not need it.
+    - path: the file; its suffix tells which of these it is: .answer, .json, or another for
+      study.toml
+    - site: the site that would take part; its policy names the plug-ins that may be imported
+    - settings: for a study.toml, values in place of the file's, each "KEY=VALUE" as for `--set`
+    - whole: for a study.toml, whether to compute also the parts that follow from its base and its
+      public text (the adapter's frozen factor, the start), which may take an hour. Only a whole
+      plan has the digest that a coordinator sends; rules and costs do not need it.
+
     Errors: ConfigError; ModelError if the base cannot be found; Refused if the answer is not the
     coordinator's; PolicyRefused if the plan names a plug-in that the site's policy does not name.
     Such a plug-in is not imported."""
@@ -93,8 +97,8 @@ def read_plan(
 
 
 def _fill_outline(study: Study) -> Study:
-    """Fill in the parts of a study.toml's plan that can be computed without its base: the rounds,
-    and the digest of a base that this release pins."""
+    """Return a study.toml's plan with the parts filled in that can be computed without its base:
+    the rounds, and the digest of a base that this release pins."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
@@ -131,8 +135,12 @@ def _in_answer(path: Path, site: Site) -> Study:
 
 
 def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -> Review:
-    """Explain the plan `study` for `site`, without reading a record. outline: whether it is an
-    outline (`is_outline`)."""
+    """Explain the plan `study` for `site`, without reading a record.
+
+    - study: the plan, as `read_plan` returns it
+    - site: the site that would take part
+    - ledger: the site's ledger, with the charges so far and the signed plans
+    - outline: whether it is an outline (`is_outline`), whose digest is not final"""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     against = would_refuse(study, site, plan, ledger, outline=outline)
     refused = [str(refusal) for refusal in against]
@@ -158,7 +166,13 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
 
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
-    """List this site's key and its peers', with the fingerprints that people compare."""
+    """Return the lines about who shares the noise: this site's signing key and each pinned peer's,
+    with the fingerprints that people compare.
+
+    - plan: the site's part of a study of shared noise
+    - site: the site, whose policy.peers pins the keys
+    - ledger: the site's ledger. Its key is the site's signing key too, except for a membership of
+      a hospital, which has a signing key of its own."""
     own = signing_key(site, ledger).public
     pinned = dict.fromkeys(pin_others(site, own).policy.peers)
     return [
@@ -201,7 +215,12 @@ def would_refuse(
 ) -> list[Refused]:
     """List every rule and limit that refuses the plan today. A missing signature is not listed.
 
-    ledger: None if there is none yet; outline: whether the plan is an outline (`is_outline`)."""
+    - study: the plan
+    - site: the site with its policy
+    - plan: the site's part of the study; None if the study is not private
+    - ledger: the site's ledger; None if there is none yet
+    - outline: whether the plan is an outline (`is_outline`), so that digests which are still
+      missing are no reason"""
     if ledger and site.policy.peers:
         site = pin_others(site, signing_key(site, ledger).public)
     rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
@@ -209,9 +228,9 @@ def would_refuse(
 
 
 def _about_teacher(study: Study, site: Site) -> list[Refused]:
-    """Refuse a teacher that is a run and was changed since it was signed; return [] in all other
-    cases. The run is verified only here, for the person who reviews: a round only compares the
-    teacher's digest with the plan's."""
+    """Return a refusal, in a list, if the teacher is a run that was changed since it was signed; []
+    in all other cases. The run is verified only here, for the person who reviews: a round only
+    compares the teacher's digest with the plan's."""
     if not may_resolve(study, site.policy) or study.objective.resolved.teacher_spec is None:
         return []
     from fedtune.runs.teacher_admission import check_teacher
@@ -228,7 +247,12 @@ def cost_refusals(
 ) -> list[Refused]:
     """List the refusals of the plan's cost: for earlier charges of unknown ε, and for a limit that
     the cost would exceed on top of what was spent. In a study without a last round, only charges
-    that count for a patient who arrives now are added. ledger: None if there is none yet."""
+    that count for a patient who arrives now are added.
+
+    - study: the plan
+    - site: the site, whose policy has the limits and whose [data] names the dataset that pays
+    - plan: the site's part of the study; None if the study is not private, so that it has no ε
+    - ledger: the site's ledger; None if there is none yet, so that nothing was spent"""
     refused, name = list[Refused](), site.data.name
     try:
         check_known(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
@@ -247,7 +271,7 @@ def cost_refusals(
 
 def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
     """Return whether the site's policy asks for a signature under the plan and nobody has signed
-    it."""
+    it. ledger: the site's ledger, which holds the signatures; None if there is none yet."""
     signed = ledger is not None and ledger.admitted(study.digest, site.policy.own_memberships)
     return site.policy.admission != "standing" and not signed
 
@@ -255,6 +279,14 @@ def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
 def _verdict(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger, refused: list[str]
 ) -> str:
+    """Say in a sentence what the site would do with the plan today: refuse it, train nothing more,
+    wait for a signature, or take part.
+
+    - study: the plan
+    - site: the site with its policy
+    - plan: the site's part of the study; None if the study is not private
+    - ledger: the site's ledger, with the charges so far and the signed plans
+    - refused: the rules that refuse the plan"""
     if refused:
         return "This site refuses it"
     charges = ledger.charges(site.data.name)
@@ -371,7 +403,8 @@ def _leaves(study: Study, site: Site) -> list[str]:
 
 
 def _describe_accepted(site: Site) -> list[str]:
-    """Describe what happens to the site's exact decisions about finished models."""
+    """Return lines that say what happens to the site's exact decisions about finished models; [] if
+    the site has no [acceptance]."""
     if site.acceptance is None:
         return []
     return [
@@ -382,7 +415,7 @@ def _describe_accepted(site: Site) -> list[str]:
 
 
 def _describe_held(study: Study, site: Site) -> list[str]:
-    """Describe what waits for a person here before it leaves."""
+    """Return lines that say what waits for a person here before it leaves; [] if nothing does."""
     if site.policy.answers != "held":
         return []
     what = "No answer leaves before a person here has let it go"
@@ -426,6 +459,13 @@ def _queries(study: Study) -> list[str]:
 
 
 def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> list[str]:
+    """Describe what the plan costs the site's dataset: ε of the study and in total, and what they
+    mean for one unit.
+
+    - study: the plan
+    - site: the site with its ceilings
+    - plan: the site's part of the study; None if the study is not private
+    - ledger: the site's ledger, with the charges so far"""
     if plan is None:
         return [
             "Everything: after a run without privacy no ε can be stated for this dataset, and "
@@ -500,7 +540,8 @@ def _whatever(budget: Budget) -> list[str]:
 
 def _room_for_attempts(budget: Budget) -> list[str]:
     """Describe how many failed attempts at a round the site's limits leave room for. No more than
-    the plan's number of rounds are counted, since nobody plans for more."""
+    the plan's number of rounds are counted, since nobody plans for more. Return [] if the plan
+    shares no noise, or has no round left."""
     plan, ahead = budget.plan, budget.remaining()
     if plan.sites == 1 or not ahead:
         return []
@@ -523,7 +564,12 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 
 def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
     """Describe, for a study without a last round, the ε that one patient pays in all, and the most
-    that any patient has paid so far."""
+    that any patient has paid so far.
+
+    - site: the site with its ceilings and its dataset
+    - plan: the site's part of the study, whose rounds are the most in which one patient takes part
+    - ledger: the site's ledger, with the charges so far
+    - facts: the plan's ε, δ, q, σ and steps, under the names that `best_guess` reads"""
     policy = site.policy
     spent = find_heaviest_budget(site.data.name, ledger.cohorts(site.data.name), policy)
     most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)

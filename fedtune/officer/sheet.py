@@ -80,9 +80,10 @@ TERMS = {
 class Described:
     """The result of `describe_data`.
 
-    - sheet: the path of the fields that a person typed
+    - sheet: the path of sheet.toml, which has the fields that a person typed
     - template: whether only an empty sheet was written
     - private, public: the paths of the private and the public sheet; None if not written
+    - held: the names of the fields that a person filled in
     - rows, usable, units: counts, for this site only"""
 
     sheet: Path
@@ -167,7 +168,8 @@ def public_sheet(typed: Sheet, name: str) -> dict[str, Any]:
 
 def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str, Any]:
     """Build the private sheet, which stays beside the records: what was typed, with counts, and
-    each file with its size and hash."""
+    each file with its size and hash. typed: the fields that a person filled in. counts: the name of
+    each figure about the records → its value."""
     body = public_sheet(typed, site.site.name)
     body["variableMeasured"] = [
         {"@type": "sc:PropertyValue", "name": name, "value": value}
@@ -189,8 +191,8 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
 
 
 def records_hash(site: Site) -> str:
-    """Hash a site's records: each file's name and bytes or, from another source, every row, whether
-    or not the patient consented. Errors: DataError."""
+    """Return a hash of a site's records: of each file's name and bytes or, from another source, of
+    every row, whether or not the patient consented. Errors: DataError."""
     total = hashlib.sha256()
     if _in_files(site):
         for file in _files(site.data.path):

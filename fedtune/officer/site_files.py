@@ -11,9 +11,10 @@ from fedtune.core.files import reading
 
 
 def sites_in(place: Path | Iterable[Path]) -> list[Path]:
-    """List the given site files. Of a folder, list its *.toml files and, one level down, its
-    site*.toml files, in so far as they have a [site] table, sorted. Errors: ConfigError (no file,
-    or one is broken)."""
+    """List the paths of site files: those that are given and, for each folder that is given, its
+    *.toml files and, one level down, its site*.toml files, sorted. Of a folder's files, only those
+    with a [site] table count. Errors: ConfigError (a folder has no site file, or one that is
+    broken)."""
     if not isinstance(place, Path):
         return [path for entry in place for path in sites_in(entry)]
     if place.is_file():

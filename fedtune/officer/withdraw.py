@@ -42,7 +42,11 @@ _DIGITS = 16  # of the patient's salted hash in a receipt's file name
 
 @dataclass(frozen=True)
 class Release:
-    """A study that sent updates from the dataset before the withdrawal."""
+    """A study that sent updates from the dataset before the withdrawal.
+
+    - name, digest: the study's name and the digest of its plan
+    - rounds: the number of rounds whose updates were sent
+    - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private"""
 
     name: str
     digest: str
@@ -87,16 +91,20 @@ class NotLogged(NotGenuine):
 def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
     """Enter the withdrawal in the ledger and list the releases that it cannot undo.
 
+    - site: the site; in a hospital's home any of its memberships
+    - patient: the patient's key, as the patient column has it; spaces around it do not count
+    - ledger: the ledger of the site, or of the hospital's home
+    - unseen: whether to accept a key that is in no record yet
+
     From the next round on, the patient's records are left out, and their states in memory are
     dropped. Nothing on the wire changes, since batch, noise and divisor do not depend on the true
     count. Earlier releases cannot be undone: the adapters of `releases` were trained with the
     patient's records, and reveal about them at most what their ε allows. In a hospital's home the
     withdrawal holds for every membership, whichever membership's site is given.
 
-    Each withdrawal has a receipt in the site's state folder, signed by the site's key and readable
-    by this user alone, with the time and the releases, but without the patient's key. A second
-    withdrawal of the same key gets the receipt of the first. unseen: whether to accept a key that
-    is in no record yet.
+    Each withdrawal has a receipt in the folder RECEIPTS beside the ledger, signed by the ledger's
+    key and readable by this user alone, with the time and the releases, but without the patient's
+    key. A second withdrawal of the same key gets the receipt of the first.
     Guarantee: a receipt and its file's name follow from this patient's withdrawal and from the
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.
@@ -213,9 +221,9 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
 
 
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
-    """Return the hash of each unit's key → when the unit withdrew, in UTC seconds, by those
-    receipts beside a ledger that the key `public` signed. Other files are skipped. The hashes hold
-    only with the salt under which they were made."""
+    """Return the hash of each withdrawn unit's key → when the unit withdrew, in UTC seconds. They
+    are read from the receipts in `home`, beside a ledger; files that the key `public` did not sign
+    are skipped. The hashes hold only with the salt under which they were made."""
     since: dict[str, int] = {}
     for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
@@ -242,7 +250,14 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
     """Build and sign the receipt that a patient may keep. The receipt names the patient by a salted
     hash, by which nobody without this site's salt can identify the patient. The ledger's key signs,
     in a hospital's home too: a withdrawal holds in every membership, and must be provable after a
-    membership has ended. The receipt is for patient and hospital, and goes to no coordinator."""
+    membership has ended. The receipt is for patient and hospital, and goes to no coordinator.
+
+    - site: the site whose name the receipt states
+    - ledger: the ledger whose key signs
+    - entry: the ledger's entry of the withdrawal, with the hash and the time
+    - releases: the earlier releases that the receipt lists
+
+    Returns: the content of the receipt, with its signature."""
     receipt: dict[str, Any] = {
         "what": "withdrawal of consent: no later round of this site reads the patient's records",
         "site": site.site.name,
@@ -257,7 +272,8 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
 
 
 def _time_of(entry: Entry) -> str:
-    """Return when a unit withdrew, even if it was entered again in a restored ledger later."""
+    """Return the time at which a unit withdrew, as the text that receipts have, even if the
+    withdrawal was entered again in a restored ledger later."""
     return time.strftime(TIME, time.gmtime(entry.body.get("since", entry.body["time"])))
 
 

@@ -105,7 +105,8 @@ class Records:
 
     @property
     def delta(self) -> float:
-        """δ, by the rule of all tasks (report.delta.delta_for) for the largest site."""
+        """The study's δ: the largest power of ten that is at most 1 / (10 · n), for the n units of
+        the largest site."""
         return delta_for(max(self.declared_sizes))
 
     @property
@@ -125,8 +126,8 @@ class Records:
 
     @property
     def noise_of_sum(self) -> float:
-        """The standard deviation of the noise in the sum over all sites, in units of σ C: √K for K
-        sites, if each adds noise of its own."""
+        """The standard deviation of the noise in the sum over all sites, in units of σ times the
+        clipping norm: √K for K sites if each adds noise of its own, and less if they share it."""
         shares = 1 if self.colluding is None else self.sites - self.colluding
         return math.sqrt(self.sites / shares)
 
@@ -186,7 +187,7 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
 
 
 def complete_records(task: str, records: Records) -> Records:
-    """Fill in the task's own column names and its ε where none are given.
+    """Return the records with the task's own column names and its ε where none are given.
 
     Errors: ConfigError for a task that does not exist, a column that the task does not have, or too
     few sites to share noise."""
@@ -210,8 +211,8 @@ def complete_records(task: str, records: Records) -> Records:
 
 
 def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
-    """Return option -> column for the columns that a file of the task must have. more: further
-    fields of Records, whose columns are included if they are given."""
+    """Return option of `fedtune init` -> column, for the columns that a file of the task must have.
+    more: further fields of Records, whose columns are included if they are given."""
     fields = [*TASKS[task].COLUMNS, *(field for field in more if getattr(records, field))]
     return {OPTIONS.get(field, f"--{field}"): getattr(records, field) for field in fields}
 
@@ -266,7 +267,7 @@ def classes_note(task: str, records: Records) -> str:
     none, and for other tasks. A site's role does not know the study's classes, so all classes of
     its own file are listed.
 
-    Errors: as `unit_note`."""
+    Errors: DataError for a missing file or column; the error lists the columns that exist."""
     if task != "classify" or records.role == "coordinator":
         return ""
     records = complete_records(task, records)
@@ -279,7 +280,7 @@ def files_note(task: str, records: Records) -> str:
     """Report for each site's file whether its size is far from the declared one, and how much of a
     record the plan reads, unless it reads all. Return "" if there is nothing to report.
 
-    Errors: as `unit_note`."""
+    Errors: DataError for a missing file or column; the error lists the columns that exist."""
     if records.role == "coordinator":
         return ""
     records, recipe = complete_records(task, records), TASKS[task]
@@ -307,7 +308,7 @@ def _looks(task: str, records: Records) -> list[_sites.Look]:
 
 
 def notes(task: str, records: Records) -> str:
-    """Describe the files of a recipe's study, and which unit the study protects."""
+    """Return a text that describes the files of a task's study and the unit that it protects."""
     given = complete_records(task, records)
     own = given.data if given.role != "coordinator" else ()
     public = (given.evaluation, given.public) if given.role != "site" else ()
@@ -323,8 +324,8 @@ def format_list(texts: Sequence[str]) -> str:
 
 
 def head(records: Records, **values: object) -> Mapping[str, object]:
-    """Return the values that every preset's study.toml needs about privacy and sites, and further
-    `values`."""
+    """Return the values about privacy and sites that every preset's template of study.toml needs,
+    by their names in the template, and further `values`."""
     return {
         "epsilon": records.epsilon,
         "delta": f"{records.delta:g}",

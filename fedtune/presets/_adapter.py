@@ -62,7 +62,8 @@ class Recipe:
     narrow: bool = False
 
     def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
-        """Compose study.toml. Errors: ConfigError (too few public records)."""
+        """Return the text of study.toml. name: the study's name. public: the name of each part of
+        the public records -> its rows. Errors: ConfigError (too few public records)."""
         if "public" not in public:
             found = sum(map(len, public.values()))
             raise ConfigError(
@@ -97,8 +98,9 @@ class Recipe:
 
 
 def noise_of_mean(records: Records) -> float:
-    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of C.
-    For K sites of n units it is σ√K / (K n), and less if the sites share the noise."""
+    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of
+    the clipping norm. For K sites of n units it is σ√K / (K n), and less if the sites share the
+    noise."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     return sigma * records.noise_of_sum / sum(records.declared_sizes)
 

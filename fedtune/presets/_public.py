@@ -31,8 +31,15 @@ def divide_records(
     part. With fewer than LEAST records, all are for evaluation. A separate public file is not
     divided: it is the part "public".
 
-    parts: the name of each part -> its share; asked: option -> the column that it names. Returns:
-    the name of each part that is not empty -> its rows."""
+    - records: the user's public files, and the patient's column
+    - seed: a text that decides into which part a patient falls
+    - parts: the name of each part -> its share; the shares need not add up to 1
+    - asked: option of `fedtune init` -> the column that it names; a row without one of these
+      columns is left out
+
+    Returns the name of each part that is not empty -> its rows, with the columns in `asked` alone.
+
+    Errors: DataError if a file has no record that can be used."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
         found, _ = _read_usable(records.public, records.patient, asked)
@@ -56,7 +63,8 @@ def divide_records(
 
 
 def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """Report for each public file how many of its rows can be used, and why the others cannot."""
+    """Return a line for each public file that says how many of its rows can be used, and why the
+    others cannot. asked: option of `fedtune init` -> the column that it names."""
     lines, known = list[str](), Rows()
     for path in (records.public, records.evaluation):
         if path is None:
@@ -131,8 +139,12 @@ def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
 
 
 def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, judged: str) -> str:
-    """Compose the commented tables of study.toml for the public parts that exist. what: the name of
-    each part -> its comment; judged: the lines of [evaluation] about the metric."""
+    """Compose the commented tables of study.toml for the public parts that exist.
+
+    - what: the name of each part -> its comment
+    - public: the name of each part -> its rows
+    - columns: the lines of each part's table of columns
+    - judged: the lines of [evaluation] about the metric"""
     return "".join(
         f'\n[{table}]{" " * (23 - len(table))}{comment}\npath = "{table}.jsonl"\n'
         + {"evaluation": judged, "public": LICENCE}.get(table, "")
@@ -144,7 +156,11 @@ def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, ju
 
 def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
     """Compose the lines of [evaluation] about the metric: accuracy if there are few different
-    answers, else loss. lead: the text before each answer."""
+    answers, else loss.
+
+    - public: the name of each part of the public records -> its rows
+    - target: the column of the answers
+    - lead: the text before each answer"""
     answers = [str(row[target]).strip() for part in public.values() for row in part]
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):
@@ -168,8 +184,14 @@ def _read_usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[Rows], Counter[str]]:
     """Read the records that have all columns, without duplicates and without the records in `but`.
-    Return them grouped by patient (each by itself if it has no patient), and the number of rows
-    left out, by reason.
+
+    - path: a public file of the user
+    - patient: the patient's column; None if there is none
+    - asked: option of `fedtune init` -> the column that it names
+    - but: rows of a file that was read before, by this function
+
+    Returns the records grouped by patient (each by itself if it has no patient), with the columns
+    in `asked` alone, and the number of rows left out, by reason.
 
     Errors: DataError if no record can be used."""
     units: dict[Any, dict[str, dict[str, Any]]] = {}

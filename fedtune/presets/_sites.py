@@ -113,8 +113,14 @@ def look(
 ) -> Look:
     """Read a site's file once and count what it holds.
 
-    asked: option -> the column that it names; prompt, answers, target, patient: columns. Errors: as
-    `columns_of`."""
+    - place: the site's file, folder or table
+    - asked: option of `fedtune init` -> the column that it names, which the file must have
+    - prompt: the column of the input; None if the task has none
+    - answers: the columns of answers; of each record the longest one counts for its length
+    - target: the column of the class
+    - patient: the column of the patient; None if each record is a unit
+
+    Errors: DataError if the file lacks a column, cannot be read or is empty."""
     path, names, source = _open_place(place, asked)
     classes = Counter[str]()
     units = set[str]()

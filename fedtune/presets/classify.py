@@ -40,7 +40,9 @@ BOUND_OF_SUMS = 1.1181
 
 
 def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
-    """Compose study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
+    """Return the text of study.toml. name: the study's name. public: the name of each part of the
+    public records -> its rows. Errors: ConfigError (fewer than two labels, or a public record's
+    label that is not one of --label)."""
     held_out = [row for part in public.values() for row in part]
     found = sorted({str(row[records.target]).strip() for row in held_out})
     labels = _public.planned_classes(records, found)
@@ -70,7 +72,8 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
 def _statistics(
     records: Records, classes: int, public: Mapping[str, _public.Rows]
 ) -> dict[str, object]:
-    """Compute the values of a plan of class statistics."""
+    """Return the values that the template STATISTICS needs, by their names in it: those of a plan
+    in which each site sends its class statistics once. classes: the number of classes."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     directions = directions_for(
         classes=classes,
@@ -82,7 +85,8 @@ def _statistics(
 
 
 def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
-    """Compute the values of a plan of gradient steps."""
+    """Return the values that the template STEPS needs, by their names in it: those of a plan in
+    which the head is trained by gradient steps."""
     momentum = SELECTED if "selection" in public else MOMENTUM
     rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"
     return {"rounds": ROUNDS, "rate": rate, "bound": NAMED_BOUND, "momentum": momentum}

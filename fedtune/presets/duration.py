@@ -91,7 +91,7 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
     machine. Return None if the base's size is not known, the study has no last round, or its public
     records cannot be read.
 
-    speed: matrix products per second; None to measure it now."""
+    speed: how many fp32 multiplications this machine does per second; None to measure it now."""
     shape = SHAPES.get(study.base.model.removeprefix(PREFIX))
     if shape is None or study.continuous:
         return None
@@ -128,8 +128,9 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
 
 
 def measured_speed() -> float:
-    """Measure the speed of fp32 matrix products, in multiplications per second of a processor,
-    times the number of processors that a long run gets next to the programs that run now."""
+    """Return how many fp32 multiplications per second a long run can do here: the measured speed of
+    matrix products on one processor, multiplied by the number of processors that the run gets while
+    the programs that run now go on."""
     left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right  # the first one starts threads
     began = time.perf_counter()
@@ -186,7 +187,8 @@ class _Cost:
 
 
 def _records(study: Study, table: DataFile | PublicTable | None) -> Records:
-    """Measure the size of a public file's records. Errors: DataError, OSError."""
+    """Return the size of the records in a public file; zeros if `table` is None or no record can be
+    read. Errors: DataError, OSError."""
     if table is None:
         return Records(0, 0, 0)
     most, columns = study.objective.max_length, table.columns

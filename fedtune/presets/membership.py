@@ -23,10 +23,14 @@ READ_BY = ("columns", "source", "options", "filter", "convert", "scan")  # keys 
 def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | None = None) -> str:
     """Compose the site.toml of a new membership that trains on a registered dataset, with a comment
     on each line as `fedtune init --role site` writes them. If another membership trains on that
-    dataset, its columns, source, options and filters are copied.
+    dataset, the columns, source, options, filter, convert and scan of its [data] are copied.
 
-    dataset: its name in hospital.toml; None if the hospital has exactly one. Errors: ConfigError if
-    the home has no such dataset, or several and none is named."""
+    - home: the absolute path of the hospital's home, which the file names
+    - hospital: the content of the home's hospital.toml
+    - membership: the name of the new membership
+    - dataset: its name in hospital.toml; None if the hospital has exactly one
+
+    Errors: ConfigError if the home has no such dataset, or several and none is named."""
     names = sorted(hospital.datasets)
     if dataset is None and len(names) == 1:
         dataset = names[0]
@@ -54,8 +58,9 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
 
 
 def _as_read(text: str, hospital: Hospital, dataset: str) -> str:
-    """Copy into `text` how another membership's site file reads the dataset (READ_BY), if one
-    does."""
+    """Return the site file `text` with settings added that say how the dataset is read (the keys
+    READ_BY), copied from another membership's site file; `text` itself if no other membership reads
+    the dataset."""
     for each in hospital.memberships.values():
         try:
             tables = tomllib.loads(each.site.read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ def place_of(text: str) -> WherePath:
     >>> place_of("sqlite:///clinic.db#note")
     'sqlite:///clinic.db#note'
 
-    Errors: ConfigError, whose text leaves out the url, since a url may hold a password."""
+    Errors: ConfigError if the url is not allowed or names no table. The error's text leaves out the
+    url, since a url may hold a password."""
     if "://" not in text:
         return Path(text)
     url, table = split_place(text)
@@ -39,13 +40,14 @@ def place_of(text: str) -> WherePath:
 
 
 def split_place(place: str) -> tuple[str, str]:
-    """Return the url and the table of a place."""
+    """Split a place URL#TABLE into the url and the table; the table is "" if none is named."""
     url, _, table = place.partition("#")
     return url, table
 
 
 def file_at(place: WherePath) -> Path | None:
-    """Return the file or folder of a place; None for a database on a server."""
+    """Return the file or folder of a place; of a database that is one file (SQLite, DuckDB), this
+    file; None for a database on a server."""
     if isinstance(place, Path):
         return place
     url, _ = split_place(place)
@@ -58,8 +60,9 @@ def is_bulk(place: WherePath) -> bool:
 
 
 def names_of(place: WherePath) -> list[str]:
-    """List names for a site from its place, the nearest first: the table of a database, then the
-    file's name, then the name of the file's folder."""
+    """List candidates for a site's name, taken from the place of its records, the nearest first:
+    the table of a database, then the file's name, then the name of the file's folder. A character
+    that a name may not have becomes a dash."""
     texts = [] if isinstance(place, Path) else [split_place(place)[1]]
     if file := file_at(place):
         texts += [file.stem, file.absolute().parent.name]
@@ -67,7 +70,7 @@ def names_of(place: WherePath) -> list[str]:
 
 
 def lines_of(place: WherePath) -> str:
-    """Compose the lines of [data] in site.toml that name the place of the records."""
+    """Return the lines that name the place of the records in the table [data] of site.toml."""
     if isinstance(place, Path):
         return f"path = {_quote(place.absolute())}" + ('\nsource = "fhir"' * is_bulk(place))
     url, table = split_place(place)

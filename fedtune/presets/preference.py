@@ -1,7 +1,7 @@
 """Task "preference": train LoRA by ORPO to prefer the better of two answers. ORPO's loss also keeps
 the better answer likely.
 
-Measured (docs/quality.md)."""
+What was measured with it is in docs/quality.md."""
 
 from __future__ import annotations
 

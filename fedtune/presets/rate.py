@@ -14,12 +14,13 @@ OFF = 1.25  # factor by which a fitting rate may differ from the plan's before a
 
 
 def weight_noise(study: Study, sizes: Sequence[int]) -> float:
-    """Compute the standard deviation of the noise in each trained weight after the last round, for
-    sites of these declared sizes. Their mean is weighted by the sizes, and the strategy's momentum
-    counts.
+    """Compute the standard deviation of the noise in each trained weight after the last round.
 
-    If an adapter has a preconditioner, the noise is in the preconditioner's coordinates. Errors:
-    ConfigError as plan_for_site."""
+    The noise is that of the sites' mean update, weighted by their declared sizes `sizes`; the
+    strategy's momentum is taken into account. If an adapter has a preconditioner, the noise is in
+    the preconditioner's coordinates.
+
+    Errors: ConfigError if the study is not private, or not even one round fits its budget."""
     of_site = plan_for_site(study, max(sizes))
     drawn = of_site.sampling_rate * of_site.records * sum(sizes)
     one = of_site.own_noise * of_site.max_grad_norm * math.sqrt(len(sizes)) / drawn
@@ -28,9 +29,12 @@ def weight_noise(study: Study, sizes: Sequence[int]) -> float:
 
 
 def rate_note(study: Study, sizes: Sequence[int]) -> str:
-    """Return a warning if the study's learning rate leaves more or less noise in each weight than
-    the recipe that wrote the study intends (by the factor OFF), or exceeds the largest rate that
-    the recipe allows. Return "" if it fits, and for plans that no recipe wrote."""
+    """Return a warning if the study's learning rate does not fit its noise; "" if it fits, if no
+    recipe wrote the study, or if `sizes` is empty.
+
+    The rate that fits gives each weight the noise that the recipe intends, but is at most the
+    largest rate that the recipe allows. The warning comes if the study's rate differs from it by
+    more than the factor OFF. sizes: the sites' declared sizes."""
     recipe = _recipe(study)
     if recipe is None or not sizes:
         return ""
@@ -47,8 +51,8 @@ def rate_note(study: Study, sizes: Sequence[int]) -> str:
 
 
 def _recipe(study: Study) -> tuple[float, float] | None:
-    """Return the noise and the largest learning rate of the recipe that wrote a study, which is
-    recognised by the study's settings. Return None if no recipe wrote it."""
+    """Recognise by a study's settings which recipe wrote it. Return the noise in each weight that
+    the recipe intends, and its largest learning rate; None if no recipe wrote the study."""
     if not study.private or study.continuous or study.training.rounds is None or not study.start:
         return None
     bound = study.clipping.max_grad_norm if study.clipping else 1.0

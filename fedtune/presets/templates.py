@@ -210,8 +210,9 @@ release = []           # what may leave besides noised updates: "evaluation", no
 
 
 def acceptance(where: str, columns: str) -> str:
-    """Compose a commented-out [acceptance] for a site's file. Its records are read in the same way
-    as the records of [data]. where, columns: the lines of [data] and [data.columns]."""
+    """Return the table [acceptance] of a site's file, commented out: by what the site judges a
+    finished model on held-out patients of its own. where, columns: the lines of the file's [data]
+    and [data.columns], by which these patients' records are read, too."""
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [
@@ -228,8 +229,9 @@ def acceptance(where: str, columns: str) -> str:
 
 
 def _held_out(where: str) -> list[str]:
-    """Compose the lines that name the place of held-out patients: another table of the same
-    database, or a file or a folder with another name."""
+    """Return the lines that name the place of held-out patients: another table of the same
+    database, or a file or a folder with another name. where: the lines of [data] that name the
+    place of the training records."""
     place, *read_by = where.splitlines()
     told = "# held-out patients; exact, and nothing of it leaves"
     if place.startswith("url"):
@@ -252,13 +254,16 @@ def init(
     Beside study.toml, public.jsonl is written: 200 invented notes from which the adapter's A is
     made.
 
+    - folder: where the files are written; it is made if it is missing
     - role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`
+    - name: the site's name, if only one site's file is written
     - sites: the number of sites that take part. A coordinator's first round waits for all of them.
       With role "both" and more than one, each has a file, sites/site-1/site.toml and so on.
     - data: each site's file, beside which its ledger is kept; default: data.jsonl in the site's
       folder
-    - patient: the column that identifies the patient
-    - declared: what a person declares the records to be
+    - patient: the column that identifies the patient; None: each record is a unit
+    - declared: "public" or "generated" if a person declares the records to be that; None for
+      patients' records
 
     >>> import fedtune
     >>> [path.name for path in fedtune.init("my-study")]
@@ -315,7 +320,15 @@ def _site(
     *,
     alone: bool,
 ) -> str:
-    """Compose a site's file. alone: whether the file is for a site that will join a consortium."""
+    """Compose a site's file.
+
+    - name: the site's name
+    - data: the place of its records, beside which its ledger is kept if that is possible
+      (`ledger_beside`); None for data.jsonl in the site's folder
+    - patient: the column that identifies the patient; None: each record is a unit
+    - declared: "public" or "generated", as a person declares the records; None for real ones
+    - alone: whether the file is for a site that will join a consortium, where a person reviews each
+      study (admission = "reviewed")"""
     text = SITE.replace('"my-hospital"', quote_string(name))
     if alone:
         text = text.replace('admission = "standing"', 'admission = "reviewed"')

@@ -26,9 +26,12 @@ _MAX_POSITIONS = 8192  # per layer; enough for principal components of a few tho
 
 
 def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
-    """Compute A (rank, inputs) for each layer, by name. One row lies along the mean input and gives
-    it the activation 0.5. The others are whitened principal components orthogonal to the mean;
-    their activations have unit variance.
+    """Compute LoRA's factor A, fp32 (rank, inputs), of each adapted layer from public text. Return
+    name of A -> array.
+
+    One row of A lies along the layer's mean input and gives it the activation 0.5. The other rows
+    are principal components orthogonal to the mean, scaled so that each gives activations of unit
+    variance (less where the text hardly varies).
 
     Inputs are taken at the positions with a target, or at the last token of a record without one.
     Errors: ConfigError if the public text has too few positions for this rank."""
@@ -45,14 +48,17 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Compute the second moment E[x xᵀ] (inputs, inputs), fp64, of each adapted layer's input x on
     public text. The dictionary's keys are the names of the layers' A.
 
-    The positions are chosen as in `public_factor`; the loaded adapter is applied."""
+    Inputs are taken at the positions with a target, or at the last token of a record without one.
+    The loaded adapter is applied."""
     inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
     return {name: x.T @ x / len(x) for name, x in inputs.items()}
 
 
 @torch.no_grad()
 def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
-    """Collect each adapted layer's inputs (positions, inputs), fp32, under the name of its A."""
+    """Collect each adapted layer's inputs on public text: name of the layer's A -> (positions,
+    inputs), fp32. Inputs are taken at the positions that `_where` selects, at most _MAX_POSITIONS
+    for each layer."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
         everyone = range(len(dataset.examples))
@@ -95,8 +101,8 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
 
 
 def _where(batch: Batch) -> torch.Tensor:
-    """Return a mask (B, L) of the positions with a target; for a record without a target, of its
-    last token."""
+    """Select the positions of a batch at which inputs are taken: those with a target or, in a
+    record without one, its last token. Return a mask (B, L) of booleans."""
     targets = batch.target_ids != -100
     last = torch.zeros_like(targets)
     last[range(len(last)), batch.mask.sum(dim=1) - 1] = True
@@ -104,7 +110,8 @@ def _where(batch: Batch) -> torch.Tensor:
 
 
 def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
-    """Compute A, fp32 (rank, width), from n inputs (n, width), as `public_factor` describes."""
+    """Compute A, fp32 (rank, width), of one layer from n of its inputs (n, width), as
+    `public_factor` describes. Errors: ConfigError if n is at most `rank`."""
     if len(inputs) <= rank:
         raise ConfigError(
             f"public: {len(inputs)} positions for lora.rank = {rank}", f"more than {rank} records"

@@ -79,8 +79,8 @@ class Start:
 
 
 def start(study: Study) -> Start:
-    """Find the base, fix the number of rounds, and compute what the plan asks for from public text:
-    A, the preconditioner, the initial adapter or head.
+    """Compute the starting point of a study: find the base, fix the number of rounds, and compute
+    what the plan asks for from public text (A, the preconditioner, the initial adapter or head).
 
     Errors: ModelError, ConfigError, DataError (public text)."""
     network = build(study)
@@ -108,9 +108,14 @@ def start(study: Study) -> Start:
 def _freeze(
     study: Study, network: Network, answered: Callable[[], CachedDataset]
 ) -> tuple[Study, Arrays, Arrays]:
-    """Return three things: the plan with the digests of its frozen arrays (A and preconditioner, or
-    the basis of class statistics) filled in; the arrays to send; and the preconditioner's W, also
-    if the narrow preconditioner's U is sent in its place."""
+    """Compute the arrays that sites receive and do not train: LoRA's A (if it comes from public
+    text) and the preconditioner, or the basis of class statistics.
+
+    answered: reads the public records with their answers. Returns three things:
+    - the plan, with the digests of these arrays filled in
+    - the arrays, by name
+    - the preconditioner's factor W of each B, by name; {} without a preconditioner. If the plan's
+      preconditioner is narrow, its smaller factor U is sent, but W is returned here."""
     if study.lora is None:
         if network.statistics is None:
             return study, {}, {}
@@ -143,14 +148,17 @@ def _freeze(
 
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
-    """Return the plan with the digest of its public basis filled in, and the basis."""
+    """Return the plan with the digest of its public basis filled in, and the two arrays of the
+    basis by name. answered: reads the public records."""
     basis = basis_of(_compute_known(study, answered), study.objective.resolved.directions)
     pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
     return study.model_copy(update={"objective": pinned}), basis
 
 
 def _compute_known(study: Study, answered: Callable[[], CachedDataset]) -> State:
-    """Return `class_knowledge` of the public records: computed, or stored by an earlier run."""
+    """Return what public data tell of the classes: the arrays of `class_knowledge` by name (basis,
+    public sums by class, vectors of class names). If they were computed before for the same plan
+    and records, the stored arrays are returned. answered: reads the public records."""
     unpinned = study.objective.model_copy(update={"basis_digest": None})
     study, data = study.model_copy(update={"objective": unpinned}), answered()
     return _compute_once(study, data.dataset, _HEAD, class_knowledge, study, data)
@@ -173,7 +181,12 @@ def _compute_start(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
     """Return the adapter and head before the first round: the head that [start] asks for, then
-    start.steps steps on public text."""
+    start.steps steps on public text.
+
+    - study: the plan, with the digests of its frozen arrays filled in
+    - network: the base, with the plan's frozen arrays loaded (A and preconditioner)
+    - adapter: the trainable arrays to begin with, whose head is zero
+    - answered: reads the public records with their answers; called only if they are needed"""
     assert study.start is not None
     adapter = _with_head(study, network, adapter, answered)
     if study.start.steps:
@@ -185,7 +198,13 @@ def _compute_start(
 def _with_head(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
-    """Return `adapter` with the head that [start] asks for; unchanged if it asks for none."""
+    """Return `adapter` with the head that [start] asks for; unchanged if it asks for none.
+
+    - study: the plan; a plan without [start] asks for no head
+    - network: the base, whose vectors of the classes' names or of records give the head
+    - adapter: the trainable arrays
+    - answered: reads the public records with their answers; called only for a head fitted to
+      them"""
     if study.start is None or study.start.head == "zero":
         return adapter
     with network.loaded(trainable=adapter):  # independent of the network's last use
@@ -197,8 +216,9 @@ def _with_head(
 
 
 def _train(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
-    """Train on public text step by step and store each step: an interrupted run continues after
-    the last complete one."""
+    """Train `adapter` for start.steps steps on the public records `data`, and return the trained
+    arrays. Each step's result is stored, so that an interrupted run continues after the last
+    complete step."""
     assert study.start is not None
     for step in range(study.start.steps):
         so_far = study.start.model_copy(update={"steps": step + 1})
@@ -215,9 +235,16 @@ def _compute_once(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Arrays:
-    """Return make(*args, **kwargs), or the result stored for the same plan and text.
+    """Return make(*args, **kwargs), or the result stored for the same plan and text. The caller may
+    change the arrays, which are a copy.
 
-    without: tables of the plan, besides _APART, on which the result does not depend."""
+    - study: the plan; all of it is a part of the result's key, except the tables `without` and
+      those in _APART, which affect no computation on public text
+    - text: the public records, whose content is a part of the key
+    - without: further tables of the plan on which this result does not depend. The key holds this
+      tuple too, which distinguishes a plan's computations.
+    - make: the computation; its arguments are no part of the key, so they must follow from the plan
+      and the text"""
     key = _key(study, text, without)
     if key not in _kept:
         stays = _is_ours(study)
@@ -233,9 +260,9 @@ def _compute_once(
 
 
 def _is_ours(study: Study) -> bool:
-    """Return whether only code of this release computes on the public text. Only then is a result
-    stored: its key holds a digest of this package's code, and a plug-in's code may change
-    unnoticed."""
+    """Return whether only code of this release computes on the public text, so that a result may be
+    stored on disk. The stored result's key holds a digest of this package's code; the code of a
+    plug-in may change unnoticed."""
     modality = study.base.modality
     known = modality is None or modality in MODALITIES.release()
     return known and study.objective.name in OBJECTIVES.release()
@@ -243,7 +270,7 @@ def _is_ours(study: Study) -> bool:
 
 @functools.cache
 def _code() -> str:
-    """Compute a digest of this package's code."""
+    """Compute a digest, in hexadecimal, of all Python files of this package."""
     digest = hashlib.sha256()
     for path in sorted(Path(fedtune.__file__).parent.rglob("*.py")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -251,8 +278,9 @@ def _code() -> str:
 
 
 def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
-    """Compute a digest of everything on which the computation may depend: this package, torch's
-    version, the plan without _APART and `without`, and the text's token ids, labels and media."""
+    """Compute the key under which a result is stored: a digest, in hexadecimal, of everything on
+    which the computation may depend. That is this package, torch's version, the plan without the
+    tables in _APART and `without`, and the text's token ids, labels and media."""
     apart: dict[str, Any] = _APART | {
         "training": {name for name in TrainingTable.model_fields if name != "engine"}
     }

@@ -24,7 +24,8 @@ MOST_BYTES = 2**30  # of all stored files; the least recently used are removed f
 
 
 def load_arrays(key: str) -> Arrays | None:
-    """Return the arrays stored under `key`; None if there is no readable file."""
+    """Load the arrays that are stored under `key`, name -> array; None if there is no readable
+    file."""
     path = _path(key)
     try:
         arrays = load(path.read_bytes())
@@ -35,7 +36,8 @@ def load_arrays(key: str) -> Arrays | None:
 
 
 def keep(key: str, arrays: Arrays) -> None:
-    """Store arrays under `key`. If they cannot be written, they are computed again next time."""
+    """Store arrays under `key`, and remove the least recently used files above MOST_BYTES. If the
+    arrays cannot be written, they are computed again next time."""
     with suppress(InfrastructureError, OSError):
         replace(_path(key), save(arrays), private=True)
         _prune()

@@ -36,16 +36,16 @@ PENALTY = 3e-4
 
 
 def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable) -> Arrays:
-    """Compute the preconditioner's factor W (outputs, rank), fp32, of each B. The dictionary's keys
-    are the names under which the factors are sent.
+    """Compute the plan's preconditioner from the public records: for each B of the adapter a factor
+    W (outputs, rank), fp32, under the name by which it is sent.
 
-    W is computed (core/models/preconditioner.py) from the second moment G = Σ g gᵀ. The sum is over
-    the columns g of each public record's gradient of that B, at the loaded adapter. Before, each
+    W follows (core/models/preconditioner.py) from the second moment G = Σ g gᵀ. The sum is over the
+    columns g of each public record's gradient of that B, at the loaded adapter. Before that, each
     record's gradient of all trainable parameters together is scaled to length 1.
 
-    Errors: ModelError if the public records give no gradient, or a layer is not watched by the
-    gradient engine; ConfigError if a B belongs to a projector, whose input has several rows for one
-    record."""
+    table: the plan's table of the preconditioner, which gives rank and damping. Errors: ModelError
+    if the public records give no gradient, or the gradient engine does not watch a layer;
+    ConfigError if a B belongs to a projector, whose input has several rows for one record."""
     named, total = data.network.parameters(), len(data.dataset.examples)
     curvatures = {
         name: _Curvature(len(b), b.shape[1], total)
@@ -66,9 +66,14 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) -> Arrays:
     """Train `adapter` for one step on all public records and return the new adapter, fp32.
 
-    The step is like a site's step, but without noise: each record's preconditioned gradient is
-    scaled to length C, the mean is multiplied by start.learning_rate, and the adapter moves by M
-    times the result. step: the number of this step among start.steps, from 0.
+    - study: the plan, with a table [start]
+    - data: the public records with their answers, and the network that computes their gradients
+    - adapter: the trainable arrays before this step, by name; they are not changed
+    - step: the number of this step among start.steps, from 0, for the reports of progress
+
+    The step is like a site's step, but without noise. Each record's gradient is multiplied by the
+    preconditioner's matrix M (if the plan has one) and scaled to the length clipping.max_grad_norm
+    (1 without [clipping]). The adapter moves by -start.learning_rate times M times the mean.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
     learners", section 2 (public pre-training costs no ε)."""
@@ -94,12 +99,17 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) ->
 def _gradients(
     study: Study, data: CachedDataset, label: str, before: int = 0, passes: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the gradients of all public records, a block of records at a time: parameter's name ->
-    (records in the block, *parameter's shape).
+    """Yield each public record's gradient of the loss, a block of records at a time: parameter's
+    name -> (records in the block, *parameter's shape).
 
+    - study: the plan, whose objective gives the loss
+    - data: the public records, and the network with the loaded adapter
     - label: the text of the progress reports
-    - passes: the number of passes over the records that the reports count
-    - before: how many of these passes came before this one"""
+    - before: how many passes over the records came before this one
+    - passes: the number of passes in all, which the progress reports state
+
+    Errors: ConfigError if an adapter is on a projector, whose input has several rows for one
+    record; ModelError if a layer gives no gradient."""
     network, objective = data.network, study.objective.resolved
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
@@ -128,10 +138,11 @@ def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Add up the gradients of each record's passages, and leave out the block's padding.
+    """Add up the gradients of each record's passages in one layer, and leave out the rows that only
+    pad the block.
 
     gradient: (records with padding · passages, outputs, columns). Returns (batch.count, outputs,
-    columns). Errors: ModelError if there is no gradient."""
+    columns). Errors: ModelError if the layer gave no gradient (None)."""
     if gradient is None:
         raise ModelError("a trainable layer gave no per-record gradient")
     records = len(batch.index)
@@ -140,8 +151,9 @@ def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
 
 
 class _Curvature:
-    """The second moment G (outputs, outputs) of one layer's gradients. If G would take more memory
-    than the gradients themselves, the gradients are held instead."""
+    """The second moment G = Σ g gᵀ (outputs, outputs) of one layer's gradients, added up record by
+    record. If G would take more memory than the gradients themselves, the gradients are held
+    instead."""
 
     def __init__(self, outputs: int, columns: int, records: int) -> None:
         self._columns: list[torch.Tensor] = []
@@ -149,7 +161,7 @@ class _Curvature:
         self._moment = None if wide else torch.zeros(outputs, outputs, dtype=torch.float64)
 
     def add(self, gradients: torch.Tensor) -> None:
-        """Add gradients (records, outputs, columns)."""
+        """Add the gradients (records, outputs, columns) of some records to G."""
         columns = gradients.transpose(0, 1).flatten(1).double().cpu()
         if self._moment is None:
             self._columns.append(columns)

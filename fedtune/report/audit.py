@@ -9,7 +9,8 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(audit: dict[str, Any]) -> list[str]:
-    """Return Markdown paragraphs of an `audit_study` result; [] for an empty one."""
+    """Return the report's section on the audits as Markdown paragraphs; [] if there were none.
+    audit: the result of `audit_study`, {} without an audit."""
     if not audit:
         return []
     rows = [_row(name, audit.get(key) or {}) for key, name in _AUDITS.items() if audit.get(key)]

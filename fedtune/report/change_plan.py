@@ -34,10 +34,12 @@ Files = Mapping[str, frozenset[str]]  # sha256 of a public file -> keyed digests
 
 @dataclass(frozen=True)
 class Look:
-    """The data of one comparison, record by record.
+    """The data of one comparison of two versions, record by record.
 
-    before, after: the scores of the version in use, and of the new one, from which the metric is
-    computed (report.scores). groups: column -> each record's value in it."""
+    - metric: the name of the compared metric
+    - before, after: the scores of the version in use, and of the new one, from which the metric is
+      computed: name of the score -> one number for each record
+    - groups: column -> each record's value in it"""
 
     metric: str
     before: Columns
@@ -48,7 +50,12 @@ class Look:
     def at(
         cls, metric: str, before: Scores, after: Scores, groups: Mapping[str, Sequence[str]]
     ) -> Look:
-        """Build a look from all scores. The look keeps the scores on which `metric` depends."""
+        """Build a look from all scores. The look keeps the scores on which `metric` depends.
+
+        - metric: the name of the plan's metric, a key of report.scores.FIELDS
+        - before, after: the scores of the version in use and of the new one, on the same records
+        - groups: column -> each record's value in it, in the order of the scores; for each column
+          of schedule.groups"""
         return cls(metric, before.columns(metric), after.columns(metric), groups)
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,10 +65,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Group:
-    """The change of the metric in one group.
+    """The change of the metric in one group of records.
 
-    change: above 0 if the new version is better. p: the p-value of the hypothesis that it is worse
-    by the plan's margin or more; None for fewer than LEAST_GROUP records, which decide nothing."""
+    - name: the group, as "column=value"
+    - records: the number of its records
+    - change: above 0 if the new version is better
+    - p: the p-value of the hypothesis that the new version is worse by the plan's margin or more;
+      None for fewer than LEAST_GROUP records, which decide nothing"""
 
     name: str
     records: int
@@ -71,8 +81,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, the reason why it is not "better" ("" if it is), and the figures from which it
-    follows."""
+    """The result of a comparison of two versions.
+
+    - verdict: "better", "not better" or "outside the plan"
+    - why: why the verdict is not "better"; "" if it is
+    - before, after: the metric of the version in use, and of the new one
+    - p: the p-value of the hypothesis that the new version is no better, or not better by more than
+      the plan's margin
+    - groups: the changes in the plan's groups"""
 
     verdict: Verdict
     why: str
@@ -83,10 +99,11 @@ class Judged:
 
 
 def judge(look: Look, table: ScheduleTable) -> Judged:
-    """Decide from a look whether the new version is better by the plan.
+    """Decide from a comparison's data whether the new version is better. table: the plan's
+    [schedule], which gives margins and level of the tests.
 
-    Errors: ValueError if the look's columns do not have the same records, or its groups are not the
-    plan's."""
+    Errors: ValueError if the two versions were not scored on the same records, or the look's groups
+    are not the plan's."""
     before, after = Scores.of_columns(look.before), Scores.of_columns(look.after)
     metric, level = look.metric, table.threshold
     if len(before.loss) != len(after.loss) or set(look.groups) != set(table.groups):
@@ -116,6 +133,15 @@ def judge(look: Look, table: ScheduleTable) -> Judged:
 
 
 def _groups(look: Look, table: ScheduleTable, before: Scores, after: Scores) -> list[Group]:
+    """Test for each group of the plan whether the new version is worse there by the plan's margin
+    or more. Return the groups in the order of the plan's columns, and of the values within a
+    column.
+
+    - look: the comparison, for its metric and groups
+    - table: the plan's [schedule], for margins and level
+    - before, after: the look's scores of the version in use and of the new one
+
+    Errors: ValueError if a column does not have one value for each record."""
     found = []
     for column, margin in table.groups.items():
         values = np.array(look.groups[column], dtype=str)
@@ -132,12 +158,15 @@ def _groups(look: Look, table: ScheduleTable, before: Scores, after: Scores) -> 
 def look_left(
     looked: Sequence[str], files: Files, apart: Collection[str], public: str, table: ScheduleTable
 ) -> tuple[int, str]:
-    """Return the number of looks that were taken at the file `public`, and why the plan allows no
-    further one; "" if it allows one.
+    """Return how many looks (comparisons) were taken at a public file, and why the plan allows no
+    further look there; "" in place of the reason if it allows one.
 
     - looked: the public file (sha256) of each look so far
-    - files: the records' digests of all files so far, with `public`
-    - apart: the digests of the public records that trained the model
+    - files: sha256 -> the digests of the file's records, for all files so far and `public`
+    - apart: the digests of the public records that trained the model. A file with one of them
+      allows no look.
+    - public: the file (sha256) at which the next look would be
+    - table: the plan's [schedule]
 
     Files that share records count as one file, also if both share records only with a third file.
 
@@ -160,8 +189,8 @@ def look_left(
 
 
 def _family(public: str, files: Files) -> set[str]:
-    """Return the file `public` and all files that share records with it or, in turn, with one of
-    these."""
+    """Return the public files that count as one with the file `public`: itself, and all files that
+    share records with it or, in turn, with one of these. A file is named by its sha256."""
     family, rest = {public}, set(files) - {public}
     records = files.get(public, frozenset())
     while shared := {other for other in rest if files[other] & records}:

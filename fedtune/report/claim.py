@@ -30,9 +30,9 @@ coordinator"
 
 
 def assumptions(site: dict[str, Any]) -> str:
-    """State the assumption under which ε holds, from a report's "privacy" or from one site in it.
-    For a derived run, state the assumptions of all runs from which it was made. Return "" if no
-    noise is shared."""
+    """State the assumption under which ε holds, as a clause to follow "if". site: a report's
+    "privacy", or one site's entry in it. For a derived run, state the assumptions of all runs from
+    which it was made. Return "" if no noise is shared."""
     table = site.get("secure_aggregation")
     if not isinstance(table, dict):
         return ""
@@ -41,9 +41,11 @@ def assumptions(site: dict[str, Any]) -> str:
 
 
 def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the entry of the site whose own noise alone gives the largest ε, with the figures of
-    this noise. They hold even if the other sites collude. None if the run had no secure
-    aggregation. A "privacy" without sites counts as one site.
+    """Return the figures that hold even if the other sites collude: the entry of the site whose own
+    noise alone gives the largest ε, with this ε and this noise in place of the joint ones. None if
+    the run had no secure aggregation.
+
+    privacy: a report's "privacy"; if it lists no sites, it counts as the entry of one site.
 
     >>> table = {"sites": 3, "colluding": 1, "own_noise_multiplier": 2.0, "fallback_epsilon": 1.5}
     >>> fallback({"epsilon": 1.0, "secure_aggregation": table})["epsilon"]
@@ -76,8 +78,8 @@ def shared_line(privacy: dict[str, Any]) -> str:
 
 
 def best_guess(privacy: dict[str, Any]) -> float:
-    """Bound the probability that an attacker guesses correctly whether a unit took part; a coin
-    reaches 0.5.
+    """Return a bound on the probability that an attacker guesses correctly whether a unit took
+    part; a coin reaches 0.5. privacy: a report's "privacy".
 
     The attacker knows every other record and sees everything that left the sites. The result is the
     largest of the sites' bounds. A site's bound is the smaller of (e^ε + δ) / (1 + e^ε) (Kairouz et
@@ -100,8 +102,9 @@ def _site_guess(site: dict[str, Any]) -> float:
 
 
 def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
-    """Judge a metric's change by its 95 % interval. Return how the later model compares with the
-    earlier one, and the interval in words; None if `change` is no interval.
+    """Judge a metric's change by its 95 % interval. Return "better than", "worse than" or "not told
+    apart from", for the later model against the earlier one, and the interval in words. None if
+    `change` is not [lower end, upper end].
 
     >>> judge_change("accuracy", [0.25, 0.5])
     ('better than', 'change of accuracy +0.25 to +0.5')
@@ -117,8 +120,9 @@ def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
 
 
 def verdict(quality: dict[str, Any]) -> str:
-    """State in one sentence whether the trained model is better than the base, by the 95 %
-    interval of the change on the evaluation records; "" if it was not measured.
+    """Say how the trained model compares with the base, by the 95 % interval of the change on the
+    evaluation records. The text is the end of a sentence, such as "better than the base: change of
+    …"; "" if the change was not measured.
 
     A preference run with report.preference.alarms is never called better."""
     from fedtune.report.preference import alarms  # that module imports this one
@@ -142,7 +146,8 @@ STRENGTHS = (  # the largest ε of each class of strength, and its name
 
 
 def strength(epsilon: Any) -> str:
-    """Name the strength of an ε, on the scale that every page uses: `STRENGTHS`.
+    """Name the strength of an ε, on the scale that every page uses (STRENGTHS); "not known" if
+    `epsilon` is no number.
 
     Ponomareva et al. 2023 ("How to DP-fy ML", 5.2) give ε from 1 to 10 a single name. Here 3
     divides it, since above 3 an attacker's guess is bounded by ε alone only at more than 95 %. If

@@ -18,8 +18,9 @@ def class_rows(quality: dict[str, Any]) -> list[list[str]]:
 
 
 def class_lines(quality: dict[str, Any]) -> list[str]:
-    """Return a line with the classes of which nothing was learnt, and one with those that occur in
-    the test records but are never predicted; a line without classes is left out.
+    """Return up to two lines: one that names the classes of which nothing was learnt, and one that
+    names those which occur in the test records but are never predicted. A line that would name no
+    class is left out.
 
     >>> rash = {"name": "rash", "learnt": False, "records": 4, "recall": 0.0, "predicted": 0}
     >>> class_lines({"classes": [rash]})

@@ -87,12 +87,13 @@ def site_lines(report: Mapping[str, Any]) -> str:
 
 
 def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries "declared", "free_query", "simulation" and "invented" of a report on a
-    model derived from several runs. Empty ones are left out.
+    """Collect from the reports of several runs what a report on a model derived from them must
+    state: the entries "declared", "free_query", "simulation" and "invented". Empty entries are left
+    out.
 
-    A site is in "declared" if its data was private in none of the runs, and in "free_query" if a
-    query or a view selected its records in one of them. "simulation" and "invented" are set if they
-    are set for one of the runs."""
+    A site is in "declared" (site -> "public" or "generated") if its data was private in none of the
+    runs, and in "free_query" if a query or a view selected its records in one of them. "simulation"
+    and "invented" are set if they are set for one of the runs."""
     declared: dict[str, str] = {}
     private = set[str]()
     uncovered = set[str]()

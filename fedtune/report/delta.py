@@ -32,7 +32,8 @@ def chance(delta: float, unit: str, units: int) -> str:
 
 
 def warning(delta: float, unit: str, units: int) -> str:
-    """Warn of a δ that is too large for a site of this many units; "" if it is not."""
+    """Return a warning if δ is too large for a site of this many units (units · δ > MOST); "" if it
+    is not."""
     if delta * units <= MOST:
         return ""
     return (
@@ -42,6 +43,7 @@ def warning(delta: float, unit: str, units: int) -> str:
 
 
 def _one_in(probability: float) -> str:
-    """Return the number N of "1 in N" for a probability, with two figures if it is below 10."""
+    """Return the text N of "1 in N" for a probability: with two figures if N is below 10, else
+    rounded to an integer."""
     inverse = 1 / probability
     return f"{inverse:,.0f}" if inverse >= 10 else f"{inverse:.2g}"

@@ -16,7 +16,9 @@ NOTE = (
 
 
 def section(derived: dict[str, Any]) -> list[str]:
-    """Return Markdown paragraphs of a report's "derived"; [] for an empty one."""
+    """Return the section on a derived model as Markdown paragraphs: the runs and prompts from which
+    it was made. derived: the report's table of this name; {} if the model is not derived, which
+    gives []."""
     if not derived:
         return []
     rows = [

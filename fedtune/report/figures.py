@@ -14,8 +14,8 @@ def format_short(value: Any) -> str:
 
 
 def size_text(value: Any) -> str:
-    """Format a number of bytes in a suitable unit. value: the number, or a dict of numbers to add
-    up."""
+    """Format a number of bytes in the unit that suits it, from B to GB. value: the number, or a
+    dict whose numbers are added up."""
     total = sum(value.values()) if isinstance(value, dict) else value or 0
     for unit in ("B", "kB", "MB"):
         if total < 1000:
@@ -25,8 +25,8 @@ def size_text(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration in seconds, minutes or hours, with a decimal place for hours only: 90 s, 2
-    min, 1.5 h."""
+    """Format a duration for people: in seconds (90 s), whole minutes (2 min), or hours with one
+    decimal place (1.5 h)."""
     if seconds < 100:
         return f"{math.ceil(seconds)} s"
     if seconds < 5400:

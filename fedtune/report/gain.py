@@ -18,8 +18,10 @@ PUBLIC = "what public text alone gives"
 class Line:
     """One sentence about a run's quality.
 
-    about: its subject: "start", the gain over the public start; "base", the gain over the base;
-    "released", the model that the run releases. good: whether it states a desired result."""
+    - about: the sentence's subject: "start", the gain over the public start; "base", the gain over
+      the base; "released", the model that the run releases
+    - text: the sentence, without a full stop
+    - good: whether the sentence states a desired result"""
 
     about: Literal["start", "base", "released"]
     text: str
@@ -46,9 +48,9 @@ change of loss -1.5 to -1, 95 % over 60 records']
 
 
 def over_start(quality: dict[str, Any]) -> str:
-    """Return how the trained model compares with the public start: "better than", "not told apart
-    from" or "worse than"; "NOT shown to be better than" for a preference run with alarms; "" if the
-    two were not compared."""
+    """Say in a few words how the trained model compares with the public start: "better than", "not
+    told apart from" or "worse than"; "NOT shown to be better than" for a preference run with
+    alarms; "" if the two were not compared."""
     metric, start = quality.get("metric"), quality.get("start")
     told = judge_change(str(metric), (quality.get("gain") or {}).get("over_start"))
     if not isinstance(start, dict) or number(start.get(metric)) is None or told is None:
@@ -64,12 +66,12 @@ def is_start_released(quality: dict[str, Any]) -> bool:
 
 
 def choose_better(gain: float, unseen: float = 0.0) -> str:
-    """Return the model that the rule selection.release = "better" releases. It is TRAINED unless
-    the start is better on the selection records, and would remain better if the trained model were
-    right about every unit of the classes that these records lack.
+    """Return the model that the rule selection.release = "better" releases. It is START only if the
+    public start is better on the selection records, and would remain better if the trained model
+    were right about every unit of the classes that these records lack; else TRAINED.
 
     gain: the trained model's metric minus the start's, with its sign changed if lower is better.
-    unseen: the share of units in the lacking classes.
+    unseen: the share of the sites' units in classes that the selection records lack.
     >>> choose_better(0.0), choose_better(-0.1)
     ('trained', 'start')
     >>> choose_better(-0.1, unseen=0.05), choose_better(-0.1, unseen=0.2)

@@ -39,10 +39,10 @@ def make_table(
       all sites together
     - variances: site, or "" -> variance of the noise in each of these numbers
 
-    Returns "score", "level", "rows" (with by, value, site, units, score and interval; the last
-    three are None if the count does not exceed its noise) and "resolved", the sentences about
-    differences.
-    """
+    Returns a dict of "score", "level" (the probability with which all intervals hold), "rows" (a
+    dict for each cell and site with by, value, site, units, score and interval; the last three are
+    None if the count is lost in its noise) and "resolved", the sentences about figures that
+    differ."""
     least = (1 - LEVEL) / (2 * max(1, len(cells) * len(sums)))
     quantile = NormalDist().inv_cdf(1 - least)
     rows = [
@@ -55,6 +55,13 @@ def make_table(
 
 
 def _figure(score: float, count: float, variance: float, quantile: float) -> Row:
+    """Return units, score and interval of one cell; all three are None unless the count exceeds
+    TOO_NOISY standard deviations of its noise.
+
+    - score: Σ score with noise
+    - count: Σ 1 with noise
+    - variance: of the noise in each of these two
+    - quantile: the interval's half-width in standard deviations, such as 1.96 for 95 %"""
     if not count > TOO_NOISY * math.sqrt(variance):
         return {"units": None, "score": None, "interval": None}
     return {
@@ -72,8 +79,14 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
     Under the root, the first term is the noise of both sums. The second is the sampling error of
     the held-out units, which is largest for scores of 0 and 1.
 
-    score: Σ score; outside [0, count] the nearer end is used instead, which is nearer to every p.
-    count: n = Σ 1 with noise, above 0. variance: v, of the noise in each sum.
+    - score: Σ score with noise; outside [0, count] the nearer end is used instead, which is nearer
+      to every p
+    - count: n = Σ 1 with noise, above 0
+    - variance: v, of the noise in each sum
+    - quantile: the interval's half-width in standard deviations, such as 1.96 for 95 %
+
+    Returns the lower and the upper end, rounded to three digits.
+
     Reference: Fieller 1954 (a ratio of two noised figures); Wilson 1927 (a share's own variance).
 
     >>> interval(50.0, 100.0, 0.0, 1.96)  # without noise this is Wilson's interval
@@ -91,8 +104,12 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
 
 
 def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -> float:
-    """Return the excluded value that is nearest to `inside`, by bisection; `outside` itself if it
-    is not excluded. outside: 0 or 1. inside: a value that is not excluded."""
+    """Find an end of an interval by bisection: the value outside the interval that is nearest to
+    it, or `outside` itself if that lies in the interval.
+
+    - is_excluded: returns whether a value lies outside the interval
+    - outside: the end of the range that is searched, 0 or 1
+    - inside: a value in the interval"""
     if not is_excluded(outside):
         return outside
     for _ in range(40):
@@ -102,8 +119,9 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
 
 
 def _say_resolved(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a sentence for each figure that is below others. Values of one axis are compared within
-    a site, or within all sites together; sites are compared within a cell."""
+    """Yield a sentence for each figure whose interval lies below that of another figure. Compared
+    are the values on one axis at the same site (or at all sites together), and the sites in the
+    same cell."""
     shown = [row for row in rows if row["interval"] is not None]
     for site in sorted({row["site"] for row in shown}):
         for axis in dict.fromkeys(row["by"] for row in shown):
@@ -122,14 +140,19 @@ def _say_apart(where: str, name: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def cell_name(axis: str, value: str) -> str:
-    """Return a cell's name for people."""
+    """Return a cell's name for people, as "axis: value"; EVERYBODY for the cell of all units, whose
+    axis is ""."""
     return f"{axis}: {value}" if axis else EVERYBODY
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A table for people. title: the text above it; head: its column names; lines: the text
-    below."""
+    """The sites' answers about held-out records as a table for people.
+
+    - title: the text above the table
+    - head: the names of its columns
+    - rows: its rows, one text for each column
+    - lines: the text below it, line by line"""
 
     title: str
     head: tuple[str, ...]
@@ -138,7 +161,8 @@ class Shown:
 
 
 def write_shown(report: Mapping[str, Any]) -> Shown | None:
-    """Build the table of a run's report for people; None if it has none that can be read."""
+    """Build the table of a report's answers about held-out records, for people; None if the report
+    has no such table, or a damaged one."""
     table = report.get("held_out")
     if not isinstance(table, Mapping):
         return None
@@ -155,8 +179,9 @@ def write_shown(report: Mapping[str, Any]) -> Shown | None:
 
 
 def text_row(row: Row) -> tuple[str, ...]:
-    """Build a row for people: the group, the site, the number of units, their score, its
-    interval."""
+    """Return one row as texts for people: the group, the site, the number of units, their score,
+    and the interval of the score. If the number is lost in its noise, the score is NOT_TOLD_APART,
+    and number and interval are ""."""
     who = cell_name(row["by"], row["value"]), str(row["site"] or EVERY_SITE)
     units, score = number(row["units"]), number(row["score"])
     if units is None or score is None:
@@ -166,7 +191,8 @@ def text_row(row: Row) -> tuple[str, ...]:
 
 
 def lines(table: Mapping[str, Any], unit: str) -> list[str]:
-    """Return lines that say how to read the figures, and which differences are resolved."""
+    """Return lines of text for below the table: how to read its figures, and which of them differ.
+    table: the result of `make_table`. unit: the noun for a unit, such as "patient"."""
     resolved = [f"Resolved: {line}." for line in table["resolved"]]
     return [
         f"Numbers of {unit}s and figures have noise. All intervals hold together in "

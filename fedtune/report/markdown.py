@@ -106,8 +106,8 @@ def _claim(report: dict[str, Any]) -> str:
 
 
 def _describe_shared(privacy: dict[str, Any]) -> str:
-    """Describe the assumption under which ε holds if sites shared noise, and the ε that holds
-    without the assumption; "" if they shared none."""
+    """Return the paragraph about shared noise: the assumption under which ε holds, and the ε that
+    holds without it; "" if the sites shared none. privacy: the report's "privacy"."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""
@@ -145,8 +145,8 @@ def _for_life(report: dict[str, Any]) -> str:
 
 
 def _held_out(privacy: dict[str, Any]) -> str:
-    """Return the paragraph about the ε of held-out records, which were only queried; "" if there
-    was no query."""
+    """Return the paragraph about the ε of the sites' held-out records, which are not trained on but
+    queried; "" if there was no query. privacy: the report's "privacy"."""
     evaluation = privacy.get("evaluation") or {}
     if not evaluation.get("steps"):
         return ""
@@ -238,8 +238,8 @@ def _whatever(site: dict[str, Any]) -> str:
 
 
 def _ranks(ranks: dict[str, Any]) -> str:
-    """Return the section with the rank that each site trained; "" if every site trained the full
-    rank."""
+    """Return the section about the rank that each site trained. ranks: the report's "lora_ranks";
+    {} if every site trained the full rank, which gives ""."""
     if not ranks:
         return ""
     trained = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
@@ -279,8 +279,8 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
 
 
 def _wire(report: dict[str, Any]) -> str:
-    """Return the section with the wire encodings and each site's bytes: by round or, for more than
-    MOST_COLUMNS sites, in total."""
+    """Return the section about what went over the wire: the encodings, and each site's bytes, by
+    round or, for more than MOST_COLUMNS sites, in total. Return "" if no bytes were noted."""
     wire, rounds = report.get("wire") or {}, report.get("rounds") or []
     masked = fallback(report.get("privacy") or {}) is not None
     update = "masked words" if masked else cell(wire.get("update"))
@@ -301,7 +301,8 @@ def _wire(report: dict[str, Any]) -> str:
 
 
 def _site_bytes(names: list[str], rounds: list[dict[str, Any]]) -> list[str]:
-    """Return for each site the bytes that it sent and received, summed over `rounds`."""
+    """Return one text for each of the sites `names`: the bytes that it sent and received, as "sent
+    / received", summed over `rounds`."""
     return [
         " / ".join(
             figure(sum((r.get(direction) or {}).get(name, 0) for r in rounds))
@@ -371,7 +372,8 @@ def _setting(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """Format a value of a report for people, without brackets or quotes."""
+    """Format a value of a report for people: the items of a list or dict with commas between them,
+    without brackets or quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(item)}" for name, item in sorted(value.items()))
     return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)

@@ -9,7 +9,8 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
-    """Return Markdown paragraphs of a report's "merge"; [] for an empty one."""
+    """Return the section on a merged adapter as Markdown paragraphs; [] if the report is of no
+    merged adapter. merge, privacy: the report's tables of these names."""
     if not merge:
         return []
     parents = merge.get("parents") or []
@@ -38,7 +39,8 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
 
 
 def _figures(value: Any) -> str:
-    """Format a figure, or a list with one figure for each parent."""
+    """Format a figure as text; if it is a list, with one figure for each parent, join them with
+    "and"."""
     return " and ".join(map(figure, value)) if isinstance(value, list) else figure(value)
 
 

@@ -33,9 +33,9 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
     """Compute the p-value of the hypothesis that `after` is no better than `before`, by a
     permutation test on the same records.
 
-    The versions' scores are randomly exchanged within records, SWAPS times. p is the share of these
-    results and the observed one in which the second version is at least as much better as observed;
-    1 if it was not better. The seed is fixed, so the same scores give the same p.
+    SWAPS times, each record's two scores are exchanged at random. p is the share of the results,
+    the observed one included, in which `after` is better by at least as much as was observed; p is
+    1 if `after` was not better. The seed is fixed, so the same scores give the same p.
 
     Guarantee: if the two are exchangeable, P(p ≤ a) ≤ a for every a, whatever the metric.
     Source: Noreen 1989, chapter 2 (approximate randomisation); Phipson & Smyth 2010, "Permutation
@@ -58,8 +58,9 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Return each record's part (n,) in the improvement of `after`. The sum of the parts orders
-    results as the metric does. None for a metric that no sum over records orders."""
+    """Return how much each record adds to the improvement of `after` over `before`: (n,), above 0
+    if `after` is better on it. If scores are exchanged within records, the metric's improvement
+    rises and falls with the sum of these parts. None for a metric of which this is not so (F1)."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss
@@ -77,14 +78,16 @@ def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64
 
 
 def _swaps(n: int) -> Iterator[np.ndarray]:
-    """Yield SWAPS random masks (n,) of the records to exchange, from a fixed seed."""
+    """Yield SWAPS random masks (n,) of booleans from a fixed seed: true for the records whose two
+    scores are exchanged."""
     random = np.random.default_rng(1)
     for _ in range(SWAPS):
         yield random.random(n) < 0.5
 
 
 def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield blocks of sums of `parts` with random signs, SWAPS sums in all, from a fixed seed."""
+    """Yield the sums of `parts` for SWAPS random choices of signs, from a fixed seed, as arrays of
+    many sums each. A changed sign stands for a record whose two scores are exchanged."""
     random, parts = np.random.default_rng(1), parts[parts != 0]
     block = max(1, 2**22 // max(1, len(parts)))
     for start in range(0, SWAPS, block):
@@ -93,8 +96,8 @@ def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def changes(before: Scores, after: Scores, metric: str) -> npt.NDArray[np.float64]:
-    """Return the improvement of `after` in each record (n,), from -1 to 1, for a metric that is a
-    share of records."""
+    """Return how much better `after` is than `before` on each record: (n,), from -1 to 1. The
+    metric must be a share of records, such as accuracy."""
     parts = _parts(metric, before, after)
     assert parts is not None  # a share of records is a sum over records
     return parts
@@ -105,11 +108,15 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
     most `least`. p ≤ level if and only if the lower end of the change's one-sided interval at
     confidence 1 - level is above `least`.
 
-    parts: each record's change (n,), from `changes`. The share of records that change at all is not
-    known. So the tail is the largest over all values of this share up to the upper end of its own
-    interval, which is taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a
-    change by half (a tie that becomes a win) does not count as better, and a change by half to the
-    worse counts as a whole record."""
+    - parts: each record's change (n,), from `changes`
+    - least: a change of the share, from -1 to 1; below 0 for the most by which it may get worse
+    - level: the largest p at which the hypothesis is rejected
+
+    How many records change at all is not known beforehand. So p is the largest tail probability
+    over all shares of changing records up to the upper end of that share's own interval, which is
+    taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a record that gets better
+    by half (a tie that becomes a win) does not count as better, and one that gets worse by half
+    counts as a whole record."""
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
@@ -118,7 +125,12 @@ def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
     """Bound the probability that at least `net` more records get better than get worse, if the
     expected difference is at most least · n.
 
-    changed: the number of the n records that were observed to change."""
+    - n: the number of records
+    - changed: the number of the n records that were observed to change
+    - net: how many more of them were observed to get better than to get worse
+    - least: the expected difference, as a share of the n records
+    - level: the level of the decision. BEYOND · level of it is added to the bound, for the case
+      that more records change than the interval of their share allows."""
     if not n or net <= least * n or least >= 1:
         return 1.0
     beyond = BEYOND * level
@@ -143,7 +155,7 @@ def least_gain(
     of 0.8; above 1 if no gain is enough.
 
     - records: number of public records
-    - threshold: the p-value below which a test succeeds
+    - threshold: the largest p-value at which a test succeeds
     - margin: how much better the new version must be
     - groups: for each group, its number of records and the margin by which it may get worse; the
       gain is taken to be the same in each
@@ -167,7 +179,12 @@ def least_gain(
 
 def _least_gain_exchanged(records: int, threshold: float, misses: float, changed: float) -> float:
     """Estimate the smallest gain that `chance_of` shows, except with probability `misses`, by the
-    normal approximation."""
+    normal approximation. Return it as a share of the records; it may be above 1.
+
+    - records: the number of records
+    - threshold: the largest p-value at which the test succeeds
+    - misses: the probability that the test misses the gain
+    - changed: the share of records on which the versions differ, unless the gain is larger"""
     deviations = NormalDist().inv_cdf(1 - threshold) + NormalDist().inv_cdf(1 - misses)
     gain = 0.0
     for _ in range(50):  # at least the gain's share of records changes, so iterate
@@ -177,7 +194,14 @@ def _least_gain_exchanged(records: int, threshold: float, misses: float, changed
 
 def _least_gain_above(n: int, level: float, least: float, misses: float, changed: float) -> float:
     """Return the smallest gain that `chance_above` shows to be above `least`, except with
-    probability `misses`; 0 if no gain is needed, above 1 if none is enough."""
+    probability `misses`; 0 if no gain is needed, above 1 if none is enough.
+
+    - n: the number of records
+    - level: the largest p-value at which the test succeeds
+    - least: the change of the share that must be exceeded; below 0 if the share may get worse by so
+      much
+    - misses: the probability that the test misses the gain
+    - changed: the share of records on which the versions differ, unless the gain is larger"""
 
     def is_shown(gain: float) -> bool:
         rate = max(changed, gain)

@@ -22,7 +22,8 @@ ALARM = "#c00000"
 
 
 def png(report: dict[str, Any]) -> bytes:
-    """Return the picture as PNG bytes, drawn without a display (Agg)."""
+    """Draw the picture of a run, with a panel for each quality metric and one for ε, and return it
+    as PNG bytes. No display is needed (Agg). report: the report's content."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +65,8 @@ def _caption(report: dict[str, Any]) -> str:
 
 
 def _points(quality: dict[str, Any], metric: Any) -> list[tuple[int, float]]:
-    """Return (round, value) of a metric on the evaluation records; round 0 is the base alone."""
+    """Return the points (round, value) of a metric's curve on the evaluation records; round 0 is
+    the base alone. quality: the report's "quality"."""
     points = [
         (row["round"], value)
         for row in quality.get("by_round") or []
@@ -140,7 +142,8 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
 
 
 def _count(quality: dict[str, Any]) -> str:
-    """Describe the number of records and the error bars; "" if not known."""
+    """Return a line that states the number of evaluation records and what the error bars are, after
+    a line break; "" if the number is not known. quality: the report's "quality"."""
     count = number((quality.get("gain") or {}).get("records"))
     return f"\n{int(count):,} records, 95 % intervals" if count else ""
 

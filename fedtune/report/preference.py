@@ -15,11 +15,12 @@ FALLEN = 0.5  # nats per token that the better answers may lose: perplexity time
 
 
 def alarms(quality: dict[str, Any]) -> list[str]:
-    """List the warnings about a preference run, one sentence each; [] if there are none.
+    """List the warnings about a preference run, one text each; [] if there are none. quality: the
+    report's "quality".
 
-    | held-out loss  | if the objective's own loss rose: 95 % interval of its change above 0 |
-    | better answers | if their log-likelihood fell by more than FALLEN nats per token |
-    | destroyed text | after one of these, if the answers' log-likelihood was measured |
+    | held-out loss rose    | 95 % interval of the change of the objective's own loss is above 0   |
+    | better answers lost   | their log-likelihood fell by more than FALLEN nats per token         |
+    | text may be destroyed | added to one of these, if the answers' log-likelihood was measured   |
 
     >>> fell = {"before": 0.69, "after": 0.5, "change": [-0.3, -0.1]}
     >>> alarms({"gain": {"pairs": {"loss": fell}}})

@@ -11,7 +11,8 @@ SHOWN = 16  # digits of a signing key that are shown; report.json has the whole 
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """Render a report's "settings", "signed" and "ran" as Markdown; [] if it has none of them."""
+    """Return the paragraphs about how a run was made, as Markdown, from the report's "settings",
+    "signed" and "ran"; [] if the report has none of these."""
     parts = [_settings(report.get("settings") or {}), _describe_signed(report.get("signed") or {})]
     parts.append(_describe_run(report.get("ran") or {}))
     return [part for part in parts if part]

@@ -19,9 +19,9 @@ LONG = 1000  # a sentence is cut after so many characters
 
 
 def section(report: dict[str, Any]) -> str:
-    """Render the section. It says what the sites' records added and which model is released; then
-    the figures with their intervals and the number of records; then what was chosen on selection
-    records."""
+    """Return the section on quality as Markdown. It says what the sites' records added and which
+    model is released; then it gives the figures with their intervals and the number of records;
+    then what was chosen on selection records. If nothing was measured, it says so."""
     quality = report.get("quality") or {}
     metric = quality.get("metric")
     if not metric:
@@ -64,7 +64,8 @@ def section(report: dict[str, Any]) -> str:
 
 
 def headline_lines(report: dict[str, Any]) -> list[str]:
-    """Render the sentences of gain.headline and gain.advice as Markdown, one paragraph a line."""
+    """Return the main sentences on a run's quality (`gain.headline`, and `gain.advice` if there is
+    any) as Markdown, one text for each paragraph."""
     said = [_sentence(line.text) for line in headline(report.get("quality") or {})]
     lines = [f"**{text}**" for text in said]
     return [*lines, _sentence(more)] if (more := advice(report)) else lines
@@ -75,7 +76,8 @@ def _sentence(text: str) -> str:
 
 
 def _columns(quality: dict[str, Any]) -> tuple[str, str]:
-    """Return the column heads for the figures of the base and of the released model."""
+    """Return the two column heads for the figures of the base and of the released model, in this
+    order."""
     return (
         ("base alone", "released: public text alone")
         if is_start_released(quality)
@@ -84,8 +86,9 @@ def _columns(quality: dict[str, Any]) -> tuple[str, str]:
 
 
 def _others(quality: dict[str, Any]) -> dict[str, str]:
-    """Return the third model's key in `quality` -> its column head. The third model is the public
-    start or, if the start is released, the trained model; {} if there is none."""
+    """Find the model that is neither the base nor the released one: the public start or, if the
+    start is released, the trained model. Return its key in `quality` -> its column head; {} if
+    there is none."""
     named = {"start": "public text alone"}
     if is_start_released(quality):
         named = {TRAINED: "trained, not released"}
@@ -93,7 +96,8 @@ def _others(quality: dict[str, Any]) -> dict[str, str]:
 
 
 def _pairs(quality: dict[str, Any]) -> str:
-    """Describe side effects and warnings of a preference run; "" for another run."""
+    """Return a preference run's warnings and its section on pairs, as Markdown to append; "" for
+    another run."""
     from fedtune.report.preference import alarms, section
 
     pairs = section(quality)
@@ -102,8 +106,9 @@ def _pairs(quality: dict[str, Any]) -> str:
 
 
 def intervals(quality: dict[str, Any], name: Any) -> dict[str, list[float]]:
-    """Return the 95 % intervals of a metric's figures: "before", "after", "change", and
-    "trained" if the trained model is not released; {} if they were not computed.
+    """Return the 95 % intervals [lower, upper] of a metric's figures. The keys are "before",
+    "after", "change", and "trained" if the trained model is not released; {} if no intervals were
+    computed. quality: the report's "quality"; name: the metric.
 
     >>> intervals({"gain": {"intervals": {"loss": {"after": [1.0, 2.0]}}}}, "loss")
     {'after': [1.0, 2.0]}
@@ -125,8 +130,8 @@ def _between(bound: list[float] | None, key: str) -> str:
 
 
 def _describe_selection(quality: dict[str, Any]) -> str:
-    """Return the paragraph about the coordinator's choices: the steps of each round, or the version
-    in use; "" if the evaluation was not finished."""
+    """Return the paragraph that says what was chosen on public records: the steps of each round,
+    the version in use, or nothing; "" if the evaluation was not finished."""
     rounds = quality.get("selection")
     if "version" in quality:  # of a study without a last round
         return (

@@ -24,16 +24,17 @@ def pipeline_tag(run: Path) -> str:
 
 
 def check_new(out: Path) -> None:
-    """Check that `out` does not exist. Errors: ConfigError."""
+    """Check that nothing is at the path `out`. Errors: ConfigError if it exists."""
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a draft that becomes the new folder `out` on success, and is removed otherwise.
+    """Make the new folder `out` as a whole: yield the path of an empty draft folder, which is
+    renamed to `out` if the block succeeds, and removed otherwise.
 
-    Errors: ConfigError (it exists), InfrastructureError (disk)."""
+    Errors: ConfigError if `out` exists, InfrastructureError if the disk refuses."""
     from fedtune.core.files.writing import drafted
 
     check_new(out)
@@ -43,9 +44,11 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def read_report(run: Path, *needed: str) -> dict[str, Any]:
-    """Read a finished run's report.json. needed: keys of REPORT that it must have.
+    """Read a finished run's report.json. needed: the keys, among those of REPORT, that the report
+    must have; it must have "privacy" in any case.
 
-    Errors: InputError if there is no report, or a needed key is missing or of another type."""
+    Errors: InputError if there is no report, a needed key is missing, or a key of REPORT has a
+    value of another type."""
     path, expected = run / "report.json", "the report of a finished run"
     todo = "finish the run with --resume; if the file is damaged, copy it again"
     report = reading.json_in(path, expected, todo)

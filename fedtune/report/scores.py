@@ -31,10 +31,11 @@ class Scores:
       the objective's loss
     - tokens: (n,) number of target tokens
     - exact: (n,) whether greedy decoding gives the completion exactly
-    - chosen, gold: (n,) class indices, -1 without classes
+    - chosen, gold: (n,) index of the class that the model chose, and of the right one; -1 without
+      classes
     - margin: (n,) how much the better completion of a pair is preferred; below 0 if the worse one
       is preferred
-    - pairs: further figures of pairs, None for other records
+    - pairs: likelihoods and lengths of the answers, if the records are pairs of answers; else None
     - confidence: (n,) probability of the chosen class, None without classes"""
 
     loss: np.ndarray
@@ -47,8 +48,8 @@ class Scores:
     confidence: np.ndarray | None = None
 
     def with_rows_of(self, other: Scores, rows: np.ndarray) -> Scores:
-        """Return a copy with the scores of `other` where `rows` (n,) is true. The copy has no pairs
-        and no confidence."""
+        """Return a copy in which the records where `rows` (n,) is true have the scores of `other`.
+        The copy has no `pairs` and no `confidence`."""
         return Scores(
             loss=np.where(rows, other.loss, self.loss),
             tokens=np.where(rows, other.tokens, self.tokens),
@@ -59,12 +60,15 @@ class Scores:
         )
 
     def columns(self, metric: str) -> dict[str, list[float]]:
-        """Return name -> values of the arrays from which `metric` is computed."""
+        """Return the fields from which `metric` is computed: name of the field -> one number for
+        each record."""
         return {name: np.asarray(getattr(self, name), float).tolist() for name in FIELDS[metric]}
 
     @classmethod
     def of_columns(cls, columns: Columns) -> Scores:
-        """Build scores from some of their arrays, (n,) each; the others are filled with zeros."""
+        """Build scores from some of their fields, name -> (n,) numbers, as `columns` returns them;
+        the other fields are filled with zeros. Errors: ValueError if the fields differ in length or
+        hold a number that is not finite."""
         given = {name: np.array(column, float) for name, column in columns.items()}
         n = len(next(iter(given.values())))
         if any(array.shape != (n,) or not np.isfinite(array).all() for array in given.values()):
@@ -73,7 +77,8 @@ class Scores:
         return cls(**(none | given))
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
-        """Compute a metric over all records, or over the records that `rows` selects."""
+        """Compute a metric over all records, or over those that `rows` selects: a slice, or an
+        array of indices or booleans."""
         loss, tokens = self.loss[rows], self.tokens[rows]
         if metric == "loss":
             return float(loss.mean())

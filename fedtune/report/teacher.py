@@ -10,7 +10,8 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """Return Markdown paragraphs on the teacher in report["teacher"]; [] if there is none."""
+    """Return the section on the teacher as Markdown paragraphs: its name, digest and cost. Return
+    [] if the report has no "teacher"."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return []
@@ -30,7 +31,9 @@ def section(report: dict[str, Any]) -> list[str]:
 
 
 def teacher_line(report: dict[str, Any]) -> str:
-    """State in one line, for a terminal, the ε that the teacher cost; "" if there is no teacher."""
+    """State in one line, for a terminal, what the teacher cost: its ε, or why this is not known.
+    The line gives the name alone if there is nothing to add up: the teacher is a base, or the run
+    has no ε. Return "" if there is no teacher."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return ""

@@ -11,7 +11,8 @@ from fedtune.core.registry.rounding import number
 
 
 def cell(value: Any, most: int = 200) -> str:
-    """Format one value as escaped Markdown on one line, at most `most` characters."""
+    """Format one value as escaped Markdown on one line, cut to at most `most` characters before it
+    is escaped; "–" for None."""
     if value is None:
         return "–"
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
@@ -20,8 +21,8 @@ def cell(value: Any, most: int = 200) -> str:
 
 
 def figure(value: Any) -> str:
-    """Format an integer in full, and another number with four significant figures. Return text as
-    `cell` does."""
+    """Format a number for a table: an integer in full, another number with four significant
+    figures. A value that is no finite number is formatted as `cell` does."""
     n = number(value)
     if n is None or not math.isfinite(n):
         return cell(value)

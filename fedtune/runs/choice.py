@@ -24,11 +24,16 @@ LOCK = "lock"  # a file in a run's folder that the process which trains there ke
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[Path] = ()) -> Path:
-    """Return the first folder of runs/NAME, runs/NAME-2, -3, … that does not exist. With `resume`,
-    return the newest existing one instead, if there is any.
+    """Return the folder for a study's run, among RUNS/NAME, RUNS/NAME-2, -3, …: the first that does
+    not exist or, with `resume`, the newest that does. Nothing is created.
 
-    Folders of a study with another name are passed over: runs/a-2 may be the second run of `a`, or
-    the first of `a-2`. taken: folders of other studies that have written no plan yet."""
+    - name: the study's name, NAME
+    - resume: whether to return the newest existing folder of the study, if there is any. Folders of
+      a study with another name are passed over: runs/a-2 may be the second run of `a`, or the first
+      of `a-2`.
+    - runs: the folder RUNS of all runs
+    - taken: folders that other studies will use and have not written a plan to; they are passed
+      over"""
     found: list[Path] = []
     fresh, number = runs / name, 1
     while fresh.exists() or fresh in taken:
@@ -71,8 +76,9 @@ def is_finished(run: Path, study: Study) -> bool:
 
 
 def with_digests_of(study: Study, plan: Study) -> Study:
-    """Return the study with its rounds, and with the digests that it leaves open filled in from
-    `plan`. The result equals `plan` if that is a plan of this study."""
+    """Return the study as its plan would be: with the number of rounds fixed, and with the digests
+    that the study leaves open filled in from `plan`. The result equals `plan` if that is a plan of
+    this study."""
     from fedtune.accounting.rounds import with_rounds
 
     tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))
@@ -80,7 +86,7 @@ def with_digests_of(study: Study, plan: Study) -> Study:
 
 
 def has_begun(run: Path) -> bool:
-    """Return whether --resume continues the run in this folder."""
+    """Return whether a run's folder holds a checkpoint, from which --resume continues the run."""
     return (run / "checkpoint" / "run.db").exists()
 
 
@@ -95,7 +101,8 @@ def stopped_line(run: Path) -> str:
 
 
 def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the digests that a plan has and its study.toml leaves open."""
+    """Return a copy of `tables`, a study as JSON, in which the digests that are open are filled in
+    from `plan`, a plan as JSON. Digests that the study states stay as they are."""
     # Some open digests are left out of a study's JSON, and present in that of its plan.
     filled = tables | {key: None for key in plan.keys() - tables.keys() if key.endswith("digest")}
     for key, value in filled.items():
@@ -109,7 +116,12 @@ def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
     """Return the finished run that a command would start or resume; None if there is none, so that
-    the command has work to do. `out`, `resume`, `runs`: as for new_run."""
+    the command has work to do.
+
+    - study: the study to run
+    - out: the run's folder as a person named it; None if none was named
+    - resume: whether the command resumes the study's newest run under `runs`
+    - runs: the folder of all runs"""
     run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
     if run is None:
         return find_finished(study, runs)
@@ -117,7 +129,8 @@ def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = R
 
 
 def finished_line(run: Path) -> str:
-    """Describe a finished run on one line, with the next things to do. Errors: InputError."""
+    """Describe a finished run on one line, with the next things to do. Errors: InputError if the
+    report cannot be read."""
     report, plan = read_report(run), load_plan(run)
     parts = [f"finished: {run}"]
     if report.get("private"):
@@ -140,8 +153,14 @@ def new_run(
     runs: Path = RUNS,
     taken: Collection[Path] = (),
 ) -> Path:
-    """Choose the folder of a run that starts or resumes: `out`, else one under `runs` that no other
-    study of the command has `taken`.
+    """Choose the folder of a run that starts or resumes. Nothing is created.
+
+    - study: the study to run
+    - out: the folder that a person named, which is returned as it is; None to choose one under
+      `runs` by the study's name (`folder_for`)
+    - resume: whether to continue the study's newest run under `runs`, if there is any
+    - runs: the folder of all runs
+    - taken: folders of other studies of the same command, which are not chosen
 
     Errors: ConfigError if no folder was named and this study is finished, since another run of it
     would be refused, or charged a second time."""
@@ -168,9 +187,14 @@ def check_vacant(run: Path) -> None:
 
 
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
-    """Describe on one line which run is resumed, or that there is none to resume. Without `resume`,
-    describe which earlier run of this study is not finished; "" if there is none. run: the folder
-    that new_run chose; resume, runs: as for new_run."""
+    """Describe on one line what a command does: which run it resumes, or that there is none to
+    resume. Without `resume`, the line is about an earlier run of this study that is not finished;
+    "" if there is none.
+
+    - study: the study to run
+    - run: the folder that `new_run` chose
+    - resume: whether the command resumes a run
+    - runs: the folder of all runs"""
     if resume:
         found = has_begun(run)
         return f"going on with {run}" if found else f"no run to go on with: {run} begins"
@@ -187,7 +211,7 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
 def hold_run(run: Path) -> Iterator[None]:
     """Lock a run's folder for this process while the block runs. A missing folder is made, and
     removed again if nothing was written to it. Errors: InfrastructureError if another process
-    trains there, which the error names."""
+    trains there (the error names it), or the folder cannot be made."""
     made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)

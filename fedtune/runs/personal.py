@@ -63,7 +63,13 @@ class About:
 
 
 class PersonalRun(Run):
-    """A released run with the site's own arrays in place of the released ones.
+    """A site's personal model, used like a run: a released run, in which arrays that the site
+    trained further replace the released ones.
+
+    - shared: the released run
+    - arrays: name -> array, for the arrays that the site trained further
+    - about: the facts that were sealed with these arrays
+    - digest: sha256 of the sealed file, in hexadecimal
 
     Guarantee: it has no `folder`, so that code which reads or writes a run's folder, such as
     export, merge, label or a dossier, cannot take it for a run that may be handed on. Errors:
@@ -85,12 +91,14 @@ class PersonalRun(Run):
 
     @property
     def report(self) -> dict[str, Any]:
-        """Raise NeverLeaves: the report is about the released model."""
+        """Raise NeverLeaves. A personal model has no report, since report.json is about the
+        released model."""
         raise NeverLeaves(repr(self))
 
     @property
     def mark(self) -> str:
-        """The words that stand before every text that this model writes."""
+        """The text that is put before everything that this model writes, and says that the model is
+        personal."""
         return f"[personal model of {self.about.site}, {MARK}]"
 
     def adapter(self) -> Arrays:
@@ -124,7 +132,8 @@ def personal_file(site: Site, run: Run) -> Path:
 
 
 def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
-    """Describe a personal model of this run. trained: the fields `units` and `chosen` of About."""
+    """Return the facts that are sealed with a site's personal model of a released run. trained: the
+    fields `units` and `chosen` of About."""
     return About(
         plan=run.study.digest,
         adapter=digest_of_adapter(run.folder),
@@ -136,7 +145,13 @@ def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
 
 
 def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
-    """Write a personal model, which replaces an earlier one.
+    """Encrypt a personal model and write it to a file that only this user can read. An earlier one
+    is replaced.
+
+    - path: the file, as `personal_file` names it
+    - arrays: name -> array, for the arrays that the site trained further
+    - about: the facts to seal with them
+    - key: the key of the site's ledger, from which the encryption key is derived
 
     Errors: InfrastructureError."""
     from safetensors.numpy import save
@@ -154,7 +169,7 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
     Errors: InputError if there is no such model, other users can read the file, it is another
     site's or another run's, or it was changed. InputError also if the model must be trained again,
     because a patient on whose records it was trained has withdrawn, or the list of opt-outs has
-    changed. LedgerError."""
+    changed. LedgerError if the ledger cannot be read."""
     path = personal_file(site, run)
     if not os.path.lexists(path):
         raise InputError(f"{path}: this site has no personal model of {run.place}", todo=AGAIN)
@@ -201,8 +216,9 @@ def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Array
 
 
 def _cipher(key: SigningKey) -> AESGCM:
-    """Return the cipher of a site's personal models. key: the key of the site's ledger, since the
-    sealed hashes of patients hold with that ledger's salt alone."""
+    """Return the cipher that seals and opens a site's personal models. key: the key of the ledger
+    from which the site pays. The sealed hashes of patients are made with this ledger's salt, so
+    they can be compared with no other ledger's."""
     return AESGCM(key.derive(PURPOSE))
 
 
@@ -213,7 +229,8 @@ def _outdated(path: Path, why: str) -> InputError:
 
 
 def _opt_outs(site: Site, ledger: Ledger) -> str:
-    """Compute a salted digest of the list of opt-outs; "" if the site has none."""
+    """Return a digest of the list of opt-outs, salted by the ledger, by which a change of the list
+    is noticed; "" if the site has no list."""
     table = site.data.consent
     if table is None or table.opt_outs is None:
         return ""

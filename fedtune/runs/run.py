@@ -48,18 +48,19 @@ class Run:
 
     @property
     def place(self) -> Path:
-        """The folder by which messages name the run."""
+        """The run's folder, as messages to people name it."""
         return self.folder
 
     @property
     def mark(self) -> str:
-        """The words that stand before every text that this model writes; "" for a released
+        """The text that is put before everything that this model writes; "" for a released
         model."""
         return ""
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """Read report.json, the report of a finished run. Errors: InputError."""
+        """Read report.json, the report of a finished run. Errors: InputError if the run is not
+        finished, or the report is damaged."""
         return read_report(self.folder)
 
     @property
@@ -82,8 +83,9 @@ class Run:
         return load_adapter(self.folder / ADAPTER)
 
     def load_peft(self, backbone: Any) -> Any:
-        """Load the adapter onto a base by PEFT, as other users of the adapter do. Errors:
-        ModelError."""
+        """Load the adapter onto a base by PEFT, as users without fedtune do, and return PEFT's
+        model, ready for evaluation. backbone: the base as a transformers model. Errors: ModelError
+        if PEFT cannot load the adapter."""
         from peft import PeftModel
 
         adapter = self.folder / ADAPTER
@@ -181,7 +183,7 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_run(folder: Path | str) -> Run:
-    """Open a run, or the run in a dossier. Errors: InputError, ConfigError; NeverLeaves for a
-    personal model."""
+    """Open the run in a folder, which is the run's own folder or that of a dossier. Errors:
+    InputError or ConfigError if there is no run; NeverLeaves for a personal model."""
     inside = Path(folder) / RUN
     return Run(inside if (inside / "plan.json").is_file() else folder)

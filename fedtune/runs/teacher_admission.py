@@ -19,8 +19,9 @@ from fedtune.runs.verify_model import verify
 
 
 def register_teacher(study: Study) -> None:
-    """Verify and load the teacher of a local study by the name that the study gives, so that
-    `find_teacher` finds it by its digest afterwards.
+    """Verify the signature of a local study's teacher, and load the teacher by the name that the
+    study gives. Afterwards `find_teacher` finds it by its digest. Nothing is done for a study
+    without a teacher.
 
     Errors: ModelError (the model is missing, or has another digest), NotGenuine (the teacher is a
     run that was changed after it was signed)."""
@@ -31,7 +32,8 @@ def register_teacher(study: Study) -> None:
 
 
 def check_teacher(study: Study) -> None:
-    """Verify the signature of the study's teacher, if it is a signed run on this machine.
+    """Verify the signature of the study's teacher, if the teacher is a signed run on this machine.
+    Otherwise do nothing.
 
     Errors: NotGenuine (it was changed since it was signed)."""
     spec = study.objective.resolved.teacher_spec

@@ -15,9 +15,11 @@ from fedtune.evidence.verify import check_signed
 
 
 def verify(source: str) -> tuple[str, str]:
-    """Return name and digest of a base or run on this machine; nothing is fetched. Errors:
-    ModelError; ConfigError (plan.json is damaged); NotGenuine (the run was changed after it was
-    signed)."""
+    """Verify a base or a run on this machine, and return its name and its digest; nothing is
+    fetched.
+
+    source: the name or folder of a base, or the folder of a run. Errors: ModelError; ConfigError
+    (plan.json is damaged); NotGenuine (the run was changed after it was signed)."""
     run = place_of(source)
     if not (run / PLAN).is_file():
         base = verify_base(source)

@@ -44,8 +44,8 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """Build the signed message that carries the plan to the sites. It names the coordinator's files
-    without their folders."""
+    """Build the signed message that carries the plan, and the arrays `frozen` that sites receive
+    and do not train. It names the coordinator's files without their folders."""
     sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
     plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
@@ -61,7 +61,8 @@ class Roster:
     - free_query: the sites whose records a query or a view selects
     - enrolled: returns node -> the member enrolled for it now; with None nobody needs to be
       enrolled
-    - expect: called with the nodes that are asked and the number of bytes that an answer may have
+    - expect: called before each exchange with the nodes that are asked, and the number of bytes
+      that an answer may have
     - pause: waits for a number of seconds between two messages
     - nodes: site -> its node, for sites that have admitted the plan
     - refused: site -> reason, for the rest of the run
@@ -142,12 +143,14 @@ class Roster:
             raise self.too_few(Refused)
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
-        """Build the error that lists the missing sites with their reasons."""
+        """Build the error, of the class `kind`, that lists the sites that cannot be asked now, with
+        the reasons."""
         least = self.study.strategy.min_sites
         return too_few(kind, len(self.list_willing()), self.out(), least)
 
     def prepare(self, nodes: Iterable[int]) -> None:
-        """Send the plan to `nodes` and note who admits it."""
+        """Send the plan to `nodes`, and note for each site whether it admits the plan, refuses,
+        waits for a person, or failed."""
         contents = dict.fromkeys(sorted(nodes), self.plan)
         for reply in self.ask("query.prepare", contents, "prepare"):
             self._on_admission_reply(reply)
@@ -155,8 +158,17 @@ class Roster:
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
-        """Send each node its message and yield the replies. A reply may have replies.WORDS bytes,
-        and `arrays` bytes more for its arrays."""
+        """Send each node its message and yield one reply for each node, in order of arrival, until
+        strategy.round_timeout seconds have passed.
+
+        - kind: the messages' type in Flower, such as "train"
+        - contents: node -> the message that it is sent
+        - group: a text that the messages of this exchange share (their group in Flower)
+        - arrays: the number of bytes that a reply's arrays may have; it may have replies.WORDS
+          bytes besides
+
+        A node that does not answer yields a reply without content. Errors: InfrastructureError if
+        the grid fails."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
@@ -200,10 +212,10 @@ class Roster:
             self.on_status(name, status, reason)
 
     def _name_of(self, node: int, claim: _Claim) -> str:
-        """Return the name of the node's site. The registry gives the name or, in a simulation, the
-        site file; the node's claim never overrides it. Without either, a node keeps the claimed
-        name with which it was first admitted. A node has the name "node N" if it has no other, or
-        if another node or signing key has that name already."""
+        """Return the name by which a node's site is known. The registry gives the name or, in a
+        simulation, the site file; the node's claim never overrides it. Without registry and site
+        file, a node keeps the name that it claimed when it was first admitted. A node has the name
+        "node N" if it has no other, or if another node or signing key has that name already."""
         vouched = (self.enrolled or self.named)().get(node)
         if vouched and self.enrolled:
             return vouched.name
@@ -214,7 +226,14 @@ class Roster:
         return name if name and self.nodes.get(name, node) == node else f"node {node}"
 
     def _objection(self, node: int, name: str, claim: _Claim, rank: int | None) -> str:
-        """Return why a site that admits the plan may not take part; "" if it may."""
+        """Return why a site that admits the plan may not take part; "" if it may.
+
+        - node: the node that answered
+        - name: the name of the node's site (`_name_of`)
+        - claim: the node's answer, whose name, size, key and kind of data are compared with those
+          that are enrolled, or with which the site was admitted before
+        - rank: the rank that the site trains; 0 if the plan does not allow it, None if the plan
+          leaves no choice"""
         if self.enrolled is not None and self.enrolled().get(node) != Member(name, claim.key):
             return NOT_ENROLLED
         if claim.name != name:
@@ -233,8 +252,13 @@ class Roster:
 
 
 class _Unsigned(NamedTuple):
-    """A node where nobody has signed the plan yet. since: when the node first answered that it
-    waits; again: when it is asked again. Both are in seconds on the monotonic clock."""
+    """A node that waits because nobody at its site has signed the plan yet.
+
+    - name, reason: the site's name, and its message
+    - since: when the node first answered that it waits
+    - again: when the node is asked again
+
+    Both times are in seconds on the monotonic clock."""
 
     name: str
     reason: str
@@ -243,8 +267,8 @@ class _Unsigned(NamedTuple):
 
     @classmethod
     def after(cls, known: _Unsigned | None, name: str, reason: str) -> _Unsigned:
-        """Return the node's state after it answered that it waits. known: its state before this
-        answer, None if it is the node's first such answer."""
+        """Return the state of a node that has just answered that it waits for a person. known: its
+        state before this answer, None if it is the node's first such answer."""
         now = time.monotonic()
         since = known.since if known else now
         return cls(name, reason, since, now + before_asking(now - since))
@@ -257,7 +281,8 @@ def before_asking(waited: float) -> float:
 
 
 class _Claim(NamedTuple):
-    """A node's reply to the plan. Its name is not verified yet."""
+    """What a node's reply to the plan says, before it is compared with what is known of the site:
+    status, name, declared size, signing key, and kind of data."""
 
     status: str
     reason: str = ""
@@ -296,8 +321,9 @@ def _parse_admission(reply: Reply) -> _Claim:
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
-    """Parse the rank that the site trains; None if the plan leaves no choice, 0 if the plan does
-    not allow the value."""
+    """Parse the rank that the site trains from its reply to the plan; 0 if the plan does not allow
+    the value. None if the plan leaves no choice, or the reply has no content. lora: the plan's
+    [lora] table, None if it has none."""
     if lora is None or lora.min_rank is None or reply.content is None:
         return None
     record = reply.content.get("admission")
@@ -309,11 +335,13 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 class Tally:
     """The updates that the coordinator has received in the round in progress.
 
+    - number: the number of the round
+    - participants: the sites whose update was counted, in order of arrival
     - missing: site -> the reason why it has not delivered
-    - failures: how often each site failed to deliver
+    - failures: site -> how often it failed to deliver
     - counted: (study, round, site) of the accepted updates. A retry and a replay are new messages,
       so a message's id would not show that an update was counted already.
-    - largest: the largest weight that a site may have; 0 until it is computed
+    - largest: the largest weight in the mean that a site may have, in units; 0 until it is computed
     - weights: site -> its weight, for sites that declared more than `largest`
     - evidence: site -> the seal, digest and signed texts of its update"""
 
@@ -329,7 +357,8 @@ class Tally:
     weights: dict[str, int] = field(default_factory=dict)
 
     def has(self, study: str, name: str) -> bool:
-        """Return whether an update of site `name` was counted in this round of the study."""
+        """Return whether an update of site `name` was counted in this round. study: the plan's
+        digest."""
         return (study, self.number, name) in self.counted
 
     def note_missing(self, name: str, result: Outcome) -> bool:
@@ -351,9 +380,14 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply. status: "trained", "ready", "masked" or "answered" if the reply
-    counts; else "failed", "refused", "unprepared", "void", "dropped" or WAITING (for a person at
-    the site). reason: why the reply does not count."""
+    """A site's reply after it was validated.
+
+    - status: "trained", "ready", "masked" or "answered" if the reply counts. Else "failed",
+      "refused", "dropped" (a check failed), "unprepared" (the site lacks the plan), "void" (the
+      site will not send words for this attempt) or WAITING (for a person at the site).
+    - reason: why the reply does not count; "" if it does
+    - update: the site's arrays by name, decoded
+    - events: the site's step log"""
 
     status: str
     reason: str = ""
@@ -378,19 +412,34 @@ def outcome(
     longest: float = math.inf,
     read: Callable[[ArrayRecord], Arrays] | None = None,
 ) -> Outcome:
-    """Validate a site's reply with these checks, in this order. The first that fails is the reason
-    why the reply is dropped:
+    """Validate a site's reply with these checks, in this order. A reply that fails one of them is
+    dropped, and the first that fails is the reason. A reply in which the site reports that it did
+    no work is not checked.
 
     | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
     |             | `expected`                                                                  |
     | the arrays  | names, shapes, type and bytes of `like` in `encoding`, before any is decoded |
-    | the numbers | of that type by their own header; finite, as are their scales; a norm of at |
-    |             | most `longest` times the growth that `encoding` may cause                   |
+    | the numbers | finite, as are their scales; a norm of at most `longest` times the growth   |
+    |             | that `encoding` may cause; each array's own header states the agreed type   |
     | the log     | its steps had the plan's noise (`terms`), and are more than `steps_before`  |
 
-    record: the name of the reply's array record. done: the status of a site that did the work.
-    private: whether the plan adds noise, so that the reply has a step log. read: a function that
-    checks and decodes the arrays in place of the second and third check, and raises WireError."""
+    - reply: the node's reply, as `exchange.ask` yields it
+    - like: arrays with the names and shapes that the update must have; not used if `read` is given
+    - private: whether the plan adds noise, so that the reply has a step log
+    - steps_before: the number of steps in the site's step log before this reply
+    - key: the site's public signing key, in hexadecimal
+    - expected: the context that the seal must state. Its `ledger` is ignored, and its `body` is
+      replaced by the digest of the reply.
+    - record: the name of the reply's array record
+    - done: the status of a site that did the work
+    - encoding: how the update is encoded on the wire
+    - terms: the plan's requirements for the noised steps; None to check no step log
+    - longest: the largest norm of an honest update
+    - read: checks and decodes the arrays in place of the second and third check, and raises
+      WireError; None to make these two checks
+
+    Returns an Outcome of the status `done`, with update, step log and evidence, if all checks pass.
+    Otherwise its status says why not, and its reason gives the details."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -421,9 +470,15 @@ class _DroppedUpdate(Exception):
 def _open_update(
     site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Verify a sealed update. Return the site's statement of its ledger, and the evidence (seal,
-    digest of the arrays, signed texts) that later proves that the site sent it. Errors:
-    SealError."""
+    """Verify the site's seal over an update.
+
+    - site: the texts of the reply, with the seal
+    - arrays: the arrays of the reply, which the seal covers
+    - key: the site's public signing key, in hexadecimal
+    - expected: the context that the seal must state (plan, round, base, site, receiver, nonce)
+
+    Returns the site's statement of its ledger, and the evidence (seal, digest of the arrays, signed
+    texts) that later proves that the site sent it. Errors: SealError if the seal is not valid."""
     digest = seal.arrays_digest(bodies(arrays))
     ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}
@@ -431,8 +486,15 @@ def _open_update(
 
 
 def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: float) -> Arrays:
-    """Check and decode an update with the names and shapes of `like`. Errors: WireError,
-    _DroppedUpdate."""
+    """Check that a site's encoded update is as agreed, and decode it.
+
+    - arrays: the arrays of the reply, in their encoded form
+    - like: arrays with the names and shapes that the update must have
+    - encoding: how it is encoded
+    - longest: the largest norm of an honest update before it is encoded
+
+    Returns name -> fp32 array. Errors: WireError if names, shapes, types or sizes are not as
+    agreed; _DroppedUpdate if a number is not finite, or the norm is larger than allowed."""
     agreed = codec.shapes(like)
     check_agreed(arrays, codec.layout(agreed, encoding))
     update = codec.decode(unpack_arrays(arrays), agreed)
@@ -441,7 +503,8 @@ def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: flo
 
 
 def _check_numbers(update: Arrays, longest: float) -> None:
-    """Check that the update is finite and not longer than allowed. Errors: _DroppedUpdate."""
+    """Check that an update, name -> array, has finite numbers and a norm of at most `longest`.
+    Errors: _DroppedUpdate if not."""
     norm = codec.length(update)
     if not math.isfinite(norm):
         raise _DroppedUpdate("its update has a value that is not finite")
@@ -453,8 +516,8 @@ def _check_numbers(update: Arrays, longest: float) -> None:
 
 
 def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
-    """Check that the step log agrees with the plan and shows a new step. Errors:
-    _DroppedUpdate."""
+    """Check that the step log `events` agrees with the plan, and has more than `steps_before`
+    steps. terms: the plan's requirements; with None nothing is checked. Errors: _DroppedUpdate."""
     if terms is None:
         return
     if why := step_summary.objection(events, terms):
@@ -464,7 +527,8 @@ def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | N
 
 
 def _events(text: Any) -> list[dict[str, Any]]:
-    """Parse the site's step log summary. Errors: _DroppedUpdate."""
+    """Parse the summary of its step log that a site sent, and return its entries. Errors:
+    _DroppedUpdate if it is malformed."""
     try:
         return step_summary.parse(text)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):

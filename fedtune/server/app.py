@@ -16,9 +16,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study. run_config: study (path of study.toml), out (folder), resume (true or false).
+    """Run the study that the Flower run names, at the coordinator. Its run_config holds study (the
+    path of study.toml), out (the run's folder) and resume (true or false).
 
-    Errors: as fedtune.server.rounds.run; ConfigError if a key is missing."""
+    Errors: ConfigError if a key is missing, and all errors of `fedtune.server.rounds.run`."""
     settings = context.run_config
     for key in ("study", "out"):
         if not settings.get(key):

@@ -2,14 +2,13 @@
 
     manifest.json        format, study, when, and sha256 of every file below
     study.toml           the plan; also the public files in its folder that it names
-    coordinator/         the home: CA, keys, registry, audit log; not a running SuperLink's files
+    coordinator/         the home: CA, keys, registry, audit log; no files of a running SuperLink
     runs/NAME/           the run, as it was between two transactions of its checkpoint
 
-Guarantee: the run's files belong to one state that a crash could have left, so `--resume`
-continues from it. Charges that sites entered after the backup stay in their ledgers; a round that
-sites trained after the backup is ordered again. A backup holds the consortium's private keys: its
-mode is 0600, and it must be kept as safe as the keys.
-"""
+Guarantee: the run's files belong to one state that a crash could have left, so `--resume` continues
+from it. Charges that sites entered after the backup stay in their ledgers; a round that sites
+trained after the backup is ordered again. A backup holds the consortium's private keys: its mode is
+0600, and it must be kept as safe as the keys."""
 
 from __future__ import annotations
 
@@ -53,9 +52,17 @@ Files = dict[str, bytes]
 
 
 def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> dict[str, Any]:
-    """Write the coordinator's state to `to`, a new file that only its owner can read.
+    """Write the coordinator's state to one new file that only its owner can read.
 
-    plan: study.toml; run: the run's folder, None if there is no run yet. Returns the manifest.
+    - study: the study as loaded from `plan`. Public files that it names are included if they lie in
+      the plan's folder.
+    - plan: the file study.toml
+    - home: the coordinator's home, with CA, keys and registry
+    - run: the run's folder; None if there is no run yet
+    - to: the file to write
+
+    Returns the manifest: the backup's format, the study's name, the time, the sha256 of every
+    file, and the target of the released adapter's link.
 
     Errors: InputError if `to` exists, the home has no CA, or `run` is not a run; ConfigError if
     the CA cannot be read; CheckpointError if the run cannot be read; InfrastructureError if the
@@ -93,8 +100,9 @@ def restore(file: Path, into: Path) -> dict[str, Any]:
     """Write a backup's files to `into`, a new folder: study.toml, and coordinator/ and runs/ beside
     it.
 
-    Every file is checked before any is written. Returns the manifest. Errors: InputError if `file`
-    is not a complete backup, or `into` exists; InfrastructureError if the disk refuses."""
+    Every file is checked before any is written. Returns the backup's manifest (format, study, time,
+    sha256 of the files, links). Errors: InputError if `file` is not a complete backup, or `into`
+    exists; InfrastructureError if the disk refuses."""
     if os.path.lexists(into):
         raise InputError(f"{into}: exists", "a new folder", "choose another with --to")
     manifest, files = _read(file)
@@ -158,7 +166,8 @@ def home_with_ca(home: Path) -> Path:
 
 
 def _collect_public(study: Study, plan: Path) -> Files:
-    """Read study.toml and those public files named in it that lie inside its folder."""
+    """Read study.toml, and those of the study's public files that lie inside its folder. Return
+    path in that folder -> content."""
     named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
     folder = plan.resolve().parent
     inside = [path.resolve() for path in named if path.resolve().is_relative_to(folder)]
@@ -171,8 +180,9 @@ def _home(home: Path) -> Files:
 
 
 def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the path in `folder` and the content of each regular file, except drafts, locks and the
-    files of a running process. An incomplete last line of a log is left out."""
+    """Yield a pair for each regular file in `folder`: its path in the folder, and its content.
+    Drafts, locks, the files of a running process and whatever lies behind a symbolic link are
+    passed over. An incomplete last line of a log is left out."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if NOT_KEPT & set(parts) or path.suffix == ".new" or not path.is_file():
@@ -186,9 +196,10 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _at_rest(run: Path) -> tuple[Files, str]:
-    """Read a run's files so that all belong to one state: the arrays are the ones that the
-    checkpoint's database names, and the database did not change meanwhile. Return the files, and
-    the target of the released adapter's link, "" if there is none.
+    """Read the files of a run, which may be going on, so that all belong to one state of it: the
+    arrays are the ones that the checkpoint's database names, and the database did not change
+    meanwhile. Return path in the run's folder -> content, and the target of the released adapter's
+    link, "" if there is none.
 
     Errors: InfrastructureError if the run changed during each of TRIES readings."""
     database = run / FOLDER / DATABASE
@@ -234,7 +245,9 @@ def _snapshot(database: Path) -> bytes:
 
 
 def _has_all_arrays(path: Path, files: Files, database: bytes) -> bool:
-    """Return whether `files` holds every array file that the database names, with its sha256.
+    """Return whether `files` (path in the run's folder -> content) holds every array file that the
+    database names, with its sha256. database: the database's content; b"" names no file. path: the
+    database's file, for error texts.
 
     Errors: CheckpointError if `database` is not a checkpoint's database."""
     if not database:
@@ -251,7 +264,8 @@ def _has_all_arrays(path: Path, files: Files, database: bytes) -> bool:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Files]:
-    """Read and check a backup. Errors: InputError."""
+    """Read a backup and check it completely. Return its manifest, and path -> content of the files
+    in it. Errors: InputError if it is damaged, no backup, or of another release."""
     expected = "a whole backup of a coordinator"
     size, total = reading.regular(file, expected, TODO).stat().st_size, 0
     try:
@@ -293,7 +307,8 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
 
 
 def _plain(name: str) -> bool:
-    """Return whether `name` is a relative path that stays inside the folder of the restore."""
+    """Return whether `name` is printable, and a relative path that stays inside the folder to which
+    it is restored."""
     path = PurePosixPath(name)
     if reading.refuse_path(name) or not name.isprintable():
         return False

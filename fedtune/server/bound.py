@@ -52,7 +52,8 @@ GRID = 2.0**-20  # the largest spacing of the grid on which sums are rounded, in
 
 
 class Mechanism(Protocol):
-    """The interface of fedtune.core.dp.calibration.Calibration."""
+    """The noise mechanism that the plan gives a site: sampling rate, noise multiplier and number of
+    rounds. It is computed as a fedtune.core.dp.calibration.Calibration."""
 
     @property
     def sampling_rate(self) -> float: ...
@@ -64,14 +65,17 @@ class Mechanism(Protocol):
 
 @dataclass(frozen=True)
 class Terms(Agreed):
-    """The plan's requirements for one site's noised steps. divisor: q · k · declared size."""
+    """The plan's requirements for one site's noised steps, with which its step log is compared.
+    divisor: the number by which a step's noised sum is divided, q · k · declared size, where q is
+    the sampling rate and k the number of a unit's records in a step."""
 
     divisor: float
 
 
 def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
-    """Return the terms for a site with `declared` units in a private study. budget: the mechanism
-    (rate, noise multiplier, rounds) that the plan gives a site of this size."""
+    """Return the requirements for the noised steps of a site with `declared` units, in a private
+    study. budget: the mechanism (rate, noise multiplier, rounds) that the plan gives a site of this
+    size."""
     assert study.clipping is not None  # Study: a private study clips
     k = study.records_per_draw
     return Terms(
@@ -85,18 +89,25 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 
 
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
-    """Return the bound on the norm ‖Δ‖ of an honest site's update. The adapter that was sent has
-    norm `start` and `dimension` numbers.
+    """Compute the bound on the norm ‖Δ‖ of an honest site's update, as this module derives it. The
+    bound holds in every round, since it uses the plan's learning_rate, which a schedule only
+    lowers.
 
-    The bound holds in every round, since it uses the plan's learning_rate, which a schedule only
-    lowers."""
+    - study: the plan, whose table [training] gives the rates
+    - site: the requirements for the site's noised steps
+    - dimension: d, the number of numbers of the update
+    - start: the norm ‖w₀‖ of the adapter that was sent, or an upper bound on it"""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
     return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32
 
 
 def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float, float]:
-    """Return the bound for SGD before rounding, and Σ|c|ʲ."""
+    """Compute the bound for SGD before rounding to fp32, as this module derives it. Return the
+    bound, and Σ|c|ʲ, by which the rounding grows over the steps.
+
+    The arguments are those of `norm_bound`: `site` gives noise, clipping and divisor, `dimension`
+    is d, and `start` is ‖w₀‖."""
     t = study.training
     eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
     x = math.log(2 * t.local_steps / FAILURE)  # half of FAILURE for the noise, half for B*
@@ -119,13 +130,22 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
 
 
 def _bound_squared_norm(deviation: float, dimension: int, mean: float, x: float) -> float:
-    """Return a value that ‖mean + N(0, deviation² I)‖² exceeds with probability at most e⁻ˣ."""
+    """Return a bound on the squared norm of a constant vector b plus Gaussian noise: ‖b + N(0, s²
+    I)‖² exceeds it with probability at most e⁻ˣ.
+
+    - deviation: s, the standard deviation of each coordinate
+    - dimension: the number of coordinates
+    - mean: the norm ‖b‖ of the constant part
+    - x: minus the logarithm of that probability"""
     center, spread = deviation**2 * dimension, deviation * math.sqrt(x)
     return center + mean**2 + 2 * spread * math.sqrt(center + 2 * mean**2) + 2 * spread**2
 
 
 def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float, float]:
-    """Return the bound for AdamW before rounding, and the number of steps."""
+    """Compute the bound for AdamW before rounding to fp32, as this module derives it. Return the
+    bound, and the number of steps, by which the rounding grows.
+
+    The arguments are those of `norm_bound`; the site's noise has no influence."""
     t = study.training
     keep = 1 - t.learning_rate * t.weight_decay
     step = np.arange(1, t.local_steps + 1, dtype=np.float64)
@@ -138,17 +158,19 @@ def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float,
 
 
 def _rows(site: Terms, x: float) -> float:
-    """Return B*, which the number of rows drawn in a step exceeds with probability at most e⁻ˣ."""
+    """Return B*, a bound on the number of rows that a site draws in a step. The number exceeds it
+    with probability at most e⁻ˣ, even if the site has ROWS times as many units as it declared."""
     q = site.sampling_rate
     most = ROWS * site.divisor / q
     return min(most, most * q + math.sqrt(2 * most * q * (1 - q) * x) + x / 3)
 
 
 class Limits:
-    """The limits on each site's updates that follow from the plan.
+    """Computes what an honest site's updates cannot exceed, from the plan.
 
-    budget: computes the mechanism from a study and a declared size; it is called once for each
-    size."""
+    - study: the plan
+    - budget: (study, declared size) -> the mechanism of such a site; it is called once for each
+      size"""
 
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget
@@ -156,7 +178,7 @@ class Limits:
         self._mechanisms: dict[int, Mechanism] = {}
 
     def mechanism(self, declared: int) -> Mechanism:
-        """Return the mechanism of a site of this declared size.
+        """Return the sampling rate, noise multiplier and rounds of a site of this declared size.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if declared not in self._mechanisms:
@@ -174,12 +196,16 @@ class Limits:
         return site.noise_multiplier * site.max_grad_norm / site.divisor
 
     def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
-        """Return the limits on a site's update as arguments of `admission.outcome`: "terms" and
-        "longest", the largest norm; {} if the plan adds no noise.
+        """Return the limits on a site's update, as named arguments of `admission.outcome`: "terms",
+        the requirements for its noised steps, and "longest", the largest norm; {} if the plan adds
+        no noise.
 
-        declared: the site's declared size. dimension, start: number of values and norm of the
-        adapter. done: the number of saved rounds in a continuous study, None in another study. In a
-        continuous study the budget has the rounds of one unit's life, and the study runs more.
+        - declared: the site's declared size
+        - dimension: the number of numbers of the update
+        - start: the norm of the adapter that was sent, or an upper bound on it
+        - done: the number of saved rounds in a study without a last round; None in another study.
+          It replaces the mechanism's number of rounds, which is that of one unit's life, and which
+          such a study exceeds.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:

@@ -34,8 +34,15 @@ Emit = Callable[..., None]
 
 
 class Continuous:
-    """The schedule and versions of a continuous study. slot: the slot of the newest round that was
-    started, whether or not the round succeeded; None before the first round."""
+    """The schedule and versions of a continuous study.
+
+    - out: the run's folder, in which the versions are stored
+    - progress: the run's state, which others change from round to round
+    - parts: the functions with which the run computes, and its settings
+    - event: called with an event's kind and, as named arguments, its data
+
+    The attribute slot is the slot of the newest round that was started, whether or not the round
+    succeeded; None before the first round."""
 
     def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
@@ -63,8 +70,9 @@ class Continuous:
 
     @property
     def evaluator(self) -> Measures:
-        """The evaluator on the public records that the file holds now. If the file cannot be read,
-        the evaluator on the records that were read last."""
+        """What measures adapters on the public [evaluation] records. If their file was replaced,
+        the new records are read first; if it cannot be read, the records that were read last are
+        used. Errors: DataError if none were read before."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:
@@ -103,8 +111,9 @@ class Continuous:
                 self.event("version", champion=self.champion, promoted=promoted, text=text)
 
     def _compare(self, index: Index) -> Version:
-        """Compare the newest adapter with the champion, if the plan allows one more comparison on
-        the present public records, and return the version with its decision."""
+        """Compare the newest adapter with the champion on the present public records, and return
+        the version with its decision. If the plan allows no further comparison on these records,
+        nothing is compared, and the decision is "not compared"."""
         evaluator, progress = self.evaluator, self.progress
         self._note()
         version = Version(
@@ -150,7 +159,8 @@ class Continuous:
         self._looked.note()
 
     def report(self) -> dict[str, Any]:
-        """Return the report's table about the schedule and the versions."""
+        """Return the rows of the report's table about the schedule and the versions: name ->
+        value."""
         index = self.versions.index()
         assert index is not None
         return {
@@ -162,8 +172,8 @@ class Continuous:
         }
 
     def quality(self) -> dict[str, Any]:
-        """Measure base, public start and champion on the present public records, and return the
-        report's quality table."""
+        """Measure the base, the public start (if there is one) and the champion on the present
+        public records. Return the figures as the report's "quality"."""
         evaluator, champion = self.evaluator, self.champion
         arrays = self.parts.load(self.versions.at(champion))
         adapter = {name: arrays[name] for name in self.progress.adapter}

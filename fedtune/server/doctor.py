@@ -31,7 +31,8 @@ START = "`fedtune server` renews it when it starts, and while it runs"
 
 
 class Place(NamedTuple):
-    """The coordinator's home folder, listening address and names, as given to `fedtune server`."""
+    """Where a coordinator runs: its home folder, the host and port at which it listens, and the
+    names by which sites reach it, as given to `fedtune server`."""
 
     home: Path
     host: str
@@ -51,7 +52,7 @@ class Place(NamedTuple):
 
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
     """Check a study and its coordinator's home and port, and yield each check's finding when the
-    check ends. path: study.toml; settings: overrides of its keys, as for load_study.
+    check ends. path: study.toml; settings: overrides of its keys, such as "privacy.epsilon=2".
 
     Errors: ConfigError if study.toml cannot be read; every other error becomes a finding."""
     study = load_study(path, settings=settings)
@@ -72,9 +73,9 @@ def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[
 
 
 def _plan(study: Study) -> str:
-    """Return a text that states σ, rounds and ε if they are the same for every site, else how to
-    list them; "NOT PRIVATE" for a study without privacy. Errors: ConfigError if the rounds cost
-    more than the plan's ε."""
+    """Return a text for the finding about the plan: σ, rounds and ε if they are the same for every
+    site, else which command shows them; "NOT PRIVATE" for a study without privacy. Errors:
+    ConfigError if the rounds cost more than the plan's ε."""
     if isinstance(study.privacy, str):
         return "NOT PRIVATE"
     resolved = with_rounds(study)
@@ -119,7 +120,8 @@ def _for_study(study: Study, place: Place) -> Iterator[Finding]:
 
 
 def _consortium(place: Place) -> Iterator[Finding]:
-    """Check the CA, the gateway's certificate, the keys and the registry."""
+    """Check the CA, the gateway's certificate, the keys and the registry, and yield a finding for
+    each check."""
     home = place.home
     yield from findings([("secrets", lambda: _check_private(home))])
     try:
@@ -158,7 +160,9 @@ def _clock(home: Path) -> str:
 
 
 def _sites(home: Path) -> str:
-    """Check each site's certificate. Errors: ConfigError if one expired or is not renewed."""
+    """Check the certificate of each admitted site. Return a text with the number of sites that are
+    admitted and revoked. Errors: ConfigError if a certificate expired, or is about to and was not
+    renewed."""
     admitted = enrol.registry(home)
     for name, record in admitted.items():
         leaf = enrol.leaf_of(home, record)
@@ -181,7 +185,8 @@ def _sites(home: Path) -> str:
 
 
 def _port(place: Place) -> str:
-    """Check that the port is free or in use by this gateway. Errors: InfrastructureError."""
+    """Check that the port is free, or in use by this coordinator's own gateway; return a text that
+    says which. Errors: InfrastructureError if neither is so."""
     host, port = place.host, place.port
     at = address_of(host, port)
     if not is_reachable(own_name(host), port):

@@ -35,10 +35,14 @@ ERROR_TEXT = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One node's answer: its content, or None and the reason why there is no content.
+    """One node's answer, or the reason why there is none.
 
-    size: bytes of the content on the wire. status, if there is no content: "dropped" if the answer
-    was longer than agreed, else "failed"."""
+    - node: the node
+    - content: the answer's records; None if there is none that can be used
+    - reason: why there is no content
+    - size: the number of bytes of the content on the wire
+    - status: of a reply without content, "dropped" if the answer was longer than agreed, and
+      "failed" otherwise"""
 
     node: int
     content: RecordDict | None
@@ -55,11 +59,16 @@ def ask(
     timeout: float,
     most: int = replies.WORDS,
 ) -> Iterator[Reply]:
-    """Send each node its content and yield exactly one Reply per node, in order of arrival.
+    """Send each node its content and yield exactly one Reply per node, in order of arrival. A node
+    is identified by the message that it answers, never by the answer's content.
 
-    kind, group: the messages' type and group in Flower. timeout: seconds to wait for all answers.
-    most: the number of bytes that an answer may have. A node is identified by the message that it
-    answers, never by the answer's content.
+    - grid: the Flower grid of the nodes
+    - kind: the messages' type in Flower, such as "train"
+    - contents: node -> the records that it is sent
+    - group: the messages' group in Flower, a text that they share
+    - timeout: seconds to wait for all answers
+    - most: the number of bytes that an answer may have
+
     Guarantee: at most one reply is held in memory, of at most `most` bytes. A reply that is longer,
     unreadable or never complete counts as a failure of its node alone and delays no other.
     Errors: InfrastructureError if the grid fails.
@@ -107,10 +116,16 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
 
 
 def _pull_answer(node: int, answer: replies.Answer, most: int) -> Reply | None:
-    """Pull a node's answer; None if it has not arrived.
+    """Take a node's reply if it has arrived; None if it has not. If the answer is too long, lost or
+    unreadable, the reply has no content, but the reason.
 
-    Answers are pulled one at a time, for two reasons: a message that Flower cannot read makes it
-    lose all messages pulled in the same call, and large answers are not held in memory together."""
+    - node: the node
+    - answer: the handle by which the node's answer is fetched
+    - most: the number of bytes that the answer may have
+
+    Answers are fetched one at a time, for two reasons: a message that Flower cannot read makes
+    it lose all messages fetched in the same call, and large answers are not held in memory
+    together."""
     try:
         message = answer.take()
         if message is None:
@@ -137,7 +152,8 @@ def _reply(node: int, message: Message) -> Reply:
 
 
 def clean(text: object, longest: int = 300) -> str:
-    """Reduce a site's text to one printable line, no longer than `longest`."""
+    """Reduce a text from a site to one line of printable characters, cut to `longest` of them. A
+    value that is no text gives ""."""
     start = text[: 10 * longest] if isinstance(text, str) else ""
     printable = "".join(c if c.isprintable() else " " for c in start)
     return " ".join(printable.split())[:longest]

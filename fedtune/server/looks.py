@@ -29,8 +29,10 @@ KEY = "looks.key"
 class Looked:
     """The keyed digests of the records on which the versions of the run in `out` were compared.
 
-    files: sha256 of a public file -> the digests of its records. apart: the digests of the public
-    records that trained the model; None until they are computed."""
+    - out: the run's folder
+    - files: sha256 over name and content of a public file -> the digests of its records
+    - apart: the digests of the public records that trained the model; None until they are
+      computed"""
 
     def __init__(self, out: Path) -> None:
         """Read the stored digests. Errors: CheckpointError if their file is damaged, or the key is
@@ -48,8 +50,8 @@ class Looked:
             self.apart = frozenset(found["apart"])
 
     def key_digests(self, digests: Collection[str]) -> frozenset[str]:
-        """Return the HMACs of records' digests under this run's key. The first call makes the key.
-        Errors: InfrastructureError."""
+        """Return the digests of records as HMACs under this run's key, so that nobody without the
+        key can recognise a record. The first call makes the key. Errors: InfrastructureError."""
         path = self._out / KEY
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,10 @@ class Looked:
         return frozenset(hmac.digest(key, one.encode(), "sha256").hex()[:32] for one in digests)
 
     def note(self) -> None:
-        """Write `files` and `apart` to out/versions/looked.json. Errors: InfrastructureError."""
+        """Write out/versions/looked.json, with keyed digests of the public records on which
+        versions were compared (`files`), and of those that trained the model (`apart`).
+
+        Errors: InfrastructureError."""
         files = {public: sorted(records) for public, records in self.files.items()}
         document = {"format": FORMAT, "files": files, "apart": sorted(self.apart or ())}
         writing.replace(self._out / VERSIONS / LOOKED, json.dumps(document).encode())

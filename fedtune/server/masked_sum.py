@@ -13,11 +13,12 @@ from fedtune.core.secagg.statement import Ready
 
 
 class MaskedSum:
-    """The running sum of the words of a set of sites. Each site counts once. The sum needs as much
-    memory as one site's words.
+    """The running sum of the masked words of a set of sites. Each site counts once. The sum needs
+    as much memory as one site's words.
 
-    statements: the statements of the set's sites. dimension: d, the number of words of a site.
-    bits: the number of bits of a word."""
+    - statements: the signed statement of each site of the set
+    - dimension: d, the number of words of a site
+    - bits: the number of bits of a word"""
 
     def __init__(self, statements: Sequence[Ready], dimension: int, bits: int) -> None:
         self.statements = {ready.site: ready for ready in statements}

@@ -31,17 +31,17 @@ TOLD_SECONDS = 10.0  # time for the sites to confirm that they know of the study
 
 @dataclass(frozen=True)
 class Order:
-    """An order to sites.
+    """An order to sites: the work that the coordinator asks of them.
 
-    - kind: type of the message
+    - kind: the messages' type in Flower, such as "train"
     - plan: the plan's digest, with a suffix for queries and for the two parts of a round with
       secure aggregation; the site enters the work in its ledger under this text
-    - round: number of the round
-    - group: group of the messages
-    - receipt: maps a site's name to the receipt that is sent with its order
+    - round: the number of the round
+    - group: a text that the messages of this order share (their group in Flower)
+    - receipt: returns, for a site's name, the receipt that is sent with its order, or None
     - arrays: the number of bytes that the arrays of an answer may have
-    - attempt: number of the attempt at the round; 0 if a round has only one attempt
-    - said: further records of the message, by name
+    - attempt: the number of the attempt at the round; 0 if a round has only one attempt
+    - said: further records that are sent with the order, by name
     - adapter: whether the newest adapter is sent with the order"""
 
     kind: str
@@ -56,8 +56,12 @@ class Order:
 
 
 class Answer(NamedTuple):
-    """One site's reply. expected: the context that its seal must state; sent: the number of bytes
-    sent to the site."""
+    """One site's reply to an order.
+
+    - name: the site
+    - reply: the reply, not checked yet
+    - expected: the context that the reply's seal must state
+    - sent: the number of bytes that were sent to the site"""
 
     name: str
     reply: Reply
@@ -73,9 +77,18 @@ def exchange(
     order: Order,
     take: Callable[[Answer], str],
 ) -> None:
-    """Send `order` to the sites `names`, and pass each reply to `take`, which returns the reply's
-    status. A site that reports "unprepared" is sent the plan and asked once more. A site whose
-    answer waits for a person's approval is asked again, at growing intervals, for
+    """Send an order to sites, and pass on each reply as it arrives. For a site that sends nothing
+    for strategy.round_timeout seconds, a reply without content is passed on.
+
+    - progress: the run's state, whose newest adapter is sent if the order says so
+    - roster: the sites and their nodes
+    - key: the coordinator's signing key, which signs each site's order
+    - names: the sites to ask; each must be among roster.nodes
+    - order: the order
+    - take: called with each site's reply; checks the reply and returns its status
+
+    The status decides whether a site is asked again. At "unprepared" it is sent the plan and asked
+    once more. At WAITING (for a person's approval) it is asked again, at growing intervals, for
     strategy.round_timeout seconds.
 
     Errors: InfrastructureError if the grid fails."""
@@ -119,8 +132,9 @@ def exchange(
 
 
 def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
-    """Yield the answers. While the next answer is awaited, progress reports of this process carry
-    the label "site N of M", since in a simulation the sites may work in this process."""
+    """Yield the answers unchanged. While the next answer is awaited, this process's progress
+    reports carry the label "site N of M" (M: `sites`), since in a simulation the sites may work in
+    this process."""
     for number in itertools.count(1):
         with stage(f"site {number} of {sites}"):
             reply = next(answers, None)
@@ -142,13 +156,21 @@ def tell_finished(roster: Roster, key: SigningKey) -> None:
 
 
 def _digest_beside(shared: RecordDict) -> str:
-    """Compute the digest of the adapter and the set of sites that are sent with an order. A site
-    computes it from the same bytes."""
+    """Compute the digest of what is sent beside an order: the adapter, and the set of sites of a
+    round with secure aggregation, if they are in `shared`. A site computes the digest from the same
+    bytes, and compares it with the one that the order states."""
     adapter = shared.array_records.get("adapter")
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
 
 
 def _sign_order(key: SigningKey, order: Order, name: str, nonce: str, beside: str) -> ConfigRecord:
+    """Sign the copy of an order for one site, and return it as a record of the message.
+
+    - key: the coordinator's signing key
+    - order: the order
+    - name: the site, whose receipt the copy carries
+    - nonce: a random text that the site's seal must repeat
+    - beside: the digest of what is sent with the order (`_digest_beside`)"""
     receipt = order.receipt(name)
     text = json.dumps(receipt) if receipt else ""
     signed = seal.order(key, order.plan, order.round, nonce, text, order.attempt, beside=beside)
@@ -156,6 +178,14 @@ def _sign_order(key: SigningKey, order: Order, name: str, nonce: str, beside: st
 
 
 def _header(progress: Progress, key: SigningKey, round_: int, name: str, nonce: str) -> seal.Header:
+    """Return the context that a site's seal must state in its answer to an order. The fields `body`
+    and `ledger` are empty, since they follow from the answer.
+
+    - progress: the run's state, which gives the digests of plan and base
+    - key: the coordinator's signing key, whose public half is the receiver
+    - round_: the round of the order
+    - name: the site
+    - nonce: the order's nonce"""
     return seal.Header(
         plan=progress.study.digest,
         round=round_,

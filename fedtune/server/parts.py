@@ -26,7 +26,9 @@ Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one un
 
 
 class Started(Protocol):
-    """The interface of fedtune.public.start.Start."""
+    """What a run needs of a study's starting point, a fedtune.public.start.Start: the completed
+    plan, the trainable arrays, the arrays that are sent and not trained, and the strategy's
+    state."""
 
     @property
     def study(self) -> Study: ...
@@ -39,7 +41,9 @@ class Started(Protocol):
 
 
 class Expected(Protocol):
-    """The interface of fedtune.evaluation.expected_gain.ExpectedGain."""
+    """What a run needs of the forecast of its gain, a
+    fedtune.evaluation.expected_gain.ExpectedGain: whether the gain is nothing, a warning, and the
+    forecast as lines and as a dict."""
 
     @property
     def is_none(self) -> bool: ...
@@ -50,7 +54,8 @@ class Expected(Protocol):
 
 
 class Measures(Protocol):
-    """The interface of fedtune.evaluation.evaluator.Evaluator."""
+    """What a run needs of the measuring of adapters on public records, a
+    fedtune.evaluation.evaluator.Evaluator."""
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
     def follow(self, adapter: Arrays | None) -> dict[str, float]: ...
@@ -85,6 +90,8 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
 def _foretell_gain(
     study: Study, known: State, sizes: Sequence[int], shares: Mapping[str, float], records: int
 ) -> Expected | None:
+    """Forecast how much the sites' records will add to the public start. The arguments and the
+    result are described at Dependencies.expected."""
     from fedtune.evaluation.before_paying import foretell
 
     with stage("before the rounds"):
@@ -134,6 +141,8 @@ def _teacher(study: Study) -> dict[str, Any] | None:
 
 
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
+    """Write an adapter to a folder in PEFT's format. adapter: the trained arrays; frozen: the
+    arrays that sites receive and do not train."""
     from fedtune.core.models.build import build
 
     network = build(study)
@@ -176,16 +185,17 @@ class Settings:
       the run's checkpoint keeps them
     - plan: file in which the plan is stored as it is sent; with None it is not stored
     - ca: the consortium's certificate (PEM; "" in a simulation)
-    - registry: returns, for each admitted site, its public keys other than the signing key; its
-      fingerprint covers them
+    - registry: returns for each admitted site the public keys, other than its signing key, that its
+      fingerprint covers
     - patience: seconds to wait at the start until strategy.min_sites sites admit the plan
     - waits: whether to wait longer than `patience` for sites, as long as none has refused
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
     - pause: seconds before the first retry of a round (twice that before the second, and so on)
-    - turn: makes the study wait for its turn among the coordinator's studies, and ends it at its
-      deadline
-    - clock, upto: for a continuous study, the time of day, and the round after which to stop; with
-      None it runs until somebody stops it
+    - turn: makes the study wait for its turn among the coordinator's studies, and ends the study at
+      its deadline
+    - clock: for a continuous study, the time of day
+    - upto: for a continuous study, the round after which to stop; with None it runs until somebody
+      stops it
     - skip: for a continuous study, whether to leave out a round that too few sites delivered and
       continue with the next slot
     - anyway: whether to run a study that is not expected to gain anything
@@ -211,11 +221,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Dependencies:
-    """Functions that a run calls.
+    """The functions that a run calls, and its settings.
 
-    enrolled: returns node -> member for those nodes of a grid that may take part now; with None
-    every connected node may. expect: called with the grid, the nodes that are asked, and the number
-    of bytes that each answer may have."""
+    - start: makes what a study begins with: the study with rounds and open digests filled in, the
+      adapter, the frozen arrays, and the strategy's state
+    - evaluator: (study, frozen arrays) -> what measures adapters on its [evaluation] records
+    - epsilon: (steps, δ) -> ε. Each step is (σ, q, number of steps, records of one unit).
+    - budget: (study, declared size) -> sampling rate, noise multiplier and rounds of such a site
+    - expected: (study, the strategy's state before the first round, the sites' declared sizes,
+      class -> its share of the sites' units, number of evaluation records) -> the forecast of the
+      gain; None if it cannot be forecast
+    - accountant: returns the accountant's name, for the report
+    - engine, licence: study -> the name of its training engine, and the licence of its base, for
+      the report
+    - teacher: study -> the facts about its teacher, None if it has none
+    - save: (study, adapter, frozen arrays, folder) writes an adapter to a folder
+    - load: reads the adapter in such a folder: name -> array, fp32
+    - fingerprint: file or folder -> sha256 of the files' names and contents; "" if there is none
+    - contents: a table of public records -> the digests of the records' contents
+    - report: (the run's folder, the report's content) writes the report
+    - enrolled: grid -> (node -> member) for those of its nodes that may take part now; with None
+      every connected node may
+    - expect: called with the grid, the nodes that are asked, and the number of bytes that each
+      answer may have"""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator

@@ -45,7 +45,8 @@ def describe_provenance(progress: Progress) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Describe this machine without its name: system, processor, cores, and the GPU, if any."""
+    """Describe this machine without its name, for a report: "system", "processor", "cores" and
+    "gpu". What is not known, or not there, is left out."""
     facts = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "processor": _processor(),
@@ -56,7 +57,8 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """List the versions of the packages on which a run's figures depend."""
+    """Return package -> version for fedtune, Python and the packages on which a run's figures
+    depend, as far as they are installed."""
     found = {"fedtune": fedtune.__version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -84,8 +86,9 @@ def _gpu() -> str:
 
 
 def _times(history: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the times at which the first round began (its end minus its duration) and the last one
-    ended; {} if the rounds were saved by an earlier release, which stored no times."""
+    """Return "began", the time at which the first round began (its end minus its duration), and
+    "ended", the time at which the last round ended, both in UTC; {} if there was no round, or the
+    rounds were saved by an earlier release, which stored no times."""
     ended = [entry["ended"] for entry in history if "ended" in entry]
     if not ended or "ended" not in history[0]:
         return {}

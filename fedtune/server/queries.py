@@ -24,8 +24,8 @@ from fedtune.server.store import Phase, Progress
 
 
 class Queries:
-    """The queries of one run. A pooled answer is stored in the newest entry of the run's
-    history."""
+    """Asks the sites the queries of one run about their held-out records. The pooled answer is
+    stored in the newest entry of the run's history."""
 
     def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
         self.progress = progress
@@ -81,8 +81,14 @@ class Queries:
         missing: dict[str, str],
         answer: Answer,
     ) -> str:
-        """Check one reply, and return its status. Add an answer to `answers`, else the reason to
-        `missing`."""
+        """Check one site's reply to the query, enter it in `answers` or `missing`, and return its
+        status ("answered" if it counts).
+
+        - entry: the newest entry of the run's history, whose counts of bytes are raised
+        - answers: site -> its checked answer, to which this one is added
+        - missing: site -> the reason why it did not answer, to which the reason is added if this
+          reply does not count
+        - answer: the reply, with the context that its seal must state"""
         name, reply = answer.name, answer.reply
         _add(entry["bytes_down"], name, answer.sent)
         _add(entry["bytes_up"], name, reply.size)
@@ -99,8 +105,8 @@ class Queries:
         return checked.status
 
     def _table(self, answers: dict[str, Outcome]) -> dict[str, Any]:
-        """Build the table of answers by class, group and site; with secure aggregation it has no
-        rows of single sites."""
+        """Build the table of the sites' answers by class, group and site. With secure aggregation
+        the table has no rows of single sites. answers: site -> its checked answer."""
         sums = {name: answer.update["sums"].astype(np.float64) for name, answer in answers.items()}
         variances = {name: _variance(answer.events) for name, answer in answers.items()}
         shown = {"": np.sum([*sums.values()], axis=0)}
@@ -122,7 +128,7 @@ class Queries:
 
     @property
     def terms(self) -> Terms | None:
-        """The plan's requirements for an answer's noise."""
+        """The plan's requirements for an answer's noise; None if the plan has no queries."""
         table = self.study.private_evaluation
         if table is None:
             return None
@@ -138,8 +144,9 @@ class Queries:
 
 
 def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[str, float | None]:
-    """Pool the answers. Return {score: the mean over all units of all sites, "noise_sd": the
-    standard deviation of its noise}.
+    """Compute the mean score over all units of all sites from the sites' noised answers. Return
+    {score: this mean, "noise_sd": the standard deviation of its noise}, where `score` is the name
+    of the plan's score.
 
     The mean is the ratio r = Σ score / n, where n is the pooled count. The noise of both sums has
     variance v. noise_sd is √(v · (1 + r²)) / n, to first order (delta method), and does not include

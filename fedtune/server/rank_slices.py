@@ -11,8 +11,8 @@ from fedtune.core.models.rank_slice import Arrays, trained_slice
 
 
 def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
-    """Slice the columns that a site trains out of each of the adapter's `arrays`. The result has
-    the names and shapes of that site's update."""
+    """Cut the columns that a site trains out of the adapter's `arrays`. An array that every site
+    trains whole stays whole. The result has the names and shapes of that site's update."""
     return {
         name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
     }
@@ -21,8 +21,8 @@ def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) 
 def pad_update(
     update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
 ) -> Arrays:
-    """Pad `update` to the shapes of `like`, with zeros in the columns that its site did not
-    train."""
+    """Return a site's `update` in the shapes of the whole adapter `like`, with zeros in the columns
+    that the site did not train. columns: those that it trained."""
     padded: Arrays = {}
     for name, array in update.items():
         padded[name] = array

@@ -20,19 +20,21 @@ from fedtune.strategies._posterior import ClassFigures
 def decide(
     progress: Progress, selector: Measures | None, figures: ClassFigures | None = None
 ) -> dict[str, Any]:
-    """Decide by the plan's selection.release, and return the decision; {} if the plan has no public
-    start or no [selection].
+    """Decide by the plan's selection.release whether the run releases the trained model or its
+    public start, and return the decision; {} if the plan has no public start or no [selection].
 
-    The decision's entries are "model", TRAINED or START; "why", the reason in words; and, if two
-    models were compared, "metric", the number of "records", and each model's value of the metric.
+    The decision's entries are "model", TRAINED or START; "why", the reason in words; and, if the
+    two models were compared, "metric", the number of "records", and each model's value of the
+    metric. If selection records lack classes, "lacking" lists these, and "unseen" is their share of
+    the units, if it is known.
 
     selector: measures on the [selection] records. figures: the sites' noised figures of each class.
-    Selection records without a class cannot show what the trained model has learnt of it. Then the
-    start is released only if it would still be better if the trained model were right about every
-    unit of the missing classes. The share of these units is estimated from the noised counts.
+    If the selection records lack a class, they cannot show what the trained model has learnt of it.
+    Then the start is released only if it would still be better if the trained model were right
+    about every unit of the missing classes. The share of these units is estimated from the noised
+    counts.
     | both models measure the same                                             | TRAINED |
-    | records lack classes, and their share is unknown or the metric is not accuracy | TRAINED |
-    """
+    | records lack classes, and their share is unknown or the metric is not accuracy | TRAINED |"""
     study = progress.study
     if selector is None or not progress.origin or not study.start or study.selection is None:
         return {}
@@ -71,9 +73,11 @@ def decide(
 def _compute_unseen_share(
     study: Study, selector: Measures, figures: ClassFigures | None
 ) -> float | None:
-    """Return the share of the sites' units, from noised counts, in classes that the selection
-    records lack. None if there are no counts, or the metric is not accuracy, to which a share of
-    units cannot be added."""
+    """Compute from the noised counts in `figures` which share of the sites' units is in classes
+    that the selection records lack; 0.0 if they lack none.
+
+    None if the share is not known (`figures` is None, or no count is above 0), or cannot be used,
+    since the metric is not accuracy."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

@@ -54,11 +54,16 @@ def run(
     on_event: OnEvent | None = None,
     parts: Dependencies | None = None,
 ) -> dict[str, Any]:
-    """Run `study` over the nodes of `grid`, write adapter, report, metrics and checkpoint to `out`,
-    and return the report's content.
+    """Run a study from its first to its last round, and return the report's content.
 
-    resume: continue the run that `out` holds. on_event: called with each event's kind and data.
-    parts: the functions and settings to use, by default those of this release.
+    - grid: the Flower grid whose nodes are the sites
+    - study: the study as its study.toml describes it
+    - out: the run's folder, in which adapter, report, metrics and checkpoint are written
+    - resume: True: continue the run that `out` holds, or begin one if it holds none; False: begin a
+      run, for which `out` must hold none
+    - on_event: called with each event's kind and data; None for nobody
+    - parts: the functions and settings to use; None for those of this release
+
     Errors: ConfigError, CheckpointError (exit 2); Refused, if too many sites refused the plan (exit
     3); InfrastructureError, if too few sites answered (exit 4)."""
     parts, on_event = parts or Dependencies(), on_event or (lambda kind, data: None)
@@ -85,6 +90,15 @@ class TooFew(InfrastructureError):
 
 
 class _Run:
+    """One run, from the admission of the sites to the report.
+
+    - grid: the Flower grid whose nodes are the sites
+    - out: the run's folder
+    - parts: the functions and settings to use
+    - on_event: called with each event's kind and data
+    - strategy: the study's strategy, in the state of the newest saved round
+    - progress: the state of the run, loaded from `out` or new"""
+
     def __init__(
         self,
         grid: Grid,
@@ -135,7 +149,7 @@ class _Run:
 
     @property
     def _step_chooser(self) -> Measures | None:
-        """The evaluator on the selection records, which measures how far a round should move the
+        """What measures adapters on the selection records, to choose how far a round moves the
         adapter. None if no step is chosen: the plan has no [selection], the strategy builds a head
         from class statistics, or the selection records lack a class that the plan names. Such
         records would reject every step that learns this class."""
@@ -177,8 +191,8 @@ class _Run:
         return self._finish()
 
     def _foretell(self) -> None:
-        """Report what the sites' records are expected to add to the public ones, before any ε is
-        spent.
+        """Report how much the sites' records are expected to add to what public records give,
+        before any ε is spent. Do nothing if this cannot be forecast.
 
         Errors: ConfigError if they are expected to add nothing and a site's data is private, unless
         settings.anyway is set."""
@@ -230,8 +244,9 @@ class _Run:
     def _admit(self) -> None:
         """Wait until min_sites sites have admitted the plan. Sites have settings.patience seconds
         to connect, or no limit if settings.waits is set and no site has refused. People at the
-        sites have settings.signing seconds to sign the plan. Errors: Refused, InfrastructureError.
-        """
+        sites have settings.signing seconds to sign the plan. Errors: Refused if too few sites are
+        left because of refusals or missing signatures; InfrastructureError if too few connect in
+        time."""
         began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
@@ -249,8 +264,8 @@ class _Run:
             self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
-        """Report the sites where nobody has signed the plan yet, unless these are the sites in
-        `told`. Return the sites' names."""
+        """Report which sites wait for a person to sign the plan, unless these are just the sites in
+        `told`, which were reported before. Return the names of the sites that wait."""
         names = set(self.roster.waiting)
         if names != told:
             self._event(
@@ -312,8 +327,8 @@ class _Run:
         exchange(self.progress, self.roster, self.settings.key, names, order, take)
 
     def _receipt(self, name: str) -> dict[str, Any] | None:
-        """Return a site's newest receipt, which another study may have written; None if there is
-        none."""
+        """Return a site's newest receipt with this run's key, whether it is from this run or from
+        another study of the coordinator; None if there is none."""
         newest = self.receipts.read().get(self.progress.keys.get(name, ""), {})
         return newest if self._is_own(newest) else self.progress.receipts.get(name)
 
@@ -323,9 +338,9 @@ class _Run:
         return receipt.get("coordinator") == self.settings.key.public
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:
-        """Check a reply, count its update unless an update of the site is counted already, and
-        return the reply's status. start: an upper bound on the norm of the adapter that was
-        sent."""
+        """Check a site's reply to an order to train, and return the reply's status. An update that
+        counts is added to the round's mean; if one of this site is counted already, the reply is
+        dropped. start: an upper bound on the norm of the adapter that was sent."""
         name, reply = answer.name, answer.reply
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
@@ -370,8 +385,9 @@ class _Run:
         return result.status
 
     def _weight_cap(self, tally: Tally) -> int:
-        """Return the largest weight that a site may have, whatever size it declares. It is computed
-        once in a round."""
+        """Return the largest weight in the mean that a site may have, whatever size it declares:
+        LARGEST times the median of the willing sites' declared sizes. It is computed once in a
+        round."""
         if not tally.largest:
             sizes = self.progress.sizes
             tally.largest = LARGEST * median_low(sizes[name] for name in self.roster.list_willing())
@@ -382,7 +398,8 @@ class _Run:
         return "" if reported else summary.describe_cap(weight, declared)
 
     def _keep(self, tally: Tally) -> None:
-        """Apply the round's mean update, measure the adapter and save the checkpoint."""
+        """Finish a round: move the adapter by the mean update, measure the adapter, save the
+        checkpoint and, if one is due, make the query."""
         progress = self.progress
         number = tally.number
         roster = self.roster
@@ -446,16 +463,18 @@ class _Run:
         return sum(units), of_gradient * self._rate_of_noise(tally.number)
 
     def _rate_of_noise(self, number: int) -> float:
-        """Return the ratio of the noise in an update to the noise in a gradient: the learning rate.
-        NaN if the ratio is not the same for all numbers of the update."""
+        """Return the factor by which the noise of a step's gradient appears in the update: the
+        learning rate of the round. NaN if the factor is not the same for all numbers of the update:
+        with several steps, AdamW, or ranks that sites choose."""
         training, lora = self.study.training, self.study.lora
         is_one_step = training.local_steps == 1 and training.optimizer == "sgd"
         is_whole = lora is None or lora.min_rank is None
         return training.rate(number) if is_one_step and is_whole else math.nan
 
     def _query(self) -> None:
-        """Run the newest round's private evaluation. If the coordinator repeats it after a crash,
-        the sites send the same answers again, without a new charge."""
+        """Query the sites' held-out records about the newest round (private evaluation), and save
+        the pooled answer. If the coordinator repeats the query after a crash, the sites send the
+        same answers again, without a new charge."""
         answer = self.queries.ask()
         self._enter(Phase.QUERIED)
         for name, why in answer["missing"].items():
@@ -475,9 +494,9 @@ class _Run:
         self.stored = dict(receipts)
 
     def _measure(self, number: int) -> dict[str, float]:
-        """Measure the adapter on the [evaluation] records if a measurement is due after round
-        `number`; return {} if not. A plan with [selection] makes its choices on the selection
-        records, and needs the evaluation only after the last round."""
+        """Measure the adapter on the [evaluation] records, and return metric -> value; {} if no
+        measurement is due after round `number`. A plan with [selection] makes its choices on the
+        selection records, and needs the evaluation only after the last round."""
         table = self.study.evaluation
         every = 0 if self.study.selection else table.every if table else 0
         last = self.continuous is None and self._is_over
@@ -503,8 +522,8 @@ class _Run:
         return report
 
     def _write(self, adapter: Arrays, name: str) -> None:
-        """Write an adapter to a draft folder, and rename that to the run's folder `name`, so that
-        this folder is never incomplete."""
+        """Write an adapter to the folder `name` of the run. It is written to a draft folder first,
+        which is then renamed, so that the folder `name` is never incomplete."""
         folder, draft = self.out / name, self.out / f"{name}.new"
         shutil.rmtree(draft, ignore_errors=True)
         self.parts.save(self.study, adapter, self.progress.frozen, draft)
@@ -544,6 +563,13 @@ class _Run:
         return report
 
     def _on_status(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
+        """Report a site's status in an event "site".
+
+        - name: the site
+        - status: the status of its reply, such as "admitted", "trained" or "dropped"
+        - reason: why the reply does not count, or how its weight was capped; "" if neither
+        - round_: the round that the reply belongs to; None for an answer to the plan, which is also
+          noted in progress.admission unless it failed"""
         if round_ is None and status != "failed":
             suffix = "" if status == "admitted" else f": {reason}"
             self.progress.admission[name] = status + suffix

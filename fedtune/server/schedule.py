@@ -28,7 +28,8 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """This machine's clock. sleep: the function that waits for a number of seconds."""
+    """The time of day by this machine's clock. sleep: the function that is called to wait for a
+    number of seconds."""
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
@@ -41,7 +42,8 @@ class SystemClock:
 
 
 class SimulatedClock:
-    """A clock that starts at `at` and advances only by `sleep`, which takes no time."""
+    """A clock that starts at `at` (None: now) and advances only by its method `sleep`, which
+    returns at once."""
 
     def __init__(self, at: float | None = None) -> None:
         self.at = time.time() if at is None else at

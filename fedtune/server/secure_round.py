@@ -47,7 +47,8 @@ OnStatus = Callable[[str, str, str, int], None]
 
 @dataclass
 class SecureRound:
-    """Runs a study's rounds; `advance` takes the current one as far as the sites' replies allow.
+    """Runs the rounds of a study with secure aggregation. `advance` takes the current round as far
+    as the sites' replies allow.
 
     A restart continues from progress.attempt: {"round", "number": the attempt's number in the
     round, "statements": site -> its statement, "closed": whether the set of sites is fixed}."""
@@ -69,8 +70,8 @@ class SecureRound:
 
     def advance(self, names: list[str], tally: Tally) -> None:
         """Ask the sites `names` once for their statements. If there are enough, fix the set of
-        sites, and ask these for their masked words. If the sum can then be opened, count these
-        sites in `tally`."""
+        sites, and ask these for their masked words. If all words arrive, open the sum, take the
+        step, and count these sites in `tally`."""
         attempt, least = self._attempt(tally.number), self.study.strategy.min_sites
         if not attempt["closed"]:
             self._collect([n for n in names if n not in attempt["statements"]], tally)
@@ -96,7 +97,8 @@ class SecureRound:
     # ------------------------------------------------------------------------------------ ready
 
     def _collect(self, names: list[str], tally: Tally) -> None:
-        """Ask the sites `names` for their statements, and keep those about the current draw."""
+        """Ask the sites `names` to draw, and keep the signed statements in which they say that they
+        are ready, if these are about the current attempt's draw."""
         attempt, progress = self.progress.attempt, self.progress
         asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
         record = ConfigRecord({"asked": json.dumps(sorted(asked))})
@@ -117,9 +119,9 @@ class SecureRound:
         return self._note_reply(tally, answer, result)
 
     def _check_statement(self, name: str, draw: Draw, result: Outcome) -> Outcome:
-        """Check that a site's statement is about this draw, and states the size and key with which
-        the site was admitted and the plan's noise. Return `result`, or a "dropped" outcome with the
-        reason."""
+        """Check a site's statement that it is ready: it must be about this draw, and state the size
+        and key with which the site was admitted, and the plan's noise. Return `result`, the reply
+        with the statement, if this is so; else an outcome "dropped" with the reason."""
         try:
             ready = parse(result.evidence["said"].get("ready"))
         except StatementError as error:
@@ -136,8 +138,9 @@ class SecureRound:
     # ----------------------------------------------------------------------------------- masked
 
     def _open(self, tally: Tally) -> None:
-        """Ask the sites of the attempt's set for their words. If all have arrived, open their sum;
-        if a site refuses, or words are missing after REPEATS repetitions, begin a new attempt."""
+        """Ask the sites of the attempt's set for their masked words. If all have arrived, open
+        their sum; if a site refuses, or words are missing after REPEATS repetitions, begin a new
+        attempt."""
         attempt = self.progress.attempt
         statements = [parse(text) for text in attempt["statements"].values()]
         words = self._sum = self._sum or MaskedSum(statements, self._dimension, self._bits())
@@ -163,9 +166,9 @@ class SecureRound:
         self.save()
 
     def _is_void(self, tally: Tally, names: list[str]) -> bool:
-        """Return whether one of the sites `names` answered that it will never send words for this
-        attempt. A reply that was dropped is no such answer: it may be an old one, and the site's
-        next reply may be valid."""
+        """Return whether the attempt has failed for good: one of the sites `names` answered that it
+        will never send words for it. A reply that was dropped is no such answer: it may be an old
+        one, and the site's next reply may be valid."""
         told = [tally.missing.get(name, "") for name in names]
         return any(why.startswith(("void", "refused")) for why in told)
 
@@ -177,6 +180,13 @@ class SecureRound:
         chosen: str,
         answer: Answer,
     ) -> str:
+        """Check a site's masked words, add them to the sum, and return the reply's status.
+
+        - tally: the round's replies, in which a reason is noted if the words do not count
+        - words: the running sum of this attempt
+        - evidence: site -> its checked reply without the words, to which this one is added
+        - chosen: the digest of the attempt's set of sites (`set_digest`), which the reply must name
+        - answer: the reply, with the context that its seal must state"""
         name = answer.name
         if name not in words.missing:
             self.on_status(name, "dropped", "its words are counted already", tally.number)
@@ -196,7 +206,8 @@ class SecureRound:
     # -------------------------------------------------------------------------------------- open
 
     def _apply(self, tally: Tally, words: MaskedSum, evidence: dict[str, Outcome]) -> None:
-        """Take the optimiser's step on the opened sum, and count the sites of the set.
+        """Open the sum of all words, take the optimiser's step on the mean gradient, and count the
+        sites of the set in `tally`. evidence: site -> its checked reply, without its words.
 
         Errors: InfrastructureError if the sum is larger than honest sites can make it."""
         sites, total = self._weights(tally, list(words.statements)), words.open()
@@ -224,8 +235,14 @@ class SecureRound:
         return {name: min(sizes[name], most) for name in names}
 
     def _bound_norm(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
-        """Return the largest norm that the step can have if all sites are honest: `norm_bound` for
-        the rows of all units and the noise of all `sites`. Infinite without privacy."""
+        """Return the largest norm that the step can have if all sites are honest; infinite without
+        privacy. It is the bound on one site's update (`bound.norm_bound`), taken for the rows of
+        all units and the noise of all sites.
+
+        - sites: the number of sites in the sum
+        - rate: the sampling rate q
+        - sigma: the joint σ of the sum, in multiples of C; None without privacy
+        - divisor: q · records of a unit · units, by which the sum is divided"""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
             return math.inf
@@ -256,7 +273,15 @@ class SecureRound:
     def _check_reply(
         self, answer: Answer, read: Callable[[ArrayRecord], Arrays], *, record: str, done: str
     ) -> Outcome:
-        """Validate a reply's seal, arrays and step log, and count its bytes."""
+        """Validate a reply's seal, arrays and step log, and count its bytes.
+
+        - answer: the reply, with the context that its seal must state
+        - read: checks and decodes the reply's arrays; raises WireError
+        - record: the name of the reply's array record
+        - done: the status of a site that did the work
+
+        Returns the reply's outcome, which is "refused" also if the node is no longer enrolled for
+        the site."""
         name = answer.name
         reply = answer.reply
         events = self.progress.events
@@ -273,7 +298,8 @@ class SecureRound:
         return result
 
     def _note_reply(self, tally: Tally, answer: Answer, result: Outcome) -> str:
-        """Record a reply's outcome in tally and roster, report it, and return its status."""
+        """Note in `tally` and the roster why a site's reply does not count, if that is so. Report
+        the reply's status, and return it."""
         name = answer.name
         if result.status not in ("ready", "masked"):
             tally.failures[name] += result.status != "unprepared"
@@ -293,6 +319,13 @@ class SecureRound:
         adapter: bool = False,
         arrays: int = 0,
     ) -> Order:
+        """Build the order of one part of the current attempt at a round.
+
+        - kind: the part, "ready" or "masked"
+        - number: the number of the round
+        - said: further records that are sent with the order, by name
+        - adapter: whether the newest adapter is sent with the order
+        - arrays: the number of bytes that the arrays of an answer may have"""
         attempt = self.progress.attempt["number"]
         return Order(
             kind=f"train.{kind}",
@@ -315,12 +348,14 @@ class SecureRound:
 
     @property
     def _like(self) -> Arrays:
-        """Return arrays with the names and shapes of a site's update. For strategies that train the
-        adapter itself, these are the newest adapter's arrays."""
+        """Return arrays with the names and shapes of a site's update; their values do not
+        matter. For strategies that average updates of the adapter, these are the newest
+        adapter's arrays."""
         return self.strategy.update_like(self.progress.adapter)
 
     def _adapter_digest(self) -> str:
-        """Compute the digest of the adapter as sites decode it from the wire."""
+        """Compute the digest of the newest adapter after it is encoded for the wire and decoded, as
+        sites see it."""
         adapter = self.progress.adapter
         sent = codec.encode(adapter, self.study.wire.adapter)
         return codec.digest(codec.decode(sent, codec.shapes(adapter)))
@@ -360,12 +395,17 @@ def step_adapter(
     adapter: Arrays,
     round_: int,
 ) -> Arrays:
-    """Take one step of the plan's optimiser from `adapter` along the mean gradient g, and return
-    the change in fp32. Like a site's optimiser, it keeps no state between rounds. Here w is the
-    adapter, η the learning rate and λ the weight decay:
+    """Take one step of the plan's optimiser along the mean gradient g, and return the change of the
+    adapter w, name -> array in fp32. Like a site's optimiser, it keeps no state between rounds.
+    Here η is the learning rate and λ the weight decay:
 
     | sgd   | -η (g + λw)                                                           |
-    | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |"""
+    | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |
+
+    - study: the plan, which gives optimiser, learning rate and weight decay
+    - gradient: g, name -> array in fp64
+    - adapter: w, with at least the names of `gradient`, in the same shapes
+    - round_: the number of the round, on which the learning rate may depend"""
     t = study.training
     update = {}
     for name, g in gradient.items():
@@ -376,7 +416,8 @@ def step_adapter(
 
 
 def of(progress: Progress, *parties: Any) -> Callable[[list[str], Tally], None] | None:
-    """Return SecureRound.advance if the study has [secure_aggregation], else None. parties: the
-    further arguments of SecureRound."""
+    """Return the function that runs a study's rounds with secure aggregation, SecureRound.advance;
+    None if the plan has no [secure_aggregation]. parties: what SecureRound is made from besides
+    `progress`."""
     secure = progress.study.secure_aggregation
     return SecureRound(progress, *parties).advance if secure else None

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4  # a step must lower the loss by more than this share of it
 
 def replace_evaluation(study: Study) -> Study:
     """Return the study with the records of [selection] as its [evaluation], so that an evaluator
-    measures them in the same way."""
+    measures adapters on these records in the same way."""
     table, asked = study.selection, study.evaluation
     assert table is not None
     held_out = EvaluationTable(path=table.path, columns=table.columns)
@@ -40,16 +40,18 @@ def replace_evaluation(study: Study) -> Study:
 def choose(
     evaluator: Measures, progress: Progress, proposed: Arrays
 ) -> tuple[Arrays, dict[str, Any]]:
-    """Choose the adapter of least loss on the selection records among
-    origin + keep · (adapter - origin) + step · (proposed - adapter).
+    """Choose how far a round moves the adapter: by least loss on the selection records, among the
+    adapters origin + keep · (adapter - origin) + step · (proposed - adapter).
 
     Here origin is the adapter before the first round, adapter is the newest one, and proposed is
     the adapter that the round's updates give. The search varies step, then keep, then step again.
-    It starts at the newest step that was not 0. The previous round's measurement is the loss of a
-    zero step. A keep below 1 averages earlier rounds with this one; the average has less noise than
+    It starts at the newest step that was not 0. The loss of a step of zero is known from the
+    previous round. If no other choice lowers it by more than the share TOLERANCE, the adapter stays
+    as it is. A keep below 1 averages earlier rounds with this one; the average has less noise than
     either.
 
-    Returns the adapter, and {"keep", "step", "selection": the adapter's measurements}."""
+    Returns the chosen adapter, and the figures for the history: "keep", "step", and "selection",
+    metric -> value of the chosen adapter."""
     origin = progress.origin
     adapter = progress.adapter
     history = progress.history
@@ -85,9 +87,9 @@ def choose(
 
 
 def line_search(loss: Callable[[float], float], start: float) -> float:
-    """Search for the factor of least loss among 0 and the products of `start` and a power of two.
-    The search multiplies or divides by four until the loss rises on both sides, then tries the two
-    factors between. Returns 0.0 if no factor gives a lower loss than 0.
+    """Return the factor of least loss among 0 and the products of `start` and a power of two. The
+    search multiplies or divides by four until the loss rises on both sides, then tries the two
+    factors between. The result is 0.0 if no factor gives a lower loss than the factor 0 does.
 
     >>> line_search(lambda factor: (factor - 30) ** 2, 1.0)
     32.0
@@ -106,9 +108,9 @@ def line_search(loss: Callable[[float], float], start: float) -> float:
 
 
 def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
-    """Return whether to run another round. False only if steps were chosen, and none of the last
-    selection.patience rounds lowered the selection loss. A round lowered it if its step is not 0 or
-    its keep is below 1."""
+    """Return whether to run another round. It is False only if the plan chooses steps, and none of
+    the last selection.patience rounds lowered the loss on the selection records, so that each of
+    these rounds has step 0 and keep 1. history: the entries of the saved rounds."""
     if study.selection is None or len(history) < study.selection.patience:
         return True
     newest = history[-study.selection.patience :]
@@ -119,8 +121,14 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
 def _combine(
     origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
 ) -> Arrays:
-    """Compute the candidate of `choose` for these factors in fp64, and return it in fp32. If both
-    factors are 1, return `proposed` itself, without rounding."""
+    """Compute origin + keep · (adapter - origin) + factor · (proposed - adapter) in fp64, and
+    return it in fp32. If both factors are 1, return `proposed` itself, without rounding.
+
+    - origin: the adapter before the first round
+    - adapter: the newest adapter
+    - proposed: the adapter that the round's updates give
+    - keep: how much of the earlier rounds' movement is kept, from 0 to 1
+    - factor: how far to go towards `proposed`; 0 stays"""
     if keep == factor == 1:
         return proposed
     combined = {}

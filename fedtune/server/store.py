@@ -64,13 +64,13 @@ class CheckpointError(InputError):
 
 
 class Phase(StrEnum):
-    """The phase of a run. Here k is the last saved round.
+    """What a run has done last, as saved in its checkpoint. Here k is the last saved round.
 
     started → asked → kept [→ queried] → asked → … → finished
 
     | asked   | sites were ordered to train round k + 1              |
     | kept    | round k was saved                                    |
-    | queried | its query about held-out records was made, too       |"""
+    | queried | the query about held-out records after it was made  |"""
 
     STARTED = "started"
     ASKED = "asked"
@@ -90,18 +90,21 @@ FOLLOWS = {
 
 @dataclass
 class Progress:
-    """The state of a run between two phases.
+    """The state of a run, which its checkpoint holds.
 
     - asked: digest of the study as given by the user
     - study: the study with base digest, rounds and the digests of public arrays filled in
+    - adapter: the newest adapter, its trainable arrays by name
+    - frozen: the arrays that sites receive and do not train
     - origin: with [selection] or a public start, the adapter before the first round; else {}
+    - phase: what the run has done last
     - round: the last saved round; adapter and strategy change only together with it
-    - strategy: the strategy's state after that round
+    - strategy: the strategy's state after the last saved round
     - sizes, keys: site -> its declared size, and its public signing key
-    - events, queries: site -> its step log in this study so far, of training, and of its answers to
-      queries
+    - events: site -> the step log of its training in this study so far
+    - queries: site -> the step log of its answers to queries
     - receipts: site -> its newest receipt, which the next order to the site carries
-    - before, started: quality of the base, and of the public start before the first round
+    - before, started: metric -> value before the first round, of the base and of the public start
     - expected: the forecast of the gain that the sites' records add to the start
     - admission: site -> a text about its last answer to the plan
     - history: one entry for each saved round
@@ -203,8 +206,10 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
     """Create the folder `out`, readable only by this user, if it does not exist. With `resume`,
     load the run in it.
 
-    Returns None without `resume`, or if no run was saved there. Errors: ConfigError if `out` holds
-    a run and `resume` is not set; InfrastructureError if `out` cannot be made; those of `load`."""
+    Returns the run's state; None without `resume`, or if no run was saved there. Errors:
+    ConfigError if `out` holds a run and `resume` is false; InfrastructureError if `out` cannot be
+    made, or the database cannot be opened; CheckpointError if the checkpoint is damaged or belongs
+    to another study."""
     if not resume:
         check_vacant(out)
     try:
@@ -218,7 +223,7 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
 
 def keep_plan(path: Path | None, message: RecordDict) -> None:
     """Store the plan and the coordinator's signature in a JSON file for `fedtune admit`. message:
-    of admission.plan_message. path: None to store nothing.
+    the message that carries the plan to the sites. path: the file; None to store nothing.
 
     Errors: InfrastructureError if the disk refuses."""
     if path is not None:
@@ -231,23 +236,25 @@ EVIDENCE = ("evidence", "query_evidence")  # the parts of a round's entry that h
 
 
 def figures(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a round's entry in the history without the sites' signed evidence."""
+    """Return the figures of a round: its entry in the history, without the sites' signed
+    evidence."""
     return {key: value for key, value in entry.items() if key not in EVIDENCE}
 
 
 def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
-    """Write all of metrics.jsonl again, so that it agrees with the checkpoint after a crash."""
+    """Write all of metrics.jsonl, a line for each round in `history`, so that the file agrees with
+    the checkpoint also after a crash."""
     lines = [json.dumps(figures(entry), sort_keys=True) + "\n" for entry in history]
     replace(out / "metrics.jsonl", "".join(lines).encode())
 
 
 class Receipts:
     """A file that holds each site's newest receipt over all runs, by the site's public key. path:
-    None to store nothing.
+    the file; None to store nothing.
 
-    The first order of the next study carries the receipt. From it a site whose ledger was restored
-    from an old copy learns which entries are missing. Errors: CheckpointError if the file is
-    damaged."""
+    The first order to a site in the next study carries the site's receipt. If the site's ledger was
+    restored from an old copy, the site learns from the receipt that entries are missing. Errors:
+    CheckpointError if the file is damaged."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -255,8 +262,9 @@ class Receipts:
         self._read: dict[str, dict[str, Any]] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Return public key -> receipt; {} if there is no file. This is called for each site of a
-        round, so the file is read again only if it was replaced since the last call."""
+        """Read the file: a site's public key -> its receipt; {} if there is no file. This is called
+        for each site of a round, so the file is read again only if it was replaced since the last
+        call."""
         if self.path is None or not self.path.exists():
             return {}
         try:
@@ -291,7 +299,8 @@ class Receipts:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection whose explicit commits are durable (no implicit transactions)."""
+    """Open a connection to an SQLite file. No transaction begins by itself, and what is committed
+    survives a crash of the machine."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
@@ -299,7 +308,8 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _rows(progress: Progress, files: dict[str, str]) -> Rows:
-    """Build the rows of the three tables, without the sha256 over them."""
+    """Build what the database stores of a run: the rows of its three tables (run, rounds, sites),
+    without the sha256 over all rows, which is added later. files: array file -> sha256."""
     measured = {"base": progress.before, "start": progress.started, "attempt": progress.attempt}
     measured |= {"expected": progress.expected} if progress.expected else {}
     more = progress.started or progress.attempt or progress.expected
@@ -385,7 +395,8 @@ def _files(path: Path) -> dict[str, str]:
 
 
 def _put(path: Path, groups: dict[str, Any]) -> str:
-    """Write groups of arrays durably to one file, and return its sha256."""
+    """Write arrays durably to one file, and return the file's sha256. groups: name of a group ->
+    name -> array."""
     data = to_bytes(
         {
             f"{group}/{name}": np.asarray(array, order="C")
@@ -405,7 +416,8 @@ def _get(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _prune(folder: Path, files: dict[str, str]) -> None:
-    """Remove the arrays of earlier rounds, and incomplete files that a crash left."""
+    """Remove the array files that `files` does not name, which are of earlier rounds, and
+    incomplete files that a crash left."""
     for path in folder.iterdir():
         if path.suffix in (".safetensors", ".new") and path.name not in files:
             with suppress(OSError):  # the next save tries again
@@ -414,8 +426,9 @@ def _prune(folder: Path, files: dict[str, str]) -> None:
 
 @contextmanager
 def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
-    """Raise InfrastructureError or CheckpointError in place of sqlite's errors. damage: further
-    exceptions that mean a damaged file."""
+    """Replace sqlite's errors in the block: by InfrastructureError if the disk refuses, else by
+    CheckpointError. damage: further exceptions that mean a damaged file, and become
+    CheckpointError."""
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -28,13 +28,12 @@ WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was
 
 
 def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
-    """Compute each site's ε so far, at the study's δ, from the steps that it logged; {} if privacy
-    is off.
+    """Compute what each site's training has cost so far, from the steps that the site logged: site
+    -> ε at the study's δ; {} if privacy is off.
 
     For a continuous study this is the ε of a unit that took part in every round. It is at most the
-    plan's lifetime ε, since a site leaves a unit out that has spent it. The site's own ledger may
-    show less.
-    """
+    plan's ε, since a site leaves out every unit that has spent this much. The site's own ledger may
+    show less."""
     privacy = progress.study.privacy
     if isinstance(privacy, str):
         return {}
@@ -49,9 +48,10 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
 
 
 def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
-    """Describe the study before it runs. Returns "study" (its name), "participants" (the sites that
-    take part) and "planned" (site -> the largest ε that the study can cost it, at the study's δ).
-    For a continuous study that is the ε of one unit over all rounds in which it takes part."""
+    """Describe a study before its rounds, for an event. Returns "study" (its name), "participants"
+    (the sites that take part) and "planned" (site -> the largest ε that the study can cost it, at
+    the study's δ). For a continuous study that is the ε of one unit over all rounds in which it
+    takes part."""
     study = progress.study
     by_site = dict[str, float]()
     names = roster.list_willing()
@@ -73,14 +73,20 @@ def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> di
 def _epsilon(
     events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable, shares: int = 1
 ) -> float:
-    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the opened
-    sum; 1 counts the site's own noise alone."""
+    """Compute ε of a site's steps, at the study's δ.
+
+    - events: the site's step log
+    - parts: the run's functions, of which `epsilon` computes ε
+    - privacy: the plan's table [privacy], which gives δ
+    - shares: the number of sites whose noise adds up in the opened sum; 1 counts the site's own
+      noise alone"""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 
 
 def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
-    """Build the content of report.json, except the figures that need an evaluator."""
+    """Build the content of report.json, except the figures for which adapters must be measured
+    again."""
     study, history = progress.study, progress.history
     keys = (
         *("round", "participants", "missing", "late", "epsilon", "private_quality"),
@@ -117,8 +123,8 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"held_out": the table of the newest query that a site answered, with its round}; {}
-    if no site ever answered."""
+    """Return the report's entry "held_out": the table of answers to the newest query that a site
+    answered, and this query's "round". Return {} without the entry if no site ever answered."""
     for entry in reversed(history):
         if table := entry.get("private_quality", {}).get("table"):
             return {"held_out": {"round": entry["round"], **table}}
@@ -132,9 +138,9 @@ def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def statements(declared: dict[str, str], free_query: set[str], names: list[str]) -> dict[str, Any]:
-    """Return the statements of the sites `names` about their data, in the history's form. The
-    entries are "declared" (site -> "public" or "generated") and "free_query" (the sites where a
-    query or a view selects the records). An entry without sites is left out."""
+    """Return what the sites `names` state about their data, in the form that a round's entry in the
+    history has. The entries are "declared" (site -> "public" or "generated") and "free_query" (the
+    sites where a query or a view selects the records). An entry without sites is left out."""
     found = {
         "declared": {name: declared[name] for name in sorted(names) if declared.get(name)},
         "free_query": sorted(free_query.intersection(names)),
@@ -143,8 +149,9 @@ def statements(declared: dict[str, str], free_query: set[str], names: list[str])
 
 
 def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
-    """Return site -> the kind of data that it declared ("" for private), for all sites that took
-    part so far; and the sites where a query or a view selected the records in any round."""
+    """Collect from the saved rounds what the sites stated about their data. Return two things: site
+    -> the kind of data that it declared last ("" for private), for all sites that took part; and
+    the sites where a query or a view selected the records in any round."""
     declared = {
         name: entry.get("declared", {}).get(name, "")
         for entry in history
@@ -154,13 +161,15 @@ def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str],
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:
-    """Report the ranks that sites trained, if some trained fewer than the plan's; else {}.
+    """Build the report's table of the ranks that sites trained; {} if all trained the plan's full
+    rank. The table's entries:
 
     - sites: site -> rank
     - of: the plan's rank
-    - columns: for each range of B's columns, the share of the sites' weight that trained it,
-      averaged over rounds, and its noise relative to columns that every site trains. The noise is
-      None without noise, with AdamW, and with a strategy that takes no mean.
+    - columns: a row for each range of B's columns, from "first" to "last". Its "share" is the share
+      of the sites' weight that trained these columns, averaged over rounds; its "noise" is relative
+      to the noise of columns that every site trains. "noise" is None in a run without noise, with
+      AdamW, and with a strategy that takes no mean.
 
     The mean's divisor is the weight of all sites. So in columns that few sites train the signal
     falls in proportion to the share, and the noise falls by less."""
@@ -200,8 +209,8 @@ def _ranks(progress: Progress) -> dict[str, Any]:
 
 
 def _noise(progress: Progress, name: str) -> float:
-    """Return the relative standard deviation of the noise in a site's SGD update: σ / (q · declared
-    size); 1.0 without a step log."""
+    """Return the standard deviation of the noise in a site's SGD update, up to a factor that is the
+    same for all sites: σ / (q · declared size). Return 1.0 for a site without a step log."""
     events = progress.events.get(name)
     if not events:
         return 1.0
@@ -225,8 +234,9 @@ def _describe_caps(progress: Progress) -> dict[str, str]:
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return, for each site that missed a round, the number of rounds that it missed, its longest
-    absence in rounds and in seconds, and how often each reason was given.
+    """Return for each site that missed a round: "rounds", the number of rounds that it missed;
+    "longest_rounds" and "longest_seconds", the length of its longest absence; and "reasons", how
+    often each reason was given.
 
     The seconds of an absence are the sum of its rounds' durations, by a monotonic clock. A round in
     which a site was not asked neither counts as missed nor ends an absence."""
@@ -289,9 +299,10 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
-    """Report the ε that the queries cost the units of the held-out records. "with_training" is the
-    ε of a unit that also has training records at the site, which the coordinator cannot rule
-    out."""
+    """Build the report's table of the ε that the queries cost the units of the held-out records:
+    the figures of the site with the largest ε, and those of each site under "sites".
+    "with_training" is the ε of a unit that also has training records at the site, which the
+    coordinator cannot rule out."""
     table = progress.study.private_evaluation
     assert table is not None
     common = {
@@ -318,8 +329,12 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
 def judge_adapter(
     progress: Progress, evaluator: Measures, selector: Measures | None
 ) -> dict[str, Any]:
-    """Return "gain", the trained adapter's gain over the base and over the public start, with
-    intervals; and, if the plan has selection records, "selection_records", their number."""
+    """Measure the trained adapter for the report. Return "gain", its gain over the base and over
+    the public start, with intervals; and, if the plan has selection records, "selection_records",
+    their number.
+
+    evaluator: measures on the [evaluation] records. selector: measures on the [selection] records,
+    None if the plan has none."""
     start = progress.origin if progress.study.start and progress.origin else None
     gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
@@ -328,9 +343,10 @@ def judge_adapter(
 def with_start_released(
     quality: dict[str, Any], progress: Progress, evaluator: Measures
 ) -> dict[str, Any]:
-    """Return a report's quality table for a run that releases its public start. Then "after" and
-    "gain" describe the start; "trained", in the table and in the gain's intervals, describes the
-    trained model; and gain.over_start compares the trained model with the start."""
+    """Return the report's table `quality` as it must be if the run releases its public start. In
+    the result "after" and "gain" describe the public start; "trained", in the table and in the
+    gain's intervals, describes the trained model; and gain.over_start compares the trained model
+    with the start."""
     trained, gain = quality["gain"], evaluator.gain(progress.origin)
     for name, bounds in gain.get("intervals", {}).items():
         bounds[TRAINED] = trained["intervals"][name]["after"]
@@ -348,9 +364,19 @@ def counts_are_told(progress: Progress) -> bool:
 def classes(
     progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
 ) -> list[dict[str, Any]]:
-    """Return a row for each class. It holds the released adapter's figures on the evaluation
-    records, whether the sites' noised sums taught the class and, if `counts_are_told`, the noised
-    number of units. This is post-processing of noised sums, so it costs no ε."""
+    """Build the report's table of classes: a row for each class, in the order of the plan; [] for a
+    study without classes, or if there is nothing to tell of them. It costs no ε, since it is
+    post-processing of noised sums.
+
+    - progress: the run's state
+    - evaluator: measures on the [evaluation] records; None if the plan has none
+    - figures: the strategy's figures of each class; None if it has none
+    - released: the arrays of the released adapter
+
+    A row holds the class's "name", the released adapter's figures on the evaluation records, and,
+    with privacy and `figures`, "learnt": whether the class has public records or was noticed in the
+    sites' noised counts. If `counts_are_told`, it also holds "units", their noised number, and
+    "deviation", that noise's standard deviation."""
     names = progress.study.objective.labels
     if not names:
         return []
@@ -365,8 +391,9 @@ def classes(
 
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:
-    """Measure the base alone and, if the plan has a public start, the start, on the evaluation
-    records, and store both in `progress`."""
+    """Measure, on the evaluation records, the base alone and the public start (if the plan has
+    one), and store their figures in `progress`. Do nothing if `evaluator` is None: the plan has no
+    [evaluation]."""
     if evaluator is None:
         return
     with stage("before the rounds"):

@@ -13,7 +13,8 @@ NOT_PRIVATE = "was trained without privacy"
 
 
 def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
-    """Add a teacher to its student's report, and the teacher's cost to the student's ε.
+    """Return a student's report with its teacher in it, and with the teacher's cost added to the
+    student's ε.
 
     report: the report of the student's own rounds. teacher: its name, digest and kind ("base",
     "run" or "unknown") and, of a run, its report. If the teacher is a private run, "epsilon" of
@@ -58,7 +59,8 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
 
 
 def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
-    """Compute the ε of a unit that is among a site's held-out records and in both trainings."""
+    """Compute the ε of a unit that is among a site's held-out records and in both trainings: the
+    student's (`report`, which has the queries' cost) and the teacher's (`parent`)."""
     own = report["privacy"]
     rows = {
         name: row | {"sampling_rate": 1.0, "key": own["sites"].get(name, {}).get("key")}

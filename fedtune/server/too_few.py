@@ -11,9 +11,13 @@ E = TypeVar("E", bound=FedtuneError)
 
 
 def too_few(kind: type[E], willing: int, missing: Mapping[str, str], least: int) -> E:
-    """Build the error, of class `kind`, that lists the missing sites with their reasons; sites with
-    the same reason are listed together. willing: number of sites that take part. missing: site ->
-    reason. least: strategy.min_sites."""
+    """Build the error of a study in which fewer than `least` sites take part. Its text lists the
+    missing sites with their reasons; sites with the same reason are listed together.
+
+    - kind: the class of the error
+    - willing: the number of sites that take part
+    - missing: site -> the reason why it does not take part
+    - least: strategy.min_sites"""
     alike = dict[str, list[str]]()
     for name, why in missing.items():
         alike.setdefault(why, []).append(name)

@@ -38,7 +38,8 @@ class Turn:
         self._deadline = deadline
 
     def pass_on(self) -> None:
-        """Let the studies that wait for their turn go first. Errors: DeadlinePassed."""
+        """Let the studies that wait for their turn go first; a study that runs alone goes on at
+        once. Errors: DeadlinePassed if no time is left."""
         self.check()
 
     def check(self) -> None:
@@ -50,19 +51,22 @@ class Turn:
             )
 
     def pause(self, seconds: float) -> None:
-        """Sleep; other studies work meanwhile. Errors: DeadlinePassed."""
+        """Sleep for `seconds`, during which other studies may work. Errors: DeadlinePassed if no
+        time is left afterwards."""
         time.sleep(seconds)
         self.pass_on()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Run the block. If a signal ends the server, Python raises Stopped in the main thread. In
-        another thread SharedTurn.interruptible raises it."""
+        """Run the block, and add nothing to it: a study that runs alone is in the main thread,
+        where Python itself raises Stopped if a signal ends the server. SharedTurn overrides this
+        method, since its thread receives no signal."""
         yield
 
 
 class Turns:
-    """The queue of the studies of one server. The first study in it has the turn."""
+    """The queue of the studies of one server. The first study in the queue has the turn: it works,
+    and the others wait."""
 
     def __init__(self) -> None:
         self._line = deque[SharedTurn]()
@@ -78,7 +82,8 @@ class Turns:
         return turn
 
     def wait_for(self, turn: SharedTurn) -> None:
-        """Block until a study is the first in the queue; append it if it is not in the queue."""
+        """Wait until a study is the first in the queue. If it is not in the queue, it is appended
+        first."""
         with self._changed:
             if turn not in self._line:
                 self._line.append(turn)
@@ -92,7 +97,7 @@ class Turns:
             self._changed.notify_all()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep for `seconds`; `end` interrupts it with an exception."""
+        """Sleep for `seconds`. If `end` is called meanwhile, the sleep ends with an exception."""
         end = time.monotonic() + seconds
         with self._changed:
             while (left := end - time.monotonic()) > 0:
@@ -100,7 +105,7 @@ class Turns:
 
     def end(self, threads: list[threading.Thread], stop: Stopped) -> None:
         """Interrupt the studies' threads, to which Python delivers no signal, and return when they
-        have ended. SharedTurn.interruptible raises `stop` there."""
+        have ended. In each of these threads SharedTurn.interruptible then raises `stop`."""
         self.stop = stop
         alive = [thread for thread in threads if thread.is_alive()]
         for thread in alive:

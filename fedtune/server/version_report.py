@@ -19,16 +19,17 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
-    """Return the entries of a quality table that name the models it compares, and the records.
-    champion: number of the version in use; public: sha256 of the public records, "" if not
-    known."""
+    """Return the entries of a report's "quality" that name the models it compares, and the records
+    on which they were measured. champion: number of the version in use; public: sha256 over name
+    and content of the file of public records (`reading.fingerprint`), "" if not known."""
     records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
     columns = ["base alone", f"version {champion}, in use"]
     return {"on": records, "columns": columns, "public": public, "version": champion}
 
 
 def in_use(index: Index) -> dict[str, Any]:
-    """Return the rows of the report's "continuous" table that a rollback changes."""
+    """Return the rows about the versions and the one in use, for the report's table "continuous".
+    These are the rows that a rollback changes."""
     released = [v.number for v in index.versions if v.decision == "released"]
     return {
         "version in use": index.champion,
@@ -40,13 +41,13 @@ def in_use(index: Index) -> dict[str, Any]:
 
 
 def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
-    """Rewrite a run's report after a person chose the version in use. That version and the base are
-    measured on the present public records, unless the report has this version's figures already.
-    If there is no report yet, nothing is written.
+    """Rewrite a run's report after a person chose the version in use. The chosen version and the
+    base are measured on the present public records, unless the report has this version's figures
+    already. If there is no report yet, nothing is written. index: the versions, after the choice.
 
     signed_by: the coordinator's key and CA, with which the report is signed again; with None it is
     not signed. Returns "", or the reason why the version could not be measured; the report then has
-    no figures of the version. Errors: InputError if report.json is damaged; InfrastructureError if
+    no figures of this version. Errors: InputError if report.json is damaged; InfrastructureError if
     the disk refuses."""
     if not (run / "report.json").is_file():
         return ""

@@ -41,13 +41,16 @@ class Version:
     - at: when that round was scheduled (UTC)
     - decision: "first", "released" or "kept back"; "pinned" if it was not released because a person
       had pinned the champion; "not compared" if the plan allowed no comparison
-    - metric, value: the study's metric, and this version's value on the public records
-    - champion, champion_value: the version then in use, and its value on the same records
+    - metric, value: the name of the study's metric, and this version's value of it on the public
+      records
+    - champion, champion_value: the version that was in use then, and its value on the same records
     - p: the comparison's p-value, the probability of so large an advantage for a version that is no
       better
     - look: the number of this comparison among those on the same public records, from 1
-    - public: sha256 of the file of public records
-    - verdict, why, groups: the result of the plan's test (report.change_plan)"""
+    - public: sha256 over name and content of the file of public records (`reading.fingerprint`); ""
+      if not known
+    - verdict, why, groups: the result of the plan's tests, the reason, and the changes in the
+      groups (report.change_plan)"""
 
     number: int
     at: str
@@ -67,9 +70,11 @@ class Version:
 
 @dataclass(frozen=True)
 class Choice:
-    """A person's choice. after: the newest version at the time of the choice. version: the version
-    that is in use from then on; None if the person ended a rollback, so that better versions are
-    released again."""
+    """A person's choice of the version in use.
+
+    - after: the newest version at the time of the choice
+    - version: the version that is in use from then on; None if the person ended a rollback, so that
+      better versions are released again"""
 
     after: int
     version: int | None
@@ -77,8 +82,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Index:
-    """The index of versions. champion: the version in use; pinned: whether a person chose it, so
-    that no other version replaces it."""
+    """The index of a run's versions, as out/versions/index.json holds it.
+
+    - champion: the version in use
+    - pinned: whether a person chose the champion, so that no other version replaces it
+    - versions: every version with the decision about it, oldest first
+    - choices: the choices that persons made, oldest first"""
 
     champion: int
     pinned: bool
@@ -100,8 +109,8 @@ _INDEX = TypeAdapter(Index)
 
 
 class Versions:
-    """The adapter versions of the continuous run in `out`. Several processes may open them; each
-    change is atomic."""
+    """Stores the adapter versions of the run of a study without a last round. out: the run's
+    folder. Several processes may use the folder at the same time; each change is atomic."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / VERSIONS
@@ -129,8 +138,9 @@ class Versions:
         return self.folder / str(number)
 
     def begin(self, version: Version, save: Callable[[Path], None]) -> None:
-        """Release `version` as the first version, unless there is an index. Then point the link at
-        the champion, in case a crash came after the index was written and before the link was."""
+        """Release `version` as the first version, unless a version was released before. In both
+        cases make out/adapter a link to the champion, since a crash may have come after the index
+        was written and before the link was. save: writes the version's adapter to a folder."""
         with self._alone():
             if (index := self.index()) is None:
                 self._put(version.number, save)
@@ -161,7 +171,8 @@ class Versions:
             return version
 
     def roll_back(self, number: int) -> Index:
-        """Make version `number` the champion and pin it until `unpin` is called.
+        """Make version `number` the champion, pin it until `unpin` is called, and return the new
+        index.
 
         Errors: InputError if that version was never released."""
         with self._alone():
@@ -176,8 +187,8 @@ class Versions:
             return index
 
     def unpin(self) -> Index:
-        """End a rollback, so that better versions are released again. Errors: InputError if there
-        is no index."""
+        """End a rollback, so that better versions are released again, and return the new index.
+        Errors: InputError if there is no index."""
         with self._alone():
             index = self._require_index()
             choices = (*index.choices, Choice(index.judged, None))
@@ -204,7 +215,7 @@ class Versions:
 
     def _put(self, number: int, save: Callable[[Path], None]) -> None:
         """Write a version's adapter to a draft folder, flush it to disk, and rename it to the
-        version's folder."""
+        folder of version `number`. save: writes the adapter to a folder."""
         draft, place = self.folder / f"{number}.new", self.at(number)
         shutil.rmtree(draft, ignore_errors=True)
         save(draft)
@@ -221,7 +232,7 @@ class Versions:
         writing.replace(self.folder / INDEX, json.dumps(document, indent=1).encode())
 
     def _settle(self, index: Index) -> None:
-        """Point the link at the champion."""
+        """Make out/adapter a link to the champion's folder, if it is not one already."""
         link, target = self.out / LINK, Path(VERSIONS, str(index.champion))
         if link.is_symlink() and Path(os.readlink(link)) == target:
             return

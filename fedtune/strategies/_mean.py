@@ -20,7 +20,8 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 
 class _Block(NamedTuple):
-    """A part of the sum (fp64), and the same part of each update (fp32) with its weight."""
+    """A part of the running sum, and what is added to it. total: the part, fp64; terms: the same
+    part of each update, fp32, with the update's weight."""
 
     total: npt.NDArray[np.float64]
     terms: list[tuple[npt.NDArray[np.float32], float]]
@@ -48,7 +49,8 @@ class RunningMean:
             self._add_up()
 
     def take(self) -> State | None:
-        """Return the mean, and start over; None if nothing was added."""
+        """Return the mean, name -> array in fp64, and begin anew with an empty sum; None if nothing
+        was added."""
         self._add_up()
         total, weight = self._sum, self._weight
         self._sum, self._weight = {}, 0.0

@@ -5,12 +5,12 @@ classes. For each unit it also adds the number `weight` to a further column. The
 (K, k + 1), whose last column therefore counts the class's units. The array is noised once. This
 module computes from that array and from public vectors alone, so it costs no ε.
 
-The head is a linear discriminant of the classes' posterior means. A class's prior mean is that of
-its public records or, without such records, the base's vector of the class's name. Prior and
-release are weighted by the inverse of their variances from noise and sampling. So a direction in
-which noise exceeds the signal is shrunk towards the prior, and a class that public records lack is
-learnt from the release alone. The constants below were chosen on two data sets and tested on
-others: docs/quality.md.
+The head is a linear discriminant of the classes' posterior means. A class's prior mean follows from
+its public records and the base's vector of the class's name; without such records it is this
+vector, scaled. Prior and release are weighted by the inverse of their variances from noise and
+sampling. So a direction in which noise exceeds the signal is shrunk towards the prior, and a class
+that public records lack is learnt from the release alone. The constants below were chosen on two
+data sets and tested on others: docs/quality.md.
 
 Reference: Snell et al. 2017, "Prototypical networks for few-shot learning"; Efron & Morris 1973,
 "Stein's estimation rule and its competitors" (a mean shrunk by what its prior explains)."""
@@ -49,7 +49,8 @@ EVIDENT = 2.0  # a class counts as present if its noised count exceeds this many
 
 @dataclass(frozen=True)
 class Basis:
-    """The public map from the base's vectors x (H,) to features f(x) = directions (x - mean).
+    """The basis of class statistics: the public map from the base's vectors x (H,) to features f(x)
+    = directions · (x - mean), which sites sum by class.
 
     - mean: (H,)
     - directions: (d, H), orthogonal rows of equal length, scaled so that public records' features
@@ -64,19 +65,21 @@ class Basis:
 
     @property
     def norm(self) -> float:
-        """The largest norm of one unit's array (K, k + 1), in which the features have a length of
-        at most 1 and the counts one of at most `weight`."""
+        """The largest norm of one unit's array (K, k + 1), which is √(1 + weight²): its features
+        have together a length of at most 1, its column of counts one of at most `weight`."""
         return math.hypot(1.0, self.weight)
 
 
 @dataclass(frozen=True)
 class Public:
-    """The statistics of public records that `head` needs. The features f are in the basis'
-    directions.
+    """The statistics of public records from which a head is computed. Features f are those of a
+    basis with d directions; K is the number of classes.
 
-    - sums: (K, d), and counts: (K,), of labelled records by class
+    - sums: (K, d), the sum of the labelled records' features, by class
+    - counts: (K,), the number of labelled records, by class
     - within: (d, d), scatter of labelled records about their class's mean
-    - moment: (d, d), Σ f fᵀ of all public records, labelled or not; records: their number
+    - moment: (d, d), Σ f fᵀ over all public records, labelled or not
+    - records: the number of all public records
     - names: (K, d), the base's vectors of the classes' names in the basis, or None"""
 
     sums: Array
@@ -89,9 +92,9 @@ class Public:
 
 @dataclass(frozen=True)
 class Noised:
-    """The release: the noised sum over all sites.
+    """The release: the sum of all sites' class statistics, with its noise.
 
-    - sums: (K, k + 1)
+    - sums: (K, k + 1), for each class the sums of k features, and in the last column its count
     - deviation: standard deviation of the noise in each number
     - units: N, the sum of the sites' declared sizes"""
 
@@ -102,8 +105,11 @@ class Noised:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes as estimated from public data: means (K, d) with their variances (K, d), and
-    the covariance within each class (d, d)."""
+    """The classes as estimated from public data. K is the number of classes, d that of directions.
+
+    - means: (K, d), the mean of each class
+    - variances: (K, d), the variances of these means
+    - within: (d, d), the covariance within each class"""
 
     means: Array
     variances: Array
@@ -112,11 +118,11 @@ class Classes:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """The release's figures of each class, (K,) each.
+    """What a release says of each of the K classes, for the report.
 
-    - count: number of units with noise, which may be below zero
-    - deviation: standard deviation of that noise
-    - learnt: whether the class has public records, or a count of more than EVIDENT standard
+    - count: (K,), the noised number of units, which may be below zero
+    - deviation: the standard deviation of that noise, the same for all classes
+    - learnt: (K,), whether the class has public records, or a count of more than EVIDENT standard
       deviations"""
 
     count: Array
@@ -126,7 +132,11 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head on the base's vectors: weight (K, H), bias (K,), and figures of each class."""
+    """A linear head on the base's vectors.
+
+    - weight: (K, H)
+    - bias: (K,)
+    - figures: for each class its noised number of units, and whether it was learnt"""
 
     weight: Array
     bias: Array
@@ -136,7 +146,8 @@ class Head:
 def directions_for(classes: int, records: int, noise: float, units: int, named: bool = True) -> int:
     """Choose how many directions the sites release, before any vector is computed.
 
-    - records: number of public records, labelled or not
+    - classes: K, the number of classes
+    - records: the number of public records, labelled or not
     - noise: σ of the release in multiples of its bound, times √(number of sites that each add noise
       of their own)
     - units: N, the sum of declared sizes
@@ -146,9 +157,10 @@ def directions_for(classes: int, records: int, noise: float, units: int, named: 
     of the classes, Σ b² / (v · (b + v/c + s²/c²)), summed over the directions. Here b is a
     direction's variance between classes, v that within a class, c the number of units of a class,
     and s the noise. A noisy direction does no harm by itself, since it is shrunk. But all
-    directions share one bound, so a further one leaves less of it to the others. Variances are
-    assumed to fall as 1, 1/2, 1/3 …, about as in sentence encoders; the result depends little on
-    that. Errors: ConfigError if neither records nor names span a direction."""
+    directions share one bound, so each further direction leaves less of the bound to the others.
+    The directions' variances are assumed to fall as 1, 1/2, 1/3 …, about as in sentence encoders;
+    the result depends little on this assumption. Errors: ConfigError if neither records nor names
+    span a direction."""
     most = min(max(records - 1, 0) + (classes - 1 if named else 0), RELEASED)
     if most < 1:
         raise ConfigError(
@@ -168,10 +180,10 @@ def directions_for(classes: int, records: int, noise: float, units: int, named: 
 
 
 def choose(vectors: Array, names: Array | None, directions: int, weight: float) -> Basis:
-    """Build the basis from public vectors: first the directions that span the names' vectors, then
-    the principal directions of public records.
+    """Build the basis of class statistics from public data: first the directions that span the
+    vectors of the classes' names, then the principal directions of public records.
 
-    - vectors: (n, H) of public records
+    - vectors: (n, H), the base's vectors of the public records
     - names: (K, H), the base's vectors of the classes' names, or None
     - directions: k, the number of directions that the sites release
     - weight: the number that each unit adds to the column of counts
@@ -196,16 +208,21 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
 
 
 def features(basis: Basis, vectors: Array) -> Array:
-    """Compute the features (n, k) that a site sums, from vectors (n, H). Each row has length 1 at
-    most."""
+    """Compute the features (n, k) that a site sums, from the base's vectors (n, H) of records. A
+    row that is longer than 1 is scaled to length 1."""
     return _clip_features(basis, vectors)[:, : basis.released]
 
 
 def summarise_public(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], classes: int, names: Array | None
 ) -> Public:
-    """Compute the statistics of public records from their vectors (n, H) and labels (n,), where -1
-    stands for no label, and from the names' vectors (K, H)."""
+    """Compute the statistics of public records from which a head is computed.
+
+    - basis: gives the directions of the features
+    - vectors: (n, H), the base's vectors of the records
+    - labels: (n,), each record's class from 0 to K - 1; a number below 0: no label
+    - classes: K, the number of classes
+    - names: (K, H), the base's vectors of the classes' names; None: without names"""
     every = _clip_features(basis, vectors)
     known = labels >= 0
     mine, labels = every[known], labels[known]
@@ -224,7 +241,9 @@ def summarise_public(
 
 
 def head(noised: Noised, basis: Basis, public: Public) -> Head:
-    """Compute the linear discriminant of the classes' posterior means.
+    """Compute the linear discriminant of the classes' posterior means, as a head on the base's
+    vectors. noised: the release; basis: the directions of its features; public: the statistics of
+    public records in this basis.
 
     Guarantee: this is post-processing of the release, and costs no ε. Noise of 0 is allowed."""
     counts = _counts(noised, basis, public)
@@ -244,7 +263,8 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
 
 
 def classes_before(basis: Basis, public: Public) -> Classes:
-    """Estimate the classes from public data alone, as `head` does, but without a release."""
+    """Estimate the classes' means and covariance from public data alone, by the same rules as
+    `head`, but without a release of the sites."""
     nothing = Noised(np.zeros((len(public.counts), 1)), SILENT, 1)
     silent = replace(basis, released=0)
     means, certainty = _means(nothing, silent, public, _counts(nothing, silent, public))
@@ -255,12 +275,18 @@ def classes_before(basis: Basis, public: Public) -> Classes:
 def held_out_hits(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], known: Public, names: Array | None
 ) -> Array | None:
-    """Cross-validate the classifier that public data alone gives.
+    """Cross-validate the classifier that public data alone gives, on the labelled public records.
 
     The records are divided into FOLDS parts. Each part is predicted from the other parts, which
-    also give the basis. vectors, labels, names: as for `summarise_public`; known: its result for
-    them. Returns (2,): the number of correct predictions, and the number of predictions; None if
-    fewer than FOLDS labelled records could be predicted."""
+    also give the basis.
+
+    - basis: the basis of all records, which gives the number of directions and the weight of counts
+    - vectors, labels, names: the vectors and labels of the records, and the vectors of the classes'
+      names, as for `summarise_public`
+    - known: the result of `summarise_public` for these
+
+    Returns (2,): the number of correct predictions, and the number of predictions; None if fewer
+    than FOLDS labelled records could be predicted."""
     classes = len(known.counts)
     right = 0
     judged = 0
@@ -291,7 +317,8 @@ def _spread(public: Public) -> tuple[Array, Array]:
 
 
 def _freedom(public: Public) -> float:
-    """Return the degrees of freedom of the scatter within classes."""
+    """Return the degrees of freedom of the scatter within classes: the number of labelled records
+    minus that of the classes which have some."""
     return max(float(public.counts.sum()) - np.count_nonzero(public.counts), 0.0)
 
 
@@ -307,11 +334,12 @@ def _variances(public: Public) -> Array:
 
 @dataclass(frozen=True)
 class _Counts:
-    """The number of units of each class at the sites, (K,).
+    """The number of units of each of the K classes at the sites.
 
-    - noised: the released counts; deviation: standard deviation of their noise
-    - expected: the estimate from counts and public shares together; variance: of the estimate,
-      before it is scaled to the declared number of units"""
+    - noised: (K,), the released counts
+    - deviation: the standard deviation of their noise, the same for all classes
+    - expected: (K,), the estimate from released counts and public shares together
+    - variance: (K,), of the estimate, before it is scaled to the declared number of units"""
 
     noised: Array
     deviation: float
@@ -320,9 +348,9 @@ class _Counts:
 
 
 def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
-    """Estimate the classes' units from the noised counts and the public shares, weighted by the
-    inverse of their variances. For a class that public records lack, the public share's variance
-    is large (UNSEEN)."""
+    """Estimate the number of each class's units at the sites from two sources, weighted by the
+    inverse of their variances: the noised counts, and the classes' shares among public records. For
+    a class that public records lack, the public share's variance is large (UNSEEN)."""
     classes = len(public.counts)
     count, deviation = noised.sums[:, -1] / basis.weight, noised.deviation / basis.weight
     seen = public.counts + 0.5  # Jeffreys
@@ -336,7 +364,12 @@ def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
 
 
 def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tuple[Array, Array]:
-    """Return the classes' posterior means (K, d) and the inverses of their variances (K, d)."""
+    """Return the classes' posterior means (K, d) and the inverses of their variances (K, d).
+
+    - noised: the release, whose first k columns are sums of features
+    - basis: gives k, the number of released directions; 0: public data alone
+    - public: the statistics of public records in this basis
+    - counts: the number of units of each class at the sites, as `_counts` estimates it"""
     within, between = _spread(public)
     seen = public.counts[:, None]
     certainty = 1 / between + seen / within
@@ -350,9 +383,10 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
 
 
 def _prior_means(public: Public, within: Array, between: Array) -> Array:
-    """Return the prior class means (K, d); 0 without names. They are the names' vectors, scaled to
-    the spread of class means, times a factor from 0 to 1.5 that is larger the better the vectors
-    agree with the means of public records."""
+    """Return the prior class means (K, d), which are weighed against the sums of records; 0 without
+    names. They are the vectors of the classes' names, scaled to the spread of class means, times a
+    factor from 0 to 1.5 that is larger the better the vectors agree with the means of public
+    records."""
     if public.names is None:
         return np.zeros_like(public.sums)
     length = math.sqrt((public.names**2).sum() / len(public.names))
@@ -369,8 +403,9 @@ def _prior_means(public: Public, within: Array, between: Array) -> Array:
 
 def _covariance(public: Public, means: Array, shares: Array) -> Array:
     """Return the covariance within classes (d, d): the scatter of labelled records about their
-    class's mean, averaged with an estimate that counts as RECORDS records. The estimate is the
-    second moment of all public records minus the covariance of the posterior means."""
+    class's mean, averaged with an estimate that counts as RECORDS records. This estimate is the
+    second moment of all public records minus the covariance of the classes' posterior means. means:
+    (K, d); shares: (K,), each class's share of the units."""
     centred = means - shares @ means
     outer = (centred * shares[:, None]).T @ centred
     moment = public.moment / public.records if public.records else np.diag(_variances(public))
@@ -381,7 +416,7 @@ def _covariance(public: Public, means: Array, shares: Array) -> Array:
 
 def _regularise(covariance: Array) -> Array:
     """Return a covariance (d, d) with its off-diagonal entries multiplied by CORRELATED and its
-    diagonal raised by RIDGE."""
+    diagonal raised by RIDGE times the mean of the variances."""
     shrunk = CORRELATED * covariance
     variances = np.diag(covariance)
     np.fill_diagonal(shrunk, variances + RIDGE * variances.mean())
@@ -389,8 +424,9 @@ def _regularise(covariance: Array) -> Array:
 
 
 def _clip_features(basis: Basis, vectors: Array) -> Array:
-    """Return all d features (n, d), scaled so that a row's first `released` ones have length 1 at
-    most."""
+    """Compute all d features (n, d) of records from the base's vectors (n, H). If the first
+    `released` features of a row have a length above 1, the whole row is scaled so that this length
+    is 1."""
     every = (vectors - basis.mean) @ basis.directions.T
     lengths = np.linalg.norm(every[:, : basis.released], axis=1, keepdims=True)
     return np.asarray(every / np.maximum(1.0, lengths))

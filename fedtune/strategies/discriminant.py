@@ -45,8 +45,8 @@ KNOWN = {DIRECTIONS, MEAN, SUMS, COUNTS, WITHIN, MOMENT, RECORDS}
 
 
 def state_of(basis: Basis, public: Public) -> State:
-    """Return the strategy's state before the first round, fp64: the basis and the statistics of
-    public records."""
+    """Return the strategy's state before the first round, name -> array in fp64, which holds the
+    basis and the statistics of public records."""
     state = {
         DIRECTIONS: basis.directions,
         MEAN: basis.mean,
@@ -60,20 +60,21 @@ def state_of(basis: Basis, public: Public) -> State:
 
 
 def public_head(known: State) -> Arrays:
-    """Build the head, fp32, from public data alone, as if no site had released anything. known: the
-    result of `state_of`."""
+    """Build the head from public data alone, as if no site had released anything. Return its arrays
+    by name, fp32. known: the strategy's state before the first round (`state_of`)."""
     classes = len(known[COUNTS])
     nothing = Noised(sums=np.zeros((classes, 1)), deviation=SILENT, units=1)
     return _arrays(head(nothing, basis_in(known, 0, COUNT_WEIGHT), public_in(known)))
 
 
 def basis_in(state: State, released: int, weight: float) -> Basis:
-    """Return the basis that a state holds. released: the number of directions that sites use."""
+    """Return the basis that a strategy's state holds. released: the number of directions that sites
+    use. weight: the number that each unit adds to the column of counts."""
     return Basis(state[MEAN], state[DIRECTIONS], released, weight)
 
 
 def public_in(state: State) -> Public:
-    """Return the statistics of public records that a state holds."""
+    """Return the statistics of public records that a strategy's state holds."""
     return Public(
         sums=state[SUMS],
         counts=state[COUNTS],
@@ -85,15 +86,16 @@ def public_in(state: State) -> Public:
 
 
 def _arrays(found: Head) -> Arrays:
-    """Return a head as an adapter's arrays, fp32."""
+    """Return a head's weight and bias as arrays of an adapter, by name, in fp32."""
     arrays = {WEIGHT: found.weight, BIAS: found.bias}
     return {n: np.clip(a, -LARGEST, LARGEST).astype(np.float32) for n, a in arrays.items()}
 
 
 @dataclass
 class Discriminant(Strategy):
-    """Build a linear discriminant instead of averaging updates: posterior class means, class
-    shares from noised counts, and one covariance within all classes from public records.
+    """The strategy of class statistics: build a classifier, a linear discriminant, instead of
+    averaging updates. It is made of posterior class means, class shares from noised counts, and one
+    covariance within all classes from public records.
 
     The sums of several rounds are averaged, each weighted by the inverse of its noise's variance.
     Reference: Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
@@ -108,10 +110,10 @@ class Discriminant(Strategy):
         self._units = self._deviation = 0.0
 
     def check(self, study: Study) -> None:
-        """Check that each unit counts once and with equal weight, and that a site sends sums and
-        not steps.
+        """Check that the plan fits class statistics: each unit counts once and with equal weight,
+        and a site sends sums by class, not the result of training steps.
 
-        Errors: ConfigError."""
+        Errors: ConfigError if the plan does not."""
         t = study.training
         expected = {
             'strategy.weights = "declared"': study.strategy.weights == "declared",
@@ -163,7 +165,9 @@ class Discriminant(Strategy):
         return _arrays(self.make_head())
 
     def make_head(self) -> Head:
-        """Build the head from all rounds so far and the public data, with figures of each class."""
+        """Build the head from all rounds so far and the public data. Its `figures` hold for each
+        class the noised number of units, the deviation of that noise, and whether the class was
+        learnt."""
         state, precision = self._state, float(self._state[PRECISION])
         noised = Noised(
             sums=state[NOISED] / precision,
@@ -180,8 +184,8 @@ class Discriminant(Strategy):
         return dict(self._state)
 
     def load_state(self, state: State) -> None:
-        """Load a state: the public data and, if there were rounds, their sums. Errors: ConfigError
-        if it is another strategy's state."""
+        """Continue from a saved state: the public data and, if there were rounds, the averaged
+        sums. Errors: ConfigError if it is another strategy's state."""
         if not KNOWN <= state.keys() <= KNOWN | {NAMES, HELD_OUT, NOISED, PRECISION, UNITS}:
             raise ConfigError("the checkpoint holds another strategy's state")
         self._state = dict(state)

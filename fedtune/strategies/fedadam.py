@@ -13,15 +13,15 @@ from fedtune.strategies._mean import RunningMean
 
 @dataclass
 class FedAdam(Strategy):
-    """m ← β₁m + (1-β₁)Δ; v ← β₂v + (1-β₂)Δ²; adapter ← adapter + ηm / (√v + τ).
+    """Move the adapter by Adam's rule, from the mean update Δ of each round: m ← β₁m + (1-β₁)Δ; v ←
+    β₂v + (1-β₂)Δ²; adapter ← adapter + ηm / (√v + τ).
 
-    Δ is the round's mean update, η server_learning_rate. As in the paper, m and v are not corrected
-    for bias; m starts at 0 and v at τ².
+    η is server_learning_rate. As in the paper, m and v are not corrected for bias; m starts at 0
+    and v at τ².
     | η = 0 (default) | each step is as long as the round's mean update: η = ‖Δ‖ / ‖m / (√v + τ)‖ |
     References: Reddi et al. 2021, Algorithm 2 (FedAdam); Agarwal et al. 2020, "Disentangling
     adaptive gradient methods from learning rates" (a step's length from one method, its direction
-    from another).
-    """
+    from another)."""
 
     averages: ClassVar[bool] = False
 
@@ -66,7 +66,8 @@ class FedAdam(Strategy):
 
 
 def _rate(mean: State, direction: State) -> float:
-    """Return the η that makes a step along `direction` as long as the round's mean update."""
+    """Return the factor η by which `direction` becomes as long as the round's mean update `mean`;
+    0.0 if `direction` is zero."""
     along = _length(direction)
     return _length(mean) / along if along else 0.0
 

@@ -11,11 +11,11 @@ from fedtune.strategies._mean import RunningMean
 
 @dataclass
 class FedAvg(Strategy):
-    """v ← βv + mean update; adapter ← adapter + ηv.
+    """Move the adapter by the mean update of each round, with momentum: v ← βv + mean update;
+    adapter ← adapter + ηv.
 
     β is momentum, η server_learning_rate; v starts at 0.
-    References: McMahan et al. 2017, Algorithm 1; Hsu et al. 2019 (FedAvgM), section 4.3.
-    """
+    References: McMahan et al. 2017, Algorithm 1; Hsu et al. 2019 (FedAvgM), section 4.3."""
 
     is_mean: ClassVar[bool] = True
 

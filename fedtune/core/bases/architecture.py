@@ -22,14 +22,18 @@ SIDE = 448  # pixels, the most that a base which takes any size is shown
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a loaded model.
+    """The parts of a loaded model. A base of images or audio has a tower, which encodes a file as
+    states, and perhaps a projector, which maps these states to vectors of the text model's width.
 
     - text: the text model, from embeddings to `.last_hidden_state`; LoRA layers go here
-    - tower: maps (n, …) of a modality's tensors to (n, P, W); frozen
-    - projector: maps (n, P, W) to (n, P', H); None if the text attends to the tower's states itself
-    - place: id of the token whose embedding a projected state replaces
-    - crossed: whether the text attends to the tower's states itself
-    - frames: an upper bound on P
+    - lm_head: maps the text model's states to scores of the next token; None for an encoder
+    - tower: a function from a file's tensors (n, …) to states (n, P, W); it is frozen; None if the
+      base reads text alone
+    - projector: maps the tower's states to (n, P', H), with H the text model's width; None if there
+      is no tower, or if the text attends to the tower's states themselves
+    - place: the id of the token whose embedding a projected state replaces; -1 if there is none
+    - crossed: whether the text attends to the tower's states themselves
+    - frames: an upper bound on P, the number of states of a file
     - plane: whether text positions carry an image's height and width (M-RoPE)"""
 
     text: nn.Module
@@ -43,7 +47,8 @@ class Components:
 
 
 def parts_of(model: Any, kind: Kind) -> Components:
-    """Find text model, head, tower and projector in a loaded model of this kind."""
+    """Find the text model, LM head, tower and projector in a model that transformers loaded. kind:
+    the base's kind, by which the modules are named."""
     if kind == "encoder":
         return Components(model)
     if kind == "causal":
@@ -103,7 +108,8 @@ def parts_of(model: Any, kind: Kind) -> Components:
 
 
 class _Merger(nn.Module):
-    """Qwen2-VL's projector, applied to one image per row: (n, P, W) to (n, P/4, H)."""
+    """Qwen2-VL's projector, in a form that takes one image per row: it maps the tower's states (n,
+    P, W) to (n, P/4, H), one vector for each four neighbouring patches."""
 
     def __init__(self, merger: Any) -> None:
         super().__init__()
@@ -122,9 +128,12 @@ def _grid(patches: torch.Tensor) -> torch.Tensor:
 
 
 def plane_positions(holes: torch.Tensor) -> torch.Tensor:
-    """Compute Qwen2-VL's positions, (3, B, L): time, height and width of each token. The `holes`
-    (B, L) of a row must be one run that stands for a square image. Text after the image continues
-    from the image's longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
+    """Compute the positions that Qwen2-VL gives to each token, (3, B, L): in time, height and
+    width. Text after an image continues from the image's longest side.
+
+    holes: (B, L), True for the tokens that stand for an image; those of a row must follow each
+    other, and the image be square.
+    Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
     number = holes.sum(dim=1, keepdim=True)
     side = number.sqrt().round().long().clamp_min(1)
     nth = holes.cumsum(dim=1) - 1
@@ -140,7 +149,15 @@ def inputs(
 ) -> dict[str, torch.Tensor]:
     """Return the tensor of one file as the arguments that the transformers model expects.
 
-    ids: the tokens of the record's text, (1, L)."""
+    - model: the base as transformers loaded it; its configuration says which arguments it takes
+    - kind: the base's kind: "speech" takes a sound, all others pictures
+    - tensor: the file as the base's reader computed it (`Reader.tensor`): of a sound a log-mel
+      spectrogram (1, mel bins, frames); of pictures colours and mask (tiles, 4, height, width),
+      or, for Qwen2-VL, patches (tiles, P, …)
+    - ids: the tokens of the record's text, (1, L), in which place-holders stand for the file; read
+      for Qwen2-VL alone
+
+    The result has the file's arguments by name, without the tokens."""
     if kind == "speech":
         return {"input_features": tensor}
     if hasattr(model.config, "vision_start_token_id"):
@@ -155,11 +172,12 @@ def inputs(
 
 
 def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Fill row r's NaN positions of `states` (R, L, H), in order, with row r's `features`
-    (R, K, H).
+    """Put the vectors of files where place-holders stand for them: in each row of `states` (R, L,
+    H), replace the NaN positions, in order, by the K vectors in the same row of `features` (R, K,
+    H).
 
-    Guarantee: a row's result depends on that row alone. Errors: RuntimeError if a row's number
-    of place-holders differs from its number of features."""
+    Guarantee: a row's result depends on that row alone. Errors: RuntimeError if a row's number of
+    place-holders differs from its number of features."""
     holes = states[..., 0].isnan()
     if bool((holes.sum(dim=1) != features.shape[1]).any()):
         raise RuntimeError(
@@ -197,14 +215,16 @@ SHARING = frozenset((_TEXTS + _WITH_TOWERS).split())
 
 
 def may_share_blocks(config: Any) -> bool:
-    """Return whether several records may share a block: the base's configuration, and each that is
-    nested in it, must be of an architecture in SHARING."""
+    """Return whether a base may compute several records in one block (one pass of the model),
+    because its architecture is known to keep their results apart: the architecture of the base, and
+    of each part of its configuration, must be in SHARING."""
     return {kind for _, kind in settings_in(config.to_dict(), "model_type")} <= SHARING
 
 
 def rows_of(config: Any, *tables: Any) -> int:
-    """Return the number of tokens for which all tables have a row: the given `tables`, and those
-    whose size the text's configuration states (vocab_size, vocab_size_…)."""
+    """Return the number of tokens that a base knows in all of its tables, i.e. the least number of
+    rows. Counted are the given `tables` (modules with a weight, such as embeddings) and the sizes
+    that the text's configuration states (vocab_size, vocab_size_…)."""
     stated = config.get_text_config().to_dict().items()
     sizes = [n for key, n in stated if key.startswith("vocab_size") and isinstance(n, int)]
     return min(*sizes, *(len(table.weight) for table in tables))
@@ -212,7 +232,8 @@ def rows_of(config: Any, *tables: Any) -> int:
 
 def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
     """Pool hidden states to one vector per record, (B, H) fp32: the last token's state, or for
-    an encoder the mean over tokens."""
+    an encoder the mean over tokens, scaled to length √H. hidden: (B, L, H); mask: (B, L), 1 for a
+    token and 0 for padding, which is at the end."""
     if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()
@@ -240,8 +261,10 @@ def pool_frames(states: torch.Tensor, width: int) -> torch.Tensor:
 
 @lru_cache(maxsize=2)
 def _drawn(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a random order of `count` numbers, padded with zeros to a multiple of `width`, and a
-    sign for each; the sign of a padding zero is 0."""
+    """Draw, from a fixed seed, by what signed order `pool_frames` adds up `count` numbers. Return
+    two tensors of the length n, which is `count` rounded up to a multiple of `width`: a random
+    order of 0 … n - 1, and a random sign (±1) for each entry. The sign is 0 for the entries from
+    `count` on, which stand for no number."""
     draw = torch.Generator().manual_seed(0)
     order = torch.randperm(count + -count % width, generator=draw)
     signs = 2.0 * torch.randint(2, order.shape, generator=draw) - 1

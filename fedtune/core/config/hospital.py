@@ -35,8 +35,8 @@ class HospitalTable(Table):
 
 
 class CeilingTable(Table):
-    """The most ε that all consortia together may spend on each dataset, at which δ, and the most
-    rounds for which the ledger pays."""
+    """The hospital's ceilings: the most ε that all consortia together may spend on each dataset,
+    the δ at which it is computed, and the most rounds for which the ledger pays."""
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released
     max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
@@ -50,7 +50,10 @@ class RegisteredData(Table):
     - path, url: its place
     - patient: the column with patients' keys; None if each record is a unit of its own
     - disjoint_from: datasets that share no patient with it, which is never inferred from content
-    - cohort, consent: as in [data] of a site"""
+    - cohort: the name of the units that arrived last; a person changes it when new patients are
+      added
+    - consent: by which column or list a patient's consent is checked; None: consent is not
+      checked"""
 
     path: Place | None = None
     url: Url | None = None
@@ -138,6 +141,13 @@ def share_in(
     """Return the site as a membership of the hospital: its policy with the hospital's ceilings and
     the membership's share of them, its datasets with what hospital.toml declares about them.
 
+    - site: the settings of site.toml alone; they must have a table [hospital]
+    - hospital: the settings of hospital.toml in the home which that table names
+    - site_file: the path of site.toml, or the path that a draft of it will have; hospital.toml must
+      name it for the membership
+    - keys_may_differ: whether another membership may read patients' keys in another way, as for an
+      officer's commands, which train nothing
+
     Errors: ConfigError if hospital.toml does not list the membership or a dataset, or names another
     site file for the membership; if the site file contradicts it; or, unless `keys_may_differ`, if
     another membership reads patients' keys of a dataset in another way."""
@@ -195,7 +205,8 @@ def share_in(
 
 def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
     """Return a dataset of the site file, with the settings that the hospital declares for it.
-    Errors: ConfigError if it is not registered, or the two contradict each other."""
+    where: the path of hospital.toml, for an error's text. Errors: ConfigError if the dataset is not
+    registered, or the two files contradict each other."""
     if (registered := hospital.datasets.get(data.name)) is None:
         raise ConfigError(
             f"{where}: has no dataset {data.name!r}",
@@ -274,9 +285,9 @@ def _tables_in(site_file: Path) -> list[SiteData]:
 
 
 def _read_by(data: SiteData) -> dict[str, str]:
-    """Return the settings that decide how a patient's key is read from a row. The converter is not
-    one of them, since the patient of its rows is known already; neither are table, query and
-    filter, which choose rows."""
+    """Return the settings by which a patient's key is read from a row, by name: the kind of source,
+    the text encoding and the delimiter. The other settings do not matter to it: a converter gets
+    rows whose patient is known already, and table, query and filter only choose rows."""
     encoding = str(data.options.get("encoding", "utf-8"))
     with suppress(LookupError):
         encoding = codecs.lookup(encoding).name  # of all its spellings

@@ -69,6 +69,7 @@ def load_site(
     """Read a site from site.toml; relative paths in it are relative to the file. A membership of a
     hospital is under the ceilings of hospital.toml in its home.
 
+    - path: the site file, usually site.toml
     - alone: read the site file only, for example if the hospital's home cannot be reached
     - at: the path that the site file will have, if `path` is a draft
     - keys_may_differ: accept that another membership of the hospital reads patients' keys in
@@ -149,8 +150,9 @@ def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
 
 
 def _suggest_key(kind: type[BaseModel], steps: list[str]) -> str:
-    """Return the known key that a mistyped one resembles, as in ' (did you mean rounds?)'; "" if
-    there is none."""
+    """Suggest the known key that a mistyped one resembles, as in ' (did you mean rounds?)'; "" if
+    there is none. kind: the class of the outermost table. steps: the keys that lead from there to
+    the mistyped one."""
     table: Any = kind
     for step in steps[:-1]:
         if step not in table.model_fields:  # the name of one of several tables
@@ -162,7 +164,8 @@ def _suggest_key(kind: type[BaseModel], steps: list[str]) -> str:
 
 
 def _first(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Return the first problem as one line: the key, what is wrong, and how many more there are."""
+    """Describe the first problem of a validation in one line: the key, what is wrong with it, and
+    how many more problems there are. kind: the class of the outermost table."""
     problems = [p for p in error.errors() if "literal['off']" not in p["loc"]]
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo explains a missing key
     first = problems[0]

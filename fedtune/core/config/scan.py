@@ -37,7 +37,12 @@ KINDS: dict[Kind, str] = {
 
 
 class ScanTable(Table):
-    """What happens to a record in which the scan finds an identifier; needs fedtune[scan]."""
+    """What happens to a record in which the scan finds an identifier; needs fedtune[scan].
+
+    - action: "warn" trains on the record as it is and counts it in reports; "redact" replaces the
+      identifier; "leave_out" leaves the record out
+    - kinds: the kinds of identifiers that count
+    - threshold: the least score, between 0 and 1, with which a finding counts"""
 
     action: Literal["warn", "redact", "leave_out"]  # warn: it trains as it is; reports count it
     kinds: tuple[Kind, ...] = tuple(KINDS)

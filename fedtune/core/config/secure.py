@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 class SecureAggregationTable(Table):
-    """Sites mask their updates, so that nobody can open more than a round's sum, and share one dose
-    of noise: with n = strategy.min_sites, each adds noise of σ/√(n - t).
+    """How the sites share one dose of noise. They mask their updates, so that nobody can open more
+    than a round's sum. With n = strategy.min_sites, each site adds noise of σ/√(n - t).
 
     colluding: t, the number of sites that may collude with the coordinator while ε still holds. It
     is at least one, because every site knows the noise that it added itself."""

@@ -110,7 +110,8 @@ class ConsentTable(Table):
 
     @property
     def yes(self) -> frozenset[str]:
-        """The values that mean yes, in the form in which keys are compared."""
+        """The values that mean yes, as texts without white space around them, which is how a cell
+        is compared."""
         return frozenset(str(value).strip() for value in self.values)
 
 
@@ -171,7 +172,8 @@ class SiteData(DataFile):
 
     @property
     def free_query(self) -> bool:
-        """Whether a person selects the records by something that may depend on several patients."""
+        """Whether a database's query or view, which a person wrote, selects the records. Which
+        records of one patient it selects may then depend on other patients."""
         return bool(self.options.get("query") or self.options.get("view"))
 
     def anchored(self, folder: Path) -> Self:
@@ -185,8 +187,8 @@ class SiteData(DataFile):
 
     @property
     def kept_values(self) -> dict[str, tuple[str, ...]]:
-        """Return the filter's values by column, in the form in which keys are compared: 7
-        becomes "7"."""
+        """The values of `filter` by column, as texts without white space around them, which is how
+        a cell is compared: 7 becomes "7"."""
         listed = {
             column: value if isinstance(value, tuple) else (value,)
             for column, value in self.filter.items()
@@ -199,8 +201,10 @@ class SiteData(DataFile):
 
 class SiteEvaluation(SiteData):
     """The site's held-out records, about which a plan's queries ask. The answers are noised, and
-    paid from this dataset's own budget. groups: for each column of groups that a plan names, the
-    column of these files that holds it. For a column that is not listed, no patient is in a group.
+    paid from this dataset's own budget.
+
+    groups: for each column of groups that a plan names, the column of these records that holds it.
+    If a plan's column is not listed here, all patients of this site are in none of its groups.
 
     What is spent on this dataset counts against [data] too, and the reverse, unless one of the two
     names the other in disjoint_from. This holds for any two datasets of a site."""
@@ -284,8 +288,8 @@ class ShareTable(Table):
 
 
 class PolicyTable(Table):
-    """The plans that this site admits. Deny by default: a plan that is not allowed here is
-    refused."""
+    """What this site allows: the limits within which it admits a plan. A plan that is not allowed
+    here is refused."""
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
@@ -335,9 +339,9 @@ class PolicyTable(Table):
 
     @property
     def own_memberships(self) -> frozenset[str]:
-        """The names under which the ledger holds this membership's entries: its own name and, if
-        entries from before the ledger was the hospital's are its own too, "". {""} for a site with
-        a ledger of its own."""
+        """The names under which the ledger holds this membership's entries. These are its own name
+        and, if it also owns the entries from before the hospital's home, "". For a site with a
+        ledger of its own it is "" alone."""
         earlier = self.hospital is None or self.hospital.earlier
         return frozenset({self.membership, *([""] if earlier else [])})
 
@@ -348,7 +352,7 @@ class PolicyTable(Table):
 
     @property
     def fallback_ceiling(self) -> float:
-        """The most ε that the ledger may pay in all, by the site's own noise alone; for a
+        """The most fallback ε, by the site's own noise alone, that the ledger may pay in all; for a
         membership, the hospital's ceiling."""
         return self.hospital.max_fallback_epsilon if self.hospital else self.max_fallback_epsilon
 
@@ -359,7 +363,8 @@ class PolicyTable(Table):
         return self.hospital.max_delta if self.hospital else self.max_delta
 
     def fits(self, declared_size: int) -> bool:
-        """Return whether the δ of all charges together is below 1 / `declared_size` (`fits`)."""
+        """Return whether the policy's δ suits a site of this declared size: whether the δ of all
+        charges together is below 1 / `declared_size`."""
         return fits(self.delta, declared_size)
 
 
@@ -376,13 +381,17 @@ class HomeTable(Table):
     membership: Name
 
     def anchored(self, folder: Path) -> Self:
-        """Return a copy with the home's path absolute and without links, in its one form."""
+        """Return a copy with the home's path resolved: absolute, without links or "..", so that one
+        home has one path. A relative path is taken from `folder`."""
         return self.model_copy(update={"home": (folder / self.home).resolve()})
 
 
 class VaultTable(Table):
-    """The command that starts the vault, the half of a site with its records, if the halves meet by
-    files in a folder (`fedtune vault --spool`)."""
+    """The command by which `fedtune vault --spool` starts the vault, the half of a site with its
+    records, anew for each request, for example on another machine.
+
+    run: the command. It ends with the name that the program fedtune has there; the words of
+    `fedtune vault` are appended."""
 
     # The command ends with fedtune, by the name that it has on the machine with the records. It is
     # started for each request, with the words of `fedtune vault` appended. No shell reads it.
@@ -464,8 +473,12 @@ class Site(Table):
         """Make a site from records in memory: a pandas DataFrame, or dicts by column name.
 
         They are written to records.jsonl in the site's state folder, which only this user can
-        read (0600), and are read from there like any other site's. tables: policy, evaluation,
-        coordinator.
+        read (0600), and are read from there like any other site's.
+
+        - records: the rows of [data]
+        - site: the table [site], with the state folder
+        - columns: which columns of the rows hold text, label, patient and so on
+        - tables: further tables of site.toml, by name: policy, evaluation, coordinator
 
         >>> import fedtune
         >>> site = fedtune.Site.from_records(

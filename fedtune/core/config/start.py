@@ -19,7 +19,8 @@ from fedtune.core.config.types import (
 
 
 class PreconditionerTable(Table):
-    """The public output preconditioner of an adapter, built from [public] with its answers."""
+    """The settings of an adapter's public preconditioner: a fixed matrix for each B, computed from
+    [public] records and their answers, by which the steps of B are multiplied."""
 
     rank: Rank = 64  # directions of each layer's output that are kept; all others count as one
     damping: Positive = 1.0  # in multiples of the mean curvature: the larger, the closer to none
@@ -29,7 +30,7 @@ class PreconditionerTable(Table):
 
 
 class StartTable(Table):
-    """Training before the first round, on public records only, for no ε."""
+    """Training before the first round, on public records only; it costs no ε."""
 
     # Steps on all of [public] with its answers, each as a site without noise would take it.
     steps: Annotated[int, Field(ge=0, le=10_000)] = 0

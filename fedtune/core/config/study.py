@@ -118,12 +118,14 @@ class LoraTable(Table):
         return self
 
     def rank_at(self, most: int | None) -> int:
-        """Return the LoRA rank that a site trains if its limit is `most`; None is no limit."""
+        """Return how many ranks of the adapter a site trains. most: the site's own limit; None for
+        no limit."""
         return self.rank if most is None else min(most, self.rank)
 
     @property
     def scaling(self) -> float:
-        """The factor by which the product B·A is multiplied: alpha/rank; of rslora, alpha/√rank."""
+        """The factor by which the product B·A is multiplied before it is added to the base's
+        weight: alpha/rank, or alpha/√rank if variant is "rslora"."""
         return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
 
 
@@ -170,8 +172,9 @@ class ObjectiveTable(Table):
 
 
 class PublicTable(DataFile):
-    """Public text from which the coordinator computes what the adapter or the head starts with:
-    A (lora.a_init), the preconditioner, [start]. It costs no ε, because it is not private."""
+    """Public text, with which the coordinator computes what training starts from: A (if lora.a_init
+    is "public"), the preconditioner of B, and the public start ([start]). This costs no ε, because
+    the text is not private."""
 
     licence: str
 
@@ -237,8 +240,8 @@ class ScheduleTable(Table):
     - looks: how often versions may be compared on these records, each time at the level alpha/looks
     - files: how many [evaluation] files without a common record may be used, one after another
     - margin: for a metric that is a share of records, a version must be better by more than this
-    - groups: by column, the most by which the share may be worse among the records with any one
-      value"""
+    - groups: column -> margin: for each value of the column, a version must not be worse by the
+      margin or more on the records with that value"""
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
@@ -333,7 +336,8 @@ class Study(Table):
 
     @property
     def sampling_unit(self) -> Literal["unit", "record"]:
-        """The unit of Poisson sampling at rate q: patient or record."""
+        """What Poisson sampling draws for a step, each with the probability q: "unit" for units, or
+        "record" for single records, of which at most max_records_per_unit of one patient count."""
         return self.privacy.sampling if isinstance(self.privacy, PrivacyTable) else "unit"
 
     @property
@@ -361,7 +365,9 @@ class Study(Table):
 
     @property
     def query_axes(self) -> dict[str, tuple[str, ...]]:
-        """The axes of a query about held-out records, each with its values: classes and groups."""
+        """The axes of a query about held-out records, each with its values: the classes, if the
+        plan asks for them, and each column of groups or bands. The axis of all records together is
+        not among them."""
         if (table := self.private_evaluation) is None:
             return {}
         return ({CLASS: self.objective.labels} if table.classes else {}) | table.columns
@@ -381,8 +387,9 @@ class Study(Table):
 
     @property
     def queries_digest(self) -> str:
-        """The digest that stands for the plan's queries in orders, ledgers and step logs. The
-        plan's own digest stands there for the training."""
+        """The digest that stands for the plan's queries in the requests to sites, in ledgers and in
+        step logs, where the plan's own digest stands for its training: the plan's digest with a
+        suffix."""
         return self.digest + QUERIES
 
     @model_validator(mode="after")
@@ -430,7 +437,9 @@ class Study(Table):
         return self
 
     def _check_queries(self) -> None:
-        """Check the query to the sites about held-out records. Errors: ValueError."""
+        """Check that [private_evaluation], the query to sites about held-out records, fits the
+        study. Errors: ValueError if labels are missing, or if there are too many classes and
+        groups."""
         table = self.private_evaluation
         if table is None:
             return
@@ -464,7 +473,7 @@ class Study(Table):
 
     def _check_continuous(self) -> None:
         """Check a study with a [schedule], which has no last round. Errors: ValueError if a setting
-        needs one, or if a setting that such a study requires is missing."""
+        needs a last round, or if a setting that such a study requires is missing."""
         privacy = self.privacy
         if isinstance(privacy, str):
             raise ValueError('schedule: not allowed with privacy = "off"')

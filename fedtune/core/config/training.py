@@ -37,12 +37,11 @@ class TrainingTable(Table):
         | constant | learning_rate                                         |
         | linear   | learning_rate · (1 - t), t = (round - 1) / rounds     |
         | cosine   | learning_rate · (1 + cos πt) / 2                      |
-        It follows from the plan and the round alone, never from a record, so it costs no ε.
+        The rate follows from the plan and the round alone, never from a record, so it costs no ε.
 
         >>> table = TrainingTable(rounds=4, learning_rate=2.0, learning_rate_schedule="linear")
         >>> [table.rate(n) for n in (1, 2, 3, 4)]
-        [2.0, 1.5, 1.0, 0.5]
-        """
+        [2.0, 1.5, 1.0, 0.5]"""
         if self.learning_rate_schedule == "constant":
             return self.learning_rate
         assert self.rounds is not None  # filled in when the study starts; never with a [schedule]

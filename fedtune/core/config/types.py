@@ -23,7 +23,8 @@ from fedtune.core.files import reading
 
 
 def _between(least: float, most: float) -> AfterValidator:
-    """Return a check that a value is in a range in which the arithmetic takes reasonable time."""
+    """Return a check for pydantic that a number is from `least` to `most`, both included. These
+    bounds keep values out with which a computation would take very long."""
 
     def check(value: float) -> float:
         if not least <= value <= most:
@@ -64,7 +65,9 @@ MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
 def _place(value: Any, info: ValidationInfo) -> Any:
-    """Return a text in Python as a Path; of a text in a file pydantic makes the Path itself."""
+    """Turn a path that Python code gives as a text into a Path. A text from a file stays a text,
+    since pydantic itself makes a Path of it. Errors: ValueError if the text is empty or cannot be a
+    path."""
     text = isinstance(_file(value), str) and info.mode == "python"
     return Path(value) if text else value
 
@@ -106,7 +109,8 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def _parse_duration(value: Any) -> Any:
-    """Return the seconds of a duration such as "1h"; a value that is no text is unchanged."""
+    """Return the seconds of a duration such as "1h". A value that is no text is returned unchanged.
+    Errors: ValueError if the text is no duration."""
     if isinstance(value, str):
         if COUNTS.search(value):
             raise ValueError(BY_COUNT)
@@ -118,7 +122,7 @@ def _parse_duration(value: Any) -> Any:
 
 
 def format_duration(seconds: int) -> str:
-    """Return a duration in the form of the file: 3600 is "1h"."""
+    """Return a duration as text in the form of study.toml: 3600 seconds are "1h"."""
     unit = max((u for u, n in UNITS.items() if seconds % n == 0), key=lambda u: UNITS[u])
     return f"{seconds // UNITS[unit]}{unit}"
 
@@ -230,5 +234,5 @@ class DataFile(Table):
 
     @property
     def where(self) -> Path | str:
-        """The place of the records, as messages name it."""
+        """The path of the records or, for a database, its name, as errors and messages show it."""
         return self.path

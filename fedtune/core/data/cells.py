@@ -7,8 +7,8 @@ from fedtune.core.data.sources._interface import find_unclean
 
 
 def text_of(value: object) -> str:
-    """Return the string unchanged, with its spaces. Errors: Rejected as for `string_of`, and if it
-    is empty or white space."""
+    """Return the text in a cell unchanged, with its spaces. Errors: Rejected if the value is
+    missing, is no string, is empty or white space only, or has a NUL or a lone surrogate."""
     text = string_of(value)
     if not text.strip():
         raise Rejected("empty text")
@@ -16,8 +16,8 @@ def text_of(value: object) -> str:
 
 
 def string_of(value: object) -> str:
-    """Return a string unchanged. Errors: Rejected if the value is missing, is no string, or has a
-    NUL or a lone surrogate."""
+    """Check that a cell holds a text, and return it unchanged. Errors: Rejected if the value is
+    missing, is no string, or has a NUL or a lone surrogate."""
     if value is None:
         raise Rejected("missing value")
     if not isinstance(value, str):
@@ -29,7 +29,8 @@ def string_of(value: object) -> str:
 
 def key_of(value: object) -> str:
     """Return a label or a patient's key in the form in which they are compared: "7", " 7", 7 and
-    7.0 (of a nullable integer column) are all "7". Errors: Rejected."""
+    7.0 (of a nullable integer column) are all "7". Errors: Rejected if the value is missing, and if
+    it is neither a usable text nor a number."""
     if isinstance(value, float):
         if value != value:
             raise Rejected("missing value")

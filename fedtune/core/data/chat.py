@@ -27,7 +27,8 @@ _OTHERWISE = "choose a base with another template, or columns.prompt and columns
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> Any:
-    """Apply the tokenizer's chat template to `turns`, as `apply_chat_template` does with `options`.
+    """Apply the tokenizer's chat template to the messages `turns`, and return what the tokenizer's
+    own `apply_chat_template` returns with these `options`: a text, or token ids.
 
     Guarantee: the result follows from the template, the turns and the options alone.
     Errors: those of the template."""
@@ -38,9 +39,10 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **op
 
 
 def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chat template uses no random numbers, and cannot write an object's address in
-    memory. The generator and the memory belong to the whole process, so one record's tokens would
-    depend on the records before it. Errors: ConfigError."""
+    """Check that a base's chat template draws no random numbers, and that it cannot write an
+    object's address in memory into a text. Both would make the tokens of one record depend on the
+    records before it, since the random generator and the memory belong to the whole process.
+    Errors: ConfigError if the template may do so, or cannot be parsed."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = str(tokenizer.get_chat_template())
@@ -68,8 +70,9 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _may_draw(used: nodes.Filter) -> bool:
-    """Return whether a filter may draw a random number: it is `random`, or a `map` whose own filter
-    may be `random` or `map`."""
+    """Return whether a filter in a chat template may draw a random number. It may if it is
+    `random`, or if it is `map` and applies a filter that is `random`, `map` or not known in
+    advance."""
     if used.name != "map":
         return bool(used.name == "random")
     if used.dyn_args is not None:

@@ -27,8 +27,8 @@ LARGEST = 2**30  # bytes of a list: 16 million opt-outs
 def with_consent(
     rows: Iterable[tuple[Place, Row | str]], data: SiteData
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the rows in order, with NO_CONSENT in place of each row whose patient did not
-    consent.
+    """Yield the (place, row) pairs in order, with NO_CONSENT in place of each row whose patient did
+    not consent.
 
     | one row of a patient does not say yes        | all of that patient's rows are left out   |
     | the consent cell is missing or has no value  | the row does not say yes                  |
@@ -54,8 +54,8 @@ def with_consent(
 
 
 def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
-    """Read the list of opt-outs, and return a test of whether a patient's key is on it; None if
-    site.toml names no list.
+    """Read the list of opt-outs that site.toml names, and return a function that tells of a
+    patient's key whether it is on the list; None if no list is named.
 
     Errors: DataError, which quotes no line of the list."""
     if table.opt_outs is None:
@@ -97,12 +97,14 @@ def _agrees(row: Row, table: ConsentTable) -> bool:
 
 
 def _cells_of(row: Row | str) -> Row | None:
-    """Return the readable cells of a row; None if no cell of it can be read."""
+    """Return the cells of a row that can be read, also of a row that is unusable because of other
+    cells; None if no cell can be read. row: the row, or the reason why it is unusable."""
     return row.cells if isinstance(row, BadCell) else row if isinstance(row, dict) else None
 
 
 def _key_in(row: Row | None, column: str | None) -> str:
-    """Return the key of the row's patient, "" if it cannot be known."""
+    """Return the key of the row's patient; "" if it cannot be known. row: the cells that can be
+    read, None if there are none; column: the patient column, None if the file has none."""
     try:
         return key_of(row.get(column)) if row and column else ""
     except Rejected:

@@ -29,10 +29,11 @@ class Passage(NamedTuple):
 
 
 class SoftTargets(NamedTuple):
-    """A teacher's k outcomes at each of a record's P targets; for a label, P = 1.
+    """A teacher's k outcomes, with their probabilities, at each of the P targets of one record. A
+    record whose target is a label has P = 1.
 
-    tokens: (P, k) int32, token ids or indices of labels. logp: (P, k) fp32, their
-    log-probabilities."""
+    - tokens: (P, k) int32, token ids or indices of labels
+    - logp: (P, k) fp32, their log-probabilities"""
 
     tokens: Ids
     logp: npt.NDArray[np.float32]
@@ -74,7 +75,7 @@ class Example:
 
 
 class Failed(NamedTuple):
-    """A rejected row, which only the site's own screen shows.
+    """A rejected row and the reason, a fixed text. Only the site's own screen shows it.
 
     - file: the file's name without its folder; it may hold a patient's name
     - row: the row as a spreadsheet counts it (the header is row 1), for JSONL the line, for other
@@ -110,15 +111,16 @@ class Counts:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """A dataset's examples. Those of a unit stand together, and units are in the order of their
-    first record.
+    """The examples of a dataset. Those of one unit stand together, and the units are in the order
+    of their first record.
 
-    - rejected: the number of rejected rows by reason
+    - rejected: the number of rejected rows, by reason
     - keys: the key of each unit, in the form that the ledger hashes
-    - members: byte strings that the site's ledger remembers by their hashes. They identify the
-      patients that train, the records' contents, and which record belongs to which unit
-    - trained: those members by which a later load chooses records: patients' keys, and which
-      record belongs to which unit, for at most load.REMEMBERED records of a unit
+    - members: the identifiers (byte strings) that the site's ledger stores as hashes. They identify
+      the patients that train, the contents of records, and which record belongs to which unit
+    - trained: those of `members` by which a later load of the dataset prefers records that trained
+      before: the patients' keys and, for at most load.REMEMBERED records of a unit, which record
+      belongs to which unit
     - content_hash: a hash over all members, in any order
     - counts: what became of the rows"""
 
@@ -132,13 +134,13 @@ class Dataset:
 
     @property
     def n_cut(self) -> int:
-        """Count the examples that were cut to objective.max_length."""
+        """The number of examples that were cut to objective.max_length."""
         return sum(example.cut > 0 for example in self.examples)
 
     @property
     def share_read(self) -> float:
-        """Return the share of a record's tokens that is read, as the median over all records; 1
-        without records."""
+        """The share of a record's tokens that is read, as the median over all records; 1 if there
+        are none."""
         shares = [
             len(example.input_ids) / (len(example.input_ids) + example.cut)
             for example in self.examples

@@ -35,8 +35,9 @@ class Rejected(Exception):
 
 
 class Place(NamedTuple):
-    """The place of a row. file: the file's name without its folder; row: the row's number, as in
-    dataset.Failed; 0 for the whole file."""
+    """The place of a row. file: the file's name without its folder; row: the row's number as a
+    spreadsheet shows it (the header is row 1), for JSONL the line's number, for other formats a
+    number from 1; 0 for the whole file."""
 
     file: str
     row: int
@@ -45,7 +46,16 @@ class Place(NamedTuple):
 def rows(
     where: Path, keys: Keys, *, strict: bool = True, source: Source | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row as a dict, or the reason for its rejection, as placed_rows does."""
+    """Yield each row as a dict by column, or the reason for its rejection.
+
+    - where: the file, or the folder whose files are read
+    - keys: for each configuration key, such as "data.columns.text", the column that it names
+    - strict: raise errors, for a person who can correct the files before they are used; if not, a
+      file that cannot be read gives one reason in place of its other rows
+    - source: the source that reads the files; None if each file's suffix decides
+
+    Errors: DataError for a path that is missing or of another kind; if strict also for a single
+    file that cannot be read and for a column that no file has."""
     for _, row in placed_rows(where, keys, strict=strict, source=source):
         yield row
 
@@ -58,12 +68,16 @@ def placed_rows(
     source: Source | None = None,
     names: Names | None = None,
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the place of each row, and the row as a dict or the reason for its rejection, in the
-    order of the sorted files.
+    """Yield (place, row) for each row, in the order of the sorted files. The row is a dict by
+    column, or the reason for its rejection.
 
+    - where: the file, or the folder whose files are read; a source that reads a database ignores it
+    - keys: for each configuration key, such as "data.columns.text", the column that it names; not
+      used if `names` is given, which holds them already
     - strict: raise errors, for a person who can correct the files before they are used
     - source: the source that reads the files; None if each file's suffix decides
-    - names: the object to which the names of the files' columns are added
+    - names: the object to which the names of the files' columns are added; None: a new one, which
+      is dropped after the reading
 
     Errors: DataError for a path that is missing or of another kind; if strict also for a single
     file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
@@ -71,8 +85,7 @@ def placed_rows(
     MemoryError is raised too: it is not the fault of one row or file, since it depends on how much
     memory others take.
     Guarantee: if not strict, what is yielded for a row follows from that row alone; of CSV only if
-    the whole file is well-formed. For a file that cannot be read one reason is yielded.
-    """
+    the whole file is well-formed. For a file that cannot be read one reason is yielded."""
     names = names or Names(where, keys)
     if isinstance(source, Collection):
         yield from _collect_rows(where, source, names, strict)
@@ -105,7 +118,14 @@ def placed_rows(
 def _collect_rows(
     where: Path, source: Collection, names: Names, strict: bool
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the rows of a database, or of a folder that is read as a whole, as placed_rows does."""
+    """Yield (place, row) for each row of a database, or of a folder that is read as a whole. The
+    row is a dict by column, or the reason for its rejection.
+
+    - where: the folder; a database's source ignores it
+    - source: the source that reads the database or the folder
+    - names: the object to which the columns are added; its `where` is the dataset's name in errors
+    - strict: raise errors; if not, an error of the source ends the rows with one "unreadable file"
+    """
     file = ""
     try:
         for number, (file, row) in enumerate(source.collect(where, names), 1):
@@ -127,8 +147,9 @@ def _collect_rows(
 
 
 def _check_row(row: object) -> Row | str:
-    """Return a source's row, or its reason if it is one of REASONS; for anything else return a
-    fixed reason."""
+    """Check what a source yielded for a row. Return the row if it is a dict, or the reason if it is
+    one of REASONS; for anything else return a fixed reason. The readable cells of a BadCell are
+    kept."""
     if isinstance(row, str):
         if row in REASONS:
             return row

@@ -15,22 +15,24 @@ NO_GROUP = -1
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Finds a row's groups. It holds only public settings and the names of a site's columns.
+    """Finds the groups of the plan's axes to which a row belongs. It holds only public settings and
+    the names of a site's columns.
 
     columns: for each axis, the file's column ("" if the site names none), the plan's values and,
-    for a column of numbers, the edges between its bands.
-    """
+    for a column of numbers, the edges between its bands."""
 
     columns: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
 
     @property
     def keys(self) -> dict[str, str]:
-        """Map the configuration key of each axis to the file's column."""
+        """The file's column for each axis of the plan for which the site names one, by the
+        configuration key."""
         return {f"evaluation.groups.{column}": column for column, _, _ in self.columns if column}
 
     def __call__(self, row: Row) -> tuple[int, ...]:
-        """Return, for each axis, the index of the row's value among the plan's values; NO_GROUP
-        without a column or a cell, or if the plan does not name the value."""
+        """Return, for each axis, the index of the row's group among the plan's values. The index is
+        NO_GROUP if the file has no such column, the row has no such cell, or the plan does not name
+        the value."""
         return tuple(
             _place(row.get(column) if column else None, values, edges)
             for column, values, edges in self.columns
@@ -41,8 +43,8 @@ NO_GROUPS = GroupReader()
 
 
 def group_reader(file: DataFile, study: Study | None) -> GroupReader:
-    """Return the reader of groups for a site's held-out rows; NO_GROUPS for any other file, or if
-    the plan has no query."""
+    """Return the object that finds the plan's groups of each row in `file`. For a file other than a
+    site's held-out records, and for a plan without a query, return NO_GROUPS, which has no axis."""
     table = study.private_evaluation if study else None
     if table is None or not isinstance(file, SiteEvaluation):
         return NO_GROUPS

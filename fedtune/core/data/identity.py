@@ -10,8 +10,9 @@ from fedtune.core.data.tokenize import _texts
 
 
 def identity_of(record: Record, by_patient: bool) -> set[bytes]:
-    """Return the members that identify a record: its whole content; its image or recording; its
-    longest text, if it has at least LONG characters; and, with by_patient, its patient.
+    """Return the members (identifiers) that stand for a record: its whole content; its image or
+    recording; its longest text, if it has at least LONG characters; and, with by_patient, its
+    patient.
 
     Shorter texts do not count, since many records may share a question or an instruction."""
     members = {record_member(record)}
@@ -26,8 +27,9 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
 
 
 def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
-    """Return the identifiers of each usable record of a site's dataset (`identity_of`). patients:
-    whether a record's patient is among them, if a patient column is named.
+    """Return, for each usable record of a site's dataset, the set of its identifiers
+    (`identity_of`). patients: whether a record's patient is among them, if a patient column is
+    named.
 
     Errors: DataError, ConfigError, as in `read_records`."""
     by_patient = data.columns.patient is not None
@@ -36,10 +38,11 @@ def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
 
 
 def every_member(data: SiteData) -> set[bytes]:
-    """Return every member that a ledger may hold of the records that are in a dataset now, from
-    studies per patient and per record. Records that data.consent leaves out are included.
+    """Return every member (identifier) by which a ledger may know the records that are in a dataset
+    now, whether a study protected patients or single records. Records that data.consent leaves out
+    are included.
 
-    Errors: as for `identities`."""
+    Errors: DataError, ConfigError, as in `read_records`."""
     everybody = data.model_copy(update={"consent": None})
     members = set[bytes]()
     if data.columns.patient is not None:

@@ -68,10 +68,15 @@ class UnitReader:
 
     It reads one unit at a time and holds public values alone.
 
+    - objective: the plan's objective: max_length, overflow, template and labels
+    - record_format: which of a record's fields are read (`check_columns`)
     - scored: whether a head is trained, which reads the text at its last token
+    - labelled: whether a record that has nothing to predict is rejected
+    - reader: how the base reads images, recordings or clips; None if it reads text alone
+    - soft_targets: computes a teacher's targets for a record and its example; None: no teacher
     - max_records: the cap on one unit's records; None: no cap
     - choices: answers for which a prompt that is cut must leave room
-    - scan: applies a site's [data.scan] to a record
+    - scan: applies a site's [data.scan] to a record; None: no record is scanned
 
     Guarantee: which of a unit's records train, and on which tokens, depends on that unit's records
     and on which of them trained before. If a library fails on a record, only that one is rejected.
@@ -91,8 +96,9 @@ class UnitReader:
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
-        """Read the records of one unit, in the file's order. is_kept: whether the unit trained on a
-        record before. The cap prefers such records, then those with the smallest sha256."""
+        """Turn the records of one unit into examples, in the file's order, and cap them. is_kept:
+        whether the unit trained on a record before. The cap prefers such records, then those whose
+        content has the smallest sha256."""
         rejected: list[tuple[Record, str]] = []
         nameless = [replace(record, unit="", place=None) for record in records]
         made = per_unit(self._examples, (Example, str))(nameless)
@@ -121,7 +127,8 @@ class UnitReader:
         return [self._attempt(self._add_targets, record, example) for record, example in pairs]
 
     def _attempt(self, make: Callable[..., Example], *arguments: Any) -> Example | str:
-        """Call `make`; return its example, or the reason why there is none."""
+        """Make a record's example by calling `make` with `arguments`. Return the example or, if the
+        record is rejected or a library fails on it, the reason as a text."""
         try:
             return make(*arguments)
         except Rejected as error:
@@ -174,7 +181,7 @@ class UnitReader:
 
 def _lead(record: Record, placed: Record) -> str:
     """Return the text that the base's reader put in front of the record's prompt or first user
-    message. placed: the record as the reader returned it (Reader.place)."""
+    message; "" if there is none. placed: the record as the reader returned it (Reader.place)."""
     if record.messages:
         texts = zip(record.messages, placed.messages, strict=True)
         own, text = next((own, text) for (role, own), (_, text) in texts if role == "user")
@@ -194,7 +201,8 @@ def _beside(
 def _select_passed(
     outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
 ) -> list[tuple[Record, Example]]:
-    """Return the records with examples; append the others to `rejected` with their reasons."""
+    """Return the records that have an example, each with it. Append the others to `rejected`, each
+    with the reason."""
     rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
     return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
@@ -203,7 +211,8 @@ def _cap_records(
     usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
 ) -> list[tuple[Record, Example]]:
     """Return at most `limit` of one unit's records, in their order. Those trained on before are
-    chosen first, then those with the smallest sha256."""
+    chosen first, then those whose content has the smallest sha256. is_kept: whether the unit
+    trained on a record before."""
     order = sorted(
         (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
         for index, (record, _) in enumerate(usable)
@@ -225,14 +234,20 @@ def load_dataset(
 ) -> Dataset:
     """Read, tokenise and cap a dataset.
 
+    - file: the table of study.toml or site.toml that names the file, or the database, and columns
+    - study: the plan, whose objective, unit and cap on a patient's records are applied
+    - tokenizer: the tokenizer of the base that is trained
     - labelled: False also admits records that have nothing to predict
-    - exclude_unit: whether to leave out the patient with this key
-    - is_known_member: whether an earlier load of the dataset had this member
+    - exclude_unit: whether to leave out the patient with this key; not asked if the unit is the
+      record
+    - is_known_member: whether an earlier load of the dataset had this member. The cap prefers
+      records that it had
     - strict: raise errors, for a person who can correct the files
-    - soft_targets: computes a teacher's targets for one record
-    - reader: how the base reads records, if it reads more than text (modalities)
+    - soft_targets: computes a teacher's targets for one record; None: no teacher
+    - reader: how the base reads records, if it reads more than text (modalities); None for text
 
-    A site's records, held-out ones included, have the study's unit. [public], [selection] and
+    A site's records, held-out ones included, have the study's unit, and the result also has the
+    units' keys and the members by which the ledger remembers them. [public], [selection] and
     [evaluation] of a study hold no private records, and their unit is the record.
     Errors: DataError for a path or columns that cannot be used; if strict, also as in `files.rows`,
     and if no record is usable, or all of a site's labelled records are one unit's.
@@ -283,7 +298,9 @@ def load_dataset(
 
 
 def _counts(read: Read, units: Sequence[Unit]) -> Counts:
-    """Count what became of the rows of a file. units: all that `exclude_unit` did not leave out."""
+    """Count what became of the rows of a file. read: what was read from the file: its rows and
+    records. units: the units that were made of these records; a record that is in no unit counts as
+    excluded."""
     rejected = [(record.place, reason) for unit in units for record, reason in unit.rejected]
     over_cap = sum(unit.over_cap for unit in units)
     here = sum(len(unit.records) for unit in units) + len(rejected) + over_cap
@@ -310,9 +327,18 @@ def check_columns(
     labelled: bool = True,
     reader: Reader | None = None,
 ) -> RecordFormat:
-    """Check that the file's columns fit the study, and return the records' format. No file is read.
+    """Check that the file's columns fit the study, and return the format, i.e. which fields of a
+    record are read. No file is read.
 
-    In a study on judgements the evaluation records are preference pairs. Errors: DataError."""
+    - file: the table of study.toml or site.toml whose columns are checked
+    - study: the plan, whose objective and unit say which columns are needed
+    - tokenizer: the base's tokenizer; it needs a chat template if the column `messages` is named
+    - labelled: whether records need a label or an answer; False: a record may have neither
+    - reader: how the base reads images, recordings or clips; None: no such column may be named
+
+    The format is the objective's, but "text" if records need no answer (a text to classify stays
+    "label"). In a study on judgements the evaluation records are preference pairs.
+    Errors: DataError."""
     table = table_of(file)
     columns, objective = file.columns, study.objective
     at = f"{table}.columns"
@@ -350,7 +376,9 @@ def check_columns(
 
 
 def _check_media(file: DataFile, study: Study, reader: Reader | None) -> None:
-    """Check that the base reads the kind of file that the columns name. Errors: DataError."""
+    """Check that the columns name the kind of file that the base reads (image, audio or video), and
+    no other kind. Check also that no column is named that the base does not read beside such a
+    file. reader: how the base reads such files; None if it reads text alone. Errors: DataError."""
     at, required = f"{table_of(file)}.columns", reader.column if reader else None
     for kind in KINDS:
         if getattr(file.columns, kind) and kind != required:
@@ -384,16 +412,17 @@ def _row_member(key: str) -> bytes:
 
 
 def _trained_member(record: Record) -> bytes:
-    """Return the member that says "this unit trains on this record". It holds the unit's hash, so
-    equal records of two units have two members."""
+    """Return the member (identifier) that says "this unit trains on this record". It holds the
+    unit's hash, so equal records of two units have two members."""
     unit_hash = hashlib.sha256(unit_member(record.unit)).digest()
     return b"kept\0" + unit_hash + content_of(record)
 
 
 def _members(records: list[Record]) -> frozenset[bytes]:
-    """Return the records' members that do not depend on the unit: each record, its file and its
-    longer texts. By these `fedtune doctor` finds common records of two datasets, even if a text or
-    file is in another column or format."""
+    """Return the members (identifiers) of records that do not depend on the unit: for each record
+    one for its content, one for its file, and one for each of its texts of at least LONG
+    characters. By these `fedtune doctor` finds records that two datasets have in common, even if a
+    text or file is in another column or format."""
     members = set()
     for record in records:
         members.add(record_member(record))
@@ -404,5 +433,6 @@ def _members(records: list[Record]) -> frozenset[bytes]:
 
 
 def text_members(record: Record) -> set[bytes]:
-    """Return the record's texts of at least LONG characters, in the form that the ledger hashes."""
+    """Return the members (identifiers) that stand for a record's texts, one for each text of at
+    least LONG characters, in the form that the ledger hashes."""
     return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}

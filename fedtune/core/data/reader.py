@@ -29,16 +29,19 @@ class Reader(Protocol):
     def column(self) -> Kind | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
-        """Return the record with place-holders for its file in its text, and the number of its
-        tiles (1 if a base splits no file). Errors: Rejected."""
+        """Return a copy of the record with place-holders for its file in its text, and the number
+        of tiles (parts) into which the base splits the file; 1 if it splits none. Errors: Rejected
+        if the base cannot read the record."""
 
     def check(self, ids: list[int], tiles: int) -> None:
-        """Check token ids. Errors: Rejected unless `ids` hold the place-holders of exactly this
-        many tiles."""
+        """Check that the token ids `ids` hold the place-holders of exactly `tiles` tiles. Errors:
+        Rejected."""
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Compute the input of the base's tower from this file alone: fp32, (tiles, …)."""
+        """Compute the input of the base's image or audio encoder from this file alone: fp32,
+        (tiles, …)."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
         """Generate a file of noise, with as many tiles as `like` if given, for checks that must not
-        read a real file. Return None if this base reads text alone."""
+        read a real file. Return None if this base reads text alone. draw: the generator of the
+        noise."""

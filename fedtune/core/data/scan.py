@@ -56,7 +56,8 @@ class Scanner:
     threshold: float = 0.35
 
     def __call__(self, text: str) -> list[Finding]:
-        """Find identifiers; if two overlap, keep the one with the higher score, then the longer."""
+        """Return the identifiers in a text. If two overlap, the one with the higher score is kept;
+        of equal scores, the longer."""
         best = list[Finding]()  # by start; no two overlap, so that a hit has two neighbours
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
@@ -110,7 +111,7 @@ def texts_of(record: Record) -> list[str]:
 
 
 def check_length(record: Record) -> None:
-    """Check that the record is not too long to be scanned. Errors: Rejected."""
+    """Check that the texts of a record have at most MOST characters together. Errors: Rejected."""
     if sum(map(len, texts_of(record))) > MOST:
         raise Rejected(TOO_LONG)
 
@@ -119,9 +120,9 @@ def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
     """Return a function that applies a site's [data.scan] to one record; None if there is no such
     table, or if its action is warn (`fedtune data scan` and `data report` then count records).
 
-    | redact    | the record is returned with its identifiers replaced |
-    | leave_out | Rejected if the record has an identifier             |
-    | a record of more than MOST characters | Rejected                 |
+    | action = redact                       | the record is returned with its identifiers replaced |
+    | action = leave_out                    | raises Rejected if the record has an identifier      |
+    | a record of more than MOST characters | raises Rejected                                      |
     Errors: ModelError, InfrastructureError if the scan cannot be made."""
     if table is None or table.action == "warn":
         return None

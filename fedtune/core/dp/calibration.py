@@ -16,7 +16,8 @@ class Calibration(NamedTuple):
 
 
 def sampling_rate(study: Study, declared_size: int) -> float:
-    """Compute q: the plan's, or the expected batch over the declared size, at most 1."""
+    """Return q, the probability with which a row is drawn for a step. It is the plan's or, if the
+    plan gives the expected batch, this batch divided by the site's declared size, at most 1."""
     training = study.training
     if training.sampling_rate is not None:
         return training.sampling_rate
@@ -26,7 +27,7 @@ def sampling_rate(study: Study, declared_size: int) -> float:
 
 def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
     """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
-    exceeded. most: the limit up to which affordable steps are counted.
+    exceeded. most: the largest number of steps that is tried; None: accountant.MOST.
 
     Errors: ConfigError if the study is not private, not even one round fits the budget, or more
     than `most` steps fit it."""

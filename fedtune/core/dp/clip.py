@@ -26,10 +26,11 @@ _MORE = 2**16  # GPUs want more at once
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """Gradients of some rows.
+    """The gradients of some of a step's rows.
 
-    rows: indices into the drawn rows, in the chunk's order. parts: for each parameter in the
-    update's order, (len(rows), its size); fp32 or fp64."""
+    - rows: indices into the drawn rows, in the chunk's order
+    - parts: for each parameter, in the update's order, a tensor (len(rows), its size), fp32 or
+      fp64"""
 
     rows: Sequence[int]
     parts: Sequence[torch.Tensor]
@@ -53,7 +54,8 @@ def grid_for(noise_std: float) -> float:
 
 def sensitivity(max_grad_norm: float, dimension: int, grid: float) -> float:
     """Return a bound on how far adding or removing one row moves the integer sum in the L2 norm, in
-    gradient units: C, plus the most that rounding `dimension` coordinates to the grid adds.
+    gradient units: C (`max_grad_norm`), plus the most that rounding `dimension` coordinates to the
+    grid adds.
 
     Reference: Dwork & Roth 2014, definition 3.8."""
     return max_grad_norm + math.sqrt(dimension) * grid / 2
@@ -67,6 +69,12 @@ def scales(
 ) -> torch.Tensor:
     """Compute each row's clipping factor, fp64 (rows,). A row times its factor has an L2 norm over
     all `parts` of at most `max_grad_norm`.
+
+    - parts: the rows' gradients, for each trained tensor (rows, its size), fp32 or fp64; they are
+      not changed
+    - max_grad_norm: C, the bound on a row's norm
+    - mode: how the factor follows from the norm, "flat" or "normalised", see below
+    - gamma: γ of "normalised"; "flat" does not read it
 
     flat: min(1, C/‖g‖) (Abadi et al. 2016, algorithm 1);
     normalised: C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
@@ -91,8 +99,9 @@ def scales(
 
 
 def _norms(block: torch.Tensor) -> torch.Tensor:
-    """Compute each row's L2 norm, (rows,). On a GPU each row is computed alone: there the order of
-    a sum depends on the number of rows, and so would the last bits of a row's norm."""
+    """Compute the L2 norm of each row of `block`, (rows,). On a GPU each row is computed alone,
+    since there the order of a sum depends on the number of rows, and so would the last bits of a
+    row's norm."""
     import torch
 
     if block.device.type != "cpu":
@@ -104,8 +113,12 @@ def _norms(block: torch.Tensor) -> torch.Tensor:
 def clip(
     gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
 ) -> torch.Tensor:
-    """Return an fp64 copy of `gradients` (units, d), each row clipped to max_grad_norm by
-    `scales`."""
+    """Return an fp64 copy of `gradients`, (rows, d), with each row clipped by `scales`. A row that
+    is not finite becomes zero.
+
+    - gradients: one row for each unit or record, (rows, d); they are not changed
+    - max_grad_norm: C, the bound on a row's norm
+    - mode, gamma: how a row is clipped, as for `scales`"""
     import torch
 
     scale = scales([gradients], max_grad_norm, mode, gamma)
@@ -123,6 +136,12 @@ def add_clipped(
     gamma: float = 0.01,
 ) -> None:
     """Clip each row of `chunk`, round it to multiples of `grid` and add it to `total`, int64 (d,).
+
+    - total: the sum so far, in multiples of `grid`; it is changed in place
+    - chunk: the gradients of some rows; they are zeroed, also if this fails
+    - grid: the unit of the sum, in gradient units
+    - max_grad_norm: C, the bound on a row's norm before it is rounded
+    - mode, gamma: how a row is clipped, as for `scales`
 
     Guarantee: integers add exactly, so the sum does not depend on order or chunking, and no
     floating-point difference between neighbours survives (Mironov 2012). Nothing un-noised but the
@@ -143,8 +162,8 @@ def add_clipped(
 
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Yield fp64 copies of all rows, a few columns at a time, with the index in (d,) of the first
-    column and of the one after the last."""
+    """Yield fp64 copies of all rows, a few columns at a time. With each copy come two indices in
+    the vector of all d columns: of the copy's first column, and of the one after its last."""
     import torch
 
     start = 0

@@ -49,9 +49,11 @@ def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
 
     At order α the events fit ρ(ε, α)/ρ_plan(α) times: the budget over the plan's cost. Call this
     once per dataset, before any result is released, and store the order.
-    | no events | the order that allows the most ρ per unit of order: best for large σ, q = 1 |
-    | `epsilon` so small that no order leaves a budget | the order at which the events have the
-    least ε; the Rényi filter then admits nothing, but `total_epsilon` may admit exact cases |
+
+    Without events, return the order that allows the most ρ per unit of order, which is best for
+    large σ and q = 1. If `epsilon` is so small that no order leaves a budget, return the order at
+    which the events have the least ε. The Rényi filter then admits nothing, but `total_epsilon` may
+    still admit charges for which it needs no Rényi filter (its case a).
     Errors: ValueError when epsilon or delta is out of range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
@@ -91,7 +93,12 @@ def rdp(events: Iterable[Steps], order: float) -> float:
 def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) -> float:
     """Compute ρ(order) of one step with q < 1. If the integral takes too long, because σ is far
     below k, return the divergence of a step that takes all k rows: an upper bound, since the Rényi
-    divergence is quasi-convex (van Erven & Harremoës 2014, theorem 13)."""
+    divergence is quasi-convex (van Erven & Harremoës 2014, theorem 13).
+
+    - sigma: the noise multiplier, in multiples of C
+    - rate: q, the probability with which a row is drawn
+    - records: k, the most rows of one unit in the step
+    - order: the Rényi order, > 1; the result is in nats"""
     if _terms(sigma, records, order) > _MOST_TERMS:
         return order * (records / sigma) ** 2 / 2
     remove = _log_moment(sigma, rate, records, order)
@@ -100,7 +107,12 @@ def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) 
 
 
 def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
-    """Integrate log E[(mixture(x)/normal(x))^power] for x ~ N(0, σ²) by the trapezoidal rule.
+    """Return log E[(mixture(x)/normal(x))^power] for x ~ N(0, σ²), integrated by the trapezoidal
+    rule.
+
+    - sigma, rate, records: as for `_compute_sampled_rdp`; the mixture is Σ_j p_j N(j, σ²), with p_j
+      of Binomial(records, rate)
+    - power: the order if the unit is removed, 1 - order if it is added
 
     The ratio Σ_j p_j exp((jx − j²/2)/σ²) has only zeros with |imaginary part| = πσ² (its polynomial
     in exp(x/σ²) has negative roots alone), and the integrand falls like a Gaussian of width σ, so a
@@ -121,12 +133,13 @@ def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
 
 
 def _terms(sigma: float, records: int, order: float) -> float:
-    """Count the terms of the integral of `_log_moment`: its points times the sizes of a draw."""
+    """Return how many terms `_log_moment` adds up for its integral: the number of points, times the
+    number of possible counts of a unit's drawn rows (0 to k)."""
     return (order * records + 24 * sigma) / (min(sigma, sigma**2) / 4) * (records + 1)
 
 
 def epsilon_of(rdp: float, order: float, delta: float) -> float:
-    """Convert the Rényi divergence `rdp` at `order` to ε at `delta`; 0 if rdp is 0.
+    """Convert the Rényi divergence `rdp` (nats) at `order` to ε at `delta`; 0 if rdp is 0.
 
     Reference: Canonne, Kamath & Steinke 2020, proposition 12."""
     if not (rdp >= 0 and 0 < delta < 1):
@@ -157,6 +170,12 @@ def _check_order(order: float) -> float:
 
 
 class Total(NamedTuple):
+    """ε of several charges together.
+
+    - epsilon: ε of all of them
+    - how: the method by which ε was computed, in words for people, such as "PLD"
+    """
+
     epsilon: float
     how: str
 
@@ -168,8 +187,8 @@ def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
     (a) all charges are of one kind of step (σ, q, k), or all take every unit (q = 1): ε is composed
         exactly at `delta`, by PLD (stopping a fixed composition early is post-processing) or by the
         filter for Gaussian DP;
-    (b) as soon as the charges are neither, all of them go through a Rényi filter at `delta`, at the
-        one order that was fixed with the dataset's first charge.
+    (b) as soon as neither holds for the charges, all of them go through a Rényi filter at `delta`,
+        at the one order that was fixed with the dataset's first charge.
     Which exact case is possible follows from the first step, which no result influenced; whether
     (b) follows may depend on results. A transcript ends either in (a) or in (b). The outcomes that
     end in (a) have P ≤ e^ε Q + δ, those in (b) too, and all together P ≤ e^ε Q + 2δ: hence 2δ.

@@ -1,11 +1,10 @@
-"""Clip and sum units' gradients, and noise the sum: every result from units' gradients passes
-here.
+"""Clip and sum units' gradients, and noise the sum: every result from units' gradients passes here.
 
     gradients of rows ── clipped_sum ──> sum that no row moves by more than C ── noised_sum ──>
 
-Training, queries, class statistics and rounds of which only the sum is opened differ in what a
-row's gradient is, and in how the noise is shared. All of them clip, round, sum, log and add noise
-by these two functions."""
+Training, queries, class statistics and secure aggregation (of which only the sites' sum is opened)
+differ in what a row's gradient is, and in how the noise is shared. All of them clip, round, sum,
+log and add noise by these two functions."""
 
 from __future__ import annotations
 
@@ -28,8 +27,9 @@ RowGradients = Callable[[list[int]], Iterator[Chunk]]
 class Bound:
     """The bound on what one row may add to a sum.
 
-    norm: C, in the L2 norm; mode, gamma: how rows are clipped (`clip.scales`); grid: the unit of
-    the sum, in gradient units."""
+    - norm: C, in the L2 norm
+    - mode, gamma: how rows are clipped (`clip.scales`)
+    - grid: the unit of the sum, in gradient units"""
 
     norm: float
     mode: clip.Mode
@@ -42,8 +42,12 @@ def clipped_sum(
 ) -> torch.Tensor:
     """Sum the clipped gradients of rows in multiples of the grid, int64 (dimension,). Not noised.
 
-    gradients: called once with the rows `sampled`; yields the gradient of each row exactly once,
-    computed from that row's own records alone. These tensors are overwritten.
+    - gradients: called once with the rows `sampled`; yields the gradient of each row exactly once,
+      computed from that row's own records alone. These tensors are overwritten
+    - sampled: the indices of the drawn rows, each once; if there are none, the sum is zero
+    - dimension: the number of coordinates of a row's gradient
+    - bound: how rows are clipped, and the grid to which they are rounded
+
     Guarantee: a row adds a vector of norm at most C before it is rounded to the grid, whatever its
     gradient (`clip.sensitivity` bounds what rounding adds); one that is not finite adds nothing.
     Integers add exactly: the sum without a row is the sum less what that row added, to the last
@@ -71,9 +75,11 @@ def noised_sum(
     """Log a step, then add its noise to a clipped sum in place, and return this sum: int64 (d,), in
     multiples of the grid.
 
-    total: the result of `clipped_sum` with the same bound, over all processes of the site;
-    noise_multiplier: σ, in multiples of the sum's sensitivity to one row; log_step: writes the
-    step's line.
+    - total: the result of `clipped_sum` with the same bound, over all processes of the site
+    - bound: the bound with which `total` was summed; the scale of the noise follows from it
+    - noise_multiplier: σ, in multiples of the sum's sensitivity to one row
+    - log_step: writes the step's line
+
     Guarantee: the call is one Gaussian mechanism on the sum, with fresh noise from the system's
     generator. The step's line is in the log before there is a result.
     Errors: those of `log_step` and of `noise.gaussian_on_grid`; the sum is not returned then.

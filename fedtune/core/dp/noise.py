@@ -18,7 +18,8 @@ _BLOCK = 2**14  # pairs drawn at once: the working set stays in the processor's 
 
 
 def _keystream(sizes: Iterator[int]) -> Iterator[npt.NDArray[np.uint64]]:
-    """Yield arrays of `sizes` uint64 from one AES-256-CTR keystream under a fresh system key."""
+    """Yield, for each of `sizes`, an array of so many random uint64. All come from one AES-256-CTR
+    keystream under a fresh key of the system's generator."""
     encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
     for size in sizes:
         yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)
@@ -59,8 +60,9 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
 
 
 def _pairs(bits: npt.NDArray[np.uint64], scale: float) -> npt.NDArray[np.float64]:
-    """Make as many Gaussians of standard deviation `scale` as there are words: first the cosines
-    of all pairs, then the sines."""
+    """Make as many Gaussians of standard deviation `scale` as `bits` has numbers. Each pair of
+    numbers gives a cosine and a sine: first the cosines of all pairs are returned, then the
+    sines."""
     half = len(bits) // 2
     uniform = (bits >> np.uint64(11)).astype(np.float64)
     radius = scale * np.sqrt(-2.0 * np.log((uniform[:half] + 1.0) * 2.0**-53))  # of (0, 1]

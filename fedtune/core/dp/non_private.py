@@ -19,7 +19,8 @@ from fedtune.core.dp.steplog import StepLog
 
 @dataclass(frozen=True)
 class NonPrivatePlan:
-    """A mean of unit gradients, clipped as in a private study if the study has [clipping]."""
+    """The plan of a site in a study without privacy. A step gives the mean of the rows' gradients,
+    which are clipped as in a private study if the study has [clipping]."""
 
     sampling_rate: float
     divisor: float
@@ -28,7 +29,12 @@ class NonPrivatePlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Compute the un-noised mean gradient, fp32 (dimension,). No guarantee."""
+        """Compute the un-noised mean gradient, fp32 (dimension,). No guarantee.
+
+        - n_rows: the number of rows, each drawn with probability sampling_rate
+        - dimension: the number of coordinates of a row's gradient
+        - gradients: called with the drawn rows; yields the gradient of each exactly once
+        - log, round_: not used, since a step without noise is not logged"""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         total = torch.zeros(dimension, dtype=torch.float64)
         for chunk in gradients(sampled) if sampled else ():
@@ -41,7 +47,8 @@ class NonPrivatePlan:
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Compute the un-noised clipped sum in multiples of `grid_at`, int64. No guarantee."""
+        """Compute the un-noised clipped sum in multiples of `grid_at(dimension)`, int64
+        (dimension,). No guarantee. Parameters as for `step`; the gradients are overwritten."""
         assert self.clipping is not None  # Study: secure aggregation needs a bound
         table = self.clipping
         bound = Bound(table.max_grad_norm, table.mode, table.gamma, self.grid_at(dimension))
@@ -49,12 +56,14 @@ class NonPrivatePlan:
         return mechanism.clipped_sum(gradients, sampled, dimension, bound)
 
     def grid_at(self, dimension: int) -> float:
-        """Return the unit of the integer sum: without noise it is that for noise of size C."""
+        """Return the unit of the integer sum of `dimension` numbers, in gradient units. It is that
+        of a sum with noise of standard deviation C, although no noise is added."""
         assert self.clipping is not None
         norm = self.clipping.max_grad_norm
         return shared_noise.grid(norm, norm, dimension)
 
 
 def non_private_plan(study: Study, declared_size: int) -> NonPrivatePlan:
+    """Build the plan of a site with `declared_size` units (public) in a study without privacy."""
     rate = sampling_rate(study, declared_size)
     return NonPrivatePlan(rate, rate * declared_size, study.clipping)

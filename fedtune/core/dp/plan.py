@@ -25,15 +25,35 @@ _log = logging.getLogger("fedtune.dp")
 
 
 class StepPlan(Protocol):
-    """The interface of a plan's methods that training calls, private or not."""
+    """The methods of a plan, private or not, that training calls."""
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Draw rows, and return the sum of their gradients over the plan's divisor, fp32
+        (dimension,), with noise if the plan is private.
+
+        - n_rows: how many rows the dataset has; a row is a unit or, if records are drawn, a record
+        - dimension: the number of coordinates of a row's gradient
+        - gradients: called with the indices of the drawn rows; yields the gradient of each exactly
+          once, some at a time. The tensors may be overwritten
+        - log: the site's step log, to which a private step is written before there is a result
+        - round_: the number of the round, for the step's line"""
+        ...
 
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Draw rows, and return the sum of their clipped gradients in multiples of the plan's grid
+        (`grid_at(dimension)`), int64 (dimension,), with noise if the plan is private.
+
+        - n_rows: how many rows the dataset has
+        - dimension: the number of coordinates of a row's gradient, and of the sum
+        - gradients: called with the indices of the drawn rows; yields the gradient of each exactly
+          once. The tensors are overwritten
+        - log: the site's step log, to which a private step is written before there is a result
+        - round_: the number of the round, for the step's line"""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,8 @@ class DpPlan:
         return accountant.epsilon(self.events(self.steps), self.delta)
 
     def events(self, steps: int) -> list[Steps]:
+        """Return the accountant's events for `steps` steps. With secure aggregation their σ is that
+        of the sum over the honest sites; without it, the σ of the site's own noise."""
         sigma = shared_noise.joint_sigma(self.own_noise, self.sites - self.colluding)
         return [Steps(sigma, self.sampling_rate, steps, self.records)]
 
@@ -98,7 +120,8 @@ class DpPlan:
         return accountant.epsilon(self.fallback_events(self.steps), self.delta)
 
     def fallback_events(self, steps: int) -> list[Steps]:
-        """Return the steps with this site's own noise only, to compute the fallback ε."""
+        """Return the accountant's events for `steps` steps with this site's own noise alone, from
+        which the fallback ε is computed."""
         return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
 
     def step(
@@ -110,13 +133,21 @@ class DpPlan:
         round_: int,
         team: Team | None = None,
     ) -> torch.Tensor:
-        """Run one DP-SGD step on `n_rows` rows; return the noised mean gradient, fp32 (dimension,).
+        """Run one DP-SGD step on `n_rows` rows; return the noised mean gradient, fp32 (dimension,):
+        the noised sum over `divisor`. If no row is sampled, the result is noise alone.
 
-        `gradients` is called with the sampled rows and yields the gradient of each exactly once;
-        its tensors are zeroed after use. (A SitePlan calls it again for rows that could not be
-        summed together.) If no row is sampled, the result is noise alone. team: other processes
-        that sum some of the rows; sampling and noise happen only in this process, once. Errors:
-        RuntimeError if a row is missing or doubled; nothing is released then.
+        - n_rows: how many rows the dataset has; a row is a unit or, if records are drawn, a record
+        - dimension: the number of coordinates of a row's gradient
+        - gradients: called with the indices of the sampled rows; yields the gradient of each
+          exactly once. Its tensors are zeroed after use. (A SitePlan calls it again for rows that
+          could not be summed together.)
+        - log: the site's step log, to which the step's line is written
+        - round_: the number of the round in that line
+        - team: other processes that sum some of the rows; sampling and noise happen only in this
+          process, once. None: this process sums all rows
+
+        Errors: RuntimeError if a row is missing or doubled; InfrastructureError if the log cannot
+        be written. Nothing is released then.
         """
         total = self._drawn_sum(n_rows, dimension, gradients, team)
         return self._add_noise(total, log, round_)
@@ -131,8 +162,17 @@ class DpPlan:
         team: Team | None = None,
     ) -> torch.Tensor:
         """Run one step as `step` does, but return the noised sum in multiples of
-        `grid_at(dimension)`, int64.
+        `grid_at(dimension)`, int64 (dimension,).
 
+        - n_rows: how many rows the dataset has
+        - dimension: the number of coordinates of a row's gradient, and of the sum
+        - gradients: called with the indices of the sampled rows; yields the gradient of each
+          exactly once. Its tensors are zeroed after use
+        - log: the site's step log, to which the step's line is written
+        - round_: the number of the round in that line
+        - team: other processes that sum some of the rows; None: this process sums all rows
+
+        Errors: as for `step`.
         Guarantee: one site's result alone is a sampled Gaussian mechanism with noise multiplier
         own_noise and sampling rate q. The sum over `sites` such sites has noise_multiplier and q,
         even if `colluding` of them reveal their own noise."""
@@ -141,6 +181,8 @@ class DpPlan:
     def _drawn_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
     ) -> torch.Tensor:
+        """Draw rows, and return the sum of their clipped gradients in multiples of
+        `grid_at(dimension)`, int64 (dimension,). No noise is added. Parameters as for `step`."""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         if team is None:
             return self.clipped_sum(sampled, dimension, gradients)
@@ -161,7 +203,9 @@ class DpPlan:
     def clipped_sum(
         self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
-        """Sum the clipped rows as `mechanism.clipped_sum` does, on this plan's grid."""
+        """Clip the gradients of rows, and return their sum in multiples of this plan's grid, int64
+        (dimension,), without noise (`mechanism.clipped_sum`). sampled: the indices of the rows;
+        gradients: called once with them."""
         return mechanism.clipped_sum(gradients, sampled, dimension, self._bound_at(dimension))
 
     def _bound_at(self, dimension: int) -> Bound:
@@ -172,7 +216,9 @@ class DpPlan:
         return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
 
     def _add_noise_to(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-        """Log the step and add the noise as `mechanism.noised_sum` does, in place."""
+        """Log a step, add its noise to the clipped sum `total` in place, and return `total`
+        (`mechanism.noised_sum`). log: the site's step log; round_: the number of the round in the
+        line."""
 
         def log_step() -> None:
             line = Step(
@@ -192,8 +238,11 @@ class DpPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A private plan as a site's round runs it. team: other processes that sum some of the rows;
-    make_room: a function that gets the error of a failed sum, and frees what memory it can.
+    """A private plan as a site's round runs it.
+
+    - plan: the plan whose steps are run
+    - team: other processes that sum some of the rows; None if there are none
+    - make_room: a function that gets the error of a failed sum, and frees what memory it can
 
     Guarantee: if rows cannot be summed together, for whatever reason, each is summed alone, and
     only a row that fails alone is left out. So one unit never decides whether others are in the
@@ -207,18 +256,22 @@ class SitePlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run one DP-SGD step as DpPlan.step does."""
+        """Run one DP-SGD step as DpPlan.step does, with its parameters, and return the noised mean
+        gradient, fp32 (dimension,). Rows that cannot be summed together are summed one by one."""
         return self.plan.step(n_rows, dimension, gradients, log, round_, self)
 
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run one step as DpPlan.noised_sum does."""
+        """Run one step as DpPlan.noised_sum does, with its parameters, and return the noised sum in
+        multiples of the plan's grid, int64 (dimension,). Rows that cannot be summed together are
+        summed one by one."""
         return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Return the sum of the clipped rows, int64 (dimension,). If the other processes fail,
-        compute it in this process alone."""
+        """Return the sum of the clipped rows `sampled`, int64 (dimension,). If the other processes
+        fail, this process computes the sum alone. clipped_sum: sums the rows whose indices it
+        gets."""
 
         def sum_rows(rows: list[int]) -> torch.Tensor:
             return self._together_or_alone(rows, dimension, clipped_sum)
@@ -236,9 +289,10 @@ class SitePlan:
     def _together_or_alone(
         self, rows: list[int], dimension: int, clipped_sum: ClippedSum
     ) -> torch.Tensor:
-        """Sum the clipped rows together or, if that fails, each row by itself; leave out a row that
-        then fails too. Both ways give the same integers, since each row is clipped and rounded by
-        itself."""
+        """Sum the clipped rows together or, if that fails, each row by itself, and return the sum,
+        int64 (dimension,). A row that fails alone, too, is left out. Both ways give the same
+        integers, since each row is clipped and rounded by itself. clipped_sum: sums the rows whose
+        indices it gets."""
         import torch
 
         try:
@@ -268,7 +322,8 @@ class SitePlan:
 
 
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
-    """Build the plan of a site with `declared_size` units (public), of at most `most` steps.
+    """Build the plan of a site with `declared_size` units (public) for a private study. most: the
+    largest number of steps that is tried; None: accountant.MOST.
 
     Errors: ConfigError if the study is not private, not even one round fits the budget, or more
     than `most` steps fit it."""
@@ -300,11 +355,11 @@ ClippedSum = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum,
 
 
 class Team(Protocol):
-    """The other processes that share a step."""
+    """The other processes of a site that sum some of a step's rows."""
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows `sampled` over all processes, int64 (dimension,); `clipped_sum` sums
-        those assigned to this one.
+        """Return the sum of the clipped rows `sampled` over all processes, int64 (dimension,).
+        clipped_sum: sums those of the rows that are this process's share.
 
         Guarantee: each of `sampled` is in the sum exactly once, else nothing is returned.
         Errors: InfrastructureError where another process failed; those of `clipped_sum`."""

@@ -2,10 +2,10 @@
 
 A unit's row is the pair (mean score, 1) over its records. A score is in [0, 1]: the geometric mean
 probability of a record's targets, or the probability of its label (exp of minus the loss), or
-whether its label is the likeliest. Two sums leave: Σ score and Σ 1. If the plan names classes or
-groups, a further pair follows for each class or group: the part of that pair which the unit's
-records in it contribute. The sums go through the same step as in training, so that sampler, clip,
-noise, grid, log and accountant are the same.
+whether its label is the likeliest. Two sums leave the site: Σ score and Σ 1. If the plan names
+classes or groups, a further pair follows for each class or group: the part of that pair which the
+unit's records in it contribute. The sums go through the same step as in training, so that sampler,
+clip, noise, grid, log and accountant are the same.
 
 Guarantee: a row is clipped to C = √(2 · axes), where an axis is the whole, the classes, or one
 column of groups. A row that is built as above is never longer: on one axis the parts add up to at
@@ -16,8 +16,7 @@ before the answer exists.
 | a record's loss is NaN, or raises | its unit contributes nothing, not even to Σ 1 |
 | a record is in no class or group of an axis | nothing to that axis' pairs |
 | a loss is infinite      | score 0                                          |
-Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism).
-"""
+Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism)."""
 
 from __future__ import annotations
 
@@ -56,7 +55,8 @@ def query_plan(study: Study) -> DpPlan:
 
 
 class Rows(Protocol):
-    """The rows of a query, one per unit, made for the units that are asked for."""
+    """The rows of a query, one per unit. They are computed only for the units that are asked
+    for."""
 
     @property
     def dimension(self) -> int: ...
@@ -69,10 +69,16 @@ class Rows(Protocol):
 
 
 def answer(plan: StepPlan, rows: Rows, log: StepLog, round_: int) -> torch.Tensor:
-    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,).
+    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,). A cell is the whole,
+    or one of the plan's classes or groups.
 
-    rows: the units' rows. `of_units` is called for `TOGETHER` units at a time and returns fp64
-    (len(units), 2 · cells); `wipe` is called at the end."""
+    - plan: the plan that `query_plan` makes of the study, or a SitePlan around it
+    - rows: the units' rows. `of_units` is called for `TOGETHER` units at a time and returns fp64
+      (len(units), 2 · cells); `wipe` is called at the end
+    - log: the site's step log, to which the answer's line is written first
+    - round_: the round after which the query is asked, for that line
+
+    Errors: those of plan.step; there is no answer then."""
 
     def drawn_rows(units: list[int]) -> Iterator[Chunk]:
         for first in range(0, len(units), TOGETHER):

@@ -1,7 +1,8 @@
-"""Compute the grid and the word size of one dose of noise that several sites share.
+"""Compute the grid and the word size of a sum to which several sites add shares of the noise.
 
-Every site rounds to one grid, so that sums are exact integers and fit the words that are masked.
-Each figure follows from the plan and from sizes that people declared."""
+Each site rounds its numbers to multiples of one grid, so that sums are exact integers. Each number
+is then masked as a word of 32 or 64 bits, in which the sum must fit. Grid and word size follow from
+the plan and from sizes that people declared."""
 
 from __future__ import annotations
 
@@ -36,8 +37,13 @@ def joint_sigma(own: float, shares: int) -> float:
 
 
 def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
-    """Return the unit of every site's integer sum: the largest power of two that is at most 2⁻¹⁶ of
-    a site's own noise, and so small that √d/2 grid steps are at most 0.5 % of C.
+    """Return the unit of every site's integer sum. It is the largest power of two that is at most
+    2⁻¹⁶ of a site's own noise (`noise_std`), and so small that √d/2 grid steps are at most 0.5 % of
+    C.
+
+    - noise_std: the standard deviation of one site's noise, in gradient units
+    - max_grad_norm: C, the bound on a row's norm
+    - dimension: d, how many numbers the sum has
 
     This grid is coarser than a lone site's, so that sums fit 32 bits. The noise is at least 2¹⁶
     steps wide, so that a sum of rounded Gaussians is a rounded Gaussian but for exp(-π² 2³²)
@@ -46,15 +52,18 @@ def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
     >>> grid(1.0, 1.0, 100) == 2.0**-16
     True
     >>> grid(1.0, 1.0, 1_000_000)
-    7.62939453125e-06
-    """
+    7.62939453125e-06"""
     steps = min(noise_std * 2.0**-FINEST, 2 * SLACK * max_grad_norm / math.sqrt(max(dimension, 1)))
     return 2.0 ** math.floor(math.log2(steps))
 
 
 def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
-    """Return the grid of a study with [secure_aggregation] whose sum has noise σ. sigma: None if
-    privacy is off; the grid is then that for noise of size C."""
+    """Return the grid (the unit of the integer sum) of a study with [secure_aggregation].
+
+    - study: the plan, which says C and how many sites share the noise
+    - sigma: σ of the sum's noise, in multiples of C; None if privacy is off, and the grid is then
+      that for noise of standard deviation C
+    - dimension: how many numbers the sum has"""
     assert study.clipping is not None
     norm = study.clipping.max_grad_norm
     own = 1.0 if sigma is None else own_sigma(sigma, noise_shares(study))
@@ -62,7 +71,14 @@ def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
 
 
 def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: int) -> int:
-    """Return the number of bits of a word for sites of these declared sizes; see `word_bits`."""
+    """Return the number of bits of a word that holds the sum over these sites: 32 or 64.
+
+    - study: the plan, which says C, the most rows of a unit, and how many sites share the noise
+    - sigma: σ of the sum that is opened, in multiples of C; None if privacy is off
+    - sizes: the declared size of each site in the sum
+    - dimension: how many numbers the sum has, on which the grid depends
+
+    Errors: ConfigError as for `word_bits`."""
     assert study.clipping is not None
     norm, noise = study.clipping.max_grad_norm, 0.0 if sigma is None else sigma
     step = grid_of(study, sigma, dimension)
@@ -75,8 +91,11 @@ def word_bits(
 ) -> int:
     """Return the number of bits of a word that holds twice the largest sum: 32 or 64.
 
-    units: each site's declared size; rows: the most rows of one unit; noise_std: standard
-    deviation of each site's noise; step: the grid. No coordinate of a clipped row exceeds C.
+    - units: each site's declared size
+    - rows: the most rows of one unit
+    - max_grad_norm: C, which no coordinate of a clipped row exceeds
+    - noise_std: the standard deviation of each site's noise, in gradient units
+    - step: the grid, in gradient units
 
     >>> word_bits([400, 400, 200], 1, 1.0, 1.0, 2.0**-16)
     32

@@ -16,8 +16,8 @@ from fedtune.core.files.writing import replace as replace_file
 
 @dataclass(frozen=True)
 class Step:
-    """One step's parameters; σ is 0 for a step without noise. Every value is public, since the plan
-    and the declared size determine it, never the data."""
+    """One step as the log has it. noise_multiplier: σ; 0 for a step without noise. Every value is
+    public, since the plan and the declared size determine it, never the data."""
 
     study: str  # plan digest
     round: int
@@ -51,11 +51,13 @@ class StepLog:
         self._ahead = 0  # and how many of its steps have yet to run
 
     def begin_round(self) -> None:
-        """Have the next step write a line, even if an earlier attempt at its round broke off."""
+        """Begin an attempt at a round. Its first step writes a line of its own, and does not count
+        under the line of an earlier attempt that broke off."""
         self._round = None
 
     def append(self, step: Step, of_round: int = 1) -> None:
-        """Log one of the `of_round` equal steps of a round; only the first writes a line."""
+        """Log one of the steps of a round; only the first of them writes a line. of_round: how many
+        equal steps the round has."""
         step = replace(step, membership=self._membership)
         if step == self._round and self._ahead:
             self._ahead -= 1
@@ -74,9 +76,10 @@ class StepLog:
         self._round, self._ahead = step, of_round - 1
 
     def join(self, other: Path) -> None:
-        """Append the lines of another step log as this membership's. If a killed join appended some
-        of them, only the others are appended. If this membership has different lines here, all are
-        appended. Errors: InfrastructureError."""
+        """Append the lines of another step log to this one, as lines of this membership. If the
+        lines that this membership has here are the first lines of `other`, as after an earlier
+        call, only the missing ones are appended; if it has different lines here, all are appended.
+        Errors: InfrastructureError."""
         lines = [self._named(line) for line in _whole_lines(other)]
         there = _whole_lines(self.path)
         own = [line for line in there if self._named(line) == line]
@@ -86,8 +89,8 @@ class StepLog:
             replace_file(self.path, content.encode(), private=True)
 
     def _named(self, line: str) -> str:
-        """Return a line with this membership's name. A line that is no step stays as it is, so that
-        `steps` raises an error for it."""
+        """Return a line with this membership's name added. A line that cannot be read as a step is
+        returned unchanged, so that `steps` raises an error for it."""
         try:
             return json.dumps({**json.loads(line), "membership": self._membership}, sort_keys=True)
         except (ValueError, TypeError):
@@ -96,8 +99,13 @@ class StepLog:
     def steps(
         self, study: str | None = None, memberships: Collection[str] | None = None
     ) -> list[Step]:
-        """Read all steps, or those of one plan digest and of some memberships, in order. A round
-        that was interrupted counts with all its planned steps."""
+        """Return all steps of the log, in order. A round that was interrupted counts with all its
+        planned steps.
+
+        - study: the digest of the only plan whose steps are returned; None: of all plans
+        - memberships: the only memberships whose steps are returned; None: of all
+
+        Errors: InfrastructureError if a line is no step."""
         steps = list[Step]()
         for number, line in enumerate(_whole_lines(self.path), 1):
             try:
@@ -128,6 +136,7 @@ def _check_count(count: object) -> int:
 
 
 def events(steps: list[Step]) -> list[Steps]:
-    """Count equal steps of a log as events for the accountant."""
+    """Return the accountant's events for the steps of a log: one for each kind of step, with the
+    number of such steps."""
     counts = Counter((s.noise_multiplier, s.sampling_rate, s.records) for s in steps)
     return [Steps(sigma, rate, count, records) for (sigma, rate, records), count in counts.items()]

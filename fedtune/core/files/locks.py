@@ -17,10 +17,10 @@ from fedtune.core.files import reading, writing
 
 @contextmanager
 def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Wait for the lock, and hold it during the block.
+    """Wait for the lock on the file `path`, and hold it during the block.
 
-    shared: hold it together with other readers. The lock file is made if it is missing, unless
-    `shared`. Errors: InfrastructureError."""
+    shared: whether others who ask for it as shared may hold it at the same time. The lock file is
+    made if it is missing, unless `shared`. Errors: InfrastructureError."""
     with mapping_errors(path):
         if shared:
             descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -36,8 +36,9 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hold_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock during the block, unless another process holds it. Yield whether this process
-    holds it. The lock file is made if it is missing. Errors: InfrastructureError."""
+    """Hold the lock on the file `path` during the block, unless another process holds it. Yield
+    whether this process has the lock. The lock file is made if it is missing. Errors:
+    InfrastructureError."""
     with mapping_errors(path):
         descriptor = writing.open_own(path, os.O_RDWR)
     try:
@@ -89,7 +90,7 @@ def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def mapping_errors(path: Path) -> Iterator[None]:
-    """Raise InfrastructureError, which names the lock, for an OSError in the block."""
+    """In the block, turn an OSError into an InfrastructureError that names the lock file `path`."""
     try:
         yield
     except OSError as error:

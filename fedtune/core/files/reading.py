@@ -54,17 +54,18 @@ class NotRegular(OSError):
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading. Never wait, as opening a pipe without a writer would.
-    Errors: OSError, including NotRegular."""
+    """Open a regular file for reading. The call never waits, as it would for a pipe without a
+    writer.
+    Errors: OSError; NotRegular if it is no regular file."""
     return open(descriptor(path), "rb")
 
 
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor. The type is checked on the open file, since
-    the name may refer to something else a moment later.
+    the name may refer to something else a moment later. flags: os.O_… for opening.
 
-    With O_NONBLOCK a pipe without a writer is opened at once, and then refused. Errors: OSError,
-    including NotRegular."""
+    A pipe without a writer is opened at once, without waiting, and then refused. Errors: OSError;
+    NotRegular if it is no regular file."""
     number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
@@ -74,8 +75,14 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
-    """Check that `path` is a readable regular file, and return the path. Errors: as at the top of
-    this file."""
+    """Check that `path` is a readable regular file, and return the path.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+
+    Errors: an error of the class `kind` if it is no readable regular file."""
     os.close(_open_descriptor(path, expected, todo, kind))
     return path
 
@@ -83,8 +90,16 @@ def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) 
 def content(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> bytes:
-    """Return the file's bytes. expected, todo: what was expected and what to do, for the error;
-    most: the bytes that the file may have. Errors: as at the top of this file."""
+    """Read a file and return its bytes.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: an error of the class `kind` if it is no readable regular file, or is larger than
+    `most`."""
     try:
         with open(_open_descriptor(path, expected, todo, kind), "rb") as file:
             length = os.fstat(file.fileno()).st_size
@@ -101,8 +116,15 @@ def content(
 
 
 def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL) -> bytes:
-    """Return the bytes of a file that only this user may read. Errors: as at the top of this file;
-    also if others have any right to it."""
+    """Return the bytes of a file that only this user may read.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: an error of the class `kind` if it is no readable regular file, is larger than `most`,
+    or if other users have any right to it."""
     data = content(path, expected, kind=kind, most=most)
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise kind(
@@ -114,7 +136,17 @@ def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL
 def text(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> str:
-    """Return the file's content as text in UTF-8. Errors: as at the top of this file."""
+    """Return the file's content as text in UTF-8.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said, or "save it as
+      UTF-8" if the file is not UTF-8
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: an error of the class `kind` if it is no readable regular file, is larger than `most`,
+    or is not UTF-8."""
     try:
         return content(path, expected, todo, kind, most).decode("utf-8")
     except UnicodeDecodeError:
@@ -124,12 +156,28 @@ def text(
 def json_in(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> dict[str, Any]:
-    """Return the JSON object in the file. Errors: as at the top of this file."""
+    """Return the JSON object in the file.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+    - most: how many bytes the file may have
+
+    Errors: an error of the class `kind` if the file cannot be read as text (`text`), or holds no
+    JSON object."""
     return _table(path, json.loads, "JSON", expected, todo, kind, most)
 
 
 def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
-    """Return the JSON objects in the file, one per line. Errors: as at the top of this file."""
+    """Return the JSON objects in a file of at most LARGE bytes, which has one object on each line.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+
+    Errors: InputError if the file cannot be read as text (`text`), or a line holds no JSON
+    object."""
 
     def parse(source: str) -> dict[str, Any]:
         rows = [json.loads(line) for line in source.splitlines()]
@@ -143,21 +191,30 @@ def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, A
 
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
-    """Return the TOML tables in the file. Errors: as at the top of this file."""
+    """Return the TOML tables in the file, by name, of a file of at most TABLES bytes.
+
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+
+    Errors: an error of the class `kind` if the file cannot be read as text (`text`), or is not
+    TOML."""
     return _table(path, tables, "TOML", expected, todo, kind, TABLES)
 
 
 def tables(source: str) -> dict[str, Any]:
-    """Parse TOML. Keys with too many parts are refused first, since tomllib would take very long
-    for them. Errors: ValueError, RecursionError."""
+    """Parse a text as TOML and return its tables. Keys with too many parts are refused first, since
+    tomllib would take very long for them. Errors: ValueError if the text is no TOML, RecursionError
+    if it is nested too deep or has such a key."""
     if any(key[1] for key in _KEY.finditer(source)):
         raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
     return tomllib.loads(source)
 
 
 def is_sound(parsed: Any) -> bool:
-    """Return whether a parsed value is nested no deeper than DEPTH and its text encodes as
-    UTF-8."""
+    """Return whether a value parsed from JSON or TOML is nested no deeper than DEPTH, and all its
+    texts can be encoded as UTF-8."""
     level = [parsed]
     for _ in range(DEPTH):
         if not level:
@@ -187,6 +244,14 @@ def _encodes(value: str) -> bool:
 def _table(
     path: Path, parse: Any, form: str, expected: str, todo: str, kind: Kind, most: int
 ) -> dict[str, Any]:
+    """Read a file as text, parse it with `parse`, and return the resulting table.
+
+    - path, expected, todo, kind, most: as for `text`
+    - parse: the function that takes the text; its ValueError means that the text is malformed
+    - form: the format's name for the error's text, such as "JSON"
+
+    Errors: an error of the class `kind` if the file cannot be read as text (`text`), or the result
+    is no table or is nested too deep."""
     source = text(path, expected, todo, kind, most)
     try:
         parsed = parse(source)
@@ -204,7 +269,10 @@ def _table(
 
 
 def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
-    """Open a regular file and return its descriptor. Errors: as at the top of this file."""
+    """Open a regular file for reading and return its descriptor, which the caller closes.
+
+    path, expected, todo, kind: as for `regular`. Errors: an error of the class `kind` if it is no
+    readable regular file."""
     if why := refuse_path(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
@@ -218,8 +286,8 @@ def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the sha256 over the name and content of a file, or of each file directly in a folder,
-    in the order of names; "" if there is no file."""
+    """Return the sha256 (hexadecimal) over the name and content of a file, or of each file directly
+    in a folder, in the order of names; "" if there is no file."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     total = hashlib.sha256()
     for file in files:

@@ -62,9 +62,10 @@ class Room:
 
     @property
     def of_an_answer(self) -> int:
-        """Bytes that are freed while an order is answered: 1 MiB for entries and updates, 8 KiB for
-        each unit, in which a ledger remembers some forty records, and the ledger's length, since
-        SQLite first copies each page that a transaction changes into its journal."""
+        """Bytes that are freed while an order is answered. They are 1 MiB for entries and updates,
+        8 KiB for each unit (for a ledger's hashes of some forty records), and as many as the ledger
+        may grow to (`of_the_ledger`), since SQLite first copies each page that a transaction
+        changes into its journal."""
         return 2**20 + OF_MEMBERS * self.declared_size + self.of_the_ledger
 
     @property
@@ -87,7 +88,8 @@ class Room:
 
     @property
     def of_growth(self) -> int:
-        """Bytes by which the room shrinks at most as ledger, receipts and audit log grow."""
+        """The most bytes by which the room shrinks as ledger, receipts and audit log grow, all
+        together."""
         return self.of_the_ledger + self.of_receipts + self.of_the_audit_log
 
     @property
@@ -101,8 +103,8 @@ class Room:
         return self.lent + self.of_growth
 
     def of(self, membership: str) -> Room:
-        """Return the room as another membership, or the OFFICER, uses it. A site that is no
-        membership has one space for all users, and the room is unchanged."""
+        """Return the room as another membership, or the OFFICER, uses it. At a site that is no
+        membership all users free one common space, and the room is returned unchanged."""
         return replace(self, membership=membership if self.membership else "")
 
     def has_space(self, beside: int = 0) -> bool:
@@ -199,7 +201,8 @@ class Room:
         )
 
     def _blocks(self, names: tuple[str, ...]) -> int:
-        """Count the bytes that files take on the disk, in whole blocks."""
+        """Return how many bytes the files with these names (patterns of `glob`) take on the disk,
+        in whole blocks."""
         files = [path for name in names for path in self.folder.glob(name)]
         return BLOCK * sum(-(-_length(path) // BLOCK) for path in files)
 
@@ -212,8 +215,8 @@ def _lock_of(folder: Path, membership: str) -> Path:
 @contextmanager
 def between_orders(folder: Path) -> Iterator[bool]:
     """Keep sites whose ledger is in `folder` from answering orders during the block. Yield whether
-    no order was being answered: only then may the block take disk space, without taking space that
-    was freed for the ledger.
+    no order was being answered. If one was, the block must take no disk space, since it would take
+    space that was freed for the ledger.
 
     Errors: InfrastructureError."""
     stem = Path(ORDERS).stem
@@ -246,8 +249,8 @@ def _length(path: Path) -> int:
 
 def _allocate(path: Path, size: int) -> None:
     """Make the file `size` bytes long, with disk blocks for all of them. Errors: OSError if the
-    disk lacks them, and the file keeps its length; also if a link, a pipe or a device has the
-    name."""
+    disk lacks them, and the file then keeps its length; OSError also if a link, a pipe or a device
+    has the name."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o600)
     try:

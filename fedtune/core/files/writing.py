@@ -29,7 +29,8 @@ def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
     """Write `content` to `path` atomically and durably (fsync), and return `path`.
 
     A missing folder is made. private: only this user can read the file (0600) and folders that are
-    made. Errors: InfrastructureError if the write fails; an old file is then unchanged."""
+    made. Errors: InfrastructureError if the write fails; an old file is then unchanged, unless
+    only the sync of the folder failed."""
     return _place_file(path, content, os.replace, private)
 
 
@@ -37,7 +38,8 @@ def create(path: Path, content: bytes, *, private: bool = False) -> Path:
     """Write `content` to `path` as `replace` does, unless `path` exists, and return `path`. If
     several processes create the same file, the content of the first stays.
 
-    Errors: InfrastructureError if the write fails; no new file is then left."""
+    Errors: InfrastructureError if the write fails; no new file is then left, unless only the sync
+    of the folder failed."""
     return _place_file(path, content, _link, private)
 
 
@@ -62,14 +64,23 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
 
 def open_own(path: Path, flags: int) -> int:
     """Open one of the program's own files, to append to it or to lock it, and return its
-    descriptor. A missing file is made, and only this user can read it (0600). Errors: OSError, also
-    if a link, a pipe or a device has the name."""
+    descriptor. A missing file is made, and only this user can read it (0600). flags: os.O_… for
+    opening. Errors: OSError, also if a link, a pipe or a device has the name."""
     return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
 def _place_file(
     path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool
 ) -> Path:
+    """Write a draft of the file beside it, put the draft in place, and return `path`.
+
+    - path: the file's place; missing folders on the way to it are made
+    - content: all of the file's bytes
+    - place: the function that gives the draft (first argument) the file's name (second argument)
+    - private: whether only this user may read the file (0600) and the folders that are made
+
+    Errors: InfrastructureError if the file cannot be written, or if a link, a pipe or a device has
+    its name."""
     _check_regular(path)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.new")
     try:
@@ -115,8 +126,9 @@ def append_line(path: Path, line: bytes, *, durably: bool = True) -> None:
     """Append `line` and a newline to `path`. A missing file is made, and only this user can read
     it. An incomplete line that a crash or a full disk left at the end is cut off first.
 
-    durably: whether the line is on disk when this returns; otherwise a power cut may lose the last
-    lines. Errors: OSError; the line may then be incomplete, and the next call cuts it off."""
+    line: the bytes of the line, without a newline; durably: whether the line is on disk when this
+    returns; otherwise a power cut may lose the last lines. Errors: OSError; the line may then be
+    incomplete, and the next call cuts it off."""
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
@@ -143,7 +155,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _folder(path: Path, mode: int) -> None:
-    """Make `path` and its missing parents, each durably."""
+    """Make `path` and its missing parents, each durably. mode: the permissions of the folders that
+    are made."""
     if not path.is_dir():
         _folder(path.parent, mode)
         path.mkdir(mode, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fold a ledger's verified entries into its state: charges, cohorts and declarations.
+"""Add up a ledger's verified entries to its state: charges, cohorts and declarations.
 
 This module reads and writes no file: ledger.py reads and writes them, and passes every entry to
 `fold` once."""
@@ -30,8 +30,9 @@ class Reservation:
 
 
 class Account:
-    """The state that a ledger's verified entries add up to. `fold` takes them one by one, oldest
-    first. Keys of `reserved` are sequence numbers of "reserve" entries."""
+    """The state that a ledger's verified entries add up to. `fold` takes the entries one by one,
+    oldest first. A key of `reserved` is the sequence number of a "reserve" entry, which charges a
+    round."""
 
     def __init__(self) -> None:
         self.declared: dict[str, dict[str, Any]] = {}
@@ -57,7 +58,8 @@ class Account:
         self.frozen: Freeze | None = None
 
     def fold(self, entry: Entry) -> None:
-        """Update the state by one verified entry. Errors: KeyError if its kind is not known."""
+        """Update the state by one verified entry. Errors: KeyError if the entry's kind is not
+        known."""
         body, time = entry.body, entry.body.get("time", 0)
         if entry.kind == "declare":
             self._update_disjoint(entry.seq, body)
@@ -105,12 +107,14 @@ class Account:
 
     @property
     def members(self) -> dict[str, str]:
-        """The digest of each dataset's members, by the name under which they are stored."""
+        """The digest of each dataset's members (hashed identifiers of patients and records), by the
+        name under which they are stored: the dataset's or, for members that were declared public or
+        generated, this name with a mark in front."""
         declared = {name: body["members"] for name, body in self.declared.items()}
         return declared | self.not_private_members
 
     def disjoint(self, first: str, second: str) -> bool:
-        """Return whether the two datasets are currently declared disjoint."""
+        """Return whether the two datasets, `first` and `second`, are declared disjoint now."""
         return frozenset((first, second)) in self.apart_since
 
     def list_apart(self, dataset: str, disjoint_from: Collection[str]) -> list[str]:
@@ -145,8 +149,8 @@ class Account:
         ]
 
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
-        """Return whether the charge counts against the cohort of `dataset` that arrived with
-        entry `arrival`."""
+        """Return whether the charge counts against one cohort of `dataset`. arrival: the number of
+        the entry with which the cohort arrived."""
         if spent.dataset != dataset:
             return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out
@@ -155,7 +159,8 @@ class Account:
         return [spent.charge for spent in self.against(dataset) if spent.dataset != dataset]
 
     def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
-        """Update which datasets are disjoint after a declaration, and since which entry."""
+        """Update, after a declaration of a dataset, which datasets are disjoint and since which
+        entry. seq: the number of the declaration's entry; declaration: that entry's fields."""
         dataset, new = declaration["dataset"], declaration["dataset"] not in self.declared
         apart = self.list_apart(dataset, declaration["disjoint_from"])
         for other in self.declared:

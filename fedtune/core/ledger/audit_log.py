@@ -76,8 +76,8 @@ class NotAuditable(TypeError):
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of `verify`. signer: the public key that signed the entries; head: "SEQ:HASH" of
-    the newest entry."""
+    """What `verify` returns for a log. signer: the public key that signed the entries; head:
+    "SEQ:HASH" of the newest entry."""
 
     entries: list[dict[str, Any]]
     signer: str
@@ -85,8 +85,8 @@ class Verified:
 
 
 def login() -> str:
-    """Return the name of the user whose process this is, as the operating system reports it; no
-    variable changes it."""
+    """Return the login name of the user whose process this is, as the operating system reports it.
+    No environment variable changes it."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # as in a container without a password file
@@ -112,10 +112,15 @@ class AuditLog:
     def add(self, event: str, rule: str = "", *, once: int = 0, **facts: Any) -> int:
         """Write an entry durably and return its number.
 
-        once: if one of this many newest entries says the same, write nothing and return that
-        entry's number, as when a coordinator repeats a refused request. A last line that a crash
-        cut short is removed first; nothing was done under it. Errors: NotAuditable;
-        InfrastructureError if the disk refuses: the caller must then not do the act."""
+        - event: the kind of act, one of EVENTS
+        - rule: the rule or the option by which it was done; "" for none
+        - once: if one of this many newest entries says the same, write nothing and return that
+          entry's number, as when a coordinator repeats a refused request; 0: always write
+        - facts: numbers and short texts about the act, by name; of a path the last part is kept
+
+        A last line that a crash cut short is removed first, since nothing was done under it.
+        Errors: NotAuditable for a fact that may not be logged; InfrastructureError if the disk
+        refuses: the caller must then not do the act."""
         said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}
         said |= {"login": login(), "person": person()}
         try:
@@ -150,8 +155,9 @@ class AuditLog:
         return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
 
     def check(self, head: str) -> None:
-        """Append a `cut` entry if this log lacks the entry `head` that a receipt names, since the
-        log was then cut off. The caller goes on, since the ledger has a check of its own."""
+        """Append an entry of the event "cut" if this log lacks the entry `head` that a receipt
+        names, since the log's end was then cut off. No error is raised, since the ledger has a
+        check of its own. head: "SEQ:HASH"; "" if the receipt names none."""
         if not head:
             return
         with _locked(self.folder):
@@ -210,7 +216,7 @@ def signer_at(folder: Path) -> str:
 
 
 def files(folder: Path) -> list[str]:
-    """List the log's files, oldest first."""
+    """List the names of the log's files, oldest first."""
     if not folder.is_dir():
         return []
     earlier = sorted(path.name for path in folder.iterdir() if EARLIER.fullmatch(path.name))
@@ -222,7 +228,8 @@ def _content(path: Path) -> bytes:
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield each line and its place. Errors: NotGenuine."""
+    """Yield (place, line) for each line of `content`. place: "PATH: line N", for an error's text.
+    Errors: NotGenuine if the last line is cut short."""
     *lines, rest = content.split(b"\n")
     if rest or not lines:
         raise NotGenuine(
@@ -235,7 +242,8 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _read(line: bytes, where: str) -> dict[str, Any]:
-    """Parse an entry, which must be in canonical form. Errors: NotGenuine."""
+    """Parse one line of the log to an entry. where: the line's place, for the error's text. Errors:
+    NotGenuine if it is no entry in canonical form."""
     try:
         entry = json.loads(line)
         is_typed = set(entry) == KEYS and type(entry["seq"]) is int
@@ -247,7 +255,9 @@ def _read(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
-    """Check that a head that was noted earlier is in the chain. Errors: InputError, NotGenuine."""
+    """Check that a head which was noted earlier is in the chain. head: "SEQ:HASH", "" for none;
+    hashes: the hash of each entry of the log, oldest first. Errors: InputError if it is no head,
+    NotGenuine if it is not in the chain."""
     if not head:
         return
     number, _, hash_ = head.partition(":")
@@ -264,7 +274,8 @@ def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
 
 
 def _holds(folder: Path, head: str) -> bool:
-    """Return whether the log has the entry `head`, without checking the others."""
+    """Return whether the log has the entry `head` ("SEQ:HASH"), without checking the other
+    entries."""
     number, _, expected = head.partition(":")
     for name in reversed(files(folder)):
         lines = _content(folder / name).split(b"\n")[:-1]
@@ -276,8 +287,9 @@ def _holds(folder: Path, head: str) -> bool:
 
 
 def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that the facts are numbers and short texts of permitted characters. Return them, with
-    each path shortened to its last part. Errors: NotAuditable."""
+    """Check that the event is one of EVENTS, and that the rule and the facts are numbers or short
+    texts of permitted characters. Return the facts, with each path shortened to its last part.
+    Errors: NotAuditable."""
     if event not in EVENTS:
         raise NotAuditable("event")
     named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}
@@ -303,7 +315,8 @@ def person() -> str:
 
 @contextmanager
 def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from writing in the block. Errors: InfrastructureError; OSError."""
+    """Keep other processes from writing to the log during the block. shared: whether the block only
+    reads, so that others may read meanwhile. Errors: InfrastructureError; OSError."""
     if shared and not (folder / LOCK).exists():  # a copy: nobody writes to it
         yield
         return
@@ -313,7 +326,8 @@ def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
-    """Return the newest entries and their lines, oldest first; a torn line after them is cut off.
+    """Return the newest entries, oldest first, each with its line. If a crash left an incomplete
+    line after them, this line is cut off.
 
     Errors: NotGenuine; OSError, also where the file is a link."""
     for name in reversed(files(folder)):
@@ -337,7 +351,8 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _append(folder: Path, line: bytes) -> None:
-    """Append one line to the newest file. Errors: OSError, NotAuditable, NotGenuine."""
+    """Append one line to the newest file of the log; if this file is too long, begin another.
+    Errors: OSError, NotAuditable, NotGenuine."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE

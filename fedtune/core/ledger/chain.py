@@ -81,12 +81,13 @@ def entry_hash(prev: str, kind: str, body: bytes) -> str:
 
 
 def signed_entry(hash_: str) -> bytes:
-    """Return the bytes that an entry's signature signs."""
+    """Return the bytes that are signed for an entry. hash_: the entry's hash."""
     return canonical({"ledger_entry": hash_})
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection without implicit transactions that commits durably."""
+    """Open a connection to the ledger's database. It commits durably, and begins no transaction by
+    itself."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     try:
         for pragma in PRAGMAS:
@@ -106,7 +107,8 @@ def connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def named(folder: Path) -> Iterator[None]:
-    """Turn SQLite's and the system's errors into LedgerErrors that say what to do."""
+    """Turn each error of SQLite or the system in the block into a LedgerError that says what to do.
+    folder: the ledger's, for the error's text."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -142,7 +144,8 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
 
 
 class Transaction:
-    """One writer's transaction. Others see its entries only after `writing` has returned."""
+    """A transaction of one writer. Other threads and processes see its entries only after
+    `Database.writing` has returned."""
 
     def __init__(
         self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
@@ -154,7 +157,9 @@ class Transaction:
         self.receipts = ReceiptLog()
 
     def append(self, kind: str, body: dict[str, Any], seq: int | None = None) -> int:
-        """Add an entry and return its sequence number."""
+        """Add an entry and return its sequence number. kind: which entry it is, as `Account.fold`
+        distinguishes them; body: its fields, to which the time is added; seq: its number, for the
+        entry of a restore; None: the next one."""
         body = {**body, "time": int(time.time())}
         packed = canonical(body)
         prev = self.head.hash if self.head else START
@@ -180,7 +185,7 @@ class Transaction:
         return {hash_ for name in datasets for (hash_,) in self.sql.execute(query, (name,))}
 
     def members(self, dataset: str) -> str:
-        """Digest all member hashes that the dataset ever had."""
+        """Return the sha256 (hexadecimal) over all member hashes that the dataset ever had."""
         digest = hashlib.sha256()
         query = "SELECT hash FROM members WHERE dataset = ? ORDER BY hash"
         for (hash_,) in self.sql.execute(query, (dataset,)):
@@ -197,8 +202,8 @@ class Transaction:
 
 
 class Database:
-    """The ledger's files in `folder`, made on first use. `fold` is called once for each entry, when
-    the entry is verified."""
+    """The ledger's files in `folder`, made on first use. fold: a function that is called once for
+    each entry, when the entry is verified."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
         self.folder = folder
@@ -257,7 +262,9 @@ class Database:
                 connection.close()
 
     def _catch_up(self, connection: sqlite3.Connection) -> None:
-        """Verify and fold the entries since the last transaction; then compare the anchor."""
+        """Verify the entries written since this object last looked, and pass each to `fold`. Then
+        compare the newest with the anchor (ledger.head): an anchor that is behind is moved forward.
+        Errors: LedgerError if an entry is damaged, or if the anchor names one that is not there."""
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
             self._create(connection)
         ((written,),) = connection.execute("PRAGMA user_version")
@@ -320,13 +327,15 @@ class Database:
         return {"seq": head.seq, "hash": head.hash, "signature": signature}
 
     def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
-        """Return whether this chain holds `head`, or a restore that charged for it."""
+        """Return whether this chain holds the entry `head`, or a restore has charged for the loss
+        of this entry."""
         if head in self._settled or any(low <= head.seq <= high for low, high in self._gaps):
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
     def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
-        """Read the newest receipts. Errors: LedgerError where the chain lacks their entries."""
+        """Read the receipts of the newest heads, and return them. Errors: LedgerError if the chain
+        lacks an entry that a receipt names."""
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)
         if receipts is None:
@@ -351,9 +360,10 @@ def first_body(public: str, salt: bytes) -> dict[str, Any]:
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Yield each entry with its signature, from the start or from the entry `after`, whose hash is
-    compared once more. Each entry is checked against the one before it; signatures are not
-    verified. Errors: LedgerError at the first broken link."""
+    """Read the chain of entries from a database, and yield each entry with its signature, from the
+    start or from the entry `after`, whose hash must still be the same. Each entry is checked
+    against the one before it; signatures are not verified. Errors: LedgerError at the first broken
+    link."""
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(
@@ -386,11 +396,27 @@ def _build_damaged_error(path: Path, detail: str) -> LedgerError:
 
 
 def check_signature(path: Path, public: str, head: Head, signature: str) -> None:
+    """Check that an entry is signed by this site's key.
+
+    - path: the path of the database, for the error's text
+    - public: the public half (hexadecimal) of the site's signing key
+    - head: number and hash of the entry
+    - signature: the signature (hexadecimal) that the database holds for it
+
+    Errors: LedgerError."""
     if not (isinstance(signature, str) and verifies(public, signed_entry(head.hash), signature)):
         raise _build_damaged_error(path, f"entry {head.seq} is not signed by this site's key")
 
 
 def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
+    """Check that the ledger was begun with the site's key and salt, which its first entry names.
+
+    - path: the path of the database, for the error's text
+    - entry: the first entry
+    - public: the public half (hexadecimal) of the key beside the database
+    - salt: the 32 bytes of the file beside the database
+
+    Errors: LedgerError."""
     bound = {key: entry.body.get(key) for key in ("public", "salt")}
     for key, name in (("public", KEY), ("salt", SALT)):
         if entry.kind != "open" or bound[key] != first_body(public, salt)[key]:
@@ -401,7 +427,9 @@ def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
 
 
 def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -> None:
-    """Check each dataset's members against its newest declaration. Errors: LedgerError."""
+    """Check that the stored member hashes of each dataset are those of its newest declaration.
+    members: for each name under which members are stored, their digest in that declaration. Errors:
+    LedgerError."""
     for dataset, digest in members.items():
         if reader.members(dataset) != digest:
             raise _build_damaged_error(path, f"the members of dataset {dataset!r} were edited")

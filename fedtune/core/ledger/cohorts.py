@@ -1,4 +1,4 @@
-"""Record when units arrived: each unit by the ledger entry that first names it.
+"""Record when units arrived: a unit arrives with the first ledger entry that names it.
 
 Only studies without a last round keep arrivals. A unit without a known arrival is treated as
 present since the first charge, so it is charged for everything."""
@@ -14,8 +14,8 @@ FIRST = 0  # the arrival of a unit that no entry names
 
 
 class Arrival(NamedTuple):
-    """An arrival of units. cohort: its name; time: UTC seconds; units: how many, 0 if not
-    counted."""
+    """Units that arrived together. cohort: the name of these units; time: when, in UTC seconds;
+    units: how many there are, 0 if they were not counted."""
 
     cohort: str
     time: int
@@ -23,7 +23,7 @@ class Arrival(NamedTuple):
 
 
 class Arrivals:
-    """The arrivals of a dataset, folded from the entries of kind "arrive"."""
+    """The arrivals of units in each dataset, added up from the ledger entries of kind "arrive"."""
 
     def __init__(self) -> None:
         self._of: dict[str, dict[str, int]] = {}  # dataset -> unit's hash -> entry
@@ -43,7 +43,8 @@ class Arrivals:
         return self._of.get(dataset, {}).get(unit, FIRST)
 
     def cohorts(self, dataset: str) -> dict[int, Arrival]:
-        """Return every cohort that may have units, by the entry of its arrival, oldest first."""
+        """Return every cohort that may have units, oldest first, by the number of the entry with
+        which it arrived."""
         cohorts = dict(sorted(self._cohorts.get(dataset, {}).items()))
         if not cohorts or dataset in self._older:
             cohorts = {FIRST: Arrival("first", 0, 0), **cohorts}

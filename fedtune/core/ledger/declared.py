@@ -39,9 +39,15 @@ def declare(
     """Sign the declaration that `dataset` is public or generated; repeating a declaration adds
     no entry.
 
-    records: for each record, the identifiers by which the ledger recognises it
-    (`data.identity`); sign: False to check only. Errors: PolicyRefused if the name, or any of
-    the records, was charged as private; nothing is entered."""
+    - ledger: the site's lifetime ledger
+    - dataset: the dataset's name in site.toml
+    - what: what a person declares of the records, by `declared` in site.toml
+    - records: for each record, the identifiers by which the ledger recognises it (`data.identity`),
+      without a salt
+    - sign: whether to enter the declaration; False to check only
+
+    Errors: PolicyRefused if the name, or any of the records, was charged as private; nothing is
+    entered."""
     with ledger._store.writing() as writer:
         charged = {spent.dataset for spent in ledger._account.spent()}
         check_name(charged, dataset, what)
@@ -68,8 +74,9 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
     """Check that no private record was ever declared public or generated. Declared runs are not
     charged to the lifetime ledger, so that a private file could otherwise be tried for free.
 
-    records: as for `declare`, but without the patients' keys, since invented patients may have
-    any keys. Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
+    records: for each record, the identifiers by which the ledger recognises it, but not the
+    patient's key, since invented patients may have any keys. Errors: PolicyRefused, until a person
+    accepts it (`Ledger.accept`)."""
     with ledger._store.writing() as writer:
         names = _not_accepted(ledger, dataset)
         known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
@@ -85,14 +92,17 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
 
 
 def to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether the ledger holds a declaration that nobody has accepted for `dataset`."""
+    """Return whether the ledger holds a declaration (that a dataset is public or generated) which
+    is newer than a person's last acceptance for `dataset`, so that a person may have to accept
+    it."""
     with ledger._store.writing():
         return bool(_not_accepted(ledger, dataset))
 
 
 def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
-    """Check that the dataset has charges of unknown ε, or an earlier declaration, that a person may
-    accept. Errors: ConfigError."""
+    """Check that a person has something to accept for `dataset`: charges whose ε for one `unit` is
+    unknown, or a declaration as public or generated that nobody accepted. Errors: ConfigError if
+    there is neither."""
     if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
         raise ConfigError(
             f"nothing of dataset {dataset!r} is unknown", "a dataset with such rounds"
@@ -100,15 +110,16 @@ def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
-    """List the datasets whose newest declaration nobody has accepted for `dataset`."""
+    """List the datasets whose newest declaration as public or generated nobody has accepted for
+    `dataset`."""
     account = ledger._account
     accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
     return [name for name, entry in account.not_private_since.items() if entry > accepted]
 
 
 def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
-    """Check that `dataset` is none of the names `charged` as private, and that no charge was lost
-    in a restore. Errors: PolicyRefused."""
+    """Check that a dataset may be declared as `what`, i.e. public or generated: its name is none of
+    those `charged` as private, and no charge was lost in a restore. Errors: PolicyRefused."""
     if EVERY in charged:
         raise PolicyRefused(
             f"data.declared = {what!r}, and this ledger was restored: of the charges that it lost "
@@ -125,7 +136,8 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
 
 
 def read_declarations(ledger: Ledger) -> dict[str, str]:
-    """Return what each dataset is declared to be, by name; the newest declaration counts."""
+    """Return as what each dataset is declared, "public" or "generated", by the dataset's name. The
+    newest declaration of a dataset counts."""
     with ledger._store.writing():
         return dict(ledger._account.not_private)
 

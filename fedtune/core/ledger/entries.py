@@ -23,33 +23,36 @@ PermitApart = Callable[[dict[str, list[str]]], None]  # dataset -> those declare
 
 
 def slot_of(slot: Slot, membership: str) -> Slot:
-    """Return the slot under which a hospital's membership answers. Two memberships have two slots,
-    even with one plan: if both sent the same bytes, two coordinators would see that they know the
-    same hospital."""
+    """Return the slot (study, round, adapter) under which a hospital's membership answers. Two
+    memberships have two slots, even with one plan: if both sent the same bytes, two coordinators
+    would see that they know the same hospital."""
     study, round_, adapter = slot
     return study, round_, f"{adapter}@{membership}" if membership else adapter
 
 
 def slot_fields(slot: Slot) -> dict[str, Any]:
-    """Return a slot's fields as an entry's body has them."""
+    """Return a slot as the fields of a ledger entry: "study", "round" and "adapter"."""
     study, round_, adapter = slot
     return {"study": study, "round": round_, "adapter": adapter}
 
 
 def owner_of(slot: Slot) -> str:
-    """Return the membership to which a slot belongs; "" without a hospital's home."""
+    """Return the membership whose answer belongs in a slot (study, round, adapter); "" for a site
+    that is no membership of a hospital."""
     return slot[2].partition("@")[2]
 
 
 @dataclass(frozen=True)
 class Charge:
-    """The noised steps of one round, as reserved. Every value is public: it follows from the plan.
+    """The cost of one round: its noised steps, as they are reserved in the ledger. Every value is
+    public: it follows from the plan.
 
     - noise_multiplier: σ that this site adds, in multiples of C; 0.0 without privacy
     - sampling_rate: q
-    - records: k, rows of one unit in a step
+    - records: k, the most rows of one unit in a step
     - order: the Rényi order of the site's filter at the time of the charge
-    - rules: RULES of the release that charged
+    - rules: the version of the rules by which records were chosen (RULES of the release that
+      charged)
     - sites, colluding: n and t of secure aggregation; under its assumption every sum that anybody
       opens has the noise of n - t sites
     - membership: which of a hospital's memberships paid; "" at a site that has its own ledger"""
@@ -73,12 +76,13 @@ class Charge:
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
         """Read a charge from the fields of a ledger entry. An entry without `rules` was written
-        before that field existed, and has version 1."""
+        before that field existed, and gets version 1. membership: the one that the entry names; ""
+        if it names none."""
         return cls(**{"rules": 1, "membership": membership, **fields})
 
     def fields(self) -> dict[str, Any]:
         """Return the charge as fields of a ledger entry, without the membership, which is another
-        field of the entry. Without secure aggregation they are as in earlier releases."""
+        field of the entry. Without secure aggregation the fields are those of earlier releases."""
         fields = asdict(self)
         del fields["membership"]
         if self.sites == 1:
@@ -91,30 +95,35 @@ class Charge:
         return self.membership == EVERY or self.membership in memberships
 
     def is_known_for(self, unit: str) -> bool:
-        """Return whether the charge's ε holds for one `unit`. It does not if the charge is for
-        another unit, or if an earlier release's RULES chose the records."""
+        """Return whether the charge's ε holds for one `unit`, which is "patient" or "record". It
+        does not if the charge is for another unit, or if an earlier release's RULES chose the
+        records."""
         return self.rules == RULES and self.unit in (unit, "any")
 
     @property
     def event(self) -> Steps:
-        """The charge as the accountant composes it: under the assumption of secure aggregation,
-        if it was used."""
+        """The charge as an event for the accountant. Its σ is that of the site's own noise or, with
+        secure aggregation, that of the honest sites' noise together."""
         sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)
         return self.fallback._replace(noise_multiplier=sigma)
 
     @property
     def fallback(self) -> Steps:
-        """The charge with this site's own noise only."""
+        """The charge as an event for the accountant, with this site's own noise only."""
         return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """A charge in the ledger: its entry, its time (UTC seconds), and whether its update was
-    released.
+    """A charge in the ledger.
 
-    kind: "reserve" (entered before its round) or "restore" (entered when a damaged ledger was
-    restored, for charges that it had lost)."""
+    - seq: the number of its entry
+    - kind: "reserve" (entered before its round) or "restore" (entered when a damaged ledger was
+      restored, for charges that it had lost)
+    - dataset, charge, adapter: what was charged, as for `Ledger.reserve`; a "restore" counts
+      against every dataset, and has no adapter
+    - time: when it was entered, in UTC seconds
+    - released: whether its update was released"""
 
     seq: int
     kind: str
@@ -127,8 +136,8 @@ class Spent:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A charge of another ledger, and the sha256 of the update that was released for this charge;
-    "" if none was."""
+    """A charge of another ledger, to be entered in this one. sha256: the hash of the update that
+    was released for the charge; "" if none was."""
 
     dataset: str
     charge: Charge
@@ -140,8 +149,10 @@ class Earlier:
 class Held:
     """A released answer that waits for a person at the site.
 
-    charge: the charge for the answer; adapter: the third part of its slot, after the charge's study
-    and round; size: in bytes; since: UTC seconds."""
+    - charge: the charge for the answer
+    - adapter: the third part of its slot, after the charge's study and round
+    - size: the answer's length in bytes
+    - since: when it was released, in UTC seconds"""
 
     charge: Charge
     adapter: str
@@ -178,11 +189,12 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Standing:
-    """Decisions of people, read from files beside the ledger. A restore that loses their entries
-    enters them again.
+    """Decisions of people that a restored ledger must have, read from files beside the ledger. A
+    restore enters each decision again whose entry was lost.
 
-    withdrawn: hash of a unit's key → when it withdrew, in UTC seconds; frozen: a freeze that nobody
-    lifted, or None; refused: slots whose answer a person refused for good."""
+    - withdrawn: hash of a unit's key → when the unit withdrew, in UTC seconds
+    - frozen: a freeze that nobody lifted, or None
+    - refused: slots (study, round, adapter) whose answer a person refused for good"""
 
     withdrawn: Mapping[str, int]
     frozen: Freeze | None
@@ -191,10 +203,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Units of a dataset that arrived together, and the charges that count against each of them.
+    """The units of a dataset that arrived together, and the charges that count against each of
+    them.
 
-    arrival: the entry of their arrival; 0 if there is none: every charge then counts against them,
-    and `units` is 0, too."""
+    arrival: the number of the entry with which they arrived; 0 if there is none: every charge then
+    counts against them, and `units`, their number, is 0, too."""
 
     arrival: int
     name: str

@@ -57,12 +57,14 @@ class Head(NamedTuple):
 
 
 def signed_head(seq: int, hash_: str) -> bytes:
-    """Return the bytes that the anchor and a head statement sign."""
+    """Return the bytes that are signed for a ledger head: in the anchor file (ledger.head), and in
+    a statement to the coordinator."""
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
 
 
 def head_in(statement: Any, public: str) -> Head | None:
-    """Return the head in {seq, hash, signature}; None if `public` did not sign it."""
+    """Return the head in a statement {seq, hash, signature}; None if it is no such statement, or
+    the key `public` did not sign it."""
     try:
         head = Head(statement["seq"], statement["hash"])
         if type(head.seq) is int and isinstance(head.hash, str):
@@ -79,10 +81,15 @@ def sealed_token(
     """Encrypt a head statement so that only this site can read it; return hexadecimal text of
     constant length.
 
-    audit: the head of the site's audit log; a coordinator that stores the unread token stores both
-    heads. In clear text the sequence number would reveal to the coordinator that the data changed,
-    or that a patient withdrew. The cipher is AES-256-GCM under a key derived from the site's own.
-    Only the same membership of a hospital opens the token, so that nobody can use tokens to test
+    - key: the ledger's signing key, from which the cipher's key is derived
+    - statement: {seq, hash, signature} of the newest entry (`Database.statement`)
+    - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
+    - membership: the membership of a hospital that sends the token, and alone opens it; "" for a
+      site with a ledger of its own
+
+    A coordinator that stores the unread token stores both heads. In clear text the sequence number
+    would reveal to the coordinator that the data changed, or that a patient withdrew. The cipher is
+    AES-256-GCM. Only the same membership opens the token, so that nobody can use tokens to test
     whether two sites are one hospital."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)
@@ -91,9 +98,9 @@ def sealed_token(
 
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
-    """Return the statement in a token with the audit log's head; {} if the token is not from this
-    site under one of `memberships`. Without memberships, try that of a site in no hospital's home.
-    """
+    """Decrypt a token that `sealed_token` made. Return its statement and the audit log's head as
+    {seq, hash, signature, audit}; {} if the token is not from this site under one of `memberships`.
+    Without memberships, a token of a site that is no membership is expected."""
     cipher = AESGCM(key.derive("ledger token"))
     for membership in memberships or ("",):
         with suppress(ValueError, InvalidTag):
@@ -105,7 +112,8 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
 
 
 def read_head(path: Path, public: str) -> Head | None:
-    """Return the head in the anchor file; None if it is torn, edited or of another key."""
+    """Return the head that the anchor file `path` holds; None if the file is torn or edited, or if
+    the key `public` did not sign it."""
     try:
         return head_in(json.loads(_content(path)), public)
     except (ValueError, RecursionError):
@@ -117,7 +125,8 @@ def _content(path: Path) -> bytes:
 
 
 class Receipt(NamedTuple):
-    """A head of this site that `coordinator` countersigned, and this site's signature of it."""
+    """A head of this site's ledger that `coordinator` countersigned. signature: this site's own
+    signature of the head."""
 
     coordinator: str
     head: Head
@@ -161,8 +170,8 @@ class ReceiptLog(NamedTuple):
 
 
 def read_receipts(path: Path, public: str) -> ReceiptLog | None:
-    """Return the receipts in the file `path`; an empty log if there is no file, None if the file
-    was altered."""
+    """Return the receipts in the file `path`: an empty log if there is no file, None if the file
+    was altered or the key `public` did not sign its heads."""
     if not path.exists():
         return ReceiptLog()
     lists: list[tuple[Receipt, ...]] = []
@@ -181,7 +190,7 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
 
 
 def traces(folder: Path) -> list[str]:
-    """List the files of a ledger that are in the folder."""
+    """List the names of the ledger's files that are in the folder."""
     names = [n for n in (DATABASE, HEAD, RECEIPT, KEY, SALT, STEPS) if (folder / n).exists()]
     if any((folder / OUTBOX).glob("*.bin")):
         names.append(OUTBOX)
@@ -189,7 +198,8 @@ def traces(folder: Path) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Mark the folder as a new ledger's, or check that an existing ledger is complete."""
+    """Mark an empty folder as a new ledger's, or check that the ledger in the folder is complete.
+    Errors: LedgerError if a file of it is missing."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     present = traces(folder)
     if not present:
@@ -226,24 +236,26 @@ def outbox_name(digest: str) -> str:
 
 
 def outbox_prefix(digest: str) -> str:
-    """Return the first 16 digits of `outbox_name`, with which names of a study's files begin."""
+    """Return the first 16 digits of `outbox_name`. The names of all files of a study begin with
+    those of the study's digest."""
     return outbox_name(digest)[:16]
 
 
 def newer_name(new: Path, old: Path) -> Path:
-    """Return the path `new`, or `old` if only a file of that name exists. An earlier release gave
-    the file that name."""
+    """Return the path `new`; but if only the file `old` exists, whose name an earlier release gave,
+    return `old`."""
     return old if old.exists() and not new.exists() else new
 
 
 def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return the path of the file about a draw that waits for a person, beside the ledger in
-    `folder`."""
+    """Return the path of the file about a draw that waits for a person. The file is beside the
+    ledger in `folder`. slot: the (study, round, adapter) for which the draw is made."""
     start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
     return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
 
 
 def name_of(slot: Slot) -> str:
-    """Name a slot for a person's command: 32 hexadecimal digits, so that nobody who chooses the
-    requests can find two slots with the same name."""
+    """Return a name by which a person's command calls a slot (study, round, adapter). It has 32
+    hexadecimal digits, so that nobody who chooses the requests can find two slots with the same
+    name."""
     return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:32]

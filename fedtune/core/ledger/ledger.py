@@ -134,12 +134,14 @@ class Ledger:
         keys: Iterable[bytes] | None = None,
         units: Iterable[bytes] = (),
     ) -> frozenset[bytes]:
-        """Enter a signed declaration of `dataset`.
+        """Enter a signed declaration of a dataset.
 
+        - dataset: the name under which it is charged
         - disjoint_from: the datasets with which it shares no patient; None: as last declared
         - content_hash: hash of its content; None: content and cohort stay as they were
         - members: patients' keys and record bytes, of which only salted hashes are kept; a member
           stays a member for good
+        - cohort: the name that a person gave the units that arrive now
         - keys: the key of each unit, if arrivals are recorded. Keys that were never members arrive
           now, as one cohort, whatever their or other units' records are
         - units: patients' keys to look for in datasets disjoint from this one
@@ -176,12 +178,13 @@ class Ledger:
         return frozenset(elsewhere)
 
     def holds(self, dataset: str, member: bytes) -> bool:
-        """Return whether `member` was ever declared as the dataset's."""
+        """Return whether `member`, the identifier of a patient or record, was ever declared as the
+        dataset's."""
         return self.member_test(dataset)(member)
 
     def member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Return a function that tells whether a member was ever declared as the dataset's, by the
-        ledger's present state."""
+        """Return a function that tells whether a member, i.e. the identifier of a patient or
+        record, was ever declared as the dataset's, by the ledger's present state."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
         return lambda member: self._salt_member(member) in hashes
@@ -204,14 +207,15 @@ class Ledger:
             return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
 
     def overlap(self, first: str, second: str) -> int:
-        """Count the members that the two datasets ever shared: patients, records, files and
-        longer texts. The count is shown to a person at the site; no charge depends on it."""
+        """Count the members (identifiers) that two datasets ever had in common: patients, records,
+        files and longer texts. The count is shown to a person at the site; no charge depends on
+        it."""
         with self._store.writing() as writer:
             return writer.overlap(first, second)
 
     def unknown(self, dataset: str, unit: str) -> list[Spent]:
-        """List charges against `dataset` whose ε for one `unit` is unknown and that nobody at
-        the site has accepted."""
+        """List charges against `dataset` whose ε for one `unit` ("patient" or "record") is unknown
+        and that nobody at the site has accepted."""
         with self._store.writing():
             return self._unknown(dataset, unit)
 
@@ -222,13 +226,13 @@ class Ledger:
         return [s for s in spending if s.seq > upto and not s.charge.is_known_for(unit)]
 
     def accepted(self, dataset: str) -> list[Accepted]:
-        """List the acceptances of charges of unknown ε, oldest first."""
+        """List people's acceptances of charges to `dataset` whose ε is unknown, oldest first."""
         with self._store.writing():
             return list(self._account.accepted.get(dataset, []))
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` until now is
-        unknown."""
+        unknown. who: the person's login; reason: in that person's words, "" for none."""
         with self._store.writing() as writer:
             upto = self._store.head.seq
             writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
@@ -238,29 +242,32 @@ class Ledger:
         return [spent.charge for spent in self.spending(dataset)]
 
     def spending(self, dataset: str | None = None) -> list[Spent]:
-        """List the charges against `dataset` with entry, time and release; None: all charges."""
+        """List the charges that count against `dataset`, each with its entry, its time, and whether
+        its update was released. None: list all charges."""
         with self._store.writing():
             return self._account.spent() if dataset is None else self._account.against(dataset)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
-        """Group the units of `dataset` by arrival, oldest first; without arrivals, one cohort."""
+        """List the cohorts of `dataset` (units that arrived together), oldest first. If no arrivals
+        are recorded, all units are one cohort."""
         with self._store.writing():
             return self._account.cohorts(dataset)
 
     def newcomer(self, dataset: str) -> list[Charge]:
-        """List the charges that would count against a unit that arrives now."""
+        """List the charges that would count against a unit that arrives in `dataset` now."""
         with self._store.writing():
             return self._account.newcomer(dataset)
 
     def arrival(self, dataset: str) -> Callable[[bytes], int]:
-        """Return a function from a unit's key to the arrival of its cohort, an entry's number."""
+        """Return a function that tells, for a unit's key, the number of the entry with which the
+        unit's cohort arrived in `dataset`; 0 if no arrival is known."""
         self._read()
         return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
 
     @property
     def memberships(self) -> set[str]:
-        """All memberships that an entry names: a charge, a signature under a plan, or a person's
-        decision about an answer."""
+        """The names of all memberships of the hospital that any entry names: a charge, a signature
+        under a plan, or a person's decision about an answer."""
         account = self._account
         with self._store.writing():
             slots = {*account.sent, *account.refused, *(slot for slot, _ in account.let_go)}
@@ -281,9 +288,16 @@ class Ledger:
         *,
         of_newcomers: bool = False,
     ) -> None:
-        """Call `permit` as `reserve` would, and charge nothing. of_newcomers: whether to call
-        `permit` as `reserve_for` would for a unit that arrives now; permit_other: as for
-        `reserve_for`. Call this before records are read, since each reading may add an entry.
+        """Ask whether a charge to `dataset` is permitted: call `permit` as `reserve` would, and
+        charge nothing. Ask before records are read, since each reading may add an entry.
+
+        - dataset: the dataset that is to be charged
+        - permit: a function that is called with the charges that count so far, and refuses by an
+          error
+        - permit_other: called in place of `permit` for every other dataset against which the charge
+          would count; None: `permit` is called
+        - of_newcomers: whether to call `permit` for `dataset` with the charges against a unit that
+          arrives now, as `reserve_for` does first
 
         Errors: those that `permit` raises; LedgerError."""
         with self._store.writing():
@@ -296,6 +310,16 @@ class Ledger:
         permit_other: Permit | None = None,
         of_newcomers: bool = False,
     ) -> None:
+        """Call `permit` for every dataset that a charge to `dataset` would count against; datasets
+        with the same charges are asked about once.
+
+        - dataset: the dataset that is to be charged
+        - permit: called with the charges against it, and refuses by raising an error
+        - permit_other: called in place of `permit` for the other datasets; None: `permit` is called
+        - of_newcomers: whether `permit` is called, for `dataset`, with the charges against a unit
+          that arrives now, in place of all charges against the dataset
+
+        Errors: LedgerError if the dataset was never declared; those that the functions raise."""
         if dataset not in self._account.declared:
             raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
         asked: list[list[int]] = []
@@ -325,16 +349,22 @@ class Ledger:
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
     ) -> int:
-        """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows;
-        return the entry's number.
+        """Charge `dataset` with one round, if `permit` allows it; return the entry's number.
 
         The three functions are called under the write lock, must not call this ledger, and raise an
         error to refuse; nothing is charged then.
 
+        - dataset: the name of a declared dataset, whose records the round reads
+        - charge: what the round costs. Its study and round, with `adapter`, are the slot of the
+          round's answer
+        - adapter: the third part of that slot: the digest of the adapter from which the round
+          starts, with the number of the attempt and the membership if there are any
         - permit: called for `dataset` and for every other dataset against which the charge would
           count, with all charges that count against it so far
-        - permit_unknown: called with `unknown` of the dataset for the charge's unit
-        - permit_apart: called with the datasets from which each dataset is declared disjoint
+        - permit_unknown: called with the dataset's charges whose ε for the charge's unit is unknown
+          and that nobody has accepted; None: such charges do not matter
+        - permit_apart: called with the datasets from which each dataset is declared disjoint; None:
+          this is not checked
 
         Errors: those that the functions raise; LedgerError."""
         with self._store.writing() as writer:
@@ -356,12 +386,18 @@ class Ledger:
         permit_apart: PermitApart | None = None,
     ) -> tuple[int, frozenset[int]]:
         """Charge one round to the cohorts of `dataset` that `permit` allows. A cohort that it
-        refuses is left out of the round and not charged for it. Returns the reservation's number
-        and the arrivals of the cohorts left out.
+        refuses is left out of the round and not charged for it. Returns the number of the entry
+        that charges the round, and the cohorts left out, each by the number of the entry with which
+        it arrived.
 
-        permit_other: called in place of `permit` for every other dataset against which the charge
-        counts. There all rounds count, whichever cohorts took part, and no cohort's lifetime is a
-        limit. permit_unknown, permit_apart: as for `reserve`.
+        - dataset, charge, adapter: as for `reserve`
+        - permit: called with the charges against a unit that arrives now, and then with those
+          against each cohort. If it raises Refused for a cohort, this cohort is left out
+        - permit_other: called in place of `permit` for every other dataset against which the charge
+          counts; None: `permit` is called. There all rounds count, whichever cohorts took part, and
+          no cohort's lifetime is a limit
+        - permit_unknown, permit_apart: as for `reserve`
+
         Guarantee: which cohorts are left out follows from public charges, the policy and the time
         of arrival, never from a record. The charge is made even where no cohort remains.
         Errors: those that `permit` raises for a newcomer or another dataset; LedgerError."""
@@ -391,9 +427,16 @@ class Ledger:
         """Enter the charges that a membership of this hospital has in an earlier ledger of its own;
         return how many were not there yet. No permit is asked, since they were spent already.
 
-        withdrawn: the key of each unit that withdrew there → when, in UTC seconds; refused: slots
-        whose answer a person refused for good. Guarantee: either everything is entered or nothing,
-        and repeating the call enters nothing twice; each charge keeps its rules, unit and order.
+        - membership: its name in this hospital; each charge in `earlier` must name it
+        - earlier: all charges of the earlier ledger, oldest first, each with the name of the
+          dataset that it is charged to here
+        - withdrawn: the key of each unit that withdrew there → when, in UTC seconds
+        - refused: slots (study, round, adapter) whose answer a person refused there for good, as
+          slots of this membership
+        - who: the login of the person who moves the ledger, for the entries of refused answers
+
+        Guarantee: either everything is entered or nothing, and repeating the call enters nothing
+        twice; each charge keeps its rules, unit and order.
         Errors: LedgerError if other rounds were charged to the membership here."""
         with self._store.writing() as writer:
             account = self._account
@@ -421,8 +464,12 @@ class Ledger:
         self, reservation: int, update: bytes, *, held: bool = False, keeps_all: bool = False
     ) -> None:
         """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
-        held: whether it may be sent only when a person at the site has approved it; keeps_all:
-        whether earlier updates of the study stay stored, as where one person runs the whole study.
+
+        - reservation: the number of the entry that charged the round (`reserve`)
+        - update: the bytes to store, which `released` returns
+        - held: whether it may be sent only when a person at the site has approved it
+        - keeps_all: whether earlier updates of the study stay stored, as where one person runs the
+          whole study
 
         If the disk has no space for the bytes, they are kept in memory, by this object: whether an
         update is sent must not depend on what fills the disk, such as the number of records. A
@@ -452,31 +499,35 @@ class Ledger:
             self._delete_earlier(reserved.slot)
 
     def _delete_earlier(self, slot: Slot) -> None:
-        """Delete the stored updates of a slot's study but that one and each other membership's
-        newest."""
+        """Delete the stored updates of a slot's study, except the update of this slot (study,
+        round, adapter) and the newest one of each other membership."""
         with suppress(OSError):
             for other in set(self._list_stored(slot[0])) - self._to_keep(slot):
                 other.unlink(missing_ok=True)
 
     def is_held(self, slot: Slot) -> bool:
-        """Return whether the answer that was released for a slot waits for a person at the site."""
+        """Return whether the answer that was released for a slot (study, round, adapter) waits for
+        a person at the site."""
         self._read()
         account = self._account
         return account.released.get(slot) in account.held and not self._is_let_go(slot)
 
     def is_let_go(self, slot: Slot) -> bool:
-        """Return whether a person at the site approved the answer in a slot; without an answer,
-        whether the person approved a draw that is yet to be made for it."""
+        """Return whether a person at the site approved the answer in a slot (study, round,
+        adapter). If there is no answer yet, return whether the person approved the draw that is
+        still to be made for it."""
         self._read()
         return self._is_let_go(slot)
 
     def is_refused(self, slot: Slot) -> bool:
-        """Return whether a person at the site refused a slot's answer for good."""
+        """Return whether a person at the site refused for good the answer in a slot (study, round,
+        adapter)."""
         self._read()
         return slot in self._account.refused
 
     def has_answered(self, slot: Slot) -> bool:
-        """Return whether an update was released for a slot, or a person decided about one."""
+        """Return whether an update was released for a slot (study, round, adapter), or a person
+        refused its answer for good, or approved a draw for it."""
         self._read()
         account = self._account
         decided = slot in account.refused or (slot, "") in account.let_go
@@ -502,8 +553,10 @@ class Ledger:
             ]
 
     def let_go(self, slot: Slot, who: str) -> None:
-        """Enter that a person approved a slot's answer with the released bytes and no others, or,
-        without an answer, a draw. Errors: InputError if a person refused it before."""
+        """Enter that a person approved the answer in a slot (study, round, adapter). The approval
+        is for the released bytes and no others or, if there is no answer yet, for a draw. who: the
+        person's login.
+        Errors: InputError if a person refused the answer before."""
         with self._store.writing() as writer:
             if slot in self._account.refused:
                 raise InputError(
@@ -514,9 +567,9 @@ class Ledger:
                 writer.append("let-go", {**slot_fields(slot), "sha256": sha256, "by": who})
 
     def refuse(self, slot: Slot, who: str) -> None:
-        """Enter that a person refuses a slot's answer for good, and remove its bytes, which a
-        frozen ledger keeps. The charge for it stays. Errors: InputError if somebody approved it
-        before."""
+        """Enter that a person refuses for good the answer in a slot (study, round, adapter), and
+        remove its bytes, unless the ledger is frozen. The charge for it stays. who: the person's
+        login. Errors: InputError if somebody approved it before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
@@ -532,7 +585,8 @@ class Ledger:
         return (slot, self._account.sent.get(slot, "")) in self._account.let_go
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
-        """Return the bytes released for this round and adapter, or None.
+        """Return the bytes that were released for a slot; None if none were. study, round_,
+        adapter: the three parts of the slot.
 
         The result is also None if the bytes are missing or altered: the round is then charged
         again."""
@@ -540,8 +594,9 @@ class Ledger:
         return self._released_bytes((study, round_, adapter))
 
     def head_statement(self, audit: str = "", membership: str = "") -> dict[str, Any]:
-        """Return {"token": …}: the newest entry and the audit log's head, encrypted. A membership's
-        coordinator countersigns the token without reading it."""
+        """Return {"token": …}: the newest entry and the audit log's head, encrypted. The
+        coordinator countersigns the token without reading it. audit, membership: as for
+        `sealed_token`."""
         statement = self._store.statement(self._read())
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
@@ -552,8 +607,12 @@ class Ledger:
         memberships: Iterable[str] = ("",),
     ) -> str:
         """Check a countersigned head against this ledger, and store it if it is the newest. Returns
-        the audit log's head in it, "" if it holds none. memberships: the memberships for which this
-        site may have encrypted the head (`head_statement`).
+        the audit log's head in it, "" if it holds none.
+
+        - receipt: the fields that the coordinator made (`wire.seal.receipt`)
+        - coordinator_public: the public key (hexadecimal) that must have countersigned
+        - memberships: the memberships for which this site may have encrypted the head
+          (`head_statement`); ("",) for a site with a ledger of its own
 
         Errors: LedgerError if it is not a receipt for this site by that coordinator; it is then
         ignored. LedgerError also if the ledger lacks the entry: the ledger was rolled back, and
@@ -581,7 +640,7 @@ class Ledger:
         return str(statement["audit"])
 
     def hashed(self, unit_key: bytes) -> str:
-        """Hash a unit's key with this site's salt."""
+        """Return the hash of a unit's key with this site's salt, in hexadecimal."""
         return self._salt_member(unit_key).hex()
 
     def withdraw(self, unit_key: bytes) -> Entry:
@@ -599,32 +658,41 @@ class Ledger:
         return dict(self._account.withdrawn)
 
     def admit(self, plan_digest: str, who: str, membership: str = "") -> None:
-        """Enter that a person at the site agreed to a plan, for one membership of a hospital."""
+        """Enter, once, that a person at the site agreed to a plan.
+
+        - plan_digest: the plan's digest
+        - who: the person's login
+        - membership: the membership of a hospital for which the plan runs; "" for a site with a
+          ledger of its own"""
         with self._store.writing() as writer:
             if (plan_digest, membership) not in self._account.admitted:
                 entry = {"plan": plan_digest, "by": who}
                 writer.append("admit", entry | ({"membership": membership} if membership else {}))
 
     def admitted(self, plan_digest: str, memberships: Iterable[str] = ("",)) -> bool:
-        """Return whether a person here signed the plan, for one of these memberships."""
+        """Return whether a person here agreed to the plan (`admit`), for one of these
+        memberships."""
         self._read()
         return any((plan_digest, name) in self._account.admitted for name in memberships)
 
     @property
     def frozen(self) -> Freeze | None:
-        """Who froze the ledger, when and why; None unless it is frozen now."""
+        """The freeze that is in force now, with who froze the ledger, when and why; None if it is
+        not frozen."""
         self._read()
         return self._account.frozen
 
     def freeze(self, who: str, why: str) -> None:
         """Freeze the ledger, unless it is frozen: nothing is charged or answered until a person
-        lifts the freeze."""
+        lifts the freeze. who: the login of the person who freezes it; why: in that person's
+        words."""
         with self._store.writing() as writer:
             if self._account.frozen is None:
                 writer.append("freeze", {"by": who, "why": why})
 
     def lift(self, who: str, why: str) -> None:
-        """Enter that a person ends a freeze. Errors: InputError if there is none."""
+        """Enter that a person ends a freeze. who: the person's login; why: in that person's words.
+        Errors: InputError if the ledger is not frozen."""
         with self._store.writing() as writer:
             if self._account.frozen is None:
                 raise InputError(f"{self.folder}: the ledger is not frozen")
@@ -668,9 +736,10 @@ class Ledger:
         from_: Path | None = None,
         standing: Callable[[str], Standing] | None = None,
     ) -> Ledger:
-        """Restore from the backup in folder `from_`, or from the files that are left; charge lost
-        entries as spent. standing: a function that is given the site's public key and returns the
-        people's decisions that the ledger must have before it is put in place."""
+        """Restore the ledger in `folder` and return it: from the backup in `from_` or, if this is
+        None, from the files that are left. Charges that may have been lost count as spent.
+        standing: a function that is given the site's public key and returns the people's decisions
+        that the ledger must have before it is put in place."""
         from fedtune.core.ledger.restore import restore
 
         restore(folder, from_, standing)
@@ -684,7 +753,8 @@ class Ledger:
         return hmac.digest(self._store.salt, member, "sha256")
 
     def path_of(self, slot: Slot) -> Path:
-        """Return the path of the file for a slot's update, whether or not the file exists."""
+        """Return the path of the file for the update of a slot (study, round, adapter), whether or
+        not the file exists."""
         study, round_, adapter = slot
         outbox = self.folder / OUTBOX
         new = outbox / f"{outbox_name(study)}-{round_}-{outbox_name(adapter)}.bin"
@@ -692,8 +762,8 @@ class Ledger:
         return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
-        """Write an update to the outbox. If there is no space, keep it in memory in place of an
-        earlier update of the same study."""
+        """Write the update of a slot (study, round, adapter) to the folder outbox. If there is no
+        space, keep it in memory, in place of an earlier update of the same study."""
         path, kept = self.path_of(slot), (slot, update)
         if self._room is None or self._room.has_space(len(update)):
             try:
@@ -718,8 +788,9 @@ class Ledger:
         return [path for name in names for path in (self.folder / OUTBOX).glob(name)]
 
     def _to_keep(self, slot: Slot) -> set[Path]:
-        """List the outbox's file of a slot, and of each other membership's newest release under
-        the same plan."""
+        """Return the paths of the updates that stay when a slot's update is stored: that of this
+        slot (study, round, adapter), and of the newest release of each other membership under the
+        same plan."""
         newest = {owner_of(other): other for other in self._account.released if other[0] == slot[0]}
         return {self.path_of(kept) for kept in (newest | {owner_of(slot): slot}).values()}
 
@@ -747,6 +818,7 @@ def signing_key(site: Site, ledger: Ledger) -> SigningKey:
 
 
 def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
-    """Build the body of an entry that charges a round."""
+    """Build the body of an entry that charges `dataset` with a round. adapter: the third part of
+    the slot of the round's answer, as for `Ledger.reserve`."""
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     return entry | ({"membership": charge.membership} if charge.membership else {})

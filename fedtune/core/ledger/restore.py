@@ -3,8 +3,9 @@
 Guarantee: a restored ledger charges at least what was spent.
 1. Base: the longest chain that verifies, of the backup and of the folder itself.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
-3. Entries beyond the base that anchor, receipts or readable rows show, and for which step 2 charged
-   nothing, are charged as rounds with the least σ and the most q, steps and k known.
+3. The anchor (the file that names the newest entry), receipts, or readable rows of the old database
+   may show more lost entries than step 2 charged. Each of the rest is charged as a round with the
+   least σ and the most q (sampling rate), steps and k (rows of a unit in a step) known.
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
 | lost entries, but no round known to price them            | exhausted                       |
 | the step log is behind the base, and entries are lost     | exhausted: both logs are damaged |
@@ -76,8 +77,13 @@ EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
 
 @dataclass(frozen=True)
 class _Base:
-    """A chain that verifies. path: None if there is none; a new chain is then begun. is_salt_lost:
-    whether the new chain has a new salt, under which every unit has another hash."""
+    """A chain of entries that verifies, with which the restored ledger begins.
+
+    - path: its database; None if no chain was found, so that a new one is begun
+    - salt: the salt by which the new database hashes members
+    - entries: the chain's entries, oldest first
+    - is_salt_lost: whether the folder's last salt was, or may have been, another one, under which
+      every unit has another hash"""
 
     path: Path | None
     salt: bytes
@@ -102,7 +108,8 @@ class _Base:
 
     @property
     def refused(self) -> list[dict[str, Any]]:
-        """The slots that a person refused for good, by their fields."""
+        """The answers that a person refused for good, each by its slot: a dict with the keys study,
+        round and adapter."""
         slots = [entry.body for entry in self.entries if entry.kind == "refuse"]
         return [{name: slot[name] for name in ("study", "round", "adapter")} for slot in slots]
 
@@ -113,7 +120,8 @@ class _Base:
 
     @property
     def released(self) -> Counter[tuple[Any, ...]]:
-        """The number of noised steps in the rounds whose updates were released, by _round_key."""
+        """The number of noised steps in rounds whose updates were released, by the charge's
+        `_round_key` (study, round, σ, sampling rate, records per unit, clipping norm, unit)."""
         rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
         total: Counter[tuple[Any, ...]] = Counter()
         for entry in self.entries:
@@ -132,7 +140,9 @@ class _Base:
 
 
 def backup(folder: Path, to: Path, key: bool) -> None:
-    """Copy entries and salt (and the private key) into the new folder `to`, all 0600."""
+    """Back up a ledger: copy its database and salt from `folder` into the new folder `to`, all
+    0600. key: whether to copy the private key as well. Errors: LedgerError, also if `to` holds a
+    ledger."""
     with named(to):
         to.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (to / DATABASE).exists():
@@ -144,8 +154,9 @@ def backup(folder: Path, to: Path, key: bool) -> None:
 
 
 def copy_entries(folder: Path, to: Path) -> None:
-    """Copy the entries alone, without salt and members, to the new database `to`, 0600. Errors:
-    LedgerError; of a damaged ledger `to` then has the entries before the damage."""
+    """Copy the entries alone to the new database `to`, 0600, without the salt and the hashes of the
+    datasets' members. Errors: LedgerError; of a damaged ledger `to` then has the entries before the
+    damage."""
     with named(to.parent):
         to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -161,7 +172,8 @@ def copy_entries(folder: Path, to: Path) -> None:
 
 
 def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
-    """Insert the entries one by one, so that those before a damaged page are kept."""
+    """Copy the entries of `source` to `target` one by one, so that those before a damaged page are
+    kept."""
     for row in source.execute("SELECT seq, kind, body, prev, hash, signature FROM entries"):
         target.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -169,11 +181,16 @@ def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
 def restore(
     folder: Path, from_: Path | None, standing: Callable[[str], Standing] | None = None
 ) -> None:
-    """Install the longest chain that verifies, and charge lost entries by steps 1 to 3 at the top
-    of this file.
+    """Restore a ledger: install the longest chain that verifies, and charge lost entries at no less
+    than they cost, as the docstring of this module says.
 
-    standing: given the site's public key, returns what people decided in files that this key
-    verifies."""
+    - folder: the ledger's folder
+    - from_: the folder of the backup; None: only the files that are left are used
+    - standing: called with the site's public key; returns what people decided, read from files that
+      this key verifies, so that lost entries of it are entered again. None: nothing is entered
+      again
+
+    Errors: LedgerError, NewerLedger."""
     with named(folder):
         key = _key(folder, from_)
         with _closed(folder / DATABASE):
@@ -182,6 +199,15 @@ def restore(
 
 
 def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing) -> None:
+    """Write the restored database to a draft, and put it in place (`_install`).
+
+    - folder: the ledger's folder; no other process may write to its old database
+    - from_: the folder of the backup; None: there is none
+    - key: the site's signing key, which signs the new entries
+    - stands: the withdrawals, refusals and freeze that people decided, read from files beside the
+      ledger. Those that the chain lacks are entered again
+
+    Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
     entry_body = _restore_body(folder, base, receipts, key.public)
@@ -224,9 +250,10 @@ def _say_salt_lost(withdrawn: int) -> str:
 
 @contextmanager
 def _closed(path: Path) -> Iterator[None]:
-    """Keep other processes from writing to the old database in the block, if it can be opened at
-    all. A process that waits for it is refused afterwards: the anchor is then of the new database.
-    Errors: sqlite3.Error if another process keeps it locked."""
+    """Lock the old database in the block, if it can be opened at all, so that no other process
+    writes to it. A process that waits for the lock is refused afterwards, since the anchor (the
+    file with the ledger's newest entry) then belongs to the new database. Errors: sqlite3.Error if
+    another process keeps the database locked."""
     with ExitStack() as opened:
         try:
             if path.exists():
@@ -243,9 +270,17 @@ def _install(
 ) -> None:
     """Put the new files in place of the old ones, which are kept under another name.
 
+    - folder: the ledger's folder
+    - draft: the new database, a file in `folder`
+    - salt: the salt by which the new database hashes members; the file is replaced if it differs
+    - key: the site's signing key, which signs the new anchor (the file that names the newest entry)
+    - head: the newest entry of the new database
+    - receipts: the receipts in `folder`; None if they cannot be read, so that the file is set aside
+
     A restore that is killed at any point and begun again charges no less: database and anchor keep
-    their places until their replacements are on disk, and the step log is not touched. The new
-    database counts the old anchor's entry as lost and charged."""
+    their places until their replacements are on disk, and the step log is not touched. If the
+    database was replaced and the anchor was not, the entry that the old anchor names is lost and
+    charged in the new database."""
     aside = f".lost-{time.time_ns()}"
     for name in (DATABASE, HEAD):
         if (folder / name).exists():
@@ -304,16 +339,21 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
 
 
 def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
-    """Return the salt of a chain that is begun anew, no entries, and whether the old salt is lost.
-    A file of the right length may be another site's, or that of a restore that was killed."""
+    """Return what a chain that is begun anew starts with: a salt, an empty list of entries, and
+    whether the old salt is lost.
+
+    The salt is that of the folder's salt file, or a random one if the file is missing or has a
+    wrong length. It counts as the old one only if the folder's first entry, signed by the site's
+    key (its public half is `public`), names it: the file may be another site's, or be left by a
+    restore that was killed."""
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
     is_lost = _names_salt(folder, public, salt) is not True
     return (salt if len(salt) == 32 else os.urandom(32)), [], is_lost
 
 
 def _names_salt(folder: Path, public: str, salt: bytes) -> bool | None:
-    """Return whether the first entry of the ledger in a folder names this salt; None if there is no
-    first entry that this site's key signed."""
+    """Return whether the first entry of the ledger in `folder` holds the hash of this salt; None if
+    there is no first entry that the site's key (its public half is `public`) signed."""
     path = folder / DATABASE
     if not path.exists():
         return None
@@ -327,8 +367,9 @@ def _names_salt(folder: Path, public: str, salt: bytes) -> bool | None:
 
 
 def _verify_ledger(folder: Path, public: str) -> _Base | None:
-    """Return the ledger of a folder if every entry, signature and member digest in it verifies;
-    else None."""
+    """Return the ledger in `folder` if every entry, signature and member digest in it verifies;
+    None if one does not, or if database or salt is missing. public: the public half (hexadecimal)
+    of the site's key. Errors: NewerLedger."""
     path, salt = folder / DATABASE, folder / SALT
     if not (path.exists() and salt.exists()):
         return None
@@ -354,7 +395,16 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 def _restore_body(
     folder: Path, base: _Base, receipts: ReceiptLog | None, public: str
 ) -> dict[str, Any]:
-    """Return the body of the restore entry."""
+    """Return the body of the restore entry: which entries are lost, and the charges for them.
+
+    - folder: the ledger's folder, in which anchor (the file that names the newest entry), step log
+      and readable rows of the old database are looked for
+    - base: the chain that is continued
+    - receipts: the receipts in `folder`; None, if they cannot be read, counts as none
+    - public: the public half (hexadecimal) of the site's key
+
+    In the result `base` and `highest` are the numbers between which entries are lost, `settled`
+    lists the heads that this entry charges for, and `charges` count against every dataset."""
     log = receipts or ReceiptLog()
     anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
     readable, top = _readable_charges(folder / DATABASE)
@@ -386,7 +436,13 @@ def _restore_body(
 
 
 def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, top: int) -> int:
-    """Return an upper bound on the number of entries that the base lacks."""
+    """Return an upper bound on the number of entries that the base lacks.
+
+    - base: the chain that is continued
+    - anchor: the head in the file that names the newest entry; None if there is none that this site
+      signed
+    - receipts: the heads that coordinators countersigned
+    - top: the highest number of an entry in the readable rows of the old database; 0 if none is"""
 
     def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
         return head.seq - base.seq if head.seq > base.seq else head.seq
@@ -403,8 +459,8 @@ def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, t
 
 
 def _readable_charges(path: Path) -> tuple[list[Charge], int]:
-    """Return the charges and the highest sequence number in the readable rows of a damaged
-    ledger."""
+    """Read what can still be read of a damaged ledger's database `path`. Return the charges in
+    these rows, and their highest sequence number, 0 if there are no rows."""
     charges: list[Charge] = []
     top = 0
     if not path.exists():
@@ -421,8 +477,12 @@ def _readable_charges(path: Path) -> tuple[list[Charge], int]:
 
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]:
-    """Return charges for the rounds with more noised steps in the log than the base charged, and
-    whether the log exists and holds every step that the base released."""
+    """Compare the step log with the chain. Return a charge for each round with more noised steps in
+    the log than the chain charged, and whether the log is complete: it exists and holds every
+    noised step of the rounds that the chain released.
+
+    - path: the step log's file; if it cannot be read, the result is [] and False
+    - base: the chain that is continued"""
     try:
         steps = StepLog(path).steps()
     except InfrastructureError:
@@ -448,7 +508,8 @@ def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]
 
 
 def _charge_of_step(step: Step) -> Charge:
-    """Return the charge to which a line of the log belongs (without its number of steps)."""
+    """Build the charge of the round to which a line of the step log belongs, with 0 steps, so that
+    the lines of one round have equal charges and can be counted."""
     return Charge(
         study=step.study,
         name="",
@@ -471,8 +532,9 @@ def _round_key(charge: Charge) -> tuple[Any, ...]:
 
 
 def _bound_charge(charges: list[Charge], times: int) -> Charge:
-    """Return a charge at least as costly as `times` of any round in `charges`: ε decreases in σ
-    and increases in q, steps and k."""
+    """Return one charge that costs at least as much as `times` rounds, whichever of `charges` each
+    of them repeats: the smallest σ, the largest q and k, and `times` times the largest number of
+    steps. (ε decreases in σ and increases in q, steps and k.)"""
     return Charge(
         study="restore",
         name="lost",

@@ -21,11 +21,17 @@ from fedtune.core.ledger.ledger import Ledger
 class StudyLine:
     """All charges of one study against a dataset's budget.
 
-    - epsilon: ε of this study alone, at the δ asked for
+    - name, study: the study's name, and the digest of its plan
+    - dataset, unit: the dataset's name, and the unit of the study, such as "patient"
     - rounds: number of distinct rounds
     - charged: number of reservations, more than `rounds` if a round was charged twice
-    - first, last: UTC seconds
-    - known: whether ε is known (Charge.is_known_for)
+    - released: number of reservations whose update was released
+    - steps: number of noised steps that were charged, of all rounds together
+    - sigma, rate: the least and the most σ and sampling rate of a round
+    - records: the most rows of one unit in a step (k)
+    - epsilon: ε of this study alone, at the δ asked for
+    - first, last: when the first and the last charge were entered, in UTC seconds
+    - known: whether ε is known for the unit asked for (Charge.is_known_for)
     - fallback: with secure aggregation the ε that holds whatever happens, by this site's own noise
       alone, else None"""
 
@@ -51,12 +57,15 @@ class StudyLine:
 class DatasetBudget:
     """The total ε of a dataset as the privacy filter bounds it, and the same composed by PLD.
 
+    - dataset: the dataset's name
     - epsilon: by the filter, at 2 · delta
     - how: the name of the composition, such as "PLD"
-    - pld: by PLD, at delta, which is policy.delta
+    - pld: by PLD, at delta
     - ceiling: the most ε that the policy allows; `remaining` is what is left of it, at least 0
-    - fallback: by the filter, from this site's own noise alone, against fallback_ceiling; None if
-      no charge has secure aggregation, since `epsilon` then holds in any case"""
+    - delta: policy.delta
+    - fallback: by the filter, from this site's own noise alone; None if no charge has secure
+      aggregation, since `epsilon` then holds in any case
+    - fallback_ceiling: the most that the policy allows of `fallback`; None if that is None"""
 
     dataset: str
     epsilon: float
@@ -80,8 +89,9 @@ class DatasetBudget:
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
-    """Build one line per study and dataset, in the order of their first charge. unit: the unit for
-    which ε is stated; None stands for the unit of each study."""
+    """Build one line per study and dataset, in the order of their first charge. spent: the charges;
+    delta: the δ at which each study's ε is stated; unit: the unit for which ε is stated; None
+    stands for the unit of each study."""
     groups: dict[tuple[str, str], list[Spent]] = {}
     for entry in spent:
         groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
@@ -91,9 +101,15 @@ def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -
 def facts(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> dict[str, Any]:
-    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit:
-    "patient" or "record", as the site's file identifies them; None stands for the unit of each
-    study."""
+    """Return what `fedtune ledger` shows of a dataset, as a dict for JSON: its `studies` and
+    `budget`, the charges whose ε is not known (`not_known`), the site's declarations (`declared`)
+    and the ledger's `head`; at a membership also the `share` and the hospital's `memberships`.
+
+    - ledger: the ledger that is read
+    - dataset: the dataset's name
+    - policy: the site's policy, with the ceilings, δ, and the membership if the site is one
+    - unit: "patient" or "record", as the site's file identifies them; None stands for the unit of
+      each study, and no charge is then listed as unknown"""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
     shared = dict[str, Any]()
@@ -142,7 +158,8 @@ def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
 
 
 def _is_noise_shared(spent: Sequence[Spent]) -> bool:
-    """Return whether some charge has secure aggregation, so that there are two ε."""
+    """Return whether some charge has secure aggregation, so that there are two ε: one with the
+    noise of all honest sites, and the fallback ε with this site's own noise alone."""
     return any(entry.charge.sites > 1 for entry in spent)
 
 
@@ -163,8 +180,9 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
 def find_heaviest_budget(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> DatasetBudget:
-    """Return the budget of the dataset's cohort with the largest ε, but with the largest fallback ε
-    of any cohort."""
+    """Return the budget of the cohort whose ε is the largest, with `fallback` replaced by the
+    largest fallback ε of any cohort. cohorts: the dataset's cohorts, with the charges that count
+    against each."""
     budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     most = max(budgets, key=lambda total: total.epsilon)
     shared = [total for total in budgets if total.fallback is not None]
@@ -178,11 +196,11 @@ def find_heaviest_budget(
 class MembershipLine:
     """All charges of one membership of a hospital against a dataset's budget.
 
-    - membership: its name; "" for charges from before the ledger was the hospital's, EVERY for
+    - membership: its name; "" for charges from before the ledger was the hospital's, "*" for
       charges that a restore entered
     - studies, charged: how many studies, and reservations
-    - epsilon: as the privacy filter bounds it, at 2 · policy.delta; fallback: by this site's
-      own noise alone, else None"""
+    - epsilon: as the privacy filter bounds it, at 2 · policy.delta
+    - fallback: the same by this site's own noise alone; None without secure aggregation"""
 
     membership: str
     studies: int
@@ -203,6 +221,12 @@ def membership_lines(
 def _membership_line(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, name: str
 ) -> MembershipLine:
+    """Build the line of one membership.
+
+    - dataset: the dataset's name
+    - cohorts: its cohorts, with the charges of all memberships
+    - policy: the policy whose δ holds
+    - name: the membership's name, or "" or "*" as in `MembershipLine`"""
     own = _paid_by(lambda charge: charge.membership == name, cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}
@@ -210,9 +234,9 @@ def _membership_line(
 
 
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
-    """Return the budget of a membership's own share, counted as vault.budget counts it. This
-    includes the charges that a restore entered and, if they are the membership's own, the charges
-    from before the hospital's home."""
+    """Return the budget of a membership's own share: its charges, against policy.max_epsilon.
+    Charges that a restore entered count, too, and so do those from before the hospital's home if
+    they are the membership's own (policy.own_memberships)."""
     own = _paid_by(lambda charge: charge.is_paid_by(policy.own_memberships), cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None

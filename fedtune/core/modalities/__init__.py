@@ -23,10 +23,11 @@ MODALITIES = Group("modalities", "base.modality", __name__, Modality)  # type: i
 
 
 def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Reader:
-    """Build the reader of records for `base`. name: the value of the study's base.modality.
+    """Build the reader that turns records into tensors for `base`. name: the modality that the
+    study names (base.modality); None: the kind of the base decides.
 
     Errors: ModelError if no modality fits the base; ConfigError if there is none of this name, or
-    an extra is not installed."""
+    an extra package is not installed."""
     for candidate in [name] if name else MODALITIES.release():
         modality = MODALITIES.load(candidate)
         if base.kind in modality.kinds:

@@ -1,4 +1,4 @@
-"""Define the interface of a modality."""
+"""Define the interface of a modality, which turns records into tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Modality(ABC):
     """Turns a record into tensors.
 
-    It writes place-holders into a record's text and turns the record's file into the tensor that
-    the base's frozen tower reads. Targets, caps, units and gradients are as for text.
+    For a record with a file (an image, a recording), it writes place-holders for the file into the
+    text, and turns the file into the tensor that the base's frozen encoder of images or audio (its
+    tower) reads. Targets, caps, units and gradients are the same as for text alone.
 
     kinds: the kinds of base whose records it reads. A plan gives a modality no options, so all
     fields of a subclass must have defaults."""
@@ -28,4 +29,5 @@ class Modality(ABC):
 
     @abstractmethod
     def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Reader:
-        """Build the reader for `base`. Errors: ModelError, ConfigError (an extra is missing)."""
+        """Build the reader that turns records into tensors for `base`. Errors: ModelError if the
+        base cannot be read in this way; ConfigError if an extra package is missing."""

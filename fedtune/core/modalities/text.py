@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True)
 class TextModality(Modality):
-    """Reads text alone, without place-holders."""
+    """Reads records of text alone, in which no file needs a place-holder."""
 
     kinds = ("causal", "encoder")
 

@@ -17,8 +17,9 @@ AGAIN = "copy the run's folder again"
 
 
 def load_adapter(folder: Path) -> Arrays:
-    """Load all arrays saved in `folder` (PEFT's format, head.safetensors or both): the trained ones
-    and the frozen factor, under the network's names. Errors: ModelError."""
+    """Load all arrays saved in `folder`: PEFT's adapter file, head.safetensors, or both. Return the
+    trained ones and LoRA's frozen factor A, by the names that a network gives them. Errors:
+    ModelError if there is no file, or it cannot be read."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -43,7 +44,8 @@ def load_adapter(folder: Path) -> Arrays:
 
 
 def pick_arrays(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
-    """Pick the saved arrays that a network calls by these names. Errors: ModelError."""
+    """Return the arrays of `saved` that have the given names, those that a network asks for.
+    folder: where they were saved, for the error. Errors: ModelError if one is missing."""
     wanted = list(names)
     if missing := [name for name in wanted if name not in saved]:
         raise ModelError(

@@ -14,12 +14,12 @@ from fedtune.core.registry import process_cache
 
 
 def build(study: Study, base: Base | None = None) -> Network:
-    """Build the network of a study. There is one per process and setting, so that simulated sites
-    share it.
+    """Build the network of a study. For equal settings this process has one network, which
+    simulated sites share.
 
-    base: the base to use. By default it is the one that the study names, which is fetched if
-    needed: only for studies of this machine's own user. Errors: ModelError (base missing or of
-    another digest); ConfigError (the base has no module of a name in lora.modules)."""
+    base: the base to use; None: the one that the study names, which is fetched if it is not here.
+    So leave it out only for studies of this machine's own user. Errors: ModelError (base missing or
+    of another digest); ConfigError (the base has no module of a name in lora.modules)."""
     base = base or find_base(study.base.model, study.base.digest)
     objective = study.objective.resolved
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
@@ -40,7 +40,17 @@ def _build(
     quantisation: QuantisationTable | None,
     modality: str | None,
 ) -> Network:
-    """Build the network. trained: the objective's outputs and directions."""
+    """Build the network, or return the one that this process built of the same arguments.
+
+    - base: the base, verified and on this machine
+    - dtype: the number format in which the base computes
+    - lora: the [lora] table, with a fixed value for each key that does not change the network, so
+      that studies share it; None if only a head is trained
+    - trained: the number of outputs of the trained head (0: the base's own head is used), and the
+      number of public directions in which class statistics are summed (0: none are sent)
+    - quantisation: how the base's weights are stored; None: in `dtype`
+    - modality: the study's base.modality; None: the modality of this release that reads records for
+      a base of this kind"""
     report(f"loading the base {base.name}")
     outputs, directions = trained
     return Network(base, dtype, lora, outputs, quantisation, modality, directions)
@@ -55,8 +65,9 @@ def dtype_of(name: str) -> torch.dtype:
 
 @process_cache.cached("speed of bf16")
 def _bf16_is_faster() -> bool:
-    """Return whether bf16 is faster than fp32 here. A GPU counts as faster if it supports bf16
-    natively; a processor with native bf16 is measured once per process."""
+    """Return whether bf16 is faster than fp32 here: on a GPU, if PyTorch reports that it supports
+    bf16; on a processor with native bf16, by measuring both once per process; on any other
+    processor, no."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     if not torch.cpu._is_avx512_bf16_supported():

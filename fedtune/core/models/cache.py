@@ -3,8 +3,8 @@
 The kernel of a matrix product, and its order of addition, depend on the matrices' shapes, so the
 last digits of a record's results depend on the number of records beside it. Every result that is
 summed under the guarantee is therefore computed in blocks: micro-batches whose shapes all follow
-from the record's own bucket (docs/decisions/0025-fixed-shapes.md). Each block is computed on a core
-of its own (docs/decisions/0092-blocks-side-by-side.md)."""
+from the padded shapes of the record itself, its bucket (docs/decisions/0025-fixed-shapes.md). Each
+block is computed on a core of its own (docs/decisions/0092-blocks-side-by-side.md)."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ class Bucket(NamedTuple):
     """The padded shapes of one record, which depend on no other record. Records share a micro-batch
     only if all their shapes are equal.
 
-    - length: padded length of the record's longest passage
-    - tiles: number of tiles of its image
-    - targets: positions of a passage at which the base's own head runs; 0 for a record without
-      targets
+    - length: padded number of positions whose states are kept, of the record's longest passage
+      (token sequence)
+    - tiles: number of tiles into which the base splits the record's file; 1 without a file
+    - targets: number of positions of a passage at which the base's own head runs; 0 for a record
+      without targets, or if only a head is trained
     - full: whether there is no padding; only for an encoder, which reads a padding mask"""
 
     length: int
@@ -61,17 +62,21 @@ class Bucket(NamedTuple):
 
 
 class CachedDataset:
-    """A dataset with cached prefix states of a network.
+    """A dataset whose records' states at a network's cut are computed once and cached.
 
     If something below the adapters is frozen, each record's states are computed once and kept
-    unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts at the
-    cut. This is exact, since below the cut there is no dropout and no adapter. All positions are
-    kept. If no layer above the cut mixes positions, only those with a target are kept, or the last
-    one if the record has no target.
+    unpadded (2 · positions · H bytes in bf16, for states of H numbers; prefix_store.py), and every
+    later step starts at the cut. This is exact, since below the cut there is no dropout and no
+    adapter. The states of all positions are kept, with two exceptions. If no layer above the cut
+    mixes positions, only those with a target are kept, or the last one if the record has no target.
+    If only a head is trained, the one pooled vector is kept.
     Guarantee: a record's states at the cut, and its results in `compute_blocks`, come from matrix
     products whose shapes follow from the record's own bucket, not from other records.
-    memory: bytes of states that the process may hold before more go to the encrypted file; None:
-    the process's share of a quarter of the machine's memory.
+
+    - network: the network whose frozen part computes the states
+    - dataset: the tokenised records
+    - memory: bytes of states that the process may hold before more go to the encrypted file; None:
+      the process's share of a quarter of the machine's memory
 
     Datasets that hold the same record over the same network share its states. The states are named
     by a digest of token ids, kept positions and media file. The ids reflect tokenizer, template and
@@ -80,8 +85,9 @@ class CachedDataset:
     def __init__(
         self, network: Network, dataset: Dataset, memory: int | None = None, *, alone: bool = False
     ) -> None:
-        """alone: whether each block holds one record only. It always does if the network does not
-        share blocks."""
+        """Prepare the dataset; no state is computed yet. alone: whether each block holds one record
+        only. It always does if this base's results would depend on the other records of a block
+        (`network.shares_blocks` is False)."""
         self.network = network
         self._alone = alone or not network.shares_blocks
         self.dataset = dataset
@@ -109,17 +115,18 @@ class CachedDataset:
         self._buckets = [self._bucket(record) for record in range(len(dataset.examples))]
 
     def of(self, dataset: Dataset) -> CachedDataset:
-        """Return another dataset over the same network, within the same memory."""
+        """Return `dataset` cached over the same network, with the same limit `memory`."""
         return CachedDataset(self.network, dataset, self._memory)
 
     def operators(self) -> AbstractContextManager[None]:
-        """Return a context in which this thread has as many threads of operators as compute a
-        block."""
+        """Return a context in which this thread uses as many of PyTorch's operator threads as a
+        block is computed with: one if `cores` is set, else all."""
         return nullcontext() if self.cores is None else one_operator_thread()
 
     @property
     def states(self) -> list[HiddenStates]:
-        """Return the states computed so far; while the caller holds them they are not erased."""
+        """Return the stored states of all passages for which they were computed so far. While the
+        caller holds these objects, the states are not erased."""
         return [state for state in self._states if state is not None]
 
     def _positions_to_keep(self, passage: Passage) -> npt.NDArray[np.int64]:
@@ -145,21 +152,23 @@ class CachedDataset:
         return Bucket(length, tiles, targets, full)
 
     def _prefix_bucket(self, row: int) -> Bucket:
-        """Return the bucket of a passage in the pass through the frozen part."""
+        """Return the bucket (padded shapes) of a passage in the pass through the frozen part. row:
+        the passage's number in the dataset."""
         length = len(self._passages[row].input_ids)
         padded = padded_length(length)
         full = self.network.kind == "encoder" and length == padded
         return Bucket(padded, self._tiles[row // self._n_passages], full=full)
 
     def _prefix_block(self, bucket: Bucket) -> int:
-        """Return the number of passages in a block of the pass through the frozen part."""
+        """Return how many passages of this bucket form a block in the pass through the frozen
+        part."""
         if self._alone:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
         return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
 
     def warm(self) -> None:
-        """Compute all states that are missing now, and report the progress."""
+        """Compute all records' states at the cut that are missing now, and report the progress."""
         if not self.network.cached:
             return
         self._states = [self.network.states.get(name) for name in self._names]
@@ -188,8 +197,9 @@ class CachedDataset:
             self._tower_states.clear()
 
     def _encode_files(self) -> None:
-        """Compute and store the tower's states of all files that have none yet. If one fails, stop:
-        the rest are encoded with the records that need them."""
+        """Compute and store the states of the tower (the base's frozen encoder of images or audio)
+        for all files that have none yet. At the first file that fails, stop: the rest are encoded
+        with the records that need them."""
         files = {e.media.digest: e.media for e in self.dataset.examples if e.media is not None}
         missing = [file for file in files.values() if self._stored_tower_states(file) is None]
 
@@ -208,10 +218,10 @@ class CachedDataset:
             make_room_after(error)
 
     def _prefix_passes(self, groups: Sequence[list[int]]) -> Iterator[None]:
-        """Compute and store the states of passages, in groups of one block each; yield after each
-        group.
+        """Compute and store the states of passages, block by block; yield after each block, so that
+        the caller can report the progress. groups: for each block, the numbers of its passages.
 
-        If a group fails, each of its passages is computed again by itself. A passage that fails
+        If a block fails, each of its passages is computed again by itself. A passage that fails
         again is left without states, and raises when it is read."""
         done = 0
         while done < len(groups):
@@ -239,8 +249,8 @@ class CachedDataset:
                 yield
 
     def _compute_alone(self, row: int) -> None:
-        """Compute and store a passage's states while nothing else is computed. Log the error if
-        this fails."""
+        """Compute and store the states of one passage while nothing else is computed. Log the error
+        if this fails. row: the passage's number in the dataset."""
         try:
             with self.operators():
                 tower_states = self._encode_media(self._filled([row]))
@@ -252,7 +262,9 @@ class CachedDataset:
             make_room_after(error)
 
     def _prefix_positions(self, rows: list[int]) -> int:
-        """Count the positions of each of these passages in the frozen part, padded."""
+        """Return how many positions the frozen part computes for one of these passages: its padded
+        tokens, and the tower's states of its file. rows: the numbers of passages of one bucket, so
+        that the result is the same for each."""
         bucket = self._prefix_bucket(rows[0])
         return bucket.length + self.network.frames(bucket.tiles)
 
@@ -260,15 +272,16 @@ class CachedDataset:
         return _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
 
     def _pass_through_prefix(self, block: tuple[list[int], torch.Tensor | None]) -> torch.Tensor:
-        """Compute the states of at most one block of passages of one bucket, including the states
-        of the padding. The result is on the CPU. block: the passages, and the tower's states of
-        their files."""
+        """Compute the states at the cut of at most one block of passages of one bucket. Return them
+        for the whole block, with padding, (passages, length, H), on the CPU. block: the numbers of
+        the passages, and the tower's states of the whole block's files (None without files)."""
         rows, tower_states = block
         hidden = self.network.prefix(*self._tokens(self._filled(rows)), tower_states)
         return hidden.cpu()  # none stay in a GPU's memory
 
     def _store(self, rows: list[int], states: torch.Tensor) -> list[torch.Tensor]:
-        """Store the states of passages, and return them without padding."""
+        """Store the states of passages, and return them without padding, one tensor for each
+        passage. rows: the passages' numbers; states: their padded states, (passages, length, H)."""
         computed = []
         for row, index in enumerate(rows):
             name, positions = self._names[index], torch.from_numpy(self._positions[index])
@@ -282,8 +295,9 @@ class CachedDataset:
     ) -> Iterator[Batch]:
         """Yield the records `indices`, each once, in micro-batches of one bucket and at most
         `token_budget` positions (but at least one record). Use this for public or local results
-        only, since their last digits depend on the batch. on_work: called with the work done so far
-        and the total, each time the next micro-batch is requested."""
+        only, since their last digits depend on the batch. indices: the records' places in the
+        dataset's examples; on_work: called with the work done so far and the total, each time the
+        next micro-batch is requested."""
         self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
@@ -307,11 +321,16 @@ class CachedDataset:
         may_share: Callable[[Batch], bool] = lambda _: True,
         discard: Callable[[Result], None] = lambda _: None,
     ) -> Iterator[tuple[Batch, Result]]:
-        """Yield blocks with `compute(block)`. Blocks are micro-batches of a fixed shape: each holds
-        the same number of records of a bucket, at most `limit`; a block with fewer is filled up
-        with copies of its first record. Use it for everything that is summed over units and noised.
+        """Compute records block by block: yield each block with `compute(block)`. Blocks are
+        micro-batches of a fixed shape: each holds the same number of records of a bucket, at most
+        `limit`; a block with fewer is filled up with copies of its first record. Use it for
+        everything that is summed over units and noised.
 
-        - on_work: called with the work done so far and the total, after each block
+        - compute: called with each block, in several threads at once if the network allows it
+        - indices: the records' places in the dataset's examples, each once
+        - limit: the most records of a block; None: no limit but that of BLOCK_POSITIONS
+        - on_work: called with the work done so far and the total, after each block; None: not
+          called
         - may_share: returns whether this block may be computed while `compute` runs in other
           threads; if not, it is computed alone
         - discard: called with results that are not yielded, because something failed
@@ -338,8 +357,8 @@ class CachedDataset:
                 on_work(done, total)
 
     def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
-        """Return the number of products in a pass over these records, which `compute_blocks`
-        reports to `on_work` as the total."""
+        """Return the work of a pass over these records in blocks, as a number of multiplications:
+        the total that `compute_blocks` reports to `on_work`."""
         return sum(
             self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
         )
@@ -361,8 +380,8 @@ class CachedDataset:
         return [(bucket, size(bucket), records) for bucket, records in groups]
 
     def _work(self, bucket: Bucket, records: int) -> int:
-        """Count the products in a pass of `records` records of a bucket above the cut. The times of
-        the pass and of a gradient are proportional to this number; only ratios matter."""
+        """Count the multiplications above the cut in a pass over `records` records of a bucket. The
+        times of the pass and of a gradient are proportional to this number; only ratios matter."""
         of_position, of_target = self.network.products
         positions = self._positions_per_record(bucket)
         targets = self._n_passages * bucket.targets
@@ -377,7 +396,7 @@ class CachedDataset:
 
     def _positions_per_record(self, bucket: Bucket) -> int:
         """Count the positions that are held in memory for one record of the bucket. The positions
-        of its image or recording are included if they are held."""
+        of its file are included if the layers above the cut read it, or if nothing is cached."""
         held = self.network.reads_tower or not self.network.cached
         frames = self.network.frames(bucket.tiles) if held else 0
         return self._n_passages * (bucket.length + frames)
@@ -409,9 +428,12 @@ class CachedDataset:
         )
 
     def _pad_soft_targets(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pad the teacher's soft targets of `records` to one shape. Their number depends on the
-        records in the block, but each record gathers them by its own positions
-        (objectives/distill.py), and nothing is summed over them."""
+        """Pad the teacher's soft targets of `records` to one shape. Return token ids and
+        log-probabilities, both (records, targets, outcomes); None if the records have no soft
+        targets.
+
+        The number of targets depends on the records in the block, but each record gathers its own
+        by its own positions (objectives/distill.py), and nothing is summed over them."""
         marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
         if not marks:
             return None
@@ -424,8 +446,9 @@ class CachedDataset:
         return tokens.to(self.network.device), logp.to(self.network.device)
 
     def _encode_media(self, rows: list[int]) -> torch.Tensor | None:
-        """Compute the tower's states of the passages' files, (rows, tiles, P, W); all files have
-        the same number of tiles. Each file is encoded once. None if the records have no files."""
+        """Return the tower's states of the passages' files, (rows, tiles, P, W) with P states of
+        length W for each tile; None if the records have no files. Each file is encoded once, and
+        all files have the same number of tiles. rows: the passages' numbers."""
         files = [self.dataset.examples[row // self._n_passages].media for row in rows]
         if files[0] is None:
             return None
@@ -437,8 +460,8 @@ class CachedDataset:
         return torch.stack([states[f.digest] for f in files if f]).to(self.network.device)
 
     def _tower_states_of(self, file: Media) -> torch.Tensor:
-        """Read the tower's states of a file. If the store does not have them, compute and store
-        them."""
+        """Return the states that the tower (frozen encoder) gives for a file, (tiles, P, W). They
+        are read from the store or, if it does not have them, computed and stored now."""
         stored = self._stored_tower_states(file)
         if stored is not None:
             try:
@@ -450,8 +473,8 @@ class CachedDataset:
         return states
 
     def _stored_tower_states(self, file: Media) -> HiddenStates | None:
-        """Return the tower's stored states of a file, and keep a reference so that they are not
-        dropped; None if none are stored."""
+        """Return the stored states that the tower (frozen encoder) gave for a file, and keep a
+        reference so that they are not dropped; None if none are stored."""
         name = _name_of_file(file)
         stored = self._tower_states.get(name) or self.network.states.get(name)
         if stored is not None:
@@ -464,7 +487,7 @@ class CachedDataset:
         self.network.states[name] = self._tower_states[name] = stored
 
     def _rows(self, records: Indices) -> list[int]:
-        """Return the numbers of all passages of `records`."""
+        """Return the numbers of all passages of `records`, record by record."""
         return [
             record * self._n_passages + k for record in records for k in range(self._n_passages)
         ]
@@ -472,7 +495,10 @@ class CachedDataset:
     def _prefix(
         self, rows: list[int], length: int, tower_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return states at the cut (rows, length, H), zero on padding."""
+        """Return the passages' states at the cut, (rows, length, H). Cached states are zero on
+        padding; states that are computed here, because nothing is cached, are not. tower_states:
+        the tower's states of the passages' files; None if they are to be computed, or there are
+        none."""
         if not self.network.cached:
             if tower_states is None:
                 tower_states = self._encode_media(rows)
@@ -484,8 +510,9 @@ class CachedDataset:
         return padded
 
     def _read(self, rows: list[int]) -> list[torch.Tensor]:
-        """Read the states of passages; states that the store has lost are computed again, in
-        blocks of the same shapes as the first time."""
+        """Read the states of passages, one tensor without padding for each of `rows` (the passages'
+        numbers). States that the store has lost are computed again, in blocks of the same shapes as
+        the first time."""
         read: dict[int, torch.Tensor] = {}
         lost: list[int] = []
         for index in dict.fromkeys(rows):  # a block may be filled with its first record
@@ -505,7 +532,8 @@ class CachedDataset:
         return [read[index] for index in rows]
 
     def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pad passages of one bucket. Return token ids and mask, both (rows, length)."""
+        """Pad passages of one bucket. Return their token ids and mask, both (rows, length). rows:
+        the passages' numbers; length: the padded length; 0: as the longest passage needs."""
         passages = [self._passages[row].input_ids for row in rows]
         length = length or padded_length(max(map(len, passages)))
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -517,8 +545,9 @@ class CachedDataset:
 
 
 def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> torch.Tensor:
-    """Check, before they reach a GPU, that the base has a row for each of `tokens`, and return
-    them. targets: whether NO_TARGET may be among them.
+    """Check that the base has a row for each of `tokens` in its tables, before they reach a GPU,
+    and return them. rows: the number of tokens for which the base has a row; targets: whether
+    NO_TARGET may be among them.
 
     A tokenizer may have more tokens than its base, or a negative one. On a GPU an index beyond a
     table ends all work of the process, also for every other record. This check fails for the
@@ -532,7 +561,8 @@ def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> t
 def _group_by_bucket(
     indices: Iterable[int], bucket_of: Callable[[int], Bucket], size: Callable[[Bucket], int]
 ) -> Iterator[tuple[Bucket, list[int]]]:
-    """Group `indices` by bucket, at most `size(bucket)` in each group."""
+    """Group `indices` by bucket, at most `size(bucket)` in each group. Yield each group's bucket
+    and indices, in the order of the buckets."""
     members: dict[Bucket, list[int]] = {}
     for index in indices:
         members.setdefault(bucket_of(index), []).append(index)
@@ -552,12 +582,12 @@ def _fill_block(indices: list[int], size: int) -> list[int]:
 
 
 def _name_of_file(file: Media) -> bytes:
-    """Return the digest that names the tower's states of a file."""
+    """Return the digest by which the tower's (frozen encoder's) states of a file are stored."""
     return hashlib.sha256(b"seen" + file.digest).digest()
 
 
 def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
-    """Return the digest that names a passage's states, made from the digests of token ids, kept
-    positions and file."""
+    """Return the digest by which a passage's states are stored, made from the digests of token ids,
+    kept positions and file."""
     parts = (passage.input_ids.tobytes(), positions.tobytes(), *([media] if media else []))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

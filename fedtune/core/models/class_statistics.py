@@ -21,9 +21,16 @@ LARGEST = 1e3  # of an entry of basis or mean, as of an adapter's
 
 
 class ClassStatistics(nn.Module):
-    """Sums by class of features f(x) = V (x - m), bounded to length 1, and of the classes' counts.
+    """Sums of features by class, and the classes' counts. A vector x has the features f(x) = V (x -
+    m), bounded to length 1.
 
-    basis: V (k, H), public; mean: m (H,), public; sums: (K, k + 1), the only trained tensor."""
+    basis: V (k, H), public; mean: m (H,), public; sums: (K, k + 1), for each class the sum of
+    features and then the count; the only trained tensor. All three are zero at first.
+
+    - hidden: H, the length of the vectors that the base gives
+    - directions: k, the number of the basis' directions, and so of features
+    - classes: K, the number of classes
+    - device: the device that holds all three tensors"""
 
     basis: torch.Tensor
     mean: torch.Tensor
@@ -40,9 +47,13 @@ class ClassStatistics(nn.Module):
         nn.init.zeros_(self.sums.weight)
 
     def forward(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute (B, K) fp32: the inner product of each vector's statistics with each class's
-        sums. Its gradient with respect to the sums is the statistics: the features, then
-        count_weight. If a vector or its features are not finite, its statistics are zero.
+        """Return the inner product of each vector's statistics with each class's sums, (B, K) fp32.
+        A vector's statistics are its features, then `count_weight`; they are also the gradient of a
+        product with respect to its class's sums. If a vector or its features are not finite, its
+        statistics are zero.
+
+        - vectors: the base's vectors of B records, (B, H)
+        - count_weight: what a record adds to its class's count
 
         Guarantee: a record's statistics have length at most √(1 + count_weight²), up to fp32
         rounding, whatever basis and vector are. They depend on its own vector alone, to the last
@@ -52,7 +63,8 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def statistics(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute the statistics (B, k + 1) fp32 of vectors (B, H)."""
+        """Compute the statistics of B vectors (B, H): (B, k + 1) fp32, the k features of each and
+        then `count_weight`, or zeros for a vector whose features are not finite."""
         centred = vectors.float() - self.mean
         # One product a row: no row's result depends on where it stands or who is beside it.
         basis = self.basis.expand(len(centred), -1, -1)
@@ -65,8 +77,9 @@ class ClassStatistics(nn.Module):
         return torch.cat([features, count_weight * is_finite.float()], dim=1)
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Load basis and mean. Errors: ModelError if they do not have the shapes of this network's,
-        are not finite, or have an entry larger than LARGEST; nothing is loaded then."""
+        """Load basis and mean. Errors: ModelError if `arrays` has other names than these two, or
+        one of them has another shape than this network's, is not finite, or has an entry larger
+        than LARGEST; nothing is loaded then."""
         held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
         if arrays.keys() != held.keys():
             raise ModelError(
@@ -94,8 +107,8 @@ class ClassStatistics(nn.Module):
         return {name: tensor.cpu().numpy().copy() for name, tensor in held.items()}
 
     def draw(self, seed: int) -> None:
-        """Draw a basis from a public seed, uniform in ±1/√H, for use before the plan's own basis
-        is known."""
+        """Set the basis to numbers drawn from a public seed, uniform in [-1/√H, 1/√H] for vectors
+        of H numbers, and the mean to 0. This is for use before the plan's own basis is known."""
         generator = torch.Generator().manual_seed(seed)
         bound = self.basis.shape[1] ** -0.5
         drawn = torch.empty(self.basis.shape).uniform_(-bound, bound, generator=generator)

@@ -1,8 +1,8 @@
-"""Compute blocks of records side by side: each on one processor core, with one thread of operators.
+"""Compute blocks of records side by side: each on one processor core, with one operator thread.
 
-A block's matrix products are too small to keep several cores busy, and with more than one thread of
-operators a row's last digits may follow from its place in the block. A block that one core computes
-alone gives the same bits however many other blocks are computed at the same time
+A block's matrix products are too small to keep several cores busy, and with more than one of
+PyTorch's operator threads a row's last digits may follow from its place in the block. A block that
+one core computes alone gives the same bits however many other blocks are computed at the same time
 (docs/decisions/0092-blocks-side-by-side.md)."""
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ def compute_side_by_side(
     may_share: Callable[[Block], bool] = lambda _: True,
     discard: Callable[[Result], None] = lambda _: None,
 ) -> Iterator[tuple[Block, Result]]:
-    """Yield each block with `compute(block)`, in the blocks' order.
+    """Yield each block with the result of `compute(block)`, in the blocks' order, while later
+    blocks are computed on other cores.
 
+    - compute: called once with each block, in another thread if more than one core is used
+    - blocks: the blocks, which are made one by one as they are needed
     - cores: how many blocks are computed at once; None: one, in the caller's thread, with all of
-      its threads of operators
+      PyTorch's operator threads
     - positions_of: returns a block's size in positions. Blocks that wait or are being computed have
       together at most POSITIONS_PER_CORE positions for each core; one block is always allowed
     - may_share: returns whether a block may be computed at the same time as others; if not, it is
@@ -53,7 +56,7 @@ def compute_side_by_side(
       caller stopped
 
     The blocks are made in the caller's thread, one after the other, before their turn. Within the
-    loop the caller too has one thread of operators, unless `cores` is None.
+    loop the caller, too, has one operator thread, unless `cores` is None.
 
     Guarantee: at any number of cores, a result is the one that a single core computes from that
     block alone. The number of threads that this process starts depends on `cores` only. Errors:
@@ -92,8 +95,8 @@ def compute_side_by_side(
 
 
 def _made(blocks: Iterable[Block]) -> Iterator[tuple[Block | None, BaseException | None]]:
-    """Yield each block with None. If a block cannot be made because of a fault, yield None with
-    that error, and end."""
+    """Yield (block, None) for each of `blocks`. If a block cannot be made because of a fault, yield
+    (None, the error) in its place, and end."""
     try:
         for block in blocks:
             yield block, None
@@ -123,8 +126,8 @@ def _submit(
 
 
 def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Return a pool of `count` threads that have all started. Start them if there is no such pool
-    yet."""
+    """Return the pool of `count` threads, all of which have started. There is one pool for each
+    count, which the first call starts."""
     if count not in _threads:
         all_run = threading.Barrier(count + 1)
         mine = torch.get_num_threads()
@@ -143,16 +146,17 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
 
 
 def _begin() -> None:
-    """Give a new thread one thread of operators. At its first use of PyTorch a thread takes over
-    the process's number. Asking for the number is such a use, so the number set after it stays."""
+    """Limit a new thread of the pool to one of PyTorch's operator threads. At its first use of
+    PyTorch a thread takes over the process's number of operator threads. Asking for the number is
+    such a use, so the number set after it stays."""
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 @contextmanager
 def one_operator_thread() -> Iterator[None]:
-    """Use one thread of operators in this thread, within the block. PyTorch's other threads wait
-    meanwhile. If, say, two of four were used, threads would end and start."""
+    """Compute with one of PyTorch's operator threads in this thread, within the block. The other
+    operator threads wait meanwhile. If, say, two of four were used, threads would end and start."""
     before = torch.get_num_threads()
     if before == 1:
         yield

@@ -41,8 +41,9 @@ def check_reads(study: Study, network: Network) -> None:
     of them. This runs once per network and plan, before any record is read.
 
     Without this check a record that is too long would fail, and so disclose its length. Errors:
-    ConfigError, or KeepsState, which is one. The message may leave a site, so it does not name the
-    class of a library's error, which would tell whether memory ran out."""
+    ConfigError if the base cannot read such records; KeepsState, a kind of ConfigError, if it keeps
+    something of them. The message may leave a site, so it does not name the class of a library's
+    error, which would tell whether memory ran out."""
     if study.digest in _checked.setdefault(network, set()):
         return
     longest = study.objective.max_length
@@ -66,16 +67,16 @@ def check_reads(study: Study, network: Network) -> None:
 
 
 def order_of(longest: int) -> list[int]:
-    """Return the lengths of texts up to `longest` that are tried, in their order: a short text
-    twice, with the longest and shorter ones in between."""
+    """Return the lengths, up to `longest`, of the generated texts that a model reads for the check,
+    in the order of reading: a short text twice, with the longest and shorter ones in between."""
     short = [length for length in SHORT if length < longest]
     tried = [*short[:1], *short[-1:], longest, *short[-2::-1], *short[-1:]]
     return tried if short else [longest, longest]
 
 
 def count_placeholders(network: Network, study: Study) -> int:
-    """Count the tokens that stand for the largest of the generated files; 0 if the base reads no
-    files."""
+    """Return the most place-holder tokens that one file takes up in a record, counted on a few
+    generated files; 0 if the base reads no files."""
     if network.reader.column is None:
         return 0
     generated = random_records(network, study, BESIDE, 1).examples
@@ -83,8 +84,9 @@ def count_placeholders(network: Network, study: Study) -> int:
 
 
 def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) -> None:
-    """Check with `check_order` that the network keeps nothing of generated records of `lengths`.
-    The records go through the same code as a site's.
+    """Check that the network keeps nothing of generated records of `lengths` (in tokens, read in
+    this order). The records go through the same code as a site's, and `check_order` compares the
+    network's state and results.
 
     The first time, a length is read alone; later it is read in a block with other records. The
     shortest texts are always read alone, since in a block they cost as much as the longest. Errors:
@@ -120,9 +122,15 @@ def check_order(
     """Check that texts of `lengths`, read in this order, leave `model` unchanged, and that equal
     texts give bit-equal results.
 
-    read(length, again): returns the model's result for the text of that length; `again` is whether
-    the text was read before. The first reading may add state that modules build when they are first
-    used. Errors: KeepsState."""
+    - name: the model's name, for the error
+    - model: the module whose parameters, buffers and attributes are compared after each reading
+    - read: read(length, again) returns the model's result for the text of that length; `again` is
+      whether the text was read before. The first reading may add state that modules build when they
+      are first used
+    - lengths: the texts' lengths in tokens, in the order of reading; one that occurs again is the
+      same text
+
+    Errors: KeepsState."""
     results: dict[int, torch.Tensor] = {}
     weights = sum_weights(model)
     before = describe_state(model)

@@ -44,10 +44,12 @@ PLAN = "plan.json"
 class LoadedModel:
     """A base or run, ready to use.
 
+    - base, tokenizer: the base and its tokenizer
     - model: a transformers model, or a PeftModel around one, in eval mode
     - head: the trained head; None if there is none
     - study: the run's plan; None for a base
-    - digest: see `digest_of`"""
+    - digest: the base's digest or, for a run, a digest of all that decides its results
+      (`digest_of`)"""
 
     base: Base
     model: Any
@@ -58,16 +60,17 @@ class LoadedModel:
 
     @torch.no_grad()
     def next_tokens(self, ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
-        """Compute log-probabilities of the next token after each of the positions `at` of `ids`,
-        (n, V) fp32."""
+        """Compute the log-probabilities of all V tokens of the vocabulary as the next token after
+        each of n positions, (n, V) fp32. ids: one passage's token ids; at: the positions in it."""
         return next(self.next_tokens_all([ids], [at]))
 
     @torch.no_grad()
     def next_tokens_all(
         self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
-        """Yield the result of `next_tokens` for each passage. All passages are computed in one
-        pass, so use this for public text only."""
+        """Yield the log-probabilities of the next token for each passage, as `next_tokens` returns
+        them. All passages are computed in one pass, so use this for public text only. passages:
+        their token ids; at: for each passage, the positions in it."""
         weight = self._inner.lm_head.weight
         for states, places in zip(self._states(passages)[0], at, strict=True):
             chosen = states[torch.from_numpy(places)]
@@ -75,14 +78,14 @@ class LoadedModel:
 
     @torch.no_grad()
     def scores(self, ids: np.ndarray) -> torch.Tensor:
-        """Compute the head's logits for one passage, (outputs,) fp32. Errors: ModelError (no
-        head)."""
+        """Compute the head's logits for one passage, given as token ids: (outputs,) fp32. Errors:
+        ModelError (no head)."""
         return self.scores_all([ids])[0]
 
     @torch.no_grad()
     def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
-        """Score several passages in one pass, and return an array (n, outputs). Use it for public
-        text only. Errors: ModelError (no head)."""
+        """Compute the head's logits for n passages, given as token ids, in one pass: (n, outputs)
+        fp32. Use it for public text only. Errors: ModelError (no head)."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
         logits: torch.Tensor = self.head(pool_states(*self._states(passages), self.base.kind))
@@ -90,7 +93,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def hidden(self, ids: np.ndarray) -> torch.Tensor:
-        """Compute last hidden states of one passage, (L, H)."""
+        """Compute the last hidden states of one passage of L tokens, (L, H)."""
         return self._states([ids])[0][0]
 
     @property
@@ -99,17 +102,20 @@ class LoadedModel:
 
     @property
     def room(self) -> int:
-        """Return the base's number of positions; a huge number if its config does not say."""
+        """Return the most positions (tokens) that the base can read; a huge number if its config
+        does not say."""
         found = positions_of(self._inner.model if self.base.kind == "causal" else self._inner)
         return found or room(self._inner)
 
     @property
     def _inner(self) -> Any:
-        """Return the transformers model, with the adapter in it."""
+        """Return the transformers model itself, without PEFT's wrapper, but with the adapter in its
+        layers."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def _states(self, passages: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute last hidden states (n, L, H), and the mask of each passage's own tokens."""
+        """Compute the last hidden states of n passages, (n, L, H), and the mask (n, L) that is True
+        on each passage's own tokens and False on padding."""
         inner = self._inner
         causal = self.base.kind == "causal"
         rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
@@ -131,14 +137,15 @@ def load(
 ) -> LoadedModel:
     """Load the base or the run folder that `source` names.
 
+    - source: a base's name as a study gives it, or the folder of a base or of a finished run
     - digest: the digest that the model must have; None for any
     - dtype: the number format of the base
     - sent: whether the run was received from elsewhere. Its base is then the one in the run's own
       folder, or is found on this machine by digest, never by name
 
     Guarantee: with `digest` given, a model that computes anything else is refused. Errors:
-    ModelError (not found, another digest, or it cannot be loaded); ConfigError (plan.json);
-    PolicyRefused (sent, and its base is not on this machine)."""
+    ModelError (not found, another digest, or it cannot be loaded); ConfigError (plan.json is not
+    valid); PolicyRefused (sent, and its base is not on this machine)."""
     run = place_of(str(source))
     study = load_plan(run) if (run / PLAN).is_file() else None
     if study and sent:
@@ -186,7 +193,14 @@ def digest_of(base: Base, study: Study | None, arrays: lora.Arrays) -> str:
 
 def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any:
     """Attach the plan's adapter to `network`, as training does, and load `arrays` into it, except
-    the head's. adapter_config.json, from which other programs load the adapter, is not read.
+    the head's. Return the network in eval mode, with nothing to train. adapter_config.json, from
+    which other programs load the adapter, is not read.
+
+    - network: the base's transformers model, which is changed
+    - base: the base; its kind says which part of the network is the text model
+    - study: the run's plan; without [lora] nothing is attached
+    - arrays: all arrays of the run's adapter folder, by the network's names
+
     Errors: ModelError, ConfigError."""
     adapter = {name: array for name, array in arrays.items() if not name.startswith("head.")}
     parameters: dict[str, nn.Parameter] = {}
@@ -198,9 +212,10 @@ def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any
 
 
 def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Make the head's input contiguous. transformers passes a view of each passage's last state.
-    For a view PyTorch copies the head's whole weight once per passage: 2.7 GB for 48 passages with
-    SmolLM2, and most of the time that writing text takes."""
+    """Make the input of a language model's head contiguous: a hook that runs before the head.
+    transformers passes a view of each passage's last state. For a view PyTorch copies the head's
+    whole weight once per passage: 2.7 GB for 48 passages with SmolLM2, and most of the time that
+    writing text takes."""
     return (states[0].contiguous(),)
 
 

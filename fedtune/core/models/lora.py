@@ -29,10 +29,17 @@ Arrays = dict[str, np.ndarray]
 def attach(
     model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Components | None = None
 ) -> PeftModel:
-    """Attach PEFT's LoRA to `model` with B zero. Only B is trainable, or A and B if lora.train is
-    "AB". parts: given for a base with a tower; the tower never gets an adapter.
+    """Attach PEFT's LoRA to `model`, with B zero, and return the PeftModel. Only B is trainable, or
+    A and B if lora.train is "AB".
 
-    Errors: ConfigError if a named module does not exist in this architecture."""
+    - model: the base's transformers model; its layers are changed in place
+    - lora: the plan's [lora] table: rank, alpha, modules, and which blocks and factors
+    - base_name: the base's name as the study gives it, for the adapter's PEFT config
+    - parts: the model's text model, tower and projector; None: the model is the text model. A tower
+      never gets an adapter
+
+    Errors: ConfigError if a named module does not exist in this architecture, or it has fewer
+    blocks than lora.last_layers."""
     text = parts.text if parts else model
     layers, targets = None, list(lora.modules)
     if lora.last_layers is not None:
@@ -67,15 +74,15 @@ def attach(
 
 def name_base(config: PeftConfig, base_name: str) -> None:
     """Write the base's name into an adapter's config, for PEFT; fedtune itself reads the run's
-    plan. A base from a wheel is named by its id and revision on the hub, which PEFT resolves
-    without fedtune."""
+    plan. A base that comes in a Python wheel is named by its id and revision on the hub, which PEFT
+    resolves without fedtune."""
     upstream = upstream_of(base_name)
     config.base_model_name_or_path = upstream.model if upstream else base_name
     config.revision = upstream.revision if upstream else config.revision
 
 
 def blocks(text: torch.nn.Module) -> int:
-    """Count the transformer blocks that can get an adapter."""
+    """Return the number of transformer blocks of a text model, each of which can get an adapter."""
     layers = getattr(text, "layers", None)
     if isinstance(layers, torch.nn.ModuleList):
         return len(layers)
@@ -85,8 +92,15 @@ def blocks(text: torch.nn.Module) -> int:
 def _by_name(
     model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
-    """Return the full names of the target modules; the last parts of the names do not suffice,
-    since a tower's layers share them with the text model's."""
+    """Return the full names of the modules that get an adapter. The last parts of the names do not
+    suffice, since layers of the tower have the same ones as layers of the text model.
+
+    - model: the whole model, in which the names are full
+    - parts: its text model, and its projector if it has one
+    - lora: the plan's [lora] table, whose `modules` are looked for
+    - layers: the numbers of the text model's blocks that get an adapter, from 0; None: all blocks
+
+    Errors: ConfigError if no linear layer has one of these names."""
     named = {id(module): name for name, module in model.named_modules()}
     text, modules = list(parts.text.named_modules()), list[torch.nn.Module]()
     for name in lora.modules:
@@ -102,7 +116,8 @@ def _by_name(
 
 
 def _within(name: str, layers: list[int] | None) -> bool:
-    """Return whether a module of the text model lies in one of the blocks `layers`."""
+    """Return whether a module of the text model lies in one of the blocks `layers`; True for every
+    module if `layers` is None. name: the module's name in the text model."""
     match = re.match(r"layers\.(\d+)\.", name)
     return layers is None or (match is not None and int(match[1]) in layers)
 
@@ -117,7 +132,8 @@ def _not_found(lora: LoraTable, text: torch.nn.Module, *more: str) -> ConfigErro
 
 
 def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
-    """Draw A from a public seed, uniform in ±1/√inputs as PEFT does; equal on every machine."""
+    """Draw LoRA's A from a public seed: an array for each parameter of `factor`, by its name,
+    uniform in [-1/√inputs, 1/√inputs] as in PEFT. The arrays are equal on every machine."""
     generator = torch.Generator().manual_seed(seed)
     arrays = {}
     for name in sorted(factor):
@@ -130,10 +146,16 @@ def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
 def frozen_of_plan(
     table: LoraTable, factor: Arrays, outputs: Arrays, trained: Mapping[str, nn.Parameter]
 ) -> Arrays:
-    """Check that A (`factor`) and the preconditioner's W or U (`outputs`) are the plan's, before a
-    record is read. Return `outputs`, or {} if the plan has no preconditioner.
+    """Check that the frozen arrays received with a plan are the plan's, before a record is read:
+    LoRA's A (`factor`), and the preconditioner's factors W or, if it is narrow, U (`outputs`).
+    Return `outputs`, or {} if the plan has no preconditioner.
 
-    trained: the trainable parameters by name. Errors: ModelError."""
+    - table: the plan's [lora] table, which has the digests; a digest that is None is not compared
+    - factor: A by name
+    - outputs: W or U by name, as received; not read if the plan has no preconditioner
+    - trained: the trainable parameters by name; the shapes of W or U follow from their B
+
+    Errors: ModelError if digests, names, shapes or ranges are not the plan's."""
     if table.a_digest not in (None, digest(factor)):
         raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
     wanted = table.preconditioner
@@ -165,6 +187,8 @@ LARGEST = 1e3
 
 
 def load_into(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
+    """Copy arrays into the parameters of the same names. Errors: ModelError if names or shapes
+    differ, or an entry is not finite or larger than LARGEST; nothing is loaded then."""
     if set(parameters) != set(arrays):
         raise ModelError("the adapter's tensors have other names than this base's", "the same plan")
     for name, parameter in parameters.items():

@@ -27,7 +27,8 @@ class KeepsState(ConfigError):
 
 
 def build_refusal(name: str, found: str) -> KeepsState:
-    """Build the error that names the model and how its state was found to change."""
+    """Build the error for a model that keeps state. name: the model's name; found: how its state
+    was found to change, in words."""
     return KeepsState(
         f"{name} keeps state of what it reads ({found})",
         "a model that computes each text as if it had read no other",
@@ -51,7 +52,9 @@ def describe_state(model: nn.Module) -> dict[str, object]:
 
 
 def _describe(value: Any, seen: dict[int, object]) -> object:
-    """Describe a value so that it compares equal as long as nothing writes to it."""
+    """Describe a value so that it compares equal as long as nothing writes to it. seen: the
+    descriptions of the objects met so far, by id, so that one that holds itself is described
+    once."""
     if isinstance(value, _SIMPLE):
         return repr(value)
     if isinstance(value, torch.Tensor):

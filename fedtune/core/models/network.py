@@ -52,8 +52,8 @@ from fedtune.core.run_folder import HEAD
 class Network:
     """A frozen base with its adapter or head.
 
-    Shapes: B records, L positions, H hidden, V classes or vocabulary. Adapters and heads are in
-    fp32, whatever the base's type."""
+    Shapes: B records, L positions, H hidden, V classes or vocabulary. A file has P states of length
+    W for each of its tiles. Adapters and heads are in fp32, whatever the base's type."""
 
     def __init__(
         self,
@@ -65,11 +65,21 @@ class Network:
         modality: str | None = None,
         directions: int = 0,
     ) -> None:
-        """Build the network.
+        """Build the network. B and head are zero, and A is drawn from seed 0, until arrays are
+        loaded.
 
+        - base: the verified base, which is loaded from its folder
+        - dtype: the number format of the base's states and, unless it is quantised, its weights
+        - lora: the plan's [lora] table; None if only a head is trained
         - labels: number of outputs of the trained head; 0 to use the model's own head
+        - quantisation: how the base's weights are stored; None: in `dtype`
+        - modality: the study's base.modality; None: the modality of this release that reads records
+          for a base of this kind
         - directions: number of directions of the public basis, if class statistics are trained for
-          the head; else 0"""
+          the head; else 0
+
+        Errors: ConfigError if there is nothing to train, or class statistics with an adapter; those
+        of loading a base."""
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base = base
@@ -121,8 +131,9 @@ class Network:
         self.draw_factor(seed=0)
 
     def _cut(self, lora: LoraTable) -> Split | None:
-        """Find the cut. Trying it is the first reading of a text: modules may add state that they
-        build at their first use, but may change none. Errors: KeepsState."""
+        """Find the cut, by trying it on a text; None if there is none. This is the first text that
+        the base reads: its modules may then add state that they build at their first use, but may
+        change none. Errors: KeepsState if they do."""
         before = describe_state(self._backbone)
         found = cut(self._backbone, lora)
         if not before.items() <= describe_state(self._backbone).items():
@@ -131,7 +142,8 @@ class Network:
 
     @cached_property
     def rows(self) -> int:
-        """The number of tokens for which each of the base's tables has a row."""
+        """The number of tokens for which the base's tables (the embedding and the head) have a
+        row."""
         tables = filter(None, (self.model.get_input_embeddings(), self._lm_head))
         return rows_of(self.model.config, *tables)
 
@@ -177,13 +189,13 @@ class Network:
         return self._fills or self._parts.crossed
 
     def frames(self, tiles: int) -> int:
-        """Return the number of the tower's states for a file of `tiles` tiles; 0 without a
-        tower."""
+        """Return how many states the tower (the base's frozen encoder of images or audio) gives for
+        a file of `tiles` tiles; 0 without a tower."""
         return self._parts.frames * tiles
 
     def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
-        """Return whether a row of the layer's input is a tile (in the projector) and not a
-        passage."""
+        """Return whether this parameter is of a trained projector: in its layers a row of the input
+        is a tile of a file, and in all others a passage."""
         if not self._projects or self._parts.projector is None:
             return False
         return any(parameter is p for p in self._parts.projector.parameters())
@@ -204,15 +216,17 @@ class Network:
 
     @cached_property
     def products(self) -> tuple[int, int]:
-        """The multiplications of one position in the layers above the cut, and of one target in the
-        base's own head. The time of a pass follows from both."""
+        """The numbers of multiplications that one position takes in the layers above the cut, and
+        one target in the base's own head (0 if that head is not used). The time of a pass follows
+        from both."""
         above = 0 if self.pooled else _weights(self._split.tail if self._split else self._backbone)
         scored = self.head is None and self._lm_head is not None
         return above, self.hidden_size * self.vocabulary if scored else 0
 
     @torch.no_grad()
     def encode_media(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Run the frozen tower on one file's tensor: (tiles, P, W)."""
+        """Run the tower (the frozen encoder of images or audio) on one file's tensor. Return its
+        states, (tiles, P, W): P states of length W for each tile."""
         assert self._parts.tower is not None
         return self._parts.tower(tensor.to(self.device, self.dtype))
 
@@ -220,9 +234,14 @@ class Network:
     def prefix(
         self, input_ids: torch.Tensor, mask: torch.Tensor, tower_states: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute states at the cut, (B, L, H); (B, 1, H) fp32 if only a head is trained.
-        tower_states: the tower's states of each passage's file, (B, tiles, P, W). Place-holders
-        that `hidden` fills with the projector's output are NaN until then."""
+        """Compute the states at the cut, (B, L, H). Without a cut these are the tokens' embeddings;
+        if only a head is trained, the pooled vectors (B, 1, H) fp32. Place-holders that `hidden`
+        fills with the projector's output are NaN until then.
+
+        - input_ids: token ids, (B, L) int64
+        - mask: (B, L) bool, False on padding, which is on the right
+        - tower_states: the tower's states of each passage's file, (B, tiles, P, W), as
+          `encode_media` gives them; None for a base that reads text alone"""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooled and self._parts.crossed:
             assert tower_states is not None  # a head on the tower itself: the mean over all frames
@@ -251,12 +270,14 @@ class Network:
         return states if self._fills else self._fill(states, tower_states)
 
     def _position_ids(self, is_placeholder: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return position ids for a base whose positions are two-dimensional (M-RoPE); {} for
-        others."""
+        """Return the argument `position_ids` for a base whose positions are two-dimensional
+        (M-RoPE); {} for others. is_placeholder: (B, L), True where a token stands for a part of the
+        image."""
         return {"position_ids": plane_positions(is_placeholder)} if self._parts.plane else {}
 
     def _fill(self, states: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
-        """Fill each record's place-holders with the projector's output for its tiles."""
+        """Return `states` with each record's place-holders replaced by the projector's output for
+        its tiles."""
         assert tower_states is not None and self._parts.projector is not None
         features = self._parts.projector(tower_states.flatten(0, 1))  # (B · tiles, P', H)
         return fill(states, features.reshape(len(tower_states), -1, features.shape[-1]))
@@ -280,8 +301,14 @@ class Network:
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute last hidden states from the states at the cut, with adapters applied, (B, L, H).
-        If `keep` (B, K) is given, compute them only at these positions, (B, K, H). tower_states:
-        needed if `reads_tower`."""
+        If `keep` (B, K) is given, compute them only at these positions, (B, K, H).
+
+        - prefix: the states at the cut, (B, L, H), as the method `prefix` or a cache gives them; if
+          only a head is trained, they are returned unchanged
+        - mask: (B, L) bool, False on padding
+        - keep: the indices of K positions of each passage, (B, K); None: all positions
+        - tower_states: the tower's states of each passage's file, (B, tiles, P, W); needed if
+          `reads_tower`"""
         if self.pooled:
             return prefix
         extra = self._cross_inputs(tower_states) if self.reads_tower else {}
@@ -297,8 +324,9 @@ class Network:
         return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute (n, V) fp32 of states (n, H): class logits if a head is trained, else next-token
-        logits, only those of `tokens` if given."""
+        """Compute logits from n states (n, H): (n, V) fp32. They are the classes' logits if a head
+        is trained, else those of the next token. tokens: the tokens whose next-token logits alone
+        are computed; None: all tokens."""
         if self.head is not None:
             scores: torch.Tensor = self.head(selected.float())
             return scores
@@ -310,23 +338,25 @@ class Network:
         return logits
 
     def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Compute next tokens' negative log-likelihood (nats) from states (n, H), fp32 (n,)."""
+        """Compute the negative log-likelihood (nats) of the next tokens `targets` (n,) from n
+        states (n, H): (n,) fp32."""
         assert self._lm_head is not None
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute the products (B, V) fp32 of the vectors' class statistics and the trained sums.
-        Errors: ModelError if the network has no such statistics."""
+        """Multiply each record's class statistics (the features of its vector, then `count_weight`)
+        by the trained sums of each class. Return the products, (B, V) fp32. Errors: ModelError if
+        the network trains no class sums."""
         if self.statistics is None:
             raise ModelError("this network has no class statistics", "an objective with directions")
         products: torch.Tensor = self.statistics(vectors, count_weight)
         return products
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool to one vector per record (B, H) fp32: the mean over tokens (encoder) or the last
-        token's state. If only a head is trained, `prefix` has pooled already, and its vector is
-        returned: on a speech base the mean over the tower's frames, on clips their frames in order,
-        projected."""
+        """Pool hidden states to one vector per record, (B, H) fp32: the mean over tokens on an
+        encoder, else the last token's state. If only a head is trained, `hidden` holds the vector
+        that `prefix` pooled, and that is returned. On a speech base this is the mean over the
+        recording's frames, on clips a projection of all their frames in order."""
         return hidden[:, 0] if self.pooled else pool_states(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -375,8 +405,8 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def zero(self) -> Arrays:
-        """Return zero trainable arrays. With them the network is the base itself, since a head
-        starts at zero too."""
+        """Return an array of zeros for each trainable parameter, by name. With these the network is
+        the base itself, since a head starts at zero too."""
         return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
@@ -397,9 +427,10 @@ class Network:
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return the arrays that `study` never trains. These are A, drawn from the public
-        seed or as received, and the preconditioner if the plan has one; or the basis of class
-        statistics. Errors: ModelError if they are not the plan's."""
+        """Load and return the arrays that `study` never trains, by name. These are A, drawn from
+        the public seed or as received, and the preconditioner if the plan has one; or the basis of
+        class statistics. received: the frozen arrays that came with the plan. Errors: ModelError if
+        they are not the plan's."""
         if self.statistics is not None:
             return self._adopt_basis(study, received)
         if study.lora is None:
@@ -414,8 +445,9 @@ class Network:
         return whole
 
     def _adopt_basis(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return the basis of class statistics. If the plan has none, as for a finished
-        run, draw it from the public seed. Errors: ModelError."""
+        """Load and return the basis of class statistics, `received`. If the plan names no basis and
+        none was received, as for a finished run, draw it from the public seed. Errors: ModelError
+        if it is not the plan's."""
         assert self.statistics is not None
         expected = study.objective.basis_digest
         if not received and expected is None:
@@ -426,7 +458,8 @@ class Network:
         return received
 
     def initial(self, factor: Arrays) -> Arrays:
-        """Return round 0's trainable arrays: B and head zero; A as in `factor` if it is trained."""
+        """Return the trainable arrays of an adapter that nothing has trained, by name: B and head
+        zero, and A as in `factor` if A is trained. factor: A by name."""
         return {n: factor.get(n, array) for n, array in self.zero().items()}
 
     def frozen_factor(self) -> Arrays:
@@ -439,7 +472,8 @@ class Network:
     def load_frozen(self, arrays: Arrays) -> None:
         """Load A, and the preconditioner if it is among `arrays`; or the basis of class statistics.
         A is not loaded again if the same arrays were loaded last and A is unchanged since. Errors:
-        as `load_trainable`."""
+        ModelError if names or shapes differ from this network's, or an entry is not finite or too
+        large."""
         if self.statistics is not None:
             return self.statistics.load(arrays)
         versions = self._factor_versions()
@@ -452,8 +486,9 @@ class Network:
     def loaded(
         self, frozen: Arrays | None = None, trainable: Arrays | None = None
     ) -> Iterator[None]:
-        """Load arrays within the block, and restore the previous ones after it. Arrays given as
-        None stay as they are. Errors: as `load_trainable`."""
+        """Load arrays within the block, and load the previous ones again after it; class sums are
+        then zero. None: nothing is loaded before the block, though the trainable arrays are put
+        back after it in any case. Errors: ModelError, as in `load_frozen` and `load_trainable`."""
         held = None if frozen is None else self.frozen_factor() | self.preconditioner
         trained = self.trainable()
         try:
@@ -477,7 +512,7 @@ class Network:
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Disable adapters within the block."""
+        """Disable adapters within the block, so that the network computes what the base does."""
         if isinstance(self.model, PeftModel):
             adapter = [*self._trainable.values(), *self._factor.values()]
             trainable_before = [p.requires_grad for p in adapter]

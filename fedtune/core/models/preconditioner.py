@@ -42,24 +42,30 @@ _IN_NARROW = ".lora_U."
 
 
 def name_for(name: str, *, narrow: bool = False) -> str:
-    """Return the name of the factor W that belongs to the B called `name`, or of U if `narrow`."""
+    """Return the name of the preconditioner's factor for the B called `name`: that of W (M = b I -
+    W Wᵀ) or, if `narrow`, that of U (M = U Uᵀ)."""
     return name.replace(_IN_B, _IN_NARROW if narrow else _IN_M)
 
 
 def is_factor(name: str) -> bool:
-    """Return whether an array of this name is a preconditioner's W or U."""
+    """Return whether an array of this name is a factor of a preconditioner's matrix M: W or U."""
     return _IN_M in name or _IN_NARROW in name
 
 
 def separate_frozen(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
-    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's W or U."""
+    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's factors (W or U), both
+    by name."""
     factors = {name: array for name, array in frozen.items() if is_factor(name)}
     return {n: a for n, a in frozen.items() if n not in factors}, factors
 
 
 @dataclass(frozen=True, repr=False)
 class Multiplier:
-    """The matrix M = identity · I + sign · wide wideᵀ. wide: W or U, (outputs, rank)."""
+    """The matrix M by which the change of one B is multiplied, M = identity · I + sign · wide
+    wideᵀ.
+
+    - identity, sign, wide: b, -1 and W for M = b I - W Wᵀ; of a narrow preconditioner, M = U Uᵀ,
+      they are 0, 1 and U. W and U are (outputs, rank)"""
 
     identity: float
     sign: int
@@ -67,7 +73,8 @@ class Multiplier:
 
 
 def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> Multiplier | None:
-    """Return M of the trained tensor `name`; None if `factors` has no factor for it.
+    """Return the preconditioner's matrix M for the trained tensor `name`; None if the tensor is no
+    B, or `factors` has no factor for it. factors: W or U by name.
 
     Errors: ModelError if the factor is out of range."""
     if _IN_B not in name:
@@ -80,10 +87,10 @@ def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> 
 
 
 def identity_part(factor: npt.NDArray[np.float32]) -> float:
-    """Compute the b of M = b I - W Wᵀ for which the mean square of M's d eigenvalues is 1.
+    """Compute the b with which the mean square of the eigenvalues of M = b I - W Wᵀ is 1. factor:
+    W, (outputs, rank), which comes from the coordinator and is not trusted.
 
-    W comes from the coordinator and is not trusted. Errors: ModelError if no M of this scale has
-    all its eigenvalues at LEAST or above."""
+    Errors: ModelError if no M of this scale has all its eigenvalues at LEAST or above."""
     outputs, rank = factor.shape
     values = np.linalg.eigvalsh(factor.T.astype(np.float64) @ factor.astype(np.float64))
     total, squares = float(values.sum()), float((values**2).sum())
@@ -99,10 +106,11 @@ def identity_part(factor: npt.NDArray[np.float32]) -> float:
 
 
 def check_narrow(factor: npt.NDArray[np.float32]) -> None:
-    """Check that the mean square of the d eigenvalues of M = U Uᵀ is 1, so that none is above √d. U
-    comes from the coordinator and is not trusted.
+    """Check that the mean square of the eigenvalues of M = U Uᵀ is 1, so that none is above
+    √outputs. factor: U, (outputs, rank), which comes from the coordinator and is not trusted.
 
-    Errors: ModelError if it is not 1, to within SCALE, or U has no fewer columns than rows."""
+    Errors: ModelError if it is not 1, to within SCALE, or U does not have fewer columns than
+    rows."""
     outputs, rank = factor.shape
     wide = factor.astype(np.float64)
     squares = float(((wide.T @ wide) ** 2).sum())
@@ -115,8 +123,9 @@ def check_narrow(factor: npt.NDArray[np.float32]) -> None:
 
 
 def narrow_factors(factors: Arrays) -> Arrays:
-    """Return, for each W, U of the narrow M = U Uᵀ. In W's directions this M equals b I - W Wᵀ,
-    scaled so that the mean square of its eigenvalues is 1. In all other directions M is zero."""
+    """Make a narrow preconditioner of each W in `factors`. Return the factors U, by name, of the
+    narrow matrices M = U Uᵀ. In W's directions this M equals b I - W Wᵀ, scaled so that the mean
+    square of its eigenvalues is 1. In all other directions it is zero."""
     return {name.replace(_IN_M, _IN_NARROW): _narrow_factor(w) for name, w in factors.items()}
 
 
@@ -130,14 +139,19 @@ def _narrow_factor(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def rank_of(outputs: int, rank: int) -> int:
-    """Return W's number of columns: `rank`, or one less than the layer has outputs if that is
-    smaller."""
+    """Return the number of columns of a preconditioner's factor W: `rank`, or `outputs` - 1 if
+    that is smaller. outputs: the number of the layer's outputs."""
     return min(rank, outputs - 1)
 
 
 def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
-    """Return the adapter after one round. The change that `apply` makes to each B is multiplied by
-    B's M and added in fp64. If `frozen` has no preconditioner, the result is apply(adapter)."""
+    """Return the adapter after one round, with the preconditioner applied if there is one.
+
+    - apply: returns the next adapter for a given one
+    - adapter: the adapter before the round, by name
+    - frozen: the plan's frozen arrays. If they hold a preconditioner, the change that `apply` makes
+      to each B is multiplied by B's matrix M and added in fp64; if not, the result is
+      apply(adapter)"""
     _, factors = separate_frozen(frozen)
     if not factors:
         return apply(adapter)
@@ -145,7 +159,9 @@ def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arr
 
 
 def move_adapter(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
-    """Move `adapter` by M times `step`, summed in fp64."""
+    """Return `adapter` moved by `step`, summed in fp64 and rounded to fp32. The step of a B that
+    has a preconditioner is multiplied by its matrix M first. factors: the factors W or U of these
+    M, by name; a tensor without one is moved by `step` itself."""
     return {
         name: (array + multiply_by_m(step[name].astype(np.float64), name, factors)).astype(
             np.float32
@@ -157,8 +173,9 @@ def move_adapter(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors:
 def multiply_by_m(
     values: npt.NDArray[np.float64], name: str, factors: Arrays
 ) -> npt.NDArray[np.float64]:
-    """Return M times `values` (…, outputs, columns) of the trained tensor `name`; `values`
-    unchanged if `factors` has no M for it."""
+    """Multiply the values (…, outputs, columns) of the trained tensor `name` by its
+    preconditioner's matrix M. Return `values` unchanged if `factors` (W or U by name) has none for
+    it."""
     found = multiplier_of(name, factors)
     if found is None:
         return values
@@ -169,10 +186,14 @@ def multiply_by_m(
 def factor_of(
     moment: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
+    """Compute the preconditioner's factor W, fp32 (outputs, rank), so that M = b I - W Wᵀ is (G/ḡ +
+    damping · I)^(-1/2), scaled so that the mean square of M's eigenvalues is 1.
 
-    moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue. M
-    keeps its eigenvalues for the `rank` largest of G. All its others are replaced by their root
+    - moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue
+    - rank: the number of W's columns, at most outputs - 1
+    - damping: what is added to each of G's eigenvalues over their mean; > 0
+
+    M keeps its eigenvalues for the `rank` largest of G. All its others are replaced by their root
     mean square. Errors: ModelError if G is zero or not finite."""
     values, vectors = np.linalg.eigh(_require_finite(moment))  # ascending
     return _factor(values, vectors, rank, damping)
@@ -181,8 +202,14 @@ def factor_of(
 def factor_of_columns(
     columns: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W as `factor_of` does for G = columns columnsᵀ, with columns (outputs, n) and n <
-    outputs. For a wide layer G itself would take too much memory. Errors: as `factor_of`."""
+    """Compute the preconditioner's factor W as `factor_of` does, from gradients in place of their
+    sum G, which would take too much memory for a wide layer.
+
+    - columns: the public gradients, (outputs, n) with n < outputs; G = columns columnsᵀ
+    - rank: the number of W's columns, at most outputs - 1
+    - damping: what is added to each of G's eigenvalues over their mean; > 0
+
+    Errors: ModelError if the columns are all zero, or not finite."""
     vectors, singular, _ = np.linalg.svd(_require_finite(columns), full_matrices=False)
     return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
 
@@ -200,8 +227,13 @@ def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _factor(
     values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W from the largest eigenvalues of G (ascending) and their vectors; G's other
-    eigenvalues are zero."""
+    """Compute W, fp32 (outputs, rank), from the largest eigenvalues and eigenvectors of G, the sum
+    of g gᵀ over public gradients. G's other eigenvalues are zero.
+
+    - values: the n largest eigenvalues, ascending, (n,)
+    - vectors: their eigenvectors as columns in the same order, (outputs, n)
+    - rank: the number of W's columns, lowered to outputs - 1 if it is larger
+    - damping: what is added to each of G's eigenvalues over their mean; > 0"""
     outputs, known = vectors.shape
     mean = float(values.sum()) / outputs
     shrunk = 1 / np.sqrt(

@@ -45,7 +45,7 @@ class Unavailable(InfrastructureError):
 
 
 class Altered(Unavailable):
-    """A block was changed in the file; nothing of it was used."""
+    """A block of the file of states was changed after it was written; nothing of it was used."""
 
 
 class HiddenStates(Protocol):
@@ -53,7 +53,7 @@ class HiddenStates(Protocol):
     referenced."""
 
     def read(self) -> torch.Tensor:
-        """Read the states. Errors: Unavailable."""
+        """Return the states. Errors: Unavailable if the store does not hold them."""
 
 
 @lru_cache(maxsize=1)
@@ -66,8 +66,8 @@ def default_limit() -> int:
 
 
 class PrefixStore:
-    """The hidden states that this process keeps. The limit holds for all records of the process
-    together.
+    """The hidden states that this process keeps. The limit on memory (`keep`) holds for all records
+    of the process together.
 
     The first states go to memory and are never moved to the file. Every record is drawn equally
     often, so it does not matter which ones are in memory."""
@@ -95,9 +95,12 @@ class PrefixStore:
         return self._file.used if self._file else 0
 
     def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
-        """Store `states` (positions, H) of `record`: in memory if the process then holds at most
-        `limit` bytes there, else in the file. limit: if it is None, the process's share of a
-        quarter of the machine's memory.
+        """Store states: in memory if the process then holds at most `limit` bytes there, else in
+        the file. Return the object that reads them, and keeps them for as long as it is referenced.
+
+        - states: one record's states at the cut, (positions, H)
+        - record: the digest that names them
+        - limit: bytes; None: the process's share of a quarter of the machine's memory
 
         If the file cannot be written, the returned object holds nothing and its `read` raises
         Unavailable."""
@@ -130,13 +133,15 @@ class PrefixStore:
             return _Nothing()
 
     def leave_free(self, beside: int) -> None:
-        """Keep `beside` bytes of the file's disk free in addition to LEAST_FREE. The ledger's
-        reserve frees that many while a request is answered, and the states must not use them."""
+        """Keep `beside` bytes of the file's disk free in addition to LEAST_FREE. So many bytes are
+        set aside for the ledger and freed while a request is answered, and the states must not use
+        them."""
         self.least_free = max(self.least_free, LEAST_FREE + beside)
 
     def release_memory(self) -> None:
-        """Drop all states held in memory, and keep none there any more. Called when memory ran out:
-        the memory left for a row must not depend on how many records were read before it."""
+        """Drop all states held in memory, and keep none there any more. This is called when memory
+        ran out: the memory left for a record must not depend on how many records were read before
+        it."""
         self._memory_is_short = True
         for stored in list(self._in_memory):
             stored.drop()
@@ -146,7 +151,7 @@ PREFIX_STORE = PrefixStore()
 
 
 class _Nothing:
-    """States for which there was no space."""
+    """Stands for states for which there was no space: `read` always raises Unavailable."""
 
     def read(self) -> torch.Tensor:
         raise Unavailable("there was no room for these states at the cut")
@@ -173,8 +178,13 @@ class _InMemory:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Sealed:
-    """States in an encrypted block. record: authenticated with the block, so that one record's
-    block cannot be read as another's."""
+    """States in an encrypted block of the file.
+
+    - file, at, size: the file, and the block's offset and length in bytes
+    - key: the block's own key, which is nowhere else
+    - record: the digest that names the states; it is authenticated with the block, so that one
+      record's block cannot be read as another's
+    - shape, dtype: of the states"""
 
     file: _File
     at: int
@@ -196,6 +206,15 @@ class _Sealed:
 
 
 def _seal(states: torch.Tensor, record: bytes, file: _File, least_free: int) -> _Sealed:
+    """Encrypt states under a new key, and write them to the file. Return the object that reads
+    them, which alone has the key.
+
+    - states: one record's states at the cut, on the CPU
+    - record: the digest that names them; it is authenticated with the block
+    - file: the process's file of blocks
+    - least_free: how many bytes of the file's disk must stay free
+
+    Errors: OSError if the block cannot be written."""
     key = AESGCM.generate_key(256)
     plaintext = states.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     block = AESGCM(key).encrypt(_NONCE, plaintext, record)

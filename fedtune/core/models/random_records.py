@@ -1,4 +1,4 @@
-"""Generate records of random tokens that never saw any data, for checks before training."""
+"""Generate records of random tokens, which no data went into, for checks before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class GeneratedFile(NamedTuple):
     tiles: int
 
     def prepend_to(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> Passage:
-        """Put the place-holders before a text."""
+        """Return a passage: the file's place-holders, which have no targets, and then a text. ids,
+        targets: the text's token ids and their targets."""
         placeholders = np.array(self.ids, np.int32)
         no_targets = np.full(len(placeholders), NO_TARGET, np.int32)
         return Passage(np.concatenate([placeholders, ids]), np.concatenate([no_targets, targets]))
@@ -37,7 +38,14 @@ def generate_file(
     generator: np.random.Generator,
     like: Media | None = None,
 ) -> GeneratedFile:
-    """Generate a file of noise as `network` reads it, with as many tiles as `like`."""
+    """Generate a file of noise as `network` reads it, with the place-holders that its text needs.
+
+    - network: the network whose base reads the file
+    - objective: the plan's objective, with which the base's reader places the file
+    - generator: the source of the noise
+    - like: a file whose number of tiles the new one has; None: the reader chooses
+
+    For a base that reads text alone, the result has no file and no place-holders."""
     media = network.reader.generated(generator, like)
     if media is None:
         return GeneratedFile(None, [], 1)
@@ -49,14 +57,26 @@ def generate_file(
 def random_ids(
     network: Network, generator: np.random.Generator, count: int, lowest: int = 0
 ) -> npt.NDArray[np.int32]:
-    """Draw random token ids, none of them an image place-holder."""
+    """Draw random token ids, int32 (count,), none of them a place-holder of a file.
+
+    - network: the network whose vocabulary the ids are from
+    - generator: the source of the ids
+    - count: how many ids are drawn
+    - lowest: the smallest id that is drawn; a place-holder that is drawn is replaced by it"""
     ids = generator.integers(lowest, network.vocabulary, size=count, dtype=np.int32)
     ids[np.isin(ids, list(network.reader.avoid))] = lowest
     return ids
 
 
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
-    """Generate `count` units of one record each, drawn from the study's public seed."""
+    """Generate `count` units of one record each, drawn from the study's public seed: the same
+    records in every call for the same network.
+
+    - network: the network that is to read them; if its base reads files, each record has one
+    - study: the plan, whose objective says what a record is made of
+    - count: how many records
+    - length: the tokens of each passage, besides the place-holders of a file; those of the second
+      half are targets"""
     draw = np.random.default_rng(study.study.seed)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))

@@ -24,7 +24,7 @@ def rank_slice(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
     """Return the columns of each B that a site of `rank` trains in round `round_` (from 1); all
     columns if rank or lora is None. Each round trains the next block of columns. The last block
     ends with the last column, and the round after it trains the first block again. The result
-    depends only on the round's number and two public figures."""
+    depends only on the round's number and on two public figures, the ranks of site and adapter."""
     if lora is None or rank is None:
         return ALL
     blocks = -(-lora.rank // rank)

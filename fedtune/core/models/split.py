@@ -36,10 +36,11 @@ class Split:
 
 
 def cut(model: Any, lora: LoraTable) -> Split | None:
-    """Find the deepest cut below all adapters of a decoder backbone. Return None if there is none.
+    """Find the deepest cut below all adapters of a decoder, and return the two parts. Return None
+    if there is none.
 
-    Guarantee: a cut is used only if tail(prefix(x)) equals the whole backbone bit for bit on a
-    probe. Call this before the adapter is attached."""
+    Guarantee: a cut is used only if tail(prefix(x)) equals the whole decoder bit for bit on a short
+    probe text. Call this before the adapter is attached."""
     layers = getattr(model, "layers", None)
     last = next((name for name in ("norm", "layer_norm") if hasattr(model, name)), "")
     if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
@@ -67,9 +68,11 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
 
 @dataclass(frozen=True)
 class _Halves:
-    """The two halves of a pre-norm block: first (attention, with its residual), then x +
-    mlp(norm(x)). inside: the last names of the modules that are in the MLP and not in the
-    attention."""
+    """The two halves of a pre-norm block: y = first(x), then y + mlp(norm(y)).
+
+    - first: the attention, with its residual
+    - norm, mlp: the norm and the MLP of the second half
+    - inside: the last names of the modules that are in the MLP and not in the attention"""
 
     first: nn.Module
     norm: nn.Module
@@ -81,7 +84,8 @@ class _Halves:
 
 
 def _halves(layer: Any) -> _Halves | None:
-    """Split a block of a known architecture: LLaMA's, or Whisper's with cross-attention."""
+    """Split a block into its two halves; None if its architecture is not a known one: LLaMA's, or
+    Whisper's with cross-attention."""
 
     def has(*parts: str) -> bool:
         return all(hasattr(layer, part) for part in parts)
@@ -100,15 +104,16 @@ def _last_names(module: nn.Module) -> set[str]:
 
 
 class _Nowhere(nn.Module):
-    """A position embedding of zero: positions were added already."""
+    """A position embedding of zero, for the part above the cut: positions were added below it."""
 
     def forward(self, embedded: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros_like(embedded)
 
 
 class _Crossed(nn.Module):
-    """The first half of Whisper's decoder block: both attentions. Only a _Feed holds the block
-    as a module, since hooks would run twice on a block that two modules hold."""
+    """The first half of Whisper's decoder block: self-attention, then cross-attention to the
+    recording. The block is a sub-module of `_Feed` only, since hooks would run twice on a block
+    that two modules hold."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -134,7 +139,8 @@ class _Crossed(nn.Module):
 
 
 class _Feed(nn.Module):
-    """Whisper's MLP, whose layers are the block's own; an adapter may take their place later."""
+    """Whisper's MLP. It calls the layers of the block itself, so that an adapter may take their
+    place later."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -158,7 +164,8 @@ class _Attention(nn.Module):
 
 
 class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
-    """A pre-norm block whose second half runs at some positions only."""
+    """A pre-norm block whose second half, the MLP, runs only at the positions `keep`, or at all
+    positions if it is None."""
 
     def __init__(self, halves: _Halves) -> None:
         super().__init__()

@@ -36,7 +36,8 @@ _checked: WeakKeyDictionary[LoadedModel, set[int]] = process_cache.register(
 
 
 def teacher_for(study: Study) -> TeacherFunction | None:
-    """Return the function that computes a record's soft targets; None if the study has no teacher.
+    """Return the function (record, example) that computes a record's soft targets; None if the
+    study has no teacher.
 
     First the teacher reads generated texts, up to the longest that it may be given, to check that
     it keeps nothing of them. Errors: ModelError (the teacher has another digest, or cannot be
@@ -54,9 +55,10 @@ def teacher_for(study: Study) -> TeacherFunction | None:
 def soft_targets_of(
     models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher
 ) -> TeacherFunction:
-    """Return the function that computes a record's soft targets: the mean of the teachers'
-    probabilities at temperature `spec.temperature`. Of next tokens only the `spec.top` likeliest
-    are kept. Errors: ConfigError if the teachers do not fit this objective."""
+    """Return the function (record, example) that computes a record's soft targets: the mean of the
+    teachers' probabilities at temperature `spec.temperature`. Of next tokens only the `spec.top`
+    likeliest are kept. models: one teacher or more; objective: the plan's, of which the labels are
+    read. Errors: ConfigError if the teachers do not fit this objective."""
     labels = objective.labels
     for model in models:
         _check(model, labels)
@@ -84,7 +86,8 @@ def find_teacher(spec: Teacher) -> LoadedModel:
 
 
 def folder_of(spec: Teacher) -> Path | None:
-    """Return the folder on this machine with the teacher's digest; None if there is none."""
+    """Return the folder of the model on this machine that has the teacher's digest; None if there
+    is none."""
     cached = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
     noted = known_here.look_up(cache_dir(), spec.digest)
     places = [cached, *([noted[1]] if noted else [])]
@@ -104,8 +107,8 @@ def _check(model: LoadedModel, labels: Sequence[str]) -> None:
 
 
 def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
-    """Check once per loaded model and length that it keeps no state between texts. Errors:
-    KeepsState."""
+    """Check that a teacher keeps no state between texts, once for each loaded model and each length
+    of the longest text. Errors: KeepsState."""
     own = model.study.objective if objective.labels and model.study else objective
     longest = min(own.max_length, model.room)
     if longest in _checked.setdefault(model, set()):
@@ -122,7 +125,14 @@ def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
 def _log_probabilities(
     model: LoadedModel, record: Record, example: Example, labels: Sequence[str]
 ) -> torch.Tensor:
-    """Compute a teacher's log-probabilities for one record: (targets, V), or (1, labels).
+    """Compute what a teacher says of one record: the log-probabilities of the next token at each
+    target, (targets, V); or, with `labels`, its head's logits, (1, labels).
+
+    - model: the teacher
+    - record: the record as read; with `labels`, its text, which the teacher tokenises itself
+    - example: the record tokenised for the study; without `labels`, the teacher reads its tokens
+    - labels: objective.labels, in the order of the teacher's head; () if tokens are predicted
+
     Errors: Rejected, for a record that is longer than the teacher's positions."""
     ids = example.input_ids
     if labels:

@@ -74,14 +74,16 @@ def tiny_network(study: Study, base: Base) -> Network:
 
 
 def _moment(draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
-    """Generate second moments of random vectors, with some directions far longer than others."""
+    """Generate the second moment of random vectors, (size, size), with some directions far longer
+    than others."""
     rows = draw.normal(size=(size, size)) * np.geomspace(10, 0.1, size)[:, None]
     return rows.T @ rows
 
 
 def tiny_columns(study: Study, lora_rank: int | None) -> slice:
-    """Return the columns of the tiny adapter that a site of `lora_rank` trains. If the site trains
-    fewer columns than the study's adapter has, they are fewer here too, and not the first ones."""
+    """Return the columns of the tiny adapter's B that a site of `lora_rank` trains: all columns if
+    it trains all of the study's adapter. If it trains fewer, it trains fewer here too, and not the
+    first ones."""
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
         return ALL
     tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
@@ -93,7 +95,12 @@ def generate_records(
 ) -> Dataset:
     """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of different
     units share batches. If the base reads files, each record begins with a file of noise. The same
-    study and stream give the same records."""
+    study and stream give the same records.
+
+    - study: the plan, whose public seed and objective are used
+    - network: the tiny network that is to read them
+    - sizes: the number of records of each unit
+    - stream: the number of a series of records; another number gives others from the same seed"""
     draw = np.random.default_rng([study.study.seed, stream])
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
@@ -131,8 +138,8 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
 
 
 def random_base(folder: Path, seed: int = 0) -> Path:
-    """Write a random Llama of this size to `folder`, for checks that need a base but none of a real
-    one's files."""
+    """Write a random Llama with this module's tiny sizes to `folder`, for checks that need a base
+    but none of a real one's files. Return `folder`."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
@@ -142,7 +149,15 @@ def random_base(folder: Path, seed: int = 0) -> Path:
 
 
 def _save(config: Any, auto: Any, names: tuple[str, ...], folder: Path, seed: int) -> None:
-    """Save a random model of `config`, and a tokenizer with the tokens `names`."""
+    """Save a random model of `config`, and a tokenizer with the tokens `names`.
+
+    - config: the transformers config of the tiny model; its vocabulary and the ids of its special
+      tokens are set here
+    - auto: the transformers class that makes a model of a config
+    - names: the tokenizer's tokens by their ids; the first four stand for padding, start, end and
+      an unknown token (_NAMES)
+    - folder: where config, weights and tokenizer are written
+    - seed: the seed of the weights"""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -172,8 +187,8 @@ def _renumber(config: Any) -> None:
 
 
 def _shrink(config: Any) -> None:
-    """Shrink a config. Its sizes and the scale of its weights change; activation, norms, tying,
-    positions and masks stay those of the base."""
+    """Shrink a text model's config in place. Its sizes and the scale of its weights change;
+    activation, norms, tying, positions and masks stay those of the base."""
     layers = int(config.num_hidden_layers)
     layers_left = min(LAYERS, layers)
     heads = int(config.num_attention_heads)

@@ -12,8 +12,17 @@ _PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
 
 
 def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
-    """Shrink the tower in `config`, write the processor's files to `folder`, and return the
-    tokens that the vocabulary needs besides `names` others. The caller shrinks the text part."""
+    """Shrink the tower (the encoder of images or audio) in `config`, and write the processor's
+    files to `folder`. The caller shrinks the text part, but of a speech base this function does.
+    Return the tokens to append to the tiny vocabulary, in the order of their ids; [] for a base
+    that reads text alone.
+
+    - config: the base's transformers config, which is changed
+    - base: the real base, whose processor and tokenizer are read
+    - folder: the folder of the tiny base
+    - sizes: the sizes of the tower, by their names in a config, such as hidden_size
+    - names: how many tokens the vocabulary has already, which is the id of the first one
+      appended"""
     if base.kind == "image_text":
         return _images(config, base, folder, sizes, names)
     if base.kind == "speech":
@@ -23,6 +32,9 @@ def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: 
 
 
 def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
+    """Shrink the tower of a base that reads images, and write its processor's files. Return the
+    tokens to append to the tiny vocabulary, the image's place-holder last. The parameters are those
+    of `shrink`."""
     vision, scale = config.vision_config, int(getattr(config, "scale_factor", 1))
     for name, value in sizes.items():
         if getattr(vision, name, None) is not None:
@@ -72,7 +84,8 @@ def _load(name: str, base: Base, **changes: Any) -> Any:
 
 
 def _speech(config: Any, base: Base, folder: Path, sizes: dict[str, int]) -> None:
-    """Shrink a speech model, for recordings of at most one second whatever the base's window."""
+    """Shrink a speech base, tower and text part, for recordings of at most one second whatever the
+    base's window, and write its processor's files. The parameters are those of `shrink`."""
     extractor = _load("AutoFeatureExtractor", base, chunk_length=1)
     extractor.save_pretrained(folder)
     config.d_model = sizes["hidden_size"]

@@ -44,14 +44,15 @@ OBJECTIVES = Group("objectives", "objective.name", __name__, Objective)  # type:
 
 
 def names() -> list[str]:
-    """List every objective of this release."""
+    """Return the names of all objectives of this release."""
     return OBJECTIVES.release()
 
 
 def describe(table: ObjectiveTable) -> str:
     """Return a text in plain words: what the objective does, what it reads and what it trains.
 
-    Errors: ConfigError, as for `table.resolved`."""
+    Errors: ConfigError if the objective, or one of its options, does not exist or is out of
+    range."""
     objective = table.resolved
     head = " A head is trained, which writes no text." if objective.outputs else ""
     reads = READS[objective.record_format]

@@ -29,20 +29,30 @@ class Network(Protocol):
         keep: torch.Tensor | None = None,
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute last hidden states (B, L, H), or at the positions `keep` alone."""
+        """Compute last hidden states (B, L, H), or at the positions `keep` alone, (B, K, H). A
+        record of k passages gives k rows, so that B is the number of passages here.
+
+        - prefix: (B, L, H), the states at the cut
+        - mask: (B, L) bool, False on padding
+        - keep: (B, K) int64, the chosen positions of each row; None: all positions
+        - tower_states: the states of each row's file, as the batch has them; None where the network
+          reads no file above the cut"""
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool to one vector per record, (B, H) fp32."""
 
     def logits(self, selected: torch.Tensor) -> torch.Tensor:
-        """Compute logits (n, V) fp32 of states (n, H)."""
+        """Compute logits (n, V) fp32 of n states (n, H): of the classes if a head is trained, else
+        of the next token."""
 
     def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Compute the negative log-likelihood (nats) of next tokens, (n,) fp32."""
+        """Compute the negative log-likelihood (nats) of the next tokens `targets` (n,) from n
+        states (n, H): (n,) fp32."""
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute (B, V) fp32, linear in the trained class sums. The gradient of a record's entry c
-        is a matrix with the record's bounded features and `count_weight` in row c."""
+        """Compute each record's product with the trained sums of each class, (B, V) fp32. The
+        product with class c is linear in these sums. Its gradient is a matrix with the record's
+        bounded features and `count_weight` in row c, and zeros elsewhere."""
 
     def base_only(self) -> AbstractContextManager[None]:
         """Disable the adapter within the block."""
@@ -50,18 +60,20 @@ class Network(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Batch:
-    """B records of k passages each, record by record, padded on the right to one length L: R =
-    B·k rows. All tensors are on the network's device, except index and reference_logps, which
-    are on the CPU.
+    """B records of k passages each, record by record, padded on the right to one length L: R = B·k
+    rows. All tensors are on the network's device, except index and reference_logps, which are on
+    the CPU.
 
     prefix           (R, L, H) states at the cut
     mask             (R, L) bool, False on padding
-    target_ids       (R, L), -100 where no loss
-    label            (B,), -100 where none
-    index            (B,) of the records in their dataset
-    soft             a teacher's outcomes and log-probabilities at P targets, each (R, P, k), zero
-                     beyond a record's last target
-    tower_states     (R, tiles, P, W) of each passage's file, where `reads_tower`
+    target_ids       (R, L) the token to predict after each position, -100 where there is no loss
+    label            (B,) index of the record's label; of a judged answer 1 (desirable) or 0; else
+                     -100
+    index            (B,) the records' numbers in their dataset
+    soft             a teacher's soft targets: token ids (or labels) and their log-probabilities,
+                     each (R, targets, outcomes), zero beyond a record's last target
+    tower_states     (R, tiles, P, W) of each passage's file, P states of length W for each tile;
+                     None unless the network's `reads_tower`
     tiles            number of tiles of every record of the batch
     count            number of real records; those beyond it repeat the first, to fill a block
     reference_logps  (N, k) for all N records of the dataset: each passage's log-likelihood under
@@ -134,7 +146,7 @@ class Objective(ABC):
 
     @property
     def count_weight(self) -> float:
-        """What a record adds to its class's count, if class statistics are sent."""
+        """The number that a record adds to its class's count, if class statistics are sent."""
         return 0.0
 
     @property

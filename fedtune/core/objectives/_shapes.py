@@ -25,10 +25,10 @@ def head_positions(length: int, targets: int) -> int:
 
 
 def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
-    """Split 0 to `total` into parts of one size, at most `limit`; yield each part with the number
-    of positions at its end that no earlier part had. All parts have one size, since a row's result
-    in a matrix product depends on the number of rows; so the last part may overlap the one before.
-    """
+    """Split the positions 0 to `total` into parts of one size, at most `limit`. Yield each part
+    with the number of positions at its end that no earlier part had. All parts have one size, since
+    a row's result in a matrix product depends on the number of rows; so the last part may overlap
+    the one before."""
     size = -(-total // max(1, -(-total // limit)))
     for start in range(0, total, max(1, size)):
         stop = min(start + size, total)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 
 class Likelihood(NamedTuple):
-    """The log-likelihood of each passage's targets (R,), nats in fp32, and the number of
-    targets."""
+    """How likely each passage's targets are.
+
+    - total: the log-likelihood of all targets of a passage, nats, (R,) fp32
+    - targets: the number of targets of a passage, (R,)"""
 
     total: torch.Tensor
     targets: torch.Tensor
@@ -27,8 +29,8 @@ class Likelihood(NamedTuple):
 
 def likelihood(network: Network, batch: Batch) -> Likelihood:
     """Compute each passage's log-likelihood. The head runs on the positions with a target, and on
-    others up to the number that the bucket sets. With only the positions that have a target, the
-    shape of a tensor would depend on all records of the batch.
+    others up to a number that follows from the record's padded shapes (its bucket). With only the
+    positions that have a target, the shape of a tensor would depend on all records of the batch.
 
     | a passage without targets | 0.0, and no gradient |
     """
@@ -69,9 +71,9 @@ def knows_reference(batch: Batch) -> bool:
 
 
 def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return K positions of each row, (R, K), those with a target first, and their targets, -100
-    where there is none. If the head runs at all positions, return None and all targets. K is the
-    same for every record of a bucket."""
+    """Choose the K positions of each row at which the head runs, those with a target first. Return
+    their indices, (R, K), and their targets, (R, K), -100 where there is none. If the head runs at
+    all positions, return None and `target_ids`. K is the same for every record of a bucket."""
     import torch
 
     is_target = target_ids != -100

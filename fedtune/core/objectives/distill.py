@@ -75,6 +75,13 @@ def divergence(
     fp32, as the mean over its own targets. All next tokens but the teacher's likeliest count as one
     outcome.
 
+    - network: the student
+    - batch: the records, with the teacher's outcomes and log-probabilities in `soft`
+    - temperature: T, by which the student's logits are divided; the teacher's log-probabilities
+      must have been computed at the same T
+    - hard: the weight of the cross-entropy with the record's own targets or label, at T = 1; 0: it
+      is not computed
+
     | a record without targets | 0.0, and no gradient |
     """
     import torch
@@ -113,8 +120,14 @@ def _next_tokens(
     teacher_logp: torch.Tensor,
     weights: tuple[float, float],
 ) -> torch.Tensor:
-    """Compute each position's loss, (n,). The backward pass computes the logits over the vocabulary
-    again, which saves memory."""
+    """Compute each position's loss, (n,), as `divergence` does. The backward pass computes the
+    logits over the vocabulary again, which saves memory.
+
+    - network: the student
+    - states: (n, H), the student's last hidden states at the positions
+    - target_ids: (n,), the record's own next tokens; 0 where the position has no target
+    - tokens, teacher_logp: (n, k), the teacher's likeliest next tokens and their log-probabilities
+    - weights: the temperature T, and the weight of the cross-entropy (`hard`)"""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint

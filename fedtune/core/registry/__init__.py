@@ -73,7 +73,7 @@ class Group(Generic[T]):
     def find(self, name: str) -> metadata.EntryPoint:
         """Find the entry point of the foreign plug-in `name`, without importing it.
 
-        Errors: ConfigError as for `load`."""
+        Errors: ConfigError if no installed distribution, or more than one, offers the name."""
         group = f"fedtune.{self.name}"
         points = tuple(metadata.entry_points(group=group, name=name)) if self.foreign else ()
         if not points:
@@ -102,8 +102,15 @@ class Group(Generic[T]):
         return self._instantiate(name, self.load(name), options, **kind_fields)
 
     def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
-        """Build the plug-in `name` from `found`, the object that was already loaded from the entry
-        point `value` ("module:class"). Options are checked, and errors raised, as in `build`."""
+        """Build a plug-in from an object that is already loaded, without importing anything.
+
+        - name: the plug-in's name in the configuration, for errors
+        - value: the entry point from which the object was loaded, as "module:class", for errors
+        - found: the object; it must be a class of this kind
+        - options: values of the plug-in's fields, by name, as the configuration states them
+
+        Errors: ConfigError if it is no such class, or an option is unknown, missing or has a value
+        of another type."""
         return self._instantiate(name, self._check_kind(name, value, found), options)
 
     def _instantiate(

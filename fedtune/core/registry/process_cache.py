@@ -20,8 +20,8 @@ def register(name: str, cache: T) -> T:
 
 
 def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
-    """Decorate a function so that its last results are cached, as by functools.lru_cache, and
-    register the cache under `name`."""
+    """Return a decorator that has a function's last results cached, as by functools.lru_cache, and
+    registers the cache under `name`. maxsize: how many results are cached; None: all."""
 
     def decorate(function: F) -> F:
         wrapped: Any = lru_cache(maxsize=maxsize)(function)

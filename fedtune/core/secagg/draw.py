@@ -28,7 +28,7 @@ class Waiting:
     - key: the draw's masking key
     - ready: the site's signed statement
     - reservation: the number of the ledger entry that pays for the draw
-    - events: the summary of the step log, in the form in which it is sent"""
+    - events: the summary of the step log that is sent with the words, as JSON"""
 
     total: npt.NDArray[np.int64]
     key: X25519PrivateKey
@@ -54,9 +54,9 @@ class Draws:
         return self._waiting.get(draw)
 
     def destroy(self, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:
-        """Remove the plan's draws up to the round and attempt `before`, with their keys. They were
-        masked, or the coordinator gave up their attempts. Without `before`, remove all draws of the
-        plan."""
+        """Remove the plan's draws, with their keys, up to and including those of the round and
+        attempt `before`; by default all of the plan's. They were masked, or the coordinator gave up
+        their attempts."""
         for draw in [*self._waiting]:
             if draw.plan == plan and (draw.round, draw.attempt) <= before:
                 del self._waiting[draw]

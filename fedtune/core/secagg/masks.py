@@ -47,9 +47,14 @@ def mask(
     statements: Sequence[Ready],
     bits: int,
 ) -> Words:
-    """Return an integer sum (d,), masked for the set `statements`: (d,) words of `bits` bits.
+    """Mask an integer sum for a set of sites. Return d words of `bits` bits.
 
-    key, mine: this site's masking key and statement. `key` must be used for one set only.
+    - total: this site's noised sum, (d,)
+    - key: the private half of the masking key in `mine`; it must be used for one set only
+    - mine: this site's own statement
+    - statements: the statements of all sites of the set, this site's included, in any order
+    - bits: 32 or 64, the width of a word, which is the same at all sites
+
     Guarantee: without the words of every other site of the set, or their keys, the result is
     computationally indistinguishable from uniform words. The sum is reduced modulo 2ᵇ and never
     clamped, checked or rejected, since what a site tells about its own noised sum would be

@@ -33,8 +33,9 @@ class StatementError(InputError):
 class Draw:
     """The draw of noise that a statement is about.
 
-    plan: digest of the plan; adapter: digest of the adapter that the coordinator sent; attempt:
-    number of the attempt at the round, from 1."""
+    - plan: digest of the plan
+    - round, attempt: number of the round, and of the attempt at it, both from 1
+    - adapter: digest of the adapter that the coordinator sent"""
 
     plan: str
     round: int
@@ -52,10 +53,13 @@ class Draw:
 class Ready:
     """A site's signed statement that its noised sum for `draw` is complete.
 
+    - draw: the plan, round, attempt and adapter of the sum
     - site, size: the site's name and declared size
     - signing: the site's public signing key (hexadecimal)
     - masking: the public X25519 key (hexadecimal) that the site made for this draw only
-    - noise: σ of the noise that the site added, in multiples of C; 0 without privacy
+    - noise: σ of the noise that the site added, in multiples of the clipping norm C; 0 without
+      privacy
+    - signature: by the signing key, over all other fields; "" until the statement is signed
 
     All of it is public: σ follows from the plan, and the grid of the sum from σ."""
 
@@ -83,7 +87,7 @@ class Ready:
         return replace(self, signature=key.sign(PURPOSE + canonical(self.fields)))
 
     def text(self) -> str:
-        """Encode the statement as canonical JSON."""
+        """Encode the statement, with its signature, as canonical JSON."""
         return canonical({**self.fields, "signature": self.signature}).decode()
 
 
@@ -167,11 +171,19 @@ def set_digest(statements: Sequence[Ready]) -> str:
 def check_set(
     statements: Sequence[Ready], mine: Ready, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that a site may mask its sum for the set `statements`.
+    """Check that a site may mask its sum for a set of ready sites.
+
+    - statements: the statements of the set, each with a signature that `parse` verified
+    - mine: the statement that this site signed for its draw
+    - pinned: signing keys (hexadecimal) of the other sites that this site trusts: policy.peers
+    - at_least: the plan's strategy.min_sites
+
+    The rules are:
 
     - The set holds this site's statement `mine`, as it was signed.
     - Plan, round, attempt and adapter of every statement are those of `mine`.
-    - So is the noise: ε relies on it, and sums on grids for different noise cannot be added.
+    - The noise of every statement is that of `mine`: ε relies on it, and sums on grids for
+      different noise cannot be added.
     - Each name, signing key and masking key occurs once.
     - At least `at_least` signing keys are this site's own or `pinned`.
 
@@ -195,8 +207,15 @@ def check_set(
 def check_pinned(
     signing: Collection[str], own: str, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that at least `at_least` of the sites' signing keys are pinned here, the site's own
-    counted too. Errors: StatementError."""
+    """Check that this site pins enough of the sites of a set, itself included.
+
+    - signing: the public signing keys (hexadecimal) of all sites of the set; a key that is listed
+      twice counts once
+    - own: this site's public signing key, which counts only if `signing` has it
+    - pinned: the keys of the other sites that this site trusts: policy.peers
+    - at_least: how many of `signing` must be `own` or `pinned`: the plan's strategy.min_sites
+
+    Errors: StatementError."""
     known = len({*signing} & {*pinned, own})
     if known < at_least:
         raise StatementError(

@@ -32,13 +32,15 @@ class Group:
     """The connections of process `rank` of `size` to the others. The constructor returns once all
     are connected.
 
-    socket_path: in a folder that only this user can open; rank 0 creates it and the others
-    connect to it; timeout: seconds to wait for the others in each exchange (None: for ever);
-    check_alive: called while rank 0 waits for the others to connect, and raises if one of them
-    has ended.
+    - socket_path: a Unix socket in a folder that only this user can open; rank 0 creates it and the
+      others connect to it
+    - timeout: seconds to wait for the others in each exchange; None: for ever
+    - check_alive: called while rank 0 waits for the others to connect; it raises if one of them has
+      ended
+
     Guarantee: no other user of this machine joins, reads or sends. The folder's permissions keep
     them out and, on Linux, the kernel reports the user of the connecting process. Errors, of every
-    method: InfrastructureError where another process is gone or silent."""
+    method: InfrastructureError if another process is gone or silent."""
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Group:
                     peer.sendall(_bytes_of(tensor.contiguous()))
 
     def receive(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Receive header and tensors from rank 0, at another rank."""
+        """Return the header and tensors that rank 0 sent. Only the other ranks call this."""
         (peer,) = self._peers
         with _as_infrastructure_error():
             text = bytearray(*struct.unpack("!Q", _receive_into(peer, bytearray(8))))
@@ -100,7 +102,16 @@ class Group:
 def _accept_peers(
     socket_path: Path, size: int, timeout: float | None, check_alive: Callable[[], None]
 ) -> list[socket.socket]:
-    """Accept the other processes, in rank order; other users and unknown ranks are refused."""
+    """Accept the other processes, and return their connections in rank order; other users and
+    unknown ranks are refused.
+
+    - socket_path: where the Unix socket is made; it is removed before this returns or raises
+    - size: the number of processes, this one included
+    - timeout: seconds in which all must connect, and the limit of each later send or receive;
+      None: no limit
+    - check_alive: called about every 0.1 seconds while this waits; it raises if a process has ended
+
+    Errors: TimeoutError if not all connect in time; those of `check_alive`; OSError."""
     peers: dict[int, socket.socket] = {}
     deadline = None if timeout is None else time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX) as listener:
@@ -195,7 +206,14 @@ def sum_over_workers(
     sums its share by `clipped_sum`; rank 0 gets the sum, int64 (dimension,), the others zeros. A
     process without rows, or one that fails, sends zeros, so that no other process waits for it.
 
-    Errors: as `Team.total`."""
+    - group: this process's connections to the others
+    - sampled: the numbers of all rows drawn for the step; process r of n sums sampled[r::n]
+    - dimension: d, the number of entries of a row's gradient
+    - clipped_sum: computes the clipped sum of the rows that it gets, int64 (dimension,), in
+      multiples of the plan's grid
+
+    Errors: InfrastructureError if another process is gone or did not sum its rows; those of
+    `clipped_sum`, raised after this process has sent its zeros."""
     # After the sum, one counter per row: how often it was added. A total alone could not tell one
     # row missed and one doubled from none.
     counted_sum = torch.zeros(dimension + len(sampled), dtype=torch.int64)
@@ -237,8 +255,8 @@ def _as_infrastructure_error() -> Iterator[None]:
 
 
 def share_machine(index: int, processes: int) -> None:
-    """Limit process `index` of `processes` equal ones on this machine to its share of the cores
-    and of the memory for prefix states, and to a GPU of its own while there are enough."""
+    """Limit process `index` of `processes` equal ones on this machine to its share of the cores and
+    of the memory for cached states, and to a GPU of its own while there are enough."""
     PREFIX_STORE.processes = processes
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if torch.cuda.is_available():

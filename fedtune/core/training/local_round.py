@@ -34,11 +34,20 @@ def local_round(
     columns: slice = ALL,
     losses: RoundLoss | None = None,
 ) -> Arrays:
-    """Train `local_steps` steps from `adapter`, and return trained minus `adapter`, fp32 by name.
+    """Train `local_steps` steps from `adapter`, and return the trained arrays minus `adapter`, fp32
+    by name.
 
+    - study: the plan, whose [training] and [objective] say how a step is computed
+    - data: the site's tokenised records, with the network that trains
+    - plan: draws each step's rows and, in a private study, clips their gradients and adds the noise
+    - log: the site's step log, in which `plan` writes each noised step
+    - round_: the round's number, from 1, for the learning rate and the log
+    - adapter: the trainable arrays with which the round starts, by name; the network holds them
+      again afterwards
     - recompute: whether to use activation checkpointing, which Opacus' hooks do not support
     - columns: the columns of each B that are trained and returned
-    - losses: an object that the records' losses are added to; they are private and not returned
+    - losses: an object that the records' losses are added to; they are private and not returned.
+      None: they are not recorded
 
     For a B with a public preconditioner M, the returned change is the one before M is applied, in
     which the noise is the same in every direction. Only the noised mean gradient reaches the
@@ -90,6 +99,17 @@ def local_sum(
     noised sum of clipped rows in multiples of the plan's grid, int64 (d,): the tensors end to end
     in the order of their names, as on the wire.
 
+    - study: the plan, whose [objective] and [training] say how the gradients are computed
+    - data: the site's tokenised records, with the network
+    - plan: draws the rows, clips their gradients and, in a private study, adds this site's share of
+      the noise
+    - log: the site's step log, in which `plan` writes the noised step
+    - round_: the round's number, from 1, for the log
+    - adapter: the trainable arrays at which the gradients are computed, by name
+    - recompute: whether to use activation checkpointing
+    - losses: an object that the records' losses are added to; they are private and not returned.
+      None: they are not recorded
+
     The optimiser runs at the coordinator, on the mean of all sites."""
     network = data.network
     network.load_trainable(adapter)
@@ -106,8 +126,10 @@ def local_sum(
 
 
 def _report_progress(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
-    """Report on this machine's screen how much of a round is done, in per cent of a step: the
-    number of drawn rows is never shown."""
+    """Return a function that computes the gradients of rows as `engine` does, and reports meanwhile
+    how much of the round is done. This is shown on this machine's screen, in per cent of a step:
+    the number of drawn rows is never shown. step: the number of the step, from 0; steps: how many
+    steps the round has."""
 
     def on_work(done: int, total: int) -> None:
         report("training", 100 * step + 100 * done // total, 100 * steps)
@@ -123,7 +145,8 @@ def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> tor
 
 def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     """Check that a σ = 0 step on generated records lowers their loss and, in a private study, that
-    a row's gradient does not depend on the number of rows.
+    a row's gradient does not depend on the number of rows. columns: the columns of each B that the
+    site trains.
 
     Under DP the noise moves every adapter, so movement in a real round proves nothing; this check
     shows a wiring fault that would spend ε without learning, before any is spent. Errors:
@@ -164,6 +187,12 @@ def _loss_after(
     gradient: torch.Tensor,
     rate: float,
 ) -> float:
+    """Return the mean loss of `data` after a step of -`rate` · `gradient`, then undo the step.
+
+    - data: the generated records, with the network
+    - study: the plan, whose objective gives the loss
+    - engine: holds the trained tensors, and writes them to the network
+    - gradient: (d,), over the trained tensors end to end"""
     start = [t.clone() for t in engine.trained]
     steps = torch.split(gradient, [t.numel() for t in engine.trained])
     for parameter, step in zip(engine.trained, steps, strict=True):

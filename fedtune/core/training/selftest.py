@@ -87,10 +87,17 @@ def require(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> None:
-    """Run the oracles, and check that each passes. Errors: SelfTestFailed naming each oracle that
-    failed, its figure and its bound. This message leaves the site. So it says only that an oracle
-    stopped: the reason is a library's message, which may reveal this machine's memory, disk or
-    folders, and is logged on this machine alone."""
+    """Run the oracles, and check that each passes.
+
+    - study: the plan to be trained; without privacy no oracle runs
+    - network: the study's own, of which only the base is read; None: the base that study.base names
+      is found, and fetched if it is not here
+    - declared_size: the site's declared number of units, from which σ and rate of a step follow
+    - lora_rank: how many ranks the site trains; None: all of them
+
+    Errors: SelfTestFailed naming each oracle that failed, its figure and its bound. This message
+    leaves the site. So it says only that an oracle stopped: the reason is a library's message,
+    which may reveal this machine's memory, disk or folders, and is logged on this machine alone."""
     results = run(study, network, declared_size, lora_rank)
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -113,10 +120,15 @@ def run(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> list[Result]:
-    """Run the oracles for `study`; return [] if it promises no privacy. `network`: the study's own,
-    from which the architecture is taken; its weights, adapter and caches are not touched.
-    lora_rank: how many ranks the site trains; None: all of them.
+    """Run the oracles for `study`, and return the result of each; [] if it promises no privacy.
 
+    - network: the study's own, of which only the base is read; its weights, adapter and caches are
+      not touched. None: the base that study.base names is found, and fetched if it is not here
+    - declared_size: the site's declared number of units, from which σ and rate of a step follow
+    - lora_rank: how many ranks the site trains; None: all of them
+
+    If the plan or the tiny base cannot be made, there is one result, "tiny base", which did not
+    pass.
     Guarantee: this reads no record, and writes no file but a tiny base in a temporary folder.
     | parity      | how far rows and clipped sum differ from plain autograd, record by record |
     | isolation   | how far a row moves if other units' records change or are left out |
@@ -169,8 +181,17 @@ def _describe_error(error: Exception) -> str:
 
 
 class _Bench:
-    """The study at tiny size: its network, generated records, and its plan with every row in
-    every step and vanishing noise."""
+    """What the oracles run on: the study at tiny size, with generated records.
+
+    - study: the plan as pinned, at full size
+    - network: the tiny network of the study's architecture
+    - plan: the site's plan of noised steps for this study; `still` is the same with every row in
+      every step and vanishing noise
+    - lora_rank: how many ranks the site trains; None: all of them
+    - data: the generated records
+    - columns: the columns of the tiny adapter's B that are trained
+    - by: the study's privacy.sampling: whether a row is a unit or a record
+    - scale: the factor on every gradient that makes the median length of a row 2 C"""
 
     def __init__(
         self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
@@ -225,8 +246,8 @@ class _Bench:
 
 
 def _parity(bench: _Bench) -> float:
-    """Oracle (a): measure the largest relative difference of a row, or of the clipped sum, to the
-    same by plain autograd."""
+    """Oracle (a): measure the largest relative difference of a row, or of the clipped sum, from
+    what plain autograd computes record by record."""
     measured, reference = bench.rows(bench.data).double(), _one_by_one(bench)
     rows = float(
         ((measured - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)).max()
@@ -241,7 +262,7 @@ def _parity(bench: _Bench) -> float:
 
 
 def _one_by_one(bench: _Bench) -> torch.Tensor:
-    """Compute each row by plain autograd, one record at a time, fp64."""
+    """Compute each row's gradient by plain autograd, one record at a time: (rows, d), fp64."""
     data = CachedDataset(bench.network, bench.data)
     objective = bench.study.objective.resolved
     named = bench.network.update_parameters()
@@ -263,7 +284,8 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
 
 
 def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    """Multiply the gradient of a B by M, with M written out in full, fp64."""
+    """Multiply the gradient of a B by its preconditioner's matrix M, written out in full, fp64. A
+    tensor without one keeps its gradient."""
     found = multiplier_of(name, bench.network.preconditioner)
     if found is None:
         return gradient
@@ -273,9 +295,10 @@ def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Ten
 
 
 def _isolation(bench: _Bench) -> float:
-    """Oracle (b): give other records to every unit in turn, remove it, and give fewer neighbours to
-    every row; measure the most that anyone else's row moves, relatively. It must not move by a bit:
-    matrix products must come out the same on this machine whatever else is multiplied.
+    """Oracle (b): measure the most that a row moves, relative to its length, while other units
+    change. Each unit in turn gets other records and is then removed, and every row is computed with
+    fewer neighbours. No row of anyone else must move by a bit: matrix products must come out the
+    same on this machine whatever else is multiplied.
 
     Errors: RuntimeError if the changed unit's own row stays, since then nothing was tested."""
     engine = bench.engine(bench.data)
@@ -301,9 +324,9 @@ def _isolation(bench: _Bench) -> float:
 
 def _check_lengths(study: Study, network: Network) -> float:
     """Check that the tiny base, which has read nothing yet, keeps no state of the texts that it
-    reads; return 0. The texts have from one token up to thousands, at most the study's length, and
-    are read in order of length and back. If the base reads files, each text follows one. Errors:
-    KeepsState."""
+    reads; return 0. The texts have from one token up to thousands, at most the study's length. They
+    are read from the shortest to the longest and back. If the base reads files, each text comes
+    after a file. Errors: KeepsState."""
     longest = min(study.objective.max_length, network.positions or LENGTHS[-1], LENGTHS[-1])
     longest = max(1, longest - count_placeholders(network, study))
     there = [*(length for length in LENGTHS if length < longest), longest]
@@ -313,7 +336,12 @@ def _check_lengths(study: Study, network: Network) -> float:
 
 def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
     """Return the records, with the records of `unit` changed: these get reversed tokens, other
-    targets, another file and the next label, and keep their lengths."""
+    targets, another file and the next label, and keep their lengths.
+
+    - data: generated records, which are not changed
+    - unit: the number of the unit; it also seeds the new files
+    - study: the plan, whose objective says which labels there are
+    - network: the tiny network, for its vocabulary and the kind of file that it reads"""
     draw, examples = np.random.default_rng(unit), list(data.examples)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
@@ -336,9 +364,11 @@ def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Data
 
 
 def _sensitivity(bench: _Bench) -> float:
-    """Oracle (c): measure the most that removing one unit moves the sum, in C for each of its rows.
+    """Oracle (c): measure the most that removing one unit moves the clipped sum, as a multiple of C
+    times the unit's number of rows.
 
-    Every unit is removed once as it is, and one unit with each hostile gradient in its rows."""
+    Every unit is removed once as it is. One unit is also removed with hostile rows, in which each
+    number is huge, not finite or tiny."""
     c, worst = bench.plan.max_grad_norm, 0.0
     n, full_sum = bench.data.n_units, bench.total(bench.data)
     cases: list[tuple[int, float | None]] = [(unit, None) for unit in range(n)]
@@ -361,11 +391,12 @@ def _remove_unit(data: Dataset, unit: int) -> Dataset:
 
 
 def _noise(bench: _Bench) -> float:
-    """Oracle (d): measure |σ̂/σ - 1| with the plan's own σ, q and C.
+    """Oracle (d): measure how far the standard deviation σ̂ of the drawn noise is from the plan's
+    own σ, as |σ̂/σ - 1|.
 
     Three chunks without signal are summed, so that noise added once for each chunk is detected.
     Steps must be mutually independent, so that noise which a seed replays is detected. Each step
-    must write one line of the log. Errors: RuntimeError."""
+    must write one line of the log. Errors: RuntimeError if the steps or the log are not so."""
     plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
     noises = [
         plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0

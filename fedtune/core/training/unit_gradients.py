@@ -26,16 +26,17 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
 class _Factor(NamedTuple):
-    """The matrix M = identity · I + sign · wide wideᵀ on the output of a B. wide: (1, outputs,
-    rank)."""
+    """The matrix M of one B's public preconditioner, M = identity · I + sign · wide wideᵀ, with
+    `wide` a tensor (1, outputs, rank)."""
 
     identity: float
     sign: int
     wide: torch.Tensor
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Multiply (n, outputs, columns) by M in place, with one product per row: no row's
-        result depends on its position or on its neighbours."""
+        """Multiply each record's gradient of a B from the left by M, in place, and return the
+        gradients, (records, outputs, columns). Each record has a product of its own, so its result
+        depends neither on its position nor on the other records."""
         wide = self.wide.expand(len(gradient), -1, -1)
         low = torch.bmm(wide.transpose(1, 2), gradient)
         try:
@@ -48,8 +49,12 @@ class _Factor(NamedTuple):
 
 
 class _Move(NamedTuple):
-    """The change of a B with a preconditioner. view: its trained columns in the network; before:
-    their values at first; change: how much they change, before M is applied; factor: M."""
+    """A B that has a public preconditioner M, and the change to this B: B = before + M · change.
+
+    - view: the trained columns of B in the network
+    - before: a copy of their values when the engine was made
+    - change: what the steps train, zero at first
+    - factor: M"""
 
     view: torch.Tensor
     before: torch.Tensor
@@ -58,7 +63,8 @@ class _Move(NamedTuple):
 
 
 def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | None:
-    """Return the preconditioner of the trainable tensor `name`; None if it has none."""
+    """Return the matrix M of the preconditioner of the trainable tensor `name`; None if it has
+    none. parameter: the tensor, whose device and number format M gets."""
     found = multiplier_of(name, network.preconditioner)
     if found is None:
         return None
@@ -67,26 +73,30 @@ def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | N
 
 
 class NoRowGradient(ModelError):
-    """A trainable layer does not give one gradient per record: found on generated records,
-    before any record is read."""
+    """A trainable layer does not give one gradient per record. A check on generated records finds
+    this before any record is read."""
 
 
 class UnitGradientEngine:
-    """Computes the gradients of rows.
+    """Computes the gradients of rows, the units or records that a step can draw.
 
-    - sampling_unit: "unit" for user-level sampling (Charles et al. 2024): a row is a record, or
-      the mean over a patient's records, clipped once later; "record" for example-level sampling: a
-      row is one record
+    - data: the tokenised records, with the network whose parameters are trained
+    - objective: gives each record's loss
+    - sampling_unit: "unit" for user-level sampling (Charles et al. 2024): a row is a record, or the
+      mean over a patient's records, clipped once later; "record" for example-level sampling: a row
+      is one record
+    - engine: the name of the engine that computes per-record gradients, as for `engines.choose`
     - columns: the columns of each B whose gradients are computed
-    - losses: an object that the records' losses are added to; they stay at the site
+    - losses: an object that the records' losses are added to; they stay at the site. None: they are
+      not recorded
     - trained: the tensors that a step updates, in the update's order. Each is a view into a
       parameter or, for a B with a public preconditioner M, the change to B before M, zero at first,
       whose gradient is M g. `write` applies that change to the network
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
-    whose shapes follow from the record's bucket alone. A row's records are added in the order of
-    their buckets. Every gradient that was not noised is handed to the caller, or zeroed and
-    dropped, before the next chunk."""
+    whose shapes follow from the record's padded shapes (its bucket) alone. A row's records are
+    added in the order of their buckets. Every gradient that was not noised is handed to the caller,
+    or zeroed and dropped, before the next chunk."""
 
     def __init__(
         self,
@@ -136,14 +146,14 @@ class UnitGradientEngine:
         on_work: OnWork | None = None,
         raises: tuple[type[Exception], ...] = (),
     ) -> Iterator[Chunk]:
-        """Yield the gradients of `rows`, each once, in the order and chunks that are fastest.
+        """Yield the gradients of `rows` in chunks (some rows' gradients together), each row once,
+        in the order and chunks that are fastest.
 
         - on_work: called after each block with the work done so far and the whole work
         - raises: classes of errors that are raised, as in a check on generated records; () in a
           round, which no error ends
 
-        A row that cannot be computed, for whatever reason, is zero; other rows are not affected.
-        """
+        A row that cannot be computed, for whatever reason, is zero; other rows are not affected."""
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows, on_work):
@@ -162,13 +172,14 @@ class UnitGradientEngine:
             yield self._single_row(row, raises)
 
     def write(self) -> None:
-        """Write each B with a preconditioner to the network: B as it was at first, plus M times the
-        change in `trained`."""
+        """Write each B that has a preconditioner to the network: B as it was at first, plus the
+        preconditioner's matrix M times the change in `trained`."""
         for view, before, change, factor in self._moves:
             view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
 
     def _single_row(self, row: int, raises: tuple[type[Exception], ...]) -> Chunk:
-        """Compute one row by itself, one block after the other."""
+        """Compute the gradient of one row by itself, one block after the other. If that fails, log
+        the error, and return zeros for the row; an error of the classes `raises` is raised."""
         try:
             (chunk,) = self._chunks([row], None, alone=True)
             return chunk
@@ -214,13 +225,15 @@ class UnitGradientEngine:
         return matrix
 
     def _single_records(self, rows: list[int], on_work: OnWork, alone: bool) -> Iterator[Chunk]:
-        """Yield rows of one record each: every micro-batch is a chunk."""
+        """Yield the gradients of rows of one record each, a chunk for each block. alone: whether
+        one block is computed after the other."""
         row_of = {self._members[row][0]: row for row in rows}
         for indices, gradients in self._of_records(list(row_of), on_work, alone):
             yield Chunk([row_of[i] for i in indices], gradients)
 
     def _means(self, rows: list[int], on_work: OnWork, alone: bool) -> Chunk:
-        """Average the gradients of rows with several records over micro-batches."""
+        """Return one chunk with the gradients of rows of several records: the mean over each row's
+        records, added up block by block. alone: whether one block is computed after the other."""
         positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
         weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
@@ -261,12 +274,13 @@ class UnitGradientEngine:
             yield batch.index[: batch.count].tolist(), gradients
 
     def _per_record(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Compute the losses of a block's records, (count,), and each parameter's per-record
-        gradients, (count, its size); padding rows are wiped.
+        """Compute the losses of a block's `count` real records, (count,), and their gradients for
+        each parameter, (count, its size). The gradients of the copies that fill the block are
+        wiped.
 
         A record's passages, and in a projector the tiles of their images, are summed here, before
-        any norm is taken. The number of tiles is declared by batch and network, never inferred
-        from a gradient's shape."""
+        any norm is taken. The number of tiles is declared by batch and network, never inferred from
+        a gradient's shape."""
         losses = self.objective.losses(self.data.network, batch)
         gradients = self._engine(losses)
         made: list[torch.Tensor] = []
@@ -314,7 +328,8 @@ class UnitGradientEngine:
 
 
 def _discard(computed: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    """Overwrite the un-noised gradients of a block that is not added up."""
+    """Overwrite the un-noised gradients of a block whose result is dropped because something
+    failed. computed: the losses, which stay as they are, and the gradients."""
     _wipe(computed[1])
 
 

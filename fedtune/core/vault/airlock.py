@@ -38,14 +38,15 @@ def holds_answers(site: SiteWorker) -> bool:
 
 
 def check_not_refused(ledger: Ledger, slot: Slot) -> None:
-    """Check that nobody at the site refused this answer for good. Errors: Void."""
+    """Check that nobody at the site refused the answer of this slot (study, round and adapter) for
+    good. Errors: Void if somebody did."""
     if ledger.is_refused(slot):
         raise Void("a person at the site refused to let this answer go")
 
 
 def check_let_go(ledger: Ledger, slot: Slot) -> None:
-    """Check that a slot's stored answer may leave the site. Errors: Held if a person has yet to
-    let it go; Void if a person refused it."""
+    """Check that the stored answer of a slot (study, round and adapter) may leave the site. Errors:
+    Held if a person has yet to let it go; Void if a person refused it."""
     check_not_refused(ledger, slot)
     if ledger.is_held(slot):
         raise Held(WAITS, todo=LET_GO)
@@ -55,15 +56,26 @@ def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoRetu
     """Store that a draw of shared noise, which is not made yet, waits for a person. Always raise
     Held.
 
-    charge: the charge of the draw; size: number of bytes of the masked words."""
+    - site: the worker of this site
+    - slot: study, round and adapter of the draw, as the ledger charges them
+    - charge: what the draw will cost
+    - size: number of bytes of the masked words, for the person to see"""
     _keep_asked(site, slot, charge, size)
     raise Held(WAITS, todo=LET_GO)
 
 
 def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
-    """Write a waiting draw to a file that `fedtune let-go` reads. Of more than MOST files the
-    oldest are deleted, since a coordinator may ask for any number of draws before one is charged. A
-    draw for which the disk has no space beside the ledger's reserve is only logged."""
+    """Write a waiting draw to a file that `fedtune let-go` reads. A file that exists stays as it
+    is, with the time of the first request.
+
+    - site: the worker of this site
+    - slot: study, round and adapter of the draw
+    - charge: what the draw will cost
+    - size: number of bytes of the masked words
+
+    Of more than MOST files the oldest are deleted, since a coordinator may ask for any number of
+    draws before one is charged. A draw for which the disk has no space beside the ledger's reserve
+    is only logged."""
     path = asked_path(site.ledger.folder, slot)
     if path.exists():
         return

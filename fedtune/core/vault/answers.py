@@ -43,13 +43,14 @@ Work = Callable[[SiteWorker, str, Request], Update]
 class Place:
     """The site at which requests are answered.
 
-    - site: its site file
-    - coordinator: the signing key with which it enrolled, "" if any coordinator may ask (a
-      simulation)
+    - site: the path of its site file
+    - coordinator: the public signing key of the coordinator with which it enrolled, "" if any
+      coordinator may ask (a simulation)
     - watch: whether the site takes part in studies without a last round; None in a simulation
-    - reviewed: the digest of the plan that the coordinator's answer held for review
-    - simulated: whether the person who runs the study runs this site too; then `peers` holds the
-      signing keys of all sites"""
+    - reviewed: the digest of the plan for review in the coordinator's answer, the file with which
+      the site joined; "" if there was none
+    - simulated: whether the person who runs the study runs this site too
+    - peers: the signing keys of all sites, if the site is simulated"""
 
     site: str
     coordinator: str = ""
@@ -59,7 +60,9 @@ class Place:
     peers: tuple[str, ...] = ()
 
     def worker(self) -> SiteWorker:
-        """Return the worker of this place's site file. Errors: ConfigError."""
+        """Return the SiteWorker that answers for the site file `site`. There is one per file in
+        this process; in a simulation it also gets `peers`. Errors: ConfigError if the site file
+        cannot be used."""
         site = worker(self.site)
         site.simulated = self.simulated
         if self.simulated:
@@ -69,11 +72,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Order:
-    """A kind of order.
+    """How orders of one kind are answered. An order is a coordinator's request for an update, a
+    draw, masked words or the answers to a query.
 
-    work: the function that does the order's work; arrays: the name of the answer's arrays; done:
-    the answer's status on success; suffix: the text after the plan's digest in an order of this
-    kind, so that an order of one kind is never taken for another."""
+    - work: the function that does the order's work
+    - arrays: the name of the answer's arrays
+    - done: the answer's status on success
+    - suffix: the text after the plan's digest in an order of this kind, so that an order of one
+      kind is never taken for another"""
 
     work: Work
     arrays: str
@@ -90,14 +96,17 @@ ORDERS: dict[Kind, Order] = {
 
 
 def answer(place: Place, request: Request) -> Answer:
-    """Answer one request. A fault or refusal becomes an answer, too, with its status and reason."""
+    """Return the site's answer to one request. A fault or refusal becomes an answer, too, with its
+    status and reason."""
     if request.kind == "prepare":
         return _admission(place, request)
     return _answer_and_seal(place, request, ORDERS[request.kind])
 
 
 def _admission(place: Place, request: Request) -> Answer:
-    """Answer a plan with this site's admission."""
+    """Answer a plan with this site's admission. A plan that is refused or cannot be read gets an
+    answer with status and reason; if the coordinator says that the study has ended, its status is
+    "finished"."""
     fields: dict[str, Scalar] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
     fields |= {"reason": "", **version_fields()}
 
@@ -141,7 +150,8 @@ def _admission(place: Place, request: Request) -> Answer:
 
 
 def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
-    """Check an order, do its work and seal the result."""
+    """Check a coordinator's order, do its work, and return the sealed result; after a failure, an
+    answer with its status and reason. kind: how orders of this kind are answered."""
     fields = {"name": "", "status": kind.done, "reason": "", "events": "[]"}
     fields |= {"header": "", "signature": ""}
     arrays: dict[str, Packed] = {}
@@ -181,9 +191,16 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     """Add an act of the site's process to its audit log, if the disk has space for the entry beside
-    the ledger's reserve (files.room). A coordinator can cause acts without end and at no cost, and
-    these must not take the space of a charge or a withdrawal. If there is no space, the site logs a
-    warning, and the coordinator gets the same answer.
+    the ledger's reserve (files.room).
+
+    - site: the worker of this site
+    - event: the kind of act, one of `audit_log.EVENTS`
+    - rule: the rule of the policy by which it was done
+    - facts: numbers and short texts about it, by name
+
+    A coordinator can cause acts without end and at no cost, and these must not take the space of a
+    charge or a withdrawal. If there is no space, the site logs a warning, and the coordinator gets
+    the same answer.
 
     Errors: InfrastructureError; the caller then does not do the act."""
     if site.room.has_space(ENTRY):
@@ -199,7 +216,7 @@ def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
 def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:
     """Add to the audit log that a plan was admitted, and whether a person at the site signed it, or
     that the plan waits for a signature. Errors: PolicyRefused with the admission's reason if the
-    site refuses the plan; InfrastructureError as in `note`."""
+    site refuses the plan; InfrastructureError if the log cannot be written."""
     about = {"plan": study.digest, "study": study.study.name}
     if admission.admitted:
         policy = site.current().policy

@@ -29,17 +29,19 @@ QUERIES_TODO = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of one dataset, as seen by one plan that would spend from it.
+    """The budget of one dataset, as it stands for one plan that would spend from it.
 
-    policy: the site's policy, as its file is now; plan: the plan of a study's training or of its
-    queries; charges: in the ledger's order, all charges against the dataset, or against one cohort
-    if the study has no last round.
+    - policy: the site's policy, as its file is now
+    - plan: the plan of a study's training or of its queries
+    - charges: in the ledger's order, all charges against the dataset, or against one cohort if the
+      study has no last round
+
     Guarantee: assume that `check` passes before every charge (`check_ceilings` for a dataset other
-    than the plan's own). Then everything released from the dataset is (policy.ceiling,
-    2 · policy.delta)-DP, if secure aggregation holds where studies have it. Without that
-    assumption it is (policy.fallback_ceiling, 2 · policy.delta)-DP. Both hold whatever the choice
-    of studies depended on (`fedtune.core.dp.filter`). In a hospital's home these are the hospital's
-    ceilings, and what this membership alone released is within its share (policy.max_epsilon,
+    than the plan's own). Then everything released from the dataset is (policy.ceiling, 2 ·
+    policy.delta)-DP, if secure aggregation holds where studies have it. Without that assumption it
+    is (policy.fallback_ceiling, 2 · policy.delta)-DP. Both hold whatever the choice of studies
+    depended on (`fedtune.core.dp.filter`). In a hospital's home these are the hospital's ceilings,
+    and what this membership alone released is within its share (policy.max_epsilon,
     policy.max_fallback_epsilon)."""
 
     policy: PolicyTable
@@ -49,8 +51,8 @@ class Budget:
     @property
     def order(self) -> float:
         """The Rényi order of the privacy filter. The dataset's first charge fixes it, before any
-        result. For a dataset without charges it is the order that admits most steps of this plan.
-        """
+        result. For a dataset without charges it is the order at which the most steps of this plan
+        fit."""
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
@@ -93,12 +95,13 @@ class Budget:
         return max(self.remaining(), 0 if round_ is None else steps)
 
     def check(self, round_: int | None = None, more: int = 0) -> None:
-        """Check that the charges and all steps ahead stay below every limit: the site's ceilings
-        and, in a plan without a last round, the plan's lifetime ε of a unit.
+        """Check that the charges and all steps ahead exceed no limit: neither the site's ceilings
+        nor, in a plan without a last round, the plan's lifetime ε of a unit.
 
-        round_: the round that is about to run, None if none is; more: further steps to count, such
-        as those of attempts that may fail. To send an answer again costs nothing. Errors:
-        BudgetExceeded."""
+        - round_: the round that is about to run; None if none is
+        - more: further steps to count, such as those of attempts that may fail
+
+        To send an answer again costs nothing. Errors: BudgetExceeded."""
         ahead = self.ahead(round_) + more
         if self.share._exceeds_lifetime(ahead):
             raise BudgetExceeded(
@@ -109,13 +112,16 @@ class Budget:
         self.check_ceilings(round_, more)
 
     def check_ceilings(self, round_: int | None = None, more: int = 0) -> None:
-        """Check that the charges and all steps ahead stay below the site's ceilings.
+        """Check that the charges and all steps ahead do not exceed the site's ceilings.
+
+        - round_: the round that is about to run; None if none is
+        - more: further steps to count, such as those of attempts that may fail
 
         For a dataset other than the plan's own, against which the plan's charges count as well,
         this is the whole check. The plan's lifetime ε does not apply to that dataset's units: it is
         for the units that the plan trains on, by cohort. A study's training and queries count
         together against policy.max_epsilon_per_study if both are charged to the same people, since
-        a coordinator may order either first. Arguments and errors: as for `check`."""
+        a coordinator may order either first. Errors: BudgetExceeded."""
         self.check_alone()
         policy, share = self.policy, self.share
         ahead = self.ahead(round_) + more
@@ -179,8 +185,8 @@ class Budget:
 
     def check_alone(self) -> None:
         """Check that no other membership of the hospital takes part in a plan whose noise is
-        shared. A patient would then be in the one noised sum twice, and move it by twice what
-        each membership is charged for. A charge that a restore entered counts as another
+        shared. A patient would then be in the one noised sum twice, and move it by twice what each
+        membership is charged for. A charge of this plan that a restore entered counts as another
         membership's, since nobody knows whose it was.
 
         Errors: BudgetExceeded, which does not name the other membership."""
@@ -240,8 +246,13 @@ def check_known(
     """Check that no charge of a dataset is of unknown cost for `unit`, unless a person at the site
     accepted it.
 
-    unknown: the charges that `Ledger.unknown` returns for the dataset and `unit`; in_home: whether
-    a hospital's memberships share the ledger. Charges are public. Errors: BudgetExceeded."""
+    - dataset: the dataset's name, for the error
+    - unit: the unit that the study protects: "patient" or "record"
+    - unknown: the charges that `Ledger.unknown` returns for the dataset and `unit`
+    - in_home: whether a hospital's memberships share the ledger. The error then says nothing that
+      this membership's coordinator must not know, such as the dataset's name
+
+    Charges are public. Errors: BudgetExceeded."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})

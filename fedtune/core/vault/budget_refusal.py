@@ -31,9 +31,10 @@ TODO = (
 
 
 def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
-    """Return lines for the site's own screen: the ε that the dataset has spent, the newest MOST
-    studies that spent it, with the folder of each run that this site knows, and the part of `study`
-    that would still fit. ledger: None if there is none yet."""
+    """Return lines for the site's own screen: which ε the dataset of [data] has spent; the newest
+    studies that spent it, at most MOST, each with the folder of its run if this site knows it; and
+    what part of `study` would still fit. ledger: the ledger with the charges; None if there is none
+    yet."""
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name) if ledger else []
     total = budget(name, spent, policy)
@@ -51,9 +52,12 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
-    """Return a text that names the largest privacy.epsilon that stays within the budget or, if the
-    plan gives σ, the most rounds. This value is found to about a hundredth of the plan's value.
-    Return "" if nothing fits, and for a study without noise or without a last round."""
+    """Find how much of a refused study would still fit, and return it as a text: the largest
+    privacy.epsilon that stays within the budget or, if the plan gives σ, the most rounds. The value
+    is found to about a hundredth of the plan's. Return "" if nothing fits, and for a study without
+    noise or without a last round.
+
+    charges: all charges so far against the dataset"""
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable) or study.continuous:
         return ""
@@ -75,7 +79,8 @@ def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
 
 
 def _find_largest(asked: float, fit: Callable[[float], bool]) -> float:
-    """Search between 0 and `asked` for the largest value that fits; 0 if there is none."""
+    """Search between 0 and `asked` for the largest value for which `fit` returns true, in SEARCH
+    halvings. Return 0 if no value that was tried fits."""
     low, high = 0.0, float(asked)
     for _ in range(SEARCH):
         middle = (low + high) / 2
@@ -101,7 +106,8 @@ def _study(line: StudyLine, runs: dict[str, str]) -> str:
 
 
 def places(site: Site) -> dict[str, str]:
-    """Return the folders of simulated runs of this site's records, by their plan's digest."""
+    """Read where `fedtune simulate` wrote runs on this site's records. Return plan's digest -> the
+    run's folder; {} if the file that lists them is missing or damaged."""
     try:
         table = json.loads((site.site.state / PLACES).read_text(encoding="utf-8"))
         return {str(key): str(value) for key, value in table.items()}

@@ -15,8 +15,10 @@ from fedtune.core.ledger.ledger import Ledger
 
 
 def declare(site: Site, sign: bool = True) -> None:
-    """Run `sign_declarations`, then `check_private`. Call this before the site connects: whether it
-    raises an error depends on records, which the coordinator must not see."""
+    """Check a site's declarations that data is public or generated, sign them, and check that its
+    other data was never declared so: `sign_declarations`, then `check_private`. Call this before
+    the site connects: whether it raises an error depends on records, which the coordinator must not
+    see. sign: False to check only. Errors: those of both functions."""
     sign_declarations(site, sign)
     check_private(site)
 
@@ -33,8 +35,8 @@ def sign_declarations(site: Site, sign: bool = True) -> None:
 
 
 def check_private(site: Site) -> None:
-    """Check that no private record of a site was ever declared public or generated. If the site
-    never declared any data, no record is read.
+    """Check that no record of a site's private data (data without `declared` in site.toml) was ever
+    declared public or generated. If the site never declared any data, no record is read.
 
     Errors: PolicyRefused if one was declared; DataError if the data cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
@@ -46,22 +48,25 @@ def check_private(site: Site) -> None:
 
 
 def paid_by_run(site: Site, ledger: Path) -> Site:
-    """Copy a site of declared data so that it pays from the run's ledger in the folder `ledger`."""
+    """Return a copy of a site's settings in which its rounds are charged to the ledger in the
+    folder `ledger`, that of one run of declared data."""
     table = site.site.model_copy(update={"ledger": ledger.absolute()})
     return site.model_copy(update={"site": table})
 
 
 def run_ledger(site: Site, digest: str) -> Path:
-    """Return the folder in which a site of a consortium keeps the ledger of the run of a plan."""
+    """Return the folder of the ledger of one run of declared data, at a site of a consortium.
+    digest: the digest of the run's plan."""
     return site.site.state / RUNS / outbox_prefix(digest)
 
 
 def permit_declared(site: Site, home: Ledger) -> None:
-    """Check that the site may train on its declared data: the ledger `home` has the signed
+    """Check that the site may train on its declared data: the lifetime ledger has the signed
     declaration, made before the site joined the study, and in a consortium the site's policy allows
     such data. The result never depends on a record.
 
-    site: as `as_stated` returns it. Errors: PolicyRefused."""
+    site: the site with the policy that its file has now (`as_stated`); home: its lifetime ledger.
+    Errors: PolicyRefused."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             if site.site.ledger is None:
@@ -73,11 +78,12 @@ def as_stated(current: Site, loaded: Site) -> Site:
     """Return the site as it was when it joined, but with the policy that its file has now.
 
     current: the site file as it is now; loaded: the site as it was when it joined.
+
     A changed policy applies from the next order, and so does a hospital's changed list of disjoint
-    datasets. Other changes apply when the site is started again. The coordinator was told the
-    declared size and the LoRA rank, from which q, σ and the rule for δ follow; the disk space
-    beside the ledger was reserved for that size; and the records in memory, held-out ones
-    included, were read by the earlier tables.
+    datasets. Other changes apply only when the site is started again, for three reasons: the
+    coordinator was told the declared size and the LoRA rank, from which q, σ and the rule for δ
+    follow; the disk space beside the ledger was reserved for that size; and the records in memory,
+    held-out ones included, were read by the earlier tables.
     Errors: PolicyRefused if the file has a change that must not wait for a restart: another
     [hospital] table, so that another ledger would pay; another data.declared; a query or a view
     that now selects the records, of which the coordinator was not informed; a policy that does not
@@ -120,7 +126,8 @@ def as_stated(current: Site, loaded: Site) -> Site:
 
 
 def allow_declared(site: Site) -> None:
-    """Refuse declared data in a consortium unless the site's policy allows it.
+    """Check that the policy of a site in a consortium allows declared data, if the site's data is
+    declared.
 
     Errors: PolicyRefused."""
     if site.data.declared and not site.policy.allow_declared_data:

@@ -40,8 +40,8 @@ log = logging.getLogger("fedtune.site")
 
 
 def plan_of_queries(study: Study, round_: int) -> DpPlan:
-    """Return the plan of the study's queries. Errors: PolicyRefused if no query follows
-    `round_`."""
+    """Return the plan by which the study's queries are noised and charged. Errors: PolicyRefused if
+    the study has no query after `round_`."""
     if round_ not in study.queries:
         raise PolicyRefused(f"the plan has no query after round {round_}")
     return query_plan(study)
@@ -51,7 +51,17 @@ def answer_query(
     site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
 ) -> bytes:
     """Charge a query, then evaluate `adapter` on the held-out records with noise. Return the bytes
-    of the answer, which are then in the ledger's outbox. Errors: as SiteWorker.evaluate."""
+    of the answer, which are then in the ledger's outbox.
+
+    - site: the worker of this site
+    - prepared: the study, as this site admitted it
+    - plan: the plan of the study's queries (`plan_of_queries`)
+    - round_: the round after which the coordinator asks
+    - adapter: the adapter that came with the order, fp32 by the tensors' names
+
+    The bytes are those of a safetensors file with the noised sums, (2 · cells,) fp32, and with a
+    count of the noised steps (`SiteWorker.events_of`) as metadata. Errors: Unprepared,
+    BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
     study = prepared.study
     current = site.current()
     training = prepared.private
@@ -89,7 +99,14 @@ def answer_query(
 
 def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
     """Check that the policy lets the study query the held-out records. Return the table of
-    site.toml that names these records. Errors: PolicyRefused."""
+    site.toml that names these records.
+
+    - study: the study that asks
+    - site: the site with the policy that its file has now (`SiteWorker.current`)
+    - plan: the plan of the study's queries
+    - coordinator: the public key that signed the study's plan
+
+    Errors: PolicyRefused."""
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
@@ -106,9 +123,16 @@ def check_budget(
     charges: Sequence[Charge],
     round_: int,
 ) -> None:
-    """Check that the query after `round_` and the remaining queries stay within the site's limits.
+    """Check that the query after a round and the remaining queries stay within the site's limits.
     If the same people may be in the training records, all that the study's training has spent and
     will spend counts, too.
+
+    - site: the site with the policy that its file has now
+    - study: the study that asks
+    - training: the plan of the study's training
+    - plan: the plan of the study's queries
+    - charges: all charges so far against the dataset that is checked, in the ledger's order
+    - round_: the round after which the coordinator asks
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
@@ -131,8 +155,13 @@ def _is_disjoint(site: Site) -> bool:
 def charge_of(
     study: Study, plan: DpPlan, site: Site, round_: int, charges: Sequence[Charge]
 ) -> Charge:
-    """Build the ledger's charge for one query after `round_` or, if `plan` is that of the training,
-    for one round. charges: the dataset's charges so far, which fix the privacy filter's order."""
+    """Build the ledger's charge for one query or, if `plan` is that of the training, for one round.
+
+    - study: the study that asks
+    - plan: the plan of the study's queries, or of its training
+    - site: the site with the policy that its file has now, and with a table of held-out records
+    - round_: the round after which the coordinator asks; of a charge for training, the round
+    - charges: the dataset's charges so far, which fix the privacy filter's order"""
     assert site.evaluation is not None
     queries = plan.study != study.digest
     return Charge(
@@ -154,9 +183,9 @@ def charge_of(
 
 
 def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
-    """Score the held-out records, and return the units' rows. If scoring fails for any reason,
-    return rows of no unit, so that the answer is noise alone: an error would reveal something
-    about the records."""
+    """Score the held-out records, and return the units' rows for the query. If scoring fails for
+    any reason, return an object without units, so that the answer is noise alone: an error would
+    reveal something about the records."""
     try:
         return UnitRows(study, data)
     except BaseException as error:
@@ -167,8 +196,8 @@ def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
 
 
 class UnitRows:
-    """The rows of a query about held-out records, without noise: one for each unit, built when it
-    is asked for.
+    """Rows of numbers, one for each unit, whose noised sum is the answer to a query about held-out
+    records. The rows themselves have no noise; each is built when it is asked for.
 
     A row has two numbers for each cell of the query, fp64 (2 · cells,): the sums of (score, 1) over
     the unit's records in the cell, divided by the number of all its records. Between two calls only
@@ -177,7 +206,7 @@ class UnitRows:
 
     @torch.no_grad()
     def __init__(self, study: Study, data: CachedDataset | None) -> None:
-        """Score the records. data: the records; None if there are no units."""
+        """Score each record. data: the held-out records; None for an object without units."""
         axes = study.query_axes
         self._by_class = CLASS in axes
         self._starts = list(itertools.accumulate(map(len, axes.values()), initial=1))
@@ -206,12 +235,12 @@ class UnitRows:
         return rows.flatten(1)
 
     def wipe(self) -> None:
-        """Overwrite the scores with zeros."""
+        """Overwrite the stored scores with zeros."""
         self._pairs.zero_()
 
     def _cells(self, record: int) -> list[int]:
-        """Return the cells to which a record belongs: cell 0, for all records, and at most one of
-        each axis."""
+        """Return the numbers of the cells to which a record belongs: 0, the cell of all records,
+        and at most one cell of each axis."""
         example = self._examples[record]
         groups = ((example.label,) if self._by_class else ()) + example.groups
         placed = zip(self._starts, groups, strict=False)

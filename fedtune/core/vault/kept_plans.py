@@ -1,9 +1,10 @@
 """Store the requests of plans that this site admitted: STATE/kept-plans/PLAN.request (0600).
 
-A vault that is started for one request has no prepared study. So it first answers the request with
-the order's plan again, as a restarted vault does: every rule is checked again, and this answer is
-dropped. Then it does the order. A plan is stored while its study is running. Which plans are stored
-depends on messages alone, never on a record."""
+A vault that is started for one request knows no study. So when the request orders a round, the
+vault first takes the stored request that brought the order's plan, and answers it as a restarted
+vault does: every rule is checked again, and this answer is dropped. Then it does the order. A plan
+is stored while its study is running. Which plans are stored depends on messages alone, never on a
+record."""
 
 from __future__ import annotations
 
@@ -28,9 +29,16 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
     """Store the request if it held a plan that was admitted; delete the stored requests of studies
-    that have ended. Call this while the ledger's reserve (files.room) is whole, so that no file is
-    written into it. If the disk has no space, the plan is not stored and the site logs a warning;
-    the plan's orders are then answered as for an unknown plan."""
+    that have ended.
+
+    - site: the site, in whose state folder the requests are stored
+    - request: the request that was answered
+    - content: the bytes of the request's file in the spool, which are what is stored
+    - answer: this site's answer to the request
+
+    Call this while the disk space that is reserved for the ledger (files.room) is not given up, so
+    that no file is written into it. If the disk has no space, the plan is not stored and the site
+    logs a warning; the plan's orders are then answered as for an unknown plan."""
     folder = site.site.state / FOLDER
     try:
         if request.kind == "prepare" and answer.status == "admitted":
@@ -45,9 +53,11 @@ def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> 
 
 
 def find_asked(site: Site, request: Request) -> Request | None:
-    """Return the stored request with the plan that an order names. None if it is not stored, or
-    cannot be decoded, as one that an earlier release wrote; the site then asks the coordinator for
-    the plan again."""
+    """Return the stored request that brought the plan which an order names. Return None if there is
+    none, or if it cannot be decoded, for example since an earlier release wrote it; the site then
+    asks the coordinator for the plan again.
+
+    request: an order; for any other request None is returned"""
     named = PLAN.match(str(request.tables.get("order", {}).get("plan", "")))
     path = named and _path(site.site.state / FOLDER, named[0])
     if not (path and path.is_file()):

@@ -12,14 +12,20 @@ if TYPE_CHECKING:
 
 
 def acts(site: SiteWorker) -> AuditLog:
-    """Return the audit log of a site's own acts."""
+    """Return this site's audit log (who did what, when and under which rule), which lies beside its
+    lifetime ledger and is signed with the ledger's key."""
     return AuditLog(site.home.folder, site.home.key)
 
 
 def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:
     """Compare the ledger and the audit log with the receipt that came with an order, and store the
-    receipt if it is the newest. receipt: as JSON; "" if the order has none. An audit log that lacks
-    the receipt's entry gets an entry that says so.
+    receipt if it is the newest. If the audit log lacks the entry that the receipt names, the log
+    gets an entry that says so.
+
+    - site: the worker of this site
+    - receipt: the receipt as JSON; "" if the order has none: nothing is then compared
+    - study: digest of the order's plan; the comparison does not depend on it
+    - coordinator: the public key that signed the plan, and must have signed the receipt
 
     Errors: LedgerError if the receipt is not for this ledger, or the ledger lacks its entry."""
     if receipt:

@@ -12,20 +12,23 @@ from fedtune.core.wire.requests import Request
 
 
 def train(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Train one round from the adapter that came with the order."""
+    """Do an order to train: train one round from the adapter that came with the order, and return
+    the update. digest: the plan's digest; request: the order."""
     round_, receipt = _order(request)
     return site.train(digest, round_, _adapter(site, digest, request), receipt)
 
 
 def evaluate(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Evaluate the adapter that came with the order on the held-out records, with noise."""
+    """Do an order to evaluate: evaluate the adapter that came with the order on the held-out
+    records, with noise, and return the answer. digest: the plan's digest; request: the order."""
     round_, receipt = _order(request)
     return site.evaluate(digest, round_, _adapter(site, digest, request), receipt)
 
 
 def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Train on the adapter that came with the order, keep the noised sum as this site's draw, and
-    return the signed statement that the site is ready."""
+    """Do the first order of a round of shared noise: train on the adapter that came with the order,
+    keep the noised sum as this site's draw, and return the signed statement that the site is ready.
+    digest: the plan's digest; request: the order."""
     round_, receipt = _order(request)
     asked = json.loads(str(request.tables["set"]["asked"]))
     adapter = _adapter(site, digest, request)
@@ -34,15 +37,17 @@ def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
 
 
 def mask_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Mask this site's draw for the set of sites that came with the order, and return the masked
-    words."""
+    """Do the second order of a round of shared noise: mask this site's draw for the set of sites
+    that came with the order, and return the masked words. digest: the plan's digest; request: the
+    order."""
     round_, receipt = _order(request)
     statements = str(request.tables["set"]["statements"])
     return secure_round.mask_sum(site, digest, round_, _attempt(request), statements, receipt)
 
 
 def _order(request: Request) -> tuple[int, str]:
-    """Return the round and the receipt of an order."""
+    """Return the number of the round, and the coordinator's receipt as JSON ("" if there is none),
+    from an order."""
     order = request.tables["order"]
     return int(str(order["round"])), str(order["receipt"])
 
@@ -52,5 +57,6 @@ def _attempt(request: Request) -> int:
 
 
 def _adapter(site: SiteWorker, digest: str, request: Request) -> Arrays:
-    """Decode the adapter that came with an order. Errors: Unprepared, WireError."""
+    """Decode the adapter that came with an order. Errors: Unprepared if the site does not know the
+    plan; WireError if the arrays do not have the shapes of the plan's adapter."""
     return read_agreed(request.arrays, site.shapes(digest))

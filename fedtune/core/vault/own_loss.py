@@ -22,8 +22,9 @@ from fedtune.core.training.round_loss import RoundLoss
 
 @contextmanager
 def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
-    """Yield an object to which a round adds its losses, and store their mean when the round has
-    trained. If the disk refuses the file, the round continues without a message."""
+    """In the block, collect the losses of a round; after it, store their mean. Yield the object to
+    which the round adds its losses. If the disk refuses the file, the round continues without a
+    message."""
     losses = RoundLoss()
     yield losses
     with suppress(OSError):
@@ -33,8 +34,9 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
 
 
 def line(study: Study, round_: int, mean: float | None) -> str:
-    """Format a round's line, without a newline; its length follows from the plan and the round
-    alone."""
+    """Format the line of losses.jsonl for a round, without a newline; its length follows from the
+    plan and the round alone. mean: the mean loss, which is written as null if it is None or not
+    finite."""
     is_known = mean is not None and math.isfinite(mean)
     loss = f"{mean:.5e}" if is_known else "null"
     public = json.dumps({"plan": study.digest, "study": study.study.name, "round": round_})

@@ -34,7 +34,8 @@ LAST_ROUND = 10**9  # of a plan without a last round: a number that an entry has
 
 
 def base_for(study: Study, site: Site) -> Base:
-    """Find this site's copy of the base that a plan names by digest; see `base_of_plan`.
+    """Find this site's copy of the base that a plan names by digest, in the order that
+    `base_of_plan` describes.
 
     Errors: PolicyRefused, ModelError, InfrastructureError."""
     listed = () if site.policy.bases == "any" else site.policy.bases
@@ -43,10 +44,11 @@ def base_for(study: Study, site: Site) -> Base:
 
 def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
     """Check the study against the site's data sheet and rules, then return the plan that the site
-    would run; None if privacy = "off". The study's stated figures are checked before anything is
-    computed from them, since a computation from unbounded figures may never end.
+    would run; None if privacy = "off". The figures that the study states are checked before
+    anything is computed from them, since a computation from unbounded figures may never end.
 
-    Errors: PolicyRefused."""
+    coordinator: the public key (hexadecimal) that signed the plan; "" if none did. Errors:
+    PolicyRefused naming the first rule that refuses."""
     for refusal in sheet_refusals(study, site):
         raise refusal
     admit(study, site, None, coordinator)
@@ -59,8 +61,14 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
 
 
 def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
-    """Check that the site's rules admit the study. plan: None if it is not computed yet, or privacy
-    = "off".
+    """Check that the site's rules admit the study.
+
+    - study: the study that a coordinator asks this site to run
+    - site: the site with the policy that its file has now
+    - plan: this site's plan for the training, whose figures are checked; None if it is not computed
+      yet, so that the figures that the study states are checked, or if privacy = "off"
+    - coordinator: the public key (hexadecimal) that signed the plan; "" if none did, which a policy
+      that lists coordinators refuses
 
     Errors: PolicyRefused naming the first rule that refuses."""
     for refusal in refusals(study, site, plan, coordinator):
@@ -68,7 +76,13 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
 
 
 def admit_queries(study: Study, site: Site, queries: DpPlan, coordinator: str) -> None:
-    """Check that the site's rules admit the queries of an admitted study. queries: their plan.
+    """Check that the site's rules admit the queries of an admitted study.
+
+    - study: the study that asks
+    - site: the site with the policy that its file has now
+    - queries: the plan of the study's queries
+    - coordinator: the public key (hexadecimal) that signed the plan; "" if none did, which a policy
+      that lists coordinators refuses
 
     The rules about the study and about what is protected (σ, δ, units) apply to a query; its σ is
     that of this site's own noise. The bounds on C, q and steps apply to training only: a query's C
@@ -93,9 +107,11 @@ def refusals(
     *,
     outline: bool = False,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data. outline: True
-    for a study.toml whose digests are filled in only when the study starts. A site that is asked to
-    run a plan refuses one that leaves them open."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data.
+
+    - study, site, plan, coordinator: as for `admit`
+    - outline: whether the study is a study.toml whose digests are filled in only when it starts, so
+      that a digest may be missing. If not, a missing digest is a reason to refuse"""
     yield from _about_study(study, site, coordinator, outline=outline)
     yield from privacy_refusals(study, site, plan)
     yield from _about_outcome(study, site.policy)
@@ -105,7 +121,8 @@ def _about_study(
     study: Study, site: Site, coordinator: str, *, outline: bool = False
 ) -> Iterator[PolicyRefused]:
     """Yield refusals about the study's plug-ins, base, coordinator, adapter and shared noise, and
-    about how this site selects its records and runs. outline: as for `refusals`."""
+    about how this site selects its records and runs. study, site, coordinator: as for `admit`;
+    outline: as for `refusals`."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
@@ -173,8 +190,8 @@ def may_resolve(study: Study, policy: PolicyTable) -> bool:
 
 
 def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Yield refusals about plug-ins by their names alone: importing another distribution's
-    plug-in would run its code."""
+    """Yield a refusal for each plug-in of the study that the policy does not list. Only names are
+    read: to import a plug-in of another distribution would run its code."""
     asked: list[tuple[Group[Any], str | None, Sequence[str]]] = [
         (OBJECTIVES, study.objective.name, policy.objectives),
         (STRATEGIES, study.strategy.name, policy.strategies),
@@ -189,8 +206,9 @@ def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def _about_query(site: Site) -> Iterator[PolicyRefused]:
-    """Refuse records that an SQL query or a view selects, which no ε covers, unless the policy
-    allows it."""
+    """Yield a refusal if an SQL query or a view selects the site's records, unless the policy
+    allows it. In such a selection one patient's rows may decide whether another's are read, which
+    no ε covers."""
     if site.free_query and not site.policy.allow_free_query:
         yield PolicyRefused(
             "a query or a view selects this site's records, so that one patient may decide what "
@@ -200,14 +218,15 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
 
 
 def pin_others(site: Site, own: str) -> Site:
-    """Return the site with policy.peers less its `own` signing key, so that its noise is counted
-    once even if its file lists the key."""
+    """Return the site with policy.peers without the site's own signing key `own`, so that its noise
+    is counted once even if its file lists this key."""
     return site.with_peers(tuple(key for key in site.policy.peers if key != own))
 
 
 def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Refuse to share noise with sites whose fingerprints nobody here has compared: a
-    coordinator could enrol such sites itself, and would know their noise."""
+    """Yield a refusal of shared noise if too few of the sites that share it are pinned in
+    policy.peers, i.e. had their fingerprints compared by a person here. A coordinator could enrol
+    the others itself, and would then know their noise."""
     least = study.strategy.min_sites
     if study.secure_aggregation and len({*policy.peers}) < least - 1:
         yield PolicyRefused(
@@ -220,8 +239,8 @@ def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
 
 
 def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Refuse to share noise if the site starts a vault for each request: a draw's key is only in
-    memory, and would be lost before the draw is masked."""
+    """Yield a refusal of shared noise if the site starts a vault for each request: a draw's masking
+    key is only in memory, and would be lost before the draw is masked."""
     if study.secure_aggregation and site.vault:
         yield PolicyRefused(
             "vault.run starts this site's vault for one request at a time, and a plan that shares "
@@ -231,7 +250,8 @@ def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
-    """Refuse if the site's LoRA rank is below the plan's minimum."""
+    """Yield a refusal if the LoRA rank that this site trains is below the plan's minimum. most:
+    site.lora_rank; None: the site trains the plan's whole rank."""
     rank = lora.rank_at(most)
     least = lora.rank if lora.min_rank is None else lora.min_rank
     if rank >= least:
@@ -252,8 +272,8 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Refuse a teacher, which sets each record's target, if it may have seen the records without
-    noise."""
+    """Yield a refusal of a study's teacher, a model that sets each record's target, if it may have
+    been trained on this site's records without noise."""
     spec = study.objective.resolved.teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
@@ -276,7 +296,8 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Refuse a study that protects single records if site.toml names a patient column."""
+    """Yield a refusal of a study that protects single records if site.toml names a patient
+    column."""
     tables = [table for table in (site.data, site.evaluation) if table]
     if study.unit == "record" and any(table.columns.patient for table in tables):
         yield PolicyRefused(
@@ -289,8 +310,14 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
 def _about_protection(
     sigma: float | None, delta: float, size: int, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Refuse too little noise for one release, too few units or too large a δ. sigma: the noise
-    multiplier of the noise that this site itself adds; None if it is not computed yet."""
+    """Yield a refusal for each of these: too little noise for one release, too few units, too large
+    a δ.
+
+    - sigma: the noise multiplier of the noise that this site itself adds, in multiples of C; None
+      if it is not computed yet; it is then not checked
+    - delta: δ of the whole study
+    - size: the site's declared number of units
+    - policy: the site's policy, which has the limits"""
     if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
             f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
@@ -306,7 +333,9 @@ def _about_protection(
 
 
 def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule about privacy that the study's training breaks."""
+    """Yield a refusal for every rule about privacy that the study's training breaks. plan: this
+    site's plan for the training; None if it is not computed yet: the figures that the study states
+    are then checked."""
     policy, size = site.policy, site.site.declared_size
     yield from _about_unit(study, site)
     if not isinstance(study.privacy, PrivacyTable):
@@ -331,7 +360,11 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
 
 
 class _StatedFigures(NamedTuple):
-    """The figures that a private study states, before the others are computed."""
+    """The figures of a private study that follow from the plan and the declared size alone, before
+    σ is computed from ε.
+
+    noise_multiplier: σ; None if the plan gives ε. steps: over all rounds; None if the plan has no
+    number of rounds."""
 
     noise_multiplier: float | None
     max_grad_norm: float
@@ -357,8 +390,9 @@ def _stated_figures(study: Study, size: int) -> _StatedFigures:
 def _about_cost(
     study: Study, stated: _StatedFigures, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Refuse a study whose ε is too large by a lower bound, or by the ε that the plan states. The
-    time to compute ε itself grows with ε, so this is checked before."""
+    """Yield a refusal of a study that would cost more than policy.max_epsilon_per_study: by the ε
+    that the plan states or, if it gives σ, by a lower bound on ε. This is checked before ε is
+    computed, since that takes the longer the larger ε is."""
     privacy, least = study.privacy, 0.0
     assert isinstance(privacy, PrivacyTable)
     if study.continuous:
@@ -376,5 +410,7 @@ def _about_cost(
 
 
 def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Yield a refusal if a value is above the policy's limit. name: what the refusal calls the
+    value; rule: the key of [policy] that has the limit."""
     if value > (most := getattr(policy, rule)):
         yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")

@@ -1,4 +1,5 @@
-"""Define a site's state for a plan that it admitted, and its answers: admission and update."""
+"""The state that a site keeps for a plan that it admitted (`Prepared`), its answers to the
+coordinator (`Admission`, `Update`), and the refusals that have a status of their own."""
 
 from __future__ import annotations
 
@@ -40,7 +41,16 @@ class Void(Refused):
 
 @dataclass(frozen=True)
 class Admission:
-    """A site's answer to a plan. Every field is public."""
+    """A site's answer to a plan. Every field is public.
+
+    - admitted, reason: whether the site takes part and, if not, why; reason is "" if it does
+    - name, declared_size: the site's
+    - lora_rank: how many ranks the site trains; None unless the plan lets sites choose
+    - declared: with an admission, "public" or "generated" if a person declared the site's data to
+      be so; else None
+    - free_query: with an admission, whether a query or a view selects the records, which no ε
+      covers; else False
+    - waits: whether the plan is not admitted yet because a person at the site has to sign it"""
 
     admitted: bool
     reason: str
@@ -66,8 +76,8 @@ class Update:
     """An update of a site.
 
     delta: the arrays to send: trained minus received adapter in the plan's encoding, masked words,
-    or a query's sums; events: a summary of the noised steps that the study has run at the site;
-    said: further text fields of the sealed answer."""
+    or a query's sums; events: the numbers of noised steps that the study has run at the site
+    (`step_summary`); said: further text fields of the sealed answer."""
 
     delta: Encoded
     events: list[dict[str, float | int]]
@@ -76,7 +86,14 @@ class Update:
 
 @dataclass(frozen=True, repr=False)
 class Prepared:
-    """A study that this site admitted, ready to train."""
+    """A study that this site admitted, ready to train.
+
+    - network: the model that the site built for it
+    - plan: this site's plan for the training
+    - frozen: the arrays that the study never trains, such as LoRA's A, fp32 by name
+    - coordinator: the public key that signed the plan
+    - lora_rank: how many ranks the site trains throughout the study, even if site.toml is changed;
+      None if the study has no adapter"""
 
     study: Study
     network: Network
@@ -93,6 +110,9 @@ class Prepared:
 def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> None:
     """Check that a stored update still has the shapes that this site would send.
 
+    payload: the bytes of the stored update, a safetensors file; round_: the update's round, on
+    which its columns depend (rank_slice).
+
     Errors: PolicyRefused if the site was restarted with another rank after it trained."""
     columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
     sent = prepared.network.update_parameters().items()
@@ -106,7 +126,9 @@ def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> Non
 
 
 def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
-    """Count the step log's noised steps by (σ, q, C, k); no figure depends on a record."""
+    """Count the noised steps of a step log. Return one entry for each (σ, q, C, k) that occurs:
+    {"sigma", "q", "max_grad_norm", "records", "steps"}, the last being the number of such steps. No
+    figure depends on a record."""
     counts = Counter(
         (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
     )
@@ -117,7 +139,7 @@ def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
 
 
 def metadata_of(payload: bytes) -> dict[str, str]:
-    """Parse the metadata in a safetensors header."""
+    """Return the metadata in the header of a safetensors file. payload: the bytes of the file."""
     length = int.from_bytes(payload[:8], "little")
     metadata: dict[str, str] = json.loads(payload[8 : 8 + length])["__metadata__"]
     return metadata

@@ -40,8 +40,9 @@ LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after it
 
 
 def families(site: Site, processes: int) -> list[int]:
-    """Return the socket families that a site's vault may open: none, except for a database server
-    that holds the records, or for the processes that share the vault's steps.
+    """Return the socket families (socket.AF_INET and others) that a site's vault may open: none,
+    except for a database server that holds the records, or for the processes that share the vault's
+    steps.
 
     processes: how many processes share each step, the vault included."""
     tables = filter(None, (site.data, site.evaluation))
@@ -54,14 +55,16 @@ def families(site: Site, processes: int) -> list[int]:
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
-    """Cut this process off the network, and test this by trying to reach a network. Return the
-    confinement that is in force; its `missing` names each network that can be reached."""
+    """Cut this process off the network, then try to reach a network. Return the confinement that is
+    in force; its `missing` lists what stays open, in words, such as a network that was reached.
+
+    processes: how many processes share each step, the vault included."""
     return isolation.no_network(families(site, processes)) & _try_networks()
 
 
 def _try_networks() -> isolation.Confinement:
-    """Try to reach a network; each one that can be reached is listed in `missing` of the
-    confinement."""
+    """Try to reach a network over IPv4 and over IPv6. Return a confinement whose `missing` (the
+    ways that stay open) names each of the two that was reached; its other fields are empty."""
     reached = []
     for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -71,13 +74,13 @@ def _try_networks() -> isolation.Confinement:
 
 
 def main(options: list[str]) -> None:
-    """Answer requests until the courier has ended, or a signal comes. End at once if the process
-    is not confined and policy.isolation is "required".
+    """Answer requests until the courier has ended, or a signal comes. End at once if the process is
+    not confined and policy.isolation is "required".
 
     options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. SITE: the site file; REQUESTS: the
     courier's descriptor, or the folder of a spool; EVENTS: a descriptor; PROCESSES: how many
-    processes share each step; PLACE: the other fields of `Place` as JSON; NAME: the one request of
-    the spool to answer."""
+    processes share each step; PLACE: as JSON, the fields of `Place` (how the site takes part) other
+    than the site file; NAME: the one request of the spool to answer."""
     path, requests, events, processes, given, *name = options
     site = load_site(Path(path))
     means = confine(site, int(processes))
@@ -138,9 +141,10 @@ def locked(site: Site, who: str) -> Iterator[None]:
 
 
 def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
-    """Hold the lock in a hospital's home that the vault of a membership holds while it runs. The
-    lock keeps others from restoring the hospital's ledger meanwhile, wherever the membership's site
-    file lies. Errors: InfrastructureError naming the vault that runs."""
+    """Hold, in the block, the lock that the vault of a membership holds while it runs, in the
+    hospital's home. The lock keeps others from restoring the hospital's ledger meanwhile, wherever
+    the membership's site file lies. The block gets True if the last process that held the lock was
+    killed. Errors: InfrastructureError naming the vault that runs."""
     lock = home / f"vault-{membership}.lock"
     return locks.hold_alone(lock, f"vault of membership {membership!r}", home)
 
@@ -149,7 +153,13 @@ def serve(
     path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
     """Answer the courier's requests until the courier has ended, or sends a message that cannot be
-    read to its end. A message that can be read but is no request is answered with a failure."""
+    read to its end. A message that can be read but is no request is answered with a failure.
+
+    - path: the site file
+    - courier: this process's end of the connection to the courier
+    - tell: sends events about the work to the process that started this one
+    - processes: how many processes of the site share each step, this one included
+    - given: the fields of `Place` (how the site takes part) other than the site file, by name"""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -163,7 +173,13 @@ def serve_spool(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
     """Answer the requests of a spool, the oldest first, until a signal comes. A request whose
-    answer cannot be written is answered again later: from the ledger, with the same bytes."""
+    answer cannot be written is answered again later: from the ledger, with the same bytes.
+
+    - path: the site file
+    - spool: the folder of requests and answers that this process shares with the courier
+    - tell: sends events about the work to the process that started this one
+    - processes: how many processes of the site share each step, this one included
+    - given: the fields of `Place` (how the site takes part) other than the site file, by name"""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -186,8 +202,16 @@ def serve_spool(
 def serve_request(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object], name: str
 ) -> None:
-    """Answer one request of a spool. If the request orders a round, first answer the stored request
-    with the order's plan once more, since this new process does not know that plan.
+    """Answer one request of a spool. This process was started for this one request, and knows no
+    plan. So if the request orders a round, first answer the stored request that brought the order's
+    plan, and drop that answer.
+
+    - path: the site file
+    - spool: the folder of requests and answers that this process shares with the courier
+    - tell: sends events about the work to the process that started this one
+    - processes: how many processes of the site share each step, this one included
+    - given: the fields of `Place` (how the site takes part) other than the site file, by name
+    - name: the name of the request's file in the spool
 
     Errors: InfrastructureError if the request is missing, or its answer cannot be written."""
     from fedtune.core.vault.answers import Place, answer
@@ -225,7 +249,9 @@ def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer
 
 
 def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
-    """Answer a request, and send a description of the answer to this site's screen."""
+    """Answer a request, and send a description of the answer to this site's screen. Return the
+    answer. If answering fails with an unexpected error, return `failure()`; the screen gets the
+    error's name."""
     from fedtune.core.vault.answers import answer
     from fedtune.core.vault.reply_facts import answer_facts
 
@@ -247,5 +273,5 @@ def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
 
 
 def failure() -> Answer:
-    """Build an answer that says that there was a failure, and nothing else."""
+    """Return an answer that says that there was a failure, but not which."""
     return Answer("", {"status": "failed", "reason": FAILED})

@@ -57,7 +57,10 @@ class Workers:
     """A site's worker processes: rank 0 starts them with the first round that needs them, and again
     after a failure. Use it as a context manager, which ends them.
 
-    size: number of processes, this one included; torchrun: whether torchrun started them."""
+    - site: the site file
+    - size: number of processes, this one included
+    - torchrun: whether torchrun started them; if not, this process starts them
+    - timeout: seconds that this process waits for the others in one exchange"""
 
     def __init__(
         self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
@@ -83,10 +86,14 @@ class Workers:
     ) -> Iterator[Team | None]:
         """Yield the processes (`Team`) that share one round of `study`, with the same plan, frozen
         factor and records in all ranks. Yield None if the other processes cannot serve; this
-        process then does the round alone. Any error in the block ends the other processes.
+        process then does the round alone. An error in the block ends the other processes, and is
+        raised again.
 
-        plan: the plan by which all ranks clip, even if the site file has changed since; columns: as
-        for local_round."""
+        - study: the study whose round is trained
+        - plan: the plan by which all ranks clip, even if the site file has changed since
+        - data: the records that take part in the round, with the network
+        - frozen: the study's frozen arrays, fp32 by name, such as LoRA's A
+        - columns: the columns of each B that the round trains; by default all"""
         try:
             yield self._team(study, plan, data, frozen, columns)
         except BaseException:
@@ -96,6 +103,9 @@ class Workers:
     def _team(
         self, study: Study, plan: DpPlan, data: CachedDataset, frozen: Arrays, columns: slice
     ) -> Team | None:
+        """Start the other processes if they do not run, and send them what they lack of the study
+        and the records. Return the team that shares the round; None if starting or sending fails.
+        The arguments are those of `running`."""
         try:
             group = self._group = self._group or self._start_group()
             self._prepare(group, study, plan, str(data.network.dtype), frozen)
@@ -124,9 +134,9 @@ class Workers:
         self.children = []
 
     def __enter__(self) -> Workers:
-        """Take this process's share of the machine's cores at once. Records that are read before
-        the first round then use as many threads as in every other process, and so the same blocks.
-        """
+        """Limit this process to its share of the machine's cores now, before the first round. A
+        dataset that is read before that round is then computed with as many threads as in the other
+        processes."""
         if self.size > 1:
             for rank in () if self._torchrun else range(1, self.size):
                 begin_log(self._log_of(rank))
@@ -163,9 +173,9 @@ class Workers:
                 raise child.build_end_error()
 
     def _with_torchruns(self) -> Group:
-        """Build rank 0's group under torchrun. Its socket is in a temporary folder, since a
-        socket's path must be short; the path is written to a file in the state folder, which only
-        this user can read."""
+        """Build the group of the processes that torchrun started, as its rank 0. The group's socket
+        is in a temporary folder, since a socket's path must be short. Its path is written to a file
+        in the state folder that only this user can read, from which the other ranks learn it."""
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
         socket_path = Path(folder, "team")
         replace(_rendezvous_file(self._site), str(socket_path).encode(), private=True)
@@ -176,8 +186,13 @@ class Workers:
         self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
     ) -> None:
         """Have every rank build the network of `study` with the arrays `frozen`, and clip its rows
-        by `plan`, as this process does. Do nothing if all ranks did so before. Errors:
-        InfrastructureError."""
+        by `plan`, as this process does. Do nothing if all ranks did so before.
+
+        - group: the connections to the other ranks
+        - study, plan, frozen: as for `running`
+        - dtype: type of this process's base weights, as torch writes it: "torch.float32"
+
+        Errors: InfrastructureError."""
         wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
         if self._prepared == wanted:
             return
@@ -210,7 +225,13 @@ class Workers:
 
 
 class _Lead:
-    """The team of a step (fedtune.core.dp.plan.Team) at rank 0."""
+    """At rank 0, the processes that share a step: it has the method of the interface
+    fedtune.core.dp.plan.Team.
+
+    - workers: the site's processes, which are ended if a sum fails
+    - group: the connections to the other ranks
+    - network: this process's network, whose trainable values each rank gets before it sums
+    - columns: the columns of each B that the round trains"""
 
     def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
         self._workers = workers
@@ -219,8 +240,13 @@ class _Lead:
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows over all processes. If that fails, end the other processes and raise
-        the error."""
+        """Sum the clipped gradients of the rows `sampled` over all processes; return the sum in
+        multiples of the plan's grid, int64 (dimension,). If that fails, end the other processes and
+        raise the error.
+
+        - sampled: the numbers of the rows that were drawn for the step
+        - dimension: the number of coordinates of a row's gradient
+        - clipped_sum: sums the clipped gradients of this process's share of the rows"""
         parameters = self._network.update_parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
@@ -237,7 +263,10 @@ class _Lead:
 
 
 def follow(group: Group, site: Site) -> NoReturn:
-    """Serve rank 0's requests until InfrastructureError says that it has ended.
+    """Serve rank 0's requests until InfrastructureError says that rank 0 has ended.
+
+    - group: the connection to rank 0
+    - site: the settings of this site, for its copy of the base, its caches and its disk space
 
     Guarantee: this process opens neither the records' files nor the ledger, charges nothing, draws
     nothing, adds no noise and writes no step log."""
@@ -265,7 +294,17 @@ def follow(group: Group, site: Site) -> NoReturn:
 def _add(
     group: Group, prepared: _StudyAtRank, header: dict[str, Any], tensors: list[torch.Tensor]
 ) -> None:
-    """Sum this rank's share of a step. Errors: InfrastructureError where rank 0 has ended."""
+    """Sum the clipped gradients of this rank's share of a step's rows, and send the sum to rank 0.
+    If the rows cannot be summed, send zeros instead, and log why.
+
+    - group: the connection to rank 0, which gets the sum
+    - prepared: the study, with the records
+    - header: rank 0's message: "dimension" of a row's gradient, and "columns" of each B that the
+      round trains, as start and stop
+    - tensors: the values of all parameters, one after another, and the numbers of the rows that
+      were drawn in all ranks together
+
+    Errors: InfrastructureError where rank 0 has ended."""
     flat, rows = tensors
     try:
         clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
@@ -277,7 +316,8 @@ def _add(
 
 
 class _StudyAtRank:
-    """One study at one rank: network, records, engine and the plan's clipping."""
+    """What a rank other than 0 keeps of a study: the network, the records, and the plan by which it
+    clips."""
 
     def __init__(self, site: Site, header: dict[str, Any], frozen: list[torch.Tensor]) -> None:
         study = study_from_json(header["study"])
@@ -297,10 +337,10 @@ class _StudyAtRank:
         self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
 
     def _start_threads(self) -> None:
-        """Compute gradients of generated units, so that this process starts its threads now, as
-        rank 0 did in its self-test. Otherwise a process that gets no row in one order would start
-        its threads in a later one. Each thread takes the machine's next process number, and these
-        numbers would then reveal how many rows there are, or were drawn."""
+        """Start this process's threads now, by computing gradients of generated units, as rank 0
+        did in its self-test. Otherwise a process that got no row in one order would start its
+        threads in a later order. Since each thread takes the machine's next process number, these
+        numbers would then show how many rows there are, or were drawn."""
         generated = CachedDataset(self.network, random_records(self.network, self._study))
         engine = UnitGradientEngine(
             generated, self._study.objective.resolved, engine=self._study.training.engine
@@ -312,8 +352,11 @@ class _StudyAtRank:
         self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
-        """Return a function that sums the clipped gradients of rows. flat: the values of all
-        parameters, one after another; columns: the columns of each B that are trained."""
+        """Return a function that takes the numbers of rows and returns the sum of their clipped
+        gradients in multiples of the plan's grid, int64 (d,).
+
+        - flat: the values of all parameters at which the gradients are computed, one after another
+        - columns: the columns of each B that are trained"""
 
         def clipped_sum(rows: list[int]) -> torch.Tensor:
             engine = UnitGradientEngine(
@@ -341,8 +384,8 @@ def _rendezvous_file(site: Path) -> Path:
 
 @contextmanager
 def team(site: Path, processes: int) -> Iterator[None]:
-    """In the block, share the rounds of this process's worker for `site` among `processes`
-    processes, or among those that torchrun started."""
+    """In the block, share the rounds of this process's worker for the site file `site` among
+    `processes` processes, this one included, or among those that torchrun started."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Workers(site, max(size, processes), torchrun=size > 1)
     with ranks:
@@ -367,6 +410,11 @@ def follow_torchrun(site: Path) -> None:
 
 
 def _follow(site: Path, rank: int, size: int, socket_path: Path | None) -> None:
+    """Join rank 0 and serve it until it ends.
+
+    - site: the site file
+    - rank, size: this process's number, from 1, and the number of all processes
+    - socket_path: the socket of rank 0; None: the one that torchrun's rank 0 publishes"""
     share_machine(rank, size)
     loaded = load_site(site)
     group = Group(rank, size, None, socket_path or _await_rank_0(site))
@@ -392,7 +440,9 @@ def _await_rank_0(site: Path) -> Path:
 
 
 def main(options: list[str]) -> None:
-    """Run as a rank that rank 0 started. options: SITE RANK SIZE SOCKET."""
+    """Run as a rank that rank 0 started, until rank 0 ends. options: SITE RANK SIZE SOCKET. SITE:
+    the site file; RANK: this process's number, from 1; SIZE: the number of all processes; SOCKET:
+    the path of rank 0's socket."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     site, rank, size, socket_path = options
     _follow(Path(site), int(rank), int(size), Path(socket_path))

@@ -46,12 +46,19 @@ def read_for_training(
     ledger: Ledger | None,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Read a site's dataset, and return it without the patients who withdrew, and without those
-    whom a dataset declared disjoint from it excludes (`disjoint_member_test`).
+    """Read a site's dataset, and return it without the patients who withdrew, and without those who
+    take part in another dataset that was declared to share no patient with this one
+    (`Ledger.disjoint_member_test`).
 
-    ledger: None if the site has none yet, so that nobody is left out; soft_targets: the function
-    that gives a teacher's targets. Errors: DataError if the path or the columns cannot be used,
-    whatever the records hold."""
+    - data: the table of site.toml that names the records: [data] or [evaluation]
+    - study: the study by which records are rendered, tokenised and capped
+    - tokenizer: the base's tokenizer
+    - reader: how the base reads records that are more than text; None: it reads text alone
+    - ledger: the site's lifetime ledger, which is only read; None if the site has none yet, so that
+      nobody is left out
+    - soft_targets: the function that gives a teacher's targets for a record; None: no teacher
+
+    Errors: DataError if the path or the columns cannot be used, whatever the records hold."""
     if ledger is None:
         return load_dataset(
             data, study, tokenizer, strict=False, soft_targets=soft_targets, reader=reader
@@ -75,14 +82,16 @@ def read_for_training(
 
 
 def without_withdrawn(cached: CachedDataset, ledger: Ledger) -> CachedDataset:
-    """Return the dataset without the patients who withdrew since; the same object if none did."""
+    """Return the dataset without the patients who have withdrawn since it was read; if nobody has,
+    the same object."""
     withdrawn, dataset = ledger.withdrawn(), cached.dataset
     left = dataset.exclude_units(lambda key: ledger.hashed(key) in withdrawn)
     return cached if left.n_units == dataset.n_units else cached.of(left)
 
 
 def describe(dataset: Dataset, study: Study, declared: int) -> str:
-    """Describe in one line what happened to a dataset's rows, for the site's own screen."""
+    """Describe in one line what happened to a dataset's rows, for the site's own screen. declared:
+    the site's declared number of units, with which the true number is compared."""
     counts, unit = dataset.counts, study.unit
     of_units = f" of {dataset.n_units:,} patients" if unit == "patient" else ""
     parts = [f"{len(dataset.examples):,} of {counts.rows:,} rows train{of_units}"]
@@ -107,8 +116,8 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
 
 
 def _remedy(rejected: Counter[str]) -> str:
-    """Return, in brackets, advice for a person about rows that were rejected; "" if there is none
-    for these reasons."""
+    """Return advice, in brackets, on how to avoid rejected rows. rejected: the number of rows by
+    reason. Return "" if there is no advice for these reasons."""
     remedies = {
         "unknown label": "labels that the plan does not name",
         "not UTF-8": '[data] encoding = "latin-1", or another, reads it',
@@ -118,13 +127,14 @@ def _remedy(rejected: Counter[str]) -> str:
 
 
 def by_reason(rejected: Counter[str]) -> str:
-    """Format counts by reason, the most frequent first."""
+    """Format counts by reason as one text, the most frequent first, such as "12 unknown label, 3
+    not UTF-8"."""
     return ", ".join(f"{number:,} {reason}" for reason, number in rejected.most_common())
 
 
 def rows_of(failed: Sequence[Failed]) -> str:
-    """List the first rejected rows by file and row; "" without any. For the site's screen only:
-    a file's name may hold a patient's."""
+    """List the first SHOWN rejected rows by file and row, in one text; "" if there are none. This
+    text is for the site's screen only, since a file's name may hold a patient's."""
     listed: dict[tuple[str, str], list[str]] = {}
     for file, row, reason in failed[:SHOWN]:
         listed.setdefault((file, reason), []).append(str(row) if row else "all")
@@ -136,8 +146,9 @@ def rows_of(failed: Sequence[Failed]) -> str:
 
 
 def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
-    """Yield one line if the declared size is far (FAR) from the true one. It begins with WARNING if
-    they differ by a factor of two or more."""
+    """Yield one line if the declared size differs from the true number of units by more than the
+    share FAR; else nothing. The line begins with WARNING if they differ by a factor of two or more.
+    unit: "patient" or "record", for the text."""
     if abs(declared - units) > FAR * declared:
         twice = units >= 2 * declared or 2 * units <= declared
         yield (
@@ -149,8 +160,16 @@ def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
     """Write what happened to a dataset's rows to counts.json in the state folder, readable by this
-    user only (0600), and log a warning about records that are left out or cut. The file takes the
-    same space on disk whatever the counts are. If the disk refuses the file, log a warning."""
+    user only (0600), and log a warning about records that are left out or cut.
+
+    - site: the site, whose declared size is written beside the counts
+    - data: the table of site.toml that names the records; its earlier counts are replaced, those of
+      other datasets stay
+    - study: the study for which the records were read
+    - dataset: the records that were read, with their counts
+
+    The file takes the same space on disk whatever the counts are. If the disk refuses the file, log
+    a warning."""
     counts = dataset.counts
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

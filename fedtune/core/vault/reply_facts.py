@@ -21,12 +21,17 @@ DONE = ("admitted", "trained", "ready", "masked", "answered")
 
 
 def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, Any]:
-    """Return an answer's study, round, status and reason, the study's ε so far and as planned,
-    and a line of text.
+    """Return facts about an answer for the screen of the person who runs the site: "site",
+    "status", "reason", "plan_digest" and "text", a line for this person. As far as they are known
+    and apply, the result also has "study", "round", "rounds", "signed" (whether somebody here
+    signed the plan) and these, each as {site's name: value}:
 
-    Of these facts, `epsilon` is the ε of all charged rounds of the study at the plan's δ,
-    interrupted rounds included. With secure aggregation, `fallback` is the ε of the same rounds by
-    this site's own noise alone."""
+    - epsilon: the ε of all charged rounds of the study at the plan's δ, interrupted rounds included
+    - planned: the ε of the whole plan at this site
+    - fallback: with secure aggregation, the ε of the charged rounds by this site's own noise alone
+    - declared: "public" or "generated", if a person declared the site's data to be so
+
+    place: the site that answered, and how it takes part."""
     site = worker(place.site)
     status = answer.status
     reason = str(answer.fields["reason"])
@@ -77,7 +82,13 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
 
 
 def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
-    """Describe a plan that nobody here has signed: its ε, and how to read or sign the plan."""
+    """Describe a plan that nobody here has signed: its ε, and how to read or sign the plan. The
+    plan is also stored for `fedtune review` (`keep_plan`).
+
+    - study: the plan
+    - site: the worker whose ledger is charged for it
+    - place: the site at which it was answered
+    - facts: the facts of the answer so far (`answer_facts`): status, and the ε planned if known"""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
         spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
@@ -95,7 +106,8 @@ def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict
 
 
 def _study(request: Request, site: SiteWorker) -> tuple[Study | None, str | None]:
-    """Return the study that a request is about, and its digest; None if unknown."""
+    """Return the study that a request is about, and its digest; (None, None) if this site does not
+    know the study or the request has no valid plan."""
     tables = request.tables
     try:
         if "plan" in tables:
@@ -128,8 +140,8 @@ def _compute_spent(study: Study, site: SiteWorker) -> _Spent | None:
 
 
 def _compute_planned(study: Study, site: SiteWorker) -> float | None:
-    """Compute the ε of the whole plan at this site, or the lifetime ε of a unit if the study has no
-    last round; None if the plan does not fit the site's size."""
+    """Compute the ε that the whole plan costs at this site or, if the study has no last round, the
+    lifetime ε of a unit. Return None if the plan does not fit the site's declared size."""
     try:
         plan = plan_for_site(study, site.site.site.declared_size)
     except FedtuneError:  # the plan fits no site of this size, and the reply says so

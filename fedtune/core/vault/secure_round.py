@@ -1,4 +1,5 @@
-"""Do a site's part in a round of which only the sum over the sites is opened, in two orders.
+"""Do a site's part in a round of shared noise, of which only the sum over the sites is opened. The
+coordinator sends two orders:
 
     ready    reserve → noised sum and a masking key, in memory → a signed statement
     masked   check the set → masked words into the ledger's outbox → key destroyed → words
@@ -57,8 +58,16 @@ def draw_sum(
     """Draw this site's noised sum for an attempt at a round, and return the signed statement that
     the site is ready. If the draw was made already, return its statement again.
 
-    asked: signing keys of the sites that are asked to take part. If this site pins too few of them,
-    the attempt is void before anything is charged.
+    - site: the worker of this site
+    - digest: the plan's digest
+    - round_, attempt: the round of the plan, and the attempt at it, both from 1
+    - adapter: the adapter that came with the order, fp32 by the tensors' names
+    - receipt: the coordinator's receipt for this site's ledger that came with the order, as JSON;
+      "" if it has none
+    - asked: public signing keys (hexadecimal) of the sites that are asked to take part, this one
+      included. If this site pins too few of them, the attempt is void before anything is charged
+
+    The update has no arrays; `said` holds the statement as "ready".
     Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, before
     anything is charged, if a person at the site must release the draw first."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
@@ -79,6 +88,14 @@ def mask_sum(
     """Mask this site's draw for a set of sites and return the words; for the same set always the
     same bytes.
 
+    - site: the worker of this site
+    - digest: the plan's digest
+    - round_, attempt: the round of the plan, and the attempt at it, both from 1
+    - statements: the signed statements of all sites of the set, as a JSON list (`set_text`)
+    - receipt: the coordinator's receipt for this site's ledger that came with the order, as JSON;
+      "" if it has none
+
+    The update has the masked words under VALUES; `said` holds the set's digest as "set".
     Guarantee: the words leave for one set only, which the ledger's entry fixes under the write
     lock. They leave for no set with fewer than strategy.min_sites pinned sites, this one included.
     Errors: Unprepared, PolicyRefused, LedgerError; Void if the attempt is over for this site."""
@@ -102,7 +119,14 @@ def mask_sum(
 
 
 def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
-    """Mask the waiting draw, put the words into the ledger's outbox, and return these bytes.
+    """Mask the waiting draw, put the words into the ledger's outbox, and return these bytes, which
+    are those of a safetensors file.
+
+    - site: the worker of this site
+    - prepared: the study, as this site admitted it
+    - draw: the draw to mask
+    - asked: the statements of all sites of the set, already verified
+
     Errors: StatementError if this set is not allowed, or this process has no such draw;
     LedgerError."""
     waiting, study = site.draws.find(draw), prepared.study
@@ -125,6 +149,10 @@ def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) 
 def _prepare_draw(
     site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str
 ) -> Prepared:
+    """Check that an order about a draw fits the plan, and compare the ledger with the receipt;
+    return the prepared study. The parameters are as for `draw_sum`.
+
+    Errors: Unprepared, PolicyRefused, LedgerError."""
     prepared = site.begin(digest, round_, receipt)
     if prepared.study.secure_aggregation is None:
         raise PolicyRefused("the plan has no [secure_aggregation]")
@@ -142,8 +170,9 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
-    """Check that a person at the site released a draw, if the site's policy requires it. The budget
-    is checked before a person is asked. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
+    """If the site's policy requires it, check that a person at the site released a draw before it
+    is made. The budget is checked before a person is asked. Errors: Held while nobody has decided;
+    Void if a person refused; BudgetExceeded; PolicyRefused."""
     slot = _slot(site, draw)
     airlock.check_not_refused(site.ledger, slot)
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
@@ -158,7 +187,15 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
 
 
 def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
-    """Charge a draw, compute its noised sum, and keep sum and key until its set is fixed."""
+    """Charge a draw, compute its noised sum, and keep the sum and a new masking key in memory until
+    its set of sites is fixed. Return what is kept.
+
+    - site: the worker of this site
+    - prepared: the study, as this site admitted it
+    - draw: plan, round, attempt and adapter of the draw
+    - adapter: the adapter that the draw starts from, fp32 by the tensors' names
+
+    Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
     study = prepared.study
     data, reserved = site.reserve(prepared, draw.round, adapter, _slot(site, draw)[2])
     recompute = site.site.site.gradient_checkpointing

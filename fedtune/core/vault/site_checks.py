@@ -23,7 +23,15 @@ _trains: WeakKeyDictionary[Network, set[tuple[str, int | None]]] = process_cache
 
 
 def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
-    """Run the self-test, once per process and kind of study. Errors: SelfTestFailed."""
+    """Run the self-test, once per process and kind of study.
+
+    - study: the study that the site is asked to run
+    - network: the model that the site built for it
+    - size: the site's declared number of units
+    - lora_rank: how many ranks the site trains in a round; None: the study has no adapter
+
+    Studies are of one kind if `lora_rank`, training.engine, strategy.min_sites and the tables base,
+    lora, objective, clipping, privacy and secure_aggregation are equal. Errors: SelfTestFailed."""
     names = ("base", "lora", "objective", "clipping", "privacy", "secure_aggregation")
     parts = {"training": {"engine"}, "strategy": {"min_sites"}}  # which share a dose of noise
     kind = study.model_dump_json(include={**dict.fromkeys(names, True), **parts}) + f" {lora_rank}"
@@ -33,8 +41,9 @@ def self_test(study: Study, network: Network, size: int, lora_rank: int | None) 
 
 
 def check_models(study: Study, network: Network) -> None:
-    """Check that base and teacher can read records of the study's length and keep no state of
-    them, once per model and plan.
+    """Check that the study's base and its teacher, if it has one, can read records of the study's
+    length, and that they keep nothing of a record for the next one. This runs once for each model
+    and plan.
 
     Errors: PolicyRefused if one of them cannot, or if the teacher is not on this machine. Its text
     names only public values, such as models, digests and the length. ModelError if the teacher has
@@ -47,10 +56,12 @@ def check_models(study: Study, network: Network) -> None:
 
 
 def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
-    """Check that the adapter trains, once per network, plan and rank. The plan's digest covers base
-    and A.
+    """Check on generated records that a step of training lowers the loss and, in a private study,
+    that a row's gradient does not depend on the number of rows. This runs once per network, plan
+    and rank; the plan is recognised by its digest, which covers base and A, too.
 
-    Errors: ModelError."""
+    lora_rank: how many ranks the site trains in a round; None: the study has no adapter. Errors:
+    ModelError."""
     kind = study.digest, lora_rank
     passed = _trains.setdefault(network, set())
     if kind not in passed:
@@ -59,11 +70,11 @@ def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
 
 
 def check_watch(study: Study, watch: object) -> None:
-    """Refuse a continuous study unless the client runs with --watch, and any other study if it
-    does.
+    """Check that a continuous study (one without a last round) runs only at a client with --watch,
+    and any other study only at a client without it.
 
-    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
-    Errors: PolicyRefused."""
+    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation),
+    and nothing is checked. Errors: PolicyRefused."""
     if watch is None or bool(watch) == study.continuous:
         return
     if watch:

@@ -25,7 +25,7 @@ MOST = 64  # studies under way at once: their files lie in the room that the led
 
 
 def check_number(state: Path, study: Study) -> None:
-    """Check that one more study may run at this site. Errors: PolicyRefused."""
+    """Check that fewer than MOST other studies run at this site. Errors: PolicyRefused."""
     others = [
         path for path in (state / FOLDER).glob("*.json") if path != _path(state, study.digest)
     ]
@@ -38,7 +38,8 @@ def check_number(state: Path, study: Study) -> None:
 
 
 def begin(state: Path, study: Study) -> None:
-    """Note that a study is running at the site. Errors: InfrastructureError."""
+    """Note that a study is running at the site, by writing its file. Errors:
+    InfrastructureError."""
     path = _path(state, study.digest)
     if not path.exists():
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -47,8 +48,8 @@ def begin(state: Path, study: Study) -> None:
 
 
 def end(state: Path, plan_digest: str, *, is_kept: bool = False) -> None:
-    """Note that a study has ended. is_kept: its file may be evidence, and is renamed to PLAN.ended
-    instead of deleted."""
+    """Note that a study has ended, by deleting its file. is_kept: whether the file may be evidence;
+    it is then renamed to PLAN.ended instead."""
     path = _path(state, plan_digest)
     if is_kept and path.exists():
         path.rename(path.with_suffix(ENDED))
@@ -57,8 +58,8 @@ def end(state: Path, plan_digest: str, *, is_kept: bool = False) -> None:
 
 
 def under_way(state: Path) -> dict[str, str]:
-    """Return digest -> study's name for each plan that runs. A file that cannot be read counts as a
-    study, under the file's name."""
+    """List the studies that run at the site: plan's digest -> study's name. A file that cannot be
+    read counts as a study; its key and its value are the file's name without ".json"."""
     names = {}
     for path in sorted((state / FOLDER).glob("*.json")):
         try:

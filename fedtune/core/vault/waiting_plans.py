@@ -24,13 +24,13 @@ def check_plan_length(plan: str) -> None:
 
 
 def keep_plan(site: Site, study: Study) -> Path:
-    """Write a plan, which is public, to a file that `fedtune review` finds, whether or not somebody
-    here has signed it; return the file's path.
+    """Write a plan, which is public, to a file in which `fedtune review` finds it; return the
+    file's path. It does not matter whether somebody here has signed the plan.
 
     Of more than MOST plans the oldest are deleted. A plan for which the disk has no space is not
     stored; the site then logs a warning, and the coordinator gets the same answer. Call this while
-    the ledger's reserve (files.room) is whole: a plan that nobody asked for must not take the space
-    of a charge or a withdrawal."""
+    the disk space that is reserved for the ledger (files.room) is not given up: a plan that nobody
+    asked for must not take the space of a charge or a withdrawal."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

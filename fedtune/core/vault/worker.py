@@ -1,4 +1,5 @@
-"""Run a site's worker: plan -> policy -> data -> reserve -> noised steps -> release -> seal."""
+"""Do a site's part of a study in one object, the worker: plan -> policy -> data -> reserve ->
+noised steps -> release -> seal."""
 
 from __future__ import annotations
 
@@ -71,22 +72,28 @@ _workers: dict[str, SiteWorker] = process_cache.register("workers", {})
 
 
 def worker(path: str) -> SiteWorker:
-    """Return the one worker of a site file in this process, so that data and model stay loaded
-    between rounds."""
+    """Return the worker of the site file `path`. There is one per file in this process, so that
+    data and model stay loaded between rounds."""
     if path not in _workers:
         _workers[path] = SiteWorker(load_site(Path(path)), Path(path))
     return _workers[path]
 
 
 def drop_if_changed(path: Path) -> None:
-    """Drop a site file's worker if the file changed since it was loaded. Errors: ConfigError."""
+    """Make `worker` load a site file anew if the file changed since it was loaded. Errors:
+    ConfigError."""
     current = _workers.get(str(path))
     if current and current.site != load_site(path):
         del _workers[str(path)]
 
 
 class SiteWorker:
-    """The worker of a site.
+    """The object that does a site's part of its studies: it admits plans, trains rounds, answers
+    queries and charges the ledger.
+
+    - site: the settings with which the site takes part
+    - path: the site file, whose policy is read anew for every plan and order; None: the policy of
+      `site` holds throughout
 
     Guarantee: a plan is checked against the policy before data is read; every round is reserved in
     the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
@@ -123,7 +130,8 @@ class SiteWorker:
 
     @property
     def has_ledger(self) -> bool:
-        """Whether `ledger` exists. The ledger of a run is made when its plan is admitted."""
+        """Whether `ledger` exists already. The ledger of a run of declared data is made when its
+        plan is admitted; the lifetime ledger counts as existing."""
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
@@ -138,9 +146,10 @@ class SiteWorker:
         return self.site.room
 
     def room_to_answer(self) -> AbstractContextManager[None]:
-        """Free reserved disk space in the state folder while an order is answered, so that its
-        writes succeed whatever else fills the disk and however many records the ledger remembers.
-        Errors: InfrastructureError; nothing is then read, charged or sent."""
+        """In the block, in which an order is answered, free the reserved disk space for the order's
+        writes, so that they succeed whatever else fills the disk and however many records the
+        ledger remembers. Errors: InfrastructureError if the space cannot be reserved; nothing is
+        then read, charged or sent."""
         return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
@@ -164,8 +173,12 @@ class SiteWorker:
         return self._of_runs[digest]
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
-        """Admit or refuse `study`. On admission, build the model, and note that the study is
-        running here. No record is read before a round is charged.
+        """Admit or refuse `study`, and return the answer. On admission, build the model, and note
+        that the study is running here. No record is read before a round is charged.
+
+        - study: the plan that the coordinator sent
+        - frozen: the plan's frozen arrays that came with it, fp32 by name; {} if it has none
+        - coordinator: the public key that signed the plan; "" if none did
 
         Errors: DataError, ModelError if the site cannot take part; their text stays at the site."""
         try:
@@ -194,15 +207,23 @@ class SiteWorker:
         return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
 
     def finish(self, digest: str) -> None:
-        """Note that a study has ended, and destroy its draws. The caller has checked the
-        coordinator's signed statement. While the ledger is frozen, the study's file is kept.
-        Errors: LedgerError."""
+        """Note that a study has ended, and destroy the draws of shared noise that it left. While
+        the ledger is frozen, the study's file is kept (`studies.end`). The caller has checked the
+        coordinator's signed statement that the study has ended. Errors: LedgerError."""
         self.draws.destroy(digest)  # of attempts that were given up
         studies.end(self.site.site.state, digest, is_kept=self.home.frozen is not None)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> Prepared:
+        """Build the model of an admitted study, check it, and return the study ready to train.
+
+        - study: the plan that the coordinator sent
+        - plan: this site's plan for the training; None if privacy = "off"
+        - frozen: the plan's frozen arrays that came with it, fp32 by name
+        - coordinator: the public key that signed the plan
+
+        Errors: Refused, DataError, ModelError, InfrastructureError."""
         network = build(study, base_for(study, self.site))
         check_models(study, network)
         rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
@@ -218,8 +239,14 @@ class SiteWorker:
         self, study: Study, plan: DpPlan | None, coordinator: str, round_: int | None = None
     ) -> Site:
         """Check the study against the site file as it is now: policy, signature and budget. Return
-        the settings that were read, so that a round reads the file only once. round_: the round
-        that is about to run; None if none is. Errors: Refused."""
+        the settings that were read, so that a round reads the file only once.
+
+        - study: the study that is to be admitted, or whose round is to be charged
+        - plan: this site's plan for its training; None if privacy = "off"
+        - coordinator: the public key that signed the plan
+        - round_: the round that is about to run; None if none is
+
+        Errors: Refused, ConfigError, LedgerError."""
         site = self.current()
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
@@ -234,9 +261,14 @@ class SiteWorker:
         return site
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
-        """Enter in the ledger the cohort of a dataset, and from which datasets it is disjoint,
-        before its charges are read. In a hospital's home, enter for every dataset in the ledger
-        from which others it is disjoint: another dataset's vault is perhaps not running now.
+        """Enter in the ledger, before the charges of a dataset are read, the dataset's cohort and
+        from which datasets it is disjoint (shares no patient). In a hospital's home, do the latter
+        for every dataset in the ledger: the vault of another dataset's membership may not be
+        running now.
+
+        - data: the table of site.toml that names the dataset
+        - study: the study that will charge it, for its unit
+        - site: the site with the policy that its file has now
 
         Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown."""
         if site.policy.hospital:
@@ -249,9 +281,9 @@ class SiteWorker:
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
     def check_stated(self, site: Site, declared: Mapping[str, Sequence[str]]) -> None:
-        """Check, under the ledger's lock, that the ledger still has the disjoint datasets that
-        `declare` entered for a hospital's home. declared: for each dataset, the disjoint datasets
-        that the ledger has.
+        """Check, under the lock of the ledger in a hospital's home, that the ledger still has the
+        declarations of disjoint datasets that `declare` entered. declared: dataset's name -> the
+        datasets that the ledger now has as disjoint from it.
 
         Errors: Unprepared if another membership's vault entered another version of hospital.toml
         meanwhile. The coordinator then sends the plan again, and this vault reads the file anew."""
@@ -261,8 +293,9 @@ class SiteWorker:
                 raise Unprepared("this site reads its settings anew", todo="send the plan again")
 
     def require_signature(self, study: Study, site: Site) -> None:
-        """Check that a person signed the plan, if the site's policy requires it. In a simulation
-        the rule "reviewed" needs no signature: one person has both the plan and the site's file.
+        """If the site's policy requires it, check that a person here signed the plan. In a
+        simulation the rule "reviewed" needs no signature: one person has both the plan and the
+        site's file.
 
         Errors: Unsigned; the caller that answers the coordinator then stores the plan for `fedtune
         review`."""
@@ -279,8 +312,13 @@ class SiteWorker:
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`. Studies that read it in the same way share the states at
         the cut. For a continuous study, or with data.consent, the files are read anew each round.
-        Otherwise the dataset in memory is used, less the patients who withdrew since. If a
-        withdrawal made the site read the files again, new rows in them would reveal it.
+        Otherwise the dataset in memory is used, without the patients who withdrew since: the files
+        are not read again because of a withdrawal, since rows that are new in them would then
+        reveal it.
+
+        - study: the study by which records are rendered, tokenised and capped
+        - network: the model that the site built for it
+        - data: the table of site.toml that names the dataset
 
         Errors: DataError if the columns do not fit the study, or there is no file."""
         anew = study.continuous or bool(data.consent)
@@ -303,15 +341,16 @@ class SiteWorker:
         return cached
 
     def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> frozenset[bytes]:
-        """Enter hashes of a dataset's content in the ledger. Return the keys of the units that take
-        part in a disjoint dataset, which another membership may have read at the same moment.
+        """Enter in the ledger, as hashes, what it needs to recognise the units and records of a
+        dataset again. Return the keys of the units that take part in a disjoint dataset: another
+        membership may have entered them since `dataset` was read.
 
-        Guarantee: at most REMEMBERED records of a unit are entered as trained on, and the ledger's
-        reserve has space for them. So a later reading, which chooses known records first under the
-        cap, depends only on that unit's records and history, never on free disk space. Hashes that
-        serve only to recognise a private record that somebody declares public are entered if they
-        leave the reserve whole. Errors: LedgerError; NoRoom if the disk has less space than was
-        reserved."""
+        Guarantee: at most REMEMBERED records of a unit are entered as trained on, and the disk
+        space reserved for the ledger suffices for them. A later reading takes known records first
+        if a unit has more than the cap allows; what it takes thus depends only on that unit's
+        records and history, never on free disk space. Other hashes, by which a private record is
+        recognised if somebody declares it public, are entered only if they leave the reserved space
+        whole. Errors: LedgerError; NoRoom if the disk has less space than was reserved."""
         folder, known = self.ledger.folder, self.ledger.member_test(data.name)
         new = sum(not known(member) for member in dataset.members)
         members = dataset.trained
@@ -334,9 +373,10 @@ class SiteWorker:
             return self.ledger.declare(*about, dataset.trained, data.cohort, arrivals, dataset.keys)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """Load a dataset as `data_for` does, in a study in which this site takes part. Return an
-        empty dataset if the records cannot be read now, for whatever reason, or if the disk has no
-        space for the ledger's list of participants. The round is then noise alone, and charged.
+        """Load a dataset as `data_for` does, for a round that the site will answer in any case.
+        Return an empty dataset if the records cannot be read now, for whatever reason, or if the
+        disk has no space for the ledger's list of participants. The round is then noise alone, and
+        charged.
         Errors: LedgerError other than NoRoom, since without a ledger nothing can be charged."""
         try:
             return self.data_for(study, network, data)
@@ -353,10 +393,10 @@ class SiteWorker:
             return CachedDataset(network, Dataset([], 0, Counter()))
 
     def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
-        """Read the dataset without the patients who withdrew. With too few units the site sends
-        noise alone. A record more or less, or a broken one, cannot be observed from outside.
-        Errors: DataError if there is no file, or the columns do not fit the study; no record
-        decides this."""
+        """Read the dataset without the patients who withdrew. If there are too few units, or the
+        records cannot be read, the site sends noise alone: a record more or less, or a broken one,
+        cannot be observed from outside. Errors: DataError if there is no file, or the columns do
+        not fit the study; no record decides this."""
         self._check_source(study, network, data)
         try:
             dataset = read_for_training(
@@ -377,10 +417,17 @@ class SiteWorker:
             raise DataError(f"{data.path}: no such file", "the site's records")
 
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
-        """Train one local round from this adapter, or return its stored update if it was trained.
+        """Train one round at this site from `adapter`, and return the update. If the round was
+        trained already, return the stored update instead.
 
-        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held if it is
-        paid for and waits for a person at the site; Void if that person refused it."""
+        - digest: the plan's digest
+        - round_: the number of the round, from 1
+        - adapter: the adapter that came with the order, fp32 by the tensors' names
+        - receipt: the coordinator's receipt for this site's ledger that came with the order, as
+          JSON; "" if it has none
+
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held if the
+        update, which is charged, waits for a person at the site; Void if that person refused it."""
         if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
             raise PolicyRefused(
                 "under this plan only the sum of all sites is opened, never one site's update"
@@ -396,10 +443,17 @@ class SiteWorker:
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def slot(self, plan: str, round_: int, label: str) -> Slot:
-        """Return the ledger's slot for a round. label: digest of the adapter, or label of the draw.
+        """Return the key under which the ledger keeps the answer to an order: the triple (plan,
+        round_, label).
 
-        It is the membership's slot, unless the slot that the site used before the hospital had a
-        home was answered, or a person decided about it: then it is that slot."""
+        - plan: digest of the plan or, for a query, its `queries_digest`
+        - round_: the number of the round
+        - label: digest of the adapter that came with the order, or the label of a draw
+
+        Each membership of a hospital has keys of its own, whose third item also names the
+        membership (`slot_of`). But if, before the hospital had a home, this site answered under the
+        key without that name, or a person decided about that answer, then the key without it is
+        returned."""
         policy = self.site.policy
         earlier = plan, round_, label
         may_be_earlier = policy.membership and "" in policy.own_memberships
@@ -408,8 +462,8 @@ class SiteWorker:
         return slot_of(earlier, policy.membership)
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
-        """Check that a round is in the plan, and compare the ledger with the coordinator's receipt;
-        return the prepared study.
+        """Check that an order's round is in the plan, and compare the ledger with the coordinator's
+        receipt; return the prepared study. digest: the plan's digest; receipt: as for `train`.
 
         Errors: Unprepared, PolicyRefused, LedgerError."""
         prepared = self._require(digest)
@@ -424,9 +478,15 @@ class SiteWorker:
         self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
     ) -> tuple[CachedDataset, int]:
         """Charge a round in the ledger; return the records that take part, and the number of the
-        reservation. slot: the label of the answer's slot.
+        ledger's entry. The network then has the adapter's and the frozen values.
 
-        Errors: as `train`; nothing is charged then."""
+        - prepared: the study, as this site admitted it
+        - round_: the number of the round, from 1
+        - adapter: the adapter that the round starts from, fp32 by the tensors' names
+        - slot: the third item of the triple that `slot` returns for the answer
+
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; nothing is
+        charged then."""
         study, plan = prepared.study, prepared.private
         site = self.permit(study, plan, prepared.coordinator, round_)
         prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
@@ -467,6 +527,10 @@ class SiteWorker:
         return data, reserved
 
     def _train(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
+        """Charge a round, train it, and store the update unless it has no noise. Return the bytes
+        of a safetensors file with the encoded update.
+
+        prepared, round_, adapter: as for `reserve`; digest: what `reserve` calls `slot`."""
         study, plan = prepared.study, prepared.private
         data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing
@@ -482,17 +546,23 @@ class SiteWorker:
         return payload
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:
-        """Summarise the noised steps that a study ran here so far; [] without privacy."""
+        """Count the noised steps that a study ran here so far, as `events_of` does; [] without
+        privacy."""
         return self.events_of(prepared.study.digest) if prepared.private else []
 
     def events_of(self, digest: str) -> list[dict[str, Any]]:
-        """Summarise the noised steps that a plan ran here so far, for this membership alone: the
-        coordinator of another membership may have sent the same plan."""
+        """Count the noised steps that a plan ran here so far: one entry for each (σ, sampling rate,
+        clipping norm, records per unit), with its number of steps (`step_summary`). Only this
+        membership's steps count, since the coordinator of another membership may have sent the same
+        plan. digest: the plan's digest."""
         return step_summary(self.log.steps(digest, self.site.policy.own_memberships))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
-        """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be
-        observed from outside: batch, noise and divisor do not depend on the true count."""
+        """Return the dataset without the cohorts whose lifetime budget is used up. Which these are
+        cannot be observed from outside: batch, noise and divisor do not depend on the true count.
+
+        spent: these cohorts, each by the number of the ledger's entry of its arrival, as
+        `Ledger.reserve_for` returns them"""
         arrival = self.ledger.arrival(self._dataset)
         remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
         if remaining.n_units < min(2, data.dataset.n_units):
@@ -505,7 +575,12 @@ class SiteWorker:
     def step_plan(
         self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
-        """Provide the round's step plan, shared with this site's other processes if it has any."""
+        """Yield the object whose methods draw a round's rows, clip and add noise. If this site has
+        other processes, they share the work of its steps.
+
+        - prepared: the study, as this site admitted it
+        - data: the records that take part
+        - columns: the columns of each B that the round trains"""
         if prepared.private is None:
             yield prepared.plan
         elif self.ranks is None:
@@ -517,7 +592,14 @@ class SiteWorker:
                 yield SitePlan(prepared.private, team, make_room_after)
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
-        """Evaluate `adapter` on the held-out records with noise, or return the stored answer.
+        """Evaluate `adapter` on the held-out records, and return the noised answer. If the query
+        was answered already, return the stored answer instead.
+
+        - digest: the plan's digest
+        - round_: the round after which the coordinator asks
+        - adapter: the adapter that came with the order, fp32 by the tensors' names
+        - receipt: the coordinator's receipt for this site's ledger that came with the order, as
+          JSON; "" if it has none
 
         Errors: as `train`."""
         prepared = self._require(digest)
@@ -532,7 +614,12 @@ class SiteWorker:
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def charge_of(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
-        """Return the ledger's charge for one round of a plan."""
+        """Build the charge that the ledger enters for one round of a plan.
+
+        - study: the study of the round
+        - plan: this site's plan for its training; None if privacy = "off", and σ is 0
+        - site: the site with the policy that its file has now
+        - round_: the number of the round, from 1"""
         charges = self.ledger.charges(self._dataset)
         return Charge(
             study=study.digest,
@@ -552,7 +639,15 @@ class SiteWorker:
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
-        """Return header and signature of a sealed answer. content_digest: digest of its content."""
+        """Sign the context of an answer. Return the seal as {"header": JSON text, "signature": the
+        site's signature of it}, both to be sent with the answer.
+
+        - digest: the plan's digest
+        - round_: the round, as in the order
+        - nonce: the random text of the order, which the header repeats
+        - content_digest: `body_digest` of the answer's arrays and text fields
+
+        Errors: Unprepared if the site does not know the plan."""
         prepared, policy = self._require(digest), self.site.policy
         header = Header(
             plan=digest,
@@ -567,15 +662,18 @@ class SiteWorker:
         return seal(self.key, header)
 
     def shapes(self, digest: str) -> Shapes:
-        """Return the shapes of the adapter's tensors, by name. Errors: Unprepared."""
+        """Return the shapes of the adapter's tensors, by name. digest: the plan's digest. Errors:
+        Unprepared if the site does not know the plan."""
         return {n: tuple(p.shape) for n, p in self._require(digest).network.parameters().items()}
 
     def study_of(self, digest: str) -> Study:
-        """Return the plan with this digest. Errors: Unprepared."""
+        """Return the plan with this digest. Errors: Unprepared if the site does not know the
+        plan."""
         return self._require(digest).study
 
     def coordinator_of(self, digest: str) -> str:
-        """Return the public key that signed the plan. Errors: Unprepared."""
+        """Return the public key that signed the plan with this digest. Errors: Unprepared if the
+        site does not know the plan."""
         return self._require(digest).coordinator
 
     def _require(self, digest: str) -> Prepared:
@@ -584,9 +682,9 @@ class SiteWorker:
         return prepared
 
     def current(self) -> Site:
-        """Return the site with the policy that its file has now. A tightened policy applies from
-        the next round, other changes when the site is started again (`as_stated`). policy.peers is
-        returned without the site's own key."""
+        """Read the site file again, and return the site with the policy that the file has now;
+        policy.peers is without the site's own key. A tightened policy thus applies from the next
+        round. Other changes apply when the site is started again (`as_stated`)."""
         site = as_stated(load_site(self._path), self.site) if self._path else self.site
         if not site.policy.peers and not self.peers:
             return site

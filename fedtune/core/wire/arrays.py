@@ -1,7 +1,7 @@
 """Encode arrays for the wire: NumPy .npy bodies, each with the type and shape that it declares.
 
-Decoding uses no pickle, and no more memory than was sent. This module does not use Flower, whose
-record of arrays is a table of `Packed` (flower/records.py)."""
+Decoding uses no pickle, and no more memory than was sent. This module does not import Flower: it
+makes a `Packed` of each array, and flower/records.py puts these into Flower's ArrayRecord."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ _HEADER = re.compile(
 
 
 class Travelling(Protocol):
-    """An array in transit, not parsed: Flower's `Array` is one, and so is `Packed`."""
+    """An array in transit, whose bytes nobody has parsed. Flower's `Array` has these attributes,
+    and so has `Packed`, which explains them."""
 
     @property
     def dtype(self) -> str: ...
@@ -75,7 +76,11 @@ class Travelling(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Packed:
-    """An array in transit. dtype: NumPy's name of its type; stype: how `data` is encoded."""
+    """An array in transit.
+
+    - dtype: NumPy's name of the numbers' type, as the sender states it
+    - data: the bytes that were or will be sent, not parsed
+    - stype: how `data` is encoded; "numpy.ndarray", the usual value, is NumPy's .npy format"""
 
     dtype: str
     shape: tuple[int, ...]
@@ -87,8 +92,9 @@ Record = Mapping[str, Travelling]
 
 
 def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:
-    """Encode arrays by name as little-endian NumPy .npy bodies; any type but fp16, int8 and
-    words becomes fp32."""
+    """Encode arrays for the wire, each as a little-endian NumPy .npy body; return them by name.
+    Arrays of fp16, int8 and unsigned words (32 or 64 bits) keep their type; any other type becomes
+    fp32."""
     return {name: _pack_array(array) for name, array in sorted(arrays.items())}
 
 
@@ -125,8 +131,9 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
 
 
 def read_agreed(record: Record, agreed: Shapes) -> Arrays:
-    """Decode tensors of the `agreed` shapes, in any of the encodings. No body is read before
-    check_agreed has passed. Errors: WireError."""
+    """Decode an adapter or an update that was received: tensors of the `agreed` shapes, in any of
+    the encodings of codec.py. Return them in fp32, by name. No body is read before `check_agreed`
+    has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
         raise WireError("numbers in no known encoding")
@@ -135,10 +142,16 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
 
 
 def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
-    """Decode a plan's frozen arrays, in fp32. All are checked before one is read.
+    """Decode a plan's frozen arrays, in fp32. Names and shapes of all are checked before one is
+    read.
+
+    - record: the arrays as the coordinator sent them with the plan
+    - lora: the plan's table [lora]; None if it has none
+    - has_basis: whether the plan names a basis of class statistics
 
     A plan with LoRA may have the matrices A, of `rank` rows, if they come from public text, and the
-    preconditioner's W or U. A plan for class statistics (`has_basis`) has their basis and mean.
+    preconditioner's matrices (W or U, lora.preconditioner). A plan for class statistics
+    (`has_basis`) has their basis and mean.
     Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
     if has_basis and lora is None:
@@ -157,7 +170,8 @@ def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False)
 
 
 def _check_basis(shapes: Shapes) -> None:
-    """Check that basis (k, H) and mean (H,) of class statistics are there. Errors: WireError."""
+    """Check that the names and shapes are those of a basis of class statistics, (k, H), and its
+    mean, (H,), and that no other array came with them. Errors: WireError."""
     basis, mean = shapes.get(CLASS_BASIS, ()), shapes.get(CLASS_MEAN, ())
     if set(shapes) != {CLASS_BASIS, CLASS_MEAN} or len(basis) != 2 or mean != basis[1:]:
         raise WireError("no basis of class statistics, which the plan names")
@@ -166,6 +180,8 @@ def _check_basis(shapes: Shapes) -> None:
 
 
 def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
+    """Return whether a plan may have a frozen matrix of this name and shape: a public A, or a
+    matrix of the preconditioner with as many columns as lora.preconditioner states."""
     table = lora.preconditioner
     if not any(mark in name for mark in (".lora_M.", ".lora_U.")):
         return lora.a_init == "public" and rows == lora.rank and 0 < columns <= WIDEST
@@ -175,11 +191,11 @@ def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
 
 
 def unpack_arrays(record: Record) -> Encoded:
-    """Decode the arrays of a record.
+    """Decode arrays in transit; return NumPy arrays by name.
 
-    Guarantee: a body is decoded only if its own header states the record's type, C order and a
-    shape of exactly as many bytes as follow. So a small message cannot claim a large array. Pickle
-    is never read. Errors: WireError."""
+    Guarantee: a body is decoded only if its own header states the type that the record declares, C
+    order, and a shape of exactly as many bytes as follow. So a small message cannot claim a large
+    array. Pickle is never read. Errors: WireError."""
     return {name: _decode(name, array.dtype, array.data) for name, array in record.items()}
 
 

@@ -70,7 +70,8 @@ def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
 
 
 def digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Compute the sha256 over names, shapes and fp32 bytes, in name order."""
+    """Return the sha256 over the arrays' names, shapes and fp32 bytes, in name order, as "sha256:"
+    and hexadecimal digits."""
     sha256 = hashlib.sha256()
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name], dtype=np.float32)
@@ -87,8 +88,8 @@ def length(arrays: Arrays) -> float:
 
 
 def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
-    """Return type and shape of the arrays that `encode` makes from tensors of the `agreed`
-    shapes."""
+    """Return the type and shape of each array that `encode` makes from tensors of the `agreed`
+    shapes, by name (VALUES, SCALES)."""
     forms = {VALUES: Form(encoding, (_size(agreed),))}
     if encoding != "float32":
         forms[SCALES] = Form("float32", _starts(agreed).shape)
@@ -96,7 +97,8 @@ def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
 
 
 def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) -> Encoded:
-    """Encode fp32 arrays for the wire."""
+    """Encode fp32 arrays for the wire. Return all their numbers as the array VALUES and, for
+    float16 and int8, the blocks' divisors as the array SCALES."""
     parts = [np.asarray(array, np.float32).ravel() for _, array in sorted(arrays.items())]
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
     if encoding == "float32":
@@ -116,8 +118,8 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
 
 
 def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
-    """Decode the arrays that `encode` made to fp32 tensors. The type of the encoded numbers tells
-    which encoding was used.
+    """Decode to fp32 tensors, by name, what `encode` returned. The type of the encoded numbers
+    tells which encoding was used.
 
     Guarantee: how many numbers and blocks are read follows from the `agreed` shapes alone.
     Errors: WireError if the arrays have other names or types than those of `encode`, if there are
@@ -159,7 +161,8 @@ def _size(agreed: Shapes) -> int:
 
 
 def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
-    """Return where each block starts."""
+    """Return, for each block, the index of its first number among the numbers of all tensors, which
+    lie end to end in name order."""
     starts, at = list[int](), 0
     for _, shape in sorted(agreed.items()):
         starts += range(at, at + math.prod(shape), BLOCK)
@@ -170,13 +173,14 @@ def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
 def _spread(
     scale: npt.NDArray[np.float32], starts: npt.NDArray[np.int64], size: int
 ) -> npt.NDArray[np.float32]:
-    """Return each number's scale."""
+    """Repeat the scale of each block for all its numbers. starts: the index of each block's first
+    number; size: the number of all numbers, which is the length of the result."""
     return np.repeat(scale, np.diff(starts, append=size))
 
 
 def _int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the largest fp32 scale with 127 · scale ≤ `largest`, so that decoding cannot
-    overflow."""
+    """Return the divisor of each int8 block: the largest fp32 scale with 127 · scale ≤ `largest`,
+    so that decoding cannot overflow. largest: the largest magnitude in each block."""
     exact = largest.astype(np.float64)
     scale = (exact / 127).astype(np.float32)
     above = scale.astype(np.float64) * 127 > exact

@@ -25,13 +25,15 @@ HEADER = struct.Struct("!i")  # the length of what follows, as multiprocessing.c
 
 
 class Receives(Protocol):
-    """The source of events: a Connection, or an object that reads one without waiting."""
+    """The source of events: a multiprocessing Connection, or an object that reads one without
+    waiting."""
 
     def recv_bytes(self, maxlength: int | None = None, /) -> bytes: ...
 
 
 class Teller:
-    """Sends events over a connection; if nobody reads them any more, they are dropped.
+    """Sends events over a connection to the process that started this one; if nobody reads them any
+    more, they are dropped. Call it with the event's name and its facts.
 
     Guarantee: the sender never waits for an event to be read. If the process that started this one
     reads nothing, as while its terminal is paused, events that do not fit into the connection are
@@ -54,7 +56,8 @@ class Teller:
                 self._left_out += 1
 
     def fetch(self, base: str) -> None:
-        """Have the process that started this one fetch a base. Errors: those of the fetch."""
+        """Have the process that started this one fetch a base, and wait until it has. base: the
+        base's name, as site.base gives it. Errors: those with which the fetch fails."""
         with self._waiting():
             self("fetch", {"base": base})
             told = json.loads(self._connection.recv_bytes(MOST))
@@ -110,8 +113,9 @@ def _not_shown(events: int) -> str:
 
 
 def pass_warnings_on(tell: Callable[[str, dict[str, Any]], None]) -> None:
-    """Have the process that started this one log the warnings of fedtune's own loggers here. A
-    library's log may quote a record, and stays in this process's own log."""
+    """Send each warning of fedtune's own loggers to the process that started this one, which logs
+    it. What a library logs is not sent, since it may quote a record. tell: sends an event, given
+    its name and its facts."""
     logging.getLogger("fedtune").addHandler(_ToTeller(tell))
 
 
@@ -127,8 +131,9 @@ class _ToTeller(logging.Handler):
 
 
 def receive(connection: Receives) -> tuple[str, dict[str, Any]]:
-    """Receive one event. Errors: EOFError, OSError if its sender has ended or sends more than an
-    event; ValueError if it does not have the form of an event."""
+    """Receive one event, and return its name and its facts. Errors: EOFError or OSError if the
+    sender has ended, or sends more bytes than an event may have; ValueError if the bytes are not an
+    event."""
     told = connection.recv_bytes(MOST)
     try:
         event, facts = json.loads(told)

@@ -39,7 +39,10 @@ def version_fields() -> dict[str, int | str]:
 
 
 def check_peer(peer: str, message: Mapping[str, Any], own_role: str) -> None:
-    """Check the protocol that `peer` states in `message` against that of this end, `own_role`.
+    """Check the protocol that the other end states in a message against that of this end.
+
+    - peer, own_role: what the error calls the other end and this one, such as "the coordinator"
+    - message: the message's fields, with those of `version_fields`
 
     Errors: OtherProtocol where they differ."""
     protocol = message.get("protocol")

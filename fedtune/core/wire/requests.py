@@ -35,7 +35,9 @@ MOST_BYTES = 4 << 30  # of its arrays, all together
 
 
 class Way(Protocol):
-    """The channel of requests and answers: a multiprocessing.Connection, or a file in memory."""
+    """A channel for requests and answers, which sends and receives them part by part: a
+    multiprocessing Connection, or a file in memory. most: the largest number of bytes that the next
+    part may have."""
 
     def send_bytes(self, sent: bytes, /) -> None: ...
 
@@ -48,8 +50,11 @@ class RequestError(InputError):
 
 @dataclass(frozen=True, repr=False)
 class Request:
-    """A coordinator's request to a site. tables: by name, "plan", "order" or "set"; arrays: an
-    adapter or a plan's frozen arrays."""
+    """A coordinator's request to a site.
+
+    - kind: what is asked, one of KINDS, such as "prepare" (a plan) or "train"
+    - tables: the message's tables of plain values, by name: "plan", "order" or "set"
+    - arrays: the adapter, or a plan's frozen arrays, not parsed, by name"""
 
     kind: Kind
     tables: Mapping[str, Table]
@@ -94,9 +99,10 @@ def send(connection: Way, sent: Request | Answer) -> None:
 
 
 def receive_request(connection: Way) -> Request:
-    """Receive a request. Errors: EOFError, OSError if the courier has ended, or sends more than a
-    request can hold or a header that cannot be read; RequestError if the message, which was then
-    read to its end, does not have the agreed form."""
+    """Receive a request from the courier. Errors: EOFError or OSError if the courier has ended, or
+    if it sends more than a request can hold or a header that cannot be read; RequestError if the
+    message does not have the agreed form. After a RequestError, but not after the others, the next
+    message can be received."""
     header, arrays = _receive(connection)
     kind, tables = header.get("kind"), header.get("tables")
     if kind not in KINDS or not isinstance(tables, dict) or not all(map(_is_table, tables.items())):
@@ -105,7 +111,8 @@ def receive_request(connection: Way) -> Request:
 
 
 def receive_answer(connection: Way) -> Answer:
-    """Receive an answer. Errors: as for `receive_request`."""
+    """Receive an answer from the vault. Errors: as for `receive_request`, with the vault as the
+    sender."""
     header, arrays = _receive(connection)
     table = header.get("table")
     fields = header.get("fields")
@@ -118,7 +125,8 @@ def receive_answer(connection: Way) -> Answer:
 
 
 def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
-    """Receive a header and the arrays that it announces."""
+    """Receive a message: return its header, and the arrays that the header announces, by name.
+    Errors: EOFError, OSError."""
     from fedtune.core.wire.arrays import Packed
 
     announced = connection.recv_bytes(MOST_WORDS)

@@ -47,15 +47,17 @@ class Header:
 
 
 def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256 over the arrays' digest and the message's text fields, except header and
-    signature. Whoever has the arrays' digest can check the text without the arrays.
+    """Return the sha256, in hexadecimal, over the arrays' digest and the message's text fields,
+    except "header" and "signature". Whoever has the arrays' digest can check the text without the
+    arrays.
 
     Errors: SealError if `fields` holds anything but short text."""
     return digest_of(arrays_digest(arrays), fields)
 
 
 def arrays_digest(arrays: Mapping[str, bytes]) -> str:
-    """Return the sha256 over every array's name, length and bytes, sorted by name."""
+    """Return the sha256, in hexadecimal, over every array's name, length and bytes, sorted by name.
+    arrays: each array's unparsed bytes, by name."""
     total = hashlib.sha256()
     for name, content in sorted(arrays.items()):
         total.update(f"{len(name.encode())}:{name}:{len(content)}:".encode())
@@ -64,7 +66,9 @@ def arrays_digest(arrays: Mapping[str, bytes]) -> str:
 
 
 def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
-    """Return the body_digest of a message whose arrays have this digest. Errors: SealError."""
+    """Return the `body_digest` of a message from the digest of its arrays. arrays: what
+    `arrays_digest` returned; fields: as for `body_digest`. A message without text fields (None) has
+    another digest than one with an empty table. Errors: SealError."""
     said = None if fields is None else texts_of(fields)
     try:
         return hashlib.sha256(canonical({"arrays": arrays, "said": said})).hexdigest()
@@ -73,7 +77,8 @@ def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
 
 
 def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Return the text fields that a seal covers. Errors: SealError if one is not short text."""
+    """Return the text fields of a message that its seal covers: all except header and signature.
+    Errors: SealError if one is not short text."""
     texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
     if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
         raise SealError("what its answer says beside its arrays is malformed")
@@ -81,16 +86,21 @@ def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def seal(key: SigningKey, header: Header) -> dict[str, str]:
-    """Encode the header as JSON and sign it."""
+    """Encode the header as JSON and sign it. Return {"header": the JSON text, "signature": the
+    signature in hexadecimal}."""
     signed = canonical(asdict(header))
     return {"header": signed.decode(), "signature": key.sign(b"fedtune update\0" + signed)}
 
 
 def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
-    """Verify a seal by `public` with the `expected` header; returns the site's ledger statement.
+    """Verify that the site with the key `public` sealed a message, and that the seal's header is
+    `expected`. Return the statement about the site's ledger in the header, {token}.
 
-    `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError, also for a
-    statement that is not {token}."""
+    - sealed: the message's fields, with "header" and "signature" as `seal` made them
+    - public: the site's public signing key, with which it was admitted
+    - expected: the context in which the site was asked; its `ledger` is ignored
+
+    Nothing of the body is parsed. Errors: SealError, also if the statement is not {token}."""
     text, signature = sealed.get("header"), sealed.get("signature")
     if not isinstance(text, str) or not isinstance(signature, str):
         raise SealError("its update is not sealed")
@@ -120,8 +130,8 @@ def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[
 
 
 def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
-    """Return whether this is {token}, a token in lower-case hex of bounded length, and nothing
-    else."""
+    """Return whether a site's statement about its ledger has the agreed form: {token} and nothing
+    else, the token in lower-case hexadecimal of bounded length."""
     if not isinstance(ledger, dict) or set(ledger) != {"token"}:
         return False
     token = ledger["token"]
@@ -129,8 +139,8 @@ def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256 over the adapter's arrays and, if there is one, the table of texts that are
-    sent with the coordinator's signed order."""
+    """Return the sha256, in hexadecimal, over the adapter's arrays and, if there is one, the table
+    of texts that are sent with the coordinator's signed order."""
     content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
     return hashlib.sha256(canonical(content)).hexdigest()
 
@@ -145,9 +155,16 @@ def order(
     *,
     beside: str,
 ) -> dict[str, Any]:
-    """Return the coordinator's signed order for one round. attempt: the attempt's number, 0 if
-    there is only one; beside: `digest_beside` of the arrays and the table that are sent with the
-    order."""
+    """Return the coordinator's signed order for one round, as fields of the message.
+
+    - key: the coordinator's signing key
+    - plan: the plan's digest, followed by the suffix of the order's kind (vault.answers.ORDERS)
+    - round_: number of the round, or of the round that a query follows
+    - nonce: random text, which the site's seal of its answer repeats
+    - receipt: the coordinator's newest receipt for this site's ledger, as JSON; "" if it has none
+    - attempt: number of the attempt at the round, from 1; 0, which is left out of the fields, if
+      the round has no attempts
+    - beside: `digest_beside` of the arrays and the table that are sent with the order"""
     fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
     fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
@@ -161,6 +178,11 @@ def check_order(
 ) -> None:
     """Verify an order, then the arrays and the table that came with it.
 
+    - message: the order's fields as they were received (`order`)
+    - public: the public key of the coordinator that signed the plan
+    - arrays: the unparsed bytes of each array that came with the order, by name
+    - table: the table of texts that came with it, such as the set of sites; None if there was none
+
     Errors: SealError if order, arrays or table are not from the coordinator `public`."""
     fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt", "beside")}
     fields |= {"attempt": message["attempt"]} if "attempt" in message else {}
@@ -172,12 +194,14 @@ def check_order(
 
 
 def sign_plan(key: SigningKey, digest: str) -> dict[str, str]:
-    """Sign a plan's digest; return the coordinator's public key and the signature."""
+    """Sign a plan's digest. Return {"coordinator": the coordinator's public key, "signature"},
+    which are sent with the plan."""
     return {"coordinator": key.public, "signature": key.sign(b"fedtune plan\0" + digest.encode())}
 
 
 def check_plan(message: Mapping[str, Any], digest: str) -> str:
-    """Verify a plan's signature; return the coordinator's public key. Errors: SealError."""
+    """Verify the signature under a plan, and return the public key of the coordinator that signed
+    it. message: the fields as they were received; digest: the plan's digest. Errors: SealError."""
     public, signature = str(message.get("coordinator")), str(message.get("signature"))
     if not verifies(public, b"fedtune plan\0" + digest.encode(), signature):
         raise SealError("the plan is not signed by the coordinator that it names")
@@ -185,7 +209,8 @@ def check_plan(message: Mapping[str, Any], digest: str) -> str:
 
 
 def sign_end(key: SigningKey, digest: str) -> dict[str, Any]:
-    """Sign that the study of a plan has ended. Return the message's fields other than the plan."""
+    """Sign that the study of a plan has ended. Return the fields that say so, "finished" and
+    "finished_signature", which are sent with the plan. digest: the plan's digest."""
     return {"finished": True, "finished_signature": key.sign(_end(digest))}
 
 
@@ -202,7 +227,8 @@ def _end(digest: str) -> bytes:
 
 
 def receipt(key: SigningKey, statement: Mapping[str, Any]) -> dict[str, Any]:
-    """Countersign a site's ledger statement {token}, which the coordinator cannot read."""
+    """Countersign a site's statement about its ledger, {token}, which the coordinator cannot read.
+    Return the receipt: "token", "coordinator" (the public key) and "countersignature"."""
     fields = {"token": statement.get("token")}
     return fields | {
         "coordinator": key.public,

@@ -62,8 +62,9 @@ Seen = tuple[int, int, int]  # a file's inode number, its length, and when it wa
 
 @dataclass(frozen=True)
 class Spool:
-    """The folder DIR at `path`. Errors, of each method: InfrastructureError if the disk or the
-    folder refuses."""
+    """The folder through which a courier and a vault pass requests and answers as files. path: the
+    folder, DIR in the description of this module. Errors, of each method: InfrastructureError if
+    the disk or the folder refuses."""
 
     path: Path
     _refused: dict[str, Seen] = field(default_factory=dict)  # files that were judged already
@@ -79,9 +80,10 @@ class Spool:
 
     @classmethod
     def at(cls, path: Path) -> Spool:
-        """Make the folder, and the two in it, readable by this user only, if they do not exist.
+        """Return the spool at `path`. Make its folder and the two folders in it, readable by this
+        user only, if they do not exist.
 
-        Errors: ConfigError if it cannot be made, or others may write there."""
+        Errors: ConfigError if one cannot be made, or others may write there."""
         spool = cls(path.absolute())
         try:
             for folder in (spool.path, spool.requests, spool.answers):
@@ -99,7 +101,7 @@ class Spool:
     # ------------------------------------------------------------------------------ the courier
 
     def ask(self, request: Request) -> str:
-        """Write a request; returns its name."""
+        """Write a request to a file; return the file's name, by which the answer is found."""
         content = _encode(request, {"number": secrets.token_hex(16)})
         name = hashlib.sha256(content).hexdigest()
         with self._of(self.requests) as folder:
@@ -122,7 +124,7 @@ class Spool:
             _remove(folder, name)
 
     def withdraw_all(self) -> None:
-        """Remove the requests that an earlier courier left."""
+        """Remove all requests, which an earlier courier left."""
         with self._of(self.requests) as folder:
             for name in os.listdir(folder):
                 _remove(folder, name)
@@ -155,8 +157,9 @@ class Spool:
         return [name for _, name in sorted(new)]
 
     def take(self, name: str) -> bytes | None:
-        """Read a request's file, once. Return None if the file is gone, or is refused by the rules
-        at the top of this module."""
+        """Read a request's file, once. Return None if the file is gone, or if it is refused: it is
+        no regular file of this user, has a second name, is too long, or does not hash to its
+        name."""
         with self._of(self.requests) as folder:
             seen = _look(folder, name)
             try:
@@ -171,7 +174,8 @@ class Spool:
         return content
 
     def put(self, name: str, answer: Answer) -> None:
-        """Write the answer to a request. The file's mode and time are always the same."""
+        """Write the answer to the request `name`. The file's mode and its times are always the
+        same, so that they tell nothing."""
         with self._of(self.answers) as folder:
             _write(folder, name, _encode(answer, {"request": name}), dated=False)
 
@@ -185,7 +189,7 @@ class Spool:
                     _remove(answers, name)
 
     def remove_drafts(self) -> None:
-        """Remove the drafts that a killed vault left."""
+        """Remove files that a vault had not finished writing when it was killed."""
         remove_drafts(self.answers)
 
     def _warn(self, text: str) -> None:
@@ -195,7 +199,8 @@ class Spool:
 
     @contextmanager
     def _of(self, path: Path) -> Iterator[int]:
-        """Open one of the folders in the block; turn an OSError into an InfrastructureError."""
+        """Open one of the two folders, and yield its descriptor for the block; an OSError in the
+        block becomes an InfrastructureError."""
         try:
             with _opened(path) as number:
                 yield number
@@ -208,7 +213,8 @@ class Spool:
 
 
 def decode_request(content: bytes) -> Request:
-    """Read a request from its file's bytes. Errors: RequestError."""
+    """Decode the content of a request's file. Errors: RequestError if it is no request, is cut off
+    or too long, or was written by another release."""
     way = _InMemory(content)
     try:
         _check_release(_head(way))
@@ -237,7 +243,8 @@ def _encode(sent: Request | Answer, head: dict[str, str]) -> bytes:
 
 
 def _head(way: _InMemory) -> dict[str, Any]:
-    """Read a file's first part. Errors: OSError, EOFError, RequestError."""
+    """Read the first part of a file: a table with the release that wrote it and, of an answer, the
+    name of its request. Errors: OSError, EOFError, RequestError."""
     try:
         head = json.loads(way.recv_bytes(MOST_HEAD))
     except (ValueError, RecursionError):
@@ -255,8 +262,8 @@ def _check_release(head: dict[str, Any]) -> None:
 
 
 class _InMemory:
-    """A channel (`Way`) for a request or an answer in memory: the bytes of a file, in which each
-    part follows its length."""
+    """A channel (`Way`) that writes a request or an answer to memory, or reads one from there, in
+    the form of a spool's file: the length of each part, then the part."""
 
     def __init__(self, content: bytes = b"") -> None:
         self._parts, self._left = list[bytes](), memoryview(content)
@@ -265,7 +272,8 @@ class _InMemory:
         self._parts += [len(sent).to_bytes(LENGTH, "big"), sent]
 
     def recv_bytes(self, most: int, /) -> bytes:
-        """Return the next part. Errors: EOFError where the bytes end; OSError if there are more
+        """Return the next part of the file. most: the largest number of bytes that it may have.
+        Errors: EOFError if the content ends before the part does; OSError if the part is longer
         than `most`."""
         length = int.from_bytes(self._left[:LENGTH], "big")
         if length > most:
@@ -284,12 +292,13 @@ class _InMemory:
 
 
 class _NotTaken(Exception):
-    """A file does not belong to a spool; the reason in words for a person."""
+    """Raised if a file does not belong to a spool. Its text says what the file is, for a person."""
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a folder of this user, but not through a link. Errors: OSError."""
+    """Open a folder, and yield its descriptor for the block. Errors: OSError if the path is a link,
+    or the folder is another user's."""
     number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if os.fstat(number).st_uid != os.geteuid():
@@ -315,7 +324,9 @@ def _identify(status: os.stat_result) -> Seen:
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """Read a complete file of this user; None if there is none. Errors: _NotTaken, OSError."""
+    """Read a file of a spool completely. Return None if it does not exist. Errors: _NotTaken if it
+    is a link or no regular file, is another user's, has a second name, is too long, or is being
+    written; OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         number = os.open(name, flags, dir_fd=folder)
@@ -345,7 +356,14 @@ def _read(folder: int, name: str) -> bytes | None:
 
 
 def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> None:
-    """Write a file completely or not at all. Errors: OSError; no file is left then."""
+    """Write a file completely or not at all.
+
+    - folder: the open descriptor of the folder
+    - name: the file's name in the folder; a file of that name is replaced
+    - content: all of its bytes
+    - dated: whether the file has the time of this call; if not, its times are 0 (1970)
+
+    Errors: OSError; no file is left then."""
     draft = f"{name}.{secrets.token_hex(4)}.{os.getpid()}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -364,7 +382,7 @@ def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> Non
 
 
 def _remove(folder: int, name: str) -> None:
-    """Remove a file if it is there and may be removed. A folder of that name stays, since neither
+    """Remove a file, if it exists and may be removed. A folder of that name stays, since neither
     courier nor vault made it."""
     with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
         os.unlink(name, dir_fd=folder)

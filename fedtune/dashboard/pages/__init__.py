@@ -12,8 +12,13 @@ from fedtune.observe.status import LOCK, held
 
 
 class Page(ABC):
-    """A page of one path. Its template is templates/KIND.html. Whenever one of `files` changes, the
-    browser fetches each of its `parts` again; the template of a part is KIND_PART.html."""
+    """A page of one path: a run, a site and so on. Its template is templates/KIND.html.
+
+    - kind: the page's kind, which names its templates
+    - parts: the parts of the page that the browser fetches again whenever one of `files` changes;
+      the template of a part is KIND_PART.html
+    - slow: the functions of work.py whose results the page shows, each computed in a child
+      process"""
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("top", "bottom", "rounds")
@@ -29,27 +34,27 @@ class Page(ABC):
 
     @abstractmethod
     def files(self) -> Iterable[Path]:
-        """List the files whose changes refresh the page; some may not exist."""
+        """List the files whose changes refresh the page. Some of them may not exist."""
 
     @abstractmethod
     def read_context(self) -> dict[str, Any]:
-        """Read the values that the template shows. It must take no longer than milliseconds.
+        """Read the values that the template shows, by name. This must take milliseconds only.
         Errors: FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:
-        """Read the curves by round; None if the page has none."""
+        """Read the curves by round, as the page's script draws them; None if the page has none."""
         return None
 
     def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read
-        """Read the rounds that were added since the last call. For a large study the first call
-        takes seconds."""
+        """Read the rounds that were added to the run's files since the last call, and keep them in
+        this object. For a large study the first call takes seconds."""
 
     def child(self, name: str) -> Page | None:
         """Return the page of the run `name` inside this page; None if there is no such run."""
         return None
 
     def slow_files(self) -> Iterable[Path]:
-        """List the files that the functions of `slow` read."""
+        """List the files on which the results of the functions in `slow` depend."""
         return ()
 
     @staticmethod

@@ -17,9 +17,10 @@ MOST, LONGEST = 20, 1500  # prompts, and characters of a text
 
 
 def answers_in(run: Path) -> dict[str, Any]:
-    """Read the answers of base and adapter, with the time at which they were made. Return {} if
-    there are none, or if they were made with another version of the adapter; {"error": …} if the
-    file is damaged."""
+    """Read a run's answers, for the page. Return {"made": the time at which they were made, or ""
+    if it is malformed, "rows": one for each of at most MOST prompts}; a row has "prompt",
+    "expected" and, from `_answer`, "base" and "adapter". Return {} if there are no answers, or if
+    they were made with another version of the adapter; {"error": …} if the file is damaged."""
     path = run / ANSWERS
     if not path.exists():
         return {}
@@ -45,9 +46,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(side: Any, expected: str) -> dict[str, Any]:
-    """Read one model's answer. Returns "text", the answer; "share", the probability of the model's
-    label, None if the answer has no label; and "right", whether the label is the expected one, None
-    if that is not known."""
+    """Read one model's answer. Return {"text": the answer; "share": the probability that the model
+    gave it, None if it is no label; "right": whether it is the expected label, None if that is not
+    known}."""
     side = side if isinstance(side, dict) else {}
     text, share = _text(side.get("answer")), number(side.get("probability"))
     share = share if share is not None and 0 <= share <= 1 else None

@@ -51,7 +51,8 @@ class CoordinatorPage(Page):
         return self._run_pages().get(self._status().get("plan_digest"))
 
     def _run_pages(self) -> dict[str | None, RunPage]:
-        """Return digest of a plan -> the page of its newest run."""
+        """Return plan's digest -> the page of the newest run of that plan, among the runs beside
+        the home."""
         beside = self.path.resolve().parent
         runs = [run for folder in (beside, beside / RUNS) for run in runs_in(folder)]
         newest = dict[str | None, RunPage]()
@@ -72,7 +73,9 @@ class CoordinatorPage(Page):
         return snapshot.studies if snapshot else {}
 
     def _rows(self) -> list[dict[str, Any]]:
-        """List the home's studies for the table, the newest first."""
+        """Return a row for each of the home's studies, the newest first: "name", "study" (its
+        status), "link" (the name of its run's page, None if there is none) and "why" (the reasons
+        why it was stopped, [] if it was not)."""
         rows, runs = [], self._run_pages()
         for name, study in reversed(self._studies().items()):
             run = runs.get(_plan_of(study))
@@ -122,7 +125,8 @@ class CoordinatorPage(Page):
 
     def _members(self, sites: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Notice]]:
         """Return a row for each site in the run, and for each admitted or revoked site, with the
-        days until its certificate expires; and the notices about certificates that expire soon."""
+        days until its certificate expires; and the notices about certificates that expire soon.
+        sites: the rows of the sites in the run (`sites_of`)."""
         rows, notices = {site["name"]: {**site, "days": None} for site in sites}, list[Notice]()
         empty = sites_of(None, {"privacy": {"sites": {"": {}}}})[0]
         for name, record in enrol.registry(self.path).items():

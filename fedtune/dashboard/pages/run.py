@@ -97,8 +97,8 @@ class RunPage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Return the curves by round. Each has one number for each round, None in rounds in which
-        nothing was measured."""
+        """Return the curves by round. Each curve is a list with one number for each round, or None
+        where nothing was measured in the round."""
         self.read_rounds()
         rounds, shown = self.rounds, self.read_context()
         quality = {name: _plain(values) for name, values in rounds.quality.items()}
@@ -157,8 +157,9 @@ class RunPage(Page):
 
 
 def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the command that asks base and adapter the same prompts, for the page's list of
-    commands. [] if it has been run, or the plan has no [evaluation]."""
+    """Return, for the page's list of commands, the one that has base and adapter answer the same
+    prompts: a list of one {"does", "line"}. Return [] if it has been run already, or the plan has
+    no [evaluation]."""
     if not plan.get("evaluation") or (run / ANSWERS).exists():
         return []
     line = f"fedtune answers {shlex.quote(str(run))}"
@@ -166,7 +167,11 @@ def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each site, sorted by name, with its entries in status and report."""
+    """Return a row for each site, sorted by name, with what status and report say of it. A value
+    that neither has is None.
+
+    - snapshot: the run's status; None if it cannot be read
+    - report: the content of report.json; {} if there is none yet"""
     by_status = snapshot.status["sites"] if snapshot else {}
     by_report = (report.get("privacy") or {}).get("sites") or {}
     absences = report.get("absences") or {}
@@ -234,8 +239,9 @@ def alarms(
 def _quality(
     snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the quality of base and trained model by each metric, with intervals. While the run
-    continues, the trained model is that of the newest measured round. {} without a metric."""
+    """Return the values of the page's part on quality, by name: "rows" compares base and trained
+    model by each metric, with intervals. While the run continues, the trained model is that of the
+    newest measured round. Return {} for a run without a metric."""
     quality = report.get("quality") or {}
     metric = quality.get("metric") or (plan.get("evaluation") or {}).get("metric")
     if metric is None:
@@ -274,8 +280,9 @@ def _quality(
 def _privacy(
     sites: list[dict[str, Any]], report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the largest ε of a site so far, the planned ε, and texts that explain them; {"off":
-    True} for a run without privacy."""
+    """Return the values of the page's part on privacy, by name: the largest ε of a site so far, the
+    planned ε, δ, the unit, and texts that explain them. Return {"off": True} for a run without
+    privacy."""
     table = plan.get("privacy")
     told = report.get("privacy") or {}
     if table == "off" or report.get("private") is False:
@@ -297,7 +304,8 @@ def _privacy(
 
 
 def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the public facts about a run in plan and report, as pairs of label and value."""
+    """Return the public facts about a run, such as base and objective, as pairs of label and value.
+    Those that neither plan nor report has are left out."""
     base = report.get("base") or plan.get("base") or {}
     adapter = plan.get("lora") or {}
     pairs = [

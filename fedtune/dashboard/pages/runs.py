@@ -15,8 +15,8 @@ MOST = 500  # largest number of runs in the table
 
 
 def runs_in(folder: Path) -> Iterator[Path]:
-    """Yield the runs in a folder, sorted by name. A coordinator's home also has a plan.json, and is
-    left out."""
+    """Yield the runs in a folder, sorted by name. A coordinator's home is left out, although it has
+    a plan.json, too."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         is_home = any((path / name).exists() for name in HOME)
         if not is_home and any((path / name).is_file() for name in RUN):

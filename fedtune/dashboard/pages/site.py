@@ -78,7 +78,8 @@ class SitePage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Return {"own": the site's own training loss by round, for each of its newest studies}."""
+        """Return {"own": …}: the site's own training loss by round in each of its newest studies,
+        as `_losses` returns it."""
         return {"own": _losses(self._site().site.state / LOSSES)}
 
     def _site(self) -> Site:
@@ -87,7 +88,7 @@ class SitePage(Page):
 
 def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
     """Yield a warning if the newest study is not over and it is known that nobody at this site has
-    signed its plan."""
+    signed its plan. path: the site file, quoted for a command line."""
     status = snapshot.status if snapshot else {}
     digest, study = status.get("plan_digest"), status.get("study")
     if snapshot is None or snapshot.over or status.get("signed") is not False or not digest:
@@ -119,8 +120,9 @@ def _policy(site: Site) -> list[tuple[str, str]]:
 
 
 def _counts(path: Path) -> list[dict[str, Any]]:
-    """Return, for each dataset, the numbers of rows that were used and left out, by reason, when
-    the dataset was last read. The values are counts and fixed words."""
+    """Return a table for each dataset: how many rows were used, and how many were left out for
+    which reason, when the dataset was last read. The values are counts and fixed words. Return []
+    if the file is missing or damaged. path: counts.json in the site's state folder."""
     if not path.exists():
         return []
     with suppress(FedtuneError):
@@ -134,8 +136,10 @@ def _counts(path: Path) -> list[dict[str, Any]]:
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
-    """Return the losses of the newest STUDIES studies, the newest first. For a round that was
-    trained twice the later loss counts. Lines that fedtune did not write are left out."""
+    """Return the losses of the newest STUDIES studies, the newest first: {"study": its name,
+    "rounds": numbers, "losses": one for each round, None if it is not known}. If a round was
+    trained twice, the later loss counts. Lines that fedtune did not write are left out. path:
+    losses.jsonl in the site's state folder."""
     studies: dict[str, dict[str, Any]] = {}
     lines: list[str] = []
     with suppress(OSError, FedtuneError):

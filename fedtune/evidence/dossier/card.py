@@ -25,15 +25,16 @@ PEFT = (
 
 
 def card(content: Mapping[str, Any], found: Mapping[str, Any], run: Path) -> str:
-    """Return the model card for a dossier's content. run: the run's folder; found: the run's
-    documents by name."""
+    """Return the model card of a dossier as Markdown. content: the content of dossier.json; found:
+    the run's documents by name; run: the run's folder."""
     lora = bool(found["plan.json"].get("lora"))
     head = _head(found["report.json"], task=pipeline_tag(run), lora=lora)
     return f"---\n{head}\n---\n\n{card_body(content, found)}"
 
 
 def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return the card without its head."""
+    """Return the model card without its head, the YAML text at the top. content, found: as for
+    `card`."""
     report, plan = found["report.json"], found["plan.json"]
     texts = {section["id"]: section for section in content["sections"]}
     parts = [
@@ -47,8 +48,11 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
-    """Return the card's head, with the fields of the hub's model cards. The same run always gives
-    the same text, so that `verify` can compare it."""
+    """Return the YAML text of the card's head, with the fields of the hub's model cards. The same
+    run always gives the same text, so that `verify` can compare it.
+
+    report: the content of report.json; task: the hub's name of what the model does; lora: whether
+    the run trained a LoRA adapter."""
     import yaml  # type: ignore[import-untyped]
 
     base = report["base"]
@@ -78,11 +82,11 @@ def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
 
 
 def measures(after: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers among a report's measures, by metric.
+    """Return metric -> value for the entries of a report's measures that are numbers, without the
+    round's number.
 
     >>> measures({"loss": 2.5, "round": 3, "kl": None})
-    {'loss': 2.5}
-    """
+    {'loss': 2.5}"""
     values = {name: number(value) for name, value in after.items() if name != "round"}
     return {name: value for name, value in values.items() if value is not None}
 

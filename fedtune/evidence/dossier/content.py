@@ -50,7 +50,8 @@ def _collect_subjects(found: Documents) -> set[str]:
 
 
 def _groups(found: Documents) -> set[str]:
-    """Return the columns by which held-out patients were compared."""
+    """Return the names of the columns, such as sex, by whose values held-out patients were
+    compared."""
     return {str(row["by"]) for row in _report(found, "held_out", "rows") or []} - {"", CLASS}
 
 
@@ -90,7 +91,8 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
 
 
 def sections() -> list[dict[str, Any]]:
-    """Load the package's sections, in the order of their file names."""
+    """Load the package's texts: the content of each TOML file in sections/, in the order of their
+    names."""
     folder = resources.files("fedtune.evidence.dossier") / "sections"
     files = sorted(
         (file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda f: f.name
@@ -99,7 +101,8 @@ def sections() -> list[dict[str, Any]]:
 
 
 def blanks() -> Iterator[Mapping[str, str]]:
-    """Yield every blank once, in the order of the sections."""
+    """Yield the block of every blank once, in the order of the sections: its key ("blank"), its
+    label and its help."""
     seen = set[str]()
     for section in sections():
         for block in section["block"]:
@@ -172,8 +175,10 @@ def _blocks(
 
 
 def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
-    """Yield the curve's block, with the metric of each measured round. Yield nothing if the base's
-    metric is unknown, or no round has one."""
+    """Yield one block: the curve of the run's metric, with a point for each round of which it is
+    known. Yield nothing if there is no such round, or the base's metric is not known.
+
+    caption: the text below the curve; found: the run's documents by name."""
     quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
     metric, private = quality.get("metric"), WHEN["private"](found)
     name = escape_key(str(metric))
@@ -209,7 +214,12 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def look_up(found: Documents, source: str, how: str) -> dict[str, str] | None:
-    """Return the fact at `source`, shown in the format `how`; None if the run has no such value."""
+    """Look up one fact of a run. Return {"shown": its value as a text, "source", "how"}; None if
+    the run has no such value.
+
+    - found: the run's documents by name
+    - source: the document, and the JSON pointer of the value in it
+    - how: the format in which the value is shown, one of facts.SHOWN"""
     value = resolve(found, source)
     if value is MISSING or value is None:
         return None

@@ -28,8 +28,12 @@ def curve(
 ) -> Picture:
     """Draw points (across, value of the metric); the first one is the base alone.
 
-    across: the label of the horizontal axis. interval: the 95 % interval of the last value. start:
-    the value of the public start. Points are joined only if several rounds were measured.
+    - metric: the name of the metric
+    - points: in the order in which they are joined; they are joined only if several rounds were
+      measured
+    - across: the label of the horizontal axis, such as "round"
+    - interval: the 95 % interval of the last value; None if it is not known
+    - start: the value of the public start; None without one
 
     Errors: ValueError (fewer than two points, or one that is not finite)."""
     values, about = [value for _, value in points], known_metric(metric)

@@ -12,7 +12,8 @@ from fedtune.evidence.dossier.drawing import Picture
 
 
 def data_line(unit: str = "patient") -> Picture:
-    """Return a picture of the steps from a record to the noised sum that leaves the site."""
+    """Draw the steps from a record to the noised sum that leaves the site. unit: the unit of
+    privacy, "patient" or "record"."""
     page = Picture(920, 398, "What is where, and what leaves a site")
     page.card(16, 16, 600, 366, "home", "a site: the hospital's own machine")
     page.card(680, 16, 224, 366, "out", "outside")
@@ -67,6 +68,11 @@ def data_line(unit: str = "patient") -> Picture:
 
 
 def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
+    """Draw a vertical dashed line for each party, under a box with its name.
+
+    - names: party -> its line's x, in pixels; "coordinator" has the colours of what is outside a
+      site
+    - bottom: the y at which the lines end, in pixels"""
     for name, x in names.items():
         page.dashes(x, 50, x, bottom)
         page.box(x - 75, 16, 150, 34, "out" if name == "coordinator" else "home", name)
@@ -75,13 +81,22 @@ def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
 def call(
     page: Picture, start: float, end: float, y: float, label: str, kind: str = "arrow"
 ) -> None:
-    """Draw a message from one lane to another, with its content above it."""
+    """Draw a message from one lane to another, with its content above it.
+
+    - page: the picture to which it is added
+    - start, end: the x of the sender's lane and of the receiver's, in pixels
+    - y: the height of the arrow, in pixels from the top
+    - label: the message's content, on one line; it must fit between the lanes
+    - kind: "arrow" (grey), or "leaves" (orange) for what leaves a site
+
+    Errors: ValueError if the label is too wide."""
     page.arrow(start, y, end, y, kind)
     page.text((start + end) / 2, y - 6, label, "", "middle", 12, abs(end - start) - 10)
 
 
 def round_(unit: str = "patient") -> Picture:
-    """Draw the protocol of a round between the coordinator and one site."""
+    """Draw the protocol of a round between the coordinator and one site. unit: the unit of privacy,
+    "patient" or "record"."""
     page = Picture(920, 520, "A round, between the coordinator and one site")
     hub = 120.0
     site = 470.0
@@ -149,7 +164,8 @@ def masked_sum(page: Picture) -> None:
 
 
 def draw_masked_round(unit: str = "patient") -> Picture:
-    """Draw a round with masked sums: three sites share one dose of noise."""
+    """Draw a round with masked sums, in which three sites share one dose of noise. unit: the unit
+    of privacy, "patient" or "record"."""
     page = Picture(920, 560, "A round whose sum alone is opened")
     places = {"coordinator": 110.0, "north": 370.0, "south": 590.0, "west": 810.0}
     lanes(page, places, 370)
@@ -193,8 +209,9 @@ Party = tuple[str, str, list[str], list[str], list[str]]
 
 
 def parties(unit: str) -> list[Party]:
-    """Return for each party the style of its heading, its name, what it sees, what it is trusted
-    with, and what it can do if it is hostile."""
+    """Return for each party of a study five texts for the picture `trust`: the style of its
+    heading, its name and, as lists of lines, what it sees, what it is trusted with, and what it can
+    do if it is hostile. unit: the unit of privacy, "patient" or "record"."""
     if unit == "patient":
         named = ["to name the patient", "column; that one key is", "one person"]
         known = ["know all other patients'", "records"]
@@ -221,7 +238,8 @@ def parties(unit: str) -> list[Party]:
 
 
 def trust(unit: str = "patient") -> Picture:
-    """Draw which party sees what, is trusted with what, and can do what if it is hostile."""
+    """Draw which party sees what, is trusted with what, and can do what if it is hostile. unit: the
+    unit of privacy, "patient" or "record"."""
     page = Picture(920, 436, f"Who is trusted with what, for a {unit}'s privacy")
     heads = [
         (92, "sees", "soft"),

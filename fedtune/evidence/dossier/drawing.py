@@ -42,7 +42,14 @@ CHARACTER = 0.54
 
 @dataclass(frozen=True)
 class Text:
-    """A text in a picture. room: its largest width in pixels; kind: its classes in RULES."""
+    """A text in a picture.
+
+    - x, y: its place on the picture, in pixels; y is the baseline's
+    - line: the text, on one line
+    - kind: its CSS classes in RULES, separated by spaces; "" for ordinary text
+    - anchor: "start", "middle" or "end", the part of the text that is at x
+    - size: the font's size in pixels
+    - room: its largest width in pixels"""
 
     x: float
     y: float
@@ -61,6 +68,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Box:
+    """A rectangle in a picture.
+
+    - x, y: its upper left corner, in pixels
+    - wide, high: its size in pixels
+    - kind: its CSS class in RULES: "box" (grey), "home" (green) or "out" (orange)"""
+
     x: float
     y: float
     wide: float
@@ -76,8 +89,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """A line in a picture. kind: "arrow" or "leaves", its class in RULES; end: "head" for an arrow
-    head, "dashes" for a dashed line, or ""."""
+    """A line in a picture.
+
+    - x, y, to_x, to_y: its two ends, in pixels; an arrow head is at the second one
+    - kind: its CSS class in RULES: "arrow" (grey) or "leaves" (orange)
+    - end: "head" for an arrow head, "dashes" for a dashed line, "" for neither"""
 
     x: float
     y: float
@@ -97,8 +113,10 @@ class Line:
 
 
 class Picture:
-    """A picture to which shapes are added. All positions are in pixels from the upper left
-    corner."""
+    """A picture to which shapes are added. All positions are in pixels from the upper left corner.
+
+    - width, height: its size in pixels
+    - title: its name, which the SVG holds for a screen reader and does not draw"""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width = width
@@ -116,8 +134,16 @@ class Picture:
         size: int = SIZE,
         room: float | None = None,
     ) -> None:
-        """Add a line of text. room: its largest width in pixels; by default up to the picture's
-        edge."""
+        """Add a line of text.
+
+        - x, y: its place; y is the baseline's
+        - line: the text, on one line
+        - kind: its CSS classes in RULES, such as "bold soft"; "" for ordinary text
+        - anchor: "start", "middle" or "end", the part of the text that is at x
+        - size: the font's size in pixels
+        - room: its largest width in pixels; by default up to the picture's edge
+
+        Errors: ValueError if the text is wider, by an estimate from its number of characters."""
         wide = len(line) * size * CHARACTER
         edges = {"start": self.width - x, "middle": 2 * min(x, self.width - x), "end": x}
         most = room or edges[anchor]
@@ -126,7 +152,14 @@ class Picture:
         self.shapes.append(Text(x, y, line, kind, anchor, size, most))
 
     def box(self, x: float, y: float, wide: float, high: float, kind: str, *lines: str) -> None:
-        """Add a box with lines in its middle, the first one bold."""
+        """Add a box with lines in its middle, the first one bold.
+
+        - x, y: its upper left corner
+        - wide, high: its size in pixels
+        - kind: its CSS class in RULES: "box" (grey), "home" (green) or "out" (orange)
+        - lines: the texts, centred one below the other; an empty box if there are none
+
+        Errors: ValueError if a line is wider than the box."""
         self.shapes.append(Box(x, y, wide, high, kind))
         top = y + (high - STEP * len(lines)) / 2 + SIZE
         for number, line in enumerate(lines):
@@ -136,21 +169,39 @@ class Picture:
             self.text(x + wide / 2, at, line, weight, "middle", size, wide - 4)
 
     def card(self, x: float, y: float, wide: float, high: float, kind: str, head: str) -> None:
-        """Add a box with its heading at the upper left, for content that is added later."""
+        """Add a box with its heading at the upper left, for content that is added later.
+
+        - x, y, wide, high, kind: as for `box`
+        - head: the heading, on one line; it may be ""
+
+        Errors: ValueError if the heading is wider than the box."""
         self.box(x, y, wide, high, kind)
         self.text(x + 12, y + 22, head, "bold", room=wide - 18)
 
     def list(self, x: float, y: float, room: float, lines: Iterable[str], kind: str = "") -> None:
+        """Add lines of text one below the other, STEP pixels apart.
+
+        - x, y: the place of the first line; y is its baseline's
+        - room: the largest width of a line in pixels
+        - lines: the texts
+        - kind: their CSS classes in RULES; "" for ordinary text
+
+        Errors: ValueError if a line is wider than `room`."""
         for number, line in enumerate(lines):
             self.text(x, y + STEP * number, line, kind, room=room)
 
     def arrow(self, x: float, y: float, to_x: float, to_y: float, kind: str = "arrow") -> None:
+        """Add an arrow from (x, y) to (to_x, to_y), in pixels. kind: "arrow" (grey) or "leaves"
+        (orange)."""
         self.shapes.append(Line(x, y, to_x, to_y, kind, "head"))
 
     def dashes(self, x: float, y: float, to_x: float, to_y: float) -> None:
+        """Add a dashed line from (x, y) to (to_x, to_y), in pixels."""
         self.shapes.append(Line(x, y, to_x, to_y, "arrow", "dashes"))
 
     def line(self, x: float, y: float, to_x: float, to_y: float, kind: str) -> None:
+        """Add a line without a head from (x, y) to (to_x, to_y), in pixels. kind: "arrow" (grey) or
+        "leaves" (orange)."""
         self.shapes.append(Line(x, y, to_x, to_y, kind, ""))
 
     def svg(self, style: str = STYLE) -> str:

@@ -42,11 +42,11 @@ def documents(run: Path) -> dict[str, Any]:
 
 
 def resolve(found: Mapping[str, Any], source: str) -> Any:
-    """Look a source up in a run's documents; MISSING if the run has no such field.
+    """Return the value at a source in a run's documents; MISSING if the run has no such field.
+    found: file name -> content; source: FILE#POINTER.
 
     >>> resolve({"report.json": {"privacy": {"epsilon": 8.0}}}, "report.json#/privacy/epsilon")
-    8.0
-    """
+    8.0"""
     name, _, pointer = source.partition("#")
     value: Any = found.get(name, MISSING)
     for part in pointer.split("/")[1:]:
@@ -93,8 +93,8 @@ def _interval(value: Any) -> str:
 
 
 def _find_line(quality: Any, about: str) -> str:
-    """Return the sentence of gain.headline about the subject `about`; "not measured" if there is
-    none."""
+    """Return the report's sentence on quality whose subject is `about`, such as "start" for the
+    public start; "not measured" if there is none. quality: the report's table "quality"."""
     found = (line.text for line in headline(quality) if line.about == about)
     return next(found, "not measured")
 
@@ -156,8 +156,9 @@ def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def find_contradiction(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return the first fact of a dossier that contradicts its run, as "shown (source)"; "" if
-    every fact agrees."""
+    """Return the first fact of a dossier that contradicts its run, as the text "shown (source)"; ""
+    if every fact agrees. content: the content of dossier.json or assurance.json; found: the
+    documents of the run and of attacks on it, by file name."""
     for fact in facts_in(content):
         source, how = str(fact["source"]), str(fact.get("how"))
         value = resolve(found, source)

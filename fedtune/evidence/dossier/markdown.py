@@ -15,8 +15,9 @@ TYPED = "typed by a person, not checked"
 
 
 def title(content: Mapping[str, Any], what: str = "Dossier") -> str:
-    """Return the title of a dossier, or of another page of a run. The study's name is in quotes,
-    since it may be an ordinary word."""
+    """Return the title of a dossier, or of another page of a run, which then begins with the word
+    `what`. The study's name is in quotes, since it may be an ordinary word. content: the content of
+    dossier.json."""
     return f"{what} of the study “{content['study']['shown']}”"
 
 
@@ -31,7 +32,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def body(blocks: list[dict[str, Any]]) -> str:
-    """Return blocks of a section, without a heading, as Markdown."""
+    """Render the blocks of a section as Markdown, without the section's heading."""
     return "\n\n".join(_section(blocks)) + "\n"
 
 
@@ -46,7 +47,9 @@ def anchor(title: str) -> str:
 
 
 def group_facts(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield (kind, blocks), with consecutive facts in one group, which becomes a table."""
+    """Yield (kind, blocks) for the blocks of a section, in order. Consecutive facts are yielded
+    together with the kind "facts", since they become one table; every other block is yielded alone
+    with its own kind."""
     facts: list[dict[str, Any]] = []
     for block in blocks:
         if block["kind"] == "fact":
@@ -107,7 +110,7 @@ def _blank(block: Mapping[str, str]) -> str:
 
 
 def cell_long(text: str) -> str:
-    """Escape a person's text without cutting it, whatever its length."""
+    """Escape a person's text for Markdown on one line, whatever its length; `cell` would cut it."""
     words, lines = text.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > 150:

@@ -47,8 +47,10 @@ def page(
 ) -> str:
     """Return a dossier's content as HTML, with its pictures in it.
 
-    what, data: the title's first word, and the file with the same content. wide: further CSS for a
-    page with wide tables."""
+    - content: the content of dossier.json, or an assurance pack in the same form
+    - what: the title's first word
+    - data: the name of the file with the same content, which the page's foot names
+    - wide: further CSS, for a page with wide tables; "" for none"""
     name = escape(title(content, what))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -120,6 +122,13 @@ def _facts(group: list[dict[str, Any]]) -> str:
 
 
 def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: bool = False) -> str:
+    """Return a table as HTML.
+
+    - caption: the text above it
+    - head: the names of its columns
+    - rows: its cells, in any form that `_cell` takes; the first cell of a row is the row's heading
+    - sources: whether the last column holds sources (texts or None), which are shown in small
+      type"""
     names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     kind = ' class="facts"' if sources else ""
     lines = [

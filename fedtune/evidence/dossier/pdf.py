@@ -113,6 +113,14 @@ def _text(
     font: str = SANS,
     size: str = "text",
 ) -> None:
+    """Write a paragraph at the document's present position, and move the position below it.
+
+    - document: the fpdf2 document
+    - text: the paragraph; its backticks are left out
+    - style: "" or "B" for bold, which SANS alone has
+    - indent: the distance from the left margin, in millimetres
+    - font: SANS or MONO
+    - size: a key of SIZES"""
     document.set_font(font, style, SIZES[size])
     document.set_x(document.l_margin + indent)
     width = document.epw - indent
@@ -122,6 +130,13 @@ def _text(
 
 
 def _draw_box(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
+    """Write a text in a frame at the document's present position, on a new page if too little of
+    this one is left.
+
+    - document: the fpdf2 document
+    - text: its backticks are left out
+    - colour: the frame's red, green and blue, from 0 to 255
+    - style: "" or "B" for bold"""
     document.set_font(SANS, style, SIZES["text"])
     plain = _make_breakable(text.replace("`", ""))
     lines = document.get_string_width(plain) / document.epw + 2
@@ -164,8 +179,12 @@ DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 
 def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[float, ...]:
-    """Return each column's width: the width of its longest word, and a part of the space that is
-    left, in proportion to the mean length of its cells."""
+    """Return the width of each column, in millimetres: that of the longest word in the column, plus
+    its share of the space that is left. The space is shared in proportion to the mean length of the
+    cells.
+
+    head: the names of the columns; rows: the cells, each a text, a fact, or None for one that the
+    run did not record."""
     document.set_font(SANS, "B", SIZES["table"])
     least, means = [], []
     for n, name in enumerate(head):
@@ -205,8 +224,8 @@ def _cell(value: Any) -> str:
 
 
 def _make_breakable(text: str) -> str:
-    """Allow line breaks in words longer than LONG: after each of BROKEN_AFTER, and after LONG
-    letters."""
+    """Return the text with invisible places for line breaks in each word longer than LONG: after
+    each of the characters BROKEN_AFTER, and after LONG letters without one."""
     return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
 
 

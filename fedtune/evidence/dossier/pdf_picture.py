@@ -21,7 +21,7 @@ POINTS = 72 / 25.4  # points in a millimetre
 
 def draw(document: Any, picture: Picture, font: str) -> None:
     """Draw a picture as wide as the text at the document's present position, and move the position
-    below it."""
+    below it. font: the family of its texts, which the document has already in regular and bold."""
     scale = document.epw / picture.width
     if document.will_page_break(picture.height * scale + 14):  # keep it with its caption
         document.add_page()
@@ -42,6 +42,12 @@ def draw(document: Any, picture: Picture, font: str) -> None:
 
 
 def _box(document: Any, box: Box, left: float, top: float, scale: float) -> None:
+    """Draw a box of a picture.
+
+    - document: the fpdf2 document
+    - box: the shape, whose positions are in pixels of the picture
+    - left, top: the picture's upper left corner on the page, in millimetres
+    - scale: millimetres per pixel of the picture"""
     ground, edge = GROUNDS[box.kind]
     document.set_fill_color(*COLOURS[ground])
     document.set_draw_color(*COLOURS[edge])
@@ -57,6 +63,10 @@ def _box(document: Any, box: Box, left: float, top: float, scale: float) -> None
 
 
 def _line(document: Any, line: Line, left: float, top: float, scale: float) -> None:
+    """Draw a line of a picture, with its arrow head or its dashes.
+
+    - line: the shape, whose positions are in pixels of the picture
+    - document, left, top, scale: as for `_box`"""
     colour = COLOURS[STROKES[line.kind]]
     document.set_draw_color(*colour)
     document.set_fill_color(*colour)
@@ -75,6 +85,11 @@ def _line(document: Any, line: Line, left: float, top: float, scale: float) -> N
 
 
 def _text(document: Any, text: Text, left: float, top: float, scale: float, font: str) -> None:
+    """Draw a text of a picture, made narrower if it would be wider than its room.
+
+    - text: the shape, whose positions are in pixels of the picture
+    - font: the family in which the text is set
+    - document, left, top, scale: as for `_box`"""
     kinds = text.kind.split()
     document.set_font(font, "B" if "bold" in kinds else "", text.size * scale * POINTS)
     ink = next((INKS[kind] for kind in kinds if kind in INKS), "ink")

@@ -17,7 +17,8 @@ FILES = {f"{FOLDER}/{name}.svg" for name in (*PICTURES, CURVE)}
 
 
 class Drawn(NamedTuple):
-    """A drawn picture. alt: a description in words; file: its path in the dossier."""
+    """A picture of a dossier. picture: its shapes; alt: a description in words; file: its path in
+    the dossier."""
 
     picture: Picture
     alt: str

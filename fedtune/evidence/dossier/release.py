@@ -67,12 +67,15 @@ def release(
     it.
 
     Args:
+        run: the run's folder.
+        out: the dossier's folder, which must not exist.
         details: blank's key -> the text that a person typed for it; other blanks are shown as
             blank.
         home: the coordinator's home, whose key signs; by default the one beside the folder of runs.
             A simulation has no home: its dossier is signed with a key that is made for it and not
             stored.
-        sections: a folder with further sections of the assurance pack, such as a hospital's rules.
+        sections: a folder with further sections of the assurance pack, such as a hospital's rules;
+            None for the package's own sections alone.
         attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states their
             results.
 
@@ -126,7 +129,8 @@ def release(
 
 
 def _carry_told(run: Path, into: Path) -> None:
-    """Copy the valid statements of sites about the run's model. Each is signed by its site."""
+    """Copy the sites' statements about the run's model from the run's folder to the dossier `into`.
+    A statement that does not verify is left out."""
     for one in read_told(run):
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
@@ -134,7 +138,8 @@ def _carry_told(run: Path, into: Path) -> None:
 
 
 def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the results of attacks on the run's plan; return file -> content.
+    """Copy the results of attacks on the run's plan from `folder`, which an attack wrote, to the
+    dossier `into`; return file name -> content. report: the content of the run's report.json.
 
     Errors: ConfigError (no result is there, or it is of another study), Refused (it is of an attack
     at a site, on the site's own records)."""
@@ -184,8 +189,10 @@ def _refuse_derived(run: Path) -> None:
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
-    """Return the key that signs the dossier, and the CA. For a simulation return a new key, and ""
-    for the CA. Errors: Refused if the home does not have the key that signed the run."""
+    """Return the key that signs the dossier, and the certificate of the consortium's CA (PEM). For
+    a simulation return a new key, and "" for the CA. home: the coordinator's home; proven: the
+    result of verifying the run. Errors: Refused if the home does not have the key that signed the
+    run."""
     if proven.simulated:
         return SigningKey(), ""
     path = home / "signing.key"
@@ -201,8 +208,9 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
 
 
 def _sign_weights(draft: Path, home: Path | None) -> None:
-    """Sign the weights also in OpenSSF's format, with the key for this format in `home`. Without a
-    home, sign with a new key that is not stored."""
+    """Sign the weights in the dossier's folder `draft` also in OpenSSF's format, with the key for
+    this format in `home`, the coordinator's home. Without a home (None), sign with a new key that
+    is not stored."""
     with tempfile.TemporaryDirectory() as nowhere:
         key = (home or Path(nowhere)) / openssf.KEY
         openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
@@ -231,7 +239,13 @@ def _write_pack(
     made: str,
 ) -> None:
     """Write the assurance pack. All other files of the dossier, except its signature, must be there
-    already."""
+    already.
+
+    - draft: the dossier's folder, which is not complete yet
+    - found: the documents of the run and of attacks on it, by file name
+    - typed: blank's key -> the text that a person typed for it
+    - sections: the statements to answer, of the package and of the hospital
+    - made: when the dossier is signed, UTC, as `format_now` writes it"""
     entry = {REGISTRY: registry(found, typed, made)} if found["report.json"]["private"] else {}
     names = {*list_covered(draft), *entry, pack.JSON, pack.PAGE, crate.FILE, RELEASE}
     content = pack.build_pack(found, typed, sections, names)
@@ -246,9 +260,9 @@ def _write_pack(
 
 
 def read_details(path: Path, sections: Sequence[assurance.Section] | None = None) -> dict[str, str]:
-    """Read blank's key -> the text that a person typed for it. sections: the assurance pack's
-    sections; None for those of the package. Errors: InputError; ConfigError (an unknown key, or a
-    value that is not a text)."""
+    """Read what a person typed into a dossier's blanks from the TOML file `path`; return blank's
+    key -> text. sections: the assurance pack's sections; None for those of the package. Errors:
+    InputError; ConfigError (an unknown key, or a value that is not a text)."""
     known = {block["blank"] for block in blanks()} | {key for key, _ in _pack_blanks(sections)}
     table = reading.toml_in(path, DETAILS)
     for key, value in table.items():
@@ -308,9 +322,14 @@ def approve(
     """Approve a dossier as a named person, or for a site with the site's key; return the result of
     verifying the dossier afterwards.
 
-    key: the file of the approver's own key; if it does not exist, it is made, readable by this user
-    only. trust: the consortium's fingerprint, so that nobody approves a stranger's folder. log: a
-    site's audit log, in which the approval is entered first.
+    - folder: the dossier, in whose approvals/ the approval is written
+    - key: the approver's signing key, or its file; a file that does not exist is made, readable by
+      this user only
+    - trust: the consortium's fingerprint, so that nobody approves a stranger's folder; "" accepts
+      any signer
+    - name, role: who approves, and in which role
+    - reason: why the person approves; like name and role at most LONGEST characters on one line
+    - log: a site's audit log, in which the approval is entered first; None for a person's own key
 
     >>> import fedtune
     >>> who = {"name": "Ada Lund", "role": "data protection officer", "reason": "read"}

@@ -54,7 +54,8 @@ def bill_of_materials(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _list_installed() -> dict[str, str]:
-    """Return the installed distributions by their normal names."""
+    """Return the Python distributions that are installed here: name -> version. The names are in
+    their normal form (PEP 503)."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
@@ -85,8 +86,8 @@ def _from(source: str) -> list[dict[str, str]]:
 
 
 def _base(base: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the base model; its digest is fedtune's, over its files, and not the hash of one
-    file."""
+    """Return the bill's entry for the base model. Its digest is fedtune's own, over all its files,
+    and so no hash of a file. base: the report's table "base"."""
     upstream = upstream_of(str(base["name"]))
     facts = {"fedtune:digest": base.get("digest"), "fedtune:dtype": base.get("dtype")}
     properties = [{"name": key, "value": str(value)} for key, value in facts.items() if value]

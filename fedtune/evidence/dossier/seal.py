@@ -74,8 +74,14 @@ def _links(folder: Path) -> bool:
 
 
 def sign(folder: Path, key: SigningKey, ca: str, made: str = "") -> None:
-    """Write release.json, which covers the folder's files as they are. made: the moment of signing,
-    which other files name too; "" for now. Errors: InfrastructureError."""
+    """Write release.json, which covers the folder's files as they are.
+
+    - folder: the dossier
+    - key: the coordinator's signing key, or one that was made for a simulation
+    - ca: the certificate of the consortium's CA (PEM); "" for a simulation
+    - made: the moment of signing, which other files name too; "" for now
+
+    Errors: InfrastructureError."""
     names = list_covered(folder)
     body = {
         "format": FORMAT,
@@ -103,7 +109,8 @@ def read_release(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the folder's files are exactly those that were signed, byte by byte.
+    """Check that the folder's files are exactly those that were signed, byte by byte. files, sizes:
+    path in the folder -> sha256, and size in bytes, as release.json states them.
 
     Errors: NotGenuine."""
     present = list_covered(folder)
@@ -125,8 +132,13 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
 
 
 def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -> dict[str, Any]:
-    """Build an approval of a release, signed with the approver's own key. release: the release's
-    digest."""
+    """Build an approval of a release, signed with the approver's own key; return the content of its
+    file.
+
+    - release: the release's digest, as `read_release` returns it
+    - key: the approver's signing key; its public key goes into the approval
+    - name, role: who approves, and in which role
+    - reason: why the person approves"""
     body = {
         "format": APPROVAL,
         "release": release,
@@ -140,8 +152,9 @@ def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -
 
 
 def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
-    """Read and check every approval of a release. release: its digest. Errors: NotGenuine (an
-    approval is of another release or was changed, or another file lies among them)."""
+    """Read and check every approval of a release; return their contents without the signatures, []
+    if there are none. release: its digest. Errors: NotGenuine (an approval is of another release or
+    was changed, or another file lies among them)."""
     inside, read = folder / APPROVALS, []
     if inside.is_symlink():
         fail(inside, "is a link", "the approvals' own folder")
@@ -166,7 +179,8 @@ def file_name(key: str) -> str:
 
 
 def _read(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, Any], bytes]:
-    """Read a signed file, which must have exactly these fields. Errors: NotGenuine."""
+    """Read a signed file, which must have exactly the fields of `kinds` (field -> type), and the
+    value `form` in "format". Return its content, and its bytes. Errors: NotGenuine."""
     body, data = signed_json(path, form)
     if {name: type(value) for name, value in body.items()} != kinds:
         fail(path, "is not what is signed here")

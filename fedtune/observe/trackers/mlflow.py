@@ -47,8 +47,12 @@ class MLflow(Tracker):
             client.set_terminated(runs.pop(), ENDS[kind])
 
     def _run(self, data: Mapping[str, Any]) -> str:
-        """Begin an MLflow run or, if the run is resumed, find the newest MLflow run of its plan.
-        Return the MLflow run's id."""
+        """Return the id of the MLflow run to which this run's figures go: a new one or, if the run
+        is resumed, the newest MLflow run of its plan. A resumed run that MLflow does not know gets
+        a new one too.
+
+        data: the fields of the run's "start" event. The run is resumed if "done" is not zero and
+        the plan's digest is given."""
         client, facts = self._client, about(data)  # type: ignore[attr-defined]
         name, plan = str(facts.get("study") or "study"), str(facts.get("plan_digest") or "")
         known = client.get_experiment_by_name(name)

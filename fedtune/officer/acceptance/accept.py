@@ -61,6 +61,11 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     the public start (if the run's folder still has it) and the site's own model, if it named one,
     are measured on the same records. If the run is a personal model, so is the released one.
 
+    run: a run, or the path of its folder or dossier. site: the site whose [acceptance] states the
+    records and the rules.
+
+    Returns: the decision, its figures, and the folder to which they were written.
+
     >>> import fedtune
     >>> fedtune.accept(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
     Traceback (most recent call last):
@@ -141,7 +146,14 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
 def _sign_record(
     run: Run, table: AcceptanceTable, keyed: str, figures: dict[str, Any], key: SigningKey
 ) -> dict[str, Any]:
-    """Build and sign the record of a decision."""
+    """Build and sign the record of a decision; return it with its signature.
+
+    - run: the judged run, whose plan, base and adapter the record names by their digests
+    - table: the site's [acceptance], of which the record holds the digest
+    - keyed: the salted digest of the held-out records, as in HeldOut
+    - figures: the content of figures.json; the record takes over the fields that DECIDED lists, the
+      names of site and study, and the counts of earlier decisions
+    - key: the site's signing key"""
     body: dict[str, Any] = {
         "format": FORMAT,
         "site": figures["site"],
@@ -160,7 +172,9 @@ def _sign_record(
 
 
 def _model(run: Run) -> dict[str, str]:
-    """Identify the judged model by its plan, its base, and the files of its adapter."""
+    """Return what identifies the judged model: the digests "plan" and "base" (the base's name if it
+    has no digest), "adapter", of the adapter's files, and "signature", of the file with the run's
+    signature, "" if there is none."""
     facts = {
         "plan": run.study.digest,
         "base": run.study.base.digest or run.study.base.model,
@@ -179,8 +193,9 @@ def _name(record: dict[str, Any]) -> str:
 
 
 def read_record(path: Path, public: str) -> dict[str, Any]:
-    """Read the record of a decision. Errors: InputError unless the site with this public key
-    signed it."""
+    """Return the content of the record of a decision, with its signature. path: the file
+    record.json. public: the site's public signing key, in hexadecimal. Errors: InputError unless
+    the site with this key signed the record."""
     record = reading.json_in(path, "the record of an acceptance")
     body = {key: value for key, value in record.items() if key != "signature"}
     try:
@@ -194,8 +209,12 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
 
 def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
     """Count the earlier decisions at this site on the same records ("earlier"), and the different
-    models and settings among them. With each further decision it becomes more probable that one
-    passes by chance."""
+    models and settings among them ("models", "settings"). With each further decision it becomes
+    more probable that one passes by chance.
+
+    state: the site's state folder, where the records of decisions lie. public: the key by which
+    they must be signed; other files are skipped. keyed: the salted digest of the held-out records,
+    as in HeldOut."""
     models = set[str]()
     settings = set[str]()
     number = 0

@@ -20,7 +20,7 @@ ROW, NAMES, WIDE = (
 
 def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
     """Return a picture of the share of correct predictions against the predicted probability, with
-    one point for each bin."""
+    one point for each bin of probability. bins: the content of "reliability" in figures.json."""
     page = Picture(int(LEFT + SIDE + 40), int(TOP + SIDE + 56), "Reliability")
     page.text(LEFT, 26, "share right, by the probability said", "bold")
 
@@ -44,7 +44,8 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
 
 def differences(measure: str, rows: Sequence[Mapping[str, Any]], level: float) -> Picture:
     """Draw for each group the difference from all others, with its interval. A group whose interval
-    does not contain 0 is marked."""
+    does not contain 0 is marked. measure: the measure's name. rows: the resolved comparisons in
+    this measure, as figures.json has them. level: the confidence of each interval."""
     edges = [bound for row in rows for bound in row["difference"]["interval"]]
     most = max(map(abs, edges), default=0.0) or 1.0
     height = TOP + ROW * len(rows)

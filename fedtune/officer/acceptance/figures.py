@@ -1,4 +1,5 @@
-"""Build every figure of an acceptance as JSON values. NaN and infinities become None."""
+"""Build every figure of an acceptance (a site's decision about a finished model) as JSON values.
+NaN and infinities become None."""
 
 from __future__ import annotations
 
@@ -20,8 +21,12 @@ WORST = 20  # the number of worst errors that are listed
 
 
 def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
-    """Judge the model, and return the content of figures.json, from which the page is made. Errors:
-    ConfigError, as for judge."""
+    """Judge the model, and return the content of figures.json, from which the page is made.
+
+    - table: the site's [acceptance], with the rules
+    - scored: the scores of the judged model and of those with which it is compared
+
+    Errors: ConfigError if a rule names a figure that these records do not have."""
     held_out, scores = scored.held_out, scored.scores[MODEL]
     judgement = judge(table, scores, held_out.units, held_out.groups, scored.labels)
     tested = [one for one in judgement.compared if one.found is not None]
@@ -55,9 +60,9 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
 
 def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return the measures of each model. For every model but the judged one, also return by how
-    much the judged model's figure is higher, with an interval from the same resamples of
-    patients."""
+    """Return model → measure → its figure and interval, as a dict. For every model but the judged
+    one, the dict also has "change", by how much the judged model's figure is higher, and
+    "change_interval", from the same resamples of patients."""
     units = scored.held_out.units
     ours = Sample(scored.scores[MODEL], units)
     found: dict[str, dict[str, Any]] = {}
@@ -83,7 +88,9 @@ def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
 
 def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
     """List the worst errors, at most WORST: for classes the wrong predictions with the highest
-    confidence, else the records with the highest loss."""
+    confidence, else the records with the highest loss. Each row names the record's file and row,
+    and has its loss; for classes also the true and the predicted class, and the probability of the
+    predicted one. labels: the classes, in the order of their indices."""
     if scores.confidence is not None:
         wrong = np.flatnonzero(scores.chosen != scores.gold)
         order = wrong[np.argsort(-scores.confidence[wrong], kind="stable")]
@@ -107,8 +114,8 @@ def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> li
 
 
 def _reliability(scores: Scores) -> list[dict[str, float]]:
-    """Return for each bin of probability that has records its edges, number of records, mean
-    probability and share of correct predictions."""
+    """Return a dict for each bin of probability that has records: its edges, number of records,
+    mean probability and share of correct predictions."""
     cells = bins_of(scores).sum(axis=0)
     return [
         {

@@ -9,10 +9,10 @@ records are fully correlated. Two groups' shares are compared by Newcombe's (199
 both intervals.
 
 For any other measure, the difference of two groups is compared with the differences that random
-exchanges of patients between the groups give (Noreen 1989, chapter 2; Phipson & Smyth 2010). So
-without a true difference one is found with at most the stated probability, whatever the measure's
-distribution. The interval extends to both sides by the size that these random differences exceed
-only with that probability."""
+exchanges of patients between the groups give (Noreen 1989, chapter 2; Phipson & Smyth 2010). So if
+the groups do not truly differ, a difference is found with at most the stated probability, whatever
+the measure's distribution. The interval extends from the difference to both sides by the size that
+random differences exceed only with that probability."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ class Interval(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A measure on some patients' records. weight: the effective number of patients with equal
-    weight."""
+    """A measure on some patients' records.
+
+    - figure, interval: the measure's value, and the interval of its true value
+    - patients, records: how many count in it
+    - weight: the effective number of patients: how many of equal weight would give such an interval
+    """
 
     figure: float
     interval: Interval
@@ -52,8 +56,9 @@ class Measured(NamedTuple):
 class Sample:
     """Scores of some records, by patient.
 
-    units: the patient of each record, (n,); rows: which records are selected, bool (n,); None
-    selects all."""
+    - scores: a model's scores on all n records
+    - units: the patient of each record, (n,)
+    - rows: which records are selected, bool (n,); None selects all"""
 
     def __init__(self, scores: Scores, units: np.ndarray, rows: np.ndarray | None = None) -> None:
         self._scores = scores
@@ -69,14 +74,16 @@ class Sample:
         return int(self._rows.sum())
 
     def sums(self, measure: Measure) -> Array:
-        """Add up a measure's parts over each patient's records, (patients, d)."""
+        """Return the sums of a measure's parts (d numbers for each record) over each patient's
+        records, (patients, d)."""
         parts = measure.parts(self._scores)[self._rows]
         sums = np.zeros((self.patients, parts.shape[1]))
         np.add.at(sums, self._unit, parts)
         return sums
 
     def resample(self, measure: Measure) -> Array:
-        """Compute the measure on RESAMPLES draws of as many patients, with replacement."""
+        """Return the measure's value on each of RESAMPLES resamples: as many patients as there are,
+        drawn with replacement."""
         return resamples(self.sums(measure), measure)
 
     def of_measure(self, measure: Measure, level: float = 0.95) -> Measured:
@@ -101,9 +108,9 @@ class Sample:
         return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
 
     def bound_unseen(self, measure: Measure, level: float) -> float:
-        """If the model is right on all of these records, or wrong on all, return an upper bound on
-        the share of records on which it is not. Return 0 in all other cases, and for a measure
-        without `errs`."""
+        """Bound how often a model that was right on all of these records is wrong on others: return
+        an upper bound on the share of records. For a model that was wrong on all, bound the share
+        on which it is right. Return 0 in all other cases, and for a measure without `errs`."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
         if not measure.errs or 0 < right.mean() < 1:
             return 0.0
@@ -112,14 +119,16 @@ class Sample:
 
 
 def resamples(sums: Array, measure: Measure) -> Array:
-    """Compute a measure on resamples of patients, from a fixed seed; sums: (patients, d)."""
+    """Return a measure's value on each of RESAMPLES resamples of patients, from a fixed seed. sums:
+    the sums of the measure's parts over each patient's records, (patients, d)."""
     if len(sums) <= SMALL:
         return measure.figure(_small_draws(len(sums)) @ sums)
     return np.concatenate([measure.figure(times @ sums) for times in _draws(len(sums))])
 
 
 def _draws(n: int) -> Iterator[Array]:
-    """Yield how often each of n patients is drawn, (resamples, n), block by block."""
+    """Yield how often each of n patients is drawn in each resample, as arrays (resamples, n). The
+    arrays have RESAMPLES rows together."""
     random, block = np.random.default_rng(SEED), max(1, BLOCK // n)
     for start in range(0, RESAMPLES, block):
         size = min(block, RESAMPLES - start)
@@ -134,7 +143,8 @@ def _small_draws(n: int) -> Array:
 
 def clopper_pearson(share: float, n: float, level: float) -> Interval:
     """Return the interval of a share among n patients of equal weight. It is exact if n is the
-    number of patients, and not an effective number.
+    number of patients, and not an effective number. level: the confidence, such as 0.95. Without a
+    patient the interval is (0, 1).
 
     >>> low, high = clopper_pearson(1.0, 10, 0.95)
     >>> round(low, 3), high
@@ -149,7 +159,8 @@ def clopper_pearson(share: float, n: float, level: float) -> Interval:
 
 
 class Difference(NamedTuple):
-    """A group's figure minus that of all others, with its interval."""
+    """A group's figure in one measure minus that of all others, with the interval of this
+    difference."""
 
     figure: float
     interval: Interval
@@ -159,7 +170,12 @@ def differences(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[Difference]:
     """Return for each measure the difference between a group and all others, with its interval at
-    this confidence."""
+    this confidence.
+
+    - measures: the measures, in the order of the result
+    - group: the records of the group's patients
+    - others: the records of all other patients, scored by the same model
+    - level: the confidence of each interval, such as 0.95"""
     halves = iter(_exchange([m for m in measures if not m.share], group, others, level))
     found = []
     for measure in measures:
@@ -176,6 +192,12 @@ def differences(
 
 
 def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) -> Difference:
+    """Compute the difference of a share between two groups of patients, with the interval that
+    combines the intervals of both shares (Newcombe 1998).
+
+    - measure: the measure, which is a share of records
+    - group, others: the records of the group's patients, and of all other patients
+    - level: the confidence of the interval"""
     one, other = group.of_measure(measure, level), others.of_measure(measure, level)
     found = one.figure - other.figure
     below = math.hypot(one.figure - one.interval.low, other.interval.high - other.figure)
@@ -186,9 +208,13 @@ def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) ->
 def _exchange(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[float]:
-    """Draw random groups of as many patients as `group` from both groups together, and return for
-    each measure the size of difference from the rest that such a group exceeds with probability 1 -
-    level."""
+    """Return for each measure how large a difference between two groups arises by chance: the size
+    that is exceeded only with probability 1 - level if as many patients as `group` has are drawn at
+    random from all patients, and compared with the rest.
+
+    - measures: the measures, none of which is a share of records; [] gives []
+    - group, others: the records of the group's patients, and of all other patients
+    - level: a probability, such as 0.95"""
     if not measures:
         return []
     sums = [np.concatenate([group.sums(m), others.sums(m)]) for m in measures]
@@ -205,8 +231,9 @@ def _exchange(
 
 
 def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
-    """Choose at random, `draws` times, which `size` of n patients form a group. Return blocks
-    (draws, n) of ones and zeros."""
+    """Choose at random, `draws` times, which `size` of n patients form a group. Return arrays of
+    ones (chosen) and zeros with n columns and a row for each choice; the arrays have `draws` rows
+    together. The seed is fixed."""
     few = n * draws <= 4 * BLOCK
     return [_cached_choice(n, size, draws)] if few else _choice(n, size, draws)
 

@@ -31,7 +31,13 @@ BOTH = "its interval lies on both sides"
 
 @dataclass(frozen=True)
 class Judged:
-    """A figure with its threshold. of: "" for all records, else the group, as "COLUMN = VALUE"."""
+    """A figure with its threshold.
+
+    - measure: the name of the measure
+    - of: "" for all records, else the group, as "COLUMN = VALUE". A group's figure is by how much
+      it is worse than all others
+    - bound: the threshold that the site states
+    - why: the reason why it is not resolved; "" if it is accepted or refused"""
 
     measure: str
     of: str
@@ -66,6 +72,8 @@ class Judgement:
     """The judgement of a model.
 
     - decision: the decision by all figures together
+    - judged: each figure that has a threshold
+    - compared: each group's comparison with all others, in each measure
     - level: the confidence of each group comparison's interval
     - overall: measure → its value on all records"""
 
@@ -91,8 +99,13 @@ def judge(
 ) -> Judgement:
     """Judge one model's scores on a site's held-out records.
 
-    units: the patient of each record, (n,); groups: by column, each record's value; labels: the
-    classes. Errors: ConfigError (a threshold on a figure that these records do not have)."""
+    - table: the site's [acceptance], with thresholds and the least size of a group
+    - scores: the model's scores on the n records
+    - units: the patient of each record, (n,)
+    - groups: column → each record's value in it
+    - labels: the classes or choices, in the order of their indices in `scores`; () without classes
+
+    Errors: ConfigError (a threshold on a figure that these records do not have)."""
     known = measures_of(scores, labels)
     named = _list_bounds(table, known)
     everybody = Sample(scores, units)
@@ -132,7 +145,12 @@ def _combine(judged: Sequence[Judged]) -> Decision:
 def _too_few(
     measure: Measure, sample: Sample, known: Mapping[str, Measure], table: AcceptanceTable
 ) -> str:
-    """Return why a measure of these records cannot be resolved; "" if it can."""
+    """Return why a measure of these records cannot be resolved; "" if it can.
+
+    - measure: the measure; a recall counts only the patients with records of its class
+    - sample: the records that are measured, by patient
+    - known: name → measure, for all measures of these records; its recalls name the classes
+    - table: the site's [acceptance], with the least number of patients"""
     if measure.name.startswith(RECALL):
         patients = sample.of_measure(measure).patients
     else:
@@ -155,6 +173,12 @@ def _too_few(
 
 
 def _judge_one(measure: Measure, bound: float, found: Measured, few: str) -> Judged:
+    """Judge a figure of all records by its threshold.
+
+    - measure: the measure, which says whether a higher value is better
+    - bound: the site's threshold
+    - found: the figure with its interval
+    - few: why the figure cannot be resolved; "" if it can"""
     low, high = found.interval
     sign = 1 if measure.higher_is_better else -1
     decision: Decision = "not resolved"
@@ -177,8 +201,16 @@ def _compare_groups(
     named: Mapping[str, float],
 ) -> tuple[list[Compared], float]:
     """Compare each group with all others in every measure by which the site judges. The calibration
-    error, which is larger for fewer records, is replaced by the model's overconfidence. Returns:
-    the comparisons, and the confidence of each interval."""
+    error, which is larger for fewer records, is replaced by the model's overconfidence.
+
+    - table: the site's [acceptance], with the least size of a group and the bounds on differences
+    - scores: the model's scores on the n records
+    - units: the patient of each record, (n,)
+    - groups: column → each record's value in it
+    - known: name → measure, for all measures of these records
+    - named: measure → threshold, for the measures that have one
+
+    Returns: the comparisons, and the confidence of each interval."""
     also = [str(name) for name in table.differences if name not in named]
     measures = [known[GAP if name == "ece" else name] for name in [*named, *also]]
     rows: list[Compared] = []
@@ -216,7 +248,8 @@ def _judge_groups(
     table: AcceptanceTable, known: Mapping[str, Measure], compared: Sequence[Compared]
 ) -> list[Judged]:
     """Judge how much worse each resolved group is, in the measures for which the site sets a
-    bound."""
+    bound. table: the site's [acceptance], with these bounds. known: name → measure. compared: the
+    comparisons of all groups with all others."""
     judged = []
     for row in compared:
         if row.difference is None or row.measure not in table.differences:

@@ -28,11 +28,13 @@ BASE = "base alone"
 
 @dataclass
 class Scored:
-    """The scores of each model on the same records, MODEL first.
+    """The scores of several models on the same records.
 
+    - held_out: the records
+    - scores: model → its scores; the judged model, MODEL, is the first
     - labels: the classes or choices
-    - not_scored: model → why it has no scores
-    - cut: number of records of which a part was not read"""
+    - cut: number of records of which a part was not read
+    - not_scored: model → why it has no scores"""
 
     held_out: HeldOut
     scores: dict[str, Scores]
@@ -43,7 +45,13 @@ class Scored:
 
 def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -> Scored:
     """Score this run's model, its base, the public start, and the site's own model; if the run is a
-    personal model, score the released one too.
+    personal model, score the released one too. All are scored on the same records.
+
+    - run: the run whose model is judged
+    - table: the site's [acceptance], which names the records and, if there is one, the site's own
+      model
+    - site: the site, for which records to leave out
+    - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
 
     Errors: ConfigError, DataError, ModelError, as of evaluator_of and read_held_out."""
     read: list[HeldOut] = []

@@ -1,5 +1,6 @@
-"""Render an acceptance as one HTML page without scripts or requests, for screen, phone and paper,
-light and dark."""
+"""Render a site's acceptance (its decision about a finished model, with the figures on its own
+held-out records) as one HTML page without scripts or requests, for screen, phone and paper, light
+and dark."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ TELLING = (
 
 
 def page(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """Return a decision (`record`) and its figures as an HTML page, in which every text of them is
-    escaped."""
+    """Return a decision and its figures as an HTML page, in which all texts are escaped. figures:
+    the content of figures.json. record: the signed record of the decision."""
     name = escape(f"Acceptance of {figures['study']} at {figures['site']}")
     kind = {"accepted": "accepted", "refused": "refused"}.get(figures["decision"], "open")
     content = {"sections": list(_sections(figures, record))}
@@ -102,7 +103,8 @@ def _because(figures: Mapping[str, Any]) -> str:
 
 
 def _name_different(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each group that differs, once, with the measures in which it differs."""
+    """Yield a text for each group that differs from all others: its name, and the measures in which
+    it differs, each as better or worse. figures: the content of figures.json."""
     found: dict[str, list[str]] = {}
     for one in figures["compared"]:
         if one["found"]:

@@ -38,8 +38,9 @@ class HeldOut:
 
     - units: the patient of each record, (n,)
     - groups: column → each record's value
-    - places: the place of each record
-    - left_out: reason → number of patients; of those who did not agree, the number of records
+    - places: the file and row of each record
+    - left_out: reason → number of patients; but for the reason "did not agree, by record" the
+      number of records
     - rejected: reason → number of records
     - keyed: a digest of the records under the site's salt, which tells nobody else what they are
     - compared_by: what was compared with the records that train: "patients" or, without a patient
@@ -71,8 +72,15 @@ def read_held_out(
     taught: Collection[str] = (),
 ) -> HeldOut:
     """Read the records of [acceptance] as the study's model reads records, but without a cap on a
-    patient's records. taught: salted hashes of patients on whom a personal model was trained, who
-    are left out even if they are no longer in [data].
+    patient's records.
+
+    - table: the site's [acceptance], with the place and columns of the records
+    - site: the site, with whose [data] they are compared
+    - study: the study of the model that is to be scored
+    - network: the network of this study, whose tokenizer and file reader are used
+    - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
+    - taught: salted hashes of patients on whom a personal model was trained, who are left out even
+      if they are no longer in [data]; () for a released model
 
     Errors: DataError (a file or columns that cannot be used, or nobody is left), ConfigError (a
     column of groups with more than MOST_GROUPS values)."""
@@ -129,6 +137,12 @@ def _left_out(
 ) -> dict[str, str]:
     """Return each patient who is left out → the reason.
 
+    - records: the records of [acceptance], each with its patient's key
+    - site: the site, whose [data] is read if it is on this machine
+    - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
+    - patients: whether [acceptance] and [data] both name a patient column
+    - taught: salted hashes of patients on whom a personal model was trained
+
     Patients count as trained on if they are in [data] now, or ever were members of a dataset of
     this site other than its [evaluation]. They are recognised by the patient's key if both tables
     name a patient column, and in any case by an image, a recording or a text of LONG characters; if
@@ -173,8 +187,9 @@ def _digest_records(records: list[Record], ledger: Ledger) -> str:
 
 
 def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, list[str]]:
-    """Read the columns that group the records, and return column → each record's group. Errors:
-    DataError (a column that does not exist), ConfigError (too many values)."""
+    """Read the columns that group the records, and return column → the name of each record's group.
+    places: the file and row of each record. Errors: DataError (a column that does not exist),
+    ConfigError (too many values)."""
     if not table.groups:
         return {}
     return groups_at(

@@ -75,11 +75,13 @@ class Choice:
 
 
 class Fit:
-    """Fits the network's parameters to some rows. The parameters must hold the released values at
-    first.
+    """Fits the network's parameters to records, which its methods take by their numbers (rows). The
+    parameters must hold the released values at first.
 
-    scales: name → the factor by which a parameter's change is multiplied; the pull acts on the
-    change before this multiplication."""
+    - parameters: name → the parameter of the network that is trained
+    - scales: name → the factor by which a parameter's change is multiplied; the pull acts on the
+      change before this multiplication
+    - losses: yields, batch by batch, the numbers of given records and their losses"""
 
     def __init__(
         self,
@@ -94,7 +96,11 @@ class Fit:
     def path(
         self, rows: Sequence[int], pull: float, steps: Sequence[int]
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Fit to `rows`, and yield name → change after each number of steps that `steps` lists."""
+        """Fit to `rows`, and yield name → change after each number of steps that `steps` lists.
+
+        rows: the numbers of the records. pull: the weight of half the squared distance from the
+        released values, which is added to the mean loss. steps: numbers of L-BFGS steps, in rising
+        order."""
         change = {n: torch.zeros_like(p, requires_grad=True) for n, p in self._parameters.items()}
         optimiser = torch.optim.LBFGS(
             list(change.values()), max_iter=1, max_eval=25, line_search_fn="strong_wolfe"
@@ -111,7 +117,9 @@ class Fit:
     def _gradients(
         self, rows: Sequence[int], pull: float, change: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Compute the regularised loss, and set the gradients of `change`."""
+        """Return the loss that a fit to `rows` minimises, fp64: their mean loss plus `pull` / 2
+        times the squared length of `change`. Set `change`'s gradients to the gradients of this
+        loss. change: name → a parameter's change from the released value, before it is scaled."""
         self.load({n: self._scales[n] * d.detach() for n, d in change.items()})
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -129,7 +137,8 @@ class Fit:
 
     @torch.no_grad()
     def load(self, change: Mapping[str, torch.Tensor], share: float = 1.0) -> None:
-        """Set the parameters to the released values plus a share of a change."""
+        """Set the parameters to the released values plus a share of a change. change: name → the
+        scaled change, as `path` yields it."""
         for name, parameter in self._parameters.items():
             parameter.copy_((self._released[name] + share * change[name]).clamp_(-LARGEST, LARGEST))
 
@@ -158,9 +167,15 @@ class Fit:
 
 def choose(fit: Fit, folds: Sequence[Sequence[int]], units: np.ndarray, grid: Grid) -> Choice:
     """Choose how to fit, by the losses of each fold's rows under a fit to all rows that are not in
-    the fold. Rows need not be in any fold.
+    the fold. Rows that are in no fold are part of every fit.
 
-    units: the patient of each row, (n,). Afterwards the parameters hold the released values."""
+    - fit: the parameters and the records' losses
+    - folds: the numbers of the rows in each fold; all rows of a patient are in one fold
+    - units: the patient of each row, (n,)
+    - grid: the pulls, steps and shares that are tried
+
+    Returns: the best way to fit, and a bound on how much better it is than the released model.
+    Afterwards the parameters hold the released values."""
     everyone, ways = range(len(units)), grid.ways
     tested = [row for fold in folds for row in fold]
     fit.restore()

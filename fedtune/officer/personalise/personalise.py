@@ -63,6 +63,9 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     those of [acceptance] and [evaluation]. `predict`, `evaluate`, `generate` and `accept` use the
     result at this site; nothing else opens it.
 
+    run: a run, or the path of its folder or dossier. Returns: the file of the sealed model, if one
+    was kept, how it compares with the released one, and the numbers of records.
+
     >>> import fedtune
     >>> fedtune.personalise(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
     Traceback (most recent call last):
@@ -94,9 +97,13 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
 
 
 def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
-    """Choose how to fit, and fit to all of the site's records. Nothing is written. Returns: the
-    records, the choice, and the fitted arrays, None if the released model is kept. Errors:
-    DataError, ModelError."""
+    """Choose how to fit, and fit to all of the site's records. Nothing is written.
+
+    run: the run whose model is trained further. site: the site whose [data] is read. ledger: the
+    site's ledger, which knows who withdrew.
+
+    Returns: the records, the choice, and the fitted arrays, None if the released model is kept.
+    Errors: DataError, ModelError."""
     saved, study = run.adapter(), own_study(run.study)
     network = build(study)
     network.adopt(study, {name: value for name, value in saved.items() if "lora_A" in name})
@@ -116,9 +123,9 @@ def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | N
 
 
 def own_study(study: Study) -> Study:
-    """Return the study with which a site trains the released arrays, without sums or a teacher.
-    With class statistics it trains the head that was made of them; with soft targets it uses the
-    records' own targets."""
+    """Return the study with which a site trains the released arrays further: the run's study, with
+    an objective that needs neither class statistics nor a teacher. With class statistics it trains
+    the head that was made of them; with soft targets it uses the records' own targets."""
     objective = study.objective.resolved
     changes: dict[str, Any] = {}
     if objective.directions or objective.teacher_spec:
@@ -140,8 +147,9 @@ def _scales(network: Network) -> dict[str, float]:
 
 
 def _losses(objective: Objective, data: CachedDataset) -> Losses:
-    """Return the function that computes the losses of given records. For a head, each passage is
-    one vector, so all records are joined into one batch beforehand."""
+    """Return a function that takes the numbers of records and yields, batch by batch, the numbers
+    and the losses of the batch's records. For a head, each passage is one vector, so all records
+    are joined into one batch beforehand."""
     network = data.network
     everything = _joined(data) if network.pooled else None
 

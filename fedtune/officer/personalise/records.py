@@ -51,7 +51,12 @@ class Own:
 
 def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
     """Read the site's records as the study reads them, a patient's records together if the site
-    names a patient column.
+    names a patient column. Patients who withdrew or are held out are left out.
+
+    - site: the site, whose [data] is read; [acceptance] and [evaluation] name who is held out
+    - study: the study with which the personal model is trained
+    - network: the network of this study, whose tokenizer and file reader are used
+    - ledger: the site's ledger, which knows who withdrew, and whose salt orders the patients
 
     Errors: DataError (a file or columns that cannot be used, or fewer than LEAST patients)."""
     record_format = check_columns(site.data, study, network.tokenizer, reader=network.reader)
@@ -95,6 +100,11 @@ def _left_out(
     records: list[Record], site: Site, ledger: Ledger, by_patient: bool
 ) -> dict[str, str]:
     """Return each patient who is left out → the reason.
+
+    - records: the records of [data], each with its patient's key
+    - site: the site; its [acceptance] and [evaluation] are read if they are on this machine
+    - ledger: the site's ledger, which knows who withdrew
+    - by_patient: whether [data] names a patient column
 
     A held-out patient is recognised by the key, if both tables name a patient column, and in any
     case by a whole record, an image, a recording or a long text that is held out too."""

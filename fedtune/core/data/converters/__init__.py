@@ -24,10 +24,13 @@ class Converter(ABC):
     def convert(self, rows: list[Row]) -> list[Row]:
         """Return the rows that are read in place of `rows`.
 
-        rows: all rows of one unit, in the order of the file: a patient's rows, or a single row
-        if the unit is the record, of which at most one row may be made. Each is a dict by column
-        of texts, numbers, truth values, None, bytes, and lists and dicts of these.
-        Returns: rows without bytes; an image or recording must be one that `rows` name.
+        - rows: all rows of one unit, in the order of the file. If the unit is a patient, they are
+          all rows of this patient. If it is the record, this is a single row, in whose place at
+          most one row may be returned. Each row is a dict by column of texts, numbers, truth
+          values, None, bytes, and lists and dicts of these
+
+        Returns: rows without values of type bytes. A returned row may name an image or recording
+        only if one of `rows` names it too.
 
         The method runs in a process without files, clock and network, which ends afterwards. If it
         raises, or exceeds the limits of core/data/conversion.py, the unit has no record, and no

@@ -17,8 +17,8 @@ Classes = Mapping[str, Sequence[str]]  # by column of class numbers, the classes
 
 
 def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
-    """Add a file's columns to `names`, and return those of them that are requested. Import what
-    their cells need."""
+    """Add the names of a file's columns to `names`, and return the requested ones that the file
+    has. Import the modules that Arrow needs for the cells of these columns."""
     names.header(list(schema.names))
     columns = sorted(set(names.keys.values()) & set(schema.names))
     _import_what_cells_need([schema.field(name).type for name in columns])
@@ -42,7 +42,8 @@ def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
 
 
 def _zones(type_: pa.DataType) -> set[str]:
-    """Return the time zones that this type names, also in its parts."""
+    """Return the names of the time zones in an Arrow type, those in its fields and elements
+    included."""
     parts = [type_.field(index).type for index in range(type_.num_fields)]
     parts += [type_.value_type] if hasattr(type_, "value_type") else []
     own = {type_.tz} if getattr(type_, "tz", None) else set()
@@ -52,13 +53,12 @@ def _zones(type_: pa.DataType) -> set[str]:
 def rows_of(
     batch: pa.RecordBatch, columns: Sequence[str], classes: Classes | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row of a batch, or the reason why it cannot be used. classes: for a column of
-    class numbers, the names that take the numbers' place.
+    """Yield each row of a batch as a dict of the cells in `columns`, or the reason why the row
+    cannot be used. classes: for a column of class numbers, the names that take the numbers' place.
 
     Errors, before any row: pyarrow.ArrowInvalid if an offset of the file points outside its own
     cell, to another patient's text or to memory beyond the file; DataError for a column of a type
-    that is not read. Guarantee: no error depends on a value; a value affects only its own row.
-    """
+    that is not read. Guarantee: no error depends on a value; a value affects only its own row."""
     cells = {name: batch.column(name) for name in columns}
     for column in cells.values():
         column.validate()
@@ -122,8 +122,9 @@ def _check(column: pa.Array) -> None:
 
 
 def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
-    """Check where each list begins and ends, on lists of nulls with these offsets, and then check
-    the lists' elements. Errors: as for `_check`."""
+    """Check a column of lists: first where each list begins and ends, and then the lists' elements.
+    of_nulls: the type of such lists if their elements were nulls, with which Arrow checks no
+    values. Errors: pyarrow.ArrowInvalid; DataError for elements of a type that is not read."""
     import pyarrow as pa
 
     values = column.values
@@ -156,7 +157,7 @@ def _value(cell: pa.Scalar) -> Any:
 
 def _class(labels: Sequence[str], number: int) -> str | None:
     """Return the name of the class with this number; None for -1, which marks a missing class.
-    Errors: ValueError if no class has the number."""
+    labels: the names of classes 0, 1, and so on. Errors: ValueError if no class has the number."""
     if number == -1:
         return None
     if not 0 <= number < len(labels):

@@ -50,28 +50,32 @@ UNDECODABLE = Unusable("not UTF-8")
 
 
 class Database(Protocol):
-    """A connection in a transaction that can write nothing."""
+    """An open connection to a database, in a transaction that can write nothing."""
 
     def describe(self, table: str) -> tuple[list[str], bool]:
-        """Return a table's columns ([] if there is no such table), and whether it is an ordinary
-        table and not, for example, a view."""
+        """Return the names of a table's columns ([] if there is no such table), and whether it is
+        an ordinary table. A view, for example, is none."""
 
-    def columns_of_query(self, query: str) -> list[str]: ...
+    def columns_of_query(self, query: str) -> list[str]:
+        """Return the names of the columns of a query's result, in order."""
 
     def numbers(self, text: str) -> list[str]:
-        """Return the kind of number of each column of a statement: FLOAT, DECIMAL or ""."""
+        """Return the kind of number of each column that a SQL statement (`text`) reads: FLOAT,
+        DECIMAL, or "" for any other type."""
 
     def as_text(self, cell: str) -> str:
-        """Return the SQL expression that reads a cell as text."""
+        """Return the SQL expression for which `read` yields a cell as text. cell: the expression
+        that names the cell's column."""
 
     def read(self, text: str, width: int) -> Iterator[Sequence[Cell]]:
-        """Yield the rows of a statement that reads `width` columns."""
+        """Run a SQL statement (`text`) that reads `width` columns, and yield the rows of its
+        result."""
 
 
 def number_text(cell: Cell, kind: str) -> Cell:
     """Return a number's text in one form, so that equal numbers, such as 7, 7.0 and 7.00, are one
     key, as they are in files. A NaN becomes None; a cell that is no number is returned unchanged.
-    kind: the kind of number of its column."""
+    kind: FLOAT, DECIMAL or "", as `Database.numbers` says of the cell's column."""
     if not kind or not isinstance(cell, str):
         return cell
     try:
@@ -89,12 +93,13 @@ def number_text(cell: Cell, kind: str) -> Cell:
 
 
 def quote_name(*names: str) -> str:
-    """Quote a name for SQL, or several that belong together, such as a schema and its table."""
+    """Return a name quoted for SQL. Several names that belong together, such as a schema and its
+    table, are joined by dots."""
     return ".".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
 def require_driver(kind: str) -> None:
-    """Check that a database's driver is installed. Errors: ConfigError."""
+    """Check that the package that reads a kind of database is installed. Errors: ConfigError."""
     driver = DRIVERS.get(kind)
     if driver and importlib.util.find_spec(driver) is None:
         raise ConfigError(
@@ -104,8 +109,11 @@ def require_driver(kind: str) -> None:
 
 @contextmanager
 def connected(url: str, password: str | None, where: object) -> Iterator[Database]:
-    """Connect to a database, and yield it within its one transaction. where: the name of the
-    database in errors.
+    """Connect to a database, and yield it within its one transaction.
+
+    - url: the database, as data.options names it
+    - password: PostgreSQL's; None if it is in ~/.pgpass, or none is needed
+    - where: the name of the database in errors
 
     Errors: DataError with the error's type alone, since a database's message may quote a cell."""
     opened = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}[kind_of(url)]
@@ -179,7 +187,8 @@ def _text(raw: bytes) -> str | Unusable:
 
 
 def _plain(cell: Any) -> Cell:
-    """Return a value of SQLite as text, in which 7 and 7.0 are one key."""
+    """Return a value of SQLite as text, in such a form that 7 and 7.0 are one key. None stays None;
+    a value that is neither text nor number, such as a blob, becomes Unusable."""
     if cell is None or isinstance(cell, str | Unusable):
         return cell
     if isinstance(cell, int | float):
@@ -188,7 +197,8 @@ def _plain(cell: Any) -> Cell:
 
 
 def _file(url: str) -> Path:
-    """Return the file of a database. Errors: DataError if it does not exist."""
+    """Return the path of the database file that a url names. Errors: DataError if there is no such
+    file."""
     path = file_of(url)
     if not path.is_file():
         raise DataError(f"{path}: no such file", "a database")

@@ -71,7 +71,7 @@ class Names:
     hints: list[str] = field(default_factory=list)  # what may be wrong with a whole file
 
     def begin(self) -> None:
-        """Begin another file."""
+        """Begin another file: forget the row number that a source set in the last one."""
         self.row = 0
 
     def suspect(self, hint: str) -> None:
@@ -95,7 +95,7 @@ class Names:
         return [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
-        """Add the columns in a file's header. shown: whether a message may show them."""
+        """Add the column names in a file's header. shown: whether a message may show them."""
         self.headers.update(names)
         if shown:
             self.shown += [name for name in names if name not in self.shown]
@@ -138,8 +138,8 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]]
 
     def files(self, folder: Path) -> list[Path] | None:
-        """Return the files of a folder that are to be read, if a file beside them lists them; None
-        if each file with one of `suffixes` is to be read. Errors: DataError."""
+        """Return the files of a folder that are to be read, if a file in the folder lists them.
+        Return None if every file with one of `suffixes` is to be read. Errors: DataError."""
         return None
 
     @abstractmethod
@@ -166,18 +166,20 @@ class Collection(Source):
 
     @abstractmethod
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
-        """Yield, for each row, the name of its file or table, and the row or one of REASONS.
+        """Read all rows of a database or folder. Yield, for each row, the name of its file or
+        table, and the row as a dict by column, or one of REASONS if it is rejected.
 
-        What is yielded for a row depends on that patient's rows alone. All else is as for `rows`.
-        """
+        What is yielded for a row depends on that patient's rows alone. where, names, errors: as for
+        `rows`."""
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         return (row for _, row in self.collect(path, names))
 
 
 def is_header(cells: list[str], keys: Keys) -> bool:
-    """Return whether a file's first line may be shown. It may if it has a requested column, or if
-    all its cells look like column names (COLUMN) and one of them has a word of WORDS."""
+    """Return whether a message may show a file's first line, given as its `cells`. It may if a cell
+    is a column that study.toml or site.toml names (`keys`). It may also if all cells look like
+    column names (COLUMN) and one of them has a word of WORDS."""
     if any(column in cells for column in keys.values()):
         return True
     words = {word for cell in cells for word in re.split(r"[_.-]", cell.lower())}
@@ -185,7 +187,8 @@ def is_header(cells: list[str], keys: Keys) -> bool:
 
 
 def find_unclean(text: str) -> str:
-    """Return why a string is unusable in any column, or "". Lone surrogates count as not UTF-8."""
+    """Return the reason why a string is unusable in any column; "" if it is usable. Lone surrogates
+    count as not UTF-8."""
     if "\0" in text:
         return "NUL byte"
     try:

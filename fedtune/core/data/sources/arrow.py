@@ -92,8 +92,8 @@ def _batches(data: BufferedReader) -> Iterator[pa.Schema | pa.RecordBatch]:
 
 
 def _classes(schema: pa.Schema, columns: list[str]) -> Classes:
-    """Return, by column, the names of class numbers, which `datasets` keeps in the schema; {} if
-    they cannot be read."""
+    """Return the names of the class numbers of each column that has any, by column. The package
+    `datasets` keeps them in the schema. Return {} if they cannot be read."""
     try:
         known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = known["info"]["features"]

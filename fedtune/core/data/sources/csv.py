@@ -80,7 +80,8 @@ class Csv(Source):
                     yield dict(zip(header, cells, strict=True))
 
     def _register(self, header: list[str], names: Names) -> None:
-        """Add the file's columns to `names`, and a hint if another delimiter seems to be used.
+        """Add the columns in a file's header to `names`, and a hint if another delimiter seems to
+        be used.
         Errors: DataError if a requested column occurs twice."""
         # In a file without a header the first line is a record, and must not be shown.
         names.header(header, shown=is_header(header, names.keys))
@@ -103,7 +104,8 @@ class Csv(Source):
                 )
 
     def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:
-        """Yield each non-empty row with its number, from 1, as a spreadsheet shows it. Errors:
+        """Yield (number, cells) for each non-empty row of the open file. The number counts from 1,
+        as a spreadsheet shows it. where: the name of the data in an error. Errors:
         NotWellFormed."""
         reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
         try:
@@ -155,7 +157,7 @@ def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
 
 def _header(text: str, mark: str) -> list[str]:
     """Return the cells of a text's first row; [] if it is not CSV, which the reader of the file
-    reports."""
+    reports. mark: the delimiter of cells."""
     try:
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
     except csv.Error:

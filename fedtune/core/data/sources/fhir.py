@@ -84,7 +84,14 @@ class Fhir(Collection):
         people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
         """Return a resource as a row, or the reason why it cannot be used, with the cells that can
-        be read."""
+        be read.
+
+        - line: the resource, as its line of JSON gives it
+        - encounters: the site of each encounter (`_encounters`)
+        - conditions: the names of the conditions of each encounter (`_conditions`); {} if the rows
+          are conditions themselves
+        - replaced: the documents that another document replaces (`_list_replaced`)
+        - people: gender and date of birth of each patient (`_people`)"""
         given = encounters, conditions, replaced, people
         try:
             return self._cells(line, *given)
@@ -104,6 +111,9 @@ class Fhir(Collection):
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row:
+        """Return the cells of the row that a resource becomes, by column. A cell whose value the
+        export does not give is None or "". Parameters as for `_row`. Errors: those of ODD if the
+        resource is not of FHIR's form."""
         patient, context = _patient(line), _table(line.get("context"))
         visit = line.get("encounter") or next(iter(_tables(context.get("encounter"))), None)
         key = patient, _reference(visit, "Encounter")
@@ -167,8 +177,8 @@ class Fhir(Collection):
 
 
 def _files(where: Path, resource: str) -> list[Path]:
-    """Return a folder's files of one kind of resource. Errors: DataError if it is not a folder, or
-    has no such file."""
+    """Return the files of the folder `where` that hold one kind of resource, as their names say.
+    Errors: DataError if it is not a folder, or has no such file."""
     if not where.is_dir():
         raise DataError(f"{where}: no folder", f"a bulk export's folder of {SUFFIX} files")
     found = sorted(p for p in where.iterdir() if p.suffix == SUFFIX and resource in p.name)
@@ -181,7 +191,8 @@ def _files(where: Path, resource: str) -> list[Path]:
 
 
 def _resources(where: Path, resource: str) -> Iterator[Any]:
-    """Yield the readable resources of one kind in the export's folder."""
+    """Yield each readable resource of one kind from the export's folder `where`, as its line of
+    JSON gives it."""
     for path in sorted(where.iterdir()):
         if path.suffix == SUFFIX and resource in path.name and os.path.isfile(path):
             yield from _lines(path, resource)
@@ -197,8 +208,9 @@ def _lines(path: Path, resource: str) -> Iterator[Any]:
 
 
 def _encounters(where: Path) -> dict[Key, dict[str, str]]:
-    """Map each encounter of a patient to its site. Of several encounters with one id, the first in
-    the order of content counts."""
+    """Map each encounter, as (patient, id), to its columns "site" and "site_name": the
+    organisation's id and name, "" if not given. Of several encounters with one id, the first in the
+    order of content counts."""
     found: dict[Key, dict[str, str]] = {}
     for line in _resources(where, "Encounter"):
         try:
@@ -216,8 +228,8 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
 
 
 def _people(where: Path) -> dict[str, dict[str, str]]:
-    """Map each patient's id to gender and date of birth, if they are given. Of several resources
-    with one id, the first in the order of content counts."""
+    """Map each patient's id to gender ("gender") and date of birth ("born"), as far as they are
+    given. Of several resources with one id, the first in the order of content counts."""
     found: dict[str, dict[str, str]] = {}
     for line in _resources(where, "Patient"):
         told = {"gender": line.get("gender"), "born": line.get("birthDate")}
@@ -231,8 +243,8 @@ def _people(where: Path) -> dict[str, dict[str, str]]:
 
 
 def _age(born: str, date: Any) -> int | None:
-    """Return a patient's age at a date, in whole years; None if one of the dates is not given to
-    the day, or the date is before birth."""
+    """Return a patient's age at a date, in whole years. Return None if `born` or `date` is not
+    given to the day, or if the date is before birth."""
     days = [DAY.match(value) if isinstance(value, str) else None for value in (born, date)]
     if not all(days):
         return None
@@ -242,8 +254,8 @@ def _age(born: str, date: Any) -> int | None:
 
 
 def _conditions(where: Path) -> dict[Key, list[str]]:
-    """Map each encounter of a patient to the names of the conditions that refer to it, without
-    those entered in error."""
+    """Map each encounter, as (patient, id), to the names of the conditions that refer to it,
+    without those entered in error."""
     found: dict[Key, list[str]] = {}
     for line in _resources(where, "Condition"):
         try:
@@ -258,9 +270,9 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
 
 
 def _list_replaced(files: list[Path]) -> set[Key]:
-    """Return the documents that another document of the same patient replaces. A document of
-    another patient does not count, since its presence would decide what happens to this patient's.
-    """
+    """Return the documents, as (patient, id), that another document of the same patient replaces. A
+    document of another patient does not count, since its presence would decide what happens to this
+    patient's."""
     found: set[Key] = set()
     for path in files:
         for line in _lines(path, "DocumentReference"):
@@ -284,8 +296,9 @@ def _patient(line: Any) -> str:
 
 
 def _reference(value: Any, kind: str) -> str:
-    """Return the id of the resource to which a reference points, without server and version; "" if
-    there is none, or if it points to another kind of resource or into the resource itself."""
+    """Return the id of the resource to which a reference points, without server and version. Return
+    "" if `value` is no reference, or points to another kind of resource or into the resource
+    itself."""
     text = _table(value).get("reference")
     if not isinstance(text, str) or text.startswith("#"):
         return ""

@@ -44,8 +44,8 @@ class Jsonl(Source):
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield the number of each non-empty line of a file, from 1, with the line's object, or the
-    reason why it has none. Errors: OSError."""
+    """Yield (number, row) for each non-empty line of a file, the numbers from 1. The row is the
+    line's JSON object, or the reason why there is none. Errors: OSError."""
     with reading.open_regular(path) as handle:
         for number, line in enumerate(_lines(handle), 1):
             line = line.removeprefix(BOM)
@@ -54,7 +54,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines; of a line longer than LINE bytes, only its first LINE + 1 bytes."""
+    """Yield the lines of an open file; of a line longer than LINE bytes, only its first LINE + 1
+    bytes."""
     while line := handle.readline(LINE + 1):
         tail = line
         while len(tail) > LINE and not tail.endswith(b"\n"):
@@ -78,8 +79,9 @@ def _json_object(line: bytes, encoding: str) -> Row | str:
 
 
 def _bad_cell(reason: str, line: bytes, encoding: str) -> str:
-    """Return the reason why a line cannot be used, with its cells if the line is a JSON object but
-    for unusable bytes in some of them."""
+    """Return the reason why a line cannot be used. If the line is a JSON object except for unusable
+    bytes in some of its cells, return the reason as a BadCell, which has the cells. encoding: the
+    file's, as Python names it."""
     try:
         value = json.loads(line.decode(encoding, "surrogateescape"), strict=False)
     except MemoryError:

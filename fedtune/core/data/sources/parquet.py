@@ -45,9 +45,10 @@ class Parquet(Source):
 
 
 def _rows_of_group(source: ParquetFile, group: int, columns: list[str]) -> Iterator[Row | str]:
-    """Yield the rows of a row group. If a batch of rows cannot be decoded, as when it has more than
-    2 GiB of nested texts, the rows are decoded one by one, so that a row is lost only if a single
-    row is that long. Errors: pyarrow.ArrowException."""
+    """Yield the rows of one row group of a Parquet file, with the cells in `columns`. If a batch of
+    rows cannot be decoded, as when it has more than 2 GiB of nested texts, the rows are decoded one
+    by one, so that a row is lost only if a single row is that long. Errors:
+    pyarrow.ArrowException."""
     import pyarrow as pa
 
     def batches(size: int) -> Iterator[pa.RecordBatch]:

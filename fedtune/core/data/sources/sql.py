@@ -84,7 +84,8 @@ class Sql(Collection):
             yield self.table or "query", _row(columns, cells)
 
     def _read(self, database: Database, names: Names) -> tuple[list[str], list[Cells]]:
-        """Return the requested columns that the tables have, and the rows. Errors: DataError."""
+        """Read the table, or the query's result. Return the names of the requested columns that it
+        has, and all rows as tuples of texts in the order of these columns. Errors: DataError."""
         asked = sorted(set(names.keys.values()))
         if self.query:
             own, other = database.columns_of_query(self.query), []
@@ -108,8 +109,9 @@ class Sql(Collection):
         return columns + more, rows
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
-        """Return the columns by which another table's rows are joined. The patient's is one of
-        them, so that no row is joined to another patient's. Errors: DataError."""
+        """Return the columns by which the rows of two tables are joined. The patient column is one
+        of them, so that no row is joined to another patient's. own, other: the columns of each
+        table. Errors: DataError if a table lacks such a column."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
             raise DataError(f"{names.where}: data.options.on is not a column of both tables")
@@ -160,8 +162,8 @@ def _source(table: str) -> str:
 
 
 def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
-    """Yield, for each row, the cells of some columns as text. Equal numbers in a column are equal
-    texts."""
+    """Yield, for each row, the texts of its cells in `columns`. Equal numbers in a column are equal
+    texts. source: what the statement has after FROM, where the table is named t."""
     cells = [f"t.{quote_name(column)}" for column in columns]
     kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
     text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
@@ -172,10 +174,16 @@ def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[
 def _join_rows(
     rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int
 ) -> Iterator[Cells]:
-    """Yield each row, without its first `by` cells, once for each row of the other table with the
-    same first `by` cells, followed by that row's other cells. If the other table has no such row,
-    `more` empty cells follow. The database's own = is not used, since for it "AB" and "ab" may be
-    one patient."""
+    """Join the rows of two tables that have the same first `by` cells. For each such pair yield one
+    row: the other cells of the first table's row, followed by those of the second table's. A row of
+    the first table that has no partner is followed by `more` empty cells. The database's own = is
+    not used, since for it "AB" and "ab" may be one patient.
+
+    - rows: the rows of the first table: the cells to join by, then the others
+    - beside: the rows of the other table, in the same form
+    - by: the number of cells to join by. White space around their text does not count; a row in
+      which one of them is empty or unusable is joined to none
+    - more: the number of the other table's cells after those"""
 
     def key(row: Cells) -> tuple[str, ...] | None:
         usable = [
@@ -202,7 +210,8 @@ def _patient(names: Names) -> str:
 
 
 def _require_patient(present: Sequence[str], names: Names) -> None:
-    """Check that site.toml names the patient column of a table that has one. Errors: DataError."""
+    """Check that site.toml names the patient column, if a column has the usual name of one.
+    present: the columns that the tables have. Errors: DataError."""
     telling = [column for column in present if column.lower() in PATIENTS]
     if telling and not _patient(names):
         raise DataError(
@@ -213,7 +222,8 @@ def _require_patient(present: Sequence[str], names: Names) -> None:
 
 
 def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
-    """Return a row as a dict, or the reason why one of its cells cannot be used."""
+    """Return a row as a dict by column. If a cell cannot be used, return the reason as a BadCell,
+    which has the other cells."""
     by_column = dict(zip(columns, cells, strict=True))
     row: Row = {name: c for name, c in by_column.items() if not isinstance(c, Unusable)}
     reason = next((cell.reason for cell in cells if isinstance(cell, Unusable)), "")

@@ -19,7 +19,8 @@ EngineName = Literal["auto", "opacus"]
 
 
 class PerRecord(Protocol):
-    """A per-record gradient engine, used within `watching()` on losses computed within it.
+    """An engine that computes per-record gradients. It is called within its context `watching()`,
+    on losses that were computed within the same context.
 
     Guarantee: after `watching()` nothing of a record is left on the model or in the engine."""
 
@@ -29,8 +30,9 @@ class PerRecord(Protocol):
     def watching(self) -> AbstractContextManager[None]: ...
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
-        """Compute the gradients of `losses` (B,) for each trained parameter, as (B, *shape);
-        None if a layer gave none. The caller wipes them."""
+        """Compute the gradient of each of `losses` (B,). Return a list with a tensor (B, *shape)
+        for each trained parameter; None for one whose layer gave no gradient. The caller wipes the
+        tensors."""
         ...
 
 
@@ -40,8 +42,13 @@ def choose(
     parameters: Sequence[nn.Parameter],
     columns: slice = ALL,
 ) -> PerRecord:
-    """Choose the engine for a model whose trainable parameters are `parameters`. columns: the
-    columns of each B that are needed; an engine may return all."""
+    """Choose the engine for a model whose trainable parameters are `parameters`.
+
+    - name: study.training.engine; "auto": one_pass if it serves every parameter, else opacus;
+      "opacus": always opacus
+    - trained: the module that holds every trainable layer, which the engine watches
+    - parameters: the trained parameters, in the order in which the engine returns their gradients
+    - columns: the columns of each B whose gradients are needed; an engine may return all"""
     from fedtune.core.training.engines.one_pass import OnePass
     from fedtune.core.training.engines.opacus import OpacusHooks
 

@@ -31,14 +31,16 @@ _LORA = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 class OnePass:
-    """Serves LoRA over a linear base of any kind (bf16, 4-bit, Conv1D) and trainable linear layers.
-    LoRA with dropout or bias is served as its two linear layers. A disabled or merged adapter is
-    left to PEFT, and then gives no gradient. Non-reentrant activation checkpointing works.
+    """Computes per-record gradients of LoRA over a linear base of any kind (bf16, 4-bit, Conv1D),
+    and of trainable linear layers. LoRA with dropout or bias is treated as its two linear layers. A
+    disabled or merged adapter is left to PEFT, and then gives no gradient. Non-reentrant activation
+    checkpointing works.
 
     missing: parameters that this engine cannot serve; if there are any, it must not be used.
     | a layer used twice in one pass      | its gradients add up                                  |
     | a layer not used                    | None in its place, never zeros                        |
-    | a first axis that is not of records | the caller compares it with the batch, and refuses    |
+    | gradients that are not by record    | the caller compares their first axis with the batch,  |
+    |                                     | and refuses them                                      |
     References: Goodfellow 2015, "Efficient per-example gradient computations"; Bu et al. 2023,
     "Differentially private optimization on large model at small cost", section 3.2."""
 
@@ -115,8 +117,12 @@ def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _forward_of(
     module: nn.Module, sink: GradientSink, columns: slice
 ) -> Callable[..., torch.Tensor] | None:
-    """Build a forward function for the module that passes gradients to `sink`; None if the module
-    is not supported."""
+    """Build a forward function for the module, in whose backward pass the per-record gradients go
+    to `sink`; None if this engine does not support the module.
+
+    - module: a module of the network
+    - sink: called with a parameter and its gradients, the records first
+    - columns: the columns of a B whose gradients are computed"""
     if isinstance(module, LoraLayer):
         original = type(module).forward
         if not _is_vanilla_lora(module):
@@ -128,7 +134,8 @@ def _forward_of(
 
 
 def _is_vanilla_lora(layer: Any) -> bool:
-    """Return whether the layer is one vanilla LoRA adapter."""
+    """Return whether the layer has one plain LoRA adapter: linear A and B without bias, B
+    trainable, the base layer frozen, no dropout and no variant of LoRA."""
     if type(layer).__name__ not in _LORA or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
@@ -146,6 +153,16 @@ def _is_vanilla_lora(layer: Any) -> bool:
 def _forward_adapted(
     layer: Any, original: Any, sink: GradientSink, columns: slice, x: torch.Tensor, **more: Any
 ) -> torch.Tensor:
+    """Compute a LoRA layer's output, (B, …, outputs): by `_Lora`, or by PEFT where no per-record
+    gradient is taken.
+
+    - layer: PEFT's layer, which `_is_vanilla_lora` accepts
+    - original: PEFT's forward function, used if the adapter is disabled or merged, if gradients are
+      off, or if `more` is given
+    - sink: called with a factor (A or B) and its gradients, the records first
+    - columns: the columns of B whose gradients are computed
+    - x: the layer's input, (B, …, inputs)
+    - more: PEFT's further arguments of a call"""
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or more:
         output: torch.Tensor = original(layer, x, **more)
         return output
@@ -177,7 +194,18 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Lora(torch.autograd.Function):
-    """Compute out + s·(x Aᵀ)Bᵀ if out is given, or x Wᵀ + bias with W frozen."""
+    """Compute y + s·(x Aᵀ)Bᵀ, where y is `out` if it is given, else x Wᵀ + bias with W frozen. The
+    backward pass hands the per-record gradients of B, and of A if A is trained, to `sink`.
+
+    - x: the layer's input, (B, …, inputs)
+    - out: the frozen layer's output for x, (B, …, outputs); None if `weight` is given
+    - weight, bias: of the frozen linear layer; both None if `out` is given, bias also if the layer
+      has none
+    - a, b: A (rank, inputs) and B (outputs, rank)
+    - scaling: s
+    - sink: called with a factor and its gradients, fp32: (B, outputs, number of `columns`) for B,
+      (B, rank, inputs) for A
+    - columns: the columns of B whose gradients are computed"""
 
     @staticmethod
     def forward(
@@ -220,8 +248,13 @@ class _Lora(torch.autograd.Function):
 def _input_gradient(
     grad: torch.Tensor, thin: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the gradient at the layer's input: through A and, where `weight` is given, through W
-    as well."""
+    """Return the gradient at the layer's input, (B, …, inputs): through A and, where `weight` is
+    given, through W as well.
+
+    - grad: the gradient at the layer's output, (B, …, outputs)
+    - thin: s · grad B, fp32 (B, positions, rank)
+    - a: A, (rank, inputs)
+    - weight: W, (outputs, inputs); None if the frozen layer computes its part of the gradient"""
     shape = (*grad.shape[:-1], a.shape[1])
     flat = thin.view(-1, thin.shape[-1])
     if weight is None:
@@ -233,7 +266,13 @@ def _input_gradient(
 
 
 class _Linear(torch.autograd.Function):
-    """Compute x Wᵀ + bias, both trained."""
+    """Compute x Wᵀ + bias, both trained. The backward pass hands their per-record gradients to
+    `sink`.
+
+    - x: the layer's input, (B, …, inputs)
+    - weight: W, (outputs, inputs)
+    - bias: (outputs,), or None; of a frozen bias no gradient is computed
+    - sink: called with a parameter and its gradients, fp32 (B, *shape)"""
 
     @staticmethod
     def forward(

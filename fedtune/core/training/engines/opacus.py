@@ -12,8 +12,8 @@ from torch import nn
 
 
 class OpacusHooks:
-    """Serves any layer that Opacus knows. Module hooks record the gradients of frozen activations,
-    so a layer that is recomputed in the backward pass gives none.
+    """Computes per-record gradients, by Opacus' module hooks, of any layer that Opacus knows. A
+    layer that is recomputed in the backward pass (activation checkpointing) gives none.
 
     Reference: Yousefpour et al. 2021, "Opacus", section 3."""
 

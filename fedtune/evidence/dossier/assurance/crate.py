@@ -32,8 +32,12 @@ FORMATS = {
 
 
 def crate(found: Documents, typed: Mapping[str, str], names: Iterable[str], made: str) -> str:
-    """Return the text of ro-crate-metadata.json. names: the dossier's signed files, with or without
-    this one. made: when the dossier was signed."""
+    """Return the text of ro-crate-metadata.json.
+
+    - found: the run's documents by file name
+    - typed: blank's key -> the text that a person typed; of it the licence is used
+    - names: the dossier's signed files; ro-crate-metadata.json may be among them, and is left out
+    - made: when the dossier was signed, UTC"""
     report = found["report.json"]
     files = [_file(name) for name in sorted({*names} - {FILE})]
     weights = f"{RUN}/{ADAPTER}/"
@@ -98,7 +102,8 @@ def _entity(name: str, kind: str, /, **properties: Any) -> dict[str, Any]:
 
 
 def _moment(time: str | None) -> str | None:
-    """Return a time in UTC in the spelling of the profile. For None return None."""
+    """Return a time in UTC as the RO-Crate profile writes it, with "+00:00" in place of "Z". For
+    None return None."""
     return time and time.replace("Z", "+00:00")
 
 

@@ -63,9 +63,14 @@ def build_pack(
     sections: Sequence[Section],
     names: AbstractSet[str],
 ) -> dict[str, Any]:
-    """Build assurance.json's content. found: the documents of the run and of attacks on it; typed:
-    the name of a blank -> the text that a person typed into it; sections: the statements to answer;
-    names: the files that the dossier has."""
+    """Build assurance.json's content.
+
+    - found: the documents of the run and of attacks on it, by file name
+    - typed: the name of a blank -> the text that a person typed into it
+    - sections: the statements to answer
+    - names: the paths in the dossier of its files, its signature included and approvals left out
+
+    Errors: ConfigError (a value of the run cannot be shown in the format that a row asks for)."""
     return {
         "format": FORMAT,
         "study": look_up(found, "report.json#/study", "plain"),
@@ -83,6 +88,11 @@ def dump(content: Mapping[str, Any]) -> str:
 def _section(
     section: Section, found: Documents, typed: Mapping[str, str], names: AbstractSet[str]
 ) -> dict[str, Any]:
+    """Answer the rows of a section. Return its entry in assurance.json: its texts, the number of
+    rows by answer, the number of blanks, and the rows.
+
+    - section: as it stands in its TOML file
+    - found, typed, names: as for `build_pack`"""
     rows = [_row(section, row, found, typed, names) for row in section["row"]]
     counts = Counter(row["answer"] for row in rows)
     return {
@@ -100,6 +110,10 @@ def _row(
     typed: Mapping[str, str],
     names: AbstractSet[str],
 ) -> dict[str, Any]:
+    """Answer one row of a section; return its entry in assurance.json.
+
+    - section, row: as they stand in the section's TOML file
+    - found, typed, names: as for `build_pack`"""
     shown: dict[str, Any] = {name: row.get(name, "") for name in ("id", "asks", "importance")}
     if "unopened" in row:
         return shown | {"answer": NOT_OPENED, "unopened": row["unopened"]}
@@ -128,7 +142,15 @@ def _row(
 def _fact(
     section: Section, row: Mapping[str, Any], found: Documents, label: str, source: str, how: str
 ) -> dict[str, Any]:
-    """Look up a row's fact. Errors: ConfigError (its format does not fit what is there)."""
+    """Look up a row's fact. Return {"label", "fact"}; "fact" is None if the run has no such value.
+
+    - section, row: the row that names the fact; their ids are for an error's text
+    - found: the documents of the run and of attacks on it, by file name
+    - label: the figure's name for people
+    - source: a document and a JSON pointer in it, as in facts.py
+    - how: the format in which the figure is shown, one of facts.SHOWN
+
+    Errors: ConfigError (the run's value cannot be shown in this format)."""
     try:
         return {"label": label, "fact": look_up(found, source, how)}
     except (ArithmeticError, AttributeError, TypeError, ValueError):
@@ -139,7 +161,8 @@ def _fact(
 
 
 def _missing(row: Mapping[str, Any], found: Documents) -> str:
-    """Return the row's needs that this run does not meet, in words; "" if it meets all."""
+    """Return, in words, the row's requirements on a run ("needs") that this run does not meet; ""
+    if it meets all."""
     return "; ".join(NEEDS[need] for need in row.get("needs", []) if not WHEN[need](found))
 
 

@@ -28,8 +28,12 @@ ACTORS = """\
 
 
 def registry(found: Documents, typed: Mapping[str, str], made: str) -> str:
-    """Return the text of registry.yaml. made: when the dossier was signed; this is entered as the
-    day of publication, until a person enters another."""
+    """Return the text of registry.yaml.
+
+    - found: the run's documents by file name
+    - typed: blank's key -> the text that a person typed
+    - made: when the dossier was signed; this is entered as the day of publication, until a person
+      enters another"""
     import yaml  # type: ignore[import-untyped]
 
     entry = _entry(found, typed, made)
@@ -129,8 +133,8 @@ def _unprotected(found: Documents) -> str:
 
 
 def _parameters(privacy: dict[str, Any]) -> str:
-    """Return sentences on what ε is taken over, the assumption of shared noise under which it
-    holds, and ε with queries."""
+    """Return sentences on ε: what it is taken over, under which assumption it holds if noise is
+    shared, and its value with queries. privacy: the table "privacy" of report.json."""
     told = ["ε is the largest of the sites', rounded up, over all rounds."]
     if alone := fallback(privacy):
         told.append(
@@ -146,7 +150,10 @@ def _parameters(privacy: dict[str, Any]) -> str:
 
 
 def _mechanisms(report: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
-    """Describe each site's mechanism by its own step log."""
+    """Return the text of the privacy mechanism, with a line for each site: its number of steps,
+    clipping norm, noise and sampling rate, as the report took them from the site's step log.
+
+    report: the content of report.json; privacy: its table "privacy"."""
     lines = [
         f"- {name}: {site['steps']} steps with gradients clipped to C = "
         f"{show(site.get('max_grad_norm'), 'plain')} and Gaussian noise of σ = "

@@ -60,9 +60,11 @@ def package_sections() -> list[Section]:
 
 
 def all_sections(folder: Path | None) -> list[Section]:
-    """Load the package's sections, and those of a hospital's folder after them.
+    """Load the package's sections and, after them, those of a hospital's folder (None: there is
+    none).
 
-    Errors: InputError, ConfigError (a file that is no section, and which row of it)."""
+    Errors: InputError; ConfigError (the folder holds no section, a file is not one, or two sections
+    have the same id)."""
     found = package_sections()
     if folder is not None:
         if not (own := _load(folder)):
@@ -76,7 +78,8 @@ def all_sections(folder: Path | None) -> list[Section]:
 
 
 def blanks(sections: Sequence[Section]) -> Iterator[tuple[Section, Mapping[str, Any]]]:
-    """Yield (section, row) for each row whose blank is the pack's own, in order."""
+    """Yield (section, row), in order, for each row with a blank for the organisation that is not
+    one of the dossier's own blanks."""
     for section in sections:
         for row in section["row"]:
             if "organisation" in row and "blank" not in row:
@@ -84,7 +87,8 @@ def blanks(sections: Sequence[Section]) -> Iterator[tuple[Section, Mapping[str, 
 
 
 def key(section: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return the name of a row's blank in a file of details."""
+    """Return the name under which a file of details (details.toml) holds the text for a row's
+    blank: the dossier's blank that the row names, else SECTION/ROW."""
     return str(row.get("blank") or f"{section['id']}/{row['id']}")
 
 
@@ -126,7 +130,8 @@ def _check_kinds(where: str, table: Mapping[str, Any], kinds: Mapping[str, type]
 
 def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
     """Check that a row has the required keys, and that its needs, sources, formats and blank are
-    known. Errors: ConfigError."""
+    known. where: the file and the row, for an error's text; known: the names of the dossier's own
+    blanks. Errors: ConfigError."""
     for name in ("id", "asks"):
         if not row.get(name):
             raise ConfigError(f"{where}: has no {name}", EXPECTED)
