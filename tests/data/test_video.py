@@ -63,6 +63,26 @@ def test_frames_are_evenly_spaced(tmp_path: Path, suffix: str, codec: str) -> No
     assert levels_of(tmp_path / f"a.{suffix}") == pytest.approx(expected, abs=4.9)
 
 
+def test_a_clip_in_fragments_with_plain_sound_is_read(tmp_path: Path) -> None:
+    """Bounds that had to tell such files from hostile ones refused them."""
+    path = tmp_path / "a.mov"
+    with av.open(path, "w", options={"movflags": "frag_keyframe+empty_moov"}) as out:
+        shown = out.add_stream("mjpeg", rate=8)
+        shown.width, shown.height, shown.pix_fmt = 48, 32, "yuvj420p"
+        heard = out.add_stream("pcm_s16le", rate=8000)
+        for level in range(0, 240, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), level, np.uint8))
+            out.mux(shown.encode(frame))
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.int16), layout="mono")
+            silence.sample_rate = 8000
+            out.mux(heard.encode(silence))
+        out.mux(shown.encode())
+        out.mux(heard.encode())
+    assert b"moof" in path.read_bytes()
+    found = levels_of(path)
+    assert len(found) == video.FRAMES and found == sorted(found) and found[-1] > 200
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 300])
 def test_every_clip_has_as_many_frames(tmp_path: Path, count: int) -> None:
     clip(tmp_path / "a.avi", greys(np.linspace(0, 240, count)))

@@ -25,8 +25,12 @@ from fedtune.core.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "what-must-be-right.md"
 CORE = "fedtune.core"
-# The vault itself, and the program of a process that converts one unit's rows for it.
-PROGRAMS = ("fedtune.core.vault.process", "fedtune.core.data.conversion_process")
+# The vault itself, and the programs that fork a child for one unit's rows or files.
+PROGRAMS = (
+    "fedtune.core.vault.process",
+    "fedtune.core.data.conversion_process",
+    "fedtune.core.data.media_process",
+)
 BY_NAME = (OBJECTIVES, MODALITIES, SOURCES)  # what a plan or a site file names a class of
 SMALL = 2  # lines of a package's __init__ that holds a docstring alone
 
