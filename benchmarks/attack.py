@@ -74,7 +74,7 @@ def secrets(seed: int, epsilons: list[float], units: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, plan in plans.items():
         with network.loaded(network.frozen_factor()):
-            one = attack._World(start(made), network, everybody, ONE, count, rounds)
+            one = attack._World(start(made), network, everybody, ONE, count, rounds, units)
             exposed = one.train_models(plan, MemoryLog())[1]
         assert exposed is not None
         found[name] = asdict(exposed)

@@ -26,6 +26,7 @@ from fedtune.audit.membership import (
 from fedtune.audit.secret import Exposure, most_exposed, most_extracted
 from fedtune.core.config import Site, Study, load_site, load_study
 from fedtune.core.data.records import read_records
+from fedtune.core.dp.calibration import resolve
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.models import preconditioner
 from fedtune.core.models.build import build
@@ -33,9 +34,12 @@ from fedtune.core.models.lora import Arrays
 from fedtune.officer.attack import _held_out, attack_site
 from fedtune.public.start import start
 from fedtune.runs.run import Run
+from fedtune.server.bound import Limits
+from fedtune.strategies.discriminant import Discriminant
 from tests import chance
 from tests.cli_kit import run as command
 from tests.simulated import noise_from, simulate
+from tests.test_prototypes import PRIVATE, lay_out
 
 # ------------------------------------------------------------------------- the figures
 
@@ -284,6 +288,28 @@ def test_models_start_and_step_as_the_studys_do(
         step = {n: 2.0 * (0.5 * one[n].astype(np.float64) + two[n]) for n in one}
         expected = preconditioner.move_adapter(second, step, factors)
         assert all(np.allclose(third[n], expected[n], atol=1e-6) for n in at)
+
+
+def test_models_of_class_statistics_are_made_as_the_studys_are(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The strategy knows the public records, and is told the noise that a round tells it. A basis
+    that another machine rounded otherwise, so that the plan has another digest, does not matter."""
+    study = load_study(lay_out(tmp_path, tiny_encoder, PRIVATE, rounds=2))
+    elsewhere = study.objective.model_copy(update={"basis_digest": f"sha256:{64 * '0'}"})
+    told, real = list[tuple[float, float]](), Discriminant.describe_round
+
+    def listen(self: Discriminant, units: float, deviation: float) -> None:
+        told.append((units, deviation))
+        real(self, units, deviation)
+
+    monkeypatch.setattr(Discriminant, "describe_round", listen)
+    result = attack_study(
+        study.model_copy(update={"objective": elsewhere}), canaries=10, models=8, units=20
+    )
+    expected = Limits(study, resolve).deviation(20)  # as a coordinator computes it
+    assert told == 16 * [(20, pytest.approx(expected))] + 16 * [(20, 0.0)] and expected > 0
+    assert result.rounds == 2 and result.secrets is None
 
 
 def test_without_the_public_text_nothing_is_attacked(public: Study) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +187,19 @@ def test_a_port_that_another_has_is_named(hub: Hub, tmp_path: Path) -> None:
         held.bind(("127.0.0.1", hub.port))  # and does not listen
         assert "cannot be listened on" in bad(hub.look())["port"]
     assert not bad(hub.look())
+
+
+def test_of_a_long_answer_the_rest_is_dropped() -> None:
+    """Whatever the pieces in which it comes."""
+
+    async def ask(length: int) -> tuple[int, bytes]:
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + length * b"x")
+        writer: Any = SimpleNamespace(write=lambda data: None)
+        return await look._http(reader, writer, "/", HUB)
+
+    for length in (0, look.LONGEST - 1, look.LONGEST, 3 * look.LONGEST):
+        assert asyncio.run(ask(length)) == (200, min(length, look.LONGEST) * b"x")
 
 
 class Shifted:

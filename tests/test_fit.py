@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import platform
+import resource
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +93,18 @@ def test_a_candidate_is_measured(tmp_path: Path, tiny_base: Path) -> None:
     assert row.base == pytest.approx(0.5, abs=0.2)
     size = 8 * (64 + 64 + 32)  # B of gate, up and down
     assert size <= row.up <= 1.1 * size + 100 and row.down == row.up
+
+
+@pytest.mark.parametrize(("system", "bytes_each"), [("Darwin", 1), ("FreeBSD", 1024)])
+def test_the_peak_memory_is_this_processs_in_bytes(
+    monkeypatch: pytest.MonkeyPatch, system: str, bytes_each: int
+) -> None:
+    """Twin: Linux' ru_maxrss, which a new program takes over from who started it."""
+    inherited = 3 * 2**40
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=inherited))
+    assert 2**20 < fit_module._peak_memory() < inherited
+    monkeypatch.setattr(platform, "system", lambda: system)
+    assert fit_module._peak_memory() == inherited * bytes_each
 
 
 def test_the_prediction_tells_the_learnable_from_a_coin(tmp_path: Path, tiny_base: Path) -> None:

@@ -18,10 +18,13 @@ from fedtune.core.config import Study
 from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.models.cache import CachedDataset
+from fedtune.officer.site_files import sites_in
 from fedtune.public.start import Start
 from fedtune.runs.run import Run
+from fedtune.strategies.discriminant import Discriminant
 from tests.cli_kit import run as command
 from tests.simulated import simulate
+from tests.test_prototypes import PRIVATE, lay_out
 
 SITES, CLASSES = ("alder", "birch", "cedar"), ("yes", "no")
 
@@ -295,6 +298,28 @@ def test_with_secure_aggregation_the_sum_alone_is_received(
     found = attack_received(run, of_sites)
     assert [one.updates for one in found] == [SUM]
     assert [one.site for one in found[0].sites] == list(STYLES)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_class_statistics_are_traced_too(
+    tmp_path: Path, tiny_encoder: Path, secure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The strategy knows the public records, and is told the noise of what is received."""
+    table = "[secure_aggregation]\ncolluding = 1\n" if secure else ""
+    path = lay_out(tmp_path, tiny_encoder, PRIVATE.replace("8.0", "95.0"), more=table)
+    told, real = list[tuple[float, float]](), Discriminant.describe_round
+
+    def listen(self: Discriminant, units: float, deviation: float) -> None:
+        told.append((units, deviation))
+        real(self, units, deviation)
+
+    monkeypatch.setattr(Discriminant, "describe_round", listen)
+    simulate(path, sites_in(tmp_path), tmp_path / "run")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("a", "b", "c")}
+    found = attack_received(Run(tmp_path / "run"), files)
+    assert [one.updates for one in found] == ([SUM] if secure else ["a", "b", "c"])
+    (units, noise), (half, twice) = told  # the attack trains on half of each site's records
+    assert units == 36 and half * twice == pytest.approx(units * noise, rel=0.05)
 
 
 def test_the_sum_has_the_noise_that_all_sites_add() -> None:

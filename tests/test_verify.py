@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,19 @@ def test_a_file_that_is_added_or_removed_is_named(signed, tmp_path: Path) -> Non
 def test_a_report_with_another_epsilon_is_refused_whoever_signs_it(signed, tmp_path: Path) -> None:
     with pytest.raises(NotGenuine, match=r"epsilon is 0\.5.*follows from the sites' step logs"):
         verify(forged(signed[0], tmp_path, lower))
+
+
+@pytest.mark.parametrize("site", [None, "north"])
+def test_a_report_with_another_delta_than_the_plans_is_refused(
+    signed, tmp_path: Path, site: str | None
+) -> None:
+    def less(report: dict[str, Any]) -> None:
+        table = report["privacy"]["sites"][site] if site else report["privacy"]
+        table["delta"] /= 2
+
+    delta = re.escape(repr(load_plan(signed[0]).privacy.delta))
+    with pytest.raises(NotGenuine, match=f"delta is .*expected {delta}, as it was signed"):
+        verify(forged(signed[0], tmp_path, less))
 
 
 def test_a_report_that_leaves_a_site_out_is_refused(signed, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.accounting.update_noise import gain_of_noise
 from fedtune.audit.membership import Membership, Scores, membership
 from fedtune.audit.secret import (
     CONFIDENCE,
@@ -40,7 +41,7 @@ from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.models.tiny import generate_records
-from fedtune.core.strategy import build_strategy
+from fedtune.core.strategy import Strategy, build_strategy
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
 from fedtune.public.start import Start, start
@@ -151,7 +152,7 @@ def attack_study(
         plan = plan_for_site(study, units)
         everybody, secrets = _units(study, network, canaries, units - canaries // 2)
         coins = _coins(canaries, models)
-        world = _World(begun, network, everybody, coins, secrets, plan.rounds)
+        world = _World(begun, network, everybody, coins, secrets, plan.rounds, units)
         log = MemoryLog()
         private, exposed = world.train_models(plan, log)
         epsilon = accountant.epsilon(events(log.lines[: plan.steps]), plan.delta)
@@ -215,7 +216,8 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 def begin_again(study: Study) -> Start:
     """Compute the starting point of a finished run's study again: its adapter before the first
     round, and what public text gives. The digests in the plan are ignored, since on another machine
-    public text gives the same start only up to rounding. Errors: ConfigError, ModelError."""
+    public text gives the same start only up to rounding. (`start` itself ignores the digest of a
+    basis of class statistics.) Errors: ConfigError, ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
         table = study.lora.preconditioner
@@ -232,6 +234,23 @@ def begin_again(study: Study) -> Start:
             "the files of [public], as at the coordinator",
             "run the attack on the machine that has them",
         ) from None
+
+
+def begin_strategy(begun: Start) -> Strategy:
+    """Build the study's strategy, in its state before the first round, as a coordinator does.
+    Errors: ConfigError."""
+    strategy = build_strategy(begun.study)
+    strategy.load_state(begun.strategy)
+    strategy.prepare(begun.study, begun.frozen)
+    return strategy
+
+
+def noise_of_step(plan: StepPlan) -> float:
+    """Return the standard deviation of the noise in each number of a step's mean gradient; 0 for a
+    plan without noise."""
+    if not isinstance(plan, DpPlan):
+        return 0.0
+    return plan.own_noise * plan.max_grad_norm / plan.divisor
 
 
 def save(result: Attack, out: Path) -> None:
@@ -312,7 +331,8 @@ class _World:
     - everybody: the units that may be in a model, the canaries first
     - coins: which canaries are in which model, bool (models, canaries)
     - secrets: the number of units with a secret
-    - rounds: the number of rounds for which each model is trained"""
+    - rounds: the number of rounds for which each model is trained
+    - units: the declared size of the site that trains"""
 
     begun: Start
     network: Network
@@ -320,6 +340,7 @@ class _World:
     coins: np.ndarray
     secrets: int
     rounds: int
+    units: int
 
     def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
         """Train a model for each row of coins.
@@ -339,10 +360,12 @@ class _World:
         for number, row in enumerate(self.coins, 1):
             there = np.concatenate([row, np.ones(units - canaries, dtype=bool)])
             data = CachedDataset(network, _select_units(self.everybody, there))
-            adapter, server = self.begun.adapter, build_strategy(study)
+            adapter, server = self.begun.adapter, begin_strategy(self.begun)
             with network.loaded(trainable=adapter):
                 for round_ in range(1, self.rounds + 1):
                     server.add(local_round(study, data, plan, log, round_, adapter), 1.0)
+                    noise = noise_of_step(plan) * gain_of_noise(study, round_)
+                    server.describe_round(self.units, noise)
                     adapter = preconditioner.step_adapter(server.apply, adapter, self.begun.frozen)
                 network.load_trainable(adapter)
                 by_unit = record_losses(asked, study).reshape(canaries, -1).mean(axis=1)

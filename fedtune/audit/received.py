@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.audit.attack import begin_again
+from fedtune.accounting.update_noise import gain_of_noise
+from fedtune.audit.attack import begin_again, begin_strategy, noise_of_step
 from fedtune.audit.site_inference import LEAST, Asked, Floats, compare, given_of, of_class, read
 from fedtune.core import progress
 from fedtune.core.config import DataFile, Study
@@ -39,7 +40,6 @@ from fedtune.core.models import preconditioner
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
-from fedtune.core.strategy import build_strategy
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -247,9 +247,8 @@ def compare_received(
     of its own, on the parties' network. The network's arrays are restored afterwards."""
     study, network = begun.study, candidates.network
     adapter = begun.adapter
-    server = build_strategy(study)
+    server = begin_strategy(begun)
     log = MemoryLog()
-    server.prepare(study, begun.frozen)
     rounds = min(_rounds(study, party) for party in parties.values())
     totals = np.zeros((len(parties), len(candidates.dataset.examples)))
     with network.loaded(trainable=adapter):
@@ -262,9 +261,19 @@ def compare_received(
             totals += cosines(study, candidates, updates)
             for update, party in zip(updates, parties.values(), strict=True):
                 server.add(update, party.weight)
+            units, noise = _noise_of_mean(parties.values())
+            server.describe_round(units, noise * gain_of_noise(study, round_))
             adapter = preconditioner.step_adapter(server.apply, adapter, begun.frozen)
             progress.report("rounds", round_, rounds)
     return dict(zip(parties, totals / rounds, strict=True))
+
+
+def _noise_of_mean(parties: Collection[Party]) -> tuple[int, float]:
+    """Return the number of units in the senders' weighted mean gradient, and the standard deviation
+    of the noise in each of its numbers."""
+    noise = math.hypot(*(noise_of_step(party.plan) * party.weight for party in parties))
+    units = sum(party.data.dataset.n_units for party in parties)
+    return units, noise / sum(party.weight for party in parties)
 
 
 def _rounds(study: Study, party: Party) -> int:

@@ -377,7 +377,7 @@ def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Stud
     try:
         study = membership.plan_of(received, answer)
         assert study is not None  # there is a text
-        seen = review(study, site, book)
+        seen = review(study, site, book, coordinator=received.coordinator)
     except FedtuneError as error:
         typer.echo(
             f"plan   came with the answer, and this site refuses it: {escape_controls(str(error))}"

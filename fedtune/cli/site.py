@@ -84,7 +84,7 @@ def review(
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.vault.waiting_plans import keep_plan
-    from fedtune.officer.review import is_outline, read_plan
+    from fedtune.officer.review import find_coordinator, is_outline, read_plan
     from fedtune.officer.review import review as review_plan
 
     loaded = load_site(site)
@@ -94,7 +94,10 @@ def review(
         plan = read_plan(study, loaded, settings or (), whole=whole)
     book = Ledger(loaded.home)
     acts = AuditLog(book.folder, book.key)
-    outcome = review_plan(plan, loaded, book, outline=is_outline(study, plan))
+    coordinator = find_coordinator(loaded, study)
+    outcome = review_plan(
+        plan, loaded, book, outline=is_outline(study, plan), coordinator=coordinator
+    )
     _show_review(outcome, plan.study.name)
     expected = _say_gain(plan, loaded, at_hand=whole and study.suffix == ".toml")
     left_out = _left_out(plan, loaded)

@@ -19,7 +19,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.flower import api, certs
 
 SECONDS = 20.0  # for an answer
-LONGEST = 65_536  # bytes of one, at most; the rest is dropped
+LONGEST = 65_536  # bytes of one's body, at most; the rest is dropped
 LEAF_LEFT = timedelta(days=3)  # of 30; whoever runs has renewed it long before
 CA_LEFT = timedelta(days=180)  # of ten years
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -96,8 +96,8 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
 async def _http(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, host: str
 ) -> tuple[int, bytes]:
-    """Send a GET request over an open connection; return the HTTP status and the body. A body
-    longer than about LONGEST bytes is cut off there.
+    """Send a GET request over an open connection; return the HTTP status and the body. Of a longer
+    body only the first LONGEST bytes are returned.
 
     - reader, writer: the two directions of the connection
     - path: the path in the URL
@@ -113,8 +113,8 @@ async def _http(
             http.receive_data(await reader.read(65_536))
         elif isinstance(received, h11.Response):
             status = received.status_code
-        elif isinstance(received, h11.Data) and len(body) < LONGEST:
-            body += bytes(received.data)
+        elif isinstance(received, h11.Data):
+            body += bytes(received.data)[: LONGEST - len(body)]
     return status, body
 
 

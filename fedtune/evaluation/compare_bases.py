@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -227,7 +229,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     return Row(
         model=study.base.model,
         parameters=sum(map(_weight_count, network.model.parameters())),
-        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory=_peak_memory(),
         tokens=tokens / seconds,
         step=step,
         base=base,
@@ -235,6 +237,15 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
         up=up,
         down=down,
     )
+
+
+def _peak_memory() -> int:
+    """Return the peak memory of this process in bytes."""
+    if platform.system() == "Linux":  # where ru_maxrss is at least the parent's peak
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _weight_count(parameter: torch.nn.Parameter) -> int:

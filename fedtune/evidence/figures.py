@@ -321,7 +321,7 @@ def privacy(
     said = report["privacy"]
     _require_equal(path, "sites", sorted(said["sites"]), sorted(events["update"]))
     for table in (said, *said["sites"].values()):
-        _agree(path, "delta", table.get("delta"), privacy.delta)
+        _require_equal(path, "delta", table.get("delta"), privacy.delta)
         _require_equal(path, "unit", table.get("unit"), privacy.unit)
     spent, capped = dict[str, float](), False
     for name, log in events["update"].items():
@@ -531,7 +531,7 @@ def _agree(path: Path, what: str, said: Any, computed: float) -> None:
     - path: the file with the statement, for messages
     - what: the figure's name, for messages
     - said: the figure as the file states it, of any type
-    - computed: the figure as it follows from the plan and the step logs
+    - computed: the figure as it follows from the sites' step logs
 
     Errors: NotGenuine."""
     number = isinstance(said, int | float) and not isinstance(said, bool)

@@ -46,7 +46,7 @@ from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import list_memberships
 from fedtune.officer.reading import check_data, reading_of
-from fedtune.officer.review import is_unsigned, would_refuse
+from fedtune.officer.review import find_coordinator, is_unsigned, unchecked, would_refuse
 from fedtune.officer.sheet import check_attested
 from fedtune.report.delta import warning
 
@@ -360,18 +360,21 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
     Errors: the first refusal."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
-    for refusal in would_refuse(study, site, plan, ledger, outline=outline):
+    coordinator = find_coordinator(site)
+    for refusal in would_refuse(
+        study, site, plan, ledger, outline=outline, coordinator=coordinator
+    ):
         raise refusal
     if is_unsigned(study, site, ledger):
         raise PolicyRefused(
             f'policy.admission = "{site.policy.admission}" and nobody has signed this plan',
             todo="`fedtune review STUDY --site SITE --sign`",
         )
-    if plan is None:
-        return "NOT PRIVATE"
-    warned = warning(plan.delta, plan.unit, site.site.declared_size)
-    told = f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}"
-    return f"{told}; {warned}" if warned else told
+    told, warned = "NOT PRIVATE", ""
+    if plan is not None:
+        told = f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}"
+        warned = warning(plan.delta, plan.unit, site.site.declared_size)
+    return "; ".join(filter(None, [told, warned, unchecked(site, coordinator)]))
 
 
 def _fits(site: Site, study: Study, base: Base) -> str:

@@ -24,7 +24,14 @@ from fedtune.core.config import (
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.query import query_plan
-from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused
+from fedtune.core.errors import (
+    BudgetExceeded,
+    ConfigError,
+    FedtuneError,
+    NotGenuine,
+    PolicyRefused,
+    Refused,
+)
 from fedtune.core.files import reading
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import find_heaviest_budget
@@ -40,6 +47,8 @@ from fedtune.core.vault.policy import (
 )
 from fedtune.evidence import fingerprints
 from fedtune.flower import membership
+from fedtune.flower.enrol import Answer
+from fedtune.flower.link import link
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.known_plans import known_plan
 from fedtune.report.claim import assumption, best_guess, protects, strength
@@ -117,12 +126,29 @@ def is_outline(path: Path, study: Study) -> bool:
     return not all(made)
 
 
+def find_coordinator(site: Site, path: Path | None = None) -> str:
+    """Return the public key of the coordinator that sends this site its plans: the one whose answer
+    is at `path`, else the one with whose answer the site joined. Return "" if none is known.
+
+    path: the file of a plan, as for `read_plan`. Errors: ConfigError or Refused if it is an answer
+    that is not for this site."""
+    if path is not None and path.suffix == ".answer":
+        return _read_answer(path, site).coordinator
+    try:
+        return link(site, site.file or site.home).answer.coordinator
+    except FedtuneError:  # the site has not joined, or `fedtune doctor` says what is wrong
+        return ""
+
+
+def _read_answer(path: Path, site: Site) -> Answer:
+    keys, table = membership.keys_folder(site), site.coordinator or CoordinatorTable()
+    expected = table.fingerprint or ""
+    return membership.read(path, membership.tls_key(keys), site.site.name, expected)
+
+
 def _in_answer(path: Path, site: Site) -> Study:
     """Return the plan in the coordinator's answer. Errors: ConfigError, Refused."""
-    keys, table = membership.keys_folder(site), site.coordinator or CoordinatorTable()
-    name, expected = site.site.name, table.fingerprint or ""
-    answer = membership.read(path, membership.tls_key(keys), name, expected)
-    study = membership.plan_of(answer, path)
+    study = membership.plan_of(_read_answer(path, site), path)
     if study is None:
         raise ConfigError(
             f"{path}: holds no plan",
@@ -134,15 +160,20 @@ def _in_answer(path: Path, site: Site) -> Study:
     return study
 
 
-def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -> Review:
+def review(
+    study: Study, site: Site, ledger: Ledger, *, outline: bool = False, coordinator: str = ""
+) -> Review:
     """Explain the plan `study` for `site`, without reading a record.
 
     - study: the plan, as `read_plan` returns it
     - site: the site that would take part
     - ledger: the site's ledger, with the charges so far and the signed plans
-    - outline: whether it is an outline (`is_outline`), whose digest is not final"""
+    - outline: whether it is an outline (`is_outline`), whose digest is not final
+    - coordinator: the public key of the coordinator that sends it; by default, that of the
+      coordinator whose consortium the site has joined, if any"""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
-    against = would_refuse(study, site, plan, ledger, outline=outline)
+    coordinator = coordinator or find_coordinator(site)
+    against = would_refuse(study, site, plan, ledger, outline=outline, coordinator=coordinator)
     refused = [str(refusal) for refusal in against]
     sections = [
         ("What would run", _runs(study, plan, site)),
@@ -162,7 +193,10 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
         ),
     ]
     digest = "" if outline else study.digest
-    return Review(digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+    verdict = _verdict(study, site, plan, ledger, refused)
+    if not refused and (unknown := unchecked(site, coordinator)):
+        verdict += f". {unknown}"
+    return Review(digest, sections, refused, verdict)
 
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
@@ -212,6 +246,7 @@ def would_refuse(
     ledger: Ledger | None,
     *,
     outline: bool = False,
+    coordinator: str = "",
 ) -> list[Refused]:
     """List every rule and limit that refuses the plan today. A missing signature is not listed.
 
@@ -220,11 +255,25 @@ def would_refuse(
     - plan: the site's part of the study; None if the study is not private
     - ledger: the site's ledger; None if there is none yet
     - outline: whether the plan is an outline (`is_outline`), so that digests which are still
-      missing are no reason"""
+      missing are no reason
+    - coordinator: the public key of the coordinator that sends the plan. If it is not known (""),
+      no coordinator is refused: see `unchecked`"""
     if ledger and site.policy.peers:
         site = pin_others(site, signing_key(site, ledger).public)
-    rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
+    if not coordinator:
+        anybody = site.policy.model_copy(update={"coordinators": ()})
+        site = site.model_copy(update={"policy": anybody})
+    broken = refusals(study, site, plan, coordinator, outline=outline)
+    rules = [*broken, *sheet_refusals(study, site)]
     return [*rules, *_about_teacher(study, site), *cost_refusals(study, site, plan, ledger)]
+
+
+def unchecked(site: Site, coordinator: str) -> str:
+    """Name the rule that cannot be checked as long as the coordinator is not known; "" if there is
+    none. coordinator: its public key, "" if it is not known."""
+    if coordinator or not site.policy.coordinators:
+        return ""
+    return "Not checked yet: policy.coordinators, since no coordinator is known here"
 
 
 def _about_teacher(study: Study, site: Site) -> list[Refused]:

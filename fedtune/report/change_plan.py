@@ -29,7 +29,7 @@ from fedtune.report.paired import LEAST_GROUP, chance_above, chance_of, changes
 from fedtune.report.scores import Columns, Scores
 
 Verdict = Literal["better", "not better", "outside the plan"]
-Files = Mapping[str, frozenset[str]]  # sha256 of a public file -> keyed digests of its records
+Files = Mapping[str, frozenset[str]]  # fingerprint of a public file -> keyed digests of its records
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ def look_left(
     """Return how many looks (comparisons) were taken at a public file, and why the plan allows no
     further look there; "" in place of the reason if it allows one.
 
-    - looked: the public file (sha256) of each look so far
-    - files: sha256 -> the digests of the file's records, for all files so far and `public`
+    - looked: the public file (fingerprint) of each look so far
+    - files: fingerprint -> the digests of the file's records, for all files so far and `public`
     - apart: the digests of the public records that trained the model. A file with one of them
       allows no look.
-    - public: the file (sha256) at which the next look would be
+    - public: the file (fingerprint) at which the next look would be
     - table: the plan's [schedule]
 
     Files that share records count as one file, also if both share records only with a third file.

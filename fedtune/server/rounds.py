@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedtune.accounting.update_noise import gain_of_noise
 from fedtune.core.config import Study
 from fedtune.core.errors import ConfigError, InfrastructureError, Refused
 from fedtune.core.models import preconditioner
@@ -460,16 +461,7 @@ class _Run:
         noise = [self.limits.deviation(size) * size for size in sizes]  # in a site's sum
         shares = (d * w / n for d, w, n in zip(noise, weights, summed, strict=True))
         of_gradient = math.hypot(*shares) / sum(weights)
-        return sum(units), of_gradient * self._rate_of_noise(tally.number)
-
-    def _rate_of_noise(self, number: int) -> float:
-        """Return the factor by which the noise of a step's gradient appears in the update: the
-        learning rate of the round. NaN if the factor is not the same for all numbers of the update:
-        with several steps, AdamW, or ranks that sites choose."""
-        training, lora = self.study.training, self.study.lora
-        is_one_step = training.local_steps == 1 and training.optimizer == "sgd"
-        is_whole = lora is None or lora.min_rank is None
-        return training.rate(number) if is_one_step and is_whole else math.nan
+        return sum(units), of_gradient * gain_of_noise(self.study, tally.number)
 
     def _query(self) -> None:
         """Query the sites' held-out records about the newest round (private evaluation), and save

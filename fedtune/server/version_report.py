@@ -20,9 +20,11 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
     """Return the entries of a report's "quality" that name the models it compares, and the records
-    on which they were measured. champion: number of the version in use; public: sha256 over name
-    and content of the file of public records (`reading.fingerprint`), "" if not known."""
-    records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
+    on which they were measured. champion: number of the version in use; public: the fingerprint of
+    the file of public records (`reading.fingerprint`), "" if not known."""
+    records = "the public records"
+    if public:
+        records += f" in use (fingerprint {public[:8]})"
     columns = ["base alone", f"version {champion}, in use"]
     return {"on": records, "columns": columns, "public": public, "version": champion}
 

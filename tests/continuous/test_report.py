@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.core.config import Columns, PublicTable, StartTable
+from fedtune.core.files.reading import fingerprint
 from fedtune.evaluation.run import evaluate
 from fedtune.runs.run import Run
 from fedtune.server import version_report
@@ -20,6 +22,7 @@ from tests.server.fakes import zeros
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
 
+ROOT = Path(__file__).parents[2]
 PRIVACY = '{ epsilon = 8.0, noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
 
 
@@ -96,6 +99,17 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
     shutil.copy(finished / "test.jsonl", tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_the_page_says_how_to_check_which_records_were_in_use(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "continuous.md").read_text()
+    (shown,) = (line for line in page.splitlines() if "sha256sum" in line)
+    file = tmp_path / "public.jsonl"
+    file.write_text('{"text": "hot", "label": "fever"}\n')
+    on = version_report.figures(1, fingerprint(file))["on"]
+    done = subprocess.run(["sh", "-c", shown], cwd=tmp_path, capture_output=True, text=True)
+    assert on == f"the public records in use (fingerprint {done.stdout[:8]})", done.stderr
+    assert version_report.figures(1, "")["on"] == "the public records"
 
 
 def another(run: Path) -> int:

@@ -16,6 +16,7 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import certs, enrol, membership
 from fedtune.flower.link import link
 from fedtune.launch import coordinator
+from fedtune.officer.doctor import examine
 from fedtune.officer.review import read_plan
 from fedtune.server import store
 from fedtune.server.admission import plan_message
@@ -150,6 +151,39 @@ def test_the_plan_of_an_answer_is_reviewed_before_the_site_joins(met: Met) -> No
     with pytest.raises(ConfigError, match="holds no plan") as found:
         read_plan(met.file, site)
     assert f"lie in {site.site.plan_file('').parent} until" in str(found.value)
+
+
+def test_who_may_coordinate_is_judged_once_the_coordinator_is_known(met: Met) -> None:
+    """By the answer that holds the plan, or with which the site joined; before, nothing is said
+    against the plan, and the rule is named as not checked."""
+    own, toml = met.site.read_text(), met.home.parent / "study.toml"
+
+    def told(plan: Path, key: str) -> tuple[bool, bool]:
+        """Whether the rule refuses the plan, and whether it is not checked; as `fedtune doctor`
+        says too."""
+        rules = f'bases = "any"\nallow_privacy_off = true\ncoordinators = ["{key}"]\n'
+        met.site.write_text(f"{own}\n[policy]\n{rules}")
+        shown = run("review", plan, "--site", met.site)
+        said = " ".join(shown.output.split())
+        refuses = f"policy.coordinators does not list {met.answer.coordinator!r}" in said
+        assert shown.exit_code == 0 and ("This site refuses it" in said) == refuses, said
+        unknown = "Not checked yet: policy.coordinators" in said
+        if plan == toml:
+            study = read_plan(toml, load_site(met.site))
+            by_name = {one.name: one for one in examine(met.site, study, outline=True)}
+            assert by_name["plan"].good is not refuses
+            assert ("policy.coordinators" in by_name["plan"].says) == (refuses or unknown)
+        return refuses, unknown
+
+    own_key, other = met.answer.coordinator, 64 * "0"
+    assert told(toml, own_key) == told(toml, other) == (False, True)
+    assert told(met.file, own_key) == (False, False)
+    assert told(met.file, other) == (True, False)
+    joining = run("client", met.site, "--answer", met.file, "--fingerprint", "0")
+    assert f"does not list {own_key!r}" in " ".join(joining.output.split()), joining.output
+    met.join(met.answer.fingerprint)
+    assert told(toml, own_key) == (False, False)
+    assert told(toml, other) == (True, False)
 
 
 def test_a_plan_that_another_key_signed_is_not_reviewed(met: Met) -> None:

@@ -17,14 +17,13 @@ def acts(site: SiteWorker) -> AuditLog:
     return AuditLog(site.home.folder, site.home.key)
 
 
-def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:
+def accept(site: SiteWorker, receipt: str, coordinator: str) -> None:
     """Compare the ledger and the audit log with the receipt that came with an order, and store the
     receipt if it is the newest. If the audit log lacks the entry that the receipt names, the log
     gets an entry that says so.
 
     - site: the worker of this site
     - receipt: the receipt as JSON; "" if the order has none: nothing is then compared
-    - study: digest of the order's plan; the comparison does not depend on it
     - coordinator: the public key that signed the plan, and must have signed the receipt
 
     Errors: LedgerError if the receipt is not for this ledger, or the ledger lacks its entry."""

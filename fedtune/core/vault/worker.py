@@ -471,7 +471,7 @@ class SiteWorker:
         last = LAST_ROUND if study.continuous else study.training.rounds or 0
         if not 1 <= round_ <= last:
             raise PolicyRefused(f"round {round_} is not in the plan")
-        noted.accept(self, receipt, digest, prepared.coordinator)
+        noted.accept(self, receipt, prepared.coordinator)
         return prepared
 
     def reserve(
@@ -604,7 +604,7 @@ class SiteWorker:
         Errors: as `train`."""
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
-        noted.accept(self, receipt, plan.study, prepared.coordinator)
+        noted.accept(self, receipt, prepared.coordinator)
         slot = self.slot(plan.study, round_, arrays_digest(adapter))
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)

@@ -1,0 +1,17 @@
+"""Compute how much noise a site's update carries, from the plan alone."""
+
+from __future__ import annotations
+
+import math
+
+from fedtune.core.config import Study
+
+
+def gain_of_noise(study: Study, round_: int) -> float:
+    """Return the factor by which the noise of a step's mean gradient appears in an update of round
+    `round_`: the learning rate. NaN if the factor is not the same for all numbers of the update:
+    with several steps, AdamW, or ranks that sites choose."""
+    training, lora = study.training, study.lora
+    is_one_step = training.local_steps == 1 and training.optimizer == "sgd"
+    is_whole = lora is None or lora.min_rank is None
+    return training.rate(round_) if is_one_step and is_whole else math.nan
