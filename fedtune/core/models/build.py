@@ -69,7 +69,7 @@ def _bf16_is_faster() -> bool:
     bf16; on a processor with native bf16, by measuring both once per process; on any other
     processor, no."""
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if not torch.cpu._is_avx512_bf16_supported():
         return False
 
