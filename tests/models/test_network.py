@@ -393,3 +393,18 @@ def test_bf16_where_it_is_native_and_measures_faster(
     finally:
         process_cache.clear("speed of bf16")
     assert build_module.dtype_of("bfloat16") == torch.bfloat16
+
+
+def test_a_gpu_that_emulates_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts emulation as support by default: on a T4 it is several times slower."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native in (True, False):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, native=native: including_emulation or native,
+        )
+        process_cache.clear("speed of bf16")
+        expected = torch.bfloat16 if native else torch.float32
+        assert build_module.dtype_of("auto") == expected
+    process_cache.clear("speed of bf16")
