@@ -225,7 +225,8 @@ class _Reading:
         self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
         self.kind = next((kind for kind in KINDS if getattr(file.columns, kind)), None)
         self._undecoded: list[_Undecoded] = []
-        self._files_of = defaultdict[str, dict[int, int]](dict)  # lengths of a patient's files
+        # Of each patient's files, of which each counts once: which, and their bytes.
+        self._counted, self._bytes_of = set[tuple[str, int]](), Counter[str]()
         self._copies, self._held = Counter[bytes](), Counter[str]()
         self._rows = 0
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
@@ -269,10 +270,11 @@ class _Reading:
             return
         named = text_of(row.get(self._columns.media or ""))
         content = self._folder.read(named, self.kind)
-        files = self._files_of[key] | {id(content): len(content)}  # the Folder keeps each
-        if self._by_patient and sum(files.values()) > UNIT_BYTES:
-            raise Rejected(f"{self.kind} too large")
-        self._files_of[key] = files
+        if self._by_patient and (key, id(content)) not in self._counted:
+            if self._bytes_of[key] + len(content) > UNIT_BYTES:
+                raise Rejected(f"{self.kind} too large")
+            self._bytes_of[key] += len(content)
+            self._counted.add((key, id(content)))  # the Folder keeps it
         self._undecoded.append(_Undecoded(place, record, key, content))
 
     def decode(self, decoder: Decoder) -> None:
