@@ -162,10 +162,10 @@ class Decoder:
             )
 
     def __enter__(self) -> Decoder:
-        from fedtune.core.data.decoding import import_decoders
-
         _import_what_reads_kept_forms(self._kind)
         if self._children is None:
+            from fedtune.core.data.decoding import import_decoders
+
             log.warning(
                 "this machine is not Linux on x86-64 or 64-bit ARM: %s files are decoded without a "
                 "limit of time or memory, so that a hostile one can keep this process busy",
