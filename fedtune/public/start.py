@@ -295,7 +295,7 @@ def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps([made_by, without, plan], sort_keys=True).encode())
     for example in text.examples:
         digest.update(repr((example.label, len(example.passages))).encode())
-        digest.update(example.media.digest if example.media else b"")
+        digest.update(example.media.file if example.media else b"")
         for passage in example.passages:
             for ids in (passage.input_ids, passage.target_ids):
                 digest.update(f"{len(ids)};".encode())

@@ -21,9 +21,10 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from fedtune.core import system_calls
-from fedtune.core.config import Columns, DataFile, Site
+from fedtune.core.config import Columns, DataFile, Site, SiteData
 from fedtune.core.data import children, decoding, media
 from fedtune.core.data.files import Rejected
+from fedtune.core.data.identity import every_member
 from fedtune.core.data.records import read_file, read_records
 from fedtune.core.errors import ConfigError
 from tests.media import image, recording
@@ -68,6 +69,15 @@ def test_a_record_holds_its_file(tmp_path: Path) -> None:
     content = (tmp_path / "images" / "a.png").read_bytes()
     assert record.media.file == hashlib.sha256(content).digest()
     assert "cat" not in repr(record) and "a.png" not in repr(record)
+
+
+def test_the_ledger_knows_a_file_by_its_own_bytes(tmp_path: Path) -> None:
+    """As every release did, whatever form it keeps. (load_dataset: tests/models/test_media.py.)"""
+    image(tmp_path / "a.png", 0)
+    of_patients(tmp_path, [("a", "a.png")])
+    columns = Columns(image="image", label="label", patient="who")
+    known = every_member(SiteData(path=tmp_path / "data.jsonl", columns=columns))
+    assert b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() in known
 
 
 def test_a_file_is_read_once_however_many_records_name_it(

@@ -231,6 +231,12 @@ MEDIA_MUTANTS = (
         "another release keeps another form, and all records count as new ones",
     ),
     _one(
+        "media", "a-declared-image-is-another-ones", "fedtune/core/data/identity.py",
+        "record.media.file)", "record.media.digest)",
+        T_FILES + "test_the_ledger_knows_a_file_by_its_own_bytes",
+        "an image that was declared is not found in a ledger under other words",
+    ),
+    _one(
         "media", "a-file-is-decoded-in-the-vault", MEDIA,
         'if sys.platform == "linux" and system_calls.is_known():', "if False:",
         T_FILES + "test_no_library_reads_a_file_in_this_process",

@@ -17,7 +17,7 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
     Shorter texts do not count, since many records may share a question or an instruction."""
     members = {record_member(record)}
     if record.media:
-        members.add(b"media\0" + record.media.digest)
+        members.add(b"media\0" + record.media.file)
     longest = max(_texts(record), key=len)
     if len(longest) >= LONG:
         members.add(b"text\0" + longest.encode())
