@@ -98,11 +98,13 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
     if not (home / KEY).exists():  # none is made: it would not be this site's
         raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
+    own = state / KEY  # of a membership
+    key = SigningKey.at(own if own.exists() else home / KEY)
     folders = {"state": (state, OF_A_SITE)}
     if home != state:
         folders["home"] = (home, OF_A_SITE)
     found = {SETTINGS: site.file} if site.file else {}
-    return _keep(to, noticed, run, folders, found, SigningKey.at(state / KEY), home)
+    return _keep(to, noticed, run, folders, found, key, home)
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:

@@ -34,6 +34,7 @@ from fedtune.core.vault.prepared import Held, Void
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
+from fedtune.evidence import incident
 from fedtune.officer.let_go import decide, list_waiting
 from fedtune.officer.memberships import still
 from fedtune.officer.purge import listing, purge
@@ -306,6 +307,20 @@ def test_each_signs_with_a_key_of_its_own(tmp_path: Path, tiny_base: Path) -> No
     sealed = made["onco"].sealed(study.study.digest, 1, "0" * 32, "d" * 64)
     for key in keys - {made["onco"].key.public}:
         assert key not in json.dumps(sealed), "another membership's, or the hospital's"
+
+
+def test_a_membership_that_lost_its_key_keeps_evidence_with_the_hospitals(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """A new key would be nobody's. Twin: with its own key, that one signs."""
+    made = workers(tmp_path / "home")
+    run(made["onco"], study_of("onco", tiny_base), 1)
+    site = made["onco"].current()
+    own, key = site.site.state / "site.key", made["onco"].key
+    assert incident.keep_of_site(site, tmp_path / "kept").signer == key.public
+    own.unlink()
+    signer = incident.keep_of_site(site, tmp_path / "again").signer
+    assert signer == made["onco"].home.key.public and not own.exists()
 
 
 def test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice(
