@@ -1,1 +1,1 @@
-"""The ClientApp that runs at a site."""
+"""The client app for Flower (ClientApp), which runs at a site."""

@@ -1,4 +1,4 @@
-"""The ClientApp that Flower starts at a site, by its name in pyproject.toml."""
+"""The client app (ClientApp) that Flower starts at a site; pyproject.toml gives Flower its name."""
 
 from fedtune.launch.in_one_process import app
 

@@ -282,7 +282,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `__all__` at its first use."""
+    """Import a name of `__all__` when it is first used, and return what it names. Errors:
+    AttributeError for any other name."""
     if name not in _ORIGINS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _ORIGINS[name]

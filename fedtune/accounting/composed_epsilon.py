@@ -37,8 +37,8 @@ class Share:
     - events: the steps that ran on the site's records
     - fallback: the same steps with the σ of the site's own noise alone; equal to events if the
       sites did not share noise
-    - assumptions: for each run with shared noise, (n, t): events hold if at most t of n sites
-      collude"""
+    - assumptions: a pair (n, t) for each run with shared noise: the σ in `events` holds only if at
+      most t of the n sites collude"""
 
     parent: int
     site: str
@@ -83,8 +83,10 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return the steps that ran on a site's records; if the adapter was itself derived, the steps
-    of all its parents. site: the site's entry in a report's "privacy"."""
+    """Return the steps that ran on one site's records, as its run's report gives them. In the
+    report of a derived adapter, these are the steps in all runs from which it was derived.
+
+    site: the site's entry in a report's "privacy"."""
     if "events" in site:
         return tuple(Steps(*event) for event in site["events"])
     if not site.get("steps"):
@@ -94,8 +96,10 @@ def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
 
 
 def _fallback(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return the same steps as `_events`, but with the σ of the site's own noise alone if sites
-    shared noise. site: the site's entry in a report's "privacy"."""
+    """Return the steps that `_events` returns for a site, each with the σ of the site's own noise
+    alone. This σ is smaller only if the sites shared noise; otherwise the steps are the same.
+
+    site: the site's entry in a report's "privacy"."""
     table = site.get("secure_aggregation")
     if not table:
         return _events(site)
@@ -114,10 +118,14 @@ def _assumptions(site: dict[str, Any]) -> frozenset[tuple[int, int]]:
 
 
 def relation(first: Share, second: Share, disjoint: bool = False) -> str:
-    """Decide whether two sites, each of another parent, trained on the same people. Return SAME
-    (equal names or keys), APART (both sites have a name and a key, and both differ), UNKNOWN (a
-    name or a key is missing), or STATED if `disjoint`, i.e. the caller states that the parents
-    share nobody."""
+    """Decide whether two sites of different parents (runs from which an adapter was derived)
+    trained on the same people. Return the first of these texts that applies:
+
+    | STATED | if `disjoint`: the caller states that no person is in two parents |
+    | SAME | the two names are equal, or the two keys are |
+    | APART | both sites have a name and a key, and both differ |
+    | UNKNOWN | a name or a key is missing |
+    """
     if disjoint:
         return STATED
     if (first.site and first.site == second.site) or (first.key and first.key == second.key):
@@ -126,15 +134,15 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
 
 
 def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
-    """Compute the privacy cost of a derived adapter: compose the "privacy" of its parents' reports
-    into the "privacy" of its own. All parents must be private.
+    """Compute the privacy cost of a derived adapter from the reports of its parents, all of which
+    must be private. Return the entry "privacy" of the adapter's own report.
 
     Each site is charged for the steps of its own parent and, for every other parent, for the steps
     of the same site in that parent. If that parent does not have the same site, the site is charged
     for the steps of the parent's costliest site that may share people with it. The largest ε of any
-    site is the adapter's. It is computed by PLD at the smallest of the parents' δ. The unit is the
-    patient only if it is the patient in all parents, else the record. If sites of a parent shared
-    noise, a second ε is composed from each site's own noise alone.
+    site is the adapter's. Every ε is computed by PLD at the smallest of the parents' δ. The unit is
+    the patient only if it is the patient in all parents, else the record. If sites of a parent
+    shared noise, a second ε is composed from each site's own noise alone.
 
     disjoint: whether the caller states that no person is in two parents; each site is then charged
     for its own parent alone.

@@ -34,8 +34,9 @@ class SitePlan:
     - risk: the highest accuracy with which an attacker who knows all other records guesses a unit's
       presence
     - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
-    - fallback_epsilon: with [secure_aggregation], the ε that this site's own noise alone gives. A
-      study without [secure_aggregation] costs this ε if the mean of its updates has as much noise.
+    - fallback_epsilon: with [secure_aggregation], the ε that this site's own noise alone gives.
+      This is also the ε that the study would cost without [secure_aggregation] if the mean of its
+      updates had as much noise.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -78,8 +79,8 @@ class Plan:
     sites: tuple[SitePlan, ...]
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the sites' figures as columns of equal length, from which a DataFrame can be
-        built."""
+        """Return the sites' figures as columns: for each field of SitePlan, its values at all
+        sites. A DataFrame can be built from this dict."""
         rows = [asdict(site) for site in self.sites]
         return {name: [row[name] for row in rows] for name in SitePlan.__dataclass_fields__}
 
@@ -152,10 +153,11 @@ def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
 
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
-    """Describe, in one line each, what [secure_aggregation] does for a study at sites of these
-    declared sizes: the assumption under which ε holds, the ε that holds without it, how much is
-    gained, and how many bits each number takes that sites send. Return [] for a study without
-    [secure_aggregation] or without privacy.
+    """Describe in lines of text what [secure_aggregation] does for a study at sites of these
+    declared sizes. The lines give the assumption under which the study's ε holds, the ε that holds
+    without this assumption, the larger ε at which the study would learn as much without
+    [secure_aggregation], and the number of bits of each number that a site sends. Return [] for a
+    study without [secure_aggregation] or without privacy.
 
     Errors: ConfigError if no number of rounds and no σ fit the study's budget."""
     if study.secure_aggregation is None or not study.private:
@@ -181,10 +183,10 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
 
 
 def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
-    """Return a list of one line that suggests ε = 1 to the reader, if the plan's ε is larger.
-    Return [] if it is not, if the plan gives no number of rounds, or if no σ gives ε = 1.
+    """Return a list of one line that suggests trying ε = 1. Return [] if the plan's ε is at most 1
+    already, if the study does not give its number of rounds, or if no σ gives ε = 1.
 
-    - of_site: the plan at one site
+    - of_site: the study's plan at one site
     - size: the site's declared size"""
     if of_site.epsilon <= 1 or study.training.rounds is None:
         return []
@@ -202,9 +204,11 @@ def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
 
 
 def _attempts(of_site: DpPlan) -> str:
-    """Describe in one text how ε grows if attempts at a round fail: both ε of the study (the one
-    under the assumption on colluding sites, and the one that always holds) with one failed attempt
-    and with two, each of which is paid for. of_site: the plan at one site."""
+    """Describe in one text how ε grows if attempts at a round fail, since each attempt is paid for.
+    The text has two figures for one failed attempt and two for two: the ε that holds if few enough
+    sites collude, and the fallback ε, which always holds.
+
+    of_site: the study's plan at one site."""
     costs = []
     for more in (1, 2):
         steps = of_site.steps + more * of_site.local_steps
@@ -219,10 +223,12 @@ def _attempts(of_site: DpPlan) -> str:
 
 
 def _of_two(of_site: DpPlan, *, shared: bool) -> float:
-    """Compute the ε of a unit that has records at two sites. With `shared`, the sites share one
-    dose of noise: the unit has twice the rows in one sum, and each row is drawn independently. Else
-    each site adds all of its noise, so the mechanism runs on the unit twice. of_site: the plan at
-    one site."""
+    """Compute the ε of a unit that has records at two sites.
+
+    - of_site: the study's plan at one site
+    - shared: True if the sites share the noise of one sum: the unit then has twice the rows in this
+      sum, and each row is drawn independently. False if each site adds noise of the full σ: the
+      mechanism then runs twice on the unit."""
     (steps,) = of_site.events(of_site.steps)
     twice: Steps = (
         steps._replace(records=2 * steps.records)
@@ -246,9 +252,9 @@ def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
 
 
 def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
-    """Return the largest number of adapter parameters at which sites can send each masked number in
-    the narrower of the two word sizes (WORDS), because the sum over all sites fits into it; 0 if it
-    never fits. More parameters need a finer grid, and so a wider sum.
+    """Return the largest number of adapter parameters at which a site can send each masked number
+    as a word of the smaller of the two sizes (WORDS). For this the sum over all sites must fit into
+    such a word; return 0 if it never does. More parameters need a finer grid, and so a larger word.
 
     - sigma: σ of the sum that is opened; None if privacy is off
     - sizes: the sites' declared sizes"""

@@ -47,8 +47,10 @@ def cross_check(events: Iterable[Steps], delta: float) -> float:
     """Compute PLD's ε and check that it does not exceed the looser RDP bound.
 
     If a step samples several rows of one unit (k > 1 with q < 1), no RDP bound is implemented, and
-    PLD's ε is returned without this check. The tests check it by an independent integral.
-    Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
+    PLD's ε is returned without this check; such an ε is checked by the tests, with an independent
+    integral.
+    Errors: AccountantsDisagree if PLD's ε exceeds the RDP bound by more than 1 % + 0.001, which
+    discretisation explains."""
     folded = merge_events(events)
     pld_epsilon = epsilon(folded, delta)
     if any(event.records > 1 and event.sampling_rate < 1 for event in folded):

@@ -35,9 +35,9 @@ def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None
 
 def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]:
     """Forecast how much of a private evaluation's answer is noise, by the number of held-out units
-    at each site. The result maps a number of units to two standard deviations of the noise at most
-    (2 · `answer_sd`, for an answer of 1), or to None if the answer is lost in the noise. Its
-    numbers of units are those of HELD_OUT, and the fewest that give an answer.
+    at each site. Return a dict: number of units at each site -> two standard deviations of the
+    noise, or None if the answer is lost in the noise. The keys are the numbers in HELD_OUT, and the
+    smallest number that gives an answer. The noise is that in an answer of 1, where it is largest.
 
     - sigma: private_evaluation.noise_multiplier
     - sites: how many sites answer

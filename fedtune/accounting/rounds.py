@@ -8,8 +8,8 @@ from fedtune.core.errors import ConfigError
 
 
 def with_rounds(study: Study) -> Study:
-    """Return the study with training.rounds filled in, if it gives ε and σ but no rounds. Its ε is
-    then left out, since it follows from σ and rounds. Any other study is returned unchanged.
+    """If the study gives ε and σ but no number of rounds, return it with training.rounds filled in
+    and without ε, which follows from σ and rounds. Return any other study unchanged.
 
     Errors: ConfigError if the number of rounds would differ between sites."""
     if study.training.rounds is not None or isinstance(study.privacy, str) or study.continuous:

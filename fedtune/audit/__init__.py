@@ -101,8 +101,8 @@ def _report(run: Run, study: Study) -> dict[str, Any]:
 
 
 def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
-    """Return `plan` with the noise as it was: the smallest σ and the largest clipping norm C that
-    the report gives for any site, as its step log counted them."""
+    """Return `plan` with the σ and the clipping norm C that a finished run really had: the smallest
+    σ and the largest C that the run's report gives for any site, from the site's step log."""
     sites = list((report.get("privacy") or {}).get("sites", {}).values())
     sigmas = [s["noise_multiplier"] for s in sites if s.get("noise_multiplier")]
     norms = [s["max_grad_norm"] for s in sites if s.get("max_grad_norm")]

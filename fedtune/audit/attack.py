@@ -179,7 +179,8 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
     """Attack models that are trained as a finished run's study trains them, from the same starting
     point.
 
-    out, options: as for `attack_study`.
+    out: a folder for attack.json and attack.png; None writes nothing. options: other arguments of
+    `attack_study`: canaries, models, units.
 
     >>> import fedtune
     >>> fedtune.attack_run(fedtune.Run("runs/none"))
@@ -187,7 +188,8 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: as for `attack_study`; InputError if the run is not finished."""
+    Errors: InputError if the run is not finished; those of `attack_study`, such as ConfigError if
+    the run was trained without privacy."""
     if not run.private:
         raise ConfigError(f"{run.folder}: not private, so there is no ε to attack")
     return attack_study(run.study, out, **options)
@@ -214,10 +216,12 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 
 
 def begin_again(study: Study) -> Start:
-    """Compute the starting point of a finished run's study again: its adapter before the first
-    round, and what public text gives. The digests in the plan are ignored, since on another machine
-    public text gives the same start only up to rounding. (`start` itself ignores the digest of a
-    basis of class statistics.) Errors: ConfigError, ModelError."""
+    """Compute again the starting point of a finished run's study: its adapter before the first
+    round, and all else that public text gives. The digests of these in the plan are not compared,
+    since on another machine public text gives the same start only up to rounding. (The digest of a
+    basis of class statistics is ignored by `start` itself.)
+
+    Errors: ConfigError if the public text is not here, ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
         table = study.lora.preconditioner
@@ -237,8 +241,8 @@ def begin_again(study: Study) -> Start:
 
 
 def begin_strategy(begun: Start) -> Strategy:
-    """Build the study's strategy, in its state before the first round, as a coordinator does.
-    Errors: ConfigError."""
+    """Build the study's strategy as a coordinator does, in its state before the first round. begun:
+    the study's starting point. Errors: ConfigError."""
     strategy = build_strategy(begun.study)
     strategy.load_state(begun.strategy)
     strategy.prepare(begun.study, begun.frozen)
@@ -254,7 +258,7 @@ def noise_of_step(plan: StepPlan) -> float:
 
 
 def save(result: Attack, out: Path) -> None:
-    """Write attack.json and attack.png. Errors: InfrastructureError."""
+    """Write attack.json and attack.png into the folder `out`. Errors: InfrastructureError."""
     from fedtune.audit.picture import curves
 
     facts: dict[str, Any] = asdict(result) | {"succeeds": result.succeeds}
@@ -275,7 +279,7 @@ def _coins(canaries: int, models: int) -> np.ndarray:
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
     """Generate an attack's units. A unit holds one record, repeated as often as the plan has
     records per draw. The canaries come first, then the units that are in every model; the last of
-    the latter hold a secret each.
+    these units hold one secret each.
 
     - study: the study for whose objective and record format the records are made; its seed
       determines them
@@ -343,10 +347,11 @@ class _World:
     units: int
 
     def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
-        """Train a model for each row of coins.
+        """Train one model for each row of `coins`: on the canaries that the row marks, and on all
+        other units.
 
         - plan: how a round's steps run, with noise or without
-        - log: gets a line for each noised step of all models, in their order
+        - log: gets a line for each noised step of each model
 
         Returns: each canary's mean loss in each model, (models, canaries), and the secrets'
         exposure in the first model, None if there are no secrets."""
@@ -405,9 +410,10 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
     canaries). The likelihoods are Gaussians of a common variance. Their means are the mean losses
     of the other models that had the canary, and of those that did not.
 
-    For the two means, equally many other models are drawn at random. Else the scores would tell
-    members apart without any leak: a model is not its own reference, so there is one reference less
-    of its own kind, and a mean of fewer models is further from any loss.
+    Both means are taken over the same number of models, drawn at random. Otherwise the scores would
+    tell members from others even without any leak: a model is not its own reference, so of the
+    models with the same coin as itself there is one less, and a mean of fewer models is on average
+    further from any loss.
 
     - losses: each canary's mean loss in each model, (models, canaries)
     - coins: whether each model was trained on each canary, bool of the same shape"""
@@ -426,8 +432,7 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
 
 
 def _draw_models(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Draw some of the marked models at random for each canary: for canary c, kept[c] of the models
-    that column c of `mask` (models, canaries) marks. Return a mask of the same shape that marks the
-    drawn models only."""
+    """Draw at random, for each canary c, kept[c] of the models that column c of `mask` (models,
+    canaries) marks. Return a mask of the same shape that marks the drawn models only."""
     order = np.where(mask, draw.random(mask.shape), np.inf)
     return mask & (order.argsort(axis=0).argsort(axis=0) < kept)

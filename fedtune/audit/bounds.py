@@ -34,7 +34,7 @@ def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) 
 
     With rates α of false alarms and β of misses, β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β). Each
     error rate is bounded with error probability (1 - confidence) / 2.
-    Errors: ValueError, as for `rate_upper`.
+    Errors: ValueError if there is no trial, or more errors than trials.
     Reference: Dong, Roth & Su 2022, definition 2.6; Nasr et al. 2023, section 4."""
     half = 1 - (1 - confidence) / 2
     alpha = rate_upper(false_alarms, trials, half)
@@ -91,10 +91,12 @@ def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence
 
 
 def _one_run_p(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Compute how probable it is at most, if the run was (ε, δ)-DP, that `correct` guesses or more
-    are right: an upper bound on a p-value.
+    """Return an upper bound on a p-value: the largest probability, if the run was (ε, δ)-DP, that
+    at least `correct` of the guesses are right.
 
-    - m, guesses, correct: as for `one_run_epsilon`
+    - m: the number of coins, each of which decided whether one canary was in the run
+    - guesses: how many of the coins were guessed
+    - correct: how many of these guesses were right
     - epsilon, delta: the privacy that is assumed"""
     p_correct = 1 / (1 + math.exp(-epsilon))
     tail = float(binom.sf(correct - 1, guesses, p_correct))

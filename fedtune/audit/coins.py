@@ -1,5 +1,5 @@
-"""Audit one training run: fair coins decide which canaries are included, and the audit guesses the
-coins."""
+"""Audit one training run: fair coins decide which canaries (test units) are included, and the audit
+guesses the coins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ MOST_STEPS = 20  # the largest number of steps; the claimed ε is that of the st
 class OneRun:
     """The result of the audit of one run.
 
-    - m: the number of canaries; guesses, correct: how many were guessed, and how many rightly
+    - m: the number of canaries (test units), for each of which a coin decided whether it was
+      included
+    - guesses, correct: how many of the coins were guessed, and how many of the guesses were right
     - claimed: ε of the `steps` that ran
     - audited, ceiling: lower bounds on ε at 95 % and at 99.9 % confidence, which assume nothing
       about the mechanism"""
@@ -58,8 +60,9 @@ class OneRun:
 def one_run(
     study: Study, network: Network | None = None, canaries: int = CANARIES, steps: int = MOST_STEPS
 ) -> OneRun:
-    """Train `study` once on generated canary units with the shipped local loop, then guess the
-    coins. Return the numbers of guesses, with the claimed ε and the lower bounds on it.
+    """Train `study` once on generated canaries (test units), with the shipped code of a site's
+    round, and guess which of them were included. Return the numbers of guesses, with the claimed ε
+    and the lower bounds on it.
 
     - study: a private study; its optimiser and its bound C are replaced as described below
     - network: the network to train, by default the study's architecture at tiny size
@@ -183,8 +186,8 @@ def _select_members(everyone: Dataset, coins: np.ndarray) -> Dataset:
 
 def _clip_units(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
     """Compute what each canary adds to a step's sum if it is drawn: the sum of its rows' clipped
-    gradients, fp64 (canaries, d). everyone: the canaries' records, the same number of rows for
-    each."""
+    gradients, fp64 (canaries, d). everyone: the records of all canaries; each has the same number
+    of rows."""
     rows = engine.matrix(range(engine.n_rows))
     parts = clip.clip(rows, plan.max_grad_norm, plan.clipping, plan.gamma)
     return parts.view(everyone.n_units, plan.records, -1).sum(dim=1)

@@ -148,12 +148,14 @@ def study_for(
 def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Result]:
     """Check an objective: yield one result for each contract below.
 
-    name, options: as for `check`. base: the name or the folder of the base on whose architecture it
-    is tested.
+    - name: the name under which the objective is registered
+    - options: its own options by name
+    - base: the name or the folder of the base on whose architecture it is tested
 
+    | contract | is met if |
     | parity, isolation, sensitivity, noise | the self-test passes with each engine |
     | one loss a record | the losses have shape (B,), are fp32 and finite |
-    | repeatable | a second call gives the same bits: no dropout, no state |
+    | repeatable | a second call gives the same bits, so there is no dropout and no state |
     | in any company | a record's loss is the same alone and in a batch |
     """
     for engine in ("auto", "opacus"):
@@ -190,7 +192,8 @@ def measure_repeatability(study: Study, data: CachedDataset) -> float:
 
 @torch.no_grad()
 def moved_by_company(study: Study, data: CachedDataset) -> float:
-    """Compute the largest relative difference between a loss in a batch and the same loss alone."""
+    """Compute the largest relative difference between a record's loss in a batch and the loss of
+    the same record alone."""
     objective, largest = study.objective.resolved, 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         together = objective.losses(data.network, batch)
@@ -205,6 +208,7 @@ def modality(name: str, base: str) -> Iterator[Result]:
     """Check a modality: yield one result for each contract below. name: the plug-in's name. base:
     the name or the folder of the base on whose architecture it is tested.
 
+    | contract | is met if |
     | place-holders | generated records with files pass the modality's own check |
     | too few | a record is rejected if one token less stands for its file than the file needs |
     | tensor | a file's tensor is fp32, finite, has one row for each tile, and is repeatable |
@@ -268,15 +272,17 @@ def _tensors(study: Study, network: Network) -> float:
 
 def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     """Check a strategy: yield one result for each contract below. made: builds a new instance of
-    it.
+    the strategy. Identical updates are checked only if its `averages` is true, and the weighted
+    mean only if its `is_mean` is true.
 
-    | no update | adapter and state do not change, before the first round and later |
-    | identical updates | the adapter moves by that update, if the strategy `averages` |
-    | weighted mean | the adapter moves by a constant times the mean, if the strategy `is_mean` |
-    | order of arrival | changes at most one rounding of fp32, and 10⁻¹² of the fp64 state |
-    | inputs | are not changed |
-    | names, shapes and type | are the same in the new adapter as in the old one |
-    | state | after a restart with it, rounds continue as without the restart |
+    | contract | is met if |
+    | no update | a round without updates changes neither adapter nor state |
+    | identical updates | several equal updates move the adapter by that update |
+    | weighted mean | updates move the adapter by a constant times their weighted mean |
+    | order of arrival | another order changes a rounding of fp32 at most, and the state by 10⁻¹² |
+    | inputs | the arrays that the strategy gets are not changed |
+    | names, shapes and type | those of the new adapter are those of the old one |
+    | state | a strategy that is restarted with its state goes on as without the restart |
     """
     bench = _Bench(made)
     yield run_check("no update", 0, lambda: _no_update(bench))
@@ -291,8 +297,9 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
 
 
 class _Bench:
-    """Builds new strategies that are ready for their first round, and arrays to try them on: an
-    adapter with updates of its shapes, or a head with class statistics."""
+    """Builds new strategies that are ready for their first round, and arrays on which to try them:
+    an adapter and updates of the same shapes or, for a strategy of class statistics, a head and
+    class statistics."""
 
     def __init__(self, made: Callable[[], Strategy]) -> None:
         self._made = made
@@ -355,8 +362,8 @@ def statistics_study() -> Study:
 
 
 def _measure_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Compute the largest relative difference between two sets of arrays by name; infinite if the
-    names differ."""
+    """Compute the largest relative difference between arrays of the same name in two sets of
+    arrays; infinite if the sets' names differ."""
     if a.keys() != b.keys():
         return math.inf
     largest = 0.0
@@ -391,8 +398,9 @@ def _compare_identical_updates(bench: _Bench) -> float:
 
 
 def _mean(bench: _Bench) -> float:
-    """Compare the strategy's step for two updates together with the weighted mean of its steps for
-    each update alone; return the largest relative difference."""
+    """Run one round on two updates, and one round on each of the updates alone; compare the first
+    round's adapter with the weighted mean of the other two. Return the largest relative
+    difference."""
     worst = 0.0
     for seed in range(5):
         adapter, seeds = bench.adapter(seed), [seed + 1, seed + 2]
@@ -461,10 +469,11 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
     file: the file that the source reads. less: the same file without one record; None to leave out
     one line of `file` at a time.
 
-    | rows | the file has rows; each is a dict by column, or a reason of fedtune's own |
+    | contract | is met if |
+    | rows | there are rows; each is a dict by column, or a reason that fedtune knows |
     | repeatable | a second reading gives the same rows |
-    | one row at a time | without one record, its row is missing and no other row changes |
-    | broken files | raise a DataError whose message has no content of the file |
+    | one row at a time | if a record is removed, its row is missing and no other row changes |
+    | broken files | they raise no error but a DataError, and no message quotes the file |
     """
     expected = list(rows(file, {}, source=plugin))
     unlisted = [row for row in expected if isinstance(row, str) and row not in REASONS]
@@ -479,11 +488,14 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
 def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
     """Check a converter: yield one result for each contract below.
 
-    name, options: as for `check`. file: a file whose rows the converter receives.
+    - name: the name under which the converter is registered
+    - options: its own options by name
+    - file: a file whose rows the converter receives
 
-    | converts | it converts each row of the file, as a unit of its own, in a separate process |
+    | contract | is met if |
+    | converts | each row of the file is converted, as a unit of its own, in a separate process |
     | repeatable | a second conversion gives the same rows |
-    | one unit at a time | all units in one process give the same rows: nothing is remembered |
+    | one unit at a time | all units in one process give the same rows, so none is remembered |
     """
     units = [[row] for row in rows(file, {}) if isinstance(row, dict)]
     table = ConvertTable(name=name, options=dict(options))
@@ -502,7 +514,8 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
 
 
 def _convert_all(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
-    """Convert each unit by itself; the result of a unit whose conversion fails is None."""
+    """Convert each unit by itself. Return for each unit its converted rows, or None if the
+    conversion failed."""
     results: list[list[Row] | None] = []
     with Conversion(table) as conversion:
         for unit in units:
@@ -571,9 +584,10 @@ def _count_mishandled_files(plugin: Source, copied: Path) -> float:
 def tracker(plugin: Tracker) -> Iterator[Result]:
     """Check a tracker: yield one result for each contract below.
 
+    | contract | is met if |
     | events | it accepts the events of a run |
     | data | it does not change an event's data |
-    | close | may be called a second time |
+    | close | it may be called a second time |
     """
     events: list[tuple[str, dict[str, Any]]] = [
         ("start", {"study": "check-plugin", "rounds": 2, "private": True}),

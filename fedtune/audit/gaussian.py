@@ -32,12 +32,12 @@ class OneStep:
     - trials: how often a step ran with the audited unit, and how often without it
     - claimed: the ε that one step in which every unit takes part is said to have, at `delta`
     - audited, ceiling: lower bounds on this ε, at 95 % and at 99.9 % confidence
-    - false_alarms, misses: how many trials without the unit were taken for trials with it, and the
-      reverse
+    - false_alarms: how many trials without the unit were taken for trials with it
+    - misses: how many trials with the unit were taken for trials without it
     - broken: whether the ceiling is above the claim
-    - weak: whether `audited` is below 80 % of a claim of 3 or more, in a test with enough trials;
-      if so, the step has more noise than claimed, or the test was not effective
-    """
+    - weak: whether `audited` is below 80 % of `claimed`, although the claim is at least 3 and there
+      were enough trials; if so, the step has more noise than claimed, or the test was not
+      effective"""
 
     trials: int
     delta: float
@@ -69,11 +69,11 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     """Run `trials` steps of `plan` with a canary and as many without, and tell the two kinds of
     steps apart by one projection of the noised sum.
 
-    The canary is a unit with k rows, the most that the plan lets one have. They all point the same
-    way, and are longer than the clipping norm C. The canary is added to three generated units that
-    the attacker knows. Every unit is in the step (q = 1), and the claim is taken at q = 1 too; the
-    sampler has its own test. The threshold is half of the shift that the plan allows, μ/2. It
-    follows from theory, before a trial is run.
+    The canary is a unit with k rows, the most that the plan allows a unit. Its rows are gradients
+    that all point the same way and are longer than the clipping norm C. The canary is added to
+    three generated units that the attacker knows. Every unit is in the step (q = 1), and the claim
+    is taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
+    plan allows, μ/2. It follows from theory, before a trial is run.
 
     plan: the plan by which steps run, with its σ, C and k. dimension: the length of the generated
     gradients.

@@ -105,8 +105,9 @@ def membership(
 
 
 def auc(inside: Scores, outside: Scores) -> float:
-    """Compute the share of pairs of a member and another in which the member has the higher score;
-    a tie counts half."""
+    """Compute the area under the ROC curve: the share of pairs of a member and a non-member in
+    which the member has the higher score; a tie counts half. inside, outside: the scores of members
+    and of non-members, arrays of any shape."""
     others = np.sort(outside.ravel())
     below = np.searchsorted(others, inside.ravel(), side="left")
     upto = np.searchsorted(others, inside.ravel(), side="right")
@@ -143,7 +144,8 @@ def least_found(share: float, members: int) -> float:
 
 
 def roc(inside: Scores, outside: Scores) -> list[tuple[float, float]]:
-    """Compute the points (false alarms, members found) of the ROC curve, from (0, 0) to (1, 1)."""
+    """Compute the points (false alarms, members found) of the ROC curve, from (0, 0) to (1, 1).
+    inside, outside: the scores of members and of non-members, arrays of any shape."""
     thresholds = np.unique(np.concatenate([inside.ravel(), outside.ravel()]))[::-1]
     others, members = np.sort(outside.ravel()), np.sort(inside.ravel())
     alarms = 1 - np.searchsorted(others, thresholds, side="left") / others.size

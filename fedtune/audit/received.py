@@ -5,9 +5,11 @@ by the code of a site's round, on records that the attacker knows to be a site's
 are divided at random into two halves: one half is trained on, and the attacker compares the updates
 with the other.
 
-    received   each site's noised update of every round; with secure aggregation the sum alone
-    along      the mean cosine between the updates and the steps of a site's records, minus the mean
-               for all sites' records of the same classes, over all rounds
+    received   what the attacker has: each site's noised update of every round or, with secure
+               aggregation, only the sum of the sites' updates
+    along      what the attacker computes for each site: the mean cosine, over all rounds, between
+               the updates and the steps of the site's records, minus the mean cosine for all
+               sites' records of the same classes
 
 Significance is tested by permuting the sites' names among the compared units of the same classes,
 as in `site_inference`. ε protects a patient, so it covers none of this."""
@@ -73,8 +75,9 @@ class Traced:
 
     - updates: the name of the site that sent them; SUM if only the sum of all sites' updates is
       opened
-    - sites: for each site, how far the updates point along its records
-    - by_class: the same within each class in which sites can be compared"""
+    - sites: for each site, how far the updates point along its records of all classes
+    - by_class: for each class in which sites can be compared, and each of its sites, how far the
+      updates point along the site's records of this class"""
 
     updates: str
     sites: tuple[Along, ...]
@@ -104,9 +107,9 @@ def attack_received(
     a finished run's study receives, and records that are known to be a site's.
 
     Each file's units are divided at random into halves. One half is trained on, from the study's
-    start and by its plan for this number of units; the other half is compared with the updates.
-    Nothing is charged, since no update leaves this machine. The result is an exact function of the
-    records, so only this user can read `out`.
+    starting point, as at a site that declares this number of units; the other half is compared with
+    the updates. Nothing is charged, since no update leaves this machine. The result is an exact
+    function of the records, so only this user can read `out`.
 
     Args:
         run: a finished run, whose study is trained again.
@@ -195,8 +198,9 @@ def _each_a_unit(examples: Sequence[Example]) -> Dataset:
 def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
     """Build the senders of updates, by name: the sites or, if only the sum of their updates is
     opened, one sender called SUM. SUM has all sites' records and their joint noise, and its update
-    includes the optimiser's step. names, data: the sites, and the records on which each trains, in
-    the same order."""
+    is the optimiser's step that the coordinator takes on the opened sum.
+
+    names, data: the sites, and the records on which each trains, in the same order."""
     if study.secure_aggregation:
         whole = join([one.dataset for one in data])
         plan = joint_plan(study, whole.n_units, len(data))
@@ -240,8 +244,8 @@ def compare_received(
     begun: Start, parties: Mapping[str, Party], candidates: CachedDataset
 ) -> dict[str, Floats]:
     """Train the study on these parties' records, and compare each update that the coordinator
-    receives with the update that each candidate alone would cause. Return sender -> the candidates'
-    mean cosines over all rounds, (n,).
+    receives with the update that each candidate alone would cause. Return a dict: sender -> each
+    candidate's mean cosine over all rounds, (n,).
 
     begun: the study's starting point. parties: name -> sender. candidates: n records, each a unit
     of its own, on the parties' network. The network's arrays are restored afterwards."""
@@ -269,8 +273,8 @@ def compare_received(
 
 
 def _noise_of_mean(parties: Collection[Party]) -> tuple[int, float]:
-    """Return the number of units in the senders' weighted mean gradient, and the standard deviation
-    of the noise in each of its numbers."""
+    """Return the number of units of all senders together, and the standard deviation of the noise
+    in each number of their weighted mean gradient."""
     noise = math.hypot(*(noise_of_step(party.plan) * party.weight for party in parties))
     units = sum(party.data.dataset.n_units for party in parties)
     return units, noise / sum(party.weight for party in parties)
@@ -324,8 +328,8 @@ def trace(updates: str, values: Floats, asked: Asked) -> Traced:
 
 
 def _along(values: Floats, asked: Asked, of: str, parts: int) -> list[Along]:
-    """Test for each site whether the updates point more along its records than along those of all
-    sites. Return an `Along` for each site that has records among those compared.
+    """Test for each site whether the updates point more along its records than along the records of
+    all sites. Return an `Along` for each site that has records among those compared.
 
     - values: (n,), the mean cosine of each of these records with the updates
     - asked: the site, class and unit of these records

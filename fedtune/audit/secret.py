@@ -146,9 +146,9 @@ def most_extracted(epsilon: float, delta: float) -> float:
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
-    """Compute the exposure in bits of each secret. losses: one row for each secret, with the
-    secret's loss in the first column and those of other numbers beside it. A tie counts against the
-    secret."""
+    """Compute the exposure in bits of each secret. losses: one row for each secret, with the loss
+    of the secret in the first column and the losses of other numbers in the next ones. A number
+    with the same loss as the secret is ranked before the secret."""
     ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
     return np.asarray(np.log2(losses.shape[1] / ranks))
 
@@ -164,7 +164,7 @@ def _limit(secrets: int) -> float:
 def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
     """Count the rows whose completion the network writes greedily after the prompt: each token of
     the completion is the likeliest after those before it. Whether the network stops afterwards does
-    not matter. None for a classifier."""
+    not matter. Return None for a classifier, which writes nothing."""
     objective = study.objective.resolved
     if objective.record_format == "label":
         return None

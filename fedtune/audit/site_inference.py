@@ -11,7 +11,8 @@ protects a patient, so it covers neither.
 
 A guess above chance need not come from training: records of a site may share a style, by which the
 outputs of any model tell them apart. So the same guess is made with `references`, models that did
-not learn from these sites; what is above theirs comes from training on the sites' records."""
+not learn from these sites; only a guess that is better than the references' shows that the model
+learnt from the sites' records."""
 
 from __future__ import annotations
 
@@ -75,9 +76,10 @@ class SiteInference:
 
     - guessed: how well the records' sites are guessed, in all classes together
     - learnt: how much better the model learnt the records of each site
-    - by_class: as `guessed`, within each class; their p is multiplied by the number of classes
-    - references: a run's folder -> as `guessed`, from the outputs of that run's model, which did
-      not learn from these sites"""
+    - by_class: for each class, how well the sites of its records are guessed; each p is multiplied
+      by the number of classes
+    - references: folder of a run whose model did not learn from these sites -> how well the sites
+      are guessed from the outputs of that model"""
 
     guessed: Guessed
     by_class: tuple[Guessed, ...]
@@ -107,7 +109,8 @@ def attack_sites(
     references: Sequence[Run] = (),
     out: Path | str | None = None,
 ) -> SiteInference:
-    """Try to tell sites apart by a finished run's outputs on records of theirs.
+    """Try to tell, by the outputs of a finished run's model on the records of several sites, which
+    site each record is from and whose records the model learnt.
 
     Each file holds records that are known to be one site's, whether they were trained on or not. If
     the columns name a patient column, a patient's records are one unit. Nothing is charged. The
@@ -256,9 +259,9 @@ def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
 
 
 def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
-    """Find the classes in which sites can be told apart: those of which two sites or more have at
-    least two records each. Return, for each of these classes, the indices of its records; and an
-    array with the number of these records."""
+    """Find the classes in which sites can be told apart: those of which at least two sites have two
+    records or more. Return for each of these classes an array with the indices of its records, and
+    one array with the number of records in each class."""
     rows = []
     for name in np.unique(asked.classes):
         here = np.flatnonzero(asked.classes == name)
@@ -310,9 +313,9 @@ def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
 
 
 def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
-    """Compare how much the loss fell on each site's records with how much it fell on all records of
-    their classes; return an entry for each site. falls: (n,), the fall of the loss on each
-    record."""
+    """Compare how much training lowered the loss on each site's records with how much it lowered
+    the loss on all records of their classes. Return an entry for each site. falls: (n,), by how
+    much training lowered the loss on each record."""
     found, p = compare(falls, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
     return tuple(
@@ -339,10 +342,10 @@ def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
 
 
 def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
-    """Yield arrays of the number of each record's site, one row for each permutation of the sites'
-    names: first the true numbers (1, n), then EXCHANGES permutations in blocks of up to `block`
-    rows, from a fixed seed. A unit's records keep one site, and only units whose records are of the
-    same classes exchange theirs."""
+    """Yield permutations of the sites' names, as arrays (rows, n) with the number of each record's
+    site. The first array has one row, the true numbers. The next arrays have up to `block` rows
+    each and EXCHANGES rows in all, drawn from a fixed seed. A unit's records keep one site, and
+    only units whose records are of the same classes exchange theirs."""
     yield asked.sites[None]
     first = np.unique(asked.units, return_index=True)[1]
     unit = np.searchsorted(asked.units[first], asked.units)

@@ -66,8 +66,9 @@ def restore(
 ) -> dict[str, Any]:
     """Restore a coordinator from its backup; `fedtune server DIR/study.toml --resume` continues it.
 
-    Never run the old coordinator beside it: the server asks at its start whether a coordinator of
-    this consortium still answers at the old address, and refuses to start if one does."""
+    Never run the old coordinator beside the restored one: the server asks at its start whether a
+    coordinator of this consortium still answers at the old address, and refuses to start if one
+    does."""
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey
     from fedtune.server.backup import HOME

@@ -45,8 +45,8 @@ def warn_not_private(console: Console) -> None:
 
 
 def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
-    """Build the table of the answers that wait until a person at this site releases them, with
-    their study, round, length and cost. delta: the δ at which the cost is computed."""
+    """Build the table of the answers that wait until a person at this site releases them: one row
+    each, with study, kind, round, size in bytes and ε. delta: the δ at which ε is computed."""
     table = Figures(
         caption=f"ε: of this round alone, at policy.max_delta = {delta:g}. Times are UTC.",
         caption_justify="left",
@@ -139,7 +139,8 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
 
 
 def uses_of(out: Path) -> list[tuple[str, str]]:
-    """List the commands that accept this run's model, each with its purpose."""
+    """List the commands that can use this run's model, as pairs (command line, what it is for).
+    out: the run's folder."""
     from fedtune.core.run_folder import has_head, load_plan
 
     plan, headed = load_plan(out), has_head(out)

@@ -150,8 +150,12 @@ def describe(
 
 
 def _plan(path: Path, site: Site, settings: list[str]) -> Study:
-    """Load a study.toml, or a plan as JSON, without what public text adds to the plan, since a
-    report on data does not depend on it."""
+    """Load a plan, from study.toml or from JSON. What public text adds to the plan is not computed,
+    since a report on data does not depend on it.
+
+    - path: the file
+    - site: the site whose policy names the plug-ins that may be imported
+    - settings: the values of --set"""
     from fedtune.core.config import load_study
     from fedtune.core.vault.policy import permit_plugins
     from fedtune.officer.review import read_plan

@@ -11,7 +11,7 @@ from fedtune.cli.exit_codes import command
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(demo)
 
 

@@ -23,7 +23,7 @@ AGAIN_SECONDS = 30.0  # between two such lines of one check
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(doctor)
 
 

@@ -107,8 +107,8 @@ def command(
 
 @contextlib.contextmanager
 def quiet_if_unread() -> Iterator[None]:
-    """End a command whose output nobody reads, as behind `| head`, with exit code NOT_READ and
-    without a message; click and rich would end it with 1."""
+    """Run the block, a command; if nobody reads its output any more, as behind `| head`, end with
+    exit code NOT_READ and without a message. click and rich would end with exit code 1."""
     try:
         yield
     except SystemExit as error:
@@ -136,7 +136,8 @@ def wants_json() -> bool:
 
 
 def _returns(function: Callable[..., Any]) -> bool:
-    """Return whether a command's function returns a result and does not define --json itself."""
+    """Return whether a command gets the option --json: whether its function returns a result and
+    does not define --json itself."""
     hints = function.__annotations__
     return hints.get("return") not in (None, "None") and JSON not in hints
 

@@ -52,7 +52,7 @@ SPOOL = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the commands on `app`."""
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (client, vault, courier):
         command(app, panel=panel)(function)
 

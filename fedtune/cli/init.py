@@ -228,7 +228,7 @@ SERVE = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(init)
 
 
@@ -304,9 +304,9 @@ def init(
 
 
 def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
-    """Describe the ε of a study whose sites share noise, with and without its assumption, and what
-    the sites must do. Return [] if the sites do not share noise. folder: the new study's folder.
-    records: what `fedtune init` was told of the study."""
+    """Describe the ε of a study whose sites share noise, both if few enough sites collude and
+    whatever happens, and what the sites must do. Return [] if the sites do not share noise. folder:
+    the new study's folder. records: what `fedtune init` was told of the study."""
     if records.colluding is None:
         return []
     from fedtune.accounting.costs import shared_lines
@@ -383,9 +383,13 @@ def _templates(
 
 
 def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> Records:
-    """Return `records` with the missing column names and sizes filled in. On a terminal a person is
-    asked for them; elsewhere the columns stay unnamed, so that the task's own names hold, and the
-    size is 200."""
+    """Return `records` with missing column names and sizes filled in. On a terminal a person is
+    asked for them. Elsewhere the columns stay unnamed, so that the task's own names hold, and the
+    size is 200.
+
+    - records: what `fedtune init` was told of the study
+    - task: the value of --task
+    - sizes: the values of --size"""
     from fedtune import presets
 
     asking = sys.stdin.isatty()
@@ -401,8 +405,12 @@ def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> R
 
 
 def _complete(records: Records, task: Task) -> Records:
-    """Return `records` with the files, the classes and the number of sites that its role needs, for
-    which a person is asked on a terminal. Elsewhere return `records` unchanged."""
+    """Return `records` with what its role needs and the user did not give: files, classes, and the
+    number of sites. A person is asked for them on a terminal; elsewhere `records` is returned
+    unchanged.
+
+    - records: what `fedtune init` was told of the study
+    - task: the value of --task"""
     if not sys.stdin.isatty():
         return records
     from fedtune.presets.places import place_of

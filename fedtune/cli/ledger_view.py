@@ -70,8 +70,9 @@ def ledger_view(
 
 
 def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = False) -> Table:
-    """Build the table of studies. delta: the δ at which the ε of `lines` was computed. arrivals:
-    whether the table of patients by arrival follows this one."""
+    """Build the table of the studies that were charged, one row for each of `lines`. delta: the δ
+    at which the ε of `lines` was computed. arrivals: whether the table of patients by arrival
+    follows this one."""
     less = " A patient paid for the rounds since the arrival alone: the next table." * arrivals
     table = Figures(
         title="studies",
@@ -106,9 +107,9 @@ def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = 
 
 
 def _whatever(line: StudyLine) -> str:
-    """Return as text the ε that a study cost whatever becomes of shared noise: its fallback ε (by
-    this site's own noise alone), or its ε if no noise was shared; "not known" if the cost is not
-    known."""
+    """Return as text the ε that a study cost at most, even if the sites that shared noise collude:
+    its fallback ε (by this site's own noise alone), or its ε if no noise was shared. Return "not
+    known" if the cost is not known."""
     if not line.known:
         return "not known"
     return _format_epsilon(line.epsilon if line.fallback is None else line.fallback)
@@ -117,8 +118,13 @@ def _whatever(line: StudyLine) -> str:
 def cohorts_table(
     dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> Table:
-    """Build the table of cohorts, with each one's arrival, size, rounds and ε, and whether rounds
-    leave it out by now because its budget is spent."""
+    """Build the table of a dataset's cohorts (units that arrived together), one row each: when it
+    arrived, its size, rounds and ε, and whether rounds leave it out by now because its budget is
+    spent.
+
+    - spent: the charges of `dataset`
+    - cohorts: the dataset's cohorts, each with the charges that count for it
+    - policy: the site's policy, whose δ is used"""
     last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
     table = Figures(
         title="patients by arrival",
@@ -160,10 +166,10 @@ def memberships_table(
 
     - membership: the membership at whose site the table is shown; "" if it is shown for the
       hospital
-    - share: the budget of `membership`, of which the remainder is shown in its row; None if no row
-      has one
-    - earlier: the membership that made the charges which the ledger held before it was the
-      hospital's; "" if none did"""
+    - share: the budget of `membership`, whose remainder is shown in that membership's row; None to
+      show none
+    - earlier: the membership that owns the charges from before the ledger was the hospital's; "" if
+      none is named"""
     table = Figures(
         title="who spent it",
         caption="ε: what each membership alone has spent, as the ceiling counts it; the total "
@@ -194,16 +200,21 @@ def memberships_table(
 
 
 def _payer(membership: str, earlier: str) -> str:
-    """Return the words that say who paid a charge: the membership's name; for a charge from before
-    the hospital's home, whose membership is "", a phrase with the name `earlier`; and for a charge
-    that a restore entered another phrase, since it counts for every membership."""
+    """Return the text by which a table names who paid a charge.
+
+    | membership, as the charge states it | text |
+    | "", before the hospital's home | "before the home", after the name `earlier` if it is given |
+    | EVERY, entered by a restore | that the charge counts for all memberships |
+    | any other | the membership's name |
+    """
     before = f"{earlier}, before the home" if earlier else "before the home"
     return {"": before, EVERY: "restored: counts for all"}.get(membership, membership)
 
 
 def budget_table(total: DatasetBudget, membership: str = "") -> Table:
-    """Build the table of a budget. membership: "" for a site with a ledger of its own; otherwise
-    the table says that the ceilings are the hospital's."""
+    """Build the table of a dataset's budget: its ceilings, what is spent and what remains. total:
+    the budget. membership: "" for a site with a ledger of its own; otherwise the table says that
+    the ceilings are the hospital's."""
     policy = "policy" if not membership else "the hospital's policy"
     table = Figures(
         title=f"budget of {escape(total.dataset)}" + (", all memberships" if membership else ""),

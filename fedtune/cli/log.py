@@ -49,7 +49,7 @@ RUN = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(log)
 
 
@@ -104,8 +104,9 @@ def log(
 
 
 def _memberships(path: Path) -> set[str]:
-    """Return the memberships that may have written to this log; "" stands for a site with a ledger
-    of its own. Errors: ConfigError."""
+    """Return the names of the memberships that may have written to an audit log; "" stands for a
+    site with a ledger of its own. path: a site.toml, or a folder with the log. Errors:
+    ConfigError."""
     from fedtune.core.config import load_site
     from fedtune.core.config.hospital import FILE
     from fedtune.core.config.load import load_hospital

@@ -9,7 +9,8 @@ from fedtune.core.errors import escape_controls
 
 
 class _Stderr(logging.Handler):
-    """Writes to the current stderr, which a progress bar replaces while it is drawn."""
+    """Writes each log record to the stderr of the moment, which a progress bar replaces while it is
+    drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         name = record.name.partition(".")[0]
@@ -17,7 +18,7 @@ class _Stderr(logging.Handler):
 
 
 def use_one_style() -> None:
-    """Print each library's warning as one line that begins with the library's name. This also holds
-    for libraries that are loaded later: a library such as opacus, which would set a format with
-    dates for the whole process, does so only if no format is set yet."""
+    """Print each library's warning as one line that begins with the library's name. Libraries that
+    are loaded later do not change this: one such as opacus would set a format with dates for the
+    whole process, but does so only if no format is set yet."""
     logging.basicConfig(handlers=[_Stderr()], level=logging.WARNING)

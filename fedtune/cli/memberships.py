@@ -22,7 +22,7 @@ NAMED = {"add": "--add", "adopt": "--adopt", "end": "--end", "forget": "--forget
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(memberships)
 
 

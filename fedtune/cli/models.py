@@ -14,7 +14,8 @@ models_app = typer.Typer(no_args_is_help=True, help="List, fetch and verify base
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the commands on `app`, under `models`."""
+    """Register the commands on `app`, under `models`. panel: the heading under which --help lists
+    `models`."""
     command(models_app, "list")(list_models)
     command(models_app)(fetch)
     command(models_app)(verify)

@@ -89,8 +89,8 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     - out: the file to write; None for NAME.request beside the site file
     - new_keys: whether the present network keys are put aside first and made anew
 
-    Returns: the site's name, the request's path, its fingerprint, the signing key and that key's
-    fingerprint for peers."""
+    Returns: a dict with the site's name, the request's path and fingerprint, and the public signing
+    key with the fingerprint by which peers (sites that share noise with this one) compare it."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.ledger.ledger import Ledger, signing_key
@@ -294,7 +294,8 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
 
 
 def _address_in(home: Path) -> str:
-    """Read the address to which sites connect from the coordinator's home. Errors: ConfigError."""
+    """Read, from the file `address` in the coordinator's home, the address to which sites connect.
+    Errors: ConfigError if there is no such file."""
     from fedtune.core.errors import ConfigError
     from fedtune.core.files import reading
 
@@ -310,9 +311,10 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     """Join a consortium: compare the coordinator's answer with the fingerprint that a person heard,
     and store the answer at this site.
 
-    - answer: the answer's file; None does nothing, since a stored answer goes on holding
-    - fingerprint: as the person heard it; None: it is asked for on a terminal, if this site has no
-      stored answer yet
+    - answer: the answer's file; None: nothing is done, and an answer that was stored before stays
+      in force
+    - fingerprint: the fingerprint that the person heard; None: it is asked for on a terminal, if
+      this site has no stored answer yet
 
     Whoever gives the fingerprint also signs the plan in the answer, unless the policy asks for
     `fedtune review --sign` or refuses the plan. Errors: ConfigError, Refused."""
@@ -434,9 +436,9 @@ def leave(
 ) -> dict[str, Any]:
     """Leave a consortium: delete this site's network keys and the coordinator's answer.
 
-    Stop the client first. The coordinator need not agree or answer; tell it, so that it refuses the
-    deleted keys with `fedtune revoke`. Charges, releases and log entries stay. Studies under way
-    end for this site, and `fedtune purge` deletes what they left."""
+    Stop the client first. The coordinator need not agree or answer; tell the coordinator, so that
+    `fedtune revoke` there refuses the deleted keys. Charges, releases and log entries stay. Studies
+    under way end for this site, and `fedtune purge` deletes what they left."""
     from fedtune.core.config import load_site
     from fedtune.officer.leave import leave as go
 

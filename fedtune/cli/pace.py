@@ -60,8 +60,8 @@ class RoundsPace:
         """Note that a round has ended. Return the seconds that the `left` remaining rounds take at
         the average time so far; None if none is left.
 
-        After the first round alone the result is None too, unless `hear` was told how long its
-        one-off work took; it is told if the sites work in this process."""
+        After the first round the result is None too, unless `hear` was told how long the work took
+        that is done once in a study. It is told only if the sites work in this process."""
         if self._began is None:
             return None
         if not self._known:

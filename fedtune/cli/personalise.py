@@ -27,7 +27,7 @@ AT_SITE = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(personalise)
 
 

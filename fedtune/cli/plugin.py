@@ -81,11 +81,11 @@ def check_plugin(
     """Check a plug-in, on generated records, against the rules that every plug-in of its kind must
     keep.
 
-    For objectives and modalities: a batch's rows equal those of records computed one by one, no
-    record changes another's row, the sum changes by at most C if a unit is removed, and losses
-    repeat to the last bit. For strategies: a round without updates, the order of arrival, a
-    restart. For sources: reading one row at a time, broken files. For converters: one unit at a
-    time. For trackers: events.
+    For objectives and modalities: the gradients of a batch equal those of its records computed one
+    by one, no record changes another's gradient, a step's sum changes by at most C if a unit is
+    removed, and losses repeat to the last bit. For strategies: a round without updates, the order
+    of arrival, a restart. For sources: reading one row at a time, broken files. For converters: one
+    unit at a time. For trackers: events.
 
     One line is printed for each check, with the measured value and the bound. docs/extending.md
     shows a plug-in of each kind. A check that passes is a measurement, not a proof."""

@@ -22,7 +22,7 @@ NAMED = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the commands on `app`."""
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (release, approve):
         command(app, panel=panel)(function)
 

@@ -1,5 +1,4 @@
-"""Group the commands that `fedtune --help` shows, which are those of everyday use, by who runs
-them.
+"""Let `fedtune --help` show only the commands of everyday use, grouped by who runs them.
 
 `fedtune more` shows every command. A command's own --help does not depend on this."""
 

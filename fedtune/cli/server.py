@@ -95,7 +95,7 @@ DEADLINE = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     told = "Ctrl-C is safe: the same command with --resume goes on."
     command(app, panel=panel, epilog=told)(server)
 

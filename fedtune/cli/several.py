@@ -38,11 +38,11 @@ STOPPED = "stopped; each study keeps every whole round, and the same command wit
 
 
 def deadlines_of(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Parse the values of --deadline. Return each study's name -> its deadline in seconds since
-    1970, or infinity if it has none.
+    """Parse the values of --deadline, each TIME or STUDY=TIME. Return each study's name -> its
+    deadline in seconds since 1970, or infinity if it has none.
 
-    A deadline without a name holds for every study that has none of its own. Errors:
-    ConfigError."""
+    A TIME alone holds for every study that has no deadline of its own. names: the studies' names.
+    Errors: ConfigError."""
     found = dict[str, float]()
     for text in given:
         name, _, moment = text.rpartition("=")
@@ -92,10 +92,11 @@ def run_several(
     - studies: each with the folder in which its run is made
     - home: the coordinator's home
     - deadlines: each study's name -> its deadline in seconds since 1970, or infinity
-    - serve: `serve_all`, which runs several studies side by side, with its other arguments bound
+    - serve: a function that runs several studies side by side: `serve_all`, with all arguments
+      bound but the studies and the functions that are told of events and of each study's end
     - resume: whether studies that were begun go on
 
-    Errors: ConfigError; Told, with what would be returned, if a study failed; those of
+    Errors: ConfigError; Told if a study failed, with the dict that is otherwise returned; those of
     `serve_all`."""
     from fedtune.launch.side_by_side import Entry
 

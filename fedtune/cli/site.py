@@ -420,7 +420,8 @@ def withdraw(
 
 
 def _show(withdrawal: Withdrawal, path: Path | str) -> None:
-    """Print what a withdrawal could not undo, and where its receipt lies."""
+    """Print what a withdrawal could not undo, and where its receipt lies. path: the receipt's
+    file."""
     from fedtune.core.registry.rounding import rounded_up
 
     if withdrawal.in_file is None:
@@ -444,8 +445,8 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 
 
 def _keys(file: Path | None) -> list[str]:
-    """Read patient keys from a file, a terminal or a pipe. Errors: InputError if no key is
-    given."""
+    """Read patient keys, one per line, from `file`. If `file` is None, ask for one key on a
+    terminal, or read keys from a pipe. Errors: InputError if no key is given."""
     from fedtune.core.errors import InputError
     from fedtune.core.files import reading
 

@@ -19,7 +19,7 @@ EVERY = 0.5  # seconds between two looks
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(status)
 
 

@@ -30,8 +30,8 @@ def view(
     told: Sequence[Told] = (),
     held_out: Shown | None = None,
 ) -> Group:
-    """Draw for a terminal the status of a run, a coordinator or a site. Its values have passed
-    read_status's checks, and are shown as plain text.
+    """Draw for a terminal the status of a run, a coordinator or a site. The values of the status
+    passed the checks of `read_status`, and are shown as plain text.
 
     - snapshot: the status as it was read from its file
     - budget: the site's budget, already drawn, for a site's status
@@ -99,8 +99,8 @@ def head(snapshot: Snapshot) -> Text:
 
 
 def confined_text(status: Mapping[str, Any]) -> str:
-    """Describe in one text how each half of a site was confined when it last started, and which of
-    its ways to the outside are still open. status: a status file's content."""
+    """Describe in one text by which means each half of a site (vault, courier) was confined when it
+    last started, and how many ways to the outside stayed open. status: a status file's content."""
     halves = sorted(status["confined"].items())
     told = "; ".join(f"{half}: {isolation.describe(walls)}" for half, walls in halves)
     still_open = f"; {status['open']} OPEN, as its start and `fedtune doctor` say"

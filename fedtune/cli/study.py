@@ -92,7 +92,7 @@ def shares_of(given: list[str] | None) -> dict[str, float]:
 
 
 def load(study: Path, settings: list[str] | None) -> Study:
-    """Read the study with the values of --set. Errors: ConfigError."""
+    """Read study.toml, with the values of --set in place of its own. Errors: ConfigError."""
     from fedtune.core.config import load_study
 
     return load_study(study, settings=settings or ())
@@ -103,9 +103,9 @@ def say_what_to_expect(
 ) -> None:
     """Print before a study starts how long it will take.
 
-    Warn if δ is too large for sites of these declared sizes, or if a recipe's learning rate no
-    longer fits. every: whether `sizes` has the size of every site of the study; only then can the
-    rate be checked."""
+    Also warn if δ is too large for sites of these declared sizes, or if the study's learning rate,
+    which a recipe set, no longer fits the study's noise. every: whether `sizes` has the size of
+    every site of the study; only then is the rate checked."""
     from fedtune.presets.duration import forecast
     from fedtune.presets.rate import rate_note
     from fedtune.report.delta import warning
@@ -190,8 +190,11 @@ def say_expected_gain(
 
 
 def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
-    """Print before a run begins what each site's records have paid already. On a terminal, ask
-    before a study is paid for a second time. Errors: InputError if nobody agrees."""
+    """Print before a run begins what each site's records have paid already. Errors: InputError if a
+    person was asked and does not agree.
+
+    - paid: for each site, what was paid, and whether this study would be paid for a second time
+    - ask: whether to ask a person, on a terminal, before a study is paid for a second time"""
     for site in paid:
         typer.echo(str(site))
     asks = ask and any(site.again for site in paid) and sys.stdin.isatty() and sys.stdout.isatty()
@@ -205,8 +208,8 @@ def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
 
 @contextmanager
 def stopping(run: Path) -> Iterator[None]:
-    """On Ctrl-C, end the block with a KeyboardInterrupt that says what the run in this folder
-    keeps."""
+    """Run the block; on Ctrl-C, end it with a KeyboardInterrupt whose text says what is kept in
+    `run`, the folder of the run."""
     try:
         yield
     except KeyboardInterrupt:

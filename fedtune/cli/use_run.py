@@ -21,7 +21,7 @@ RUN_FOLDER = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the commands on `app`."""
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (evaluate, predict, versions, generate, answers):
         command(app, panel=panel)(function)
 

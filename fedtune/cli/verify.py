@@ -75,7 +75,8 @@ OWN = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the commands on `app`: verify, and those that package and approve what it checks."""
+    """Register the commands on `app`: verify, and those that package and approve what it checks.
+    panel: the heading under which --help lists them."""
     command(app, panel=panel)(verify)
     release.add_to(app, panel)
 

@@ -37,12 +37,13 @@ class Cell:
 
 class Watch:
     """Draws the events of a run (`on_event`); use it as a context manager. Without a terminal, the
-    bar's words are printed as lines. Each is printed once, and again at most every LINE_SECONDS
-    while it lasts.
+    text of the bar is printed as a line when it changes, and again at most every LINE_SECONDS while
+    it stays the same.
 
-    hold: whether refusals are printed only at the run's end, and then only those that its error
-    does not report itself. Site names and reasons come from other machines: they are shown as plain
-    text."""
+    hold: whether the sites' refusals are kept back until a round or the run ends; at the run's end,
+    those whose reason the run's error states are left out.
+
+    Site names and reasons come from other machines, so they are shown as plain text."""
 
     def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
         self.console, self._title = console, title
@@ -87,8 +88,8 @@ class Watch:
         self._release_held(str(error))
 
     def _long(self, step: Step) -> None:
-        """Show a report of a long step. Without a terminal, print it at most every QUIET_SECONDS,
-        and the same step at most every LINE_SECONDS."""
+        """Show a report of a long step. Without a terminal, print it only if nothing was printed
+        for QUIET_SECONDS, and the same step not for LINE_SECONDS."""
         now, text = time.monotonic(), step.text
         self._rounds.hear(step, now)
         seconds = self._step.estimate_remaining(step, now)
@@ -194,14 +195,15 @@ class Watch:
 
     def _describe_time_left(self, left: int, data: dict[str, Any]) -> str:
         """Return as text the time that the `left` remaining rounds will take, or "" if it is
-        unknown. It begins with ≤ if public records choose each step, since they may end the study
-        before its last round."""
+        unknown. The text begins with ≤ if public records choose each step, since they may end the
+        study before its last round."""
         seconds = self._rounds.end_round(left, time.monotonic())
         bound = "≤ " if data.get("selection") else ""
         return f"{bound}{duration(seconds)}" if seconds else ""
 
     def _show_answer(self, event: str, data: dict[str, Any]) -> None:
-        """Show what a site did in a line that stays; the bar then waits again."""
+        """Print a line that stays, about what a site did; then let the bar say that it waits for
+        work."""
         bad = data.get("status") in ("refused", "failed", "waiting") or event != "answered"
         bad = bad or data.get("signed") is False
         line = " ".join(str(data.get("text") or event).split())

@@ -55,8 +55,8 @@ def escape_controls(text: str) -> str:
 
 
 class Stopped(BaseException):
-    """Raised when SIGTERM or SIGINT arrives, so that every block is left and what was started is
-    stopped."""
+    """Raised when SIGTERM or SIGINT arrives, so that every block is left properly, and every
+    process that was started is stopped."""
 
     def __init__(self, signum: int) -> None:
         self.name = signal.Signals(signum).name
@@ -64,21 +64,25 @@ class Stopped(BaseException):
 
 
 def is_fault(error: BaseException) -> bool:
-    """Return whether an exception is a fault of the called code, and not a request to end this
-    process or generator. Some faults are no subclass of Exception, such as a panic in a library's
-    Rust code."""
+    """Return whether an exception comes from a fault in the called code, and is not a request to
+    end this process or generator. Not every such fault is a subclass of Exception: a panic in a
+    library's Rust code is none."""
     return not isinstance(error, Stopped | KeyboardInterrupt | SystemExit | GeneratorExit)
 
 
 def describe(error: BaseException) -> str:
-    """Return a text about an error for the log of the machine on which it happened: the class and,
-    only for a FedtuneError, the message, since a library's message may quote a record."""
+    """Return a text about an error for the log of this machine: the name of its class, and only for
+    a FedtuneError its message too, since a library's message may quote a record."""
     message = f": {error}" if isinstance(error, FedtuneError) else ""
     return type(error).__name__ + message
 
 
 class FedtuneError(Exception):
-    """An error with what happened, what was expected and what to do; printed on one line."""
+    """The base class of fedtune's errors. Its message, printed on one line, has three parts.
+
+    - happened: what happened
+    - expected: what was expected instead; "": nothing is said
+    - todo: what the person should do; "": nothing is said"""
 
     exit_code = 4
 
@@ -98,30 +102,31 @@ class FedtuneError(Exception):
 
 
 class InputError(FedtuneError):
-    """Input that a person wrote or named must change; the parent class of input errors."""
+    """Something that a person wrote or named must change. The base class of errors about input."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A wrong key, type or combination in study.toml or site.toml; the message names file and
+    """A key, type or combination in study.toml or site.toml is wrong. The message names file and
     key."""
 
 
 class DataError(InputError):
-    """Records that cannot be used; the message holds counts and reasons, never content."""
+    """Records cannot be used. The message holds counts and reasons, never a record's content."""
 
 
 class ModelError(InputError):
-    """A base model or adapter that is missing, altered or of another architecture."""
+    """A base model or an adapter is missing, was altered, or has another architecture than
+    expected."""
 
 
 class NotGenuine(InputError):
-    """A run's folder or an audit log that contradicts its signatures."""
+    """The content of a run's folder or of an audit log contradicts its signatures."""
 
 
 class Refused(FedtuneError):
-    """A rule of the site refused; the parent class of refusals.
+    """A rule of the site says no. The base class of refusals.
 
     The message leaves the site (core/vault/answers.py, `run_guarded`): it holds rules and public
     values, never anything that follows from a record, or from how much memory or disk is left."""
@@ -144,17 +149,17 @@ class InfrastructureError(FedtuneError):
 
 
 def facts_of(error: FedtuneError) -> dict[str, str]:
-    """Return an error as a dict of texts: its class name and the three parts of its message, from
-    which `error_of` builds the error again. For a class of another module, the name is that of its
-    nearest parent class in this module."""
+    """Return a FedtuneError as a dict of texts: "error" (the name of its class), "happened",
+    "expected" and "todo". `error_of` makes an error of this dict again. If the class is defined in
+    another module, the name is that of its nearest parent class in this module."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
     words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
     return {"error": kind.__name__, **words}
 
 
 def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Build the error of which another process sent the `facts` that `facts_of` returned. If its
-    class is unknown, build an InfrastructureError."""
+    """Make an error again of the dict that `facts_of` returned, for instance in another process. If
+    the class is unknown, make an InfrastructureError."""
     kind = globals().get(str(facts.get("error")))
     is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
     words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))

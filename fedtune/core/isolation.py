@@ -1,13 +1,16 @@
-"""Confine this process with Linux's means: no network, or only some files.
+"""Confine this process by what Linux offers: so that it reaches no network, sees only some files,
+or can do nothing but compute.
 
     vault       holds the records: a network of its own, and no socket but what it inherits
     courier     speaks to the network: reads and writes the files that it is given, and no other
     conversion  runs a plug-in on one unit's rows: computes, and can do nothing else
 
 A process is confined before it starts a thread or imports other packages than fedtune; processes
-that it starts inherit this. `Confinement` says what is in force. Vault and courier then *try* what
-must not work.
+that it starts inherit this. `Confinement` says what is in force. Vault and courier then *try*
+whether what must fail does fail.
 
+| function     | what it puts in force                                                             |
+|--------------|-----------------------------------------------------------------------------------|
 | no_network() | a network namespace, where one can be made; seccomp: no socket at all, or Unix    |
 |              | sockets alone (for the processes of a team, or a database's own socket)           |
 | only_files() | Landlock: files below these paths, no signals and no abstract sockets to others;  |
@@ -109,19 +112,19 @@ CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 
 @dataclass(frozen=True)
 class Confinement:
-    """The confinement that is in force in this process.
+    """How a process is confined.
 
-    - means: the means that confine it, such as "namespace", "seccomp" and "landlock 7"
-    - missing: the ways that stay open, in words
-    - reasons: which means is not in force, and why Linux refuses it, whether or not anything stays
-      open because of that"""
+    - means: what confines it, such as "namespace", "seccomp" and "landlock 7"
+    - missing: what the process can still do and should not, in words
+    - reasons: which of Linux's means is not in force and why Linux refuses it, also where nothing
+      stays open because of that"""
 
     means: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, list[str]]:
-        """Return the three fields as a dict of lists of texts, for an event in a log."""
+        """Return means, missing and reasons as a dict of lists of texts, for an event in a log."""
         return {name: list(words) for name, words in vars(self).items()}
 
     def __and__(self, other: Confinement) -> Confinement:
@@ -131,19 +134,20 @@ class Confinement:
 
 
 def describe(walls: Sequence[str]) -> str:
-    """Return the `walls` as one text for people, or "NOT CONFINED" if there are none. walls: the
-    means that confine a half of the site; reasons why another means is not in force may follow
-    them."""
+    """Return how a half of a site is confined, as one text for people; "NOT CONFINED" if `walls` is
+    empty. walls: what confines it (`Confinement.means`), then possibly the reasons why something
+    else is not in force."""
     return ", ".join(walls) or "NOT CONFINED"
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
-    """Cut this process off every network, and return what is in force. sockets: families of which
-    it may still open sockets. If AF_INET is one of them, for a database over TCP, the process stays
-    on the network, and the result says so. The calls in system_calls.NEVER (such as ptrace and
-    io_uring) and raw sockets are refused in either case.
+    """Cut this process off every network, and return what is in force. In either case raw sockets
+    and the system calls in system_calls.NEVER (such as ptrace and io_uring) are refused.
 
-    Errors: InfrastructureError if threads already run, which would stay as they are."""
+    sockets: the families of sockets that it may still open, such as AF_UNIX. If AF_INET is one of
+    them, for a database over TCP, the process stays on the network, and the result says so in
+    `missing`.
+    Errors: InfrastructureError if threads already run, which would not be confined."""
     families = sorted({int(family) for family in sockets})
     _check_alone()
     if socket.AF_INET in families:
@@ -156,8 +160,8 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
 
 @functools.cache
 def try_confinement() -> tuple[Confinement, Confinement]:
-    """Try which confinement this machine supports, each in a process of its own. Return two: that
-    of a vault, and that of a courier."""
+    """Find out which confinement this machine supports, by confining two processes that are started
+    for this. Return two results: that of a site's vault, and that of its courier."""
     found = []
     for half in ("vault", "courier"):
         command = boot.command("fedtune.core.isolation", half)
@@ -175,12 +179,14 @@ def try_confinement() -> tuple[Confinement, Confinement]:
 def only_files(
     read: Iterable[Path], write: Iterable[Path], names: Iterable[Path] = ()
 ) -> Confinement:
-    """Restrict this process to files below these paths, and to sockets of the internet families.
+    """Restrict this process to the files below some paths, and to sockets of the internet families.
     Return what is in force.
 
-    read: files and folders that it may read and run; write: those that it may read and write;
-    names: folders in which it may list names, but read no file. Errors: InfrastructureError as for
-    `no_network`."""
+    - read: files and folders that it may read and run
+    - write: files and folders that it may read and write
+    - names: folders in which it may list the names of files, but read no file
+
+    Errors: InfrastructureError if threads already run, which would not be confined."""
     _check_alone()
     _close_itself()
     of_files = _restrict_files(list(read), list(write), list(names))
@@ -188,18 +194,19 @@ def only_files(
 
 
 def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
-    """Give this process a private view of the machine. It sees only the files and folders `shown`
-    and the folders `own`. The folders `own` are in memory: no other process sees what it writes
-    there, and these files are lost when it ends. Processes have other numbers than outside, and it
-    sees only itself and those that it starts.
+    """Give this process a private view of the machine, and return what is in force. The process
+    sees only the files and folders `shown` and the folders `own`. The folders `own` are in memory:
+    no other process sees what this one writes there, and these files are lost when it ends.
+    Processes have other numbers than outside, and this one sees only itself and those that it
+    starts. If Linux refuses, `missing` says what stays open.
 
-    The length of a file and the time of its last change, the free space of a disk and the
-    numbers of processes depend on what else the machine does: at a site, on records. A process
-    that can write on the ledger's disk could also take its space in the middle of an order.
+    The length of a file and the time of its last change, the free space of a disk and the numbers
+    of processes depend on what else the machine does: at a site, on records. A process that can
+    write on the ledger's disk could also take its space while a request is answered.
 
-    The work continues in a child process, at "/"; this process waits for the child, passes
-    signals on, and ends with its status. Small files of the folders `own` are copied into the
-    view. Call this before `only_files`. Errors: InfrastructureError as for `no_network`."""
+    The work continues in a child process, at "/"; this process waits for the child, passes signals
+    on, and ends with its status. Small files of the folders `own` are copied into the view. Call
+    this before `only_files`. Errors: InfrastructureError if threads already run."""
     _check_alone()
     kept = {folder: _files_in(folder) for folder in own}
     if refused := _unshare(CLONE_NEWNS | CLONE_NEWPID):
@@ -218,12 +225,12 @@ def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
 
 
 def only_computing() -> Confinement:
-    """Restrict this process to its memory, the descriptors that it has open, and ending itself.
+    """Restrict this process to its memory, to the descriptors that it has open, and to ending
+    itself. Return what is in force; if the restriction holds, "seccomp" is among the means.
 
     It can open no file or socket, start no process or thread, signal no process, and learn neither
     its own number nor the time. So its results depend only on its memory and on what it reads from
-    open descriptors. A thread that runs already is not confined. If the restriction holds,
-    "seccomp" is among the means."""
+    open descriptors. A thread that runs already is not confined."""
     stopped = _stop_clocks()
     _close_itself()
     return stopped & _install(filter_of_computing)
@@ -239,7 +246,8 @@ def landlock_version() -> int:
 
 
 def _check_alone() -> None:
-    """Check that this process has one thread. Errors: InfrastructureError."""
+    """Check that this process has a single thread, since others would not be confined. Errors:
+    InfrastructureError."""
     with suppress(FileNotFoundError):  # no /proc: the calls themselves refuse what they can
         if len(os.listdir("/proc/self/task")) > 1:
             raise InfrastructureError(
@@ -254,8 +262,8 @@ def _close_itself() -> None:
 
 
 def _own_network() -> Confinement:
-    """Move this process into a network namespace in which no device is up. Return what is in force,
-    and the reason if Linux refuses."""
+    """Move this process into a network namespace of its own, in which no network device is up.
+    Return what is in force or, if Linux refuses, the reason (`reasons`)."""
     # Where containers forbid it, the filter alone suffices.
     if refused := _unshare(CLONE_NEWNET):
         return Confinement(reasons=(f"no network namespace: {refused}",))
@@ -263,9 +271,9 @@ def _own_network() -> Confinement:
 
 
 def _unshare(spaces: int) -> str:
-    """Move this process into new namespaces; a user other than root also moves into a user
-    namespace. Return "" or, if Linux refuses, the reason. spaces: which ones, as flags CLONE_…
-    combined by |."""
+    """Move this process into new namespaces. If its user is not root, or root is refused this, it
+    also moves into a user namespace. Return "" or, if Linux refuses, the reason. spaces: which
+    namespaces, as flags CLONE_… combined by |."""
     user, group = os.getuid(), os.getgid()
     libc = _libc()
     if user == 0 and libc.unshare(spaces) == 0:
@@ -284,7 +292,8 @@ def _bound_processes() -> None:
     a process could count how many it can still start, and so find out how many other processes run
     on the machine.
 
-    From Linux 5.14 on a user namespace counts its own processes only; root has no such limit."""
+    There is a limit from Linux 5.14 on, where Linux counts the processes of a user namespace by
+    themselves. Root has none."""
     release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
     if os.getuid() != 0 and release >= (5, 14):
         most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -293,9 +302,12 @@ def _bound_processes() -> None:
 
 
 def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes]]) -> None:
-    """Build a root in memory, move there, and detach the old root. shown: the files and folders of
-    the old root that stay visible; own: the new folders in memory, each with the content of its
-    files by name.
+    """Build a new root of the file system in memory, make it this process's root, and detach the
+    old one.
+
+    - shown: files and folders of the old root that stay visible
+    - own: the new folders in memory -> the files in each, by name
+
     Errors: OSError."""
     _mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", ROOT, "tmpfs", IN_MEMORY, OWN_DISK)  # which hides what is not needed any more
@@ -318,10 +330,11 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
 
 
 def _place(path: Path, there: list[Path]) -> Path | None:
-    """Make the mount point of a file or folder below ROOT, and every link that leads to it; return
-    the mount point. Return None if the path leads to nothing, or to a file or folder that is
-    mounted already. there: the paths that are mounted already, to which this path is added. Errors:
-    OSError."""
+    """Make, below ROOT, an empty file or folder at which `path` can be mounted, and every link that
+    leads to it; return its path. Return None if `path` leads to nothing, or is or lies below a path
+    that is mounted already. there: the paths that are mounted already; the path to which `path`
+    leads is added.
+    Errors: OSError."""
     found, left = Path("/"), list(path.absolute().parts[1:])
     while left:
         here = Path(os.path.normpath(found / left.pop(0)))
@@ -351,9 +364,10 @@ def _place(path: Path, there: list[Path]) -> Path | None:
 def _mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:
     """Mount a file system in this process's own namespace, by mount(2).
 
-    - source: the path to mount, or the name of a file system without one; None if it is not read
+    - source: the path to mount, or a name for a file system that has no source; None where mount(2)
+      ignores it
     - target: the folder or file at which it is mounted
-    - kind: the file system's type, such as "tmpfs"; None if it is not read, as for MS_BIND
+    - kind: the file system's type, such as "tmpfs"; None where mount(2) ignores it, as with MS_BIND
     - flags: constants MS_… of this module, combined by |
     - data: options of the file system, separated by commas; "" for none
 
@@ -364,9 +378,9 @@ def _mount(source: str | None, target: Path, kind: str | None, flags: int, data:
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
-    """Return the contents of the small files in a folder, such as certificates, by name. Longer
-    files, such as logs, are left out. So are links, which may lead to files that are to be
-    hidden."""
+    """Return the small files in a folder, such as certificates, as a dict: name -> content. Longer
+    files, such as logs, are left out. So are links, which may lead to files that are to be hidden.
+    """
     with suppress(OSError):
         files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         return {path.name: path.read_bytes() for path in files if path.stat().st_size <= SMALL}
@@ -378,10 +392,10 @@ def _go_on_in_a_child() -> None:
     waits for the child, passes signals on, and ends with its status. If the parent is killed, so is
     the child.
 
-    The parent blocks signals and takes them by sigwait, one after another. If a signal came just
-    before a plain wait, a handler in Python would run only after the wait. The kernel drops a
-    signal to a namespace's first process that has no handler for it, so the child has a handler
-    from the start, which ends it."""
+    The parent blocks signals and takes them by sigwait, one after another. With a plain wait
+    instead, a Python handler of a signal that came just before the wait would only run after it.
+    The kernel drops a signal to a namespace's first process that has no handler for it, so the
+    child has a handler from the start, which ends it."""
     passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it never comes
     before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
@@ -411,8 +425,9 @@ def _go_on_in_a_child() -> None:
 
 
 def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement:
-    """Install a filter of system calls in this process, and return what is in force. filter_of: the
-    function that makes the filter's program from `arguments`."""
+    """Install a filter of system calls in this process. Return what is in force: "seccomp" among
+    the means, or that it is missing. filter_of: the function that makes the filter's program from
+    `arguments`."""
     if not is_known() or _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
         return Confinement(missing=("no seccomp filter",))
     program = b"".join(struct.pack("HBBI", *line) for line in filter_of(*arguments))
@@ -425,8 +440,8 @@ def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement
 
 
 def _stop_clocks() -> Confinement:
-    """Remove the pages of memory from which this process could read the time, so that only a system
-    call can tell it. Make the processor refuse to read its cycle counter. Return what could not be
+    """Make the time unreadable without a system call: remove the pages of memory in which Linux
+    writes it, and make the processor refuse to read its cycle counter. Return what could not be
     done (`missing`)."""
     memory = ctypes.CDLL(None, use_errno=True).mmap
     memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -447,12 +462,12 @@ def _stop_clocks() -> Confinement:
 def _restrict_files(
     read: Sequence[Path], write: Sequence[Path], names: Sequence[Path]
 ) -> Confinement:
-    """Make Linux refuse this process, by Landlock, every file that is not below one of these paths.
-    Return what is in force.
+    """Make Linux (Landlock) refuse this process every file except those below some paths. Return
+    what is in force.
 
     - read: files and folders that it may read and run
     - write: files and folders that it may read and write
-    - names: folders in which it may list names"""
+    - names: folders in which it may list the names of files"""
     version = landlock_version()
     if not version:
         return Confinement(missing=(NO_LANDLOCK,), reasons=(NO_LANDLOCK,))
@@ -482,8 +497,11 @@ def _restrict_files(
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:
-    """Allow a path in a ruleset of Landlock; a path that does not exist is left out. ruleset: the
-    ruleset's descriptor; rights: what is allowed below the path, as Linux's flags."""
+    """Add to a ruleset of Landlock that files below `path` may be used; nothing is added if the
+    path does not exist.
+
+    - ruleset: the ruleset's descriptor
+    - rights: what is allowed below the path, as Landlock's flags"""
     try:
         opened = os.open(path, O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -499,8 +517,8 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
 
 
 def _name_of(error: int | None) -> str:
-    """Return the name of an error number of Linux, such as EPERM; "unknown" for any other number
-    and for None."""
+    """Return the name of one of Linux's error numbers, such as "EPERM"; "unknown" for None and for
+    any number without a name."""
     return errno.errorcode.get(error or 0, "unknown")
 
 

@@ -69,10 +69,10 @@ STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Stopped in the block at the first SIGTERM or SIGINT. Later ones are ignored, so that
-    the block can clean up.
+    """A context manager: at the first SIGTERM or SIGINT, raise Stopped in the block. Later signals
+    are ignored, so that the block can clean up.
 
-    In any thread but the main one, signals are left as they are."""
+    In any thread except the main one, signals are left as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,13 +100,14 @@ class Child:
     - program: the program to start, by its name in PROGRAMS
     - options: its command line, after the program's name
     - home: the folder in which Flower keeps its files (FLWR_HOME), made if it is missing
-    - log: the file that its output goes to, which only this user can read. An earlier log is
-      emptied, except for "rank", whose log `begin_log` began. A process of a site (AT_A_SITE) can
-      write MOST_LOGGED bytes to it, and the rest is dropped
+    - log: the file that its output goes to, which only this user can read. Starting the program
+      empties an earlier log. Only for "rank", which starts while a site answers a request, the
+      caller has emptied the log by `begin_log` before. A process of a site (AT_A_SITE) can write
+      MOST_LOGGED bytes, and the rest is dropped
     - keep: numbers of this process's open files that the program inherits
 
-    The program inherits the environment, but a courier only the variables in TO_COURIER. Flower's
-    telemetry and update checks are switched off."""
+    The program inherits all environment variables, except that a courier gets only those in
+    TO_COURIER. Flower's telemetry and update checks are switched off."""
 
     def __init__(
         self,
@@ -174,13 +175,14 @@ class Child:
         )
 
     def wait(self) -> None:
-        """Wait until the child has ended. Errors: InfrastructureError unless it succeeded."""
+        """Wait until the child has ended. Errors: InfrastructureError if its exit status is not
+        0."""
         if self._process.wait() != 0:
             raise self.build_end_error()
 
     def wait_for_port(self, host: str, port: int, seconds: float = 60.0) -> None:
-        """Wait until the child listens on a port. Errors: InfrastructureError if it ends, or does
-        not listen after `seconds`."""
+        """Wait until the child listens on a port. Errors: InfrastructureError if the child ends
+        before, or does not listen within `seconds`."""
         deadline = time.monotonic() + seconds
         while not is_reachable(host, port):
             if not self.alive:
@@ -195,7 +197,8 @@ class Child:
             raise self.build_end_error()
 
     def stop(self) -> None:
-        """End the child: SIGTERM, then SIGKILL after STOP_SECONDS. Safe to call twice."""
+        """End the child: by SIGTERM and, if it still runs after STOP_SECONDS, by SIGKILL. A second
+        call does nothing."""
         if self.alive:
             self._process.terminate()
             try:
@@ -215,12 +218,12 @@ class Child:
 
 @contextmanager
 def alone(folder: Path, who: str) -> Iterator[bool]:
-    """Hold the lock of `folder` within the block, so that no other process uses the folder. Yield
-    whether the last holder was killed. The folder is made if it is missing, and the lock is
-    released when the process ends, for whatever reason. who: the words by which the error names the
-    process that holds the lock.
+    """A context manager: hold the lock of `folder` within the block, so that no other process uses
+    the folder. Yield whether the process that held it last was killed. The folder is made if it is
+    missing. The lock is released at the end of the block, or when the process ends for whatever
+    reason. who: the words by which the error names a process that holds the lock.
 
-    Errors: InfrastructureError naming the process that holds it, or if the disk refuses."""
+    Errors: InfrastructureError if another process holds the lock, or the disk refuses."""
     lock = folder / "lock"
     with locks.mapping_errors(lock):
         private_folder(folder.parent)
@@ -245,11 +248,11 @@ def is_reachable(host: str, port: int) -> bool:
 
 
 def begin_log(log: Path) -> None:
-    """Empty the log of a process of a site, and reserve the MOST_LOGGED bytes that it may take. If
-    the disk does not have them, remove the log, which would take the ledger's space, and log a
-    warning.
+    """Empty the log of a process of a site, and reserve the MOST_LOGGED bytes of disk space that it
+    may take. If the disk does not have them, remove the log, since it would grow into the space
+    that the ledger needs, and log a warning.
 
-    Do not call this while the site answers an order of the coordinator: the log would take the
+    Do not call this while the site answers a request of the coordinator: the log would take the
     space that was set aside for the answer."""
     has_space = False
     with suppress(OSError):
@@ -268,14 +271,15 @@ def begin_log(log: Path) -> None:
 
 
 def keep_output(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Start a thread that appends what a process prints to the log that `begin_log` has begun."""
+    """Start a thread that appends what a process prints to its log. process: the process, whose
+    output is a pipe; log: the file, which `begin_log` has made."""
     assert process.stdout
     threading.Thread(target=_write_log, args=(process.stdout, log), daemon=True).start()
 
 
 def _write_log(output: IO[bytes], log: Path) -> None:
-    """Append what a process of a site prints to its log until the process ends, up to the
-    MOST_LOGGED bytes that `begin_log` reserved; later output is dropped."""
+    """Append what a process of a site prints to its log, until the process ends. The log takes the
+    MOST_LOGGED bytes that `begin_log` reserved; what is printed after that is dropped."""
     with output, ExitStack() as opened:
         sink, left = None, 0
         with suppress(FileNotFoundError):
@@ -291,13 +295,15 @@ def _write_log(output: IO[bytes], log: Path) -> None:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Open a file, which only this user can read if it is made now, and return its descriptor.
-    Errors: OSError for a link, which a courier may have put there."""
+    """Open a file, and return its descriptor. A new file can be read by this user only. Errors:
+    OSError if the path is a link, which a courier may have put there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def end_with_parent() -> None:
-    """Stop this process when its standard input ends."""
+    """Start a thread that waits until this process's standard input ends, which means that its
+    parent has ended, and then stops this process: by SIGTERM and, if it still runs after
+    STOP_SECONDS, at once."""
 
     def watch() -> None:
         while os.read(0, 1024):

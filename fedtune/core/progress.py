@@ -17,8 +17,8 @@ class Step:
     """The progress of a long step.
 
     - text: what is done, in words for people
-    - done, total: in units of equal duration, so that the time left follows from the time taken;
-      total is 0 if it is not known
+    - done, total: how many parts of the step are done, and how many there are. Parts take equally
+      long, so the time left follows from the time taken; total is 0 if it is not known
     - once: whether the step is done in one round only, and not repeated in later ones"""
 
     text: str
@@ -43,16 +43,21 @@ def report(text: str, done: int = 0, total: int = 0, *, once: bool = False) -> N
     reported, never content. Progress is shown on this machine's screen only.
 
     - text: what is done, in words for people
-    - done, total: in units of equal duration; total is 0 if it is not known
-    - once: whether the step is not repeated in later rounds"""
+    - done, total: how many parts of the step are done, and how many there are, parts that take
+      equally long; total is 0 if it is not known
+    - once: whether the step is done in one round only, and not repeated in later ones"""
     if listener := _listener.get():
         stages = ", ".join(_stages.get())
         listener(Step(f"{stages}: {text}" if stages else text, done, total, once))
 
 
 def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
-    """Return a function (done, total) that reports how far one pass of several has come. text: what
-    is done; passes: how many passes there are, all equal; before: how many are finished."""
+    """Return a function that reports the progress of a step that makes several equal passes. Call
+    it with how much of the present pass is done, and how much the pass is in all.
+
+    - text: what is done, in words for people
+    - before: how many passes are finished
+    - passes: how many passes there are"""
 
     def on_work(done: int, total: int) -> None:
         report(text, before * total + done, passes * total)
@@ -62,7 +67,8 @@ def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Prefix the reports in the block with `name`, after the names of the stages around it."""
+    """A context manager: put `name` before the text of every report made in the block. Names of
+    stages around it come first."""
     token = _stages.set((*_stages.get(), name))
     try:
         yield
@@ -72,7 +78,7 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Call `listener` for every report made in the block."""
+    """A context manager: call `listener` with every report made in the block."""
     token = _listener.set(listener)
     try:
         yield
@@ -82,8 +88,8 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def told(on_event: OnEvent | None) -> Iterator[None]:
-    """Send reports made in the block to `on_event` as "step" events. If `on_event` is None, the
-    outer listener gets the reports."""
+    """A context manager: send every report made in the block to `on_event`, as an event "step" with
+    text, done and total. None: the listener that was set before gets the reports."""
     if on_event is None:
         yield
         return

@@ -26,13 +26,14 @@ TRAINED = "trained"  # what the sites trained, where the public start is release
 
 
 def has_head(run: Path) -> bool:
-    """Return whether a finished run trained a head, whatever its objective."""
+    """Return whether a finished run trained a head. This follows from its files, not from its
+    objective."""
     return (run / ADAPTER / HEAD).is_file()
 
 
 def without_places(study: Study) -> Study:
-    """Return a copy of a plan in which each file on the coordinator's machine has its name only,
-    without the folder."""
+    """Return a copy of a plan that holds only the names of the coordinator's files, without their
+    folders."""
     tables = {name: getattr(study, name) for name in FILED}
     changes = {
         name: table.model_copy(update={"path": Path(table.path.name)})
@@ -43,8 +44,8 @@ def without_places(study: Study) -> Study:
 
 
 def write_plan(run: Path, study: Study) -> None:
-    """Write a run's plan.json, which the run's signature covers and which others read. Write the
-    paths of the plan's files on this machine to a separate file. Errors: InfrastructureError."""
+    """Write a run's plan to plan.json, which the run's signature covers and other people read. The
+    paths of the plan's files on this machine go to a separate file. Errors: InfrastructureError."""
     tables = {name: getattr(study, name) for name in FILED}
     places = {name: str(table.path.absolute()) for name, table in tables.items() if table}
     if places:
@@ -55,11 +56,11 @@ def write_plan(run: Path, study: Study) -> None:
 
 
 def _with_places(study: Study, run: Path) -> Study:
-    """Return a copy of a run's plan with the paths of its files on this machine. If the file of
-    paths in the run was written for this very folder, they are taken from it. If not, each file is
-    expected in the run's folder under the name that the plan gives, and must be no link, so that a
-    run which somebody handed over cannot name another file of this machine. Errors: InputError for
-    a link."""
+    """Return a copy of a run's plan with the paths of its files on this machine. They are taken
+    from the run's file of paths, if that was written for this very folder. Otherwise each file is
+    expected in the run's folder, under the name that the plan gives, and must be no link: a run
+    that somebody handed over can so name no other file of this machine. Errors: InputError for a
+    link."""
     tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
     noted: dict[str, Any] = {}
     if tables and (run / PLACES).exists():

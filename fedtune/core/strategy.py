@@ -26,14 +26,15 @@ State = dict[str, npt.NDArray[np.float64]]
 
 
 class Strategy(ABC):
-    """Turns a round's updates (fp32 differences from the adapter that was sent) into an adapter.
+    """Turns a round's updates (fp32 differences from the adapter that was sent) into the next
+    adapter.
 
-    Subclasses are dataclasses whose fields are the options of study.strategy.options; the state
-    that they keep within a round, and from round to round, is not among the fields.
+    Subclasses are dataclasses whose fields are the options of study.strategy.options. What a
+    strategy keeps within a round, and from round to round (its state), is not in these fields.
+    | case                     | what follows                                               |
     | no update was added      | `apply` returns the adapter as it was, and the state stays |
     | updates in another order | the same result, to 1e-12 of the largest value             |
-    Guarantee: a strategy only post-processes what the sites sent, which costs no ε.
-    """
+    Guarantee: a strategy only post-processes what the sites sent, which costs no ε."""
 
     averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
     # Whether updates move the adapter by a constant times their weighted mean, and so does noise.
@@ -46,33 +47,42 @@ class Strategy(ABC):
         """Check that the plan's other settings fit this strategy. Errors: ConfigError."""
 
     def prepare(self, study: Study, frozen: Arrays) -> None:  # noqa: B027 - as `check`
-        """Receive the plan that the sites run, and its public arrays that are never trained. Called
-        once, before any update is added."""
+        """Take the plan that the sites run, and its public arrays that are never trained. Called
+        once, before any update is added.
+
+        - study: the plan
+        - frozen: the arrays, by name"""
 
     def update_like(self, adapter: Arrays) -> Arrays:
-        """Return arrays with the names and shapes of an update: by default the adapter's."""
+        """Return arrays that have the names and shapes of an update. By default this is `adapter`
+        itself."""
         return adapter
 
     def describe_round(self, units: float, deviation: float) -> None:  # noqa: B027 - as `check`
-        """Receive the number of declared units in the round's weighted mean and the standard
-        deviation of the noise in each of the mean's numbers. Called before `apply`.
+        """Take two figures of the round before `apply` is called.
 
-        deviation is 0 without noise, and NaN if it differs among the numbers, as after several
-        local steps, with AdamW, or with sites of lower rank."""
+        - units: the number of declared units over which the round's updates are averaged
+        - deviation: the standard deviation of the noise in each number of the average; 0 without
+          noise; NaN if it differs among the numbers, as after several local steps, with AdamW, or
+          with sites of lower rank"""
 
     @abstractmethod
     def add(self, update: Arrays, weight: float) -> None:
-        """Add one site's update to the round. The caller has checked that its names and shapes are
-        right and its numbers finite. weight: the site's weight in the round's mean."""
+        """Add one site's update to the round.
+
+        - update: the arrays by name; the caller has checked that names and shapes are right and the
+          numbers finite
+        - weight: the site's weight in the round's mean"""
 
     @abstractmethod
     def apply(self, adapter: Arrays) -> Arrays:
-        """Return the next adapter, and forget the round's updates."""
+        """Return the next adapter, and forget the round's updates. adapter: the arrays of the
+        adapter that the round started from, by name."""
 
     def class_figures(self) -> ClassFigures | None:
-        """Return what the releases so far show about the classes: the noised number of units of
-        each, the deviation of that noise, and whether each was learnt. None for a strategy without
-        classes, or before a round."""
+        """Return what the releases so far show about the classes: for each class the noised number
+        of its units and whether it was learnt, and the standard deviation of that noise. None for a
+        strategy without classes, or before the first round."""
         return None
 
     def state(self) -> State:
@@ -81,24 +91,29 @@ class Strategy(ABC):
         return {}
 
     def load_state(self, state: State) -> None:
-        """Restore what `state` returned. Errors: ConfigError if it is another strategy's state."""
+        """Restore the arrays that `state` returned before a restart. Errors: ConfigError if they
+        are another strategy's."""
         if state:
             raise ConfigError("the checkpoint holds another strategy's state")
 
 
 def require(condition: bool, option: str, expected: str) -> None:
-    """Check `condition`. Errors: ConfigError that names `option` and the `expected` range."""
+    """Raise an error unless `condition` holds. option: the option's name; expected: the range that
+    is allowed, in words. Errors: ConfigError that names both."""
     if not condition:
         raise ConfigError(f"strategy.options.{option} is out of range", expected)
 
 
 def move_adapter(adapter: Arrays, step: State) -> Arrays:
-    """Return adapter + step, summed in fp64 and returned in fp32."""
+    """Return the adapter moved by `step`: the sum of the arrays of each name, added in fp64 and
+    rounded to fp32."""
     return {n: (a.astype(np.float64) + step[n]).astype(np.float32) for n, a in adapter.items()}
 
 
 def unflatten(state: State, groups: tuple[str, ...]) -> dict[str, State]:
-    """Turn {"m/name": a} into {"m": {"name": a}}. Errors: ConfigError on a key outside `groups`."""
+    """Split the names of arrays at their first "/": {"m/name": a} becomes {"m": {"name": a}}.
+    groups: the parts that may stand before the "/"; the result has a dict for each, {} if no name
+    begins with it. Errors: ConfigError if a name begins otherwise."""
     found: dict[str, State] = {group: {} for group in groups}
     for key, array in state.items():
         group, _, name = key.partition("/")

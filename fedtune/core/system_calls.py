@@ -1,15 +1,16 @@
 """List Linux's system calls by name, and which of them each kind of process may make.
 
-    vault       every call but those in NEVER; only sockets of some families
+    vault       every call except those in NEVER; sockets only of the address families given
     courier     OF_COURIER, and no other: a call that is not listed is refused, also calls that a
                 newer Linux has
     conversion  COMPUTING, and no other
 
-A filter reads a call's number and the lower half of its arguments (linux/seccomp.h), never the
-memory behind a pointer. `Lines` are as in linux/filter.h: (code, jump if true, jump if false,
-constant).
+A filter is a program for Linux's seccomp. It reads a call's number and the lower half of its
+arguments (linux/seccomp.h), never the memory behind a pointer. Its lines (`Lines`) have the form of
+linux/filter.h: (code, jump if true, jump if false, constant).
 
-Numbers: Linux, arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h."""
+Numbers: Linux, arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+"""
 
 from __future__ import annotations
 
@@ -162,13 +163,14 @@ KIND = 0xF  # of a socket, without the flags beside it
 
 
 def is_known() -> bool:
-    """Return whether filters are written for this machine's system calls."""
+    """Return whether this module knows the system calls of this machine's kind of processor."""
     return platform.machine() in MACHINES
 
 
 def filter_of_vault(families: Sequence[int]) -> Lines:
-    """Build the filter that permits every call but those in NEVER, sockets of the address
-    `families` only, and prlimit only for this process itself."""
+    """Build the filter of a vault. It permits all calls, with three exceptions: the calls in NEVER,
+    sockets of other address families than those in `families`, and prlimit for another process are
+    refused."""
     lines = _start()
     for numbers in NEVER.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, REFUSE)])
@@ -177,10 +179,10 @@ def filter_of_vault(families: Sequence[int]) -> Lines:
 
 
 def filter_of_courier(families: Sequence[int]) -> Lines:
-    """Build the filter of a courier. It permits the calls of OF_COURIER, those of OF_COURIER_IF
-    with the arguments listed there, and sockets of the address `families`. It also permits prlimit
-    to read this process's own limits, and wait4 to learn that a child ended, but not what the child
-    used. A call that is not listed gets ENOSYS."""
+    """Build the filter of a courier. It permits the calls of OF_COURIER; those of OF_COURIER_IF
+    with the arguments listed there; and sockets of the address families in `families`. It also
+    permits prlimit to read this process's own limits, and wait4 to learn that a child ended, but
+    not what the child used. A call that is not listed gets ENOSYS."""
     # prlimit only reads its own limits; wait4 tells that a child ended, not what the child used.
     further = _of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))
     further += _of_call(WAIT, _if_zero(FOURTH, FOURTH + 4)) + _of_sockets(families)
@@ -188,8 +190,9 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 
 
 def filter_of_computing() -> Lines:
-    """Build the filter that permits COMPUTING, and COMPUTING_IF with its arguments. A call that
-    asks for the number of a process or thread is answered with 0, any other call with EPERM."""
+    """Build the filter of a process that only computes. It permits the calls of COMPUTING, and
+    those of COMPUTING_IF with the arguments listed there. A call that asks for the number of a
+    process or thread is answered with 0. Any other call gets EPERM."""
     nameless: Lines = []
     for numbers in NAMELESS.values():
         nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
@@ -204,11 +207,11 @@ def _write_filter(
 ) -> Lines:
     """Build a filter that permits the listed calls.
 
-    - calls: the numbers of each call that is allowed, by the call's name
-    - some: the calls that are allowed only if one argument has one of some values: name -> (the
+    - calls: the calls that are always permitted: name -> numbers
+    - some: the calls that are permitted only if one argument has one of some values: name -> (the
       call's numbers, the argument, the values)
     - further: the filter's lines for other calls
-    - given: the result for every call that no line decides"""
+    - given: what the filter decides for a call that none of these lines decides"""
     lines = _start()
     for numbers in calls.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, ALLOW)])
@@ -218,8 +221,9 @@ def _write_filter(
 
 
 def _start() -> Lines:
-    """Build a filter's first lines. They end the process if the call is one of another machine,
-    load the call's number, and refuse the calls of the x32 interface."""
+    """Build a filter's first lines. They end the process if a call is made in the way of another
+    kind of machine, refuse the calls of the x32 interface, and load the call's number for the lines
+    that follow."""
     return [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 1, 0, MACHINES[platform.machine()]),
@@ -231,17 +235,22 @@ def _start() -> Lines:
 
 
 def _of_call(numbers: Numbers, lines: Lines) -> Lines:
-    """Build the lines that apply `lines` to one system call only; [] if this machine does not have
-    the call. numbers: the call's number on each machine; lines: they must end with the filter's
-    result."""
+    """Build lines of a filter that apply `lines` to one system call only; [] if this machine does
+    not have the call.
+
+    - numbers: the call's number on each kind of machine; None where there is no such call
+    - lines: what is decided for this call; the last line must decide"""
     number = numbers[list(MACHINES).index(platform.machine())]
     return [] if number is None else [(IF_EQUAL, 0, len(lines), number), *lines]
 
 
 def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines:
-    """Build lines that allow a call if one of its arguments is one of `values`, and else refuse it.
-    argument: where it stands in the call's data (FIRST, SECOND, …); mask: the bits of it that are
-    compared; 0: all."""
+    """Build lines that allow a call if one of its arguments has one of some values, and else refuse
+    it.
+
+    - argument: where the argument stands in the call's data (FIRST, SECOND, …)
+    - values: the values that are allowed
+    - mask: which bits of the argument are compared; 0: all"""
     lines: Lines = [(LOAD, 0, 0, argument)]
     if mask:
         lines.append((MASK, 0, 0, mask))
@@ -251,8 +260,8 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
 
 
 def _if_zero(*words: int) -> Lines:
-    """Build lines that allow a call if these 32-bit halves of its arguments are all 0, and else
-    refuse it. words: where each half stands in the call's data; a pointer has two halves."""
+    """Build lines that allow a call if some of its arguments are all 0, and else refuse it. words:
+    where the arguments stand in the call's data, in halves of 32 bits; a pointer has two halves."""
     lines: Lines = []
     for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
@@ -260,9 +269,10 @@ def _if_zero(*words: int) -> Lines:
 
 
 def _of_sockets(families: Sequence[int]) -> Lines:
-    """Build lines that allow stream and datagram sockets of the address `families`. A raw socket is
-    refused: it would give root every packet of the machine. Of socket pairs only streams are
-    allowed, since each of two paired datagram sockets can still send to a path."""
+    """Build lines that allow stream and datagram sockets of the address families in `families`, and
+    no others. A raw socket is refused: it would give root every packet of the machine. Of socket
+    pairs only streams are allowed, since each of two paired datagram sockets can still send to a
+    path."""
     pairs = _if_argument(SECOND, (socket.SOCK_STREAM,), KIND)
     kinds: Lines = [
         (LOAD, 0, 0, SECOND),

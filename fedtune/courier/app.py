@@ -25,8 +25,9 @@ ASKED: Mapping[str, tuple[Kind, str]] = {
 
 def client_app(ask: Ask) -> ClientApp:
     """Build the Flower app that passes each of the coordinator's messages on as a request, and
-    replies with the vault's answer. ask: sends a request to the vault, waits at most a number of
-    seconds, and returns the answer."""
+    replies with the vault's answer. ask: a function that sends a request to the vault and returns
+    the answer; it takes Flower's context, the request, and how many seconds the coordinator
+    waits."""
     app = ClientApp()
 
     def pass_on(message: Message, context: Context) -> Message:
@@ -43,7 +44,7 @@ def client_app(ask: Ask) -> ClientApp:
 
 def as_request(message: Message) -> Request:
     """Convert a coordinator's message to a request for the vault, without parsing its arrays.
-    message: of a type in `ASKED`."""
+    message: a message whose type is in `ASKED`."""
     kind, arrays = ASKED[message.metadata.message_type]
     brought = message.content.array_records.get(arrays, ArrayRecord())
     return Request(kind, message.content.config_records, brought)

@@ -1,4 +1,5 @@
-"""Answer the tasks of a site's SuperNode, and start a new SuperNode whenever one ends.
+"""Answer the tasks that the coordinator gives this site through Flower's SuperNode (the client
+process of Flower), and start a new SuperNode whenever one ends.
 
     gateway <── forwarder <── SuperNode ── loopback, secret ──> Executor: this process
 
@@ -40,12 +41,12 @@ BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class Executor:
-    """Answers the tasks of one SuperNode after another.
+    """Answers the tasks of one SuperNode (Flower's client process) after another.
 
     - app: Flower's ClientApp, or a function that returns the reply to a message
     - notify: called with each event: a connection, an answer, a refusal, a failure
-    - once: whether the work is done when the coordinator has gone, after it gave this site at least
-      one task"""
+    - once: whether the work is done as soon as the coordinator, after it gave this site at least
+      one task, is no longer there"""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
         self._app = app
@@ -82,7 +83,10 @@ class Executor:
 
     def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
         """Run one SuperNode until it ends, and return the reason as an error. Return None if the
-        work is done (`once`). state, forwarder: as for `run_supernodes`.
+        work is done: `once` was set, and the coordinator has gone.
+
+        - state: the folder of the SuperNode's log and of its secret for this process
+        - forwarder: the running connection to the coordinator's gateway
 
         Errors: InfrastructureError if the gateway's certificate does not verify."""
         self.joined, problem = False, None

@@ -1,10 +1,9 @@
 """Run the courier, the process of a site that uses the network. `fedtune client` starts it.
 
 Before it imports Flower, the courier confines itself. Then it can read only code, the site file and
-the site's network keys, and write only Flower's files and its certificate, on a disk in memory. It
-asks the vault over a socket that it inherits, or through a spool: a folder into which the courier
-writes requests, and from which it reads answers.
-"""
+the site's network keys. It can write only Flower's files and a renewed certificate, which both lie
+on a disk in memory. It asks the vault over a socket that it inherits, or through a spool: a folder
+into which the courier writes requests, and from which it reads answers."""
 
 from __future__ import annotations
 
@@ -65,8 +64,8 @@ def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List the paths that a site's courier may write: Flower's files in the state folder, the
-    requests of a spool, and some devices. spool: None if the courier asks the vault over a
-    socket."""
+    folder of requests if there is a spool, and some devices. spool: None if the courier asks the
+    vault over a socket."""
     requests = [spool.requests] if spool else []
     return [site.site.state / FOLDER, *requests, *map(Path, DEVICES)]
 
@@ -100,24 +99,24 @@ def list_private(site: Site) -> Iterator[Path]:
 
 
 def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List the site's private files that lie in a folder that its courier must read, and so cannot
-    be hidden from the courier. spool: None if the courier asks the vault over a socket."""
+    """List the site's private files that cannot be hidden from its courier, since they lie in a
+    folder that the courier must read. spool: None if the courier asks the vault over a socket."""
     shared = [path.resolve() for path in list_readable(site, spool) if path != keys_folder(site)]
     own = [path.resolve() for path in list_private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
 def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
-    """Return a text for each of the files that `open_to_courier` lists, for the person at the site.
-    spool: None if the courier asks the vault over a socket."""
+    """Return a text, for the person at the site, about each private file that lies in a folder
+    which the courier must read. spool: None if the courier asks the vault over a socket."""
     read = open_to_courier(site, spool)
     return [f"{path} lies where the courier reads its code" for path in read]
 
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
-    """Confine this process to the files that a site's courier may read and write, then try to read
-    the private ones. Return the confinement that is in force; its `missing` lists what stays open,
-    in words. spool: None if the courier asks the vault over a socket."""
+    """Confine this process to the files that a site's courier may read and write, then test this by
+    trying to read the private ones. Return the confinement that is in force; its `missing` lists in
+    words what stays open. spool: None if the courier asks the vault over a socket."""
     is_elsewhere = not _try_to_read(site).missing
     read, write = list_readable(site, spool), list_writable(site, spool)
     own = isolation.own_view([*read, *write], [site.site.state / FOLDER])
@@ -152,9 +151,13 @@ def main(options: list[str]) -> NoReturn:
     """Run a site's courier until a signal arrives or, with ONCE, the coordinator has gone. Then end
     the process.
 
-    options: SITE REQUESTS EVENTS ONCE PATIENCE. SITE: the site file; REQUESTS: a socket's
-    descriptor, or the folder of a spool; EVENTS: a descriptor; ONCE: "once" or ""; PATIENCE: for
-    how many seconds to try again while the coordinator does not accept this site."""
+    options: SITE REQUESTS EVENTS ONCE PATIENCE, which are:
+
+    - SITE: the site file
+    - REQUESTS: the descriptor of the socket to the vault, or the folder of a spool
+    - EVENTS: the descriptor to which events are sent, for the process that started this one
+    - ONCE: "once", or "" to run without end
+    - PATIENCE: for how many seconds to try again while the coordinator does not accept this site"""
     path, requests, events, once, patience = options
     site = load_site(Path(path), alone=True)
     os.environ["TMPDIR"] = str(site.site.state / FOLDER)
@@ -196,9 +199,9 @@ def by_socket(vault: Connection) -> Ask:
 
 
 def by_file(spool: Spool) -> Ask:
-    """Return a function that asks the vault through a spool: it writes a request to a file, and
-    returns the answer. First remove the requests of an earlier courier, since nobody waits for
-    their answers."""
+    """Return a function that asks the vault through a spool: the function writes a request to a
+    file, waits for the file with the answer, and returns the answer. Before this, remove all
+    requests that an earlier courier left in the spool, since nobody waits for their answers."""
     from fedtune.flower.polling import Poll
 
     spool.withdraw_all()
@@ -228,7 +231,8 @@ def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: f
     - path: the site file, for the errors' texts
     - ask: sends a request to the vault, and returns the answer
     - tell: sends an event to the process that started this one
-    - once, patience: as for `Executor` and its `run_supernodes`"""
+    - once: whether the work is done when the coordinator has gone; else this runs without end
+    - patience: seconds for which to try again while the coordinator does not accept this site"""
     from fedtune.courier.app import client_app
     from fedtune.courier.executor import Executor
     from fedtune.flower.forwarder import Forwarder

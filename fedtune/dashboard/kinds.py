@@ -22,11 +22,12 @@ def page_of(path: Path, trust: str = "") -> Page:
     fingerprint, against which the page of a dossier or a run verifies the signatures; "" if it is
     not known.
 
-    | site.toml, or a folder with one              | a site           |
-    | a folder with release.json or dossier.json   | a dossier        |
-    | a folder with signing.key or nodes/          | a coordinator    |
-    | a folder with plan.json, or a status of a run | a run           |
-    | a folder that contains runs                  | a folder of runs |
+    | path                                          | page of          |
+    | site.toml, or a folder with one               | a site           |
+    | a folder with release.json or dossier.json    | a dossier        |
+    | a folder with signing.key or nodes/           | a coordinator    |
+    | a folder with plan.json, or a status of a run | a run            |
+    | a folder that contains runs                   | a folder of runs |
     Errors: InputError for anything else; ConfigError for an invalid site.toml."""
     if why := reading.refuse_path(path):
         raise InputError(f"{str(path)[:80]}: {why}", EXPECTED)

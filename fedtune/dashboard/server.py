@@ -1,6 +1,7 @@
 """Serve a page on loopback, with a token, security headers and live events. Slow parts are computed
 in child processes.
 
+| request                                          | what the server does                          |
 | the token is missing or wrong                    | 401, without content                          |
 | the Host header names another host than loopback | 421: another web site's name may resolve to   |
 |                                                  | this machine (DNS rebinding)                  |
@@ -9,8 +10,7 @@ in child processes.
 | a connection sends no request                    | closed: see connections.py                    |
 Guarantee: no header lets another origin read an answer, and every answer's content security policy
 lets the page load from this server only. The token is random. The printed address contains it; the
-first request stores it in a cookie of the browser (HttpOnly, SameSite=Strict).
-"""
+first request stores it in a cookie of the browser (HttpOnly, SameSite=Strict)."""
 
 from __future__ import annotations
 
@@ -193,8 +193,8 @@ class Views:
 
     async def show_slow_part(self, request: Request) -> Response:
         """Show the result of a function of work.py, which a child process computes. The result is
-        kept; it is computed again only if the files on which it depends have changed, and at the
-        earliest after REST_SECONDS."""
+        kept. It is computed again only if the files on which it depends have changed, and only once
+        REST_SECONDS have passed since the last time."""
         page, what = self._of(request), request.path_params["what"]
         if what not in page.slow:
             raise HTTPException(404)

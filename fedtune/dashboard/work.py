@@ -1,11 +1,10 @@
-"""Compute the slow parts of a page, which need scipy and seconds, in a child process:
-`python -m fedtune.dashboard.work WHAT PATH TRUST`.
+"""Compute, in a child process, the parts of a page that take seconds: `python -m
+fedtune.dashboard.work WHAT PATH TRUST`.
 
 The accountant's libraries take 100 MB, which the server should not hold while it waits. Only the
 child holds a ledger's locks, for as long as `fedtune ledger` does. The child prints the result as
-JSON, or {"error": …}. It enters nothing in a log, since a person who looks at a page does not
-review a plan.
-"""
+JSON, or {"error": …}. It enters nothing in an audit log, since a person who looks at a page does
+not review a plan."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
-    """Return {"plans": a list}: for each plan that waits for a signature at this site, its study's
-    name, its path, and the result of `fedtune review`."""
+    """Return {"plans": a list} with a dict for each plan that waits for a signature at this site:
+    "study" (its name), "path" (of the plan's file), and the figures that `fedtune review` shows."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.review import is_unsigned, read_plan, review
@@ -56,9 +55,10 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def acts(path: Path, _: str) -> dict[str, Any]:
-    """Check all entries of the audit log. Return the newest LATEST "entries" and the newest LATEST
-    "refusals", with the number of all entries ("count"), the "signer" and the "head"; {"entries":
-    [], "count": 0} if there is no log. path: a coordinator's home, or a site file."""
+    """Check all entries of the audit log. Return {"entries": the newest LATEST entries, "refusals":
+    the newest LATEST refusals, "count": the number of all entries, "signer": the key that signs
+    them, "head": the newest entry, as "SEQ:HASH"}; if there is no log, {"entries": [], "count": 0}.
+    path: a coordinator's home, or a site file."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 

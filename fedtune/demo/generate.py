@@ -3,21 +3,20 @@
     study.toml                 the public plan
     sites/<name>/site.toml     one hospital's own file
     sites/<name>/notes.jsonl   {patient, note, desk}: 2 to 4 notes a patient
-    validation.jsonl           further patients, who choose how far each round moves the adapter
+    validation.jsonl           further patients, to choose how far each round moves the adapter
     test.jsonl                 further patients, for the reported accuracy
     public.jsonl               {note}: unlabelled, for the adapter's frozen factor
 
-The task: send a note to the desk (A to R) of the department that must see the patient. Which
-letter stands for which department is a permutation drawn from the seed, so no base model can know
-it: chance is 1 in 18, and only the hospitals' labels teach it. Each hospital sees 70 % of its
-patients in six departments of its own, so none of them can learn all the desks well alone.
+The task: send a note to the desk (A to R) of the department that must see the patient. Which letter
+stands for which department is a permutation drawn from the seed, so no base model can know it:
+chance is 1 in 18, and only the hospitals' labels teach it. Each hospital sees 70 % of its patients
+in six departments of its own, so none of them can learn all the desks well alone.
 
 A note mixes a complaint, a finding, history and drugs; about a quarter of it comes from other
 departments or is denied, so a keyword does not settle the desk. The public notes share no template
 and no phrase with the hospitals' notes: they speak of "a reader", "a leaflet" or "a lesson" and
 take their words from `public_phrases.LIBRARY`. All other notes take theirs from `phrases.CLINIC`.
-No real person's data is used; a patient is a number.
-"""
+No real person's data is used; a patient is a number."""
 
 from __future__ import annotations
 
@@ -43,8 +42,13 @@ PUBLIC = 180
 
 
 class NoteParts(NamedTuple):
-    """The content of one note, before a hospital's style turns it into text. Each text is a phrase;
-    finding is "" if the note has none, and denied is a complaint that the patient denies."""
+    """The content of one note, before a hospital's style turns it into text. The texts are phrases.
+
+    - age, woman: the patient's age in years, and whether the patient is a woman
+    - complaint, finding: what the patient complains of, and what was found; finding is "" if the
+      note has none
+    - history, drug: an earlier illness, and a drug that the patient takes
+    - denied: a complaint that the patient denies"""
 
     age: int
     woman: bool

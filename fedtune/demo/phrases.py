@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """The words from which one department's notes are drawn."""
+    """The words from which one department's notes are drawn. Each field is a tuple of phrases."""
 
     complaints: tuple[str, ...]
     findings: tuple[str, ...]
@@ -15,7 +15,7 @@ class Words(NamedTuple):
 
 
 def _words(complaints: str, findings: str, history: str, medication: str) -> Words:
-    """Build the words of one department. Each argument holds phrases that are separated by
+    """Build the words of one department. Each argument is one text of several phrases, separated by
     semicolons."""
     return Words(*map(split, (complaints, findings, history, medication)))
 

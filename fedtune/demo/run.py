@@ -42,7 +42,8 @@ def run_demo(
     done_events: list[tuple[str, dict[str, Any]]] = []
 
     def forward(event: str, data: dict[str, Any]) -> None:
-        """Pass an event on, but hold "done" back until the hospitals alone have run too."""
+        """Pass an event on to `on_event`, but keep "done" back until the hospitals alone have run
+        too."""
         if event == "done":
             done_events.append((event, data))
         elif on_event:

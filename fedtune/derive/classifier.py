@@ -1,8 +1,8 @@
 """Build a transformers sequence classifier from a run with a head, without custom model code.
 
 transformers' classifiers pool and classify in another way than fedtune's head, so layers are added
-whose weights compute the head's input. Every construction is exact except for rounding, and is
-compared with the run's logits before it is kept.
+whose weights compute the head's input. H is the width of a state. Every construction is exact
+except for rounding, and is compared with the run's logits before it is kept.
 
 * An encoder's head reads √H · m / |m|, where m is the mean over tokens.
   BertForSequenceClassification reads the first token through a tanh instead. So each state h is
@@ -113,10 +113,10 @@ def _widen_encoder(model: Any, head: nn.Linear) -> State:
 
 
 def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Widen one weight for an encoder in which each state is stored twice: its second half repeats
-    the first. A weight that writes a state is repeated; a weight that reads a state gets zeros for
-    the second half. Queries, keys and values of the second half's attention heads are zero. name:
-    the weight's name in the base."""
+    """Widen one weight of an encoder for a network in which each state is stored twice, its second
+    half equal to the first. A weight that writes a state is repeated. A weight that reads a state
+    gets zeros for the second half. The attention heads of the second half have queries, keys and
+    values of zero. name: the weight's name in the base."""
     if "embeddings." in name and value.ndim == 2:
         return torch.cat([value, value], dim=1)
     if name.endswith("intermediate.dense.bias"):
@@ -174,8 +174,9 @@ def _fits(config: Any, head: nn.Linear) -> bool:
 
 
 def _with_bias(model: Any, head: nn.Linear) -> State:
-    """Build the weights of the classifier of a Llama, by name. It has one more layer, which
-    computes the head's logits; the classifier's score matrix only reads them off."""
+    """Build the weights, by name, of the sequence classifier for a Llama base. The classifier has
+    one layer more than the base. This layer computes the head's logits, and the classifier's score
+    matrix only reads them off."""
     config, outputs = model.config, head.out_features
     size, inner = config.hidden_size, config.intermediate_size
     state = _prefix_state(model.model, "model.")

@@ -44,8 +44,8 @@ class PrunedLayers:
 
 
 def supports_refit(model: Any) -> bool:
-    """Return whether this model's layers add their MLP's output to the residual stream unchanged,
-    so that a refitted matrix can replace a block."""
+    """Return whether this model's layers add their MLP's output to the residual stream unchanged.
+    Only then can a refitted matrix of an MLP stand in for the layers that are dropped after it."""
     backbone = getattr(model, "model", None)
     layers = getattr(backbone, "layers", None)
     if not hasattr(model, "lm_head") or not isinstance(layers, nn.ModuleList):
@@ -58,10 +58,10 @@ def supports_refit(model: Any) -> bool:
 
 @torch.no_grad()
 def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) -> PrunedLayers:
-    """Choose `width` consecutive layers to drop from a model that `supports_refit`: those without
-    which, after the refit, the next-token distribution on held-out texts changes least. The last
-    layer is never dropped, and at least half of the remaining layers (rounded down), and at least
-    one, come before the dropped ones.
+    """Choose which `width` consecutive layers to drop from a model that `supports_refit`. For each
+    choice the layer before them is refitted; the best choice is the one that then changes the
+    next-token distribution on held-out texts least. The last layer is never dropped. At least one
+    layer, and at least half (rounded down) of the layers that remain, come before the dropped ones.
 
     texts: token ids of at least 2 public texts; some are held out to compare the choices, the
     others serve the refit"""
@@ -120,8 +120,9 @@ def _get_output_matrix(layer: Any) -> Any:
 def _layer_activations(
     model: Any, texts: Sequence[np.ndarray]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Compute, at the first POSITIONS positions of the texts, the inputs of each layer's MLP and
-    the layer's outputs. Return a pair of both for each layer, (positions, H) each."""
+    """Run the model on the texts, and record at the first POSITIONS positions what each layer's MLP
+    reads and what the layer puts out. Return for each layer a pair of tensors, (positions, H) each:
+    the MLP's inputs, and the layer's outputs."""
     layers = model.model.layers
     mlp_inputs: list[list[torch.Tensor]] = [[] for _ in layers]
     layer_outputs: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -177,9 +178,9 @@ def _refit(
     - output: (positions, H), the outputs of the layer there, with the present matrix
     - target: (positions, H), the outputs of the block's last layer there
 
-    Positions are weighted so that relative errors count, as they do for the norms of later layers.
-    Otherwise a text's first position, whose states are a hundred times as large, would determine
-    the fit alone."""
+    Each position's error counts relative to the size of its states, since the norms of later layers
+    divide by this size, too. Otherwise a text's first position, whose states are a hundred times as
+    large as others, would determine the fit alone."""
     inner: list[torch.Tensor] = []
     handle = _get_output_matrix(layer).register_forward_pre_hook(
         lambda _, args: inner.append(args[0])

@@ -160,9 +160,9 @@ def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list
 def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
-    """Initialise the student's adapter from the first teacher's. Return new values, by name, for
-    those arrays of `start` of which the teacher has one at no larger rank; the others are not in
-    the result.
+    """Initialise the student's adapter from the first teacher's. Return the new values by name. An
+    array is in the result only if the teacher has the same one and its rank there is not larger; if
+    its rank is smaller, the remaining part is as in `start`.
 
     - start: the student's trainable arrays as they were initialised so far, by name
     - teacher_arrays: the first teacher's adapter, by name
@@ -195,8 +195,9 @@ def _student_lora(
     - teacher_lora: the first teacher's table; None if that run trained a head alone
     - kept_layers: the teacher's layers that the student keeps, by index; None if it has another
       base, and then nothing is taken from the teacher's table
-    - settings: rank, modules and last layers; what they leave open comes from the teacher's table
-      or a default. If they name the last layers, only the rank may come from the teacher's table"""
+    - settings: rank, modules and number of last layers. What they leave open is taken from the
+      teacher's table, or else is a default. If they give the number of last layers, only the rank
+      may be taken from the teacher's table"""
     inherited = teacher_lora if kept_layers is not None else None
     rank = settings.rank or (inherited.rank if inherited else RANK)
     last, modules = settings.last_layers or None, settings.modules
@@ -228,9 +229,9 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
 
 
 def _default_modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
-    """Return the names of the modules that get an adapter if nothing else names them. last_layers:
-    how many of the last layers get one; None: all. If it is 1, the modules are those of the MLP
-    alone, so that each position trains by itself."""
+    """Return the names of the modules of a base that get an adapter if neither the settings nor a
+    teacher name them. last_layers: how many of the last layers get one; None: all. If it is 1, the
+    modules are those of the MLP alone, so that each position trains by itself."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
     mlp = ("gate_proj", "up_proj", "down_proj")
@@ -248,11 +249,11 @@ def _teacher_dataset(
 
     - models: the teachers; unless they classify, the first one writes an answer to each prompt that
       has no completion
-    - prompts: the public prompts; the number of those that got no answer, and are left out, is
-      added to `about`
+    - prompts: the public prompts; the number of those that got no answer and are left out is noted
+      in prompts.about, for the report
     - study: the student's plan
     - network: the student, for its tokenizer
-    - settings: give temperature and size of the soft targets, and length and seed of the
+    - settings: these give temperature and size of the soft targets, and length and seed of the
       completions"""
     table: ObjectiveTable = study.objective
     records: list[Record] = prompts.records
@@ -279,7 +280,7 @@ def _train_student(
     - network: the student, which at first computes what its base computes
     - data: the public prompts with soft targets; a share HELD_OUT of them is not trained on
     - start: the trainable arrays with which the training begins, by name
-    - settings: give epochs, batch, learning rate, temperature and seed"""
+    - settings: these give epochs, batch, learning rate, temperature and seed"""
     from fedtune.core.objectives.distill import divergence
 
     cached = CachedDataset(network, data)
@@ -340,7 +341,7 @@ def _report_sections(
 
     - study, base, network: the student's plan, base and trained network
     - settings: the settings of the distillation
-    - prompts: the public prompts, of which `about` is reported"""
+    - prompts: the public prompts; the report gets the facts about them (prompts.about)"""
     assert study.lora is not None
     size = sum(p.numel() for p in network.model.parameters())
     return {
@@ -368,12 +369,13 @@ def dataset_of(
     tokenizer: PreTrainedTokenizerBase,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Build a dataset of public records, each a unit of its own.
+    """Build a dataset of public records, each a unit of its own. A record that cannot be used is
+    left out and counted in the dataset's `rejected`.
 
-    - records: the public records, whose order the dataset keeps. In a study of labels they need no
-      label; else each needs its completion
+    - records: the public records, whose order the dataset keeps. In a study of labels a record may
+      lack its label; in other studies a record without a completion cannot be used
     - study: the plan, whose objective says how a record is read
-    - tokenizer: of the base that reads the dataset
+    - tokenizer: the tokenizer of the base for which the dataset is made
     - soft_targets: computes a record's soft targets; None: the records get none
 
     Errors: DataError if no record can be used."""

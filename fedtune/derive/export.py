@@ -91,7 +91,8 @@ def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
 
     - run: the run to export
     - headed: whether the run trained a head
-    - to, stored: the format of the model and of its weights, as for `export`
+    - to: the format of the model, "hf" or "gguf"
+    - stored: the format of its weights, such as "float32"
 
     Errors: ConfigError."""
     predict = f"`fedtune predict {run.folder} --data FILE` uses it as it is"
@@ -111,8 +112,15 @@ def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
 
 
 def _write_merged(run: Run, into: Path, stored: str) -> Base:
-    """Write the merged model and the base's own tokenizer files; return the base. Merging is in
-    fp32, and the result is then converted to `stored`. Errors: ConfigError, ModelError."""
+    """Merge a run's adapter into its base, and write the model and the base's own tokenizer files.
+    Return the base.
+
+    - run: a finished run of a language model
+    - into: the folder in which the files are written
+    - stored: the format of the weights, such as "float32"; they are merged in fp32 and then
+      converted to it
+
+    Errors: ConfigError, ModelError."""
     import torch
 
     from fedtune.core.models.loaded import load

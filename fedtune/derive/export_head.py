@@ -74,7 +74,7 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
     has one that computes the run's logits, else as base and head. Return the run's base, and lines
     for the card that say how to use the model.
 
-    stored: the format of the weights, such as "float32"
+    run: a finished run with a head; stored: the format of the weights, such as "float32"
 
     Guarantee: the classifier was read back, and gave the run's logits on TEXTS.
     Errors: ConfigError (a base that reads more than text); ModelError; OSError."""
@@ -122,9 +122,9 @@ def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer, changed for the exported folder: its maximal length is the
-    study's, and for a reward head, a pad token that equals eos is replaced, since answers end with
-    eos. classes: whether the head has classes; if not, it is a reward head."""
+    """Return the base's tokenizer with two changes for the exported folder. Its maximal length is
+    the study's. And if a reward head's tokenizer pads with eos, it gets another pad token, since
+    answers end with eos. classes: whether the head has classes; if not, it is a reward head."""
     tokenizer = loaded.tokenizer
     tokenizer.model_max_length = run.study.objective.max_length
     if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:

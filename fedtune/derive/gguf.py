@@ -86,8 +86,8 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of rotary positions in a base's config.json, including "rope_theta",
-    whether they stand under transformers' current key or under its older one."""
+    """Return the settings of rotary positions in a base's config.json, including "rope_theta". In
+    that file they stand under transformers' current key or under an older one."""
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta", 10000.0), **settings}
 
@@ -118,8 +118,8 @@ def _shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """Return the factors (head/2,), fp32, by which Llama 3 divides each rotary frequency; None for
-    other models."""
+    """Return the factors (head/2,), fp32, by which Llama 3 divides the rotary frequencies, where
+    head is the width of an attention head; None for other models."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None

@@ -63,7 +63,10 @@ class PolicyEvaluation:
 class PolicyScores:
     """The evaluations during a training, and the checkpoint that is kept.
 
-    - max_kl, kl_coef, eval_every, steps: as for `improve` and in its settings
+    - max_kl: the largest KL divergence from the starting policy that a kept checkpoint may have
+    - kl_coef: the penalty, in units of reward, for each nat of KL
+    - eval_every: steps between two evaluations
+    - steps: the number of steps of the whole training
     - by_step: (number of steps, evaluation) pairs, beginning with the start's at 0 steps
     - best: (number of steps, evaluation, adapter's arrays) of the checkpoint with the highest
       penalised reward among those with KL ≤ max_kl; None if none has a higher one than the start
@@ -175,7 +178,7 @@ def _split_prompts(
     - prompts: all public prompts
     - policy: the model that answers, whose positions limit prompt and answer together
     - study: the plan of the run, whose objective.max_length limits them too
-    - settings: give the seed, and the number of tokens to leave for an answer
+    - settings: these give the seed, and the number of tokens to leave for an answer
 
     Errors: DataError if fewer than 4 fit."""
     room = min(study.objective.max_length, policy.room) - settings.new_tokens
@@ -241,14 +244,15 @@ def _restore(policy: LoadedModel, arrays: dict[str, torch.Tensor]) -> None:
 
 @dataclass
 class PolicyEvaluator:
-    """Measures reward and KL of a policy, relative to the policy from which its training started.
+    """Measures the reward of a policy's answers, and the policy's KL divergence from the one with
+    which its training started.
 
     - policy, start: the model that trains, and a copy of its start, which does not train
     - judge: scores answers by the reward run
     - study: the plan of the run that trains, for its prompts' template
-    - settings: give the sampled answers' length, temperature and seed
+    - settings: these give the sampled answers' length, temperature and seed
     - mean, spread: mean and standard deviation of the starting policy's rewards, once `centre` has
-      set them"""
+      set them; before that 0 and 1"""
 
     policy: LoadedModel
     start: LoadedModel
@@ -272,8 +276,8 @@ class PolicyEvaluator:
 
     def evaluate(self, records: Sequence[Record], draws: bytes) -> PolicyEvaluation:
         """Sample answers of the policy to the first MAX_EVALUATED of `records`, and evaluate them.
-        draws: a name of the random draws; with the same name, two evaluations differ by their
-        policies alone."""
+        draws: any bytes, which decide the random draws together with the seed. Two evaluations with
+        the same bytes differ by their policies alone."""
         return self._mean(self._answers(records, draws))
 
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -302,10 +306,10 @@ class PolicyEvaluator:
         return [by_index.get(at) for at in range(len(answers))]
 
     def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
-        """Sample SAMPLES answers of the policy to each of the first MAX_EVALUATED records, and
-        return (score, KL) for each answer. The KL at each token is computed exactly, over the whole
-        vocabulary. The score is None if the answer is empty or too long for the reward model.
-        draws: a name of the random draws."""
+        """Sample SAMPLES answers of the policy to each of the first MAX_EVALUATED records. Return a
+        pair (score, KL) for each answer. The score is None if the answer is empty or too long for
+        the reward model. The KL at each token is computed exactly, over the whole vocabulary.
+        draws: any bytes, which decide the random draws together with the seed."""
         records = records[:MAX_EVALUATED]
         objective = self.study.objective
         settings = self.settings
@@ -336,8 +340,8 @@ class PolicyEvaluator:
 
 
 def _settings(settings: RlooSettings, max_kl: float) -> dict[str, Any]:
-    """Return the settings for the report, under the names of the report's format, together with
-    `max_kl` and the name of the algorithm."""
+    """Return the settings for the report, with the name of the algorithm. In the report kl_coef is
+    called "beta", and `max_kl` is called "leash"."""
     named = {{"kl_coef": "beta"}.get(name, name): value for name, value in vars(settings).items()}
     return {**named, "leash": max_kl, "algorithm": "RLOO (trl)"}
 
@@ -356,8 +360,9 @@ def _report_sections(
     - study: the new run's plan
     - policy: the trained model
     - scores: the evaluations during training, with the best one
-    - before, after: two evaluations each, on the training and on the held-out prompts
-    - prompts: the public prompts, of which `about` is reported
+    - before: the starting policy's evaluations on the training and on the held-out prompts
+    - after: those of the trained policy
+    - prompts: the public prompts; the report gets the facts about them (prompts.about)
     - settings: the settings of the training"""
     assert scores.best is not None
     base = policy.base

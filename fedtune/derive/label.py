@@ -70,16 +70,17 @@ def label(
 
 
 def _source(model: str | Run) -> str:
-    """Return the name or folder by which a model is loaded. A site's personal model is refused: it
-    learnt from all patients of the site, and its labels would carry this into each patient's
-    records. Errors: NeverLeaves."""
+    """Return the name or folder by which a model is loaded, if the model is not a site's personal
+    model. A personal model learnt from all patients of the site, and its labels would carry this
+    into each patient's records. Errors: NeverLeaves."""
     refuse_personal(source := str(model.folder) if isinstance(model, Run) else model)
     return source
 
 
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
-    """Return the file of the site's or the given records, and a function that tells, by a unit's
-    key, whether the unit is left out because the patient withdrew."""
+    """Return the data file that `records` names, and a function that tells, for a unit's key,
+    whether the unit must be left out. If `records` is a site, these are the units of patients who
+    withdrew; if it is only a file, no unit is left out."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if not traces(records.home):  # no ledger yet, so nobody has withdrawn

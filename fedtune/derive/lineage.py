@@ -15,9 +15,9 @@ from fedtune.runs.run import Run
 
 
 def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:
-    """Check that a model may set targets for private records: that it is a base, or a run that was
-    trained under DP. If it was trained without noise on the same records, each record's target
-    would depend on all others.
+    """Check that a model may set targets for private records: it must be a base, or a run that was
+    trained under DP, or declared public by the user. With a model that was trained without noise on
+    the same records, each record's target would depend on all the other records.
 
     - model: the base or run
     - role: what the error calls it, such as "judge"
@@ -48,10 +48,11 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
 
 
 def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the parent runs' privacy for the report of a model derived from them. Return the
-    report's sections "private", "privacy" (the composed ε) and "parents", and the parents'
-    statement of declared data, if there is any. A run that occurs twice is charged once. parents:
-    as `parent` describes each."""
+    """Compose the privacy of the parent runs, for the report of a model derived from them. Return
+    the report's sections "private", "privacy" (with the composed ε, or a warning if a parent is not
+    private) and "parents". If the model's report must say something about the sites' data (that it
+    was declared public or generated, for example), the result has these entries, too. A run that
+    occurs twice is charged once. parents: the dicts that `parent` returned."""
     reports = {p["digest"]: p["report"] for p in parents}
     private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Parent:
-    """A finished run to merge: its plan, its report, and its adapter's arrays by parameter name."""
+    """A finished run to merge.
+
+    - run: the run
+    - study: its plan
+    - report: the content of its report.json
+    - arrays: its adapter's arrays, by parameter name"""
 
     run: Run
     study: Study
@@ -84,7 +89,7 @@ def merge_runs(
         density: for ties and dare, the share of each update that is kept: one number, or one for
             each run.
         rank: for svd, ties and dare, the merged rank.
-        seed: for dare, of the random choice.
+        seed: for dare, decides the random choice.
         disjoint: the caller states that no person is in two of the runs.
         measure: whether to evaluate base, parent and merged adapter on each parent's evaluation
             file, if the file exists.
@@ -151,9 +156,9 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
 
 
 def _merged_lora(parents: Sequence[Parent], rank: int) -> LoraTable:
-    """Build the LoRA table of the merged adapter: the modules of all parents, the largest of their
-    numbers of last layers (all layers if a parent has all), and alpha = rank, so that the scaling
-    is 1. rank: the merged adapter's."""
+    """Build the LoRA table of the merged adapter. It has the modules of all parents, and the
+    largest of the parents' numbers of last layers, or all layers if one parent has all. Its alpha
+    is `rank`, so that the scaling is 1. rank: the rank of the merged adapter."""
     last = [parent.table.last_layers for parent in parents]
     return LoraTable(
         rank=rank,
@@ -217,10 +222,11 @@ def _report_sections(
 def _measure_parents(
     parents: Sequence[Parent], table: LoraTable, arrays: Arrays
 ) -> list[dict[str, Any]]:
-    """Evaluate the base, each parent and the merged adapter on the parent's evaluation file, if the
-    file exists. Return one row per parent that was evaluated: its number from 1, the metric, the
-    three values, and "kept", the share of the parent's gain over the base that the merged adapter
-    keeps (None if the parent's metric equals the base's).
+    """On each parent's evaluation file, evaluate the base, this parent and the merged adapter; a
+    parent whose file does not exist is left out. Return one row per parent: "parent" (its number
+    from 1), "metric", the values "base", "alone" (of the parent) and "merged", and "kept". "kept"
+    is the share of the parent's gain over the base that the merged adapter keeps; None if the
+    parent's value equals the base's.
 
     table, arrays: LoRA table and arrays of the merged adapter."""
     rows = []
@@ -249,8 +255,9 @@ def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[flo
 
 
 def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
-    """Return an evaluator that measures adapters of the shape `table` on the study's evaluation
-    records. arrays: an adapter's arrays, of which the evaluator takes A."""
+    """Return an evaluator that measures adapters with the LoRA table `table` on the study's
+    evaluation records. arrays: an adapter's arrays by name; the evaluator keeps the factors A of
+    these, so that it measures only adapters with the same A."""
     from fedtune.evaluation.evaluator import Evaluator
 
     return Evaluator(_with_saved_factor(study, table), _select_frozen(arrays))

@@ -48,10 +48,15 @@ def merge_models(
 
     - folders: two or more folders that `export` wrote
     - out: the new folder. It is not made if an error occurs
-    - method: linear, ties, dare or slerp, as for `merge`
-    - weights, density, seed, disjoint: as for `merge`
+    - method: linear, ties, dare or slerp, each as `merge` describes it
+    - weights: one for each model; by default 1 each
+    - density: for ties and dare, the share of each model's changes that is kept: one number, or one
+      for each model
+    - seed: for dare, decides the random choice
+    - disjoint: the caller states that no person is in two of the runs
 
-    Guarantee: as for `merge`.
+    Guarantee: this is post-processing of released models. The new model's ε is composed as in
+    accounting/composed_epsilon.py.
 
     Errors: ConfigError, ModelError, InfrastructureError; NeverLeaves for a personal model."""
     out = Path(out)
@@ -114,8 +119,8 @@ def _classifies(folder: Path) -> bool:
 
 
 def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Check that the folders are exported language models of one base, and return the content of
-    each one's report.json. Errors: ConfigError."""
+    """Check that the folders are exported language models of one base. Return the content of their
+    files report.json, in the same order. Errors: ConfigError."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model given", "two or more to merge")
     if not all(map(is_exported, folders)):
@@ -157,8 +162,8 @@ def _run_mergekit(
     - base: the folder of the base
     - models: the folders that `fedtune export --to hf` wrote
     - weights, densities: one for each model; densities are the shares that ties and dare keep
-    - method: linear, ties, dare or slerp, as for `merge`
-    - seed: of dare's random choice
+    - method: linear, ties, dare or slerp
+    - seed: decides dare's random choice
 
     Errors: ConfigError (no such method for whole models, or mergekit is missing)."""
     if method not in _NAMES:

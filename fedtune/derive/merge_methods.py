@@ -38,9 +38,11 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """An adapter to merge. arrays: A and B of each layer by parameter name, as
-    core.models.adapter_files.load_adapter returns them; scaling: the factor of each B A (alpha /
-    rank)."""
+    """An adapter to merge.
+
+    - arrays: A and B of each layer by parameter name, as core.models.adapter_files.load_adapter
+      returns them
+    - scaling: the factor of each B A (alpha / rank)"""
 
     arrays: Arrays
     scaling: float
@@ -75,6 +77,7 @@ def merge(
     Return its arrays, by parameter name, and its rank. The update of a layer is the change of its
     weight, scaling · B A; rᵢ is the rank of adapter i.
 
+    | method  | the merged update of a layer                                                   |
     | linear  | Σ wᵢ · updateᵢ, exactly; its rank is Σ rᵢ                                      |
     | svd     | this sum, reduced to `rank` (default: the largest rᵢ) by singular values       |
     | ties    | the sum of each update's largest entries, a share `density`, where signs       |
@@ -89,10 +92,10 @@ def merge(
     - weights: wᵢ, one for each adapter; for slerp at least 0 and not all 0, for regmean above 0
     - method: the row of the table above
     - density: one number for all adapters, or one for each; above 0 and at most 1
-    - rank: the merged rank of svd, ties and dare; None: the default above. If a layer's matrix has
-      fewer rows or columns than this rank, it is merged at their number, and zeros fill up its
-      factors to the rank of the other layers
-    - seed: of dare's random entries
+    - rank: the merged rank of svd, ties and dare; None: the default above. A layer whose matrix has
+      fewer rows or columns than this is merged at that smaller number; its factors are then filled
+      up with zeros to the rank of the other layers
+    - seed: decides dare's random entries
     - moments: for regmean, one dict for each adapter, layer -> (inputs, inputs); else ()
 
     An adapter that lacks a layer counts there as an update of zero.
@@ -163,10 +166,11 @@ def _zero_update(like: Factors) -> Factors:
 def _regmean_factors(
     parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
 ) -> list[Factors]:
-    """Return factors whose sum is the least squares fit to all updates, each on its own adapter's
-    inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹. So each B is unchanged, and its A
-    is multiplied by Gᵢ (Σ Gⱼ)⁻¹. moments: each adapter's E[x xᵀ] of this layer; None for an adapter
-    without this layer, whose Gᵢ is zero."""
+    """Return new factors for each adapter, such that their updates add up to the least squares fit
+    to all updates, each on its own adapter's inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ
+    (Σ Gⱼ)⁻¹. So each B is unchanged, and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹. parts: the layer's
+    factors in each adapter; weights: wᵢ, one for each; moments: each adapter's E[x xᵀ] of this
+    layer; None for an adapter without this layer, whose Gᵢ is zero."""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -181,9 +185,9 @@ def _regmean_factors(
 
 
 def _prune_factors(part: Factors, density: float, method: Method) -> Factors:
-    """Return factors of an update of which only the share `density` of the entries is kept: the
-    largest for ties; random ones, scaled up, for dare. Their rank is the smaller side of the
-    layer's matrix."""
+    """Keep only the share `density` of an update's entries: the largest for ties; random ones,
+    scaled up, for dare. Return factors of the result, whose rank is the smaller side of the layer's
+    matrix."""
     from peft.utils.merge_utils import prune
 
     update = part.scaling * (part.b.float() @ part.a.float())
@@ -205,7 +209,7 @@ def _layer(
 
     - parts: the layer's factors in each adapter; of regmean, as `_regmean_factors` returns them
     - weights, densities: one for each adapter
-    - method: as for `merge`
+    - method: one of those in the table of `merge`
     - rank: the rank of the result of svd, ties and dare; less if the layer's matrix has fewer rows
       or columns"""
     if method == "slerp":
@@ -257,8 +261,9 @@ def _peft(parts: Sequence[Factors]) -> Any:
 
 def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, float]:
     """Return the weights of two updates in their spherical interpolation (slerp): sin((1-t)θ)/sin θ
-    and sin(tθ)/sin θ, where θ is the angle between them. t: the place on the arc, from 0 (the
-    first) to 1. For parallel updates the weights are 1-t and t, as in linear interpolation.
+    and sin(tθ)/sin θ, where θ is the angle between them. t: how far the result lies on the arc from
+    `first` (0) to `second` (1). For parallel updates the weights are 1-t and t, as in linear
+    interpolation.
 
     ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), so no update is ever formed."""
 
@@ -275,9 +280,11 @@ def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, fl
 
 
 def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
-    """Add updates of zero for layers that no adapter has, so that every block of the model has
-    every kind of layer that one block has: a LoRA table names modules and a number of last layers,
-    and cannot leave out one module of one layer."""
+    """Return `merged` with an update of zero for each layer that is missing in a block. A block is
+    a numbered layer of the model, and each block that occurs in `merged` gets every kind of adapted
+    layer (such as self_attn.q_proj) that any block in it has. A LoRA table lists modules, and how
+    many of the last blocks have them, so it cannot leave out a module in one block alone. merged:
+    factors by the layer's name."""
     places = {name: match for name in merged if (match := _LAYER.fullmatch(name))}
     kinds = {match[3]: merged[name] for name, match in places.items()}
     blocks = {(match[1], match[2]) for match in places.values()}

@@ -29,8 +29,9 @@ TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is
 
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
-    """Return one line for a model card: the privacy guarantee by the report, whether the report is
-    unsigned, and the sites whose data the guarantee does not cover, or whose data is of no patient.
+    """Return one line for a model card with the privacy guarantee that the report states. The line
+    also says if nobody signed the report, and names the sites whose data the guarantee does not
+    cover, or whose data is of no patient.
 
     - report: the run's report
     - signed: whether the report was signed"""

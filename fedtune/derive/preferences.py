@@ -2,10 +2,11 @@
 answers to each record's prompt, and a judge chooses the better one.
 
 Guarantee: the preference of a record depends on that record, the models, the rubric and the seed
-alone. Models see one record at a time and no example of another; nothing is batched, normalised or
-counted over records. So each output line depends on one unit, and training on the lines under DP
-protects the unit as training on its records would. References: Bai et al. 2022, "Constitutional
-AI", section 4; Lee et al. 2023, "RLAIF", section 2 (both orders)."""
+alone. The models see one record at a time, and no example from another record. Nothing is batched,
+normalised or counted over records. So each output line depends on one unit, and a study that trains
+on the lines with DP protects the unit as it would if it trained on the unit's records. References:
+Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023, "RLAIF", section 2 (both
+orders)."""
 
 from __future__ import annotations
 
@@ -37,14 +38,18 @@ ABOUT = ".about.json"
 
 class Judge(Protocol):
     def margin(self, prompt: str, first: str, second: str) -> float:
-        """Return a number above 0 if `first` is the better answer to the prompt, below 0 if
-        `second` is, and 0 if neither. Swapping the two answers changes its sign only."""
+        """Compare two answers to a prompt. Return a number above 0 if `first` is the better answer,
+        below 0 if `second` is, and 0 if neither is. If the two answers are swapped, the number
+        changes its sign only."""
 
 
 @dataclass(frozen=True, repr=False)
 class VerdictJudge:
-    """A language model that is asked "A or B?" once in each order, so that its preference for a
-    position cancels out."""
+    """A judge that asks a language model "A or B?" twice, once with the answers in each order, so
+    that a preference of the model for the first or the second place cancels out.
+
+    - model: the language model
+    - rubric: the text of the question, put before the prompt and the answers"""
 
     model: LoadedModel
     rubric: str = RUBRIC
@@ -53,9 +58,9 @@ class VerdictJudge:
         return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2
 
     def _odds(self, prompt: str, a: str, b: str) -> float:
-        """Ask which of two answers is better: `a`, shown as answer A, or `b`, shown as answer B.
-        Return log P("A") - log P("B") of the next token. Errors: Rejected if the question is too
-        long for the model."""
+        """Ask which of two answers to the prompt is better: `a`, shown as answer A, or `b`, shown
+        as answer B. Return the model's log-probability of "A" as the next token minus that of "B".
+        Errors: Rejected if the question is too long for the model."""
         question = (
             f"{self.rubric}\n\nQuestion:\n{prompt.strip()}\n\nAnswer A:\n{a.strip()}\n\n"
             f"Answer B:\n{b.strip()}\n\nSay A or B."
@@ -79,8 +84,8 @@ class VerdictJudge:
 
 @dataclass(frozen=True, repr=False)
 class RewardJudge:
-    """A judge that scores each answer by itself with a finished run of objective reward, and
-    compares the scores."""
+    """A judge that scores each of two answers by itself, and compares the scores. model: a finished
+    run of objective reward."""
 
     model: LoadedModel
 
@@ -92,7 +97,7 @@ class RewardJudge:
 
     def passage(self, prompt: str, answer: str) -> np.ndarray:
         """Return the token ids of a prompt and its answer, as the reward run read such pairs in its
-        training. Errors: Rejected, for instance if they are too long."""
+        training. Errors: Rejected, for instance if prompt and answer are too long."""
         assert self.model.study is not None
         return passage_of(
             prompt, answer, self.model.study.objective, self.model.tokenizer
@@ -100,14 +105,15 @@ class RewardJudge:
 
 
 def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
-    """Load the model that chooses between two answers. A run of objective reward judges by the
-    score of its head, any other model by its verdict (it is asked which answer is better).
+    """Load the model that chooses between two answers. A run of objective reward becomes a
+    RewardJudge, which compares the scores of its head. Any other model becomes a VerdictJudge,
+    which asks the model which answer is better.
 
     - source: pypi:NAME, a folder (of a base or a run) or a hub id
     - digest: the digest that the model must have; None: any
-    - rubric: the question to which the verdict is the answer; for a score it is not used
+    - rubric: the question that a VerdictJudge asks; a RewardJudge does not use it
 
-    Errors: ConfigError, ModelError, Refused (a run without privacy)."""
+    Errors: ConfigError, ModelError; Refused if the model is a run without privacy."""
     model = load(source, digest)
     require_private(model, "judge")
     if model.study is not None and model.study.objective.resolved.scores:
@@ -116,21 +122,22 @@ def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> 
 
 
 def load_generator(source: str, digest: str | None = None) -> LoadedModel:
-    """Load a language model that writes answers.
+    """Load a language model that writes answers to prompts, and check that it may be used for this.
 
     - source: pypi:NAME, a folder (of a base or a run) or a hub id
     - digest: the digest that the model must have; None: any
 
-    Errors: ConfigError, ModelError, Refused (a run without privacy)."""
+    Errors: ConfigError, ModelError; Refused if the model is a run without privacy."""
     model = load(source, digest)
     require_private(model, "generator")
     return _require_writer(model, "generator")
 
 
 def prompt_template(writer: LoadedModel) -> str | None:
-    """Return the text around a prompt, with {text} in the prompt's place; None if the writer needs
-    none. If the writer is a run, this is the template of its study; if it is a chat-tuned base, a
-    user turn of the base's chat template, since without one such a base hardly answers."""
+    """Return the template that is put around each prompt for this writer: a text with {text} in the
+    prompt's place. If the writer is a run, this is the template of its study. If it is a base with
+    a chat template, it is a user turn of that template, since without one such a base hardly
+    answers. None for any other base: its prompts stay as they are."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer
@@ -154,8 +161,8 @@ def write_preferences(
 ) -> dict[str, Any]:
     """Have a model write two answers to each record's prompt and a judge choose the better one.
     Write to `out` one line for each record: {"prompt", "chosen", "rejected"} and, if the file names
-    patients, "patient". Write `out`.about.json: the models, and how many records were left out for
-    which reason.
+    patients, "patient". Write to `out`.about.json the models' digests, the settings, and for each
+    reason how many records were left out.
 
     - file: the records' file and columns, of which one must be a prompt
     - out: a .jsonl file; one that exists is replaced
@@ -215,14 +222,17 @@ def write_preferences(
 def preference(
     record: Record, writer: LoadedModel, judge: Judge, settings: LabelSettings
 ) -> dict[str, str]:
-    """Write two answers to one record's prompt and judge them. Return {"prompt", "chosen",
-    "rejected"}.
+    """Have a model write two answers to one record's prompt and a judge choose the better one.
+    Return a dict of three texts: "prompt", "chosen" and "rejected".
 
     - record: only its prompt is read
-    - writer, judge, settings: as for `write_preferences`
+    - writer: the model that writes the answers
+    - judge: chooses the better of the two
+    - settings: length, temperature and seed of the answers, and the template around the prompt; a
+      template of None means that nothing is put around it
 
     Errors: Rejected if the texts are too long for a model or for the settings, if an answer is
-    empty, if the two are equal, or if the judge prefers none."""
+    empty, if the two answers are equal, or if the judge prefers neither."""
     ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
         raise Rejected("too long")

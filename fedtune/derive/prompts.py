@@ -22,17 +22,18 @@ class Prompts:
     """The public prompts that were read from a file.
 
     - records: one for each prompt; completion is "" if the file has none
-    - about: for the report: the file's "digest", "licence", and how many "prompts" were read, and
-      how many records "left_out", as numbers"""
+    - about: what the report says of the file: its "digest", its "licence", the number of "prompts"
+      that were read, and the number of records that were "left_out", i.e. unusable"""
 
     records: list[Record]
     about: dict[str, Any]
 
 
 def read(file: PublicTable) -> Prompts:
-    """Read a file of public prompts, at least 4, and describe it for a report.
+    """Read a file of public prompts, and describe it for a report.
 
-    Errors: DataError (file), ConfigError (no licence, no prompt column)."""
+    Errors: DataError if the file cannot be read or has fewer than 4 usable prompts; ConfigError if
+    it has no licence or no prompt column."""
     if not file.licence.strip():
         raise ConfigError("--licence is empty", "the licence of the prompts, such as CC0-1.0")
     if file.columns.messages or not (file.columns.prompt or file.columns.text):
@@ -61,14 +62,14 @@ def complete_prompts(
     new_tokens: int,
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
-    """Let `writer` complete the records that have no completion. Return all usable records, and the
-    number of records that were left out, by reason.
+    """Let `writer` complete the records that have no completion. Return two things: all usable
+    records, and a Counter from each reason for which records were left out to their number.
 
-    - records: the public prompts, in the order that is kept
+    - records: the public prompts; the result has the same order
     - writer: the model that writes the completions
     - objective: the plan's table, for the template around a prompt and the largest length
     - new_tokens: the most tokens of a completion
-    - seed: determines the draws of a completion, together with its prompt
+    - seed: determines, together with a record's prompt, the random draws of its completion
 
     Errors: DataError if no record is usable."""
     completed_records: list[Record] = []
@@ -92,9 +93,15 @@ def complete_prompts(
 def _complete(
     record: Record, writer: LoadedModel, objective: ObjectiveTable, new_tokens: int, seed: int
 ) -> Record:
-    """Return a record with a completion that `writer` wrote. The parameters are those of
-    `complete_prompts`. Errors: Rejected if the prompt leaves no space for `new_tokens`, or the
-    completion is empty."""
+    """Let `writer` complete a record's prompt. Return the record with the completion.
+
+    - record: a public prompt without a completion
+    - writer: the model that writes the completion
+    - objective: the plan's table, for the template around the prompt and the largest length
+    - new_tokens: the most tokens of the completion
+    - seed: determines, together with the prompt, the random draws of the completion
+
+    Errors: Rejected if the prompt leaves no space for `new_tokens`, or the completion is empty."""
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):
         raise Rejected("too long")

@@ -1,5 +1,5 @@
-"""Build a base for a student by dropping layers of another base, as a folder that transformers
-loads."""
+"""Build a base for a student by dropping layers of another base. The result is a folder that
+transformers loads."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ COPIED_FILES = ("README.md", "LICENSE")
 def write_pruned_base(
     base: Base, layers: int, folder: Path, texts: Sequence[np.ndarray] = ()
 ) -> list[int]:
-    """Write `base` with `layers` of its layers to `folder`, in the dtype in which it is stored.
-    Return the indices of the layers that stay.
+    """Write a copy of `base` that has only `layers` of its layers to `folder`, in the dtype in
+    which the base is stored. Return the indices of the layers that stay.
 
     - base: the whole base
     - layers: how many layers stay; at least 2, and fewer than the base has
     - folder: the new folder, in which transformers finds model and tokenizer
-    - texts: token ids of public texts, from which it is computed which layers to drop, and how to
-      change the layer before them so that it replaces them (depth_pruning.py). Without texts, or if
-      the architecture does not support this, the first layers stay, and the very last one, whose
-      output the head reads
+    - texts: token ids of public texts. From them depth_pruning.py computes which layers to drop,
+      and how to change the layer before the dropped ones so that it replaces them. Without texts,
+      or if the architecture does not support this, the first layers stay and also the last one,
+      whose output the head reads
 
-    Errors: ConfigError (not fewer layers, or fewer than 2); ModelError (an architecture without a
-    list of layers)."""
+    Errors: ConfigError if `layers` is below 2, or not below the base's number; ModelError if the
+    architecture has no list of layers in a known place."""
     files, half_dtypes = weights(base.path), (torch.bfloat16, torch.float16)
     dtype = next((kind for kind in half_dtypes if stored_as(files, kind)), torch.float32)
     model: Any = load_backbone(base, dtype)
@@ -64,8 +64,9 @@ def write_pruned_base(
 
 
 def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:
-    """Return the module that holds the model's list of layers, and the name of the list in it.
-    Errors: ModelError if the architecture has no list in a known place."""
+    """Find the list of the model's layers. Return the module that holds this list, and the name of
+    the attribute in which it holds it. base: names the model in the error's text. Errors:
+    ModelError if the architecture has no list in a known place."""
     for path, name in (("model", "layers"), ("encoder", "layer")):
         holder = getattr(model, path, None)
         if isinstance(getattr(holder, name, None), nn.ModuleList):

@@ -1,4 +1,5 @@
-"""Run trl's RLOO trainer, but without its files, trackers and trainer state.
+"""Run trl's RLOO trainer, which trains a language model by reinforcement learning, without trl's
+files, trackers and trainer state.
 
 Reference: Ahmadian et al. 2024, "Back to basics", equation 9 (REINFORCE, leave one out)."""
 
@@ -27,17 +28,18 @@ def train_rloo(
     on_step: OnStep,
     settings: RlooSettings,
 ) -> None:
-    """Train the adapter of `policy`, in place, towards a higher reward. A penalty on the KL
-    divergence, measured from a frozen copy of the starting adapter, keeps the policy near its
-    start.
+    """Train the adapter of `policy` towards a higher reward, in place. A penalty on the KL
+    divergence between the policy and a frozen copy of its starting adapter keeps it near its start.
 
     - policy: the loaded run; its parameters with requires_grad are trained
     - prompts: (raw, templated) pairs; the policy gets the templated text, `reward` the raw one
-    - reward: gets raw prompts and answers of equal number, and returns each answer's reward
-    - on_step: called after each step with the number of steps; training ends if it returns False
+    - reward: is called with a list of raw prompts and a list of answers, one to each prompt;
+      returns a list of the answers' rewards
+    - on_step: called after each step with the number of steps done so far; training ends if it
+      returns False
     - settings: the settings of the steps, of the sampled answers and of the penalty on KL
 
-    Errors: ConfigError (trl is not installed)."""
+    Errors: ConfigError if trl is not installed."""
     wheel.silence_libraries()
     try:
         from datasets import Dataset
@@ -74,8 +76,8 @@ def train_rloo(
 
 
 def _arguments(folder: str, settings: RlooSettings) -> Any:
-    """Build trl's settings from `settings`, so that trl writes no checkpoints, logs or trackers.
-    folder: an empty folder, which trl requires."""
+    """Translate `settings` into trl's RLOOConfig, with which trl writes no checkpoints, logs or
+    trackers. folder: an empty folder, which trl requires."""
     from trl import RLOOConfig
 
     return RLOOConfig(

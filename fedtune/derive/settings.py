@@ -1,5 +1,5 @@
-"""The settings of labelling preferences, of RLOO and of distillation, with the defaults that the
-command line reads."""
+"""The settings of three tasks: labelling preferences, RLOO and distillation. The command line takes
+its defaults from here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LabelSettings:
     - new_tokens: maximum number of new tokens in an answer
     - max_length: maximum number of tokens of prompt and answer together
     - temperature: sampling temperature of the answers
-    - seed: decides the sampled answers, together with the record's prompt
-    - template: the text around a prompt, with {text} in the prompt's place, as in the study that
-      will train on the preferences. None: the template of the study whose run writes the answers
-      or, for a base with a chat template, a user turn of it
+    - seed: decides, together with the record's prompt, which answers are sampled
+    - template: the text around a prompt, with {text} in the prompt's place; use that of the study
+      that will train on the preferences. None: if a run writes the answers, its study's template;
+      if a base does, a user turn of its chat template, or nothing if it has none
 
     >>> import fedtune
     >>> fedtune.LabelSettings(temperature=0.7).new_tokens
@@ -46,15 +46,17 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class RlooSettings:
-    """Settings of training a policy by RLOO.
+    """Settings of training a policy by RLOO, a method of reinforcement learning.
 
     - steps: number of steps
-    - prompts, answers: the number of prompts in a step, and of sampled answers to each
+    - prompts: the number of prompts in a step
+    - answers: the number of sampled answers to each prompt
     - new_tokens: maximum number of new tokens in an answer
     - learning_rate: AdamW's learning rate, the same in all steps
-    - kl_coef: penalty, in units of reward, for each nat of KL from the starting policy
+    - kl_coef: the penalty, in units of reward, for each nat of KL divergence from the starting
+      policy
     - temperature: sampling temperature of the answers
-    - seed: decides the split of the prompts and the sampled answers
+    - seed: decides how the prompts are split, and which answers are sampled
 
     >>> import fedtune
     >>> fedtune.RlooSettings(steps=10).answers
@@ -75,18 +77,19 @@ class RlooSettings:
 class DistillSettings:
     """Settings of distillation: the student's adapter, and its training.
 
-    - rank, last_layers: the adapter's rank, and the number of last layers that get one (0: all).
-      None: as in the first teacher's adapter if the student is that teacher with fewer layers; else
-      rank 16 in all layers
-    - modules: names of the modules that get an adapter; (): as in the first teacher's adapter if
-      last_layers comes from there, too, else the usual ones for the base's kind
-    - epochs, batch: how often each prompt is trained on, and the number of prompts in a step
+    - rank, last_layers: the rank of the student's adapter, and how many of the last layers get one
+      (0: all). None: the value in the first teacher's adapter if the student is that teacher with
+      fewer layers; otherwise rank 16, and all layers
+    - modules: names of the modules that get an adapter; (): those of the first teacher's adapter if
+      last_layers is taken from it too, otherwise the usual ones for the base's kind
+    - epochs: how often each prompt is trained on
+    - batch: the number of prompts in a step
     - learning_rate: AdamW's highest learning rate; it rises and falls by a schedule
     - temperature: softmax temperature of teacher and student
-    - top: how many of the teachers' likeliest next tokens a soft target has
-    - new_tokens: maximum length of the teacher's answer to a prompt without a completion
-    - seed: decides the adapter's random values, the held-out prompts, the order of training and the
-      teacher's answers
+    - top: a soft target keeps this many of the teachers' likeliest next tokens
+    - new_tokens: maximum number of tokens that the teacher writes for a prompt without a completion
+    - seed: decides the adapter's random values, the choice of the held-out prompts, the order of
+      training and the teacher's answers
 
     >>> import fedtune
     >>> fedtune.DistillSettings(epochs=3).temperature

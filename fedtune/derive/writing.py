@@ -20,7 +20,8 @@ def write(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """Generate `count` continuations of one prompt; return each as token ids without the final eos.
+    """Generate `count` continuations of one prompt. Return a list of them, each as token ids
+    without the final eos.
 
     - model: a loaded language model
     - ids: the prompt's token ids
@@ -41,13 +42,14 @@ def write_all(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[list[int]]]:
-    """Generate `count` continuations of each of several prompts in one batch; return, for each
-    prompt, a list of them. A batch is faster than one prompt at a time (`write`), but the result of
-    a prompt may depend on the other prompts, so this is for public prompts only.
+    """Generate `count` continuations of each of several prompts in one batch. Return one list for
+    each prompt; it holds the continuations, each as token ids without the final eos. A batch is
+    faster than one prompt at a time (`write`), but the result of a prompt may depend on the other
+    prompts, so this is for public prompts only.
 
     - model: a loaded language model
     - prompts: the token ids of each prompt
-    - count: how many continuations of each, as token ids without the final eos
+    - count: how many continuations of each prompt
     - new_tokens: the most tokens of a continuation
     - stream: the bytes that determine the random draws
     - temperature: the sampling temperature; 0 for greedy decoding

@@ -42,8 +42,8 @@ class Finding:
 
     - name: what was checked
     - good: whether the check passed
-    - says: what the check found or, if it failed, the error's text. It is for this side only: a
-      site's finding may hold counts of its records"""
+    - says: what the check found or, if it failed, the error's text. It must not leave this machine:
+      a site's finding may hold counts of its records"""
 
     name: str
     good: bool
@@ -51,8 +51,8 @@ class Finding:
 
 
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Run the checks, each a name and a function, and yield the finding of each as soon as it
-    ends."""
+    """Run the checks one after the other, and yield the Finding of each as soon as it ends. checks:
+    pairs of a name and a function without arguments."""
     for name, check in checks:
         report(f"checking: {name}")
         try:
@@ -90,8 +90,9 @@ def _find_version(name: str) -> str | None:
 
 
 def secrets(files: Iterable[Path]) -> str:
-    """Check that no other user can read any of these files that exists, and return the number of
-    those that exist, as text. Errors: ConfigError if another user can."""
+    """Check that no other user of this machine can read these secret files. A file that does not
+    exist is passed over. Return a text with the number of those that exist. Errors: ConfigError if
+    another user can read one."""
     existing = [path for path in files if path.exists()]
     for path in existing:
         if path.stat().st_mode & OPEN:
@@ -104,8 +105,8 @@ def secrets(files: Iterable[Path]) -> str:
 
 
 class Need(NamedTuple):
-    """The memory that a study needs for its base and its adapter, in bytes; `memory` is the whole,
-    with programs and copies.
+    """The memory in bytes that a study needs for its base and its adapter. The property `memory` is
+    the whole need, with the programs and the copies of the adapter.
 
     - base: the base, counted as fp32 unless base.dtype is "bfloat16"
     - adapter: the adapter in fp32"""
@@ -119,9 +120,9 @@ class Need(NamedTuple):
 
 
 def need(study: Study, folder: Path) -> Need:
-    """Estimate a study's memory for base and adapter from the headers of the base's files. An
-    adapter is counted on every layer, so the estimate is an upper bound. folder: the base's folder.
-    Errors: ModelError."""
+    """Estimate the memory that a study's base and adapter need, from the headers of the base's
+    files. The adapter is counted as if it were on every layer, so the estimate is an upper bound.
+    folder: the base's folder. Errors: ModelError."""
     shapes, rank = list(_shapes(folder)), study.lora.rank if study.lora else 0
     ends = tuple(f"{name}.weight" for name in study.lora.modules) if study.lora else ()
     rows = sum(sum(shape) for name, shape in shapes if name.endswith(ends))
@@ -139,7 +140,7 @@ def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
 def base(study: Study, source: str | None = None) -> Path:
     """Find the folder of the study's base on this machine, and check the base's digest. source:
     where to look for it, as pypi:NAME, a folder or a hub id; None: base.model of the study. Errors:
-    ModelError (the base is absent, or has another digest)."""
+    ModelError if the base is absent, or has another digest than the study names."""
     source_base = verify(source or study.base.model)
     if study.base.digest not in (None, source_base.digest):
         raise ModelError(
@@ -152,8 +153,8 @@ def base(study: Study, source: str | None = None) -> Path:
 
 def disk(folder: Path, least: float) -> str:
     """Check that at least `least` bytes are free on the disk of `folder`, and that this user can
-    write there; `folder` need not exist yet. Return both figures, free and wanted, as text. Errors:
-    InfrastructureError."""
+    write there; `folder` need not exist yet. Return a text with the free and the wanted size.
+    Errors: InfrastructureError if there is less, or the user cannot write there."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -167,9 +168,9 @@ def disk(folder: Path, least: float) -> str:
 
 
 def memory(least: float) -> str:
-    """Check that at least `least` bytes of memory are available. Return both figures, available and
-    wanted, as text. The check passes if the system does not say what is available. Errors:
-    InfrastructureError."""
+    """Check that at least `least` bytes of memory are available. Return a text with the available
+    and the wanted size. If the system does not say what is available, the check passes. Errors:
+    InfrastructureError if there is less."""
     free = read_available_memory()
     if free is None:
         return f"{_gb(least)} wanted; this system does not say what is free"
@@ -183,8 +184,9 @@ def memory(least: float) -> str:
 
 
 def read_available_memory() -> float | None:
-    """Return how many bytes of memory a new program can get here, by the system and, in a
-    container, by its limit; None if the system does not say."""
+    """Return how many bytes of memory a new program can get on this machine, as the system reports
+    it; in a container, no more than the container's limit leaves. None if the system does not
+    say."""
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         free = 1024.0 * int(lines["MemAvailable"].split()[0])

@@ -27,9 +27,10 @@ Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 
 
 def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
-    """Connect to a server, and return the certificate that it presents, without verifying it. dial:
-    connects to the server with the TLS context that it is called with. address: the server's
-    HOST:PORT, for the errors' texts.
+    """Connect to a server, and return the certificate that it presents, without verifying it.
+
+    - dial: a function that connects to the server; it is called with the TLS context to use
+    - address: the server's HOST:PORT, for the errors' texts
 
     Errors: InfrastructureError if nothing answers, or something answers without TLS 1.3."""
 
@@ -60,8 +61,8 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
     """Send a GET request to the coordinator's gateway, whose certificate is verified; return the
     HTTP status and the body.
 
-    - dial: connects to the gateway, through the site's proxy if it has one, with the TLS context
-      that it is called with
+    - dial: a function that connects to the gateway, through the site's proxy if it has one; it is
+      called with the TLS context to use
     - context: trusts the consortium's CA alone, and holds the site's certificate
     - address: the gateway's HOST:PORT, for the request's header and the errors' texts
     - path: the path in the URL, such as "/fedtune/status"
@@ -133,12 +134,12 @@ def certificate(
 
     - leaf: the certificate to check: a site's, the gateway's or the CA's own
     - authority: the certificate of the consortium's CA
-    - least: how long the certificate must still be valid; a zero duration to accept any end that is
-      not past
+    - least: how long the certificate must still be valid; with a duration of zero it only must not
+      have expired
     - todo: what a person should do if the check fails, for the error's text
 
-    Errors: ConfigError, with `todo`, or with the advice to set the clocks if the certificate is not
-    valid yet."""
+    Errors: ConfigError. Its advice is `todo` or, if the certificate is not valid yet, to set the
+    clocks."""
     start = leaf.not_valid_before_utc
     end = leaf.not_valid_after_utc
     now = certs.read_clock()
@@ -162,9 +163,9 @@ def certificate(
 
 
 def names(leaf: x509.Certificate, host: str) -> str:
-    """Check that a certificate was issued for `host`, and return the names in it as text. leaf: the
-    gateway's certificate; host: the name or IP address by which sites reach the gateway. Errors:
-    ConfigError."""
+    """Check that a certificate was issued for `host`, and return a text with the names in it. leaf:
+    the gateway's certificate; host: the name or IP address by which sites reach the gateway.
+    Errors: ConfigError if it was issued for other names only."""
     try:
         held = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -185,10 +186,12 @@ def names(leaf: x509.Certificate, host: str) -> str:
 
 
 def clock(ahead: float) -> str:
-    """Check that this site's clock is near enough to the coordinator's, and return the difference
-    as text. ahead: by how many seconds the site's clock is ahead.
+    """Check that this site's clock agrees closely enough with the coordinator's, and return a text
+    with the difference. ahead: by how many seconds the site's clock is ahead; negative if it is
+    behind.
 
-    Errors: ConfigError outside the window in which Flower accepts a site's signed requests."""
+    Errors: ConfigError if the difference is so large that Flower would refuse the site's signed
+    requests."""
     early, late = api.CLOCK_WINDOW
     offset = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} the coordinator's"
     if not -late < ahead < -early:
@@ -202,10 +205,11 @@ def clock(ahead: float) -> str:
 
 def ahead_of(sent: datetime, other_time: str, received: datetime) -> float:
     """Compute by how many seconds this machine's clock is ahead of another one's; a negative result
-    means that it is behind. The other clock is taken to have been read halfway between `sent` and
+    means that it is behind. It is assumed that the other clock was read halfway between `sent` and
     `received`.
 
-    - sent, received: this clock's times when the question was sent and the answer received
-    - other_time: the other clock's time, as it stands in the answer (ISO 8601)"""
+    - sent, received: the times on this machine's clock at which the question was sent and the
+      answer received
+    - other_time: the time on the other clock, as it stands in the answer (ISO 8601)"""
     half = (received - sent) / 2
     return (sent + half - datetime.fromisoformat(other_time)).total_seconds()

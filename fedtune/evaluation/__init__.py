@@ -1,1 +1,1 @@
-"""Measure quality on public records."""
+"""Measure, on public records, how good a model is."""

@@ -52,9 +52,9 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
     """Answer `count` of the study's [evaluation] prompts with the base and with the run's adapter.
 
     The rows are spread evenly over the file, and chosen before any prompt is answered. In a study
-    with labels or choices, an answer is the likeliest one with its probability. In any other study
-    it is the greedy text of at most `max_new_tokens` tokens. The answers are stored in the run's
-    answers.json, which the run's page shows, and returned.
+    with labels or choices, an answer is the likeliest label or choice with its probability. In any
+    other study it is the greedy text of at most `max_new_tokens` tokens. The answers are stored in
+    the run's answers.json, which the run's page shows. Returns the content of this file.
 
     >>> import fedtune
     >>> fedtune.answers(fedtune.Run("runs/none"))
@@ -62,8 +62,8 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (no [evaluation] records, or none with a prompt in words), DataError,
-    ModelError, InfrastructureError (disk)."""
+    Errors: ConfigError if there are no [evaluation] records, or none with a prompt in words;
+    DataError; ModelError; InfrastructureError if the file cannot be written."""
     study = run.study
     if (table := study.evaluation) is None:
         raise ConfigError(
@@ -101,8 +101,8 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
 
 
 def choose_rows(file: DataFile, count: int) -> list[Asked]:
-    """Choose rows of the file that have a prompt, spread evenly: `count` of them, or all if the
-    file has fewer. Errors: DataError if no row has a prompt."""
+    """Choose `count` rows of the file that have a prompt, spread evenly over the file; all of them
+    if there are fewer. Errors: DataError if no row has a prompt."""
     columns = file.columns
     parts = {part: getattr(columns, part) for part in ("messages", "prompt", "text")}
     keys = {f"evaluation.columns.{part}": str(name) for part, name in parts.items() if name}
@@ -123,9 +123,10 @@ def _select_usable(columns: Columns, found: Sequence[Row | str]) -> Iterator[Ask
 
 
 def _words(columns: Columns, row: Row) -> tuple[str, str]:
-    """Return a row's prompt and its expected answer; the answer is "" if the row has none. A
-    conversation must be one message of a user, with or without the assistant's reply. Errors:
-    Rejected if it is not, or a cell holds no text."""
+    """Return a row's prompt and its expected answer; the answer is "" if the row has none. columns:
+    the names of the columns that hold them. A conversation must be one message of a user, with or
+    without the assistant's reply. Errors: Rejected if a conversation has another form, or a cell
+    holds no text."""
     if columns.messages:
         turns = _messages(row.get(columns.messages), labelled=False)
         if [role for role, _ in turns] not in (["user"], ["user", "assistant"]):
@@ -145,8 +146,8 @@ def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
 
 
 def _find_likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
-    """Yield {"answer", "probability"} for each record: its likeliest label, and this label's
-    probability. The answer is None if two labels are equally likely; both are None for a record
+    """Yield for each record a dict with its likeliest label ("answer") and the label's probability
+    ("probability"). "answer" is None if two labels are equally likely. Both are None for a record
     that cannot be used."""
     for label, shares in zip(made.predicted, made.probabilities, strict=True):
         most = float(shares.max()) if label is not None else None

@@ -1,5 +1,5 @@
-"""Forecast, before a study spends any ε, the accuracy that its sites' records are expected to add
-to that of public records.
+"""Forecast, before a study spends any ε, how much more accurate its model will be than a model made
+from public records alone.
 
 The forecast uses only the plan, its public files and the sites' declared sizes."""
 
@@ -26,19 +26,19 @@ def foretell(
     shares: Mapping[str, float] | None = None,
     records: int = 0,
 ) -> ExpectedGain | None:
-    """Forecast how much accuracy a private study adds to that of public records alone. Only a study
-    whose coordinator builds a head from class statistics can be forecast.
+    """Forecast how much more accurate a private study's model will be than a model made from public
+    records alone. Return None if no forecast can be made: for a study whose coordinator does not
+    build a head from class statistics (`can_foretell`), and if too few public records have a class.
 
-    Returns None for any other study, and if too few public records have a class.
-
-    - known: the strategy's state before the first round, `public.start.Start.strategy`
+    - known: the state of the study's strategy before the first round, as `public.start.start` makes
+      it (`Start.strategy`)
     - sizes: the sites' declared sizes
-    - shares: class -> share of the sites' units that are in it, for classes that public records
+    - shares: class -> which share of the sites' units is in it, for classes that public records
       lack
     - records: the number of records in [evaluation]; 0 if there are none
 
-    The same arguments give the same forecast. Errors: ConfigError if `shares` names an unknown
-    class, or a share is not between 0 and 1."""
+    The same arguments always give the same forecast. Errors: ConfigError if `shares` names an
+    unknown class, or a share is not between 0 and 1."""
     if not can_foretell(study) or HELD_OUT not in known:
         return None
     labels, objective = study.objective.labels, study.objective.resolved
@@ -52,13 +52,16 @@ def foretell(
 def before_paying(
     study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
 ) -> tuple[ExpectedGain | None, list[str]]:
-    """Forecast how much accuracy a study adds to that of public records, from its base and its
-    public files, before it is started. Return the forecast and its lines of text. Without a
-    forecast, return None and one line that says why there is none; no line if the study is not
-    private.
+    """Forecast, before a study is started, how much more accurate its model will be than a model
+    made from public records alone. Only the study's base and its public files are read. Return the
+    forecast and the lines of text that describe it. If no forecast can be made, return None and one
+    line that says why; for a study that is not private, None and no line.
 
-    sizes, shares: as for `foretell`. Errors: ConfigError if `shares` names an unknown class, or a
-    share is not between 0 and 1."""
+    - sizes: the sites' declared sizes
+    - shares: class -> which share of the sites' units is in it, for classes that public records
+      lack
+
+    Errors: ConfigError if `shares` names an unknown class, or a share is not between 0 and 1."""
     if not can_foretell(study):
         return None, [cannot(study)] if study.private else []
     from fedtune.public.start import start
@@ -72,8 +75,8 @@ def before_paying(
 
 
 def cannot(study: Study) -> str:
-    """Return a sentence that says why nobody can forecast how much accuracy a study adds to that of
-    public records."""
+    """Return a sentence that says why nobody can forecast how much more accurate a study's model
+    will be than a model made from public records alone."""
     if study.continuous:
         why = "a study without a last round learns from records that are not there yet"
     elif not build_strategy(study).of_statistics:
@@ -84,8 +87,9 @@ def cannot(study: Study) -> str:
 
 
 def who_foretells(study: Study) -> str:
-    """Return a sentence for a machine without the study's public files: who can forecast how much
-    accuracy the study adds to that of public records, or why nobody can."""
+    """Return a sentence for a machine that lacks the study's public files. It says who can forecast
+    how much more accurate the study's model will be than a model made from public records alone, or
+    why nobody can."""
     if not can_foretell(study):
         return cannot(study)
     return (
@@ -95,7 +99,8 @@ def who_foretells(study: Study) -> str:
 
 
 def _records(study: Study) -> int:
-    """Return the number of [evaluation] records, 0 if the study has none. Errors: DataError."""
+    """Return the number of the study's [evaluation] records; 0 if the study has no such table.
+    Errors: DataError."""
     table = study.evaluation
     if table is None:
         return 0
@@ -103,16 +108,16 @@ def _records(study: Study) -> int:
 
 
 def can_foretell(study: Study) -> bool:
-    """Return whether one can forecast how much accuracy this study adds to that of public records:
-    it must be private and have a last round, and its coordinator must build a head from class
-    statistics."""
+    """Return whether one can forecast how much more accurate this study's model will be than a
+    model made from public records alone. The study must be private and have a last round, and its
+    coordinator must build a head from class statistics."""
     return study.private and not study.continuous and build_strategy(study).of_statistics
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
-    """Describe the sites of a study for the forecast: their sizes, and the noise that remains in
-    the average of all rounds. sizes: the sites' declared sizes; a single size stands for
-    strategy.min_sites sites of that size."""
+    """Describe the sites of a study for the forecast: their sizes, and the noise that is left when
+    all rounds are averaged. sizes: the sites' declared sizes; if there is only one, it stands for
+    strategy.min_sites sites of this size."""
     everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
     budget, honest = resolve(study, max(everyone)), noise_shares(study)
     own = own_sigma(budget.noise_multiplier, honest) / math.sqrt(budget.rounds)
@@ -121,9 +126,13 @@ def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
 
 
 def _by_class(shares: Mapping[str, float], labels: Sequence[str]) -> dict[int, float]:
-    """Return the shares by the classes' numbers instead of their names. shares: class -> share of
-    the sites' units; labels: the names of all classes. Errors: ConfigError if a class is unknown, a
-    share is not between 0 and 1, or the shares add up to 1 or more."""
+    """Return the shares with each class's number in place of its name.
+
+    - shares: class -> which share of the sites' units is in it
+    - labels: the names of all classes, in the order of their numbers
+
+    Errors: ConfigError if a class is unknown, a share is not between 0 and 1, or the shares add up
+    to 1 or more."""
     for name, share in shares.items():
         if name not in labels:
             raise ConfigError(

@@ -23,8 +23,8 @@ ROWS = 512  # the number of positions whose logits over the vocabulary are in me
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each choice. Errors: ConfigError (two choices have the same tokens,
-    or one is empty)."""
+    """Return the token ids of each choice, in the order of `choices`. tokenizer: the base's
+    tokenizer. Errors: ConfigError if two choices have the same tokens, or one is empty."""
     ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
     if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
         raise ConfigError("evaluation.choices: two choices have the same tokens, or one is empty")
@@ -32,8 +32,8 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
 
 
 def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None:
-    """Return the token ids of the choices, (K,), if each choice is one token, so that one pass can
-    score all choices of a record. Else return None.
+    """Return the choices' token ids as one tensor, (K,), if each choice is a single token; then one
+    pass scores all choices of a record. Return None if a choice has more tokens.
 
     ids: the token ids of each choice; network: for the device on which the result lies."""
     if any(len(i) > 1 for i in ids):
@@ -44,10 +44,11 @@ def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None
 def first_logits(
     network: Network, hidden: torch.Tensor, batch: Batch, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the logits of `tokens` at each record's first target, (B, K) fp32.
+    """Compute, for each record, the logits of the choices' tokens at the first token of the
+    completion, (B, K) fp32.
 
     - network: the causal model
-    - hidden: (B, L, H), its last hidden states of `batch` at all positions
+    - hidden: (B, L, H), the model's last hidden states at all positions of `batch`
     - batch: the records, each a prompt with a completion
     - tokens: (K,), the token of each choice, as from `single_tokens`"""
     first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
@@ -56,8 +57,8 @@ def first_logits(
 
 
 def with_choice(example: Example, choice: list[int]) -> Example:
-    """Return a copy of the example in which the tokens `choice` replace the completion of the
-    prompt."""
+    """Return a copy of the example in which the tokens of `choice` stand in place of the
+    completion."""
     prompt = example.input_ids[: int((example.target_ids != NO_TARGET).argmax()) + 1]
     ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])
     targets = np.full(len(ids), NO_TARGET, np.int32)
@@ -68,12 +69,16 @@ def with_choice(example: Example, choice: list[int]) -> Example:
 def by_record(
     network: Network, hidden: torch.Tensor, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute three arrays (B,) with a value for each record: the loss summed over its target
-    tokens, in nats; the number of its target tokens; and at how many of their positions the target
-    is the model's most likely token. network, hidden, batch: as for `first_logits`.
+    """Score each record's true completion. Return three arrays (B,): the loss summed over the
+    completion's tokens, in nats; the number of these tokens; and at how many of them the true token
+    is the model's most likely one.
 
-    Greedy decoding gives the completion if and only if each target is the most likely token after
-    the targets before it, so one pass over the true text replaces decoding."""
+    - network: the causal model
+    - hidden: (B, L, H), the model's last hidden states at all positions of `batch`
+    - batch: the records, each a prompt with a completion
+
+    Greedy decoding gives the true completion if and only if each of its tokens is the most likely
+    one after the true tokens before it. So one pass over the true text replaces decoding."""
     rows, at = torch.nonzero(batch.target_ids != NO_TARGET, as_tuple=True)
     loss, hit = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for i in range(0, len(rows), ROWS):

@@ -39,11 +39,11 @@ class Row:
     - model: its name, followed by the quantisation if it was measured with another than the study's
     - parameters: the number of its weights
     - memory: peak memory in bytes of the process that measured it
-    - tokens: tokens per second in a record's first forward pass
-    - step: records per second in a training step
-    - base: the study's metric of the base alone
+    - tokens: how many tokens a first forward pass handles per second
+    - step: how many records a training step handles per second
+    - base: the value of the study's metric for the base alone
     - predicted: ε -> the predicted metric after the study; None if nothing was predicted
-    - up, down: bytes per round that a site sends and receives
+    - up, down: how many bytes a site sends, and receives, in a round
     - failed: why the base was not measured; "" if it was"""
 
     model: str
@@ -63,8 +63,8 @@ class Fit:
     """The result of comparing bases with a target.
 
     - metric, target: the study's metric, and the value that it should reach
-    - by: which value of the metric was compared with the target, in words: the one predicted at the
-      study's ε, or that of the base alone
+    - by: which value of each base was compared with the target, in words: the metric predicted at
+      the study's ε, or the metric of the base alone
     - rows: the bases, sorted by number of parameters
     - chosen: the name of the smallest base whose value meets the target; None if none does"""
 
@@ -89,14 +89,17 @@ def choose_base(
     quantised: Sequence[str] = (),
     on_event: OnEvent | None = None,
 ) -> Fit:
-    """Measure candidate bases for a study, and name the smallest that meets a target.
+    """Measure candidate bases for a study, and name the smallest that meets a target. Return a Fit:
+    this name, and what was measured of every base.
 
     Args:
         target: the value that the study's metric should reach.
-        models: the candidates; by default the study's base and those that need no model hub.
-        sites, size: the number of sites for which to predict, and their declared size.
+        models: the names of the candidates; by default the study's base and the known language
+            models that need no model hub.
+        sites, size: the metric is predicted for this number of sites, each of this declared size.
         epsilons: values of ε at which to predict, besides the study's own.
-        quantised: methods of quantisation with which to measure each base, besides the study's own.
+        quantised: methods of quantisation, "nf4" or "int8", with which to measure each base too,
+            besides the study's own.
         on_event: called with ("step", {…}) to report progress.
 
     The study's public text and evaluation records are read, and no record of a site. Each base is
@@ -158,14 +161,14 @@ def _study_epsilons(study: Study) -> list[float]:
 def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
-    """Measure a candidate base in a separate process, so that the measured peak memory is its
-    own. Return its row; `failed` in it says why it was not measured.
+    """Measure a candidate base in a separate process, so that the measured peak memory is its own.
+    Return its Row. If it could not be measured, the Row's `failed` says why.
 
     - study: the plan, in which the candidate takes the base's place
     - model: the candidate, by the name that a plan would give it
     - method: the quantisation, "nf4" or "int8"; None: as the study has it
-    - sites, size: the number of sites for which to predict, and their declared size
-    - epsilons: the values of ε at which to predict; [] predicts nothing"""
+    - sites, size: the metric is predicted for this number of sites, each of this declared size
+    - epsilons: the values of ε at which to predict the metric; []: nothing is predicted"""
     plan = study.model_dump(mode="json")
     plan["base"] |= {"model": model, "digest": None}
     name = model
@@ -193,12 +196,12 @@ def _measure_apart(
 
 
 def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> Row:
-    """Measure the base of `study` in this process: speed, memory, bytes per round, the metric and
-    its prediction.
+    """Measure the base of `study` in this process: its speed and memory, the bytes of a round, and
+    the metric, now and as predicted after the study. Return these as a Row.
 
     - study: the plan, with an [evaluation] table
-    - sites, size: the number of sites for which to predict, and their declared size
-    - epsilons: the values of ε at which to predict; () predicts nothing
+    - sites, size: the metric is predicted for this number of sites, each of this declared size
+    - epsilons: the values of ε at which to predict the metric; (): nothing is predicted
 
     Errors: ModelError, ConfigError, DataError."""
     from fedtune.core.data.load import load_dataset
@@ -249,7 +252,8 @@ def _peak_memory() -> int:
 
 
 def _weight_count(parameter: torch.nn.Parameter) -> int:
-    """Count the weights; a 4-bit parameter packs two into each element."""
+    """Count the weights in a parameter. If it is quantised to 4 bits, each of its elements holds
+    two."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state else parameter.numel()
 
@@ -270,18 +274,20 @@ def _predict_accuracy(
     size: int,
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
-    """Measure the records per second of a training step, and predict the accuracy after the study.
-    Return the speed, and ε -> accuracy (None if the metric is not accuracy, or there are no classes
-    or no ε).
+    """Measure the speed of a training step, and predict the accuracy after the study. Return two
+    things: the speed, in records per second, and a dict from each ε to the accuracy predicted at
+    it. Instead of the dict None is returned if the metric is not accuracy, or there are no classes
+    or no ε.
 
     - study: the plan, for its objective, clipping and privacy
-    - network: holds the arrays with which the study would start
+    - network: the model, with the arrays with which the study would start
     - data: the evaluation records, over this network
-    - sites, size: the number of sites for which to predict, and their declared size
-    - epsilons: the values of ε; each is a key of the result, as format code g writes it
+    - sites, size: the accuracy is predicted for this number of sites, each of this declared size
+    - epsilons: the values of ε; in the result, each is a key in the form in which format code g
+      writes it
 
     The prediction imitates a whole study by one step. v is the sum of clipped gradients over half
-    of the evaluation records, scaled to `sites` · `size` units; each site adds the noise that
+    of the evaluation records, scaled to `sites` · `size` units; each site adds noise, whose size
     `_noise` returns. Each record of the other half gets the class whose gradient has the largest
     inner product with v. The accuracy is averaged over both halves. It is a rough guide: it
     separated hopeless from learnable settings, and predicted 0.49 where a run reached 0.77."""
@@ -323,7 +329,11 @@ def _predict_accuracy(
 
 
 def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
-    """Return the sum (d,) of the clipped gradients of the records in `half`."""
+    """Return the sum (d,) of the records' clipped gradients.
+
+    - engine: computes the records' gradients
+    - half: (n,) booleans, true for each record to be added
+    - study: says how to clip; without a [clipping] table nothing is clipped"""
     from fedtune.core.dp.clip import scales
 
     total = torch.zeros(engine.dimension)
@@ -337,9 +347,10 @@ def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
-    """Return the standard deviation of the noise that a site adds in a whole study at this ε, as if
-    it were added in one step, in units of the clipping norm. It is σ/(q√T), with noise multiplier
-    σ, sampling rate q and T steps. size: the site's declared size."""
+    """Return the standard deviation of the noise that one site adds over a whole study at this ε,
+    as if it added all of this noise in one step. The unit is the clipping norm. The result is
+    σ/(q√T), where σ is the noise multiplier, q the sampling rate and T the number of steps. size:
+    the site's declared size."""
     from fedtune.core.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)
@@ -352,17 +363,17 @@ def _noise(study: Study, size: int, epsilon: float) -> float:
 def _classes(
     study: Study, objective: Objective, network: Network, data: Dataset
 ) -> tuple[Dataset, np.ndarray] | None:
-    """Return a data set that has each record once with every class, and the indices of the true
-    classes. Return None if the study has no classes, or if it distils a teacher, which would have
-    to compute targets for each class.
+    """Pair every record with every class. Return a data set with all these pairs, and an array (n,)
+    with the index of each record's true class. Return None if the study has no classes, or if it
+    distils a teacher, which would have to compute targets for each class.
 
     - study: the plan, whose labels or evaluation.choices are the classes
-    - objective: the plan's, resolved
-    - network: for its tokenizer
+    - objective: the plan's objective, resolved
+    - network: the model, whose tokenizer is used
     - data: n evaluation records
 
-    Of K classes, record i with class k is number i · K + k of the data set. The index of a true
-    class is -1 if a completion is none of the choices."""
+    With K classes, the pair of record i and class k has number i · K + k in the data set. The index
+    of the true class is -1 if the record's completion is none of the choices."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation
@@ -387,8 +398,8 @@ def _classes(
 
 
 def main() -> None:
-    """Measure one candidate: read the request on standard input, and print the row as the last line
-    on standard output."""
+    """Run as a program that measures one candidate base: read the request, in JSON, from standard
+    input, and print the candidate's row, in JSON, as the last line on standard output."""
     request = json.load(sys.stdin)
     try:
         study = study_from_json(request["study"])

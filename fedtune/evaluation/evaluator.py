@@ -1,5 +1,5 @@
-"""Evaluate a model on records: on public ones during a run, and afterwards on any file of records
-that a person names."""
+"""Measure how good a model is on records: on public ones during a run, and afterwards on any file
+of records that a person names."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ _MOST = 2  # the largest number of files: [selection], which chooses steps, and 
 
 
 def check_evaluation(study: Study) -> None:
-    """Check that the study's [evaluation] records, if it has any, can be measured: metric, columns,
-    choices and groups. This needs the file and the base's tokenizer, and not the base's weights.
+    """Check that the study's [evaluation] records can be measured: that metric, columns, choices
+    and groups fit. Does nothing if the study has no such records. Only the file and the base's
+    tokenizer are read, not the base's weights.
 
-    Errors: ConfigError, DataError, as for Evaluator."""
+    Errors: ConfigError if the metric, the choices or the groups do not fit; DataError if the
+    records cannot be used."""
     table, objective = study.evaluation, study.objective.resolved
     if table is None:
         return
@@ -75,11 +77,11 @@ class Evaluator:
     adapters once for each record.
 
     - study: the plan, with an [evaluation] table
-    - frozen: the frozen arrays with which the adapters were trained, such as A; None: the plan's
-      own
-    - read: a function that returns the records, given the network. It is used in place of the
-      table's file. What was computed of its records is then freed with this object; that of a
-      file's records is kept in this process for later evaluators.
+    - frozen: the frozen arrays with which the adapters were trained, such as A; None: those that
+      the plan determines
+    - read: a function that is called with the network and returns the records, which replace those
+      of the table's file; None: the file is read. The hidden states of a file's records are kept in
+      this process for later evaluators; those of other records are freed with this object.
 
     Errors: ConfigError if the metric does not fit the objective; DataError if the records cannot be
     used."""
@@ -146,16 +148,18 @@ class Evaluator:
         return tuple(n for i, n in enumerate(self._labels) if i not in found)
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return the study's metric and "loss" (nats, mean over records) with `adapter`. None
-        stands for the base alone, whose head, if the study trains one, is zero."""
+        """Measure the model with `adapter` on the records. Return the study's metric, under its
+        name, and "loss" (nats, mean over records). adapter: None stands for the base alone, whose
+        head, if the study trains one, is zero."""
         scores = self.scores(adapter)
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return the figures by which a run's rounds are followed: those of `measure` and, for
-        preference pairs, margin, chosen_logp and kl (explained at evaluation.pairs.pair_facts),
-        which show whether the model's text degrades. The latter take a second pass, of the base
-        alone. adapter: None for the base alone."""
+        """Measure the model after a round on the records. Return, by name, the figures by which a
+        run's rounds are followed: the study's metric and "loss". For preference pairs three more
+        figures show whether the model's text gets worse: margin, chosen_logp and kl
+        (evaluation.pairs.pair_facts explains them). These need a second pass, by the base alone.
+        adapter: None for the base alone."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}
@@ -166,7 +170,7 @@ class Evaluator:
 
     @property
     def untouched(self) -> Scores:
-        """The scores of the base alone, which are computed at first use."""
+        """The scores of the base alone. They are computed when they are first asked for."""
         if self._untouched is None:
             self._untouched = self.scores(None)
         return self._untouched
@@ -177,24 +181,25 @@ class Evaluator:
         return float(getattr(self._objective, "beta", 1.0))
 
     def look(self, champion: Arrays, challenger: Arrays) -> Look:
-        """Score two adapters on the same records. Return both adapters' scores, record by record,
-        with each record's groups if the study's [schedule] names groups, so that the adapters can
-        be compared."""
+        """Score two adapters, the champion in use and the challenger, on the same records. Return
+        both adapters' scores record by record, as a Look, by which the adapters can be compared. It
+        also holds each record's groups, if the study's [schedule] names groups."""
         before, after = self.scores(champion), self.scores(challenger)
         return Look.at(str(self.metric), before, after, self.groups)
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
-        """Return the gain of `adapter` over the base alone, as a table with these keys. An interval
-        is a list [low, high].
+        """Return the gain of `adapter` over the base alone, as a dict with the keys below. An
+        interval is a list [low, high].
 
         - records: the number of records
-        - intervals: for the metric and the loss, three 95 % intervals: "before" (of the base) and
-          "after" (of the adapter), Wilson's for a share of records, else a bootstrap over the
-          records; "change" (a paired bootstrap)
+        - intervals: for the metric and for "loss" a dict of three 95 % intervals: "before" (of the
+          base), "after" (of the adapter) and "change". The first two are Wilson's if the value is a
+          share of records, else from a bootstrap over the records; "change" is from a paired
+          bootstrap
         - change: the interval of the metric's change
         - over_start: the interval of the metric's change against `start`, the adapter of the public
           start; absent if `start` is None
-        - pairs: only for preference pairs, the table of evaluation.pairs.pair_facts"""
+        - pairs: the dict that evaluation.pairs.pair_facts returns; only for preference pairs"""
         before, after = self.untouched, self.scores(adapter, with_kl=True)
         bounds = {
             name: {key: list(bound) for key, bound in intervals(before, after, name).items()}
@@ -208,9 +213,9 @@ class Evaluator:
         return facts | self.pairs_of(before, after)
 
     def by_class(self, adapter: Arrays) -> list[dict[str, Any]]:
-        """Return a row for each of the study's classes; [] if records have no class. A row has
-        "name", "records" (their number), "recall" (None without records) and "predicted" (how many
-        of all records are predicted as this class)."""
+        """Return a dict for each of the study's classes; [] if records have no class. Its entries
+        are "name", "records" (how many records have this class), "recall" (None if there are no
+        such records) and "predicted" (how many of all records are predicted to have this class)."""
         scores = self.scores(adapter) if self._labels else self.untouched
         rows = []
         for index, name in enumerate(self._labels):
@@ -223,9 +228,9 @@ class Evaluator:
         return rows
 
     def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:
-        """Return {"pairs": table}, with the table of `pair_facts` on how training changed the
-        figures; {} if the records are not preference pairs. before, after: the scores of the base
-        and of the adapter."""
+        """Describe how training changed the figures of preference pairs. Return {"pairs": dict},
+        with the dict that `pair_facts` returns, or {} if the records are not preference pairs.
+        before, after: the scores of the base and of the adapter."""
         if not self.paired:
             return {}
         own = self._objective.record_format == "preference"
@@ -236,7 +241,8 @@ class Evaluator:
         """Score every record with `adapter`, or with the base alone if it is None. The network's
         arrays are restored afterwards.
 
-        with_kl: for pairs also compute the divergence from the base, which takes a second pass."""
+        with_kl: whether to compute, for preference pairs, also the KL divergence from the base,
+        which takes a second pass."""
         self.network.load_frozen(self._factor)  # another study may have used the network since
         trainable = self.network.zero() if adapter is None else adapter
         with self.network.loaded(trainable=trainable):
@@ -268,7 +274,8 @@ class Evaluator:
 
     def _choose(self, logits: torch.Tensor, index: np.ndarray, scores: Scores) -> None:
         """Enter the likeliest class of each record, and its probability, into `scores`. logits: (B,
-        K), of the K classes; index: (B,), the numbers of the records to which its rows belong."""
+        K), one row for each record and one column for each class; index: (B,), the numbers under
+        which `scores` holds these records."""
         scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
         if scores.confidence is not None:
             shares = torch.softmax(logits.double(), dim=1)
@@ -276,8 +283,8 @@ class Evaluator:
 
     def _pairs(self, batch: Batch, scores: Scores) -> None:
         """Enter the margin and the loss of a batch of pairs into `scores`. The margin is the better
-        answer's score less the worse one's: the trained head's or, without a head, the mean
-        log-likelihood of the answer's tokens, so that length gives no advantage."""
+        answer's score minus the worse one's. The score is the trained head's; without a head, it is
+        the mean log-likelihood of the answer's tokens, so that a longer answer has no advantage."""
         index = batch.index.numpy()
         if self.network.head is None:
             preference = likelihood(self.network, batch).mean
@@ -302,9 +309,10 @@ class Evaluator:
             self._choose(first_logits(self.network, hidden, batch, self._single), index, scores)
 
     def _most_likely(self, with_choices: CachedDataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each record the number of the choice with the highest log-likelihood, summed
-        over the choice's tokens, and the likelihood of this choice divided by that of all choices
-        together: two arrays (n,). with_choices: each record once with every choice."""
+        """Find the choice that the model finds likeliest for each record. Return two arrays (n,):
+        the number of this choice, and its likelihood divided by that of all choices together. The
+        log-likelihood of a choice is summed over its tokens. with_choices: each record once with
+        every choice."""
         likelihood = np.zeros(len(self) * self._choices)
         comparing = reporter("comparing the choices on the records")
         for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):
@@ -328,8 +336,8 @@ class Evaluator:
 
 
 def _keep(file: str, states: list[HiddenStates]) -> None:
-    """Keep the hidden states of a file's records in this process for later evaluators. Only those
-    of the newest _MOST files stay; those of older ones are dropped."""
+    """Keep the hidden states of a file's records in this process, so that later evaluators need not
+    compute them. Only those of the newest _MOST files stay; those of older ones are dropped."""
     _states.pop(file, None)
     _states[file] = states
     for old in [*_states][:-_MOST]:
@@ -339,17 +347,17 @@ def _keep(file: str, states: list[HiddenStates]) -> None:
 def _choice_tokens(
     tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Return the token ids of each choice, and for each record the number of the choice that is its
-    completion.
+    """Return two lists: the token ids of each choice, and for each record the number of the choice
+    that is its completion.
 
-    - tokenizer: of the base
-    - data: the evaluation records, tokenised by it
-    - choices: evaluation.choices
-    - max_length: objective.max_length; a completion that it cut off is reported as such, and not as
-      a completion that is no choice
+    - tokenizer: the base's tokenizer
+    - data: the evaluation records, tokenised by this tokenizer
+    - choices: the texts in evaluation.choices
+    - max_length: objective.max_length; if it cut a completion off, the error says so, instead of
+      saying that the completion is no choice
 
-    Errors: ConfigError (two choices have the same tokens, or one is empty), DataError (a completion
-    that is not a choice, or was cut off)."""
+    Errors: ConfigError if two choices have the same tokens, or one is empty; DataError if a
+    completion is not a choice, or was cut off."""
     ids = choice_ids(tokenizer, choices)
     end = [tokenizer.eos_token_id]
     gold = []

@@ -1,4 +1,5 @@
-"""Forecast the accuracy that one release of class statistics adds to that of public records alone.
+"""Forecast how much more accurate a study's model becomes by one release of class statistics than a
+model made from public records alone.
 
 The public records give a distribution of each class's mean, and the spread of a class's records.
 The forecast draws classes from this distribution, and then records of the sites. It simulates the
@@ -48,13 +49,14 @@ TRIED = 8
 
 @dataclass(frozen=True)
 class Sites:
-    """The sites of a study, as declared, and their noise.
+    """The declared sizes of a study's sites, and the noise in the average of all rounds' sums. The
+    standard deviation of this noise is sigma · √doses.
 
-    - sizes: the declared number of units of each
-    - sigma: standard deviation of one dose of noise when the sums of all rounds are averaged, as a
-      multiple of the largest norm that one unit adds to the sum
-    - doses: the number of doses of noise in the sum: one for each site or, if n sites of which t
-      may collude share one dose, n / (n - t)"""
+    - sizes: the declared number of units of each site
+    - sigma: standard deviation of one dose of noise, already divided by √rounds, as a multiple of
+      the largest norm that one unit adds to a sum
+    - doses: how many doses a sum holds: as many as sites if each adds its own; n / (n - t) if n
+      sites share the noise so that n - t of them, those that do not collude, add up to one dose"""
 
     sizes: tuple[int, ...]
     sigma: float
@@ -70,8 +72,8 @@ class Sites:
 
 @dataclass(frozen=True)
 class Interval:
-    """A gain in accuracy over many simulations: its mean, and the bounds `low` and `high` between
-    which nine of ten simulations lie."""
+    """The gain in accuracy over many simulations: its mean, and the bounds `low` and `high`,
+    between which it lies in nine of ten simulations."""
 
     mean: float
     low: float
@@ -83,21 +85,23 @@ class Interval:
 
 @dataclass(frozen=True)
 class ExpectedGain:
-    """The accuracy that a study is expected to add to the accuracy that public records alone give.
+    """The forecast of how much more accurate a study's model will be than a model made from public
+    records alone. Each gain in it is an Interval: a mean, and bounds that hold nine of ten
+    simulations.
 
-    - gain: the gain in true accuracy, as if it were measured on unlimited test records; this gain
-      and those below are a mean with a 90 % interval
+    - gain: the gain in true accuracy, as if it were measured on unlimited test records
     - start: the predicted accuracy of the public start
     - sites, units: the number of sites, and the sum of their declared sizes
-    - records, found: the number of [evaluation] records, and the gain as measured on so few; None
-      if there are none
-    - worth_from: the smallest number of units, equal at each site, at which the interval's lower
-      end is above zero; None if it is larger than MOST_UNITS
-    - shared: the gain if all sites share one dose of noise; None if they do already
-    - one_more: the gain with one more site
-    - rough: classes that public records lack and whose share of units was declared; the forecast
+    - records, found: the number of [evaluation] records, and the gain as a measurement on so few
+      records would show it; 0 and None if there are none
+    - worth_from: the smallest number of units for each site from which on the gain's lower bound is
+      above zero; None if it is larger than MOST_UNITS
+    - shared: the gain if all sites shared one dose of noise; None if they do so already
+    - one_more: the gain if there were one more site
+    - rough: classes of which there is no public record, but a declared share of units; the forecast
       for them depends on their names alone
-    - unknown: classes without a forecast: public records lack them, and no share was declared"""
+    - unknown: classes without a forecast, since there is neither a public record nor a declared
+      share of them"""
 
     gain: Interval
     start: float
@@ -113,8 +117,8 @@ class ExpectedGain:
 
     @property
     def is_none(self) -> bool:
-        """Whether no gain is expected: even the interval's upper end is below LEAST, and no class
-        lacks a forecast."""
+        """Whether no gain is expected, i.e. even the gain's upper bound is below LEAST, and every
+        class has a forecast."""
         return self.gain.high < LEAST and not self.unknown
 
     @property
@@ -122,13 +126,13 @@ class ExpectedGain:
         return self.gain.low > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the forecast as JSON values."""
+        """Return the forecast as a dict of JSON values."""
         return asdict(self) | {"rough": list(self.rough), "unknown": list(self.unknown)}
 
     @property
     def warning(self) -> str:
-        """Return a one-line warning if the study may gain nothing; "" if the whole interval is
-        above zero, or a class without a forecast might add a gain."""
+        """Return a one-line warning if the study may gain nothing. Return "" if the gain's lower
+        bound is above zero, or if a class without a forecast might add a gain."""
         if self.is_none:
             return "NOT WORTH ITS ε: public records alone give as much"
         if self.is_sure or self.unknown:
@@ -136,7 +140,7 @@ class ExpectedGain:
         return "it may be that nothing is gained: public records alone may give as much"
 
     def lines(self) -> list[str]:
-        """Describe the forecast in words, one line each."""
+        """Describe the forecast for people, as lines of text."""
         least = self.worth_from
         worth = "not worth its ε at any size up to" if least is None else "worth it from about"
         told = [
@@ -170,14 +174,14 @@ class ExpectedGain:
 def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
-    """Simulate one release of class statistics many times, and return the accuracy that it is
-    expected to add. This includes the number of units from which on it adds any, and the gain with
-    shared noise and with one more site.
+    """Simulate one release of class statistics many times, and forecast how much accuracy it adds.
+    The result also says from how many units on it adds any, and what it adds with shared noise or
+    with one more site.
 
-    - world: the classes that are consistent with the public records
+    - world: the distribution from which classes and records are drawn
     - sites: the study's sites, with their declared sizes and noise
     - labels: the names of the classes, in the order of their numbers
-    - records: the number of [evaluation] records; 0: `found` of the result is None"""
+    - records: the number of [evaluation] records; with 0, the result's `found` is None"""
     own = world.draw(sites, DRAWS)
     more = replace(
         sites,
@@ -202,12 +206,11 @@ def expected_gain(
 
 
 def worth_from(world: World, sites: Sites) -> int | None:
-    """Return the smallest number of units, equal at each site, at which the lower end of the gain's
-    interval is above zero. It is found to within a tenth. Return None if it is larger than
-    MOST_UNITS.
+    """Return the smallest number of units for each site at which the gain's lower bound is above
+    zero, found to within a tenth. Return None if it is larger than MOST_UNITS.
 
-    world: the classes that are consistent with the public records; sites: the study's sites, whose
-    number and noise are kept."""
+    world: the distribution from which classes and records are drawn; sites: the study's sites, of
+    which the number and the noise are used."""
 
     def is_worth(units: int) -> bool:
         report(f"foretelling the gain with {units:,} units a site")
@@ -226,35 +229,35 @@ def worth_from(world: World, sites: Sites) -> int | None:
 
 @dataclass(frozen=True)
 class Draws:
-    """The results of n simulated releases. Each compares the head that is built from the release
-    with the public start, on JUDGES drawn records.
+    """The results of n simulated releases. In each, the head that is built from the release is
+    compared with the public start, on the same JUDGES drawn records.
 
-    - gains: (n,), the accuracy of the release's head minus the public start's
-    - starts: (n,), the public start's accuracy
-    - changes: (n, JUDGES), for each of these records 1 if only the release's head is right, -1 if
-      only the public start is, else 0"""
+    - gains: (n,), the accuracy of the release's head minus that of the public start
+    - starts: (n,), the accuracy of the public start
+    - changes: (n, JUDGES), for each record 1 if only the release's head is right, -1 if only the
+      public start is right, else 0"""
 
     gains: Array
     starts: Array
     changes: npt.NDArray[np.int8]
 
     def on_few(self, records: int) -> Array:
-        """Return the gain (n,) of each simulation as a test on only `records` records would show
-        it."""
+        """Return, for each simulation, the gain that a test on only `records` records would show,
+        (n,)."""
         random = np.random.default_rng(1)
         chosen = random.integers(0, self.changes.shape[1], (len(self.changes), records))
         return np.asarray(np.take_along_axis(self.changes, chosen, axis=1).mean(axis=1))
 
 
 class World:
-    """A distribution of classes, in the space of features, that is consistent with the public
-    records. Releases are simulated on records drawn from it.
+    """The distribution from which a simulation draws classes, and then records of these classes, in
+    the space of features. It is consistent with the public records.
 
     - basis: the public map from the base's vectors to d features
     - public: the sums, counts and scatter of the public records' features by class
     - held_out: the public start's cross-validated accuracy on public records
-    - shares: class's number -> share of the sites' units, of classes that public records lack;
-      other classes have their public shares"""
+    - shares: class's number -> which share of the sites' units is in it, for classes that public
+      records lack; the other classes have about the shares that they have in the public records"""
 
     def __init__(
         self, basis: Basis, public: Public, held_out: float, shares: Mapping[int, float]
@@ -274,20 +277,22 @@ class World:
 
     @property
     def rough(self) -> list[int]:
-        """The numbers of the classes that public records lack and whose share was declared, if
-        these shares add up to ROUGH or more; else []."""
+        """The numbers of the classes of which there is no public record, but a declared share; []
+        if these shares add up to less than ROUGH."""
         lacking = [number for number in self.shares if not self.public.counts[number]]
         return lacking if sum(self.shares[number] for number in lacking) >= ROUGH else []
 
     @property
     def unknown(self) -> list[int]:
-        """The numbers of the classes that have neither public records nor a declared share."""
+        """The numbers of the classes of which there is neither a public record nor a declared
+        share."""
         found = np.flatnonzero(self.public.counts == 0).tolist()
         return [number for number in found if number not in self.shares]
 
     def draw(self, sites: Sites, draws: int) -> Draws:
         """Simulate the release `draws` times, each time with other classes, records and noise, and
-        compare the head that is built from each release with the public start."""
+        compare the head that is built from each release with the public start. sites: the sites,
+        whose number of units and noise the release has; draws: how often it is simulated."""
         found, starts = [], []
         noise = sites.sigma * math.sqrt(sites.doses) * self.basis.norm
         for number in range(draws):
@@ -306,8 +311,9 @@ class World:
         return Draws(changes.mean(axis=1), np.array(starts), changes)
 
     def _drawn_classes(self, random: np.random.Generator) -> tuple[Array, Array]:
-        """Draw one possible set of classes: return their means (K, d), and their shares (K,) of the
-        units, which add up to 1. random: the generator of this draw."""
+        """Draw one possible set of K classes. Return the classes' means, (K, d), and the share of
+        the units that is in each class, (K,); the shares add up to 1. random: the generator of this
+        draw."""
         known = self.classes
         means = known.means + np.sqrt(known.variances) * random.standard_normal(known.means.shape)
         shares, seen = np.zeros(len(means)), self.public.counts > 0
@@ -319,12 +325,13 @@ class World:
         return means, shares / shares.sum()
 
     def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
-        """Draw units of one record each, and return what the sites together would release, before
-        noise: for each class the sums of the k features that the sites use, and its weighted number
-        of units, (K, k + 1).
+        """Draw the sites' units, each with one record, and compute what the sites together would
+        release if they added no noise. Return it as (K, k + 1): for each class the sum of its
+        units' first k features, which the sites use, and the weighted number of its units.
 
         - random: the generator of this draw
-        - means, shares: (K, d) and (K,), the classes of this draw, as from `_drawn_classes`
+        - means, shares: (K, d) and (K,), the means of the classes of this draw, and their shares of
+          the units
         - units: the number of units over all sites"""
         counts = random.multinomial(units, shares)
         labels = np.repeat(np.arange(len(means)), counts)
@@ -341,18 +348,19 @@ class World:
         """Draw the records on which both heads are compared. Return their features (JUDGES, d), and
         the numbers of their classes (JUDGES,).
 
-        random: the generator of this draw; means, shares: (K, d) and (K,), the classes of this
-        draw."""
+        random: the generator of this draw; means, shares: (K, d) and (K,), the means of the classes
+        of this draw, and their shares of the units."""
         labels = random.choice(len(means), JUDGES, p=shares)
         rows = means[labels] + self.pool[:JUDGES]
         lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
         return rows / np.maximum(1.0, lengths), labels
 
     def _compute_widening(self, held_out: float) -> float:
-        """Return the factor by which the variances of a class's records are multiplied, since new
-        records spread further than public ones. It is the WIDENED-th power of the factor at which
-        the public start is right on drawn records as often as on held-out public ones. held_out:
-        its accuracy on those."""
+        """Return the factor by which the variances of the drawn records are multiplied, since new
+        records spread further around their class's mean than public ones. There is a factor at
+        which the public start is right on drawn records as often as on held-out public ones; the
+        result is its WIDENED-th power. held_out: the public start's accuracy on held-out public
+        records."""
         low = -math.log(WIDEST) / 4
         high = math.log(WIDEST)
         narrow = self.pool
@@ -365,8 +373,8 @@ class World:
         return math.exp(WIDENED * middle)
 
     def _start_in(self, random: np.random.Generator) -> float:
-        """Return the public start's accuracy on records of one draw, only of classes of which there
-        are public records."""
+        """Return the public start's accuracy on drawn records. Only classes of which there are
+        public records are drawn. random: the generator of this draw."""
         means, shares = self._drawn_classes(random)
         shares = np.where(self.public.counts > 0, shares, 0.0)
         judges, labels = self._judges(random, means, shares / shares.sum())
@@ -378,8 +386,8 @@ def _is_right(head: posterior.Head, rows: Array, labels: Labels) -> npt.NDArray[
 
 
 def interval(gains: Array) -> Interval:
-    """Return the mean of the gains (n,) of n simulations, and the interval between their quantiles
-    COVERED."""
+    """Summarise the gains (n,) of n simulations as an Interval: their mean, and the two quantiles
+    that COVERED names as its bounds."""
     low, high = np.quantile(gains, COVERED)
     return Interval(float(gains.mean()), float(low), float(high))
 

@@ -32,22 +32,24 @@ def generate(
         run: a finished run of a language model.
         prompt: the text as a user gives it, without a template.
         max_new_tokens: the most tokens of each continuation.
-        chat: whether to put the prompt into the model's chat template; if not, it is put into
-            objective.template, as in training. None: use the chat template if the study's
-            evaluation records are conversations, or if it has no such records.
+        chat: True puts the prompt into the model's chat template, False into objective.template, as
+            in training. None uses the chat template if the study's evaluation records are
+            conversations, or if the study has no evaluation records.
         file: the image or recording, for a base that reads one; None for a base of text alone.
 
-    Returns two texts, the base's and the adapter's. If the run is a personal model, the second text
-    begins with a remark that says so. PEFT loads the model, as for any other user of the adapter.
+    Returns two texts: the continuation by the base, and that by the base with the adapter. If the
+    run is a personal model, the second text begins with a remark that says so. PEFT loads the
+    model, as it does for any other user of the adapter.
 
-    Errors: ConfigError (no language model, or the prompt is too long), DataError (file),
-    ModelError."""
+    Errors: ConfigError if the run has no language model, or the prompt is too long; DataError if
+    the file cannot be read; ModelError."""
     return Writer(run)(prompt, max_new_tokens, chat=chat, file=file)
 
 
 class Writer:
-    """Continues prompts with a run's base and adapter, which are loaded at the first prompt and
-    stay loaded for further ones. The constructor and a call raise the same errors as `generate`."""
+    """Continues prompts with a run's base, and with its base and adapter. The models are loaded at
+    the first prompt and stay loaded for further ones. The constructor and a call raise the errors
+    of `generate`."""
 
     def __init__(self, run: Run) -> None:
         from fedtune.core import modalities
@@ -68,8 +70,15 @@ class Writer:
         chat: bool | None = None,
         file: Path | None = None,
     ) -> tuple[str, str]:
-        """Continue a prompt, and return two texts: the base's, and the base's with the adapter. The
-        parameters are those of `generate`."""
+        """Continue a prompt greedily. Return two texts: the continuation by the base, and that by
+        the base with the adapter.
+
+        - prompt: the text as a user gives it, without a template
+        - max_new_tokens: the most tokens of each continuation
+        - chat: True puts the prompt into the model's chat template, False into objective.template.
+          None uses the chat template if the study's evaluation records are conversations, or if the
+          study has no evaluation records
+        - file: the image or recording, for a base that reads one; None for a base of text alone"""
         import torch
 
         from fedtune.core.bases.architecture import inputs as media_inputs
@@ -113,13 +122,14 @@ class Writer:
 def _completion(
     model: Any, tokenizer: Any, inputs: dict[str, Any], start: str, max_new_tokens: int
 ) -> str:
-    """Return the model's greedy continuation of the tokens under `start`, without white space at
-    its ends.
+    """Let the model continue the tokens in `inputs[start]` greedily. Return the continuation,
+    without white space at its ends.
 
-    - model: the base with its adapter, on or off
-    - tokenizer: the base's
+    - model: the base, or the base with the adapter
+    - tokenizer: the base's tokenizer
     - inputs: the arguments of model.generate, name -> tensor, for one prompt
-    - start: which of them is continued: "input_ids", on a speech base "decoder_input_ids"
+    - start: the name in `inputs` of the tokens to continue: "input_ids", for a speech base
+      "decoder_input_ids"
     - max_new_tokens: the most tokens of the continuation"""
     out = model.generate(
         **inputs,
@@ -140,8 +150,12 @@ def _not_a_language_model(folder: Path) -> ConfigError:
 
 
 def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
-    """Check that prompt and answer fit the base's context. prompt_length, max_new_tokens: their
-    numbers of tokens; most: that of the context. Errors: ConfigError."""
+    """Check that prompt and answer together fit the base's context.
+
+    - prompt_length, max_new_tokens: the number of tokens of the prompt, and of the answer at most
+    - most: the number of tokens that the context holds
+
+    Errors: ConfigError if they do not fit."""
     if prompt_length + max_new_tokens > most:
         raise ConfigError(
             f"the prompt has {prompt_length} tokens, and {max_new_tokens} new ones were asked for",
@@ -153,11 +167,13 @@ def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
 def _tokens(
     tokenizer: Any, prompt: str, objective: ObjectiveTable, chat: bool, reader: Reader
 ) -> dict[str, Any]:
-    """Return the prompt's "input_ids" and "attention_mask", (1, L). The prompt is put into a chat
-    turn if `chat` is set and the model has a chat template, else into objective.template.
+    """Tokenise a prompt. Return a dict of its "input_ids" and "attention_mask", (1, L) each. The
+    prompt is put into a chat turn if `chat` is true and the model has a chat template, else into
+    objective.template.
 
-    - tokenizer: the base's
-    - prompt: with place-holders, for a base that reads files
+    - tokenizer: the base's tokenizer
+    - prompt: the text; for a base that reads images or recordings it already holds the tokens that
+      stand for the parts of the file
     - objective: the plan's table, for the template
     - chat: whether to use the chat template
     - reader: says whether the prompt begins with the base's start tokens already"""
@@ -175,15 +191,17 @@ def _tokens(
 def _media_and_prompt(
     reader: Reader, file: Path | None, prompt: str, objective: ObjectiveTable
 ) -> tuple[torch.Tensor | None, str]:
-    """Return the media tensor of `file` for the base's encoder, and the prompt with place-holders;
-    None and the prompt as it is for a base that reads text alone.
+    """Prepare a file and its prompt for the base. Return two things: the file's tensor for the
+    base's encoder, and the prompt with the tokens that stand for the parts of the file
+    (place-holders). For a base that reads text alone, return None and the prompt as it is.
 
-    - reader: the base's way of reading records
+    - reader: knows how this base reads records
     - file: the image or recording; None if none was given
-    - prompt: the text; for a base that reads text alone not ""
+    - prompt: the text; it must not be "" for a base that reads text alone
     - objective: the plan's table, for which the place-holders are put into the prompt
 
-    Errors: ConfigError (file or prompt is missing, or a file too many), DataError (file)."""
+    Errors: ConfigError if the file or the prompt is missing, or a file is given although the base
+    reads text alone; DataError if the file is unusable."""
     from fedtune.core.data.media import load
     from fedtune.core.data.records import Record
 

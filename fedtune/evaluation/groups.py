@@ -30,9 +30,14 @@ def group_of(cell: object) -> str:
 def groups_of(
     table: EvaluationTable, columns: Sequence[str], read: Dataset
 ) -> dict[str, list[str]]:
-    """Return column -> the group of each record in `read`, which was read from the table's file.
+    """Find the group of each record in each of `columns`. Return a dict from a column to its
+    groups, a list with one name for each record in `read`.
 
-    Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
+    - table: the records' file
+    - columns: the columns whose values are groups
+    - read: the records, as they were read from this file
+
+    Errors: DataError if a column is missing; ConfigError if a column has too many values."""
     failed = {(f.file, f.row) for f in read.counts.failed}
     places = [record.place for record in read_file(table).records]
     usable = [place for place in places if place and (place.file, place.row) not in failed]
@@ -41,8 +46,9 @@ def groups_of(
 
 
 def count_groups(table: EvaluationTable, columns: Sequence[str]) -> dict[str, Counter[str]]:
-    """Return column -> how many of a public file's records are in each group; {} without columns.
-    Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
+    """Count the records of a public file in each group. Return a dict from each of `columns` to a
+    Counter of its groups; {} without columns. table: the records' file. Errors: DataError if a
+    column is missing; ConfigError if a column has too many values."""
     if not columns:
         return {}
     places = [record.place for record in read_file(table).records]
@@ -58,17 +64,18 @@ def groups_at(
     key: str,
     todo: str = "name another column",
 ) -> dict[str, list[str]]:
-    """Return column -> the group of the record at each of `places`, in this order.
+    """Find the group of the records at `places` in each of `columns`. Return a dict from a column
+    to its groups, a list with one name for each place, in the same order.
 
     - file: the records' file
     - columns: the columns whose values are groups
-    - places: the place of each record's row; None, or the place of a row that was rejected, gives
-      the group MISSING
-    - name: maps a column and a cell to the group's name
+    - places: where each record's row stands in the file. None, or the place of a row that was
+      rejected, gives the group MISSING
+    - name: a function that is called with a column and a cell of it, and returns the group's name
     - key: the configuration key for error messages, with {column} in it
     - todo: the advice in an error message, with {column} where the column is to be named
 
-    Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
+    Errors: DataError if a column is missing; ConfigError if a column has too many values."""
     keys = keys_of(file) | {key.format(column=column): column for column in columns}
     cells: dict[Place, dict[str, str]] = {}
     for place, row in site_rows(file, Names(file.where, keys), strict=True):

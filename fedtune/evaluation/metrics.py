@@ -1,4 +1,4 @@
-"""Compute confidence intervals of a model's metrics on records."""
+"""Compute confidence intervals of the metrics by which a model is measured on records."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ RESAMPLES = 1000
 
 
 def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
-    """Return three 95 % intervals (low, high) of a metric on the same records: "before" and "after"
-    (Wilson's for a share of records, else a bootstrap over records), and "change", of the
-    difference after - before (a paired bootstrap). before, after: the scores of two models."""
+    """Return three 95 % intervals (low, high) of a metric that was measured for two models on the
+    same records: "before" and "after" for the two models, and "change" for the difference after -
+    before. The first two are Wilson's if the metric is a share of records, else from a bootstrap
+    over the records; "change" is from a paired bootstrap. before, after: the two models' scores."""
     n = len(before.loss)
     resamples = _resamples(n)
     pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in resamples])
@@ -44,15 +45,16 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 
 def _resamples(n: int) -> list[np.ndarray]:
-    """Draw RESAMPLES bootstrap samples from a fixed seed; each is an array of n row numbers below
-    n."""
+    """Draw RESAMPLES bootstrap samples of n records, always from the same seed. Return for each
+    sample an array of n record numbers, each below n."""
     random = np.random.default_rng(0)
     return [random.integers(0, n, n) for _ in range(RESAMPLES)]
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval (low, high) of a share of n records (Wilson 1927). share: the
-    observed share, from 0 to 1."""
+    observed share, from 0 to 1; confidence: the probability with which such an interval holds the
+    true share."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -1,5 +1,5 @@
-"""Measure the side effects of a preference run, besides its share of pairs that are ordered
-correctly: loss, margin, KL divergence and preference by length.
+"""Measure what else a preference run changed, apart from the share of pairs that it orders
+correctly: loss, margin, KL divergence, and preference for longer or shorter answers.
 
 All figures are measured on public pairs, so they cost no ε."""
 
@@ -24,15 +24,15 @@ ROWS = 256  # the number of positions whose logits, of two models, are in memory
 
 @dataclass
 class PairScores:
-    """Likelihoods and lengths of n pairs' answers, (n, 2) each; the columns are chosen and
-    rejected.
+    """Likelihoods and lengths of the answers of n preference pairs. Each field is an array (n, 2):
+    column 0 is for the chosen answer, column 1 for the rejected one.
 
-    - lengths: number of tokens of prompt and answer
+    - lengths: number of tokens of prompt and answer together
     - targets: number of tokens of the answer
     - logps: log-likelihood of the answer in nats, summed over its tokens
     - kl: KL divergence from the base in nats, summed over the answer's tokens
 
-    With a trained head, targets, logps and kl are zero."""
+    If the study trained a head, targets, logps and kl are zero."""
 
     lengths: np.ndarray
     targets: np.ndarray
@@ -41,7 +41,7 @@ class PairScores:
 
     @classmethod
     def empty(cls, n: int) -> PairScores:
-        """Return zeros for n pairs."""
+        """Build the object for n pairs with all values zero."""
         return cls(*(np.zeros((n, 2)) for _ in range(4)))
 
     @property
@@ -50,9 +50,9 @@ class PairScores:
         return np.asarray(self.logps / np.maximum(self.targets, 1))
 
     def add(self, network: Network, batch: Batch, *, with_kl: bool) -> None:
-        """Compute the values of a batch of pairs, and enter them into the batch's rows here.
-        with_kl: whether to compute the divergence from the base, which takes a second pass; if not,
-        it stays 0."""
+        """Compute the values of a batch of pairs, and enter them into this object's rows for these
+        pairs. network: the model with the adapter that is measured; with_kl: whether to compute the
+        KL divergence from the base too, which takes a second pass; if not, it stays 0."""
         rows = batch.index.numpy()
         self.lengths[rows] = _pairs(batch.mask.sum(dim=1))
         if network.has_head:
@@ -68,11 +68,12 @@ def _pairs(values: torch.Tensor) -> np.ndarray:
 
 
 def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
-    """Compute for each of R passages KL(policy ‖ base) of the next token, summed over the passage's
-    target tokens: (R,), in nats. The policy is the base with the adapter in `network`.
+    """Compute how far the policy, i.e. the base with the adapter in `network`, departs from the
+    base alone. Return for each of the R passages in `batch` the divergence KL(policy ‖ base) of the
+    next token, summed over the passage's target tokens: (R,), in nats.
 
-    The sum over the vocabulary is exact at each position. The positions are those of the answers in
-    the data, not of answers that the policy wrote."""
+    The sum over the vocabulary is exact at each position. It is computed along the answers in the
+    data, not along answers that the policy would write."""
     keep, targets = select_labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states).flatten(0, 1)
     with network.base_only():
@@ -88,10 +89,15 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 
 
 def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
-    """Return figures that show how a round's adapter differs from the base on the pairs, by name:
-    "margin", the mean of the pairs' margins; "chosen_logp", the mean log-likelihood of a token of
-    the chosen answers, in nats; "kl", the mean divergence from the base at a token. If a head was
-    trained, only "margin" is returned.
+    """Return three figures that show how a round's adapter differs from the base on the preference
+    pairs, by name:
+
+    - margin: the mean of the pairs' margins
+    - chosen_logp: the log-likelihood of a token of the chosen answers in nats, mean over a pair's
+      tokens and then over pairs
+    - kl: the mean divergence from the base at a token, in nats
+
+    If the study trained a head, only "margin" is returned.
 
     before, after: the scores of the base and of the round's adapter; beta: the objective's β."""
     figures = {"margin": float(_margins(before, after, beta).mean())}
@@ -105,23 +111,31 @@ def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float
 def pair_facts(
     before: Scores, after: Scores, beta: float, *, own_loss: bool = True
 ) -> dict[str, Any]:
-    """Return a table of how training changed the figures on n pairs, with the entries below. If a
-    head was trained, chosen_logp, rejected_logp and kl are absent.
+    """Describe how training changed the figures of n preference pairs. Return a dict with the
+    entries below. If the study trained a head, beta, chosen_logp, rejected_logp and kl are absent.
 
-    before, after: the scores of base and adapter; beta: the objective's β; own_loss: whether the
-    loss is the objective's own.
+    before, after: the scores of the base and of the adapter; beta: the objective's β; own_loss:
+    whether the loss in these scores is the objective's own.
 
-    | records     | n |
-    | preference  | share of pairs in order, before, after; interval: Wilson's, of after |
-    | loss        | before, after; change: 95 % interval, paired bootstrap over pairs; own: |
-    |             | whether it is the objective's (kto: minus the chosen answer's nats per token) |
-    | margin      | mean of β · (log-ratio of chosen - log-ratio of rejected), log-ratios to the |
-    |             | base summed over tokens; of a head, score of chosen - score of rejected |
-    | in_order    | share of pairs whose margin is above 0, a tie being half of one |
-    | chosen_logp, rejected_logp | nats per token, mean over pairs; change as above |
-    | kl          | KL(policy ‖ base) of the next token, mean over the tokens of both answers |
-    | longer, shorter | pairs whose chosen answer is the longer or the shorter, and how many |
-    |             | of them are in order, before and after (None without such pairs) |"""
+    | entry         | value                                                                       |
+    | records       | n                                                                           |
+    | preference    | "before", "after": the share of pairs in which the model prefers the chosen |
+    |               | answer, a tie being half of one; "interval": Wilson's, of "after"           |
+    | loss          | "before", "after", "change"; "own": `own_loss`. With kto the loss is minus  |
+    |               | the chosen answer's log-likelihood per token, in nats                       |
+    | margin        | "after": the mean of the pairs' margins; "interval": its 95 % interval. A   |
+    |               | margin is β · (log-ratio of chosen - log-ratio of rejected), log-ratios to  |
+    |               | the base summed over tokens; of a head, score of chosen - score of rejected |
+    | in_order      | share of pairs whose margin is above 0, a tie being half of one             |
+    | longer,       | of the pairs whose chosen answer is the longer (the shorter) one:           |
+    | shorter       | "records", their number; "before", "after": the share of them in which the  |
+    |               | model prefers the chosen answer (None without such pairs)                   |
+    | beta          | β                                                                           |
+    | chosen_logp,  | "before", "after", "change" of the answers' log-likelihood per token, in    |
+    | rejected_logp | nats, mean over pairs                                                       |
+    | kl            | KL(policy ‖ base) of the next token, mean over the tokens of both answers   |
+
+    Each "change" is a 95 % interval, from a paired bootstrap over pairs."""
     assert before.pairs is not None and after.pairs is not None
     n, margins = len(after.loss), _margins(before, after, beta)
     share = after.value("preference")

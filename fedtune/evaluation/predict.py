@@ -1,4 +1,5 @@
-"""Predict with a finished run: classes, the likeliest of declared choices, a reward's scores."""
+"""Predict with a finished run: each record's class, the likeliest of declared choices, or a
+reward's score."""
 
 from __future__ import annotations
 
@@ -61,14 +62,16 @@ def predict(
         records: a .csv, .jsonl or .parquet file, given by its path (with the study's columns) or as
             a DataFile with columns of its own; or a .txt file with one text a line; or rows in
             memory: dicts, texts, or a DataFrame. No label is read.
-        choices: for a run without a head, the completions to choose from; by default the study's.
-        base_alone: predict without the adapter; a head is then zero, and all its classes are
-            equally likely.
+        choices: the completions to choose from, for a run without a head; by default those of the
+            study.
+        base_alone: whether to predict without the adapter. A head is then zero, so that all its
+            classes are equally likely.
         ids: columns of the records that are copied to their predictions, such as a key.
 
     A trained head gives each class a probability, and a reward head gives each prompt with its
     completion a score. A causal model predicts the choice of highest log-likelihood, as `evaluate`
-    does. A record that cannot be used keeps its place in the result, with the reason.
+    does. The result holds one prediction for each record, in the records' order; a record that
+    cannot be used has none, but the reason.
 
     >>> import fedtune
     >>> fedtune.predict(fedtune.Run("runs/none"), ["Does it hurt?"])
@@ -76,8 +79,8 @@ def predict(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (no choices, or choices for a run with a head; the result already has a
-    column with a name in `ids`), DataError, ModelError."""
+    Errors: ConfigError if there are no choices, if choices are given for a run with a head, or if a
+    name in `ids` is also the name of a column of predictions; DataError; ModelError."""
     study = run.study
     headed = study.objective.resolved.outputs > 0
     table = study.evaluation
@@ -109,9 +112,10 @@ def predict(
 
 
 def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
-    """Return a column's cells. They are unchanged if all are numbers, booleans or texts of one type
-    that every file format can hold; else they become texts. None stands for a cell that is missing
-    or unreadable."""
+    """Return the cells of the column `name`, one for each row of `source`. The cells stay as they
+    are if all are numbers, all booleans or all texts, and every file format can hold them;
+    otherwise they become texts. None stands for a cell that is missing or unreadable. source: rows,
+    each a dict, or the reason (a text) why it was rejected."""
     cells: list[Carried] = []
     for row in source:
         row = row.cells if isinstance(row, BadCell) else row
@@ -129,8 +133,11 @@ def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
 
 
 class _Asked(NamedTuple):
-    """The columns to read. columns: the column of each part of a record; keys: the column that each
-    configuration key names; folder: the folder of images and recordings."""
+    """Which columns of the records are read.
+
+    - columns: part of a record, such as "prompt" -> the column that holds it
+    - keys: configuration key -> the column that it names
+    - folder: the folder in which images and recordings are found"""
 
     columns: dict[str, str]
     keys: dict[str, str]
@@ -138,17 +145,20 @@ class _Asked(NamedTuple):
 
     @property
     def kind(self) -> Kind | None:
-        """Return the kind of the files that the rows name; None if they name none."""
+        """Return the kind of the files that the rows name, such as images; None if the rows name no
+        files."""
         return next((kind for kind in KINDS if kind in self.columns), None)
 
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
-        """Choose the columns: the given DataFile's or else the study's. A part of a record without
-        a column is read from the column with the part's name.
+        """Choose which columns to read: those of the given DataFile or, if `records` is no
+        DataFile, those of the study's [evaluation] table. A part of a record for which these name
+        no column is read from a column with the part's own name.
 
-        - study: the run's plan, of which objective and [evaluation] are read
-        - records: as for `predict`; not yet read
-        - headed: whether the run trained a head; without one only prompts or conversations are read
+        - study: the run's plan
+        - records: what `predict` was given: a file or rows, of which nothing is read yet
+        - headed: whether the run trained a head. Without one, only the prompt (or the conversation)
+          of a record is read, and a file that goes with it
         - ids: further columns that the records must have"""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records
@@ -175,7 +185,13 @@ class _Asked(NamedTuple):
 
 
 def _rows(records: Records, asked: _Asked) -> list[Row | str]:
-    """Read all rows; in place of a row that is rejected, return the reason. Errors: DataError."""
+    """Read all rows of a file, or rows in memory. Each is returned as a dict of its cells or, if it
+    was rejected, as the reason (a text).
+
+    - records: what `predict` was given: a file or rows
+    - asked: the columns to read
+
+    Errors: DataError if the file cannot be read, or there are no records."""
     if isinstance(records, DataFile | Path | str):
         path = records.path if isinstance(records, DataFile) else Path(records)
         if path.is_dir():
@@ -192,7 +208,9 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
 
 
 def _lines(path: Path, asked: _Asked) -> list[Row | str]:
-    """Read a file with one text a line as rows."""
+    """Read a text file as rows, one for each line. A row is a dict with the text under the run's
+    text column or, if the line is unusable, the reason (a text). path: the text file; asked: the
+    columns that the run reads. Errors: DataError if the run reads any column but the text."""
     if list(asked.columns) != ["text"] or len(asked.keys) > 1:
         more = [key for key, column in asked.keys.items() if column not in asked.columns.values()]
         raise DataError(
@@ -206,8 +224,14 @@ def _lines(path: Path, asked: _Asked) -> list[Row | str]:
 
 
 def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
-    """Yield rows from memory. A plain text becomes a row if one column is read. Errors: DataError
-    (a column is missing)."""
+    """Yield rows that were given in memory, each as a dict of its cells. A plain text becomes such
+    a dict if the run reads one column; anything else is yielded as the reason (a text) why it is
+    unusable.
+
+    - records: dicts, texts, or a DataFrame
+    - asked: the columns to read
+
+    Errors: DataError if a column is missing."""
     names = Names(Path("records"), asked.keys)
     if hasattr(records, "to_dict"):  # a DataFrame, in which NaN stands for a missing value
         frame: Any = records
@@ -224,14 +248,16 @@ def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
 
 
 class _Predictor:
-    """Scores rows by a run's model, a chunk at a time.
+    """Computes a run's outputs for rows: of a head its logits or score, otherwise the choices'
+    log-likelihoods. It is called with a chunk of rows at a time.
 
     - run: the finished run, or a site's personal model
     - asked: the columns to read
     - choices: the completions to choose from; () for a run with a head
-    - base_alone: whether adapter and head are zero, so that the base alone predicts
+    - base_alone: whether adapter and head are set to zero, so that the base alone predicts
     - decoder: decodes the files that the rows name; None if they name none
-    - labels: the classes or choices, in the order of the outputs; () for a reward head
+    - labels (an attribute, not a parameter): the classes or choices, in the order of the outputs;
+      () for a reward head
 
     Errors: ConfigError, ModelError."""
 
@@ -275,8 +301,9 @@ class _Predictor:
         )
 
     def __call__(self, chunk: Sequence[Row | str]) -> tuple[np.ndarray, list[str]]:
-        """Compute the outputs (n, K) of a chunk of rows, NaN for rows that cannot be used. Also
-        return, for each row, the reason why it cannot be used, or ""."""
+        """Compute the outputs of a chunk of n rows. Return two things: the outputs (n, K), NaN for
+        a row that cannot be used; and for each row the reason why it cannot be used, or "". chunk:
+        rows, each a dict of its cells, or the reason (a text) why it was rejected."""
         read = [self._example(row) for row in chunk]
         at = [n for n, example in enumerate(read) if isinstance(example, Example)]
         outputs = np.full((len(read), max(1, len(self.labels))), np.nan)
@@ -285,7 +312,9 @@ class _Predictor:
         return outputs, ["" if isinstance(e, Example) else e for e in read]
 
     def _example(self, row: Row | str) -> Example | str:
-        """Tokenise one row. If it cannot be used, return the reason."""
+        """Tokenise one row. Return it as an Example or, if it cannot be used, the reason (a text).
+        row: a dict of its cells, or the reason (a text) why it was rejected, which is returned as
+        it is."""
         if isinstance(row, str):
             return row
         try:
@@ -314,7 +343,8 @@ class _Predictor:
         return Record("", prompt, answer, media=media)
 
     def _media(self, row: Row) -> Media | None:
-        """Return the file that a row names; None if rows name none. Errors: Rejected."""
+        """Return the image or recording that a row names, decoded; None if the run's rows name no
+        files. Errors: Rejected."""
         kind = self._asked.kind
         if kind is None or self._decoder is None:
             return None

@@ -30,8 +30,8 @@ class Predictions:
     - outputs: (n, K) fp64: the head's logits, or the choices' log-likelihoods in nats; for a reward
       head the scores, (n, 1). NaN for a record that cannot be used
     - reasons: (n,): why a record cannot be used; "" if it can
-    - carried: columns that were copied from the records on request, (n,) each; no other content of
-      the records is held"""
+    - carried: column -> its n cells, of the columns that `predict` was asked to copy from the
+      records (`ids`). Nothing else of the records is held"""
 
     labels: tuple[str, ...]
     outputs: np.ndarray
@@ -47,14 +47,14 @@ class Predictions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the labels as people read them: without white space at their ends, unless two
-        labels would then be equal."""
+        """Return the labels in the form for people: without white space at their ends, except if
+        this would make two labels equal."""
         names = tuple(label.strip() for label in self.labels)
         return names if len({*names}) == len(names) else self.labels
 
     @property
     def rejected(self) -> Counter[str]:
-        """Return reason -> the number of records that cannot be used for this reason."""
+        """Count the records that cannot be used: reason -> number of records."""
         return Counter(reason for reason in self.reasons if reason)
 
     @property
@@ -86,9 +86,10 @@ class Predictions:
         return np.full(len(self), np.nan) if self.labels else self.outputs[:, 0]
 
     def rows(self) -> Rows:
-        """Return one flat row for each record: "row" from 1, the carried columns, "prediction" and
-        "probability.LABEL", or "score", and "reason". A field is None if the record has no value
-        for it. Numbers are rounded to DIGITS significant digits."""
+        """Return one flat dict for each record. It has "row" (the record's number, from 1), the
+        carried columns, "prediction" and one "probability.LABEL" for each label ("score" instead,
+        for a reward head), and "reason". A field is None if the record has no value for it. Numbers
+        are rounded to DIGITS significant digits."""
         told = dict(zip(self.labels, self.names, strict=True))
         values = zip(self.predicted, self.probabilities, self.scores, self.reasons, strict=True)
         rows: Rows = []
@@ -106,15 +107,15 @@ class Predictions:
 
     def write(self, out: Path | str) -> Path:
         """Write `rows` to a .csv, .jsonl or .parquet file that only this user can read (0600), and
-        return its path. An existing file is replaced. Errors: ConfigError (another suffix),
-        InfrastructureError."""
+        return its path. An existing file is replaced. Errors: ConfigError if the file has another
+        suffix; InfrastructureError if it cannot be written."""
         out = check_out(out)
         return replace(out, WRITERS[out.suffix.lower()](self.rows()), private=True)
 
 
 def check_out(out: Path | str) -> Path:
     """Check that predictions can be written to a file with this name, and return its path. Errors:
-    ConfigError (a suffix other than .csv, .jsonl and .parquet, or a folder)."""
+    ConfigError if it is a folder, or its suffix is none of .csv, .jsonl and .parquet."""
     out = Path(out)
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"{out}: unsupported suffix", ", ".join(WRITERS), "choose another --out")
@@ -124,8 +125,8 @@ def check_out(out: Path | str) -> Path:
 
 
 def check_ids(columns: Sequence[str]) -> None:
-    """Check that no column to be copied from the records has the name of a column of the
-    predictions. Errors: ConfigError."""
+    """Check that the columns to be copied from the records can stand beside the predictions, i.e.
+    that none has the name of a column of the predictions. Errors: ConfigError if one has."""
     for column in columns:
         if column in ("row", "prediction", "score", "reason") or column.startswith(SHARE):
             raise ConfigError(

@@ -23,27 +23,30 @@ from fedtune.runs.run import Run
 def evaluate(
     run: Run, data: DataFile | Path | str, metric: str | None = None, choices: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure base and adapter of a finished run on a file of records.
+    """Measure a finished run's base, alone and with the adapter, on a file of records.
 
     Args:
-        data: the file and its columns; or its path alone, for the columns of the study.
-        metric, choices: by default the study's own.
+        data: the file, either as a DataFile with its columns, or as a path; then its columns are
+            those of the study's evaluation file.
+        metric, choices: what to measure, and the completions to choose from; by default the study's
+            own.
 
     Returns a dict:
 
     - metric: its name
     - records: how many records were measured
-    - rejected: reason -> the number of records that were left out for it
-    - cut: the number of records of which objective.max_length left something out
-    - before, after: the base's and the adapter's value of the metric and of "loss"
-    - interval: 95 % intervals of the metric: "before", "after" (Wilson's for a share of records,
-      else a bootstrap over records) and "change" (a paired bootstrap)
-    - gain: "records" and "change", as in report.json; for preference pairs also "pairs": their
-      loss, margin, KL and share by length (evaluation.pairs.pair_facts)
-    - verdict: whether the adapter is better than the base, in a sentence
-    - alarms: warnings against the adapter, a list of sentences
-    - of the run: its report's sentences on the gain over public text and on what is released, or a
-      personal model's mark; [] if there are none
+    - rejected: reason -> how many records were left out for this reason
+    - cut: how many records were cut off at objective.max_length
+    - before, after: for the base alone, and with the adapter, a dict of the metric and "loss"
+    - interval: three 95 % intervals of the metric: "before", "after" and "change". The first two
+      are Wilson's if the metric is a share of records, else from a bootstrap over records; "change"
+      is from a paired bootstrap
+    - gain: a dict of "records" and "change" (the interval above), as in report.json; for preference
+      pairs also "pairs": their loss, margin, KL and share by length (evaluation.pairs.pair_facts)
+    - verdict: a sentence that says whether the model is better with the adapter than without
+    - alarms: a list of sentences that warn of harm by the adapter; [] if there is none
+    - of the run: a list of sentences: those of the run's report on the gain over public text and on
+      what is released or, for a personal model, its mark; [] if there are none
 
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
@@ -83,9 +86,15 @@ def evaluate(
 def evaluator_of(
     run: Run, table: EvaluationTable, read: Callable[[Network], Dataset] | None = None
 ) -> tuple[Evaluator, Arrays]:
-    """Return an evaluator that measures models of a finished run's study, and the run's trained
-    arrays, which can be given to it. table: the records' file, metric and choices; read: as for
-    Evaluator, in place of the file. Errors: as for Evaluator; ModelError."""
+    """Prepare to measure models of a finished run's study on a file of records. Return two things:
+    an Evaluator, and the run's trained arrays, which the Evaluator's methods take as `adapter`.
+
+    - table: the records' file, the metric and the choices
+    - read: a function that is called with the network and returns the records, which replace those
+      of the file; None: the file is read
+
+    Errors: ConfigError if the metric does not fit the objective; DataError if the records cannot be
+    used; ModelError."""
     saved, study = run.adapter(), run.study
     changes: dict[str, Any] = {"evaluation": table}
     if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained
@@ -108,7 +117,7 @@ def with_columns_of(study: Study, data: Path) -> DataFile:
     """Describe the file `data` as one whose columns have the same names and uses as those of the
     study's evaluation file.
 
-    Errors: ConfigError if the study has no such file."""
+    Errors: ConfigError if the study has no evaluation file."""
     if study.evaluation is None:
         raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
     return DataFile(path=data, columns=study.evaluation.columns)

@@ -1,4 +1,5 @@
-"""Check that no record which trains or chooses a run's adapter is used to measure it."""
+"""Check that the records that train or choose a run's adapter are not among those by which it is
+measured."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from fedtune.core.errors import DataError
 
 
 def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
-    """Return the digests of all records' contents, by which a record is recognised in another file.
+    """Return a digest of each record's content, by which the same record is recognised in another
+    file. table: the file whose records are read.
 
     Errors: DataError."""
     records, _ = read_records(table, unit="record", labelled=True)
@@ -19,8 +21,8 @@ def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
 
 
 def taught_by(study: Study) -> PublicTable | None:
-    """Return the [public] table if the model learns from the answers in it before the first round
-    (start.steps, or start.head = "public"); else None."""
+    """Return the study's [public] table if the model learns, before the first round, from the
+    answers in it: if start.steps is above 0, or start.head is "public". Return None otherwise."""
     taught = study.start and (study.start.steps or study.start.head == "public")
     return study.public if taught else None
 

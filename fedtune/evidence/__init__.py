@@ -1,2 +1,2 @@
-"""Verify a run from its folder alone. This covers the signatures of the coordinator and of every
-site, and the logged steps from which ε is computed."""
+"""Verify a run by reading its folder alone: the signatures of the coordinator and of every site,
+and the logged steps from which ε is computed."""

@@ -11,13 +11,15 @@ HOME = Path("coordinator")  # the home's default place, beside the folder of run
 
 
 def home_beside(run: Path) -> Path:
-    """Return the path of the coordinator's home, beside the folder that holds `run`."""
+    """Return the path where the coordinator's home is expected: beside the folder that holds
+    `run`."""
     return run.absolute().parent.parent / HOME
 
 
 def coordinator_log(run: Path) -> AuditLog | None:
-    """Return the audit log in the coordinator's home beside the folder of runs. None if there is no
-    such home: `run` is a simulation, or a copy on another machine."""
+    """Return the audit log of the coordinator that made `run`; it is in the home beside the folder
+    of runs. Return None if there is no such home, since `run` is a simulation, or a copy on another
+    machine."""
     home = home_beside(run)
     key = home / "signing.key"
     return AuditLog(home, SigningKey.at(key)) if key.exists() else None

@@ -1,6 +1,7 @@
 """Check a run's report against the evidence that its sites signed.
 
-Errors: NotGenuine; malformed content may also raise any of MALFORMED."""
+Errors: NotGenuine. If the content is malformed, a function may instead raise any error of
+MALFORMED."""
 
 from __future__ import annotations
 
@@ -42,10 +43,14 @@ def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
 
 
 def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[str, Any], bytes]:
-    """Read a signed JSON file; return its content and its bytes.
+    """Read a signed JSON file. Return two things: its content, and its bytes. The signature is not
+    verified here.
 
-    form: the value that its "format" must have. most: the largest size in bytes.
-    Errors: NotGenuine if it is not canonical JSON of that format."""
+    - path: the file
+    - form: the value that the file must have under "format"
+    - most: the largest size in bytes
+
+    Errors: NotGenuine if the file is not canonical JSON of this format."""
     data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
     try:
         content = json.loads(data)
@@ -59,17 +64,17 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
 
 
 def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
-    """Check which model the report says is released: this must follow from the plan's rule and the
-    reported figures, and fit the signed files. Return TRAINED or START; "" if the plan leaves no
-    choice.
+    """Check which model the report says is released, the trained one or the public start. This must
+    follow from the plan's rule and the reported figures, and fit the signed files. Return this
+    model, as TRAINED or START; "" if the plan leaves no choice.
 
     - run: the run's folder
     - study: the run's plan
     - report: the content of report.json
     - files: the files that the run's signature covers, by their paths in the folder
 
-    If the public start is released, this cannot show that public text gives the weights in
-    adapter/: only the coordinator vouches for that.
+    If the public start is released, this check cannot show that the weights in adapter/ come from
+    public text alone: only the coordinator vouches for that.
 
     Errors: NotGenuine."""
     path, quality = run / "report.json", report.get("quality") or {}
@@ -108,20 +113,23 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
 
 
 def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
-    """Return the share of the sites' units that are in the classes `lacking`, of which the
-    selection records have no record; 0 if `lacking` is empty. The numbers of units are the report's
-    noised counts. quality: the report's table "quality"."""
+    """Return the share of the sites' units that are in the classes `lacking`; 0 if `lacking` is
+    empty. The numbers of units are the noised counts in the report.
+
+    - quality: the report's table "quality"
+    - lacking: the names of the classes to which no selection record belongs"""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
     total = sum(counts.values())
     return sum(counts[name] for name in lacking) / total if total else 0.0
 
 
 def headline(run: Path, report: dict[str, Any]) -> None:
-    """Check that report.json and report.md hold the sentences about quality that this release
-    writes for the report's figures. A report of another release, whose sentences differ, is not
-    checked.
+    """Check that report.json and report.md hold the sentences about quality that follow from the
+    report's figures. Only a report of this release is checked, since the sentences of another
+    release may differ.
 
-    Errors: NotGenuine."""
+    run: the run's folder, with report.md; report: the content of report.json. Errors: NotGenuine if
+    a sentence is missing or differs."""
     quality = report.get("quality") or {}
     if report.get("fedtune") != fedtune.__version__:
         return
@@ -142,14 +150,15 @@ DONE = {"update": ("trained", "masked"), "answer": ("answered", "answered")}
 def seals(
     run: Path, content: dict[str, Any], study: Study, coordinator: str, enrolled: bool
 ) -> dict[str, Events]:
-    """Verify the site's signature of every update and answer. Return kind ("update" or "answer") ->
-    site -> its newest step log.
+    """Verify the site's signature of every update and answer. Return the newest step logs: a dict
+    with the keys "update" and "answer", where each value maps a site to its step log of this work.
 
-    - run: the run's folder, for messages
+    - run: the run's folder, for the errors' texts
     - content: the content of evidence.json
     - study: the run's plan
     - coordinator: the public key that signed the run
-    - enrolled: whether the sites' messages must be sealed for that key; not so in a simulation
+    - enrolled: whether each message must be sealed for this key as its receiver; False for a
+      simulation
 
     Errors: NotGenuine."""
     events: dict[str, Events] = {"update": {}, "answer": {}}
@@ -191,7 +200,8 @@ def seals(
 
 
 def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
-    """Return whether the log `now` has all steps of the earlier log `before`, and further ones."""
+    """Return whether a site's step log `now` has all steps of its earlier step log `before`, and at
+    least one more."""
 
     def count_steps(log: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
         counts: Counter[tuple[Any, ...]] = Counter()
@@ -206,9 +216,9 @@ def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
 def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:
     """Check that the evidence holds every round of the plan (or its first rounds, if the plan may
     end early), and that in each round the report's participants are the sites that signed an
-    update. Return the number of updates.
+    update. Return the number of updates of all sites.
 
-    - run: the run's folder, for messages
+    - run: the run's folder, for the errors' texts
     - content: the content of evidence.json
     - study: the run's plan
     - report: the content of report.json
@@ -236,18 +246,19 @@ def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, A
 def count_absent(
     content: dict[str, Any], study: Study, events: dict[str, Events]
 ) -> dict[str, dict[str, Any]]:
-    """Count for each site what the evidence lacks: "rounds", the plan's rounds without an update of
-    the site, and "answers", the plan's queries without an answer. Sites that lack nothing are left
-    out.
+    """Count for each site what the evidence lacks of it. Return a dict from each site that lacks
+    something to a dict: "rounds" is the number of the plan's rounds without an update of the site,
+    "answers" the number of the plan's queries without its answer. A number of 0 is left out.
 
     - content: the content of evidence.json
     - study: the run's plan
-    - events: kind of work -> site -> its step log, as `seals` returns them
+    - events: a dict with the keys "update" and "answer"; each value maps a site to its step log of
+      this work, as `seals` returns them
 
-    If the plan states the number of rounds, "epsilon" and "answers_epsilon" are the ε that the
-    site's updates and answers cost if it took part in all of them: the evidence does not show
-    whether a site was away or its updates were left out. "epsilon" is left out where it would take
-    minutes to compute."""
+    If the plan states the number of rounds, the dict also has the ε that all updates ("epsilon")
+    and all answers ("answers_epsilon") of the site would cost. They matter since the evidence does
+    not show whether a site was away or somebody left its updates out. "epsilon" is left out where
+    it would take minutes to compute."""
     there: dict[str, Counter[str]] = {name: Counter() for name in events["update"]}
     for kind, entry in {(e["kind"], (e["site"], e["round"])) for e in content["updates"]}:
         there.setdefault(entry[0], Counter())[kind] += 1
@@ -267,11 +278,13 @@ def count_absent(
 def _of_all(
     study: Study, privacy: PrivacyTable, log: list[dict[str, Any]], rounds: int
 ) -> dict[str, float]:
-    """Compute the ε of all rounds of the plan ("epsilon") for a site whose steps are like those of
-    `log`, and of all its queries ("answers_epsilon"). "epsilon" is left out if there are more than
-    MOST_STEPS steps or it is above MOST_EPSILON, "answers_epsilon" if the plan has no queries.
+    """Compute which ε a site would have spent if it had taken part in everything. Return a dict:
+    "epsilon" is for all rounds of the plan, with steps like those of `log`; "answers_epsilon" is
+    for all queries. "epsilon" is left out if there are more than MOST_STEPS steps, or if it is
+    above MOST_EPSILON; "answers_epsilon" if the plan has no queries.
 
-    - study, privacy: the plan, and its table [privacy]
+    - study: the run's plan
+    - privacy: the plan's table [privacy]
     - log: the site's step log
     - rounds: the number of rounds that the plan states"""
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
@@ -293,16 +306,19 @@ def privacy(
     events: dict[str, Events],
 ) -> dict[str, Any]:
     """Compute ε from the sites' step logs, and check that the report states the same figures.
+    Return fields of verify.Verified as a dict.
 
-    - run: the run's folder, for messages
+    - run: the run's folder, for the errors' texts
     - study: the run's plan
     - report: the content of report.json
     - keys: site -> its public keys: "signing", and of an enrolled site "node" and "tls"
-    - events: kind of work -> site -> its step log, as `seals` returns them
+    - events: a dict with the keys "update" and "answer"; each value maps a site to its step log of
+      this work, as `seals` returns them
 
-    Returns fields of verify.Verified. There is always "sites", site -> its fingerprint and signing
-    key and, in a private study, its ε and steps. A private study also has "epsilon", "delta",
-    "unit", "with_queries" and "capped" and, with secure aggregation, "assumption" and "fallback".
+    The dict always has "sites": site -> a dict of its fingerprint and its signing key and, in a
+    private study, its ε and its number of steps. For a private study it also has "epsilon",
+    "delta", "unit", "with_queries" and "capped"; with secure aggregation also "assumption" and
+    "fallback".
 
     Errors: NotGenuine."""
     path = run / "report.json"
@@ -356,10 +372,12 @@ def _logs(
 ) -> None:
     """Check that every step log belongs to this plan, and that its ε can be computed in seconds.
 
-    - run: the run's folder, for messages
-    - study, privacy: the plan, and its table [privacy]
-    - rounds: the number of rounds in the report, for a plan that states none
-    - events: kind of work -> site -> its step log
+    - run: the run's folder, for the errors' texts
+    - study: the run's plan
+    - privacy: the plan's table [privacy]
+    - rounds: the number of rounds in the report; used if the plan states no number
+    - events: a dict with the keys "update" and "answer"; each value maps a site to its step log of
+      this work
 
     Errors: NotGenuine."""
     training = study.training
@@ -400,7 +418,8 @@ def _logs(
 
 
 def _is_rate(study: Study, rate: float) -> bool:
-    """Return whether there is a declared size for which the plan gives this sampling rate."""
+    """Return whether a step log's sampling rate fits the plan, i.e. whether there is a declared
+    size of a site for which the plan gives this rate. study: the run's plan."""
     if study.training.sampling_rate is not None:
         return math.isclose(rate, study.training.sampling_rate, rel_tol=SAME)
     assert study.training.expected_batch is not None  # Study: exactly one given
@@ -409,25 +428,26 @@ def _is_rate(study: Study, rate: float) -> bool:
 
 
 def _log(run: Path, name: str, log: list[dict[str, Any]], agreed: Agreed) -> None:
-    """Refuse a step log that does not belong to the plan.
+    """Check that a site's step log belongs to the plan.
 
-    - run, name: the run's folder and the site, for the message
+    - run, name: the run's folder and the site's name, for the error's text
     - log: the site's step log
-    - agreed: the plan's terms for its steps
+    - agreed: what the plan lays down for the site's steps
 
-    Errors: NotGenuine."""
+    Errors: NotGenuine if it does not."""
     if why := step_summary.objection(log, agreed):
         fail(f"{run / EVIDENCE}, {name[:64]!r}", why)
 
 
 def _refuse_uncomputable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
-    """Refuse a log for which the accountant would take minutes or more.
+    """Check that the ε of a step log can be computed in seconds: that it has not too many steps,
+    and not too large an ε.
 
-    - run, name: the run's folder and the site, for the message
+    - run, name: the run's folder and the site's name, for the error's text
     - log: the site's step log
-    - least: a lower bound on its ε
+    - least: a lower bound on the log's ε
 
-    Errors: NotGenuine."""
+    Errors: NotGenuine if it would take minutes or more."""
     where, sampled = f"{run / EVIDENCE}, {name[:64]!r}", any(e["q"] < 1 for e in log)
     if sampled and sum(e["steps"] for e in log) > MOST_STEPS:
         fail(where, "its step log has too many steps to account for", f"at most {MOST_STEPS:,}")
@@ -443,13 +463,15 @@ def _fallback(
     privacy: PrivacyTable,
     log: list[dict[str, Any]],
 ) -> None:
-    """Check the report's statements about secure aggregation: the number of sites, the number of
-    colluding sites for which ε holds, and σ and ε of the site's own noise alone.
+    """Check what the report states about secure aggregation: the number of sites, up to how many
+    colluding sites ε holds, and σ and ε by the site's own noise alone.
 
-    - path: report.json, for messages
-    - name: the site, or "the run", for messages
-    - said: the report's table "secure_aggregation" about it; must be None if the plan has none
-    - study, privacy: the plan, and its table [privacy]
+    - path: the path of report.json, for the errors' texts
+    - name: the site's name, or "the run", for the errors' texts
+    - said: the report's table "secure_aggregation" about this site or the run; it must be None if
+      the plan has no secure aggregation
+    - study: the run's plan
+    - privacy: the plan's table [privacy]
     - log: the site's step log; for the run, that of the site with the largest ε
 
     Errors: NotGenuine."""
@@ -467,12 +489,13 @@ def _fallback(
 def _queries(
     path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable
 ) -> float | None:
-    """Check the report's statements about private evaluation against the sites' signed answers.
-    Return the largest ε of a site's training and answers together; None if no site answered.
+    """Check what the report states about private evaluation against the sites' signed answers.
+    Return the largest ε that a site's training and answers cost together; None if no site answered.
 
-    - path: report.json, for messages
-    - said: the report's table "evaluation" under "privacy"; None if it has none
-    - events: kind of work -> site -> its step log
+    - path: the path of report.json, for the errors' texts
+    - said: the table "evaluation" in the report's table "privacy"; None if there is none
+    - events: a dict with the keys "update" and "answer"; each value maps a site to its step log of
+      this work
     - privacy: the plan's table [privacy]
 
     Errors: NotGenuine."""
@@ -493,15 +516,17 @@ def _queries(
 
 
 def _cap(study: Study, privacy: PrivacyTable) -> float:
-    """Return the most ε that the plan lets one unit spend over all rounds of a study without a last
-    round; a site leaves out a unit that has reached it. Return infinity if the plan sets no such
-    bound."""
+    """Return how much ε the plan lets one unit spend over all rounds of a study without a last
+    round. A site leaves out a unit that has reached this bound. Return infinity if the plan sets no
+    such bound. study: the run's plan; privacy: its table [privacy]."""
     return privacy.epsilon if study.continuous and privacy.epsilon is not None else math.inf
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
-    """Compute the ε that one unit of a site has spent at most. Return it, and whether it is the
-    plan's bound for one unit (`_cap`), because all steps in the log together would cost more."""
+    """Compute the largest ε that one unit of a site can have spent. Return two things: this ε, and
+    whether it is the plan's bound for one unit (`_cap`), because all steps in the log together
+    would cost more. log: the site's step log; study: the run's plan; privacy: the plan's table
+    [privacy]."""
     cap, shares = _cap(study, privacy), noise_shares(study)
     if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True
@@ -510,14 +535,21 @@ def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> 
 
 
 def _bound_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Return a lower bound on the ε of a site's steps. Unlike ε itself, it is computed in a time
-    that grows neither with the number of steps nor with ε. shares: as for `_steps_epsilon`."""
+    """Return a lower bound on the ε of a site's steps. The time that this takes grows neither with
+    the number of steps nor with ε, unlike the time for ε itself.
+
+    - log: the site's step log
+    - privacy: the plan's table [privacy]
+    - shares: how many sites' noise adds up in the released sum; 1: the site's own noise alone"""
     return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
 
 def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the released
-    sum; 1 for the site's own noise alone."""
+    """Compute the ε of a site's steps.
+
+    - log: the site's step log
+    - privacy: the plan's table [privacy]
+    - shares: how many sites' noise adds up in the released sum; 1: the site's own noise alone"""
     return epsilon(_steps(log, shares), privacy.delta)
 
 
@@ -526,10 +558,11 @@ def _steps(log: list[dict[str, Any]], shares: int) -> list[Steps]:
 
 
 def _agree(path: Path, what: str, said: Any, computed: float) -> None:
-    """Check that a stated figure is a number, and equal to the computed one up to SAME.
+    """Check that a stated figure is a number, and equals the computed one up to the relative error
+    SAME.
 
-    - path: the file with the statement, for messages
-    - what: the figure's name, for messages
+    - path: the file with the statement, for the error's text
+    - what: the figure's name, for the error's text
     - said: the figure as the file states it, of any type
     - computed: the figure as it follows from the sites' step logs
 
@@ -544,9 +577,9 @@ def _agree(path: Path, what: str, said: Any, computed: float) -> None:
 
 
 def _require_equal(path: Path, what: str, said: Any, proven: Any) -> None:
-    """Check that a stated value is equal to the proven one.
+    """Check that a stated value equals the one that the signatures prove.
 
-    - path, what: the file with the statement and the value's name, for messages
+    - path, what: the file with the statement, and the value's name, for the error's text
     - said: the value as the file states it, of any type
     - proven: the value as it follows from the plan and what the sites signed
 

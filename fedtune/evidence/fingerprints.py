@@ -1,8 +1,8 @@
 """Compute the fingerprints that people read to each other by phone: of a site, a site's peer, an
 approver and a consortium.
 
-Guarantee: a fingerprint is 80 bits of SHA-256 over keys and name, so nobody can find other keys or
-another name with the same fingerprint (second preimage).
+Guarantee: a fingerprint is 80 bits of SHA-256 over keys (that of a site also over its name), so
+nobody can find other keys or another name with the same fingerprint (second preimage).
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ PURPOSE = b"fedtune enrolment\0"
 
 
 def of_consortium(ca: str, coordinator: str) -> str:
-    """Compute the consortium's fingerprint from its CA's certificate (PEM; "" in a simulation)
-    and its coordinator's signing key."""
+    """Compute a consortium's fingerprint.
+
+    - ca: the certificate of its CA (PEM); "" in a simulation
+    - coordinator: the public key with which its coordinator signs, in hexadecimal"""
     return _fingerprint({"ca": ca, "coordinator": coordinator})
 
 
 def of_site(name: str, node: str, tls: str, signing: str) -> str:
-    """Compute a site's fingerprint from its name and three keys. Every enrolment request with the
-    same name and keys has the same fingerprint.
+    """Compute a site's fingerprint from its name and three keys. The same name and keys always give
+    the same fingerprint.
 
     - name: the site's name, as it enrols
     - node: the public key of its Flower node (PEM)
@@ -33,9 +35,9 @@ def of_site(name: str, node: str, tls: str, signing: str) -> str:
 
 
 def of_peer(signing: str) -> str:
-    """Compute the fingerprint that a site's peers pin, from its public signing key (hexadecimal)
-    alone. The name is left out, since a site that shares noise with a peer needs to know only the
-    peer's key.
+    """Compute the fingerprint by which a site is known to the sites that share noise with it. It
+    depends on the site's key alone and not on its name, since those sites need to know only the
+    key. signing: the site's public signing key, in hexadecimal.
 
     >>> of_peer("00" * 32)
     '88d8 ab30 924b 8a69 eae4'
@@ -44,13 +46,14 @@ def of_peer(signing: str) -> str:
 
 
 def of_approver(signing: str) -> str:
-    """Compute the fingerprint of an approver of a release from the public key (hexadecimal)."""
+    """Compute the fingerprint of a person or site that approves a dossier. signing: the public key
+    that signs the approval, in hexadecimal."""
     return _fingerprint({"approver": signing})
 
 
 def match_fingerprints(first: str, second: str) -> bool:
-    """Return whether two fingerprints are equal, as people write them: in groups, with spaces or
-    dashes, in small letters or capitals."""
+    """Return whether two fingerprints are equal, however people wrote them: in groups with spaces
+    or dashes, in small letters or capitals."""
     return _digits(first) == _digits(second)
 
 

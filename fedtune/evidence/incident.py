@@ -1,16 +1,16 @@
-"""After an incident, keep evidence of who did what, in a folder that nobody can change unnoticed.
+"""Keep evidence after an incident, which shows who did what: copy a site's or a coordinator's files
+into a folder that nobody can change unnoticed.
 
     DIR/…                copies of the files below, each 0400
     DIR/manifest.json    when, by whom, sha256 and size of every copy, signed by the role's key
 
-No record text, key, salt or proxy's password is copied. Nor is the vault's own log, in which a
-library may quote a record. Without the salt the ledger's entries name nobody, but they show,
-without noise, how many arrivals and withdrawals were entered. A hospital's home is copied whole,
-with every membership.
-Guarantee: `check` finds every copy that was changed, added or taken out, unless whoever did this
-has the role's key. So let somebody else note the digest of the manifest, which `Kept` holds.
-A damaged ledger or audit log is kept as it is, as far as it can be read. The manifest and a warning
-say so.
+These are not copied: texts of records, keys, the salt, the proxy's password, and the vault's own
+log, in which a library may quote a record. Without the salt the ledger's entries name nobody, but
+they show, without noise, how many arrivals and withdrawals were entered. Of a hospital's home, the
+files of every membership are copied. Guarantee: `check` finds every copy that was changed, added or
+taken out, unless whoever did this has the role's key, i.e. the site's or coordinator's signing key.
+So let somebody else note the digest of the manifest, which `Kept` holds. A damaged ledger or audit
+log is kept as far as it can be read; the manifest and a warning say so.
 
 Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`."""
 
@@ -64,14 +64,15 @@ OF_A_RUN = (
 
 @dataclass(frozen=True)
 class Kept:
-    """Evidence that was kept, and that `check` found unchanged.
+    """Describes evidence that was kept, and that `check` found unchanged.
 
-    - folder, files: where it lies, and the number of its files
+    - folder, files: the folder in which it lies, and the number of its files
     - noticed: when somebody became aware of the incident
-    - notify: the time 72 hours after that, until when a controller has to report a breach (GDPR)
+    - notify: 72 hours after `noticed`, the time until which a controller has to report a breach
+      (GDPR)
     - made, by: when the evidence was kept, and by whom
-    - signer: the public key of the site or coordinator
-    - digest: sha256 of the manifest, to be noted elsewhere"""
+    - signer: the public key of the site or coordinator that signed the manifest
+    - digest: sha256 of the manifest, which somebody else should note"""
 
     folder: Path
     noticed: str
@@ -84,15 +85,15 @@ class Kept:
 
 
 def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
-    """Keep a site's evidence in the new folder `to`.
+    """Copy a site's evidence into the new folder `to`, and return a Kept, which describes it.
 
     - site: the site, with its state folder and the home of its ledger
     - to: the folder, which must not exist
     - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
     - run: the folder of a coordinator's run, as it was handed over; None for no run
 
-    Errors: InputError (`to` exists, `noticed` is no time, no such run), ConfigError (no ledger, or
-    no signing key), InfrastructureError."""
+    Errors: InputError if `to` exists, `noticed` is no time, or there is no such run; ConfigError if
+    the site has no ledger or no signing key; InfrastructureError."""
     home, state = site.home, site.site.state
     if not traces(home):
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
@@ -108,15 +109,16 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
-    """Keep a coordinator's evidence in the new folder `to`.
+    """Copy a coordinator's evidence into the new folder `to`, and return a Kept, which describes
+    it.
 
     - home: the coordinator's home, with its signing key
     - to: the folder, which must not exist
     - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
     - run: the folder of one of the coordinator's runs; None for no run
 
-    Errors: InputError (`to` exists, `noticed` is no time, no such run), ConfigError (no signing
-    key), InfrastructureError."""
+    Errors: InputError if `to` exists, `noticed` is no time, or there is no such run; ConfigError if
+    the home has no signing key; InfrastructureError."""
     path = home / "signing.key"
     if not path.exists():
         raise ConfigError(f"{home}: no signing key here", "a site.toml, or a coordinator's home")
@@ -133,15 +135,16 @@ def _keep(
     key: SigningKey,
     home: Path | None,
 ) -> Kept:
-    """Copy evidence into the new folder `to`, write its signed manifest, and return the result of
-    checking it.
+    """Copy evidence into the new folder `to`, and write its signed manifest. Return a Kept, the
+    result of checking the folder.
 
     - to: the new folder
-    - noticed: UTC, as for `keep_of_site`; "" for now
+    - noticed: when somebody became aware of the incident, UTC, as 2026-03-01T09:30:00Z; "" for now
     - run: the folder of a run whose files are kept too; None for no run
-    - folders: name of a folder in `to` -> the folder to copy from, and the patterns of the files
+    - folders: name of a folder in `to` -> a pair: the folder to copy from, and the patterns of the
+      files to copy
     - found: path in `to` -> a single file to copy; the files of `folders` are added to it
-    - key: the role's key, which signs the manifest
+    - key: the signing key of the site or coordinator; it signs the manifest
     - home: the folder of a site's ledger; None for a coordinator"""
     if os.path.lexists(to):
         raise InputError(
@@ -195,9 +198,12 @@ def _keep(
 
 
 def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
-    """Copy the entries of the ledger in `home` to the file `to`, and return the hash of the newest
-    one. Of a damaged ledger, copy the rows that can be read, add a text on the damage to the list
-    `damaged`, and return ""."""
+    """Copy the entries of a ledger, and return the hash of its newest entry. If the ledger is
+    damaged, copy the rows that can be read, add a text on the damage to `damaged`, and return "".
+
+    - home: the folder of the ledger
+    - to: the file to which the entries are copied
+    - damaged: a list of texts, which this function may extend"""
     try:
         book = Ledger(home)
     except NoRoom:
@@ -219,17 +225,18 @@ def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
 
 
 def _has_rows(path: Path) -> bool:
-    """Return whether the file `path`, a copy of a ledger that may have broken off, holds at least
-    one entry."""
+    """Return whether a copy of a ledger holds at least one entry; copying may have broken off
+    before. path: the file of the copy."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as copy:
         return bool(copy.execute("SELECT EXISTS (SELECT 1 FROM entries)").fetchone()[0])
     return False
 
 
 def check(folder: Path, signer: str = "") -> Kept:
-    """Check that kept evidence is as it was signed, and return what its manifest says. signer: the
-    public key that must have signed it; "" for the key that the manifest names. Errors:
-    NotGenuine."""
+    """Check that kept evidence is as it was signed, and return a Kept, i.e. what its manifest says.
+    folder: where the evidence lies; signer: the public key that must have signed it, or "" for the
+    key that the manifest names. Errors: NotGenuine if a copy was changed, added or taken out, or
+    the signature does not fit."""
     facts = reading.json_in(folder / MANIFEST, "evidence that fedtune kept", kind=NotGenuine)
     content = {name: value for name, value in facts.items() if name != "signature"}
     try:

@@ -19,7 +19,8 @@ FOLDER = "personal"  # in a site's state folder
 
 
 class NeverLeaves(Refused):
-    """Raised when a function that makes something for others is given a site's personal model."""
+    """Raised when a function that makes something for others is given a site's personal model,
+    which must not leave the site."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -40,7 +41,8 @@ def is_sealed(path: Path) -> bool:
 
 
 def refuse_personal(path: Path | str) -> None:
-    """Refuse a sealed personal model, or a folder that holds one. Errors: NeverLeaves."""
+    """Raise NeverLeaves if `path` is a site's sealed personal model, or a folder that holds one;
+    otherwise do nothing."""
     place = Path(path)
     if is_sealed(place) or (os.path.isdir(place) and any(map(is_sealed, place.glob(f"*{SUFFIX}")))):
         raise NeverLeaves(str(place))

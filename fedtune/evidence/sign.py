@@ -1,4 +1,4 @@
-"""Sign a run: the sites' evidence, the figures and the adapter, under one signature.
+"""Sign a finished run: put the sites' evidence, the figures and the adapter under one signature.
 
     RUN/evidence.json    the site's seal and step log of every update that was counted
     RUN/signature.json   sha256 of the folder's files, signed by the coordinator's key
@@ -41,16 +41,18 @@ def sign(
     registry: Mapping[str, Mapping[str, str]],
     history: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write evidence.json and signature.json.
+    """Sign a run: write evidence.json and signature.json into its folder.
 
     - run: the run's folder, which holds all other files already
     - study: the run's plan
-    - key, ca: the coordinator's signing key, and the consortium's CA (PEM; "" in a simulation)
+    - key: the coordinator's signing key
+    - ca: the certificate of the consortium's CA (PEM); "" in a simulation
     - keys: site -> its public signing key
     - registry: admitted site -> its other two public keys, "node" and "tls"
-    - history: the rounds, with the sites' signed evidence
+    - history: an entry for each round, with the sites' signed messages under "evidence" (updates)
+      and "query_evidence" (answers)
 
-    Errors: InfrastructureError."""
+    Errors: InfrastructureError if a file cannot be written."""
     sites = {name: {**registry.get(name, {}), "signing": keys[name]} for name in sorted(keys)}
     content = {
         "format": FORMAT,
@@ -63,10 +65,11 @@ def sign(
 
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
-    """Write signature.json, which covers the present content of the folder's files. ca: the
-    certificate of the consortium's CA (PEM); "" for a simulation.
+    """Write signature.json, which signs the files of a run's folder as they are now. key: the
+    coordinator's signing key; ca: the certificate of the consortium's CA (PEM); "" for a
+    simulation.
 
-    Errors: InfrastructureError."""
+    Errors: InfrastructureError if the file cannot be written."""
     files = {name: sha256(run / name) for name in list_covered(run)}
     sizes = {name: (run / name).stat().st_size for name in files}
     signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": files, "sizes": sizes}
@@ -89,9 +92,9 @@ def sha256(path: Path) -> str:
 
 
 def list_covered(run: Path) -> list[str]:
-    """List the files that a signature must cover: the files named in FILES that exist; all files of
-    the adapter or, in a continuous study, of all versions; and, if the public start is released,
-    the files of the trained adapter."""
+    """List the files that a run's signature must cover, by their paths in the run's folder. These
+    are the files named in FILES, if they exist; all files of the adapter or, in a continuous study,
+    of all versions; and, if the public start is released, the files of the trained adapter."""
     inside = run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)
     trained = run / TRAINED
     paths = [*sorted(inside.rglob("*")), trained, *sorted(trained.rglob("*"))]
@@ -102,8 +105,8 @@ def list_covered(run: Path) -> list[str]:
 
 
 def carry(run: Path, into: Path) -> None:
-    """Copy a run's signed files and its signature to the folder RUN in `into`, an exported
-    model."""
+    """Copy a run's signed files and its signature into an exported model or a dossier. into: the
+    folder of the model or dossier; the copies lie in the folder RUN in it."""
     for name in (*list_covered(run), SIGNATURE):
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)

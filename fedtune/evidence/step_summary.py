@@ -1,4 +1,5 @@
-"""Parse a site's summary of its step log, as it crosses the wire, and check it against the plan."""
+"""Parse the summary of its step log that a site sends to the coordinator, and check it against the
+plan."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ KINDS = 4  # kinds of steps in a log: a plan has one, but a new release in mid-s
 
 @dataclass(frozen=True)
 class Agreed:
-    """The plan's terms for a site's noised steps, which its step log must fit.
+    """What the plan lays down for a site's noised steps. The site's step log must fit it.
 
     - sampling_rate: the rate at which a step draws records or units
     - noise_multiplier: σ of the noise that the site itself adds
@@ -31,8 +32,9 @@ class Agreed:
 
 
 def parse(text: Any) -> list[dict[str, Any]]:
-    """Parse a summary (JSON): a list of {sigma, q, max_grad_norm, records, steps}, one for each
-    kind of step.
+    """Parse the summary of a site's step log, a JSON text. Return a list with a dict for each kind
+    of step, with the keys sigma, q (the sampling rate), max_grad_norm, records (the most that count
+    of one unit) and steps (their number).
 
     Errors: ValueError, TypeError, KeyError, ArithmeticError or RecursionError if it is not a
     summary."""
@@ -51,9 +53,12 @@ def parse(text: Any) -> list[dict[str, Any]]:
 
 
 def objection(log: Sequence[Mapping[str, Any]], agreed: Agreed) -> str:
-    """Return why a site's step log does not belong to the plan; "" if it does. agreed: the plan's
-    terms. No ε is computed, and the time that this takes does not depend on the numbers in the
-    log."""
+    """Check whether a site's step log belongs to the plan. Return "" if it does, else the reason
+    why not. No ε is computed, and the time that this takes does not depend on the numbers in the
+    log.
+
+    - log: the step log, as `parse` returns it
+    - agreed: what the plan lays down for the site's steps"""
     for event in log:
         same = (
             math.isclose(event["q"], agreed.sampling_rate, rel_tol=1e-9)

@@ -36,8 +36,7 @@ class Told:
 
     - file: the name of its file
     - site: the site that signed it; "" if it is not known who did
-    - decision, time: what the site decided, and when; both are "" in a statement that does not
-      count
+    - decision, time: what the site decided, and when; both are "" if the statement does not count
     - problem: why the statement does not count for this model; "" if it counts"""
 
     file: str
@@ -48,16 +47,18 @@ class Told:
 
 
 def digest_of_adapter(run: Path) -> str:
-    """Compute a digest of the files of a run's adapter. Errors: OSError."""
+    """Compute a digest over all files of a run's adapter, in hexadecimal. Errors: OSError if one
+    cannot be read."""
     files = {p.name: sha256(p) for p in sorted((run / ADAPTER).iterdir()) if p.is_file()}
     return hashlib.sha256(canonical(files)).hexdigest()
 
 
 def state(record: dict[str, Any], key: SigningKey) -> bytes:
-    """Compose and sign a site's statement of a decision. Return the content of its file, which is
-    canonical JSON.
+    """Compose and sign the statement of a site's decision about a model. Return the content of the
+    statement's file, canonical JSON.
 
-    - record: the stored decision, of which site, decision, time and the model's digests are used
+    - record: the decision as the site stored it; site, decision, time and the model's digests are
+      used
     - key: the site's signing key"""
     model = record["model"]
     body = {
@@ -73,8 +74,9 @@ def state(record: dict[str, Any], key: SigningKey) -> bytes:
 
 
 def read_told(run: Path) -> list[Told]:
-    """Read the sites' statements about a run's model, sorted by the site's name; [] if there are
-    none. A statement that does not count is in the list too, with the reason."""
+    """Read the sites' statements about a run's model. Return them sorted by the site's name; [] if
+    there are none. A statement that does not count is in the list too, with the reason in its
+    `problem`."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
@@ -90,11 +92,12 @@ def read_told(run: Path) -> list[Told]:
 
 
 def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
-    """Read one site's statement. If it does not count, the result's `problem` says why.
+    """Read one site's statement about a run's model. If it does not count, the `problem` of the
+    result says why.
 
     - path: the statement's file
-    - plan, adapter: the digests of the run's plan and of its adapter, which it must name
-    - keys: site -> the public key that signed its updates"""
+    - plan, adapter: the digests of the run's plan and of its adapter, which the statement must name
+    - keys: site -> the public key that signed the site's updates"""
     try:
         content, _ = signed_json(path, FORMAT)
     except NotGenuine:

@@ -57,34 +57,42 @@ LARGE = 1 << 28  # bytes of evidence.json
 class Verified:
     """The result of verifying a run's folder.
 
+    - study, plan: the study's name, and the digest of its plan
+    - private: whether the study trained with differential privacy
     - signer: the fingerprint of the key and CA that signed, which a consortium's coordinator reads
       out
     - trusted: whether `signer` is a consortium's and equals the fingerprint that the caller gave;
       this proves something only if the caller did not take that fingerprint from this folder
     - simulated: whether the signature names no consortium's CA, so that no institution vouches for
       the run
-    - sites: each site's fingerprint ("" if it never enrolled), steps and ε
+    - sites: site -> a dict of its fingerprint ("" if it never enrolled) and signing key and, in a
+      private study, its number of steps and its ε
     - epsilon: the largest ε of a site's updates, without its answers to queries; None without
       privacy
     - with_queries: the largest ε of a site's updates and answers together, which holds for a
       patient who is also among the held-out records; None if no query was made
+    - delta, unit: δ and the unit of privacy ("patient" or "record") for which ε holds; None and ""
+      without privacy
+    - updates, files: how many updates of sites the evidence holds, and how many files are signed
     - fallback, assumption: with secure aggregation, the largest ε by a site's own noise alone, and
       the assumption under which `epsilon` holds
     - not_signed: files in the folder that the signature does not cover
-    - declared: sites whose data the report calls public or generated
-    - free_query: sites at which, by the report, a query or a view selects the records, which ε does
-      not cover
+    - declared: site -> what kind of data the report says it has, of the sites whose data it calls
+      public or generated
+    - free_query: sites at which, by the report, a query or a view of a database selects the
+      records; ε does not cover this selection
     - exported: whether the run was found inside an exported model, whose weights nobody signed
-    - capped: whether ε is the plan's bound for one patient, at which the sites leave a patient out,
-      and not the ε of all steps together
-    - released: "trained" or "start" (the public start) if the plan lets the better of both be
-      released; after "start", trained/ holds the trained model
-    - verdicts: for a study without a last round, verdict -> number of versions, computed again from
-      their comparisons
-    - absent: site -> the number of the plan's rounds and queries of which the evidence has no
-      update or answer of the site, because it was away or somebody left them out, and the ε that it
-      would have with all of them
-    - dossier: for a dossier, when it was made, its files, and who approved it"""
+    - capped: whether `epsilon` is the plan's bound for one patient instead of the ε of all steps
+      together; the sites leave out a patient who has reached this bound
+    - released: which model is released, if the plan leaves a choice: "trained", or "start" for the
+      public start; then trained/ holds the trained model. "" if it leaves none
+    - verdicts: for a study without a last round, verdict -> how many versions have it; each verdict
+      was computed again from the version's comparison, if that is stored
+    - absent: site -> a dict of the number of rounds and of queries for which the evidence has no
+      update or answer of the site, since it was away or somebody left them out, and of the ε that
+      the site would have with all of them
+    - dossier: for a dossier, a dict that says when it was made, which files it has, and who
+      approved it"""
 
     study: str
     plan: str
@@ -113,15 +121,15 @@ class Verified:
 
 
 def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, the run inside an exported model, or a dossier. Every signature and every
-    digest is checked, and ε is computed from the step logs; in a dossier, each figure and every
-    approval is checked too.
+    """Verify a run, the run inside an exported model, or a dossier, and return what was found.
+    Every signature and every digest is checked, and ε is computed from the step logs. In a dossier,
+    each figure and every approval is checked too.
 
     - run: the folder of the run, the exported model or the dossier
     - trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
-      accepted, and `signer` of the result names the one found
-    - sites: site -> the fingerprint that it read out; None, and a site that is not named: its keys
-      are not compared
+      accepted, and `signer` of the result names it
+    - sites: site -> the fingerprint that it read out. The keys of a site that is not named are not
+      compared; None: no keys are
 
     >>> import fedtune
     >>> fedtune.verify_run("runs/none")
@@ -129,9 +137,9 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Errors: NotGenuine (no signed folder, or a file, a signature or a figure that does not fit),
-    Refused (the signer is not `trust`, or a site's keys do not fit `sites`), InputError (no plan),
-    ConfigError (a malformed plan)."""
+    Errors: NotGenuine if the folder is not signed, or a file, a signature or a figure does not fit;
+    Refused if another than `trust` signed, or a site's keys do not fit `sites`; InputError if there
+    is no plan; ConfigError if the plan is malformed."""
     if any(os.path.lexists(Path(run) / name) for name in DOSSIER):
         from fedtune.evidence.dossier.check import check
 
@@ -140,8 +148,14 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, or the run inside an exported model, but no dossier. Parameters, result and
-    errors are as for `verify`."""
+    """Verify a run, or the run inside an exported model, and return what was found. Unlike
+    `verify`, this accepts no dossier; its errors are the same.
+
+    - run: the folder of the run or of the exported model
+    - trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
+      accepted
+    - sites: site -> the fingerprint that it read out. The keys of a site that is not named are not
+      compared; None: no keys are"""
     run, signed, exported = _open_run(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
     if trust and not fingerprints.match_fingerprints(trust, name):
@@ -187,8 +201,9 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
 
 
 def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
-    """Find the run in `path`: `path` itself, or a folder in it if it is an exported model. Return
-    the run's folder, its signature, and the model's folder (None for a run)."""
+    """Find the run in `path`, which is either a run's folder or an exported model with a run's
+    folder in it. Return three things: the run's folder, the content of its signature, and the
+    model's folder (None for a run)."""
     inner = path / RUN
     names = ("plan.json", ADAPTER, SIGNATURE, EVIDENCE)
     exported = inner.is_dir() and not any(os.path.lexists(path / name) for name in names)
@@ -199,8 +214,9 @@ def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    """Read and return report.json. It must have the canonical form, since a key could otherwise
-    occur twice, and readers would differ about its value. Errors: NotGenuine."""
+    """Read a run's report.json and return its content. The file must be written in the canonical
+    form: otherwise a key could occur twice, and readers could differ about its value. Errors:
+    NotGenuine."""
     report = read_report(run)
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     if reading.text(run / "report.json", "the report of a run", TODO, NotGenuine) != text:
@@ -209,8 +225,9 @@ def _report(run: Path) -> dict[str, Any]:
 
 
 def _link(run: Path, report: dict[str, Any]) -> None:
-    """Check that the link adapter/ of a continuous study leads to the version that the report
-    states to be in use."""
+    """Check that, in a continuous study, the link adapter/ leads to the version that the report
+    states to be in use. In any other study adapter/ must not be a link. run: the run's folder;
+    report: the content of report.json. Errors: NotGenuine."""
     link, table = run / ADAPTER, report.get("continuous")
     if link.is_symlink() or table is not None:
         number = table.get("version in use") if isinstance(table, dict) else None
@@ -219,12 +236,13 @@ def _link(run: Path, report: dict[str, Any]) -> None:
 
 
 def key_of(run: Path) -> tuple[SigningKey, str] | None:
-    """Return the coordinator's key that signed a run, which is read from the home beside the folder
-    of runs, and the CA's certificate (PEM) in the signature. Return None if there is no such home,
-    the home's key is another one, or the run does not verify.
+    """Verify a run, and return the coordinator's key that signed it, so that the run can be changed
+    and signed again. It is returned with the certificate of the consortium's CA (PEM) in the run's
+    signature. Return None if there is no coordinator's home beside the folder of runs, if that home
+    has another key, or if the run does not verify.
 
-    To change a signed run and sign it again, call this before the change, so that only a run that
-    verified is signed again. Errors: InfrastructureError (the key cannot be read)."""
+    Call this before the change, so that only a run that verified is signed again. Errors:
+    InfrastructureError if the key cannot be read."""
     path = home_beside(run) / "signing.key"
     if not path.exists():
         return None
@@ -238,16 +256,16 @@ def key_of(run: Path) -> tuple[SigningKey, str] | None:
 
 
 def certificate_of(run: Path) -> tuple[str, str]:
-    """Verify only the signature in signature.json, not the files. Return the public key that signed
-    (hexadecimal) and the certificate of the CA that signature.json names (PEM; "" in a simulation).
-    Errors: NotGenuine."""
+    """Verify only the signature in signature.json, not the files that it covers. Return two things:
+    the public key that signed, in hexadecimal, and the certificate of the CA that signature.json
+    names (PEM; "" in a simulation). Errors: NotGenuine."""
     signed = _signature(run)
     return signed["coordinator"], signed["ca"]
 
 
 def signer(run: Path) -> str:
-    """Return the fingerprint of the signer that signature.json names, without verifying it; "" if
-    the run is not signed."""
+    """Return the fingerprint of the signer whom signature.json names. The signature is not
+    verified. Return "" if the run is not signed."""
     try:
         content = signed_json(run / SIGNATURE, FORMAT)[0]
         return fingerprints.of_consortium(str(content["ca"]), str(content["coordinator"]))
@@ -256,9 +274,9 @@ def signer(run: Path) -> str:
 
 
 def check_signed(run: Path) -> None:
-    """Verify a run or a dossier that has a signature; accept a run or a dossier without one.
+    """Verify a run or a dossier if it has a signature; accept one without a signature as it is.
 
-    Errors: NotGenuine; NeverLeaves (a site's personal model)."""
+    Errors: NotGenuine; NeverLeaves if it is a site's personal model."""
     refuse_personal(run)
     if is_signed(run) or (run / DOSSIER[0]).exists():
         verify(run)
@@ -292,10 +310,14 @@ def _signature(run: Path) -> dict[str, Any]:
 
 
 def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the signed files are present and unchanged, and that the folder has no other file
-    which a signature would have to cover.
+    """Check that the files that a run's signature covers are present and unchanged, and that the
+    folder has no further file that a signature would have to cover.
 
-    files, sizes: file -> sha256, and size in bytes. Errors: NotGenuine."""
+    - run: the run's folder
+    - files: path of each signed file in the folder -> its sha256
+    - sizes: path of each signed file in the folder -> its size in bytes
+
+    Errors: NotGenuine."""
     present = list_covered(run)
     for name in present:
         if name not in files:
@@ -316,8 +338,9 @@ def _sha256(path: Path) -> str:
 
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
-    """List the names in a folder that the run's signature does not cover. folder: the run's own
-    folder, or that of a model exported from the run, of which only the run inside is covered."""
+    """List the names of the files and folders that lie in `folder` and are not covered by the run's
+    signature. folder: the run's own folder, or the folder of a model exported from the run; in the
+    latter only the run inside is covered."""
     known = {name.partition("/")[0] for name in list_covered(run)} | {SIGNATURE, ADAPTER}
     known = {RUN} if folder != run else known
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)

@@ -1,5 +1,6 @@
-"""Check the versions of a study without a last round: each verdict must follow from its comparison,
-each decision from the verdicts and a person's choices, and the version in use from the decisions.
+"""Check the versions of a study without a last round. Each version's verdict must follow from the
+stored comparison, its decision from the verdict and from persons' choices, and the version in use
+from the decisions and choices.
 
     report.json                 holds the record of versions, signed with the run
     versions/index.json         is the copy of it that the running study reads; must be equal
@@ -33,24 +34,26 @@ FIRST, RELEASED, KEPT, PINNED, NOT_COMPARED = (
 
 
 def look_file(version: int) -> str:
-    """Return the path of the record of a version's comparison, below the run's folder."""
+    """Return the path, in the run's folder, of the file that stores a version's comparison.
+    version: its number."""
     return f"{VERSIONS}/look-{version}.json"
 
 
 def check_versions(
     run: Path, study: Study, report: dict[str, Any], files: Collection[str]
 ) -> dict[str, int]:
-    """Compute every verdict again, apply all decisions and choices in order, and check that this
-    leads to the version in use; return verdict -> number of versions. For a plan without [schedule]
-    there is nothing to check, and the result is empty.
+    """Check the versions of a study without a last round: compute every verdict again, apply all
+    decisions and choices in order, and compare the result with the version that the report states
+    to be in use. Return a dict from each verdict to how many versions have it; {} for a plan
+    without [schedule], for which there is nothing to check.
 
     - run: the run's folder
     - study: the run's plan
     - report: the content of report.json
     - files: the files that the run's signature covers, by their paths in the folder
 
-    Versions that an earlier release judged, by a plan with [schedule] `confidence`, have no stored
-    comparison, so their verdicts are not computed but taken from the record.
+    Earlier releases, with a plan that has [schedule] `confidence`, stored no comparisons. The
+    verdicts of their versions cannot be computed and are taken from the record.
 
     Errors: NotGenuine."""
     if study.schedule is None or study.evaluation is None:
@@ -84,8 +87,9 @@ def check_versions(
 
 
 class _Replay:
-    """Goes through a study's versions in order to find the one in use: checks the verdict and the
-    decision of each, and applies these decisions and the choices of persons.
+    """Goes through a study's versions, one after the other, to find which is in use at the end. It
+    checks each version's verdict and decision, and applies the decisions and the choices of
+    persons.
 
     - run: the run's folder
     - study: the run's plan, with [schedule] and [evaluation]
@@ -111,8 +115,10 @@ class _Replay:
             self._apart = frozenset(content["apart"])
 
     def choose(self, choices: list[dict[str, Any]], until: float) -> None:
-        """Apply the choices that persons made before version `until` was judged; infinity for all
-        choices. Errors: NotGenuine."""
+        """Apply the choices that persons made before version `until` was judged. choices: all
+        choices by persons of a version to use, oldest first; until: the version's number, or
+        infinity for all choices. Errors: NotGenuine if a version was chosen that was never
+        released."""
         while self._chosen < len(choices) and choices[self._chosen]["after"] < until:
             choice = choices[self._chosen]
             if choice["version"] is not None:
@@ -125,10 +131,12 @@ class _Replay:
             self._chosen += 1
 
     def add(self, version: dict[str, Any], choices: list[dict[str, Any]]) -> None:
-        """Check one version's verdict and decision, and apply the decision. Errors: NotGenuine.
+        """Check the verdict and the decision on one version, and apply them: `champion`, the
+        version in use, may change. Before that, apply the choices that were made before this
+        version was judged. Errors: NotGenuine.
 
-        version: the version's entry in the record; choices: all choices of persons, oldest first,
-        of which those from before this version are applied first."""
+        - version: the version's entry in the record
+        - choices: all choices by persons of a version to use, oldest first"""
         number = int(version["number"])
         if self._numbers and number != self._numbers[-1] + 1:
             self._refuse_version(number, "a version before it is missing")
@@ -153,9 +161,9 @@ class _Replay:
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
 
     def _verdict(self, number: int, version: dict[str, Any]) -> str:
-        """Compute a version's verdict, "better", "not better" or "outside the plan", and check that
-        the record states the same. The verdict of a version that an earlier release judged without
-        a stored comparison is taken from its decision, unchecked.
+        """Compute a version's verdict and check that the record states the same. Return it:
+        "better", "not better" or "outside the plan". If an earlier release judged the version and
+        stored no comparison, the verdict is taken from the decision, unchecked.
 
         number: the version's number; version: its entry in the record. Errors: NotGenuine."""
         public = version["public"]
@@ -206,7 +214,9 @@ class _Replay:
 
 
 def _same(stated: Any, follows: Any) -> bool:
-    """Return whether two figures are equal up to rounding, which may differ between machines."""
+    """Return whether the value that a record states equals the value that follows from the run,
+    where numbers may differ by the rounding of different machines. Lists and dicts are compared
+    entry by entry."""
     if isinstance(follows, float) and isinstance(stated, int | float):
         return math.isclose(stated, follows, rel_tol=1e-6, abs_tol=1e-12)
     if isinstance(follows, list) and isinstance(stated, list):

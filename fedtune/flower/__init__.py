@@ -1,2 +1,2 @@
-"""The code that uses Flower, for a study in one process, in several processes, or across
-hospitals."""
+"""The code by which fedtune uses Flower, be it for a study in one process, in several processes, or
+across hospitals."""

@@ -1,13 +1,16 @@
-"""Limit uploads: after each message to a site, the site may push REPEATS times the bytes that the
-plan allows for its answer, and SLACK bytes more.
+"""Limit how much a site uploads. After each message to a site, the site may push REPEATS times the
+bytes that the plan allows for the answer to this message, plus SLACK bytes. REPEATS is above 1,
+since after a broken connection a site sends at most two parts again.
 
-The coordinator writes home/flower/allowance.json, site -> [number of messages sent to the site,
-bytes that the plan allows for its answer], before it sends a message. The gateway reads it.
+Before the coordinator sends a message, it writes home/flower/allowance.json, which the gateway
+reads. This file holds, for each site, a list of two numbers: how many messages were sent to the
+site, and how many bytes the plan allows for its answer to the newest one.
 
-| a new message to the site     | the count of the site's bytes starts at 0                      |
-| why REPEATS                   | a broken connection makes a site send at most two parts again  |
-| no message to the site yet, or the file cannot be read | it may push nothing                   |
-| there is no file              | no limit: a test may use a SuperLink without a coordinator     |
+| if                              | then                                                         |
+| a new message goes to the site  | the count of the site's bytes starts at 0                    |
+| no message went to the site yet | the site may push nothing                                    |
+| the file cannot be read         | the site may push nothing                                    |
+| there is no file                | no limit: a test may use a SuperLink without a coordinator   |
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Return site -> (number of messages sent to it, bytes that the plan allows for its newest
-    answer); None if there is no file. Errors: OSError, ValueError or TypeError if the file cannot
-    be read."""
+    """Read the allowances of all sites. Return site -> (number of messages sent to it, bytes that
+    the plan allows for its answer to the newest one); None if there is no file. home: the
+    coordinator's home. Errors: OSError, ValueError or TypeError if the file cannot be read."""
     try:
         allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:
@@ -39,7 +42,8 @@ def read(home: Path) -> Asked | None:
 
 
 def compute_limit(answer: int) -> int:
-    """Return the total number of bytes that a site may push for an answer of `answer` bytes."""
+    """Return how many bytes a site may push in all for one answer, repetitions included. answer:
+    the bytes that the plan allows for it."""
     return REPEATS * answer + SLACK
 
 
@@ -52,7 +56,7 @@ class Quota:
     whether they are within the site's limits.
 
     A site may send `burst` requests at once, and `rate` a second in the long run (a token bucket).
-    The bytes that it may push are limited by its allowance in home/flower/allowance.json."""
+    How many bytes it may push follows from home/flower/allowance.json."""
 
     def __init__(self, home: Path, burst: int, rate: float) -> None:
         self._home = home
@@ -62,7 +66,7 @@ class Quota:
         self._pushed: dict[str, tuple[int, int]] = {}  # site -> number of the message, bytes since
 
     def request(self, name: str) -> bool:
-        """Count a request of site `name`. Return whether it is within the rate."""
+        """Count a request of site `name`. Return whether the request is within the site's rate."""
         tokens, then = self.tokens.get(name, (float(self._burst), 0.0))
         now = time.monotonic()
         tokens = min(self._burst, tokens + (now - then) * self._rate) - 1
@@ -70,8 +74,9 @@ class Quota:
         return tokens >= 0
 
     def push(self, name: str, size: int) -> bool:
-        """Count `size` bytes that site `name` pushes. Return whether the total since the newest
-        message to the site is within its allowance; if it is not, the bytes are not counted."""
+        """Count `size` bytes that site `name` wants to push. Return whether all bytes since the
+        newest message to the site are within its limit. If they are not, the `size` bytes are not
+        counted. Without an allowance file there is no limit."""
         try:
             asked = read(self._home)
         except (OSError, ValueError, TypeError):

@@ -1,9 +1,9 @@
-"""Call the parts of Flower that are not in its public API (private.py). Because of them fedtune
-requires flwr 1.42.
+"""Call the parts of Flower that are not in its public API (private.py). They are the reason why
+fedtune requires flwr 1.42.
 
-A Runtime API gives out tasks. The SuperLink's gives out a ServerApp task for each run, a
-SuperNode's a ClientApp task for each message. The process that claims a task holds its token, keeps
-the task alive with heartbeats, and reports how it ended."""
+Flower's Runtime API gives out tasks. A SuperLink has one, which gives out a ServerApp task for each
+run; a SuperNode has one, which gives out a ClientApp task for each message. The process that claims
+a task holds its token, keeps the task alive with heartbeats, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-def
 
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
-    """Run Flower's own SuperLink or SuperNode until it ends, with the options in sys.argv."""
+    """Run Flower's SuperLink or SuperNode, with fedtune's changes, until it ends. It reads its
+    options from sys.argv."""
     if name == "superlink":
         extensions, flower_superlink = load_superlink()
         from starlette.middleware import Middleware  # not before: it takes long, as the above
@@ -151,14 +152,16 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
 
 
 class Locked:
-    """ASGI wrapper that requires the coordinator's secret on every route except those in OPEN,
-    which authenticate their callers themselves. There, a site's calls are signed by its node key,
-    and an executor's calls carry the secret or a task's token.
+    """An ASGI wrapper around a SuperLink that refuses requests without the coordinator's secret.
+    The routes in OPEN are excepted, since they authenticate their callers themselves: a site's
+    calls are signed by its node key, and calls of a process that executes tasks carry the secret or
+    a task's token.
 
     Without this wrapper, everybody with an account on this machine could call Flower's Control API,
     which registers nodes and starts, stops and lists runs.
 
-    app: the ASGI application of the SuperLink. key: what a caller must send in CONTROL_HEADER."""
+    app: the ASGI application of the SuperLink. key: the text, derived from the secret, that a
+    caller must send in CONTROL_HEADER."""
 
     OPEN = ("/v1/fleet/", "/v1/runtime/")
 
@@ -176,7 +179,8 @@ class Locked:
 
 
 class _Key:
-    """An interceptor that adds the key of a locked SuperLink (see Locked) to each request."""
+    """An interceptor of Flower's HTTP client that adds to each request the key that a locked
+    SuperLink requires (see Locked). secret: the SuperLink's secret."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = _control_key(secret)
@@ -194,14 +198,14 @@ Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
 
 
 def make_resumable(push: Push) -> Push:
-    """Wrap a SuperNode's push of one part of a message, so that after a broken connection only that
-    part is sent again.
+    """Wrap the function by which a SuperNode pushes one part of a message, so that after a broken
+    connection only this part is sent again. Return the new function. push: Flower's own function.
 
     The wrapper corrects two reactions of Flower. If an answer is lost, Flower sends the part again.
     If the part had arrived, the SuperLink answers that it expects no such part, and Flower drops
-    the whole message; here the answer to a repeated part counts as "stored". If a connection breaks
-    during TLS, Flower takes this for a certificate that does not verify, and gives up; here the
-    error is replaced by one after which Flower tries again. If a part is really lost, the
+    the whole message; the wrapper instead answers a repeated part with "stored". If a connection
+    breaks during TLS, Flower takes this for a certificate that does not verify, and gives up; the
+    wrapper replaces the error by one after which Flower tries again. If a part is really lost, the
     coordinator notices that it is missing and asks for the update again."""
     begun: set[tuple[str, str]] = set()
 
@@ -221,7 +225,10 @@ def make_resumable(push: Push) -> Push:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed task. kind: the kind of task; token: authenticates calls about this task."""
+    """A task that this process has claimed.
+
+    - kind: the kind of task
+    - token: a secret text that authenticates calls about this task"""
 
     kind: str
     token: str
@@ -231,7 +238,8 @@ class Runtime:
     """A client of a Runtime API, which gives out tasks to callers that have the secret.
 
     - address: HOST:PORT of the API
-    - secret: the secret of the SuperLink or SuperNode, which a caller must prove to get a task
+    - secret: the secret of the SuperLink or SuperNode; a caller must prove that it has it to get a
+      task
     - ca: the CA (PEM) of the server's certificate; with None the client uses plain HTTP, which is
       for loopback only"""
 
@@ -250,8 +258,8 @@ class Runtime:
         )
 
     def acquire(self, kinds: Sequence[str]) -> Claim | None:
-        """Claim the oldest pending task of these kinds; None if there is none. Errors:
-        httpx.HTTPError."""
+        """Claim the oldest pending task of these kinds and return it; None if there is none.
+        Errors: httpx.HTTPError."""
         reply = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=list(kinds)))
         if not (reply.HasField("task") and reply.token):
             return None
@@ -266,7 +274,8 @@ def register(address: str, ca: bytes, secret: bytes, nodes: dict[str, bytes]) ->
 
     - address: HOST:PORT of the SuperLink
     - ca: the certificate (PEM) by which the SuperLink's own certificate is checked
-    - secret: the secret of the locked SuperLink (see Locked), which each request must prove
+    - secret: the secret of the locked SuperLink (see Locked), from which the key in each request is
+      derived
     - nodes: name of a site -> its public node key (PEM)
 
     Errors: httpx.HTTPError."""
@@ -276,9 +285,12 @@ def register(address: str, ca: bytes, secret: bytes, nodes: dict[str, bytes]) ->
 
 
 def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str) -> None:
-    """Start a run at a new SuperLink. Its ServerApp task can then be claimed.
+    """Start a run at a new SuperLink. The run's ServerApp task can then be claimed.
 
-    - address, ca, secret: of the SuperLink, as for `register`
+    - address: HOST:PORT of the SuperLink
+    - ca: the certificate (PEM) by which the SuperLink's own certificate is checked
+    - secret: the secret of the locked SuperLink (see Locked), from which the key in each request is
+      derived
     - bundle: a Flower app bundle (a zip archive)
     - digest: the bundle's sha256 in hexadecimal
 
@@ -299,14 +311,17 @@ def _control(address: str, ca: bytes, secret: bytes) -> ControlHttpClient:
 def server_grid(
     address: str, ca: bytes, claim: Claim, give_up: Callable[[], bool]
 ) -> Iterator[Grid]:
-    """Open the Grid of a claimed ServerApp task. The run ends with the block.
+    """A context manager: open the Grid of a claimed ServerApp task, i.e. Flower's object through
+    which a coordinator sends messages to sites, and yield it. At the end of the block the run ends,
+    too.
 
-    - address, ca: of the SuperLink, as for `register`
+    - address: HOST:PORT of the SuperLink
+    - ca: the certificate (PEM) by which the SuperLink's own certificate is checked
     - claim: the task, as `Runtime.acquire` returned it
     - give_up: called after each failed request. A request that failed for a temporary reason is
       repeated for OUTAGE_SECONDS, or until give_up() returns True.
 
-    Yields the Grid, whose messages belong to this run and task."""
+    The Grid's messages belong to this run and task."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
     grid = load_http_grid()(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
@@ -327,19 +342,21 @@ def server_grid(
 
 
 def node_keys(grid: Grid) -> dict[int, str]:
-    """Return node -> public key (PEM) for the connected nodes. The SuperLink has verified the keys.
-    Errors: httpx.HTTPError."""
+    """Return the public key (PEM) of each connected node: a dict from the node's number to its key.
+    The SuperLink has verified the keys. Errors: httpx.HTTPError."""
     return {node.node_id: node.public_key.decode() for node in grid.get_nodes()}
 
 
 class ClientTask:
     """A claimed task at a site's own SuperNode: `pull` fetches its message, and `push` sends the
-    reply. As a context manager it keeps the task alive, and ends it with the block.
+    reply. As a context manager it keeps the task alive during the block, and ends the task at the
+    end of it.
 
     - address: HOST:PORT of the SuperNode's Runtime API, on loopback
     - claim: the task, as `Runtime.acquire` returned it
     - give_up: called after each failed request. A request that failed for a temporary reason is
-      repeated for OUTAGE_SECONDS, or until give_up() returns True, since ε was spent on the update.
+      repeated for OUTAGE_SECONDS, or until give_up() returns True: a reply may hold an update on
+      which ε was spent.
 
     The task's input also holds the app bundle, which is never opened."""
 
@@ -356,7 +373,8 @@ class ClientTask:
         self._status = SubStatus.FAILED
 
     def pull(self) -> tuple[Message, Context]:
-        """Return the message to answer, and its context. Errors: httpx.HTTPError."""
+        """Fetch the task's input. Return two things: the message to answer, and Flower's context
+        for the ClientApp. Errors: httpx.HTTPError."""
         message, self._context, _, _ = run_clientapp.pull_task_input(self._client)
         return message, self._context
 
@@ -377,14 +395,15 @@ class ClientTask:
 
 
 def error_reply(message: Message, reason: str) -> Message:
-    """Build an error reply. reason: a fixed text, since it leaves the site."""
+    """Build a reply that tells the coordinator of an error. message: the message that it answers;
+    reason: a fixed text that says nothing about records, since it leaves the site."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
-    """Return a policy for Flower's clients by which requests that fail for a temporary reason are
-    repeated for OUTAGE_SECONDS, or until give_up() returns True. Flower's own policy never gives
-    up, and sends SIGINT to this process if a task is lost."""
+    """Return a policy for Flower's clients: a request that fails for a temporary reason is repeated
+    for OUTAGE_SECONDS, or until give_up() returns True. It replaces Flower's own policy, which
+    never gives up, and which sends SIGINT to this process if a task is lost."""
     return RetryInvoker(
         lambda: exponential(max_delay=5),
         httpx.HTTPError,
@@ -403,16 +422,17 @@ def create_message(
     group_id: str,
     ttl: float | None = None,
 ) -> Message:
-    """Create a message of a coordinator's run and task. Flower's own function takes run and task
-    from variables of the process, but a coordinator's process has a grid for each study.
+    """Create a message of a coordinator's run and task. Flower's own function takes both from
+    variables of the process, which does not fit a coordinator whose process has several runs, one
+    for each study.
 
     - run_id: the number of the run
     - task_id: the number of the claimed ServerApp task; None in a simulation, which has no tasks
     - content: the records of the message
-    - message_type: the kind of order, such as "train" or "query.prepare"
+    - message_type: what the message asks the site to do, such as "train" or "query.prepare"
     - dst_node_id: the number of the node that receives the message
     - group_id: a text that the messages of one exchange share, such as the round's number
-    - ttl: seconds for which message and reply are valid; None for Flower's DEFAULT_TTL
+    - ttl: for how many seconds the message and its reply are valid; None for Flower's DEFAULT_TTL
 
     Returns the message without an id, which it gets when it is pushed."""
     metadata = Metadata(
@@ -432,7 +452,8 @@ def create_message(
 
 @contextmanager
 def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
-    """Keep the client's task alive while the block runs."""
+    """A context manager: send heartbeats while the block runs, so that the client's task stays
+    alive."""
     sender = HeartbeatSender(partial(_beat, client))
     sender.start()
     try:
@@ -443,8 +464,9 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
-    """Send a heartbeat, and return False only after a temporary error. If the task no longer
-    exists, return True, since Flower would send SIGINT to this process after a failure."""
+    """Send a heartbeat. Return True if it arrived, and False if it failed for a temporary reason.
+    If it failed for good, since the task no longer exists, return True as well: Flower would send
+    SIGINT to this process after a failure."""
     try:
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     except httpx.HTTPError as error:
@@ -458,7 +480,8 @@ def _finish(client: RuntimeHttpClient, status: str) -> None:
 
 
 def _passing(error: Exception) -> bool:
-    """Return whether the same request, which failed with this error, may succeed later."""
+    """Return whether an error of a request is temporary, so that the same request may succeed
+    later."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in {502, 503, 504}
     return isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()

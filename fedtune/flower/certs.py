@@ -47,11 +47,11 @@ def read_clock() -> datetime:
 
 
 def ca(home: Path) -> tuple[EC, x509.Certificate]:
-    """Return the consortium's CA (key and certificate) from home/ca.pem; make it if the home is
-    new.
+    """Return the consortium's CA, as its private key and its certificate, from home/ca.pem. Make it
+    if the home is new. home: the coordinator's home.
 
-    Errors: ConfigError if the CA is missing from a home that has been used, since a new CA would
-    lock out every site that was admitted under the first one; or if it cannot be read."""
+    Errors: ConfigError if the CA cannot be read, or if it is missing from a home that has been
+    used: a new CA would lock out every site that was admitted under the first one."""
     file, begun = home / "ca.pem", has_begun(home)
     if not os.path.lexists(file):
         if begun:
@@ -72,11 +72,13 @@ def has_begun(home: Path) -> bool:
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
-    """Return the path home/server.pem. Its certificate holds `names`, by which sites reach the
-    coordinator, "localhost" and "127.0.0.1", and all names of the certificate before it.
+    """Return the path home/server.pem, a file with the gateway's private key and certificate. The
+    certificate holds `names`, by which sites reach the coordinator, "localhost" and "127.0.0.1",
+    and all names of the certificate before it.
 
-    A new key and certificate are made if there is no certificate, if it lacks a name, or if half of
-    its life is over. Errors: ConfigError."""
+    A new key and certificate are made if there is no file, if its certificate lacks a name, or if
+    half of its life is over. Errors: ConfigError if one of `names` is no host name or IP address,
+    or a file cannot be read."""
     for name in names:
         if not is_host(name):
             raise ConfigError(
@@ -109,16 +111,16 @@ def issue(
     start: datetime | None = None,
     end: datetime | None = None,
 ) -> x509.Certificate:
-    """Issue a certificate that the consortium's CA signs (a leaf). It is not stored.
+    """Issue a certificate (a leaf) that the consortium's CA signs, and return it. It is not stored.
 
     - home: the coordinator's home, with the CA in ca.pem
-    - key: the public key that the certificate is for
+    - key: the public key for which the certificate is issued
     - name: the common name of its subject; for a client's certificate, the site's name
     - hosts: a server's host names and IP addresses. Without them the certificate is a client's.
     - start: from when it is valid; None for five minutes ago (SKEW)
     - end: until when it is valid; None for LEAF_DAYS from now
 
-    Errors: those of `ca`."""
+    Errors: ConfigError if the CA is missing or cannot be read."""
     ca_key, authority = ca(home)
     use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
@@ -138,7 +140,8 @@ def issue(
 
 
 def is_spent(leaf: x509.Certificate, share: float) -> bool:
-    """Return whether the share `share` (0 to 1) of the certificate's life is over."""
+    """Return whether at least the given share of a certificate's life is over. leaf: the
+    certificate; share: from 0 to 1."""
     life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
     return read_clock() >= leaf.not_valid_before_utc + share * life
 
@@ -150,19 +153,20 @@ def common_name(subject: x509.Name) -> str:
 
 
 def node_key(path: Path) -> EC:
-    """Return the site's Flower key in the file `path` (OpenSSH format). If there is no file, make
-    the key."""
+    """Return the site's node key, which Flower uses, from the file `path` (OpenSSH format). If
+    there is no file, make a key and write it there."""
     return _key_at(path, serialization.PrivateFormat.OpenSSH)
 
 
 def tls_key(path: Path) -> EC:
-    """Return the site's TLS key in the file `path` (PKCS 8). If there is no file, make the key."""
+    """Return the site's TLS key from the file `path` (PKCS 8). If there is no file, make a key and
+    write it there."""
     return _key_at(path, serialization.PrivateFormat.PKCS8)
 
 
 def read_key(path: Path) -> EC:
     """Read a P-384 private key in OpenSSH or PEM format. Errors: ConfigError if the file cannot be
-    read, or other users can read it."""
+    read, holds no such key, or can be read by other users."""
     todo = "restore it from a backup"
     data = reading.content(path, "a P-384 private key", todo, ConfigError)
     try:
@@ -185,8 +189,8 @@ def read_key(path: Path) -> EC:
 
 
 def certificate_in(path: Path, todo: str) -> x509.Certificate:
-    """Read the first certificate in a PEM file. todo: what the person should do, for an error's
-    text. Errors: ConfigError if there is no readable certificate."""
+    """Read the first certificate in the PEM file `path`. todo: what the person should do, for an
+    error's text. Errors: ConfigError if there is no readable certificate."""
     data = reading.content(path, "a certificate", todo, ConfigError)
     try:
         return x509.load_pem_x509_certificate(data)
@@ -195,19 +199,21 @@ def certificate_in(path: Path, todo: str) -> x509.Certificate:
 
 
 def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
-    """Encode a public key in PEM, the form in which Flower sends and compares node keys."""
+    """Encode a public key in PEM. Flower sends and compares node keys in this form."""
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def request(key: EC, name: str) -> bytes:
-    """Make a certificate signing request (PEM) for `key`, with `name` as its subject."""
+    """Make a certificate signing request (PEM). key: the private key whose public half is to be
+    certified; name: the common name of the subject."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(name))
     return builder.sign(key, hashes.SHA384()).public_bytes(PEM)
 
 
 def loopback(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate for 127.0.0.1 and its key in `folder`, and return both paths. Only
-    processes that are given the certificate's file trust the certificate."""
+    """Make a certificate for 127.0.0.1 and its private key, and write both to `folder`. Return the
+    paths of the certificate's file and of the key's file. Only processes that are given the
+    certificate's file trust it."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedtune loopback")
     certificate = (

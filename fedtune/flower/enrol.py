@@ -10,6 +10,7 @@ keys never leave their machine.
 A record ties a name to three keys: the node key (Flower), the TLS key (the gateway) and the signing
 key (seals). Each key signs the request, so nobody can enrol a key that they do not hold.
 
+| what comes or happens                             | what follows                               |
 | a request under an admitted name, with other keys | refused: revoke the name first             |
 | the same keys again                               | the same record, and a new certificate     |
 | a node or TLS key that was revoked                | refused for good, under any name           |
@@ -65,7 +66,8 @@ ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # fields, besi
 
 
 class Member(NamedTuple):
-    """The site of a node. name: the site's name; key: its public signing key, "" if not known."""
+    """The site to which a node of the grid belongs. name: the site's name; key: its public signing
+    key in hexadecimal, "" if it is not known."""
 
     name: str
     key: str = ""
@@ -75,10 +77,12 @@ class Member(NamedTuple):
 class Record:
     """The record of an admitted site.
 
+    - name: the site's name
     - node: the site's node key in the form in which Flower sends it (PEM)
-    - tls: sha256 of its public TLS key
+    - tls: the digest of its public TLS key, as `tls_digest` returns it
     - signing: its public Ed25519 key, in hexadecimal
-    - admitted, revoked: when it was admitted and revoked; revoked is "" while it may take part"""
+    - admitted, revoked: when the site was admitted, and when it was revoked; `revoked` is "" while
+      the site may take part"""
 
     name: str
     node: str
@@ -109,11 +113,13 @@ class Request:
 class Answer:
     """The coordinator's answer to a site's request.
 
-    - address: HOST:PORT where the site connects
+    - name: the name of the site for which it is made
+    - address: HOST:PORT to which the site connects
     - ca, certificate: the consortium's CA and the site's certificate, in PEM
     - coordinator: the coordinator's public signing key, in hexadecimal
-    - plan, signature: the study's plan as JSON, for review, and the coordinator's signature of its
-      digest; "" if the coordinator had no plan yet"""
+    - plan, signature: the study's plan as JSON, for a person at the site to review, and the
+      coordinator's signature of the plan's digest; both are "" if the coordinator had no plan
+      yet"""
 
     name: str
     address: str
@@ -131,12 +137,12 @@ class Answer:
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
-    """Make the network keys that a site lacks, and write a request to take part with the public
-    halves of its keys.
+    """Write a site's request to take part, with the public halves of its keys. Network keys that
+    the site lacks are made first.
 
     - name: the site's name, as in its site.toml
-    - keys: the folder of node.key and tls.key. It is made if it is missing, and so is its folder
-      `renewed`, where a courier in another container finds renewed certificates.
+    - keys: the folder of node.key and tls.key; it is made if it is missing. A folder `renewed` is
+      made in it, where a courier in another container finds renewed certificates.
     - signing: the key with which the site signs its updates
     - out: the file of the request; an existing file is replaced
 
@@ -159,8 +165,14 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
 
 
 def check_out(out: Path, fields: Set[str], what: str) -> None:
-    """Check that an output file does not exist, or is an earlier file of the same kind, with these
-    fields. what: the kind, for the error's text. Errors: ConfigError."""
+    """Check that an output file may be written: it does not exist, or it is an earlier file of the
+    same kind, which is then replaced.
+
+    - out: the file
+    - fields: the fields by which a file of this kind is recognised
+    - what: the name of the kind, for the error's text
+
+    Errors: ConfigError if it is another file."""
     if not os.path.lexists(out):
         return
     try:
@@ -217,11 +229,15 @@ def compare(request: Request, fingerprint: str) -> None:
 
 
 def admit(home: Path, request: Request, address: str) -> Answer:
-    """Register the site in nodes/NAME.json, sign its certificate, and return the answer for the
-    site. address: HOST:PORT where sites connect.
+    """Admit a site to the consortium: store its record in nodes/NAME.json and sign its certificate.
+    Return the answer that the site gets.
 
-    Errors: Refused, by the rules at the top of this file; ConfigError if `address` is not an
-    address, or the consortium's CA is missing."""
+    - home: the coordinator's home
+    - request: the site's request, whose fingerprint a person has compared
+    - address: HOST:PORT to which sites connect
+
+    Errors: Refused by the rules at the top of this file, for instance if another site has one of
+    the keys; ConfigError if `address` is not an address, or the consortium's CA is missing."""
     try:
         host_and_port(address)
     except ValueError as error:
@@ -247,8 +263,8 @@ def admit(home: Path, request: Request, address: str) -> Answer:
 
 
 def _plan(home: Path) -> dict[str, str]:
-    """Return the fields of an answer for the running study, "plan" (JSON) and "signature"; {} if no
-    plan is stored in the home, or it is too long for an answer."""
+    """Return the plan for review as fields of an answer: "plan" (JSON) and "signature". Return {}
+    if no plan is stored in the coordinator's home, or if it is too long for an answer."""
     if not (home / PLAN).exists():
         return {}
     kept = texts_in(home / PLAN, 2 * MAX_PLAN)
@@ -258,7 +274,8 @@ def _plan(home: Path) -> dict[str, str]:
 
 def revoke(home: Path, name: str) -> Record:
     """Revoke a site: move its record to nodes/revoked/, and return the record with the time of
-    revocation. Errors: ConfigError if no such site is admitted."""
+    revocation. home: the coordinator's home; name: the site's name. Errors: ConfigError if no such
+    site is admitted."""
     record = lookup(home, name)
     if record is None:
         names = ", ".join(registry(home)) or "nobody"
@@ -271,7 +288,8 @@ def revoke(home: Path, name: str) -> Record:
 
 
 def registry(home: Path) -> dict[str, Record]:
-    """Return name -> record, for the sites that may take part now."""
+    """Return the records of all sites that may take part now: site's name -> record. home: the
+    coordinator's home."""
     return {
         record.name: record
         for file in sorted((home / "nodes").glob("*.json"))
@@ -280,7 +298,8 @@ def registry(home: Path) -> dict[str, Record]:
 
 
 def lookup(home: Path, name: str) -> Record | None:
-    """Read the record of one site from disk; None if the site is not admitted, or is revoked."""
+    """Read the record of one site from disk and return it; None if the site is not admitted, or is
+    revoked. home: the coordinator's home; name: the site's name."""
     if not _is_name(name):
         return None
     try:
@@ -290,13 +309,15 @@ def lookup(home: Path, name: str) -> Record | None:
 
 
 def list_revoked(home: Path) -> list[Record]:
-    """List every revoked record; a name may occur more than once."""
+    """List the records of all revoked sites. A name may occur more than once, since a site can be
+    admitted again with new keys."""
     return list(_read_revoked(home))
 
 
 def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
-    """Return the newest certificate that was signed for the record's TLS key; None if it is not
-    known."""
+    """Return the newest certificate that was issued to a site, if it is for the TLS key in the
+    record; None if it is not, or no certificate is stored. home: the coordinator's home; record:
+    the site's record."""
     try:
         leaf = x509.load_pem_x509_certificate(_leaf(home, record.name).read_bytes())
     except (OSError, ValueError):
@@ -306,13 +327,19 @@ def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
 
 
 def was_revoked(home: Path, tls: str) -> bool:
-    """Return whether a TLS key was admitted and then revoked. tls: its `tls_digest`."""
+    """Return whether a TLS key was admitted and then revoked. home: the coordinator's home; tls:
+    the key's digest, as `tls_digest` returns it."""
     return any(record.tls == tls for record in _read_revoked(home))
 
 
 def renew(home: Path, record: Record, csr: bytes) -> bytes:
-    """Issue a new certificate (PEM) for the record's TLS key. csr: a certificate signing request.
-    Errors: Refused if `csr` is malformed, or for another key or name."""
+    """Issue a new certificate to an admitted site and return it (PEM).
+
+    - home: the coordinator's home
+    - record: the site's record
+    - csr: the site's certificate signing request (PEM)
+
+    Errors: Refused if the request is malformed, or is for another key or name than the record's."""
     try:
         asked = x509.load_pem_x509_csr(csr)
         key = asked.public_key()
@@ -350,14 +377,15 @@ def check_clock(home: Path) -> datetime:
 
 
 def tls_digest(key: EC) -> str:
-    """Return the sha256 of a public TLS key's DER form, in hexadecimal, as records hold it."""
+    """Return the digest by which records hold a public TLS key: the sha256 of its DER form, in
+    hexadecimal."""
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
 def _require_distinct(new: Record, other: Record) -> None:
-    """Check that the new record shares no key with the other one. The signing key may be the same
-    if the name is. Errors: Refused."""
+    """Check that the record of a new site shares no key with the record `other`. Only the signing
+    key may be the same, if both have the same name. Errors: Refused if another key is shared."""
     taken = {"node": new.node == other.node, "TLS": new.tls == other.tls}
     if other.name != new.name:
         taken["signing"] = new.signing == other.signing
@@ -377,8 +405,8 @@ def _read_revoked(home: Path) -> Iterator[Record]:
 
 
 def _record(file: Path) -> Record:
-    """Read a site's record. Errors: FileNotFoundError; ConfigError if the file is damaged, or of a
-    newer format."""
+    """Read a site's record. Errors: FileNotFoundError if there is none; ConfigError if the file is
+    damaged, or of a newer format."""
     expected, todo = "a record of `fedtune admit`", "restore a backup"
     try:
         fields = reading.json_in(file, expected, todo, ConfigError, MAX_BYTES)
@@ -409,8 +437,12 @@ def _record_json(record: Record) -> bytes:
 
 
 def _issue_certificate(home: Path, key: EC, name: str) -> bytes:
-    """Issue a new certificate and return it (PEM). Store it as leaves/NAME.pem; a failure to store
-    it is ignored."""
+    """Issue a new certificate to a site and return it (PEM). It is also stored as leaves/NAME.pem;
+    if that fails, for instance on a full disk, the failure is ignored.
+
+    - home: the coordinator's home, with the CA
+    - key: the site's public TLS key
+    - name: the site's name"""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
     with suppress(InfrastructureError):  # a renewal does not fail because the disk is full
         writing.replace(_leaf(home, name), leaf, private=True)
@@ -422,8 +454,9 @@ def _leaf(home: Path, name: str) -> Path:
 
 
 def texts_in(path: Path, most: int = MAX_BYTES) -> dict[str, str]:
-    """Read a small JSON object of strings. most: the largest number of bytes of the file. Errors:
-    ConfigError, also if the file is larger or holds a value that is no string."""
+    """Read a file with a small JSON object whose values are all strings. path: the file; most: how
+    many bytes the file may have at most. Errors: ConfigError if the file is larger, cannot be read,
+    or holds another value."""
     expected, todo = "a file of `fedtune enroll` or `fedtune admit`", "ask for it again"
     fields = reading.json_in(path, expected, todo, ConfigError, most)
     if not all(isinstance(value, str) for value in fields.values()):
@@ -451,13 +484,13 @@ def _p384(key: object) -> EC:
 
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
-    """Compute a site's fingerprint from its name and its three keys. No other field of the request
-    has an influence.
+    """Compute a site's fingerprint from its name and its three keys. Nothing else in an enrolment
+    request changes it.
 
     - name: the site's name
     - node: its public node key (PEM)
     - tls: its public TLS key
     - signing: its public signing key, in hexadecimal
 
-    Returns the text that people read out."""
+    Returns the fingerprint as the text that people read to each other."""
     return fingerprints.of_site(name, node, tls_digest(tls), signing)

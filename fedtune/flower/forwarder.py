@@ -1,11 +1,12 @@
-"""Forward a site's SuperNode from loopback to the gateway, with the site's certificate.
+"""Forward the connections of a site's SuperNode from loopback to the coordinator's gateway, with
+the site's certificate.
 
     SuperNode ── TLS, loopback ──> forwarder ── [HTTP CONNECT proxy] ── TLS 1.3, mTLS ──> gateway
 
-Flower's SuperNode cannot send a client certificate, and requires TLS. So the forwarder has a
-certificate for loopback, which is made for this one run. It listens on 127.0.0.1 only; another user
-of this machine would still need the node key for every request. It passes bytes on unchanged, at
-most 64 KiB at a time.
+Flower's SuperNode cannot send a client certificate, and requires TLS. So the forwarder accepts TLS
+on loopback, with a certificate that is made for this one run, and sends the site's certificate to
+the gateway. It listens on 127.0.0.1 only. Another user of this machine could connect to it, but
+would need the node key for every request. It passes bytes on unchanged, at most 64 KiB at a time.
 
 Trust: the gateway's certificate must come from the consortium's CA and name the coordinator's host;
 the system's CAs are not trusted for it. The certificate of a proxy (https://) is checked against
@@ -15,8 +16,9 @@ coordinator's address.
 Upkeep: the forwarder asks the gateway for its status every WATCH_SECONDS (every second while the
 gateway does not answer), and renews the site's certificate when two thirds of its life are over.
 
-Errors: if the gateway cannot be reached, the SuperNode receives a 503 and tries again after its own
-pauses. `away`, `refusal`, `distrust`, `clock` and `ahead` tell what is wrong.
+Errors: if the gateway cannot be reached, the SuperNode receives a 503, and tries again whenever it
+likes. The Forwarder's attributes `away`, `refusal`, `distrust`, `clock` and `ahead` say what is
+wrong.
 """
 
 from __future__ import annotations
@@ -56,12 +58,13 @@ class Forwarder:
     block ends. The SuperNode connects to `port` on loopback and trusts the file `certificate`.
 
     - link: the settings by which the site reaches its coordinator, with the answer and the keys
-    - state: the folder for the certificate that the SuperNode trusts
+    - state: the folder into which the certificate for loopback and its key are written
     - watch: seconds between two status requests while the gateway answers
-    - on_renewed: called with each renewed certificate (PEM), after it was stored; None for nothing
+    - on_renewed: a function that is called with each renewed certificate (PEM), after it was
+      stored; None: nothing is called
 
-    Errors: ConfigError if a proxy's address is not usable; InfrastructureError if it cannot
-    listen."""
+    Errors: ConfigError if the proxy's address is not usable; InfrastructureError if no port is
+    free."""
 
     def __init__(
         self,
@@ -94,8 +97,8 @@ class Forwarder:
 
     @property
     def away(self) -> float:
-        """The seconds since the first connection that failed after the gateway's last answer; 0
-        while the gateway answers."""
+        """For how many seconds the gateway has not answered, counted from the first connection that
+        failed; 0 while it answers."""
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def __enter__(self) -> Forwarder:
@@ -185,8 +188,8 @@ class Forwarder:
                 await writer.drain()
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a TLS connection to the gateway.
-        Errors: OSError, EOFError, ValueError, TimeoutError."""
+        """Open a TLS connection to the gateway, and return its two directions. Errors: OSError,
+        EOFError, ValueError, TimeoutError."""
         async with asyncio.timeout(CONNECT_SECONDS):
             return await dial(self.link, self._proxy, self._far)
 
@@ -250,7 +253,8 @@ class Forwarder:
 
 
 async def _cut(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancel the tasks that began during the shutdown: handshakes, and relays after a handshake."""
+    """Cancel the tasks that began while the forwarder was shut down (handshakes, and relays after a
+    handshake), and wait for their end."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -260,11 +264,12 @@ async def _cut(tasks: set[asyncio.Task[None]]) -> None:
 async def dial(
     far: Link, proxy: urllib.parse.SplitResult | None, context: ssl.SSLContext
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the gateway over TLS, and return the connection.
+    """Connect to the gateway over TLS, and return the two directions of the connection.
 
     - far: the settings by which the site reaches the gateway
-    - proxy: the address of the hospital's HTTP proxy (`proxy_of`); None to connect directly
-    - context: by which the gateway's certificate is checked
+    - proxy: the address of the hospital's HTTP proxy, as `proxy_of` returns it; None to connect
+      directly
+    - context: the TLS settings, by which the gateway's certificate is checked
 
     Errors: OSError, EOFError, ValueError."""
     if proxy is None:
@@ -289,8 +294,8 @@ async def dial(
 
 
 async def _close(*writers: asyncio.StreamWriter) -> None:
-    """Close each writer when its data was sent. Abort a connection that is broken, or takes longer
-    than 2 s."""
+    """Close each connection after its data was sent. A connection that is broken, or for which this
+    takes longer than 2 s, is aborted."""
     for writer in writers:
         writer.close()
         try:
@@ -301,8 +306,9 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
 
 
 def find_newest_certificate(link: Link) -> x509.Certificate:
-    """Return the site's certificate with the latest expiry, among the one in the answer and stored
-    renewals for the same key. Also write this certificate to the file link.certificate."""
+    """Choose the newest certificate of a site: of the one in the coordinator's answer and the
+    stored renewals for the same key, the one that expires last. Return it, and write it to the file
+    link.certificate."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
     before = link.keys / link.certificate.name  # where earlier releases stored renewals
@@ -322,9 +328,11 @@ UNTIMELY = {9: "not valid yet", 10: "expired"}
 
 
 def _describe_untimely(error: Exception, leaf: x509.Certificate) -> str | None:
-    """Return a text that says which certificate is out of date by this machine's clock: the
-    gateway's certificate, if `error` is about it, or else the site's `leaf`, which a gateway
-    refuses without stating a reason. None if no date explains the error."""
+    """Explain a failed connection by a certificate that is out of date by this machine's clock.
+    Return a text that says which certificate this is; None if no date explains the failure.
+
+    - error: the error of the connection, which may be about the gateway's certificate
+    - leaf: the site's certificate, which a gateway refuses without stating a reason"""
     if isinstance(error, ssl.SSLCertVerificationError):
         problem = UNTIMELY.get(error.verify_code)
         return problem and f"its certificate is {problem} by the clock here: compare the clocks"
@@ -344,8 +352,10 @@ def far_context(link: Link) -> ssl.SSLContext:
 
 
 def proxy_of(link: Link) -> urllib.parse.SplitResult | None:
-    """Return site.toml's proxy, else the environment's HTTPS_PROXY unless NO_PROXY names the host;
-    None if there is no proxy. Errors: ConfigError if the proxy's address is not usable."""
+    """Return the address of the HTTP proxy through which a site connects. This is the proxy in
+    site.toml or, if there is none, that of the environment (HTTPS_PROXY), unless NO_PROXY names the
+    coordinator's host. None if there is no proxy. Errors: ConfigError if the address is not
+    usable."""
     url = link.proxy
     if url is None and not urllib.request.proxy_bypass(link.host):
         url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")

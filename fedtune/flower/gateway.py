@@ -3,8 +3,9 @@ Fleet API.
 
     site's forwarder ── TLS 1.3, client certificate ──> gateway ── loopback ──> SuperLink
 
-A connection needs a client certificate that the consortium's CA signed and that is valid now; else
-it is refused before HTTP. Then each request is refused unless it meets all of these conditions:
+A connection needs a client certificate that the consortium's CA signed and that is valid now;
+without one it is refused before a byte of HTTP is read. Then each request is refused unless it
+meets all of these conditions:
 
 | call      | it is a POST to one of FLEET, the ten calls of an authenticated SuperNode          |
 | site      | the certificate's name is admitted with the certificate's key at this moment; the |
@@ -15,15 +16,15 @@ it is refused before HTTP. Then each request is refused unless it meets all of t
 | pushes    | the site has pushed no more than its allowance (allowance.py)                      |
 | rate      | the site is within Limits.rate                                                     |
 
-The gateway itself answers two calls: GET STATUS (with its clock and protocol, for `fedtune
-doctor`), and POST RENEW (a signing request for the same key). A second renewal within
-Limits.renewal seconds is answered with 429.
+The gateway itself answers two calls: GET STATUS (the answer holds its clock and protocol, for
+`fedtune doctor`), and POST RENEW (with a certificate signing request for the same key; the answer
+is a new certificate). A second renewal within Limits.renewal seconds is answered with 429.
 Guarantee: bodies are streamed and never held whole. So memory grows only with the number of open
 connections, which is bounded in total and per site. Revocation closes a site's open connections
-within a second. Peers without a certificate cannot keep others out: above a limit the oldest
-unfinished handshake is dropped, first among those of the same network. Only the head of a request
-is parsed, by h11. Errors: a refusal is counted by its reason in Gateway.refused. The reason for
-refusing a request is sent to the site in one line.
+within a second. Peers without a certificate cannot keep others out: if a newcomer's network has too
+many unfinished handshakes, the oldest of that network is dropped; if there are too many in all, the
+oldest of all is. Only the head of a request is parsed, by h11. Errors: refusals are counted by
+reason in Gateway.refused. If a request is refused, the site gets the reason in one line.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Gateway:
 
     - home: the coordinator's home, with CA, registry and allowances
     - upstream: the SuperLink's URL, without a path
-    - trust: the file of the SuperLink's certificate
-    - limits: on connections and requests; None for the defaults of Limits"""
+    - trust: the file of the SuperLink's certificate, which alone is trusted
+    - limits: the limits on connections and requests; None for the defaults of Limits"""
 
     def __init__(
         self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
@@ -109,7 +110,8 @@ class Gateway:
         self._load_leaf()
 
     async def serve(self, listener: socket.socket) -> None:
-        """Accept connections until cancelled."""
+        """Accept connections on `listener`, and serve each in a task of its own, until this task is
+        cancelled."""
         listener.setblocking(False)
         loop = asyncio.get_running_loop()
         watch = loop.create_task(self._watch())
@@ -134,8 +136,9 @@ class Gateway:
             await asyncio.sleep(0.01)  # sockets of failed handshakes close in the loop's next turn
 
     def _make_room(self, network: str) -> None:
-        """If there are too many unfinished handshakes, in total or from `network`, cancel the
-        oldest of them, so that a new handshake can begin."""
+        """Make room for a new handshake. If `network` has too many unfinished handshakes, cancel
+        the oldest of that network; otherwise, if there are too many in all, cancel the oldest of
+        all."""
         same = [task for task, its in self._shaking.items() if its == network]
         if len(same) >= self.limits.per_network or len(self._shaking) >= self.limits.handshakes:
             oldest = same[0] if len(same) >= self.limits.per_network else next(iter(self._shaking))
@@ -143,7 +146,8 @@ class Gateway:
             oldest.cancel()
 
     async def _welcome(self, accepted: socket.socket) -> None:
-        """Run the handshake of a connection, then serve its requests until one side closes it."""
+        """Run the TLS handshake of a new connection, then serve its requests until one side closes
+        it."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         reader = asyncio.StreamReader(limit=CHUNK)
@@ -190,8 +194,8 @@ class Gateway:
             transport.abort()  # does nothing where it is closed
 
     async def _first_byte(self, accepted: socket.socket) -> None:
-        """Wait for the peer's first byte, for at most Limits.silent seconds. Errors: TimeoutError;
-        the connection is then closed."""
+        """Wait for the peer's first byte, for at most Limits.silent seconds. Errors: TimeoutError
+        if none came; the connection is then closed."""
         loop, heard = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(accepted, heard.set)
         try:
@@ -220,7 +224,8 @@ class Gateway:
             peer.http.start_next_cycle()
 
     async def _answer(self, peer: Peer, record: enrol.Record, request: h11.Request) -> None:
-        """Serve one request of an admitted site. Errors: Denied."""
+        """Serve one request of an admitted site: answer it here, or pass it to the SuperLink. peer:
+        the connection; record: the site's record. Errors: Denied if the request is refused."""
         call = (request.method, request.target.decode("ascii", "replace"))
         size = content_length(request)
         if call == (b"GET", STATUS):
@@ -256,7 +261,8 @@ class Gateway:
         await self._forward(peer, request, call[1])
 
     def _admit(self, peer: Peer) -> enrol.Record:
-        """Read the peer's record from disk and check that it may send requests. Errors: Denied."""
+        """Read the record of a peer's site from disk, and check that this site may send a request
+        now. Return the record. Errors: Denied if it may not."""
         record = self._record(peer.name)
         if record is None or record.tls != peer.tls:
             revoked = enrol.was_revoked(self.home, peer.tls)
@@ -273,8 +279,10 @@ class Gateway:
         return sum(peer.name == name for peer in self._peers)
 
     async def _forward(self, peer: Peer, request: h11.Request, path: str) -> None:
-        """Stream a request to the SuperLink, and the SuperLink's response to the peer. Errors:
-        Denied; ConnectionError if the response is too long after it has begun."""
+        """Stream a request to the SuperLink, and the SuperLink's response to the peer. path: the
+        path of the call at the SuperLink. Errors: Denied if the SuperLink does not answer, or
+        announces too long a response; ConnectionError if a response proves too long while it is
+        passed on."""
         headers = [
             (name, value)
             for name, value in request.headers
@@ -302,7 +310,8 @@ class Gateway:
             await response.aclose()
 
     async def _next(self, peer: Peer, seconds: float) -> Any:
-        """Read h11's next event from the peer, within `seconds`. Errors: TimeoutError,
+        """Read from the peer until h11 has parsed the next event (such as a request's head), and
+        return it. seconds: how long to wait for it at most. Errors: TimeoutError,
         h11.RemoteProtocolError, OSError."""
         async with asyncio.timeout(seconds):
             while (event := peer.http.next_event()) is h11.NEED_DATA:
@@ -339,7 +348,11 @@ class Gateway:
         return h11.Response(status_code=status, headers=passed)
 
     async def _say(self, peer: Peer, status: int, body: bytes) -> None:
-        """Send a response that the gateway itself makes, after reading the rest of the request."""
+        """Send a response that the gateway itself makes. The rest of the request is read before.
+
+        - peer: the connection
+        - status: the HTTP status
+        - body: the content of the response"""
         if peer.http.their_state is h11.SEND_BODY:
             async for _ in self._body(peer):
                 pass
@@ -349,8 +362,9 @@ class Gateway:
         await self._send(peer, h11.EndOfMessage())
 
     async def _deny(self, peer: Peer, denied: Denied) -> None:
-        """Send the reason of a refusal. Then read and drop arriving bytes for up to 2 s, since the
-        response would be lost if the connection were closed with unread bytes."""
+        """Send the peer the HTTP status and the reason with which its request is refused
+        (`denied`). Then read and drop arriving bytes for up to 2 s: if the connection were closed
+        with unread bytes, the response would be lost."""
         if peer.http.our_state is not h11.SEND_RESPONSE:
             raise ConnectionError
         body = denied.reason.encode()
@@ -364,8 +378,8 @@ class Gateway:
                     pass
 
     async def _watch(self) -> None:
-        """Until cancelled, close the connections of revoked sites and renew the gateway's own
-        certificate."""
+        """Close the connections of sites that were revoked, and renew the gateway's own certificate
+        in time. Runs until this task is cancelled."""
         looked = time.monotonic()
         while True:
             await asyncio.sleep(0.5)
@@ -395,9 +409,9 @@ class Gateway:
         self._tls.load_cert_chain(certs.server_leaf(self.home))
 
     def _count(self, reason: str, site: str = "") -> None:
-        """Count a refusal by its reason. site: whom it concerns; "" if not known, or this gateway
-        itself. Only the 1st, 2nd, 4th, 8th … refusal for a reason is
-        printed, so that nobody can fill the disk with log lines."""
+        """Count a refusal by its reason. Only the 1st, 2nd, 4th, 8th … refusal for a reason is
+        printed, so that nobody can fill the disk with log lines. site: the name of the site that it
+        concerns; "" if this is not known, or if it concerns the gateway itself."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
             line = {

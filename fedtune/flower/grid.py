@@ -1,4 +1,5 @@
-"""Define a Flower Grid in one process. It uses a deployment's apps and wire format, but no server
+"""Define a Flower Grid (through which a coordinator sends messages to nodes) whose nodes run in
+this process, for simulations. It uses the apps and the wire format of a deployment, but no server
 and no Ray."""
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ class InProcessGrid(Grid):
     is pulled.
 
     Messages in both directions go through Flower's wire format, so a message that works here also
-    works on the network. `bytes_down` and `bytes_up` count the messages' bytes by node, with
-    metadata.
+    works on the network. `bytes_down` and `bytes_up` count, for each node, the bytes of the
+    messages to it and from it, metadata included.
 
     - sites: the sites' files; the first file gets the lowest node number
     - app: the ClientApp that answers for each site
-    - name_of: site file -> the site's name, for `members`; by default the name in the file
+    - name_of: a function that returns the site's name for a site file; by default it reads the name
+      in the file
     - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
 
     Guarantee: at most one reply is held at a time. An exception in the ClientApp becomes an error
-    reply that names the exception's class; it has the exception's message only for a
-    FedtuneError."""
+    reply with the name of its class; only for a FedtuneError the reply also has the exception's
+    message."""
 
     def __init__(
         self,
@@ -66,8 +68,8 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def members(self) -> dict[int, Member]:
-        """Return node -> the site named in its site file. A node whose file cannot be read is left
-        out."""
+        """Return which site each node belongs to: node number -> Member, with the site's name. A
+        node whose site file cannot be read is left out."""
         members = {}
         for node, context in self._contexts.items():
             with suppress(FedtuneError):
@@ -82,8 +84,15 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Create a message of this grid's one run, RUN_ID, which has no task. Parameters and result
-        are those of `api.create_message`."""
+        """Create a message of this grid's one run, RUN_ID, which has no task. Return it without an
+        id, which it gets when it is pushed.
+
+        - content: the records of the message
+        - message_type: what the message asks the site to do, such as "train" or "query.prepare"
+        - dst_node_id: the number of the node that receives the message
+        - group_id: a text that the messages of one exchange share, such as the round's number
+        - ttl: for how many seconds the message and its reply are valid; None for Flower's
+          DEFAULT_TTL"""
         return api.create_message(RUN_ID, None, content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -102,8 +111,8 @@ class InProcessGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Yield the replies. The app answers a message when its reply is taken from the iterator;
-        each message is answered once."""
+        """Yield the replies to the messages with these ids. A message is handed to its node's app
+        only when its reply is taken from the iterator. Each message is answered once."""
         for identity in message_ids:
             message_bytes = self._waiting.pop(identity, None)
             if message_bytes is not None:
@@ -122,8 +131,9 @@ class InProcessGrid(Grid):
 
 
 def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context]:
-    """Build the context of each node. sites: node number -> site file; peers: the sites' signing
-    keys, separated by spaces. Returns node number -> context."""
+    """Build Flower's context for each node, which tells the node's app its site file. Return node
+    number -> context. sites: node number -> site file; peers: the sites' signing keys, separated by
+    spaces, or "" without secure aggregation."""
     return {
         number: Context(
             RUN_ID, number, {"site": str(path), SIMULATED: True, PEERS: peers}, RecordDict(), {}
@@ -133,8 +143,11 @@ def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context
 
 
 def answer(app: ClientApp, contexts: Mapping[int, Context], message_bytes: bytes) -> bytes:
-    """Return the reply, in the wire format, of the node to which the message is addressed. An
-    exception in the app becomes an error reply."""
+    """Let the app answer a message for the node to which it is addressed. Return the reply in the
+    wire format. An exception in the app becomes an error reply.
+
+    - contexts: node number -> the node's context
+    - message_bytes: the message in the wire format"""
     message = decode(message_bytes)
     try:
         reply = app(message, contexts[message.metadata.dst_node_id])

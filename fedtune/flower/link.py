@@ -44,14 +44,15 @@ class Link:
 
     @property
     def certificate(self) -> Path:
-        """The file of the site's newest certificate."""
+        """The path of the file that holds the site's newest certificate."""
         return (self.own or self.keys / RENEWED) / "tls.crt"
 
 
 def link(site: Site, path: Path) -> Link:
-    """Read the link from the coordinator's answer. The answer is the file that site.toml's
-    [coordinator] table names, else the one that was stored when the site joined. path: the site
-    file, for the errors' texts. Errors: ConfigError, Refused."""
+    """Collect the settings by which a site reaches its coordinator, mainly from the coordinator's
+    answer. The answer is the file that site.toml's [coordinator] table names or, if it names none,
+    the one that was stored when the site joined. path: the site file, for the errors' texts.
+    Errors: ConfigError, Refused."""
     table = site.coordinator or CoordinatorTable()
     keys = keys_folder(site)
     name = site.site.name

@@ -9,6 +9,7 @@ consortium.
 An answer comes by mail. Its address and its plan for review are not trusted until a person has
 compared the consortium's fingerprint with the one that the coordinator read out.
 
+| an answer is refused if                                                         | by          |
 | it is larger than MAX_BYTES, not JSON, has other fields, or a value is no text  | ConfigError |
 | it is for another site or other keys, or its CA did not sign its certificate    | ConfigError |
 | its plan is not a plan, or its coordinator did not sign the plan                | ConfigError |
@@ -52,15 +53,15 @@ def keys_folder(site: Site) -> Path:
 
 def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
     """Read the coordinator's answer to a site, and check that it is complete and for this site. The
-    plan for review in it is not checked (`plan_of`).
+    plan for review in the answer is not checked here, but by `plan_of`.
 
     - path: the file of the answer
     - tls: the site's public TLS key, which the answer's certificate must have
     - name: the site's name, which the answer must have
-    - expected: the consortium's fingerprint that the coordinator read out; "" to compare none
+    - expected: the consortium's fingerprint as the coordinator read it out; "": it is not compared
 
-    Errors: ConfigError if the file is no such answer, its CA did not sign its certificate, or it is
-    for another name or key; Refused if its fingerprint is not `expected`."""
+    Errors: ConfigError if the file is no such answer, if the CA in it did not sign the certificate
+    in it, or if it is for another name or key; Refused if its fingerprint is not `expected`."""
     fields = enrol.texts_in(path, MAX_BYTES)
     if not _REQUIRED <= set(fields) <= _REQUIRED | _OPTIONAL:
         raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
@@ -90,7 +91,8 @@ def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
 
 
 def plan_of(answer: Answer, path: Path) -> Study | None:
-    """Return the plan for review in an answer; None if there is none.
+    """Return the study's plan that an answer brings for review, after checking it; None if there is
+    none. path: the answer's file, for the errors' texts.
 
     Errors: ConfigError if the text is not a plan, or the answer's coordinator did not sign it."""
     if not answer.plan:
@@ -106,8 +108,8 @@ def plan_of(answer: Answer, path: Path) -> Study | None:
 
 
 def read_reviewed_plan(answer: Answer) -> str:
-    """Return the digest of the plan for review in an answer; "" if there is no plan, or this
-    release cannot read it, or its signature is not valid."""
+    """Return the digest of the study's plan that an answer brings for review; "" if it brings none,
+    if this release cannot read the plan, or if its signature is not valid."""
     try:
         study = plan_of(answer, Path(KEPT))
     except ConfigError:
@@ -116,18 +118,18 @@ def read_reviewed_plan(answer: Answer) -> str:
 
 
 def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
-    """Check the coordinator's answer against the fingerprint that a person heard, store it, and
-    return it.
+    """Join the consortium: check the coordinator's answer against the fingerprint that a person
+    heard, store the answer, and return it.
 
     - path: the file of the answer
     - keys: the folder of the site's network keys, in which the answer is stored as answer.json
     - name: the site's name
-    - fingerprint: the consortium's fingerprint as the coordinator read it out. None compares with
-      the stored answer's fingerprint, so that a new certificate of the same consortium needs no
-      second call.
+    - fingerprint: the consortium's fingerprint as the coordinator read it out. None: it is compared
+      with that of the answer stored before, so that a new certificate of the same consortium needs
+      no second call.
 
-    Errors: those of `read` and `plan_of`; ConfigError if no fingerprint is given and none was
-    stored."""
+    Errors: ConfigError if the answer or its plan is not valid or not for this site, or if no
+    fingerprint is given and no answer was stored; Refused if the fingerprint differs."""
     if fingerprint is None and (kept := load_answer(keys, name)):
         fingerprint = kept.fingerprint
     if not fingerprint or not fingerprint.strip():
@@ -146,16 +148,20 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
 def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
     """Return the answer that was stored when this site joined; None if the site has not joined.
 
-    keys: the folder of the site's network keys, which holds the answer. name: the site's name.
-    expected: the fingerprint in site.toml; "" compares none. Errors: those of `read`."""
+    - keys: the folder of the site's network keys, which holds the answer
+    - name: the site's name
+    - expected: the consortium's fingerprint, as in site.toml; "": it is not compared
+
+    Errors: ConfigError if the answer is not valid or not for this site; Refused if its fingerprint
+    is not `expected`."""
     if not (keys / KEPT).exists():
         return None
     return read(keys / KEPT, tls_key(keys), name, expected)
 
 
 def tls_key(keys: Path) -> EC:
-    """Return the site's public TLS key. Errors: ConfigError if a network key of the site is missing
-    or cannot be read."""
+    """Return the site's public TLS key. keys: the folder of its network keys. Errors: ConfigError
+    if one of these keys is missing or cannot be read."""
     for name in ("node.key", "tls.key"):
         if not (keys / name).is_file():
             raise ConfigError(f"{keys / name}: no such file", todo="`fedtune enroll` makes it")

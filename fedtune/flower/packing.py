@@ -1,9 +1,10 @@
 """Pack a short message into one record, since Flower transfers each part of a message separately.
 
-An order with a small adapter, or an update, has eight parts: the message, its dictionary, two
-records, and an array and a chunk each for the numbers and their scales. Each part costs a request
-between coordinator and SuperLink, one between site and gateway, and one within the site: some 90 of
-the 170 requests of a round of three sites. A packed message has three parts.
+A message with a small adapter, or an update, has eight parts: the message, its dictionary, two
+records and, for the numbers and for their scales, one array and one chunk each. Each part costs
+three requests: one between coordinator and SuperLink, one between site and gateway, and one within
+the site. These are some 90 of the 170 requests of a round of three sites. A packed message has
+three parts.
 
 | up to MOST bytes        | packed: one record with the dictionary in Flower's protobuf form     |
 | more than MOST bytes    | not packed: Flower sends chunks, and repeats single ones after a cut |
@@ -26,7 +27,8 @@ NEVER = "query.prepare"
 
 
 def pack(message: Message) -> Message:
-    """Pack the content of a message in place, if the message is short. Returns the message."""
+    """Pack the content of a message into one record, in place, if the message is short. Return the
+    same message."""
     if message.metadata.message_type != NEVER and message.has_content() and _is_short(message):
         proto = api.recorddict_to_proto(message.content)
         if proto.ByteSize() <= MOST:
@@ -36,14 +38,14 @@ def pack(message: Message) -> Message:
 
 
 def size(content: RecordDict) -> int:
-    """Return the number of bytes of a message's unpacked content in Flower's protobuf form. It is
-    the same on every grid."""
+    """Return how many bytes a message's unpacked content has in Flower's protobuf form. This number
+    is the same for a message over a network and in a simulation."""
     return int(api.recorddict_to_proto(content).ByteSize())
 
 
 def _is_short(message: Message) -> bool:
-    """Return whether the message's arrays have at most MOST bytes. This is checked first, since
-    the exact size needs a copy of the message."""
+    """Return whether the message's arrays have at most MOST bytes. This quick check comes before
+    the size of the whole message is computed, which needs a copy of it."""
     arrays = (
         array for record in message.content.array_records.values() for array in record.values()
     )
@@ -51,7 +53,7 @@ def _is_short(message: Message) -> bool:
 
 
 def unpack(message: Message) -> Message:
-    """Unpack the content of a message in place, if it is packed. Returns the message.
+    """Unpack the content of a message, in place, if it is packed. Return the same message.
 
     Errors: ValueError, DecodeError, and any other error that a crafted message causes in
     Flower's reader."""

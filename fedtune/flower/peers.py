@@ -1,5 +1,5 @@
-"""Identify the gateway's peers by their certificates, and define the limits of their connections
-and requests."""
+"""Identify the sites that connect to the gateway by their certificates, and define the limits of
+their connections and requests."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ class Peer:
     """One connection of a site.
 
     - name: the site's name, by its certificate
-    - tls: sha256 of the certificate's public key, as records hold it; "" if it is of another kind
+    - tls: the digest of the certificate's public key, as `enrol.tls_digest` returns it; "" if the
+      key is of another kind than sites have
     - until: when the certificate expires
-    - reader, writer, http: the connection's bytes, and the parser of its requests
-    - since: when the connection began, by the monotonic clock"""
+    - reader, writer: the two directions of the connection
+    - http: the parser of its requests
+    - since: when the connection began, as time.monotonic() gives it"""
 
     name: str
     tls: str
@@ -69,8 +71,9 @@ class Denied(Exception):
 
 
 def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
-    """Return the peer of a connection, with the identity in its certificate, which the handshake
-    has verified."""
+    """Describe a connection whose TLS handshake is over as a Peer, with the name and the key in the
+    site's certificate, which the handshake has verified. reader, writer: the two directions of the
+    connection."""
     der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     leaf = x509.load_der_x509_certificate(der)
     key = leaf.public_key()
@@ -81,7 +84,8 @@ def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
 
 
 def network_of(address: str) -> str:
-    """Return the network whose addresses count as one host: an IPv4 address by itself, or the /64
+    """Return the network to which an address belongs, as a text. All addresses of a network count
+    as one host when handshakes are limited: an IPv4 address by itself, or all addresses in the /64
     of an IPv6 address."""
     ip = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv4Address):
@@ -103,8 +107,9 @@ def tls_reason(error: ssl.SSLError) -> str:
 
 
 def content_length(request: h11.Request) -> int | None:
-    """Return the length of the body by the content-length header, in which h11 admits only digits.
-    None if the request has no such header, or also a transfer-encoding header."""
+    """Return the length of a request's body in bytes, as the content-length header states it (h11
+    admits only digits there). None if there is no such header, or if there is a transfer-encoding
+    header as well."""
     headers = dict(request.headers)
     length = headers.get(b"content-length")
     return int(length) if length is not None and b"transfer-encoding" not in headers else None

@@ -12,18 +12,19 @@ REPLY_SECONDS = (0.02, 0.5)
 
 
 class Poll:
-    """Pauses that grow with the wait, so that an early result is found soon and a long wait needs
-    few checks.
+    """Makes the pauses between checks for a result. They grow with the wait, so that an early
+    result is found soon and a long wait needs few checks.
 
     A pause is a tenth of the wait so far, but at least `least` and at most `most` seconds. So
-    polling prolongs a wait by at most a tenth or by `least`, and never by more than `most`."""
+    polling prolongs a wait by at most a tenth of it, or by `least` if that is more, and never by
+    more than `most`."""
 
     def __init__(self, least: float, most: float) -> None:
         self._least, self._most = least, most
         self.again()
 
     def again(self) -> None:
-        """Begin a new wait."""
+        """Begin a new wait, so that the pauses are short again."""
         self._began = time.monotonic()
 
     def pause(self) -> None:
@@ -36,8 +37,9 @@ class Impatient:
     """Replaces the module `time` in Flower's code, so that Flower sleeps less between two checks.
     This matters since a round waits for the site that checks last.
 
-    Flower itself sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet. A
-    change between these two lengths begins a new wait."""
+    Flower itself sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet. When
+    it changes from one of these lengths to the other, it waits for something else, so the pauses
+    begin anew."""
 
     def __init__(self) -> None:
         self._last = 0.0

@@ -1,8 +1,8 @@
 """Import the names of Flower that are not in its public API. No other file imports them.
 
-tests/flower/test_contract.py states what fedtune needs of each name, and `make flower` tests it on
-every release of Flower. None is a name of a gRPC service. Names whose import loads a web server are
-loaded by a function."""
+tests/flower/test_contract.py states what fedtune needs of each name, and `make flower` tests this
+with every release of Flower. None of the names belongs to a gRPC service. If the import of a name
+loads a web server, a function imports it, only when it is needed."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ __all__ = [
 
 
 def load_superlink() -> tuple[Any, Any]:
-    """Import and return the module whose get_middleware the SuperLink calls, and the SuperLink's
-    main function."""
+    """Import what is needed to run a SuperLink. Return two things: the module whose get_middleware
+    the SuperLink calls, and the SuperLink's main function."""
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
 
@@ -130,8 +130,9 @@ def load_superlink() -> tuple[Any, Any]:
 
 
 def load_supernode() -> tuple[Any, Any, Any]:
-    """Import and return the module with the SuperNode's loop, the class of its client, and its main
-    function."""
+    """Import what is needed to run a SuperNode. Return three things: the module with the
+    SuperNode's loop, the class of the client by which it reaches the SuperLink, and the SuperNode's
+    main function."""
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
     from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -140,16 +141,17 @@ def load_supernode() -> tuple[Any, Any, Any]:
 
 
 def load_http_grid() -> Any:
-    """Import and return the class of a ServerApp's Grid over HTTP. This also loads the SuperLink's
-    web server."""
+    """Import and return the class of Flower's Grid over HTTP, through which a ServerApp sends
+    messages. This import also loads the SuperLink's web server."""
     from flwr.superlink.grid import HttpGrid
 
     return HttpGrid
 
 
 def pull_replies(asked: Iterable[str]) -> PullAppMessagesRequest:
-    """Build the request for the replies to the messages with the ids `asked`. Flower 1.43 renamed
-    the request's field and made it a StringList; both forms are supported."""
+    """Build the request that asks a SuperLink for replies. asked: the ids of the messages whose
+    replies are wanted. Flower 1.43 renamed the request's field and made it a StringList; both forms
+    are supported."""
     if "message_ids" in PullAppMessagesRequest.DESCRIPTOR.fields_by_name:
         return PullAppMessagesRequest(message_ids=list(asked))
     texts: Any = recorddict_pb2.StringList(vals=list(asked))

@@ -1,4 +1,4 @@
-"""Run Flower's own programs, each in a separate process."""
+"""Run one of Flower's own programs, SuperLink or SuperNode, as the main program of a process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from fedtune.flower import api
 
 
 def main(options: list[str]) -> None:
-    """Run the program that sys.argv[0] names (SuperLink or SuperNode) until it ends. The program
-    reads its options from the rest of sys.argv. options: the same options, not used here."""
+    """Run SuperLink or SuperNode, whichever sys.argv[0] names, until it ends. The program reads its
+    options from the rest of sys.argv. options: the same options; not used here."""
     api.run_program("superlink" if sys.argv[0] == "flower-superlink" else "supernode")

@@ -12,14 +12,14 @@ from fedtune.core.wire.arrays import Record, pack_arrays
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Encode arrays as a record for a Flower message. arrays: name -> array; types other than fp16,
-    int8, uint32 and uint64 become fp32."""
+    """Encode arrays as a record for a Flower message. arrays: name -> array. An array of fp16,
+    int8, uint32 or uint64 keeps its type; any other becomes fp32."""
     return as_record(pack_arrays(arrays))
 
 
 def as_record(packed: Record) -> ArrayRecord:
-    """Convert encoded arrays, as `wire.arrays.pack_arrays` returns them, to a record for a Flower
-    message. Their bytes stay unchanged."""
+    """Convert arrays that are encoded already to a record for a Flower message. Their bytes stay
+    unchanged. packed: the encoded arrays by name, as `wire.arrays.pack_arrays` returns them."""
     return ArrayRecord(
         {
             name: Array(dtype=one.dtype, shape=tuple(one.shape), stype=one.stype, data=one.data)

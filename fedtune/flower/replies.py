@@ -1,5 +1,5 @@
-"""Fetch and assemble the answers to the coordinator's messages. The largest size of an answer is
-fixed before its message is sent."""
+"""Fetch the sites' answers to the coordinator's messages, part by part, and assemble them. How
+large an answer may be is fixed before its message is sent."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ MISSING = 20  # the number of missing parts after which a poll for an answer sto
 
 
 class TooLong(Exception):
-    """An answer has more bytes than were agreed."""
+    """Raised if an answer has more bytes than it may have."""
 
 
 class Lost(Exception):
-    """A part of an answer will not arrive, since the site gave up its upload."""
+    """Raised if a part of an answer will not arrive, since the site gave up its upload."""
 
 
 def announce(answers: Collection[Answer]) -> None:
-    """Ask the SuperLink, in one call, which of the answers have arrived or are arriving, and note
-    this in them. Does nothing for a grid without a SuperLink, as in a simulation."""
+    """Ask the SuperLink, in one call, which of the answers have arrived or begun to arrive. The
+    result is noted in each Answer, so that `take` can fetch it. Does nothing for a grid without a
+    SuperLink, as in a simulation."""
     unknown = {answer._asked: answer for answer in answers if not answer._root}
     grid: Any = next((answer._grid for answer in unknown.values()), None)
     if not remote(grid):
@@ -59,11 +60,13 @@ def remote(grid: Any) -> bool:
 class Answer:
     """The answer to one message, which is fetched part by part from the SuperLink.
 
-    grid: the grid over which the message was sent. asked: the message's id. most: the largest
-    number of bytes of the answer.
-    Guarantee: while it is fetched, at most `most` bytes and one part more are held. The assembled
-    answer has at most `most` bytes, even if the answer's tree lists one part many times. No method
-    waits: while parts are missing, `take` returns None and holds no part."""
+    - grid: the grid over which the message was sent
+    - asked: the message's id
+    - most: how many bytes the answer may have
+
+    Guarantee: while the answer is fetched, at most `most` bytes and one part more are held in
+    memory. The assembled answer has at most `most` bytes, even if it lists one part many times. No
+    method waits: while parts are missing, `take` returns None and keeps no part."""
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
         self._grid = grid
@@ -74,10 +77,11 @@ class Answer:
         self._parts, self._pending = list[str](), deque[str]()
 
     def take(self) -> Message | None:
-        """Return the answer's message; None if it has not arrived completely. Call `announce`
-        before.
+        """Fetch the answer and return it as a message; None if it has not arrived completely. Call
+        `announce` before, which finds out whether it has begun to arrive.
 
-        Errors: TooLong, Lost, and any error that a crafted message causes in Flower's reader."""
+        Errors: TooLong if it has too many bytes; Lost if a part will not arrive; and any error that
+        a crafted message causes in Flower's reader."""
         if not remote(self._grid):
             messages = self._grid.pull_messages([self._asked])
             return next(
@@ -98,7 +102,7 @@ class Answer:
         return unpack(message)
 
     def drop(self) -> None:
-        """Delete the announced answer at the SuperLink."""
+        """Delete the answer at the SuperLink. Does nothing if it was not announced there."""
         if self._root:
             node, run = self._link.node, self._link.run.run_id
             confirmation = ConfirmMessageReceivedRequest(
@@ -120,9 +124,10 @@ class Answer:
             raise TooLong
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Fetch the parts that are still missing. When all have arrived, return id -> content of
-        every part, before that None. No part's content is fetched more than twice. Errors: TooLong,
-        Lost."""
+        """Fetch the parts that had not arrived before. If now all have arrived, return the content
+        of every part, as a dict from the part's id; else None. No part's content is fetched more
+        than twice. Errors: TooLong if they have too many bytes together; Lost if a part will not
+        arrive."""
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()
@@ -153,9 +158,9 @@ class Answer:
         return response.object_content if response.object_available else None
 
     def _check(self, contents: dict[str, bytes]) -> None:
-        """Check that the parts that hold no array values are not too large together, and that the
-        assembled answer is not. A part that is named several times counts several times. contents:
-        id of a part -> its content. Errors: TooLong."""
+        """Check two sizes: that of all parts without array values together, and that of the
+        assembled answer. In the latter, a part that is named several times counts several times.
+        contents: id of a part -> its content. Errors: TooLong if one is too large."""
         kinds = {n: get_object_head_values_from_object_content(c) for n, c in contents.items()}
         words = sum(len(contents[n]) for n, (kind, *_) in kinds.items() if kind != "ArrayChunk")
         if words > WORDS:
@@ -163,8 +168,8 @@ class Answer:
         sizes: dict[str, int] = {}
 
         def count_bytes(name: str) -> int:
-            """Return the number of bytes of an object and of the objects that it names, each
-            counted as often as it is named."""
+            """Return how many bytes an object and all objects that it names have together; an
+            object counts as often as it is named."""
             if name not in sizes:
                 kind, named, _ = kinds[name]
                 if kind in ("RecordDict", "ArrayRecord", "Array"):

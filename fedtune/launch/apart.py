@@ -9,6 +9,7 @@ Once both are connected, vault and courier communicate over the same kind of soc
 of one `fedtune client`. Each connection has its own sockets, so a restarted process never reads
 bytes that were meant for its predecessor.
 
+| if                                          | then                                           |
 | the peer belongs to another user            | neither side communicates with it              |
 | a courier connects while another is here    | it is refused, and tries again                 |
 | one side ends, killed or not                | the other ends its child, waits, and reconnects |
@@ -49,12 +50,12 @@ PEER = struct.Struct("3i")  # process, user, group: Linux's struct ucred
 
 
 class CourierLeft(InfrastructureError):
-    """A courier that `fedtune courier` started has ended its connection."""
+    """Raised in a vault if its courier, which `fedtune courier` runs, has ended the connection."""
 
 
 class Door:
-    """The socket to which a courier connects. As a context manager it makes the socket at `path`,
-    and removes it at the end.
+    """The vault's socket, to which a courier connects. As a context manager it makes the socket at
+    `path`, and removes it at the end.
 
     Errors: ConfigError if the process cannot listen at `path`, or another vault listens there."""
 
@@ -126,14 +127,16 @@ class Guest:
         self._connection = connection
 
     def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
-        """Pass the courier the descriptors and settings with which it works.
+        """Pass the courier what it needs to work: two file descriptors and two settings.
 
         - asks: descriptor of the socket on which it sends requests and receives their answers
         - tells: descriptor of the socket on which it sends events
-        - once: whether it ends when a coordinator that gave this site work has gone
-        - patience: seconds for which it tries again while the coordinator refuses this site
+        - once: whether the courier ends when a coordinator has gone that gave this site work
+        - patience: for how many seconds the courier tries again if the coordinator refuses this
+          site
 
-        Returns this object. If the courier has left meanwhile, nothing is passed."""
+        Return this object. If the courier has left meanwhile, nothing is passed; `alive` is then
+        False."""
         words = {"release": __version__, "once": once, "patience": patience}
         with suppress(OSError):  # the courier has left; `alive` is False then
             socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
@@ -149,7 +152,7 @@ class Guest:
         return not has_ended(self._connection)
 
     def build_end_error(self) -> InfrastructureError:
-        """Build the error for a courier that has left."""
+        """Build the error that says that the courier has left; it is not raised here."""
         return CourierLeft("the courier of this site has left")
 
     def __enter__(self) -> Guest:
@@ -182,12 +185,13 @@ def has_ended(connection: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class Received:
-    """What a courier receives when it connects to its vault.
+    """What a courier receives from its vault when it connects: two file descriptors and two
+    settings.
 
     - asks: descriptor of the socket on which it sends requests and receives their answers
     - tells: descriptor of the socket on which it sends events
-    - once: whether it ends when a coordinator that gave this site work has gone
-    - patience: seconds for which it tries again while the coordinator refuses this site"""
+    - once: whether the courier ends when a coordinator has gone that gave this site work
+    - patience: for how many seconds the courier tries again if the coordinator refuses this site"""
 
     asks: int
     tells: int
@@ -200,9 +204,15 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
     says that the work is done. Reconnect to the vault as often as needed.
 
     The courier reads site.toml, the coordinator's answer and the site's network keys, and writes to
-    its own folder. It needs no record, ledger or signing key on its machine. Events: "waiting",
-    "connected", "reconnecting", "stopped". Errors: ConfigError or Refused because of the answer or
-    the keys; KeyboardInterrupt at Ctrl-C."""
+    its own folder. It needs no record, ledger or signing key on its machine.
+
+    - site_path: the site file
+    - door: the path of the vault's socket
+    - on_event: called with the name of each event ("waiting", "connected", "reconnecting",
+      "stopped") and a dict about it
+
+    Errors: ConfigError or Refused if the answer or a key is not usable; KeyboardInterrupt at
+    Ctrl-C."""
     site = load_site(site_path, alone=True)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
@@ -230,9 +240,10 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
 
 @contextmanager
 def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
-    """Connect to the vault, and try again until the vault accepts this courier. Yield the
-    connection, which the block's end closes, and the descriptors and settings that the vault
-    passed."""
+    """A context manager: connect to the vault, and try again until the vault accepts this courier.
+    Yield two things: the connection, which is closed at the end of the block, and what the vault
+    passed (Received). door: the path of the vault's socket; on_event: called with "waiting" and a
+    dict about it when the reason for waiting changes."""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:
@@ -253,7 +264,8 @@ def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Rec
 
 
 class Turned(Exception):
-    """The vault, or another program in its place, does not accept this courier."""
+    """Raised in a courier if the vault, or another program in its place, does not accept it. The
+    text says why."""
 
 
 def _is_readable(vault: socket.socket, seconds: float) -> bool:
@@ -263,16 +275,17 @@ def _is_readable(vault: socket.socket, seconds: float) -> bool:
 
 
 def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
-    """Wait up to `seconds` for the vault's last message. Return whether it came and says that the
-    work is done, so that the courier need not connect again."""
+    """Wait up to `seconds` for the vault's last message. Return True if it came and says that the
+    work is done, so that the courier need not connect again; else False."""
     with suppress(OSError):
         return _is_readable(vault, seconds) and vault.recv(len(DONE)) == DONE
     return False
 
 
 def _receive(vault: socket.socket) -> Received:
-    """Receive the descriptors and settings that the vault passes. Errors: OSError; Turned if the
-    vault does not accept this courier, or is not a vault of this user and release."""
+    """Receive the file descriptors and settings that the vault passes to a courier that has
+    connected. Errors: OSError; Turned if the vault does not accept this courier, or is not a vault
+    of this user and release."""
     if not is_same_user(vault):
         raise Turned("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)

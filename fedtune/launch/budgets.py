@@ -1,4 +1,5 @@
-"""Explain why sites' budgets refused a simulation, and store at the sites where the run lies."""
+"""Explain why sites' budgets refused a simulation. So that the explanation can name earlier runs,
+store the path of each run in the state folders of its sites."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fedtune.core.vault.budget_refusal import CEILINGS, PLACES, TODO, explain, i
 
 def remember(sites: Sequence[Site], run: Path) -> None:
     """Store the path of a run in each site's state folder, under the digest of the run's plan. The
-    path is only shown to people, so errors of the disk and a damaged plan are ignored."""
+    path is only shown to people, so errors of the disk and a damaged plan are ignored. sites: the
+    sites of the simulation."""
     with suppress(FedtuneError, OSError):
         digest = load_plan(run).digest
         for site in sites:
@@ -27,9 +29,9 @@ def remember(sites: Sequence[Site], run: Path) -> None:
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Explain why sites refused a study if a budget was the reason: return a refusal with notes,
-    from the sites' ledgers on this machine, that name the studies on which the sites' budgets were
-    spent. Return `refusal` itself if no budget was the reason.
+    """Explain why sites refused a study if a budget was the reason: return a refusal with notes
+    that name the studies on which the sites' budgets were spent. The notes are made from the sites'
+    ledgers on this machine. Return `refusal` itself if no budget was the reason.
 
     study: the plan that was refused; sites: the sites of the simulation."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):

@@ -99,7 +99,8 @@ def serve(
     """Run the study with the sites that are admitted before or while it runs. Return its report.
 
     - study: the study as its study.toml describes it
-    - out, home: the folders of the run, and of the coordinator's keys and registry
+    - out: the folder of the run
+    - home: the folder of the coordinator's keys and registry of sites
     - host, port: where the gateway listens
     - names: host names by which sites connect, which are written into the gateway's certificate
     - resume: whether to continue the run in `out`; if not, `out` must hold no run
@@ -125,8 +126,8 @@ def serve(
 
 @contextmanager
 def naming_stops() -> Iterator[None]:
-    """Run the block, and replace Stopped, which a signal raises in it, by the error that people
-    see. Errors: KeyboardInterrupt for SIGINT, else Terminated."""
+    """A context manager that replaces Stopped, which a signal raises in its block, by the error
+    that people see: KeyboardInterrupt for SIGINT, else Terminated."""
     try:
         yield
     except Stopped as stop:
@@ -138,15 +139,15 @@ def naming_stops() -> Iterator[None]:
 
 
 class Terminated(InfrastructureError):
-    """SIGTERM ended a server before its studies were finished."""
+    """The error that SIGTERM ended a server before its studies were finished."""
 
 
 @contextmanager
 def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
-    """Lock a coordinator's home and its runs' folders for this process while the block runs. Remove
-    incomplete files of an earlier process and an earlier study's plan. A signal raises Stopped in
-    the block. Yields the number of seconds to wait for the port: if an earlier server was killed,
-    its gateway needs some time to end by itself.
+    """Lock a coordinator's home and its runs' folders for this process while the block runs. At the
+    start, remove the incomplete files that an earlier process left, and the plan.json of an earlier
+    study. A signal raises Stopped in the block. Yields the number of seconds to wait for the port:
+    if an earlier server was killed, its gateway needs some time to end by itself.
 
     Errors: InfrastructureError if another process has locked one of the folders, or another
     coordinator serves the consortium."""
@@ -165,7 +166,7 @@ def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
 @contextmanager
 def consortium(home: Path, host: str, port: int) -> Iterator[Link]:
     """Run the SuperLink and the gateway while the block runs, and yield the running SuperLink. Call
-    `prepare` first.
+    `prepare` first. home: the coordinator's home. host, port: where the gateway listens.
 
     Errors: InfrastructureError if one of them cannot listen, or the SuperLink ends."""
     with superlink(home) as link, blaming(link.child), supervised_gateway(link, home, host, port):
@@ -182,11 +183,13 @@ def run_study(
     resume: bool,
     on_event: OnEvent | None,
 ) -> dict[str, Any]:
-    """Run a study as a run of the SuperLink, and return its report.
+    """Run a study with the running SuperLink, and return the study's report. For Flower, the study
+    is one of the SuperLink's runs.
 
     - link: the running SuperLink
     - home: the coordinator's home, whose audit log gets the study's decisions
-    - rounds: called as server.rounds.run; made by `installed_rounds`
+    - rounds: the function that runs the study's rounds, with the parameters of server.rounds.run;
+      made by `installed_rounds`
     - study: the study as its study.toml describes it
     - out: the folder of the run
     - resume: whether to continue the run in `out`; if not, `out` must hold no run
@@ -233,14 +236,15 @@ def prepare(
 
 def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
     """Return the address HOST:PORT by which sites connect. HOST is the first of `names`, else
-    `host`."""
+    `host`. port: the gateway's port."""
     name = [*names, host][0]
     return address_of(name, port)
 
 
 def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, Any]:
     """Return the fields of the event "listening": address, fingerprint, participants (the admitted
-    sites), text for the operator and, if there is only one study, study (its name)."""
+    sites), text for the operator and, if there is only one study, study (its name). studies: the
+    studies that this coordinator runs. home: its home, where the admitted sites are registered."""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -260,8 +264,9 @@ def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, A
 
 
 def plan_made(study: Study, home: Path) -> str:
-    """Return a text that says what the operator does next, when plan.json exists. From then on,
-    answers to sites contain the plan."""
+    """Return the text that is shown as soon as plan.json exists. It says what the operator does
+    next. From then on, the answers that `fedtune admit` writes for sites contain the plan. home:
+    the coordinator's home, where the admitted sites are counted."""
     lines = ["plan         is made; a site's answer brings it for review"]
     if len(enrol.registry(home)) < study.strategy.min_sites:
         lines.append(
@@ -279,7 +284,7 @@ class Link:
     - child: its process
     - address: HOST:PORT on loopback
     - certificate: the file of the certificate that was made for this start
-    - secret: what a caller must send (see api.Locked)"""
+    - secret: the random bytes without which the SuperLink accepts no call (api.Locked)"""
 
     child: Child
     address: str
@@ -294,7 +299,8 @@ class Link:
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
     """Run a SuperLink on loopback while the block runs, and yield it. It admits only registered
-    nodes and starts no process.
+    nodes and starts no process. home: the coordinator's home, of which the folder flower/ gets the
+    SuperLink's files.
 
     Its database is new at each start. The state that must survive a restart is in the run's
     folder."""
@@ -327,7 +333,8 @@ def _listen_on_loopback(
 
     - options: the SuperLink's options, without host and port
     - state: the folder where it works and writes its log
-    - certificate: the file of its certificate, by which its port is told from another program's"""
+    - certificate: the file of its certificate, by which the SuperLink is told from another program
+      that listens on the port"""
     attempts = PORTS
     while True:
         attempts, port = attempts - 1, free_port()
@@ -366,8 +373,8 @@ def _answers(port: int, certificate: Path) -> bool:
 
 @contextmanager
 def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
-    """Run the gateway while the block runs. Start it again if it ends, and register newly admitted
-    sites with the SuperLink.
+    """A context manager that runs the gateway while its block runs. If the gateway ends, it is
+    started again. Sites that are admitted meanwhile are registered with the SuperLink.
 
     - link: the running SuperLink, to which the gateway passes the sites' requests
     - home: the coordinator's home, in which `prepare` was called
@@ -413,8 +420,9 @@ def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator
 
 
 def register_new(link: Link, home: Path, registered: set[str]) -> None:
-    """Register every admitted node key with the SuperLink, unless it is in `registered`. Add the
-    new keys to `registered`."""
+    """Register the node key of every admitted site with the SuperLink, unless the key is in
+    `registered`. Add the new keys to `registered`. link: the running SuperLink. home: the
+    coordinator's home, which has the registry of sites."""
     for record in enrol.registry(home).values():
         if record.node not in registered:
             key = {record.name: record.node.encode()}
@@ -424,7 +432,9 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
-    """Start a run at the SuperLink, claim its ServerApp task, and yield the Grid for the rounds.
+    """A context manager that starts a run at the SuperLink and yields Flower's Grid, by which the
+    rounds exchange messages with the sites. To get it, this process takes the ServerApp task of the
+    run.
     Errors: InfrastructureError if the SuperLink offers no task within CLAIM_SECONDS."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
@@ -461,8 +471,9 @@ def bundle() -> bytes:
 
 @contextmanager
 def blaming(link: Child) -> Iterator[None]:
-    """Run the block, and replace its HTTP errors by an error that names the SuperLink. If the
-    SuperLink has ended, replace an InfrastructureError too. Errors: InfrastructureError."""
+    """A context manager that replaces errors of its block by an InfrastructureError that names the
+    SuperLink: HTTP errors always, and another InfrastructureError if the SuperLink has ended. link:
+    the SuperLink's process."""
     try:
         yield
     except (httpx.HTTPError, InfrastructureError) as error:
@@ -476,9 +487,9 @@ def blaming(link: Child) -> Iterator[None]:
 
 
 class Members:
-    """Maps each node of a grid to the site that is admitted with the node's key: a call with the
-    grid returns node -> Member. The SuperLink gives the key of a node, the registry the site of a
-    key. Keys of nodes that have left are remembered.
+    """Maps each node of Flower's Grid to the site that is admitted with the node's key: a call with
+    the Grid returns node -> Member. It asks the SuperLink for a node's key, and the registry of
+    admitted sites for the key's site. Keys of nodes that have left are remembered.
 
     on_event: called with "admitted", "revoked", "connected" or "disconnected" and {name, text} for
     each change in registry and SuperLink since the last call; None for nobody."""
@@ -519,8 +530,8 @@ class Members:
                 self._on_event(event, {"name": name, "text": f"{name}: {event}; {told}"})
 
     def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
-        """Allow the sites of these nodes to push an answer of `most` bytes each through the
-        gateway. Allowances of other sites stay."""
+        """Allow each of the sites of `nodes` to send an answer of at most `most` bytes through the
+        gateway. What is allowed to other sites is not changed. grid: Flower's Grid of the nodes."""
         members = self(grid)
         for name in {members[node].name for node in nodes if node in members}:
             count, _ = self._asked.get(name, (0, 0))
@@ -530,8 +541,9 @@ class Members:
 
 def audit_events(home: Path, on_event: OnEvent | None) -> OnEvent:
     """Return a function that enters a study's decisions in the coordinator's audit log, and passes
-    each event on to `on_event`. It enters the study's start and end, a site's refusal, a dropped
-    update, and the release of another version."""
+    each event on to `on_event`. The audit log gets an entry for the study's start and its end, a
+    site's refusal, a dropped update, and the release of another version. home: the coordinator's
+    home."""
     acts = AuditLog(home, SigningKey.at(home / "signing.key"))
 
     def hear(event: str, data: dict[str, Any]) -> None:
@@ -556,8 +568,9 @@ def _ca(home: Path) -> str:
 
 
 def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
-    """Return a function that passes events on to `on_event`. After "start", when plan.json is
-    stored, it also sends "ready" with the operator's next steps."""
+    """Return a function that passes each event on to `on_event`. After the event "start", when
+    plan.json is stored, it also sends "ready", whose text says what the operator does next
+    (`plan_made`)."""
 
     def hear(event: str, data: dict[str, Any]) -> None:
         on_event(event, data)
@@ -574,7 +587,8 @@ def installed_rounds(home: Path, members: Members, terms: Terms, turn: Turn) -> 
     - home: the coordinator's home. Its key signs plans and receipts, which are stored there.
     - members: maps the nodes of the grid to the admitted sites
     - terms: the settings that the person who starts the study chose
-    - turn: the turn in which the study runs, with its deadline
+    - turn: decides when the study may work among other studies of this coordinator, and has the
+      study's deadline
 
     The returned function takes grid, study, out, resume and on_event, as server.rounds.run does."""
     from fedtune.server import rounds

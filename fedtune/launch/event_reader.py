@@ -9,8 +9,9 @@ from fedtune.core.wire.events import HEADER, MOST
 
 
 class EventReader:
-    """The reading end of a connection on which vault or courier sends events. It can replace a
-    Connection, also in `multiprocessing.connection.wait`.
+    """The reading end of a connection on which vault or courier sends events. It has the methods of
+    multiprocessing's Connection that are used here, so it can be passed in place of one, also to
+    `multiprocessing.connection.wait`.
 
     Guarantee: `poll` and `recv_bytes` return at once. A Connection would wait for the rest of an
     incomplete event, and meanwhile the other half's events would not be shown."""
@@ -28,8 +29,9 @@ class EventReader:
         self._connection.close()
 
     def poll(self, _timeout: float = 0.0) -> bool:
-        """Read the bytes of an event that have arrived. Return whether the event is complete, or
-        the connection has ended. Errors: OSError if the event is longer than allowed."""
+        """Read those bytes of the next event that have arrived, without waiting for more. Return
+        whether the event is complete, or the connection has ended. Errors: OSError if the event is
+        longer than allowed."""
         while not self._ended and (lacking := self._lacking()):
             try:
                 read = os.read(self.fileno(), lacking)
@@ -49,13 +51,13 @@ class EventReader:
         return event
 
     def send_bytes(self, reply: bytes) -> None:
-        """Send the process a result for which it waits. Errors: OSError if the process does not
-        read it."""
+        """Send `reply`, a result for which the process at the other end waits. Errors: OSError if
+        the process does not read it."""
         self._connection.send_bytes(reply)
 
     def _lacking(self) -> int:
-        """Return the number of bytes that are still missing from the header or, once the header is
-        complete, from the event. Errors: OSError if the event is longer than allowed."""
+        """Return how many bytes are still missing: those of the event's header or, once the header
+        is complete, those of the event. Errors: OSError if the event is longer than allowed."""
         if len(self._had) < HEADER.size:
             return HEADER.size - len(self._had)
         (length,) = HEADER.unpack_from(self._had)

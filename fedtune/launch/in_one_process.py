@@ -14,8 +14,9 @@ __all__ = ["app", "place_of", "site_errors"]
 
 
 def place_of(context: Context) -> Place:
-    """Return a simulated node's site and settings, from its config. Errors: ConfigError if the
-    config names no site."""
+    """Return the site file of a simulated node, and how the site takes part. Both are read from the
+    node's config, which Flower's `context` holds. Errors: ConfigError if the config names no
+    site."""
     node = context.node_config
     watch = node.get("watch")
     return Place(

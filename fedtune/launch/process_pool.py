@@ -1,6 +1,7 @@
-"""Run the in-process Grid with its sites in several processes that train at the same time.
+"""Run the sites of a simulation in several processes that train at the same time, behind one Flower
+Grid (ProcessGrid).
 
-    coordinator: ProcessGrid ── socket pair, bytes of Flower's own messages ──> main(): some sites
+    coordinator: ProcessGrid ── socket pair, Flower's messages as bytes ──> main(): runs some sites
 
 Each site belongs to one process for the whole run, and only that process opens its data and ledger.
 A process first waits for the locks of its sites, which an earlier process of this run may still
@@ -38,8 +39,8 @@ PAUSE = 0.05  # seconds to wait for a reply before all workers are checked again
 
 
 class ProcessGrid(InProcessGrid):
-    """A grid whose sites answer in several processes. As a context manager it ends these processes.
-    site_errors: site file -> the error with which the site failed.
+    """A Flower Grid whose sites answer in several processes. As a context manager it ends these
+    processes. site_errors: site file -> the error with which the site failed.
 
     - sites: the sites' files
     - processes: the number of processes, to which the sites are dealt out in turn; at most one for
@@ -73,8 +74,8 @@ class ProcessGrid(InProcessGrid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Yield the replies to these messages that have arrived. Each reply is yielded only
-        once."""
+        """Yield the replies to these messages that have arrived. Each reply is yielded only once.
+        message_ids: the ids of the messages that were sent."""
         for identity in message_ids:
             self._move()
             reply = self._replies.pop(identity, None)
@@ -103,8 +104,9 @@ class ProcessGrid(InProcessGrid):
         return Worker(*options)
 
     def _move(self) -> None:
-        """Send the next message to each idle worker. Then, if no reply waits here to be pulled,
-        fetch one from a busy worker; wait at most PAUSE for it."""
+        """Send the next message to each idle worker. Then, if no reply waits here until
+        `pull_messages` takes it, wait at most PAUSE seconds for a reply of a busy worker, and fetch
+        that."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:
@@ -115,8 +117,9 @@ class ProcessGrid(InProcessGrid):
             self._feed(answered)
 
     def _await(self, busy: list[Worker]) -> Worker | None:
-        """Wait for at most PAUSE seconds until one of the workers has an answer or its process has
-        ended. Return this worker, or None if there is none by then."""
+        """Wait for at most PAUSE seconds until one of the workers `busy`, which were sent a
+        message, has an answer, or its process has ended. Return this worker, or None if there is
+        none by then."""
         ready = wait([worker.connection for worker in busy if worker.connection], PAUSE)
         return next((worker for worker in busy if worker.connection in ready), None)
 
@@ -146,8 +149,8 @@ class Worker:
 
     - log: the file for the process's output. Its folder also has the locks of the sites.
     - sites: node number -> site file, for the sites of this process
-    - share: (number of this process, from 0; number of such processes), by which the processes
-      share their machine
+    - share: (number of this process, from 0; number of such processes), from which the process
+      computes its part of the machine's processors
     - peers: the signing keys of all sites of the simulation, separated by spaces; "" without secure
       aggregation"""
 
@@ -166,8 +169,9 @@ class Worker:
             connection.send_bytes(message_bytes)
 
     def receive(self) -> tuple[bytes, bytes]:
-        """Wait for the answer. Return the sites' errors as JSON, and the reply. Errors: EOFError or
-        OSError if the process has ended."""
+        """Wait until the process has answered the message that was sent to it. Return two byte
+        strings: the errors of its sites as JSON (site file -> the error's class and texts), and its
+        reply. Errors: EOFError or OSError if the process has ended."""
         if self.connection is None:
             raise EOFError
         return self.connection.recv_bytes(), self.connection.recv_bytes()
@@ -202,8 +206,10 @@ def _error(fields: list[str]) -> FedtuneError:
 
 
 def main(options: list[str]) -> None:
-    """Answer messages from a socket until the socket closes. options: the socket's DESCRIPTOR, this
-    process's NUMBER, and the number of PROCESSES."""
+    """Run some of a simulation's sites in this process: receive their files on a socket, then
+    answer each message that comes there, until the socket is closed. options: three numbers as
+    texts: the socket's file descriptor, the number of this process, from 0, and the number of such
+    processes."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     descriptor, number, processes = map(int, options)
     connection = Connection(descriptor)

@@ -59,9 +59,9 @@ class RayGrid(ProcessGrid):
       each site is used
     - logs: the folder for the processes' logs and the sites' locks
     - peers: the signing keys of all sites, separated by spaces; "" without secure aggregation
-    - address: of a running cluster, "auto" or HOST:PORT; the cluster keeps running afterwards. With
-      "" the grid starts a cluster on this machine, with one processor for each process, and ends
-      it.
+    - address: the address of a running cluster, "auto" or HOST:PORT; this cluster keeps running
+      afterwards. With "" the grid starts a cluster on this machine, with one processor for each
+      process, and ends it afterwards.
 
     All nodes must see `sites` and `logs`, whose paths are made absolute.
 
@@ -110,9 +110,10 @@ class RayGrid(ProcessGrid):
         return next((worker for worker in busy if worker.answer in ready), None)
 
     def _start(self, workers: list[Any]) -> None:
-        """Start a process for each of these workers, and wait until all have started. Each process
-        goes to the node that then has the most processors for each of its processes. A node on
-        which a process has ended is used only if there is no other. Errors: InfrastructureError."""
+        """Start a process for each of these workers, and wait until all have started. The processes
+        are placed one by one, each on the node where the number of processors, divided by the
+        number of processes there (the new one included), is largest. A node on which a process has
+        ended is used only if there is no other. Errors: InfrastructureError."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -149,7 +150,8 @@ class RayGrid(ProcessGrid):
 
 
 class _RayWorker(Worker):
-    """A worker whose process is on a node of the cluster, behind a relay."""
+    """A worker whose process is on a node of the cluster. A relay on that node passes the messages
+    to the process and back."""
 
     relay: Any = None
     answer: Any = None  # Ray's reference to what the relay will return
@@ -189,7 +191,8 @@ class _RayWorker(Worker):
 
 
 class Relay:
-    """A Ray actor that starts a process of some sites on its node and passes messages to it."""
+    """A Ray actor that starts a process on its node, in which some sites run, and passes messages
+    to that process."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
@@ -229,24 +232,24 @@ class Relay:
         return seen
 
     def answer(self, message_bytes: bytes) -> bytes:
-        """Send a message to this node's process, and return its reply. Errors: EOFError, OSError if
-        the process has ended."""
+        """Send a message, as bytes, to the process that this relay started, and return the
+        process's reply. Errors: EOFError, OSError if the process has ended."""
         assert self._worker
         self._worker.send("relayed", message_bytes)
         _, reply = self._worker.receive()
         return reply
 
     def end(self) -> None:
-        """End the process, also while it works."""
+        """End the process that this relay started, even while it works."""
         if self._worker:
             self._worker.stop()
 
 
 @contextmanager
 def _connected(address: str, processes: int) -> Iterator[None]:
-    """Join the cluster at `address` during the block. If `address` is "", start a cluster on this
-    machine with `processes` processors, which ends with the block. Errors: ConfigError,
-    InfrastructureError."""
+    """A context manager that joins the Ray cluster at `address` while its block runs. If `address`
+    is "", it starts a cluster on this machine with `processes` processors, and ends that cluster
+    after the block. Errors: ConfigError, InfrastructureError."""
     if importlib.util.find_spec("ray") is None:
         raise InfrastructureError(
             "the ray engine is not installed", todo="pip install 'fedtune[ray]'"
@@ -289,9 +292,10 @@ def _connected(address: str, processes: int) -> Iterator[None]:
 
 @contextmanager
 def _as_before(folder: Path) -> Iterator[None]:
-    """Make `folder` the current folder during the block. Ray passes the current folder to its
-    workers, which must not import anything from the folder in which the user works. Afterwards,
-    restore the handler of SIGTERM, which Ray replaces."""
+    """A context manager that makes `folder` the current folder while its block runs, since Ray
+    passes the current folder to its workers, and these must not import anything from the folder in
+    which the user works. After the block, the former folder and the former handler of SIGTERM,
+    which Ray replaces, are restored."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with chdir(folder):
@@ -303,9 +307,10 @@ def _as_before(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
-    """Provide, during the block, what a node needs to check that it sees the same files: (site file
-    -> sha256 of its content, the paths of new files). There is one new file in each of `folders`,
-    which this process keeps locked in the block and then deletes.
+    """A context manager: for the length of the block, keep a new, locked file in each of `folders`,
+    and yield what another node needs to check that it sees the same folders and files as this
+    process: a dict from site file to the sha256 of its content, and a list of the new files' paths.
+    At the end, delete the new files.
 
     - files: the sites' files
     - folders: the folders that all nodes must share"""
@@ -350,8 +355,9 @@ def _digest(path: Path) -> str:
 
 
 def _check_address(address: str) -> None:
-    """Check that something listens at an address HOST:PORT. Errors: ConfigError,
-    InfrastructureError."""
+    """Check that something listens at `address`, HOST:PORT; the values "" and "auto" are not
+    checked. Errors: ConfigError if `address` has another form; InfrastructureError if nothing
+    listens there."""
     if address in ("", "auto"):
         return
     host, _, port = address.rpartition(":")
@@ -367,7 +373,8 @@ def _check_address(address: str) -> None:
 
 def _join_error(error: Exception, address: str) -> InfrastructureError:
     """Build the error that says why no cluster was joined or started. error: what Ray raised.
-    address: of the cluster to join; "" if one was to be started on this machine."""
+    address: the address of the cluster that was to be joined; "" if a cluster was to be started on
+    this machine."""
     import ray
 
     text = " ".join(str(error).split())

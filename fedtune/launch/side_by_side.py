@@ -7,6 +7,7 @@ With at_once = 1 a study begins when the one before it has ended. With a larger 
 studies run, each in its own thread, and take turns (server/turns.py). When a study ends, the next
 one begins.
 
+| event                                                        | the studies                      |
 | a study fails: refused, too few sites, its deadline, a fault | the others go on                 |
 | Ctrl-C, SIGTERM, kill -9, or the SuperLink ends              | all end; --resume continues each |
 """
@@ -49,8 +50,8 @@ class Entry:
 
     - study: the study as its study.toml describes it
     - out: the folder of the study's run
-    - observed: returns a context manager, open while the study runs. What it provides is called
-      with each event's kind and data.
+    - observed: returns a context manager, open while the study runs. It provides a function that is
+      called with each event's kind and data.
     - resume: whether to continue the run in `out`
     - deadline: the time, in seconds since 1970, at which a study that is not finished ends"""
 
@@ -67,8 +68,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a study: what was to be run, and either its report or the error that ended it; the
-    other of the two is None."""
+    """How a study ended.
+
+    - entry: the study that was to be run
+    - report: its report; None if it failed
+    - error: the error that ended it; None if there is a report"""
 
     entry: Entry
     report: dict[str, Any] | None = None
@@ -191,9 +195,9 @@ class _Server:
 
     def _run(self, entry: Entry, turn: Turn) -> None:
         """Run a study to its end, store its outcome, and pass the outcome to `on_end`. An error
-        that ends only this study is part of the outcome. turn: when the study may work, and its
-        deadline. Errors: KeyboardInterrupt, Terminated, and other exceptions that end the server.
-        """
+        that ends only this study is part of the outcome. entry: the study. turn: makes the study
+        wait while others work, and holds its deadline. Errors: KeyboardInterrupt, Terminated, and
+        other exceptions that end the server."""
         report, error = None, None
         try:
             with (

@@ -130,9 +130,9 @@ def simulate(
 
 @contextmanager
 def _paying(sites: Sequence[Site]) -> Iterator[None]:
-    """During the block, hold the lock of each site that pays from its own ledger, so that neither
-    the site's vault nor a restore can use that ledger. Errors: InfrastructureError that names who
-    holds a lock."""
+    """A context manager that holds, while its block runs, the lock of each site that pays from its
+    own ledger, so that neither the site's vault nor a restore can use that ledger. Errors:
+    InfrastructureError that names who holds a lock."""
     from fedtune.core.vault.process import locked
 
     with ExitStack() as held:
@@ -159,7 +159,8 @@ def _run(
     - resume: whether to continue the run in `out`
     - on_event: called with each event's kind and data; None for nobody
     - settings: the coordinator's settings; their `patience` and `pause` are replaced by 0
-    - at: (engine, address, processes, peers), as for `_grid`
+    - at: (engine, address, processes, peers): "in-process" or "ray"; the Ray cluster's address; the
+      number of the sites' processes; the sites' signing keys (`_peers`)
 
     Errors: those of server.rounds.run. If the run fails and every site that failed did so because
     of its files or records (InputError), the first of these errors is raised instead."""
@@ -179,8 +180,8 @@ def _run(
 
 def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
     """Check that the sites' budgets allow the study. It takes less than a second, and comes before
-    anything is loaded or computed from public text. Return what each site has paid so far, for the
-    sites that have paid.
+    anything is loaded or computed from public text. Return a Paid for each site that has paid
+    before: the ε so far and after this run.
 
     out: the run's folder. Errors: Refused if too few sites have the budget; the error lists what
     the budgets were spent on."""
@@ -203,8 +204,9 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
 
 def find_start(study: Study) -> float | None:
-    """Return the schedule's start in seconds since 1970, so that each simulation of a plan has
-    rounds at the same times. Return None, which means now, if the plan names no start."""
+    """Return the time at which a simulation's clock begins: schedule.start in seconds since 1970,
+    so that every simulation of the plan has its rounds at the same times. Return None, which stands
+    for the present time, if the plan names no start."""
     start = study.schedule.start_timestamp if study.schedule else 0.0
     return start or None  # 1970, if the plan names no start
 
@@ -232,8 +234,9 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 
 @contextmanager
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
-    """Provide the list of sites for the run: each site of declared data is replaced by a copy that
-    pays from a ledger of this run. If the run never begins, these ledgers are removed. Errors:
+    """Provide the list of sites for the run: each site whose data is declared public or generated
+    is replaced by a copy that pays from a ledger of this run. If the run never begins, these
+    ledgers are removed. out: the run's folder, in whose folder ledgers/ these ledgers lie. Errors:
     InfrastructureError."""
     from fedtune.core.vault.declared import paid_by_run
 
@@ -273,7 +276,7 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
     """Send events "records", for this machine's screen only, that say how much noise the answers of
     a private evaluation will have. sites: the number of sites. on_event: called with each event;
-    None for nobody."""
+    None for nobody. study: the plan; one without queries sends no event."""
     from fedtune.accounting.costs import query_lines
 
     if on_event:
@@ -291,9 +294,9 @@ def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> Fed
 
 
 def site_file(site: Site) -> Path:
-    """Return the file that a site's worker reads. That is the file from which `site` was loaded, if
-    loading it again gives the same site. Else write site.toml in the site's state folder, and
-    return it. Errors: InfrastructureError."""
+    """Return the path of the site file that the simulation reads for `site`. It is the file from
+    which `site` was loaded, if loading it again gives the same site. Otherwise write `site` to
+    site.toml in its state folder, and return that path. Errors: InfrastructureError."""
     if site.file is not None:
         with suppress(ConfigError):
             if load_site(site.file) == site:
@@ -302,8 +305,8 @@ def site_file(site: Site) -> Path:
 
 
 def check_rounds(study: Study, rounds: int | None) -> None:
-    """Check that `rounds` is given for a study without a last round, and for no other. Errors:
-    ConfigError."""
+    """Check that `rounds`, the round after which to stop, is given for a study without a last
+    round, and is None for every other study. Errors: ConfigError."""
     if study.continuous and rounds is None:
         raise ConfigError(
             "a study with a [schedule] has no last round", "--rounds N, to stop after round N here"
@@ -318,12 +321,13 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 def _grid(
     files: list[Path], out: Path, engine: str, address: str, processes: int, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Open the Grid (Flower's connection of a server to its clients) of the sites for the block.
+    """A context manager that opens the Grid (Flower's connection of a server to its clients) of the
+    sites while its block runs.
 
     - files: the sites' files
     - out: the run's folder; its folder `processes` gets the logs of the sites' processes
     - engine: "in-process" or "ray"
-    - address: of a running Ray cluster; "" to start one on this machine
+    - address: the address of a running Ray cluster; "" to start one on this machine
     - processes: the number of processes of the sites. With 1, and without Ray, all sites work in
       this process.
     - peers: the sites' signing keys (`_peers`)
@@ -355,8 +359,8 @@ def _grid(
 
 
 def check(study: Study, sites: Sequence[Site]) -> None:
-    """Check that there are enough sites, and that no two share a name or a ledger. Errors:
-    ConfigError."""
+    """Check that there are at least strategy.min_sites sites, and that no two of them have the same
+    name or the same ledger. Errors: ConfigError."""
     names: dict[str, Site] = {}
     states: dict[Path, Site] = {}
     for site in sites:

@@ -83,8 +83,8 @@ def join(
 ) -> None:
     """Take part in the coordinator's studies until a signal arrives; reconnect as often as needed.
 
-    Before the site connects, `check_before_joining` checks its site file, data sheet and records,
-    and signs a declaration that its data is public or generated.
+    Before the site connects, `check_before_joining` checks its site file, data sheet and records.
+    If the site file declares data public or generated, that function also signs the declaration.
 
     - site_path: the site's site.toml
     - once: whether to return when a coordinator that gave this site work has gone
@@ -139,15 +139,15 @@ def join(
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
     """Return the settings that a vault receives in addition to its site file: {"coordinator": the
     coordinator's signing key, "watch": `watch`, "reviewed": the digest of the plan that the
-    coordinator's answer held for review}."""
+    coordinator's answer held for review}. link: the site's connection to its coordinator."""
     reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
 
 def check(site: Site, path: Path) -> None:
     """Run `check_before_joining` in a separate process, so that a person at the site can correct
-    errors before the site connects. Errors: those of `check_before_joining`; InfrastructureError if
-    the process fails otherwise."""
+    errors before the site connects. path: the site file. Errors: those of `check_before_joining`;
+    InfrastructureError if the process fails otherwise."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
         of_child, tells = connection_for(ours, theirs)
@@ -169,7 +169,7 @@ class Halves:
     """The processes vault and courier of a site; a context manager that starts and ends both.
 
     - site, path: the site and its file
-    - place: the vault's further settings (`place_of`)
+    - place: the settings that the vault receives in addition to its site file (`place_of`)
     - link: the site's connection to its coordinator
     - processes: the number of processes that share each step
     - once: whether the courier ends when a coordinator that gave this site work has gone
@@ -287,9 +287,9 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
 
 
 class Again:
-    """Decides whether the halves are started again after one of them has ended. After a run of more
-    than LONG seconds they always are, after shorter runs at most FEW times in a row. If a courier
-    that was started elsewhere leaves, they are always started again."""
+    """Decides whether a site's halves are started again after one of them has ended. After a run of
+    more than LONG seconds they are always started again; after shorter runs, at most FEW times in a
+    row. They are always started again if a courier that was started elsewhere leaves."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
@@ -330,7 +330,7 @@ class Allowance:
 
     def permits(self, facts: dict[str, Any]) -> bool:
         """Return whether an event may be shown. If so, log the number of events left out since the
-        last shown one."""
+        last shown one. facts: the event's facts, whose texts are counted."""
         now = time.monotonic()
         self._left = min(BURST, self._left + (now - self._since) * PER_SECOND)
         self._since = now
@@ -349,8 +349,8 @@ class Shown:
     """Shows the events of the halves to the person at the site.
 
     For each answer the vault sends its facts, and then the courier sends the number of bytes; both
-    are shown as one event. halves: the halves whose events are shown; with a spool only one
-    half."""
+    are shown as one event. halves: the halves whose events are shown: both, or the one that this
+    process started (launch/spooled.py)."""
 
     def __init__(
         self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")
@@ -509,9 +509,10 @@ class Shown:
                 self._enter_isolation(confined, still_open)
 
     def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
-        """Enter in the site's audit log how the halves are confined, unless the disk has no space
-        besides the ledger's reserve. A courier that was started elsewhere, as in another container,
-        may reconnect as often as it likes and send a different report each time.
+        """Enter in the site's audit log how the halves are confined, unless the only space left on
+        the disk is that which is reserved for the ledger. A courier that was started elsewhere, as
+        in another container, may reconnect as often as it likes and send a different report each
+        time.
 
         - confined: half -> texts on what confines it
         - still_open: the number of accesses that remain open to the halves
@@ -551,8 +552,8 @@ def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]
 
 
 def _say_again(event: str, facts: dict[str, Any]) -> bool:
-    """Repeat a child process's log line or progress report in this process. Return False if the
-    event is neither of these."""
+    """If an event of a child process is a log line or a progress report, log it or report it in
+    this process too, and return True. For any other event do nothing, and return False."""
     if event == "log":
         log_again(facts)
     elif event == "step":

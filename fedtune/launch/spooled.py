@@ -7,8 +7,11 @@
         │
     fedtune courier SITE --spool DIR ── its own child: the courier
 
-| the courier ends, killed or not | the next courier withdraws its requests; their answers are     |
-|                                 | deleted                                                        |
+DIR is the spool: the folder through which the halves pass requests and answers as files.
+
+| event                           | what follows                                                   |
+| the courier ends, killed or not | the next courier withdraws the requests that this one left     |
+|                                 | open; their answers are deleted                                |
 | the vault ends, killed or not   | the next vault answers the open requests; it reads answers     |
 |                                 | that were charged already from the ledger                      |
 | no vault answers a request      | the courier waits as long as the coordinator does              |
@@ -67,7 +70,7 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
 
     The courier reads site.toml, the coordinator's answer, the site's network keys and the spool's
     answers. It writes to its own folder and the spool's requests; a renewed certificate is stored
-    too. Events: as for `launch.site.join`.
+    too. The events are those that `launch.site.join` lists.
 
     Errors: ConfigError or Refused because of the answer or the keys; PolicyRefused if
     policy.isolation requires more than this machine supports; InfrastructureError if the
@@ -157,17 +160,17 @@ class _Half:
 
     - child: the process
     - told: the reader of its events
-    - fetching: of a vault, the site file: this process then fetches the bases for which the vault
-      asks; None for a courier"""
+    - fetching: None for a courier. For a vault it is the site file, and this process fetches the
+      bases for which the vault asks"""
 
     child: Child
     told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
-        """Pass the process's events to `show` until the process ends. Return None once `show`
-        returns True, which means that the work is done. Return an error if the process ends before.
-        """
+        """Pass the process's events to `show` until the process ends, or until `show` returns True,
+        which means that the work is done. Return None if the work is done, and an error if the
+        process ended before."""
         while True:
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
@@ -203,7 +206,7 @@ def _child(
     home: Path,
     log: Path,
 ) -> Iterator[_Half]:
-    """Run one half of a site while the block runs.
+    """A context manager that runs one half of a site while its block runs, and yields it.
 
     - program: which half
     - path: the site file

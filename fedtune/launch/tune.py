@@ -51,8 +51,8 @@ class Trial:
 class Search:
     """A finished search and its trials, the best first, and the failed ones last.
 
-    metric: the metric by which the trials are sorted. records: the name of the records on which it
-    was measured."""
+    metric: the metric by which the trials are sorted. records: the name of the records on which the
+    metric was measured."""
 
     metric: str
     records: str
@@ -148,9 +148,9 @@ def check_declared(sites: Sequence[Site]) -> None:
 
 
 def _check_chooser(study: Study, records: Path | None) -> None:
-    """Check that the study has a last round, and that there are records by which to compare trials:
-    [selection] or the file `records` (None if no file is given), but not both. Errors: ConfigError.
-    """
+    """Check that the study has a last round, and that there are records by which trials can be
+    compared. These are either the study's [selection] or the file `records` (None if no file is
+    given), but not both. Errors: ConfigError."""
     if study.continuous:
         raise ConfigError("a study with a [schedule] has no last round", "training.rounds")
     if study.selection is None and (records is None or study.evaluation is None):
@@ -167,8 +167,8 @@ def _check_chooser(study: Study, records: Path | None) -> None:
 
 
 def _values(setting: str) -> list[str]:
-    """Return the values in "key=a,b": the text after "=", split at the commas that are not in
-    brackets, braces or quotes."""
+    """Return the values in `setting`, a text such as "key=a,b": what follows "=", split at the
+    commas that are not in brackets, braces or quotes."""
     _, _, text = setting.partition("=")
     values = [""]
     depth = 0
@@ -189,8 +189,8 @@ def _values(setting: str) -> list[str]:
 
 def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
     """List the combinations of settings to try, each as texts "key=value". If no setting has
-    several values, the combinations differ in the learning rate: a geometric grid around the
-    plan's rate, in ascending order.
+    several values, the combinations differ in the learning rate: a geometric grid around the plan's
+    rate, in ascending order. study: the study whose settings are varied.
 
     - settings: texts "key=a,b,c"
     - trials: the number of learning rates; None for POINTS. It counts only if no setting has

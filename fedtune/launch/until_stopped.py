@@ -12,8 +12,9 @@ from fedtune.core.progress import OnEvent
 
 @contextmanager
 def until_stopped(notify: OnEvent) -> Iterator[None]:
-    """Run a command's block until a signal arrives. SIGTERM sends the event "stopped" and ends the
-    block without an error; SIGINT raises KeyboardInterrupt, as in every command."""
+    """A context manager that ends its block when a signal arrives. At SIGTERM it calls `notify`
+    with the event "stopped", and the command goes on after the block without an error. At SIGINT it
+    raises KeyboardInterrupt, as in every command."""
     try:
         with interruptible():
             yield

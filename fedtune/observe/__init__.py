@@ -44,7 +44,8 @@ class Observer:
 
     - sinks: called with each event's name and fields; those with a method `close` are closed when
       the block ends. An error of a sink is logged, and the study goes on.
-    - then: called after the sinks, except with the "stopped" of the block's end; None calls nothing
+    - then: called with each event after the sinks, but not with the "stopped" that this class
+      itself passes to the sinks at the end of the block; None calls nothing
     - late: sinks whose folder the run has not created yet. They receive the earlier events at
       "start", so that a run that never began leaves no files.
     - run: the run's folder; its log and status are removed if a refusal or a wrong input ended the
@@ -129,7 +130,7 @@ def _end(error: BaseException | None) -> dict[str, Any]:
 
 
 class _Tracked:
-    """Makes a tracker a sink: passes events on to it, with only the fields that the log may hold.
+    """A sink that passes events on to a tracker, with only those fields that the log may hold.
     Events that are only for the screen (SCREEN), such as steps of a progress bar, are left out."""
 
     def __init__(self, tracker: Tracker) -> None:
@@ -171,7 +172,7 @@ def observer(
     early: bool = False,
     trackers: Sequence[Tracker] = (),
 ) -> Observer:
-    """Build the observer of a role with all its sinks.
+    """Build the Observer of a coordinator or a site, with all sinks that the parameters ask for.
 
     - role: who writes: a coordinator or a site; the log and the status file name it
     - folder: the run's folder, or the site's state folder
@@ -179,9 +180,9 @@ def observer(
     - metrics_port: the port at which metrics are served; None to serve none
     - more: further sinks, such as the status of the coordinator's home
     - site: the site.toml whose budget the metrics show
-    - ledger: the folder of the site's ledger, if it is not `folder`. While the site is answering
-      an order (any request of the coordinator but for an admission), the log and the status file
-      take no disk space.
+    - ledger: the folder of the site's ledger, if it is not `folder`. While the site is answering an
+      order, that is, any request of the coordinator except one for admission, the log and the
+      status file take no disk space.
     - early: whether to write to the run's folder before the run begins
     - trackers: the trackers of a coordinator's run
 

@@ -53,7 +53,8 @@ def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def log_again(facts: dict[str, Any]) -> None:
-    """Log a line that another process logged, at that line's level."""
+    """Log in this process a line that another process logged, at that line's level. facts: the
+    other process's "log" event, which holds the line and its level."""
     names = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
     level = names.get(str(facts.get("level")), logging.WARNING)
     logging.getLogger("fedtune.client").log(level, "%s", facts.get("text"))

@@ -32,8 +32,8 @@ class HomeStatus(StatusFile):
     """The status file of a coordinator's home. The functions that `study` returns may be called
     from several threads.
 
-    - folder: the home. If it has a status file already, its rows are kept, except those of studies
-      that were still queued.
+    - folder: the coordinator's home. If it has a status file already, the file's rows are kept,
+      except those of studies that were still queued.
     - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
       None asks the environment (FEDTUNE_STRICT=1)"""
 
@@ -53,8 +53,8 @@ class HomeStatus(StatusFile):
             super().write()
 
     def study(self, name: str, deadline: str = "") -> OnEvent:
-        """Add a study, which has not begun yet, as the newest row. Return the function to call with
-        its events.
+        """Add a study, which has not begun yet, to the status as the newest row. Return the
+        function that must be called with the study's events and updates that row.
 
         name: the study's name; an earlier row of this name is replaced. deadline: the time (UTC) at
         which the study ends if it is not finished, "" if it has none."""
@@ -84,8 +84,10 @@ class HomeStatus(StatusFile):
 
 
 def row_of(status: Record) -> Record:
-    """Return the fields of a study's row, from its status: state, rounds, quality, the largest ε of
-    a site so far and by the plan, and the sites for which a reason is noted, such as a refusal."""
+    """Return the fields of a study's row, which are taken from its status: state, rounds and
+    quality; "epsilon", the largest ε that a site has spent so far; "planned", the largest ε that a
+    site will have spent by the plan; and "sites", the sites for which a reason is noted, such as a
+    refusal."""
     row = {key: status[key] for key in COPIED if key in status}
     sites = status["sites"]
     for key in ("epsilon", "planned"):

@@ -5,7 +5,9 @@
 Guarantee: every value written is a number, a truth value, a digest, an address, a time, a name (at
 most 64 letters, digits, dots, dashes; no spaces), or one of fedtune's fixed phrases and words.
 There is no field for free text: a reason is replaced by the fixed phrase that it contains.
-| a field that is not listed      | strict: NotLoggable; else left out, its name under "dropped" |
+| found                           | what happens                                                 |
+| a field that is not listed      | in strict mode NotLoggable is raised; else the field is left |
+|                                 | out, and its name is listed under "dropped"                  |
 | a value of another type or form | the same; the value is neither written nor in the error      |
 | a reason with no known phrase   | "other"                                                      |
 | a number that is not finite     | null                                                         |
@@ -114,8 +116,8 @@ def _number(value: Any) -> float | None:
 
 
 def _epsilon(value: Any) -> float | None:
-    """Round an ε up to 6 decimals, so that the written value is never too small. None if it is not
-    finite."""
+    """Round an ε upwards, to 6 decimal places, so that the written value is never too small. Return
+    None if the ε is not finite."""
     number = _number(value)
     return None if number is None else math.ceil(float(value) * 1e6) / 1e6
 
@@ -170,9 +172,9 @@ def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any],
 
 
 def _walls(value: Any) -> list[str]:
-    """Return the means by which one of a site's two processes is confined, in isolation.py's words.
-    Replace any other text by "other", since the courier, which uses the network, may send
-    anything."""
+    """Return, of the texts in `value`, those that isolation.py uses for the means by which a site's
+    vault or courier is confined. Any other text is replaced by "other", since the courier, which
+    uses the network, may send anything."""
     if not isinstance(value, list):
         raise TypeError
     return [wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER for wall in value]
@@ -228,9 +230,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
-    """Return an event's loggable fields, and "dropped", the names of fields that are left out since
-    they are not listed or their values have the wrong form. Fields that are never logged, and those
-    with the value None, are left out and not named.
+    """Return the fields of an event that may be logged. A field that is not listed, or whose value
+    has the wrong form, is left out, and its name is entered in the field "dropped". Fields that are
+    never logged, and those with the value None, are left out and not named.
 
     event: the event's name; a name that is not in EVENTS becomes "other". data: its fields. Errors:
     NotLoggable, if strict, in place of leaving a field out."""
@@ -256,12 +258,12 @@ class JsonLog:
     """Appends each event to the file `path`, which only this user can read. An object can be used
     as `on_event`. Events of SCREEN, such as steps of a progress bar, are left out.
 
-    Guarantee: a site's log takes or frees disk space only while the site is answering no order (any
-    request of the coordinator but for an admission): at the log's first event, and when the log is
-    renamed at OF_SITE bytes. The reason is that the courier influences when events are logged, and
-    how many, and could take space that the ledger needs for an order.
-    A line for which no space is reserved is left out. If the disk does not have the space, nothing
-    is logged.
+    Guarantee: a site's log takes or frees disk space only while the site is answering no order (an
+    order is any request of the coordinator except one for admission). It does so at the log's first
+    event, and when the log is renamed at OF_SITE bytes. The reason is that the courier influences
+    when events are logged, and how many, and could take space that the ledger needs for an order. A
+    line for which no space is reserved is left out. If the disk does not have the space, nothing is
+    logged.
 
     - path: the log; it is made, with its folder, at the first event
     - role: written into each line; None writes none
@@ -318,9 +320,9 @@ class JsonLog:
 
     def _take_space(self, length: int) -> None:
         """Rename a full log to FILE.1, and reserve the disk space of a site's log and of FILE.1. Do
-        nothing while the site is answering an order (any request of the coordinator but for an
-        admission). length: the present size of the log in bytes. Errors: OSError if the disk does
-        not have the space; then nothing is logged until the next start."""
+        nothing while the site is answering an order, that is, any request of the coordinator except
+        one for admission. length: the present size of the log in bytes. Errors: OSError if the disk
+        does not have the space; then nothing is logged until the next start."""
         with between_orders(self._ledger) as is_now:
             if not is_now:
                 return

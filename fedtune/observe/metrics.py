@@ -43,8 +43,8 @@ SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper bounds of the histog
 
 
 class Metrics:
-    """The figures of one role. They are served on loopback if `port` is given. An object can be
-    used as `on_event`.
+    """The Prometheus figures of a coordinator or a site, which follow from its events: an object is
+    called with each event, as `on_event`. The figures are served on loopback if `port` is given.
 
     - role: whose figures are kept: a coordinator's or a site's
     - port: 0 for any free port; the property `port` gives its number. None serves nothing.
@@ -172,8 +172,9 @@ class _Spent(NamedTuple):
 class LedgerFigures:
     """The budget of a site as a Prometheus collector, from the ledger at the last `read`.
 
-    | there is no ledger yet      | readable is 1, and nothing is spent   |
-    | the ledger does not verify  | readable is 0, and no figure is shown |
+    | state of the ledger         | figures                                        |
+    | there is no ledger yet      | ledger_readable is 1, and nothing is spent     |
+    | the ledger does not verify  | ledger_readable is 0; no other figure is shown |
 
     Guarantee: a scrape does not read the ledger. The courier may scrape as often as it likes, and
     could learn from the duration of a read that the ledger has one more entry."""

@@ -9,9 +9,9 @@ The coordinator rewrites the file after each round. If the last line that was re
 place, reading continues after this line; else the whole file is read again. The file of a study
 with 10,000 rounds and 200 sites has 140 MB. So the lines are not kept in memory; only columns of
 numbers and, for a table, the NEWEST rounds are.
-Guarantee: the columns hold only the fields of a round that the log's allow-list (log.py) permits.
-| a line that cannot be parsed, or no file | left out; the next refresh tries again |
-"""
+Guarantee: the columns hold only the fields of a round that the log's allow-list (log.py) permits. A
+line that cannot be parsed is left out, and a missing file counts as an empty one; the next refresh
+tries again."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ NAN = math.nan
 
 
 class Rounds:
-    """The rounds of the run in `folder`, in columns with one number for each round; empty until the
-    first `refresh`.
+    """The rounds of the run in `folder` as columns, each with one number for each round. All
+    columns are empty until the first `refresh`.
 
-    - number, seconds: the round's number and its duration
-    - quality, selection: name of a measure → its column
+    - number, seconds: the columns of the rounds' numbers and durations
+    - quality, selection: name of a measure → its column, measured on the evaluation or the
+      selection records
     - epsilon: site → the column of its ε; {} if the run has more than FEW sites
-    - largest, smallest: the largest and the smallest ε of a site
+    - largest, smallest: the columns of the largest and the smallest ε of a site
     - newest: all fields of the newest rounds, at most NEWEST"""
 
     def __init__(self, folder: Path) -> None:
@@ -118,9 +119,9 @@ def _figures(values: Record) -> dict[str, float]:
 
 
 def _extend(columns: dict[str, array[float]], figures: dict[str, float], count: int) -> None:
-    """Append a round's figures to their columns, NaN to columns without one. columns: name of a
-    figure → its values by round. figures: the round's figures by name. count: the number of earlier
-    rounds, for which a new column gets NaN."""
+    """Append a round's figures to their columns. A column for which the round has no figure gets
+    NaN. columns: name of a figure → its values by round. figures: the round's figures by name.
+    count: the number of earlier rounds, for which a new column gets NaN."""
     for name in figures:
         columns.setdefault(name, array("d", [NAN]) * count)
     for name, column in columns.items():

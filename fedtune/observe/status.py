@@ -6,7 +6,7 @@ it.
 
 Guarantee: only one process writes a status file. A reader never sees a partial file, and never
 takes a killed process for a running one, since the lock is released however the process ends.
-| state    | meaning                                                               |
+| state    | meaning                                                                      |
 | waiting  | the process runs, and waits for the other side                               |
 | running  | the process runs, and works                                                  |
 | done     | the study has ended, with a report                                           |
@@ -65,13 +65,13 @@ class StatusFile:
 
     - folder: a run's folder, a coordinator's home, or a site's state folder; it is made at the
       first write if it is missing
-    - role: which of the two writes; it is in the status
+    - role: who writes, a coordinator or a site; the status names it
     - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
       None asks the environment (FEDTUNE_STRICT=1)
     - ledger: the folder of the site's ledger; None if it is `folder`
 
-    Guarantee: a site's status file is replaced only while the site is answering no order (any
-    request of the coordinator but for an admission), and the file's length is a multiple of
+    Guarantee: a site's status file is replaced only while the site is answering no order (an order
+    is any request of the coordinator except one for admission). The file's length is a multiple of
     OF_SITE. The file lies on the ledger's disk, and the courier influences when events come. So the
     courier can neither take disk space during an order nor change it by small amounts. Events
     during an order are written with the next event."""
@@ -149,8 +149,8 @@ def _private(path: str, flags: int) -> int:
 
 
 def updated(status: Record, record: Record) -> Record:
-    """Return the status after one more event. status: the content of the status file, which is not
-    changed. record: the event's loggable fields (log.cleaned), with its time."""
+    """Return the status of a run or a site after one more event. status: the content of the status
+    file, which is not changed. record: the event's loggable fields (log.cleaned), with its time."""
     event, sites = record["event"], {name: dict(s) for name, s in status["sites"].items()}
     new: Record = {**status, "sites": sites}
     new |= {key: record[key] for key in CARRIED if key in record}
@@ -187,8 +187,9 @@ def updated(status: Record, record: Record) -> Record:
 
 
 def _link(new: Record, record: Record) -> None:
-    """Enter in a coordinator's status `new`, which is changed, which sites were admitted or
-    revoked, and which are connected. record: an event about the link to one site or several."""
+    """Enter in a coordinator's status which sites were admitted or revoked, and which are
+    connected. new: the status, which is changed. record: an event about the link to one site or
+    several."""
     event, names = record["event"], list(record.get("participants", ()))
     for name in [*names, record["site"]] if "site" in record else names:
         site = new["sites"].setdefault(name, {})
@@ -198,8 +199,8 @@ def _link(new: Record, record: Record) -> None:
 
 
 def _answer(new: Record, record: Record) -> None:
-    """Enter in the status `new`, which is changed, what an event says about a site's answer to a
-    plan, to a request for a round, or to a query. record: the event's loggable fields."""
+    """Enter in a status what an event says about a site's answer to a plan, to a request for a
+    round, or to a query. new: the status, which is changed. record: the event's loggable fields."""
     new["round"] = record.get("round", new["round"])
     if record.get("status") == WAITING:
         new["state"] = "waiting"
@@ -319,8 +320,9 @@ class Snapshot:
 
 
 def reasons(study: Snapshot) -> list[str]:
-    """List the reasons why a study of a home was stopped: the error, unless a person stopped the
-    study, and "SITE: reason" of sites that refused or failed. [] if it was not stopped."""
+    """List the reasons why a study of a coordinator's home was stopped. The first is the error,
+    unless a person stopped the study; then follows "SITE: reason" for each site that refused or
+    failed. Return [] if the study was not stopped."""
     if study.state != "stopped":
         return []
     told = (study.status.get(key) for key in ("error", "reason"))
@@ -332,8 +334,9 @@ def reasons(study: Snapshot) -> list[str]:
 
 
 def standing(site: Record) -> str:
-    """Return a text about a site's part in a study: its last answer, the declaration of its data,
-    and whether it is connected. site: the site's entry in a status."""
+    """Return a text that says how a site stands in a study: its last answer, whether its data is
+    declared public or generated, and whether it is connected. site: the site's entry in a
+    status."""
     declared = f"data declared {site['declared']}" if site.get("declared") else ""
     told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
     if site.get("connected") is None:
@@ -344,9 +347,10 @@ def standing(site: Record) -> str:
 
 
 def folder_of(path: Path) -> Path:
-    """Return the folder with the status of `path` (a run, a coordinator's home, a site.toml).
+    """Return the folder in which the status file of `path` lies: `path` itself if it is a folder (a
+    run or a coordinator's home), or the state folder of the site if it is a site.toml.
 
-    Errors: ConfigError, InputError."""
+    Errors: InputError if `path` is neither; ConfigError if the site.toml cannot be used."""
     if path.is_dir():
         return path
     if path.suffix == ".toml":
@@ -388,8 +392,9 @@ Rule = Callable[[Any], Any]
 
 
 def _word(value: Any) -> str:
-    """Return a fixed word, such as an error's class, after a check of its form, so that no control
-    characters reach a terminal. Errors: TypeError."""
+    """Check that a value from a status file has the form of a fixed word, such as an error's class,
+    and return it. So no control characters reach a terminal. Errors: TypeError if it has another
+    form."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_ .]{0,64}", value):
         raise TypeError
     return value

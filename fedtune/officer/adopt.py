@@ -7,10 +7,12 @@ are found by hashing the keys in the site's records.
 
 The adoption keeps a whole copy of the state folder, beside it, and a copy of site.toml. Each later
 step leaves every ledger whole, and running the command again repeats no step that was done:
+| the command was                     | then                                                       |
 | killed before site.toml is replaced | the site still uses its own ledger; run the command again  |
 | killed after that                   | the site is a membership; run again to remove old files    |
 Meanwhile no other process can write to the old ledger. Its anchor, the signed head, is removed
 first, so that a process which waited for the ledger is refused.
+| of the site                           | what becomes of it                                       |
 | patients no longer in its files       | the hospital's ledger does not know them; what their     |
 |                                       | dataset paid counts against every dataset of the         |
 |                                       | hospital                                                 |
@@ -95,8 +97,8 @@ class Adoption:
       finished an adoption that was interrupted
     - first: whether the site's ledger became the hospital's
     - charges: how many charges of a later site were entered now
-    - datasets: the site's name of each dataset → the hospital's name
-    - charged: the site's name of each dataset → the name under which its charges count
+    - datasets: each dataset's name in the site file → its name in hospital.toml
+    - charged: each dataset's name in the site file → the name under which its charges count
     - receipts: the new receipts of patients who had withdrawn"""
 
     home: Path
@@ -205,8 +207,8 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
 
 
 def _files_of(state: Path) -> Iterator[Path]:
-    """Yield the paths of a ledger in a state folder: first its folders, whether or not they exist,
-    then its files."""
+    """Yield the paths of all folders and files that a ledger has in a state folder: first the
+    folders, also those that do not exist, then the files."""
     yield from (state / name for name in (RECEIPTS, OUTBOX, ASKED))
     yield from (path for pattern in (KEY, *OF_LEDGER) for path in sorted(state.glob(pattern)))
 
@@ -215,8 +217,8 @@ def _files_of(state: Path) -> Iterator[Path]:
 
 
 def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
-    """Return whether the home has, or gets, no ledger but this site's: no home exists yet, or an
-    adoption of this site that was killed made it.
+    """Return whether the site's ledger becomes, or has become, the ledger of the home. That is so
+    if no home exists yet, or if the home was made by an adoption of this same site that was killed.
 
     - home: the folder of the hospital's home, which need not exist
     - site_file: the absolute path of the site's site.toml
@@ -279,7 +281,8 @@ def _make_home(home: Path, state: Path, text: str) -> None:
 
 def _hospital_text(site: Site, site_file: Path, name: str) -> str:
     """Compose hospital.toml from the site file's datasets and ceilings. name: the name of the
-    membership, which also owns the charges that were made before."""
+    membership, which also owns the charges that were made before. site_file: the absolute path of
+    the site file."""
     names = {table.name: table.name for table in _tables(site)}
     data = {table.name: _registered(table, names) for table in _tables(site)}
     keys = ("max_epsilon", "max_fallback_epsilon", "max_delta", "max_rounds")
@@ -322,8 +325,8 @@ def _adopt_later(
     - site_file: the absolute path of that file, which is replaced
     - name: the name of the membership
     - old: the site's own ledger, to which no other process can write meanwhile
-    - members: the site's name of each dataset → the identities of all its patients and records, as
-      of `every_member`
+    - members: each dataset's name in the site file → the identities of all its patients and
+      records, as `every_member` returns them
     - withdrawn: keys of patients who withdrew from this site and have no record there any more"""
     state, before_it = site.site.state, (home / FILE).read_text(encoding="utf-8")
     text, hospital = before_it, load_hospital_text(home, before_it)
@@ -384,8 +387,9 @@ def _adopt_later(
 
 
 def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str, str]:
-    """Map the site's name of each dataset to the hospital's name: the name under which the same
-    file or table is registered, or else one that neither hospital.toml nor the ledger has.
+    """Return each dataset's name in the site file → its name in hospital.toml. That is the name
+    under which the same file or table is registered there or, if it is not registered, a new name
+    that neither hospital.toml nor the ledger has.
 
     - site: the site as its site file states it now
     - hospital: the content of hospital.toml
@@ -401,9 +405,12 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
 
 
 def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
-    """Return the datasets that are declared disjoint from a dataset which the hospital's ledger
-    knows. If a patient is in both, each of the two ledgers decided by itself which dataset pays. So
-    what these datasets paid must count against every dataset."""
+    """Return the hospital's names of the datasets that are declared disjoint from a dataset which
+    the hospital's ledger knows. What they paid at the site must count against every dataset: if a
+    patient is in both of two disjoint datasets, only one of them pays for the patient, and so far
+    the site's ledger and the hospital's each chose one without knowing of the other.
+
+    hospital: the content of hospital.toml. known: the datasets of the hospital's ledger."""
     datasets = hospital.datasets
     pairs = {(one, other) for one in datasets for other in datasets[one].disjoint_from}
     pairs |= {(other, one) for one, other in pairs}
@@ -416,10 +423,10 @@ def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -
     patients or records that its files no longer hold. These may come back as newcomers or in
     another dataset.
 
-    - dataset: the dataset, by the site's name
+    - dataset: the dataset's name in the site file
     - old: the site's own ledger
-    - members: the site's name of each dataset that its site file names → the identities of all
-      patients and records in its files"""
+    - members: each dataset's name in the site file → the identities of all patients and records in
+      its files"""
     if dataset not in members:
         return True
     return not (old.is_whole(dataset, members[dataset]) and old.is_apart_from_start(dataset))
@@ -472,8 +479,8 @@ def _of_everybody(table: SiteData) -> SiteData:
 
 
 def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
-    """Return the entry of a site's dataset in hospital.toml. names: the site's name of each
-    registered dataset → the hospital's name. Other datasets are left out of disjoint_from."""
+    """Return the entry of a site's dataset in hospital.toml. names: each dataset's name in the site
+    file → its name in hospital.toml. A dataset that is not in it is left out of disjoint_from."""
     place = {"url": table.url} if table.url else {"path": table.path.resolve()}
     return RegisteredData(
         **place,
@@ -493,8 +500,8 @@ def _as_membership(
     - home: the folder of the hospital's home
     - name: the name of the membership
     - hospital: the content of hospital.toml, in which the site's datasets are registered
-    - names: the site's name of each dataset → the hospital's name; a dataset that is not in it
-      keeps its name
+    - names: each dataset's name in the site file → its name in hospital.toml; a dataset that is not
+      in it keeps its name
 
     Errors: ConfigError if site file and hospital.toml differ in a table of consent."""
     changes: dict[str, object] = {"hospital": HomeTable(home=home, membership=name)}
@@ -517,8 +524,8 @@ def _site_text(
     - site_file: the present site file
     - name: the name of the membership
     - hospital: the content of hospital.toml, in which the site's datasets are registered
-    - names: the site's name of each dataset → the hospital's name; a dataset that is not in it
-      keeps its name
+    - names: each dataset's name in the site file → its name in hospital.toml; a dataset that is not
+      in it keeps its name
 
     Errors: ConfigError if the two files differ in a table of consent."""
     text = site_file.read_text(encoding="utf-8")
@@ -537,8 +544,9 @@ def _by_key(site: Site) -> dict[str, SiteData]:
 
 def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) -> list[str]:
     """List the declarations (disjoint_from, cohort) that the site file makes with another value
-    than hospital.toml. table: a dataset of the site file. names: the site's name of each dataset →
-    the hospital's name. Errors: ConfigError if the two files differ in the table of consent."""
+    than hospital.toml. table: a dataset of the site file. names: each dataset's name in the site
+    file → its name in hospital.toml; a dataset that is not in it keeps its name. Errors:
+    ConfigError if the two files differ in the table of consent."""
     data = hospital.datasets[names.get(table.name, table.name)]
     if table.consent != data.consent:
         raise ConfigError(
@@ -596,8 +604,8 @@ def _keep_state(state: Path) -> Path:
 
 
 def _remove_drafts(folder: Path, pattern: str) -> None:
-    """Remove the folders to which a process that was killed had begun to copy. folder: where they
-    lie. pattern: of their names, with * for any text."""
+    """Remove incomplete copies: the folders to which a process that was killed had begun to copy.
+    folder: where they lie. pattern: the pattern of their names, in which * stands for any text."""
     for draft in folder.glob(pattern):
         if is_abandoned(draft):
             shutil.rmtree(draft, ignore_errors=True)
@@ -605,7 +613,8 @@ def _remove_drafts(folder: Path, pattern: str) -> None:
 
 def _copy_ledger(state: Path, to: Path) -> None:
     """Copy a ledger with its key into an empty folder. SQLite copies the database, because closing
-    the file here would give up this process's lock on it."""
+    the file here would give up this process's lock on it. state: the folder of the ledger. to: the
+    empty folder."""
     backup(state, to, key=True)
     for pattern in OF_LEDGER:
         for path in state.glob(pattern):

@@ -35,9 +35,9 @@ LEAST = 10  # the smallest number of members, and of held-out units; intervals n
 class SiteAttack:
     """The result of an attack at a site.
 
-    membership: how well the site's units are told from held-out ones. epsilon: the run's ε, None
-    without privacy. references: the names of the models with which the run's losses were
-    compared."""
+    - membership: how well the site's units can be told from held-out ones
+    - epsilon: the run's ε; None without privacy
+    - references: the names of the models with which the run's losses were compared"""
 
     study: str
     site: str

@@ -70,8 +70,8 @@ def check_records(site: Site) -> None:
 
 
 def check_conversion(site: Site) -> None:
-    """If a plug-in converts the site's records, check on a sample of units that a unit's conversion
-    is the same when it is converted alone. Errors: DataError."""
+    """If a plug-in converts the site's records, check for a sample of units that the plug-in
+    converts a unit in the same way with and without the other units. Errors: DataError."""
     for data in filter(None, (site.data, site.evaluation)):
         otherwise = count_otherwise_alone(data, SAMPLE)
         if otherwise:

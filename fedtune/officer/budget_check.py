@@ -29,7 +29,7 @@ class Paid:
 
     - before, after: ε of the dataset so far, and after one more run
     - ceiling: policy.max_epsilon, or the hospital's
-    - again: the ε of earlier studies with this study's name, 0 if there is none
+    - again: the ε that earlier studies with this study's name have spent; 0 if there were none
     - run: the folder of the newest of these studies, "" if it is not known"""
 
     site: str
@@ -56,9 +56,9 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
 
     study: the study, which need not have its digests yet. site: the site with its rules and ledger.
     out: the run's folder; a resumed run has already paid for a part of the plan.
-    Returns: the ε that the dataset has spent so far, and would have spent after this run. None if
-    the site's ledger has no charge yet, or its records pay only from a ledger of the run, and for a
-    study that is not private or has no last round.
+    Returns: the ε that the dataset has spent so far, and would have spent after this run. It is
+    None in four cases: the site's ledger has no charge yet; its records pay only from a ledger of
+    the run; the study is not private; or the study has no last round.
     Errors: Refused."""
     for refusal in privacy_refusals(study, site, None):
         raise refusal

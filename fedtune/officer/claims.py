@@ -25,10 +25,10 @@ class Compared:
 
     - name: the name under which the run lists this site's key; "" if it does not list the key
     - rounds: the rounds whose updates are in the run and in this ledger
-    - left_out: the rounds whose updates this site released and the run does not hold: they were
-      lost on the way, came too late, or were left out
-    - stated, paid: this site's ε by the run and by this ledger, at the plan's δ; None without
-      privacy"""
+    - left_out: the rounds whose updates this site released, but which the run does not hold: the
+      updates were lost on the way, came too late, or were left out
+    - stated: this site's ε at the plan's δ as the run states it; None without privacy
+    - paid: this site's ε at the plan's δ by its ledger; None without privacy"""
 
     name: str
     rounds: list[int] = field(default_factory=list)

@@ -2,6 +2,7 @@
 the hospital's ledger can enter its charges (`Ledger.enter_earlier`).
 
 A doubtful charge counts against more datasets or units, never against fewer:
+| in the old ledger                                      | in the hospital's ledger               |
 | a charge that a restore entered, against every dataset | is entered against each of them        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
@@ -67,22 +68,25 @@ class Closed:
         return listed
 
     def is_apart_from_start(self, dataset: str) -> bool:
-        """Return whether no charge counts both against `dataset` and against another that is
-        declared disjoint from it."""
+        """Return whether `dataset` and the datasets that are declared disjoint from it were charged
+        separately from the start: no charge counts against `dataset` and against one of them
+        too."""
         apart = self._account.apart_since
         return not any(since for pair, since in apart.items() if dataset in pair)
 
     def is_whole(self, dataset: str, members: Collection[bytes]) -> bool:
         """Return whether `members` hold every patient and record that the dataset ever had.
-        members: identities as of `core.data.identity.every_member`."""
+        members: the identities of patients and records, as `core.data.identity.every_member`
+        returns them."""
         known = {self._ledger._salt_member(member) for member in members}
         return self._reader.hashes(dataset) <= known
 
 
 @contextmanager
 def closed(ledger: Ledger) -> Iterator[Closed]:
-    """Keep every other process from writing to a ledger while the block runs. The block must not
-    call the ledger's own methods. Errors: Refused if a person froze it; LedgerError."""
+    """A context manager that keeps every other process from writing to a ledger while its block
+    runs, and yields what the ledger holds. The block must not call the ledger's own methods.
+    Errors: Refused if a person froze it; LedgerError."""
     with ledger._store.writing() as reader:
         if ledger._account.frozen:
             raise frozen(ledger.folder, "adopted")

@@ -32,9 +32,9 @@ class FileFacts:
 
 
 def files_of(data: SiteData, read: Read) -> list[FileFacts]:
-    """Describe each file or table that has rows, whether these were read, were left out or failed.
-    If data.path is a single file, describe it even if it has no row. read: the result of reading.
-    """
+    """Return the facts about each file or table that has rows. It does not matter whether the rows
+    were read, were left out or failed. If data.path is a single file, its facts are returned even
+    if it has no row. read: the result of reading."""
     rows = Counter(record.place.file for record in read.records if record.place)
     failed = Counter(each.file for each in read.failed)
     if data.url:
@@ -62,17 +62,17 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
 
 
 def _encoding(path: Path, source: object) -> str:
-    """Return the name of the encoding that a file's bytes show and, if the file is read with
-    another one, the name of that one too. source: the reader of the file's format, which states its
-    encoding; by default UTF-8."""
+    """Return the name of the encoding that a file's bytes show. If this is not UTF-8, and the site
+    states another encoding by which the file is read, the returned text names that one too. source:
+    the reader of the file's format, which has this statement."""
     found, asked = found_encoding(path), str(getattr(source, "encoding", "utf-8"))
     return f"{found}, read as {asked}" if found.startswith("not") and asked != "utf-8" else found
 
 
 def _tables(rows: Counter[str], failed: Counter[str], read: Read) -> list[FileFacts]:
-    """Describe a database's tables. Neither their size nor their encoding is known. rows, failed:
-    table → its number of rows that were read, and of those that failed. read: the result of
-    reading, with the rows that were left out."""
+    """Return the facts about each table of a database, without size and encoding, which are not
+    known. rows, failed: table → its number of rows that were read, and of those that failed. read:
+    the result of reading, with the rows that were left out."""
     left_out = read.filtered_in + read.withheld_in
     names = sorted({*rows, *failed, *left_out})
     return [FileFacts(n, 0, "–", "–", rows[n] + failed[n] + left_out[n], failed[n]) for n in names]

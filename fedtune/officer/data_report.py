@@ -39,7 +39,8 @@ Table = tuple[str, list[tuple[str, ...]]]  # a heading, and rows of cells
 
 @dataclass(frozen=True)
 class Spread:
-    """The smallest, median, 95th percentile and largest of some numbers."""
+    """How some numbers are spread: the smallest, the median, the 95th percentile and the
+    largest."""
 
     least: int
     median: int
@@ -66,9 +67,10 @@ class StudyFit:
     """How a study would use the records.
 
     - problem: why the study cannot use them, "" if it can
-    - lengths: lengths of uncut records, in tokens
+    - lengths: the spread of the records' lengths before they are cut, in tokens
     - too_long: number of records longer than max_length
-    - train, cut: numbers of records that training uses, and cuts to max_length
+    - train: number of records that training uses
+    - cut: number of these records that training cuts to max_length
     - over_cap: number of records left out because of the cap
     - excluded: number of records left out because their patients withdrew or count elsewhere
     - rejected: reason -> number of records"""
@@ -95,9 +97,11 @@ class DataReport:
 
     - columns: the names of the files' columns, as far as a message may show them
     - failed: the rejected rows, including those that a study rejects
-    - classes: names and counts, "" for values that are not shown
-    - lengths: the spread of the records' lengths of text, in characters
-    - per_patient: the spread of the number of records per patient"""
+    - classes: class -> number of records. The values that are not shown are counted together, under
+      ""
+    - lengths: the spread of the lengths of the records' texts, in characters; None if there are
+      none
+    - per_patient: the spread of the number of records per patient; None if there are no patients"""
 
     site: str
     path: str
@@ -139,7 +143,7 @@ class DataReport:
         return "\n".join(lines)
 
     def tables(self) -> list[Table]:
-        """Return the report as headings with rows of cells."""
+        """Return the report as tables, each a heading with rows of cells."""
         tables = [("files", self._files()), ("records", self._records())]
         if self.classes:
             tables.append(("classes", self._classes()))
@@ -271,9 +275,10 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
 
 
 def _classes(records: Sequence[Record], study: Study | None) -> dict[str, int]:
-    """Count the records by class. With a study that names classes, these names are shown, and other
-    values are counted together. Otherwise a value is shown if several records have it and if there
-    are at most CLASSES values."""
+    """Count the records by class, and return class -> number of records. If the study names
+    classes, these are shown, and records of other values are counted together under "". Otherwise a
+    value is shown only if several records have it, its name is short, and there are at most CLASSES
+    values."""
     known: Sequence[str] = ()
     values = Counter(record.label.strip() for record in records if record.label)
     if study and study.evaluation and study.evaluation.choices and not values:
@@ -321,8 +326,9 @@ def _years(data: SiteData, date: str) -> dict[str, int]:
 
 
 def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit]:
-    """Read the records as the study's training does, and measure them before they are cut. read:
-    the records as they were read without a study.
+    """Find out how a study would use the site's records: read them as the study's training does,
+    and measure their lengths before they are cut. read: the records as they were read without a
+    study.
 
     Returns: the dataset, None if the study cannot use the records; and how it would use them.
     Errors: ModelError if the base is not on this machine."""
@@ -368,7 +374,8 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
 
 def _tokens(example: Example) -> int:
     """Return the number of a record's tokens; the last target, which is no input, counts too. For a
-    preference pair it is the number of the longer passage."""
+    preference pair it is the number of the longer passage. example: the record, as the study's base
+    reads it."""
     return max(
         len(passage.input_ids) + bool((passage.target_ids != NO_TARGET).any())
         for passage in example.passages

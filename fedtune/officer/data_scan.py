@@ -21,7 +21,8 @@ log = logging.getLogger("fedtune.data")
 
 @dataclass(frozen=True)
 class ScannedRow:
-    """A row with findings: file name, row number as in `fedtune data report`, findings by kind."""
+    """A row in which identifiers were found: the file's name, the row's number (as in `fedtune data
+    report`), and the number of findings of each kind."""
 
     file: str
     row: int
@@ -35,7 +36,7 @@ class DataScan:
     - action: the action that [data.scan] sets, "" without that table
     - records: number of records read
     - failed: number of rows that cannot be read or scanned
-    - rows: the rows with findings"""
+    - rows: the rows in which identifiers were found"""
 
     site: str
     action: str
@@ -45,16 +46,16 @@ class DataScan:
 
     @property
     def findings(self) -> Counter[str]:
-        """Count findings by kind."""
+        """Count the findings in all rows by their kind."""
         return sum((Counter(row.kinds) for row in self.rows), Counter())
 
     def rows_with(self, kind: str) -> int:
-        """Count the rows with a finding of this kind."""
+        """Return the number of rows with at least one finding of this kind."""
         return sum(kind in row.kinds for row in self.rows)
 
     def table(self) -> list[tuple[str, str, int, int]]:
-        """Return a row for each kind that was found: kind, paragraph of HIPAA's list, number of
-        findings, number of rows."""
+        """Return a row for each kind of identifier that was found: the kind, its paragraph in
+        HIPAA's list of identifiers, the number of findings, and the number of rows with one."""
         found = self.findings
         return [(k, KINDS[k], found[k], self.rows_with(k)) for k in KINDS if found[k]]
 
@@ -92,7 +93,8 @@ def data_scan(site: Site) -> DataScan:
 
 
 def _kinds(scanner: Scanner, record: Record) -> Counter[str] | None:
-    """Count a record's findings by kind; None if it cannot be scanned."""
+    """Count a record's findings by kind. Return None, and log a warning, if the record cannot be
+    scanned. scanner: finds the identifiers in a text."""
     try:
         check_length(record)
         return Counter(f.kind for text in texts_of(record) for f in scanner(text))

@@ -220,8 +220,9 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
 
 
 def _network(site: Site, path: Path) -> Iterator[Finding]:
-    """Yield findings on enrolment, on both certificates, and on the client's connection to the
-    gateway."""
+    """Check the site's enrolment, its certificate and the gateway's, and whether the gateway
+    answers and lets the site in, and yield a finding for each. The checks end at the first that
+    makes the next impossible. path: the site file."""
     report("checking: coordinator")
     try:
         site_link = link(site, path)
@@ -264,7 +265,8 @@ def _network(site: Site, path: Path) -> Iterator[Finding]:
 
 def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
     """Return the gateway's status, and by how many seconds this machine's clock is ahead of the
-    gateway's.
+    gateway's. site_link: the site's connection to its coordinator. connect: opens a connection to
+    the gateway.
 
     Errors: InfrastructureError if the gateway does not answer, or refuses this site."""
     sent = certs.read_clock()
@@ -326,8 +328,8 @@ def _ledger(site: Site) -> str:
 
 
 def _same_people(site: Site) -> str:
-    """Return a text that lists signs that one patient has two keys, or that datasets which are
-    declared disjoint share records.
+    """Look for signs that one patient has two keys, and that datasets which are declared disjoint
+    share patients or records. Return a text that lists the signs, or says that there is none.
 
     The guarantee covers neither case. Boilerplate texts cause both signs, so a person has to
     judge."""
@@ -378,7 +380,9 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
 
 
 def _fits(site: Site, study: Study, base: Base) -> str:
-    """Describe how the study would use the rows, and list those that it rejects."""
+    """Check that the site's records fit the study. Return a text that says how the study would use
+    the rows, and which rows it rejects. base: the study's base, which is on this machine. Errors:
+    DataError if the records do not fit."""
     check_data(site, study, base)
     tokenizer, reader = reading_of(base, study.base.modality)
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none

@@ -35,9 +35,11 @@ def freeze(site: Site, why: str) -> None:
     the entry. No round is answered with a damaged ledger, and when it is restored, that entry
     freezes it.
 
-    Errors: ConfigError if there is no ledger (none is made); NotGenuine of a damaged audit log,
-    after the freeze; LedgerError, of a damaged ledger after the entry in the audit log;
-    InfrastructureError, also on a full disk whose reserve is used up."""
+    Errors:
+    - ConfigError: there is no ledger (none is made)
+    - NotGenuine: the audit log is damaged; raised after the freeze
+    - LedgerError: the ledger is damaged; raised after the entry in the audit log
+    - InfrastructureError: the disk refuses; also if it is full and the reserved space is used up"""
     if not traces(site.home):
         raise ConfigError(f"{site.home}: no ledger yet", todo="there is nothing to freeze")
 
@@ -90,15 +92,15 @@ def standing(home: Path, public: str) -> Standing:
 
 def check_not_frozen(home: Path, what: str) -> None:
     """Check that no person froze the ledger in `home`, before files that may be evidence are
-    deleted or moved. what: the act, for the error's text, as in "deleted". Errors: Refused;
-    LedgerError."""
+    deleted or moved. what: what would be done to the files, as a participle for the error's text,
+    such as "deleted". Errors: Refused; LedgerError."""
     if traces(home) and Ledger(home).frozen:
         raise frozen(home, what)
 
 
 def frozen(home: Path, what: str) -> Refused:
-    """Build the refusal of an act that would delete or move files beside a frozen ledger. what: the
-    act, as in "deleted"."""
+    """Build the error that refuses to delete or move files beside a frozen ledger. what: what would
+    be done to the files, as a participle, such as "deleted"."""
     return Refused(
         f"{home}: the ledger is frozen, so that nothing is {what}",
         "a ledger that is not frozen",

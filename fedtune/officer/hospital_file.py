@@ -78,8 +78,8 @@ def write_hospital(
 
 
 def write_data(name: str, data: RegisteredData) -> str:
-    """Compose the table of a dataset, to be added to hospital.toml. Every path in `data` is
-    absolute."""
+    """Compose the table of a dataset, to be added to hospital.toml. name: the dataset's name. data:
+    its settings, in which every path is absolute."""
     given = data.model_dump(exclude_defaults=True)
     return _table(f"datasets.{_key(name)}", given)
 
@@ -92,8 +92,8 @@ def write_membership(
     - name: the membership's name
     - site: the absolute path of its site.toml
     - max_epsilon: its share of the hospital's ceiling; None allows the whole ceiling
-    - earlier: whether the charges from before the ledger was the hospital's are this
-      membership's"""
+    - earlier: whether the charges that were made before this ledger became the hospital's count as
+      charges of this membership"""
     given = {"site": site, "max_epsilon": max_epsilon, "earlier": earlier or None}
     return _table(f"memberships.{_key(name)}", given)
 
@@ -134,9 +134,9 @@ def _table(name: str, values: Mapping[str, Any]) -> str:
 
 
 def without_table(text: str, *path: str) -> str:
-    """Return the text without the table of this name. text: the content of a TOML file. path: the
-    parts of the table's name, such as "memberships", "north". Errors: ConfigError if it is not
-    written as a table of its own."""
+    """Return `text`, the content of a TOML file, without one of its tables. path: the parts of the
+    table's name, such as "memberships", "north". Errors: ConfigError if the file has no such table
+    under a header of its own."""
     lines = text.splitlines(keepends=True)
     start, end = _find(lines, path)
     while start + 1 < end < len(lines) and not lines[end - 1].partition("#")[0].strip():
@@ -145,14 +145,15 @@ def without_table(text: str, *path: str) -> str:
 
 
 def with_key(text: str, table: str, key: str, value: str | None) -> str:
-    """Return the text with a key of a table set to `value`, or without the key if `value` is None.
+    """Return the text of a TOML file in which one key of a table is set to `value`, or is removed
+    if `value` is None.
 
     - text: the content of a TOML file; its comments stay
     - table: the name of a table of the file, without dots
     - key: the name of the key; it is added below the table's header if it is not there
     - value: the new value, a text
 
-    Errors: ConfigError if the table is not written as a table of its own."""
+    Errors: ConfigError if the file has no such table under a header of its own."""
     lines = text.splitlines(keepends=True)
     start, end = _find(lines, (table,))
     written = [f"{key} = {quote(value)}\n"] if value is not None else []
@@ -172,8 +173,9 @@ def _is_whole(lines: list[str]) -> bool:
 
 
 def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
-    """Return the index of a table's header line, and the index of the line after its last. path:
-    the parts of the table's name. Errors: ConfigError if no line is that header."""
+    """Return the index of a table's header in `lines`, and the index of the first line that no
+    longer belongs to the table. path: the parts of the table's name. Errors: ConfigError if no line
+    is that header."""
     wanted = list(path)
     for start, line in enumerate(lines):
         with suppress(ValueError):
@@ -188,14 +190,15 @@ def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
 
 
 def _begins(line: str) -> bool:
-    """Return whether a table begins with this line."""
+    """Return whether this line of a TOML file is the header of a table."""
     with suppress(ValueError):
         return bool(HEADER.match(line)) and bool(tomllib.loads(line))
     return False
 
 
 def _path_of(table: Any) -> list[str]:
-    """Return the names in a table's header. table: the header alone, as TOML reads it."""
+    """Return the parts of a table's name, such as ["memberships", "north"]. table: what a TOML
+    parser makes of the table's header alone: nested dicts."""
     path = list[str]()
     while isinstance(table, dict) and table:
         ((name, table),) = table.items()
@@ -223,8 +226,8 @@ def load_hospital_text(home: Path, text: str) -> Hospital:
 
 
 def keep_copy(path: Path) -> Path:
-    """Copy a settings file to a file beside it that only this user can read; return the copy's
-    path. A copy from today with the same content is used again."""
+    """Copy a settings file to a file beside it that only this user can read, and return the copy's
+    path. If there is a copy from today with the same content, return the path of that one."""
     content = reading.content(path, "a settings file", kind=ConfigError)
     for number in range(1, 1000):
         copy = path.with_name(f"{path.name}.{before()}{f'-{number}' * (number > 1)}")

@@ -18,8 +18,11 @@ from fedtune.observe.status import read_status
 
 @dataclass(frozen=True)
 class Here:
-    """The isolation on this machine. text: the means that separate vault and courier, and the
-    protections that are missing; lacks: the missing protections alone, one by one."""
+    """How far this machine would isolate a site's vault and courier.
+
+    - text: a text for people about the means that separate the two, and the protections that are
+      missing
+    - lacks: the missing protections alone, one text for each"""
 
     text: str
     lacks: tuple[str, ...]
@@ -52,8 +55,8 @@ def _describe_means(tried: isolation.Confinement) -> str:
 
 
 def _last(site: Site) -> Mapping[str, list[str]]:
-    """Return, for each half of the site ("vault", "courier"), the texts in which it reported at its
-    last start what confines it; {} if there is no report."""
+    """Return half of the site ("vault", "courier") -> the texts by which this half reported, at its
+    last start, what confines it; {} if there is no report."""
     with suppress(FedtuneError):
         told: Mapping[str, list[str]] = read_status(site.site.state).status.get("confined", {})
         return told

@@ -7,9 +7,10 @@ with records of another home is refused before it joins or is simulated. It is a
 declares these records public or generated, since only that home's ledger knows what was charged as
 private. A home that is gone, or that has no ledger any more, is forgotten; a home with a damaged
 ledger is not. Simulations and declared data are not noted.
-| where it cannot be written, as in a container      | a warning; nothing is remembered |
-| another account, or another machine                | knows nothing of it              |
-| a database under another name of its server        | is another place                 |
+| limit                                              | what follows                     |
+| homes.json cannot be written, as in a container    | a warning; nothing is remembered |
+| another account, or another machine                | knows nothing of these notes     |
+| a database under another name of its server        | counts as another place          |
 Guarantee: the result depends on settings and the places of files, never on a record."""
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ Note = dict[str, Any]  # of a place: {path, device, inode}, or {url, databases}
 
 
 def path_of_notes() -> Path:
-    """Return the path of this account's notes. Errors: InfrastructureError if the account has no
-    home folder."""
+    """Return the path of homes.json, the file in which this account's notes are kept. Errors:
+    InfrastructureError if the account has no home folder."""
     named = os.environ.get("XDG_STATE_HOME", "")
     if Path(named).is_absolute():  # as the XDG specification asks
         return Path(named) / "fedtune" / FILE
@@ -73,9 +74,9 @@ def check_home(site: Site) -> None:
 
 
 def move_notes(state: Path, home: Path) -> None:
-    """Note that `home` pays for the records for which the site's state folder `state` paid, since
-    the home has adopted the site's ledger. Call this before that ledger is removed from `state`,
-    since the notes of a folder without a ledger are forgotten."""
+    """After the hospital's home `home` has adopted the ledger in a site's state folder `state`,
+    note that `home` pays for the records for which `state` paid. Call this before the ledger is
+    removed from `state`: the notes of a folder without a ledger are forgotten."""
     try:
         path = path_of_notes()
         with locks.hold(_made(path).with_suffix(".lock")):
@@ -117,8 +118,9 @@ def _tables(site: Site) -> list[SiteData]:
 
 
 def forget(place: str, home: Path) -> list[str]:
-    """Forget that other homes than `home` pay for some records, and return those homes. place: the
-    records' path or url, or the other home.
+    """Forget the notes by which other homes than `home` pay for some records, and return the paths
+    of those homes. place: what is to be forgotten: the path or url of the records, or the path of
+    another home.
 
     Errors: InputError if no other home is known to pay for `place`; InfrastructureError."""
     path, own = path_of_notes(), str(home.resolve())
@@ -149,9 +151,9 @@ def _made(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, list[Note]]:
-    """Return home → the notes of the records for which it pays, for each home in which files of a
-    ledger, even a damaged one, are left. Return {} if there are none, or if the notes cannot be
-    read."""
+    """Read the notes in the file `path`: home → the places of the records for which it pays. A home
+    is left out if no file of a ledger, not even of a damaged one, is left in it. Return {} if there
+    are no notes, or if they cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -187,13 +189,14 @@ def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]
 
 
 def _named(note: Note) -> str:
-    """Return the path or url by which `forget` finds a note."""
+    """Return the path or url of the records that a note is about, by which `forget` finds the
+    note."""
     return str(note.get("path") or note.get("url"))
 
 
 def _is_place(note: Note, table: SiteData) -> bool:
-    """Return whether a note is of the table's file, folder or database, or of a folder around its
-    file or a file in its folder."""
+    """Return whether a note is about the place of the table's records: the same file, folder or
+    database; a folder in which the table's file lies; or a file in the table's folder."""
     if "path" in note:
         return any(_is_same_file(note, path) for path in _path(table))
     # What an earlier version noted of a database is its url alone.
@@ -225,8 +228,8 @@ def _is_same_file(note: Note, path: Path) -> bool:
 
 
 def _note(table: SiteData) -> Note:
-    """Return the note of the place of a table's records: path, device and inode of the file or
-    folder, or url and databases of a database server."""
+    """Make the note about the place of a table's records. It holds the path, device and inode of
+    their file or folder or, for a database server, the url and the databases."""
     for path in _path(table):
         with suppress(OSError):
             found = path.stat()

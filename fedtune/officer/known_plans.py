@@ -14,9 +14,10 @@ from fedtune.runs.choice import with_digests_of
 
 
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:
-    """Return the study with its digests filled in from a run of it, or from a plan that a
-    coordinator sent. Return the study unchanged if neither is found. With the digests, the ledger's
-    charges and signatures can be matched to this study. runs: folders to search first."""
+    """Return the study as its complete plan: with the digests filled in from an earlier run of the
+    study, or from a plan that a coordinator sent to this site. Return the study unchanged if
+    neither is found. By the digests, the charges and signatures in the ledger are recognised as
+    those of this study. runs: folders to search first."""
     for plan in _plans(site, runs):
         filled = with_digests_of(study, plan)
         if filled.digest == plan.digest:

@@ -35,7 +35,7 @@ class Left:
 
     - consortium: its fingerprint; "" if the site never stored the coordinator's answer
     - studies: digest → name of the studies that were under way
-    - files: number of deleted files of network keys"""
+    - files: how many files with network keys were deleted"""
 
     consortium: str
     studies: dict[str, str]
@@ -50,9 +50,12 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
     distrust: whether to refuse every later answer of this consortium. This is entered in the audit
     log first, and nothing else remembers it. Without `distrust`, the site leaves even if the audit
     log is damaged.
-    Errors: ConfigError if the site has no keys, or with `distrust` no stored answer that names the
-    consortium; NotGenuine of a damaged audit log, after the site has left, but with `distrust`
-    before anything is deleted; InfrastructureError if the site's client runs."""
+    Errors:
+    - ConfigError: the site has no keys or, with `distrust`, has stored no answer that names the
+      consortium
+    - NotGenuine: the audit log is damaged. With `distrust` it is raised before anything is deleted,
+      otherwise after the site has left
+    - InfrastructureError: the site's client runs"""
     state = site.site.state
     keys = keys_folder(site)
     if not (traces(site.home) and network_keys(site)):
@@ -84,7 +87,8 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
 
 
 def consortium_of(site: Site) -> str:
-    """Return the fingerprint of the consortium whose answer the site has; "" if it has none."""
+    """Return the fingerprint of the consortium that the site has joined, that is, whose answer the
+    site has stored; "" if it has stored none."""
     try:
         return link(site, site.file or Path("site.toml")).answer.fingerprint
     except FedtuneError:
@@ -124,7 +128,7 @@ def distrusted(folder: Path) -> dict[str, str]:
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of an audit log, without lines that are no JSON."""
+    """Yield the entries of the audit log in `folder`. Lines that are not JSON are passed over."""
     for name in audit_log.files(folder):
         for line in reading.content(folder / name, "an audit log").splitlines():
             with suppress(ValueError, RecursionError):

@@ -34,7 +34,7 @@ class Waiting:
     - name: the name by which `decide` selects it
     - membership: the membership that paid for it; "" without a hospital's home, or if the answer
       was there before the home
-    - kind: ANSWER, or DRAW, a draw of shared noise, which is not charged yet
+    - kind: ANSWER or DRAW. A draw belongs to a round of shared noise, and is not charged yet
     - size: length in bytes
     - epsilon: ε of this round alone, as text, at the δ of the site's ledger: policy.max_delta, or
       for a membership the hospital's
@@ -55,8 +55,10 @@ class Waiting:
 
 @dataclass(frozen=True)
 class _Found:
-    """A waiting answer. slot: its study, round and adapter, by which a ledger identifies it.
-    ledger: the ledger that has it, the site's own or one of a run of declared data."""
+    """A waiting answer and the ledger that has it.
+
+    - slot: (study, round, adapter), by which the ledger identifies the answer
+    - ledger: the site's own ledger or, of a run on declared data, the run's"""
 
     waiting: Waiting
     slot: Slot
@@ -144,9 +146,9 @@ def _find_draws(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
 def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, since: int) -> Waiting:
     """Describe a waiting answer by facts of the plan, its length and its cost.
 
-    - site: the site, at whose policy's δ the ε are computed
+    - site: the site; ε is computed at the δ of its policy or, for a membership, of the hospital
     - slot: the study, round and adapter that are answered
-    - charge: what the answer costs; of a draw, what it would cost
+    - charge: what the answer costs or, for a draw, what it would cost
     - kind: ANSWER or DRAW
     - size: the length of the answer in bytes
     - since: the time since which it waits, UTC seconds"""

@@ -76,7 +76,8 @@ class Membership:
 class Listed:
     """A home's memberships, and the ε that each of them and all together spent.
 
-    - totals: each registered dataset's budget against the hospital's ceilings
+    - totals: for each registered dataset, what was spent of it and what the hospital's ceilings
+      allow
     - who: dataset → the ε that each membership spent; memberships that have ended are included"""
 
     home: Path
@@ -86,7 +87,8 @@ class Listed:
     who: dict[str, list[MembershipLine]]
 
     def facts(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
+        """Return the home, its memberships and the ε that they spent as a dict of plain values,
+        from which JSON can be written."""
         return {
             "home": self.home,
             "hospital": self.hospital.hospital.name,
@@ -162,8 +164,8 @@ def site_of(
     - path: the site file, or a draft of it
     - membership: the membership's name, which the file must state
     - at: for a draft, the path at which the file will lie; None if `path` is that path
-    - keys_may_differ: accept that another membership of the hospital reads patients' keys in
-      another way
+    - keys_may_differ: whether to accept a site file by which patients' keys are read in another way
+      than by another membership of the hospital
 
     Errors: ConfigError if it is another membership's file."""
     site = load_site(path, at=at, keys_may_differ=keys_may_differ)
@@ -177,15 +179,17 @@ def site_of(
 
 
 def is_running(state: Path) -> bool:
-    """Return whether a client or a vault works in this state folder now."""
+    """Return whether a process of `fedtune client` or `fedtune vault` works in this state folder
+    now."""
     return any(held(state / name) for name in LOCKS)
 
 
 @contextmanager
 def still(home: Path, site: Site) -> Iterator[None]:
-    """Keep the clients and vaults of the site, and of all memberships of `home`, from running while
-    the block runs. Errors: InfrastructureError if one runs; ConfigError if a membership's site file
-    cannot be read, since nobody can then tell whether its client runs."""
+    """A context manager that keeps, while its block runs, every client and vault of the site, and
+    of all memberships of `home`, from running. Errors: InfrastructureError if one runs; ConfigError
+    if a membership's site file cannot be read, since nobody can then tell whether its client
+    runs."""
     states = {site.site.state.resolve()}
     memberships = load_hospital(home).memberships if (home / FILE).exists() else {}
     for membership in memberships.values():
@@ -223,8 +227,8 @@ def make_home(home: Path, name: str, size: int, dataset: str, data: RegisteredDa
 
 
 def ceilings_for(size: int) -> CeilingTable:
-    """Return the ceilings of a new home: the defaults, with δ lowered until 2 · max_delta · size <
-    1."""
+    """Return the ceilings of a new home for a hospital of this declared size. They are the
+    defaults, but max_delta is lowered until 2 · max_delta · size < 1."""
     most = CeilingTable().max_delta
     while 2 * most * size >= 1:
         most /= 10
@@ -242,9 +246,9 @@ def add(
     - site_text: the content of the site file
     - max_epsilon: its share of the hospital's ceiling; None allows the whole ceiling
 
-    If the process is killed between the two, a second call writes the site file. Errors:
-    ConfigError if the name is taken or ended, the site file exists, or either file would not be
-    valid."""
+    If the process is killed after it entered the membership, a second call with the same name and
+    site path writes the site file. Errors: ConfigError if another membership has or had the name,
+    the site file exists, or either file would not be valid."""
     home, site = home.resolve(), site.absolute()
     hospital = load_hospital(home)
     if site.exists():
@@ -263,9 +267,9 @@ def add(
 
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
-    """Check that a new membership may have this name: no membership may have it now, and neither
-    the home's ledger nor its audit log may name an earlier membership so. home: the folder of the
-    hospital's home. hospital: the content of its hospital.toml. Errors: ConfigError."""
+    """Check that a new membership may have this name: no membership has it now, and no earlier
+    membership of this name is in the home's ledger or audit log. home: the folder of the hospital's
+    home. hospital: the content of its hospital.toml. Errors: ConfigError."""
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     if name in earlier_names(home):
@@ -278,7 +282,8 @@ def check_new(home: Path, hospital: Hospital, name: str) -> None:
 
 
 def earlier_names(home: Path) -> set[str]:
-    """Return the names of the memberships that a home's ledger or audit log names."""
+    """Return the names of all memberships, ended ones too, that occur in a home's ledger or audit
+    log."""
     if not traces(home):
         return set()
     book = Ledger(home)
@@ -306,8 +311,8 @@ class Ending:
 
     - home, name: the hospital's home and the membership
     - site: the membership's site; None if its site file cannot be used
-    - delete: kind → the files of the state folder, of the membership's studies, and its network
-      keys
+    - delete: kind → the files of this kind: those of the state folder, those of the membership's
+      studies, and the network keys
     - paid: dataset → what the membership spent; this stays spent
     - anyway: why `end` refuses without `anyway`; "" if it does not refuse"""
 
@@ -356,8 +361,8 @@ def list_ending(home: Path, name: str) -> Ending:
 
 
 def network_keys(site: Site) -> list[Path]:
-    """List the files of a site's network keys, certificates and coordinator's answer, earlier ones
-    too."""
+    """List the paths of the files with a site's network keys, its certificates and the
+    coordinator's answer, and of earlier versions of these files."""
     folders = _key_folders(site)
     return sorted(path for each in folders for path in each.rglob("*") if not path.is_dir())
 
@@ -400,8 +405,8 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
 
 
 def _without(home: Path, name: str) -> str:
-    """Return the text of hospital.toml, as it is on disk now, without a membership. Errors:
-    ConfigError."""
+    """Return the text of the hospital.toml in `home`, as it is on disk now, without the table of
+    the membership `name`. Errors: ConfigError."""
     before = (home / FILE).read_text(encoding="utf-8")
     text = without_table(before, "memberships", name)
     there, left = (set(load_hospital_text(home, one).memberships) for one in (before, text))

@@ -20,7 +20,8 @@ def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
 
     - run: the folder of the run, or of its dossier
     - state: the folder of the ledger, where the key is
-    - memberships: the memberships that share the ledger
+    - memberships: the names of the memberships that share the ledger; "" stands for a site with a
+      ledger of its own
 
     Errors: ConfigError if the key is missing; InputError if `run` holds no such head, or is no run.
     """

@@ -81,7 +81,7 @@ class Listing:
     home.
 
     - home: the folder of the ledger
-    - deletable: kind -> files
+    - deletable: kind -> the files of this kind, which may be deleted
     - unknown: files that fedtune did not write, and backups of ledgers
     - studies: digest -> name, if a study was chosen"""
 
@@ -155,9 +155,9 @@ def purge(contents: Listing) -> None:
 
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
-    """Add to `contents` the files that the membership's own studies left beside the hospital's
-    ledger. Files of another membership, which may run the same plan, are not added, since that
-    membership would have to pay again for a deleted update."""
+    """Add to the listing `contents` the files that the own studies of `site`, a membership, left
+    beside the hospital's ledger. Files of another membership, which may run the same plan, are not
+    added, since that membership would have to pay again for a deleted update."""
     if not traces(site.home):
         return
     book, own = Ledger(site.home), site.policy.own_memberships
@@ -180,8 +180,9 @@ def _find(folder: Path, kind: str) -> list[Path]:
 
 
 def _owner_of_draw(path: Path) -> str | None:
-    """Return the membership whose draw of shared noise waits for a person, from the draw's note
-    `path`; "" if the draw is of no membership, None if the note cannot be read."""
+    """Read, from the note `path` of a draw of shared noise that waits for a person, the name of the
+    membership that made the draw. Return "" if no membership made it (a site with a ledger of its
+    own), and None if the note cannot be read."""
     try:
         return owner_of(("", 0, str(reading.json_in(path, "a draw that waits")["adapter"])))
     except (FedtuneError, KeyError, TypeError):
@@ -192,7 +193,8 @@ def _owner_of_draw(path: Path) -> str | None:
 
 
 def _kind(name: str) -> str | None:
-    """Return a file's kind; "" if the file is never deleted, None if fedtune did not write it."""
+    """Return a file's kind, by its name: a key of KINDS if the file may be deleted, "" if it is
+    never deleted, and None if fedtune did not write it."""
     if not DRAFT.search(name) and any(fnmatchcase(name, pattern) for pattern in NEVER_DELETED):
         return ""
     for kind, patterns in KINDS.items():
@@ -271,6 +273,7 @@ def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, st
 
 
 def _of(paths: list[Path], studies: dict[str, str]) -> list[Path]:
-    """Select the files whose names begin with a digest of these studies."""
+    """Select, of `paths`, the files that belong to these studies: their names begin with the start
+    of a study's digest. studies: digest -> name."""
     starts = [outbox_prefix(digest) for digest in studies]
     return [path for path in paths if path.name.startswith(tuple(starts))]

@@ -29,6 +29,8 @@ def check_data(site: Site, study: Study, base: Base | None = None) -> Dataset:
 
 @process_cache.cached("readers")
 def reading_of(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
-    """Load a base's tokenizer and reader, once for all simulated sites."""
+    """Load a base's tokenizer, and the reader that turns a site's files into the base's inputs.
+    Return both. They are loaded once, and shared by all simulated sites. modality: the study's
+    base.modality; None for the modality that fits the base's kind."""
     tokenizer = load_tokenizer(base)
     return tokenizer, modalities.reader(base, tokenizer, modality)

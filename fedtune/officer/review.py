@@ -106,8 +106,9 @@ def read_plan(
 
 
 def _fill_outline(study: Study) -> Study:
-    """Return a study.toml's plan with the parts filled in that can be computed without its base:
-    the rounds, and the digest of a base that this release pins."""
+    """Return `study`, as read from a study.toml, with those parts of the plan filled in that can be
+    computed without its base: the number of rounds and, if this release pins the base, the base's
+    digest."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
@@ -130,8 +131,8 @@ def find_coordinator(site: Site, path: Path | None = None) -> str:
     """Return the public key of the coordinator that sends this site its plans: the one whose answer
     is at `path`, else the one with whose answer the site joined. Return "" if none is known.
 
-    path: the file of a plan, as for `read_plan`. Errors: ConfigError or Refused if it is an answer
-    that is not for this site."""
+    path: the file of a plan: the coordinator's answer, a study.toml, or JSON. Errors: ConfigError
+    or Refused if it is an answer that is not for this site."""
     if path is not None and path.suffix == ".answer":
         return _read_answer(path, site).coordinator
     try:
@@ -200,8 +201,8 @@ def review(
 
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
-    """Return the lines about who shares the noise: this site's signing key and each pinned peer's,
-    with the fingerprints that people compare.
+    """Return the lines about the sites that share the noise: this site's signing key and the key of
+    each pinned peer, with the fingerprints that people compare.
 
     - plan: the site's part of a study of shared noise
     - site: the site, whose policy.peers pins the keys
@@ -269,8 +270,9 @@ def would_refuse(
 
 
 def unchecked(site: Site, coordinator: str) -> str:
-    """Name the rule that cannot be checked as long as the coordinator is not known; "" if there is
-    none. coordinator: its public key, "" if it is not known."""
+    """Return a sentence that names the rule which cannot be checked as long as the coordinator is
+    not known: policy.coordinators. Return "" if the coordinator is known, or the policy has no such
+    rule. coordinator: its public key, "" if it is not known."""
     if coordinator or not site.policy.coordinators:
         return ""
     return "Not checked yet: policy.coordinators, since no coordinator is known here"
@@ -294,9 +296,9 @@ def _about_teacher(study: Study, site: Site) -> list[Refused]:
 def cost_refusals(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
 ) -> list[Refused]:
-    """List the refusals of the plan's cost: for earlier charges of unknown ε, and for a limit that
-    the cost would exceed on top of what was spent. In a study without a last round, only charges
-    that count for a patient who arrives now are added.
+    """List the refusals that the plan's cost causes: one for earlier charges whose ε is not known,
+    and one for each limit that the cost, added to what was spent, would exceed. In a study without
+    a last round, only charges that count for a patient who arrives now are added.
 
     - study: the plan
     - site: the site, whose policy has the limits and whose [data] names the dataset that pays
@@ -464,7 +466,8 @@ def _describe_accepted(site: Site) -> list[str]:
 
 
 def _describe_held(study: Study, site: Site) -> list[str]:
-    """Return lines that say what waits for a person here before it leaves; [] if nothing does."""
+    """Return lines that say what waits, before it leaves the site, until a person releases it; []
+    if the site's policy lets answers leave by themselves."""
     if site.policy.answers != "held":
         return []
     what = "No answer leaves before a person here has let it go"
@@ -482,8 +485,8 @@ SCORES = {"likelihood": "answers' likelihoods", "accuracy": "right answers, of t
 
 
 def _describe_axes(study: Study) -> str:
-    """Describe the classes and groups by which the plan groups held-out units; "" if it does not
-    group them."""
+    """Return a text that names the classes and groups by which the plan's queries group the
+    held-out units; "" if the plan does not group them."""
     axes = [f"{axis} ({', '.join(values)})" for axis, values in study.query_axes.items()]
     if not axes:
         return ""
@@ -508,8 +511,8 @@ def _queries(study: Study) -> list[str]:
 
 
 def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> list[str]:
-    """Describe what the plan costs the site's dataset: ε of the study and in total, and what they
-    mean for one unit.
+    """Return lines that say what the plan costs the site's dataset: ε of the study and in total,
+    and what these ε mean for one unit.
 
     - study: the plan
     - site: the site with its ceilings
@@ -551,8 +554,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
 
 
 def _share(budget: Budget) -> list[str]:
-    """Describe how much a membership has spent of its own share of the hospital's ceiling. Return
-    [] for a site that is no membership."""
+    """Return a line that says how much a membership has spent of its own share of the hospital's
+    ceiling, and will have spent after this study. Return [] for a site that is no membership."""
     if budget.policy.hospital is None:
         return []
     own = budget.share
@@ -565,15 +568,16 @@ def _share(budget: Budget) -> list[str]:
 
 
 def _delta(site: Site, plan: DpPlan) -> list[str]:
-    """Describe the worst case that δ allows, or warn that δ is too large for this site's size."""
+    """Return one line, in a list: what δ allows in the worst case or, if δ is too large for this
+    site's size, a warning. plan: the site's part of the study, with δ."""
     size = site.site.declared_size
     warned = warning(plan.delta, plan.unit, size)
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
 
 
 def _whatever(budget: Budget) -> list[str]:
-    """If the plan or an earlier charge uses secure aggregation, describe the total ε by this site's
-    own noise alone. Return [] otherwise."""
+    """If the plan or an earlier charge uses secure aggregation, return lines that state the total ε
+    which this site's own noise alone gives, so far and with this study. Return [] otherwise."""
     if not budget.is_shared:
         return []
     before = budget.fallback(ahead=0)
@@ -588,9 +592,9 @@ def _whatever(budget: Budget) -> list[str]:
 
 
 def _room_for_attempts(budget: Budget) -> list[str]:
-    """Describe how many failed attempts at a round the site's limits leave room for. No more than
-    the plan's number of rounds are counted, since nobody plans for more. Return [] if the plan
-    shares no noise, or has no round left."""
+    """Return a line that says for how many failed attempts at a round the site's limits leave room.
+    Attempts are counted up to the plan's number of rounds; if more would fit, the line says "at
+    least". Return [] if the plan shares no noise, or has no round left."""
     plan, ahead = budget.plan, budget.remaining()
     if plan.sites == 1 or not ahead:
         return []
@@ -612,8 +616,8 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 
 
 def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
-    """Describe, for a study without a last round, the ε that one patient pays in all, and the most
-    that any patient has paid so far.
+    """Return lines, for a study without a last round, that state the ε which one patient pays in
+    all, and the most that any patient has paid so far.
 
     - site: the site with its ceilings and its dataset
     - plan: the site's part of the study, whose rounds are the most in which one patient takes part

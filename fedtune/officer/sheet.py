@@ -84,7 +84,8 @@ class Described:
     - template: whether only an empty sheet was written
     - private, public: the paths of the private and the public sheet; None if not written
     - held: the names of the fields that a person filled in
-    - rows, usable, units: counts, for this site only"""
+    - rows, usable, units: the numbers of rows, of usable records and of units, which are for this
+      site only"""
 
     sheet: Path
     template: bool
@@ -145,8 +146,8 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
 
 
 def public_sheet(typed: Sheet, name: str) -> dict[str, Any]:
-    """Build the public sheet, which may leave a site: what a person typed, under the site's
-    public name."""
+    """Build the public sheet, which may leave a site. It holds what a person typed (`typed`), under
+    the site's public name `name`, and nothing else."""
     body: dict[str, Any] = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -191,8 +192,8 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
 
 
 def records_hash(site: Site) -> str:
-    """Return a hash of a site's records: of each file's name and bytes or, from another source, of
-    every row, whether or not the patient consented. Errors: DataError."""
+    """Return a hash of a site's records. If they are files, it is computed from each file's name
+    and bytes; otherwise from every row, whether or not the patient consented. Errors: DataError."""
     total = hashlib.sha256()
     if _in_files(site):
         for file in _files(site.data.path):
@@ -251,8 +252,8 @@ def _check_unchanged(site: Site, what: str, now: str) -> None:
 
 
 def _in_files(site: Site) -> bool:
-    """Return whether the records are files. With data.url they are not; data.path is then the
-    folder of media."""
+    """Return whether the site's records are files. They are not if data.url is set: the records are
+    then in a database, and data.path is only the folder of their images or recordings."""
     return site.data.url is None and site.data.path.exists()
 
 
@@ -261,7 +262,9 @@ def _typed_hash(typed: Sheet) -> str:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield the files of the records, sorted, without the sheets that describe_data wrote."""
+    """Yield the paths of the files of the records, sorted, without the sheets that `describe_data`
+    wrote. path: the file of the records, or their folder, of which all files at any depth are
+    taken."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
     yield from (
         file for file in files if os.path.isfile(file) and not file.name.endswith(CROISSANT)

@@ -14,8 +14,9 @@ MOST = 12  # the most classes that are named; a column with more is likely to ho
 
 
 def unknown_classes(study: Study, site: Site) -> str:
-    """Describe how many of a site's records are of a class that the plan does not have; "" if there
-    is none, or the plan has no classes.
+    """Return a sentence that says how many of a site's records are of a class that the plan `study`
+    does not have, and names these classes; "" if there is no such record, or the plan has no
+    classes.
 
     Errors: DataError if the records cannot be read, ConfigError if their source is not installed.
     """

@@ -44,7 +44,8 @@ _DIGITS = 16  # of the patient's salted hash in a receipt's file name
 class Release:
     """A study that sent updates from the dataset before the withdrawal.
 
-    - name, digest: the study's name and the digest of its plan
+    - name: the study's name
+    - digest: the digest of its plan
     - rounds: the number of rounds whose updates were sent
     - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private"""
 
@@ -80,8 +81,9 @@ class UnknownPatient(InputError):
 
 
 class NotLogged(NotGenuine):
-    """The error that the audit log is damaged and has no line for a withdrawal. The withdrawal is
-    entered in the ledger and has its receipt. withdrawal: the result."""
+    """The error that the audit log is damaged, so that a withdrawal could not be entered there. The
+    withdrawal was entered in the ledger and has its receipt. withdrawal: the result of
+    `withdraw`."""
 
     def __init__(self, withdrawal: Withdrawal, damage: NotGenuine) -> None:
         super().__init__(damage.happened, damage.expected, damage.todo)
@@ -166,8 +168,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
 
 def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
-    """Return the site and the other memberships of its home that can be read, and the error of a
-    membership that cannot; None if all can."""
+    """Return two things: a list of the site and of those other memberships of its home whose site
+    files can be read, and the error of a membership whose file cannot be read (None if all can be
+    read)."""
     sites, unread = [site], None
     others = load_hospital(site.home).memberships if site.hospital else {}
     for name, membership in others.items():
@@ -180,8 +183,8 @@ def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
 
 
 def _tables(site: Site) -> list[SiteData]:
-    """List the tables of a site that name a patient column. [acceptance] is left out if its file is
-    gone."""
+    """List those tables of records in a site file that name a patient column. [acceptance] is left
+    out if its file is gone."""
     tables = [table for table in (site.data, site.evaluation) if table]
     if (judged := site.acceptance) and (judged.url or judged.path.exists()):
         tables.append(judged)
@@ -191,7 +194,8 @@ def _tables(site: Site) -> list[SiteData]:
 def in_reserved_space(site: Site, enter: Callable[[], T]) -> T:
     """Call `enter`, which writes what a person decided, and return its result. If writing fails,
     free the space that is reserved for such entries and call `enter` again. Errors: those of
-    `enter`; a LedgerError other than NoRoom is raised at once."""
+    `enter`. A LedgerError other than NoRoom is raised without a second call. site: the site whose
+    reserved space is used."""
     try:
         return enter()
     except InfrastructureError as error:
@@ -249,8 +253,9 @@ def _genuine(path: Path, public: str) -> dict[str, Any]:
 def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
     """Build and sign the receipt that a patient may keep. The receipt names the patient by a salted
     hash, by which nobody without this site's salt can identify the patient. The ledger's key signs,
-    in a hospital's home too: a withdrawal holds in every membership, and must be provable after a
-    membership has ended. The receipt is for patient and hospital, and goes to no coordinator.
+    and in a hospital's home not the membership's own key: a withdrawal holds in every membership,
+    and must be provable after a membership has ended. The receipt is for patient and hospital, and
+    goes to no coordinator.
 
     - site: the site whose name the receipt states
     - ledger: the ledger whose key signs
@@ -272,8 +277,9 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
 
 
 def _time_of(entry: Entry) -> str:
-    """Return the time at which a unit withdrew, as the text that receipts have, even if the
-    withdrawal was entered again in a restored ledger later."""
+    """Return the time at which a unit withdrew, as a text in the form that receipts have. If the
+    withdrawal was entered again in a restored ledger, it is still the time of the withdrawal
+    itself."""
     return time.strftime(TIME, time.gmtime(entry.body.get("since", entry.body["time"])))
 
 
@@ -282,7 +288,8 @@ def _encode_receipt(receipt: dict[str, Any]) -> bytes:
 
 
 def _count(table: SiteData, patient: str) -> int:
-    """Count the patient's records, whether or not data.consent leaves them out already."""
+    """Count the records of a patient in a table's files, also those that data.consent leaves
+    out."""
     everybody = table.model_copy(update={"consent": None})
     records, _ = read_records(everybody, unit="patient")
     return sum(record.unit == patient for record in records)

@@ -1,13 +1,14 @@
 """Build ready-made studies with measured settings from one's own records: `fedtune init --task`.
 
-Each task has a file of its own. A preset's public file is divided once. By its selection records
-the coordinator chooses how far each round moves the adapter; its evaluation records only judge the
-result; some tasks learn from a further part before the first round.
+Each task has a file of its own. The user's public file is divided once, into selection records, by
+which the coordinator chooses how far each round moves the adapter; evaluation records, which only
+judge the result; and records to learn from before the first round. If it holds few records, all are
+for evaluation.
 
 The module of a task has COLUMNS (for each field of Records that names a column, the key in
 site.toml and the column's default name), EPSILON, PARTS (the shares of the public records), and the
-function `study`, which composes study.toml. Tasks that train an adapter give `_adapter` a
-recipe."""
+function `study`, which composes study.toml. A task that trains an adapter gets its `study` from
+`_adapter.Recipe`, which holds the task's settings."""
 
 from __future__ import annotations
 
@@ -54,24 +55,27 @@ OPTIONS = {  # field of Records -> option of `fedtune init`
 
 @dataclass(frozen=True)
 class Records:
-    """A user's files and their columns, from which a preset builds a study.
+    """What a user gave to `fedtune init`: files, columns and settings, from which a preset builds a
+    study. A field that the user did not give has the stated default.
 
     - data: each site's file or folder, or URL#TABLE
-    - evaluation: a public file with answers; public: another public file to train on before the
-      first round
+    - evaluation: a public file with answers
+    - public: another public file, to train on before the first round
     - prompt, target, rejected, media: columns of the input, of the target, of a worse answer, and
       of the path of an image or a recording; default: the task's columns
     - patient: column of the patient; without it the record is the unit
-    - labels: the classes; default: the classes in the public files; also_labels: further classes
+    - labels: the classes; default: the classes in the public files
+    - also_labels: further classes
     - base: the model; default: the task's
-    - size: the declared size of each site; sizes: the sites' declared sizes in the order of data,
-      if they differ
+    - size: the declared size of each site
+    - sizes: the sites' declared sizes in the order of data, if they differ
     - epsilon: ε of the study; default: the task's own
     - declared: what a person declares the sites' records to be, for a rehearsal
+    - role: the role whose files are written
+    - name: the name of the single site, for role "site"
+    - expected: the number of sites that take part, if data does not have a file for each
     - colluding: if all sites share one dose of noise, how many of them may collude with the
-      coordinator; default: each site adds noise of its own
-    - role: the role whose files are written; name: the name of the single site, for role "site"
-    - expected: the number of sites that take part, if data does not have a file for each"""
+      coordinator; default: each site adds noise of its own"""
 
     prompt: str = ""
     target: str = ""
@@ -111,12 +115,14 @@ class Records:
 
     @property
     def delta_rule(self) -> str:
-        """The rule of δ in words."""
+        """A text for the files' comments that says by which rule δ follows from the number of
+        units."""
         return f"δ: the power of ten at or below 1 / (10 · {max(self.declared_sizes)} units)"
 
     @property
     def delta_note(self) -> str:
-        """The rule of δ in words, with its value for the largest site."""
+        """The text of `delta_rule`, and what δ means for the largest site: the probabilities for
+        one of its units, and for any of them."""
         most = max(self.declared_sizes)
         return f"{self.delta_rule}; {chance(self.delta, self.unit, most)}"
 
@@ -133,8 +139,9 @@ class Records:
 
     @property
     def min_sites(self) -> str:
-        """The line about min_sites in study.toml's [strategy]. It is "" unless the files are a
-        coordinator's, whose first round waits for all sites, or the sites share noise."""
+        """The line about min_sites in study.toml's [strategy]. It is there if the files are those
+        of a coordinator, whose first round waits for all sites, or if the sites share noise;
+        otherwise it is ""."""
         if self.colluding is not None:
             return f"min_sites = {self.sites:<24} # without one of them there is too little noise\n"
         if self.role != "coordinator":
@@ -187,7 +194,12 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
 
 
 def complete_records(task: str, records: Records) -> Records:
-    """Return the records with the task's own column names and its ε where none are given.
+    """Fill in what the user left out: return the user's settings with the task's own column names,
+    and its ε, where the user gave none. If the sites share noise, the ε is the largest up to the
+    task's own whose fallback ε fits the sites' budget. A base that is a local folder gets its
+    absolute path.
+
+    task: a name in TASKS. records: what the user gave to `fedtune init`, not patients' records.
 
     Errors: ConfigError for a task that does not exist, a column that the task does not have, or too
     few sites to share noise."""
@@ -212,14 +224,15 @@ def complete_records(task: str, records: Records) -> Records:
 
 def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
     """Return option of `fedtune init` -> column, for the columns that a file of the task must have.
-    more: further fields of Records, whose columns are included if they are given."""
+    records: the user's settings with all column names (`complete_records`). more: further fields of
+    Records, such as "patient"; their columns are included if the user gave them."""
     fields = [*TASKS[task].COLUMNS, *(field for field in more if getattr(records, field))]
     return {OPTIONS.get(field, f"--{field}"): getattr(records, field) for field in fields}
 
 
 def column_lines(task: str, records: Records) -> str:
-    """Compose the lines of [data.columns], or of another table of columns, without the patient's
-    column."""
+    """Compose the lines of a table of columns, such as [data.columns], without the patient's
+    column. records: the user's settings with all column names (`complete_records`)."""
     keys = {field: key for field, (key, _) in TASKS[task].COLUMNS.items()}
     return "\n".join(
         f"{key} = {quote_string(getattr(records, field))}" for field, key in keys.items()
@@ -227,8 +240,9 @@ def column_lines(task: str, records: Records) -> str:
 
 
 def unit_note(task: str | None, records: Records) -> str:
-    """Describe which unit the study protects. If no patient column is named, also name a column of
-    the sites' files that may be one. task: None for a study without a recipe.
+    """Return a line that says which unit the study protects. If no patient column is named, the
+    line also names a column of the sites' files that may be one, if there is any. task: a name in
+    TASKS; None for a study without a preset.
 
     Errors: DataError for a missing file or column; the error lists the columns that exist."""
     columns: list[str] = []
@@ -250,8 +264,9 @@ def unit_note(task: str | None, records: Records) -> str:
 
 
 def public_note(task: str, records: Records) -> str:
-    """Describe how many of the public records can be used, why the others cannot, and the plan's
-    classes. Return "" for a site's role, and if there are no public records."""
+    """Return a text that says how many of the public records can be used, why the others cannot,
+    and which classes the plan has. Return "" for the role "site", and if there are no public
+    records."""
     if records.role == "site":
         return ""
     records = complete_records(task, records)
@@ -263,9 +278,10 @@ def public_note(task: str, records: Records) -> str:
 
 
 def classes_note(task: str, records: Records) -> str:
-    """List the classes in the sites' own files that the study does not have; return "" if there are
-    none, and for other tasks. A site's role does not know the study's classes, so all classes of
-    its own file are listed.
+    """Return a text that lists the classes in the sites' own files which the study does not have;
+    "" if there are none, or for a task other than classify. If the files are written for a single
+    site (role "site"), the study's classes are not known, so all classes of its own file are
+    listed.
 
     Errors: DataError for a missing file or column; the error lists the columns that exist."""
     if task != "classify" or records.role == "coordinator":
@@ -277,8 +293,9 @@ def classes_note(task: str, records: Records) -> str:
 
 
 def files_note(task: str, records: Records) -> str:
-    """Report for each site's file whether its size is far from the declared one, and how much of a
-    record the plan reads, unless it reads all. Return "" if there is nothing to report.
+    """Return a text about the sites' own files, with a line for each file whose number of units is
+    far from the declared size, and a line for each file whose median record is longer than what the
+    plan reads. Return "" if there is nothing to report.
 
     Errors: DataError for a missing file or column; the error lists the columns that exist."""
     if records.role == "coordinator":
@@ -324,8 +341,8 @@ def format_list(texts: Sequence[str]) -> str:
 
 
 def head(records: Records, **values: object) -> Mapping[str, object]:
-    """Return the values about privacy and sites that every preset's template of study.toml needs,
-    by their names in the template, and further `values`."""
+    """Return name -> value for the template of study.toml: the values about privacy and sites that
+    the template of every preset needs, and `values`, those that this preset adds."""
     return {
         "epsilon": records.epsilon,
         "delta": f"{records.delta:g}",

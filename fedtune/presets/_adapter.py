@@ -2,8 +2,8 @@
 this module.
 
 The adapter's frozen factor, the preconditioner and some steps before the first round are computed
-from public records with answers, which costs no ε. By the selection records the coordinator chooses
-how far a round moves the adapter."""
+from public records with answers, which costs no ε. The coordinator uses the selection records to
+choose how far a round moves the adapter."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ class Recipe:
     """The settings of one task.
 
     - title: the first line of study.toml
-    - records: a description of its public records
-    - model: the base; lora, objective: the lines of these tables
-    - start, steps: learning rate and number of the steps before the round; longest: the largest
-      learning rate of the round
+    - records: a description of the task's public records
+    - model: the base
+    - lora, objective: the lines of these tables in study.toml
+    - start, steps: learning rate and number of the steps on public records, before the first round
+    - longest: the largest learning rate of the round at the sites
     - judged: the lines of [evaluation] about the metric; None: accuracy if there are few different
       answers, else loss
     - lead: the text before each answer
@@ -106,9 +107,9 @@ def noise_of_mean(records: Records) -> float:
 
 
 def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = False) -> float:
-    """Compute the learning rate, at most `longest`, at which the noise in each weight is NOISE
-    (NARROW_NOISE if `narrow`). In the best steps on MedQuAD at ε from 0.5 to 8 this noise was 0.21
-    to 0.36."""
+    """Compute the learning rate, at most `longest`, at which the noise in each weight has the
+    standard deviation NOISE (NARROW_NOISE if `narrow`). In the best steps on MedQuAD at ε from 0.5
+    to 8 this noise was 0.21 to 0.36."""
     if narrow:
         return min(NARROW_LONGEST, NARROW_NOISE / noise_of_mean(records))
     return min(longest, NOISE / noise_of_mean(records))

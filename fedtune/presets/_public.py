@@ -80,7 +80,7 @@ def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
 
 def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
     """Return lines that list the plan's classes, and the classes of which there is no public
-    record."""
+    record. asked: option of `fedtune init` -> the column that it names."""
     found = _of_files(records, asked)
     planned = planned_classes(records, found)
     lines = [f"classes: {len(planned)} ({format_classes(planned)})"] if planned else []
@@ -94,7 +94,7 @@ def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
 
 
 def format_classes(labels: Sequence[str]) -> str:
-    """Format the first MOST_CHOICES classes, on one line."""
+    """Format the names of the first MOST_CHOICES classes as a text on one line."""
     more = ["…"] if len(labels) > MOST_CHOICES else []
     return ", ".join([*map(escape_controls, labels[:MOST_CHOICES]), *more])
 
@@ -107,20 +107,23 @@ def planned_classes(records: Records, found: Iterable[str]) -> tuple[str, ...]:
 
 
 def classes(records: Records, asked: Mapping[str, str]) -> set[str]:
-    """Return the classes that the study has, named or found in the public files."""
+    """Return the classes that the study has. They are those that the user named (or, if none were
+    named, those found in the public files) and `records.also_labels`. asked: option of `fedtune
+    init` -> the column that it names."""
     return {*planned_classes(records, _of_files(records, asked))}
 
 
 def _of_files(records: Records, asked: Mapping[str, str]) -> set[str]:
-    """Return the classes of the public files' records."""
+    """Return all classes that occur in the records of the user's public files."""
     paths = [path for path in (records.public, records.evaluation) if path]
     usable = [_read_usable(path, records.patient, asked)[0] for path in paths]
     return {str(row[records.target]).strip() for found in usable for unit in found for row in unit}
 
 
 def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
-    """Compose each part's file and, in a folder with the part's name, its images or recordings.
-    Return path -> content.
+    """Compose the files of the public parts: for each part one file of records and, in a folder
+    with the part's name, its images or recordings. Return path -> content. public: the name of each
+    part -> its rows.
 
     Errors: DataError for an image or a recording outside the folder of its records."""
     made: dict[str, bytes] = {}
@@ -139,7 +142,8 @@ def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
 
 
 def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, judged: str) -> str:
-    """Compose the commented tables of study.toml for the public parts that exist.
+    """Compose the tables of study.toml that name the parts of the public records, each with a
+    comment. A part that does not exist gets no table.
 
     - what: the name of each part -> its comment
     - public: the name of each part -> its rows
@@ -183,7 +187,8 @@ def _medium(given: Path, name: str) -> bytes:
 def _read_usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[Rows], Counter[str]]:
-    """Read the records that have all columns, without duplicates and without the records in `but`.
+    """Read those records of a public file that have all columns. Duplicates, and the records in
+    `but`, are left out.
 
     - path: a public file of the user
     - patient: the patient's column; None if there is none

@@ -1,5 +1,5 @@
-"""Compose a recipe's settings for noise that all sites share, as `fedtune init --colluding` asks
-for (docs/secure-aggregation.md).
+"""Compose a preset's settings for noise that all sites share, for `fedtune init --colluding`
+(docs/secure-aggregation.md).
 
 Each site adds σ/√(n - t) in place of σ, so the study's ε holds if at most t of the n sites collude
 with the coordinator. A larger ε holds in every case, and the sites' budgets must have room for that
@@ -22,7 +22,8 @@ TENTHS = 10  # ε is chosen among 0.1, 0.2, 0.3 …
 
 
 def check(records: Records) -> None:
-    """Check that the study has enough sites to share the noise, and that the coordinator writes it.
+    """If the noise is to be shared, check that the study has enough sites for this, and that the
+    files are not those of a single site: only the coordinator decides how the noise is made.
     Errors: ConfigError."""
     t = records.colluding
     if t is None:
@@ -42,8 +43,8 @@ def check(records: Records) -> None:
 
 
 def largest_epsilon(records: Records, most: float) -> float:
-    """Return the largest ε up to `most`, in tenths, for which the sites' budget holds the study's
-    fallback ε, even if one void attempt costs as much again."""
+    """Return the largest ε up to `most`, a multiple of 0.1, at which the sites' budget has room for
+    the study's fallback ε, even if one void attempt has to be paid too."""
     assert records.colluding is not None
     shares = records.sites - records.colluding
     least, above = 1, math.floor(most * TENTHS) + 1
@@ -57,8 +58,8 @@ def largest_epsilon(records: Records, most: float) -> float:
 
 
 def table(records: Records) -> str:
-    """Compose the table [secure_aggregation] of study.toml; "" if each site adds noise of its
-    own."""
+    """Compose the table [secure_aggregation] of study.toml; "" if `records.colluding` is None, that
+    is, if each site adds noise of its own. records: what the user gave to `fedtune init`."""
     if records.colluding is None:
         return ""
     head = "[secure_aggregation]".ljust(36)

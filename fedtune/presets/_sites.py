@@ -41,8 +41,9 @@ HALF = 0.5  # of a median record: if the plan reads less, a warning says so
 
 
 def check(records: Records) -> None:
-    """Check the values of the site files. Errors: ConfigError if the number of files does not
-    fit the number of sites, or a name is invalid; DataError for a file that does not exist."""
+    """Check the values that are written into the site files. Errors: ConfigError if the number of
+    files does not fit the number of sites, or a name is invalid; DataError for a file that does not
+    exist."""
     files, expected = len(records.data), 1 if records.role == "site" else records.expected
     if files and expected and files != expected and records.role != "coordinator":
         raise ConfigError(
@@ -74,7 +75,8 @@ def check(records: Records) -> None:
 
 
 def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
-    """List the columns of a site's file that may be shown. All rows are read, and none is kept.
+    """List those columns of a site's file whose names may be shown. All rows are read, and none is
+    kept.
 
     asked: option -> the column that it names. Errors: DataError for a column that the file does not
     have (the error lists the columns that it has), and for a file or a database that cannot be read
@@ -90,9 +92,12 @@ class Look:
     """Counts of a site's own file, shown only to the person who has the file.
 
     - where: the file's name
-    - rows, units: number of records, and of patients if a column names them
-    - target: the column of the classes; classes: the number of records of each
-    - lengths: for each record, the characters of its input and its longest target together"""
+    - rows: number of records
+    - units: number of patients if a column names them, else of records
+    - target: the column of the classes
+    - classes: class -> number of records
+    - lengths: for each record, the number of characters of its input and its longest answer
+      together"""
 
     where: str
     rows: int
@@ -140,9 +145,10 @@ def look(
 
 
 def classes_note(look: Look, known: set[str]) -> str:
-    """Report how many of a site's records are of classes not in `known`, since such records train
-    nothing; "" if there are none. known: empty if nobody named classes; then all classes are
-    listed."""
+    """Return a line that says how many of a site's records are of classes which the study does not
+    have, and lists these, since such records train nothing; "" if there are none. look: the counts
+    of the site's file. known: the study's classes; if it is empty, since nobody named classes, all
+    classes of the file are listed."""
     strange = Counter({label: n for label, n in look.classes.items() if label not in known})
     if not strange:
         return ""
@@ -169,8 +175,12 @@ def classes_note(look: Look, known: set[str]) -> str:
 
 
 def size_note(look: Look, declared: int, unit: str) -> str:
-    """Report that a file holds far more or fewer units than the site declares; "" if it does
-    not. A size that is off by a factor of two or more changes what the study can do."""
+    """Return a line that says that a file holds far more or fewer units than the site declares; ""
+    if it does not. The line is a warning if the numbers differ by a factor of two or more, which
+    changes what the study can do.
+
+    look: the counts of the file. declared: the declared size. unit: the noun for a unit, "patient"
+    or "record"."""
     if abs(declared - look.units) <= FAR * declared:
         return ""
     twice = look.units >= 2 * declared or 2 * look.units <= declared
@@ -182,10 +192,11 @@ def size_note(look: Look, declared: int, unit: str) -> str:
 
 
 def length_note(look: Look, most: int, cut: str) -> str:
-    """Report how much of a median record the plan reads; "" if it reads all of it. Tokens are
-    estimated, since no base is loaded yet.
+    """Return a line that says how much of a median record the plan reads; "" if it reads all of it.
+    Tokens are estimated, since no base is loaded yet.
 
-    most: objective.max_length; cut: a text that says what a longer record loses."""
+    look: the counts of the file. most: objective.max_length. cut: a text that says what a longer
+    record loses."""
     tokens = statistics.median(look.lengths or [0]) / CHARACTERS
     if tokens <= most:
         return ""
@@ -259,7 +270,9 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
 
 
 def _isolation(records: WherePath | None) -> str:
-    """Compose the line of [policy] that asks for as much isolation as this machine supports."""
+    """Compose the line of [policy] that asks for as much isolation of vault and courier as this
+    machine supports. records: the place of the site's records, since a database over TCP allows
+    less; None if it is not known."""
     lacks = [each for half in isolation.try_confinement() for each in half.missing]
     if isinstance(records, str) and is_over_tcp(records):
         lacks.append("a database over TCP")
@@ -287,9 +300,9 @@ def _state(data: WherePath | None) -> str:
 
 
 def names(records: Records) -> list[str]:
-    """Name the sites after their tables, or else their files, or else these files' folders: the
-    first of these whose names all differ and are valid. If there is none, number the sites: site-1
-    and so on."""
+    """Return a name for each site. The sites are named after their tables, their files or the
+    folders of these files: the first of the three whose names all differ and are valid. If none of
+    them is so, the sites are numbered: site-1 and so on."""
     for found in zip(*map(names_of, records.data), strict=False):
         if len({*found}) == len(found) and all(re.fullmatch(NAME, name) for name in found):
             return [*found]

@@ -15,13 +15,16 @@ Asked = Mapping[str, str]  # option -> the column that it names
 
 def source(place: WherePath, asked: Asked) -> Csv | None:
     """Return the guessed dialect of a CSV file; None for a database, and for a file in the usual
-    dialect or another format."""
+    dialect or another format. asked: option of `fedtune init` -> the column that it names, by which
+    a guess is checked. place: the place of a site's records."""
     path = file_at(place)
     return guess_format(path, asked.values()) if path else None
 
 
 def lines(place: WherePath, asked: Asked) -> str:
-    """Compose the lines of [data] that name the file's dialect; "" for the usual one."""
+    """Compose the lines of [data] in site.toml that name the dialect of a CSV file; "" for the
+    usual dialect and for records that are not in a CSV file. place: the place of a site's records.
+    asked: option of `fedtune init` -> the column that it names."""
     told = ", ".join(
         f"{key} = {quote_string(value)}" for key, value in _options(place, asked).items()
     )
@@ -29,7 +32,9 @@ def lines(place: WherePath, asked: Asked) -> str:
 
 
 def note(place: WherePath, asked: Asked) -> str:
-    """Describe the file's dialect for a screen; "" for the usual one."""
+    """Return a line for the screen that says with which dialect a CSV file is read; "" for the
+    usual dialect and for records that are not in a CSV file. place: the place of a site's records.
+    asked: option of `fedtune init` -> the column that it names."""
     path, options = file_at(place), _options(place, asked)
     told = [f"{DELIMITERS[options['delimiter']]} between cells"] if "delimiter" in options else []
     told += [options["encoding"]] if "encoding" in options else []

@@ -73,7 +73,8 @@ def _statistics(
     records: Records, classes: int, public: Mapping[str, _public.Rows]
 ) -> dict[str, object]:
     """Return the values that the template STATISTICS needs, by their names in it: those of a plan
-    in which each site sends its class statistics once. classes: the number of classes."""
+    in which each site sends its class statistics once. classes: the number of classes. public: the
+    name of each part of the public records -> its rows."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     directions = directions_for(
         classes=classes,
@@ -86,7 +87,8 @@ def _statistics(
 
 def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
     """Return the values that the template STEPS needs, by their names in it: those of a plan in
-    which the head is trained by gradient steps."""
+    which the head is trained by gradient steps. public: the name of each part of the public records
+    -> its rows."""
     momentum = SELECTED if "selection" in public else MOMENTUM
     rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"
     return {"rounds": ROUNDS, "rate": rate, "bound": NAMED_BOUND, "momentum": momentum}
@@ -99,7 +101,7 @@ def learning_rate(records: Records, momentum: float) -> float:
 
     A round's mean carries noise σ√K / (K n) for K sites of n units, and less if the sites share the
     noise. Momentum β sums the noise up to 1 / (1 - β) times, and the noises of T independent rounds
-    add up as squares."""
+    add up as squares. momentum: β, the momentum of the plan's strategy."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, ROUNDS)
     total = sum(records.declared_sizes)
     noise = sigma * records.noise_of_sum * math.sqrt(ROUNDS) / total / (1 - momentum)

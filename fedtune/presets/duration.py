@@ -37,8 +37,8 @@ LOADING, ROUND = 20.0, 0.3  # seconds: to load libraries and base; for all else 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a base: the number of its blocks, the number of weights in a block, and the
-    number of weights in its own head."""
+    """The size of a base model: the number of its blocks, the number of weights in a block, and the
+    number of weights in the base's own head."""
 
     blocks: int
     weights: int
@@ -70,8 +70,8 @@ class Forecast:
     rounds: float
 
     def lines(self, *, sites_here: bool = True) -> list[str]:
-        """Describe the duration, and for a long study how to shorten it. sites_here: whether the
-        sites train on this machine too, as in `fedtune simulate`."""
+        """Return lines that state the duration and, for a long study, how to shorten it.
+        sites_here: whether the sites train on this machine too, as in `fedtune simulate`."""
         total = self.before + self.rounds if sites_here else self.before
         told = [
             f"time: about {duration(total)} on this machine as it is loaded now"
@@ -144,8 +144,8 @@ def measured_speed() -> float:
 
 
 def processors(load: float) -> float:
-    """Return the number of processors that a run gets while `load` other processes want one each,
-    if all have equal shares."""
+    """Return the number of processors that a run gets on this machine while `load` other processes
+    want one processor each, if the processors are shared equally."""
     there = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -58,9 +58,9 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
 
 
 def _as_read(text: str, hospital: Hospital, dataset: str) -> str:
-    """Return the site file `text` with settings added that say how the dataset is read (the keys
-    READ_BY), copied from another membership's site file; `text` itself if no other membership reads
-    the dataset."""
+    """Add to the site file `text` the settings that say how the dataset is read (the keys READ_BY).
+    They are copied from the site file of another membership that reads the dataset. If there is
+    none, return `text` itself."""
     for each in hospital.memberships.values():
         try:
             tables = tomllib.loads(each.site.read_text(encoding="utf-8"))

@@ -46,8 +46,8 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def file_at(place: WherePath) -> Path | None:
-    """Return the file or folder of a place; of a database that is one file (SQLite, DuckDB), this
-    file; None for a database on a server."""
+    """Return the path of a place's file or folder. For a table of a database that is one file
+    (SQLite, DuckDB), return the path of the database. For a database on a server, return None."""
     if isinstance(place, Path):
         return place
     url, _ = split_place(place)
@@ -55,7 +55,8 @@ def file_at(place: WherePath) -> Path | None:
 
 
 def is_bulk(place: WherePath) -> bool:
-    """Return whether a place is a folder of a FHIR bulk export."""
+    """Return whether a place is a folder that holds a FHIR bulk export, by the names of its
+    files."""
     return isinstance(place, Path) and place.is_dir() and any(place.glob(f"*{BULK}"))
 
 

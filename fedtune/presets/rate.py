@@ -1,5 +1,5 @@
-"""Check whether a recipe's learning rate still fits the noise of its plan, since an edit of ε
-changes the noise."""
+"""Check whether the learning rate that a preset wrote into study.toml still fits the noise of the
+plan. A person who edits ε there changes the noise."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def weight_noise(study: Study, sizes: Sequence[int]) -> float:
 
 def rate_note(study: Study, sizes: Sequence[int]) -> str:
     """Return a warning if the study's learning rate does not fit its noise; "" if it fits, if no
-    recipe wrote the study, or if `sizes` is empty.
+    preset wrote the study, or if `sizes` is empty.
 
-    The rate that fits gives each weight the noise that the recipe intends, but is at most the
-    largest rate that the recipe allows. The warning comes if the study's rate differs from it by
+    The rate that fits gives each weight the noise that the preset intends, but is at most the
+    largest rate that the preset allows. The warning comes if the study's rate differs from it by
     more than the factor OFF. sizes: the sites' declared sizes."""
     recipe = _recipe(study)
     if recipe is None or not sizes:
@@ -51,8 +51,9 @@ def rate_note(study: Study, sizes: Sequence[int]) -> str:
 
 
 def _recipe(study: Study) -> tuple[float, float] | None:
-    """Recognise by a study's settings which recipe wrote it. Return the noise in each weight that
-    the recipe intends, and its largest learning rate; None if no recipe wrote the study."""
+    """Recognise by a study's settings which preset wrote it. Return two numbers: the noise in each
+    weight that the preset intends, and the preset's largest learning rate. Return None if no preset
+    wrote the study."""
     if not study.private or study.continuous or study.training.rounds is None or not study.start:
         return None
     bound = study.clipping.max_grad_norm if study.clipping else 1.0

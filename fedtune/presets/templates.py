@@ -210,9 +210,10 @@ release = []           # what may leave besides noised updates: "evaluation", no
 
 
 def acceptance(where: str, columns: str) -> str:
-    """Return the table [acceptance] of a site's file, commented out: by what the site judges a
-    finished model on held-out patients of its own. where, columns: the lines of the file's [data]
-    and [data.columns], by which these patients' records are read, too."""
+    """Return the table [acceptance] of a site's file as comment lines. The table says by which
+    rules the site judges a finished model on held-out patients of its own. where, columns: the
+    lines of the file's [data] and [data.columns]. The table repeats these lines, but names another
+    file or table as the place of the patients' records."""
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [
@@ -229,9 +230,9 @@ def acceptance(where: str, columns: str) -> str:
 
 
 def _held_out(where: str) -> list[str]:
-    """Return the lines that name the place of held-out patients: another table of the same
-    database, or a file or a folder with another name. where: the lines of [data] that name the
-    place of the training records."""
+    """Return the lines of the table [acceptance] that name the place of the held-out patients'
+    records: another table of the same database, or a file or a folder with another name. where: the
+    lines of [data] that name the place of the training records."""
     place, *read_by = where.splitlines()
     told = "# held-out patients; exact, and nothing of it leaves"
     if place.startswith("url"):
@@ -320,7 +321,7 @@ def _site(
     *,
     alone: bool,
 ) -> str:
-    """Compose a site's file.
+    """Compose the text of a site's site.toml, with a comment on each line.
 
     - name: the site's name
     - data: the place of its records, beside which its ledger is kept if that is possible

@@ -16,11 +16,11 @@ from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
 
 
 def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
-    """Compute what class statistics start with, from public data alone: the state of the strategy
-    `Discriminant` before the first round, name -> array in fp64.
+    """Compute, from public data alone, what a study of class statistics starts with: the state of
+    the strategy `Discriminant` before the first round. Return name -> array in fp64.
 
-    It holds the basis, the sums of the public records by class, the vectors of the classes' names
-    (if the base reads text), and how often a cross-validation was right (if there are enough
+    The state holds the basis, the sums of the public records by class, the vectors of the classes'
+    names (if the base reads text), and how often a cross-validation was right (if there are enough
     records). Records with an unknown label count as unlabelled.
 
     Errors: ConfigError if names and records span too few directions."""
@@ -35,8 +35,9 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
 
 
 def basis_of(knowledge: Arrays, directions: int) -> Arrays:
-    """Return the part of a basis that sites receive, as two arrays in fp32: the first `directions`
-    of its rows (directions, H), and the mean (H,). knowledge: the result of `class_knowledge`."""
+    """Return the part of the basis that sites receive, as two arrays in fp32, by name: the basis's
+    first `directions` rows, (directions, H), and the mean that is subtracted from a vector first,
+    (H,). knowledge: the result of `class_knowledge`."""
     basis = np.clip(knowledge[DIRECTIONS][:directions], -LARGEST, LARGEST)
     return {
         CLASS_BASIS: np.ascontiguousarray(basis.astype(np.float32)),

@@ -27,7 +27,7 @@ _MAX_POSITIONS = 8192  # per layer; enough for principal components of a few tho
 
 def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
     """Compute LoRA's factor A, fp32 (rank, inputs), of each adapted layer from public text. Return
-    name of A -> array.
+    name of A -> array. dataset: the public text. rank: the number of A's rows.
 
     One row of A lies along the layer's mean input and gives it the activation 0.5. The other rows
     are principal components orthogonal to the mean, scaled so that each gives activations of unit
@@ -49,16 +49,16 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     public text. The dictionary's keys are the names of the layers' A.
 
     Inputs are taken at the positions with a target, or at the last token of a record without one.
-    The loaded adapter is applied."""
+    They are those of the base with the adapter that is loaded in `network`."""
     inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
     return {name: x.T @ x / len(x) for name, x in inputs.items()}
 
 
 @torch.no_grad()
 def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
-    """Collect each adapted layer's inputs on public text: name of the layer's A -> (positions,
-    inputs), fp32. Inputs are taken at the positions that `_where` selects, at most _MAX_POSITIONS
-    for each layer."""
+    """Collect the inputs of each adapted layer while the base reads public text. Return the name of
+    the layer's A -> the inputs, fp32 (positions, width of the input). They are taken at the
+    positions that `_where` selects, at most _MAX_POSITIONS for each layer."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
         everyone = range(len(dataset.examples))
@@ -110,8 +110,8 @@ def _where(batch: Batch) -> torch.Tensor:
 
 
 def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
-    """Compute A, fp32 (rank, width), of one layer from n of its inputs (n, width), as
-    `public_factor` describes. Errors: ConfigError if n is at most `rank`."""
+    """Compute the A of one layer, fp32 (rank, width), from n inputs of this layer, (n, width). What
+    the rows are is described at `public_factor`. Errors: ConfigError if n is at most `rank`."""
     if len(inputs) <= rank:
         raise ConfigError(
             f"public: {len(inputs)} positions for lora.rank = {rank}", f"more than {rank} records"

@@ -2,7 +2,7 @@
 
 The computation takes as long as several passes of the base over the public text. A process keeps
 the result in memory: the trials of `fedtune tune`, and the arms of a benchmark, differ only in
-tables that do not affect it. It is also stored on disk (start_cache.py), since a run may be
+tables that do not affect it. The result is also stored on disk (start_cache.py), since a run may be
 interrupted before its first round."""
 
 from __future__ import annotations
@@ -148,25 +148,27 @@ def _freeze(
 
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
-    """Return the plan with the digest of its public basis filled in, and the two arrays of the
-    basis by name. answered: reads the public records."""
+    """Compute the public basis of class statistics. Return two things: the plan with the digest of
+    this basis filled in, and the two arrays of the basis by name. answered: reads the public
+    records."""
     basis = basis_of(_compute_known(study, answered), study.objective.resolved.directions)
     pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
     return study.model_copy(update={"objective": pinned}), basis
 
 
 def _compute_known(study: Study, answered: Callable[[], CachedDataset]) -> State:
-    """Return what public data tell of the classes: the arrays of `class_knowledge` by name (basis,
-    public sums by class, vectors of class names). If they were computed before for the same plan
-    and records, the stored arrays are returned. answered: reads the public records."""
+    """Compute what is known of the classes from public data: the arrays of `class_knowledge` by
+    name (basis, public sums by class, vectors of class names). If they were computed before for the
+    same plan and records, the stored arrays are returned. answered: reads the public records."""
     unpinned = study.objective.model_copy(update={"basis_digest": None})
     study, data = study.model_copy(update={"objective": unpinned}), answered()
     return _compute_once(study, data.dataset, _HEAD, class_knowledge, study, data)
 
 
 def _read_public(study: Study, network: Network) -> CachedDataset:
-    """Read the records of [public] with their answers. If only a basis is built from them, their
-    answers may be missing."""
+    """Read the public records that the plan's table [public] names, with their answers. If only the
+    basis of class statistics is built from them, a record without an answer is read too. network:
+    the base that reads them."""
     assert study.public is not None  # Study and strategy require it wherever it is read
     labelled = network.statistics is None or (
         study.start is not None and study.start.head == "public"
@@ -180,8 +182,8 @@ def _read_public(study: Study, network: Network) -> CachedDataset:
 def _compute_start(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
-    """Return the adapter and head before the first round: the head that [start] asks for, then
-    start.steps steps on public text.
+    """Compute the trainable arrays before the first round: give `adapter` the head that [start]
+    asks for, then train it for start.steps steps on public text. Return the arrays by name.
 
     - study: the plan, with the digests of its frozen arrays filled in
     - network: the base, with the plan's frozen arrays loaded (A and preconditioner)
@@ -235,16 +237,16 @@ def _compute_once(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Arrays:
-    """Return make(*args, **kwargs), or the result stored for the same plan and text. The caller may
-    change the arrays, which are a copy.
+    """Return the result of make(*args, **kwargs). It is computed only if no result is stored for
+    the same plan and text. The caller may change the returned arrays, which are a copy.
 
-    - study: the plan; all of it is a part of the result's key, except the tables `without` and
-      those in _APART, which affect no computation on public text
-    - text: the public records, whose content is a part of the key
-    - without: further tables of the plan on which this result does not depend. The key holds this
-      tuple too, which distinguishes a plan's computations.
-    - make: the computation; its arguments are no part of the key, so they must follow from the plan
-      and the text"""
+    - study: the plan, by which a stored result is found again. Only the tables `without`, and those
+      in _APART, which affect no computation on public text, may differ
+    - text: the public records; a stored result must be of the same content
+    - without: further tables of the plan on which this result does not depend. A stored result is
+      found only with the same tuple, which distinguishes the computations for one plan.
+    - make: the computation; its arguments are not compared, so they must follow from the plan and
+      the text"""
     key = _key(study, text, without)
     if key not in _kept:
         stays = _is_ours(study)

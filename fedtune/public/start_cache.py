@@ -36,8 +36,9 @@ def load_arrays(key: str) -> Arrays | None:
 
 
 def keep(key: str, arrays: Arrays) -> None:
-    """Store arrays under `key`, and remove the least recently used files above MOST_BYTES. If the
-    arrays cannot be written, they are computed again next time."""
+    """Store arrays under `key`. Then remove the files that were not used for longest, until the
+    stored files have at most MOST_BYTES in all. If the arrays cannot be written, nothing is stored,
+    and they are computed again next time."""
     with suppress(InfrastructureError, OSError):
         replace(_path(key), save(arrays), private=True)
         _prune()

@@ -138,8 +138,8 @@ def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Add up the gradients of each record's passages in one layer, and leave out the rows that only
-    pad the block.
+    """Add up, for each record, the gradients of its passages in one layer. Rows that only fill up
+    the block are left out.
 
     gradient: (records with padding · passages, outputs, columns). Returns (batch.count, outputs,
     columns). Errors: ModelError if the layer gave no gradient (None)."""
@@ -152,8 +152,8 @@ def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
 
 class _Curvature:
     """The second moment G = Σ g gᵀ (outputs, outputs) of one layer's gradients, added up record by
-    record. If G would take more memory than the gradients themselves, the gradients are held
-    instead."""
+    record. If G would take more memory than the gradients themselves, the gradients are kept
+    instead of G."""
 
     def __init__(self, outputs: int, columns: int, records: int) -> None:
         self._columns: list[torch.Tensor] = []
@@ -161,7 +161,8 @@ class _Curvature:
         self._moment = None if wide else torch.zeros(outputs, outputs, dtype=torch.float64)
 
     def add(self, gradients: torch.Tensor) -> None:
-        """Add the gradients (records, outputs, columns) of some records to G."""
+        """Add the gradients of some records, (records, outputs, columns), to the second moment
+        G."""
         columns = gradients.transpose(0, 1).flatten(1).double().cpu()
         if self._moment is None:
             self._columns.append(columns)
@@ -176,9 +177,9 @@ class _Curvature:
 
 @torch.no_grad()
 def head_of_labels(study: Study, network: Network) -> Arrays:
-    """Build a head (weight (K, H), bias (K,), fp32) from the base's vectors of the classes' names
-    or descriptions. Their mean is subtracted, and each row is scaled to length start.scale. The
-    bias is zero.
+    """Build a head from the base's vectors of the K classes' names or descriptions. Return the
+    weight, (K, H), and the bias, (K,), by name in fp32. The rows of the weight are these vectors
+    minus their mean, each scaled to length start.scale. The bias is zero.
 
     Errors: ConfigError if the objective trains no head.
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.4."""
@@ -211,8 +212,8 @@ def vectors_of_labels(study: Study, network: Network) -> npt.NDArray[np.float64]
 
 @torch.no_grad()
 def vectors_of(data: CachedDataset) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Compute the network's pooled vectors (n, H) of all records; return them and the records'
-    labels (n,)."""
+    """Compute the network's pooled vector of each record of `data`. Return the vectors, (n, H), and
+    the records' labels, (n,)."""
     network = data.network
     vectors = []
     labels = []

@@ -86,8 +86,8 @@ class Judged:
     - verdict: "better", "not better" or "outside the plan"
     - why: why the verdict is not "better"; "" if it is
     - before, after: the metric of the version in use, and of the new one
-    - p: the p-value of the hypothesis that the new version is no better, or not better by more than
-      the plan's margin
+    - p: the p-value of the hypothesis that the new version is no better; if the plan has a margin,
+      of the hypothesis that it is not better by more than this margin
     - groups: the changes in the plan's groups"""
 
     verdict: Verdict
@@ -189,8 +189,10 @@ def look_left(
 
 
 def _family(public: str, files: Files) -> set[str]:
-    """Return the public files that count as one with the file `public`: itself, and all files that
-    share records with it or, in turn, with one of these. A file is named by its sha256."""
+    """Return the public files that count as one file with `public`. These are `public` itself, all
+    files that share records with it, all files that share records with one of those, and so on. A
+    file is named by its fingerprint, a sha256. files: fingerprint -> the digests of the file's
+    records."""
     family, rest = {public}, set(files) - {public}
     records = files.get(public, frozenset())
     while shared := {other for other in rest if files[other] & records}:

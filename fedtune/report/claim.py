@@ -41,9 +41,10 @@ def assumptions(site: dict[str, Any]) -> str:
 
 
 def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the figures that hold even if the other sites collude: the entry of the site whose own
-    noise alone gives the largest ε, with this ε and this noise in place of the joint ones. None if
-    the run had no secure aggregation.
+    """Return the figures that hold even if all other sites collude with the coordinator. They are
+    the entry of one site in `privacy`, in which ε and noise are those that the site's own noise
+    alone gives; the site is the one for which this ε is largest. Return None if the run had no
+    secure aggregation.
 
     privacy: a report's "privacy"; if it lists no sites, it counts as the entry of one site.
 
@@ -102,9 +103,9 @@ def _site_guess(site: dict[str, Any]) -> float:
 
 
 def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
-    """Judge a metric's change by its 95 % interval. Return "better than", "worse than" or "not told
-    apart from", for the later model against the earlier one, and the interval in words. None if
-    `change` is not [lower end, upper end].
+    """Judge by the 95 % interval of a metric's change how the later of two models compares with the
+    earlier one. Return two texts: "better than", "worse than" or "not told apart from", and the
+    interval in words. Return None if `change`, the interval, is not [lower end, upper end].
 
     >>> judge_change("accuracy", [0.25, 0.5])
     ('better than', 'change of accuracy +0.25 to +0.5')
@@ -149,9 +150,9 @@ def strength(epsilon: Any) -> str:
     """Name the strength of an ε, on the scale that every page uses (STRENGTHS); "not known" if
     `epsilon` is no number.
 
-    Ponomareva et al. 2023 ("How to DP-fy ML", 5.2) give ε from 1 to 10 a single name. Here 3
-    divides it, since above 3 an attacker's guess is bounded by ε alone only at more than 95 %. If
-    the plan's noise is known, `best_guess` is the closer figure.
+    Ponomareva et al. 2023 ("How to DP-fy ML", 5.2) give ε from 1 to 10 a single name. Here this
+    range is divided at 3: above 3, ε alone allows an attacker to guess correctly with a probability
+    of more than 95 %. If the plan's noise is known, `best_guess` is the closer figure.
 
     >>> strength(6.0)
     'weak (above 3, at most 10)'
@@ -163,13 +164,13 @@ def strength(epsilon: Any) -> str:
 
 
 def protects(unit: str) -> str:
-    """Return a noun phrase for the unit that ε protects."""
+    """Return a noun phrase that names whom ε protects. unit: "patient" or "record"."""
     return "all records of one patient" if unit == "patient" else f"one {unit}"
 
 
 def limits(unit: str, shared: bool = False) -> list[str]:
-    """List what the guarantee does not cover, for every report. shared: whether the run's sites
-    shared noise."""
+    """Return sentences, for every report, that say what the guarantee does not cover. unit:
+    "patient" or "record". shared: whether the run's sites shared noise."""
     several = "one patient at several hospitals: the ε of each adds up."
     if shared:
         several = (

@@ -12,7 +12,8 @@ HEAD = ("class", "units at the sites, noised (± 2 sd)", "learnt", "test records
 
 
 def class_rows(quality: dict[str, Any]) -> list[list[str]]:
-    """Return one table row for each class, with the columns HEAD; [] if the run has no classes."""
+    """Return one row of cells for each class, for a table whose columns are named by HEAD; [] if
+    the run has no classes. quality: the report's "quality"."""
     found = quality.get("classes")
     return [_row(one) for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
@@ -38,7 +39,8 @@ def class_lines(quality: dict[str, Any]) -> list[str]:
 
 
 def section(quality: dict[str, Any]) -> str:
-    """Render the table of classes as Markdown; "" for a run without classes."""
+    """Return the table of classes as Markdown; "" for a run without classes. quality: the report's
+    "quality"."""
     rows = class_rows(quality)
     if not rows:
         return ""

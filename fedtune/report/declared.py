@@ -12,8 +12,9 @@ INVENTED = "No patient was involved: fedtune wrote these records itself, for its
 
 
 def simulation_line(report: Mapping[str, Any]) -> str:
-    """State that one machine ran all sites of a run, or of a run from which it was derived; "" if
-    the run and its parents are a consortium's.
+    """Return a text which says that a run was a simulation, that is, one machine ran all its sites,
+    or that it was derived from such a run. Return "" if the run, and all runs from which it was
+    derived, are a consortium's.
 
     >>> simulation_line({"simulation": True})
     'One machine ran all sites. No consortium stands behind its signature, and nobody at a \
@@ -82,7 +83,8 @@ counting, ranking or averaging, is not covered by ε.'
 
 
 def site_lines(report: Mapping[str, Any]) -> str:
-    """Join `declared_line` and `free_query_line`; "" if both are empty."""
+    """Return the sentences about the sites' records: those of `declared_line`, then that of
+    `free_query_line`; "" if both are empty."""
     return " ".join(filter(None, [free_query_line(report), declared_line(report)]))
 
 

@@ -19,7 +19,8 @@ def delta_for(units: int) -> float:
 
 
 def chance(delta: float, unit: str, units: int) -> str:
-    """State in words the probability δ for one unit, and units · δ for any of a site's units.
+    """State in words two probabilities: δ for one unit, and units · δ for at least one of a site's
+    units. unit: the noun for a unit.
 
     >>> chance(0.01, "patient", 19)
     'at worst 1 chance in 100 for each patient, and 1 in 5.3 that it is one of 19'
@@ -33,7 +34,7 @@ def chance(delta: float, unit: str, units: int) -> str:
 
 def warning(delta: float, unit: str, units: int) -> str:
     """Return a warning if δ is too large for a site of this many units (units · δ > MOST); "" if it
-    is not."""
+    is not. unit: the noun for a unit, such as "patient"."""
     if delta * units <= MOST:
         return ""
     return (
@@ -43,7 +44,7 @@ def warning(delta: float, unit: str, units: int) -> str:
 
 
 def _one_in(probability: float) -> str:
-    """Return the text N of "1 in N" for a probability: with two figures if N is below 10, else
-    rounded to an integer."""
+    """Return N as text, for a probability that is to be stated as "1 in N". N has two figures if it
+    is below 10, else it is rounded to an integer."""
     inverse = 1 / probability
     return f"{inverse:,.0f}" if inverse >= 10 else f"{inverse:.2g}"

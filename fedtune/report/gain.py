@@ -18,8 +18,8 @@ PUBLIC = "what public text alone gives"
 class Line:
     """One sentence about a run's quality.
 
-    - about: the sentence's subject: "start", the gain over the public start; "base", the gain over
-      the base; "released", the model that the run releases
+    - about: what the sentence is about: "start" for the gain over the public start, "base" for the
+      gain over the base, "released" for the model that the run releases
     - text: the sentence, without a full stop
     - good: whether the sentence states a desired result"""
 
@@ -32,9 +32,11 @@ def headline(quality: dict[str, Any]) -> list[Line]:
     """Build the sentences about a run's quality, in order: the gain over the public start, the
     gain over the base, what is released.
 
-    | the study has no public start   | the gain over the base alone                    |
-    | a comparison was not made       | its sentence is left out                        |
-    | the public start is released    | its gain, not the trained model's, over the base |
+    | case                            | sentences                                              |
+    | the study has no public start   | only the gain over the base                            |
+    | a comparison was not made       | its sentence is left out                               |
+    | the public start is released    | the gain over the base is that of the start and not of |
+    |                                 | the trained model                                      |
 
     >>> gain = {"records": 60, "over_start": [-0.5, 0.25], "change": [-1.5, -1.0]}
     >>> found = {"metric": "loss", "start": {"loss": 2.25}, "gain": gain}
@@ -60,7 +62,8 @@ def over_start(quality: dict[str, Any]) -> str:
 
 
 def is_start_released(quality: dict[str, Any]) -> bool:
-    """Return whether a run releases the public start."""
+    """Return whether a run releases its public start, and not the trained model. quality: the
+    report's "quality"."""
     decision = quality.get("released")
     return isinstance(decision, dict) and decision.get("model") == START
 

@@ -60,7 +60,7 @@ def _figure(score: float, count: float, variance: float, quantile: float) -> Row
 
     - score: Σ score with noise
     - count: Σ 1 with noise
-    - variance: of the noise in each of these two
+    - variance: the variance of the noise in each of these two sums
     - quantile: the interval's half-width in standard deviations, such as 1.96 for 95 %"""
     if not count > TOO_NOISY * math.sqrt(variance):
         return {"units": None, "score": None, "interval": None}
@@ -79,8 +79,8 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
     Under the root, the first term is the noise of both sums. The second is the sampling error of
     the held-out units, which is largest for scores of 0 and 1.
 
-    - score: Σ score with noise; outside [0, count] the nearer end is used instead, which is nearer
-      to every p
+    - score: Σ score with noise. A value outside [0, count] is replaced by the nearer end of this
+      range, which can only widen the interval
     - count: n = Σ 1 with noise, above 0
     - variance: v, of the noise in each sum
     - quantile: the interval's half-width in standard deviations, such as 1.96 for 95 %
@@ -104,8 +104,8 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
 
 
 def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -> float:
-    """Find an end of an interval by bisection: the value outside the interval that is nearest to
-    it, or `outside` itself if that lies in the interval.
+    """Find one end of an interval by bisection. Return a value just outside the interval, so that
+    no value of the interval is lost; if `outside` itself lies in the interval, return `outside`.
 
     - is_excluded: returns whether a value lies outside the interval
     - outside: the end of the range that is searched, 0 or 1
@@ -119,9 +119,9 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
 
 
 def _say_resolved(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a sentence for each figure whose interval lies below that of another figure. Compared
-    are the values on one axis at the same site (or at all sites together), and the sites in the
-    same cell."""
+    """Yield a sentence for each figure whose interval lies below that of another figure. Two kinds
+    of figures are compared: those of the values on one axis, at the same site or at all sites
+    together; and those of different sites in the same cell. rows: the rows of the table."""
     shown = [row for row in rows if row["interval"] is not None]
     for site in sorted({row["site"] for row in shown}):
         for axis in dict.fromkeys(row["by"] for row in shown):
@@ -140,8 +140,8 @@ def _say_apart(where: str, name: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def cell_name(axis: str, value: str) -> str:
-    """Return a cell's name for people, as "axis: value"; EVERYBODY for the cell of all units, whose
-    axis is ""."""
+    """Return the name of a cell (one class or one group) for people, as "axis: value". For the cell
+    of all units, whose axis is "", return EVERYBODY."""
     return f"{axis}: {value}" if axis else EVERYBODY
 
 
@@ -191,8 +191,9 @@ def text_row(row: Row) -> tuple[str, ...]:
 
 
 def lines(table: Mapping[str, Any], unit: str) -> list[str]:
-    """Return lines of text for below the table: how to read its figures, and which of them differ.
-    table: the result of `make_table`. unit: the noun for a unit, such as "patient"."""
+    """Return the lines of text that stand below the table. They say how to read its figures, and
+    which figures differ. table: the result of `make_table`. unit: the noun for a unit, such as
+    "patient"."""
     resolved = [f"Resolved: {line}." for line in table["resolved"]]
     return [
         f"Numbers of {unit}s and figures have noise. All intervals hold together in "

@@ -106,8 +106,9 @@ def _claim(report: dict[str, Any]) -> str:
 
 
 def _describe_shared(privacy: dict[str, Any]) -> str:
-    """Return the paragraph about shared noise: the assumption under which ε holds, and the ε that
-    holds without it; "" if the sites shared none. privacy: the report's "privacy"."""
+    """Return the paragraph about shared noise. It states the assumption under which ε holds, and
+    the ε that holds without this assumption. Return "" if the sites shared no noise. privacy: the
+    report's "privacy"."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""
@@ -133,7 +134,8 @@ def _banner(report: dict[str, Any]) -> str:
 
 
 def _for_life(report: dict[str, Any]) -> str:
-    """Return the paragraph about a study without a last round; "" for another study."""
+    """Return the paragraph that a report has about a study without a last round; "" for a study
+    with one."""
     if not report.get("continuous"):
         return ""
     return (
@@ -372,7 +374,7 @@ def _setting(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """Format a value of a report for people: the items of a list or dict with commas between them,
+    """Format a value of a report for people. The items of a list or dict are joined by commas,
     without brackets or quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(item)}" for name, item in sorted(value.items()))

@@ -39,8 +39,8 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
 
 
 def _figures(value: Any) -> str:
-    """Format a figure as text; if it is a list, with one figure for each parent, join them with
-    "and"."""
+    """Format a figure as text. A list, which has one figure for each parent, becomes a text in
+    which the figures are joined by "and"."""
     return " and ".join(map(figure, value)) if isinstance(value, list) else figure(value)
 
 

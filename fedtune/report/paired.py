@@ -58,9 +58,10 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Return how much each record adds to the improvement of `after` over `before`: (n,), above 0
-    if `after` is better on it. If scores are exchanged within records, the metric's improvement
-    rises and falls with the sum of these parts. None for a metric of which this is not so (F1)."""
+    """Return for each record a part of the metric's improvement from `before` to `after`: (n,),
+    above 0 if `after` is better on the record. The parts are such that their sum rises and falls
+    with the improvement when the two scores of some records are exchanged. Return None for a metric
+    without such parts (F1)."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss
@@ -86,8 +87,9 @@ def _swaps(n: int) -> Iterator[np.ndarray]:
 
 
 def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the sums of `parts` for SWAPS random choices of signs, from a fixed seed, as arrays of
-    many sums each. A changed sign stands for a record whose two scores are exchanged."""
+    """Choose signs of `parts` at random, SWAPS times and from a fixed seed, and yield the sums of
+    the parts with these signs, in arrays of many sums each. A changed sign stands for a record
+    whose two scores are exchanged."""
     random, parts = np.random.default_rng(1), parts[parts != 0]
     block = max(1, 2**22 // max(1, len(parts)))
     for start in range(0, SWAPS, block):
@@ -162,8 +164,8 @@ def least_gain(
     - changed: the share of records on which the versions are assumed to differ, unless the gain is
       larger
 
-    The test of all records and that of each group each get an equal part of the probability 0.2 of
-    missing the gain.
+    The probability 0.2 of missing the gain is divided equally among the tests: that of all records,
+    and that of each group.
 
     >>> round(least_gain(300, 0.05 / 16), 3)
     0.096

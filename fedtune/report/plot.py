@@ -57,8 +57,8 @@ def png(report: dict[str, Any]) -> bytes:
 
 
 def _caption(report: dict[str, Any]) -> str:
-    """Return the caption: the study's name, then the gains and the released model
-    (`gain.headline`), a paragraph each."""
+    """Return the picture's caption: the study's name, then the sentences about the gains and the
+    released model (`gain.headline`), each as a paragraph."""
     said = [line.text for line in headline(report.get("quality") or {})]
     parts = [str(report.get("study") or ""), *(textwrap.fill(text, WIDE) for text in said)]
     return "\n".join(parts).replace("$", "")
@@ -142,15 +142,16 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
 
 
 def _count(quality: dict[str, Any]) -> str:
-    """Return a line that states the number of evaluation records and what the error bars are, after
-    a line break; "" if the number is not known. quality: the report's "quality"."""
+    """Return a text that begins with a line break, and states the number of evaluation records and
+    what the error bars are; "" if the number is not known. quality: the report's "quality"."""
     count = number((quality.get("gain") or {}).get("records"))
     return f"\n{int(count):,} records, 95 % intervals" if count else ""
 
 
 def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """Return (round, score, standard deviation of its noise) of each private evaluation with a
-    score. An evaluation whose count does not exceed its noise has no score."""
+    """Return a triple (round, score, standard deviation of the score's noise) for each private
+    evaluation of the run. An evaluation whose count of units does not exceed its noise has no
+    score, and is left out."""
     points = []
     for row in report.get("rounds") or []:
         answer = row.get("private_quality") or {}

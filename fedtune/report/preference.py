@@ -18,14 +18,16 @@ def alarms(quality: dict[str, Any]) -> list[str]:
     """List the warnings about a preference run, one text each; [] if there are none. quality: the
     report's "quality".
 
+    | warning               | given if                                                             |
     | held-out loss rose    | 95 % interval of the change of the objective's own loss is above 0   |
-    | better answers lost   | their log-likelihood fell by more than FALLEN nats per token         |
-    | text may be destroyed | added to one of these, if the answers' log-likelihood was measured   |
+    | better answers lost   | the better answers' log-likelihood fell by more than FALLEN nats per |
+    |                       | token                                                                |
+    | text may be destroyed | a warning above is given, and the better answers' log-likelihood     |
+    |                       | before training was measured                                         |
 
     >>> fell = {"before": 0.69, "after": 0.5, "change": [-0.3, -0.1]}
     >>> alarms({"gain": {"pairs": {"loss": fell}}})
-    []
-    """
+    []"""
     pairs = _pairs(quality)
     loss, chosen = pairs.get("loss") or {}, pairs.get("chosen_logp") or {}
     found = []
@@ -47,7 +49,8 @@ def alarms(quality: dict[str, Any]) -> list[str]:
 
 
 def pair_lines(quality: dict[str, Any]) -> list[str]:
-    """Return a preference run's figures, one line each, for a terminal; [] for another run."""
+    """Return the figures of a preference run for a terminal, one line "name: value" for each; []
+    for another run. quality: the report's "quality"."""
     return [f"{name}: {value}" for name, value in _rows(_pairs(quality))]
 
 

@@ -76,8 +76,8 @@ def _sentence(text: str) -> str:
 
 
 def _columns(quality: dict[str, Any]) -> tuple[str, str]:
-    """Return the two column heads for the figures of the base and of the released model, in this
-    order."""
+    """Return the heads of two columns of a table: of the figures of the base, and of the figures of
+    the released model."""
     return (
         ("base alone", "released: public text alone")
         if is_start_released(quality)
@@ -87,8 +87,8 @@ def _columns(quality: dict[str, Any]) -> tuple[str, str]:
 
 def _others(quality: dict[str, Any]) -> dict[str, str]:
     """Find the model that is neither the base nor the released one: the public start or, if the
-    start is released, the trained model. Return its key in `quality` -> its column head; {} if
-    there is none."""
+    start is released, the trained model. Return a dict with one entry, the model's key in `quality`
+    -> the head of its column; {} if there is no such model."""
     named = {"start": "public text alone"}
     if is_start_released(quality):
         named = {TRAINED: "trained, not released"}
@@ -96,8 +96,8 @@ def _others(quality: dict[str, Any]) -> dict[str, str]:
 
 
 def _pairs(quality: dict[str, Any]) -> str:
-    """Return a preference run's warnings and its section on pairs, as Markdown to append; "" for
-    another run."""
+    """Return the warnings about a preference run and the section on its pairs, as Markdown that is
+    appended to the section on quality; "" for another run."""
     from fedtune.report.preference import alarms, section
 
     pairs = section(quality)

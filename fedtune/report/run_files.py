@@ -18,8 +18,9 @@ REPORT |= {"base.name": str, "base.digest": str}
 
 
 def pipeline_tag(run: Path) -> str:
-    """Return the hub's task name for a finished run's model: "text-classification" if it has a
-    head, which gives labels or a score, else "text-generation"."""
+    """Return the name that a model hub uses for the task of a finished run's model:
+    "text-classification" if it has a head, which gives labels or a score, else
+    "text-generation"."""
     return "text-classification" if has_head(run) else "text-generation"
 
 
@@ -31,8 +32,9 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Make the new folder `out` as a whole: yield the path of an empty draft folder, which is
-    renamed to `out` if the block succeeds, and removed otherwise.
+    """A context manager that makes the new folder `out` with all its content or not at all: it
+    yields the path of an empty draft folder, which is renamed to `out` if the block succeeds, and
+    removed otherwise.
 
     Errors: ConfigError if `out` exists, InfrastructureError if the disk refuses."""
     from fedtune.core.files.writing import drafted

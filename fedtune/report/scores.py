@@ -27,8 +27,8 @@ Columns = Mapping[str, Sequence[float]]
 class Scores:
     """A model's scores on n records.
 
-    - loss: (n,) in nats, the mean over a record's target tokens; of a pair or a judged completion,
-      the objective's loss
+    - loss: (n,) in nats, the mean over a record's target tokens. If the records are pairs of
+      answers or judged completions, it is the objective's loss
     - tokens: (n,) number of target tokens
     - exact: (n,) whether greedy decoding gives the completion exactly
     - chosen, gold: (n,) index of the class that the model chose, and of the right one; -1 without
@@ -48,8 +48,8 @@ class Scores:
     confidence: np.ndarray | None = None
 
     def with_rows_of(self, other: Scores, rows: np.ndarray) -> Scores:
-        """Return a copy in which the records where `rows` (n,) is true have the scores of `other`.
-        The copy has no `pairs` and no `confidence`."""
+        """Return a copy of these scores in which some records have the scores of `other`: those for
+        which the mask `rows`, (n,), is true. The copy has no `pairs` and no `confidence`."""
         return Scores(
             loss=np.where(rows, other.loss, self.loss),
             tokens=np.where(rows, other.tokens, self.tokens),
@@ -60,8 +60,8 @@ class Scores:
         )
 
     def columns(self, metric: str) -> dict[str, list[float]]:
-        """Return the fields from which `metric` is computed: name of the field -> one number for
-        each record."""
+        """Return those fields of the scores from which `metric` is computed: name of the field ->
+        one number for each record."""
         return {name: np.asarray(getattr(self, name), float).tolist() for name in FIELDS[metric]}
 
     @classmethod

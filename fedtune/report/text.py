@@ -11,8 +11,8 @@ from fedtune.core.registry.rounding import number
 
 
 def cell(value: Any, most: int = 200) -> str:
-    """Format one value as escaped Markdown on one line, cut to at most `most` characters before it
-    is escaped; "–" for None."""
+    """Format one value for a cell of a Markdown table: on one line, cut to at most `most`
+    characters, then escaped; "–" for None."""
     if value is None:
         return "–"
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
@@ -31,7 +31,7 @@ def figure(value: Any) -> str:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
     """Build a Markdown table. The first column is left-aligned; with `numbers` the others are
-    right-aligned."""
+    right-aligned. head: the names of the columns. rows: the texts of the cells, row by row."""
     names = list(head)
     rule = "---:" if numbers else "---"
     lines = [names, ["---", *[rule] * (len(names) - 1)], *[list(row) for row in rows]]

@@ -32,8 +32,8 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[
       a study with another name are passed over: runs/a-2 may be the second run of `a`, or the first
       of `a-2`.
     - runs: the folder RUNS of all runs
-    - taken: folders that other studies will use and have not written a plan to; they are passed
-      over"""
+    - taken: folders that are passed over, since other studies will use them, although no plan is in
+      them yet"""
     found: list[Path] = []
     fresh, number = runs / name, 1
     while fresh.exists() or fresh in taken:
@@ -45,8 +45,8 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[
 
 
 def _is_of_another(run: Path, name: str) -> bool:
-    """Return whether the folder's plan is of a study with another name; False if no plan can be
-    read."""
+    """Return whether the folder `run` holds the plan of a study with another name than `name`;
+    False if no plan can be read there."""
     try:
         study = json.loads((run / "plan.json").read_bytes())["study"]["name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -76,9 +76,9 @@ def is_finished(run: Path, study: Study) -> bool:
 
 
 def with_digests_of(study: Study, plan: Study) -> Study:
-    """Return the study as its plan would be: with the number of rounds fixed, and with the digests
-    that the study leaves open filled in from `plan`. The result equals `plan` if that is a plan of
-    this study."""
+    """Return the plan that the study would have: the study with its number of rounds fixed, and
+    with the digests that it leaves open filled in from `plan`. The result equals `plan` if that is
+    a plan of this study."""
     from fedtune.accounting.rounds import with_rounds
 
     tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))
@@ -91,7 +91,8 @@ def has_begun(run: Path) -> bool:
 
 
 def stopped_line(run: Path) -> str:
-    """Describe what is kept of a run that was stopped by Ctrl-C, and how to continue it."""
+    """Return a line, after Ctrl-C stopped a run, that says what is kept of the run and how to
+    continue it."""
     if has_begun(run):
         return f"stopped; {run} keeps every whole round, and the same command with --resume goes on"
     return (
@@ -115,8 +116,9 @@ def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any
 
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
-    """Return the finished run that a command would start or resume; None if there is none, so that
-    the command has work to do.
+    """Return the folder of a finished run on account of which a command that starts or resumes this
+    study has nothing left to do. Return None if there is no such run, so that the command has work
+    to do.
 
     - study: the study to run
     - out: the run's folder as a person named it; None if none was named
@@ -129,8 +131,8 @@ def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = R
 
 
 def finished_line(run: Path) -> str:
-    """Describe a finished run on one line, with the next things to do. Errors: InputError if the
-    report cannot be read."""
+    """Return a line which says that a run is finished, with its ε and its date, and what can be
+    done next. Errors: InputError if the report cannot be read."""
     report, plan = read_report(run), load_plan(run)
     parts = [f"finished: {run}"]
     if report.get("private"):
@@ -187,8 +189,8 @@ def check_vacant(run: Path) -> None:
 
 
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
-    """Describe on one line what a command does: which run it resumes, or that there is none to
-    resume. Without `resume`, the line is about an earlier run of this study that is not finished;
+    """Return a line that says which run a command resumes, or that there is none to resume. Without
+    `resume`, the line says that there is an earlier run of this study which is not finished; it is
     "" if there is none.
 
     - study: the study to run
@@ -209,9 +211,9 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
 
 @contextmanager
 def hold_run(run: Path) -> Iterator[None]:
-    """Lock a run's folder for this process while the block runs. A missing folder is made, and
-    removed again if nothing was written to it. Errors: InfrastructureError if another process
-    trains there (the error names it), or the folder cannot be made."""
+    """A context manager that locks a run's folder for this process while its block runs. A missing
+    folder is made, and removed again if nothing was written to it. Errors: InfrastructureError if
+    another process trains there (the error names it), or the folder cannot be made."""
     made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ AGAIN = "fedtune personalise RUN --site SITE"
 class About:
     """The facts that are sealed with a personal model's arrays.
 
-    - plan, adapter: digests of the released run
+    - plan, adapter: the digests of the released run's plan and of its adapter
     - site, study: the names of the site and the study
     - units: salted hashes of the patients on whose records the model was trained
     - opt_outs: a salted digest of the site's list of opt-outs at that time, "" without one
@@ -91,14 +91,14 @@ class PersonalRun(Run):
 
     @property
     def report(self) -> dict[str, Any]:
-        """Raise NeverLeaves. A personal model has no report, since report.json is about the
+        """Raise NeverLeaves, since a personal model has no report: report.json is about the
         released model."""
         raise NeverLeaves(repr(self))
 
     @property
     def mark(self) -> str:
-        """The text that is put before everything that this model writes, and says that the model is
-        personal."""
+        """The text that is put before everything that this model writes, to warn readers:
+        "[personal model of SITE, …]"."""
         return f"[personal model of {self.about.site}, {MARK}]"
 
     def adapter(self) -> Arrays:
@@ -133,7 +133,8 @@ def personal_file(site: Site, run: Run) -> Path:
 
 def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
     """Return the facts that are sealed with a site's personal model of a released run. trained: the
-    fields `units` and `chosen` of About."""
+    fields `units` and `chosen` of About. ledger: the site's ledger, which salts the digest of the
+    opt-outs."""
     return About(
         plan=run.study.digest,
         adapter=digest_of_adapter(run.folder),
@@ -188,7 +189,8 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
 
 def models_of(site: Site, ledger: Ledger, unit: str) -> list[Path]:
     """List this site's personal models that were trained on a patient's records. unit: the
-    patient's salted hash. A file that cannot be opened is left out: no command can use it."""
+    patient's salted hash. A file that cannot be opened is left out: no command can use it. ledger:
+    the site's ledger, whose key opens the files."""
     found = list[Path]()
     for path in sorted((site.site.state / FOLDER).glob(f"*{SUFFIX}")):
         with suppress(InputError):

@@ -48,13 +48,13 @@ class Run:
 
     @property
     def place(self) -> Path:
-        """The run's folder, as messages to people name it."""
+        """The path of the run's folder, by which messages to people name the run."""
         return self.folder
 
     @property
     def mark(self) -> str:
-        """The text that is put before everything that this model writes; "" for a released
-        model."""
+        """A text that is put before everything that this model writes, to warn readers: "" here,
+        and "[personal model of SITE, …]" for a site's personal model (PersonalRun)."""
         return ""
 
     @cached_property
@@ -132,7 +132,7 @@ class Run:
 
     def write_metrics(self, out: Path | str) -> Path:
         """Write `metrics` to a .csv or .parquet file with one row for each round, and return its
-        path. An existing file is replaced.
+        path. An existing file is replaced. out: the file; its suffix decides the format.
 
         Errors: ConfigError (another suffix), InputError, InfrastructureError."""
         import pyarrow
@@ -158,7 +158,7 @@ class Run:
         return f"<code>{escape(repr(self))}</code> {escape(self._line())}"
 
     def _line(self) -> str:
-        """Format the run on one line: its study, and the result or "not finished"."""
+        """Return a line about the run: the name of its study, and the result or "not finished"."""
         name = self.study.study.name
         if not (self.folder / "report.json").is_file():
             return f"{name}: not finished"
@@ -174,7 +174,8 @@ class Run:
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
-    """Flatten a round's entry: {"epsilon": {"north": …}} becomes {"epsilon.north": …}."""
+    """Flatten a round's entry in metrics.jsonl, whose values may be dicts, to one level:
+    {"epsilon": {"north": …}} becomes {"epsilon.north": …}."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         inner = value if isinstance(value, dict) else {"": value}

@@ -1,7 +1,7 @@
 """Admit a teacher: verify its signature when a person names it, or reviews a plan that names it.
 
-Afterwards the teacher's digest identifies it. A site's process loads no model of another digest
-(core/models/loaded.py), and verifies no signature."""
+Afterwards the teacher is identified by its digest. A site's process checks that the model which it
+loads has this digest (core/models/loaded.py), and verifies no signature."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fedtune.runs.verify_model import verify
 
 
 def register_teacher(study: Study) -> None:
-    """Verify the signature of a local study's teacher, and load the teacher by the name that the
-    study gives. Afterwards `find_teacher` finds it by its digest. Nothing is done for a study
-    without a teacher.
+    """Verify the signature of the teacher of a study that was written on this machine, and load the
+    teacher by the name that the study gives. From then on, `find_teacher` finds the teacher by its
+    digest. Nothing is done for a study without a teacher.
 
     Errors: ModelError (the model is missing, or has another digest), NotGenuine (the teacher is a
     run that was changed after it was signed)."""

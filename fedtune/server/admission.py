@@ -44,8 +44,9 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """Build the signed message that carries the plan, and the arrays `frozen` that sites receive
-    and do not train. It names the coordinator's files without their folders."""
+    """Build the message that carries the plan to the sites. It holds the plan, in which the
+    coordinator's files are named without their folders, the coordinator's signature, and the arrays
+    `frozen`, which sites receive and do not train. key: the coordinator's signing key."""
     sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
     plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
@@ -55,7 +56,8 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
 class Roster:
     """The sites of a run and their nodes.
 
-    - sizes, keys: site -> declared size, and site -> public key, fixed by its first admission
+    - sizes: site -> its declared size, fixed by its first admission
+    - keys: site -> its public signing key, fixed by its first admission
     - lora_ranks: site -> the rank that it trains, if the plan lets sites choose
     - declared: site -> the kind of data that it declares, one of DECLARED; "" for private data
     - free_query: the sites whose records a query or a view selects
@@ -70,7 +72,8 @@ class Roster:
       round
     - waiting: site -> message, for sites where nobody has signed the plan yet; they are asked again
       later
-    - down, up: site -> bytes sent to it, and received from it, since the newest saved round
+    - down: site -> bytes sent to it since the newest saved round
+    - up: site -> bytes received from it since the newest saved round
 
     Guarantee: a node's reply changes the state of its own site alone."""
 
@@ -143,8 +146,8 @@ class Roster:
             raise self.too_few(Refused)
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
-        """Build the error, of the class `kind`, that lists the sites that cannot be asked now, with
-        the reasons."""
+        """Build the error of a study in which too few sites take part. It is of the class `kind`,
+        and lists the sites that cannot be asked now, with the reasons."""
         least = self.study.strategy.min_sites
         return too_few(kind, len(self.list_willing()), self.out(), least)
 
@@ -174,7 +177,8 @@ class Roster:
         return ask(self.grid, kind, contents, group, timeout, most)
 
     def is_stranger(self, node: int, name: str) -> bool:
-        """Return whether the node is not enrolled under this name and signing key at present."""
+        """Return whether a node has no right to answer for the site `name`: at present it is not
+        enrolled under this name and with the signing key with which the site was admitted."""
         if self.enrolled is None:
             return False
         return self.enrolled().get(node) != Member(name, self.keys.get(name, ""))
@@ -268,7 +272,8 @@ class _Unsigned(NamedTuple):
     @classmethod
     def after(cls, known: _Unsigned | None, name: str, reason: str) -> _Unsigned:
         """Return the state of a node that has just answered that it waits for a person. known: its
-        state before this answer, None if it is the node's first such answer."""
+        state before this answer, None if it is the node's first such answer. name: the site's name.
+        reason: its message."""
         now = time.monotonic()
         since = known.since if known else now
         return cls(name, reason, since, now + before_asking(now - since))
@@ -276,7 +281,8 @@ class _Unsigned(NamedTuple):
 
 def before_asking(waited: float) -> float:
     """Return the pause in seconds before a site that has waited `waited` seconds for a person is
-    asked again. It grows with the wait."""
+    asked again. The pause grows with the wait, between a smallest and a largest pause
+    (ASK_SECONDS)."""
     return min(max(waited * ASK_SHARE, ASK_SECONDS[0]), ASK_SECONDS[1])
 
 
@@ -321,9 +327,9 @@ def _parse_admission(reply: Reply) -> _Claim:
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
-    """Parse the rank that the site trains from its reply to the plan; 0 if the plan does not allow
-    the value. None if the plan leaves no choice, or the reply has no content. lora: the plan's
-    [lora] table, None if it has none."""
+    """Read from a site's reply to the plan the rank of LoRA that the site trains. Return 0 if the
+    plan does not allow the stated rank, and None if the plan leaves sites no choice, or the reply
+    has no content. lora: the plan's [lora] table, None if it has none."""
     if lora is None or lora.min_rank is None or reply.content is None:
         return None
     record = reply.content.get("admission")
@@ -363,7 +369,8 @@ class Tally:
 
     def note_missing(self, name: str, result: Outcome) -> bool:
         """Note why a site delivered nothing. Return True if the site waits for a person, and the
-        same reason was noted before, so that it need not be reported twice."""
+        same reason was noted before, so that it need not be reported twice. name: the site. result:
+        its reply, after it was validated."""
         before, why = self.missing.get(name), f"{result.status}: {result.reason}"
         self.missing[name] = why
         return result.status == WAITING and why == before
@@ -416,6 +423,7 @@ def outcome(
     dropped, and the first that fails is the reason. A reply in which the site reports that it did
     no work is not checked.
 
+    | checked     | what must be true                                                           |
     | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
     |             | `expected`                                                                  |
     | the arrays  | names, shapes, type and bytes of `like` in `encoding`, before any is decoded |
@@ -464,7 +472,7 @@ def outcome(
 
 
 class _DroppedUpdate(Exception):
-    """Raised if a site's reply is not counted. The message is the reason."""
+    """The error that a site's reply fails a check and is not counted. Its message is the reason."""
 
 
 def _open_update(

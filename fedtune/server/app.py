@@ -16,8 +16,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study that the Flower run names, at the coordinator. Its run_config holds study (the
-    path of study.toml), out (the run's folder) and resume (true or false).
+    """Run a study at the coordinator, for a run that `flwr run` started. The run's run_config in
+    `context` names the study: it holds study (the path of study.toml), out (the folder of fedtune's
+    run) and resume (true or false). grid: connects to the sites.
 
     Errors: ConfigError if a key is missing, and all errors of `fedtune.server.rounds.run`."""
     settings = context.run_config

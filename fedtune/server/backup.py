@@ -152,7 +152,8 @@ def _check_run(run: Path) -> None:
 
 
 def home_with_ca(home: Path) -> Path:
-    """Check that `home` holds a readable CA, and return `home`. Unlike certs.ca, never make a CA.
+    """Check that the coordinator's home `home` holds a CA that can be read, and return `home`. A
+    missing CA is not made.
 
     Errors: InputError if there is no CA; ConfigError if it cannot be read."""
     if not (home / "ca.pem").is_file():
@@ -166,8 +167,8 @@ def home_with_ca(home: Path) -> Path:
 
 
 def _collect_public(study: Study, plan: Path) -> Files:
-    """Read study.toml, and those of the study's public files that lie inside its folder. Return
-    path in that folder -> content."""
+    """Read the file `plan`, a study.toml, and those of the study's public files that lie in the
+    same folder. Return path in this folder -> content."""
     named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
     folder = plan.resolve().parent
     inside = [path.resolve() for path in named if path.resolve().is_relative_to(folder)]
@@ -196,10 +197,10 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _at_rest(run: Path) -> tuple[Files, str]:
-    """Read the files of a run, which may be going on, so that all belong to one state of it: the
-    arrays are the ones that the checkpoint's database names, and the database did not change
-    meanwhile. Return path in the run's folder -> content, and the target of the released adapter's
-    link, "" if there is none.
+    """Read the files of a run, which may still be going on, in such a way that all of them belong
+    to one state of the run: the arrays are those that the checkpoint's database names, and the
+    database did not change while they were read. Return path in the run's folder -> content, and
+    the target of the released adapter's link, "" if there is none.
 
     Errors: InfrastructureError if the run changed during each of TRIES readings."""
     database = run / FOLDER / DATABASE
@@ -264,8 +265,9 @@ def _has_all_arrays(path: Path, files: Files, database: bytes) -> bool:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Files]:
-    """Read a backup and check it completely. Return its manifest, and path -> content of the files
-    in it. Errors: InputError if it is damaged, no backup, or of another release."""
+    """Read the backup `file` and check it completely. Return the backup's manifest, and path ->
+    content for the files in it. Errors: InputError if the file is damaged, is no backup, or was
+    written by another release."""
     expected = "a whole backup of a coordinator"
     size, total = reading.regular(file, expected, TODO).stat().st_size, 0
     try:
@@ -307,8 +309,8 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
 
 
 def _plain(name: str) -> bool:
-    """Return whether `name` is printable, and a relative path that stays inside the folder to which
-    it is restored."""
+    """Return whether the name of a file in a backup is safe to restore: it is printable, and a
+    relative path that stays inside the folder to which the backup is restored."""
     path = PurePosixPath(name)
     if reading.refuse_path(name) or not name.isprintable():
         return False

@@ -53,7 +53,7 @@ GRID = 2.0**-20  # the largest spacing of the grid on which sums are rounded, in
 
 class Mechanism(Protocol):
     """The noise mechanism that the plan gives a site: sampling rate, noise multiplier and number of
-    rounds. It is computed as a fedtune.core.dp.calibration.Calibration."""
+    rounds. In a run it is an object of fedtune.core.dp.calibration.Calibration."""
 
     @property
     def sampling_rate(self) -> float: ...
@@ -95,7 +95,7 @@ def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float
 
     - study: the plan, whose table [training] gives the rates
     - site: the requirements for the site's noised steps
-    - dimension: d, the number of numbers of the update
+    - dimension: d, the number of entries of the update's arrays
     - start: the norm ‖w₀‖ of the adapter that was sent, or an upper bound on it"""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
@@ -106,8 +106,8 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
     """Compute the bound for SGD before rounding to fp32, as this module derives it. Return the
     bound, and Σ|c|ʲ, by which the rounding grows over the steps.
 
-    The arguments are those of `norm_bound`: `site` gives noise, clipping and divisor, `dimension`
-    is d, and `start` is ‖w₀‖."""
+    study: the plan, with learning rate and steps. site: the noise, clipping and divisor of the
+    site's steps. dimension: d. start: ‖w₀‖, or an upper bound on it."""
     t = study.training
     eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
     x = math.log(2 * t.local_steps / FAILURE)  # half of FAILURE for the noise, half for B*
@@ -145,7 +145,8 @@ def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float,
     """Compute the bound for AdamW before rounding to fp32, as this module derives it. Return the
     bound, and the number of steps, by which the rounding grows.
 
-    The arguments are those of `norm_bound`; the site's noise has no influence."""
+    study: the plan, with learning rate and steps. _: the site's noised steps, which have no
+    influence here. dimension: d. start: ‖w₀‖, or an upper bound on it."""
     t = study.training
     keep = 1 - t.learning_rate * t.weight_decay
     step = np.arange(1, t.local_steps + 1, dtype=np.float64)
@@ -158,15 +159,16 @@ def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float,
 
 
 def _rows(site: Terms, x: float) -> float:
-    """Return B*, a bound on the number of rows that a site draws in a step. The number exceeds it
-    with probability at most e⁻ˣ, even if the site has ROWS times as many units as it declared."""
+    """Return B*, a bound on the number of rows that a site draws in a step. The number exceeds the
+    bound with probability at most e⁻ˣ, even if the site has ROWS times as many units as it
+    declared. x: minus the logarithm of that probability."""
     q = site.sampling_rate
     most = ROWS * site.divisor / q
     return min(most, most * q + math.sqrt(2 * most * q * (1 - q) * x) + x / 3)
 
 
 class Limits:
-    """Computes what an honest site's updates cannot exceed, from the plan.
+    """Computes, from the plan, the limits that an honest site's updates do not exceed.
 
     - study: the plan
     - budget: (study, declared size) -> the mechanism of such a site; it is called once for each
@@ -201,7 +203,7 @@ class Limits:
         no noise.
 
         - declared: the site's declared size
-        - dimension: the number of numbers of the update
+        - dimension: the number of entries of the update's arrays
         - start: the norm of the adapter that was sent, or an upper bound on it
         - done: the number of saved rounds in a study without a last round; None in another study.
           It replaces the mechanism's number of rounds, which is that of one unit's life, and which

@@ -37,7 +37,7 @@ class Continuous:
     """The schedule and versions of a continuous study.
 
     - out: the run's folder, in which the versions are stored
-    - progress: the run's state, which others change from round to round
+    - progress: the run's state, which other parts of the run change from round to round
     - parts: the functions with which the run computes, and its settings
     - event: called with an event's kind and, as named arguments, its data
 
@@ -59,7 +59,7 @@ class Continuous:
     # ------------------------------------------------------------------------------- the clock
 
     def wait(self) -> None:
-        """Sleep until the next round's slot begins, and set `slot` to it."""
+        """Sleep until the next round's slot begins, and set `slot` to the number of this slot."""
         slot = schedule.next_slot(self.table, self.slot, self.parts.settings.clock.now())
         at = schedule.format_utc(schedule.slot_start(self.table, slot))
         self.event("waiting", next=at, champion=self.champion, text=f"next round at {at}")
@@ -70,9 +70,9 @@ class Continuous:
 
     @property
     def evaluator(self) -> Measures:
-        """What measures adapters on the public [evaluation] records. If their file was replaced,
-        the new records are read first; if it cannot be read, the records that were read last are
-        used. Errors: DataError if none were read before."""
+        """The evaluator that measures adapters on the public [evaluation] records. If their file
+        was replaced, the new records are read first. If the file cannot be read, the records that
+        were read last are used. Errors: DataError if none were read before."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:
@@ -159,8 +159,8 @@ class Continuous:
         self._looked.note()
 
     def report(self) -> dict[str, Any]:
-        """Return the rows of the report's table about the schedule and the versions: name ->
-        value."""
+        """Return the rows of the report's table "continuous", which is about the schedule and the
+        versions: name -> value."""
         index = self.versions.index()
         assert index is not None
         return {

@@ -53,6 +53,7 @@ class Place(NamedTuple):
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
     """Check a study and its coordinator's home and port, and yield each check's finding when the
     check ends. path: study.toml; settings: overrides of its keys, such as "privacy.epsilon=2".
+    place: where the coordinator runs.
 
     Errors: ConfigError if study.toml cannot be read; every other error becomes a finding."""
     study = load_study(path, settings=settings)

@@ -41,8 +41,8 @@ class Reply:
     - content: the answer's records; None if there is none that can be used
     - reason: why there is no content
     - size: the number of bytes of the content on the wire
-    - status: of a reply without content, "dropped" if the answer was longer than agreed, and
-      "failed" otherwise"""
+    - status: why a reply has no content: "dropped" if the answer was longer than agreed, "failed"
+      otherwise"""
 
     node: int
     content: RecordDict | None
@@ -116,8 +116,9 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
 
 
 def _pull_answer(node: int, answer: replies.Answer, most: int) -> Reply | None:
-    """Take a node's reply if it has arrived; None if it has not. If the answer is too long, lost or
-    unreadable, the reply has no content, but the reason.
+    """Fetch a node's answer if it has arrived, and return it as a Reply; return None if it has not
+    arrived yet. If the answer is too long, lost or unreadable, the Reply has no content, and states
+    the reason.
 
     - node: the node
     - answer: the handle by which the node's answer is fetched
@@ -152,8 +153,8 @@ def _reply(node: int, message: Message) -> Reply:
 
 
 def clean(text: object, longest: int = 300) -> str:
-    """Reduce a text from a site to one line of printable characters, cut to `longest` of them. A
-    value that is no text gives ""."""
+    """Make a text from a site safe to show: replace it by one line of printable characters, cut to
+    the first `longest`. A value that is no text gives ""."""
     start = text[: 10 * longest] if isinstance(text, str) else ""
     printable = "".join(c if c.isprintable() else " " for c in start)
     return " ".join(printable.split())[:longest]

@@ -35,8 +35,9 @@ class Looked:
       computed"""
 
     def __init__(self, out: Path) -> None:
-        """Read the stored digests. Errors: CheckpointError if their file is damaged, or the key is
-        missing."""
+        """Read the digests from out/versions/looked.json, if this file exists. Errors:
+        CheckpointError if it is damaged, or out/looks.key, the key by which the digests were made,
+        is missing."""
         self._out = out
         self.files: dict[str, frozenset[str]] = {}
         self.apart: frozenset[str] | None = None
@@ -69,7 +70,8 @@ class Looked:
         writing.replace(self._out / VERSIONS / LOOKED, json.dumps(document).encode())
 
     def keep(self, version: int, look: Look, about: Mapping[str, object]) -> None:
-        """Write a comparison's result to out/versions/look-N.json. about: further entries of the
-        file. Errors: InfrastructureError."""
+        """Write the data of a comparison to out/versions/look-N.json. version: N, the version that
+        was compared. look: the scores of both versions, record by record. about: further entries of
+        the file. Errors: InfrastructureError."""
         content = {"format": FORMAT, **about, **look.as_dict()}
         writing.replace(self._out / look_file(version), canonical(content))

@@ -16,7 +16,7 @@ class MaskedSum:
     """The running sum of the masked words of a set of sites. Each site counts once. The sum needs
     as much memory as one site's words.
 
-    - statements: the signed statement of each site of the set
+    - statements: the sites' signed statements, one for each site of the set
     - dimension: d, the number of words of a site
     - bits: the number of bits of a word"""
 
@@ -32,16 +32,17 @@ class MaskedSum:
         return sorted(set(self.statements) - self._added)
 
     def add(self, site: str, words: Words) -> None:
-        """Add the words of one site. Errors: ValueError if the site is not in the set, or was added
-        already."""
+        """Add the masked words of one site to the sum. Errors: ValueError if the site is not in the
+        set, or was added already."""
         if site not in self.statements or site in self._added:
             raise ValueError(f"{site}: sends masked words that were not asked for")
         self._total += words
         self._added.add(site)
 
     def open(self) -> npt.NDArray[np.int64]:
-        """Return the noised integer sum, (d,). Errors: ValueError while words are missing, since
-        a partial sum is still masked, and therefore uniformly random."""
+        """Return the sum of all sites' words, in which the masks have cancelled: the noised sum as
+        integers, (d,). Errors: ValueError while words are missing, since a partial sum is still
+        masked, and therefore uniformly random."""
         if self.missing:
             raise ValueError("masked words of the set are missing")
         return centre_words(self._total)

@@ -132,9 +132,9 @@ def exchange(
 
 
 def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
-    """Yield the answers unchanged. While the next answer is awaited, this process's progress
-    reports carry the label "site N of M" (M: `sites`), since in a simulation the sites may work in
-    this process."""
+    """Yield the answers unchanged. While the next answer is awaited, give this process's progress
+    reports the label "site N of M", where M is `sites`: in a simulation the sites may work in this
+    process."""
     for number in itertools.count(1):
         with stage(f"site {number} of {sites}"):
             reply = next(answers, None)
@@ -145,7 +145,8 @@ def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
 
 def tell_finished(roster: Roster, key: SigningKey) -> None:
     """Send the sites a signed statement that the study has ended, so that no site waits for another
-    round. A site that cannot be reached within TOLD_SECONDS continues to wait."""
+    round. A site that cannot be reached within TOLD_SECONDS continues to wait. roster: the sites
+    and their nodes. key: the coordinator's signing key."""
     plan = dict(roster.plan.config_records["plan"])
     said = ConfigRecord(plan | seal.sign_end(key, str(plan["digest"])))
     contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": said}))
@@ -156,9 +157,9 @@ def tell_finished(roster: Roster, key: SigningKey) -> None:
 
 
 def _digest_beside(shared: RecordDict) -> str:
-    """Compute the digest of what is sent beside an order: the adapter, and the set of sites of a
-    round with secure aggregation, if they are in `shared`. A site computes the digest from the same
-    bytes, and compares it with the one that the order states."""
+    """Compute the digest of the records `shared` that are sent together with an order: the adapter,
+    and the set of sites of a round with secure aggregation, if they are in it. A site computes the
+    digest from the same bytes, and compares it with the one that the order states."""
     adapter = shared.array_records.get("adapter")
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
 

@@ -26,9 +26,9 @@ Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one un
 
 
 class Started(Protocol):
-    """What a run needs of a study's starting point, a fedtune.public.start.Start: the completed
-    plan, the trainable arrays, the arrays that are sent and not trained, and the strategy's
-    state."""
+    """A study's starting point, with the attributes that a run uses: the completed plan, the
+    trainable arrays, the arrays that are sent and not trained, and the strategy's state. It is an
+    object of fedtune.public.start.Start, except in tests."""
 
     @property
     def study(self) -> Study: ...
@@ -41,9 +41,9 @@ class Started(Protocol):
 
 
 class Expected(Protocol):
-    """What a run needs of the forecast of its gain, a
-    fedtune.evaluation.expected_gain.ExpectedGain: whether the gain is nothing, a warning, and the
-    forecast as lines and as a dict."""
+    """The forecast of a run's gain, with the attributes that a run uses: whether the gain is
+    nothing, a warning, and the forecast as lines and as a dict. It is an object of
+    fedtune.evaluation.expected_gain.ExpectedGain, except in tests."""
 
     @property
     def is_none(self) -> bool: ...
@@ -54,8 +54,8 @@ class Expected(Protocol):
 
 
 class Measures(Protocol):
-    """What a run needs of the measuring of adapters on public records, a
-    fedtune.evaluation.evaluator.Evaluator."""
+    """Measures adapters on public records, by the methods that a run uses. It is an object of
+    fedtune.evaluation.evaluator.Evaluator, except in tests."""
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
     def follow(self, adapter: Arrays | None) -> dict[str, float]: ...
@@ -90,8 +90,14 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
 def _foretell_gain(
     study: Study, known: State, sizes: Sequence[int], shares: Mapping[str, float], records: int
 ) -> Expected | None:
-    """Forecast how much the sites' records will add to the public start. The arguments and the
-    result are described at Dependencies.expected."""
+    """Forecast how much the sites' records will add to the public start; None if it cannot be
+    forecast.
+
+    - study: the completed plan
+    - known: the strategy's state before the first round
+    - sizes: the sites' declared sizes
+    - shares: class -> its share of the sites' units
+    - records: the number of evaluation records"""
     from fedtune.evaluation.before_paying import foretell
 
     with stage("before the rounds"):
@@ -141,8 +147,9 @@ def _teacher(study: Study) -> dict[str, Any] | None:
 
 
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
-    """Write an adapter to a folder in PEFT's format. adapter: the trained arrays; frozen: the
-    arrays that sites receive and do not train."""
+    """Write an adapter to a folder in PEFT's format. study: the plan, which names the base and the
+    adapter's shape. adapter: the trained arrays. frozen: the arrays that sites receive and do not
+    train."""
     from fedtune.core.models.build import build
 
     network = build(study)
@@ -193,9 +200,9 @@ class Settings:
     - pause: seconds before the first retry of a round (twice that before the second, and so on)
     - turn: makes the study wait for its turn among the coordinator's studies, and ends the study at
       its deadline
-    - clock: for a continuous study, the time of day
-    - upto: for a continuous study, the round after which to stop; with None it runs until somebody
-      stops it
+    - clock: for a continuous study, the clock that tells the time of day and waits for it
+    - upto: for a continuous study, the round after which to stop; with None the study runs until
+      somebody stops it
     - skip: for a continuous study, whether to leave out a round that too few sites delivered and
       continue with the next slot
     - anyway: whether to run a study that is not expected to gain anything
@@ -225,15 +232,16 @@ class Dependencies:
 
     - start: makes what a study begins with: the study with rounds and open digests filled in, the
       adapter, the frozen arrays, and the strategy's state
-    - evaluator: (study, frozen arrays) -> what measures adapters on its [evaluation] records
+    - evaluator: (study, frozen arrays) -> the evaluator, which measures adapters on the study's
+      [evaluation] records
     - epsilon: (steps, δ) -> ε. Each step is (σ, q, number of steps, records of one unit).
     - budget: (study, declared size) -> sampling rate, noise multiplier and rounds of such a site
     - expected: (study, the strategy's state before the first round, the sites' declared sizes,
       class -> its share of the sites' units, number of evaluation records) -> the forecast of the
       gain; None if it cannot be forecast
     - accountant: returns the accountant's name, for the report
-    - engine, licence: study -> the name of its training engine, and the licence of its base, for
-      the report
+    - engine: study -> the name of its training engine, for the report
+    - licence: study -> the licence of its base, for the report
     - teacher: study -> the facts about its teacher, None if it has none
     - save: (study, adapter, frozen arrays, folder) writes an adapter to a folder
     - load: reads the adapter in such a folder: name -> array, fp32

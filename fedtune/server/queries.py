@@ -34,8 +34,8 @@ class Queries:
         self.study = progress.study
 
     def is_due(self) -> bool:
-        """Return whether the plan has a query after the newest saved round, and it was not made
-        yet."""
+        """Return whether the plan asks for a query after the newest saved round, and this query was
+        not made yet."""
         return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
 
     def ask(self) -> dict[str, Any]:
@@ -152,8 +152,10 @@ def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[
     variance v. noise_sd is √(v · (1 + r²)) / n, to first order (delta method), and does not include
     the sampling error of the records.
 
-    | no site answered, or n is within TOO_NOISY standard deviations of 0 | both None        |
-    | the noise puts the ratio outside [0, 1]                             | the nearer bound |"""
+    | case                                                                | result           |
+    | no site answered, or n is within TOO_NOISY standard deviations of 0 | both are None    |
+    | the noise puts the ratio outside [0, 1]                             | the mean is the  |
+    |                                                                     | nearer bound     |"""
     total, variance = np.zeros(2), 0.0
     for answer in answers:
         total += answer.update["sums"][:2].astype(np.float64)
@@ -168,7 +170,7 @@ def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[
 
 def _variance(events: list[dict[str, Any]]) -> float:
     """Compute the variance of the noise in one number of an answer, (σC)², from the site's step
-    log."""
+    log. events: that step log."""
     return float(max((e["sigma"] * e["max_grad_norm"]) ** 2 for e in events))
 
 

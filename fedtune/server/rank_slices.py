@@ -11,8 +11,9 @@ from fedtune.core.models.rank_slice import Arrays, trained_slice
 
 
 def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
-    """Cut the columns that a site trains out of the adapter's `arrays`. An array that every site
-    trains whole stays whole. The result has the names and shapes of that site's update."""
+    """Return the part of the adapter's `arrays` that a site trains: of an array in which sites
+    train different numbers of columns, the given `columns`; any other array as a whole. The result
+    has the names and shapes of that site's update."""
     return {
         name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
     }
@@ -21,8 +22,9 @@ def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) 
 def pad_update(
     update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
 ) -> Arrays:
-    """Return a site's `update` in the shapes of the whole adapter `like`, with zeros in the columns
-    that the site did not train. columns: those that it trained."""
+    """Return a site's update in the shapes of the whole adapter `like`: the columns that the site
+    did not train are filled with zeros. update: the site's arrays, which have only the columns
+    `columns`, those that it trained."""
     padded: Arrays = {}
     for name, array in update.items():
         padded[name] = array

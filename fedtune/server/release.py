@@ -28,13 +28,13 @@ def decide(
     metric. If selection records lack classes, "lacking" lists these, and "unseen" is their share of
     the units, if it is known.
 
-    selector: measures on the [selection] records. figures: the sites' noised figures of each class.
-    If the selection records lack a class, they cannot show what the trained model has learnt of it.
-    Then the start is released only if it would still be better if the trained model were right
-    about every unit of the missing classes. The share of these units is estimated from the noised
-    counts.
-    | both models measure the same                                             | TRAINED |
-    | records lack classes, and their share is unknown or the metric is not accuracy | TRAINED |"""
+    progress: the run's state. selector: measures on the [selection] records; None if the plan has
+    none. figures: the sites' noised figures of each class; None if there are none. If the selection
+    records lack a class, they cannot show what the trained model has learnt of it. Then the start
+    is released only if it would still be better if the trained model were right about every unit of
+    the missing classes. The share of these units is estimated from the noised counts.
+    The decision is TRAINED also if both models measure the same, and if records lack classes whose
+    share is not known, or which cannot be weighed since the metric is not accuracy."""
     study = progress.study
     if selector is None or not progress.origin or not study.start or study.selection is None:
         return {}
@@ -76,8 +76,9 @@ def _compute_unseen_share(
     """Compute from the noised counts in `figures` which share of the sites' units is in classes
     that the selection records lack; 0.0 if they lack none.
 
-    None if the share is not known (`figures` is None, or no count is above 0), or cannot be used,
-    since the metric is not accuracy."""
+    Return None if the share is not known (`figures` is None, or no count is above 0), or if it
+    cannot be used, since the metric is not accuracy. selector: measures on the selection
+    records."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

@@ -87,7 +87,8 @@ def run(
 
 
 class TooFew(InfrastructureError):
-    """Fewer than strategy.min_sites sites delivered a round, after all retries."""
+    """The error that, after all retries, fewer than strategy.min_sites sites have delivered a
+    round."""
 
 
 class _Run:
@@ -150,10 +151,11 @@ class _Run:
 
     @property
     def _step_chooser(self) -> Measures | None:
-        """What measures adapters on the selection records, to choose how far a round moves the
-        adapter. None if no step is chosen: the plan has no [selection], the strategy builds a head
-        from class statistics, or the selection records lack a class that the plan names. Such
-        records would reject every step that learns this class."""
+        """The evaluator that measures adapters on the selection records, by which the run chooses
+        how far a round moves the adapter. It is None if the run makes no such choice: the plan has
+        no [selection], the strategy builds a head from class statistics, or the selection records
+        lack a class that the plan names, so that they would reject every step that learns this
+        class."""
         selector = self._selector
         if selector is None or self.strategy.of_statistics or selector.lacking:
             return None
@@ -195,8 +197,8 @@ class _Run:
         """Report how much the sites' records are expected to add to what public records give,
         before any ε is spent. Do nothing if this cannot be forecast.
 
-        Errors: ConfigError if they are expected to add nothing and a site's data is private, unless
-        settings.anyway is set."""
+        Errors: ConfigError if the records are expected to add nothing, and the data of a site is
+        private; no error if settings.anyway is set."""
         sizes, records = self.progress.sizes, len(self._evaluator) if self._evaluator else 0
         names = self.roster.list_willing()
         shares, known = self.settings.shares, self.progress.strategy
@@ -224,8 +226,9 @@ class _Run:
         return done or not step.steps_left(self.study, self.progress.history)
 
     def _next(self, number: int) -> None:
-        """Run one round. In a continuous study, first wait for the round's slot. If too few sites
-        deliver the round, leave it out, or raise TooFew if settings.skip is false."""
+        """Run round `number`. In a continuous study, first wait for the start of the round's slot,
+        and afterwards judge the new adapter and write the report. If too few sites deliver the
+        round, TooFew is raised; but a continuous study with settings.skip leaves the round out."""
         if self.continuous is None:
             return self._round(number)
         self.continuous.wait()
@@ -243,11 +246,11 @@ class _Run:
         self._publish()
 
     def _admit(self) -> None:
-        """Wait until min_sites sites have admitted the plan. Sites have settings.patience seconds
-        to connect, or no limit if settings.waits is set and no site has refused. People at the
-        sites have settings.signing seconds to sign the plan. Errors: Refused if too few sites are
-        left because of refusals or missing signatures; InfrastructureError if too few connect in
-        time."""
+        """Wait until strategy.min_sites sites have admitted the plan. Sites have settings.patience
+        seconds to connect; there is no limit if settings.waits is set and no site has refused.
+        People at the sites have settings.signing seconds to sign the plan. Errors: Refused if too
+        few sites are left because of refusals or missing signatures; InfrastructureError if too few
+        connect in time."""
         began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
@@ -265,8 +268,8 @@ class _Run:
             self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
-        """Report which sites wait for a person to sign the plan, unless these are just the sites in
-        `told`, which were reported before. Return the names of the sites that wait."""
+        """Report which sites wait for a person to sign the plan, and return their names. told: the
+        names that were reported last; if the same sites still wait, nothing is reported."""
         names = set(self.roster.waiting)
         if names != told:
             self._event(
@@ -302,8 +305,9 @@ class _Run:
         )
 
     def _choose(self, tally: Tally) -> list[str]:
-        """Draw the sites to ask among the willing sites, with the plan's seed. On a retry, prefer
-        sites that have not failed. The draw is public, so it amplifies no site's privacy."""
+        """Draw, with the plan's seed, the names of the sites that are asked next, among the willing
+        sites whose update of this round is not counted yet. On a retry, prefer sites that have not
+        failed. The draw is public, so it amplifies no site's privacy."""
         willing = self.roster.list_willing()
         target = max(self.table.min_sites, math.ceil(self.table.fraction * len(willing) - 1e-9))
         seed = f"{self.study.study.seed}:{tally.number}"
@@ -328,20 +332,21 @@ class _Run:
         exchange(self.progress, self.roster, self.settings.key, names, order, take)
 
     def _receipt(self, name: str) -> dict[str, Any] | None:
-        """Return a site's newest receipt with this run's key, whether it is from this run or from
-        another study of the coordinator; None if there is none."""
+        """Return a site's newest receipt that is signed with this run's key; None if there is none.
+        It may come from this run or from another study of the coordinator."""
         newest = self.receipts.read().get(self.progress.keys.get(name, ""), {})
         return newest if self._is_own(newest) else self.progress.receipts.get(name)
 
     def _is_own(self, receipt: dict[str, Any]) -> bool:
-        """Return whether a receipt is signed with this run's key. A site accepts no other
-        receipt."""
+        """Return whether a receipt is signed with this run's key, since a site accepts no receipt
+        that another key signed."""
         return receipt.get("coordinator") == self.settings.key.public
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:
         """Check a site's reply to an order to train, and return the reply's status. An update that
         counts is added to the round's mean; if one of this site is counted already, the reply is
-        dropped. start: an upper bound on the norm of the adapter that was sent."""
+        dropped. start: an upper bound on the norm of the adapter that was sent. answer: the reply,
+        with the context that its seal must state. tally: the updates of the round so far."""
         name, reply = answer.name, answer.reply
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
@@ -399,8 +404,8 @@ class _Run:
         return "" if reported else summary.describe_cap(weight, declared)
 
     def _keep(self, tally: Tally) -> None:
-        """Finish a round: move the adapter by the mean update, measure the adapter, save the
-        checkpoint and, if one is due, make the query."""
+        """Finish a round: move the adapter by the mean update, measure the adapter, and save the
+        checkpoint. Then, if the plan has a query after this round, make the query."""
         progress = self.progress
         number = tally.number
         roster = self.roster
@@ -450,7 +455,7 @@ class _Run:
     def _noise_of_mean(self, tally: Tally) -> tuple[float, float]:
         """Return the number of declared units in the round's mean update, and the standard
         deviation of the noise in each of its numbers, for `Strategy.describe_round`. Both follow
-        from the plan and the sites' declarations."""
+        from the plan and the sites' declarations. tally: the updates of the round."""
         sizes = [self.progress.sizes[name] for name in tally.participants]
         weights = units = [min(size, self._weight_cap(tally)) for size in sizes]
         if self.table.weights == "equal" and not self.study.secure_aggregation:
@@ -514,8 +519,8 @@ class _Run:
         return report
 
     def _write(self, adapter: Arrays, name: str) -> None:
-        """Write an adapter to the folder `name` of the run. It is written to a draft folder first,
-        which is then renamed, so that the folder `name` is never incomplete."""
+        """Write an adapter to the folder `name` in the run's folder. The files are written to a
+        draft folder first, which is then renamed, so that the folder `name` is never incomplete."""
         folder, draft = self.out / name, self.out / f"{name}.new"
         shutil.rmtree(draft, ignore_errors=True)
         self.parts.save(self.study, adapter, self.progress.frozen, draft)
@@ -560,8 +565,8 @@ class _Run:
         - name: the site
         - status: the status of its reply, such as "admitted", "trained" or "dropped"
         - reason: why the reply does not count, or how its weight was capped; "" if neither
-        - round_: the round that the reply belongs to; None for an answer to the plan, which is also
-          noted in progress.admission unless it failed"""
+        - round_: the round to which the reply belongs. None stands for an answer to the plan; such
+          an answer is also noted in progress.admission, unless the site failed to answer"""
         if round_ is None and status != "failed":
             suffix = "" if status == "admitted" else f": {reason}"
             self.progress.admission[name] = status + suffix

@@ -2,6 +2,7 @@
 
     slot k begins at start + k · every; a round runs in a slot, at most one in each
 
+| event                                                           | what follows                 |
 | the coordinator was away, or a round took longer than `every`   | missed rounds are left out   |
 | the coordinator starts within a slot that has not had its round | that round begins now        |
 Guarantee: the times follow from the clock and the plan alone, and from nothing that a site sends.
@@ -64,7 +65,8 @@ def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
 
 
 def slot_start(table: ScheduleTable, slot: int) -> float:
-    """Return the time at which a slot begins, in seconds since 1970."""
+    """Return the time at which a slot begins, in seconds since 1970. table: the plan's
+    [schedule]."""
     return table.start_timestamp + slot * table.every
 
 

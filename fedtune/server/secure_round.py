@@ -47,8 +47,8 @@ OnStatus = Callable[[str, str, str, int], None]
 
 @dataclass
 class SecureRound:
-    """Runs the rounds of a study with secure aggregation. `advance` takes the current round as far
-    as the sites' replies allow.
+    """Runs the rounds of a study with secure aggregation. Each call of `advance` asks the sites
+    once, and takes the current round as far as their replies allow.
 
     A restart continues from progress.attempt: {"round", "number": the attempt's number in the
     round, "statements": site -> its statement, "closed": whether the set of sites is fixed}."""
@@ -82,8 +82,8 @@ class SecureRound:
         self._open(tally)
 
     def _attempt(self, number: int) -> dict[str, Any]:
-        """Return the state of the current attempt at round `number`; begin the first one if there
-        is none."""
+        """Return the state of the current attempt at round `number`, as in progress.attempt. If
+        there is none, begin the first attempt."""
         attempt = self.progress.attempt
         if attempt.get("round") != number:
             self._begin(number, 1)
@@ -97,8 +97,9 @@ class SecureRound:
     # ------------------------------------------------------------------------------------ ready
 
     def _collect(self, names: list[str], tally: Tally) -> None:
-        """Ask the sites `names` to draw, and keep the signed statements in which they say that they
-        are ready, if these are about the current attempt's draw."""
+        """Ask the sites `names` to make their draws for the current attempt. Keep the signed
+        statements by which they say that they are ready, if the statements are about this
+        attempt."""
         attempt, progress = self.progress.attempt, self.progress
         asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
         record = ConfigRecord({"asked": json.dumps(sorted(asked))})
@@ -119,9 +120,10 @@ class SecureRound:
         return self._note_reply(tally, answer, result)
 
     def _check_statement(self, name: str, draw: Draw, result: Outcome) -> Outcome:
-        """Check a site's statement that it is ready: it must be about this draw, and state the size
-        and key with which the site was admitted, and the plan's noise. Return `result`, the reply
-        with the statement, if this is so; else an outcome "dropped" with the reason."""
+        """Check the statement in which the site `name` says that it is ready: it must be about this
+        draw, and state the size and key with which the site was admitted, and the plan's noise. If
+        this is so, return `result`, the outcome of the reply with the statement; else return an
+        outcome of the status "dropped", with the reason."""
         try:
             ready = parse(result.evidence["said"].get("ready"))
         except StatementError as error:
@@ -227,21 +229,22 @@ class SecureRound:
             self.on_status(name, "trained", "", tally.number)
 
     def _weights(self, tally: Tally, names: list[str]) -> dict[str, int]:
-        """Return the number of units that each site adds to the mean's divisor: its declared size,
-        but at most the round's weight cap, so that no site can shrink the common step to nothing
-        by a huge declaration."""
+        """Return, for each of the sites `names`, the number of units that it adds to the mean's
+        divisor. This is its declared size, but at most the round's weight cap, so that no site can
+        shrink the common step to nothing by declaring a huge size."""
         sizes, most = self.progress.sizes, self.weight_cap(tally)
         tally.weights |= {name: most for name in names if sizes[name] > most}
         return {name: min(sizes[name], most) for name in names}
 
     def _bound_norm(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
         """Return the largest norm that the step can have if all sites are honest; infinite without
-        privacy. It is the bound on one site's update (`bound.norm_bound`), taken for the rows of
-        all units and the noise of all sites.
+        privacy. `bound.norm_bound`, which bounds one site's update, is called with the noise of all
+        sites and the divisor of all their units.
 
         - sites: the number of sites in the sum
         - rate: the sampling rate q
-        - sigma: the joint σ of the sum, in multiples of C; None without privacy
+        - sigma: None without privacy. No other value makes a difference: the noise follows from the
+          plan
         - divisor: q · records of a unit · units, by which the sum is divided"""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
@@ -299,7 +302,8 @@ class SecureRound:
 
     def _note_reply(self, tally: Tally, answer: Answer, result: Outcome) -> str:
         """Note in `tally` and the roster why a site's reply does not count, if that is so. Report
-        the reply's status, and return it."""
+        the reply's status, and return it. answer: the reply as it arrived. result: the reply after
+        it was validated."""
         name = answer.name
         if result.status not in ("ready", "masked"):
             tally.failures[name] += result.status != "unprepared"
@@ -361,8 +365,8 @@ class SecureRound:
         return codec.digest(codec.decode(sent, codec.shapes(adapter)))
 
     def _mechanism(self) -> tuple[float, float | None]:
-        """Return the sampling rate q and the joint σ of the opened sum (None without privacy). Both
-        are the same for every declared size."""
+        """Return two numbers: the sampling rate q, and σ of the noise in the opened sum of all
+        sites (None without privacy). Both are the same for every declared size."""
         rate = self.study.training.sampling_rate
         assert rate is not None  # Study requires it with [secure_aggregation]
         if not self.study.private:
@@ -374,8 +378,8 @@ class SecureRound:
         return bits_of(self.study, self._mechanism()[1], sizes, self._dimension)
 
     def _split(self, flat: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
-        """Cut the flat mean gradient (d,) into the update's tensors, in the order of their
-        names."""
+        """Cut the mean gradient `flat`, (d,), into the update's tensors, which stand in it in the
+        order of their names. Return name -> tensor."""
         parts, at = {}, 0
         for name, shape in sorted(codec.shapes(self._like).items()):
             size = math.prod(shape)
@@ -399,8 +403,9 @@ def step_adapter(
     adapter w, name -> array in fp32. Like a site's optimiser, it keeps no state between rounds.
     Here η is the learning rate and λ the weight decay:
 
-    | sgd   | -η (g + λw)                                                           |
-    | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |
+    | optimiser | change of the adapter                                                     |
+    | sgd       | -η (g + λw)                                                               |
+    | adamw     | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |
 
     - study: the plan, which gives optimiser, learning rate and weight decay
     - gradient: g, name -> array in fp64
@@ -417,7 +422,7 @@ def step_adapter(
 
 def of(progress: Progress, *parties: Any) -> Callable[[list[str], Tally], None] | None:
     """Return the function that runs a study's rounds with secure aggregation, SecureRound.advance;
-    None if the plan has no [secure_aggregation]. parties: what SecureRound is made from besides
-    `progress`."""
+    None if the plan has no [secure_aggregation]. parties: the further arguments of SecureRound,
+    after `progress`."""
     secure = progress.study.secure_aggregation
     return SecureRound(progress, *parties).advance if secure else None

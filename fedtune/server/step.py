@@ -27,8 +27,9 @@ TOLERANCE = 1e-4  # a step must lower the loss by more than this share of it
 
 
 def replace_evaluation(study: Study) -> Study:
-    """Return the study with the records of [selection] as its [evaluation], so that an evaluator
-    measures adapters on these records in the same way."""
+    """Return a copy of the study in which the records of [selection] stand in place of the
+    [evaluation] records, so that an evaluator for the copy measures adapters on the selection
+    records."""
     table, asked = study.selection, study.evaluation
     assert table is not None
     held_out = EvaluationTable(path=table.path, columns=table.columns)
@@ -48,7 +49,7 @@ def choose(
     It starts at the newest step that was not 0. The loss of a step of zero is known from the
     previous round. If no other choice lowers it by more than the share TOLERANCE, the adapter stays
     as it is. A keep below 1 averages earlier rounds with this one; the average has less noise than
-    either.
+    either. evaluator: measures adapters on the selection records. progress: the run's state.
 
     Returns the chosen adapter, and the figures for the history: "keep", "step", and "selection",
     metric -> value of the chosen adapter."""
@@ -87,9 +88,10 @@ def choose(
 
 
 def line_search(loss: Callable[[float], float], start: float) -> float:
-    """Return the factor of least loss among 0 and the products of `start` and a power of two. The
-    search multiplies or divides by four until the loss rises on both sides, then tries the two
-    factors between. The result is 0.0 if no factor gives a lower loss than the factor 0 does.
+    """Search for the factor at which `loss` is least, among 0 and the products of `start` and a
+    power of two, and return it. The search multiplies or divides by four until the loss rises on
+    both sides, then tries the two factors between. The result is 0.0 if no factor gives a lower
+    loss than the factor 0 does.
 
     >>> line_search(lambda factor: (factor - 30) ** 2, 1.0)
     32.0

@@ -60,7 +60,7 @@ Rows = tuple[list[Any], list[list[Any]], list[list[Any]]]  # run, rounds, sites
 
 
 class CheckpointError(InputError):
-    """A checkpoint is damaged, or belongs to another study."""
+    """The error that a checkpoint is damaged, or belongs to another study."""
 
 
 class Phase(StrEnum):
@@ -68,9 +68,12 @@ class Phase(StrEnum):
 
     started → asked → kept [→ queried] → asked → … → finished
 
-    | asked   | sites were ordered to train round k + 1              |
-    | kept    | round k was saved                                    |
-    | queried | the query about held-out records after it was made  |"""
+    | phase    | meaning                                                          |
+    | started  | the run began, and no round was ordered yet                      |
+    | asked    | sites were ordered to train round k + 1                          |
+    | kept     | round k was saved                                                |
+    | queried  | round k was saved, and the query about held-out records was made |
+    | finished | the run has ended                                                |"""
 
     STARTED = "started"
     ASKED = "asked"
@@ -100,11 +103,13 @@ class Progress:
     - phase: what the run has done last
     - round: the last saved round; adapter and strategy change only together with it
     - strategy: the strategy's state after the last saved round
-    - sizes, keys: site -> its declared size, and its public signing key
+    - sizes: site -> its declared size
+    - keys: site -> its public signing key
     - events: site -> the step log of its training in this study so far
     - queries: site -> the step log of its answers to queries
     - receipts: site -> its newest receipt, which the next order to the site carries
-    - before, started: metric -> value before the first round, of the base and of the public start
+    - before: metric -> value of the base, measured before the first round
+    - started: metric -> value of the public start, measured before the first round
     - expected: the forecast of the gain that the sites' records add to the start
     - admission: site -> a text about its last answer to the plan
     - history: one entry for each saved round
@@ -138,7 +143,8 @@ class Progress:
 
 
 def save(out: Path, progress: Progress) -> None:
-    """Save the run's state durably.
+    """Save the run's state `progress` in the checkpoint of the run's folder `out`. When the
+    function returns, the state survives a crash of the machine.
 
     Errors: InfrastructureError if the disk refuses, which leaves the previous state intact;
     CheckpointError if the database is damaged."""
@@ -285,7 +291,8 @@ class Receipts:
         )
 
     def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
-        """Add or replace receipts (public key -> receipt) in the file, atomically.
+        """Enter receipts in the file, atomically; a site's new receipt replaces its old one.
+        receipts: a site's public key -> its receipt.
 
         Errors: InfrastructureError."""
         if self.path is not None and receipts:
@@ -299,8 +306,8 @@ class Receipts:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection to an SQLite file. No transaction begins by itself, and what is committed
-    survives a crash of the machine."""
+    """Open a connection to the SQLite file `path`. On this connection a transaction begins only
+    where the code says so, and what is committed survives a crash of the machine."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
@@ -384,8 +391,8 @@ def _arrays(round_: int) -> str:
 
 
 def _files(path: Path) -> dict[str, str]:
-    """Return file -> sha256 for the array files that the last transaction names; {} before the
-    first transaction."""
+    """Return, from the database `path`, file -> sha256 for the array files that its last
+    transaction names; {} if there was no transaction yet."""
     if not path.exists():
         return {}
     with sqlite_errors(path, ValueError, TypeError), closing(connect(path)) as sql:
@@ -395,8 +402,8 @@ def _files(path: Path) -> dict[str, str]:
 
 
 def _put(path: Path, groups: dict[str, Any]) -> str:
-    """Write arrays durably to one file, and return the file's sha256. groups: name of a group ->
-    name -> array."""
+    """Write arrays to the file `path`, so that they survive a crash of the machine, and return the
+    file's sha256. groups: name of a group -> (name -> array)."""
     data = to_bytes(
         {
             f"{group}/{name}": np.asarray(array, order="C")
@@ -416,8 +423,8 @@ def _get(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _prune(folder: Path, files: dict[str, str]) -> None:
-    """Remove the array files that `files` does not name, which are of earlier rounds, and
-    incomplete files that a crash left."""
+    """Remove from the checkpoint's folder the array files that `files` does not name, which are
+    those of earlier rounds, and incomplete files that a crash left."""
     for path in folder.iterdir():
         if path.suffix in (".safetensors", ".new") and path.name not in files:
             with suppress(OSError):  # the next save tries again
@@ -426,9 +433,9 @@ def _prune(folder: Path, files: dict[str, str]) -> None:
 
 @contextmanager
 def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
-    """Replace sqlite's errors in the block: by InfrastructureError if the disk refuses, else by
-    CheckpointError. damage: further exceptions that mean a damaged file, and become
-    CheckpointError."""
+    """A context manager that replaces sqlite's errors in its block: by InfrastructureError if the
+    disk refuses, else by CheckpointError. damage: further exceptions that mean a damaged file, and
+    become CheckpointError."""
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -28,8 +28,8 @@ WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was
 
 
 def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
-    """Compute what each site's training has cost so far, from the steps that the site logged: site
-    -> ε at the study's δ; {} if privacy is off.
+    """Compute what each site's training has cost so far, from the steps that the site logged.
+    Return site -> ε at the study's δ; {} if privacy is off.
 
     For a continuous study this is the ε of a unit that took part in every round. It is at most the
     plan's ε, since a site leaves out every unit that has spent this much. The site's own ledger may
@@ -48,10 +48,10 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
 
 
 def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
-    """Describe a study before its rounds, for an event. Returns "study" (its name), "participants"
-    (the sites that take part) and "planned" (site -> the largest ε that the study can cost it, at
-    the study's δ). For a continuous study that is the ε of one unit over all rounds in which it
-    takes part."""
+    """Describe a study before its rounds, as the fields of an event. Returns "study" (its name),
+    "participants" (the sites that take part) and "planned" (site -> the largest ε that the study
+    can cost it, at the study's δ). For a continuous study that is the ε of one unit over all rounds
+    in which it takes part."""
     study = progress.study
     by_site = dict[str, float]()
     names = roster.list_willing()
@@ -85,8 +85,8 @@ def _epsilon(
 
 
 def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
-    """Build the content of report.json, except the figures for which adapters must be measured
-    again."""
+    """Build the content of report.json from the run's state `progress`, except the figures for
+    which adapters must be measured again. parts: the run's functions and settings."""
     study, history = progress.study, progress.history
     keys = (
         *("round", "participants", "missing", "late", "epsilon", "private_quality"),
@@ -124,7 +124,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the report's entry "held_out": the table of answers to the newest query that a site
-    answered, and this query's "round". Return {} without the entry if no site ever answered."""
+    answered, and this query's "round". Return {} if no site ever answered."""
     for entry in reversed(history):
         if table := entry.get("private_quality", {}).get("table"):
             return {"held_out": {"round": entry["round"], **table}}
@@ -209,8 +209,9 @@ def _ranks(progress: Progress) -> dict[str, Any]:
 
 
 def _noise(progress: Progress, name: str) -> float:
-    """Return the standard deviation of the noise in a site's SGD update, up to a factor that is the
-    same for all sites: σ / (q · declared size). Return 1.0 for a site without a step log."""
+    """Return a number proportional to the standard deviation of the noise in the SGD update of the
+    site `name`: σ / (q · declared size). The factor that is left out is the same for all sites.
+    Return 1.0 for a site without a step log."""
     events = progress.events.get(name)
     if not events:
         return 1.0
@@ -223,8 +224,8 @@ def describe_cap(weight: int, declared: int) -> str:
 
 
 def _describe_caps(progress: Progress) -> dict[str, str]:
-    """Return site -> a text about its cap, for the sites whose weight was ever capped below their
-    declared size. The text gives the newest cap."""
+    """Return, for each site whose weight in the mean was ever limited to less than its declared
+    size, site -> a text that states the newest limit."""
     weights: dict[str, int] = {}
     for entry in progress.history:
         weights |= entry.get("weights", {})
@@ -299,8 +300,8 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
-    """Build the report's table of the ε that the queries cost the units of the held-out records:
-    the figures of the site with the largest ε, and those of each site under "sites".
+    """Build the report's table of the ε that the queries cost the units of the held-out records. It
+    holds the figures of the site with the largest ε and, under "sites", the figures of each site.
     "with_training" is the ε of a unit that also has training records at the site, which the
     coordinator cannot rule out."""
     table = progress.study.private_evaluation

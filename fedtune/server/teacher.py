@@ -17,16 +17,21 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     student's ε.
 
     report: the report of the student's own rounds. teacher: its name, digest and kind ("base",
-    "run" or "unknown") and, of a run, its report. If the teacher is a private run, "epsilon" of
-    each site becomes the ε of both trainings, composed as `fedtune merge` composes parents, and
-    "own_epsilon" is the ε of the student's rounds alone.
+    "run" or "unknown") and, of a run, its report. If student and teacher are private runs,
+    "epsilon" of each site becomes the ε of both trainings, composed as `fedtune merge` composes
+    parents, and "own_epsilon" is the ε of the student's rounds alone.
     Guarantee: the stated ε is never less than the ε of all trainings in which one unit took part,
     unless the report says that the teacher's cost is not known, or that the teacher was trained
     without privacy.
 
-    | the teacher is a base                             | it adds no cost                    |
-    | it is not here, or its report does not give its ε | student's ε; cost: not known       |
-    | it is a run without privacy                       | student's ε; cost: without privacy |"""
+    | the teacher                                      | ε of the result | "teacher" says of cost  |
+    | is a base                                        | the student's   | trained on no record    |
+    | is not on this machine, or its report is missing | the student's   | not known               |
+    | or cannot be composed with the student's         |                 |                         |
+    | is a run without privacy                         | the student's   | trained without privacy |
+    | is a private run; the student is not private     | none            | the teacher's ε and δ   |
+    | is a private run; the student is private         | of both         | the teacher's ε and δ   |
+    """
     facts = {key: teacher[key] for key in ("name", "digest")}
     if teacher["kind"] == "base":
         return report | {"teacher": facts | {"cost": PUBLIC, "known": True}}
@@ -59,8 +64,9 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
 
 
 def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
-    """Compute the ε of a unit that is among a site's held-out records and in both trainings: the
-    student's (`report`, which has the queries' cost) and the teacher's (`parent`)."""
+    """Compute the ε of a unit that took part in three things: the queries about a site's held-out
+    records, the student's training and the teacher's training. report: the student's report, which
+    also has the queries' cost. parent: the teacher's report."""
     own = report["privacy"]
     rows = {
         name: row | {"sampling_rate": 1.0, "key": own["sites"].get(name, {}).get("key")}

@@ -27,7 +27,7 @@ from fedtune.server.schedule import format_utc
 
 
 class DeadlinePassed(InfrastructureError):
-    """A study is not finished at its deadline."""
+    """The error that a study is not finished at its deadline."""
 
 
 class Turn:
@@ -38,8 +38,8 @@ class Turn:
         self._deadline = deadline
 
     def pass_on(self) -> None:
-        """Let the studies that wait for their turn go first; a study that runs alone goes on at
-        once. Errors: DeadlinePassed if no time is left."""
+        """Let the other studies that wait for their turn work first, then return. A study that runs
+        alone goes on at once. Errors: DeadlinePassed if no time is left."""
         self.check()
 
     def check(self) -> None:
@@ -58,9 +58,10 @@ class Turn:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Run the block, and add nothing to it: a study that runs alone is in the main thread,
-        where Python itself raises Stopped if a signal ends the server. SharedTurn overrides this
-        method, since its thread receives no signal."""
+        """A context manager in whose block the study can be interrupted when a signal ends the
+        server. Here it does nothing: a study that runs alone is in the main thread, where Python
+        itself raises Stopped. SharedTurn overrides this method, since its thread receives no
+        signal."""
         yield
 
 
@@ -75,22 +76,23 @@ class Turns:
 
     def line_up(self, deadline: float = math.inf) -> SharedTurn:
         """Append a study to the queue and return its turn, which the study's thread enters as a
-        context manager."""
+        context manager. deadline: the time, in seconds since 1970, at which the study ends even if
+        it is not finished."""
         turn = SharedTurn(self, deadline)
         with self._changed:
             self._line.append(turn)
         return turn
 
     def wait_for(self, turn: SharedTurn) -> None:
-        """Wait until a study is the first in the queue. If it is not in the queue, it is appended
-        first."""
+        """Wait until the study of `turn` is the first in the queue. If the study is not in the
+        queue, append it before waiting."""
         with self._changed:
             if turn not in self._line:
                 self._line.append(turn)
             self._changed.wait_for(lambda: self._line[0] is turn)
 
     def leave(self, turn: SharedTurn) -> None:
-        """Remove a study from the queue, if it is there."""
+        """Remove the study of `turn` from the queue, if it is there."""
         with self._changed:
             if turn in self._line:
                 self._line.remove(turn)
@@ -104,8 +106,8 @@ class Turns:
                 self._changed.wait(left)
 
     def end(self, threads: list[threading.Thread], stop: Stopped) -> None:
-        """Interrupt the studies' threads, to which Python delivers no signal, and return when they
-        have ended. In each of these threads SharedTurn.interruptible then raises `stop`."""
+        """Interrupt the threads of the studies, to which Python delivers no signal: in each thread,
+        SharedTurn.interruptible raises `stop`. Return when the threads have ended."""
         self.stop = stop
         alive = [thread for thread in threads if thread.is_alive()]
         for thread in alive:

@@ -30,8 +30,8 @@ def figures(champion: int, public: str) -> dict[str, Any]:
 
 
 def in_use(index: Index) -> dict[str, Any]:
-    """Return the rows about the versions and the one in use, for the report's table "continuous".
-    These are the rows that a rollback changes."""
+    """Return those rows of the report's table "continuous" that are about the versions and the
+    version in use, name -> value. A rollback changes these rows. index: the run's versions."""
     released = [v.number for v in index.versions if v.decision == "released"]
     return {
         "version in use": index.champion,

@@ -41,16 +41,19 @@ class Version:
     - at: when that round was scheduled (UTC)
     - decision: "first", "released" or "kept back"; "pinned" if it was not released because a person
       had pinned the champion; "not compared" if the plan allowed no comparison
-    - metric, value: the name of the study's metric, and this version's value of it on the public
-      records
-    - champion, champion_value: the version that was in use then, and its value on the same records
+    - metric: the name of the study's metric
+    - value: this version's value of the metric on the public records
+    - champion: the version that was in use then
+    - champion_value: that version's value of the metric on the same records
     - p: the comparison's p-value, the probability of so large an advantage for a version that is no
       better
-    - look: the number of this comparison among those on the same public records, from 1
+    - look: the number of this comparison, counted from 1 among the comparisons on the same public
+      records
     - public: sha256 over name and content of the file of public records (`reading.fingerprint`); ""
       if not known
-    - verdict, why, groups: the result of the plan's tests, the reason, and the changes in the
-      groups (report.change_plan)"""
+    - verdict: the result of the plan's tests (report.change_plan)
+    - why: why the verdict is not "better"
+    - groups: the changes of the metric in the plan's groups"""
 
     number: int
     at: str
@@ -134,7 +137,7 @@ class Versions:
             ) from None
 
     def at(self, number: int) -> Path:
-        """Return a released version's folder."""
+        """Return the path of the folder of version `number`, which was released."""
         return self.folder / str(number)
 
     def begin(self, version: Version, save: Callable[[Path], None]) -> None:
@@ -205,8 +208,8 @@ class Versions:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the folder's lock during the block, since the coordinator and `fedtune versions` may
-        run at the same time."""
+        """A context manager that holds the lock of the versions' folder while its block runs, since
+        the coordinator and `fedtune versions` may run at the same time."""
         if not self.out.is_dir():
             self._require_index()
         self.folder.mkdir(exist_ok=True)

@@ -20,8 +20,10 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 
 class _Block(NamedTuple):
-    """A part of the running sum, and what is added to it. total: the part, fp64; terms: the same
-    part of each update, fp32, with the update's weight."""
+    """One block of the running sum: a range of the numbers of one array.
+
+    - total: the sum in this range, fp64, to which the terms are added
+    - terms: (the numbers in this range, fp32; the weight) for each update that waits to be added"""
 
     total: npt.NDArray[np.float64]
     terms: list[tuple[npt.NDArray[np.float32], float]]

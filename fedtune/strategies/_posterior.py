@@ -65,8 +65,9 @@ class Basis:
 
     @property
     def norm(self) -> float:
-        """The largest norm of one unit's array (K, k + 1), which is √(1 + weight²): its features
-        have together a length of at most 1, its column of counts one of at most `weight`."""
+        """The largest norm that the array (K, k + 1) of one unit can have, √(1 + weight²): the
+        unit's features together have a length of at most 1, and its column of counts has a length
+        of at most `weight`."""
         return math.hypot(1.0, self.weight)
 
 
@@ -80,7 +81,8 @@ class Public:
     - within: (d, d), scatter of labelled records about their class's mean
     - moment: (d, d), Σ f fᵀ over all public records, labelled or not
     - records: the number of all public records
-    - names: (K, d), the base's vectors of the classes' names in the basis, or None"""
+    - names: (K, d), the features of the classes' names, from the base's vectors of them; None if
+      there are none"""
 
     sums: Array
     counts: Array
@@ -105,7 +107,8 @@ class Noised:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes as estimated from public data. K is the number of classes, d that of directions.
+    """The classes as estimated from public data. K is the number of classes, d the number of
+    directions.
 
     - means: (K, d), the mean of each class
     - variances: (K, d), the variances of these means
@@ -134,7 +137,7 @@ class ClassFigures:
 class Head:
     """A linear head on the base's vectors.
 
-    - weight: (K, H)
+    - weight: (K, H); a class's logit is the product of its row and the vector, plus the bias
     - bias: (K,)
     - figures: for each class its noised number of units, and whether it was learnt"""
 
@@ -208,8 +211,9 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
 
 
 def features(basis: Basis, vectors: Array) -> Array:
-    """Compute the features (n, k) that a site sums, from the base's vectors (n, H) of records. A
-    row that is longer than 1 is scaled to length 1."""
+    """Compute the features that a site sums, (n, k), from the base's vectors of n records, (n, H).
+    The features of a record that are together longer than 1 are scaled to length 1. basis: the
+    basis of class statistics, which maps vectors to features."""
     return _clip_features(basis, vectors)[:, : basis.released]
 
 
@@ -241,9 +245,9 @@ def summarise_public(
 
 
 def head(noised: Noised, basis: Basis, public: Public) -> Head:
-    """Compute the linear discriminant of the classes' posterior means, as a head on the base's
-    vectors. noised: the release; basis: the directions of its features; public: the statistics of
-    public records in this basis.
+    """Compute the head: the linear discriminant of the classes' posterior means, as a linear
+    function of the base's vectors. noised: the sites' noised class statistics. basis: the basis in
+    which they were summed. public: the statistics of public records in this basis.
 
     Guarantee: this is post-processing of the release, and costs no ε. Noise of 0 is allowed."""
     counts = _counts(noised, basis, public)
@@ -264,7 +268,8 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
 
 def classes_before(basis: Basis, public: Public) -> Classes:
     """Estimate the classes' means and covariance from public data alone, by the same rules as
-    `head`, but without a release of the sites."""
+    `head`, but before the sites have released anything. basis: the basis of class statistics.
+    public: the statistics of public records in this basis."""
     nothing = Noised(np.zeros((len(public.counts), 1)), SILENT, 1)
     silent = replace(basis, released=0)
     means, certainty = _means(nothing, silent, public, _counts(nothing, silent, public))
@@ -281,8 +286,9 @@ def held_out_hits(
     also give the basis.
 
     - basis: the basis of all records, which gives the number of directions and the weight of counts
-    - vectors, labels, names: the vectors and labels of the records, and the vectors of the classes'
-      names, as for `summarise_public`
+    - vectors: (n, H), the base's vectors of the records
+    - labels: (n,), each record's class; a number below 0: no label
+    - names: (K, H), the base's vectors of the classes' names; None: without names
     - known: the result of `summarise_public` for these
 
     Returns (2,): the number of correct predictions, and the number of predictions; None if fewer
@@ -308,7 +314,8 @@ def held_out_hits(
 
 
 def _spread(public: Public) -> tuple[Array, Array]:
-    """Return each feature's variance (d,) within classes and between them."""
+    """Estimate each feature's variance within classes, and between classes, from public records.
+    Return two arrays (d,)."""
     total = _variances(public)
     guess = (1 - BETWEEN) * total
     within = (np.diag(public.within) + RECORDS * guess) / (_freedom(public) + RECORDS)
@@ -318,7 +325,7 @@ def _spread(public: Public) -> tuple[Array, Array]:
 
 def _freedom(public: Public) -> float:
     """Return the degrees of freedom of the scatter within classes: the number of labelled records
-    minus that of the classes which have some."""
+    minus the number of classes that have labelled records."""
     return max(float(public.counts.sum()) - np.count_nonzero(public.counts), 0.0)
 
 
@@ -339,7 +346,8 @@ class _Counts:
     - noised: (K,), the released counts
     - deviation: the standard deviation of their noise, the same for all classes
     - expected: (K,), the estimate from released counts and public shares together
-    - variance: (K,), of the estimate, before it is scaled to the declared number of units"""
+    - variance: (K,), the variance of the estimate, before it is scaled to the declared number of
+      units"""
 
     noised: Array
     deviation: float
@@ -384,9 +392,10 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
 
 def _prior_means(public: Public, within: Array, between: Array) -> Array:
     """Return the prior class means (K, d), which are weighed against the sums of records; 0 without
-    names. They are the vectors of the classes' names, scaled to the spread of class means, times a
-    factor from 0 to 1.5 that is larger the better the vectors agree with the means of public
-    records."""
+    names. within, between: each feature's variance (d,) within classes and between them
+    (`_spread`). They are the vectors of the classes' names, scaled to the spread of class means,
+    times a factor from 0 to 1.5 that is larger the better the vectors agree with the means of
+    public records."""
     if public.names is None:
         return np.zeros_like(public.sums)
     length = math.sqrt((public.names**2).sum() / len(public.names))

@@ -68,13 +68,15 @@ def public_head(known: State) -> Arrays:
 
 
 def basis_in(state: State, released: int, weight: float) -> Basis:
-    """Return the basis that a strategy's state holds. released: the number of directions that sites
-    use. weight: the number that each unit adds to the column of counts."""
+    """Return the basis of class statistics that is stored in a strategy's state. released: the
+    number of directions that sites use. weight: the number that each unit adds to the column of
+    counts."""
     return Basis(state[MEAN], state[DIRECTIONS], released, weight)
 
 
 def public_in(state: State) -> Public:
-    """Return the statistics of public records that a strategy's state holds."""
+    """Return the statistics of public records that are stored in a strategy's state
+    (`state_of`)."""
     return Public(
         sums=state[SUMS],
         counts=state[COUNTS],
@@ -86,7 +88,8 @@ def public_in(state: State) -> Public:
 
 
 def _arrays(found: Head) -> Arrays:
-    """Return a head's weight and bias as arrays of an adapter, by name, in fp32."""
+    """Return the weight and the bias of a head under the names that they have in an adapter, name
+    -> array in fp32."""
     arrays = {WEIGHT: found.weight, BIAS: found.bias}
     return {n: np.clip(a, -LARGEST, LARGEST).astype(np.float32) for n, a in arrays.items()}
 
@@ -94,8 +97,8 @@ def _arrays(found: Head) -> Arrays:
 @dataclass
 class Discriminant(Strategy):
     """The strategy of class statistics: build a classifier, a linear discriminant, instead of
-    averaging updates. It is made of posterior class means, class shares from noised counts, and one
-    covariance within all classes from public records.
+    averaging updates. The classifier is made of posterior class means, class shares from noised
+    counts, and one covariance for all classes from public records.
 
     The sums of several rounds are averaged, each weighted by the inverse of its noise's variance.
     Reference: Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
@@ -113,7 +116,7 @@ class Discriminant(Strategy):
         """Check that the plan fits class statistics: each unit counts once and with equal weight,
         and a site sends sums by class, not the result of training steps.
 
-        Errors: ConfigError if the plan does not."""
+        Errors: ConfigError if the plan does not fit."""
         t = study.training
         expected = {
             'strategy.weights = "declared"': study.strategy.weights == "declared",
@@ -165,9 +168,9 @@ class Discriminant(Strategy):
         return _arrays(self.make_head())
 
     def make_head(self) -> Head:
-        """Build the head from all rounds so far and the public data. Its `figures` hold for each
-        class the noised number of units, the deviation of that noise, and whether the class was
-        learnt."""
+        """Build the head from the sites' sums of all rounds so far and the public data. The head's
+        `figures` hold for each class the noised number of units, the deviation of that noise, and
+        whether the class was learnt."""
         state, precision = self._state, float(self._state[PRECISION])
         noised = Noised(
             sums=state[NOISED] / precision,

@@ -16,9 +16,9 @@ class FedAdam(Strategy):
     """Move the adapter by Adam's rule, from the mean update Δ of each round: m ← β₁m + (1-β₁)Δ; v ←
     β₂v + (1-β₂)Δ²; adapter ← adapter + ηm / (√v + τ).
 
-    η is server_learning_rate. As in the paper, m and v are not corrected for bias; m starts at 0
-    and v at τ².
-    | η = 0 (default) | each step is as long as the round's mean update: η = ‖Δ‖ / ‖m / (√v + τ)‖ |
+    η is server_learning_rate. With its default 0, η is chosen so that each step is as long as the
+    round's mean update: η = ‖Δ‖ / ‖m / (√v + τ)‖. As in the paper, m and v are not corrected for
+    bias; m starts at 0 and v at τ².
     References: Reddi et al. 2021, Algorithm 2 (FedAdam); Agarwal et al. 2020, "Disentangling
     adaptive gradient methods from learning rates" (a step's length from one method, its direction
     from another)."""

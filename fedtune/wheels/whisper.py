@@ -57,7 +57,8 @@ PROCESSOR = {
 
 
 def convert(raw: Path, into: Path) -> None:
-    """Convert a folder of model.bin and tokenizer.json to a transformers base in fp32.
+    """Convert a folder `raw`, which holds Whisper's model.bin and tokenizer.json, to a base in
+    transformers' format and fp32, which is written to the folder `into`.
 
     Errors: ModelError if model.bin has another format."""
     from safetensors.torch import save_file
@@ -109,8 +110,8 @@ def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
 
 
 def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return CTranslate2's arrays `t` in fp32 under the names that transformers uses, with fused
-    projections split."""
+    """Return CTranslate2's arrays `t` in fp32, under the names that transformers uses. An array in
+    which several projections are fused is split into one array for each."""
     out: dict[str, torch.Tensor] = {}
 
     def put(theirs: str, ours: str, at: int | None = None) -> None:
@@ -122,10 +123,10 @@ def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{ours}.weight"], out[f"{ours}.bias"] = t[f"{theirs}/gamma"], t[f"{theirs}/beta"]
 
     def attention(theirs: str, ours: str) -> None:
-        """Rename the arrays of one attention layer, and split the array in which its projections
-        are fused. theirs, ours: the layer's name in CTranslate2 and in transformers. For
-        self-attention linear_0 holds q, k and v; for attention to a recording linear_0 holds q, and
-        linear_1 k and v."""
+        """Rename the arrays of one attention layer, and split the array in which the layer's
+        projections are fused. theirs: the layer's name in CTranslate2. ours: its name in
+        transformers. For self-attention linear_0 holds q, k and v; for attention to a recording
+        linear_0 holds q, and linear_1 k and v."""
         fused = ["q_proj", "k_proj", "v_proj"]
         if ours.endswith("encoder_attn"):
             put(f"{theirs}/linear_0", f"{ours}.{fused.pop(0)}")

@@ -147,17 +147,16 @@ def plane_positions(holes: torch.Tensor) -> torch.Tensor:
 def inputs(
     model: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return the tensor of one file as the arguments that the transformers model expects.
+    """Return the tensor of one file in the form in which the transformers model takes it: a dict of
+    arguments by name. The tokens are not among them.
 
     - model: the base as transformers loaded it; its configuration says which arguments it takes
     - kind: the base's kind: "speech" takes a sound, all others pictures
-    - tensor: the file as the base's reader computed it (`Reader.tensor`): of a sound a log-mel
-      spectrogram (1, mel bins, frames); of pictures colours and mask (tiles, 4, height, width),
-      or, for Qwen2-VL, patches (tiles, P, …)
-    - ids: the tokens of the record's text, (1, L), in which place-holders stand for the file; read
-      for Qwen2-VL alone
-
-    The result has the file's arguments by name, without the tokens."""
+    - tensor: what the base's reader computed from the file (`Reader.tensor`). For a sound this is a
+      log-mel spectrogram (1, mel bins, frames); for pictures, colours and mask (tiles, 4, height,
+      width); for pictures of Qwen2-VL, patches (tiles, P, …)
+    - ids: the tokens of the record's text, (1, L), with the special tokens that stand for the file;
+      only Qwen2-VL needs them"""
     if kind == "speech":
         return {"input_features": tensor}
     if hasattr(model.config, "vision_start_token_id"):
@@ -172,12 +171,12 @@ def inputs(
 
 
 def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Put the vectors of files where place-holders stand for them: in each row of `states` (R, L,
-    H), replace the NaN positions, in order, by the K vectors in the same row of `features` (R, K,
-    H).
+    """Put the vectors of files in the places that were kept for them: in each row of `states` (R,
+    L, H), replace the NaN positions, in order, by the K vectors in the same row of `features` (R,
+    K, H), and return the result.
 
-    Guarantee: a row's result depends on that row alone. Errors: RuntimeError if a row's number of
-    place-holders differs from its number of features."""
+    Guarantee: a row's result depends on that row alone. Errors: RuntimeError if a row does not have
+    K such positions."""
     holes = states[..., 0].isnan()
     if bool((holes.sum(dim=1) != features.shape[1]).any()):
         raise RuntimeError(
@@ -189,7 +188,8 @@ def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
-    """Copy `model` shallowly with some children replaced; the others are shared, not copied."""
+    """Copy `model` shallowly, with the children named in `modules` replaced by the modules given
+    there. The other children are shared with `model`, not copied."""
     twin = copy.copy(model)
     object.__setattr__(twin, "_modules", {**model._modules, **modules})
     return twin
@@ -215,25 +215,28 @@ SHARING = frozenset((_TEXTS + _WITH_TOWERS).split())
 
 
 def may_share_blocks(config: Any) -> bool:
-    """Return whether a base may compute several records in one block (one pass of the model),
-    because its architecture is known to keep their results apart: the architecture of the base, and
-    of each part of its configuration, must be in SHARING."""
+    """Return whether a base may compute several records in one block (one pass of the model). It
+    may if its architecture, and that of each part of its configuration, is in SHARING: for these it
+    is known that no record of a block changes another's result."""
     return {kind for _, kind in settings_in(config.to_dict(), "model_type")} <= SHARING
 
 
 def rows_of(config: Any, *tables: Any) -> int:
-    """Return the number of tokens that a base knows in all of its tables, i.e. the least number of
-    rows. Counted are the given `tables` (modules with a weight, such as embeddings) and the sizes
-    that the text's configuration states (vocab_size, vocab_size_…)."""
+    """Return how many token ids a base knows in all of its tables. This is the smallest of these
+    numbers: the rows of each of the given `tables` (modules with a weight, such as embeddings), and
+    each size that the text's configuration states (vocab_size, vocab_size_…)."""
     stated = config.get_text_config().to_dict().items()
     sizes = [n for key, n in stated if key.startswith("vocab_size") and isinstance(n, int)]
     return min(*sizes, *(len(table.weight) for table in tables))
 
 
 def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Pool hidden states to one vector per record, (B, H) fp32: the last token's state, or for
-    an encoder the mean over tokens, scaled to length √H. hidden: (B, L, H); mask: (B, L), 1 for a
-    token and 0 for padding, which is at the end."""
+    """Pool hidden states to one vector per record, (B, H) fp32: the last token's state or, for an
+    encoder, the mean over tokens, scaled to the Euclidean norm √H.
+
+    - hidden: the hidden states, (B, L, H)
+    - mask: (B, L), 1 for a token and 0 for padding, which is at the end
+    - kind: the base's kind"""
     if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()
@@ -244,8 +247,12 @@ def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.T
 
 
 def pool_frames(states: torch.Tensor, width: int) -> torch.Tensor:
-    """Project a clip's states (all patches of all frames, in order) to one vector, (B, width) fp32
-    of length √width. Each number gets a random sign and is added to a random entry of the vector.
+    """Project each clip's states to one vector, and return the vectors, (B, width) fp32, each
+    scaled to the Euclidean norm √width. Each number of a clip gets a random sign and is added to a
+    random entry of the clip's vector.
+
+    - states: (B, …), one row for each clip, with all patches of all frames in order
+    - width: the number of entries of a vector
 
     The draws are public and the same for every clip, and distances are kept on average. So the
     vector still tells two orders of the same frames apart; a mean over frames would not.
@@ -261,10 +268,13 @@ def pool_frames(states: torch.Tensor, width: int) -> torch.Tensor:
 
 @lru_cache(maxsize=2)
 def _drawn(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw, from a fixed seed, by what signed order `pool_frames` adds up `count` numbers. Return
-    two tensors of the length n, which is `count` rounded up to a multiple of `width`: a random
-    order of 0 … n - 1, and a random sign (±1) for each entry. The sign is 0 for the entries from
-    `count` on, which stand for no number."""
+    """Draw, from a fixed seed, the order and the signs with which `pool_frames` adds up a clip's
+    numbers. Return two tensors of length n, which is `count` rounded up to a multiple of `width`: 0
+    … n - 1 in random order, and for each entry of this order a random sign (±1), or 0 if the entry
+    is `count` or more and so stands for no number.
+
+    - count: how many numbers a clip has
+    - width: the number of entries of a clip's vector"""
     draw = torch.Generator().manual_seed(0)
     order = torch.randperm(count + -count % width, generator=draw)
     signs = 2.0 * torch.randint(2, order.shape, generator=draw) - 1

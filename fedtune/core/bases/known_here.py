@@ -37,9 +37,9 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
 
 
 def look_up(cache: Path, digest: str) -> tuple[str, Path] | None:
-    """Return the recorded name and folder of `digest`; None if there is no record. The folder's
-    content is not checked. If the newest recorded folder is gone, return the one that this process
-    recorded."""
+    """Return the name and the folder that were recorded last for `digest`; None if nothing was
+    recorded. If that folder is gone, or the record in the cache cannot be read, return what this
+    process itself recorded, or None. The folder's content is not checked."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
         if (folder := Path(entry["folder"])).is_dir():

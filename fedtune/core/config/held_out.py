@@ -21,8 +21,9 @@ class PrivateEvaluationTable(Table):
     - score: "likelihood" is the likelihood of a record's answer; "accuracy" is whether the
       likeliest of objective.labels is the record's label
     - classes: whether each of objective.labels is asked about separately too
-    - groups: by column, the values that are asked about separately too
-    - bands: by column of numbers, the edges of the bands that are asked about separately too
+    - groups: column -> those of its values that are asked about separately too
+    - bands: column of numbers -> the edges that divide it into bands, which are asked about
+      separately too
 
     Guarantee: every class, group and band is named here, in a public plan; no record adds one."""
 

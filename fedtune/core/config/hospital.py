@@ -47,12 +47,12 @@ class CeilingTable(Table):
 class RegisteredData(Table):
     """A dataset that a person registered in the hospital's home.
 
-    - path, url: its place
+    - path, url: the place of its records; one of the two is given
     - patient: the column with patients' keys; None if each record is a unit of its own
     - disjoint_from: datasets that share no patient with it, which is never inferred from content
     - cohort: the name of the units that arrived last; a person changes it when new patients are
       added
-    - consent: by which column or list a patient's consent is checked; None: consent is not
+    - consent: the column or the list by which a patient's consent is checked; None: consent is not
       checked"""
 
     path: Place | None = None
@@ -69,7 +69,8 @@ class RegisteredData(Table):
         return self
 
     def anchored(self, folder: Path) -> RegisteredData:
-        """Return a copy in which every path is absolute, also the path of a database."""
+        """Return a copy in which every path is absolute, also the path of a database; relative
+        paths are taken from `folder`."""
         url = anchor_url(self.url, folder) if self.url else None
         return super().anchored(folder).model_copy(update={"url": url})
 
@@ -91,7 +92,7 @@ class MembershipTable(Table):
 
     - site: the path of its site.toml
     - max_epsilon, max_fallback_epsilon, max_rounds: its share of each ceiling; None: all of it
-    - earlier: whether charges from before the ledger was the hospital's are this membership's"""
+    - earlier: whether this membership owns the charges from before the ledger was the hospital's"""
 
     site: Place
     max_epsilon: Positive | None = None
@@ -286,8 +287,8 @@ def _tables_in(site_file: Path) -> list[SiteData]:
 
 def _read_by(data: SiteData) -> dict[str, str]:
     """Return the settings by which a patient's key is read from a row, by name: the kind of source,
-    the text encoding and the delimiter. The other settings do not matter to it: a converter gets
-    rows whose patient is known already, and table, query and filter only choose rows."""
+    the text encoding and the delimiter. The other settings do not matter to the key: a converter
+    gets rows whose patient is known already, and table, query and filter only choose rows."""
     encoding = str(data.options.get("encoding", "utf-8"))
     with suppress(LookupError):
         encoding = codecs.lookup(encoding).name  # of all its spellings

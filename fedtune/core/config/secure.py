@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
 
 class SecureAggregationTable(Table):
-    """How the sites share one dose of noise. They mask their updates, so that nobody can open more
-    than a round's sum. With n = strategy.min_sites, each site adds noise of σ/√(n - t).
+    """How the sites share noise. They mask their updates, so that nobody can open more than a
+    round's sum, and only this sum needs the noise of the plan's σ (one dose). With n =
+    strategy.min_sites, each site adds noise of σ/√(n - t), so that n - t sites together add one
+    dose.
 
     colluding: t, the number of sites that may collude with the coordinator while ε still holds. It
     is at least one, because every site knows the noise that it added itself."""
@@ -56,8 +58,9 @@ def check_secure(study: Study) -> None:
 
 
 def noise_shares(study: Study) -> int:
-    """Return the number of sites whose noise adds up to one dose: n - t, or 1 without
-    [secure_aggregation].
+    """Return the number of sites whose noise adds up to one dose, i.e. to noise of the plan's σ.
+    This is n - t, where n is strategy.min_sites and t is secure_aggregation.colluding; it is 1
+    without [secure_aggregation].
 
     Guarantee: if at most t of n sites collude, at least this many are honest, and the noise of
     these alone is at least one dose."""

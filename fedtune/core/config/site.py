@@ -116,7 +116,8 @@ class ConsentTable(Table):
 
 
 class ConvertTable(Table):
-    """A plug-in that converts the rows of each unit, one unit at a time (fedtune.converters)."""
+    """A plug-in (an entry point fedtune.converters) that converts the rows of each unit, one unit
+    at a time."""
 
     name: Name
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)
@@ -144,7 +145,8 @@ class SiteData(DataFile):
 
     @property
     def declared_size(self) -> int:
-        """The site's declared number of units, which is public; 0 if no site has this table."""
+        """The site's declared number of units, which is public; 0 for a table that is not part of a
+        Site."""
         return self._declared_size
 
     @model_validator(mode="after")
@@ -178,7 +180,7 @@ class SiteData(DataFile):
 
     def anchored(self, folder: Path) -> Self:
         """Return a copy in which every path is absolute, also the paths of a database and of its
-        password file."""
+        password file; relative paths are taken from `folder`."""
         table, options = super().anchored(folder), dict(self.options)
         if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
             options[PASSWORD_FILE] = str(folder / secret)
@@ -270,8 +272,7 @@ class ShareTable(Table):
     - membership: the membership's name
     - max_epsilon, max_fallback_epsilon, max_delta, max_rounds: the ceilings of all memberships
       together
-    - earlier: whether charges from before the ledger became the hospital's count as this
-      membership's
+    - earlier: whether this membership owns the charges from before the ledger was the hospital's
     - declared_size: the hospital's declared size
     - memberships: all memberships; disk space is reserved for each beside the ledger
     - disjoint_from: for each registered dataset, the datasets that share no patient with it"""
@@ -413,7 +414,7 @@ class VaultTable(Table):
 
 
 class CoordinatorTable(Table):
-    """The address of the coordinator, and what authenticates it to the site."""
+    """The coordinator's address, and what authenticates the coordinator to the site."""
 
     answer: Place | None = None  # its answer to `fedtune enroll`; None: the one that --answer kept
     address: Address | None = None  # host:port; without it, the answer's

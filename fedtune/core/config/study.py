@@ -277,8 +277,8 @@ class ScheduleTable(Table):
 
 
 class WireTable(Table):
-    """The encodings of arrays on the wire; fedtune/core/wire/codec.py states their error. They
-    cost no ε."""
+    """The encodings of arrays on the wire, which cost no ε. The error of each encoding is stated in
+    fedtune/core/wire/codec.py."""
 
     update: Encoding = "int8"  # a site's noised update
     adapter: Encoding = "int8"  # the adapter; the coordinator keeps its own in fp32
@@ -331,7 +331,7 @@ class Study(Table):
 
     @property
     def max_records_per_unit(self) -> int | None:
-        """The cap on one unit's records; None where privacy = "off"."""
+        """The cap: how many records of one unit take part at most; None where privacy = "off"."""
         return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
 
     @property
@@ -357,7 +357,8 @@ class Study(Table):
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """The rounds after which the sites are queried about their held-out records."""
+        """The numbers of the rounds, from 1, after which the sites are queried about their held-out
+        records; () if the plan has no such query."""
         table, last = self.private_evaluation, self.training.rounds or 0
         if table is None:
             return ()
@@ -374,8 +375,8 @@ class Study(Table):
 
     @property
     def query_cells(self) -> tuple[tuple[str, str], ...]:
-        """The cells of an answer, each an axis and one of its values. The first is ("", ""), for
-        all records."""
+        """The cells of an answer to a query, as pairs (axis, one of its values). The first is ("",
+        ""), for all records."""
         axes = self.query_axes.items()
         return (("", ""), *((axis, value) for axis, values in axes for value in values))
 
@@ -387,9 +388,9 @@ class Study(Table):
 
     @property
     def queries_digest(self) -> str:
-        """The digest that stands for the plan's queries in the requests to sites, in ledgers and in
-        step logs, where the plan's own digest stands for its training: the plan's digest with a
-        suffix."""
+        """The digest that names the plan's queries in the requests to sites, in ledgers and in step
+        logs: the plan's digest with a suffix. Without the suffix, the digest names the plan's
+        training there."""
         return self.digest + QUERIES
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Table [training] of study.toml, and the learning rate of each round."""
+"""The table [training] of study.toml. It also computes the learning rate of each round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 class TrainingTable(Table):
-    """A study's rounds, its local steps, and how its sites sample and optimise."""
+    """How a study trains: the number of its rounds and of a site's steps in each, and how a site
+    samples records and updates the adapter."""
 
     rounds: Number | None = None
     local_steps: Number = 1
@@ -34,10 +35,12 @@ class TrainingTable(Table):
     def rate(self, round_: int) -> float:
         """Return the learning rate of a round, where the first round is 1.
 
-        | constant | learning_rate                                         |
-        | linear   | learning_rate · (1 - t), t = (round - 1) / rounds     |
-        | cosine   | learning_rate · (1 + cos πt) / 2                      |
-        The rate follows from the plan and the round alone, never from a record, so it costs no ε.
+        | learning_rate_schedule | the rate                                                |
+        |------------------------|---------------------------------------------------------|
+        | constant               | learning_rate                                           |
+        | linear                 | learning_rate · (1 - t), where t = (round - 1) / rounds |
+        | cosine                 | learning_rate · (1 + cos πt) / 2                        |
+        The rate depends on the plan and the round alone, never on a record, so it costs no ε.
 
         >>> table = TrainingTable(rounds=4, learning_rate=2.0, learning_rate_schedule="linear")
         >>> [table.rate(n) for n in (1, 2, 3, 4)]

@@ -1,4 +1,4 @@
-"""Types of the values in study.toml and site.toml, with generous bounds."""
+"""Define the types of the values in study.toml and site.toml, and the ranges that they allow."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedtune.core.files import reading
 
 
 def _between(least: float, most: float) -> AfterValidator:
-    """Return a check for pydantic that a number is from `least` to `most`, both included. These
-    bounds keep values out with which a computation would take very long."""
+    """Return a check for pydantic that refuses a number below `least` or above `most`. The ranges
+    are wide; they only refuse numbers with which a computation would take very long."""
 
     def check(value: float) -> float:
         if not least <= value <= most:
@@ -65,9 +65,9 @@ MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
 def _place(value: Any, info: ValidationInfo) -> Any:
-    """Turn a path that Python code gives as a text into a Path. A text from a file stays a text,
-    since pydantic itself makes a Path of it. Errors: ValueError if the text is empty or cannot be a
-    path."""
+    """Turn a path that Python code gives as a str into a Path. If the values come from a file (JSON
+    mode), a str is returned unchanged, since pydantic then makes the Path itself. Errors:
+    ValueError if the text is empty or cannot be a path."""
     text = isinstance(_file(value), str) and info.mode == "python"
     return Path(value) if text else value
 
@@ -109,8 +109,8 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def _parse_duration(value: Any) -> Any:
-    """Return the seconds of a duration such as "1h". A value that is no text is returned unchanged.
-    Errors: ValueError if the text is no duration."""
+    """Convert a duration such as "1h" to seconds, an int. A value that is no str is returned
+    unchanged. Errors: ValueError if the text is no duration."""
     if isinstance(value, str):
         if COUNTS.search(value):
             raise ValueError(BY_COUNT)
@@ -142,7 +142,9 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 
 def merge_tables(table: Any, changes: Any) -> Any:
-    """Return `table` with `changes` merged in: nested tables are merged, other values replaced."""
+    """Return a copy of the dict `table` in which the values of `changes` replace those of the same
+    key; where both values are dicts, these are merged in the same way. If either argument is no
+    dict, return `changes`."""
     if not isinstance(changes, dict) or not isinstance(table, dict):
         return changes
     return table | {key: merge_tables(table.get(key), value) for key, value in changes.items()}
@@ -153,7 +155,8 @@ def _json_value(value: Any) -> Any:
 
 
 class Table(BaseModel):
-    """A TOML table as an object that is frozen, strict about types, and refuses unknown keys."""
+    """The base of all configuration tables: an immutable object with the values of one TOML table.
+    It is strict about types (the text "3" is not taken for 3), and refuses unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -185,11 +188,14 @@ class Table(BaseModel):
 class Columns(Table):
     """The columns of a file of records.
 
-    Exactly one way of giving the text must be named: `messages`, `prompt` + `completion`, `prompt`
-    + `chosen` + `rejected` (a preference), `prompt` + `completion` + `label` (a judgement), `text`,
-    or `text` + `label`. `image`, `audio` or `video` holds the path of a file, relative to the data
-    file's folder and inside it; `label` may then be the only other column. Records with the same
-    value in the column `patient` are one patient's."""
+    Each field is the name of a column in the file, or None. The text of a record stands in exactly
+    one of these sets of columns: `messages`, `prompt` + `completion`, `prompt` + `chosen` +
+    `rejected` (a preference), `prompt` + `completion` + `label` (a judgement), `text`, or `text` +
+    `label`.
+
+    One of `image`, `audio` and `video` may be named besides; `label` alone then suffices as the
+    text. Its cells hold the path of a file, relative to the data file's folder and inside that
+    folder. Records with the same value in the column `patient` are one patient's."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -227,7 +233,8 @@ class Columns(Table):
 
 
 class DataFile(Table):
-    """A file of records: .jsonl, .csv, .parquet or .arrow (by suffix), or a folder of them."""
+    """The table of study.toml or site.toml that names a file of records (.jsonl, .csv, .parquet or
+    .arrow, by suffix) or a folder of such files."""
 
     path: Place
     columns: Columns

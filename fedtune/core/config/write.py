@@ -12,11 +12,13 @@ from fedtune.core.files.writing import replace
 
 
 def save(table: Study | Site, path: Path | str) -> Path:
-    """Write a study or a site to a TOML file that loads as an equal object; return the path.
+    """Write a study or a site to a TOML file, and return the file's path. Loading the file gives an
+    equal object.
 
-    Default values are written too, so that a later release reads the same, except those that a
-    plan's digest leaves out. Relative paths are taken from the current folder and written absolute.
-    Only this user can read a site's file (0600).
+    Default values are written too, so that a release with other defaults reads the same study. Only
+    the settings that a plan omits at their default, so that its digest stays the same, are not
+    written. Relative paths are taken from the current folder and written absolute. Only this user
+    can read a site's file (0600).
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")

@@ -1,2 +1,2 @@
-"""Read, check and tokenise a site's records, and cap them per unit. No message holds a
-record's content."""
+"""Read, check and tokenise a site's records, and limit how many of one unit take part. No error or
+log message holds a record's content."""

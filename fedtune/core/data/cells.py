@@ -1,4 +1,5 @@
-"""Read the cells of a row as texts, or as keys in the form in which keys are compared."""
+"""Read a cell of a row as a text, or as a key, i.e. a label or a patient in the one form in which
+these are compared."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from fedtune.core.data.sources._interface import find_unclean
 
 def text_of(value: object) -> str:
     """Return the text in a cell unchanged, with its spaces. Errors: Rejected if the value is
-    missing, is no string, is empty or white space only, or has a NUL or a lone surrogate."""
+    missing, is no string, is empty or white space only, or has a NUL or a lone surrogate (half of a
+    UTF-16 pair)."""
     text = string_of(value)
     if not text.strip():
         raise Rejected("empty text")
@@ -16,8 +18,8 @@ def text_of(value: object) -> str:
 
 
 def string_of(value: object) -> str:
-    """Check that a cell holds a text, and return it unchanged. Errors: Rejected if the value is
-    missing, is no string, or has a NUL or a lone surrogate."""
+    """Return the text in a cell unchanged; it may be empty. Errors: Rejected if the value is
+    missing, is no string, or has a NUL or a lone surrogate (half of a UTF-16 pair)."""
     if value is None:
         raise Rejected("missing value")
     if not isinstance(value, str):
@@ -28,9 +30,9 @@ def string_of(value: object) -> str:
 
 
 def key_of(value: object) -> str:
-    """Return a label or a patient's key in the form in which they are compared: "7", " 7", 7 and
-    7.0 (of a nullable integer column) are all "7". Errors: Rejected if the value is missing, and if
-    it is neither a usable text nor a number."""
+    """Return a label or a patient's key in the form in which two of them are compared: "7", " 7", 7
+    and 7.0 (an integer in a column with missing cells is read as 7.0) are all "7". Errors: Rejected
+    if the value is missing, or is neither a usable text nor a number."""
     if isinstance(value, float):
         if value != value:
             raise Rejected("missing value")

@@ -1,8 +1,8 @@
 """Render a conversation by a base's chat template without access to a clock or random numbers.
 
-A template that names today's date (Llama 3.1 and later, SmolLM3) would give a record different
-tokens before midnight and after it, and the time at which a record is read depends on earlier
-records."""
+A template that names today's date (Llama 3.1 and later, SmolLM3) would make a record's tokens
+depend on the time at which the record is read, and so on the records read before it. One record
+must not change the tokens of another."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _may_draw(used: nodes.Filter) -> bool:
-    """Return whether a filter in a chat template may draw a random number. It may if it is
-    `random`, or if it is `map` and applies a filter that is `random`, `map` or not known in
-    advance."""
+    """Return whether a filter in a chat template may draw a random number: the filter `random` may,
+    and so may `map` if the filter that it applies is `random`, is another `map`, or is only known
+    when the template runs."""
     if used.name != "map":
         return bool(used.name == "random")
     if used.dyn_args is not None:

@@ -1,7 +1,8 @@
-"""Fork a child for each piece of work; `core/data/children.py` starts a program that calls `serve`.
+"""The functions of a process that forks a child for each piece of work. core/data/children.py
+starts that process as a program of its own, whose main function calls `begin` and `serve`.
 
-This process has no network and reads no record. It ends a child on request or when the child's time
-is over, and reports whether the child succeeded."""
+The process has no network and reads no record. It ends a child when asked to or when the child's
+time is over, and tells the process that started it how each child ended."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ Work = Callable[[bytes], bytes]
 
 
 def begin() -> tuple[socket.socket, dict[str, Any]]:
-    """Leave every network, and return the socket on which this process is asked and its settings,
-    as Children passed them in sys.argv."""
+    """Give up this process's access to every network. Return the socket on which requests come, and
+    the settings, a dict; `Children` passes both in sys.argv."""
     control = socket.socket(fileno=int(sys.argv[1]))
     with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -40,14 +41,23 @@ def begin() -> tuple[socket.socket, dict[str, Any]]:
 
 
 def say(control: socket.socket, kind: str, text: str = "") -> None:
-    """Tell the process that asks whether this one is "ready", or that its "settings" or the
-    "machine" prevent that, and why."""
+    """Write to `control` how this process's start went.
+
+    - control: the socket to the process that started this one
+    - kind: "ready"; "settings" if the settings are refused; "machine" if no child can run here
+    - text: the reason, if it is not ready"""
     control.sendall(json.dumps({"kind": kind, "text": text}).encode() + b"\n")
 
 
 def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> None:
-    """Fork a child for each request, until the process that asks closes its end. A child reads one
-    thing after another, each with its length before it, and answers each with `work`."""
+    """Fork a child for each request that comes on `control`, until the other side closes that
+    socket. A request brings two pipes: from one the child reads its inputs, one after the other,
+    and to the other it writes `work`'s answer to each. Before each input and each answer stands its
+    length.
+
+    - control: the socket on which requests come; for each, it is written there how the child ended
+    - work: a function of one input's bytes that returns the answer's bytes
+    - settings: the limits of a child: "seconds", "cpu_seconds" and "memory" (bytes)"""
     if platform.machine() not in CLONE:
         say(control, "machine", platform.machine())
         return
@@ -64,7 +74,9 @@ def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> No
 def _fork_and_wait(
     control: socket.socket, work: Work, reading: int, writing: int, settings: Mapping[str, Any]
 ) -> bytes:
-    """Run a child on these pipes to its end, and return how it ended.
+    """Fork one child, wait until it ends, and return FAILED, DONE or NOT_CONFINED. A child is
+    killed when its time is over, or when a byte comes on `control`. Arguments as for `serve`;
+    reading and writing are the child's ends of its two pipes, which are closed here.
 
     The system call is made directly, since the C library's fork keeps the child's number in memory,
     where the child could read it."""
@@ -100,7 +112,9 @@ def _fork_and_wait(
 
 
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
-    """Do one piece of work as the child, and end the process; never return."""
+    """Confine this new child, answer each input from the pipe `reading` with `work`, and end the
+    process. The function never returns; the exit status is 0 if all went well, OPEN if the child
+    could not be confined, else 1."""
     code = 1
     try:
         _limit(reading, writing, settings)
@@ -120,8 +134,8 @@ def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) 
 
 
 def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
-    """Close every descriptor but the two pipes and 0 to 2, and limit this process's memory, time
-    and files."""
+    """Limit the child in which this runs: close every file descriptor except the two pipes and 0 to
+    2, bound memory and processor time by `settings`, and forbid to write to files."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     first, second = sorted((reading, writing))
     os.closerange(3, first)
@@ -139,7 +153,8 @@ def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
 
 
 def _read(reading: int) -> bytes | None:
-    """Read what the child is given next; None if there is nothing more."""
+    """Read the child's next input from the pipe `reading`; return None when there is no further
+    one."""
     length = _read_bytes(reading, LENGTH)
     return _read_bytes(reading, int.from_bytes(length, "big")) if length else None
 

@@ -2,14 +2,14 @@
 
     this process ── two pipes for each child ──> a program that forks ──> a child for each piece
 
-The program that forks is started anew, without this process's memory. It reads no record. A child
-is confined before its work starts (isolation.only_computing), and has limits of memory and time.
+The program that forks is started anew, without this process's memory, and reads no record. A child
+is confined before its work starts (isolation.only_computing), and its memory and time are limited.
 
 Guarantee: what a child answers depends only on what it was given and on public settings. Neither
 memory nor a file, a process, a clock or a count passes from one child to another. If anything goes
-wrong in a child, only its own piece of work fails (docs/guarantee.md says what is not covered). The
-number of children follows from a site's declared size, unless there are over a quarter more pieces
-than that (`count_children`)."""
+wrong in a child, only its own piece of work fails (docs/guarantee.md says what is not covered). How
+many children run follows from the site's declared size, unless there are more pieces of work than
+the declared size and a quarter of it (`count_children`)."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ class NotConfined(ChildFailed):
 
 
 class Children:
-    """Runs one child after another, in a `with` block in which a site's records are read.
+    """Runs child processes, one after another, which work on a site's records. It is used in a
+    `with` block: at the start a program is started that forks the children, and at the end it is
+    stopped.
 
-    - program: the module of the program that forks, which calls child_process.serve
-    - settings: what the program needs to know, as JSON
-    - what: the settings' key or the files' kind, for error messages
-    - otherwise: what a person can do if this machine cannot confine a child
-    - cpu_seconds: processor time of one child; other processes' time does not count
-    - declared_size: the site's declared size, if its whole dataset is read, else 0. When the block
-      ends, children without work run until as many have run as `count_children` returns
+    - program: the module of the program that forks; it calls child_process.serve
+    - settings: what the program needs to know; they are passed to it as JSON
+    - what: for error messages, the setting or the kind of file that the children work for
+    - otherwise: for error messages, what a person can do if this machine cannot confine a child
+    - cpu_seconds: the most processor time of one child
+    - declared_size: the site's declared size if its whole dataset is read, else 0. At the end of
+      the block, children without work are run until as many have run as `count_children` returns
 
     Errors, before anything is given to a child: ConfigError if the program refuses its settings;
-    InfrastructureError if this machine cannot confine it."""
+    InfrastructureError if this machine cannot confine a child."""
 
     def __init__(
         self,
@@ -102,16 +104,16 @@ class Children:
     def run(
         self, given: Iterable[bytes], most: int, take: Callable[[bytes], T], *, counts: bool = True
     ) -> list[T]:
-        """Fork a child, give it one thing after another, and return what `take` makes of each
-        answer, once the child has ended well.
+        """Fork a child, give it the inputs `given` one after another, and return a list of what
+        `take` makes of each answer, once the child has ended well.
 
-        - given: what the child is given; the next is only asked for once an answer was taken
-        - most: bytes that an answer may have
-        - take: reads an answer, which is not trusted
-        - counts: whether the child is one of those that `count_children` counts
+        - given: the child's inputs; the next is only asked for once the last one's answer was taken
+        - most: the most bytes that an answer may have
+        - take: a function that reads an answer's bytes, which are not trusted
+        - counts: whether this child had work, and so counts towards `count_children`
 
-        Errors: ChildFailed if the child fails, is too slow, or answers with too much; those of
-        `take`, after the child has ended."""
+        Errors: ChildFailed if the child fails, is too slow, or gives too long an answer; also
+        whatever `take` raises, after the child has ended."""
         if self._control is None:  # the program that forks was killed, for want of memory
             try:
                 self._start()
@@ -156,7 +158,8 @@ class Children:
         return taken
 
     def _make_up(self) -> None:
-        """Run children without work until as many have run as `count_children` returns."""
+        """Run children without work until as many have run as `count_children` returns, so that
+        their number does not tell how many units there are."""
         if self._forked > count_children(0, self._declared_size) > 0:
             log.warning(
                 "the records hold more units than site.declared_size allows for, so that how many "
@@ -199,8 +202,9 @@ class Children:
         raise ConfigError(text)
 
     def _try(self) -> dict[str, str]:
-        """Fork a child that is given nothing, before anything private is read. Return the kind of
-        its answer (ready, settings or machine) and its text."""
+        """Fork a child with an empty input, before anything private is read, to see whether it
+        works. Return {"kind": ..., "text": ...}: kind is "ready", "settings" (these are refused) or
+        "machine" (it cannot confine a child), and text is the reason."""
         try:
             (told,) = self.run([b""], 2**16, json.loads, counts=False)
             return {"kind": str(told["kind"]), "text": str(told.get("text", ""))}
@@ -222,14 +226,14 @@ class Children:
 
 
 def count_children(pieces: int, declared_size: int) -> int:
-    """Return how many children do the work of `pieces` units: the declared size plus a quarter,
-    doubled until there is a child for each unit. If there are no more units than the declared size
-    plus a quarter, the result tells nothing of their number.
+    """Return how many children to run if there are `pieces` units to work on: the declared size
+    plus a quarter of it, doubled until it is at least `pieces`. So up to the declared size plus a
+    quarter, the number of children does not tell how many units there are.
 
     >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
     (250, 250, 500)
 
-    With declared_size 0 (the records are not all of a site's) it is one for each unit."""
+    If declared_size is 0, since not all of a site's records are read, the result is `pieces`."""
     children = declared_size + declared_size // 4
     while 0 < children < pieces:
         children *= 2
@@ -237,7 +241,7 @@ def count_children(pieces: int, declared_size: int) -> int:
 
 
 class _Pipe:
-    """A pipe, each end of which is closed only once."""
+    """A new pipe. Either end can be closed again without an error once it is closed."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
@@ -258,8 +262,13 @@ class _Pipe:
 
 
 def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -> bytes:
-    """Write one thing to a child, and return its answer. Errors: ChildFailed if the answer is too
-    long, comes too late or is not whole."""
+    """Write one input to a child, and return the child's answer to it.
+
+    - writing, reading: this process's ends of the child's two pipes
+    - most: the most bytes that the answer may have
+    - deadline: when the answer must be there, in seconds of time.monotonic
+
+    Errors: ChildFailed if the answer is too long, comes too late or is not whole."""
     os.set_blocking(writing, False)
     poll = select.poll()
     poll.register(writing, select.POLLOUT)
@@ -286,8 +295,9 @@ def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -
 
 
 def _read(reading: int, length: int, deadline: float) -> bytes:
-    """Read this many bytes; fewer if the other end is closed before. Errors: ChildFailed if they
-    come too late."""
+    """Read `length` bytes from the pipe `reading`; return fewer if its other end is closed before.
+    deadline: in seconds of time.monotonic. Errors: ChildFailed if the bytes are not there by then.
+    """
     poll = select.poll()
     poll.register(reading, select.POLLIN)
     content = bytearray()
@@ -303,7 +313,8 @@ def _read(reading: int, length: int, deadline: float) -> bytes:
 
 
 def _line(control: socket.socket) -> bytes:
-    """Read one line byte by byte, since the bytes after it belong to the next message."""
+    """Read one line, with its line end, byte by byte, since the bytes after it belong to the next
+    message. If the other side closes the socket, return what came before."""
     line = bytearray()
     while not line.endswith(b"\n") and (byte := control.recv(1)):
         line += byte
@@ -311,9 +322,9 @@ def _line(control: socket.socket) -> bytes:
 
 
 def _environment() -> Mapping[str, str]:
-    """Return the environment of the program that forks: the same on every machine, except for the
-    location of Python's packages. PYTHONHASHSEED makes the order of sets the same in each process,
-    so that a piece of work is done alike each time."""
+    """Return the environment variables of the program that forks: the same on every machine, except
+    for the location of Python's packages. PYTHONHASHSEED fixes the order of sets in every process,
+    so that the same input always gives the same answer."""
     paths = dict.fromkeys(path for path in sys.path if os.path.isabs(path))
     return {
         "PYTHONPATH": os.pathsep.join(paths),

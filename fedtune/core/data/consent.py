@@ -1,8 +1,8 @@
-"""Leave out patients who did not consent to the use of their records, before anything is
-computed.
+"""Leave out the rows of patients who did not consent to the use of their records, before anything
+is computed.
 
-Guarantee: whether a patient is left out follows from that patient's own rows and the list of
-opt-outs alone, and changes nothing of any other patient's records."""
+Guarantee: whether a patient is left out depends on that patient's own rows and the list of opt-outs
+alone. Leaving one patient out changes nothing in another patient's records."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ LARGEST = 2**30  # bytes of a list: 16 million opt-outs
 def with_consent(
     rows: Iterable[tuple[Place, Row | str]], data: SiteData
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the (place, row) pairs in order, with NO_CONSENT in place of each row whose patient did
-    not consent.
+    """Yield the (place, row) pairs in order, but with NO_CONSENT instead of each row whose patient
+    did not consent. data: the site's [data] table, with the consent column and the list of
+    opt-outs; if it names neither, the pairs are yielded unchanged.
 
+    | case                                         | what is done                              |
+    |----------------------------------------------|-------------------------------------------|
     | one row of a patient does not say yes        | all of that patient's rows are left out   |
     | the consent cell is missing or has no value  | the row does not say yes                  |
     | a row is unusable because of another cell    | its consent cell counts                   |
@@ -54,10 +57,10 @@ def with_consent(
 
 
 def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
-    """Read the list of opt-outs that site.toml names, and return a function that tells of a
-    patient's key whether it is on the list; None if no list is named.
+    """Read the list of opt-outs that site.toml names, and return a function that takes a patient's
+    key and returns whether it is on the list. Return None if site.toml names no list.
 
-    Errors: DataError, which quotes no line of the list."""
+    Errors: DataError, if the list or its salt cannot be used; it quotes no line of the list."""
     if table.opt_outs is None:
         return None
     listed = frozenset(_digests(table.opt_outs))
@@ -97,14 +100,16 @@ def _agrees(row: Row, table: ConsentTable) -> bool:
 
 
 def _cells_of(row: Row | str) -> Row | None:
-    """Return the cells of a row that can be read, also of a row that is unusable because of other
-    cells; None if no cell can be read. row: the row, or the reason why it is unusable."""
+    """Return the cells of a row, by column; of a row that is unusable because of some cells, return
+    the other cells. Return None if no cell can be read. row: the row, or the reason why it is
+    unusable."""
     return row.cells if isinstance(row, BadCell) else row if isinstance(row, dict) else None
 
 
 def _key_in(row: Row | None, column: str | None) -> str:
-    """Return the key of the row's patient; "" if it cannot be known. row: the cells that can be
-    read, None if there are none; column: the patient column, None if the file has none."""
+    """Return the key of the row's patient; "" if the row has none that can be read. row: the cells
+    that can be read, None if there are none; column: the patient column, None if the file has none.
+    """
     try:
         return key_of(row.get(column)) if row and column else ""
     except Rejected:

@@ -1,13 +1,13 @@
-"""Run a plug-in's conversion on one unit's rows at a time, each in a process that ends
-afterwards.
+"""Run a plug-in's conversion on the rows of one unit at a time, each in a process of its own that
+ends afterwards.
 
     this process ── two pipes for each unit ──> conversion_process ── forks ──> a child for the unit
 
 The process that forks (children.py) runs no code of the plug-in. A child imports the plug-in, reads
 its unit's rows, writes the converted rows, and ends.
 
-Guarantee: the conversion of a unit's rows depends only on those rows and public settings. If it
-fails, its unit has no records, and no other unit changes."""
+Guarantee: the conversion of a unit's rows depends only on those rows and on public settings. If it
+fails, the unit has no records, and nothing changes for any other unit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ class Unconverted(Exception):
 
 
 class Conversion:
-    """Converts units' rows with one plug-in, in a `with` block in which a site's rows are read.
+    """Converts rows, one unit's at a time, with the plug-in that `table` names. It is used in a
+    `with` block, during which a site's rows are read.
 
-    declared_size: the site's declared size, if its whole dataset is read, else 0, as for Children.
+    - table: the table [data.convert] of site.toml
+    - declared_size: the site's declared size if its whole dataset is read, else 0 (see Children)
+
     Errors, before a row is passed: ConfigError if the plug-in is not installed or does not accept
-    its options; InfrastructureError if this machine cannot confine it."""
+    its options; InfrastructureError if this machine cannot confine a child process."""
 
     def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
         self.children = Children(
@@ -57,10 +60,10 @@ class Conversion:
         self.children.__exit__(kind, error, traceback)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Convert one unit's rows.
+        """Convert one unit's rows, and return the rows to be read in their place.
 
-        Errors: Unconverted if the plug-in raises, hangs, exits or needs too much memory, or if its
-        result is no list of rows of plain finite values or is too long (typed_rows)."""
+        Errors: Unconverted if the plug-in raises, hangs, exits or needs too much memory. Also if
+        its result is too long, or is not a list of rows with plain finite values (typed_rows)."""
         try:
             (converted,) = self.children.run([given_bytes(rows)], BYTES, returned_rows)
         except (ChildFailed, ValueError, RecursionError):  # too long, or not of these types

@@ -1,7 +1,7 @@
-"""Fork a child for each unit's conversion; `core/data/conversion.py` starts this process.
+"""The process that forks a child for each unit's conversion; core/data/conversion.py starts it.
 
-This process reads no row, and runs no code of a plug-in. It finds the plug-in's modules and keeps
-their text, since a child may open no file."""
+It reads no row, and runs no code of the plug-in. It finds the plug-in's modules and keeps their
+source text in memory, since a child may open no file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ PREPARED = (
 
 
 def main() -> None:
-    """Fork children that convert rows, with the plug-in and the options of [data.convert]."""
+    """Run this process: fork children that convert rows. The plug-in and its options are those of
+    [data.convert]. If the plug-in cannot be used, tell the process that started this one."""
     control, table = child_process.begin()
     for name in (*PREPARED, *_encodings()):
         with suppress(ImportError):
@@ -72,7 +73,12 @@ def _encodings() -> Iterator[str]:
 
 
 class _PlugIn:
-    """A plug-in, found by its entry point; only a child imports it."""
+    """A plug-in that was found by its entry point, and is imported by a child only.
+
+    - name: the plug-in's name in site.toml
+    - value: the entry point's value, "MODULE:ATTRIBUTE"
+    - options: those of [data.convert.options]
+    - modules: the plug-in's modules, from which a child imports it"""
 
     def __init__(
         self, name: str, value: str, options: Mapping[str, Any], modules: _Modules
@@ -83,8 +89,9 @@ class _PlugIn:
         self._modules = modules
 
     def convert(self, given: bytes) -> bytes:
-        """Return the converted rows, encoded; if `given` is empty, whether the plug-in accepts its
-        options, as Children reads it."""
+        """Convert one unit's rows, in a child. given: the rows, encoded; the result is the
+        converted rows, encoded. If `given` is empty, the result is the JSON that `Children` reads
+        at its start: "ready", or the reason why the plug-in does not accept its options."""
         sys.meta_path = [BuiltinImporter, FrozenImporter, self._modules]
         if given:
             return returned_bytes(self._build().convert(given_rows(given)))
@@ -111,8 +118,8 @@ class _PlugIn:
 
 
 class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
-    """The modules of a plug-in's distribution and of those that it requires. This process finds,
-    reads and compiles them; only a child runs them."""
+    """The modules of a plug-in's distribution and of the distributions that this one requires. The
+    process that forks finds, reads and compiles them; only a child runs them."""
 
     def __init__(self, point: metadata.EntryPoint) -> None:
         self._texts, self._packages = dict[str, bytes](), set[str]()
@@ -172,8 +179,8 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
 
 
 def _list_required(point: metadata.EntryPoint) -> set[str]:
-    """Return the distributions that the plug-in's distribution requires, directly or indirectly;
-    fedtune is left out."""
+    """Return the names of the distributions that the plug-in's distribution requires, directly or
+    indirectly, without fedtune. point: the plug-in's entry point."""
     waiting, found = _requirements(point.dist), set[str]()
     while waiting:
         name = waiting.pop()
@@ -191,7 +198,8 @@ def _requirements(distribution: metadata.Distribution | None) -> list[str]:
 
 
 def _top_levels(required: set[str]) -> list[str]:
-    """Return the top-level modules and packages of the distributions `required`."""
+    """Return the names of the top-level modules and packages of some distributions. required: the
+    distributions' names."""
     if not required:
         return []
     named = metadata.packages_distributions().items()
@@ -199,7 +207,8 @@ def _top_levels(required: set[str]) -> list[str]:
 
 
 def _normalise_name(name: str) -> str:
-    """Return a distribution's name in the form in which names are compared."""
+    """Return a distribution's name in the form in which two names are compared: in lower case, and
+    with "-" for each run of "-", "_" and "."."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

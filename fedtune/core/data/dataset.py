@@ -19,18 +19,20 @@ NO_TARGET = -100
 
 
 class Passage(NamedTuple):
-    """A token sequence and its targets.
+    """A sequence of tokens and, for each of its L positions, the token that is to be predicted
+    there.
 
-    input_ids: (L,) int32. target_ids: (L,) int32, the token that position t must predict, or -100
-    if position t has no loss."""
+    - input_ids: (L,) int32, the tokens
+    - target_ids: (L,) int32, the token that position t must predict, or -100 if position t has no
+      loss"""
 
     input_ids: Ids
     target_ids: Ids
 
 
 class SoftTargets(NamedTuple):
-    """A teacher's k outcomes, with their probabilities, at each of the P targets of one record. A
-    record whose target is a label has P = 1.
+    """The k most probable outcomes by a teacher model, with their probabilities, at each of the P
+    targets of one record. A record whose target is a label has P = 1.
 
     - tokens: (P, k) int32, token ids or indices of labels
     - logp: (P, k) fp32, their log-probabilities"""
@@ -43,13 +45,16 @@ class SoftTargets(NamedTuple):
 class Example:
     """A tokenised record.
 
-    - input_ids, target_ids: as for Passage
-    - label: index in objective.labels; of a judged completion 1 (desirable) or 0; else -100
+    - input_ids: (L,) int32, the record's tokens
+    - target_ids: (L,) int32, the token that position t must predict, or -100 if it has no loss
+    - label: the label's index in objective.labels; of a judged completion 1 (desirable) or 0; -100
+      if the record has neither
     - unit: the number of the record's unit, in 0..n_units-1
-    - rejected: for a preference pair, the same prompt with the worse completion; else None
+    - rejected: of a preference pair, the passage of the same prompt with the worse completion; the
+      other fields hold the better one. None for every other record
     - media: the record's image, recording or clip, if it has one
     - tiles: the number of tiles into which the base splits that file; 1 without a file
-    - soft: a teacher's targets, if there is a teacher
+    - soft: the targets that a teacher model gives; None if there is no teacher
     - cut: the number of tokens left out so that the record fits objective.max_length
     - groups: for a held-out record, the index of its group on each axis of the plan; -1 if none
 
@@ -69,17 +74,19 @@ class Example:
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """Return the record's passages: one, or the two of a preference pair."""
+        """The record's token sequences: one or, for a preference pair, two, the better completion's
+        first."""
         passage = Passage(self.input_ids, self.target_ids)
         return (passage,) if self.rejected is None else (passage, self.rejected)
 
 
 class Failed(NamedTuple):
-    """A rejected row and the reason, a fixed text. Only the site's own screen shows it.
+    """A rejected row. Only the site's own screen shows it.
 
     - file: the file's name without its folder; it may hold a patient's name
-    - row: the row as a spreadsheet counts it (the header is row 1), for JSONL the line, for other
-      formats a number from 1; 0 if the whole file is rejected"""
+    - row: for CSV the number that a spreadsheet shows (the header is row 1); for JSON Lines the
+      line's number; for other formats a number from 1; 0 if the whole file is rejected
+    - reason: why the row is rejected, one of a fixed list of texts"""
 
     file: str
     row: int
@@ -88,15 +95,16 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Counts:
-    """Counts of what became of a dataset's rows. Only people at the site see them.
+    """What became of the rows of a dataset. Only people at the site see this. All fields are
+    numbers except `failed`.
 
-    - rows: all rows
+    - rows: how many rows there are in all
     - filtered: rows that data.filter left out
     - withheld: rows of patients who did not consent
     - duplicates: records with the content of an earlier record, of any patient
     - over_cap: usable records over their patient's max_records_per_unit
     - excluded: records of patients who withdrew or take part elsewhere
-    - failed: the rejected rows
+    - failed: the rejected rows, one object each
 
     Guarantee: neither training nor anything that leaves the site depends on these counts."""
 
@@ -111,18 +119,21 @@ class Counts:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """The examples of a dataset. Those of one unit stand together, and the units are in the order
-    of their first record.
+    """A site's or a study's data as training reads it: examples, i.e. tokenised records, and what
+    the ledger must remember of them.
 
+    - examples: those of one unit stand together, and the units are in the order of their first
+      record
+    - n_units: the number of units
     - rejected: the number of rejected rows, by reason
+    - members: identifiers (byte strings) of the patients that train, of the contents of records,
+      and of which record belongs to which unit. The site's ledger stores them as hashes
     - keys: the key of each unit, in the form that the ledger hashes
-    - members: the identifiers (byte strings) that the site's ledger stores as hashes. They identify
-      the patients that train, the contents of records, and which record belongs to which unit
-    - trained: those of `members` by which a later load of the dataset prefers records that trained
-      before: the patients' keys and, for at most load.REMEMBERED records of a unit, which record
-      belongs to which unit
-    - content_hash: a hash over all members, in any order
-    - counts: what became of the rows"""
+    - counts: what became of the rows
+    - trained: those of `members` that say who trained: the patients' keys and, for at most
+      load.REMEMBERED records of a unit, which record belongs to which unit. A later load of the
+      dataset prefers these records
+    - content_hash: a hash over all `members`, whatever their order"""
 
     examples: list[Example]
     n_units: int
@@ -134,13 +145,13 @@ class Dataset:
 
     @property
     def n_cut(self) -> int:
-        """The number of examples that were cut to objective.max_length."""
+        """The number of examples from which tokens were left out to fit objective.max_length."""
         return sum(example.cut > 0 for example in self.examples)
 
     @property
     def share_read(self) -> float:
-        """The share of a record's tokens that is read, as the median over all records; 1 if there
-        are none."""
+        """What share of a record's tokens is read, from 0 to 1: the median over all records; 1 if
+        there are no records."""
         shares = [
             len(example.input_ids) / (len(example.input_ids) + example.cut)
             for example in self.examples
@@ -148,8 +159,8 @@ class Dataset:
         return float(np.median(shares)) if shares else 1.0
 
     def exclude_units(self, is_excluded: Callable[[bytes], bool]) -> Dataset:
-        """Return the dataset without the units for whose key `is_excluded` is true. `members`,
-        `trained` and `counts` stay the same."""
+        """Return a copy of the dataset without the units for which is_excluded(key) is true. Its
+        `members`, `trained` and `counts` are still those of all units."""
         remaining = [old for old, key in enumerate(self.keys) if not is_excluded(key)]
         new_index = {old: index for index, old in enumerate(remaining)}
         examples = [
@@ -167,7 +178,7 @@ class Dataset:
 
     @cached_property
     def by_unit(self) -> list[list[int]]:
-        """Return, for each unit, the indices of its examples."""
+        """For each unit, the list of the indices of its examples in `examples`."""
         groups: list[list[int]] = [[] for _ in range(self.n_units)]
         for index, example in enumerate(self.examples):
             groups[example.unit].append(index)

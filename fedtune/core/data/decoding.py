@@ -1,8 +1,9 @@
-"""Decode an image, a recording or a clip to plain numbers, in a child process (media_process.py).
+"""Decode an image, a recording or a clip to plain numbers. The child processes of media_process.py
+run this.
 
-The libraries that do this read any file that a record names. So they run where a hostile file finds
-nothing, takes a minute of processor time and a gibibyte of memory at most, and ends no process
-but its own. What such a process answers is not trusted: `parts` of it are checked by media.py."""
+The libraries that decode will read whatever file a record names, also a hostile one. So they run in
+a child that has nothing to steal, may use at most a minute of processor time and a gibibyte of
+memory, and can end no process but itself. Its answer is not trusted: media.py checks every part."""
 
 from __future__ import annotations
 
@@ -47,8 +48,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
 
 def import_decoders(kind: Kind) -> None:
-    """Import everything that decodes files of a kind, as a child may open no file. Errors:
-    ConfigError if a library without which no file of the kind is decoded is not installed."""
+    """Import every module that decodes files of a kind, before a child is forked that may open no
+    file. kind: "image", "audio" or "video". Errors: ConfigError if a library is not installed
+    without which no file of this kind can be decoded."""
     if kind == "audio":
         with suppress(ImportError, OSError):  # without it, PCM WAV alone is decoded
             import soundfile  # noqa: F401
@@ -74,11 +76,14 @@ def _import_all(package: Any) -> None:
 
 
 def answer(kind: Kind, body: bytes) -> bytes:
-    """Decode one file. Return DECODED and the decoded numbers, or REJECTED and the reason:
+    """Decode one file, and return the answer of a child process: DECODED and then the numbers in
+    the form below, or REJECTED and then the reason.
 
-    - an image: width and height, then its colours, red, green and blue, a byte each
+    - an image: its width and height, then for each pixel red, green and blue, one byte each
     - a recording: its rate, then its samples, little-endian float32
-    - a clip: its frames, each as an image"""
+    - a clip: its frames, each in the form of an image
+
+    body: the file's content."""
     try:
         if kind == "image":
             return DECODED + _image_bytes(decode_image(body))
@@ -95,7 +100,8 @@ def _image_bytes(image: Image) -> bytes:
 
 
 def decode_image(body: bytes) -> Image:
-    """Decode an image: upright, in RGB. Errors: Rejected."""
+    """Decode an image file's content to an image in RGB, turned upright. Errors: Rejected if it is
+    too large or cannot be decoded."""
     from PIL import Image as pillow
 
     try:
@@ -114,10 +120,12 @@ def decode_image(body: bytes) -> Image:
 
 
 def _turn_upright(image: Image) -> Image:
-    """Return the image as its EXIF orientation says that it is shown, before it is loaded.
+    """Return the image turned or mirrored as its EXIF orientation says. Call this before the
+    image's pixels are loaded.
 
-    ImageOps.exif_transpose also writes all other EXIF tags again, and so does the loading of a TIFF
-    file that still has an orientation: minutes for a file that is full of them."""
+    If a TIFF file is loaded with its orientation, Pillow writes all its other EXIF tags again,
+    which takes minutes for a file that is full of them. ImageOps.exif_transpose does the same, and
+    is therefore not used."""
     from PIL.Image import Transpose
 
     turns = {
@@ -137,8 +145,8 @@ def _turn_upright(image: Image) -> Image:
 
 
 def _eight_bits(image: Any) -> Image:
-    """Return the image in 8 bits, scaled from its own darkest to its own brightest pixel. Errors:
-    Rejected if a pixel is not finite."""
+    """Return an image of 16 or more bits in 8 bits, scaled so that its own darkest pixel is 0 and
+    its own brightest 255. Errors: Rejected if a pixel is not finite."""
     from PIL import Image
 
     values = np.array(image, dtype=np.float64)
@@ -151,8 +159,10 @@ def _eight_bits(image: Any) -> Image:
 
 
 def decode_audio(body: bytes) -> tuple[Samples, int]:
-    """Return a recording's samples in one channel, and their rate. PCM WAV is decoded by the
-    standard library, other formats by soundfile, if it is installed. Errors: Rejected."""
+    """Decode a recording's content. Return its samples, (samples,) fp32 in one channel, and its
+    rate in samples per second. PCM WAV is decoded by the standard library, other formats by
+    soundfile.
+    Errors: Rejected if the file is too long, broken, or needs soundfile, which is not installed."""
     try:
         with wave.open(io.BytesIO(body)) as file:
             width = file.getsampwidth()
@@ -180,8 +190,13 @@ def decode_audio(body: bytes) -> tuple[Samples, int]:
 
 
 def _most_frames(rate: int, channels: int, frames: int) -> int:
-    """Return how many frames are read of a recording with this header, before any is decoded: one
-    more than it may have, whatever the header says. Errors: Rejected."""
+    """Return how many frames to read of a recording: one more than the longest allowed recording
+    has, even if its header names fewer, since the header may be wrong.
+
+    - rate, channels, frames: what the file's header says, before anything is decoded
+
+    Errors: Rejected if the header names an unusable rate or number of channels, or too many frames.
+    """
     if not RATES[0] <= rate <= RATES[1] or not 0 < channels <= CHANNELS:
         raise Rejected(UNREADABLE_AUDIO)
     if frames > SECONDS * rate:
@@ -190,8 +205,9 @@ def _most_frames(rate: int, channels: int, frames: int) -> int:
 
 
 def _pcm(raw: bytes, width: int, channels: int) -> Samples:
-    """Decode little-endian PCM to samples in ±1, averaged over channels; an incomplete frame at the
-    end is left out."""
+    """Decode little-endian PCM to samples between -1 and 1, (samples,) fp32, the average of the
+    channels. An incomplete frame at the end is left out. width: the bytes of one channel's sample.
+    """
     raw = raw[: len(raw) - len(raw) % (width * channels)]
     if width == 1:
         values = np.frombuffer(raw, np.uint8).astype(np.float32) - np.float32(128)

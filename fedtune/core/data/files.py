@@ -1,10 +1,10 @@
 """Read rows from files, from a folder of files, or from a database (data/sources).
 
-For a bad row a reason from a fixed list is yielded; no exception is raised. A bad file raises
-DataError while a person can still correct it. Once a site takes part, a reason is yielded for a bad
-file too, so that no row, and no file of a folder, decides whether the others are read. Reasons and
-errors hold no content, and no library's error is chained, since its message may quote a row.
-"""
+For a bad row no exception is raised: a reason from a fixed list is yielded in its place. For a bad
+file, DataError is raised as long as a person can still correct it. Once a site takes part in a
+study, a reason is yielded for a bad file too, so that no row, and no file of a folder, decides
+whether the others are read. Reasons and errors hold no content, and no library's error is chained
+to them, since its message may quote a row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ SPREADSHEET = (
 
 
 class Rejected(Exception):
-    """One record is unusable; the only argument is the reason, a fixed string."""
+    """Says that one record is unusable. The only argument is the reason, one of a fixed list of
+    texts."""
 
     @property
     def reason(self) -> str:
@@ -35,9 +36,11 @@ class Rejected(Exception):
 
 
 class Place(NamedTuple):
-    """The place of a row. file: the file's name without its folder; row: the row's number as a
-    spreadsheet shows it (the header is row 1), for JSONL the line's number, for other formats a
-    number from 1; 0 for the whole file."""
+    """Where a row was read, for people at the site.
+
+    - file: the file's name without its folder
+    - row: for CSV the number that a spreadsheet shows (the header is row 1); for JSON Lines the
+      line's number; for other formats a number from 1; 0 for the whole file"""
 
     file: str
     row: int
@@ -50,12 +53,13 @@ def rows(
 
     - where: the file, or the folder whose files are read
     - keys: for each configuration key, such as "data.columns.text", the column that it names
-    - strict: raise errors, for a person who can correct the files before they are used; if not, a
-      file that cannot be read gives one reason in place of its other rows
+    - strict: whether to raise an error, for a person who can still correct the data, if `where` is
+      one file that cannot be read. If not, and for a file in a folder, one reason is yielded in
+      place of the rows that could not be read
     - source: the source that reads the files; None if each file's suffix decides
 
-    Errors: DataError for a path that is missing or of another kind; if strict also for a single
-    file that cannot be read and for a column that no file has."""
+    Errors: DataError if the path is missing or is neither a file nor a folder; if strict also if
+    `where` is a file that cannot be read, and for a column that no file has."""
     for _, row in placed_rows(where, keys, strict=strict, source=source):
         yield row
 
@@ -74,10 +78,12 @@ def placed_rows(
     - where: the file, or the folder whose files are read; a source that reads a database ignores it
     - keys: for each configuration key, such as "data.columns.text", the column that it names; not
       used if `names` is given, which holds them already
-    - strict: raise errors, for a person who can correct the files before they are used
+    - strict: whether to raise the errors so marked below, for a person who can still correct the
+      data. For a file whose error is not raised, one reason is yielded in place of the rows that
+      could not be read
     - source: the source that reads the files; None if each file's suffix decides
-    - names: the object to which the names of the files' columns are added; None: a new one, which
-      is dropped after the reading
+    - names: the object to which the names of the files' columns are added; None if the caller does
+      not need these names
 
     Errors: DataError for a path that is missing or of another kind; if strict also for a single
     file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
@@ -118,14 +124,15 @@ def placed_rows(
 def _collect_rows(
     where: Path, source: Collection, names: Names, strict: bool
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield (place, row) for each row of a database, or of a folder that is read as a whole. The
-    row is a dict by column, or the reason for its rejection.
+    """Yield (place, row) for each row of a database, or of a folder that one source reads as a
+    whole. The row is a dict by column, or the reason for its rejection.
 
     - where: the folder; a database's source ignores it
     - source: the source that reads the database or the folder
-    - names: the object to which the columns are added; its `where` is the dataset's name in errors
-    - strict: raise errors; if not, an error of the source ends the rows with one "unreadable file"
-    """
+    - names: the object to which the names of the columns are added; its `where` names the dataset
+      in errors
+    - strict: whether an error of the source is raised. If not, the reason "unreadable file" is
+      yielded in its place, and no row after it"""
     file = ""
     try:
         for number, (file, row) in enumerate(source.collect(where, names), 1):
@@ -147,9 +154,9 @@ def _collect_rows(
 
 
 def _check_row(row: object) -> Row | str:
-    """Check what a source yielded for a row. Return the row if it is a dict, or the reason if it is
-    one of REASONS; for anything else return a fixed reason. The readable cells of a BadCell are
-    kept."""
+    """Check that what a source yielded for a row has a permitted form. Return the row if it is a
+    dict, or the reason if it is one of REASONS; for anything else return a fixed reason. A BadCell
+    (a reason with the row's readable cells) keeps these cells."""
     if isinstance(row, str):
         if row in REASONS:
             return row

@@ -15,18 +15,20 @@ NO_GROUP = -1
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Finds the groups of the plan's axes to which a row belongs. It holds only public settings and
-    the names of a site's columns.
+    """A function that finds the groups of one row: one on each axis by which the plan divides
+    held-out records. It holds only public settings and the names of a site's columns.
 
-    columns: for each axis, the file's column ("" if the site names none), the plan's values and,
-    for a column of numbers, the edges between its bands."""
+    - columns: for each axis, three values: the file's column ("" if the site names none), the
+      plan's names of the groups and, for a column of numbers, the edges between its bands (else
+      empty)"""
 
     columns: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
 
     @property
     def keys(self) -> dict[str, str]:
-        """The file's column for each axis of the plan for which the site names one, by the
-        configuration key."""
+        """The file's columns that hold groups, as a dict: configuration key
+        ("evaluation.groups.NAME") -> column. It has an item for every axis of the plan to which the
+        site names a column."""
         return {f"evaluation.groups.{column}": column for column, _, _ in self.columns if column}
 
     def __call__(self, row: Row) -> tuple[int, ...]:
@@ -43,8 +45,9 @@ NO_GROUPS = GroupReader()
 
 
 def group_reader(file: DataFile, study: Study | None) -> GroupReader:
-    """Return the object that finds the plan's groups of each row in `file`. For a file other than a
-    site's held-out records, and for a plan without a query, return NO_GROUPS, which has no axis."""
+    """Return the object that finds the plan's groups of a row in `file`. If `file` is not a site's
+    held-out records, or the plan has no query of private evaluation, return NO_GROUPS, whose result
+    for every row is ()."""
     table = study.private_evaluation if study else None
     if table is None or not isinstance(file, SiteEvaluation):
         return NO_GROUPS

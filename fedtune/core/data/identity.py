@@ -1,5 +1,5 @@
-"""Compute the identifiers ("members") by which the ledger, which stores them hashed, recognises a
-record across files, datasets and formats."""
+"""Compute the identifiers of records, called members. The ledger stores their hashes, by which it
+recognises a record in another file, dataset or format."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fedtune.core.data.tokenize import _texts
 
 
 def identity_of(record: Record, by_patient: bool) -> set[bytes]:
-    """Return the members (identifiers) that stand for a record: its whole content; its image or
-    recording; its longest text, if it has at least LONG characters; and, with by_patient, its
-    patient.
+    """Return the identifiers ("members") that stand for a record: one for its whole content; one
+    for its image or recording; one for its longest text, if this has at least LONG characters; and
+    one for its patient, if by_patient is true.
 
-    Shorter texts do not count, since many records may share a question or an instruction."""
+    Shorter texts give none, since many records may share a question or an instruction."""
     members = {record_member(record)}
     if record.media:
         members.add(b"media\0" + record.media.file)
@@ -27,9 +27,9 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
 
 
 def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
-    """Return, for each usable record of a site's dataset, the set of its identifiers
-    (`identity_of`). patients: whether a record's patient is among them, if a patient column is
-    named.
+    """Read a site's dataset, and return for each usable record the set of its identifiers
+    (`identity_of`). patients: whether a record's patient is among them; without a patient column it
+    never is.
 
     Errors: DataError, ConfigError, as in `read_records`."""
     by_patient = data.columns.patient is not None
@@ -38,9 +38,9 @@ def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
 
 
 def every_member(data: SiteData) -> set[bytes]:
-    """Return every member (identifier) by which a ledger may know the records that are in a dataset
-    now, whether a study protected patients or single records. Records that data.consent leaves out
-    are included.
+    """Return every identifier ("member") by which a ledger may know the records that are in a
+    dataset now, for studies that protect patients and for those that protect single records.
+    Records of patients without consent are included.
 
     Errors: DataError, ConfigError, as in `read_records`."""
     everybody = data.model_copy(update={"consent": None})

@@ -1,4 +1,4 @@
-"""Convert records to tokens and targets, and cap the records of each unit."""
+"""Convert records to tokens and targets, and limit how many records of one unit take part."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ REMEMBERED = 39
 
 
 class Unit(NamedTuple):
-    """One unit's records after reading.
+    """What became of one unit's records.
 
-    - records, examples: the records that train, and the example of each, whose unit is set later
-    - rejected: the unusable records with the reasons
-    - over_cap: the number of records left out by the cap
-    - remembered: the records that the ledger remembers as trained on, at most REMEMBERED"""
+    - records, examples: the records that train, and the example made of each. `unit` of these
+      examples is still 0; load_dataset sets it
+    - rejected: the unusable records, each with the reason
+    - over_cap: how many usable records the cap on a unit's records left out
+    - remembered: those of `records` that the ledger remembers as trained on, at most REMEMBERED"""
 
     records: list[Record]
     examples: list[Example]
@@ -64,18 +65,21 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class UnitReader:
-    """Turns one unit's records into examples: tokenised, capped, with soft targets.
+    """A function that turns one unit's records into examples: it tokenises them, limits their
+    number, and adds a teacher's targets if there is a teacher.
 
-    It reads one unit at a time and holds public values alone.
+    It sees one unit at a time, and itself holds public values alone.
 
-    - objective: the plan's objective: max_length, overflow, template and labels
+    - objective: the plan's objective, of which max_length, overflow, template and labels are used
+    - tokenizer: the base's
     - record_format: which of a record's fields are read (`check_columns`)
     - scored: whether a head is trained, which reads the text at its last token
     - labelled: whether a record that has nothing to predict is rejected
     - reader: how the base reads images, recordings or clips; None if it reads text alone
     - soft_targets: computes a teacher's targets for a record and its example; None: no teacher
     - max_records: the cap on one unit's records; None: no cap
-    - choices: answers for which a prompt that is cut must leave room
+    - choices: the answers that evaluation chooses from; if a prompt is cut, it must leave room for
+      them
     - scan: applies a site's [data.scan] to a record; None: no record is scanned
 
     Guarantee: which of a unit's records train, and on which tokens, depends on that unit's records
@@ -96,9 +100,10 @@ class UnitReader:
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
-        """Turn the records of one unit into examples, in the file's order, and cap them. is_kept:
-        whether the unit trained on a record before. The cap prefers such records, then those whose
-        content has the smallest sha256."""
+        """Turn the records of one unit into examples, in the file's order, and return what became
+        of them. If the unit has more usable records than max_records, those on which the unit
+        trained before (is_kept(record)) are preferred, then those whose content has the smallest
+        sha256."""
         rejected: list[tuple[Record, str]] = []
         nameless = [replace(record, unit="", place=None) for record in records]
         made = per_unit(self._examples, (Example, str))(nameless)
@@ -193,16 +198,17 @@ def _lead(record: Record, placed: Record) -> str:
 def _beside(
     records: Sequence[Record], made: list[Example | str] | None
 ) -> list[tuple[Record, Example | str]]:
-    """Pair each record with its example, or the reason why it has none. made: None if the
-    conversion of the whole unit failed."""
+    """Pair each record with what was made of it: its example, or the reason why it has none. made:
+    one for each record, in order; None if the conversion of the whole unit failed, which is then
+    the reason for every record."""
     return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
 
 
 def _select_passed(
     outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
 ) -> list[tuple[Record, Example]]:
-    """Return the records that have an example, each with it. Append the others to `rejected`, each
-    with the reason."""
+    """Return (record, example) for each record that has an example. Append (record, reason) to
+    `rejected` for each of the others. outcomes: each record, with its example or the reason."""
     rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
     return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
@@ -210,9 +216,9 @@ def _select_passed(
 def _cap_records(
     usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
 ) -> list[tuple[Record, Example]]:
-    """Return at most `limit` of one unit's records, in their order. Those trained on before are
-    chosen first, then those whose content has the smallest sha256. is_kept: whether the unit
-    trained on a record before."""
+    """Choose at most `limit` of one unit's records, and return them, each with its example, in the
+    order of `usable`. Records on which the unit trained before (is_kept(record)) are chosen first,
+    then those whose content has the smallest sha256."""
     order = sorted(
         (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
         for index, (record, _) in enumerate(usable)
@@ -232,7 +238,7 @@ def load_dataset(
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
     reader: Reader | None = None,
 ) -> Dataset:
-    """Read, tokenise and cap a dataset.
+    """Read a dataset, tokenise it, and limit how many records of a patient take part.
 
     - file: the table of study.toml or site.toml that names the file, or the database, and columns
     - study: the plan, whose objective, unit and cap on a patient's records are applied
@@ -242,7 +248,7 @@ def load_dataset(
       record
     - is_known_member: whether an earlier load of the dataset had this member. The cap prefers
       records that it had
-    - strict: raise errors, for a person who can correct the files
+    - strict: whether to raise the errors so marked below, for a person who can correct the files
     - soft_targets: computes a teacher's targets for one record; None: no teacher
     - reader: how the base reads records, if it reads more than text (modalities); None for text
 
@@ -251,8 +257,9 @@ def load_dataset(
     [evaluation] of a study hold no private records, and their unit is the record.
     Errors: DataError for a path or columns that cannot be used; if strict, also as in `files.rows`,
     and if no record is usable, or all of a site's labelled records are one unit's.
-    Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its
-    own history alone (UnitReader): adding or removing a unit changes nothing of the others."""
+    Guarantee: if not strict, whether a unit trains, and on what, depends on its own rows and on
+    which of its records trained before. Adding or removing one unit changes nothing for the others.
+    """
     table = table_of(file)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
@@ -316,7 +323,7 @@ def _counts(read: Read, units: Sequence[Unit]) -> Counts:
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
-    """Count the records with the content of an earlier record, of any patient."""
+    """Count the records whose content an earlier record has too, of the same or another patient."""
     return len(records) - len({hashlib.sha256(content_of(record)).digest() for record in records})
 
 
@@ -336,8 +343,10 @@ def check_columns(
     - labelled: whether records need a label or an answer; False: a record may have neither
     - reader: how the base reads images, recordings or clips; None: no such column may be named
 
-    The format is the objective's, but "text" if records need no answer (a text to classify stays
-    "label"). In a study on judgements the evaluation records are preference pairs.
+    The format is the objective's ("label", "preference", "unpaired_preference" or "text"), with two
+    exceptions. If `labelled` is false it is "text", unless the objective's is "label". If the study
+    learns from judgements ("unpaired_preference"), records other than a site's are preference
+    pairs.
     Errors: DataError."""
     table = table_of(file)
     columns, objective = file.columns, study.objective
@@ -376,9 +385,10 @@ def check_columns(
 
 
 def _check_media(file: DataFile, study: Study, reader: Reader | None) -> None:
-    """Check that the columns name the kind of file that the base reads (image, audio or video), and
-    no other kind. Check also that no column is named that the base does not read beside such a
-    file. reader: how the base reads such files; None if it reads text alone. Errors: DataError."""
+    """Check that the file's columns fit what the base reads. If it reads images, recordings or
+    clips, the column of that kind must be named, and no column of another kind. A base for
+    recordings reads no prompt besides; a video base without a [lora] table reads no text besides.
+    reader: how the base reads such files; None if it reads text alone. Errors: DataError."""
     at, required = f"{table_of(file)}.columns", reader.column if reader else None
     for kind in KINDS:
         if getattr(file.columns, kind) and kind != required:
@@ -419,10 +429,10 @@ def _trained_member(record: Record) -> bytes:
 
 
 def _members(records: list[Record]) -> frozenset[bytes]:
-    """Return the members (identifiers) of records that do not depend on the unit: for each record
-    one for its content, one for its file, and one for each of its texts of at least LONG
-    characters. By these `fedtune doctor` finds records that two datasets have in common, even if a
-    text or file is in another column or format."""
+    """Return the identifiers ("members") that say nothing of which unit a record belongs to: for
+    each record one for its content, one for its file, and one for each of its texts of at least
+    LONG characters. By these `fedtune doctor` finds records that two datasets have in common, even
+    if a text or file is in another column or format."""
     members = set()
     for record in records:
         members.add(record_member(record))

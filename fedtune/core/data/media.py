@@ -3,10 +3,10 @@ is safe to read again.
 
 A path is relative to the data file's folder and must lie inside it once every link is followed.
 A unit's files are decoded in a child process that can only compute and has limits of memory and
-time (children.py, decoding.py). From its answer, which is not trusted, this process makes a form of
-its own: a PNG of an image or frame, the samples of a recording. No library reads a record's file
-here. A record whose file cannot be used is rejected for a reason from a fixed list; neither the
-file's name nor its content is shown."""
+time (children.py, decoding.py). From the child's answer, which is not trusted, this process makes
+the form that it keeps: a PNG of an image or of each frame, or a recording's samples. In this
+process no library reads a record's file. A record whose file cannot be used is rejected for a
+reason from a fixed list; neither the file's name nor its content is shown."""
 
 from __future__ import annotations
 
@@ -76,10 +76,12 @@ REASONS = {
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Media:
-    """An image, a recording or a clip, in the form in which this process keeps it (`keep`).
+    """An image, a recording or a clip.
 
+    - kind: "image", "audio" or "video"
+    - body: the content, in the form that `keep` makes, which `picture`, `sound` and `clip` read
     - digest: the sha256 of `body`
-    - file: the sha256 of the file that the record names, by which the ledger knows it"""
+    - file: the sha256 of the file that the record names; the ledger knows the record by it"""
 
     kind: Kind
     body: bytes
@@ -88,19 +90,24 @@ class Media:
 
     @classmethod
     def of(cls, kind: Kind, body: bytes, file: bytes | None = None) -> Media:
-        """Make a Media of what `keep` returned. file: None if it was made here, of no file."""
+        """Return a Media with the content `body`, in the form that `keep` makes. file: the sha256
+        of the file that a record names; None if there is no such file, since fedtune generated the
+        content."""
         digest = hashlib.sha256(body).digest()
         return cls(kind, body, digest, digest if file is None else file)
 
 
 class Folder:
-    """The files under one folder. Each is read once, however many records name it."""
+    """The files under one folder. The content of each is read once and kept, however many records
+    name the file."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._cache = root.resolve(), dict[tuple[Path, str], bytes | str]()
 
     def read(self, name: str, kind: Kind) -> bytes:
-        """Return the content of the file of this name. Errors: Rejected."""
+        """Return the content of the file `name`, a path relative to the folder. Errors: Rejected if
+        the path leads outside the folder, or the file is missing, empty, unreadable or too large.
+        kind: "image", "audio" or "video", for the reason."""
         path = self._inside(name)
         if (path, kind) not in self._cache:
             try:
@@ -125,7 +132,8 @@ class Folder:
 
 
 def read_file(path: Path, kind: Kind) -> bytes:
-    """Return the content of the file at `path`. Errors: Rejected."""
+    """Return the content of the file at `path`. Errors: Rejected if it is empty, unreadable or
+    larger than BYTES. kind: "image", "audio" or "video", for the reason."""
     try:
         with reading.open_regular(path) as file:
             content = file.read(BYTES + 1)
@@ -139,14 +147,16 @@ def read_file(path: Path, kind: Kind) -> bytes:
 
 
 class Decoder:
-    """Decodes files of one kind, the files of one unit at a time, in a `with` block.
+    """Decodes files of one kind, those of one unit at a time. It is used in a `with` block, in
+    which child processes can be started.
 
-    - kind: of the files
-    - declared_size: the site's declared size, if its whole dataset is read, else 0, as for Children
+    - kind: "image", "audio" or "video"
+    - declared_size: the site's declared size if its whole dataset is read, else 0 (see Children)
 
-    On macOS, Windows and other processors the files are decoded in this process, without limits of
-    time or memory, and a warning says so. Errors, before a file is decoded: ConfigError if what
-    decodes them is not installed; InfrastructureError if Linux refuses to confine a child."""
+    Except on Linux with an x86-64 or 64-bit ARM processor, the files are decoded in this process,
+    without limits of time or memory, and a warning says so. Errors, before a file is decoded:
+    ConfigError if what decodes them is not installed; InfrastructureError if Linux refuses to
+    confine a child."""
 
     def __init__(self, kind: Kind, declared_size: int = 0) -> None:
         self._kind: Kind = kind
@@ -186,8 +196,9 @@ class Decoder:
             self._children.__exit__(kind, error, traceback)
 
     def decode(self, files: Sequence[bytes]) -> list[Media | str]:
-        """Decode one unit's files. Return for each, in order, what is kept of it, or the reason why
-        it cannot be used. If the child fails, UNDECODED is the reason for all of them."""
+        """Decode the files of one unit. Return for each, in order, its decoded content as a Media,
+        or the reason (a str) why the file cannot be used. If the child process fails, the reason is
+        UNDECODED for all of them. files: the files' contents."""
         decoded = per_unit(self._decode, (Media, str))(files)
         return [UNDECODED] * len(files) if decoded is None else decoded
 
@@ -219,9 +230,9 @@ def _sha256(content: bytes) -> bytes:
 
 
 def _import_what_reads_kept_forms(kind: Kind) -> None:
-    """Import what this process needs for kept forms, before the first file is read. Which modules a
-    process imports can be seen by its reads from disk, and must not depend on a record. Errors:
-    ConfigError."""
+    """Import, before the first file is read, what this process needs to read the forms that `keep`
+    makes. Which modules a process imports can be seen by its reads from disk, and so must not
+    depend on a record. Errors: ConfigError if Pillow is needed and is not installed."""
     if kind == "audio":
         with suppress(ImportError):
             import scipy.signal  # type: ignore[import-untyped]  # noqa: F401
@@ -234,7 +245,8 @@ def _import_what_reads_kept_forms(kind: Kind) -> None:
 
 
 def load(path: Path, kind: Kind) -> Media:
-    """Read and decode the file at `path`. Errors: Rejected; ConfigError as for Decoder."""
+    """Read and decode the file at `path`. Errors: Rejected if the file cannot be used; ConfigError
+    and InfrastructureError as for Decoder."""
     content = read_file(path, kind)
     with Decoder(kind) as decoder:
         (found,) = decoder.decode([content])
@@ -247,9 +259,10 @@ def load(path: Path, kind: Kind) -> Media:
 
 
 def keep(kind: Kind, told: bytes) -> bytes | str:
-    """Return the form in which the file is kept of which a child told (decoding.answer), or the
-    reason why there is none. The bytes are not trusted: whatever they are, the result is a form
-    that `picture`, `clip` or `sound` can read, or a reason from the fixed list."""
+    """Convert a child's answer (decoding.answer) to the form in which this process keeps a file's
+    content. Return that form (bytes), or the reason (a str) why there is none. The answer, `told`,
+    is not trusted: whatever its bytes are, the result is a form that `picture`, `clip` or `sound`
+    can read, or one of a fixed list of reasons."""
     mark, content = told[:1], memoryview(told)[1:]
     try:
         if mark == REJECTED:
@@ -265,8 +278,8 @@ def keep(kind: Kind, told: bytes) -> bytes | str:
 
 
 def keep_frames(frames: Sequence[Image]) -> bytes:
-    """Return the kept form of images in RGB: an image's PNG, or each frame's with its length before
-    it, if there are several."""
+    """Return the form in which images in RGB are kept: the PNG of a single image; if there are
+    several frames, the PNG of each after its length."""
     files = [_png(frame) for frame in frames]
     if len(files) == 1:
         return files[0]
@@ -274,7 +287,8 @@ def keep_frames(frames: Sequence[Image]) -> bytes:
 
 
 def keep_samples(samples: Samples, rate: int) -> bytes:
-    """Return the kept form of a recording: its rate, in samples a second, and its samples."""
+    """Return the form in which a recording is kept: its rate, in samples per second, and its
+    samples."""
     return LENGTH.pack(rate) + samples.astype("<f4").tobytes()
 
 
@@ -316,12 +330,13 @@ def _png(image: Image) -> bytes:
 
 
 def picture(media: Media) -> Image:
-    """Return the image, upright, in RGB."""
+    """Return the image in `media`, of kind "image", in RGB."""
     return _read_png(media.body)
 
 
 def clip(media: Media) -> list[Image]:
-    """Return the sampled frames of the clip (video.FRAMES), in order, in RGB."""
+    """Return the frames of the clip in `media`, of kind "video", in order and in RGB: those that
+    were sampled of the video when it was decoded (video.FRAMES)."""
     frames, rest = [], media.body
     while rest:
         (length,) = LENGTH.unpack_from(rest)
@@ -338,8 +353,9 @@ def _read_png(file: bytes) -> Image:
 
 
 def sound(media: Media, rate: int | None = None) -> Samples:
-    """Return the recording's samples, (samples,) fp32 in ±1, in one channel. rate: samples per
-    second to which they are converted; None: the recording's own rate."""
+    """Return the samples of the recording in `media`, of kind "audio": (samples,) fp32 between -1
+    and 1, in one channel. rate: the samples per second to which they are converted; None: the
+    recording's own rate, as it is."""
     (own_rate,) = LENGTH.unpack_from(media.body)
     samples = np.frombuffer(media.body, "<f4", offset=LENGTH.size)
     if rate is None or rate == own_rate:

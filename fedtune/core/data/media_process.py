@@ -1,8 +1,8 @@
-"""Fork a child for each unit's images, recordings or clips; `core/data/media.py` starts this
-process.
+"""The process that forks a child for each unit's images, recordings or clips; core/data/media.py
+starts it.
 
-This process reads no file of a record. It imports what decodes them, since a child may open no
-file."""
+It reads no file of a record. It imports the modules that decode such files, since a child may open
+no file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fedtune.core.errors import ConfigError
 
 
 def main() -> None:
-    """Fork children that decode files of one kind, settings["kind"]."""
+    """Run this process: fork children that decode the kind of files that settings["kind"] names. If
+    the libraries for it are missing, tell the process that started this one."""
     control, settings = child_process.begin()
     kind = settings["kind"]
     try:

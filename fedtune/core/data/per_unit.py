@@ -1,8 +1,8 @@
-"""Convert one unit's rows to examples. Every step of this passes through `per_unit`.
+"""Convert one unit's rows to examples. Every step of the conversion passes through `per_unit`.
 
-fedtune's own code, which is small for each format, splits the rows of a file or table into
-units. What then happens to a unit's rows (a plug-in's conversion, records, scans, templates,
-tokens) is a function of that unit's rows and of public settings, and only `per_unit` calls it."""
+fedtune's own code, which is small for each format, splits the rows of a file or table into units.
+What then happens to a unit's rows (a plug-in's conversion, records, scans, templates, tokens) is a
+function of that unit's rows and of public settings, and only `per_unit` calls it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ V = TypeVar("V")
 def per_unit(
     convert: Callable[[list[R]], list[V]], kinds: type | tuple[type, ...]
 ) -> Callable[[Sequence[R]], list[V] | None]:
-    """Wrap a conversion so that it gets the rows of one unit and nothing else.
+    """Wrap a conversion so that it gets the rows of one unit and nothing else. Return a function
+    that takes one unit's rows and returns `convert`'s list, or None if the unit is left out.
 
-    convert: takes a list of one unit's rows, and holds only public settings. It is a frozen
-    dataclass or a function of this release, or a Conversion, which runs a plug-in's conversion in
-    a separate process. kinds: the types of the values in the list that it returns.
-    Returns: a function of one unit's rows that returns that list, or None if the unit is left out.
+    - convert: a function of one unit's rows, a list, that returns a list and holds only public
+      settings. It is a frozen dataclass or a function of this release, or a Conversion, which runs
+      a plug-in's conversion in a separate process
+    - kinds: the types that the values in `convert`'s list may have
 
     Guarantee: the result for a unit depends only on its rows and public settings. `convert` learns
     neither whose rows they are, nor which unit it is, nor how many units there are. If it fails, or
     returns values of other types, this unit alone is left out.
-    | `convert` raises, a library panics, other types | None is returned                          |
-    | MemoryError | raised, since memory that other units take decides when it occurs              |
-    | ConfigError | raised, since a package is missing, on which no row has an influence           |
+    | what happens | what the returned function does                                               |
+    |--------------|-------------------------------------------------------------------------------|
+    | `convert` raises, a library panics, other types | returns None                               |
+    | MemoryError  | raises it, since memory that other units take decides when it occurs          |
+    | ConfigError  | raises it, since a package is missing, on which no row has an influence       |
     """
 
     def of_unit(rows: Sequence[R]) -> list[V] | None:

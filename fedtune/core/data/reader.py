@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 
 class Reader(Protocol):
-    """One base's way of reading records.
+    """How one base reads a record with an image, audio or video file.
 
-    - column: the column that [data].columns must name besides the text; None if there is none
+    - column: the kind of column, "image", "audio" or "video", that [data.columns] must name besides
+      the text; None if there is none
     - starts: whether `place` puts the base's start tokens before the text, so that the tokenizer
-      adds none
-    - avoid: token ids that no text may hold except as place-holders
-    """
+      must add none
+    - avoid: the ids of the special tokens that stand for a part of a file; no record's own text may
+      hold them"""
 
     starts: bool
     avoid: frozenset[int]
@@ -29,19 +30,21 @@ class Reader(Protocol):
     def column(self) -> Kind | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
-        """Return a copy of the record with place-holders for its file in its text, and the number
-        of tiles (parts) into which the base splits the file; 1 if it splits none. Errors: Rejected
-        if the base cannot read the record."""
+        """Return two values: a copy of the record whose text holds special tokens in the place of
+        its file, and the number of tiles (parts) into which the base splits the file; 1 if it
+        splits none. Errors: Rejected if the base cannot read the record."""
 
     def check(self, ids: list[int], tiles: int) -> None:
-        """Check that the token ids `ids` hold the place-holders of exactly `tiles` tiles. Errors:
-        Rejected."""
+        """Check that a tokenised text holds the special tokens of exactly `tiles` tiles of a file,
+        no more and no fewer. ids: the token ids. Errors: Rejected."""
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Compute the input of the base's image or audio encoder from this file alone: fp32,
-        (tiles, …)."""
+        """Compute the input of the base's image, audio or video encoder from one file alone:
+        (tiles, …) fp32, one row for each part into which the base splits the file."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a file of noise, with as many tiles as `like` if given, for checks that must not
-        read a real file. Return None if this base reads text alone. draw: the generator of the
-        noise."""
+        """Generate an image, a recording or a clip of noise, for checks that must not read a real
+        file. Return None if this base reads text alone.
+
+        - draw: the generator of the noise
+        - like: a file that has as many tiles as the result is to have; None: any number will do"""

@@ -42,8 +42,8 @@ Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Record:
-    """One record. A field for which the file has no column is "", () or None, except for `unit` and
-    `place`, which are set for every record that was read.
+    """One record. Which fields hold its content follows from the file's columns, as in the table;
+    the other content fields are "", () or None.
 
     | columns          | fields                 |
     |------------------|------------------------|
@@ -56,8 +56,11 @@ class Record:
     | prompt + completion + label | prompt, completion, label |
     | label alone, beside image, audio or video | label |
 
-    media: the file that the column image, audio or video names; place: the row's place in the data
-    file, which only the site's own screen shows; groups: a held-out record's groups, as in Example.
+    - unit: the key of the record's unit; "" while one record is made of its row alone
+    - media: the content of the file that the column image, audio or video names
+    - place: where the row was read, which only the site's own screen shows; None where `unit` is ""
+    - groups: of a held-out record, the index of its group on each axis of the plan; else ()
+
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
@@ -73,12 +76,14 @@ class Record:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Read:
-    """The content of a data file.
+    """What was read from a data file.
 
-    - records, failed: the usable records and the rejected rows, as they were met
+    - records: the usable records, in the order in which they were read
+    - failed: the rejected rows
     - rows: the number of all rows
-    - filtered_in, withheld_in: by file, how many rows data.filter and data.consent left out
-    - names: the columns' names"""
+    - filtered_in, withheld_in: for each file's name, how many of its rows data.filter left out, and
+      how many are of patients who did not consent
+    - names: the names of the columns that the files have"""
 
     records: list[Record]
     failed: list[Failed]
@@ -89,27 +94,29 @@ class Read:
 
     @property
     def filtered(self) -> int:
-        """Count the rows that data.filter left out."""
+        """The number of rows that data.filter left out."""
         return self.filtered_in.total()
 
     @property
     def withheld(self) -> int:
-        """Count the rows of patients who did not consent."""
+        """The number of rows of patients who did not consent."""
         return self.withheld_in.total()
 
     @property
     def rejected(self) -> Counter[str]:
-        """Count the rejected rows by reason."""
+        """The number of rejected rows, by reason."""
         return Counter(failed.reason for failed in self.failed)
 
 
 def unit_member(unit: str) -> bytes:
-    """Return a patient's key in the form that the site's ledger hashes."""
+    """Return the identifier of a patient that the site's ledger stores as a hash. unit: the
+    patient's key."""
     return b"unit\0" + unit.encode()
 
 
 def content_of(record: Record) -> bytes:
-    """Return the record's content as bytes, without its patient."""
+    """Return the record's content, without its patient, as bytes: equal content gives equal
+    bytes."""
     more = [record.rejected] if record.rejected else []
     more += [record.media.file.hex()] if record.media else []
     said = [record.prompt, record.completion, record.label, record.messages, *more]
@@ -117,13 +124,14 @@ def content_of(record: Record) -> bytes:
 
 
 def record_member(record: Record) -> bytes:
-    """Return a record's content, whichever patient it belongs to, in the form that the site's
-    ledger hashes."""
+    """Return the identifier of a record's content that the site's ledger stores as a hash. It is
+    the same for equal records of two patients."""
     return b"record\0" + content_of(record)
 
 
 def table_of(file: DataFile) -> str:
-    """Name the table of study.toml or site.toml that describes the file, for error messages."""
+    """Return the name of the table of study.toml or site.toml that describes the file, such as
+    "data", for error messages."""
     named = {PublicTable: "public", SelectionTable: "selection", EvaluationTable: "evaluation"}
     return {**named, AcceptanceTable: "acceptance"}.get(type(file), "data")
 
@@ -137,14 +145,15 @@ def read_records(
 ) -> tuple[list[Record], Counter[str]]:
     """Read the usable records in file order, and count the rejected ones by reason.
 
-    - unit: whether a record's key is the patient's or its own. Its own is the hash of its content
-      and its number among records of the same content, since a row's number would change when
-      another row is added or removed
-    - labelled: False also admits records without completion, label or assistant turn (public text)
-    - strict: raise errors, for a person who can correct the file
+    - unit: "patient": a record's key is the patient's. "record": each record has a key of its own,
+      the hash of its content and its number among records of the same content (not the row's
+      number, which would change when another row is added or removed)
+    - labelled: whether a record must have a completion, a label or an assistant turn; public text,
+      for example, need not
+    - strict: whether to raise the errors so marked below, for a person who can correct the file
 
-    Errors: DataError as in `files.rows`, if no patient column is named for the unit "patient", and,
-    if strict, if the file has no record; ConfigError as in `source_of`.
+    Errors: DataError as in `files.rows`, and if the unit is "patient" and no patient column is
+    named; if strict also if the file has no record. ConfigError as in `source_of`.
     Guarantee: if not strict, a record is made of its own row alone, or, with data.convert, of the
     rows of its unit alone."""
     read = read_file(file, unit=unit, labelled=labelled, strict=strict)
@@ -159,8 +168,8 @@ def read_file(
     strict: bool = True,
     groups: GroupReader = NO_GROUPS,
 ) -> Read:
-    """Read a data file as read_records does, and also return places, counts and columns. groups:
-    finds a row's groups, whose columns are read too.
+    """Read a data file as `read_records` does, and return all that is known of it: records, places,
+    rejected rows, counts and columns. groups: finds the groups of a row; its columns are read too.
 
     Errors, Guarantee: as for read_records."""
     table = table_of(file)
@@ -210,7 +219,8 @@ class _Undecoded:
 
 
 class _Reading:
-    """Collects the records of a data file, each made from its own row, and the rejected rows."""
+    """Collects, while a data file is read, the records, each made from its own row, and the
+    rejected rows."""
 
     def __init__(
         self,
@@ -232,12 +242,13 @@ class _Reading:
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
 
     def reject(self, place: Place, reason: str) -> None:
-        """Add a row to the rejected ones."""
+        """Note that the row at `place` is rejected, and why."""
         self.failed.append(Failed(*place, str(reason)))  # without a row's cells
 
     def key_in(self, place: Place, row: Row) -> str:
-        """Return the key of a row's unit, before the row is converted. If the unit is the record,
-        each row is a unit. If the key cannot be read, reject the row and return ""."""
+        """Return the key by which rows of one unit are collected before they are converted: the
+        patient's or, if the unit is the record, a number that no other row gets. If the patient's
+        key cannot be read, reject the row and return ""."""
         self._rows += 1
         if not self._by_patient:
             return str(self._rows)
@@ -248,8 +259,9 @@ class _Reading:
             return ""
 
     def take(self, place: Place, row: Row, key: str = "") -> None:
-        """Add the record of a row, or reject the row. key: the patient's key; "" if it is to be
-        read from the row."""
+        """Make a record of a row and add it, or reject the row. If the record names an image,
+        recording or clip, `decode` adds it later. key: the patient's key; "" if it is to be read
+        from the row."""
         try:
             if self._by_patient and not key:
                 key = key_of(row.get(self._columns.patient or ""))
@@ -278,8 +290,8 @@ class _Reading:
         self._undecoded.append(_Undecoded(place, record, key, content))
 
     def decode(self, decoder: Decoder) -> None:
-        """Decode the files that the records name, those of one unit after those of another, and add
-        the records in the order of their rows."""
+        """Decode the files that the records so far name, one unit's at a time, and add these
+        records in the order of their rows. A record whose file cannot be used is rejected."""
         waiting = self._undecoded
         units = defaultdict[str, list[int]](list)
         for number, row in enumerate(waiting):
@@ -312,7 +324,7 @@ class _Reading:
 
     @property
     def by_patient(self) -> bool:
-        """Whether a unit is a patient."""
+        """Whether the unit is the patient, so that one unit may have several rows."""
         return self._by_patient
 
     def patient_of(self, row: Row) -> str:
@@ -320,8 +332,8 @@ class _Reading:
         return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
 
     def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
-        """Return a test of a converted row: whether its image, recording or clip, if any, is named
-        in one of `rows`."""
+        """Return a function that says of a converted row whether the image, recording or clip that
+        it names is also named in one of `rows`, the unit's own; true if it names none."""
         column = self._columns.media
         own = {value for row in rows for value in row.values() if isinstance(value, str)}
 
@@ -334,8 +346,9 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _RowReader:
-    """Makes a record of each row, from that row alone; the row's patient and place are not yet in
-    it. For a rejected row the list has the reason, a text."""
+    """A function that makes a record of each row of a list, from that row alone. It returns a list
+    with the record or, if the row is rejected, the reason (a str). The records' unit and place are
+    not set."""
 
     columns: Columns
     labelled: bool
@@ -357,8 +370,10 @@ Convert = Callable[[Sequence[Row]], "list[Row] | None"]
 
 @contextmanager
 def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | None]:
-    """Start a site's converter for the block, and yield a function that converts one unit's rows;
-    yield None if the site names no converter. declared_size: as for Conversion.
+    """A context manager that starts a site's converter for the length of the block. It yields a
+    function that returns the converted rows of one unit, or None if the conversion failed; if the
+    site names no converter, it yields None. declared_size: the site's declared size if its whole
+    dataset is read, else 0.
 
     Errors: ConfigError, InfrastructureError as for Conversion."""
     if not isinstance(file, SiteData) or file.convert is None:
@@ -369,8 +384,10 @@ def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | Non
 
 
 def count_otherwise_alone(file: SiteData, sample: int) -> int:
-    """Count the units that a site's plug-in converts differently if a new process converts that
-    unit alone. The first `sample` units are tried, before a study. Return 0 without a plug-in.
+    """Check before a study whether a site's plug-in converts each unit by itself. Return for how
+    many units it gives two different results: one when a process converts several units, each in a
+    child of its own, and another when a new process converts that unit alone. The first `sample`
+    units are tried. Return 0 without a plug-in.
 
     Errors: as for read_records, if not strict."""
     if file.convert is None:
@@ -398,8 +415,9 @@ def count_otherwise_alone(file: SiteData, sample: int) -> int:
 def _take_converted(
     reading: _Reading, placed: list[tuple[Place, Row]], convert: Convert | None
 ) -> None:
-    """Convert one unit's rows and add their records. If the conversion failed, made no row, or made
-    several rows of a unit that is one record, reject each row."""
+    """Convert one unit's rows, and add the records made of the result to `reading`. Reject every
+    row of the unit if the conversion failed or made no row, or if it made several rows and the unit
+    is the record. placed: the unit's rows, each with its place."""
     assert convert is not None
     rows = [row for _, row in placed]
     converted = convert(rows)
@@ -417,8 +435,9 @@ def _take_converted(
 
 
 def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
-    """Return the values that a row must have, by column: those of data.filter and, for columns
-    that it does not name, the source's own."""
+    """Return the values by which rows are filtered, as a dict: column -> the values of which a row
+    must have one. They are those of data.filter and, for columns that it does not name, the
+    source's own."""
     if not isinstance(file, SiteData):
         return {}
     source = source_of(file)
@@ -427,8 +446,8 @@ def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
 
 
 def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Place, Row | str]]:
-    """Yield a file's rows as placed_rows does. At a site, NO_CONSENT takes the place of each row
-    whose patient did not consent.
+    """Yield (place, row) for each row of a file, as `placed_rows` does. For a site's own file,
+    NO_CONSENT is yielded in place of each row whose patient did not consent.
 
     Errors: as read_records."""
     rows = placed_rows(file.path, names.keys, strict=strict, source=source_of(file), names=names)
@@ -436,9 +455,9 @@ def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Plac
 
 
 def source_of(file: DataFile) -> Source | None:
-    """Build the source that reads a file: the one that site.toml names. Return None if the file's
-    suffix decides. The dialect of a public CSV is guessed; that of a site's CSV never is, since one
-    row would then affect how others are read.
+    """Return the source that reads a file: for a site's file the one that site.toml names, or None
+    if the file's suffix decides. For a public file the dialect of a CSV is guessed from its
+    content. That of a site's CSV never is, since one row would then affect how others are read.
 
     Errors: ConfigError if the source is not installed, does not have the options, or has a patient
     column that data.columns.patient does not name."""
@@ -459,7 +478,8 @@ def source_of(file: DataFile) -> Source | None:
 
 
 def keys_of(file: DataFile) -> dict[str, str]:
-    """Map each configuration key that names a column to the column."""
+    """Return the columns that a file must have, as a dict: the configuration key that names the
+    column, such as "data.columns.text" -> the column."""
     table, named = table_of(file), file.columns.model_dump()
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     if isinstance(file, SiteData) and file.convert:  # the files need not have the others
@@ -472,7 +492,8 @@ def keys_of(file: DataFile) -> dict[str, str]:
 
 
 def _is_kept(row: Row, keep: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether the row has, in each column of `keep`, one of the values named for it."""
+    """Return whether the row has, in each column of `keep`, one of the values that `keep` gives for
+    it."""
     for column, values in keep.items():
         try:
             if key_of(row.get(column)) not in values:
@@ -517,7 +538,8 @@ def _characters(record: Record) -> int:
 
 
 def _truth(value: object) -> str:
-    """Return whether a completion is desirable, as "1" or "0"."""
+    """Convert a cell that judges a completion to "1" (desirable) or "0". Errors: Rejected if the
+    cell says neither."""
     value_text = str(value).lower() if isinstance(value, bool) else key_of(value).lower()
     if value_text not in TRUTH:
         raise Rejected("unknown label")
@@ -525,9 +547,9 @@ def _truth(value: object) -> str:
 
 
 def _messages(value: object, labelled: bool) -> Messages:
-    """Return the chat messages in a cell, a list or its JSON text. Errors: Rejected unless a user's
-    message comes first, after at most one system message, and, if labelled, the assistant speaks.
-    """
+    """Return the chat messages in a cell, each as (role, content). value: a list of messages, or
+    its JSON text. Errors: Rejected unless a user's message comes first, after at most one system
+    message, and, if labelled, there is an assistant's message."""
     if isinstance(value, str):  # a CSV cell, or a Parquet string column
         try:
             value = json.loads(value)

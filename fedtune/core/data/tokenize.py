@@ -1,4 +1,5 @@
-"""Turn a record's text into token ids and targets."""
+"""Turn a record's text into token ids, and say which of them are targets, i.e. are to be
+predicted."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ CHARS = 40  # characters per token of max_length beyond which a text is not even
 class Tokenised(NamedTuple):
     """A tokenised record.
 
-    - passages: the record's tokens; for a preference pair also those of the same prompt with the
-      worse answer
-    - label: index in objective.labels, 1 or 0 for a judgement, or NO_TARGET
-    - cut: number of tokens left out, estimated for characters that were not tokenised"""
+    - passages: the token sequences, each with its targets: one; for a preference pair two, the
+      better answer's first, with the same prompt
+    - label: the label's index in objective.labels; of a judged answer 1 (desirable) or 0; NO_TARGET
+      if the record has neither
+    - cut: how many tokens were left out; an estimate where characters were not tokenised"""
 
     passages: list[Tokens]
     label: int
@@ -53,7 +55,7 @@ def passage_of(
 
     - prompt: the text before the completion, without the template; for an objective that reads
       labels, the text to classify; "" if the completion is plain text
-    - completion: the text whose tokens are targets; not read by an objective that reads labels
+    - completion: the text whose tokens are targets; an objective that reads labels does not use it
     - objective: the plan's objective: template, max_length, overflow and append_eos
     - tokenizer: the tokenizer of the base that reads the passage
 
@@ -69,9 +71,12 @@ def passage_of(
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
-    """Make a passage. tokens: its token ids; targets: for each of them, whether it is to be
-    predicted; scored: whether a head reads the whole text at its last token, so that no token is
-    predicted."""
+    """Make a Passage of a token sequence.
+
+    - tokens: its token ids
+    - targets: for each of them, whether it is to be predicted
+    - scored: whether a head reads the whole text at its last token, so that no token is predicted
+    """
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
@@ -90,16 +95,16 @@ def _tokenise(
 ) -> Tokenised:
     """Tokenise a record to at most max_length token ids, each a target or not.
 
-    - record: the texts, and the messages or the label; patient, place and file are not read
+    - record: its texts, messages and label are used; its patient, place and file are not
     - objective: the plan's objective: max_length, overflow, template, append_eos and labels
     - tokenizer: the base's tokenizer
     - record_format: "label": a text to classify; "preference": an answer and a worse one;
       "unpaired_preference": an answer whose label is its judgement; else "text"
-    - labelled: whether a record that has nothing to predict is rejected; of texts to classify, one
-      whose label objective.labels does not list
+    - labelled: whether a record that has nothing to predict is rejected, and so is a text to
+      classify with a label that is not in objective.labels
     - starts: whether a text to classify begins with the base's start tokens already
     - lead: text that the base puts in front of the record's own text; it is never cut
-    - choices: other answers for which a prompt that is cut must leave room
+    - choices: further answers to the same prompt; if the prompt is cut, it must leave room for each
 
     Guarantee: the result depends on this record and on public values alone.
     | a record that is too long       | by overflow = "truncate"                                |
@@ -144,14 +149,17 @@ def _tokenize_answers(
     lead: str,
     choices: Sequence[str],
 ) -> tuple[list[Tokens], int]:
-    """Tokenise a prompt and its answers separately, since the prompt stands alone in generation.
-    Return one passage for each answer, with the same prompt, and the number of tokens left out. An
-    answer and its eos are targets.
+    """Tokenise a prompt and its answers separately, since the prompt stands alone when a model
+    generates. Return one passage for each answer, all with the same prompt, and how many tokens
+    were left out. The tokens of an answer and of the eos after it are targets.
 
-    - record: the prompt with `lead`, and the answer: its completion, or its label if it has none
-    - objective, tokenizer: as for `_tokenise`
+    - record: the prompt, with `lead` in front, and the answer: the completion, or the label if
+      there is no completion
+    - objective: the plan's objective
+    - tokenizer: the base's
     - paired: whether record.rejected is a second answer to the prompt
-    - lead, choices: as for `_tokenise`
+    - lead: text that the base puts in front of the record's own text; it is never cut
+    - choices: further answers to the same prompt; if the prompt is cut, it must leave room for each
 
     Errors: Rejected."""
     most, truncate = objective.max_length, objective.overflow == "truncate"
@@ -179,28 +187,28 @@ def _tokenize_answers(
 
 
 def _estimate(characters: int) -> int:
-    """Estimate how many tokens a text of so many characters would have. This is for text that is
+    """Estimate how many tokens a text of `characters` characters would have, for a text that is
     left out before it is tokenised."""
     return -(-characters // USUAL)
 
 
 def _left_out(texts: Sequence[str], kept: int) -> int:
-    """Estimate how many tokens of the texts are left out if `kept` tokens stay. At least 1 is
-    returned."""
+    """Estimate how many tokens of the texts are left out if `kept` tokens stay. The result is at
+    least 1."""
     return max(1, _estimate(sum(map(len, texts))) - kept)
 
 
 def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], int]:
-    """Tokenise a prompt and as much of each answer as fits after it, so that a model learns how a
-    long answer begins. Return a passage for each answer, and the most tokens that an answer lost,
-    which is an estimate for a very long answer.
+    """Tokenise a prompt, and of each answer as much as fits after it, so that a model learns how a
+    long answer begins. Return a passage for each answer, and how many tokens were left out of the
+    answer that lost most, which is an estimate for a very long answer.
 
-    - prompt: the base's lead (text that the base puts first) and the record's prompt after it,
-      without the template
+    - prompt: the text that the base puts first, then the record's prompt, without the template
     - texts: the answers to the prompt, two for a preference pair
-    - objective, tokenizer: as for `_tokenise`"""
+    - objective: the plan's objective
+    - tokenizer: the base's"""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
     passages, cut = list[Tokens](), 0
@@ -214,8 +222,8 @@ def _beginnings(
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
-    """Leave out the beginning of a record's own text, and return the other token ids. Of the `own`
-    ids that follow the first `head`, the first `excess` are left out.
+    """Shorten a sequence of token ids by `excess` ids from the beginning of the record's own text,
+    and return the ids that stay.
 
     - ids: the token ids of a prompt, or of a conversation up to its first answer
     - head: the number of ids before the record's own text: start tokens, template and lead
@@ -259,16 +267,15 @@ def _classify(
     labelled: bool,
     starts: bool,
 ) -> Tokenised:
-    """Tokenise a text to classify. The tokenizer adds its own special tokens, which truncation
-    keeps, unless the text `starts` with such tokens already. White space around a label does not
-    count. No token is a target.
+    """Tokenise a text to classify. The tokenizer adds its special tokens, which truncation keeps,
+    unless `starts` is true. White space around a label does not count. No token is a target.
 
     - record: the text is its prompt, or its completion if it has no prompt
     - objective: the plan's objective: labels, max_length and overflow
     - tokenizer: the base's tokenizer
     - labelled: whether the label must be one of objective.labels; if not, it is not read, and the
       result's label is NO_TARGET
-    - starts: as for `_tokenise`
+    - starts: whether the text begins with the base's start tokens already
 
     Errors: Rejected."""
     labels = [label.strip() for label in objective.labels]
@@ -304,11 +311,12 @@ def _classify(
 def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
 ) -> tuple[Tokens, int]:
-    """Tokenise plain text as a completion without a prompt. Of a text that is too long, keep the
-    beginning, without eos. Return the tokens, and an estimate of how many are left out.
+    """Tokenise plain text as a completion without a prompt. If it is too long, its beginning is
+    kept, without an eos. Return two values: the tokens, and an estimate of how many were left out.
 
     - record: the text is its completion; its prompt is "", or the base's lead, which is no target
-    - objective, tokenizer: as for `_tokenise`
+    - objective: the plan's objective
+    - tokenizer: the base's
     - huge: whether the text is so long that it is not tokenised to its end
 
     Errors: Rejected if the text is too long and overflow is "reject"."""
@@ -333,12 +341,14 @@ def _plain(
 def _chat(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> tuple[Tokens, int]:
-    """Tokenise a conversation by the base's chat template; return the tokens, and how many are
-    left out. The assistant's turns, up to their eos, are targets.
+    """Tokenise a conversation by the base's chat template. Return two values: the tokens, and how
+    many were left out. The tokens of the assistant's turns, each up to and with its eos, are
+    targets.
 
     - messages: (role, content) of each message
-    - objective, tokenizer, lead: as for `_tokenise`; the template is the tokenizer's, not the
-      objective's
+    - objective: the plan's objective; its template is not used
+    - tokenizer: the base's, with the chat template
+    - lead: text that the base puts in front of the first user message; it is never cut
 
     Errors: Rejected."""
     most = objective.max_length
@@ -365,11 +375,12 @@ def _chat(
 def _first_exchange(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> Tokens:
-    """Tokenise the messages up to the first answer, and leave out so much of the start of the
-    user's first text that the whole answer fits.
+    """Tokenise the messages up to and with the assistant's first answer. If they are too long, so
+    much of the start of the user's first text is left out that the whole answer fits.
 
     - messages: (role, content) of each message, one of the assistant's among them
-    - objective, tokenizer: as for `_tokenise`
+    - objective: the plan's objective
+    - tokenizer: the base's, with the chat template
     - lead: text that the base puts in front of the user's first text; it stays
 
     Errors: Rejected."""
@@ -396,9 +407,9 @@ def _first_exchange(
 def _conversation(
     messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Joined:
-    """Tokenise a conversation by the base's chat template, and stop once there are more than
-    max_length tokens. If the template itself marks the assistant's turns, stop after 4 · CHARS ·
-    max_length tokens.
+    """Tokenise a conversation by the base's chat template, segment by segment, until there are more
+    than max_length tokens. If the template itself marks the assistant's turns, it is tokenised as a
+    whole, up to 4 · CHARS · max_length tokens. The caller cuts the result.
     Errors: Rejected if the template refuses the messages."""
     messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
@@ -425,11 +436,10 @@ def _conversation(
 
 
 def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Render messages by the base's chat template, and split the text into segments: the
-    assistant's answers, which are targets, and the texts between the answers, which are not
-    targets. An answer ends with its eos: the template's text before it (a system prompt, role
-    headers) and after its eos is never generated. Errors: Rejected if the template alters a
-    turn."""
+    """Render messages by the base's chat template, and split the text into segments, each marked as
+    target or not. The assistant's answers, each up to and with its eos, are targets. The template's
+    own text (a system prompt, role headers, what follows an eos) and the other messages are not,
+    since a model never generates them. Errors: Rejected if the template alters a message."""
 
     def render(count: int, header: bool = False) -> str:
         return str(
@@ -458,7 +468,7 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Joined(NamedTuple):
-    """The tokens of several segments.
+    """The tokens of several segments, i.e. texts that are tokenised one after another.
 
     - ids: the token ids
     - hits: for each token, whether it is a target
@@ -486,8 +496,8 @@ def _join_segments(
     - max_length: once there are more tokens than this, no further segment is read. Of a segment of
       more than CHARS · max_length characters only these are read, and no segment after it
     - tokenizer: the base's tokenizer, which adds no special tokens here
-    - continued: tokenise each segment as a continuation of those before, for tokenizers that put a
-      space in front of a text"""
+    - continued: whether each segment is tokenised as a continuation of those before it, which is
+      needed for tokenizers that put a space in front of a text"""
     ids = list(start)
     hits = [False] * len(start)
     prefix = ""

@@ -1,7 +1,8 @@
-"""Encode rows as JSON of bounded length, for the pipe between a vault and a converter's process.
+"""Encode rows as JSON of limited length, for the pipe between the process that holds the records
+(the vault) and the process that runs a converter.
 
-JSON is used and not pickle, since decoding it runs no code of that process. The vault sends a value
-of bytes as {"$bytes": base64}; the process may not return bytes."""
+JSON is used and not pickle, since decoding it runs no code of the other process. The vault sends a
+value of type bytes as {"$bytes": base64}; the other process must not return bytes."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ MARK = "$bytes"
 
 
 def given_bytes(rows: Sequence[Row]) -> bytes:
-    """Encode one unit's rows for its conversion. A value of a type that JSON does not have becomes
-    a text. Errors: ValueError if the rows are longer than GIVEN_BYTES."""
+    """Encode one unit's rows, to be sent to the process that converts them. A value of a type that
+    JSON does not have, other than bytes, becomes a text. Errors: ValueError if the result is longer
+    than GIVEN_BYTES."""
     written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
     content = written.encode("utf-8", "surrogatepass")
     if len(content) > GIVEN_BYTES:
@@ -36,8 +38,8 @@ def given_rows(content: bytes) -> list[Row]:
 
 
 def returned_bytes(rows: object) -> bytes:
-    """Encode the rows that a conversion returns. Errors: TypeError, ValueError if they are not a
-    list of rows of plain values, or are too long."""
+    """Encode the rows that a conversion returned, to be sent back to the vault. Errors: TypeError
+    or ValueError if they are not a list of rows of plain values, or are too long."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise TypeError("a conversion returns a list of dicts")
     content = json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()

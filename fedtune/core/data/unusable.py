@@ -1,5 +1,5 @@
-"""Make the errors for a dataset of which too little is left to train on, for a person who can
-correct it."""
+"""Make the errors for a dataset of which too few records can be used to train. They tell a person
+what to correct."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fedtune.core.errors import DataError
 
 
 def one_unit(path: Path | str, unit: str) -> DataError:
-    """Make the error for a dataset whose usable records all belong to one unit. path: the place of
-    the records, as messages name it; unit: "record" or "patient"."""
+    """Return the error for a dataset whose usable records all belong to one unit. path: where the
+    records are, as messages name it; unit: "record" or "patient"."""
     return DataError(
         f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
         "on",
@@ -25,14 +25,14 @@ def one_unit(path: Path | str, unit: str) -> DataError:
 def nothing_left(
     path: Path | str, rejected: Counter[str], objective: ObjectiveTable, read: Read
 ) -> DataError:
-    """Make the error for a dataset without a usable record. It says what most likely has to be
+    """Return the error for a dataset without a usable record. It says what most likely has to be
     corrected: the filter or the consent column, the labels, or the length.
 
-    - path: the place of the records, as messages name it
+    - path: where the records are, as messages name it
     - rejected: the number of rejected rows by reason
     - objective: the plan's objective, whose labels are listed if no record has one of them
-    - read: what was read from the file; it says how many rows data.filter and data.consent left
-      out"""
+    - read: what was read from the file; it says how many rows data.filter and data.consent left out
+    """
     if (read.filtered or read.withheld) and not rejected:
         key = "data.consent" if read.withheld else "data.filter"
         return DataError(

@@ -1,8 +1,9 @@
 """Decode a few frames of a clip, evenly spaced in time, with PyAV (FFmpeg's libraries).
 
-The file's first bytes choose the demuxer, from a short list; the decoders are from a short list
-too, and run in one thread. No other file, address or protocol is opened. The bounds here give a
-long or large clip its own reason; that of time and memory is the child's (children.py)."""
+The file's first bytes choose the demuxer from a short list. The decoders are from a short list too,
+and each runs in one thread. No other file, address or protocol is opened. A clip that is too long
+or too large is rejected here, with a reason of its own; time and memory are limited by the child
+process (children.py)."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ _OPTIONS = {
 
 
 def import_pyav() -> Any:
-    """Import PyAV. Errors: ConfigError."""
+    """Import PyAV, and return it. Errors: ConfigError if it is not installed."""
     try:
         import av
     except ImportError:
@@ -61,8 +62,9 @@ def decode_frames(body: bytes) -> list[Image]:
 
 
 def _sampled(av: Any, body: bytes) -> list[Any]:
-    """Decode the frames that are shown at the sampled times. The packets' times give the clip's
-    beginning and end. Errors: Rejected."""
+    """Decode a clip, and return for each of FRAMES times, evenly spaced, the frame that is shown
+    then. When the clip begins and ends follows from the times in its packets. Errors: Rejected. av:
+    the module PyAV."""
     times, pixels = [], 0
     with _opened(av, body) as (container, stream):
         for packet in _first(container.demux(stream)):
@@ -90,7 +92,7 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
 
 
 def _first(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield at most PACKETS of the items. Errors: Rejected if there are more."""
+    """Yield the items, at most PACKETS of them. Errors: Rejected if there are more."""
     for number, item in enumerate(items):
         if number > PACKETS:  # the last is empty: it asks the decoder for what it still holds
             raise Rejected(LONG)
@@ -99,8 +101,9 @@ def _first(items: Iterator[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
-    """Open a clip, and yield its container and its first video stream. No other file is opened that
-    the clip may name. Errors: Rejected."""
+    """A context manager that opens a clip, and yields its container and its first video stream.
+    Another file that the clip may name is not opened. av: the module PyAV; body: the clip's
+    content. Errors: Rejected."""
 
     def refuse(*_: Any) -> None:
         raise PermissionError
@@ -120,7 +123,8 @@ def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
 
 
 def _demuxer(body: bytes) -> str:
-    """Return the name of FFmpeg's demuxer for a file, by its first bytes. Errors: Rejected."""
+    """Return the name of the FFmpeg demuxer that reads a file, chosen by the file's first bytes.
+    Errors: Rejected if it is none of the known ones."""
     if body[4:8] == b"ftyp":
         return "mov"
     if body[:4] == b"\x1a\x45\xdf\xa3":

@@ -1,1 +1,1 @@
-"""Differential privacy: sampling, clipping, noise and accounting, which only `plan` combines."""
+"""Differential privacy: sampling, clipping, noise and accounting. Only `plan` combines them."""

@@ -1,5 +1,5 @@
-"""Compute ε of the steps that ran, from privacy loss distributions (PLD) of dp-accounting,
-rounded up."""
+"""Compute ε of the steps that ran, rounded up. It is computed from privacy loss distributions
+(PLD), by the package dp-accounting."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ _TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard
 
 
 class Steps(NamedTuple):
-    """`steps` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q.
+    """A number of equal noised steps, as the accountant counts them.
 
-    records: k, the most rows of one unit in a step, each drawn with q and clipped to C separately;
-    1 if units are drawn."""
+    - noise_multiplier: σ, the noise of each step in multiples of C, the bound on one row
+    - sampling_rate: q, the probability with which each row is drawn for a step
+    - steps: how many steps there are
+    - records: k, the most rows that one unit has; each is drawn with q and clipped to C by itself.
+      1 if units are drawn"""
 
     noise_multiplier: float
     sampling_rate: float
@@ -40,11 +43,14 @@ class Steps(NamedTuple):
 
 
 def epsilon(events: Iterable[Steps], delta: float) -> float:
-    """Compose all `events` to ε at `delta`, add-or-remove-one relation, by PLD.
+    """Compute ε at `delta` of all `events` together, for one unit more or less, by PLD.
 
     Guarantee: never below the true ε of the composed mechanisms (the PLD estimate is pessimistic,
-    whatever the grid). The grid is 10⁻⁴ where that is affordable, else a power of two times it.
-    | no events    | 0.0 |
+    whatever the grid). The spacing of the PLD's grid is 10⁻⁴ where that is affordable, else a power
+    of two times it.
+    | events       | what is composed; σ, q and k are those of `Steps` |
+    |--------------|---------------------------------------------------|
+    | none         | nothing: 0.0 |
     | q = 1        | a Gaussian with σ/k; if all steps have q = 1, one Gaussian: exact, no grid |
     | k = 1, q < 1 | the Poisson-sampled Gaussian |
     | k > 1, q < 1 | the mixture of Gaussians: sensitivity Binomial(k, q) |
@@ -54,16 +60,15 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
     2024, "Privacy amplification for matrix mechanisms", corollary 4.7 (the mixture dominates rows
     of norm ≤ C in any direction, and fewer than k of them); Dong et al. 2022, "Gaussian
     differential privacy", corollary 3.3 (Gaussians compose to one); Balle & Wang 2018, theorem 8
-    (its ε).
-    """
+    (its ε)."""
     return _epsilon(merge_events(events), delta)
 
 
 def at_least(event: Steps, delta: float) -> float:
-    """Return a number that ε of the steps `event` at `delta` cannot be below, without computing a
-    PLD. The bound follows from a threshold test on the sum of all steps, which tells the data with
-    one unit from the data without it. (Its hit rate is bounded by Chebyshev's inequality, its false
-    alarms by the normal tail.)"""
+    """Return a lower bound on ε of the steps `event` at `delta`, without computing a PLD. The bound
+    follows from a test that compares the sum of all steps with a threshold, and so tells the data
+    with one unit from the data without it. (The test's hit rate is bounded by Chebyshev's
+    inequality, its false alarms by the normal tail.)"""
     sigma, rate, steps, k = event
     deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
     mean, spread = k * steps * rate, math.sqrt(steps) * deviation
@@ -77,7 +82,7 @@ def at_least(event: Steps, delta: float) -> float:
 def calibrate(
     target: float, delta: float, sampling_rate: float, steps: int, records: int = 1
 ) -> float:
-    """Find the smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
+    """Return the smallest multiple of 0.001 that, as σ of all steps, gives ε ≤ target.
 
     - target: the ε that all steps together may cost, > 0
     - delta: the δ at which ε is computed
@@ -86,7 +91,7 @@ def calibrate(
     - records: k, the most rows of one unit in a step; 1 if units are drawn
 
     σ is in multiples of C, the bound on one row.
-    Guarantee: the accountant that reports use computes ε for the rounded σ.
+    Guarantee: ε of the σ that is returned, by the accountant that reports use, is at most `target`.
     Errors: ConfigError if no σ up to MOST thousandths suffices, or ε cannot be computed."""
 
     def is_enough(thousandths: int) -> bool:
@@ -110,7 +115,7 @@ def affordable_steps(
     records: int = 1,
     most: int = MOST,
 ) -> int:
-    """Find the most steps with ε ≤ target; 0 if not even one fits.
+    """Return the largest number of equal steps with ε ≤ target; 0 if not even one fits.
 
     - target: the ε that all steps together may cost, > 0
     - delta: the δ at which ε is computed
@@ -136,9 +141,9 @@ def affordable_steps(
 
 
 def _shift(target: float, delta: float) -> float:
-    """Estimate by how many standard deviations one unit may move a sum if ε is to be `target`. A
-    search for σ starts at this estimate, since ε is expensive to compute far below the right
-    noise."""
+    """Estimate by how many standard deviations of the noise one unit may move a sum if ε is to be
+    `target` at `delta`. The searches for σ and for a number of steps begin at this estimate, since
+    ε is expensive to compute far below the right noise."""
     z = math.sqrt(-2 * math.log(delta))
     return 2 * target / (z + math.sqrt(z * z + 2 * target))
 
@@ -161,7 +166,8 @@ def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | N
 
 
 def merge_events(events: Iterable[Steps]) -> tuple[Steps, ...]:
-    """Merge events of equal (σ, q, k) and sort them, so that a log always gives the same ε."""
+    """Return the events with those of equal (σ, q, k) merged, sorted, so that the same steps in any
+    order give the same ε. Errors: ValueError for an event that the accountant cannot count."""
     counts: dict[tuple[float, float, int], int] = {}
     for event in events:
         if not _is_valid(event):
@@ -217,14 +223,14 @@ def _compute_epsilon(events: tuple[Steps, ...], delta: float) -> float:
 
 
 def _mu(event: Steps) -> float:
-    """Return by how many standard deviations a unit moves the sum of all steps of `event`, which
-    have q = 1."""
+    """Return by how many standard deviations of the noise one unit moves the sum of all steps of
+    `event`, whose sampling rate q is 1."""
     return event.records * math.sqrt(event.steps) / event.noise_multiplier
 
 
 def _gaussian(mu: float, delta: float) -> float:
-    """Return ε at `delta`, rounded up, of the Gaussian mechanism whose mean one unit moves by `mu`
-    standard deviations."""
+    """Return ε at `delta`, rounded up, of a Gaussian mechanism. mu: by how many standard deviations
+    of the noise one unit moves the mean."""
     if mu == 0:
         return 0.0
     loss = GaussianPrivacyLoss(standard_deviation=1.0, sensitivity=mu)
@@ -259,8 +265,8 @@ def _compose_distributions(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribu
 def _one_step(
     sigma: float, rate: float, records: int, interval: float
 ) -> pld.PrivacyLossDistribution:
-    """Return the loss distribution of one step: a Poisson-sampled Gaussian, or for k > 1 a mixture
-    of Gaussians.
+    """Return the privacy loss distribution of one step: that of a Poisson-sampled Gaussian or, for
+    k > 1, of a mixture of Gaussians.
 
     - sigma: the noise multiplier, in multiples of C
     - rate: q, below 1
@@ -291,10 +297,14 @@ def _interval(event: Steps) -> float:
 
 
 def _mixture_span(sigma: float, rate: float, records: int) -> float:
-    """Estimate the range of the privacy losses of one step in which a unit has up to k = `records`
-    rows: the difference of the largest and the least loss. The largest that is not cut off with the
-    tail is log Σ p_j exp((j·x − j²/2)/σ²), where j rows of the unit are drawn with probability p_j,
-    at the largest output x; the least is k · log(1 − q)."""
+    """Estimate the range of the privacy losses of one step, i.e. the largest loss less the least.
+    The least is k · log(1 − q). The largest that is not cut off with the tail is log Σ p_j exp((j·x
+    − j²/2)/σ²) at the largest output x, where p_j is the probability that j rows of the unit are
+    drawn.
+
+    - sigma: σ, in multiples of C
+    - rate: q
+    - records: k, the most rows of the unit"""
     rows = np.arange(records + 1)
     most = int(np.argmax(binom.sf(rows, records, rate) < 1e-22))
     x = most + _TAIL * sigma

@@ -1,4 +1,4 @@
-"""Derive the third of ε, σ and rounds from the other two."""
+"""Derive one of ε, σ (the noise) and the number of rounds from the two that a plan gives."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Calibration(NamedTuple):
 
 
 def sampling_rate(study: Study, declared_size: int) -> float:
-    """Return q, the probability with which a row is drawn for a step. It is the plan's or, if the
-    plan gives the expected batch, this batch divided by the site's declared size, at most 1."""
+    """Return q, the probability with which a row is drawn for a step. It is the plan's
+    sampling_rate or, if the plan gives an expected batch instead, this batch divided by the site's
+    declared size, at most 1."""
     training = study.training
     if training.sampling_rate is not None:
         return training.sampling_rate
@@ -26,8 +27,9 @@ def sampling_rate(study: Study, declared_size: int) -> float:
 
 
 def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
-    """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
-    exceeded. most: the largest number of steps that is tried; None: accountant.MOST.
+    """Compute q, σ and the number of rounds for a site with `declared_size` units. What is derived
+    is rounded so that ε is not exceeded. most: the largest number of steps that is tried; None:
+    accountant.MOST.
 
     Errors: ConfigError if the study is not private, not even one round fits the budget, or more
     than `most` steps fit it."""

@@ -1,4 +1,5 @@
-"""Clip each unit's gradient and add it to an integer sum, on a grid on which sums are exact.
+"""Clip each row's gradient (a row is a unit or, if records are drawn, a record) and add it to an
+integer sum: in multiples of a grid, sums are exact.
 
 torch is imported only where tensors are computed: the commands that show what a plan costs need
 only the numbers, and answer in a second without it."""
@@ -26,17 +27,17 @@ _MORE = 2**16  # GPUs want more at once
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """The gradients of some of a step's rows.
+    """The gradients of some of the rows that were drawn for a step.
 
-    - rows: indices into the drawn rows, in the chunk's order
-    - parts: for each parameter, in the update's order, a tensor (len(rows), its size), fp32 or
-      fp64"""
+    - rows: the index of each of these rows, in the chunk's order
+    - parts: for each trained tensor, in the update's order, the gradients of these rows:
+      (len(rows), its size), fp32 or fp64"""
 
     rows: Sequence[int]
     parts: Sequence[torch.Tensor]
 
     def flat(self) -> torch.Tensor:
-        """Return the parts concatenated to a new tensor (rows, d)."""
+        """Return the gradients as one new tensor (rows, d), the parts side by side."""
         import torch
 
         return torch.cat([part.flatten(1) for part in self.parts], dim=1)
@@ -48,14 +49,15 @@ class Chunk:
 
 
 def grid_for(noise_std: float) -> float:
-    """Return the unit of the integer sum: the largest power of two ≤ 2⁻²⁰ · noise_std."""
+    """Return the grid, in gradient units, for a sum with noise of standard deviation `noise_std`:
+    the largest power of two that is at most 2⁻²⁰ · noise_std. Sums count multiples of it."""
     return 2.0 ** math.floor(math.log2(noise_std * 2.0**-20))
 
 
 def sensitivity(max_grad_norm: float, dimension: int, grid: float) -> float:
-    """Return a bound on how far adding or removing one row moves the integer sum in the L2 norm, in
-    gradient units: C (`max_grad_norm`), plus the most that rounding `dimension` coordinates to the
-    grid adds.
+    """Return a bound on how far one row more or less moves the integer sum, as an L2 norm in
+    gradient units. It is C (`max_grad_norm`), plus the most that rounding `dimension` coordinates
+    to the grid adds.
 
     Reference: Dwork & Roth 2014, definition 3.8."""
     return max_grad_norm + math.sqrt(dimension) * grid / 2
@@ -67,8 +69,8 @@ def scales(
     mode: Mode = "flat",
     gamma: float = 0.01,
 ) -> torch.Tensor:
-    """Compute each row's clipping factor, fp64 (rows,). A row times its factor has an L2 norm over
-    all `parts` of at most `max_grad_norm`.
+    """Return the factor by which each row must be multiplied to be clipped, fp64 (rows,). A row
+    times its factor has an L2 norm, over all `parts`, of at most `max_grad_norm`.
 
     - parts: the rows' gradients, for each trained tensor (rows, its size), fp32 or fp64; they are
       not changed
@@ -80,8 +82,10 @@ def scales(
     normalised: C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
     Guarantee: every scaled row has norm ≤ C measured in fp64, whatever the input. A norm that is
     summed in fp32 over millions of numbers would be 4·10⁻⁵ off, and so would the bound.
-    | non-finite row          | 0: such a unit contributes nothing |
-    | norm overflows fp64     | 0 |
+    | row                     | its factor                         |
+    |-------------------------|------------------------------------|
+    | not finite              | 0: such a row adds nothing         |
+    | norm overflows fp64     | 0                                  |
     """
     import torch
 
@@ -99,9 +103,9 @@ def scales(
 
 
 def _norms(block: torch.Tensor) -> torch.Tensor:
-    """Compute the L2 norm of each row of `block`, (rows,). On a GPU each row is computed alone,
-    since there the order of a sum depends on the number of rows, and so would the last bits of a
-    row's norm."""
+    """Compute the L2 norm of each row of `block`, (rows,). On a GPU the rows are computed one by
+    one: in a common computation the order of additions would depend on the number of rows, and so
+    would the last bits of each norm."""
     import torch
 
     if block.device.type != "cpu":
@@ -113,8 +117,8 @@ def _norms(block: torch.Tensor) -> torch.Tensor:
 def clip(
     gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
 ) -> torch.Tensor:
-    """Return an fp64 copy of `gradients`, (rows, d), with each row clipped by `scales`. A row that
-    is not finite becomes zero.
+    """Return an fp64 copy of `gradients` in which each row is clipped. A row that is not finite
+    becomes zero.
 
     - gradients: one row for each unit or record, (rows, d); they are not changed
     - max_grad_norm: C, the bound on a row's norm
@@ -139,13 +143,13 @@ def add_clipped(
 
     - total: the sum so far, in multiples of `grid`; it is changed in place
     - chunk: the gradients of some rows; they are zeroed, also if this fails
-    - grid: the unit of the sum, in gradient units
+    - grid: the number of which the sum counts multiples, in gradient units
     - max_grad_norm: C, the bound on a row's norm before it is rounded
     - mode, gamma: how a row is clipped, as for `scales`
 
-    Guarantee: integers add exactly, so the sum does not depend on order or chunking, and no
-    floating-point difference between neighbours survives (Mironov 2012). Nothing un-noised but the
-    sum is left in memory: the chunk and every buffer are overwritten."""
+    Guarantee: integers add exactly, so the sum does not depend on the rows' order or on chunks, and
+    has no floating-point error by which neighbouring data sets could be told apart (Mironov 2012).
+    Nothing un-noised but the sum is left in memory: the chunk and every buffer are overwritten."""
     import torch
 
     try:
@@ -162,8 +166,9 @@ def add_clipped(
 
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Yield fp64 copies of all rows, a few columns at a time. With each copy come two indices in
-    the vector of all d columns: of the copy's first column, and of the one after its last."""
+    """Yield fp64 copies of all rows, a few columns at a time. Each is yielded with two indices into
+    the d columns of all parts side by side: that of its first column, and that of the one after its
+    last. parts: as for `scales`."""
     import torch
 
     start = 0

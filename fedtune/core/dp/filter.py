@@ -5,18 +5,18 @@ their shifts k/σ costs no more than if all steps had been planned at once, howe
 chosen from earlier results (Smith & Thakurta 2022). Sampled steps have no such filter. If a sampled
 step is among them, all steps are bounded by their Rényi divergence.
 
-Why one order, and why before any result: a filter adds up ρ_i(α), where event i may have been
-chosen because of earlier outputs, and the sum is a bound only if α is a constant of the proof. The
-supermartingale behind it, E[exp((α − 1) · (loss so far − ρ so far))] ≤ 1, is one statement for each
-α; it holds at whichever stopping point the outputs lead to, for the α that was written down first.
-An accountant for fixed events may take the best of many orders at the end; here that order would
-itself depend on private outputs, and none of the statements covers the minimum of the bounds. So
-the order is chosen from what is planned when a dataset is first charged, and kept for its life.
+ρ_i(α) is the Rényi divergence of event i at the order α. Why one order, and why before any result:
+a filter adds up ρ_i(α), where event i may have been chosen because of earlier outputs, and the sum
+is a bound only if α is a constant of the proof. The supermartingale behind it, E[exp((α − 1) ·
+(loss so far − ρ so far))] ≤ 1, is one statement for each α; it holds at whichever stopping point
+the outputs lead to, for the α that was written down first. An accountant for fixed events may take
+the best of many orders at the end; here that order would itself depend on private outputs, and none
+of the statements covers the minimum of the bounds. So the order is chosen from what is planned when
+a dataset is first charged, and kept for its life.
 
-| orders are > 1; ρ_i is in nats, added up over all events; ε at δ by conversion, once |
+Orders are > 1. ρ_i is in nats and is added up over all events; their sum is converted to ε once.
 Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter" (here without
-the individual part); Mironov 2017.
-"""
+the individual part); Mironov 2017."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ _MOST_TERMS = 2**22  # of an integral, which is computed (0.1 s); a larger one i
 def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
     """Choose the order of `ORDERS` at which the planned `events` fit most often within `epsilon`.
 
-    At order α the events fit ρ(ε, α)/ρ_plan(α) times: the budget over the plan's cost. Call this
-    once per dataset, before any result is released, and store the order.
+    At order α the events fit ρ(ε, α)/ρ_plan(α) times, i.e. the divergence that the budget allows,
+    divided by that of the planned events. Call this once per dataset, before any result is
+    released, and store the order.
 
     Without events, return the order that allows the most ρ per unit of order, which is best for
     large σ and q = 1. If `epsilon` is so small that no order leaves a budget, return the order at
@@ -67,10 +68,13 @@ def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
 
 
 def rdp(events: Iterable[Steps], order: float) -> float:
-    """Add up the Rényi divergence of all events under add-or-remove-one, Σ ρ_i(order), in nats.
+    """Return the sum of the Rényi divergences of all events, Σ ρ_i(order) in nats, for one unit
+    more or less.
 
-    k: the most records of one unit in a step.
+    In the table, k is the most rows of one unit in a step.
 
+    | events | their divergence |
+    |--------|------------------|
     | q = 1 | order · steps · (k/σ)² / 2 |
     | q < 1 | between N(0, σ²) and Σ_j Binomial(k, q)(j) · N(j, σ²): the larger of both directions |
     | q < 1, σ so far below k that the integral takes too long | as for q = 1, an upper bound |
@@ -91,14 +95,15 @@ def rdp(events: Iterable[Steps], order: float) -> float:
 
 @lru_cache(maxsize=65536)
 def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) -> float:
-    """Compute ρ(order) of one step with q < 1. If the integral takes too long, because σ is far
-    below k, return the divergence of a step that takes all k rows: an upper bound, since the Rényi
-    divergence is quasi-convex (van Erven & Harremoës 2014, theorem 13).
+    """Return the Rényi divergence at `order`, in nats, of one step with q < 1. If the integral
+    would take too long, because σ is far below k, return that of a step which takes all k rows.
+    This is an upper bound, since the Rényi divergence is quasi-convex (van Erven & Harremoës 2014,
+    theorem 13).
 
     - sigma: the noise multiplier, in multiples of C
     - rate: q, the probability with which a row is drawn
     - records: k, the most rows of one unit in the step
-    - order: the Rényi order, > 1; the result is in nats"""
+    - order: the Rényi order, > 1"""
     if _terms(sigma, records, order) > _MOST_TERMS:
         return order * (records / sigma) ** 2 / 2
     remove = _log_moment(sigma, rate, records, order)
@@ -110,8 +115,9 @@ def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
     """Return log E[(mixture(x)/normal(x))^power] for x ~ N(0, σ²), integrated by the trapezoidal
     rule.
 
-    - sigma, rate, records: as for `_compute_sampled_rdp`; the mixture is Σ_j p_j N(j, σ²), with p_j
-      of Binomial(records, rate)
+    - sigma: σ, in multiples of C
+    - rate, records: q and k. The mixture is Σ_j p_j N(j, σ²), where p_j is the probability that
+      Binomial(k, q) is j; the normal is N(0, σ²)
     - power: the order if the unit is removed, 1 - order if it is added
 
     The ratio Σ_j p_j exp((jx − j²/2)/σ²) has only zeros with |imaginary part| = πσ² (its polynomial
@@ -133,8 +139,8 @@ def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
 
 
 def _terms(sigma: float, records: int, order: float) -> float:
-    """Return how many terms `_log_moment` adds up for its integral: the number of points, times the
-    number of possible counts of a unit's drawn rows (0 to k)."""
+    """Estimate how many terms `_log_moment` adds up for its integral: the number of points, times
+    the number of possible counts of a unit's drawn rows (0 to k)."""
     return (order * records + 24 * sigma) / (min(sigma, sigma**2) / 4) * (records + 1)
 
 
@@ -148,7 +154,8 @@ def epsilon_of(rdp: float, order: float, delta: float) -> float:
 
 
 def budget(epsilon: float, order: float, delta: float) -> float:
-    """Compute the largest ρ at `order` that converts to at most `epsilon`; ≤ 0 if there is none."""
+    """Compute the largest Rényi divergence (nats) at `order` that converts to at most `epsilon` at
+    `delta`; 0 or a negative number if there is none."""
     if not 0 < delta < 1:
         raise ValueError("delta must be in (0, 1)")
     return epsilon - math.log1p(-1 / order) + math.log(delta * order) / (order - 1)
@@ -156,10 +163,10 @@ def budget(epsilon: float, order: float, delta: float) -> float:
 
 def filtered_epsilon(events: Iterable[Steps], order: float, delta: float) -> float:
     """Compute ε at `delta` of `events`, each of which may depend on the results of earlier ones.
+    Without events it is 0.0. order: the Rényi order of the filter.
 
-    Guarantee: a rule that refuses every event which would take this past a ceiling E keeps all
-    that was released (E, delta)-DP, provided `order` was fixed before the first result.
-    | no events | 0.0 |"""
+    Guarantee: if every event is refused that would take this ε past a ceiling E, all that is
+    released is (E, delta)-DP, provided that `order` was fixed before the first result."""
     return epsilon_of(rdp(events, order), order, delta)
 
 
@@ -170,10 +177,10 @@ def _check_order(order: float) -> float:
 
 
 class Total(NamedTuple):
-    """ε of several charges together.
+    """The ε of several charges together.
 
-    - epsilon: ε of all of them
-    - how: the method by which ε was computed, in words for people, such as "PLD"
+    - epsilon: the ε
+    - how: the method by which it was computed, in words for people, such as "PLD"
     """
 
     epsilon: float
@@ -193,7 +200,9 @@ def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
     (b) follows may depend on results. A transcript ends either in (a) or in (b). The outcomes that
     end in (a) have P ≤ e^ε Q + δ, those in (b) too, and all together P ≤ e^ε Q + 2δ: hence 2δ.
 
-    | no events                        | 0 |
+    | events                           | ε |
+    |----------------------------------|---|
+    | none                             | 0 |
     | a study without privacy (σ = 0)  | infinity |
     Guarantee: while this stays below a ceiling E at every charge, all that was released is
     (E, 2 · delta)-DP, whatever the choice of studies depended on.

@@ -1,10 +1,11 @@
-"""Clip and sum units' gradients, and noise the sum: every result from units' gradients passes here.
+"""Clip the gradients of rows, sum them, and add noise to the sum. Every result that is made of
+units' gradients passes through the two functions of this module.
 
     gradients of rows ── clipped_sum ──> sum that no row moves by more than C ── noised_sum ──>
 
-Training, queries, class statistics and secure aggregation (of which only the sites' sum is opened)
-differ in what a row's gradient is, and in how the noise is shared. All of them clip, round, sum,
-log and add noise by these two functions."""
+Training, queries, class statistics and secure aggregation differ in what a row's gradient is, and
+in how the noise is shared: in secure aggregation only the sum over all sites is opened. All of them
+clip, round, sum, log and add noise by these two functions."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Bound:
 
     - norm: C, in the L2 norm
     - mode, gamma: how rows are clipped (`clip.scales`)
-    - grid: the unit of the sum, in gradient units"""
+    - grid: the number of which the sum counts multiples, in gradient units"""
 
     norm: float
     mode: clip.Mode
@@ -40,7 +41,8 @@ class Bound:
 def clipped_sum(
     gradients: RowGradients, sampled: list[int], dimension: int, bound: Bound
 ) -> torch.Tensor:
-    """Sum the clipped gradients of rows in multiples of the grid, int64 (dimension,). Not noised.
+    """Clip the gradients of rows and return their sum in multiples of the grid, int64 (dimension,),
+    without noise.
 
     - gradients: called once with the rows `sampled`; yields the gradient of each row exactly once,
       computed from that row's own records alone. These tensors are overwritten
@@ -72,13 +74,13 @@ def noised_sum(
     noise_multiplier: float,
     log_step: Callable[[], None],
 ) -> torch.Tensor:
-    """Log a step, then add its noise to a clipped sum in place, and return this sum: int64 (d,), in
-    multiples of the grid.
+    """Write a step to the step log, then add the step's noise to a clipped sum in place, and return
+    this sum: int64 (d,), in multiples of the grid.
 
     - total: the result of `clipped_sum` with the same bound, over all processes of the site
     - bound: the bound with which `total` was summed; the scale of the noise follows from it
-    - noise_multiplier: σ, in multiples of the sum's sensitivity to one row
-    - log_step: writes the step's line
+    - noise_multiplier: σ, in multiples of the most that one row moves the sum
+    - log_step: the function that writes the step's line to the log
 
     Guarantee: the call is one Gaussian mechanism on the sum, with fresh noise from the system's
     generator. The step's line is in the log before there is a result.

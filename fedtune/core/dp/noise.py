@@ -1,4 +1,5 @@
-"""Draw Gaussian noise on an integer grid, from a keystream that no seed can replay."""
+"""Draw Gaussian noise in multiples of a grid. Its random bits come from a keystream that no seed
+can repeat."""
 
 from __future__ import annotations
 
@@ -26,14 +27,15 @@ def _keystream(sizes: Iterator[int]) -> Iterator[npt.NDArray[np.uint64]]:
 
 
 def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
-    """Draw round(N(0, std²) / grid), int64 (dimension,), to add to an integer sum on that grid.
+    """Draw Gaussian noise for a sum that counts multiples of `grid`, as such multiples: round(N(0,
+    std²) / grid), int64 (dimension,).
 
     Each number is rounded from the sum of two Gaussians of variance std²/2, by Box–Muller in fp64
     on 53-bit uniforms. One Gaussian would not suffice: Box–Muller takes both numbers of a pair from
     one radius. Beyond 6.8 standard deviations neighbouring radii are further apart than the grid,
     so that some grid points cannot occur, and a result at one of them would exclude a neighbouring
-    dataset. A sum of two has such gaps only if both radii are so large: probability 2⁻⁷⁰ for a
-    pair. The tail ends at 12.1 std (10⁻³³).
+    dataset. A sum of two has such gaps only if both radii are so large, with a probability of 2⁻⁷⁰
+    for a pair. The tail ends at 12.1 std (10⁻³³).
     Guarantee: sum and noise lie on the grid, so the result equals a rounded continuous Gaussian
     mechanism. Rounding is post-processing, and no floating-point attack is left. Each call has a
     key of its own; nothing that a caller passes or sets decides the random bits.
@@ -41,8 +43,7 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
     differential privacy" (sums of several Gaussians against what fp64 shows of one).
     Memory: 8 bytes for each number of the result, and at most 2¹⁵ pairs at once.
     Errors: ValueError when std or grid is not positive and finite, or their ratio does not fit the
-    integers. No argument gives zero noise.
-    """
+    integers. No argument gives zero noise."""
     import torch  # here alone, as in clip.py
 
     scale = std / grid if std > 0 and grid > 0 else math.nan
@@ -60,9 +61,9 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
 
 
 def _pairs(bits: npt.NDArray[np.uint64], scale: float) -> npt.NDArray[np.float64]:
-    """Make as many Gaussians of standard deviation `scale` as `bits` has numbers. Each pair of
-    numbers gives a cosine and a sine: first the cosines of all pairs are returned, then the
-    sines."""
+    """Convert random bits to Gaussians of standard deviation `scale`, as many as `bits` has
+    numbers. Two numbers make a pair, which gives a cosine and a sine; first the cosines of all
+    pairs are returned, then the sines."""
     half = len(bits) // 2
     uniform = (bits >> np.uint64(11)).astype(np.float64)
     radius = scale * np.sqrt(-2.0 * np.log((uniform[:half] + 1.0) * 2.0**-53))  # of (0, 1]

@@ -1,8 +1,8 @@
-"""Take a NON-PRIVATE step, without noise or accounting, only for `privacy = "off"`.
+"""The steps of a study without privacy (`privacy = "off"`). They are NOT PRIVATE: there is neither
+noise nor accounting.
 
 Such a step serves to measure the cost of privacy. Every output marks it, and the default policy
-refuses it.
-"""
+refuses it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from fedtune.core.dp.steplog import StepLog
 
 @dataclass(frozen=True)
 class NonPrivatePlan:
-    """The plan of a site in a study without privacy. A step gives the mean of the rows' gradients,
-    which are clipped as in a private study if the study has [clipping]."""
+    """The plan of a site in a study without privacy. A step gives the mean of the rows' gradients.
+    If the study has a [clipping] table, they are clipped as in a private study.
+
+    - sampling_rate: q, the probability with which each row is drawn for a step
+    - divisor: the number by which a sum is divided, q · declared size
+    - clipping: the study's [clipping] table; None: nothing is clipped"""
 
     sampling_rate: float
     divisor: float
@@ -29,7 +33,8 @@ class NonPrivatePlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Compute the un-noised mean gradient, fp32 (dimension,). No guarantee.
+        """Draw rows, and return the mean of their gradients without noise, fp32 (dimension,). No
+        guarantee.
 
         - n_rows: the number of rows, each drawn with probability sampling_rate
         - dimension: the number of coordinates of a row's gradient
@@ -47,8 +52,9 @@ class NonPrivatePlan:
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Compute the un-noised clipped sum in multiples of `grid_at(dimension)`, int64
-        (dimension,). No guarantee. Parameters as for `step`; the gradients are overwritten."""
+        """Draw rows, and return the sum of their clipped gradients without noise, in multiples of
+        `grid_at(dimension)`, int64 (dimension,). No guarantee. Arguments as for `step`; the
+        gradients are overwritten."""
         assert self.clipping is not None  # Study: secure aggregation needs a bound
         table = self.clipping
         bound = Bound(table.max_grad_norm, table.mode, table.gamma, self.grid_at(dimension))
@@ -56,8 +62,8 @@ class NonPrivatePlan:
         return mechanism.clipped_sum(gradients, sampled, dimension, bound)
 
     def grid_at(self, dimension: int) -> float:
-        """Return the unit of the integer sum of `dimension` numbers, in gradient units. It is that
-        of a sum with noise of standard deviation C, although no noise is added."""
+        """Return the grid, in gradient units, of a sum with `dimension` numbers. It is chosen as
+        for noise of standard deviation C, although none is added."""
         assert self.clipping is not None
         norm = self.clipping.max_grad_norm
         return shared_noise.grid(norm, norm, dimension)

@@ -1,7 +1,8 @@
-"""Run DP-SGD steps: the one module that combines sampler, clipped sum, noise and accountant.
+"""Run DP-SGD steps: draw rows, clip and sum their gradients, and add noise. This is the one module
+that combines sampler, clipped sum, noise and accountant.
 
-As in google-deepmind/jax_privacy's execution plan, one frozen object both computes ε and runs the
-step."""
+As in google-deepmind/jax_privacy's execution plan, the same immutable object computes ε and runs
+the steps."""
 
 from __future__ import annotations
 
@@ -25,13 +26,14 @@ _log = logging.getLogger("fedtune.dp")
 
 
 class StepPlan(Protocol):
-    """The methods of a plan, private or not, that training calls."""
+    """The methods of a plan that training calls. The plan may be private (DpPlan, SitePlan) or not
+    (NonPrivatePlan)."""
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Draw rows, and return the sum of their gradients over the plan's divisor, fp32
-        (dimension,), with noise if the plan is private.
+        """Draw rows, sum their gradients, divide the sum by the plan's divisor, and return the
+        result, fp32 (dimension,). If the plan is private, the sum is noised.
 
         - n_rows: how many rows the dataset has; a row is a unit or, if records are drawn, a record
         - dimension: the number of coordinates of a row's gradient
@@ -45,7 +47,7 @@ class StepPlan(Protocol):
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
         """Draw rows, and return the sum of their clipped gradients in multiples of the plan's grid
-        (`grid_at(dimension)`), int64 (dimension,), with noise if the plan is private.
+        (`grid_at(dimension)`), int64 (dimension,). If the plan is private, the sum is noised.
 
         - n_rows: how many rows the dataset has
         - dimension: the number of coordinates of a row's gradient, and of the sum
@@ -58,25 +60,29 @@ class StepPlan(Protocol):
 
 @dataclass(frozen=True)
 class DpPlan:
-    """One site's part of a private study.
+    """One site's part of a private study: it runs the noised steps, and computes what they cost.
 
-    - noise_multiplier: σ in multiples of one row's clipping bound C
+    - study: the digest of the plan
+    - unit: whom the ε protects
+    - sampling_rate: q, the probability with which each row is drawn for a step
+    - noise_multiplier: σ in multiples of C
+    - max_grad_norm: C, the bound on one row
+    - clipping, gamma: how a row is clipped (`clip.scales`)
+    - rounds, local_steps: the number of rounds, and of steps in each; `steps`: of all together
     - delta: δ of the whole study
-    - steps: over all rounds
     - divisor: the constant expected batch q · k · declared size, never the true count
     - records: k, the most rows of one unit (1 where units are drawn)
     - lifetime: in a study without a last round, the ε that no unit exceeds; rounds and steps are
-      then the most in which one unit takes part
+      then the most in which one unit takes part. Else None
     - sites, colluding: n and t of secure aggregation. This site then adds noise of σ/√(n - t); σ
       and ε are those of the sum that is opened, to which n - t honest sites added noise
 
     Guarantee, for adding or removing one unit: each call of `step` is a Gaussian mechanism on the
     clipped sum. A unit has k rows in it, each drawn with probability q: for k = 1 this is the
-    Poisson-sampled Gaussian (σ, q), for k > 1 the mixture with Binomial(k, q) of the unit's rows.
-    A step's line is in the log before its result is returned.
+    Poisson-sampled Gaussian (σ, q), for k > 1 the mixture with Binomial(k, q) of the unit's rows. A
+    step's line is in the log before its result is returned.
     Reference: Charles et al. 2024, "Fine-tuning large language models with user-level differential
-    privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C).
-    """
+    privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C)."""
 
     study: str
     unit: Literal["record", "patient"]
@@ -100,28 +106,31 @@ class DpPlan:
 
     @property
     def epsilon(self) -> float:
-        """ε of the whole plan, as if every step runs."""
+        """The ε that the whole plan costs, i.e. all of its steps."""
         return accountant.epsilon(self.events(self.steps), self.delta)
 
     def events(self, steps: int) -> list[Steps]:
-        """Return the accountant's events for `steps` steps. With secure aggregation their σ is that
-        of the sum over the honest sites; without it, the σ of the site's own noise."""
+        """Return `steps` steps of this plan in the form in which the accountant counts them: a list
+        of one `Steps`. Its σ is that of the sum which is opened: with secure aggregation the noise
+        of all honest sites, else this site's own."""
         sigma = shared_noise.joint_sigma(self.own_noise, self.sites - self.colluding)
         return [Steps(sigma, self.sampling_rate, steps, self.records)]
 
     @property
     def own_noise(self) -> float:
-        """σ of the noise that this site adds, in multiples of C."""
+        """The σ of the noise that this site itself adds, in multiples of C."""
         return shared_noise.own_sigma(self.noise_multiplier, self.sites - self.colluding)
 
     @property
     def fallback_epsilon(self) -> float:
-        """ε of the whole plan by this site's own noise alone, whatever other sites do."""
+        """The ε that the whole plan costs if only this site's own noise is counted, whatever other
+        sites do."""
         return accountant.epsilon(self.fallback_events(self.steps), self.delta)
 
     def fallback_events(self, steps: int) -> list[Steps]:
-        """Return the accountant's events for `steps` steps with this site's own noise alone, from
-        which the fallback ε is computed."""
+        """Return `steps` steps of this plan in the form in which the accountant counts them, a list
+        of one `Steps`, with the σ of this site's own noise alone. The fallback ε is computed from
+        it."""
         return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
 
     def step(
@@ -133,8 +142,8 @@ class DpPlan:
         round_: int,
         team: Team | None = None,
     ) -> torch.Tensor:
-        """Run one DP-SGD step on `n_rows` rows; return the noised mean gradient, fp32 (dimension,):
-        the noised sum over `divisor`. If no row is sampled, the result is noise alone.
+        """Run one DP-SGD step: draw rows, and return the noised sum of their clipped gradients,
+        divided by `divisor`, fp32 (dimension,). If no row is drawn, the result is noise alone.
 
         - n_rows: how many rows the dataset has; a row is a unit or, if records are drawn, a record
         - dimension: the number of coordinates of a row's gradient
@@ -147,8 +156,7 @@ class DpPlan:
           process, once. None: this process sums all rows
 
         Errors: RuntimeError if a row is missing or doubled; InfrastructureError if the log cannot
-        be written. Nothing is released then.
-        """
+        be written. Nothing is released then."""
         total = self._drawn_sum(n_rows, dimension, gradients, team)
         return self._add_noise(total, log, round_)
 
@@ -182,7 +190,7 @@ class DpPlan:
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
     ) -> torch.Tensor:
         """Draw rows, and return the sum of their clipped gradients in multiples of
-        `grid_at(dimension)`, int64 (dimension,). No noise is added. Parameters as for `step`."""
+        `grid_at(dimension)`, int64 (dimension,), without noise. Arguments as for `step`."""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         if team is None:
             return self.clipped_sum(sampled, dimension, gradients)
@@ -191,11 +199,13 @@ class DpPlan:
 
     @property
     def grid(self) -> float:
-        """The unit of the integer sum, in gradient units, if this site's sum is opened alone."""
+        """The grid, in gradient units, of a site whose sum is opened by itself, i.e. without secure
+        aggregation."""
         return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
 
     def grid_at(self, dimension: int) -> float:
-        """Return the unit of the integer sum of `dimension` numbers, in gradient units."""
+        """Return the grid, in gradient units, of a sum with `dimension` numbers, with or without
+        secure aggregation. The sum counts multiples of it."""
         if self.sites == 1:
             return self.grid
         return shared_noise.grid(self.own_noise * self.max_grad_norm, self.max_grad_norm, dimension)
@@ -204,8 +214,11 @@ class DpPlan:
         self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
         """Clip the gradients of rows, and return their sum in multiples of this plan's grid, int64
-        (dimension,), without noise (`mechanism.clipped_sum`). sampled: the indices of the rows;
-        gradients: called once with them."""
+        (dimension,), without noise.
+
+        - sampled: the indices of the rows
+        - dimension: the number of coordinates of a row's gradient
+        - gradients: called once with `sampled`; yields the gradient of each row exactly once"""
         return mechanism.clipped_sum(gradients, sampled, dimension, self._bound_at(dimension))
 
     def _bound_at(self, dimension: int) -> Bound:
@@ -216,9 +229,12 @@ class DpPlan:
         return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
 
     def _add_noise_to(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-        """Log a step, add its noise to the clipped sum `total` in place, and return `total`
-        (`mechanism.noised_sum`). log: the site's step log; round_: the number of the round in the
-        line."""
+        """Write a step to the log, add its noise to the clipped sum `total` in place, and return
+        `total`.
+
+        - total: the sum, in multiples of the plan's grid
+        - log: the site's step log
+        - round_: the number of the round, for the step's line"""
 
         def log_step() -> None:
             line = Step(
@@ -238,7 +254,7 @@ class DpPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A private plan as a site's round runs it.
+    """A private plan as a site's round runs it: no failure of one unit's rows ends a step.
 
     - plan: the plan whose steps are run
     - team: other processes that sum some of the rows; None if there are none
@@ -256,22 +272,23 @@ class SitePlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run one DP-SGD step as DpPlan.step does, with its parameters, and return the noised mean
-        gradient, fp32 (dimension,). Rows that cannot be summed together are summed one by one."""
+        """Run one step as DpPlan.step does, and return the noised sum of the drawn rows' clipped
+        gradients, divided by the plan's divisor, fp32 (dimension,). If the rows cannot be summed
+        together, they are summed one by one. Arguments as for DpPlan.step."""
         return self.plan.step(n_rows, dimension, gradients, log, round_, self)
 
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run one step as DpPlan.noised_sum does, with its parameters, and return the noised sum in
-        multiples of the plan's grid, int64 (dimension,). Rows that cannot be summed together are
-        summed one by one."""
+        """Run one step as DpPlan.noised_sum does, and return the noised sum in multiples of the
+        plan's grid, int64 (dimension,). If the rows cannot be summed together, they are summed one
+        by one. Arguments as for DpPlan.noised_sum."""
         return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Return the sum of the clipped rows `sampled`, int64 (dimension,). If the other processes
-        fail, this process computes the sum alone. clipped_sum: sums the rows whose indices it
-        gets."""
+        """Return the sum of the clipped rows `sampled`, int64 (dimension,), without noise. The work
+        is shared with the other processes (`team`), if there are any; if they fail, this process
+        sums all rows. clipped_sum: the function that sums the rows whose indices it gets."""
 
         def sum_rows(rows: list[int]) -> torch.Tensor:
             return self._together_or_alone(rows, dimension, clipped_sum)
@@ -289,10 +306,10 @@ class SitePlan:
     def _together_or_alone(
         self, rows: list[int], dimension: int, clipped_sum: ClippedSum
     ) -> torch.Tensor:
-        """Sum the clipped rows together or, if that fails, each row by itself, and return the sum,
-        int64 (dimension,). A row that fails alone, too, is left out. Both ways give the same
-        integers, since each row is clipped and rounded by itself. clipped_sum: sums the rows whose
-        indices it gets."""
+        """Return the sum of the clipped `rows`, int64 (dimension,). They are summed together or, if
+        that fails, one by one; a row that also fails alone is left out. Both ways give the same
+        integers, since each row is clipped and rounded by itself. clipped_sum: the function that
+        sums the rows whose indices it gets."""
         import torch
 
         try:
@@ -358,8 +375,9 @@ class Team(Protocol):
     """The other processes of a site that sum some of a step's rows."""
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Return the sum of the clipped rows `sampled` over all processes, int64 (dimension,).
-        clipped_sum: sums those of the rows that are this process's share.
+        """Return the sum of the clipped rows `sampled`, int64 (dimension,), over all processes.
+        clipped_sum: the function by which this process sums its share of the rows, whose indices it
+        gets.
 
         Guarantee: each of `sampled` is in the sum exactly once, else nothing is returned.
         Errors: InfrastructureError where another process failed; those of `clipped_sum`."""

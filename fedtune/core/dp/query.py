@@ -1,17 +1,19 @@
 """Answer a query: compute a noised sum of the model's scores on held-out records.
 
-A unit's row is the pair (mean score, 1) over its records. A score is in [0, 1]: the geometric mean
-probability of a record's targets, or the probability of its label (exp of minus the loss), or
-whether its label is the likeliest. Two sums leave the site: Σ score and Σ 1. If the plan names
-classes or groups, a further pair follows for each class or group: the part of that pair which the
-unit's records in it contribute. The sums go through the same step as in training, so that sampler,
-clip, noise, grid, log and accountant are the same.
+A unit's row is the pair (mean score, 1) over its records. A record's score is in [0, 1]: the
+geometric mean of its targets' probabilities, or the probability of its label (both are exp of minus
+the loss), or 1 if its label is the likeliest and else 0. Two sums leave the site: Σ score and Σ 1.
+If the plan names classes or groups, a further pair follows for each class or group: the part of
+that pair which the unit's records in it contribute. The sums go through the same step as in
+training, so that sampler, clip, noise, grid, log and accountant are the same.
 
 Guarantee: a row is clipped to C = √(2 · axes), where an axis is the whole, the classes, or one
 column of groups. A row that is built as above is never longer: on one axis the parts add up to at
 most the whole pair, so that their squares add up to at most 2. Each answer is one Gaussian
 mechanism on all of its numbers, with σ in multiples of C and q = 1; its line is in the step log
 before the answer exists.
+| case                    | what the answer holds                            |
+|-------------------------|--------------------------------------------------|
 | no units                | noise alone                                      |
 | a record's loss is NaN, or raises | its unit contributes nothing, not even to Σ 1 |
 | a record is in no class or group of an axis | nothing to that axis' pairs |
@@ -55,8 +57,11 @@ def query_plan(study: Study) -> DpPlan:
 
 
 class Rows(Protocol):
-    """The rows of a query, one per unit. They are computed only for the units that are asked
-    for."""
+    """The rows of a query, one for each unit. A row is only computed when it is asked for.
+
+    - dimension: how many numbers a row has, two for each cell
+    - of_units: returns the rows of the units with these indices, fp64 (len(units), dimension)
+    - wipe: overwrites what was computed"""
 
     @property
     def dimension(self) -> int: ...

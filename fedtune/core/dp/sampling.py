@@ -8,13 +8,15 @@ import numpy as np
 
 
 def poisson(n_units: int, sampling_rate: float) -> list[int]:
-    """Sample indices of 0..n_units-1, each independently with probability `sampling_rate`.
+    """Return the indices that are drawn of 0..n_units-1, each independently with probability
+    `sampling_rate`.
 
     Guarantee: the sample is as secret as the noise. There is no seed, and nothing is logged.
-    | sampling_rate = 1 | every unit, always |
-    | no unit drawn     | an empty list: the caller takes a noise-only step |
-    Reference: Mironov, Talwar & Zhang 2019, section 3 (sampled Gaussian mechanism).
-    """
+    | case              | result                                            |
+    |-------------------|---------------------------------------------------|
+    | sampling_rate = 1 | every index                                       |
+    | no index drawn    | an empty list; the caller takes a noise-only step |
+    Reference: Mironov, Talwar & Zhang 2019, section 3 (sampled Gaussian mechanism)."""
     if not 0.0 < sampling_rate <= 1.0:
         raise ValueError("sampling_rate must be in (0, 1]")
     if sampling_rate == 1.0:

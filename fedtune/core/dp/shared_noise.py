@@ -27,8 +27,8 @@ def own_sigma(sigma: float, shares: int) -> float:
 
 
 def joint_sigma(own: float, shares: int) -> float:
-    """Return the σ of a sum in which `shares` sites each added `own`: at least the σ that was
-    split by `own_sigma`.
+    """Return the σ of the noise in a sum to which each of `shares` sites added noise of σ `own`. If
+    `own` was returned by `own_sigma`, this is at least the σ that was passed to it.
 
     >>> all(joint_sigma(own_sigma(s / 7, n), n) >= s / 7 for s in range(1, 50) for n in range(1, 9))
     True
@@ -37,17 +37,17 @@ def joint_sigma(own: float, shares: int) -> float:
 
 
 def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
-    """Return the unit of every site's integer sum. It is the largest power of two that is at most
-    2⁻¹⁶ of a site's own noise (`noise_std`), and so small that √d/2 grid steps are at most 0.5 % of
-    C.
+    """Return the grid, in gradient units, of which every site's sum counts multiples. It is the
+    largest power of two that is at most 2⁻¹⁶ of a site's own noise (`noise_std`), and so small that
+    √d/2 times the grid is at most 0.5 % of C.
 
     - noise_std: the standard deviation of one site's noise, in gradient units
     - max_grad_norm: C, the bound on a row's norm
     - dimension: d, how many numbers the sum has
 
-    This grid is coarser than a lone site's, so that sums fit 32 bits. The noise is at least 2¹⁶
-    steps wide, so that a sum of rounded Gaussians is a rounded Gaussian but for exp(-π² 2³²)
-    (decision 0047).
+    This grid is coarser than that of a site whose sum is opened by itself, so that sums fit 32
+    bits. The noise is at least 2¹⁶ times the grid, so that a sum of rounded Gaussians differs from
+    a rounded Gaussian by no more than exp(-π² 2³²) (decision 0047).
 
     >>> grid(1.0, 1.0, 100) == 2.0**-16
     True
@@ -58,7 +58,8 @@ def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
 
 
 def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
-    """Return the grid (the unit of the integer sum) of a study with [secure_aggregation].
+    """Return the grid, in gradient units, of which the sums in a study with [secure_aggregation]
+    count multiples.
 
     - study: the plan, which says C and how many sites share the noise
     - sigma: σ of the sum's noise, in multiples of C; None if privacy is off, and the grid is then
@@ -71,7 +72,7 @@ def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
 
 
 def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: int) -> int:
-    """Return the number of bits of a word that holds the sum over these sites: 32 or 64.
+    """Return how many bits, 32 or 64, a masked number needs so that the sum over all sites fits.
 
     - study: the plan, which says C, the most rows of a unit, and how many sites share the noise
     - sigma: σ of the sum that is opened, in multiples of C; None if privacy is off
@@ -89,7 +90,8 @@ def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: 
 def word_bits(
     units: Iterable[float], rows: int, max_grad_norm: float, noise_std: float, step: float
 ) -> int:
-    """Return the number of bits of a word that holds twice the largest sum: 32 or 64.
+    """Return how many bits, 32 or 64, a masked number needs so that twice the largest possible sum
+    fits.
 
     - units: each site's declared size
     - rows: the most rows of one unit

@@ -16,8 +16,8 @@ from fedtune.core.files.writing import replace as replace_file
 
 @dataclass(frozen=True)
 class Step:
-    """One step as the log has it. noise_multiplier: σ; 0 for a step without noise. Every value is
-    public, since the plan and the declared size determine it, never the data."""
+    """One step as the step log has it. Every value is public: the plan and the declared size
+    determine it, never the data. noise_multiplier is 0 for a step without noise."""
 
     study: str  # plan digest
     round: int
@@ -30,7 +30,7 @@ class Step:
 
 
 class StepLog:
-    """A JSONL file of `Step`.
+    """The step log of a site: a JSONL file of `Step`.
 
     Guarantee: a step's line is complete and on disk before the noised sum of that step exists
     anywhere else, so a crash can only over-report what was spent. Bytes after the last newline,
@@ -51,13 +51,13 @@ class StepLog:
         self._ahead = 0  # and how many of its steps have yet to run
 
     def begin_round(self) -> None:
-        """Begin an attempt at a round. Its first step writes a line of its own, and does not count
-        under the line of an earlier attempt that broke off."""
+        """Begin an attempt at a round: the next step writes a line of its own, even if an earlier
+        attempt at this round broke off before all the steps of its line had run."""
         self._round = None
 
     def append(self, step: Step, of_round: int = 1) -> None:
-        """Log one of the steps of a round; only the first of them writes a line. of_round: how many
-        equal steps the round has."""
+        """Log one of the steps of a round. Only the first of them writes a line, which stands for
+        all. of_round: how many steps the round has; all are equal."""
         step = replace(step, membership=self._membership)
         if step == self._round and self._ahead:
             self._ahead -= 1
@@ -76,9 +76,10 @@ class StepLog:
         self._round, self._ahead = step, of_round - 1
 
     def join(self, other: Path) -> None:
-        """Append the lines of another step log to this one, as lines of this membership. If the
-        lines that this membership has here are the first lines of `other`, as after an earlier
-        call, only the missing ones are appended; if it has different lines here, all are appended.
+        """Append the lines of another step log to this one, as lines of this membership. A second
+        call with the same log, which may have grown, appends the missing lines only: it does so if
+        the lines that this membership has here are the first lines of `other`. If they are not, all
+        lines are appended.
         Errors: InfrastructureError."""
         lines = [self._named(line) for line in _whole_lines(other)]
         there = _whole_lines(self.path)
@@ -89,8 +90,8 @@ class StepLog:
             replace_file(self.path, content.encode(), private=True)
 
     def _named(self, line: str) -> str:
-        """Return a line with this membership's name added. A line that cannot be read as a step is
-        returned unchanged, so that `steps` raises an error for it."""
+        """Return a line of the log with this membership's name added. A line that cannot be read as
+        a step is returned unchanged, so that `steps` raises an error for it."""
         try:
             return json.dumps({**json.loads(line), "membership": self._membership}, sort_keys=True)
         except (ValueError, TypeError):
@@ -136,7 +137,7 @@ def _check_count(count: object) -> int:
 
 
 def events(steps: list[Step]) -> list[Steps]:
-    """Return the accountant's events for the steps of a log: one for each kind of step, with the
-    number of such steps."""
+    """Return the steps of a log in the form in which the accountant counts them: for each kind of
+    step (σ, q and k), one `Steps` with the number of such steps."""
     counts = Counter((s.noise_multiplier, s.sampling_rate, s.records) for s in steps)
     return [Steps(sigma, rate, count, records) for (sigma, rate, records), count in counts.items()]

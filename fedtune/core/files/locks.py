@@ -17,10 +17,12 @@ from fedtune.core.files import reading, writing
 
 @contextmanager
 def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Wait for the lock on the file `path`, and hold it during the block.
+    """A context manager that waits for the lock on the file `path`, and holds it for the length of
+    the block.
 
-    shared: whether others who ask for it as shared may hold it at the same time. The lock file is
-    made if it is missing, unless `shared`. Errors: InfrastructureError."""
+    shared: whether other processes that ask for it with shared=True may hold it at the same time. A
+    missing lock file is made, except if `shared` is true, when it is an error. Errors:
+    InfrastructureError."""
     with mapping_errors(path):
         if shared:
             descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -36,9 +38,9 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hold_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock on the file `path` during the block, unless another process holds it. Yield
-    whether this process has the lock. The lock file is made if it is missing. Errors:
-    InfrastructureError."""
+    """A context manager that takes the lock on the file `path` for the length of the block if
+    nobody else holds it, without waiting. It yields whether it has taken the lock. The lock file is
+    made if it is missing. Errors: InfrastructureError."""
     with mapping_errors(path):
         descriptor = writing.open_own(path, os.O_RDWR)
     try:
@@ -54,8 +56,8 @@ def hold_if_free(path: Path) -> Iterator[bool]:
 
 
 def _let_go(descriptor: int) -> None:
-    """Release the lock and close its file. Closing alone would not release the lock, if a process
-    that was forked meanwhile has the descriptor too."""
+    """Release a lock and close its file. Closing alone would not release the lock if a process that
+    was forked meanwhile has the file's descriptor too."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -63,11 +65,15 @@ def _let_go(descriptor: int) -> None:
 
 @contextmanager
 def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
-    """Hold the lock during the block as the only process of its kind, and yield whether the last
-    process that held it was killed. The lock file is removed on release.
+    """A context manager that holds a lock for the length of the block as the only process of its
+    kind. It yields whether the last process that held the lock was killed. The lock file is removed
+    at the end.
 
-    who, folder: the kind of process, and the folder that it uses, for the error. Errors:
-    InfrastructureError, at once, naming the process that holds the lock."""
+    - path: the lock file
+    - who, folder: the kind of process, and the folder that it uses, for the error
+
+    Errors: InfrastructureError at once, without waiting, if another process holds the lock; it
+    names that process."""
     with mapping_errors(path):
         descriptor = _lock_file(path)
     if descriptor is None:
@@ -90,7 +96,8 @@ def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def mapping_errors(path: Path) -> Iterator[None]:
-    """In the block, turn an OSError into an InfrastructureError that names the lock file `path`."""
+    """A context manager that turns an OSError in the block into an InfrastructureError, which names
+    the lock file `path`."""
     try:
         yield
     except OSError as error:
@@ -102,8 +109,9 @@ def mapping_errors(path: Path) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> int | None:
-    """Lock the file that has the name `path` now, and return its descriptor; None if another
-    process has locked it. Errors: OSError."""
+    """Lock the file that has the name `path` at present, and return its descriptor. Return None if
+    another process has locked it. If the last holder removes the file meanwhile, the new file is
+    locked. Errors: OSError."""
     while True:
         descriptor = writing.open_own(path, os.O_RDWR)
         try:

@@ -1,5 +1,7 @@
 """Read a file that a person named: a regular file of bounded length.
 
+| the file                                                 | what is done                         |
+|----------------------------------------------------------|--------------------------------------|
 | missing, a folder, a pipe, a device, a symlink loop      | refused without blocking             |
 | larger than `most`                                       | refused before all is in memory      |
 | not UTF-8, JSON or TOML; nested deeper than DEPTH        | refused                              |
@@ -50,22 +52,22 @@ def refuse_path(path: str | Path) -> str:
 
 
 class NotRegular(OSError):
-    """The path is of a folder, a pipe, a device or a socket, and not of a regular file."""
+    """A path leads to a folder, a pipe, a device or a socket, and not to a regular file."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading. The call never waits, as it would for a pipe without a
-    writer.
+    """Open a regular file for reading. The call never waits: a pipe without a writer is refused at
+    once.
     Errors: OSError; NotRegular if it is no regular file."""
     return open(descriptor(path), "rb")
 
 
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file and return its descriptor. The type is checked on the open file, since
-    the name may refer to something else a moment later. flags: os.O_… for opening.
+    """Open a regular file and return its descriptor. That it is regular is checked on the open
+    file, since the name may refer to something else a moment later. flags: os.O_… for opening.
 
-    A pipe without a writer is opened at once, without waiting, and then refused. Errors: OSError;
-    NotRegular if it is no regular file."""
+    The call never waits: a pipe without a writer is opened at once, and then refused. Errors:
+    OSError; NotRegular if it is no regular file."""
     number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
@@ -191,7 +193,8 @@ def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, A
 
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
-    """Return the TOML tables in the file, by name, of a file of at most TABLES bytes.
+    """Read a TOML file of at most TABLES bytes, and return its content: key or table's name ->
+    value.
 
     - path: the file that a person named
     - expected: what the file should be, as a noun phrase of the error's text
@@ -204,9 +207,9 @@ def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) 
 
 
 def tables(source: str) -> dict[str, Any]:
-    """Parse a text as TOML and return its tables. Keys with too many parts are refused first, since
-    tomllib would take very long for them. Errors: ValueError if the text is no TOML, RecursionError
-    if it is nested too deep or has such a key."""
+    """Parse a text as TOML, and return its content as a dict. A text in which a key has too many
+    parts (a.b.c...) is refused first, since tomllib would take very long. Errors: ValueError if the
+    text is no TOML; RecursionError if it is nested too deep or has such a key."""
     if any(key[1] for key in _KEY.finditer(source)):
         raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
     return tomllib.loads(source)
@@ -244,14 +247,18 @@ def _encodes(value: str) -> bool:
 def _table(
     path: Path, parse: Any, form: str, expected: str, todo: str, kind: Kind, most: int
 ) -> dict[str, Any]:
-    """Read a file as text, parse it with `parse`, and return the resulting table.
+    """Read a file as text, parse it with `parse`, and return the resulting dict.
 
-    - path, expected, todo, kind, most: as for `text`
+    - path: the file that a person named
     - parse: the function that takes the text; its ValueError means that the text is malformed
     - form: the format's name for the error's text, such as "JSON"
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+    - most: how many bytes the file may have
 
     Errors: an error of the class `kind` if the file cannot be read as text (`text`), or the result
-    is no table or is nested too deep."""
+    is no dict or is nested too deep."""
     source = text(path, expected, todo, kind, most)
     try:
         parsed = parse(source)
@@ -271,8 +278,12 @@ def _table(
 def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes.
 
-    path, expected, todo, kind: as for `regular`. Errors: an error of the class `kind` if it is no
-    readable regular file."""
+    - path: the file that a person named
+    - expected: what the file should be, as a noun phrase of the error's text
+    - todo: what the person should do, for the error's text; "": nothing is said
+    - kind: the class of the error
+
+    Errors: an error of the class `kind` if it is no readable regular file."""
     if why := refuse_path(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
@@ -286,8 +297,8 @@ def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the sha256 (hexadecimal) over the name and content of a file, or of each file directly
-    in a folder, in the order of names; "" if there is no file."""
+    """Return one sha256 (hexadecimal) over the name and content of a file or, if `path` is a
+    folder, of each file directly in it, in the order of names. Return "" if there is no file."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     total = hashlib.sha256()
     for file in files:

@@ -1,11 +1,11 @@
-"""Reserve disk space at a site, so that writes which must succeed do.
+"""Reserve disk space at a site for what must be written there: ledger, receipts and audit log.
 
 A site's ledger grows by a few bytes for each record, and each withdrawal adds a receipt and an
 entry of the audit log. On a disk that is nearly full, the number of records would decide whether a
 round can be charged. So a file beside the ledger, called the room, shrinks as these files grow:
 ledger, receipts, audit log and room together always have the same, public number of bytes. Whether
 the disk has these bytes, and how many more, then depends only on the other files on the disk. If it
-does not have them, no order of the coordinator is answered.
+does not have them, no order (any request of the coordinator except one for admission) is answered.
 
 While an order is answered, a part of the room is freed for the writes ("given up"), and reserved
 again afterwards. The vaults of a hospital's memberships share one ledger and may answer orders at
@@ -42,8 +42,10 @@ RECEIPTS, AUDIT = ("withdrawals/*.json",), ("audit.jsonl", "audit-*.jsonl")
 
 @dataclass(frozen=True)
 class Room:
-    """The reserved disk space in `folder`, beside the ledger.
+    """The disk space that is reserved beside a ledger: files whose only purpose is to take space
+    (the room).
 
+    - folder: the ledger's folder
     - declared_size: the site's or the hospital's declared number of units
     - rounds: the most rounds that the ledger pays for
     - membership: in a hospital's home, the membership (or OFFICER) whose space is freed; else ""
@@ -62,10 +64,10 @@ class Room:
 
     @property
     def of_an_answer(self) -> int:
-        """Bytes that are freed while an order is answered. They are 1 MiB for entries and updates,
-        8 KiB for each unit (for a ledger's hashes of some forty records), and as many as the ledger
-        may grow to (`of_the_ledger`), since SQLite first copies each page that a transaction
-        changes into its journal."""
+        """How many bytes are freed while an order of the coordinator is answered. They are 1 MiB
+        for entries and updates, 8 KiB for each unit (for a ledger's hashes of some forty records),
+        and as many as the ledger may grow to (`of_the_ledger`), since SQLite first copies each page
+        that a transaction changes into its journal."""
         return 2**20 + OF_MEMBERS * self.declared_size + self.of_the_ledger
 
     @property
@@ -82,34 +84,38 @@ class Room:
 
     @property
     def of_the_audit_log(self) -> int:
-        """The most bytes by which the room shrinks as the audit log grows. A coordinator can cause
-        any number of entries, which must not use up the space of the ledger or the receipts."""
+        """The most bytes by which the room shrinks as the audit log grows. There is a limit since a
+        coordinator can cause any number of entries, which must not use up the space of the ledger
+        or the receipts."""
         return 2**20 + OF_A_WITHDRAWAL * self.declared_size
 
     @property
     def of_growth(self) -> int:
-        """The most bytes by which the room shrinks as ledger, receipts and audit log grow, all
-        together."""
+        """The most bytes by which the room shrinks in all, as the ledger, the receipts and the
+        audit log grow."""
         return self.of_the_ledger + self.of_receipts + self.of_the_audit_log
 
     @property
     def lent(self) -> int:
-        """Bytes that all users of the room may free at once."""
+        """How many bytes the users of the room may free at once, all together. The users are the
+        memberships and the officer; at a site outside a home there is only one."""
         return self.of_an_answer * max(1, len(self._users))
 
     @property
     def size(self) -> int:
-        """Bytes that ledger, receipts, audit log and the room's own files take together."""
+        """How many bytes the ledger, the receipts, the audit log and the room's own files take
+        together. This number does not change as they grow."""
         return self.lent + self.of_growth
 
     def of(self, membership: str) -> Room:
-        """Return the room as another membership, or the OFFICER, uses it. At a site that is no
-        membership all users free one common space, and the room is returned unchanged."""
+        """Return the same room, but with `membership` (or OFFICER) as the one whose space is freed.
+        At a site outside a hospital's home there is one common space, and the room is returned
+        unchanged."""
         return replace(self, membership=membership if self.membership else "")
 
     def has_space(self, beside: int = 0) -> bool:
-        """Return whether the disk has the whole reserved space and `beside` bytes more. Return True
-        if the file system does not tell; a write will then show it."""
+        """Return whether the disk has the whole reserved space and `beside` bytes more. If the file
+        system does not tell, return True: a write will then fail if the space is missing."""
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -126,7 +132,8 @@ class Room:
 
     @contextmanager
     def give_up(self) -> Iterator[None]:
-        """Free the space of an answer for the block's writes, and reserve it again afterwards.
+        """A context manager that frees the space that an order's answer needs, for the block's
+        writes, and reserves it again afterwards.
 
         Errors: InfrastructureError, before the block, if the disk does not have the whole space."""
         try:
@@ -160,14 +167,16 @@ class Room:
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
-        """Hold the lock under which memberships change the room's files, during the block."""
+        """A context manager that holds the lock under which the room's files change, for the length
+        of the block. Outside a hospital's home there is no such lock, and none is needed."""
         with locks.hold(self.folder / SHARED) if self.membership else nullcontext():
             yield
 
     def _take(self, of_an_answer: int) -> None:
-        """Give the room's files their lengths, with `of_an_answer` bytes reserved for an answer.
-        The common file is shortened first by what the ledger has grown, so that other memberships
-        find their space. Errors: OSError."""
+        """Give the room's files the lengths that they must have now, with `of_an_answer` bytes
+        reserved for the answer to an order (0 while an order is answered). The common file is
+        shortened first, by as much as ledger, receipts and audit log have grown, so that other
+        memberships find their space. Errors: OSError."""
         growth = self.of_growth - self._grown
         if not self.membership:
             _allocate(self.folder / ROOM, growth + of_an_answer)
@@ -193,7 +202,8 @@ class Room:
 
     @property
     def _grown(self) -> int:
-        """Bytes of the ledger, the receipts and the audit log, each up to its bound."""
+        """How many bytes the ledger, the receipts and the audit log take, each counted up to its
+        own limit."""
         return (
             min(_length(self.folder / LEDGER), self.of_the_ledger)
             + min(self._blocks(RECEIPTS), self.of_receipts)
@@ -201,8 +211,8 @@ class Room:
         )
 
     def _blocks(self, names: tuple[str, ...]) -> int:
-        """Return how many bytes the files with these names (patterns of `glob`) take on the disk,
-        in whole blocks."""
+        """Return how many bytes files take on the disk, in whole blocks. names: patterns of `glob`,
+        relative to the room's folder, that select the files."""
         files = [path for name in names for path in self.folder.glob(name)]
         return BLOCK * sum(-(-_length(path) // BLOCK) for path in files)
 
@@ -214,9 +224,10 @@ def _lock_of(folder: Path, membership: str) -> Path:
 
 @contextmanager
 def between_orders(folder: Path) -> Iterator[bool]:
-    """Keep sites whose ledger is in `folder` from answering orders during the block. Yield whether
-    no order was being answered. If one was, the block must take no disk space, since it would take
-    space that was freed for the ledger.
+    """A context manager that keeps the sites whose ledger is in `folder` from answering orders of a
+    coordinator for the length of the block. It yields True, or False if an order was being answered
+    already. Where it is False, the block must write nothing, since it would take disk space that
+    was freed for the ledger.
 
     Errors: InfrastructureError."""
     stem = Path(ORDERS).stem
@@ -226,9 +237,9 @@ def between_orders(folder: Path) -> Iterator[bool]:
 
 
 def reserve(descriptor: int, size: int) -> bool:
-    """Reserve `size` bytes on disk for a file, without changing its length, and return whether the
-    disk has them. If it does not, nothing is reserved. Return True also if the file system cannot
-    reserve."""
+    """Reserve `size` bytes on disk for an open file, without changing its length. Return False if
+    the disk does not have them; nothing is reserved then. Return True if they are reserved, and
+    also if the file system cannot reserve space."""
     of_no_more_length = 1  # FALLOC_FL_KEEP_SIZE
     sizes = ctypes.c_longlong(0), ctypes.c_longlong(size)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -248,9 +259,10 @@ def _length(path: Path) -> int:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make the file `size` bytes long, with disk blocks for all of them. Errors: OSError if the
-    disk lacks them, and the file then keeps its length; OSError also if a link, a pipe or a device
-    has the name."""
+    """Make the file exactly `size` bytes long, with disk blocks for all of them; a missing file is
+    made.
+    Errors: OSError if the disk lacks the space, and the file then keeps its length; OSError also if
+    `path` is a link, a pipe or a device."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o600)
     try:

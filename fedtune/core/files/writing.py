@@ -1,9 +1,9 @@
 """Write files atomically: an old file is replaced as a whole or unchanged, and a new file is
 complete or absent.
 
-The content is first written to a draft, whose name ends in PID.new, with the number of the process
-that writes it. A process that is killed leaves its draft, and the next process that works in the
-folder removes it (`remove_drafts`).
+The content is first written to a draft: a file in the same folder whose name ends in PID.new, where
+PID is the number of the process that writes it. A process that is killed leaves its draft, and the
+next process that works in the folder removes it (`remove_drafts`).
 
 Guarantee: only a regular file is ever replaced, never a link, a pipe or a device."""
 
@@ -26,11 +26,12 @@ DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
 
 
 def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
-    """Write `content` to `path` atomically and durably (fsync), and return `path`.
+    """Write `content` to `path` atomically and durably (fsync), and return `path`. Missing folders
+    are made.
 
-    A missing folder is made. private: only this user can read the file (0600) and folders that are
-    made. Errors: InfrastructureError if the write fails; an old file is then unchanged, unless
-    only the sync of the folder failed."""
+    private: whether only this user may read the file (0600) and the folders that are made. Errors:
+    InfrastructureError if the write fails; an old file is then unchanged, unless only the sync of
+    the folder failed."""
     return _place_file(path, content, os.replace, private)
 
 
@@ -44,9 +45,9 @@ def create(path: Path, content: bytes, *, private: bool = False) -> Path:
 
 
 def check_replaceable(path: Path, *suffixes: str) -> Path:
-    """Check that an output file which a person named can be written, and return its path. The file
-    must be new, or a file with one of `suffixes` that is to be replaced. Its folder must exist, or
-    it must be possible to make it. Errors: InputError."""
+    """Check that an output file which a person named can be written, and return its path. Either
+    there is no such file yet, or it is a regular file with one of `suffixes`, and will be replaced.
+    Its folder must exist, or it must be possible to make it. Errors: InputError."""
     its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
     if os.path.lexists(path) and not its_kind:
         raise InputError(
@@ -65,14 +66,15 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
 def open_own(path: Path, flags: int) -> int:
     """Open one of the program's own files, to append to it or to lock it, and return its
     descriptor. A missing file is made, and only this user can read it (0600). flags: os.O_… for
-    opening. Errors: OSError, also if a link, a pipe or a device has the name."""
+    opening. Errors: OSError, also if `path` is a link, a pipe or a device."""
     return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
 def _place_file(
     path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool
 ) -> Path:
-    """Write a draft of the file beside it, put the draft in place, and return `path`.
+    """Write `content` to a new file beside `path` (the draft), then put it in place with `place`,
+    and return `path`.
 
     - path: the file's place; missing folders on the way to it are made
     - content: all of the file's bytes
@@ -102,7 +104,7 @@ def _place_file(
 
 
 def _check_regular(path: Path) -> None:
-    """Check that the name does not belong to a link, a pipe or a device. Errors:
+    """Check that `path` is not a link, a pipe or a device, which a write must not replace. Errors:
     InfrastructureError."""
     try:
         mode = os.lstat(path).st_mode
@@ -172,7 +174,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write all of `content` durably (fsync). Errors: OSError."""
+    """Write all of `content` to an open file, durably (fsync). Errors: OSError."""
     _write_whole(descriptor, content)
     os.fsync(descriptor)
 
@@ -185,8 +187,9 @@ def _write_whole(descriptor: int, content: bytes) -> None:
 
 @contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """Yield a path beside `out` at which the block makes a file or a folder. The draft is renamed
-    to `out` on success, and removed if the block raises. Errors: InfrastructureError."""
+    """A context manager that yields a path beside `out`, at which the block makes a file or a
+    folder. At the end this draft is renamed to `out`; if the block raises, it is removed. Errors:
+    InfrastructureError."""
     _check_regular(out)
     draft = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
@@ -208,9 +211,10 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Return whether `draft` has the name of a draft whose process has ended. A draft with this
-    process's number counts too, since an earlier process had the same number: call this before this
-    process writes."""
+    """Return whether `draft` has the name of a draft, and the process that wrote it has ended. The
+    name contains that process's number. If it is this process's own number, the result is True,
+    since an earlier process can have had the same number: so call this before this process writes
+    any draft."""
     named = DRAFT.search(draft.name)
     try:
         if named and int(named[1]) != os.getpid():  # in a container both may be process 1

@@ -1,2 +1,2 @@
-"""The privacy ledger: a site's charges, each of which is on disk before anything is released for
-it."""
+"""The privacy ledger: a site's account of its charges. A charge is on disk before the round's
+update is released."""

@@ -1,7 +1,8 @@
-"""Add up a ledger's verified entries to its state: charges, cohorts and declarations.
+"""Add up the entries of a ledger to what they amount to: charges, cohorts of units and
+declarations.
 
-This module reads and writes no file: ledger.py reads and writes them, and passes every entry to
-`fold` once."""
+This module reads and writes no file. ledger.py does both, and passes every entry to `fold` once,
+after the entry was verified."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ class Reservation:
 
 
 class Account:
-    """The state that a ledger's verified entries add up to. `fold` takes the entries one by one,
-    oldest first. A key of `reserved` is the sequence number of a "reserve" entry, which charges a
-    round."""
+    """What all entries of a ledger amount to. `fold` takes the entries one by one, oldest first.
+
+    The fields, in the code below, hold what is known after the last entry. The keys of `reserved`
+    are the sequence numbers of entries of the kind "reserve", each of which charges a round. A slot
+    names one update: (study, round, adapter)."""
 
     def __init__(self) -> None:
         self.declared: dict[str, dict[str, Any]] = {}
@@ -58,7 +61,7 @@ class Account:
         self.frozen: Freeze | None = None
 
     def fold(self, entry: Entry) -> None:
-        """Update the state by one verified entry. Errors: KeyError if the entry's kind is not
+        """Take one more entry, verified, into account. Errors: KeyError if the entry's kind is not
         known."""
         body, time = entry.body, entry.body.get("time", 0)
         if entry.kind == "declare":
@@ -107,18 +110,21 @@ class Account:
 
     @property
     def members(self) -> dict[str, str]:
-        """The digest of each dataset's members (hashed identifiers of patients and records), by the
-        name under which they are stored: the dataset's or, for members that were declared public or
-        generated, this name with a mark in front."""
+        """The digest of each dataset's members, i.e. the hashed identifiers of its patients and
+        records, by the name under which they are stored. This is the dataset's name or, for members
+        of a dataset that was declared public or generated, NOT_PRIVATE and the name."""
         declared = {name: body["members"] for name, body in self.declared.items()}
         return declared | self.not_private_members
 
     def disjoint(self, first: str, second: str) -> bool:
-        """Return whether the two datasets, `first` and `second`, are declared disjoint now."""
+        """Return whether it is declared, at present, that the two datasets have no patient or
+        record in common."""
         return frozenset((first, second)) in self.apart_since
 
     def list_apart(self, dataset: str, disjoint_from: Collection[str]) -> list[str]:
-        """List the datasets that are disjoint from `dataset` once it declares `disjoint_from`."""
+        """List the datasets that will count as disjoint from `dataset` (no patient or record in
+        common) if it declares `disjoint_from`. One suffices: `dataset` names the other, or the
+        other has named it."""
         return [
             other
             for other, declared in self.declared.items()
@@ -126,7 +132,9 @@ class Account:
         ]
 
     def against(self, dataset: str) -> list[Spent]:
-        """List the charges that count against `dataset`, oldest first."""
+        """List the charges that count against `dataset`, oldest first: its own, and those of every
+        other dataset unless the two are declared disjoint (no patient or record in common). Of a
+        disjoint dataset those charges count that were made before it was declared so."""
         return [spent for spent in self.spent() if self._counts(spent, dataset)]
 
     def _counts(self, spent: Spent, dataset: str) -> bool:
@@ -149,8 +157,10 @@ class Account:
         ]
 
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
-        """Return whether the charge counts against one cohort of `dataset`. arrival: the number of
-        the entry with which the cohort arrived."""
+        """Return whether a charge of `against` also counts against one cohort of `dataset`, i.e.
+        against units that arrived together. A charge of another dataset does. A charge of `dataset`
+        does if it was made after they arrived, by a round that did not leave them out. arrival: the
+        number of the entry with which they arrived."""
         if spent.dataset != dataset:
             return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out
@@ -159,8 +169,11 @@ class Account:
         return [spent.charge for spent in self.against(dataset) if spent.dataset != dataset]
 
     def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
-        """Update, after a declaration of a dataset, which datasets are disjoint and since which
-        entry. seq: the number of the declaration's entry; declaration: that entry's fields."""
+        """Update `apart_since` after a declaration of a dataset: which datasets are disjoint, and
+        since which entry.
+
+        - seq: the number of the declaration's entry
+        - declaration: the fields of that entry"""
         dataset, new = declaration["dataset"], declaration["dataset"] not in self.declared
         apart = self.list_apart(dataset, declaration["disjoint_from"])
         for other in self.declared:

@@ -1,4 +1,5 @@
-"""Keep the audit log of a role: who did what, when and under which rule, signed and chained.
+"""Keep the audit log of a site or a coordinator: who did what, when and under which rule. Each
+entry is signed, and names the hash of the entry before it.
 
     audit.jsonl          in a site's state folder or the coordinator's home: one entry a line
     audit-000000123.jsonl  an earlier file, named by its first entry; never deleted
@@ -11,13 +12,13 @@ An entry is canonical JSON, so that each content has one spelling:
 | rule            | the policy's key, option or plan under which it was done                |
 | facts           | numbers, truth values, and names or digests: never text of a record     |
 | prev            | sha256 of the line before it; 64 zeros in the first                     |
-| signature       | by the role's signing key, over all of the above                        |
+| signature       | by the signing key of the site or coordinator, over all of the above    |
 
 Guarantee: `verify` finds an entry that was changed, moved, or taken out from between others. It
 does not find that the last entries were cut off, or that somebody with the signing key wrote
-another log: only a head that is kept elsewhere shows this. A coordinator keeps a site's head,
-sealed, with every update that it counted; anybody else can note the head that `fedtune log` prints.
-"""
+another log: only a head (number and hash of the newest entry) that is kept elsewhere shows this. A
+coordinator keeps a site's head, sealed, with every update that it counted; anybody else can note
+the head that `fedtune log` prints."""
 
 from __future__ import annotations
 
@@ -71,13 +72,18 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class NotAuditable(TypeError):
-    """A fact that no audit log may hold; the message names the fact, never the value."""
+    """A fact was to be logged that no audit log may hold. The message names the fact, never its
+    value."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` returns for a log. signer: the public key that signed the entries; head:
-    "SEQ:HASH" of the newest entry."""
+    """A log that `verify` found genuine.
+
+    - entries: all its entries, oldest first
+    - signer: the public key (hexadecimal) that signed them
+    - head: the newest entry, as "SEQ:HASH"
+    """
 
     entries: list[dict[str, Any]]
     signer: str
@@ -94,9 +100,10 @@ def login() -> str:
 
 
 class AuditLog:
-    """Appends to the log in `folder`, which is made if there is none.
+    """The audit log in `folder`, to which entries can be added. The folder is made if it is
+    missing. key: the key that signs the entries.
 
-    Several processes may share a folder. Example:
+    Several processes may add entries to the same log. Example:
 
     >>> import tempfile
     >>> folder, key = Path(tempfile.mkdtemp()), SigningKey()
@@ -114,8 +121,9 @@ class AuditLog:
 
         - event: the kind of act, one of EVENTS
         - rule: the rule or the option by which it was done; "" for none
-        - once: if one of this many newest entries says the same, write nothing and return that
-          entry's number, as when a coordinator repeats a refused request; 0: always write
+        - once: how many of the newest entries are looked at, for a request that a coordinator may
+          repeat. If one of them says the same, nothing is written, and that entry's number is
+          returned. 0: always write
         - facts: numbers and short texts about the act, by name; of a path the last part is kept
 
         A last line that a crash cut short is removed first, since nothing was done under it.
@@ -155,9 +163,10 @@ class AuditLog:
         return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
 
     def check(self, head: str) -> None:
-        """Append an entry of the event "cut" if this log lacks the entry `head` that a receipt
-        names, since the log's end was then cut off. No error is raised, since the ledger has a
-        check of its own. head: "SEQ:HASH"; "" if the receipt names none."""
+        """Check that this log has the entry `head`. If it lacks it, the end of the log was cut off;
+        this is logged by an entry of the event "cut". No error is raised, since the ledger has a
+        check of its own. head: "SEQ:HASH", as a receipt of the coordinator names it; "" if the
+        receipt names none, and nothing is checked."""
         if not head:
             return
         with _locked(self.folder):
@@ -169,10 +178,11 @@ class AuditLog:
 
 
 def verify(folder: Path, public: str, head: str = "") -> Verified:
-    """Verify all files of a log: form, numbers, chain and signatures.
+    """Verify all files of a log (form, numbers, chain and signatures), and return its content.
 
-    public: the key that must have signed it (hexadecimal). head: "SEQ:HASH" as noted earlier, which
-    must be in the chain. Errors: NotGenuine; InputError where there is no log."""
+    public: the key (hexadecimal) that must have signed it. head: an entry that was noted earlier,
+    as "SEQ:HASH", which must be in the log; "": none. Errors: NotGenuine; InputError where there is
+    no log."""
     entries = list[dict[str, Any]]()
     hashes = list[str]()
     prev = START
@@ -203,8 +213,8 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
 
 
 def signer_at(folder: Path) -> str:
-    """Return the public key of the site or the coordinator whose folder this is. Errors:
-    ConfigError if there is no key; InfrastructureError."""
+    """Return the public key (hexadecimal) of the site or the coordinator whose folder this is, from
+    its signing key. Errors: ConfigError if there is no key; InfrastructureError."""
     for name in KEY_FILES:
         if (folder / name).exists():
             return SigningKey.at(folder / name).public
@@ -216,7 +226,7 @@ def signer_at(folder: Path) -> str:
 
 
 def files(folder: Path) -> list[str]:
-    """List the names of the log's files, oldest first."""
+    """Return the names of the log's files, oldest first; [] if there is no log."""
     if not folder.is_dir():
         return []
     earlier = sorted(path.name for path in folder.iterdir() if EARLIER.fullmatch(path.name))
@@ -255,9 +265,13 @@ def _read(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
-    """Check that a head which was noted earlier is in the chain. head: "SEQ:HASH", "" for none;
-    hashes: the hash of each entry of the log, oldest first. Errors: InputError if it is no head,
-    NotGenuine if it is not in the chain."""
+    """Check that the log has an entry that was noted earlier.
+
+    - folder: the log's, for the error's text
+    - head: the entry, as "SEQ:HASH"; "": none was noted
+    - hashes: the hash of each entry of the log, oldest first
+
+    Errors: InputError if `head` does not have this form; NotGenuine if the log lacks the entry."""
     if not head:
         return
     number, _, hash_ = head.partition(":")
@@ -287,9 +301,9 @@ def _holds(folder: Path, head: str) -> bool:
 
 
 def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that the event is one of EVENTS, and that the rule and the facts are numbers or short
-    texts of permitted characters. Return the facts, with each path shortened to its last part.
-    Errors: NotAuditable."""
+    """Check that the event is one of EVENTS, and that the rule and each fact are a number or a
+    short text of permitted characters. Return the facts, each path replaced by its last part.
+    Errors: NotAuditable, with the name of the fact."""
     if event not in EVENTS:
         raise NotAuditable("event")
     named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}
@@ -306,7 +320,7 @@ def _name(path: Path) -> str:
 
 
 def person() -> str:
-    """Return the person that $FEDTUNE_PERSON names. Errors: InputError."""
+    """Return the person that $FEDTUNE_PERSON names; "" if it names nobody. Errors: InputError."""
     name = os.environ.get(PERSON, "").strip()
     if not TEXT.fullmatch(name):
         raise InputError(f"{PERSON}: not a name", "at most 200 letters, digits and signs")
@@ -315,8 +329,9 @@ def person() -> str:
 
 @contextmanager
 def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from writing to the log during the block. shared: whether the block only
-    reads, so that others may read meanwhile. Errors: InfrastructureError; OSError."""
+    """A context manager that keeps other processes from writing to the log for the length of the
+    block. shared: whether the block only reads, so that others may read meanwhile. Errors:
+    InfrastructureError; OSError."""
     if shared and not (folder / LOCK).exists():  # a copy: nobody writes to it
         yield
         return
@@ -326,8 +341,9 @@ def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
-    """Return the newest entries, oldest first, each with its line. If a crash left an incomplete
-    line after them, this line is cut off.
+    """Return the newest entries that stand within the last RECENT bytes of the log, oldest first,
+    each with its line (bytes); [] if there is none. If a crash left an incomplete line after them,
+    it is removed from the file.
 
     Errors: NotGenuine; OSError, also where the file is a link."""
     for name in reversed(files(folder)):
@@ -351,8 +367,9 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _append(folder: Path, line: bytes) -> None:
-    """Append one line to the newest file of the log; if this file is too long, begin another.
-    Errors: OSError, NotAuditable, NotGenuine."""
+    """Append one line to the newest file of the log. If that file has become too long, it is
+    renamed, and a new one is begun. Errors: OSError; NotGenuine; NotAuditable if the line is too
+    long."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE

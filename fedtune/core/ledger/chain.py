@@ -1,4 +1,5 @@
-"""Keep the ledger's files: a signed hash chain in SQLite, its anchor, its receipts, its outbox.
+"""Keep the ledger's files. The ledger is a signed hash chain in SQLite. Beside it lie its anchor (a
+signed note of the newest entry), the coordinators' receipts, and updates that may be sent again.
 
     ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
     ledger.head     signed (seq, hash) of the newest entry, written after the entry is on disk
@@ -9,14 +10,15 @@
 Guarantee: `hash` = sha256(prev ‖ kind ‖ body), so the newest signature covers every entry. An entry
 is on disk before `writing` returns; the anchor is written after the entry. If entries were edited,
 deleted, reordered, torn, or rolled back behind anchor or receipt, opening raises LedgerError.
-| anchor behind the entries  | a crash between the two writes: repaired                           |
+| what is found              | what it means, and what follows                                     |
+|----------------------------|---------------------------------------------------------------------|
+| anchor behind the entries  | a crash between the two writes: repaired                            |
 | entries behind the anchor  | rolled back: LedgerError                                            |
 | no ledger, but its traces  | LedgerError, unless its first creation was interrupted              |
 | format above FORMAT        | NewerLedger, before anything is written; a restore refuses, too     |
 Errors: LedgerError (also for a full disk, a read-only file, a lock that is not given up).
 Reference: https://www.sqlite.org/pragma.html#pragma_synchronous (EXTRA: FULL alone can undo a
-commit when power fails before the journal's deletion is on disk).
-"""
+commit when power fails before the journal's deletion is on disk)."""
 
 from __future__ import annotations
 
@@ -81,13 +83,13 @@ def entry_hash(prev: str, kind: str, body: bytes) -> str:
 
 
 def signed_entry(hash_: str) -> bytes:
-    """Return the bytes that are signed for an entry. hash_: the entry's hash."""
+    """Return the bytes over which an entry's signature is made. hash_: the entry's hash."""
     return canonical({"ledger_entry": hash_})
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection to the ledger's database. It commits durably, and begins no transaction by
-    itself."""
+    """Open a connection to the ledger's database. What is committed on it is durable. The caller
+    begins each transaction. Errors: NewerLedger if a newer release wrote the database."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     try:
         for pragma in PRAGMAS:
@@ -107,8 +109,8 @@ def connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def named(folder: Path) -> Iterator[None]:
-    """Turn each error of SQLite or the system in the block into a LedgerError that says what to do.
-    folder: the ledger's, for the error's text."""
+    """A context manager that turns an error of SQLite or of the operating system in the block into
+    a LedgerError that says what to do. folder: the ledger's, for the error's text."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -144,8 +146,8 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
 
 
 class Transaction:
-    """A transaction of one writer. Other threads and processes see its entries only after
-    `Database.writing` has returned."""
+    """A transaction on the ledger's database, in which one writer appends entries. Other threads
+    and processes see its entries only after the block of `Database.writing` has ended."""
 
     def __init__(
         self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
@@ -157,9 +159,11 @@ class Transaction:
         self.receipts = ReceiptLog()
 
     def append(self, kind: str, body: dict[str, Any], seq: int | None = None) -> int:
-        """Add an entry and return its sequence number. kind: which entry it is, as `Account.fold`
-        distinguishes them; body: its fields, to which the time is added; seq: its number, for the
-        entry of a restore; None: the next one."""
+        """Add an entry and return its sequence number.
+
+        - kind: the entry's kind, one of those that `Account.fold` knows, such as "reserve"
+        - body: its fields, to which the time is added
+        - seq: its number, where a restore leaves out some numbers; None: the next one"""
         body = {**body, "time": int(time.time())}
         packed = canonical(body)
         prev = self.head.hash if self.head else START
@@ -202,8 +206,8 @@ class Transaction:
 
 
 class Database:
-    """The ledger's files in `folder`, made on first use. fold: a function that is called once for
-    each entry, when the entry is verified."""
+    """The ledger's files in `folder`, made on first use. Every entry is verified when it is first
+    seen. fold: a function that is then called with the entry, once for each."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
         self.folder = folder
@@ -228,8 +232,9 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
-        """Open a transaction; there is one writer at a time. When the block is left, its entries
-        are on disk and the anchor names the newest; an exception in the block rolls them back."""
+        """A context manager that opens a transaction; there is one writer at a time. After the
+        block, its entries are on disk, and the anchor names the newest. If the block raises an
+        exception, none of them is kept."""
         with self._mutex, named(self.folder):
             connection = connect(self.path)
             try:
@@ -247,7 +252,8 @@ class Database:
                 connection.close()
 
     def verify(self) -> None:
-        """Verify every entry, hash and signature from the first on. Errors: LedgerError."""
+        """Verify every entry of the ledger from the first on: its hash, its link and its signature.
+        Errors: LedgerError."""
         with self._mutex, named(self.folder):
             connection = connect(self.path)
             try:
@@ -262,9 +268,10 @@ class Database:
                 connection.close()
 
     def _catch_up(self, connection: sqlite3.Connection) -> None:
-        """Verify the entries written since this object last looked, and pass each to `fold`. Then
-        compare the newest with the anchor (ledger.head): an anchor that is behind is moved forward.
-        Errors: LedgerError if an entry is damaged, or if the anchor names one that is not there."""
+        """Verify the entries that were written since this object last looked, and pass each to
+        `fold`. Then compare the newest entry with the anchor (ledger.head); if the anchor names an
+        earlier one, it is written anew. Errors: LedgerError if an entry is damaged, or if the
+        anchor names one that is not there."""
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
             self._create(connection)
         ((written,),) = connection.execute("PRAGMA user_version")
@@ -327,15 +334,15 @@ class Database:
         return {"seq": head.seq, "hash": head.hash, "signature": signature}
 
     def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
-        """Return whether this chain holds the entry `head`, or a restore has charged for the loss
-        of this entry."""
+        """Return whether the entry `head` is accounted for: either the ledger has it, or it was
+        lost and a restore has charged for what it may have held."""
         if head in self._settled or any(low <= head.seq <= high for low, high in self._gaps):
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
     def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
-        """Read the receipts of the newest heads, and return them. Errors: LedgerError if the chain
-        lacks an entry that a receipt names."""
+        """Read the receipts that coordinators signed for the newest heads of this ledger, and
+        return them. Errors: LedgerError if the ledger lacks an entry that a receipt names."""
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)
         if receipts is None:
@@ -351,19 +358,24 @@ class Database:
 
 
 def first_body(public: str, salt: bytes) -> dict[str, Any]:
-    """Build the body of the ledger's first entry: its public key and a hash of its salt. With
-    another salt the stored hashes of patients and records would match nothing, so that a patient
-    in two datasets would go unnoticed."""
+    """Return the fields of a ledger's first entry: the site's public key, and a hash of the salt.
+    The salt is bound to the ledger since with another one the stored hashes of patients and records
+    would match nothing, so that a patient in two datasets would go unnoticed."""
     return {"public": public, "salt": hashlib.sha256(salt).hexdigest()}
 
 
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Read the chain of entries from a database, and yield each entry with its signature, from the
-    start or from the entry `after`, whose hash must still be the same. Each entry is checked
-    against the one before it; signatures are not verified. Errors: LedgerError at the first broken
-    link."""
+    """Yield each entry of a database with its signature, oldest first. Each entry is checked
+    against the one before it; signatures are not verified.
+
+    - path: the path of the database, for the error's text
+    - after: the entry with which to begin; it is yielded too, and must still have the same hash.
+      None: begin with the first
+
+    Errors: LedgerError at the first entry that was edited, moved or does not follow the one before.
+    """
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(
@@ -427,9 +439,15 @@ def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
 
 
 def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -> None:
-    """Check that the stored member hashes of each dataset are those of its newest declaration.
-    members: for each name under which members are stored, their digest in that declaration. Errors:
-    LedgerError."""
+    """Check that the member hashes (of patients and records) that the database stores for each
+    dataset are those of the dataset's newest declaration.
+
+    - path: the path of the database, for the error's text
+    - reader: a transaction that reads the database
+    - members: for each name under which members are stored, their digest in that declaration
+      (`Account.members`)
+
+    Errors: LedgerError."""
     for dataset, digest in members.items():
         if reader.members(dataset) != digest:
             raise _build_damaged_error(path, f"the members of dataset {dataset!r} were edited")

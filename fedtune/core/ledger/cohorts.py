@@ -1,7 +1,8 @@
-"""Record when units arrived: a unit arrives with the first ledger entry that names it.
+"""Record when the units of a dataset arrived: a unit arrives with the first ledger entry that names
+it.
 
-Only studies without a last round keep arrivals. A unit without a known arrival is treated as
-present since the first charge, so it is charged for everything."""
+Arrivals are only recorded in studies without a last round, in which a unit is charged for the
+rounds after its arrival. A unit whose arrival is not known is charged for every round."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ FIRST = 0  # the arrival of a unit that no entry names
 
 
 class Arrival(NamedTuple):
-    """Units that arrived together. cohort: the name of these units; time: when, in UTC seconds;
-    units: how many there are, 0 if they were not counted."""
+    """Units of a dataset that arrived together, a cohort.
+
+    - cohort: the name of these units
+    - time: when they arrived, in UTC seconds
+    - units: how many they are; 0 if they were not counted"""
 
     cohort: str
     time: int
@@ -43,8 +47,9 @@ class Arrivals:
         return self._of.get(dataset, {}).get(unit, FIRST)
 
     def cohorts(self, dataset: str) -> dict[int, Arrival]:
-        """Return every cohort that may have units, oldest first, by the number of the entry with
-        which it arrived."""
+        """Return every cohort of the dataset that may have units, oldest first, as a dict: number
+        of the entry with which it arrived -> the cohort. The number FIRST stands for units that no
+        entry names."""
         cohorts = dict(sorted(self._cohorts.get(dataset, {}).items()))
         if not cohorts or dataset in self._older:
             cohorts = {FIRST: Arrival("first", 0, 0), **cohorts}
@@ -53,16 +58,19 @@ class Arrivals:
     def entry(
         self, dataset: str, members: Collection[bytes], keys: Sequence[bytes]
     ) -> dict[str, Any] | None:
-        """Build the "arrive" entry to append before the units `keys` join the dataset; None if it
-        would record nothing new.
+        """Return the fields of the entry that records the arrival of units, to be appended to the
+        ledger before they join the dataset. Return None if it would record nothing new.
 
-        members: salted hashes of the dataset's members so far; keys: salted hashes of the keys of
-        the units that join. A unit's arrival depends on its own key alone, never on other units'
-        records.
+        - members: salted hashes of the dataset's members so far
+        - keys: salted hashes of the keys of the units that join
 
-        | a key that was never a member       | arrives now                        |
-        | a member with an arrival            | keeps its arrival                  |
-        | a member without an arrival         | counts as there from the start     |"""
+        When a unit arrives depends on its own key alone, never on other units' records.
+
+        | the key                             | its unit                           |
+        |-------------------------------------|------------------------------------|
+        | was never a member                  | arrives now                        |
+        | is a member with an arrival         | keeps its arrival                  |
+        | is a member without an arrival      | counts as there from the start     |"""
         arrived = self._of.get(dataset, {})
         new = sorted({key.hex() for key in keys if key not in members})
         older = any(key in members and key.hex() not in arrived for key in keys)

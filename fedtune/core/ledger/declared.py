@@ -1,12 +1,13 @@
 """Sign a site's declarations that a dataset is public or generated, as entries of its ledger.
 
-The ledger keeps hashes of the declared records as well. Declared records do not become private
-unless a person accepts it.
-Guarantee: a dataset name that was ever charged as private can never be declared. Nor can a record
-of a dataset that was so charged: the ledger recognises the record by the salted hashes of its
-content, its file, its longest text and its patient. These hashes stay, also after a withdrawal.
-| a ledger that lost charges and was restored | declares nothing: a lost charge may be of any name |
-| a short text under other column names       | is not recognised                                  |
+The ledger also keeps hashes of the declared records, so that nobody can use them as private records
+later unless a person accepts it.
+Guarantee: a dataset whose name was ever charged as private cannot be declared, and no dataset can
+be declared that contains a record which was charged as private. The ledger recognises such a record
+by the salted hashes of its content, its file, its longest text and its patient. These hashes stay,
+also after a withdrawal.
+| ledger that lost charges and was restored | declares nothing: any dataset may have been charged |
+| short text under other column names       | its record is not recognised                        |
 All this is done at the site alone, before it connects. A refusal ends the site's command.
 """
 
@@ -36,12 +37,12 @@ def declare(
     records: Sequence[Collection[bytes]],
     sign: bool = True,
 ) -> None:
-    """Sign the declaration that `dataset` is public or generated; repeating a declaration adds
-    no entry.
+    """Sign the declaration that `dataset` is public or generated. If the ledger holds the same
+    declaration already, no entry is added.
 
     - ledger: the site's lifetime ledger
     - dataset: the dataset's name in site.toml
-    - what: what a person declares of the records, by `declared` in site.toml
+    - what: "public" or "generated", as a person wrote in site.toml (`declared`)
     - records: for each record, the identifiers by which the ledger recognises it (`data.identity`),
       without a salt
     - sign: whether to enter the declaration; False to check only
@@ -71,12 +72,17 @@ def declare(
 
 
 def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
-    """Check that no private record was ever declared public or generated. Declared runs are not
-    charged to the lifetime ledger, so that a private file could otherwise be tried for free.
+    """Check that none of these private records was ever declared public or generated. A run on
+    declared data is not charged to the lifetime ledger, so private records that were declared could
+    be tried for free.
 
-    records: for each record, the identifiers by which the ledger recognises it, but not the
-    patient's key, since invented patients may have any keys. Errors: PolicyRefused, until a person
-    accepts it (`Ledger.accept`)."""
+    - ledger: the site's lifetime ledger
+    - dataset: the dataset that the records belong to
+    - records: for each record, the identifiers by which the ledger recognises it, except the
+      patient's key, since the patients in generated records may have any keys
+
+    Errors: PolicyRefused if a record was declared, until a person accepts this for `dataset`
+    (`Ledger.accept`)."""
     with ledger._store.writing() as writer:
         names = _not_accepted(ledger, dataset)
         known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
@@ -92,17 +98,16 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
 
 
 def to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether the ledger holds a declaration (that a dataset is public or generated) which
-    is newer than a person's last acceptance for `dataset`, so that a person may have to accept
-    it."""
+    """Return whether a person may have to accept something for `dataset`: whether any dataset in
+    the ledger was declared public or generated after the last acceptance for `dataset`."""
     with ledger._store.writing():
         return bool(_not_accepted(ledger, dataset))
 
 
 def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
-    """Check that a person has something to accept for `dataset`: charges whose ε for one `unit` is
-    unknown, or a declaration as public or generated that nobody accepted. Errors: ConfigError if
-    there is neither."""
+    """Check that a person has something to accept for `dataset`: charges whose ε for one `unit`
+    ("patient" or "record") is not known, or a dataset that was declared public or generated since
+    the last acceptance. Errors: ConfigError if there is neither."""
     if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
         raise ConfigError(
             f"nothing of dataset {dataset!r} is unknown", "a dataset with such rounds"
@@ -110,16 +115,23 @@ def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
-    """List the datasets whose newest declaration as public or generated nobody has accepted for
-    `dataset`."""
+    """List the datasets, of all in the ledger, that were declared public or generated after a
+    person's last acceptance for `dataset`. If nothing was ever accepted for `dataset`, these are
+    all declared datasets."""
     account = ledger._account
     accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
     return [name for name, entry in account.not_private_since.items() if entry > accepted]
 
 
 def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
-    """Check that a dataset may be declared as `what`, i.e. public or generated: its name is none of
-    those `charged` as private, and no charge was lost in a restore. Errors: PolicyRefused."""
+    """Check that a dataset may be declared public or generated.
+
+    - charged: the names of all datasets that were charged as private
+    - dataset: the dataset's name
+    - what: "public" or "generated", for the error's text
+
+    Errors: PolicyRefused if `charged` contains the name, or a restore of the ledger lost charges,
+    which may have been for any name."""
     if EVERY in charged:
         raise PolicyRefused(
             f"data.declared = {what!r}, and this ledger was restored: of the charges that it lost "
@@ -136,16 +148,17 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
 
 
 def read_declarations(ledger: Ledger) -> dict[str, str]:
-    """Return as what each dataset is declared, "public" or "generated", by the dataset's name. The
-    newest declaration of a dataset counts."""
+    """Return a dict: each declared dataset's name -> its newest declaration, "public" or
+    "generated"."""
     with ledger._store.writing():
         return dict(ledger._account.not_private)
 
 
 def check_declared(ledger: Ledger, dataset: str, what: Declared) -> None:
-    """Check that `dataset` was declared as `what`, and never charged as private since.
+    """Check that `dataset` was declared as `what` ("public" or "generated"), and was never charged
+    as private. The result follows from what a person declared, never from a record.
 
-    The result follows from what a person declared, never from a record. Errors: PolicyRefused."""
+    Errors: PolicyRefused if either does not hold."""
     check_name({spent.dataset for spent in ledger.spending()}, dataset, what)
     if read_declarations(ledger).get(dataset) != what:
         raise PolicyRefused(

@@ -23,22 +23,27 @@ PermitApart = Callable[[dict[str, list[str]]], None]  # dataset -> those declare
 
 
 def slot_of(slot: Slot, membership: str) -> Slot:
-    """Return the slot (study, round, adapter) under which a hospital's membership answers. Two
-    memberships have two slots, even with one plan: if both sent the same bytes, two coordinators
-    would see that they know the same hospital."""
+    """Return the slot (study, round, adapter) under which a membership of a hospital answers. Two
+    memberships have two slots even with one plan: if both sent the same bytes, two coordinators
+    would see that they know the same hospital.
+
+    - slot: the slot without a membership
+    - membership: the membership's name, which is added to the slot's third part; "" for a site with
+      a ledger of its own, whose slot stays as it is"""
     study, round_, adapter = slot
     return study, round_, f"{adapter}@{membership}" if membership else adapter
 
 
 def slot_fields(slot: Slot) -> dict[str, Any]:
-    """Return a slot as the fields of a ledger entry: "study", "round" and "adapter"."""
+    """Return a slot (study, round, adapter) as a dict of a ledger entry's fields: "study", "round"
+    and "adapter"."""
     study, round_, adapter = slot
     return {"study": study, "round": round_, "adapter": adapter}
 
 
 def owner_of(slot: Slot) -> str:
-    """Return the membership whose answer belongs in a slot (study, round, adapter); "" for a site
-    that is no membership of a hospital."""
+    """Return the name of the hospital's membership whose answer belongs in a slot (study, round,
+    adapter); "" if the slot names no membership, as at a site with a ledger of its own."""
     return slot[2].partition("@")[2]
 
 
@@ -47,14 +52,19 @@ class Charge:
     """The cost of one round: its noised steps, as they are reserved in the ledger. Every value is
     public: it follows from the plan.
 
-    - noise_multiplier: σ that this site adds, in multiples of C; 0.0 without privacy
-    - sampling_rate: q
+    - study, name, round: the plan's digest, the study's name, and the number of the round
+    - noise_multiplier: σ, the standard deviation of the noise that this site adds, in multiples of
+      the clipping norm; 0.0 without privacy
+    - sampling_rate: q, the probability with which a step draws a unit (or record)
+    - steps: the number of noised steps
     - records: k, the most rows of one unit in a step
-    - order: the Rényi order of the site's filter at the time of the charge
+    - max_grad_norm: the clipping norm
+    - unit: "patient" or "record"; "any" for a charge that a restore entered and that holds for both
+    - order: the Rényi order of the site's privacy filter at the time of the charge
     - rules: the version of the rules by which records were chosen (RULES of the release that
       charged)
-    - sites, colluding: n and t of secure aggregation; under its assumption every sum that anybody
-      opens has the noise of n - t sites
+    - sites, colluding: n and t of secure aggregation. If at most t of the n sites collude, every
+      sum that anybody opens has the noise of n - t sites. 1 and 0 without secure aggregation
     - membership: which of a hospital's memberships paid; "" at a site that has its own ledger"""
 
     study: str  # plan digest
@@ -75,14 +85,17 @@ class Charge:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
-        """Read a charge from the fields of a ledger entry. An entry without `rules` was written
-        before that field existed, and gets version 1. membership: the one that the entry names; ""
-        if it names none."""
+        """Build a charge from the fields of a ledger entry. An entry without `rules` was written
+        before that field existed, and gets version 1.
+
+        - fields: the fields by name, as `fields` returns them
+        - membership: the membership that the entry names; "" if it names none"""
         return cls(**{"rules": 1, "membership": membership, **fields})
 
     def fields(self) -> dict[str, Any]:
-        """Return the charge as fields of a ledger entry, without the membership, which is another
-        field of the entry. Without secure aggregation the fields are those of earlier releases."""
+        """Return the charge as a dict of a ledger entry's fields, without the membership, which the
+        entry holds in a field of its own. Without secure aggregation `sites` and `colluding` are
+        left out, so that the entry has the same fields as in earlier releases."""
         fields = asdict(self)
         del fields["membership"]
         if self.sites == 1:
@@ -90,40 +103,45 @@ class Charge:
         return fields
 
     def is_paid_by(self, memberships: Collection[str]) -> bool:
-        """Return whether the charge counts as paid by one of `memberships`. A charge that a restore
-        entered (EVERY) counts as paid by each."""
+        """Return whether the charge counts as paid by one of `memberships`, given by their names. A
+        charge that a restore entered for lost ones (its membership is EVERY) counts as paid by
+        each."""
         return self.membership == EVERY or self.membership in memberships
 
     def is_known_for(self, unit: str) -> bool:
-        """Return whether the charge's ε holds for one `unit`, which is "patient" or "record". It
-        does not if the charge is for another unit, or if an earlier release's RULES chose the
-        records."""
+        """Return whether the charge gives an ε for one `unit`, which is "patient" or "record". It
+        gives none if it was made for another unit, or by an earlier release that chose records by
+        other rules."""
         return self.rules == RULES and self.unit in (unit, "any")
 
     @property
     def event(self) -> Steps:
-        """The charge as an event for the accountant. Its σ is that of the site's own noise or, with
-        secure aggregation, that of the honest sites' noise together."""
+        """Return the charge's steps for the accountant. Their σ is that of the site's own noise or,
+        with secure aggregation, that of the noise of all honest sites together."""
         sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)
         return self.fallback._replace(noise_multiplier=sigma)
 
     @property
     def fallback(self) -> Steps:
-        """The charge as an event for the accountant, with this site's own noise only."""
+        """Return the charge's steps for the accountant, with the σ of this site's own noise
+        alone."""
         return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """A charge in the ledger.
+    """A charge as it stands in the ledger.
 
     - seq: the number of its entry
     - kind: "reserve" (entered before its round) or "restore" (entered when a damaged ledger was
       restored, for charges that it had lost)
-    - dataset, charge, adapter: what was charged, as for `Ledger.reserve`; a "restore" counts
-      against every dataset, and has no adapter
+    - dataset: the name of the dataset that was charged; "*" for a "restore", which counts against
+      every dataset
+    - charge: what the round cost
+    - adapter: the digest of the adapter from which the round started, with the number of the
+      attempt and the membership if there are any; "" for a "restore"
     - time: when it was entered, in UTC seconds
-    - released: whether its update was released"""
+    - released: whether the round's update was released; always True for a "restore" charge"""
 
     seq: int
     kind: str
@@ -136,8 +154,13 @@ class Spent:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A charge of another ledger, to be entered in this one. sha256: the hash of the update that
-    was released for the charge; "" if none was."""
+    """A charge of another ledger, to be entered in this one.
+
+    - dataset: the name of the dataset that is charged here
+    - charge: what the round cost
+    - adapter: the digest of the adapter from which the round started, with the number of the
+      attempt and the membership
+    - sha256: the hash of the update that was released for the charge; "" if none was"""
 
     dataset: str
     charge: Charge
@@ -147,10 +170,11 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Held:
-    """A released answer that waits for a person at the site.
+    """A released answer that leaves the site only when a person there approves it.
 
     - charge: the charge for the answer
-    - adapter: the third part of its slot, after the charge's study and round
+    - adapter: the digest of the adapter from which the round started, with the number of the
+      attempt and the membership if there are any
     - size: the answer's length in bytes
     - since: when it was released, in UTC seconds"""
 
@@ -166,9 +190,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A person's decision to continue although the ε of charges up to entry `upto` is not known.
+    """A person's decision to go on with a dataset although the ε of some charges is not known. It
+    holds for all entries up to number `upto`.
 
-    time: UTC seconds; why: in that person's words."""
+    who: the person's login; why: in that person's words; time: when, in UTC seconds."""
 
     upto: int
     who: str
@@ -180,7 +205,7 @@ class Accepted:
 class Freeze:
     """A person's decision that nothing is charged or answered until a person lifts it.
 
-    time: UTC seconds; why: in that person's words."""
+    who: the person's login; why: in that person's words; time: when, in UTC seconds."""
 
     who: str
     why: str
@@ -189,11 +214,11 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Standing:
-    """Decisions of people that a restored ledger must have, read from files beside the ledger. A
-    restore enters each decision again whose entry was lost.
+    """Decisions of people that a restored ledger must hold, read from files beside the ledger. If
+    the entry of a decision was lost, the restore enters the decision again.
 
     - withdrawn: hash of a unit's key → when the unit withdrew, in UTC seconds
-    - frozen: a freeze that nobody lifted, or None
+    - frozen: the freeze that is in force; None if the ledger is not frozen
     - refused: slots (study, round, adapter) whose answer a person refused for good"""
 
     withdrawn: Mapping[str, int]
@@ -206,8 +231,12 @@ class Cohort:
     """The units of a dataset that arrived together, and the charges that count against each of
     them.
 
-    arrival: the number of the entry with which they arrived; 0 if there is none: every charge then
-    counts against them, and `units`, their number, is 0, too."""
+    - arrival: the number of the entry that records their arrival; 0 if none does, and all charges
+      against the dataset then count against them
+    - name: the name that a person gave the cohort; "first" if `arrival` is 0
+    - time: when they arrived, in UTC seconds; 0 if `arrival` is 0
+    - units: how many units; 0 if `arrival` is 0
+    - spent: the charges, oldest first"""
 
     arrival: int
     name: str

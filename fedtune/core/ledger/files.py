@@ -1,6 +1,7 @@
-"""Sign and read the plain files of a ledger: the anchor, the receipts and the salt.
+"""Sign and read the plain files of a ledger: the anchor (which names the newest entry), the
+coordinators' receipts and the salt.
 
-Guarantee: a head that this site's key did not sign is never returned.
+Guarantee: a head (number and hash of an entry) that this site's key did not sign is never returned.
 Errors: LedgerError; OSError, which `chain.named` turns into a LedgerError.
 """
 
@@ -48,7 +49,8 @@ class NoRoom(LedgerError):
 
 
 class NewerLedger(LedgerError):
-    """A whole ledger in a format that this release does not know; nothing was written to it."""
+    """The ledger has a format that this release does not know, written by a newer one. The ledger
+    is intact, and nothing was written to it."""
 
 
 class Head(NamedTuple):
@@ -57,14 +59,19 @@ class Head(NamedTuple):
 
 
 def signed_head(seq: int, hash_: str) -> bytes:
-    """Return the bytes that are signed for a ledger head: in the anchor file (ledger.head), and in
-    a statement to the coordinator."""
+    """Return the bytes that the site signs to state its newest entry, in the anchor file
+    (ledger.head) and to the coordinator. seq: the entry's number; hash_: its hash."""
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
 
 
 def head_in(statement: Any, public: str) -> Head | None:
-    """Return the head in a statement {seq, hash, signature}; None if it is no such statement, or
-    the key `public` did not sign it."""
+    """Return the ledger head (an entry's number and hash) that a signed statement holds.
+
+    - statement: a dict with seq, hash and signature, or anything else that was received in its
+      place
+    - public: the public key, in hexadecimal, that must have signed it
+
+    None if the statement is malformed or the signature is not by that key."""
     try:
         head = Head(statement["seq"], statement["hash"])
         if type(head.seq) is int and isinstance(head.hash, str):
@@ -78,19 +85,19 @@ def head_in(statement: Any, public: str) -> Head | None:
 def sealed_token(
     key: SigningKey, statement: dict[str, Any], audit: str = "", membership: str = ""
 ) -> str:
-    """Encrypt a head statement so that only this site can read it; return hexadecimal text of
-    constant length.
+    """Encrypt a statement of the ledger's newest entry so that only this site can read it; return
+    hexadecimal text of constant length.
 
     - key: the ledger's signing key, from which the cipher's key is derived
     - statement: {seq, hash, signature} of the newest entry (`Database.statement`)
     - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
-    - membership: the membership of a hospital that sends the token, and alone opens it; "" for a
+    - membership: the membership of a hospital that sends the token, and alone can open it; "" for a
       site with a ledger of its own
 
-    A coordinator that stores the unread token stores both heads. In clear text the sequence number
-    would reveal to the coordinator that the data changed, or that a patient withdrew. The cipher is
-    AES-256-GCM. Only the same membership opens the token, so that nobody can use tokens to test
-    whether two sites are one hospital."""
+    A coordinator that stores the token, unread, so stores the heads of both the ledger and the
+    audit log. In clear text the sequence number would reveal to the coordinator that the data
+    changed, or that a patient withdrew. The cipher is AES-256-GCM. Only the same membership opens
+    the token, so that nobody can use tokens to test whether two sites are one hospital."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)
     cipher = AESGCM(key.derive("ledger token"))
@@ -98,9 +105,14 @@ def sealed_token(
 
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
-    """Decrypt a token that `sealed_token` made. Return its statement and the audit log's head as
-    {seq, hash, signature, audit}; {} if the token is not from this site under one of `memberships`.
-    Without memberships, a token of a site that is no membership is expected."""
+    """Decrypt a token that `sealed_token` made for a statement of the ledger's newest entry. Return
+    that statement and the audit log's head, as {seq, hash, signature, audit}; {} if this site did
+    not make the token, or made it for another membership.
+
+    - key: the ledger's signing key
+    - token: the token in hexadecimal, as it was received
+    - memberships: the names of the memberships for which it may have been made; without any, it
+      must be of a site that is no membership"""
     cipher = AESGCM(key.derive("ledger token"))
     for membership in memberships or ("",):
         with suppress(ValueError, InvalidTag):
@@ -112,8 +124,9 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
 
 
 def read_head(path: Path, public: str) -> Head | None:
-    """Return the head that the anchor file `path` holds; None if the file is torn or edited, or if
-    the key `public` did not sign it."""
+    """Read the anchor file `path`, in which the site signed the number and hash of its ledger's
+    newest entry. Return these two; None if the file is torn or edited, or if the key `public` did
+    not sign it."""
     try:
         return head_in(json.loads(_content(path)), public)
     except (ValueError, RecursionError):
@@ -125,8 +138,11 @@ def _content(path: Path) -> bytes:
 
 
 class Receipt(NamedTuple):
-    """A head of this site's ledger that `coordinator` countersigned. signature: this site's own
-    signature of the head."""
+    """A coordinator's countersignature under a head of this site's ledger.
+
+    - coordinator: which coordinator countersigned
+    - head: the entry, by its number and hash
+    - signature: this site's own signature of the head"""
 
     coordinator: str
     head: Head
@@ -134,9 +150,11 @@ class Receipt(NamedTuple):
 
 
 class ReceiptLog(NamedTuple):
-    """Receipts of coordinators. accepted: each coordinator's newest receipt; refused: the receipts
-    whose entry this chain lacks. Nothing is reserved until a restore has charged for the refused
-    ones."""
+    """The receipts that coordinators gave this site.
+
+    - accepted: each coordinator's newest receipt
+    - refused: the receipts for an entry that this site's ledger lacks. Until the ledger is
+      restored, and so charges for the lost entries, it reserves nothing"""
 
     accepted: tuple[Receipt, ...] = ()
     refused: tuple[Receipt, ...] = ()
@@ -146,8 +164,9 @@ class ReceiptLog(NamedTuple):
         return self.accepted + self.refused
 
     def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
-        """Return the log with `new` added: to `refused` if it is not `in_chain`, else to `accepted`
-        if it is its coordinator's newest."""
+        """Return a log with the receipt `new` added. A receipt whose entry the ledger's chain lacks
+        (not `in_chain`) is added to `refused`. Any other replaces its coordinator's receipt in
+        `accepted`, unless that is as new or newer."""
         if not in_chain:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
         older = [r for r in self.accepted if r.coordinator == new.coordinator]
@@ -170,8 +189,8 @@ class ReceiptLog(NamedTuple):
 
 
 def read_receipts(path: Path, public: str) -> ReceiptLog | None:
-    """Return the receipts in the file `path`: an empty log if there is no file, None if the file
-    was altered or the key `public` did not sign its heads."""
+    """Read the receipts of coordinators from the file `path`. Return an empty log if there is no
+    file; None if the file was altered, or the key `public` did not sign the heads in it."""
     if not path.exists():
         return ReceiptLog()
     lists: list[tuple[Receipt, ...]] = []
@@ -190,7 +209,8 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
 
 
 def traces(folder: Path) -> list[str]:
-    """List the names of the ledger's files that are in the folder."""
+    """List the names of the ledger's files that are in the folder, and the name of the folder of
+    updates if it holds one."""
     names = [n for n in (DATABASE, HEAD, RECEIPT, KEY, SALT, STEPS) if (folder / n).exists()]
     if any((folder / OUTBOX).glob("*.bin")):
         names.append(OUTBOX)
@@ -198,8 +218,8 @@ def traces(folder: Path) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Mark an empty folder as a new ledger's, or check that the ledger in the folder is complete.
-    Errors: LedgerError if a file of it is missing."""
+    """Prepare a ledger's folder. An empty folder is marked as a new ledger's; in any other, check
+    that no file of the ledger is missing. Errors: LedgerError if one is."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     present = traces(folder)
     if not present:
@@ -227,35 +247,36 @@ def salt_at(path: Path) -> bytes:
 
 
 def outbox_name(digest: str) -> str:
-    """Return a file name for a digest: its 16 to 64 hexadecimal digits, or the digits of the
-    string's sha256 if it has no such digits. All digits are used, since a coordinator who chooses
-    the hashed content can find two digests with the same first 16."""
+    """Return a file name for a digest: the part after its last ":", if that is 16 to 64 hexadecimal
+    digits; else the sha256 of `digest`, in hexadecimal. All digits are used, since a coordinator
+    who chooses the hashed content can find two digests with the same first 16."""
     tail = digest.rpartition(":")[2]
     good = 16 <= len(tail) <= 64 and all(c in "0123456789abcdef" for c in tail)
     return tail if good else hashlib.sha256(digest.encode()).hexdigest()
 
 
 def outbox_prefix(digest: str) -> str:
-    """Return the first 16 digits of `outbox_name`. The names of all files of a study begin with
-    those of the study's digest."""
+    """Return the first 16 digits of the file name of a digest (`outbox_name`). For a study's
+    digest, the names of all files of the study begin with these digits."""
     return outbox_name(digest)[:16]
 
 
 def newer_name(new: Path, old: Path) -> Path:
-    """Return the path `new`; but if only the file `old` exists, whose name an earlier release gave,
-    return `old`."""
+    """Return the path `new`. But if there is no file `new`, and the file `old`, which an earlier
+    release wrote under another name, exists, return `old`."""
     return old if old.exists() and not new.exists() else new
 
 
 def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return the path of the file about a draw that waits for a person. The file is beside the
-    ledger in `folder`. slot: the (study, round, adapter) for which the draw is made."""
+    """Return the path of the file, beside the ledger in `folder`, that says that the site waits for
+    a person's approval before it makes a draw. slot: the (study, round, adapter) for which the draw
+    is to be made."""
     start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
     return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
 
 
 def name_of(slot: Slot) -> str:
-    """Return a name by which a person's command calls a slot (study, round, adapter). It has 32
-    hexadecimal digits, so that nobody who chooses the requests can find two slots with the same
-    name."""
+    """Return the name by which a person names a slot (study, round, adapter) in a command: 32
+    hexadecimal digits. It is so long that nobody who chooses the requests can find two slots with
+    the same name."""
     return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:32]

@@ -2,19 +2,21 @@
 
 Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, whether or
 not an update is released. An update that left the site has an entry; its bytes may be sent again,
-but no round is trained again for free. A failure makes the ledger charge more, never less: a crash
-between reservation and release, a restore, a dataset name that holds another dataset's patients.
+but no round is trained again for free. If something goes wrong, the ledger charges too much, never
+too little: after a crash between reservation and release, after a restore, or where the records of
+one dataset were put under another's name.
 
-The charges that count against a dataset are its own, and the charges of every other dataset of the
-site, unless one of the two was declared disjoint from the other. If they were declared disjoint
-after charges were made, all earlier charges of either count against both. This depends on what a
-person at the site declares, never on a record. A patient whose key is in two disjoint datasets is
-left out of the later one (`disjoint_member_test`).
+A dataset's own charges count against it, and so do the charges of every other dataset of the site,
+unless one of the two was declared disjoint from the other. If they were declared disjoint after
+charges were made, all earlier charges of either count against both. This depends on what a person
+at the site declares, never on a record. A patient whose key is in two disjoint datasets is left out
+of the later one (`disjoint_member_test`).
+| case                                 | what follows                                              |
 | σ = 0 (a study without privacy)      | charged as σ = 0: the dataset's ε is infinite             |
 | a round that is reserved again       | is charged again                                          |
 | a charge that counts against another | is permitted only if that dataset's budget permits it too |
-Units that arrived later (`cohorts`) are charged only for the dataset's rounds after their arrival,
-except rounds that left the cohort out, and for every charge of other datasets.
+Units that arrived later (`cohorts`) are charged for the dataset's rounds after their arrival only,
+and not for a round that left their cohort out. Every charge of another dataset counts against them.
 | a unit known before arrivals were kept | counts as arrived with the first charge |
 A charge by an earlier release (`Charge.rules`), or a charge for another unit, gives no ε for a
 unit: `unknown` lists the charges of this kind that nobody at the site has accepted.
@@ -99,8 +101,9 @@ class Ledger:
     """The ledger in `folder`, created on first use. One object may serve several threads, and
     several processes may open one folder.
 
-    room: the reserved disk space; an update is written to disk only where it leaves this space
-    free. None: writing is always tried."""
+    room: the site's reserved disk space. If the disk has no space for an update beside it, the
+    update is kept in memory. None: no space is reserved, and the ledger always tries to write an
+    update."""
 
     def __init__(self, folder: Path, room: Room | None = None) -> None:
         self.folder, self._room = folder, room
@@ -134,7 +137,8 @@ class Ledger:
         keys: Iterable[bytes] | None = None,
         units: Iterable[bytes] = (),
     ) -> frozenset[bytes]:
-        """Enter a signed declaration of a dataset.
+        """Enter a signed declaration of a dataset. If nothing changed since the last one, the call
+        is cheap and enters nothing.
 
         - dataset: the name under which it is charged
         - disjoint_from: the datasets with which it shares no patient; None: as last declared
@@ -142,13 +146,14 @@ class Ledger:
         - members: patients' keys and record bytes, of which only salted hashes are kept; a member
           stays a member for good
         - cohort: the name that a person gave the units that arrive now
-        - keys: the key of each unit, if arrivals are recorded. Keys that were never members arrive
-          now, as one cohort, whatever their or other units' records are
+        - keys: the key of each unit. A key that was never a member of the dataset arrives now,
+          whatever any unit's records are, and all such keys are one cohort. None: no arrivals are
+          recorded
         - units: patients' keys to look for in datasets disjoint from this one
 
         Returns the keys in `units` that a disjoint dataset has. They are entered neither as members
         nor as arrivals, and may not take part here: of two processes that read at the same moment,
-        the one that enters a key first keeps its patient. The call is cheap if nothing changed.
+        the one that enters a key first keeps its patient.
         Errors: NoRoom if the disk has too little space; nothing is entered."""
         hashes = {self._salt_member(member) for member in members}
         with self._store.writing() as writer:
@@ -183,16 +188,17 @@ class Ledger:
         return self.member_test(dataset)(member)
 
     def member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Return a function that tells whether a member, i.e. the identifier of a patient or
-        record, was ever declared as the dataset's, by the ledger's present state."""
+        """Return a function that takes a member, i.e. the identifier of a patient or record, and
+        returns whether it was ever declared as the dataset's. The function knows the ledger as it
+        is now, and no later entries."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
         return lambda member: self._salt_member(member) in hashes
 
     def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Return a function that tells whether a dataset disjoint from `dataset` has a patient's
-        key. A patient in both takes part in the dataset that had the key first, or, if the datasets
-        were declared disjoint afterwards, in neither."""
+        """Return a function that takes a patient's key, and returns whether a dataset disjoint from
+        `dataset` has it. A patient whose key is in both takes part in the dataset that had the key
+        first; if they were declared disjoint only after both had it, in neither."""
         with self._store.writing() as writer:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
@@ -207,15 +213,15 @@ class Ledger:
             return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
 
     def overlap(self, first: str, second: str) -> int:
-        """Count the members (identifiers) that two datasets ever had in common: patients, records,
-        files and longer texts. The count is shown to a person at the site; no charge depends on
-        it."""
+        """Count the members that two datasets ever had in common. A member is an identifier of a
+        patient, a record, a file or a longer text. The count is shown to a person at the site; no
+        charge depends on it."""
         with self._store.writing() as writer:
             return writer.overlap(first, second)
 
     def unknown(self, dataset: str, unit: str) -> list[Spent]:
-        """List charges against `dataset` whose ε for one `unit` ("patient" or "record") is unknown
-        and that nobody at the site has accepted."""
+        """List charges against `dataset` that give no ε for one `unit` ("patient" or "record") and
+        that nobody at the site has accepted."""
         with self._store.writing():
             return self._unknown(dataset, unit)
 
@@ -243,7 +249,8 @@ class Ledger:
 
     def spending(self, dataset: str | None = None) -> list[Spent]:
         """List the charges that count against `dataset`, each with its entry, its time, and whether
-        its update was released. None: list all charges."""
+        its update was released. dataset: the dataset's name; None: all charges in the ledger are
+        listed."""
         with self._store.writing():
             return self._account.spent() if dataset is None else self._account.against(dataset)
 
@@ -266,8 +273,8 @@ class Ledger:
 
     @property
     def memberships(self) -> set[str]:
-        """The names of all memberships of the hospital that any entry names: a charge, a signature
-        under a plan, or a person's decision about an answer."""
+        """Return the names of all memberships of the hospital that any entry names: an entry of a
+        charge, of a signature under a plan, or of a person's decision about an answer."""
         account = self._account
         with self._store.writing():
             slots = {*account.sent, *account.refused, *(slot for slot, _ in account.let_go)}
@@ -288,18 +295,18 @@ class Ledger:
         *,
         of_newcomers: bool = False,
     ) -> None:
-        """Ask whether a charge to `dataset` is permitted: call `permit` as `reserve` would, and
-        charge nothing. Ask before records are read, since each reading may add an entry.
+        """Ask whether a charge to `dataset` is permitted, without charging anything. Ask before
+        records are read, since each reading may add an entry.
 
         - dataset: the dataset that is to be charged
-        - permit: a function that is called with the charges that count so far, and refuses by an
+        - permit: called for `dataset`, and for every other dataset against which the charge would
+          count, with all charges that count against that dataset so far; it refuses by raising an
           error
-        - permit_other: called in place of `permit` for every other dataset against which the charge
-          would count; None: `permit` is called
-        - of_newcomers: whether to call `permit` for `dataset` with the charges against a unit that
-          arrives now, as `reserve_for` does first
+        - permit_other: called in place of `permit` for the other datasets; None: `permit` is called
+        - of_newcomers: whether `permit` is called for `dataset` with the charges against a unit
+          that arrives now, in place of all charges against the dataset
 
-        Errors: those that `permit` raises; LedgerError."""
+        Errors: those that `permit` or `permit_other` raises; LedgerError."""
         with self._store.writing():
             self._ask(dataset, permit, permit_other, of_newcomers)
 
@@ -351,22 +358,21 @@ class Ledger:
     ) -> int:
         """Charge `dataset` with one round, if `permit` allows it; return the entry's number.
 
-        The three functions are called under the write lock, must not call this ledger, and raise an
-        error to refuse; nothing is charged then.
-
         - dataset: the name of a declared dataset, whose records the round reads
         - charge: what the round costs. Its study and round, with `adapter`, are the slot of the
           round's answer
         - adapter: the third part of that slot: the digest of the adapter from which the round
           starts, with the number of the attempt and the membership if there are any
         - permit: called for `dataset` and for every other dataset against which the charge would
-          count, with all charges that count against it so far
-        - permit_unknown: called with the dataset's charges whose ε for the charge's unit is unknown
-          and that nobody has accepted; None: such charges do not matter
-        - permit_apart: called with the datasets from which each dataset is declared disjoint; None:
-          this is not checked
+          count, with the list of all charges that count against that dataset so far
+        - permit_unknown: called with the list of the dataset's charges that give no ε for the
+          charge's unit and that nobody has accepted; None: such charges do not matter
+        - permit_apart: called with a dict: each dataset's name -> the datasets from which it is
+          declared disjoint; None: this is not checked
 
-        Errors: those that the functions raise; LedgerError."""
+        Each of these functions refuses by raising an error; nothing is charged then. They are
+        called under the write lock, and must not call this ledger. Errors: those that the functions
+        raise; LedgerError."""
         with self._store.writing() as writer:
             self._check_not_frozen()
             self._ask(dataset, permit)
@@ -385,18 +391,23 @@ class Ledger:
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
     ) -> tuple[int, frozenset[int]]:
-        """Charge one round to the cohorts of `dataset` that `permit` allows. A cohort that it
-        refuses is left out of the round and not charged for it. Returns the number of the entry
-        that charges the round, and the cohorts left out, each by the number of the entry with which
-        it arrived.
+        """Charge one round to those cohorts of `dataset` (units that arrived together) that
+        `permit` allows. A cohort that it refuses is left out of the round and not charged for it.
+        Returns the number of the entry that charges the round, and the cohorts left out, each by
+        the number of the entry with which it arrived.
 
-        - dataset, charge, adapter: as for `reserve`
+        - dataset: the name of a declared dataset, whose records the round reads
+        - charge: what the round costs
+        - adapter: the digest of the adapter from which the round starts, with the number of the
+          attempt and the membership if there are any
         - permit: called with the charges against a unit that arrives now, and then with those
           against each cohort. If it raises Refused for a cohort, this cohort is left out
-        - permit_other: called in place of `permit` for every other dataset against which the charge
-          counts; None: `permit` is called. There all rounds count, whichever cohorts took part, and
-          no cohort's lifetime is a limit
-        - permit_unknown, permit_apart: as for `reserve`
+        - permit_other: called for every other dataset against which the charge counts, with all
+          charges of that dataset, whichever cohorts took part; None: `permit` is called
+        - permit_unknown: called with the list of the dataset's charges whose ε for the charge's
+          unit is not known and that nobody has accepted; None: such charges do not matter
+        - permit_apart: called with a dict: each dataset's name -> the datasets from which it is
+          declared disjoint; None: this is not checked
 
         Guarantee: which cohorts are left out follows from public charges, the policy and the time
         of arrival, never from a record. The charge is made even where no cohort remains.
@@ -425,7 +436,8 @@ class Ledger:
         who: str,
     ) -> int:
         """Enter the charges that a membership of this hospital has in an earlier ledger of its own;
-        return how many were not there yet. No permit is asked, since they were spent already.
+        return how many were not there yet. No `permit` is called, since what they cost was spent
+        already.
 
         - membership: its name in this hospital; each charge in `earlier` must name it
         - earlier: all charges of the earlier ledger, oldest first, each with the name of the
@@ -471,11 +483,12 @@ class Ledger:
         - keeps_all: whether earlier updates of the study stay stored, as where one person runs the
           whole study
 
-        If the disk has no space for the bytes, they are kept in memory, by this object: whether an
-        update is sent must not depend on what fills the disk, such as the number of records. A
-        request after a restart is then answered by another round, which is charged again. Errors:
-        LedgerError if the reservation is unknown or used, or if another process released this
-        round first (send what `released` returns).
+        If the disk has no space for the bytes, this object keeps them in memory: whether an update
+        is sent must not depend on what fills the disk, such as the number of records. After a
+        restart they are gone, and a request for them is answered by another round, which is charged
+        again.
+        Errors: LedgerError if the reservation is unknown or used, or if another process released
+        this round first (send what `released` returns).
 
         Guarantee: unless keeps_all, only the newest update of each study is kept, on disk or in
         memory. So while this object lives, the disk's free space, which depends on the size of the
@@ -499,8 +512,9 @@ class Ledger:
             self._delete_earlier(reserved.slot)
 
     def _delete_earlier(self, slot: Slot) -> None:
-        """Delete the stored updates of a slot's study, except the update of this slot (study,
-        round, adapter) and the newest one of each other membership."""
+        """Delete the stored updates of the plan of `slot`, except that of `slot` itself and the
+        newest update of each other membership of the hospital. slot: (study, round, adapter), which
+        names one update."""
         with suppress(OSError):
             for other in set(self._list_stored(slot[0])) - self._to_keep(slot):
                 other.unlink(missing_ok=True)
@@ -514,8 +528,8 @@ class Ledger:
 
     def is_let_go(self, slot: Slot) -> bool:
         """Return whether a person at the site approved the answer in a slot (study, round,
-        adapter). If there is no answer yet, return whether the person approved the draw that is
-        still to be made for it."""
+        adapter). If nothing is released for the slot yet, return whether the person approved that
+        the answer is made (a draw, in a round of shared noise)."""
         self._read()
         return self._is_let_go(slot)
 
@@ -526,8 +540,9 @@ class Ledger:
         return slot in self._account.refused
 
     def has_answered(self, slot: Slot) -> bool:
-        """Return whether an update was released for a slot (study, round, adapter), or a person
-        refused its answer for good, or approved a draw for it."""
+        """Return whether a slot (study, round, adapter) is settled: an update was released for
+        it, or a person refused its answer for good, or a person approved its draw before it was
+        made."""
         self._read()
         account = self._account
         decided = slot in account.refused or (slot, "") in account.let_go
@@ -553,9 +568,9 @@ class Ledger:
             ]
 
     def let_go(self, slot: Slot, who: str) -> None:
-        """Enter that a person approved the answer in a slot (study, round, adapter). The approval
-        is for the released bytes and no others or, if there is no answer yet, for a draw. who: the
-        person's login.
+        """Enter that a person approved the answer in a slot (study, round, adapter). If an answer
+        is released, the approval is for exactly its bytes; if not, it is for the draw that is still
+        to be made. who: the person's login.
         Errors: InputError if a person refused the answer before."""
         with self._store.writing() as writer:
             if slot in self._account.refused:
@@ -568,8 +583,9 @@ class Ledger:
 
     def refuse(self, slot: Slot, who: str) -> None:
         """Enter that a person refuses for good the answer in a slot (study, round, adapter), and
-        remove its bytes, unless the ledger is frozen. The charge for it stays. who: the person's
-        login. Errors: InputError if somebody approved it before."""
+        delete the answer's bytes. If the ledger is frozen, the refusal is entered and the bytes
+        stay. The charge for the answer always stays. who: the person's login. Errors: InputError if
+        somebody approved the answer before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
@@ -585,18 +601,22 @@ class Ledger:
         return (slot, self._account.sent.get(slot, "")) in self._account.let_go
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
-        """Return the bytes that were released for a slot; None if none were. study, round_,
+        """Return the bytes that were released for a slot, i.e. for one answer. study, round_,
         adapter: the three parts of the slot.
 
-        The result is also None if the bytes are missing or altered: the round is then charged
-        again."""
+        None if nothing was released, or if the bytes are missing or altered; the round is then
+        charged again."""
         self._read()
         return self._released_bytes((study, round_, adapter))
 
     def head_statement(self, audit: str = "", membership: str = "") -> dict[str, Any]:
-        """Return {"token": …}: the newest entry and the audit log's head, encrypted. The
-        coordinator countersigns the token without reading it. audit, membership: as for
-        `sealed_token`."""
+        """Return {"token": …}: the ledger's newest entry and the audit log's head, encrypted so
+        that only this site can read them. The coordinator countersigns the token without reading
+        it.
+
+        - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
+        - membership: the membership of a hospital that sends the token; "" for a site with a ledger
+          of its own"""
         statement = self._store.statement(self._read())
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
@@ -606,8 +626,9 @@ class Ledger:
         coordinator_public: str,
         memberships: Iterable[str] = ("",),
     ) -> str:
-        """Check a countersigned head against this ledger, and store it if it is the newest. Returns
-        the audit log's head in it, "" if it holds none.
+        """Check a head of this ledger that a coordinator countersigned, and store the receipt if it
+        is that coordinator's newest. Return the audit log's head that the receipt holds, "" if it
+        holds none.
 
         - receipt: the fields that the coordinator made (`wire.seal.receipt`)
         - coordinator_public: the public key (hexadecimal) that must have countersigned
@@ -653,7 +674,7 @@ class Ledger:
         return self._account.withdrawn[unit]
 
     def withdrawn(self) -> dict[str, Entry]:
-        """Map the hash of each unit that withdrew to the entry of its withdrawal."""
+        """Return a dict: the hash of each unit that withdrew -> the entry of its withdrawal."""
         self._read()
         return dict(self._account.withdrawn)
 
@@ -670,15 +691,15 @@ class Ledger:
                 writer.append("admit", entry | ({"membership": membership} if membership else {}))
 
     def admitted(self, plan_digest: str, memberships: Iterable[str] = ("",)) -> bool:
-        """Return whether a person here agreed to the plan (`admit`), for one of these
-        memberships."""
+        """Return whether a person at the site agreed to the plan (`admit`) for one of
+        `memberships`; ("",) stands for a site with a ledger of its own."""
         self._read()
         return any((plan_digest, name) in self._account.admitted for name in memberships)
 
     @property
     def frozen(self) -> Freeze | None:
-        """The freeze that is in force now, with who froze the ledger, when and why; None if it is
-        not frozen."""
+        """Return the freeze that is in force now: who froze the ledger, when and why. None if the
+        ledger is not frozen."""
         self._read()
         return self._account.frozen
 
@@ -699,8 +720,8 @@ class Ledger:
             writer.append("lift", {"by": who, "why": why})
 
     def check_not_frozen(self) -> None:
-        """Check that no person froze the ledger. Errors: PolicyRefused, whose text may leave the
-        site; LedgerError."""
+        """Raise an error if a person froze the ledger. Errors: PolicyRefused if it is frozen, with
+        a text that may leave the site; LedgerError."""
         self._read()
         self._check_not_frozen()
 
@@ -712,8 +733,8 @@ class Ledger:
             )
 
     def backup(self, to: Path, key: bool = False) -> None:
-        """Copy entries and salt consistently into the new folder `to`, and the private key only if
-        `key` is set.
+        """Copy entries and salt consistently into the new folder `to`. key: whether to copy the
+        private key as well.
         Errors: LedgerError, also if `to` already holds a ledger."""
         from fedtune.core.ledger.restore import backup
 
@@ -736,10 +757,13 @@ class Ledger:
         from_: Path | None = None,
         standing: Callable[[str], Standing] | None = None,
     ) -> Ledger:
-        """Restore the ledger in `folder` and return it: from the backup in `from_` or, if this is
-        None, from the files that are left. Charges that may have been lost count as spent.
-        standing: a function that is given the site's public key and returns the people's decisions
-        that the ledger must have before it is put in place."""
+        """Restore the ledger in `folder`, and return it. Charges that may have been lost count as
+        spent.
+
+        - folder: the ledger's folder
+        - from_: the folder of a backup; None: only the files that are left are used
+        - standing: called with the site's public key; returns the decisions of people that the
+          ledger must hold before it is put in place. None: none are entered again"""
         from fedtune.core.ledger.restore import restore
 
         restore(folder, from_, standing)
@@ -762,8 +786,9 @@ class Ledger:
         return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
-        """Write the update of a slot (study, round, adapter) to the folder outbox. If there is no
-        space, keep it in memory, in place of an earlier update of the same study."""
+        """Write an update to the file of its slot, in the folder outbox. If there is no space, keep
+        the update in memory, in place of an earlier update of the same study. slot: the (study,
+        round, adapter) for which the update is the answer."""
         path, kept = self.path_of(slot), (slot, update)
         if self._room is None or self._room.has_space(len(update)):
             try:
@@ -783,14 +808,15 @@ class Ledger:
         )
 
     def _list_stored(self, study: str) -> list[Path]:
-        """List the outbox's files of a study, as this and earlier releases named them."""
+        """Return the paths of a study's files in the outbox, under the names of this release and of
+        earlier ones. study: the plan's digest."""
         names = f"{outbox_name(study)}-*.bin", f"{outbox_prefix(study)}-*.bin"
         return [path for name in names for path in (self.folder / OUTBOX).glob(name)]
 
     def _to_keep(self, slot: Slot) -> set[Path]:
-        """Return the paths of the updates that stay when a slot's update is stored: that of this
-        slot (study, round, adapter), and of the newest release of each other membership under the
-        same plan."""
+        """Return the paths of the updates of a plan that stay when the update of `slot` is stored:
+        that of `slot` itself, and the newest released update of each other membership of the
+        hospital. slot: (study, round, adapter), which names one update."""
         newest = {owner_of(other): other for other in self._account.released if other[0] == slot[0]}
         return {self.path_of(kept) for kept in (newest | {owner_of(slot): slot}).values()}
 
@@ -818,7 +844,8 @@ def signing_key(site: Site, ledger: Ledger) -> SigningKey:
 
 
 def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
-    """Build the body of an entry that charges `dataset` with a round. adapter: the third part of
-    the slot of the round's answer, as for `Ledger.reserve`."""
+    """Build the body of an entry that charges `dataset` with a round: a dict for JSON. adapter: the
+    digest of the adapter from which the round starts, with the number of the attempt and the
+    membership if there are any."""
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     return entry | ({"membership": charge.membership} if charge.membership else {})

@@ -1,24 +1,27 @@
 """Back up the ledger, and restore it so that lost entries are charged conservatively.
 
 Guarantee: a restored ledger charges at least what was spent.
-1. Base: the longest chain that verifies, of the backup and of the folder itself.
+1. The base is the longest chain that verifies: that of the backup or that of the folder itself.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry), receipts, or readable rows of the old database
-   may show more lost entries than step 2 charged. Each of the rest is charged as a round with the
-   least σ and the most q (sampling rate), steps and k (rows of a unit in a step) known.
+   may show that more entries were lost than step 2 charged for. Each entry beyond these is charged
+   as a round with the least σ and the most q (sampling rate), steps and k (rows of a unit in a
+   step) known.
+| case                                                      | the charge                      |
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
 | lost entries, but no round known to price them            | exhausted                       |
 | the step log is behind the base, and entries are lost     | exhausted: both logs are damaged |
-Restored charges count against every dataset. The sequence skips the lost numbers, so a receipt for
-a lost entry is recognised as charged. If the step log is complete, step 2 alone covers every update
-that left the site. If log and ledger were rolled back together, step 3 assumes that no lost round
-cost more than the costliest one known. No worker of the site may run meanwhile.
-Lost withdrawals, refused answers and a lost freeze, if the caller knows them (`Standing`), are
-entered in the new database before it is put in place, so that a ledger without them can never be
-opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any more,
-and the new ledger is frozen. The old database is locked meanwhile.
-Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
-NewerLedger where a newer release wrote the ledger: it is intact, and this release cannot read it.
+Restored charges count against every dataset. The numbers of lost entries are never used again, so a
+receipt for a lost entry is recognised as charged. If the step log is complete, step 2 alone covers
+every update that left the site. If log and ledger were rolled back together, step 3 assumes that no
+lost round cost more than the costliest one known. No other process of the site may train during a
+restore.
+A caller may know withdrawals, refused answers and a freeze that the ledger lost (`Standing`). They
+are entered in the new database before it is put in place, so that a ledger without them can never
+be opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any
+more, and the new ledger is frozen. The old database is locked during the restore.
+Errors: LedgerError where the backup is not one of this site, or the site's key is lost; NewerLedger
+where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
 
 from __future__ import annotations
@@ -82,8 +85,8 @@ class _Base:
     - path: its database; None if no chain was found, so that a new one is begun
     - salt: the salt by which the new database hashes members
     - entries: the chain's entries, oldest first
-    - is_salt_lost: whether the folder's last salt was, or may have been, another one, under which
-      every unit has another hash"""
+    - is_salt_lost: True if `salt` is not, or may not be, the one by which the old ledger hashed. A
+      unit then has another hash than before"""
 
     path: Path | None
     salt: bytes
@@ -108,8 +111,8 @@ class _Base:
 
     @property
     def refused(self) -> list[dict[str, Any]]:
-        """The answers that a person refused for good, each by its slot: a dict with the keys study,
-        round and adapter."""
+        """The answers that a person refused for good: a list of their slots, each a dict with the
+        keys study, round and adapter."""
         slots = [entry.body for entry in self.entries if entry.kind == "refuse"]
         return [{name: slot[name] for name in ("study", "round", "adapter")} for slot in slots]
 
@@ -120,8 +123,9 @@ class _Base:
 
     @property
     def released(self) -> Counter[tuple[Any, ...]]:
-        """The number of noised steps in rounds whose updates were released, by the charge's
-        `_round_key` (study, round, σ, sampling rate, records per unit, clipping norm, unit)."""
+        """How many noised steps the chain charged for rounds whose updates were released, for each
+        kind of round. The keys are those of `_round_key`: (study, round, σ, sampling rate, records
+        per unit, clipping norm, unit)."""
         rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
         total: Counter[tuple[Any, ...]] = Counter()
         for entry in self.entries:
@@ -140,9 +144,14 @@ class _Base:
 
 
 def backup(folder: Path, to: Path, key: bool) -> None:
-    """Back up a ledger: copy its database and salt from `folder` into the new folder `to`, all
-    0600. key: whether to copy the private key as well. Errors: LedgerError, also if `to` holds a
-    ledger."""
+    """Back up a ledger: copy its database and salt into a new folder, all readable by this user
+    only (mode 0600).
+
+    - folder: the ledger's folder
+    - to: the new folder
+    - key: whether to copy the private key as well
+
+    Errors: LedgerError, also if `to` holds a ledger."""
     with named(to):
         to.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (to / DATABASE).exists():
@@ -154,9 +163,9 @@ def backup(folder: Path, to: Path, key: bool) -> None:
 
 
 def copy_entries(folder: Path, to: Path) -> None:
-    """Copy the entries alone to the new database `to`, 0600, without the salt and the hashes of the
-    datasets' members. Errors: LedgerError; of a damaged ledger `to` then has the entries before the
-    damage."""
+    """Copy the entries alone to the new database `to` (mode 0600), without the salt and the hashes
+    of the datasets' members. Errors: LedgerError. If the ledger is damaged, `to` then has the
+    entries before the damage."""
     with named(to.parent):
         to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -172,8 +181,8 @@ def copy_entries(folder: Path, to: Path) -> None:
 
 
 def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
-    """Copy the entries of `source` to `target` one by one, so that those before a damaged page are
-    kept."""
+    """Copy the entries of `source` to `target` one by one. If a page of `source` is damaged, an
+    error ends the copy, and the entries before that page are in `target`."""
     for row in source.execute("SELECT seq, kind, body, prev, hash, signature FROM entries"):
         target.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -182,13 +191,12 @@ def restore(
     folder: Path, from_: Path | None, standing: Callable[[str], Standing] | None = None
 ) -> None:
     """Restore a ledger: install the longest chain that verifies, and charge lost entries at no less
-    than they cost, as the docstring of this module says.
+    than they cost (see the top of this module).
 
     - folder: the ledger's folder
     - from_: the folder of the backup; None: only the files that are left are used
-    - standing: called with the site's public key; returns what people decided, read from files that
-      this key verifies, so that lost entries of it are entered again. None: nothing is entered
-      again
+    - standing: called with the site's public key; returns the decisions of people that the ledger
+      must hold, which are entered again if their entries were lost. None: none are entered
 
     Errors: LedgerError, NewerLedger."""
     with named(folder):
@@ -250,10 +258,11 @@ def _say_salt_lost(withdrawn: int) -> str:
 
 @contextmanager
 def _closed(path: Path) -> Iterator[None]:
-    """Lock the old database in the block, if it can be opened at all, so that no other process
-    writes to it. A process that waits for the lock is refused afterwards, since the anchor (the
-    file with the ledger's newest entry) then belongs to the new database. Errors: sqlite3.Error if
-    another process keeps the database locked."""
+    """A context manager: for the length of the block, lock the old database so that no other
+    process writes to it. A database that cannot be opened is not locked. A process that waits for
+    the lock is refused afterwards, since the anchor (the file with the ledger's newest entry) then
+    belongs to the new database. Errors: sqlite3.Error if another process keeps the database
+    locked."""
     with ExitStack() as opened:
         try:
             if path.exists():
@@ -278,9 +287,10 @@ def _install(
     - receipts: the receipts in `folder`; None if they cannot be read, so that the file is set aside
 
     A restore that is killed at any point and begun again charges no less: database and anchor keep
-    their places until their replacements are on disk, and the step log is not touched. If the
-    database was replaced and the anchor was not, the entry that the old anchor names is lost and
-    charged in the new database."""
+    their places until their replacements are on disk, and the step log is not touched. If it is
+    killed after the database was replaced and before the anchor was, the old anchor may name an
+    entry that the new database lacks. The new database has charged that entry as lost, and the next
+    restore recognises it as charged."""
     aside = f".lost-{time.time_ns()}"
     for name in (DATABASE, HEAD):
         if (folder / name).exists():
@@ -397,14 +407,16 @@ def _restore_body(
 ) -> dict[str, Any]:
     """Return the body of the restore entry: which entries are lost, and the charges for them.
 
-    - folder: the ledger's folder, in which anchor (the file that names the newest entry), step log
-      and readable rows of the old database are looked for
+    - folder: the ledger's folder, with what is left of the anchor (the file that names the newest
+      entry), the step log and the old database
     - base: the chain that is continued
-    - receipts: the receipts in `folder`; None, if they cannot be read, counts as none
+    - receipts: the receipts in `folder`; None if they cannot be read, which counts as no receipts
     - public: the public half (hexadecimal) of the site's key
 
-    In the result `base` and `highest` are the numbers between which entries are lost, `settled`
-    lists the heads that this entry charges for, and `charges` count against every dataset."""
+    In the result, `lost` is the most entries that the base may lack, and `charges` are the charges
+    for them, against every dataset. The numbers after `base` and up to `highest` are never used
+    again. `settled` lists the [number, hash] of each entry that anchor or receipts name and the
+    base lacks, so that a later restore sees that it is charged."""
     log = receipts or ReceiptLog()
     anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
     readable, top = _readable_charges(folder / DATABASE)
@@ -442,7 +454,8 @@ def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, t
     - anchor: the head in the file that names the newest entry; None if there is none that this site
       signed
     - receipts: the heads that coordinators countersigned
-    - top: the highest number of an entry in the readable rows of the old database; 0 if none is"""
+    - top: the highest number of an entry in the readable rows of the old database; 0 if there are
+      no such rows"""
 
     def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
         return head.seq - base.seq if head.seq > base.seq else head.seq
@@ -459,8 +472,9 @@ def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, t
 
 
 def _readable_charges(path: Path) -> tuple[list[Charge], int]:
-    """Read what can still be read of a damaged ledger's database `path`. Return the charges in
-    these rows, and their highest sequence number, 0 if there are no rows."""
+    """Read what can still be read of a damaged ledger's database `path`. Return a pair: the
+    charges in the rows that can be read, and the highest number of an entry in them (0 if there
+    are none)."""
     charges: list[Charge] = []
     top = 0
     if not path.exists():
@@ -477,9 +491,9 @@ def _readable_charges(path: Path) -> tuple[list[Charge], int]:
 
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]:
-    """Compare the step log with the chain. Return a charge for each round with more noised steps in
-    the log than the chain charged, and whether the log is complete: it exists and holds every
-    noised step of the rounds that the chain released.
+    """Compare the step log with the base's chain. Return a pair: a charge for each round that has
+    more noised steps in the log than the chain charged; and whether the log is complete, i.e.
+    exists and holds every noised step of the rounds that the chain released.
 
     - path: the step log's file; if it cannot be read, the result is [] and False
     - base: the chain that is continued"""
@@ -508,8 +522,8 @@ def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]
 
 
 def _charge_of_step(step: Step) -> Charge:
-    """Build the charge of the round to which a line of the step log belongs, with 0 steps, so that
-    the lines of one round have equal charges and can be counted."""
+    """Build a charge from a step of the log: that of the step's round, but with `steps` = 0. Equal
+    steps of a round so give equal charges, and a Counter of them gives the number of steps."""
     return Charge(
         study=step.study,
         name="",

@@ -27,13 +27,14 @@ class StudyLine:
     - charged: number of reservations, more than `rounds` if a round was charged twice
     - released: number of reservations whose update was released
     - steps: number of noised steps that were charged, of all rounds together
-    - sigma, rate: the least and the most σ and sampling rate of a round
+    - sigma: the smallest and the largest σ of a round
+    - rate: the smallest and the largest sampling rate of a round
     - records: the most rows of one unit in a step (k)
-    - epsilon: ε of this study alone, at the δ asked for
+    - epsilon: ε of this study alone, at the δ that the caller gave
     - first, last: when the first and the last charge were entered, in UTC seconds
-    - known: whether ε is known for the unit asked for (Charge.is_known_for)
-    - fallback: with secure aggregation the ε that holds whatever happens, by this site's own noise
-      alone, else None"""
+    - known: whether the charges give an ε for the unit that the caller named (Charge.is_known_for)
+    - fallback: with secure aggregation, the ε that this site's own noise alone gives, which holds
+      whatever the other sites do; else None"""
 
     name: str
     study: str
@@ -55,17 +56,18 @@ class StudyLine:
 
 @dataclass(frozen=True)
 class DatasetBudget:
-    """The total ε of a dataset as the privacy filter bounds it, and the same composed by PLD.
+    """The total ε of a dataset, computed in two ways, and the limits of the policy.
 
     - dataset: the dataset's name
-    - epsilon: by the filter, at 2 · delta
-    - how: the name of the composition, such as "PLD"
-    - pld: by PLD, at delta
+    - epsilon: the ε at 2 · delta that the site's privacy filter bounds and compares with the
+      ceiling
+    - how: the name of the composition that gave `epsilon`, such as "PLD"
+    - pld: the ε at delta of the same charges composed by PLD
     - ceiling: the most ε that the policy allows; `remaining` is what is left of it, at least 0
     - delta: policy.delta
-    - fallback: by the filter, from this site's own noise alone; None if no charge has secure
-      aggregation, since `epsilon` then holds in any case
-    - fallback_ceiling: the most that the policy allows of `fallback`; None if that is None"""
+    - fallback: the ε of this site's own noise alone, computed like `epsilon`; None if no charge has
+      secure aggregation, since `epsilon` then rests on this noise alone
+    - fallback_ceiling: the most that the policy allows of `fallback`; None if `fallback` is None"""
 
     dataset: str
     epsilon: float
@@ -82,16 +84,20 @@ class DatasetBudget:
 
     @property
     def fallback_remaining(self) -> float | None:
-        """What is left of fallback_ceiling, at least 0; None without a fallback ε."""
+        """Return what is left of fallback_ceiling, at least 0; None if there is no fallback ε or no
+        ceiling for it."""
         if self.fallback is None or self.fallback_ceiling is None:
             return None
         return max(0.0, self.fallback_ceiling - self.fallback)
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
-    """Build one line per study and dataset, in the order of their first charge. spent: the charges;
-    delta: the δ at which each study's ε is stated; unit: the unit for which ε is stated; None
-    stands for the unit of each study."""
+    """Build a line for each study and dataset with charges, in the order of their first charge.
+
+    - spent: the charges
+    - delta: the δ at which each study's ε is stated
+    - unit: "patient" or "record": each line says whether ε is known for this unit; None: for the
+      study's own unit"""
     groups: dict[tuple[str, str], list[Spent]] = {}
     for entry in spent:
         groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
@@ -164,7 +170,11 @@ def _is_noise_shared(spent: Sequence[Spent]) -> bool:
 
 
 def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> DatasetBudget:
-    """Compute a dataset's budget: the total of the charges `spent`, and the policy's limits."""
+    """Compute a dataset's budget from charges.
+
+    - dataset: the dataset's name
+    - spent: the charges that count against it
+    - policy: the site's policy, for δ and the ceilings"""
     events = [entry.charge.event for entry in spent]
     order = spent[0].charge.order if spent else 2.0
     total = total_epsilon(events, order, policy.delta)
@@ -180,9 +190,12 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
 def find_heaviest_budget(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> DatasetBudget:
-    """Return the budget of the cohort whose ε is the largest, with `fallback` replaced by the
-    largest fallback ε of any cohort. cohorts: the dataset's cohorts, with the charges that count
-    against each."""
+    """Return the budget of the cohort that has spent the most ε. Its `fallback` is the largest
+    fallback ε of any cohort, which may be another one.
+
+    - dataset: the dataset's name
+    - cohorts: the dataset's cohorts (units that arrived together), each with its charges
+    - policy: the site's policy, for δ and the ceilings"""
     budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     most = max(budgets, key=lambda total: total.epsilon)
     shared = [total for total in budgets if total.fallback is not None]
@@ -198,9 +211,10 @@ class MembershipLine:
 
     - membership: its name; "" for charges from before the ledger was the hospital's, "*" for
       charges that a restore entered
-    - studies, charged: how many studies, and reservations
-    - epsilon: as the privacy filter bounds it, at 2 · policy.delta
-    - fallback: the same by this site's own noise alone; None without secure aggregation"""
+    - studies: the number of its studies
+    - charged: the number of its charges
+    - epsilon: the ε of its charges, as the privacy filter bounds it, at 2 · policy.delta
+    - fallback: the ε of this site's own noise alone; None without secure aggregation"""
 
     membership: str
     studies: int
@@ -212,8 +226,12 @@ class MembershipLine:
 def membership_lines(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> list[MembershipLine]:
-    """Build one line for each membership that has a charge against the dataset. Their ε do not add
-    up to the total, which composes all charges."""
+    """Build a line for each membership that has a charge against the dataset. The total ε of the
+    dataset is not the sum of the lines' ε, since it composes all charges at once.
+
+    - dataset: the dataset's name
+    - cohorts: the dataset's cohorts (units that arrived together), each with its charges
+    - policy: the site's policy, for δ"""
     names = {spent.charge.membership: None for cohort in cohorts for spent in cohort.spent}
     return [_membership_line(dataset, cohorts, policy, name) for name in names]
 
@@ -234,9 +252,14 @@ def _membership_line(
 
 
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
-    """Return the budget of a membership's own share: its charges, against policy.max_epsilon.
-    Charges that a restore entered count, too, and so do those from before the hospital's home if
-    they are the membership's own (policy.own_memberships)."""
+    """Return the budget of a membership's own share: its charges, with policy.max_epsilon as the
+    ceiling. Charges that a restore entered count as its own, and so do charges from before the
+    hospital's home if policy.own_memberships contains "".
+
+    - dataset: the dataset's name
+    - cohorts: the dataset's cohorts (units that arrived together), each with its charges of all
+      memberships
+    - policy: the policy of the membership"""
     own = _paid_by(lambda charge: charge.is_paid_by(policy.own_memberships), cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None

@@ -23,11 +23,15 @@ MODALITIES = Group("modalities", "base.modality", __name__, Modality)  # type: i
 
 
 def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Reader:
-    """Build the reader that turns records into tensors for `base`. name: the modality that the
-    study names (base.modality); None: the kind of the base decides.
+    """Build the reader that turns records into tensors for `base`.
 
-    Errors: ModelError if no modality fits the base; ConfigError if there is none of this name, or
-    an extra package is not installed."""
+    - base: the base that reads the records
+    - tokenizer: the base's tokenizer
+    - name: the modality that the study names (base.modality); None: the one that fits the base's
+      kind
+
+    Errors: ModelError if no modality fits the base; ConfigError if no modality has this name, or an
+    extra package is not installed."""
     for candidate in [name] if name else MODALITIES.release():
         modality = MODALITIES.load(candidate)
         if base.kind in modality.kinds:

@@ -23,9 +23,10 @@ _START = "<|startoftranscript|>"
 
 
 class Speech:
-    """Reads recordings. One that is longer than the base's window is rejected if overflow is
-    "reject", else cut. In scripts that put spaces between words, a transcript gets a space in
-    front, as in Whisper's own transcripts."""
+    """Reads recordings and their transcripts. A recording that is longer than the base's window is
+    cut, or rejected if objective.overflow is "reject". A transcript that begins with a letter or
+    digit of a script with spaces between words gets a space in front, as in Whisper's own
+    transcripts."""
 
     column: Literal["audio"] = "audio"
     starts = True
@@ -52,13 +53,14 @@ class Speech:
     def check(self, ids: list[int], tiles: int) -> None: ...
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Compute the log-mel spectrogram, (1, mel bins, frames)."""
+        """Compute the log-mel spectrogram of a recording, (1, mel bins, frames)."""
         samples = sound(media, self._rate)
         features = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
         return torch.from_numpy(np.asarray(features["input_features"], dtype=np.float32))
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate white noise with a tone in it, a fifth of a second to one second."""
+        """Generate a recording of white noise with a tone in it, a fifth of a second to one second
+        long. draw: the source of the noise; like: not used."""
         count = int(self._rate * draw.uniform(0.2, 1.0))
         tone = np.sin(np.arange(count) * draw.uniform(0.05, 1.0))
         values = (8000 * tone + 4000 * draw.standard_normal(count)).clip(-32768, 32767)
@@ -80,7 +82,7 @@ class AudioText(Modality):
 
 
 def _start(tokenizer: Any) -> str:
-    """Return the start tokens of the decoder's text, as a text, as WhisperTokenizer puts them."""
+    """Return WhisperTokenizer's start tokens of a decoder's text, joined to one text."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     known, asked = tokenizer.get_vocab(), tokenizer.init_kwargs

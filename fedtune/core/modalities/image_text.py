@@ -28,8 +28,9 @@ _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 class Images:
-    """Reads an image as LLaVA does, as one tile. The place-holders go in front of the prompt
-    (for a conversation, of the first user message), inside objective.template."""
+    """Reads an image as LLaVA does, as one tile. The text gets place-holders for the image in front
+    of the prompt or, in a conversation, of the first user message. They stand inside
+    objective.template."""
 
     column: Literal["image"] = "image"
     starts = False
@@ -58,16 +59,19 @@ class Images:
         return self.prepare(picture(media))
 
     def prepare(self, image: Image) -> torch.Tensor:
-        """Compute (tiles, 4, height, width): colours, and a mask that is 0 on padding."""
+        """Return an image as the tensor that the tower reads, (tiles, 4, height, width): three
+        colours, and a mask that is 0 on padding."""
         pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"]
         return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
 
     def read_whole(self) -> None:
-        """Read every image as one tile from now on, which this class does in any case."""
+        """From now on, do not split an image into tiles. This class never splits one, so it does
+        nothing; subclasses that do split override it."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate an image of noise with the size of `like`, else square, wide or high, so that
-        records differ in their number of tiles."""
+        """Generate an image of random pixels. Its size is that of the image `like`; if that is
+        None, it is square, wide or high at random, so that generated images differ in their number
+        of tiles. draw: the source of the noise."""
         from PIL import Image as pillow
 
         shapes = ((24, 24), (24, 72), (72, 24))
@@ -76,7 +80,8 @@ class Images:
         return Media.of("image", keep_frames([pillow.fromarray(noise)]))
 
     def _run_of(self, config: Any) -> int:
-        """Count the image tokens that stand for one tile."""
+        """Return how many image tokens in the text stand for one tile. config: the base's
+        transformers config."""
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         return int(patches) + int(config.vision_feature_select_strategy == "full")
 
@@ -86,7 +91,9 @@ class Images:
         return 0, 0
 
     def text(self, rows: int, columns: int) -> str:
-        """Return the place-holders for an image and its `rows` · `columns` tiles."""
+        """Return the place-holders that stand for one image in the text: for the whole image and
+        for its tiles. rows, columns: how many rows and columns of tiles the image is split into; 0
+        if it is not split."""
         return self._token * self._run
 
 
@@ -117,7 +124,8 @@ class Tiled(Images):
         return self._layouts[media.digest]
 
     def text(self, rows: int, columns: int) -> str:
-        """Return the place-holders as Idefics3Processor.replace_image_token makes them."""
+        """Return the place-holders for an image, with the marks of rows and columns that
+        Idefics3Processor.replace_image_token puts around those of each tile."""
         run = self._token * self._run
         whole_image = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
         lines = (
@@ -138,7 +146,8 @@ class Square(Images):
         self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
 
     def prepare(self, image: Image) -> torch.Tensor:
-        """Compute the image's P patches, (1, P, values of a patch)."""
+        """Return an image's P patches as the tensor that the tower reads, (1, P, values of a
+        patch)."""
         from PIL import ImageOps
 
         prepare = self._processor
@@ -182,7 +191,8 @@ class ImageText(Modality):
 
 
 def put_before(record: Record, placeholders: str) -> Record:
-    """Put place-holders before the prompt, or the first user message of a conversation."""
+    """Return the record with place-holders put before its prompt or, in a conversation, before the
+    text of the first user message."""
     if not record.messages:
         return replace(record, prompt=placeholders + record.prompt)
     messages = list(record.messages)

@@ -21,7 +21,7 @@ from fedtune.core.modalities.image_text import Images, ImageText, Square, put_be
 
 
 class Clips:
-    """Reads a clip as FRAMES images of one tile each, in order. The base's reader of images
+    """Reads a video clip as FRAMES images in order, each of one tile. The base's reader of images
     prepares each frame and gives its place-holders."""
 
     column: Literal["video"] = "video"
@@ -41,11 +41,13 @@ class Clips:
         self._images.check(ids, tiles)
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Compute (FRAMES, 4, height, width): colours, and a mask that is 0 on padding."""
+        """Return a clip as the tensor that the tower reads, (FRAMES, 4, height, width): three
+        colours, and a mask that is 0 on padding."""
         return torch.cat([self._images.prepare(frame) for frame in clip(media)])
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a clip of noise, in the size of `like` if given."""
+        """Generate a clip of random pixels, with the width and height of the clip `like`, or 24 by
+        24 if that is None. draw: the source of the noise."""
         from PIL import Image as pillow
 
         width, height = (24, 24) if like is None else clip(like)[0].size

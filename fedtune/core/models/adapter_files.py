@@ -17,9 +17,10 @@ AGAIN = "copy the run's folder again"
 
 
 def load_adapter(folder: Path) -> Arrays:
-    """Load all arrays saved in `folder`: PEFT's adapter file, head.safetensors, or both. Return the
-    trained ones and LoRA's frozen factor A, by the names that a network gives them. Errors:
-    ModelError if there is no file, or it cannot be read."""
+    """Load all arrays of the folder in which a run's adapter is saved: those of PEFT's adapter
+    file, of head.safetensors, or of both. Return a dict from the names that a network gives them to
+    the arrays: the trained arrays, and LoRA's A, which may be frozen. Errors: ModelError if there
+    is no file, or it cannot be read."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -44,8 +45,13 @@ def load_adapter(folder: Path) -> Arrays:
 
 
 def pick_arrays(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
-    """Return the arrays of `saved` that have the given names, those that a network asks for.
-    folder: where they were saved, for the error. Errors: ModelError if one is missing."""
+    """Return those of the saved arrays that a network asks for, in a dict by name.
+
+    - saved: the saved arrays by name
+    - names: the names that the network asks for
+    - folder: where the arrays were saved, for the error's text
+
+    Errors: ModelError if a name is missing in `saved`."""
     wanted = list(names)
     if missing := [name for name in wanted if name not in saved]:
         raise ModelError(

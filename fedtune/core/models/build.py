@@ -17,9 +17,10 @@ def build(study: Study, base: Base | None = None) -> Network:
     """Build the network of a study. For equal settings this process has one network, which
     simulated sites share.
 
-    base: the base to use; None: the one that the study names, which is fetched if it is not here.
-    So leave it out only for studies of this machine's own user. Errors: ModelError (base missing or
-    of another digest); ConfigError (the base has no module of a name in lora.modules)."""
+    base: the base to use; None: the one that the study names, which is downloaded if it is not on
+    this machine. Give it for a study that came from elsewhere, since its name must not make this
+    machine download anything. Errors: ModelError (base missing or of another digest); ConfigError
+    (the base has no module of a name in lora.modules)."""
     base = base or find_base(study.base.model, study.base.digest)
     objective = study.objective.resolved
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
@@ -40,17 +41,16 @@ def _build(
     quantisation: QuantisationTable | None,
     modality: str | None,
 ) -> Network:
-    """Build the network, or return the one that this process built of the same arguments.
+    """Build a network, or return the one that this process built of the same arguments before.
 
     - base: the base, verified and on this machine
     - dtype: the number format in which the base computes
-    - lora: the [lora] table, with a fixed value for each key that does not change the network, so
-      that studies share it; None if only a head is trained
-    - trained: the number of outputs of the trained head (0: the base's own head is used), and the
-      number of public directions in which class statistics are summed (0: none are sent)
+    - lora: the [lora] table, in which every key that does not change the network has a fixed value,
+      so that studies can share the network; None if only a head is trained
+    - trained: a pair of numbers: the outputs of the trained head (0: the base's own head is used),
+      and the public directions in which class statistics are summed (0: none are sent)
     - quantisation: how the base's weights are stored; None: in `dtype`
-    - modality: the study's base.modality; None: the modality of this release that reads records for
-      a base of this kind"""
+    - modality: the study's base.modality; None: the one that fits the base's kind"""
     report(f"loading the base {base.name}")
     outputs, directions = trained
     return Network(base, dtype, lora, outputs, quantisation, modality, directions)

@@ -48,8 +48,8 @@ class Bucket(NamedTuple):
     """The padded shapes of one record, which depend on no other record. Records share a micro-batch
     only if all their shapes are equal.
 
-    - length: padded number of positions whose states are kept, of the record's longest passage
-      (token sequence)
+    - length: the padded number of positions whose states are kept, for the longest of the record's
+      passages (token sequences)
     - tiles: number of tiles into which the base splits the record's file; 1 without a file
     - targets: number of positions of a passage at which the base's own head runs; 0 for a record
       without targets, or if only a head is trained
@@ -68,10 +68,11 @@ class CachedDataset:
     unpadded (2 · positions · H bytes in bf16, for states of H numbers; prefix_store.py), and every
     later step starts at the cut. This is exact, since below the cut there is no dropout and no
     adapter. The states of all positions are kept, with two exceptions. If no layer above the cut
-    mixes positions, only those with a target are kept, or the last one if the record has no target.
-    If only a head is trained, the one pooled vector is kept.
+    mixes positions, only the states of positions with a target are kept, or that of the last
+    position if the record has no target. If only a head is trained, the one pooled vector is kept.
     Guarantee: a record's states at the cut, and its results in `compute_blocks`, come from matrix
-    products whose shapes follow from the record's own bucket, not from other records.
+    products whose shapes follow from the record's own bucket (padded shapes), not from other
+    records.
 
     - network: the network whose frozen part computes the states
     - dataset: the tokenised records
@@ -85,9 +86,11 @@ class CachedDataset:
     def __init__(
         self, network: Network, dataset: Dataset, memory: int | None = None, *, alone: bool = False
     ) -> None:
-        """Prepare the dataset; no state is computed yet. alone: whether each block holds one record
-        only. It always does if this base's results would depend on the other records of a block
-        (`network.shares_blocks` is False)."""
+        """Prepare the dataset; no state is computed yet.
+
+        - network, dataset, memory: see the class
+        - alone: whether each block holds one record only. It always does if results of this base
+          would depend on the other records of a block (`network.shares_blocks` is False)"""
         self.network = network
         self._alone = alone or not network.shares_blocks
         self.dataset = dataset
@@ -262,9 +265,9 @@ class CachedDataset:
             make_room_after(error)
 
     def _prefix_positions(self, rows: list[int]) -> int:
-        """Return how many positions the frozen part computes for one of these passages: its padded
-        tokens, and the tower's states of its file. rows: the numbers of passages of one bucket, so
-        that the result is the same for each."""
+        """Return how many positions the frozen part computes for one passage: its padded tokens,
+        and the tower's states of its file. rows: the numbers of passages of one bucket (padded
+        shapes), for each of which the result is the same."""
         bucket = self._prefix_bucket(rows[0])
         return bucket.length + self.network.frames(bucket.tiles)
 
@@ -272,9 +275,10 @@ class CachedDataset:
         return _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
 
     def _pass_through_prefix(self, block: tuple[list[int], torch.Tensor | None]) -> torch.Tensor:
-        """Compute the states at the cut of at most one block of passages of one bucket. Return them
-        for the whole block, with padding, (passages, length, H), on the CPU. block: the numbers of
-        the passages, and the tower's states of the whole block's files (None without files)."""
+        """Compute the states at the cut of passages of one bucket, at most as many as a block
+        holds. Return them for a whole block, with padding, (passages, length, H), on the CPU.
+        block: a pair of the passages' numbers, and the tower's states of the whole block's files
+        (None without files)."""
         rows, tower_states = block
         hidden = self.network.prefix(*self._tokens(self._filled(rows)), tower_states)
         return hidden.cpu()  # none stay in a GPU's memory
@@ -293,11 +297,15 @@ class CachedDataset:
     def batches(
         self, indices: Indices, token_budget: int = 4096, on_work: OnWork | None = None
     ) -> Iterator[Batch]:
-        """Yield the records `indices`, each once, in micro-batches of one bucket and at most
-        `token_budget` positions (but at least one record). Use this for public or local results
-        only, since their last digits depend on the batch. indices: the records' places in the
-        dataset's examples; on_work: called with the work done so far and the total, each time the
-        next micro-batch is requested."""
+        """Yield the records `indices`, each once, in micro-batches. Use this for public or local
+        results only, since the last digits of a record's result depend on the other records of its
+        micro-batch.
+
+        - indices: the records' places in the dataset's examples
+        - token_budget: the most positions of a micro-batch, all of one bucket (padded shapes); it
+          holds at least one record
+        - on_work: called with the work done so far and the total, each time the next micro-batch is
+          requested; None: not called"""
         self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
@@ -322,18 +330,19 @@ class CachedDataset:
         discard: Callable[[Result], None] = lambda _: None,
     ) -> Iterator[tuple[Batch, Result]]:
         """Compute records block by block: yield each block with `compute(block)`. Blocks are
-        micro-batches of a fixed shape: each holds the same number of records of a bucket, at most
-        `limit`; a block with fewer is filled up with copies of its first record. Use it for
+        micro-batches of a fixed shape: each holds the same number of records of a bucket (padded
+        shapes); a block with fewer is filled up with copies of its first record. Use it for
         everything that is summed over units and noised.
 
         - compute: called with each block, in several threads at once if the network allows it
         - indices: the records' places in the dataset's examples, each once
-        - limit: the most records of a block; None: no limit but that of BLOCK_POSITIONS
+        - limit: the most records of a block; None: as many as BLOCK_POSITIONS positions hold
         - on_work: called with the work done so far and the total, after each block; None: not
           called
         - may_share: returns whether this block may be computed while `compute` runs in other
           threads; if not, it is computed alone
-        - discard: called with results that are not yielded, because something failed
+        - discard: called with each result that was computed and is not yielded, because an earlier
+          block failed or the caller stopped
 
         Guarantee: a record's result follows from the record and its bucket, to the last bit, at any
         number of cores."""
@@ -357,8 +366,10 @@ class CachedDataset:
                 on_work(done, total)
 
     def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
-        """Return the work of a pass over these records in blocks, as a number of multiplications:
-        the total that `compute_blocks` reports to `on_work`."""
+        """Return how many multiplications a pass over these records in blocks takes: the total that
+        `compute_blocks` reports to `on_work`. indices: the records' places in the dataset's
+        examples; limit: the most records of a block; None: no limit but the size of a block in
+        positions."""
         return sum(
             self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
         )
@@ -366,8 +377,11 @@ class CachedDataset:
     def _block_groups(
         self, indices: Indices, limit: int | None
     ) -> list[tuple[Bucket, int, list[int]]]:
-        """Group `indices` into blocks. For each block, return its bucket, its fixed size (at most
-        `limit` records), and its indices, which may be fewer than its size."""
+        """Group records into blocks. Return a triple for each block: its bucket (padded shapes),
+        its fixed size in records, and its records, which may be fewer than the size.
+
+        - indices: the records' places in the dataset's examples
+        - limit: the most records of a block; None: as many as BLOCK_POSITIONS positions hold"""
 
         def size(bucket: Bucket) -> int:
             if self._alone or (self.network.head is not None and not self.network.pooled):
@@ -395,8 +409,8 @@ class CachedDataset:
             self._encode_files()
 
     def _positions_per_record(self, bucket: Bucket) -> int:
-        """Count the positions that are held in memory for one record of the bucket. The positions
-        of its file are included if the layers above the cut read it, or if nothing is cached."""
+        """Count the positions that one record of the bucket holds in memory. Those of its file are
+        included if the layers above the cut read the file's states, or if nothing is cached."""
         held = self.network.reads_tower or not self.network.cached
         frames = self.network.frames(bucket.tiles) if held else 0
         return self._n_passages * (bucket.length + frames)
@@ -428,12 +442,13 @@ class CachedDataset:
         )
 
     def _pad_soft_targets(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pad the teacher's soft targets of `records` to one shape. Return token ids and
-        log-probabilities, both (records, targets, outcomes); None if the records have no soft
-        targets.
+        """Pad the teacher's soft targets of `records` to one shape. Return a pair: token ids (or
+        labels) and their log-probabilities, both (records, targets, outcomes); None if the records
+        have no soft targets.
 
-        The number of targets depends on the records in the block, but each record gathers its own
-        by its own positions (objectives/distill.py), and nothing is summed over them."""
+        How many targets they are padded to depends on the records in the block. But each record
+        takes its own by its own positions (objectives/distill.py), and nothing is summed over
+        them."""
         marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
         if not marks:
             return None
@@ -473,8 +488,9 @@ class CachedDataset:
         return states
 
     def _stored_tower_states(self, file: Media) -> HiddenStates | None:
-        """Return the stored states that the tower (frozen encoder) gave for a file, and keep a
-        reference so that they are not dropped; None if none are stored."""
+        """Return the object with the stored states that the tower (frozen encoder) gave for a file;
+        None if none are stored. This dataset then refers to the object, so that the states are not
+        dropped."""
         name = _name_of_file(file)
         stored = self._tower_states.get(name) or self.network.states.get(name)
         if stored is not None:
@@ -495,10 +511,14 @@ class CachedDataset:
     def _prefix(
         self, rows: list[int], length: int, tower_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the passages' states at the cut, (rows, length, H). Cached states are zero on
-        padding; states that are computed here, because nothing is cached, are not. tower_states:
-        the tower's states of the passages' files; None if they are to be computed, or there are
-        none."""
+        """Return the passages' states at the cut, (rows, length, H). On padding, states from the
+        cache are zero; if nothing is cached, the states are computed here, and those on padding are
+        not zero.
+
+        - rows: the passages' numbers
+        - length: the padded length
+        - tower_states: the tower's states of the passages' files; None if they are to be computed,
+          or there are no files"""
         if not self.network.cached:
             if tower_states is None:
                 tower_states = self._encode_media(rows)
@@ -532,8 +552,11 @@ class CachedDataset:
         return [read[index] for index in rows]
 
     def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pad passages of one bucket. Return their token ids and mask, both (rows, length). rows:
-        the passages' numbers; length: the padded length; 0: as the longest passage needs."""
+        """Pad passages of one bucket (padded shapes). Return a pair: their token ids, 0 on padding,
+        and their mask, False on padding, both (rows, length).
+
+        - rows: the passages' numbers
+        - length: the padded length; 0: as the longest of these passages needs"""
         passages = [self._passages[row].input_ids for row in rows]
         length = length or padded_length(max(map(len, passages)))
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -545,13 +568,15 @@ class CachedDataset:
 
 
 def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> torch.Tensor:
-    """Check that the base has a row for each of `tokens` in its tables, before they reach a GPU,
-    and return them. rows: the number of tokens for which the base has a row; targets: whether
-    NO_TARGET may be among them.
+    """Check that the base's tables have a row for each of `tokens`, and return `tokens`. This is
+    done before they reach a GPU, where an index beyond a table would end all work of the process,
+    also for every other record. Here only the record with that token fails.
 
-    A tokenizer may have more tokens than its base, or a negative one. On a GPU an index beyond a
-    table ends all work of the process, also for every other record. This check fails for the
-    token's own record only, as a CPU would. Errors: IndexError."""
+    - tokens: token ids. A tokenizer may have more tokens than its base, or ids below 0
+    - rows: the number of rows of the base's tables
+    - targets: whether NO_TARGET may be among `tokens`
+
+    Errors: IndexError if there is no row for a token."""
     known = tokens[tokens != NO_TARGET] if targets else tokens
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < rows:
         raise IndexError("a token for which the base has no row")
@@ -561,8 +586,12 @@ def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> t
 def _group_by_bucket(
     indices: Iterable[int], bucket_of: Callable[[int], Bucket], size: Callable[[Bucket], int]
 ) -> Iterator[tuple[Bucket, list[int]]]:
-    """Group `indices` by bucket, at most `size(bucket)` in each group. Yield each group's bucket
-    and indices, in the order of the buckets."""
+    """Group records by bucket (padded shapes). Yield each group as a pair, its bucket and its
+    records' numbers, in the order of the buckets.
+
+    - indices: the records' numbers
+    - bucket_of: returns the bucket of a record
+    - size: returns the most records of a group of this bucket"""
     members: dict[Bucket, list[int]] = {}
     for index in indices:
         members.setdefault(bucket_of(index), []).append(index)
@@ -582,12 +611,13 @@ def _fill_block(indices: list[int], size: int) -> list[int]:
 
 
 def _name_of_file(file: Media) -> bytes:
-    """Return the digest by which the tower's (frozen encoder's) states of a file are stored."""
+    """Return the digest that names the tower's (frozen encoder's) states of a file in the store."""
     return hashlib.sha256(b"seen" + file.digest).digest()
 
 
 def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
-    """Return the digest by which a passage's states are stored, made from the digests of token ids,
-    kept positions and file."""
+    """Return the digest that names a passage's states in the store. passage: the passage, whose
+    token ids count; positions: the positions whose states are kept; media: the digest of its file;
+    b"" without a file."""
     parts = (passage.input_ids.tobytes(), positions.tobytes(), *([media] if media else []))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

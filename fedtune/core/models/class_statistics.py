@@ -21,11 +21,13 @@ LARGEST = 1e3  # of an entry of basis or mean, as of an adapter's
 
 
 class ClassStatistics(nn.Module):
-    """Sums of features by class, and the classes' counts. A vector x has the features f(x) = V (x -
-    m), bounded to length 1.
+    """The trained sums of class statistics: for each class, the sum of the features of its records'
+    vectors, and their number. A vector x has the features f(x) = V (x - m), which are shortened to
+    length 1 if they are longer.
 
-    basis: V (k, H), public; mean: m (H,), public; sums: (K, k + 1), for each class the sum of
-    features and then the count; the only trained tensor. All three are zero at first.
+    The tensors are basis, V (k, H), and mean, m (H,), both public; and sums (K, k + 1), for each
+    class the sum of features and then the count. Only the sums are trained. All three are zero at
+    first.
 
     - hidden: H, the length of the vectors that the base gives
     - directions: k, the number of the basis' directions, and so of features
@@ -43,14 +45,14 @@ class ClassStatistics(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Set the sums to zero, as every round begins."""
+        """Set the sums to zero. This is done at the start of every round."""
         nn.init.zeros_(self.sums.weight)
 
     def forward(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
         """Return the inner product of each vector's statistics with each class's sums, (B, K) fp32.
-        A vector's statistics are its features, then `count_weight`; they are also the gradient of a
-        product with respect to its class's sums. If a vector or its features are not finite, its
-        statistics are zero.
+        A vector's statistics are its features, then `count_weight`; zeros if the vector or its
+        features are not finite. They are the gradient of the vector's product with a class by this
+        class's sums.
 
         - vectors: the base's vectors of B records, (B, H)
         - count_weight: what a record adds to its class's count
@@ -63,8 +65,8 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def statistics(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute the statistics of B vectors (B, H): (B, k + 1) fp32, the k features of each and
-        then `count_weight`, or zeros for a vector whose features are not finite."""
+        """Compute the statistics of B vectors (B, H). They are (B, k + 1) fp32: the k features of
+        each vector and then `count_weight`, or zeros for a vector whose features are not finite."""
         centred = vectors.float() - self.mean
         # One product a row: no row's result depends on where it stands or who is beside it.
         basis = self.basis.expand(len(centred), -1, -1)
@@ -77,9 +79,9 @@ class ClassStatistics(nn.Module):
         return torch.cat([features, count_weight * is_finite.float()], dim=1)
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Load basis and mean. Errors: ModelError if `arrays` has other names than these two, or
-        one of them has another shape than this network's, is not finite, or has an entry larger
-        than LARGEST; nothing is loaded then."""
+        """Load basis and mean from `arrays`, which holds both by name and nothing else. Errors:
+        ModelError if the names are others, or an array has another shape than this network's, is
+        not finite, or has an entry larger than LARGEST; nothing is loaded then."""
         held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
         if arrays.keys() != held.keys():
             raise ModelError(
@@ -102,7 +104,7 @@ class ClassStatistics(nn.Module):
             tensor.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))
 
     def arrays(self) -> Arrays:
-        """Return basis and mean by the names under which they are sent."""
+        """Return copies of basis and mean, in a dict by the names under which they are sent."""
         held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
         return {name: tensor.cpu().numpy().copy() for name, tensor in held.items()}
 

@@ -146,17 +146,18 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
 
 
 def _begin() -> None:
-    """Limit a new thread of the pool to one of PyTorch's operator threads. At its first use of
-    PyTorch a thread takes over the process's number of operator threads. Asking for the number is
-    such a use, so the number set after it stays."""
+    """Limit a new thread of the pool to one of PyTorch's operator threads. When a thread first uses
+    PyTorch, it takes over the process's number of operator threads. So the thread first asks for
+    the number, which counts as a use; the number that is set afterwards then stays."""
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 @contextmanager
 def one_operator_thread() -> Iterator[None]:
-    """Compute with one of PyTorch's operator threads in this thread, within the block. The other
-    operator threads wait meanwhile. If, say, two of four were used, threads would end and start."""
+    """A context manager: within the block, compute with one of PyTorch's operator threads in this
+    thread. The other operator threads wait; if some of them stayed in use (two of four, say),
+    PyTorch would end and start threads."""
     before = torch.get_num_threads()
     if before == 1:
         yield

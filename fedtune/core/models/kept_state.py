@@ -67,8 +67,10 @@ def check_reads(study: Study, network: Network) -> None:
 
 
 def order_of(longest: int) -> list[int]:
-    """Return the lengths, up to `longest`, of the generated texts that a model reads for the check,
-    in the order of reading: a short text twice, with the longest and shorter ones in between."""
+    """Return the lengths, up to `longest` tokens, of the generated texts that a model reads for the
+    check that it keeps nothing of a text, in the order of reading: short texts, then the longest,
+    then the short texts again. If no short text is shorter than `longest`, the longest is read
+    twice."""
     short = [length for length in SHORT if length < longest]
     tried = [*short[:1], *short[-1:], longest, *short[-2::-1], *short[-1:]]
     return tried if short else [longest, longest]
@@ -84,13 +86,17 @@ def count_placeholders(network: Network, study: Study) -> int:
 
 
 def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) -> None:
-    """Check that the network keeps nothing of generated records of `lengths` (in tokens, read in
-    this order). The records go through the same code as a site's, and `check_order` compares the
-    network's state and results.
+    """Check that the network keeps nothing of generated records. The records go through the same
+    code as a site's, and `check_order` compares the network's state and results.
 
-    The first time, a length is read alone; later it is read in a block with other records. The
-    shortest texts are always read alone, since in a block they cost as much as the longest. Errors:
-    KeepsState; any error of a library that cannot read them."""
+    - study: the plan, which says what a record is made of
+    - network: the network that is checked
+    - lengths: the records' lengths in tokens, in the order of reading. A length is read alone the
+      first time, and in a block with other records later. The shortest are always read alone, since
+      in a block they cost as much as the longest
+
+    Errors: KeepsState if it keeps something; any error of a library that cannot read the
+    records."""
     generated = {n: random_records(network, study, BESIDE, n) for n in lengths}
 
     def read(length: int, again: bool) -> torch.Tensor:

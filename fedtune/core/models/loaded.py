@@ -68,9 +68,12 @@ class LoadedModel:
     def next_tokens_all(
         self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
-        """Yield the log-probabilities of the next token for each passage, as `next_tokens` returns
-        them. All passages are computed in one pass, so use this for public text only. passages:
-        their token ids; at: for each passage, the positions in it."""
+        """Yield, for each passage, the log-probabilities of all V tokens as the next token after
+        each of its n positions, (n, V) fp32. All passages are computed in one pass, so use this for
+        public text only.
+
+        - passages: their token ids
+        - at: for each passage, the positions in it"""
         weight = self._inner.lm_head.weight
         for states, places in zip(self._states(passages)[0], at, strict=True):
             chosen = states[torch.from_numpy(places)]
@@ -93,7 +96,8 @@ class LoadedModel:
 
     @torch.no_grad()
     def hidden(self, ids: np.ndarray) -> torch.Tensor:
-        """Compute the last hidden states of one passage of L tokens, (L, H)."""
+        """Compute the last hidden states of one passage of L tokens, (L, H). ids: the passage's
+        token ids."""
         return self._states([ids])[0][0]
 
     @property
@@ -102,8 +106,8 @@ class LoadedModel:
 
     @property
     def room(self) -> int:
-        """Return the most positions (tokens) that the base can read; a huge number if its config
-        does not say."""
+        """Return the most tokens of a text that the base can read; a huge number if its config does
+        not say."""
         found = positions_of(self._inner.model if self.base.kind == "causal" else self._inner)
         return found or room(self._inner)
 
@@ -114,8 +118,9 @@ class LoadedModel:
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def _states(self, passages: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the last hidden states of n passages, (n, L, H), and the mask (n, L) that is True
-        on each passage's own tokens and False on padding."""
+        """Compute the last hidden states of n passages. Return a pair: the states, (n, L, H), and
+        the mask (n, L), which is True on a passage's own tokens and False on padding. passages:
+        their token ids."""
         inner = self._inner
         causal = self.base.kind == "causal"
         rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
@@ -193,8 +198,8 @@ def digest_of(base: Base, study: Study | None, arrays: lora.Arrays) -> str:
 
 def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any:
     """Attach the plan's adapter to `network`, as training does, and load `arrays` into it, except
-    the head's. Return the network in eval mode, with nothing to train. adapter_config.json, from
-    which other programs load the adapter, is not read.
+    the head's. Return the network in eval mode, with nothing to train. adapter_config.json is not
+    read; it is for other programs that load the adapter.
 
     - network: the base's transformers model, which is changed
     - base: the base; its kind says which part of the network is the text model
@@ -212,15 +217,17 @@ def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any
 
 
 def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Make the input of a language model's head contiguous: a hook that runs before the head.
-    transformers passes a view of each passage's last state. For a view PyTorch copies the head's
-    whole weight once per passage: 2.7 GB for 48 passages with SmolLM2, and most of the time that
-    writing text takes."""
+    """Return the input of a language model's head in contiguous memory, as a tuple of one tensor.
+    This is a hook that PyTorch calls before the head, with the head and its input. transformers
+    passes a view of each passage's last state. For a view PyTorch copies the head's whole weight
+    once per passage: 2.7 GB for 48 passages with SmolLM2, and most of the time that writing text
+    takes."""
     return (states[0].contiguous(),)
 
 
 def room(model: Any) -> int:
-    """Return a transformers model's number of text positions; a huge number if not declared."""
+    """Return the most tokens of a text that a transformers model can read; a huge number if its
+    config does not say."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
 
 

@@ -73,9 +73,9 @@ def attach(
 
 
 def name_base(config: PeftConfig, base_name: str) -> None:
-    """Write the base's name into an adapter's config, for PEFT; fedtune itself reads the run's
-    plan. A base that comes in a Python wheel is named by its id and revision on the hub, which PEFT
-    resolves without fedtune."""
+    """Write the base's name into the config of an adapter, for programs that load it with PEFT;
+    fedtune itself reads the run's plan. A base that comes in a Python wheel is named by its id and
+    revision on the hub, so that PEFT finds it without fedtune."""
     upstream = upstream_of(base_name)
     config.base_model_name_or_path = upstream.model if upstream else base_name
     config.revision = upstream.revision if upstream else config.revision
@@ -92,8 +92,9 @@ def blocks(text: torch.nn.Module) -> int:
 def _by_name(
     model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
-    """Return the full names of the modules that get an adapter. The last parts of the names do not
-    suffice, since layers of the tower have the same ones as layers of the text model.
+    """Return the full names of the modules that get an adapter. A name's last part would not do,
+    since layers of the tower (the encoder of images or audio) have the same last parts as layers of
+    the text model.
 
     - model: the whole model, in which the names are full
     - parts: its text model, and its projector if it has one
@@ -132,8 +133,9 @@ def _not_found(lora: LoraTable, text: torch.nn.Module, *more: str) -> ConfigErro
 
 
 def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
-    """Draw LoRA's A from a public seed: an array for each parameter of `factor`, by its name,
-    uniform in [-1/√inputs, 1/√inputs] as in PEFT. The arrays are equal on every machine."""
+    """Draw LoRA's A from a public seed, equal on every machine. Return a dict with an array for
+    each parameter of `factor`, by its name. Its entries are uniform in [-1/√inputs, 1/√inputs], as
+    in PEFT, for a layer with that number of inputs."""
     generator = torch.Generator().manual_seed(seed)
     arrays = {}
     for name in sorted(factor):
@@ -146,9 +148,9 @@ def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
 def frozen_of_plan(
     table: LoraTable, factor: Arrays, outputs: Arrays, trained: Mapping[str, nn.Parameter]
 ) -> Arrays:
-    """Check that the frozen arrays received with a plan are the plan's, before a record is read:
-    LoRA's A (`factor`), and the preconditioner's factors W or, if it is narrow, U (`outputs`).
-    Return `outputs`, or {} if the plan has no preconditioner.
+    """Check, before a record is read, that frozen arrays that came with a plan are the plan's own:
+    LoRA's A, and the preconditioner's factors W or, if it is narrow, U. Return `outputs`, or {} if
+    the plan has no preconditioner.
 
     - table: the plan's [lora] table, which has the digests; a digest that is None is not compared
     - factor: A by name

@@ -38,8 +38,12 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """Compute the losses of `head_loss`, fp32 (n,), and keep the gradient at `states` for
-        `backward`. ctx: PyTorch's context of this call; states, weight, targets: (n, H), (V, H) and
-        (n,)."""
+        `backward`.
+
+        - ctx: PyTorch's context of this call
+        - states: (n, H)
+        - weight: the frozen head's, (V, H)
+        - targets: the token to predict from each state, (n,)"""
         losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradients = torch.empty_like(states) if needs_gradient else None

@@ -23,12 +23,12 @@ _BY_IDENTITY = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class KeepsState(ConfigError):
-    """A base or teacher keeps state of a text that it read; no record is read with it."""
+    """A base or teacher keeps something of a text that it read, so no record is read with it."""
 
 
 def build_refusal(name: str, found: str) -> KeepsState:
-    """Build the error for a model that keeps state. name: the model's name; found: how its state
-    was found to change, in words."""
+    """Build the error for a model that keeps something of a text. name: the model's name; found: in
+    words, what showed it, such as "the first text changed its state"."""
     return KeepsState(
         f"{name} keeps state of what it reads ({found})",
         "a model that computes each text as if it had read no other",
@@ -52,9 +52,9 @@ def describe_state(model: nn.Module) -> dict[str, object]:
 
 
 def _describe(value: Any, seen: dict[int, object]) -> object:
-    """Describe a value so that it compares equal as long as nothing writes to it. seen: the
-    descriptions of the objects met so far, by id, so that one that holds itself is described
-    once."""
+    """Return a description of a value that compares equal to a later one as long as nothing wrote
+    to the value between them. seen: the descriptions of the objects met so far, by id; an object
+    that holds itself is so described once."""
     if isinstance(value, _SIMPLE):
         return repr(value)
     if isinstance(value, torch.Tensor):
@@ -107,9 +107,9 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_weights(model: nn.Module) -> list[int]:
-    """Return the sum of the bytes of each large tensor. `describe_state` describes these tensors by
-    PyTorch's count of writes; a write that is not counted, such as one through `.data`, changes the
-    sum. This reads all of the model's memory."""
+    """Return, for each large tensor of the model, the sum of its bytes. `describe_state` describes
+    such a tensor only by PyTorch's count of writes to it. A write that PyTorch does not count, such
+    as one through `.data`, changes the sum. This reads all of the model's memory."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
     return [_sum_bytes(_bytes_of(t)) for t in tensors.values() if t.nbytes > _SMALL]
 

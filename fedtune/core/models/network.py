@@ -1,6 +1,7 @@
-"""Hold one copy of the base in memory, cut into a frozen prefix and a trainable part. For every
-base, sites and coordinator use the same methods: for states at the cut, hidden states above the
-cut, and logits. Adapters are swapped by loading arrays."""
+"""Hold one copy of the base in memory, cut into a frozen prefix and a trainable part. Sites and
+coordinator use the same methods, whatever the base: `prefix` (states at the cut), `hidden` (hidden
+states above it) and `logits`. Adapters are swapped by loading arrays.
+"""
 
 from __future__ import annotations
 
@@ -131,9 +132,10 @@ class Network:
         self.draw_factor(seed=0)
 
     def _cut(self, lora: LoraTable) -> Split | None:
-        """Find the cut, by trying it on a text; None if there is none. This is the first text that
-        the base reads: its modules may then add state that they build at their first use, but may
-        change none. Errors: KeepsState if they do."""
+        """Find the layer at which the base is cut, by trying it on a text. Return the two parts;
+        None if there is no cut. This is the first text that the base reads. Its modules may then
+        add state that they build at their first use, but may change no state that they had. Errors:
+        KeepsState if they do."""
         before = describe_state(self._backbone)
         found = cut(self._backbone, lora)
         if not before.items() <= describe_state(self._backbone).items():
@@ -142,8 +144,8 @@ class Network:
 
     @cached_property
     def rows(self) -> int:
-        """The number of tokens for which the base's tables (the embedding and the head) have a
-        row."""
+        """How many different tokens the base's tables (the embedding and the head) can read: token
+        ids below this number have a row in each."""
         tables = filter(None, (self.model.get_input_embeddings(), self._lm_head))
         return rows_of(self.model.config, *tables)
 
@@ -172,12 +174,14 @@ class Network:
 
     @property
     def cached(self) -> bool:
-        """Whether caching states at the cut helps (something below the cut is frozen)."""
+        """Whether states at the cut are cached. They are if something below the cut is frozen, so
+        that it computes the same in every step."""
         return self.pooled or self._split is not None
 
     @property
     def positionwise(self) -> bool:
-        """Whether no layer above the cut mixes positions."""
+        """Whether the layers above the cut treat each position by itself: none of them mixes
+        positions."""
         return self._split is not None and self._split.positionwise
 
     @property
@@ -194,8 +198,8 @@ class Network:
         return self._parts.frames * tiles
 
     def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
-        """Return whether this parameter is of a trained projector: in its layers a row of the input
-        is a tile of a file, and in all others a passage."""
+        """Return whether this parameter belongs to a trained projector. In the projector's layers a
+        row of the input is a tile of a file; in all others it is a passage."""
         if not self._projects or self._parts.projector is None:
             return False
         return any(parameter is p for p in self._parts.projector.parameters())
@@ -216,9 +220,9 @@ class Network:
 
     @cached_property
     def products(self) -> tuple[int, int]:
-        """The numbers of multiplications that one position takes in the layers above the cut, and
-        one target in the base's own head (0 if that head is not used). The time of a pass follows
-        from both."""
+        """How many multiplications a pass takes, as a pair: for one position in the layers above
+        the cut, and for one target in the base's own head (0 if that head is not used). The time of
+        a pass follows from both."""
         above = 0 if self.pooled else _weights(self._split.tail if self._split else self._backbone)
         scored = self.head is None and self._lm_head is not None
         return above, self.hidden_size * self.vocabulary if scored else 0
@@ -276,8 +280,9 @@ class Network:
         return {"position_ids": plane_positions(is_placeholder)} if self._parts.plane else {}
 
     def _fill(self, states: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
-        """Return `states` with each record's place-holders replaced by the projector's output for
-        its tiles."""
+        """Return `states` with the vectors at each passage's place-holders, which are NaN, replaced
+        by the projector's output for its file's tiles. states: (B, L, H); tower_states: the tower's
+        output for the files, (B, tiles, P, W), not None here."""
         assert tower_states is not None and self._parts.projector is not None
         features = self._parts.projector(tower_states.flatten(0, 1))  # (B · tiles, P', H)
         return fill(states, features.reshape(len(tower_states), -1, features.shape[-1]))
@@ -324,9 +329,9 @@ class Network:
         return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute logits from n states (n, H): (n, V) fp32. They are the classes' logits if a head
-        is trained, else those of the next token. tokens: the tokens whose next-token logits alone
-        are computed; None: all tokens."""
+        """Compute logits from n states (n, H): (n, V) fp32. If a head is trained, they are the
+        classes' logits; if not, the next token's. tokens: the only tokens whose next-token logits
+        are computed, one column for each; None: all tokens."""
         if self.head is not None:
             scores: torch.Tensor = self.head(selected.float())
             return scores
@@ -344,9 +349,13 @@ class Network:
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Multiply each record's class statistics (the features of its vector, then `count_weight`)
-        by the trained sums of each class. Return the products, (B, V) fp32. Errors: ModelError if
-        the network trains no class sums."""
+        """Return the products of each record's class statistics (the features of its vector, then
+        `count_weight`) with the trained sums of each class, (B, V) fp32.
+
+        - vectors: the base's vectors of B records, (B, H)
+        - count_weight: what a record adds to its class's count
+
+        Errors: ModelError if the network trains no class sums."""
         if self.statistics is None:
             raise ModelError("this network has no class statistics", "an objective with directions")
         products: torch.Tensor = self.statistics(vectors, count_weight)
@@ -354,9 +363,12 @@ class Network:
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool hidden states to one vector per record, (B, H) fp32: the mean over tokens on an
-        encoder, else the last token's state. If only a head is trained, `hidden` holds the vector
-        that `prefix` pooled, and that is returned. On a speech base this is the mean over the
-        recording's frames, on clips a projection of all their frames in order."""
+        encoder, else the last token's state. If only a head is trained, `prefix` has pooled
+        already, and that vector is returned; for a recording it is the mean over its frames, for a
+        clip a projection of all its frames in order.
+
+        - hidden: the hidden states, (B, L, H)
+        - mask: (B, L) bool, False on padding"""
         return hidden[:, 0] if self.pooled else pool_states(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -369,9 +381,9 @@ class Network:
 
     @contextmanager
     def recomputing(self, enabled: bool) -> Iterator[None]:
-        """Checkpoint activations within the block if `enabled`. Layers with an adapter then keep
-        only their inputs and run again in the backward pass. Gradients are equal and take a third
-        more time."""
+        """A context manager: if `enabled`, checkpoint activations within the block. Layers with an
+        adapter then keep only their inputs in memory, and run again in the backward pass. Gradients
+        are the same, and take a third more time."""
         blocks = [m for m in self.trained.modules() if isinstance(m, GradientCheckpointingLayer)]
         blocks = [m for m in blocks if enabled and any(p.requires_grad for p in m.parameters())]
         for block in blocks:  # the block's own switch would need training mode
@@ -384,7 +396,8 @@ class Network:
                 del block.forward
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters by name, in name order: the layout of every update."""
+        """Return the trainable parameters by name, in the order of their names. Every update has
+        its arrays in this order."""
         return self._trainable
 
     @cached_property
@@ -395,8 +408,9 @@ class Network:
         return dict(sorted(named.items()))
 
     def update_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters whose change a site sends, by name, in name order: the trainable
-        ones, or the class statistics from which the coordinator computes the head."""
+        """Return the parameters whose change a site sends, by name, in the order of their names:
+        the trainable ones or, in a study of class statistics, the sums from which the coordinator
+        computes the head."""
         if self.statistics is None:
             return self.parameters()
         return {CLASS_SUMS: cast(nn.Parameter, self.statistics.sums.weight)}
@@ -405,20 +419,22 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def zero(self) -> Arrays:
-        """Return an array of zeros for each trainable parameter, by name. With these the network is
-        the base itself, since a head starts at zero too."""
+        """Return an array of zeros for each trainable parameter, by name. With these arrays the
+        network computes what the base alone does, since an untrained head is zero, too."""
         return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
-        """Load the trainable arrays, and set class statistics to zero. Errors: ModelError if names
-        or shapes differ from this network's, or an entry is not finite or larger than LARGEST."""
+        """Load the trainable arrays, and set the sums of class statistics to zero if there are any.
+        arrays: the arrays by name, as `trainable` returns them. Errors: ModelError if names or
+        shapes differ from this network's, or an entry is not finite or larger than LARGEST."""
         load_into(self.parameters(), arrays)
         if self.statistics is not None:
             self.statistics.reset()
 
     def draw_factor(self, seed: int) -> Arrays:
-        """Draw LoRA's A, or the basis of class statistics, from a public seed, equal on every
-        machine. Load and return it."""
+        """Draw LoRA's A from a public seed or, in a study of class statistics, their basis. Load
+        the drawn arrays into the network, and return them by name. They are equal on every
+        machine."""
         if self.statistics is not None:
             self.statistics.draw(seed)
             return self.statistics.arrays()
@@ -427,10 +443,14 @@ class Network:
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return the arrays that `study` never trains, by name. These are A, drawn from
-        the public seed or as received, and the preconditioner if the plan has one; or the basis of
-        class statistics. received: the frozen arrays that came with the plan. Errors: ModelError if
-        they are not the plan's."""
+        """Load the arrays that `study` never trains into the network, and return them by name. For
+        an adapter these are A, drawn from the public seed or as received, and the preconditioner's
+        factors if the plan has one; in a study of class statistics, their basis; else none.
+
+        - study: the plan
+        - received: the frozen arrays that came with the plan, by name
+
+        Errors: ModelError if they are not the plan's."""
         if self.statistics is not None:
             return self._adopt_basis(study, received)
         if study.lora is None:
@@ -445,9 +465,9 @@ class Network:
         return whole
 
     def _adopt_basis(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return the basis of class statistics, `received`. If the plan names no basis and
-        none was received, as for a finished run, draw it from the public seed. Errors: ModelError
-        if it is not the plan's."""
+        """Load the basis of class statistics that came with the plan, and return it by name. If
+        nothing was received and the plan has no digest of a basis, as for a finished run, draw the
+        basis from the public seed. Errors: ModelError if it is not the plan's."""
         assert self.statistics is not None
         expected = study.objective.basis_digest
         if not received and expected is None:
@@ -463,17 +483,17 @@ class Network:
         return {n: factor.get(n, array) for n, array in self.zero().items()}
 
     def frozen_factor(self) -> Arrays:
-        """Return LoRA's A by name, or the basis of class statistics; empty if only a head is
-        trained."""
+        """Return LoRA's A by name or, in a study of class statistics, their basis; {} if only a
+        head is trained."""
         if self.statistics is not None:
             return self.statistics.arrays()
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        """Load A, and the preconditioner if it is among `arrays`; or the basis of class statistics.
-        A is not loaded again if the same arrays were loaded last and A is unchanged since. Errors:
-        ModelError if names or shapes differ from this network's, or an entry is not finite or too
-        large."""
+        """Load the frozen arrays: LoRA's A, and the preconditioner's factors if `arrays` has any;
+        or the basis of class statistics. If the same dict was loaded last, and A was not written
+        since, A is not loaded again. Errors: ModelError if names or shapes differ from this
+        network's, or an entry is not finite or too large."""
         if self.statistics is not None:
             return self.statistics.load(arrays)
         versions = self._factor_versions()
@@ -486,9 +506,15 @@ class Network:
     def loaded(
         self, frozen: Arrays | None = None, trainable: Arrays | None = None
     ) -> Iterator[None]:
-        """Load arrays within the block, and load the previous ones again after it; class sums are
-        then zero. None: nothing is loaded before the block, though the trainable arrays are put
-        back after it in any case. Errors: ModelError, as in `load_frozen` and `load_trainable`."""
+        """A context manager: load arrays for the length of the block, and put the previous ones
+        back after it. Class sums are then zero.
+
+        - frozen: the frozen arrays, by name; None: those of the network stay
+        - trainable: the trainable arrays, by name; None: the block begins with those of the
+          network, which are put back after it all the same
+
+        Errors: ModelError if names or shapes differ from the network's, or an entry is not finite
+        or too large."""
         held = None if frozen is None else self.frozen_factor() | self.preconditioner
         trained = self.trainable()
         try:
@@ -503,7 +529,7 @@ class Network:
             self.load_trainable(trained)
 
     def _factor_versions(self) -> list[int]:
-        """Return the versions of A's tensors: PyTorch counts writes to a tensor."""
+        """Return, for each tensor of A, how often it was written, by PyTorch's own count."""
         return [parameter._version for parameter in self._factor.values()]
 
     @cached_property
@@ -512,7 +538,8 @@ class Network:
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Disable adapters within the block, so that the network computes what the base does."""
+        """A context manager: disable adapters within the block, so that the network computes what
+        the base alone does."""
         if isinstance(self.model, PeftModel):
             adapter = [*self._trainable.values(), *self._factor.values()]
             trainable_before = [p.requires_grad for p in adapter]
@@ -526,8 +553,8 @@ class Network:
             yield
 
     def save(self, folder: Path) -> None:
-        """Save the adapter in PEFT's format and the head, if there is one, beside it as
-        head.safetensors."""
+        """Save the adapter in PEFT's format in `folder`, and the head, if there is one, beside it
+        as head.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -538,7 +565,7 @@ class Network:
 
 
 def _weights(part: nn.Module) -> int:
-    """Count the weights of a part's linear layers from their shapes, since a quantised layer has
-    fewer parameters than weights."""
+    """Count the weights of the linear layers in a part of the network. They are counted from the
+    layers' shapes, since a quantised layer packs its weights into fewer numbers."""
     layers = (module for module in part.modules() if isinstance(module, nn.Linear))
     return sum(layer.in_features * layer.out_features for layer in layers)

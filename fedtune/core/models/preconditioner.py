@@ -53,19 +53,20 @@ def is_factor(name: str) -> bool:
 
 
 def separate_frozen(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
-    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's factors (W or U), both
-    by name."""
+    """Separate a plan's frozen arrays. Return a pair of dicts by name: LoRA's A, and the
+    preconditioner's factors (W or U)."""
     factors = {name: array for name, array in frozen.items() if is_factor(name)}
     return {n: a for n, a in frozen.items() if n not in factors}, factors
 
 
 @dataclass(frozen=True, repr=False)
 class Multiplier:
-    """The matrix M by which the change of one B is multiplied, M = identity · I + sign · wide
+    """The matrix M by which the change of one B is multiplied: M = identity · I + sign · wide
     wideᵀ.
 
-    - identity, sign, wide: b, -1 and W for M = b I - W Wᵀ; of a narrow preconditioner, M = U Uᵀ,
-      they are 0, 1 and U. W and U are (outputs, rank)"""
+    - identity: the number b of M = b I - W Wᵀ; 0 for a narrow preconditioner, M = U Uᵀ
+    - sign: -1; for a narrow preconditioner 1
+    - wide: W, or U for a narrow preconditioner: (outputs, rank)"""
 
     identity: float
     sign: int
@@ -123,9 +124,9 @@ def check_narrow(factor: npt.NDArray[np.float32]) -> None:
 
 
 def narrow_factors(factors: Arrays) -> Arrays:
-    """Make a narrow preconditioner of each W in `factors`. Return the factors U, by name, of the
-    narrow matrices M = U Uᵀ. In W's directions this M equals b I - W Wᵀ, scaled so that the mean
-    square of its eigenvalues is 1. In all other directions it is zero."""
+    """Turn preconditioners into narrow ones. Return, by name, the factor U of the narrow matrix M =
+    U Uᵀ for each W in `factors`. In W's directions this M equals b I - W Wᵀ, scaled so that the
+    mean square of its eigenvalues is 1; in all other directions it is zero."""
     return {name.replace(_IN_M, _IN_NARROW): _narrow_factor(w) for name, w in factors.items()}
 
 
@@ -147,7 +148,7 @@ def rank_of(outputs: int, rank: int) -> int:
 def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
     """Return the adapter after one round, with the preconditioner applied if there is one.
 
-    - apply: returns the next adapter for a given one
+    - apply: takes an adapter, and returns the next one without a preconditioner
     - adapter: the adapter before the round, by name
     - frozen: the plan's frozen arrays. If they hold a preconditioner, the change that `apply` makes
       to each B is multiplied by B's matrix M and added in fp64; if not, the result is
@@ -159,9 +160,12 @@ def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arr
 
 
 def move_adapter(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
-    """Return `adapter` moved by `step`, summed in fp64 and rounded to fp32. The step of a B that
-    has a preconditioner is multiplied by its matrix M first. factors: the factors W or U of these
-    M, by name; a tensor without one is moved by `step` itself."""
+    """Return an adapter's arrays moved by one step, by name, summed in fp64 and rounded to fp32.
+
+    - adapter: the arrays before the step, by name
+    - step: what is added to each array, by name
+    - factors: the preconditioner's factors W or U, by name. The step of a B with a factor is
+      multiplied by its matrix M first; any other tensor is moved by the step itself"""
     return {
         name: (array + multiply_by_m(step[name].astype(np.float64), name, factors)).astype(
             np.float32
@@ -186,15 +190,16 @@ def multiply_by_m(
 def factor_of(
     moment: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute the preconditioner's factor W, fp32 (outputs, rank), so that M = b I - W Wᵀ is (G/ḡ +
-    damping · I)^(-1/2), scaled so that the mean square of M's eigenvalues is 1.
+    """Compute the preconditioner's factor W, fp32 (outputs, rank), from the sum G of public
+    gradients' products. M = b I - W Wᵀ is made to be close to (G/ḡ + damping · I)^(-1/2), scaled so
+    that the mean square of its eigenvalues is 1.
 
     - moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue
     - rank: the number of W's columns, at most outputs - 1
     - damping: what is added to each of G's eigenvalues over their mean; > 0
 
-    M keeps its eigenvalues for the `rank` largest of G. All its others are replaced by their root
-    mean square. Errors: ModelError if G is zero or not finite."""
+    For the `rank` largest eigenvalues of G, M has the eigenvalues of that matrix. All others are
+    replaced by their root mean square. Errors: ModelError if G is zero or not finite."""
     values, vectors = np.linalg.eigh(_require_finite(moment))  # ascending
     return _factor(values, vectors, rank, damping)
 
@@ -202,8 +207,9 @@ def factor_of(
 def factor_of_columns(
     columns: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute the preconditioner's factor W as `factor_of` does, from gradients in place of their
-    sum G, which would take too much memory for a wide layer.
+    """Compute the preconditioner's factor W, fp32 (outputs, rank), from public gradients
+    themselves. `factor_of` does so from their sum G, which would take too much memory for a wide
+    layer.
 
     - columns: the public gradients, (outputs, n) with n < outputs; G = columns columnsᵀ
     - rank: the number of W's columns, at most outputs - 1
@@ -227,10 +233,11 @@ def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _factor(
     values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W, fp32 (outputs, rank), from the largest eigenvalues and eigenvectors of G, the sum
-    of g gᵀ over public gradients. G's other eigenvalues are zero.
+    """Compute the preconditioner's factor W, fp32 (outputs, rank), from eigenvalues and
+    eigenvectors of G, the sum of g gᵀ over public gradients. Eigenvalues of G that are not given
+    are zero.
 
-    - values: the n largest eigenvalues, ascending, (n,)
+    - values: the n largest eigenvalues of G, ascending, (n,)
     - vectors: their eigenvectors as columns in the same order, (outputs, n)
     - rank: the number of W's columns, lowered to outputs - 1 if it is larger
     - damping: what is added to each of G's eigenvalues over their mean; > 0"""

@@ -66,8 +66,8 @@ def default_limit() -> int:
 
 
 class PrefixStore:
-    """The hidden states that this process keeps. The limit on memory (`keep`) holds for all records
-    of the process together.
+    """Keep hidden states for this process, in memory up to a limit and then in a file. The limit
+    (`keep`) holds for all records of the process together.
 
     The first states go to memory and are never moved to the file. Every record is drawn equally
     often, so it does not matter which ones are in memory."""
@@ -91,14 +91,15 @@ class PrefixStore:
 
     @property
     def on_disk(self) -> int:
-        """Return how many bytes of the file hold referenced blocks."""
+        """Return how many bytes of the file hold states that are still in use."""
         return self._file.used if self._file else 0
 
     def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
-        """Store states: in memory if the process then holds at most `limit` bytes there, else in
-        the file. Return the object that reads them, and keeps them for as long as it is referenced.
+        """Store one record's states at the cut: in memory if this process then holds at most
+        `limit` bytes there, else in the file. Return an object that reads the states, and keeps
+        them for as long as it is referenced.
 
-        - states: one record's states at the cut, (positions, H)
+        - states: the states, (positions, H)
         - record: the digest that names them
         - limit: bytes; None: the process's share of a quarter of the machine's memory
 
@@ -133,15 +134,15 @@ class PrefixStore:
             return _Nothing()
 
     def leave_free(self, beside: int) -> None:
-        """Keep `beside` bytes of the file's disk free in addition to LEAST_FREE. So many bytes are
-        set aside for the ledger and freed while a request is answered, and the states must not use
-        them."""
+        """Keep more of the file's disk free: `beside` bytes in addition to LEAST_FREE. The ledger's
+        reserve has these bytes, and frees them while a request is answered; the states must not use
+        them then."""
         self.least_free = max(self.least_free, LEAST_FREE + beside)
 
     def release_memory(self) -> None:
-        """Drop all states held in memory, and keep none there any more. This is called when memory
-        ran out: the memory left for a record must not depend on how many records were read before
-        it."""
+        """Drop all states held in memory, and store none there any more. This is called when memory
+        ran out. What memory is left for a record must not depend on how many records were read
+        before it."""
         self._memory_is_short = True
         for stored in list(self._in_memory):
             stored.drop()
@@ -158,8 +159,8 @@ class _Nothing:
 
 
 class _InMemory:
-    """States in this process's memory, until they are dropped. forget: the function that subtracts
-    their bytes from the store's count; only its first call has an effect."""
+    """Hidden states in this process's memory, until they are dropped. forget: a function that
+    subtracts their bytes from the store's count; only its first call has an effect."""
 
     forget: weakref.finalize[[int], _InMemory]
 
@@ -181,10 +182,10 @@ class _Sealed:
     """States in an encrypted block of the file.
 
     - file, at, size: the file, and the block's offset and length in bytes
-    - key: the block's own key, which is nowhere else
+    - key: the block's own key, which is held nowhere else
     - record: the digest that names the states; it is authenticated with the block, so that one
       record's block cannot be read as another's
-    - shape, dtype: of the states"""
+    - shape, dtype: the shape and the number format of the states"""
 
     file: _File
     at: int
@@ -225,9 +226,9 @@ def _seal(states: torch.Tensor, record: bytes, file: _File, least_free: int) -> 
 
 
 class _File:
-    """Blocks in a file of mode 0600. Where the platform permits, the file has no name, so that a
-    crash does not leave it behind. The space of an unreferenced block is reused for a block of the
-    same size."""
+    """A file of encrypted blocks, of mode 0600. Where the platform permits, the file has no name,
+    so that a crash does not leave it behind. When a block is no longer in use, its space is taken
+    by the next block of the same size."""
 
     def __init__(self, folder: Path) -> None:
         self.owner = os.getpid()
@@ -241,7 +242,7 @@ class _File:
 
     @property
     def used(self) -> int:
-        """Return how many bytes hold referenced blocks."""
+        """Return how many bytes hold blocks that are still in use."""
         while self.dropped:
             at, size = self.dropped.popleft()
             self._free[size].append(at)

@@ -17,16 +17,19 @@ from fedtune.core.models.random_targets import with_random_targets
 
 
 class GeneratedFile(NamedTuple):
-    """A generated file, the ids of its place-holders, and its number of tiles. For a base that
-    reads only text these are None, an empty list and 1."""
+    """A generated file, with what a record's text needs for it.
+
+    - media: the file; None for a base that reads only text
+    - ids: the token ids that stand for the file in the text (place-holders); [] without a file
+    - tiles: the number of tiles into which the base splits the file; 1 without a file"""
 
     media: Media | None
     ids: list[int]
     tiles: int
 
     def prepend_to(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> Passage:
-        """Return a passage: the file's place-holders, which have no targets, and then a text. ids,
-        targets: the text's token ids and their targets."""
+        """Return a passage: first the file's place-holders, which have no targets, and then a text.
+        ids: the text's token ids; targets: its targets."""
         placeholders = np.array(self.ids, np.int32)
         no_targets = np.full(len(placeholders), NO_TARGET, np.int32)
         return Passage(np.concatenate([placeholders, ids]), np.concatenate([no_targets, targets]))
@@ -57,12 +60,14 @@ def generate_file(
 def random_ids(
     network: Network, generator: np.random.Generator, count: int, lowest: int = 0
 ) -> npt.NDArray[np.int32]:
-    """Draw random token ids, int32 (count,), none of them a place-holder of a file.
+    """Draw random token ids, int32 (count,). None of them is a token that stands for part of a file
+    in the text.
 
     - network: the network whose vocabulary the ids are from
     - generator: the source of the ids
     - count: how many ids are drawn
-    - lowest: the smallest id that is drawn; a place-holder that is drawn is replaced by it"""
+    - lowest: the smallest id that is drawn. It also replaces each drawn token that stands for part
+      of a file, so it must be none of these"""
     ids = generator.integers(lowest, network.vocabulary, size=count, dtype=np.int32)
     ids[np.isin(ids, list(network.reader.avoid))] = lowest
     return ids

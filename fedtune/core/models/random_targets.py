@@ -11,13 +11,13 @@ from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, SoftTargets
 
 
 def with_random_targets(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:
-    """Give generated records random soft targets, for checks, if the study has a teacher; if not,
-    return `data` itself. A record's targets depend only on its tokens and `seed`.
+    """Give generated records random soft targets, for checks. If the study has no teacher, return
+    `data` itself. A record's targets depend only on its tokens and `seed`.
 
     - data: the generated records
-    - study: the plan, which says whether there is a teacher, and of which labels
-    - vocabulary: the number of the base's tokens. Without labels, each target gets probabilities of
-      8 random tokens, or of all if there are fewer
+    - study: the plan, which says whether there is a teacher, and which labels it predicts
+    - vocabulary: the number of the base's tokens. In a study without labels, each target gets
+      probabilities of 8 random tokens, or of all if there are fewer
     - seed: another seed gives the same records other targets"""
     if study.objective.resolved.teacher_spec is None:
         return data

@@ -33,6 +33,10 @@ def rank_slice(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
 
 
 def trained_slice(name: str, values: Any, columns: slice) -> Any:
-    """Select the trained part of tensor `name`, as a view: `columns` of a B, all of any other
-    tensor."""
+    """Return the part of a tensor's values that a site trains, as a view: the given columns if the
+    tensor is a B, else everything.
+
+    - name: the tensor's name, which says whether it is a B
+    - values: its values
+    - columns: the columns of B that the site trains"""
     return values[:, columns] if ".lora_B." in name else values

@@ -26,8 +26,11 @@ class Split:
     """The two parts of a decoder. Call them as prefix(input_ids=…) and tail(inputs_embeds=states);
     each returns an object with `.last_hidden_state`.
 
-    positionwise: whether the tail treats each position by itself; narrows: whether the tail accepts
-    keep=(B, K) and returns the states at these positions only."""
+    - prefix: the frozen part, below the cut
+    - tail: the part above it
+    - positionwise: whether the tail treats each position by itself
+    - narrows: whether the tail accepts keep=(B, K) and then returns the states at these positions
+      only"""
 
     prefix: nn.Module
     tail: nn.Module
@@ -36,11 +39,14 @@ class Split:
 
 
 def cut(model: Any, lora: LoraTable) -> Split | None:
-    """Find the deepest cut below all adapters of a decoder, and return the two parts. Return None
-    if there is none.
+    """Find the highest layer of a decoder below which no adapter lies, and return the parts below
+    and above it. Return None if there is no such layer.
+
+    - model: the decoder, to which no adapter is attached yet
+    - lora: the plan's [lora] table, which says where adapters will lie
 
     Guarantee: a cut is used only if tail(prefix(x)) equals the whole decoder bit for bit on a short
-    probe text. Call this before the adapter is attached."""
+    probe text."""
     layers = getattr(model, "layers", None)
     last = next((name for name in ("norm", "layer_norm") if hasattr(model, name)), "")
     if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
@@ -84,8 +90,8 @@ class _Halves:
 
 
 def _halves(layer: Any) -> _Halves | None:
-    """Split a block into its two halves; None if its architecture is not a known one: LLaMA's, or
-    Whisper's with cross-attention."""
+    """Split a decoder block into its two halves. Return None if the block is of no known
+    architecture: LLaMA's, or Whisper's with cross-attention."""
 
     def has(*parts: str) -> bool:
         return all(hasattr(layer, part) for part in parts)
@@ -112,8 +118,8 @@ class _Nowhere(nn.Module):
 
 class _Crossed(nn.Module):
     """The first half of Whisper's decoder block: self-attention, then cross-attention to the
-    recording. The block is a sub-module of `_Feed` only, since hooks would run twice on a block
-    that two modules hold."""
+    recording. Only `_Feed` has the block as a sub-module, since hooks would run twice on a block
+    that is in two modules."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -139,8 +145,8 @@ class _Crossed(nn.Module):
 
 
 class _Feed(nn.Module):
-    """Whisper's MLP. It calls the layers of the block itself, so that an adapter may take their
-    place later."""
+    """The MLP of Whisper's decoder block. It calls the block's own layers, so that an adapter may
+    take their place later."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -164,8 +170,8 @@ class _Attention(nn.Module):
 
 
 class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
-    """A pre-norm block whose second half, the MLP, runs only at the positions `keep`, or at all
-    positions if it is None."""
+    """A pre-norm block whose second half, the MLP, runs only at chosen positions: those in `keep`,
+    or all positions if `keep` is None."""
 
     def __init__(self, halves: _Halves) -> None:
         super().__init__()

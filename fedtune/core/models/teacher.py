@@ -36,13 +36,13 @@ _checked: WeakKeyDictionary[LoadedModel, set[int]] = process_cache.register(
 
 
 def teacher_for(study: Study) -> TeacherFunction | None:
-    """Return the function (record, example) that computes a record's soft targets; None if the
-    study has no teacher.
+    """Return a function of a record and its tokenised example that computes the record's soft
+    targets; None if the study has no teacher.
 
     First the teacher reads generated texts, up to the longest that it may be given, to check that
-    it keeps nothing of them. Errors: ModelError (the teacher has another digest, or cannot be
-    loaded); PolicyRefused (it is not on this machine); ConfigError (it is of another kind);
-    KeepsState."""
+    it keeps nothing of a text that it read. Errors: ModelError (the teacher has another digest, or
+    cannot be loaded); PolicyRefused (it is not on this machine); ConfigError (it writes no text, or
+    knows other labels than the plan's); KeepsState (it keeps something)."""
     spec = study.objective.resolved.teacher_spec
     if spec is None:
         return None
@@ -55,10 +55,16 @@ def teacher_for(study: Study) -> TeacherFunction | None:
 def soft_targets_of(
     models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher
 ) -> TeacherFunction:
-    """Return the function (record, example) that computes a record's soft targets: the mean of the
-    teachers' probabilities at temperature `spec.temperature`. Of next tokens only the `spec.top`
-    likeliest are kept. models: one teacher or more; objective: the plan's, of which the labels are
-    read. Errors: ConfigError if the teachers do not fit this objective."""
+    """Return a function of a record and its tokenised example that computes the record's soft
+    targets: at temperature `spec.temperature`, the mean of the probabilities that several teachers
+    give each outcome. The outcomes are the labels in a study of labels; else the next tokens, of
+    which the `spec.top` likeliest are kept.
+
+    - models: the teachers, at least one
+    - objective: the plan's objective, whose labels are used
+    - spec: temperature and number of tokens
+
+    Errors: ConfigError if the teachers do not fit this objective."""
     labels = objective.labels
     for model in models:
         _check(model, labels)
@@ -78,9 +84,10 @@ def soft_targets_of(
 
 @process_cache.cached("teachers")
 def find_teacher(spec: Teacher) -> LoadedModel:
-    """Find the teacher by its digest alone, among models that were named on this machine before, or
-    in the cache under teachers/DIGEST. The name that the plan gives it is ignored. Errors:
-    PolicyRefused if the teacher is not on this machine; ModelError."""
+    """Load the teacher, which is found by its digest alone: among models that were named on this
+    machine before, or in the cache under teachers/DIGEST. The name that the plan gives it is
+    ignored. Errors: PolicyRefused if the teacher is not on this machine; ModelError if it cannot be
+    loaded."""
     path = folder_of(spec) or base_of_plan(spec.digest, None).path
     return load(path, spec.digest, sent=True)
 
@@ -107,8 +114,8 @@ def _check(model: LoadedModel, labels: Sequence[str]) -> None:
 
 
 def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
-    """Check that a teacher keeps no state between texts, once for each loaded model and each length
-    of the longest text. Errors: KeepsState."""
+    """Check that a teacher keeps nothing of a text that it read. This is done once for each loaded
+    model and each length of the longest text. Errors: KeepsState if it keeps something."""
     own = model.study.objective if objective.labels and model.study else objective
     longest = min(own.max_length, model.room)
     if longest in _checked.setdefault(model, set()):

@@ -40,8 +40,9 @@ _SIZES = {  # of a tower
 
 
 def tiny_network(study: Study, base: Base) -> Network:
-    """Build `base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's
-    adapter on it (rank at most 4; last_layers in proportion, so that the same cut is used).
+    """Build a tiny network of `base`'s architecture, fp32, with hidden states of 32 numbers, at
+    most 4 layers, and the study's adapter. The adapter has rank 4 at most, and stands in as large a
+    part of the layers as in the study, so that the base is cut in the same way.
 
     Weights come from the study's public seed. The trained ones are moved far from zero: a guarantee
     must hold at any weights, not only at the start, and a loss that couples records through the
@@ -74,16 +75,16 @@ def tiny_network(study: Study, base: Base) -> Network:
 
 
 def _moment(draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
-    """Generate the second moment of random vectors, (size, size), with some directions far longer
-    than others."""
+    """Generate a second moment, (size, size): the sum of outer products of random vectors that are
+    far longer in some directions than in others. draw: the source of the numbers."""
     rows = draw.normal(size=(size, size)) * np.geomspace(10, 0.1, size)[:, None]
     return rows.T @ rows
 
 
 def tiny_columns(study: Study, lora_rank: int | None) -> slice:
-    """Return the columns of the tiny adapter's B that a site of `lora_rank` trains: all columns if
-    it trains all of the study's adapter. If it trains fewer, it trains fewer here too, and not the
-    first ones."""
+    """Return the columns of the tiny adapter's B that stand for those that a site trains.
+    lora_rank: the site's rank; None, or the rank of the study's adapter: all columns. For a lower
+    rank they are fewer than all, and do not begin with the first column."""
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
         return ALL
     tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
@@ -124,8 +125,8 @@ def generate_records(
 
 
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
-    """Write the tiny base to `folder`; return the numbers of layers of the real base and of this
-    one."""
+    """Write the tiny base to `folder`. Return a pair: how many layers the real base has, and how
+    many this one. seed: the seed of its weights."""
     auto, config = auto_class(base.kind), load_config(base)
     text = config.get_text_config(decoder=True)
     speech = base.kind == "speech"

@@ -13,9 +13,9 @@ _PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
 
 def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
     """Shrink the tower (the encoder of images or audio) in `config`, and write the processor's
-    files to `folder`. The caller shrinks the text part, but of a speech base this function does.
-    Return the tokens to append to the tiny vocabulary, in the order of their ids; [] for a base
-    that reads text alone.
+    files to `folder`. Of a base for speech the text part is shrunk as well; of other bases the
+    caller shrinks it. Return the tokens to append to the tiny vocabulary, in the order of their
+    ids; [] for a base that reads text alone.
 
     - config: the base's transformers config, which is changed
     - base: the real base, whose processor and tokenizer are read
@@ -33,8 +33,13 @@ def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: 
 
 def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
     """Shrink the tower of a base that reads images, and write its processor's files. Return the
-    tokens to append to the tiny vocabulary, the image's place-holder last. The parameters are those
-    of `shrink`."""
+    tokens to append to the tiny vocabulary; the last one stands for part of an image in the text.
+
+    - config: the base's transformers config, which is changed
+    - base: the real base, whose processor and tokenizer are read
+    - folder: the folder of the tiny base
+    - sizes: the sizes of the tower, by their names in a config
+    - names: how many tokens the vocabulary has already"""
     vision, scale = config.vision_config, int(getattr(config, "scale_factor", 1))
     for name, value in sizes.items():
         if getattr(vision, name, None) is not None:
@@ -84,8 +89,13 @@ def _load(name: str, base: Base, **changes: Any) -> Any:
 
 
 def _speech(config: Any, base: Base, folder: Path, sizes: dict[str, int]) -> None:
-    """Shrink a speech base, tower and text part, for recordings of at most one second whatever the
-    base's window, and write its processor's files. The parameters are those of `shrink`."""
+    """Shrink a base for speech, both tower and text part, and write its processor's files. The tiny
+    base hears at most one second, however long the real one's window is.
+
+    - config: the base's transformers config, which is changed
+    - base: the real base, whose processor is read
+    - folder: the folder of the tiny base
+    - sizes: the tiny sizes, by their names in a config"""
     extractor = _load("AutoFeatureExtractor", base, chunk_length=1)
     extractor.save_pretrained(folder)
     config.d_model = sizes["hidden_size"]

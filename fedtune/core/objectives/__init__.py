@@ -49,7 +49,8 @@ def names() -> list[str]:
 
 
 def describe(table: ObjectiveTable) -> str:
-    """Return a text in plain words: what the objective does, what it reads and what it trains.
+    """Return a text in plain words for a person who decides about a study: what its objective does,
+    what records it reads, and whether it trains a head. table: the plan's objective.
 
     Errors: ConfigError if the objective, or one of its options, does not exist or is out of
     range."""

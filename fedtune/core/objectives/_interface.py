@@ -29,8 +29,8 @@ class Network(Protocol):
         keep: torch.Tensor | None = None,
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute last hidden states (B, L, H), or at the positions `keep` alone, (B, K, H). A
-        record of k passages gives k rows, so that B is the number of passages here.
+        """Compute last hidden states from the states at the cut: at all positions, (B, L, H), or at
+        some, (B, K, H). B is the number of passages: a record of k passages has k rows.
 
         - prefix: (B, L, H), the states at the cut
         - mask: (B, L) bool, False on padding
@@ -39,7 +39,8 @@ class Network(Protocol):
           reads no file above the cut"""
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool to one vector per record, (B, H) fp32."""
+        """Pool hidden states to one vector for each row, (B, H) fp32. hidden: (B, L, H); mask: (B,
+        L) bool, False on padding."""
 
     def logits(self, selected: torch.Tensor) -> torch.Tensor:
         """Compute logits (n, V) fp32 of n states (n, H): of the classes if a head is trained, else
@@ -52,10 +53,13 @@ class Network(Protocol):
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
         """Compute each record's product with the trained sums of each class, (B, V) fp32. The
         product with class c is linear in these sums. Its gradient is a matrix with the record's
-        bounded features and `count_weight` in row c, and zeros elsewhere."""
+        features (shortened to length 1 at most) and `count_weight` in row c, and zeros elsewhere.
+
+        - vectors: the base's vectors of B records, (B, H)
+        - count_weight: what a record adds to its class's count"""
 
     def base_only(self) -> AbstractContextManager[None]:
-        """Disable the adapter within the block."""
+        """A context manager: disable the adapter within the block."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,20 +68,21 @@ class Batch:
     rows. All tensors are on the network's device, except index and reference_logps, which are on
     the CPU.
 
-    prefix           (R, L, H) states at the cut
-    mask             (R, L) bool, False on padding
-    target_ids       (R, L) the token to predict after each position, -100 where there is no loss
-    label            (B,) index of the record's label; of a judged answer 1 (desirable) or 0; else
-                     -100
-    index            (B,) the records' numbers in their dataset
-    soft             a teacher's soft targets: token ids (or labels) and their log-probabilities,
-                     each (R, targets, outcomes), zero beyond a record's last target
-    tower_states     (R, tiles, P, W) of each passage's file, P states of length W for each tile;
-                     None unless the network's `reads_tower`
-    tiles            number of tiles of every record of the batch
-    count            number of real records; those beyond it repeat the first, to fill a block
-    reference_logps  (N, k) for all N records of the dataset: each passage's log-likelihood under
-                     the frozen base, NaN until it is computed"""
+    - prefix: (R, L, H), the states at the cut
+    - mask: (R, L) bool, False on padding
+    - target_ids: (R, L), the token to predict after each position; -100 where there is no loss
+    - label: (B,), the index of the record's label; for a judged answer 1 (desirable) or 0; else
+      -100
+    - index: (B,), the records' numbers in their dataset
+    - soft: a teacher's soft targets: the token ids (or labels), and their log-probabilities, each
+      (R, targets, outcomes), zero beyond a record's last target; None without a teacher
+    - tower_states: (R, tiles, P, W): for each tile of a passage's file, P states of length W; None
+      unless the network's `reads_tower`
+    - tiles: the number of tiles of every record of the batch
+    - count: the number of real records; the records after them are copies of the first, to fill a
+      block
+    - reference_logps: (N, k), for all N records of the dataset, each passage's log-likelihood under
+      the frozen base, NaN until it is computed; None: it is not kept"""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -107,8 +112,11 @@ READS: dict[RecordFormat, str] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, by name and digest. temperature: the temperature of its soft targets; top:
-    how many next tokens each soft target has."""
+    """A frozen model whose predictions a student learns.
+
+    - name, digest: the model's name, and its digest, by which it is found
+    - temperature: the temperature of its soft targets
+    - top: how many next tokens each soft target has"""
 
     name: str
     digest: str
@@ -131,7 +139,8 @@ class Objective(ABC):
     @property
     @abstractmethod
     def record_format(self) -> RecordFormat:
-        """The format of a record. Most subclasses define it as a class attribute."""
+        """What a record holds, one of the names in READS. Most subclasses define it as a class
+        attribute."""
 
     @property
     def outputs(self) -> int:
@@ -146,7 +155,7 @@ class Objective(ABC):
 
     @property
     def count_weight(self) -> float:
-        """The number that a record adds to its class's count, if class statistics are sent."""
+        """What a record adds to its class's count, if class statistics are sent."""
         return 0.0
 
     @property
@@ -167,7 +176,10 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute the loss of each record, (B,) fp32."""
+        """Compute the loss of each record, (B,) fp32.
+
+        - network: the network that is trained
+        - batch: the B records"""
 
 
 # Bound on every number by which an objective multiplies a record's outputs. Under a larger one, as
@@ -176,6 +188,7 @@ LARGEST = 100.0
 
 
 def require(condition: bool, option: str, expected: str) -> None:
-    """Check `condition`. Errors: ConfigError that names `option` and the `expected` range."""
+    """Raise an error unless `condition` holds. option: the option's name; expected: the range that
+    is allowed, in words. Errors: ConfigError that names both."""
     if not condition:
         raise ConfigError(f"objective.options.{option} is out of range", expected)

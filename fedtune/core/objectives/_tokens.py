@@ -28,9 +28,9 @@ class Likelihood(NamedTuple):
 
 
 def likelihood(network: Network, batch: Batch) -> Likelihood:
-    """Compute each passage's log-likelihood. The head runs on the positions with a target, and on
-    others up to a number that follows from the record's padded shapes (its bucket). With only the
-    positions that have a target, the shape of a tensor would depend on all records of the batch.
+    """Compute the log-likelihood of each passage's targets. The head runs at more positions than
+    those with a target: their number is padded, so that it follows from the record's padded shapes
+    (its bucket). Without this, the shape of a tensor would depend on all records of the batch.
 
     | a passage without targets | 0.0, and no gradient |
     """
@@ -46,9 +46,10 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 
 
 def reference(network: Network, batch: Batch) -> Likelihood:
-    """Return likelihoods under the reference policy, which is the frozen base with the adapter off:
-    never a second model, and never one that saw a record. They are the same in every step, so each
-    is computed at a record's first use and then kept in the batch."""
+    """Return the log-likelihoods of each passage under the reference policy. This is the frozen
+    base with the adapter off, never a second model, and never one that saw a record. The
+    likelihoods are the same in every step, so each is computed when its record is first used, and
+    then kept in the batch."""
 
     import torch
 
@@ -64,16 +65,19 @@ def reference(network: Network, batch: Batch) -> Likelihood:
 
 
 def knows_reference(batch: Batch) -> bool:
-    """Return whether `reference` has been computed for each record of the batch, so that it need
-    not disable the adapter again."""
+    """Return whether the reference likelihoods of all records of the batch are kept already, so
+    that `reference` need not disable the adapter."""
     known = batch.reference_logps
     return known is not None and not bool(known[batch.index].isnan().any())
 
 
 def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Choose the K positions of each row at which the head runs, those with a target first. Return
-    their indices, (R, K), and their targets, (R, K), -100 where there is none. If the head runs at
-    all positions, return None and `target_ids`. K is the same for every record of a bucket."""
+    """Choose the K positions of each row at which the head runs, those with a target first. K is
+    the same for every record of a bucket (padded shapes).
+
+    Return a pair: the positions' indices, (R, K), and their targets, (R, K), which are -100 at a
+    position without a target. If the head runs at all positions, the pair is None and
+    `target_ids`."""
     import torch
 
     is_target = target_ids != -100

@@ -71,9 +71,9 @@ class Distill(Objective):
 def divergence(
     network: Network, batch: Batch, temperature: float = 1.0, hard: float = 0.0
 ) -> torch.Tensor:
-    """Compute (1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,)
-    fp32, as the mean over its own targets. All next tokens but the teacher's likeliest count as one
-    outcome.
+    """Compute (1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy for each record, (B,)
+    fp32: the mean over the record's own targets. The next tokens that are not among the teacher's
+    likeliest count as one outcome.
 
     - network: the student
     - batch: the records, with the teacher's outcomes and log-probabilities in `soft`
@@ -120,14 +120,15 @@ def _next_tokens(
     teacher_logp: torch.Tensor,
     weights: tuple[float, float],
 ) -> torch.Tensor:
-    """Compute each position's loss, (n,), as `divergence` does. The backward pass computes the
-    logits over the vocabulary again, which saves memory.
+    """Compute the loss of each position, (n,): (1 - hard) · T² · KL(teacher ‖ student) + hard ·
+    cross-entropy. The backward pass computes the logits over the vocabulary again, which saves
+    memory.
 
     - network: the student
     - states: (n, H), the student's last hidden states at the positions
     - target_ids: (n,), the record's own next tokens; 0 where the position has no target
     - tokens, teacher_logp: (n, k), the teacher's likeliest next tokens and their log-probabilities
-    - weights: the temperature T, and the weight of the cross-entropy (`hard`)"""
+    - weights: T and `hard`"""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint
@@ -154,7 +155,8 @@ def _next_tokens(
 
 
 def _with_rest(logp: torch.Tensor) -> torch.Tensor:
-    """Extend log-probabilities (n, k) to (n, k + 1) by the outcome "any other token"."""
+    """Return log-probabilities (n, k) with a column more, (n, k + 1): that of the outcome "any
+    other token"."""
     import torch
 
     others = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
@@ -162,5 +164,6 @@ def _with_rest(logp: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
-    """Compute KL(teacher ‖ student) in nats, (n,), from log-probabilities (n, k)."""
+    """Compute KL(teacher ‖ student) in nats for n targets, (n,). teacher_logp, student_logp: the
+    log-probabilities of k outcomes, (n, k)."""
     return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=1)

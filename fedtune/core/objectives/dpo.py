@@ -46,11 +46,13 @@ class DPO(Objective):
         return knows_reference(batch)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute the loss of each pair, (B,) fp32, from its own two passages.
+        """Compute the loss of each of the batch's B pairs, (B,) fp32; a loss depends on its own
+        pair alone.
 
-        h is the log-ratio to the reference of the better completion minus that of the worse one.
-        | sigmoid | -(1-s) log σ(βh) - s log σ(-βh); s = label_smoothing > 0 is conservative DPO |
-        | ipo     | (h - 1/2β)², h of the means over tokens                                     |
+        h is the log-ratio to the reference of the better completion minus that of the worse one; s
+        is label_smoothing (above 0: conservative DPO).
+        | sigmoid | -(1-s) log σ(βh) - s log σ(-βh); h of log-likelihoods summed over tokens |
+        | ipo     | (h - 1/(2β))²; h of log-likelihoods averaged over tokens                 |
         """
         from torch.nn.functional import logsigmoid
 

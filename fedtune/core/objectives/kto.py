@@ -45,7 +45,8 @@ class KTO(Objective):
         return knows_reference(batch)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute the loss of each judged completion, (B,) fp32, from its own passage.
+        """Compute the loss of each of the batch's B judged completions, (B,) fp32; a loss depends
+        on its own completion alone.
 
         r is the completion's log-ratio to the reference, z the reference point, both in nats.
         | desirable   | λ_D (1 - σ(β(r - z))) |

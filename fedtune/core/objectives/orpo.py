@@ -39,9 +39,10 @@ class ORPO(Objective):
         return True
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute the loss of each pair, (B,) fp32, from its own two passages.
+        """Compute the loss of each of the batch's B pairs, (B,) fp32; a loss depends on its own
+        pair alone.
 
-        -ℓ(better) - weight · log σ(log odds(better) - log odds(worse)), where ℓ is the
+        It is -ℓ(better) - weight · log σ(log odds(better) - log odds(worse)), where ℓ is the
         log-likelihood per target (nats) and odds = e^ℓ / (1 - e^ℓ).
         | a likelihood above e^-0.000001 | the odds are those of e^-0.000001, without a gradient |
         """

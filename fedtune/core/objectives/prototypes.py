@@ -46,8 +46,9 @@ class Prototypes(Objective):
         return True
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute minus the inner product of each record's statistics (its vector's features and
-        `count_weight`, in the row of its class) with the trained sums, (B,) fp32."""
+        """Compute the loss of each record, (B,) fp32: minus the inner product of its statistics
+        with the trained sums. The statistics are a matrix with the features of the record's vector
+        and `count_weight` in the row of its class, and zeros elsewhere."""
         hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         vectors = network.pool(hidden, batch.mask)
         products = network.class_sums(vectors, self.count_weight)

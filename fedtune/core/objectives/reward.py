@@ -42,9 +42,11 @@ class Reward(Objective):
         return True
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute the loss of each pair, (B,) fp32, from its own two passages.
+        """Compute the loss of each of the batch's B pairs, (B,) fp32; a loss depends on its own
+        pair alone.
 
-        -log σ(r_better - r_worse - margin) + centring · (r_better + r_worse)²
+        It is -log σ(r_better - r_worse - margin) + centring · (r_better + r_worse)², where r is the
+        head's score of a completion.
 
         margin and centring are constants of the plan: rewards are drawn towards zero pair by pair,
         never by the mean of a batch."""
@@ -55,7 +57,7 @@ class Reward(Objective):
 
 
 def rewards(network: Network, batch: Batch) -> torch.Tensor:
-    """Compute the score of each passage, (R,) fp32, from its pooled state (`network.pool`): that of
-    the last token, or the mean over tokens on an encoder."""
+    """Compute the score of each passage, (R,) fp32, from one vector (`network.pool`): the last
+    token's state or, on an encoder, the mean over tokens."""
     hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
     return network.logits(network.pool(hidden, batch.mask))[:, 0]

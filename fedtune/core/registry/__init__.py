@@ -41,7 +41,8 @@ class Group(Generic[T]):
     foreign: bool = True
 
     def release(self) -> list[str]:
-        """Return the names of this release's plug-ins, importing neither them nor their package."""
+        """Return the names of this release's plug-ins. Neither they nor their package are imported
+        for it."""
         package = importlib.util.find_spec(self.package)
         path = (package.submodule_search_locations if package else None) or []
         return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
@@ -71,7 +72,8 @@ class Group(Generic[T]):
         return self._check_kind(name, point.value, plugin)
 
     def find(self, name: str) -> metadata.EntryPoint:
-        """Find the entry point of the foreign plug-in `name`, without importing it.
+        """Return the entry point of the foreign plug-in `name`, i.e. of one that another
+        distribution provides. The plug-in is not imported.
 
         Errors: ConfigError if no installed distribution, or more than one, offers the name."""
         group = f"fedtune.{self.name}"
@@ -94,11 +96,14 @@ class Group(Generic[T]):
         return plugin
 
     def build(self, name: str, options: Mapping[str, Any], **kind_fields: Any) -> T:
-        """Build the plug-in `name` with its options. kind_fields: values of the fields that `kind`
-        itself has.
+        """Build the plug-in `name` with its options.
 
-        Errors: ConfigError as for `load`, and if an option is unknown, missing or has a value of
-        another type."""
+        - name: the plug-in's name in the configuration
+        - options: values of the plug-in's own fields, by name, as the configuration states them
+        - kind_fields: values of the fields that all plug-ins of this kind have
+
+        Errors: ConfigError if the plug-in cannot be found or imported, or is no class of this kind;
+        or if an option is unknown, missing or has a value of another type."""
         return self._instantiate(name, self.load(name), options, **kind_fields)
 
     def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
@@ -154,7 +159,8 @@ class Group(Generic[T]):
 
 
 def _toml_kind(value: object) -> type:
-    """Return the kind of a value (text, boolean or number) as TOML distinguishes them."""
+    """Return the class by which TOML tells kinds of values apart: str for a text, bool for a truth
+    value, float for anything else, i.e. a number."""
     return type(value) if isinstance(value, str | bool) else float
 
 

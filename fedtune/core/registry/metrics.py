@@ -1,4 +1,4 @@
-"""List the metrics that a report may hold, with their properties."""
+"""List the metrics that a report may hold, and say of each how it is read (`Metric`)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ class Metric:
 
     - higher_is_better: whether a larger value is better
     - bounded: whether it lies between 0 and 1
-    - share: whether it is a share of records, with Wilson's interval
-    - by_class: whether each record must have a class
-    - loggable: whether a log may hold it, because it is measured on public records in each round
-    """
+    - share: whether it is a share of records, whose interval is then Wilson's
+    - by_class: whether it can be measured only if each record has a class
+    - loggable: whether a log may hold it, because it is measured on public records in each round"""
 
     higher_is_better: bool
     bounded: bool = False

@@ -14,14 +14,16 @@ _clear: dict[str, Callable[[], None]] = {}
 
 
 def register(name: str, cache: T) -> T:
-    """Register a dict, a set or a weak dict under `name`, and return it."""
+    """Register a cache (a dict, a set or a weak dict) under `name`, so that `clear` empties it.
+    Return the cache."""
     _clear[name] = cache.clear
     return cache
 
 
 def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
-    """Return a decorator that has a function's last results cached, as by functools.lru_cache, and
-    registers the cache under `name`. maxsize: how many results are cached; None: all."""
+    """Return a decorator that keeps the last results of a function, like functools.lru_cache, and
+    registers this cache under `name`, so that `clear` empties it. maxsize: how many results are
+    kept; None: all."""
 
     def decorate(function: F) -> F:
         wrapped: Any = lru_cache(maxsize=maxsize)(function)
@@ -32,6 +34,6 @@ def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
 
 
 def clear(*names: str) -> None:
-    """Empty the caches of these names; without names, every cache."""
+    """Empty the caches that were registered under these names; without names, every cache."""
     for name in names or _clear:
         _clear[name]()

@@ -64,8 +64,9 @@ WAITING = "waiting"  # a site's status while a person there has yet to sign or l
 
 
 def reason_of(value: Any) -> str:
-    """Return the first of PHRASES that a reason contains; "other" if it contains none, "" if it is
-    empty. Errors: TypeError if it is no text."""
+    """Shorten a refusal's reason for the log: return the first of PHRASES that the text `value`
+    contains, "other" if it contains none, "" if it is empty. Errors: TypeError if `value` is no
+    text."""
     if not isinstance(value, str):
         raise TypeError
     return next((phrase for phrase in PHRASES if phrase in value), OTHER) if value else ""

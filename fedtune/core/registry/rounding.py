@@ -7,12 +7,14 @@ from typing import Any
 
 
 def percent(value: float) -> str:
-    """Format a probability as a percentage, rounded up, since a bound must not be rounded down."""
+    """Format a probability as a percentage with one decimal, at most 100, rounded up, since a bound
+    must not be rounded down."""
     return f"{min(math.ceil(value * 1000) / 10, 100.0):g} %"
 
 
 def rounded_up(value: Any, digits: int = 3) -> str:
-    """Format ε rounded up, so that the figure shown is never below the true one; None as "none"."""
+    """Format an ε with at most `digits` decimals, rounded up, so that the figure shown is never
+    below the true one. None gives "none"; what is no finite number is shown as it is."""
     n = number(value)
     if n is None or not math.isfinite(n):
         return "none" if value is None else str(value)
@@ -22,12 +24,13 @@ def rounded_up(value: Any, digits: int = 3) -> str:
 
 
 def rounded_down(value: float, digits: int = 3) -> str:
-    """Format the rest of a budget rounded down, so that the figure shown is never above the true
-    one."""
+    """Format what is left of a budget with at most `digits` decimals, rounded down, so that the
+    figure shown is never above the true one."""
     scale = 10**digits
     return f"{math.floor(value * scale) / scale:g}"
 
 
 def number(value: Any) -> float | None:
-    """Return the value as a float if it is a number, else None. A truth value is no number."""
+    """Return `value` as a float if it is an int or a float; None if it is anything else, a truth
+    value included."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -22,13 +22,13 @@ FOLDER = "draws"  # in a state folder, where earlier releases kept them
 
 @dataclass(frozen=True, repr=False)
 class Waiting:
-    """A draw that is ready and not yet masked.
+    """A draw (a site's noised sum) that is ready and not yet masked.
 
     - total: the noised integer sum, (d,)
-    - key: the draw's masking key
-    - ready: the site's signed statement
+    - key: the private masking key that was made for this draw
+    - ready: the site's signed statement that the draw is complete
     - reservation: the number of the ledger entry that pays for the draw
-    - events: the summary of the step log that is sent with the words, as JSON"""
+    - events: the summary of the step log that is sent with the masked sum, as JSON"""
 
     total: npt.NDArray[np.int64]
     key: X25519PrivateKey
@@ -38,14 +38,14 @@ class Waiting:
 
 
 class Draws:
-    """The draws of one site that wait for the set of ready sites. There are none when the site's
-    process starts."""
+    """The draws (noised sums) of one site that wait until it is known which sites are ready. There
+    are none when the site's process starts."""
 
     def __init__(self) -> None:
         self._waiting: dict[Draw, Waiting] = {}
 
     def keep(self, waiting: Waiting) -> None:
-        """Keep a draw until it is destroyed."""
+        """Keep a draw in memory until `destroy` removes it."""
         self._waiting[waiting.ready.draw] = waiting
 
     def find(self, draw: Draw) -> Waiting | None:
@@ -54,9 +54,12 @@ class Draws:
         return self._waiting.get(draw)
 
     def destroy(self, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:
-        """Remove the plan's draws, with their keys, up to and including those of the round and
-        attempt `before`; by default all of the plan's. They were masked, or the coordinator gave up
-        their attempts."""
+        """Remove a plan's draws up to a round and attempt, with their keys, because they were
+        masked or the coordinator gave up their attempts.
+
+        - plan: the plan's digest
+        - before: (round, attempt) of the last draw that is removed; by default all of the plan's
+          are removed"""
         for draw in [*self._waiting]:
             if draw.plan == plan and (draw.round, draw.attempt) <= before:
                 del self._waiting[draw]

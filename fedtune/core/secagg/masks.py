@@ -27,12 +27,13 @@ Words = npt.NDArray[Any]  # uint32 or uint64
 
 
 def dtype_of(bits: int) -> npt.DTypeLike:
-    """Return the little-endian type in which words of 32 or 64 bits are sent."""
+    """Return the number format in which words are sent: unsigned, little-endian. bits: the width of
+    a word, 32 or 64."""
     return {32: "<u4", 64: "<u8"}[bits]
 
 
 def new_key() -> X25519PrivateKey:
-    """Make the masking key of one draw."""
+    """Make the masking key of one draw (a site's noised sum for one attempt at a round)."""
     return X25519PrivateKey.generate()
 
 
@@ -77,8 +78,8 @@ def mask(
 
 
 def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:
-    """Yield `size` words of one AES-256-CTR keystream, in chunks. Each key is used once, so the
-    counter starts at 0."""
+    """Yield the AES-256-CTR keystream of `key` as `size` words of `bits` bits, in chunks: one array
+    after another. Each key is used once, so the counter starts at 0."""
     encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     for start in range(0, size, _CHUNK):
         count = min(_CHUNK, size - start)
@@ -87,6 +88,7 @@ def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:
 
 
 def centre_words(words: Words) -> npt.NDArray[np.int64]:
-    """Return words of b bits as integers in [-2ᵇ⁻¹, 2ᵇ⁻¹)."""
+    """Return words of b bits as signed integers, int64, in [-2ᵇ⁻¹, 2ᵇ⁻¹): the upper half of a
+    word's values stands for negative numbers."""
     signed = words.astype(words.dtype.newbyteorder("="))
     return signed.view(np.int32 if words.dtype.itemsize == 4 else np.int64).astype(np.int64)

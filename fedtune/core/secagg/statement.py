@@ -26,12 +26,13 @@ _ANY = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 class StatementError(InputError):
-    """A statement of a ready site, or a set of these, is malformed or not for this attempt."""
+    """The statement of a ready site, or a set of such statements, is malformed, or does not fit the
+    attempt at a round that a site takes part in."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The draw of noise that a statement is about.
+    """Which draw (a site's noised sum for one attempt at a round) a statement is about.
 
     - plan: digest of the plan
     - round, attempt: number of the round, and of the attempt at it, both from 1
@@ -44,8 +45,8 @@ class Draw:
 
     @property
     def label(self) -> str:
-        """The adapter's digest and the attempt's number as one text. The ledger charges each such
-        text separately."""
+        """The adapter's digest and the attempt's number as one text, "DIGEST:ATTEMPT". The ledger
+        charges each such text separately."""
         return f"{self.adapter}:{self.attempt}"
 
 
@@ -83,17 +84,18 @@ class Ready:
         }
 
     def signed(self, key: SigningKey) -> Ready:
-        """Return this statement with its signature by `key`."""
+        """Return a copy of this statement that `key` has signed."""
         return replace(self, signature=key.sign(PURPOSE + canonical(self.fields)))
 
     def text(self) -> str:
-        """Encode the statement, with its signature, as canonical JSON."""
+        """Return the statement as canonical JSON, with its signature."""
         return canonical({**self.fields, "signature": self.signature}).decode()
 
 
 def parse(text: Any) -> Ready:
-    """Parse and verify a statement. Errors: StatementError if it is malformed, not in canonical
-    form, not signed by the key that it names, or its masking key gives no secret."""
+    """Parse a statement, and verify its signature. Errors: StatementError if the statement is
+    malformed, not in canonical form, or not signed by the key that it names, or if no secret can be
+    shared with its masking key."""
     try:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise ValueError
@@ -114,8 +116,8 @@ def parse(text: Any) -> Ready:
 
 
 def _gives_a_secret(masking: str) -> bool:
-    """Return whether a masking key gives a secret. It gives none if it is a point of low order: the
-    shared secret is then zero with any other key, which everybody knows."""
+    """Return whether a masking key can be used to share a secret. A point of low order cannot: with
+    any other key it gives the secret zero, which everybody knows."""
     try:
         _ANY.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(masking)))
     except ValueError:
@@ -143,7 +145,8 @@ def _check_fields(ready: Ready) -> None:
 
 
 def parse_set(text: Any) -> list[Ready]:
-    """Parse and verify a set's statements, a JSON list of their texts. Errors: StatementError."""
+    """Parse the statements of a set, and verify their signatures. text: a JSON list, whose items
+    are the statements' JSON texts. Errors: StatementError."""
     try:
         if not isinstance(text, str) or len(text) > MOST * (LONGEST + 4):
             raise ValueError
@@ -156,12 +159,14 @@ def parse_set(text: Any) -> list[Ready]:
 
 
 def set_text(statements: Sequence[Ready]) -> str:
-    """Encode a set of statements for the wire, ordered by site."""
+    """Return a set of statements as a JSON list of the statements' JSON texts, ordered by the
+    sites' names."""
     return json.dumps([ready.text() for ready in sorted(statements, key=lambda r: r.site)])
 
 
 def set_digest(statements: Sequence[Ready]) -> str:
-    """Return the sha256 (hexadecimal) over the signed statements of a set, whatever their order."""
+    """Return one digest for a set of signed statements: a sha256 (hexadecimal) that does not depend
+    on their order."""
     total = hashlib.sha256(SET)
     for text in sorted(ready.text() for ready in statements):
         total.update(f"{len(text)}:{text}".encode())

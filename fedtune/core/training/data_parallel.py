@@ -29,11 +29,12 @@ RENDEZVOUS_SECONDS = 1800.0  # how long a rank without a timeout tries to reach 
 
 
 class Group:
-    """The connections of process `rank` of `size` to the others. The constructor returns once all
-    are connected.
+    """The connections of one process of a team to the other processes. The constructor returns once
+    all are connected.
 
     - socket_path: a Unix socket in a folder that only this user can open; rank 0 creates it and the
       others connect to it
+    - rank, size: the number of this process, from 0, and how many processes there are
     - timeout: seconds to wait for the others in each exchange; None: for ever
     - check_alive: called while rank 0 waits for the others to connect; it raises if one of them has
       ended
@@ -60,7 +61,8 @@ class Group:
                 self._peers = [_connect(socket_path, rank, timeout)]
 
     def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
-        """Send `header` (JSON) and `tensors` from rank 0 to all others."""
+        """Send a message from rank 0 to all other processes. header: a dict for JSON; tensors: the
+        tensors that go with it."""
         shapes = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
         text = json.dumps({**header, "tensors": shapes}).encode()
         with _as_infrastructure_error():
@@ -70,7 +72,8 @@ class Group:
                     peer.sendall(_bytes_of(tensor.contiguous()))
 
     def receive(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Return the header and tensors that rank 0 sent. Only the other ranks call this."""
+        """Receive a message from rank 0, and return its header and tensors. Only the other ranks
+        call this."""
         (peer,) = self._peers
         with _as_infrastructure_error():
             text = bytearray(*struct.unpack("!Q", _receive_into(peer, bytearray(8))))
@@ -81,8 +84,8 @@ class Group:
         return header, tensors
 
     def reduce_sum(self, mine: torch.Tensor) -> torch.Tensor:
-        """Sum `mine` over all processes. It is overwritten: at rank 0 by the sum, at the others by
-        zeros."""
+        """Add up the tensors `mine` of all processes, and return `mine`. Each process's tensor is
+        overwritten: at rank 0 by the sum, at the others by zeros."""
         with _as_infrastructure_error():
             if not self._is_leader:
                 self._peers[0].sendall(_bytes_of(mine))
@@ -141,7 +144,8 @@ def _accept_peers(
 
 
 def _handshake(peer: socket.socket) -> int:
-    """Return the rank of a connecting process; 0 if it does not belong to this group."""
+    """Return the rank of a process that connects; 0 if it must be refused, since it does not belong
+    to this group."""
     peer.settimeout(5.0)
     with suppress(OSError):
         if _peer_user(peer) == os.getuid():
@@ -180,7 +184,8 @@ def _connect(socket_path: Path, rank: int, timeout: float | None) -> socket.sock
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
+    """Return the memory that a contiguous tensor occupies, so that bytes can be sent from it or
+    received into it."""
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
@@ -255,8 +260,12 @@ def _as_infrastructure_error() -> Iterator[None]:
 
 
 def share_machine(index: int, processes: int) -> None:
-    """Limit process `index` of `processes` equal ones on this machine to its share of the cores and
-    of the memory for cached states, and to a GPU of its own while there are enough."""
+    """Limit a process to its share of this machine, on which several equal ones run: of the cores,
+    and of the memory for cached states. With several GPUs the processes are spread over them, so
+    that each has one of its own while there are enough.
+
+    - index: the process's number, from 0
+    - processes: how many there are"""
     PREFIX_STORE.processes = processes
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if torch.cuda.is_available():

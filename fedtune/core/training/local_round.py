@@ -34,25 +34,28 @@ def local_round(
     columns: slice = ALL,
     losses: RoundLoss | None = None,
 ) -> Arrays:
-    """Train `local_steps` steps from `adapter`, and return the trained arrays minus `adapter`, fp32
-    by name.
+    """Train `local_steps` steps from `adapter`. Return what they changed, the trained arrays minus
+    `adapter`, in fp32 by name.
 
     - study: the plan, whose [training] and [objective] say how a step is computed
     - data: the site's tokenised records, with the network that trains
-    - plan: draws each step's rows and, in a private study, clips their gradients and adds the noise
+    - plan: draws each step's rows (units or records) and, in a private study, clips their gradients
+      and adds the noise
     - log: the site's step log, in which `plan` writes each noised step
     - round_: the round's number, from 1, for the learning rate and the log
     - adapter: the trainable arrays with which the round starts, by name; the network holds them
       again afterwards
-    - recompute: whether to use activation checkpointing, which Opacus' hooks do not support
-    - columns: the columns of each B that are trained and returned
-    - losses: an object that the records' losses are added to; they are private and not returned.
+    - recompute: whether to use activation checkpointing; ignored with Opacus' engine, whose hooks
+      do not work with it
+    - columns: the columns of each B that are trained and returned; by default all
+    - losses: an object to which the records' losses are added; they are private and not returned.
       None: they are not recorded
 
-    For a B with a public preconditioner M, the returned change is the one before M is applied, in
-    which the noise is the same in every direction. Only the noised mean gradient reaches the
-    optimiser, so momentum, decay and the proximal term (Li et al. 2020) are post-processing. The
-    optimiser starts afresh each round: a round leaves no state but its update."""
+    If a B has a public preconditioner M, the steps train a tensor X with B = B₀ + M X, and the
+    change of X is returned for this B: the noise in X is the same in every direction. Only the
+    noised mean gradient reaches the optimiser, so momentum, decay and the proximal term (Li et al.
+    2020) are post-processing. The optimiser starts afresh each round, so that a round leaves no
+    state but its update."""
     network = data.network
     network.load_trainable(adapter)
     objective = study.objective.resolved
@@ -95,22 +98,22 @@ def local_sum(
     recompute: bool = False,
     losses: RoundLoss | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Compute a site's part of a round of which only the sum over sites is opened. Return the
-    noised sum of clipped rows in multiples of the plan's grid, int64 (d,): the tensors end to end
-    in the order of their names, as on the wire.
+    """Compute what a site contributes to a round of shared noise: the sum of its rows' clipped
+    gradients, with this site's share of the noise. Return it in multiples of the plan's grid, int64
+    (d,), all tensors one after another in the order of their names, as on the wire.
 
     - study: the plan, whose [objective] and [training] say how the gradients are computed
     - data: the site's tokenised records, with the network
-    - plan: draws the rows, clips their gradients and, in a private study, adds this site's share of
-      the noise
+    - plan: draws the rows (units or records), clips their gradients and, in a private study, adds
+      this site's share of the noise
     - log: the site's step log, in which `plan` writes the noised step
     - round_: the round's number, from 1, for the log
     - adapter: the trainable arrays at which the gradients are computed, by name
-    - recompute: whether to use activation checkpointing
-    - losses: an object that the records' losses are added to; they are private and not returned.
+    - recompute: whether to use activation checkpointing; ignored with Opacus' engine
+    - losses: an object to which the records' losses are added; they are private and not returned.
       None: they are not recorded
 
-    The optimiser runs at the coordinator, on the mean of all sites."""
+    No optimiser runs here. It runs at the coordinator, on the mean of all sites."""
     network = data.network
     network.load_trainable(adapter)
     objective, unit = study.objective.resolved, study.sampling_unit
@@ -126,10 +129,10 @@ def local_sum(
 
 
 def _report_progress(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
-    """Return a function that computes the gradients of rows as `engine` does, and reports meanwhile
-    how much of the round is done. This is shown on this machine's screen, in per cent of a step:
-    the number of drawn rows is never shown. step: the number of the step, from 0; steps: how many
-    steps the round has."""
+    """Return a function that computes rows' gradients as `engine` does, and meanwhile shows on this
+    machine's screen how much of the round is done. The screen shows steps and per cent of a step,
+    never the number of drawn rows. step: the number of the step, from 0; steps: how many steps the
+    round has."""
 
     def on_work(done: int, total: int) -> None:
         report("training", 100 * step + 100 * done // total, 100 * steps)
@@ -144,13 +147,13 @@ def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> tor
 
 
 def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
-    """Check that a σ = 0 step on generated records lowers their loss and, in a private study, that
-    a row's gradient does not depend on the number of rows. columns: the columns of each B that the
-    site trains.
+    """Check on generated records that a step without noise lowers their loss and, in a private
+    study, that a row's gradient does not depend on how many other rows are computed with it.
+    network: the network that the site built for the study; columns: the columns of each B that the
+    site trains, by default all.
 
-    Under DP the noise moves every adapter, so movement in a real round proves nothing; this check
-    shows a wiring fault that would spend ε without learning, before any is spent. Errors:
-    ModelError."""
+    In a real round the noise moves the adapter even if nothing is learned, so a wiring fault would
+    spend ε unnoticed. This check finds the fault before any ε is spent. Errors: ModelError."""
     data = CachedDataset(network, random_records(network, study))
     objective, engine_name = study.objective.resolved, study.training.engine
     engine = UnitGradientEngine(data, objective, engine=engine_name, columns=columns)
@@ -187,12 +190,13 @@ def _loss_after(
     gradient: torch.Tensor,
     rate: float,
 ) -> float:
-    """Return the mean loss of `data` after a step of -`rate` · `gradient`, then undo the step.
+    """Move the trained tensors by -`rate` · `gradient`, compute the mean loss of `data` there, move
+    the tensors back, and return the loss.
 
     - data: the generated records, with the network
     - study: the plan, whose objective gives the loss
     - engine: holds the trained tensors, and writes them to the network
-    - gradient: (d,), over the trained tensors end to end"""
+    - gradient: the gradient of all trained tensors, one after another, (d,)"""
     start = [t.clone() for t in engine.trained]
     steps = torch.split(gradient, [t.numel() for t in engine.trained])
     for parameter, step in zip(engine.trained, steps, strict=True):

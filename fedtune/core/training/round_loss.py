@@ -6,11 +6,12 @@ import torch
 
 
 class RoundLoss:
-    """Adds up losses as the engine computes them for its gradients, without an extra pass.
+    """Adds up the losses of a round's records, which the engine computes anyway for its gradients.
 
-    Private: the sum is not clipped and has no noise, so it must leave neither the site nor the file
-    that core/vault/own_loss.py keeps. Guarantee: adding never raises for a value, and changes no
-    tensor, so that gradients do not depend on whether the loss is recorded."""
+    Private: the sum is not clipped and has no noise. So it must not leave the site, and on the site
+    no file may hold it but that of core/vault/own_loss.py. Guarantee: adding never raises an error
+    because of a value, and changes no tensor, so that gradients do not depend on whether the loss
+    is recorded."""
 
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0

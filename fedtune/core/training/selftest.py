@@ -50,8 +50,14 @@ HUGE = 1e6
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one oracle. It passes if the measured `figure` is at most `bound`. note: the
-    error, if the oracle stopped; an error can mention generated records only."""
+    """The result of one oracle, a check of the self-test.
+
+    - name: the oracle's name
+    - passed: whether `figure` is at most `bound`
+    - figure: what the oracle measured; infinite if it stopped with an error
+    - bound: the largest figure with which it passes
+    - seconds: how long it took
+    - note: the error if the oracle stopped, else ""; it can mention generated records only"""
 
     name: str
     passed: bool
@@ -62,7 +68,8 @@ class Result:
 
 
 class SelfTestFailed(Refused):
-    """The code on this machine does not keep the guarantee for this study; no round runs."""
+    """The self-test found that the code on this machine does not keep the guarantee for this study;
+    no round runs."""
 
 
 class MemoryLog(StepLog):
@@ -87,17 +94,19 @@ def require(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> None:
-    """Run the oracles, and check that each passes.
+    """Run the self-test's oracles for `study`, and check that each passes.
 
     - study: the plan to be trained; without privacy no oracle runs
-    - network: the study's own, of which only the base is read; None: the base that study.base names
-      is found, and fetched if it is not here
-    - declared_size: the site's declared number of units, from which σ and rate of a step follow
+    - network: the network of the study, from which only the base is used; None: the base that
+      study.base names is found, and fetched if it is not here
+    - declared_size: the site's declared number of units, from which σ and the sampling rate of a
+      step follow
     - lora_rank: how many ranks the site trains; None: all of them
 
-    Errors: SelfTestFailed naming each oracle that failed, its figure and its bound. This message
-    leaves the site. So it says only that an oracle stopped: the reason is a library's message,
-    which may reveal this machine's memory, disk or folders, and is logged on this machine alone."""
+    Errors: SelfTestFailed, which names each oracle that failed, its figure and its bound. This text
+    leaves the site. For an oracle that stopped with an error it says only that it stopped. The
+    error itself may reveal this machine's memory, disk or folders, and is logged on this machine
+    alone."""
     results = run(study, network, declared_size, lora_rank)
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -120,22 +129,25 @@ def run(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> list[Result]:
-    """Run the oracles for `study`, and return the result of each; [] if it promises no privacy.
+    """Run the oracles for `study`, and return the result of each; [] if the study is not private.
 
-    - network: the study's own, of which only the base is read; its weights, adapter and caches are
-      not touched. None: the base that study.base names is found, and fetched if it is not here
-    - declared_size: the site's declared number of units, from which σ and rate of a step follow
+    - network: the network of the study, from which only the base is used; its weights, adapter and
+      caches are not touched. None: the base that study.base names is found, and fetched if it is
+      not here
+    - declared_size: the site's declared number of units, from which σ and the sampling rate of a
+      step follow
     - lora_rank: how many ranks the site trains; None: all of them
 
-    If the plan or the tiny base cannot be made, there is one result, "tiny base", which did not
-    pass.
+    If the plan or the tiny base cannot be made, the only result is one named "tiny base", which did
+    not pass.
     Guarantee: this reads no record, and writes no file but a tiny base in a temporary folder.
+    | oracle      | its figure                                                                |
     | parity      | how far rows and clipped sum differ from plain autograd, record by record |
-    | isolation   | how far a row moves if other units' records change or are left out |
-    | sensitivity | how far the sum moves, in C, if an ordinary or hostile unit is removed |
-    | noise       | |σ̂/σ - 1| over 4·10⁶ coordinates without signal; independence; log lines |
-    The noise oracle raises a false alarm with probability below 10⁻⁹.
-    """
+    | isolation   | how far a row moves if other units' records change or are left out        |
+    | sensitivity | how far the sum moves, in C, if an ordinary or hostile unit is removed    |
+    | noise       | |σ̂/σ - 1| over 4·10⁶ coordinates without signal; also tests that steps are |
+    |             | independent and that each writes its line of the log                      |
+    The noise oracle raises a false alarm with probability below 10⁻⁹."""
     if not study.private:
         return []
     bounds = {"parity": SAME, "isolation": 0.0, "sensitivity": 1 + ROOM, "noise": SPREAD}
@@ -166,8 +178,8 @@ def run(
 
 
 def run_check(name: str, bound: float, measure: Callable[[], float]) -> Result:
-    """Run `measure`. The result passes if the figure is at most `bound`; it does not pass if
-    `measure` raises an error."""
+    """Run one oracle and return its result. It passes if the figure that `measure` returns is at
+    most `bound`, and does not pass if `measure` raises an error. name: the oracle's name."""
     started, note = time.perf_counter(), ""
     try:
         figure = measure()
@@ -181,17 +193,21 @@ def _describe_error(error: Exception) -> str:
 
 
 class _Bench:
-    """What the oracles run on: the study at tiny size, with generated records.
+    """What the oracles run on: the study's network at tiny size, and generated records.
 
-    - study: the plan as pinned, at full size
+    - study: the plan as the coordinator sent it, at full size
     - network: the tiny network of the study's architecture
-    - plan: the site's plan of noised steps for this study; `still` is the same with every row in
-      every step and vanishing noise
+    - plan: the site's plan of noised steps for this study
     - lora_rank: how many ranks the site trains; None: all of them
+
+    Attributes that are made from these:
+
     - data: the generated records
+    - still: `plan` with every row in every step, and with vanishing noise
     - columns: the columns of the tiny adapter's B that are trained
-    - by: the study's privacy.sampling: whether a row is a unit or a record
-    - scale: the factor on every gradient that makes the median length of a row 2 C"""
+    - by: the study's privacy.sampling, which says whether a row is a unit or a record
+    - scale: the factor on every gradient that makes the median length of a row 2 C, so that
+      clipping takes effect"""
 
     def __init__(
         self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
@@ -262,7 +278,8 @@ def _parity(bench: _Bench) -> float:
 
 
 def _one_by_one(bench: _Bench) -> torch.Tensor:
-    """Compute each row's gradient by plain autograd, one record at a time: (rows, d), fp64."""
+    """Compute each row's gradient by plain autograd, one record at a time, and return the
+    gradients, (rows, d) fp64. If a row is a unit, its gradient is the mean over its records."""
     data = CachedDataset(bench.network, bench.data)
     objective = bench.study.objective.resolved
     named = bench.network.update_parameters()
@@ -284,8 +301,8 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
 
 
 def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    """Multiply the gradient of a B by its preconditioner's matrix M, written out in full, fp64. A
-    tensor without one keeps its gradient."""
+    """Multiply the gradient of the tensor `name` by the matrix M of the tensor's preconditioner,
+    with M written out in full. Return the gradient as it is if the tensor has no preconditioner."""
     found = multiplier_of(name, bench.network.preconditioner)
     if found is None:
         return gradient
@@ -295,12 +312,13 @@ def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Ten
 
 
 def _isolation(bench: _Bench) -> float:
-    """Oracle (b): measure the most that a row moves, relative to its length, while other units
-    change. Each unit in turn gets other records and is then removed, and every row is computed with
-    fewer neighbours. No row of anyone else must move by a bit: matrix products must come out the
-    same on this machine whatever else is multiplied.
+    """Oracle (b): measure how far a row moves at most, relative to its length, when only other rows
+    or units change. Each unit in turn gets other records, and is then removed; besides, rows are
+    computed with fewer rows beside them. No row of another unit may move by a single bit, which
+    holds only if a matrix product on this machine does not depend on what is computed with it.
 
-    Errors: RuntimeError if the changed unit's own row stays, since then nothing was tested."""
+    Errors: RuntimeError if new records do not change the unit's own row, since then nothing was
+    tested."""
     engine = bench.engine(bench.data)
     before, worst = engine.matrix(range(engine.n_rows)), 0.0
     norms = before.norm(dim=1).clamp_min(1e-12)
@@ -323,10 +341,10 @@ def _isolation(bench: _Bench) -> float:
 
 
 def _check_lengths(study: Study, network: Network) -> float:
-    """Check that the tiny base, which has read nothing yet, keeps no state of the texts that it
-    reads; return 0. The texts have from one token up to thousands, at most the study's length. They
-    are read from the shortest to the longest and back. If the base reads files, each text comes
-    after a file. Errors: KeepsState."""
+    """Check that the tiny base, which has read nothing yet, keeps nothing of a text for the next
+    one. Return the oracle's figure, 0. The base reads texts of one token up to thousands, at most
+    the study's length, from the shortest to the longest and back. If it can read files (images and
+    so on), each text comes after a file. Errors: KeepsState."""
     longest = min(study.objective.max_length, network.positions or LENGTHS[-1], LENGTHS[-1])
     longest = max(1, longest - count_placeholders(network, study))
     there = [*(length for length in LENGTHS if length < longest), longest]
@@ -364,8 +382,8 @@ def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Data
 
 
 def _sensitivity(bench: _Bench) -> float:
-    """Oracle (c): measure the most that removing one unit moves the clipped sum, as a multiple of C
-    times the unit's number of rows.
+    """Oracle (c): measure how far the clipped sum moves at most when one unit is removed. Return
+    this distance divided by C and by the unit's number of rows.
 
     Every unit is removed once as it is. One unit is also removed with hostile rows, in which each
     number is huge, not finite or tiny."""
@@ -394,9 +412,10 @@ def _noise(bench: _Bench) -> float:
     """Oracle (d): measure how far the standard deviation σ̂ of the drawn noise is from the plan's
     own σ, as |σ̂/σ - 1|.
 
-    Three chunks without signal are summed, so that noise added once for each chunk is detected.
-    Steps must be mutually independent, so that noise which a seed replays is detected. Each step
-    must write one line of the log. Errors: RuntimeError if the steps or the log are not so."""
+    Each step sums three chunks of zeros, so that noise which is wrongly added once for each chunk
+    is detected. The noise of one step must be independent of another's, so that noise replayed from
+    a seed is detected. Each step must write one line of the log. Errors: RuntimeError if steps are
+    not independent, or the log does not match them."""
     plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
     noises = [
         plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0

@@ -19,8 +19,9 @@ from fedtune.core.data.media import Media
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Return the sha256 over every record as it trains, in order. In datasets of equal fingerprints
-    each row is the same record."""
+    """Return the sha256, in hexadecimal, over all that training reads of each record, in the
+    records' order. If two datasets have the same fingerprint, each row is the same record in
+    both."""
     total = hashlib.sha256(f"{dataset.n_units} ".encode())
     for example in dataset.examples:
         media = example.media.digest.hex() if example.media else ""
@@ -35,8 +36,9 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def pack_records(dataset: Dataset) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Return a header (JSON) and tensors with everything on which `dataset` trains: token ids,
-    targets, labels, units, soft targets and media files. Keys, counts and members are left out."""
+    """Return a dataset as a header (for JSON) and a list of tensors, which hold everything on which
+    it trains: token ids, targets, labels, units, soft targets and media files. What only the ledger
+    needs (keys and members) and the counts of rejected rows are left out."""
     examples = dataset.examples
     passages = [passage for example in examples for passage in example.passages]
     soft = [example.soft for example in examples if example.soft is not None]
@@ -65,7 +67,7 @@ def pack_records(dataset: Dataset) -> tuple[dict[str, Any], list[torch.Tensor]]:
 
 
 def unpack_records(header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> Dataset:
-    """Rebuild the dataset that `pack_records` described."""
+    """Rebuild a dataset from the header and the tensors that `pack_records` returned."""
     of_example, lengths, ids, targets, soft_lengths, tokens, logp, bodies = (
         tensor.numpy() for tensor in tensors
     )

@@ -63,8 +63,9 @@ class _Move(NamedTuple):
 
 
 def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | None:
-    """Return the matrix M of the preconditioner of the trainable tensor `name`; None if it has
-    none. parameter: the tensor, whose device and number format M gets."""
+    """Return the matrix M of the public preconditioner of the trainable tensor `name`; None if the
+    tensor has no preconditioner. parameter: the tensor itself, whose device and number format M
+    gets."""
     found = multiplier_of(name, network.preconditioner)
     if found is None:
         return None
@@ -74,7 +75,7 @@ def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | N
 
 class NoRowGradient(ModelError):
     """A trainable layer does not give one gradient per record. A check on generated records finds
-    this before any record is read."""
+    this before any record of the site is read."""
 
 
 class UnitGradientEngine:
@@ -82,21 +83,24 @@ class UnitGradientEngine:
 
     - data: the tokenised records, with the network whose parameters are trained
     - objective: gives each record's loss
-    - sampling_unit: "unit" for user-level sampling (Charles et al. 2024): a row is a record, or the
-      mean over a patient's records, clipped once later; "record" for example-level sampling: a row
-      is one record
-    - engine: the name of the engine that computes per-record gradients, as for `engines.choose`
-    - columns: the columns of each B whose gradients are computed
-    - losses: an object that the records' losses are added to; they stay at the site. None: they are
-      not recorded
-    - trained: the tensors that a step updates, in the update's order. Each is a view into a
-      parameter or, for a B with a public preconditioner M, the change to B before M, zero at first,
-      whose gradient is M g. `write` applies that change to the network
+    - sampling_unit: "unit" for user-level sampling (Charles et al. 2024): a row is one unit, and
+      its gradient is the mean over the unit's records, which the caller clips once. "record" for
+      example-level sampling: a row is one record
+    - engine: the name of the engine that computes per-record gradients, one of those that
+      `engines.choose` takes
+    - columns: the columns of each B whose gradients are computed; by default all
+    - losses: an object to which the records' losses are added; they stay at the site. None: they
+      are not recorded
+
+    The attribute `trained` lists the tensors that a step updates. Without a preconditioner each is
+    a view into a parameter. If a B has a public preconditioner M, the step updates a tensor X
+    instead, which is zero at first, with B = B₀ + M X; where g is the gradient by B, that of X is M
+    g. `write` puts B₀ + M X into the network.
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
-    whose shapes follow from the record's padded shapes (its bucket) alone. A row's records are
-    added in the order of their buckets. Every gradient that was not noised is handed to the caller,
-    or zeroed and dropped, before the next chunk."""
+    (records that are computed together) whose shapes follow from the record's padded shapes (its
+    bucket) alone. A row's records are added in the order of their buckets. Every gradient without
+    noise is handed to the caller, or zeroed and dropped, before the next chunk."""
 
     def __init__(
         self,
@@ -146,14 +150,16 @@ class UnitGradientEngine:
         on_work: OnWork | None = None,
         raises: tuple[type[Exception], ...] = (),
     ) -> Iterator[Chunk]:
-        """Yield the gradients of `rows` in chunks (some rows' gradients together), each row once,
-        in the order and chunks that are fastest.
+        """Yield the gradients of `rows` in chunks, each with the gradients of some rows. Every row
+        comes once; the order of the rows and the size of the chunks are chosen for speed.
 
-        - on_work: called after each block with the work done so far and the whole work
-        - raises: classes of errors that are raised, as in a check on generated records; () in a
-          round, which no error ends
+        - on_work: called after each block (records that are computed together) with the work done
+          so far and the whole work; None: nothing is called
+        - raises: classes of errors that are passed on to the caller, for checks on generated
+          records. In a round it is (), since no error of a record may end a round
 
-        A row that cannot be computed, for whatever reason, is zero; other rows are not affected."""
+        A row that cannot be computed, for whatever other reason, gets a gradient of zeros; other
+        rows are not affected."""
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows, on_work):
@@ -172,14 +178,15 @@ class UnitGradientEngine:
             yield self._single_row(row, raises)
 
     def write(self) -> None:
-        """Write each B that has a preconditioner to the network: B as it was at first, plus the
-        preconditioner's matrix M times the change in `trained`."""
+        """Write each B that has a preconditioner M to the network, as B₀ + M X: B₀ is what B was at
+        first, and X is the tensor in `trained` that the steps have changed."""
         for view, before, change, factor in self._moves:
             view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
 
     def _single_row(self, row: int, raises: tuple[type[Exception], ...]) -> Chunk:
-        """Compute the gradient of one row by itself, one block after the other. If that fails, log
-        the error, and return zeros for the row; an error of the classes `raises` is raised."""
+        """Compute the gradient of one row by itself, with one block of its records at a time. If
+        that fails, log the error, and return zeros for the row. An error of the classes `raises` is
+        passed on to the caller instead."""
         try:
             (chunk,) = self._chunks([row], None, alone=True)
             return chunk
@@ -225,15 +232,21 @@ class UnitGradientEngine:
         return matrix
 
     def _single_records(self, rows: list[int], on_work: OnWork, alone: bool) -> Iterator[Chunk]:
-        """Yield the gradients of rows of one record each, a chunk for each block. alone: whether
-        one block is computed after the other."""
+        """Yield the gradients of rows that have one record each, a chunk for each block (records
+        that are computed together). on_work: called after each block with the work done so far and
+        the whole work; alone: whether only one block is computed at a time."""
         row_of = {self._members[row][0]: row for row in rows}
         for indices, gradients in self._of_records(list(row_of), on_work, alone):
             yield Chunk([row_of[i] for i in indices], gradients)
 
     def _means(self, rows: list[int], on_work: OnWork, alone: bool) -> Chunk:
-        """Return one chunk with the gradients of rows of several records: the mean over each row's
-        records, added up block by block. alone: whether one block is computed after the other."""
+        """Return one chunk with the gradients of rows that have several records. A row's gradient
+        is the mean over its records, added up block by block.
+
+        - rows: the numbers of the rows
+        - on_work: called after each block (records that are computed together) with the work done
+          so far and the whole work
+        - alone: whether only one block is computed at a time"""
         positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
         weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
@@ -255,9 +268,14 @@ class UnitGradientEngine:
     def _of_records(
         self, records: list[int], on_work: OnWork, alone: bool
     ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-        """Yield the gradients of `records`, each once, a block at a time: the records' indices,
-        and each parameter's gradients. Blocks are computed side by side if network, engine and
-        objective allow it, and `alone` is False."""
+        """Yield the gradients of `records`, each record once, in blocks of records that are
+        computed together. For each block, yield the records' indices, and a list with a tensor of
+        gradients for each parameter.
+
+        - records: the indices of the records
+        - on_work: called after each block with the work done so far and the whole work
+        - alone: whether only one block is computed at a time. If not, several are computed at the
+          same time, as far as network, engine and objective allow it"""
         computed = self.data.compute_blocks(
             self._per_record,
             records,
@@ -274,13 +292,13 @@ class UnitGradientEngine:
             yield batch.index[: batch.count].tolist(), gradients
 
     def _per_record(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Compute the losses of a block's `count` real records, (count,), and their gradients for
-        each parameter, (count, its size). The gradients of the copies that fill the block are
-        wiped.
+        """Compute the losses of a block's real records, (count,), and a list of their gradients,
+        one tensor (count, the parameter's size) for each parameter. The copies that fill the block
+        up get no result, and their gradients are wiped.
 
-        A record's passages, and in a projector the tiles of their images, are summed here, before
-        any norm is taken. The number of tiles is declared by batch and network, never inferred from
-        a gradient's shape."""
+        A record may have several passages, and in a projector several tiles of an image; their
+        gradients are summed here, before any norm is taken. The number of tiles is declared by
+        batch and network, never inferred from a gradient's shape."""
         losses = self.objective.losses(self.data.network, batch)
         gradients = self._engine(losses)
         made: list[torch.Tensor] = []
@@ -296,8 +314,16 @@ class UnitGradientEngine:
         gradients: Sequence[torch.Tensor | None],
         made: list[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Return each parameter's per-record gradients, (count, its size). made: a list to which
-        every new tensor of gradients is added at once, so that the caller can wipe it."""
+        """Bring the engine's gradients into one form: for each parameter a tensor with one row per
+        real record of the batch, (count, the parameter's size).
+
+        - batch: the block for which the gradients were computed
+        - gradients: the gradient of each parameter, by record, passage or tile; None if there is
+          none
+        - made: a list to which every new tensor of gradients is added at once, so that the caller
+          can wipe it
+
+        Errors: NoRowGradient if a parameter has no gradient per record."""
         flat = []
         n_records = len(batch.index)
         n_passages = len(batch.mask)
@@ -328,8 +354,9 @@ class UnitGradientEngine:
 
 
 def _discard(computed: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    """Overwrite the un-noised gradients of a block whose result is dropped because something
-    failed. computed: the losses, which stay as they are, and the gradients."""
+    """Overwrite a block's gradients, which have no noise, with zeros; the engine calls this if it
+    drops the block's result because something failed. computed: the block's losses, which stay as
+    they are, and its gradients."""
     _wipe(computed[1])
 
 
@@ -341,7 +368,7 @@ def _wipe(gradients: Sequence[torch.Tensor | None]) -> None:
 
 def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
     """Return `columns` of a gradient that is wider than `width`, and set the whole original to
-    zero. Return a gradient of this width unchanged."""
+    zero. A gradient that is exactly `width` wide is returned as it is."""
     if gradient.shape[-1] == width:
         return gradient
     selected = gradient[..., columns].clone()

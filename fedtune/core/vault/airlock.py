@@ -1,12 +1,12 @@
 """Hold answers at a site until a person there releases them: policy.answers = "held".
 
-    trained, evaluated   charged → computed → in the ledger's outbox, held → let go → sealed, sent
-    shared noise         held → let go → charged → computed → "ready" → masked → sent
+    an update, a query's answer   charged → computed → stored in the ledger, held → released → sent
+    a draw of shared noise        held → released → charged → computed → "ready" → masked → sent
 
 A draw of shared noise waits before it is made, so that no other site is left with a draw that
-nobody masks. A person releases one answer, with exactly the stored bytes, or one draw. A refusal
-is final, and what was charged stays charged. The command for the site's people is in let_go.py.
-"""
+nobody masks. A person releases one stored answer, which is then sent with exactly the stored bytes,
+or permits one draw. A refusal is final, and what was charged stays charged. The command for the
+site's people is in let_go.py."""
 
 from __future__ import annotations
 
@@ -32,32 +32,34 @@ LET_GO = "ask the site to run `fedtune let-go`"
 
 
 def holds_answers(site: SiteWorker) -> bool:
-    """Return whether the site's answers wait for a person. In a simulation none waits: whoever
-    simulates a study runs its sites too, and nothing leaves the machine."""
+    """Return whether the site's answers wait until a person releases them. In a simulation no
+    answer waits: whoever simulates a study runs its sites too, and nothing leaves the machine."""
     return site.current().policy.answers == "held" and not site.simulated
 
 
 def check_not_refused(ledger: Ledger, slot: Slot) -> None:
-    """Check that nobody at the site refused the answer of this slot (study, round and adapter) for
-    good. Errors: Void if somebody did."""
+    """Check that no person at the site has refused to release this answer, which is final. slot:
+    study, round and adapter, by which the ledger names the answer. Errors: Void if somebody refused
+    it."""
     if ledger.is_refused(slot):
         raise Void("a person at the site refused to let this answer go")
 
 
 def check_let_go(ledger: Ledger, slot: Slot) -> None:
-    """Check that the stored answer of a slot (study, round and adapter) may leave the site. Errors:
-    Held if a person has yet to let it go; Void if a person refused it."""
+    """Check that a stored answer may leave the site. slot: study, round and adapter, by which the
+    ledger names the answer. Errors: Held if a person has yet to release it; Void if a person
+    refused it."""
     check_not_refused(ledger, slot)
     if ledger.is_held(slot):
         raise Held(WAITS, todo=LET_GO)
 
 
 def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoReturn:
-    """Store that a draw of shared noise, which is not made yet, waits for a person. Always raise
-    Held.
+    """Store that a draw of shared noise, which is not made yet, waits for a person. This function
+    never returns: it raises Held.
 
-    - site: the worker of this site
-    - slot: study, round and adapter of the draw, as the ledger charges them
+    - site: the SiteWorker of this site, with its settings and ledger
+    - slot: study, round and adapter of the draw, by which the ledger charges it
     - charge: what the draw will cost
     - size: number of bytes of the masked words, for the person to see"""
     _keep_asked(site, slot, charge, size)
@@ -65,17 +67,17 @@ def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoRetu
 
 
 def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
-    """Write a waiting draw to a file that `fedtune let-go` reads. A file that exists stays as it
-    is, with the time of the first request.
+    """Write a waiting draw to a file that `fedtune let-go` reads. If the draw's file exists
+    already, it stays as it is, with the time of the first request.
 
-    - site: the worker of this site
-    - slot: study, round and adapter of the draw
+    - site: the SiteWorker of this site, with its settings and ledger
+    - slot: study, round and adapter of the draw, by which the ledger charges it
     - charge: what the draw will cost
     - size: number of bytes of the masked words
 
     Of more than MOST files the oldest are deleted, since a coordinator may ask for any number of
-    draws before one is charged. A draw for which the disk has no space beside the ledger's reserve
-    is only logged."""
+    draws before one is charged. If the disk's free space is all reserved for the ledger, no file is
+    written, and the draw is only logged."""
     path = asked_path(site.ledger.folder, slot)
     if path.exists():
         return

@@ -41,14 +41,14 @@ Work = Callable[[SiteWorker, str, Request], Update]
 
 @dataclass(frozen=True)
 class Place:
-    """The site at which requests are answered.
+    """A site whose requests this process answers, and how the site takes part.
 
-    - site: the path of its site file
-    - coordinator: the public signing key of the coordinator with which it enrolled, "" if any
+    - site: the path of the site file
+    - coordinator: the public signing key of the coordinator with which the site enrolled; "" if any
       coordinator may ask (a simulation)
     - watch: whether the site takes part in studies without a last round; None in a simulation
-    - reviewed: the digest of the plan for review in the coordinator's answer, the file with which
-      the site joined; "" if there was none
+    - reviewed: the digest of the plan that the coordinator sent for review when the site enrolled;
+      "" if it sent none
     - simulated: whether the person who runs the study runs this site too
     - peers: the signing keys of all sites, if the site is simulated"""
 
@@ -60,9 +60,9 @@ class Place:
     peers: tuple[str, ...] = ()
 
     def worker(self) -> SiteWorker:
-        """Return the SiteWorker that answers for the site file `site`. There is one per file in
-        this process; in a simulation it also gets `peers`. Errors: ConfigError if the site file
-        cannot be used."""
+        """Return the SiteWorker that answers for this site. This process has one for each site
+        file. In a simulation it also gets `peers`, the signing keys of all sites.
+        Errors: ConfigError if the site file cannot be used."""
         site = worker(self.site)
         site.simulated = self.simulated
         if self.simulated:
@@ -72,11 +72,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Order:
-    """How orders of one kind are answered. An order is a coordinator's request for an update, a
-    draw, masked words or the answers to a query.
+    """What it takes to answer one kind of order. An order is a coordinator's request for an update,
+    a draw, masked words or the answer to a query.
 
     - work: the function that does the order's work
-    - arrays: the name of the answer's arrays
+    - arrays: the name under which the answer's arrays are sent
     - done: the answer's status on success
     - suffix: the text after the plan's digest in an order of this kind, so that an order of one
       kind is never taken for another"""
@@ -96,17 +96,17 @@ ORDERS: dict[Kind, Order] = {
 
 
 def answer(place: Place, request: Request) -> Answer:
-    """Return the site's answer to one request. A fault or refusal becomes an answer, too, with its
-    status and reason."""
+    """Return a site's answer to one request. If the site refuses the request or a fault occurs, the
+    answer says so in its status and reason. place: the site, and how it takes part."""
     if request.kind == "prepare":
         return _admission(place, request)
     return _answer_and_seal(place, request, ORDERS[request.kind])
 
 
 def _admission(place: Place, request: Request) -> Answer:
-    """Answer a plan with this site's admission. A plan that is refused or cannot be read gets an
-    answer with status and reason; if the coordinator says that the study has ended, its status is
-    "finished"."""
+    """Answer a plan with this site's admission. If the plan is refused, or cannot be read, the
+    answer has a status and a reason that say so. If the request says that the study has ended, note
+    the end; the status is then "finished". place: the site, and how it takes part."""
     fields: dict[str, Scalar] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
     fields |= {"reason": "", **version_fields()}
 
@@ -150,8 +150,9 @@ def _admission(place: Place, request: Request) -> Answer:
 
 
 def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
-    """Check a coordinator's order, do its work, and return the sealed result; after a failure, an
-    answer with its status and reason. kind: how orders of this kind are answered."""
+    """Check a coordinator's order, do its work, and return the sealed result. If a check or the
+    work fails, the answer has a status and a reason that say so. place: the site, and how it takes
+    part; kind: what it takes to answer orders of this kind."""
     fields = {"name": "", "status": kind.done, "reason": "", "events": "[]"}
     fields |= {"header": "", "signature": ""}
     arrays: dict[str, Packed] = {}
@@ -190,17 +191,17 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
 
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
-    """Add an act of the site's process to its audit log, if the disk has space for the entry beside
-    the ledger's reserve (files.room).
+    """Add an entry to the audit log for something that the site's process did, unless the entry
+    would need disk space that is reserved for the ledger (files.room).
 
-    - site: the worker of this site
+    - site: the SiteWorker of this site, with its settings and ledger
     - event: the kind of act, one of `audit_log.EVENTS`
     - rule: the rule of the policy by which it was done
     - facts: numbers and short texts about it, by name
 
-    A coordinator can cause acts without end and at no cost, and these must not take the space of a
-    charge or a withdrawal. If there is no space, the site logs a warning, and the coordinator gets
-    the same answer.
+    A coordinator can cause such entries without end and at no cost, and they must not take the
+    space of a charge or a withdrawal. If there is no space, the site logs a warning, and the
+    coordinator gets the same answer.
 
     Errors: InfrastructureError; the caller then does not do the act."""
     if site.room.has_space(ENTRY):
@@ -214,9 +215,10 @@ def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
 
 
 def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:
-    """Add to the audit log that a plan was admitted, and whether a person at the site signed it, or
-    that the plan waits for a signature. Errors: PolicyRefused with the admission's reason if the
-    site refuses the plan; InfrastructureError if the log cannot be written."""
+    """Enter the site's decision on a plan in the audit log: that the plan was admitted, with or
+    without a signature of a person at the site, or that it waits for this signature. Errors:
+    PolicyRefused with the admission's reason if the site refuses the plan; InfrastructureError if
+    the log cannot be written."""
     about = {"plan": study.digest, "study": study.study.name}
     if admission.admitted:
         policy = site.current().policy
@@ -229,9 +231,11 @@ def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None
 
 
 def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
-    """Add a refusal to the audit log, with the rule that refused; if that fails, log a warning.
+    """Enter a refusal in the audit log, with the rule by which the site refused. If the log cannot
+    be written, log a warning only.
 
-    failure: status and reason as `run_guarded` returns them; only "refused" is entered."""
+    failure: status and reason as `run_guarded` returns them; nothing is entered unless the status
+    is "refused". facts: numbers and short texts about the refusal, by name."""
     status, reason = failure
     if status == "refused":
         try:
@@ -248,12 +252,14 @@ def _plan_of(named: Any, suffix: str) -> str:
 
 
 def run_guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
-    """Run `attempt` and return the status and reason of its failure, None if it succeeded.
+    """Run `attempt`, and return None if it succeeded; else the status and reason of its failure,
+    which are sent to the coordinator. place: the site at which it runs; an error of fedtune is kept
+    for this site's screen.
 
-    Guarantee: a refusal's text, which names only rules and public values, leaves the site. Of any
-    other failure only the fact leaves that there was one. A record's content never makes a round
-    fail: a step that cannot be summed becomes a step of noise alone (dp.plan.SitePlan), and is
-    charged."""
+    Guarantee: the text of a refusal is sent, since it names only rules and public values. Of any
+    other failure the coordinator learns only that there was one. A record's content never makes a
+    round fail: a step that cannot be summed becomes a step of noise alone (dp.plan.SitePlan), and
+    is charged."""
     try:
         attempt()
     except Unprepared as error:

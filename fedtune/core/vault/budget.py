@@ -1,9 +1,9 @@
 """Check one plan's cost against a site's limits and the charges of a dataset.
 
 Each charge of a private plan is checked here before it is entered in the ledger. A charge without
-noise (σ = 0) needs only policy.allow_privacy_off, and no private plan is admitted after it. The
-results depend on the plan, the policy and the charges alone, so a coordinator may see each
-refusal."""
+noise (σ = 0) needs no check but policy.allow_privacy_off; once a dataset has such a charge, no
+private plan on it is admitted any more. The results depend on the plan, the policy and the charges
+alone, so a coordinator may see each refusal."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Budget:
     - charges: in the ledger's order, all charges against the dataset, or against one cohort if the
       study has no last round
 
-    Guarantee: assume that `check` passes before every charge (`check_ceilings` for a dataset other
-    than the plan's own). Then everything released from the dataset is (policy.ceiling, 2 ·
-    policy.delta)-DP, if secure aggregation holds where studies have it. Without that assumption it
-    is (policy.fallback_ceiling, 2 · policy.delta)-DP. Both hold whatever the choice of studies
-    depended on (`fedtune.core.dp.filter`). In a hospital's home these are the hospital's ceilings,
-    and what this membership alone released is within its share (policy.max_epsilon,
-    policy.max_fallback_epsilon)."""
+    Guarantee: suppose that `check` passes before every charge (for a dataset other than the plan's
+    own, `check_ceilings`). Then everything released from the dataset is (policy.ceiling, 2 ·
+    policy.delta)-DP, provided that in studies with secure aggregation no more sites collude than
+    the plan allows. However many collude, it is (policy.fallback_ceiling, 2 · policy.delta)-DP.
+    Both hold even if later studies were chosen by earlier results (`fedtune.core.dp.filter`). In a
+    hospital's home these ceilings are the hospital's, and what this membership alone released stays
+    within its share (policy.max_epsilon, policy.max_fallback_epsilon)."""
 
     policy: PolicyTable
     plan: DpPlan
@@ -50,25 +50,25 @@ class Budget:
 
     @property
     def order(self) -> float:
-        """The Rényi order of the privacy filter. The dataset's first charge fixes it, before any
-        result. For a dataset without charges it is the order at which the most steps of this plan
-        fit."""
+        """The Rényi order that the privacy filter uses. The dataset's first charge fixes it, before
+        any result is known. As long as the dataset has no charges, it is the order at which the
+        most steps of this plan fit."""
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
         return best_order(planned, self.policy.ceiling, self.policy.delta)
 
     def total(self, ahead: int) -> Total:
-        """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
-        policy.delta. Secure aggregation is assumed to hold where studies have it."""
+        """Compute the dataset's ε after its charges and `ahead` more steps of the plan, at δ = 2 ·
+        policy.delta. For studies with secure aggregation, assume that no more sites collude than
+        their plans allow."""
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def fallback(self, ahead: int) -> Total:
-        """Compute the dataset's total ε with `ahead` more steps, by this site's own noise only.
+        """Compute the dataset's fallback ε, the ε that this site's own noise alone gives, after its
+        charges and `ahead` more steps of the plan, at δ = 2 · policy.delta.
 
-        This is a separate privacy filter, of the same order, which the dataset's first charge
-        fixed.
-        """
+        It is accounted separately from `total`, at the same Rényi order."""
         charged = [charge.fallback for charge in self.charges]
         return self._compose(charged, self.plan.fallback_events(ahead))
 
@@ -79,29 +79,30 @@ class Budget:
         return total_epsilon(events, order, self.policy.delta)
 
     def remaining(self) -> int:
-        """Return how many of the plan's steps are not charged yet, at least 0. A round that was
-        charged twice counts twice, in place of a later round. So a study at its ceiling goes on
-        after a crash, with fewer rounds."""
+        """Return how many of the plan's steps are not charged yet, at least 0. If a round was
+        charged twice, for example after a crash, both charges are subtracted, so that a study at
+        its ceiling can go on, with fewer rounds."""
         paid = sum(charge.steps for charge in self.share._of_plan())
         return max(self.plan.steps - paid, 0)
 
     def ahead(self, round_: int | None = None) -> int:
-        """Return how many steps are still to be charged: the steps of `remaining`, but at least one
-        round's steps if `round_` is about to run, since a round that is trained again is charged
-        again. For a plan without a last round, return one round's steps."""
+        """Return how many steps are still to be charged: those that `remaining` counts, but at
+        least the steps of one round if `round_` is about to run, since a round that is trained
+        again is charged again. If the plan has no last round, return the steps of one round."""
         steps = self.plan.local_steps
         if self.plan.lifetime is not None:
             return steps
         return max(self.remaining(), 0 if round_ is None else steps)
 
     def check(self, round_: int | None = None, more: int = 0) -> None:
-        """Check that the charges and all steps ahead exceed no limit: neither the site's ceilings
-        nor, in a plan without a last round, the plan's lifetime ε of a unit.
+        """Check that the dataset's charges, together with all steps that are still to come, exceed
+        none of the site's ceilings. In a plan without a last round, check the plan's lifetime ε of
+        a unit too.
 
         - round_: the round that is about to run; None if none is
         - more: further steps to count, such as those of attempts that may fail
 
-        To send an answer again costs nothing. Errors: BudgetExceeded."""
+        Errors: BudgetExceeded."""
         ahead = self.ahead(round_) + more
         if self.share._exceeds_lifetime(ahead):
             raise BudgetExceeded(
@@ -112,16 +113,17 @@ class Budget:
         self.check_ceilings(round_, more)
 
     def check_ceilings(self, round_: int | None = None, more: int = 0) -> None:
-        """Check that the charges and all steps ahead do not exceed the site's ceilings.
+        """Check that the dataset's charges, together with all steps that are still to come, exceed
+        none of the site's ceilings.
 
         - round_: the round that is about to run; None if none is
         - more: further steps to count, such as those of attempts that may fail
 
-        For a dataset other than the plan's own, against which the plan's charges count as well,
-        this is the whole check. The plan's lifetime ε does not apply to that dataset's units: it is
-        for the units that the plan trains on, by cohort. A study's training and queries count
-        together against policy.max_epsilon_per_study if both are charged to the same people, since
-        a coordinator may order either first. Errors: BudgetExceeded."""
+        If the plan's charges also count against a dataset that the plan does not train on, this is
+        the only check for that dataset. The plan's lifetime ε does not apply there: it is for the
+        units that the plan trains on. If a study's training and queries are charged to the same
+        people, they count together against policy.max_epsilon_per_study, since a coordinator may
+        order either first. Errors: BudgetExceeded."""
         self.check_alone()
         policy, share = self.policy, self.share
         ahead = self.ahead(round_) + more
@@ -153,8 +155,9 @@ class Budget:
 
     @property
     def share(self) -> Budget:
-        """This budget with the charges of this membership alone or, without a hospital's home, with
-        all charges. A charge that a restore entered counts against every membership's share."""
+        """This budget with the charges of this membership alone. Without a hospital's home it has
+        all charges. A charge that a restore of the ledger entered counts against every membership's
+        share."""
         if self.policy.hospital is None:
             return self
         mine = self.policy.own_memberships
@@ -184,10 +187,10 @@ class Budget:
         )
 
     def check_alone(self) -> None:
-        """Check that no other membership of the hospital takes part in a plan whose noise is
-        shared. A patient would then be in the one noised sum twice, and move it by twice what each
-        membership is charged for. A charge of this plan that a restore entered counts as another
-        membership's, since nobody knows whose it was.
+        """Check that no other membership of this hospital takes part in the plan, if the plan's
+        noise is shared. If one did, a patient would be twice in the one noised sum, and would move
+        it by twice what each membership is charged for. A charge of this plan that a restore of the
+        ledger entered counts as another membership's, since nobody knows whose it was.
 
         Errors: BudgetExceeded, which does not name the other membership."""
         if self.policy.hospital is None or self.plan.sites == 1:
@@ -201,10 +204,10 @@ class Budget:
             )
 
     def check_attempts(self, round_: int) -> None:
-        """Check that the plan's round may be charged once more. A round may be charged
-        MOST_ATTEMPTS times. A round is charged again if it was interrupted, or if the coordinator
-        orders it again on another adapter. Without this limit a plan could cost more than the ε for
-        which a person signed it, up to all that the site allows.
+        """Check that the round `round_` of the plan may be charged once more; this is allowed
+        MOST_ATTEMPTS times in all. A round is charged again if it was interrupted, or if the
+        coordinator orders it again on another adapter. Without this limit a plan could cost more
+        than the ε for which a person signed it.
 
         Errors: BudgetExceeded."""
         paid = sum(charge.round == round_ for charge in self.share._of_plan())
@@ -243,16 +246,16 @@ def _exceeds_hospital() -> BudgetExceeded:
 def check_known(
     dataset: str, unit: str, unknown: Sequence[Spent], *, in_home: bool = False
 ) -> None:
-    """Check that no charge of a dataset is of unknown cost for `unit`, unless a person at the site
-    accepted it.
+    """Check that the cost of every charge of a dataset is known for `unit`, or that a person at the
+    site accepted the charges of unknown cost.
 
     - dataset: the dataset's name, for the error
     - unit: the unit that the study protects: "patient" or "record"
-    - unknown: the charges that `Ledger.unknown` returns for the dataset and `unit`
+    - unknown: the charges of unknown cost that nobody accepted, from `Ledger.unknown`
     - in_home: whether a hospital's memberships share the ledger. The error then says nothing that
       this membership's coordinator must not know, such as the dataset's name
 
-    Charges are public. Errors: BudgetExceeded."""
+    Charges are public. Errors: BudgetExceeded if `unknown` is not empty."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
@@ -269,12 +272,13 @@ def check_known(
 
 
 def check_rounds(charges: Sequence[Charge], policy: PolicyTable, room: Room) -> None:
-    """Check that the ledger may be charged for one more round of any study. Its disk space is
-    reserved for a fixed number of rounds (files.room). A coordinator of a continuous study could
-    otherwise order rounds without end: they cost nothing once every unit's budget is used up.
+    """Check that the ledger may be charged for one more round of any study: neither
+    policy.max_rounds nor the number of rounds for which disk space is reserved (files.room) may be
+    reached. A coordinator of a study without a last round could otherwise order rounds without end,
+    since they cost nothing once every unit's budget is used up.
 
-    charges: all charges of the ledger; room: the space that was reserved when this process started,
-    which a larger policy.max_rounds does not change. Errors: BudgetExceeded."""
+    charges: all charges of the ledger; room: the space that was reserved when this process started;
+    a policy.max_rounds that was raised since does not change it. Errors: BudgetExceeded."""
     most = min(policy.max_rounds, room.rounds)
     own = [charge for charge in charges if charge.is_paid_by(policy.own_memberships)]
     if len(charges) >= room.rounds and policy.hospital:

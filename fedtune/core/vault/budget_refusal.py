@@ -31,10 +31,10 @@ TODO = (
 
 
 def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
-    """Return lines for the site's own screen: which ε the dataset of [data] has spent; the newest
-    studies that spent it, at most MOST, each with the folder of its run if this site knows it; and
-    what part of `study` would still fit. ledger: the ledger with the charges; None if there is none
-    yet."""
+    """Explain, on the site's own screen, why the budget refuses `study`. Return the lines: first
+    the ε that the dataset of [data] has spent; then the newest studies that spent it, at most MOST,
+    each with the folder of its run if this site knows it; last, what part of `study` would still
+    fit. ledger: the ledger with the charges; None if there is none yet."""
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name) if ledger else []
     total = budget(name, spent, policy)
@@ -52,7 +52,8 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
-    """Find how much of a refused study would still fit, and return it as a text: the largest
+    """Find how much of a refused study would still fit, and return it as a text, such as
+    "training.rounds up to 12 (--set training.rounds=12)". The text gives the largest
     privacy.epsilon that stays within the budget or, if the plan gives σ, the most rounds. The value
     is found to about a hundredth of the plan's. Return "" if nothing fits, and for a study without
     noise or without a last round.

@@ -1,6 +1,7 @@
 """Check and sign declarations that a site's data is public or generated.
 
-This happens before the site joins a study. Runs on such data are charged to a ledger of the run."""
+This happens before the site joins a study. A run on such data is charged to a ledger of its own,
+not to the lifetime ledger."""
 
 from __future__ import annotations
 
@@ -15,19 +16,20 @@ from fedtune.core.ledger.ledger import Ledger
 
 
 def declare(site: Site, sign: bool = True) -> None:
-    """Check a site's declarations that data is public or generated, sign them, and check that its
-    other data was never declared so: `sign_declarations`, then `check_private`. Call this before
-    the site connects: whether it raises an error depends on records, which the coordinator must not
+    """Check and sign a site's declarations that data is public or generated, then check that its
+    other data was never declared so (`sign_declarations`, `check_private`). Call this before the
+    site connects: whether it raises an error depends on records, which the coordinator must not
     see. sign: False to check only. Errors: those of both functions."""
     sign_declarations(site, sign)
     check_private(site)
 
 
 def sign_declarations(site: Site, sign: bool = True) -> None:
-    """Check a site's declared datasets against its lifetime ledger, and sign the declarations.
+    """Check that a site's datasets which are declared public or generated were never charged as
+    private in its lifetime ledger, and sign the declarations.
 
-    sign: False to check only. Errors: PolicyRefused if a dataset was ever charged as private;
-    DataError if it cannot be read; LedgerError."""
+    sign: False to check only. Errors: PolicyRefused if a dataset was charged as private; DataError
+    if it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             ledger = Ledger(site.home)
@@ -48,8 +50,8 @@ def check_private(site: Site) -> None:
 
 
 def paid_by_run(site: Site, ledger: Path) -> Site:
-    """Return a copy of a site's settings in which its rounds are charged to the ledger in the
-    folder `ledger`, that of one run of declared data."""
+    """Return a copy of a site's settings whose rounds are charged to the ledger of one run. ledger:
+    the folder of this ledger."""
     table = site.site.model_copy(update={"ledger": ledger.absolute()})
     return site.model_copy(update={"site": table})
 
@@ -80,14 +82,15 @@ def as_stated(current: Site, loaded: Site) -> Site:
     current: the site file as it is now; loaded: the site as it was when it joined.
 
     A changed policy applies from the next order, and so does a hospital's changed list of disjoint
-    datasets. Other changes apply only when the site is started again, for three reasons: the
+    datasets. Other changes apply only when the site is started again, for three reasons. The
     coordinator was told the declared size and the LoRA rank, from which q, σ and the rule for δ
-    follow; the disk space beside the ledger was reserved for that size; and the records in memory,
-    held-out ones included, were read by the earlier tables.
-    Errors: PolicyRefused if the file has a change that must not wait for a restart: another
-    [hospital] table, so that another ledger would pay; another data.declared; a query or a view
-    that now selects the records, of which the coordinator was not informed; a policy that does not
-    fit the declared size with which the site joined."""
+    follow. The disk space beside the ledger was reserved for that size. And the records in memory,
+    held-out ones included, were read by the tables of the earlier file.
+
+    Errors: PolicyRefused if the file has a change that takes effect only after a restart but must
+    not wait for it: another [hospital] table, so that another ledger would pay; another
+    data.declared; a query or a view that now selects the records, of which the coordinator was not
+    informed; a policy that does not fit the declared size with which the site joined."""
     if current.hospital != loaded.hospital:  # whose ceilings the new policy would be under
         raise PolicyRefused(
             "the table [hospital] was changed while this site takes part",

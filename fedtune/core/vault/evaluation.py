@@ -1,7 +1,8 @@
-"""Answer a private evaluation query by a site's rules.
+"""Answer a query about a site's held-out records, as far as the site's rules allow.
 
 The plan must contain the query, the policy must allow the release of its answer, and the budget of
-the held-out records must cover the query together with what the study's training still needs."""
+the held-out records must suffice for the query together with what the study's training still
+needs."""
 
 from __future__ import annotations
 
@@ -51,9 +52,9 @@ def answer_query(
     site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
 ) -> bytes:
     """Charge a query, then evaluate `adapter` on the held-out records with noise. Return the bytes
-    of the answer, which are then in the ledger's outbox.
+    of the answer, which the ledger has stored (in its outbox).
 
-    - site: the worker of this site
+    - site: the SiteWorker of this site, with its settings and ledger
     - prepared: the study, as this site admitted it
     - plan: the plan of the study's queries (`plan_of_queries`)
     - round_: the round after which the coordinator asks
@@ -102,7 +103,7 @@ def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> S
     site.toml that names these records.
 
     - study: the study that asks
-    - site: the site with the policy that its file has now (`SiteWorker.current`)
+    - site: the settings of this site, with the policy that its file has now (`SiteWorker.current`)
     - plan: the plan of the study's queries
     - coordinator: the public key that signed the study's plan
 
@@ -123,11 +124,11 @@ def check_budget(
     charges: Sequence[Charge],
     round_: int,
 ) -> None:
-    """Check that the query after a round and the remaining queries stay within the site's limits.
-    If the same people may be in the training records, all that the study's training has spent and
-    will spend counts, too.
+    """Check that the query after the round `round_`, together with the later queries of the study,
+    stays within the site's limits. If the same people may be in the training records, all that the
+    study's training has spent and will spend counts, too.
 
-    - site: the site with the policy that its file has now
+    - site: the settings of this site, with the policy that its file has now
     - study: the study that asks
     - training: the plan of the study's training
     - plan: the plan of the study's queries
@@ -159,8 +160,10 @@ def charge_of(
 
     - study: the study that asks
     - plan: the plan of the study's queries, or of its training
-    - site: the site with the policy that its file has now, and with a table of held-out records
-    - round_: the round after which the coordinator asks; of a charge for training, the round
+    - site: the settings of this site, with the policy that its file has now; they have a table of
+      held-out records
+    - round_: the round after which the coordinator asks or, in a charge for training, the round
+      that trains
     - charges: the dataset's charges so far, which fix the privacy filter's order"""
     assert site.evaluation is not None
     queries = plan.study != study.digest
@@ -199,14 +202,16 @@ class UnitRows:
     """Rows of numbers, one for each unit, whose noised sum is the answer to a query about held-out
     records. The rows themselves have no noise; each is built when it is asked for.
 
-    A row has two numbers for each cell of the query, fp64 (2 · cells,): the sums of (score, 1) over
-    the unit's records in the cell, divided by the number of all its records. Between two calls only
-    two numbers for each record are stored, so that the memory for rows follows from the plan and
-    not from the number of units. `wipe` zeroes the stored numbers."""
+    A row has two numbers for each cell of the query, fp64 (2 · cells,): the sum of the scores and
+    the number of the unit's records in the cell, both divided by the number of all the unit's
+    records. Only two numbers for each record are stored. Rows are built from them a few at a time,
+    so that the memory for rows does not grow with the number of units. `wipe` zeroes the stored
+    numbers."""
 
     @torch.no_grad()
     def __init__(self, study: Study, data: CachedDataset | None) -> None:
-        """Score each record. data: the held-out records; None for an object without units."""
+        """Score each held-out record for the query of `study`. data: the held-out records; None for
+        an object without units."""
         axes = study.query_axes
         self._by_class = CLASS in axes
         self._starts = list(itertools.accumulate(map(len, axes.values()), initial=1))
@@ -224,9 +229,9 @@ class UnitRows:
         return len(self._records)
 
     def of_units(self, units: Sequence[int]) -> torch.Tensor:
-        """Return one row for each of `units`, fp64 (len(units), 2 · cells): for each cell (all
-        records, then each class and group) the sums of (score, 1) over the unit's records in it,
-        divided by the number of the unit's records."""
+        """Return one row for each of `units`, fp64 (len(units), 2 · cells). For each cell (all
+        records, then each class and group) a row has the sum of the scores and the number of the
+        unit's records in the cell, both divided by the number of all the unit's records."""
         rows = torch.zeros(len(units), self.dimension // 2, 2, dtype=torch.float64)
         for row, unit in zip(rows, units, strict=True):
             records = self._records[unit]
@@ -250,8 +255,9 @@ class UnitRows:
 def _scores(
     study: Study, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield pairs of tensors: the indices of some of `records`, and their scores in fp64. A record
-    whose score cannot be computed has NaN, which affects only its unit."""
+    """Yield the scores of `records` in parts: each part is a pair of tensors, the indices of some
+    records and their scores in fp64. A record whose score cannot be computed has NaN, which affects
+    only its unit."""
     pending = dict.fromkeys(records)
     try:
         may_share = study.objective.resolved.may_run_beside
@@ -275,7 +281,10 @@ def _scores(
 
 
 def _scores_of(study: Study, network: Network, batch: Batch) -> torch.Tensor:
-    """Compute each record's score, (B,), in [0, 1]; NaN if the model gives none."""
+    """Compute each record's score, (B,) fp64, in [0, 1]. In a study of labels it is the probability
+    of the record's label or, with score = "accuracy", 1 if that label is predicted and 0 if not; a
+    record whose label is not one of the study's has 0. In other studies it is exp(-loss). It is NaN
+    if the model's output is not finite."""
     objective, table = study.objective.resolved, study.private_evaluation
     if objective.record_format != "label":
         return torch.exp(-objective.losses(network, batch).double())

@@ -1,10 +1,11 @@
-"""Store the requests of plans that this site admitted: STATE/kept-plans/PLAN.request (0600).
+"""Store the requests that brought the plans which this site admitted: STATE/kept-plans/PLAN.request
+(0600).
 
-A vault that is started for one request knows no study. So when the request orders a round, the
-vault first takes the stored request that brought the order's plan, and answers it as a restarted
-vault does: every rule is checked again, and this answer is dropped. Then it does the order. A plan
-is stored while its study is running. Which plans are stored depends on messages alone, never on a
-record."""
+A vault that is started for one request knows no study. So if the request orders a round, the vault
+first takes the stored request that brought the order's plan, and answers it as a restarted vault
+does: every rule is checked again, and this first answer is dropped. Then the vault carries out the
+order. A plan is stored while its study is running. Which plans are stored depends on messages
+alone, never on a record."""
 
 from __future__ import annotations
 
@@ -28,17 +29,18 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
-    """Store the request if it held a plan that was admitted; delete the stored requests of studies
-    that have ended.
+    """Store the request if it brought a plan that was admitted; delete the stored requests of
+    studies that have ended.
 
     - site: the site, in whose state folder the requests are stored
     - request: the request that was answered
     - content: the bytes of the request's file in the spool, which are what is stored
     - answer: this site's answer to the request
 
-    Call this while the disk space that is reserved for the ledger (files.room) is not given up, so
-    that no file is written into it. If the disk has no space, the plan is not stored and the site
-    logs a warning; the plan's orders are then answered as for an unknown plan."""
+    Call this while the ledger's reserve of disk space (files.room) is in place, not while it is
+    freed for an order, so that no file takes space from the reserve. If the disk has no other
+    space, the plan is not stored and the site logs a warning; the plan's orders are then answered
+    as for an unknown plan."""
     folder = site.site.state / FOLDER
     try:
         if request.kind == "prepare" and answer.status == "admitted":

@@ -18,15 +18,16 @@ def acts(site: SiteWorker) -> AuditLog:
 
 
 def accept(site: SiteWorker, receipt: str, coordinator: str) -> None:
-    """Compare the ledger and the audit log with the receipt that came with an order, and store the
-    receipt if it is the newest. If the audit log lacks the entry that the receipt names, the log
-    gets an entry that says so.
+    """Compare the ledger and the audit log with the coordinator's receipt that came with an order,
+    and store this receipt if it is the newest. If the audit log lacks the entry that the receipt
+    names, enter this in the audit log.
 
-    - site: the worker of this site
-    - receipt: the receipt as JSON; "" if the order has none: nothing is then compared
+    - site: the SiteWorker of this site, with its settings and ledger
+    - receipt: the receipt as JSON; "" if the order has none, and then nothing is compared
     - coordinator: the public key that signed the plan, and must have signed the receipt
 
-    Errors: LedgerError if the receipt is not for this ledger, or the ledger lacks its entry."""
+    Errors: LedgerError if the receipt is not for this ledger, or the ledger lacks the entry that it
+    names."""
     if receipt:
         own = site.site.policy.own_memberships
         head = site.home.accept_receipt(json.loads(receipt), coordinator, own)

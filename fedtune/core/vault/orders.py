@@ -1,4 +1,6 @@
-"""Do the work of an order with the site's worker, and return the update that is to be sealed."""
+"""Carry out the coordinator's orders at a site: train, evaluate, or take part in a round of shared
+noise. Each function decodes what came with the order, calls the SiteWorker, and returns the update
+that is then sealed and sent."""
 
 from __future__ import annotations
 
@@ -12,23 +14,23 @@ from fedtune.core.wire.requests import Request
 
 
 def train(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Do an order to train: train one round from the adapter that came with the order, and return
-    the update. digest: the plan's digest; request: the order."""
+    """Carry out an order to train: train one round from the adapter that came with the order, and
+    return the update. digest: the plan's digest; request: the order."""
     round_, receipt = _order(request)
     return site.train(digest, round_, _adapter(site, digest, request), receipt)
 
 
 def evaluate(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Do an order to evaluate: evaluate the adapter that came with the order on the held-out
+    """Carry out an order to evaluate: evaluate the adapter that came with the order on the held-out
     records, with noise, and return the answer. digest: the plan's digest; request: the order."""
     round_, receipt = _order(request)
     return site.evaluate(digest, round_, _adapter(site, digest, request), receipt)
 
 
 def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Do the first order of a round of shared noise: train on the adapter that came with the order,
-    keep the noised sum as this site's draw, and return the signed statement that the site is ready.
-    digest: the plan's digest; request: the order."""
+    """Carry out the first order of a round of shared noise: train on the adapter that came with the
+    order, keep the noised sum as this site's draw, and return the signed statement that the site is
+    ready. digest: the plan's digest; request: the order."""
     round_, receipt = _order(request)
     asked = json.loads(str(request.tables["set"]["asked"]))
     adapter = _adapter(site, digest, request)
@@ -37,9 +39,9 @@ def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
 
 
 def mask_sum(site: SiteWorker, digest: str, request: Request) -> Update:
-    """Do the second order of a round of shared noise: mask this site's draw for the set of sites
-    that came with the order, and return the masked words. digest: the plan's digest; request: the
-    order."""
+    """Carry out the second order of a round of shared noise: mask this site's draw for the set of
+    sites that came with the order, and return the masked words. digest: the plan's digest; request:
+    the order."""
     round_, receipt = _order(request)
     statements = str(request.tables["set"]["statements"])
     return secure_round.mask_sum(site, digest, round_, _attempt(request), statements, receipt)
@@ -57,6 +59,7 @@ def _attempt(request: Request) -> int:
 
 
 def _adapter(site: SiteWorker, digest: str, request: Request) -> Arrays:
-    """Decode the adapter that came with an order. Errors: Unprepared if the site does not know the
-    plan; WireError if the arrays do not have the shapes of the plan's adapter."""
+    """Decode the adapter that came with an order, in fp32 by name. digest: the plan's digest;
+    request: the order. Errors: Unprepared if the site does not know the plan; WireError if the
+    arrays do not have the shapes of the plan's adapter."""
     return read_agreed(request.arrays, site.shapes(digest))

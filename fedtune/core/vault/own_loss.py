@@ -22,9 +22,9 @@ from fedtune.core.training.round_loss import RoundLoss
 
 @contextmanager
 def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
-    """In the block, collect the losses of a round; after it, store their mean. Yield the object to
-    which the round adds its losses. If the disk refuses the file, the round continues without a
-    message."""
+    """A context manager: yield the object to which the round `round_` adds its records' losses, and
+    store their mean in the site's losses.jsonl when the block ends. If the disk refuses the file,
+    nothing is stored and no error is raised."""
     losses = RoundLoss()
     yield losses
     with suppress(OSError):
@@ -34,9 +34,9 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
 
 
 def line(study: Study, round_: int, mean: float | None) -> str:
-    """Format the line of losses.jsonl for a round, without a newline; its length follows from the
-    plan and the round alone. mean: the mean loss, which is written as null if it is None or not
-    finite."""
+    """Format a round's line of losses.jsonl, without a newline. The line is of the same length
+    whatever the loss is. mean: the mean loss; None, or a number that is not finite, is written as
+    null."""
     is_known = mean is not None and math.isfinite(mean)
     loss = f"{mean:.5e}" if is_known else "null"
     public = json.dumps({"plan": study.digest, "study": study.study.name, "round": round_})

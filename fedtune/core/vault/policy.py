@@ -34,8 +34,8 @@ LAST_ROUND = 10**9  # of a plan without a last round: a number that an entry has
 
 
 def base_for(study: Study, site: Site) -> Base:
-    """Find this site's copy of the base that a plan names by digest, in the order that
-    `base_of_plan` describes.
+    """Find, on this machine, the base that a plan names by its digest. site.base comes first;
+    `base_of_plan` describes where else this looks, and when a base is fetched.
 
     Errors: PolicyRefused, ModelError, InfrastructureError."""
     listed = () if site.policy.bases == "any" else site.policy.bases
@@ -43,9 +43,9 @@ def base_for(study: Study, site: Site) -> Base:
 
 
 def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
-    """Check the study against the site's data sheet and rules, then return the plan that the site
-    would run; None if privacy = "off". The figures that the study states are checked before
-    anything is computed from them, since a computation from unbounded figures may never end.
+    """Check the study against the site's data sheet and rules, then compute and return the plan of
+    noised steps that the site would run; None if privacy = "off". The figures that the study states
+    are checked first, since a computation from figures without a bound may never end.
 
     coordinator: the public key (hexadecimal) that signed the plan; "" if none did. Errors:
     PolicyRefused naming the first rule that refuses."""
@@ -64,9 +64,9 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
     """Check that the site's rules admit the study.
 
     - study: the study that a coordinator asks this site to run
-    - site: the site with the policy that its file has now
-    - plan: this site's plan for the training, whose figures are checked; None if it is not computed
-      yet, so that the figures that the study states are checked, or if privacy = "off"
+    - site: the settings of this site, with the policy that its file has now
+    - plan: this site's plan for the training, whose figures are checked. None if privacy = "off",
+      or if it is not computed yet; then the figures that the study states are checked instead
     - coordinator: the public key (hexadecimal) that signed the plan; "" if none did, which a policy
       that lists coordinators refuses
 
@@ -79,7 +79,7 @@ def admit_queries(study: Study, site: Site, queries: DpPlan, coordinator: str) -
     """Check that the site's rules admit the queries of an admitted study.
 
     - study: the study that asks
-    - site: the site with the policy that its file has now
+    - site: the settings of this site, with the policy that its file has now
     - queries: the plan of the study's queries
     - coordinator: the public key (hexadecimal) that signed the plan; "" if none did, which a policy
       that lists coordinators refuses
@@ -107,11 +107,15 @@ def refusals(
     *,
     outline: bool = False,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data.
+    """Yield a refusal for every rule of the site that the study breaks, without reading any data.
 
-    - study, site, plan, coordinator: as for `admit`
-    - outline: whether the study is a study.toml whose digests are filled in only when it starts, so
-      that a digest may be missing. If not, a missing digest is a reason to refuse"""
+    - study: the study that a coordinator asks this site to run
+    - site: the settings of this site, with the policy that its file has now
+    - plan: this site's plan for the training, whose figures are checked. None if privacy = "off",
+      or if it is not computed yet; then the figures that the study states are checked instead
+    - coordinator: the public key (hexadecimal) that signed the plan; "" if none did
+    - outline: whether the study is a study.toml that has not started yet, in which some digests may
+      be missing. If not, a missing digest is a reason to refuse"""
     yield from _about_study(study, site, coordinator, outline=outline)
     yield from privacy_refusals(study, site, plan)
     yield from _about_outcome(study, site.policy)
@@ -121,8 +125,12 @@ def _about_study(
     study: Study, site: Site, coordinator: str, *, outline: bool = False
 ) -> Iterator[PolicyRefused]:
     """Yield refusals about the study's plug-ins, base, coordinator, adapter and shared noise, and
-    about how this site selects its records and runs. study, site, coordinator: as for `admit`;
-    outline: as for `refusals`."""
+    about how this site selects its records and runs.
+
+    - study: the study that a coordinator asks this site to run
+    - site: the settings of this site, with the policy that its file has now
+    - coordinator: the public key (hexadecimal) that signed the plan; "" if none did
+    - outline: whether the study has not started yet, so that some digests may be missing"""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
@@ -218,15 +226,15 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
 
 
 def pin_others(site: Site, own: str) -> Site:
-    """Return the site with policy.peers without the site's own signing key `own`, so that its noise
-    is counted once even if its file lists this key."""
+    """Return a copy of the site in which policy.peers lacks the site's own signing key `own`. A
+    site whose file lists its own key would otherwise count its own noise as a peer's."""
     return site.with_peers(tuple(key for key in site.policy.peers if key != own))
 
 
 def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Yield a refusal of shared noise if too few of the sites that share it are pinned in
-    policy.peers, i.e. had their fingerprints compared by a person here. A coordinator could enrol
-    the others itself, and would then know their noise."""
+    """Yield a refusal of a study with shared noise if policy.peers lists too few of the sites that
+    share it. A person here has compared the fingerprint of each site in that list. The coordinator
+    could enrol any other site itself, and would then know that site's noise."""
     least = study.strategy.min_sites
     if study.secure_aggregation and len({*policy.peers}) < least - 1:
         yield PolicyRefused(
@@ -239,8 +247,9 @@ def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
 
 
 def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Yield a refusal of shared noise if the site starts a vault for each request: a draw's masking
-    key is only in memory, and would be lost before the draw is masked."""
+    """Yield a refusal of a study with shared noise if this site starts a new vault for each
+    request. The masking key of a draw is only in the vault's memory, and would be lost before the
+    draw is masked."""
     if study.secure_aggregation and site.vault:
         yield PolicyRefused(
             "vault.run starts this site's vault for one request at a time, and a plan that shares "
@@ -272,8 +281,8 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Yield a refusal of a study's teacher, a model that sets each record's target, if it may have
-    been trained on this site's records without noise."""
+    """Yield a refusal if the study has a teacher (a model that sets each record's target) that may
+    have been trained on this site's records without noise."""
     spec = study.objective.resolved.teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
@@ -310,11 +319,11 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
 def _about_protection(
     sigma: float | None, delta: float, size: int, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for each of these: too little noise for one release, too few units, too large
-    a δ.
+    """Yield up to three refusals: one if one release has too little noise, one if the site has too
+    few units, and one if δ is too large.
 
     - sigma: the noise multiplier of the noise that this site itself adds, in multiples of C; None
-      if it is not computed yet; it is then not checked
+      if it is not computed yet, and then it is not checked
     - delta: δ of the whole study
     - size: the site's declared number of units
     - policy: the site's policy, which has the limits"""
@@ -334,8 +343,8 @@ def _about_protection(
 
 def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
     """Yield a refusal for every rule about privacy that the study's training breaks. plan: this
-    site's plan for the training; None if it is not computed yet: the figures that the study states
-    are then checked."""
+    site's plan for the training, whose figures are checked; None if it is not computed yet, and
+    then the figures that the study states are checked instead."""
     policy, size = site.policy, site.site.declared_size
     yield from _about_unit(study, site)
     if not isinstance(study.privacy, PrivacyTable):
@@ -363,8 +372,11 @@ class _StatedFigures(NamedTuple):
     """The figures of a private study that follow from the plan and the declared size alone, before
     σ is computed from ε.
 
-    noise_multiplier: σ; None if the plan gives ε. steps: over all rounds; None if the plan has no
-    number of rounds."""
+    - noise_multiplier: σ; None if the plan gives ε
+    - max_grad_norm: the clipping norm C
+    - sampling_rate: the share of the rows that a step draws, on average
+    - steps: the number of steps of all rounds together; None if the plan has no number of rounds
+    - delta: the plan's δ"""
 
     noise_multiplier: float | None
     max_grad_norm: float
@@ -390,9 +402,10 @@ def _stated_figures(study: Study, size: int) -> _StatedFigures:
 def _about_cost(
     study: Study, stated: _StatedFigures, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal of a study that would cost more than policy.max_epsilon_per_study: by the ε
-    that the plan states or, if it gives σ, by a lower bound on ε. This is checked before ε is
-    computed, since that takes the longer the larger ε is."""
+    """Yield a refusal of a study that would cost more than policy.max_epsilon_per_study. Its cost
+    is the ε that the plan states or, if the plan gives σ, a lower bound on ε. This is checked
+    before ε is computed, since the larger ε is, the longer its computation takes. stated: the
+    figures that the study states."""
     privacy, least = study.privacy, 0.0
     assert isinstance(privacy, PrivacyTable)
     if study.continuous:

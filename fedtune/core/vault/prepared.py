@@ -1,5 +1,5 @@
-"""The state that a site keeps for a plan that it admitted (`Prepared`), its answers to the
-coordinator (`Admission`, `Update`), and the refusals that have a status of their own."""
+"""What a site keeps of a plan that it admitted (`Prepared`), its answers to the coordinator
+(`Admission`, `Update`), and the refusals for which an answer has a status of its own."""
 
 from __future__ import annotations
 
@@ -35,21 +35,23 @@ class Held(PolicyRefused):
 
 
 class Void(Refused):
-    """This attempt at a round is over for this site. In another attempt the site draws new
-    noise."""
+    """A site's part in this attempt at a round of shared noise is over. In another attempt the site
+    draws new noise."""
 
 
 @dataclass(frozen=True)
 class Admission:
     """A site's answer to a plan. Every field is public.
 
-    - admitted, reason: whether the site takes part and, if not, why; reason is "" if it does
-    - name, declared_size: the site's
+    - admitted: whether the site takes part
+    - reason: why it does not, or ""
+    - name: the site's name
+    - declared_size: the site's declared number of units
     - lora_rank: how many ranks the site trains; None unless the plan lets sites choose
-    - declared: with an admission, "public" or "generated" if a person declared the site's data to
-      be so; else None
-    - free_query: with an admission, whether a query or a view selects the records, which no ε
-      covers; else False
+    - declared: "public" or "generated" if the site takes part and a person declared its data to be
+      so; else None
+    - free_query: whether the site takes part and a query or a view selects its records, which no ε
+      covers
     - waits: whether the plan is not admitted yet because a person at the site has to sign it"""
 
     admitted: bool
@@ -62,8 +64,9 @@ class Admission:
     waits: bool = False  # not admitted, for a person at the site has yet to sign the plan
 
     def fields(self) -> dict[str, str | int]:
-        """Return the answer's fields as plain values. Fields with their usual value are left out;
-        status and reason are included only if the plan waits for a person."""
+        """Return the answer's fields by name, as they are sent. lora_rank and declared are left out
+        if they are None, and free_query if it is False. "status" and "reason" are included only if
+        the plan waits for a person."""
         fields: dict[str, str | int] = {"name": self.name, "declared_size": self.declared_size}
         fields |= {} if self.lora_rank is None else {"lora_rank": self.lora_rank}
         fields |= {} if self.declared is None else {"declared": self.declared}
@@ -73,11 +76,12 @@ class Admission:
 
 @dataclass(frozen=True, repr=False)
 class Update:
-    """An update of a site.
+    """What a site sends back after an order.
 
-    delta: the arrays to send: trained minus received adapter in the plan's encoding, masked words,
-    or a query's sums; events: the numbers of noised steps that the study has run at the site
-    (`step_summary`); said: further text fields of the sealed answer."""
+    - delta: the arrays to send, by name: the trained minus the received adapter, masked words, or
+      the sums that answer a query
+    - events: the numbers of noised steps that the study has run at the site (`step_summary`)
+    - said: further texts that are sent and sealed with the arrays, by name"""
 
     delta: Encoded
     events: list[dict[str, float | int]]
@@ -108,10 +112,10 @@ class Prepared:
 
 
 def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> None:
-    """Check that a stored update still has the shapes that this site would send.
+    """Check that a stored update still has the shapes that this site would send now.
 
-    payload: the bytes of the stored update, a safetensors file; round_: the update's round, on
-    which its columns depend (rank_slice).
+    payload: the bytes of the stored update, a safetensors file; round_: the number of the update's
+    round, from which it follows which columns train (rank_slice).
 
     Errors: PolicyRefused if the site was restarted with another rank after it trained."""
     columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
@@ -126,9 +130,10 @@ def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> Non
 
 
 def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
-    """Count the noised steps of a step log. Return one entry for each (σ, q, C, k) that occurs:
-    {"sigma", "q", "max_grad_norm", "records", "steps"}, the last being the number of such steps. No
-    figure depends on a record."""
+    """Count the noised steps of a step log. Return one dict for each combination of σ, sampling
+    rate, clipping norm and records per unit that occurs: {"sigma", "q", "max_grad_norm", "records",
+    "steps"}, where "steps" is the number of steps with this combination. No figure depends on a
+    record."""
     counts = Counter(
         (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
     )

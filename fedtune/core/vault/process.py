@@ -1,9 +1,9 @@
 """Run the vault: the process of a site that holds its records; `fedtune client` starts it.
 
 The vault has no network. It answers the courier over the socket that it inherits, or through the
-files of a spool, and opens no other socket. `isolation.no_network` describes how this is enforced;
-a database over TCP is the exception. The vault reads records, keeps the ledger and the keys, and
-sends its progress to the process that started it."""
+files of a spool (a folder that both can use), and opens no other socket, except to a database over
+TCP that holds the records. `isolation.no_network` describes how this is enforced. The vault reads
+records, keeps the ledger and the keys, and sends its progress to the process that started it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def families(site: Site, processes: int) -> list[int]:
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
-    """Cut this process off the network, then try to reach a network. Return the confinement that is
-    in force; its `missing` lists what stays open, in words, such as a network that was reached.
+    """Cut this process off the network, then test this by trying to reach one. Return the
+    confinement that is in force; its `missing` lists in words what stays open, such as a network
+    that was reached.
 
     processes: how many processes share each step, the vault included."""
     return isolation.no_network(families(site, processes)) & _try_networks()
@@ -77,10 +78,14 @@ def main(options: list[str]) -> None:
     """Answer requests until the courier has ended, or a signal comes. End at once if the process is
     not confined and policy.isolation is "required".
 
-    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. SITE: the site file; REQUESTS: the
-    courier's descriptor, or the folder of a spool; EVENTS: a descriptor; PROCESSES: how many
-    processes share each step; PLACE: as JSON, the fields of `Place` (how the site takes part) other
-    than the site file; NAME: the one request of the spool to answer."""
+    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME], which are:
+
+    - SITE: the site file
+    - REQUESTS: the descriptor of the connection to the courier, or the folder of a spool
+    - EVENTS: the descriptor to which events are sent, for the process that started this one
+    - PROCESSES: how many processes share each step
+    - PLACE: as JSON, the fields of `Place` (how the site takes part) other than the site file
+    - NAME: the one request of the spool to answer; without it all are answered"""
     path, requests, events, processes, given, *name = options
     site = load_site(Path(path))
     means = confine(site, int(processes))
@@ -110,9 +115,9 @@ def main(options: list[str]) -> None:
 
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
-    """Hold the locks of a site's vault in the block. A vault whose client was killed may run on for
-    a moment; wait up to LAST_MOMENTS for its end. Errors: InfrastructureError if it does not end.
-    """
+    """A context manager: hold the locks of a site's vault during the block. If a vault whose client
+    was killed still holds them, wait up to LAST_MOMENTS for its end. Errors: InfrastructureError if
+    it does not end."""
     deadline = time.monotonic() + LAST_MOMENTS
     while True:
         with ExitStack() as held:
@@ -129,10 +134,9 @@ def _alone(site: Site) -> Iterator[None]:
 
 @contextmanager
 def locked(site: Site, who: str) -> Iterator[None]:
-    """Hold the lock of a site's vault and, in a hospital's home, the lock of its membership. who:
-    the words by which the error names another process that holds one of them. Errors:
-    InfrastructureError if another process holds one.
-    """
+    """A context manager: during the block, hold the lock of a site's vault and, in a hospital's
+    home, the lock of its membership. who: the words by which the error names another process that
+    holds one of them. Errors: InfrastructureError if another process holds one."""
     with ExitStack() as held:
         held.enter_context(alone(site.site.state / HOME, who))
         if site.hospital:
@@ -141,10 +145,11 @@ def locked(site: Site, who: str) -> Iterator[None]:
 
 
 def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
-    """Hold, in the block, the lock that the vault of a membership holds while it runs, in the
-    hospital's home. The lock keeps others from restoring the hospital's ledger meanwhile, wherever
-    the membership's site file lies. The block gets True if the last process that held the lock was
-    killed. Errors: InfrastructureError naming the vault that runs."""
+    """Return a context manager that holds, during the block, the lock of a membership's vault in
+    the hospital's home. While a vault runs it holds this lock, so that nobody restores the
+    hospital's ledger meanwhile, wherever the membership's site file lies. The value of the context
+    is True if the last process that held the lock was killed. Errors: InfrastructureError naming
+    the vault that runs."""
     lock = home / f"vault-{membership}.lock"
     return locks.hold_alone(lock, f"vault of membership {membership!r}", home)
 
@@ -152,8 +157,8 @@ def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
 def serve(
     path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
-    """Answer the courier's requests until the courier has ended, or sends a message that cannot be
-    read to its end. A message that can be read but is no request is answered with a failure.
+    """Answer the courier's requests until the courier has ended, or sends a message whose end
+    cannot be found. A message that can be read but is no request is answered with a failure.
 
     - path: the site file
     - courier: this process's end of the connection to the courier
@@ -239,7 +244,8 @@ def serve_request(
 
 def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
     """Receive one request and answer it. If the bytes that were received are no request, return a
-    failure."""
+    failure. receive: waits for a request and returns it; place: the site, and how it takes part;
+    tell: sends events to the process that started this one."""
     try:
         request = receive()
     except RequestError as error:
@@ -249,9 +255,10 @@ def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer
 
 
 def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
-    """Answer a request, and send a description of the answer to this site's screen. Return the
-    answer. If answering fails with an unexpected error, return `failure()`; the screen gets the
-    error's name."""
+    """Answer a request and return the answer; also send a description of the answer to this site's
+    screen. If answering fails with an unexpected error, return `failure()`; the screen gets the
+    error's name. place: the site, and how it takes part; tell: sends events to the process that
+    started this one."""
     from fedtune.core.vault.answers import answer
     from fedtune.core.vault.reply_facts import answer_facts
 

@@ -1,14 +1,15 @@
 """Run the data-parallel processes of a site: each clips and sums a share of every step's rows.
 
-    rank 0   the vault: keeps the ledger, reads the records, draws, adds noise, writes the log of
-             steps
+    rank 0   the vault: keeps the ledger, reads the records, draws rows, adds noise, writes the
+             log of steps
     rank n   receives the plan, the records, the adapter and the rows from rank 0, and returns an
              integer sum; opens neither the records' files nor the ledger
 
 If the other ranks cannot serve for any reason, rank 0 sums all rows itself. This takes longer and
 gives the same sum, so a failure of the other ranks never changes what the coordinator gets.
 
-`fedtune client SITE --processes N` starts the other ranks; torchrun starts them in its place."""
+`fedtune client SITE --processes N` starts the other ranks, unless torchrun has started all of
+them."""
 
 from __future__ import annotations
 
@@ -54,11 +55,12 @@ TIMEOUT = 1800.0  # seconds that rank 0 waits for the others in one exchange
 
 
 class Workers:
-    """A site's worker processes: rank 0 starts them with the first round that needs them, and again
-    after a failure. Use it as a context manager, which ends them.
+    """Starts and ends the worker processes among which a site shares each step. They start with the
+    first round that needs them, and again after a failure. Use this as a context manager; at its
+    end they end.
 
     - site: the site file
-    - size: number of processes, this one included
+    - size: number of processes, this one (rank 0) included
     - torchrun: whether torchrun started them; if not, this process starts them
     - timeout: seconds that this process waits for the others in one exchange"""
 
@@ -84,10 +86,10 @@ class Workers:
         frozen: Arrays,
         columns: slice = ALL,
     ) -> Iterator[Team | None]:
-        """Yield the processes (`Team`) that share one round of `study`, with the same plan, frozen
-        factor and records in all ranks. Yield None if the other processes cannot serve; this
-        process then does the round alone. An error in the block ends the other processes, and is
-        raised again.
+        """A context manager for one round of `study`: yield the processes (`Team`) that share its
+        steps. All of them have the same plan, frozen arrays and records. Yield None if the other
+        processes cannot serve; this process then does the round alone. An error in the block ends
+        the other processes, and is raised again.
 
         - study: the study whose round is trained
         - plan: the plan by which all ranks clip, even if the site file has changed since
@@ -103,9 +105,15 @@ class Workers:
     def _team(
         self, study: Study, plan: DpPlan, data: CachedDataset, frozen: Arrays, columns: slice
     ) -> Team | None:
-        """Start the other processes if they do not run, and send them what they lack of the study
-        and the records. Return the team that shares the round; None if starting or sending fails.
-        The arguments are those of `running`."""
+        """Start the other processes if they do not run, and send them those parts of the study and
+        the records that they do not have yet. Return the team that shares the round; None if
+        starting or sending fails.
+
+        - study: the study whose round is trained
+        - plan: the plan by which all ranks clip
+        - data: the records that take part in the round, with the network
+        - frozen: the study's frozen arrays, fp32 by name
+        - columns: the columns of each B that the round trains"""
         try:
             group = self._group = self._group or self._start_group()
             self._prepare(group, study, plan, str(data.network.dtype), frozen)
@@ -134,9 +142,9 @@ class Workers:
         self.children = []
 
     def __enter__(self) -> Workers:
-        """Limit this process to its share of the machine's cores now, before the first round. A
-        dataset that is read before that round is then computed with as many threads as in the other
-        processes."""
+        """Limit this process to its share of the machine's cores. This is done now, before the
+        first round, so that whatever is computed from the records is always computed with as many
+        threads as in the other processes."""
         if self.size > 1:
             for rank in () if self._torchrun else range(1, self.size):
                 begin_log(self._log_of(rank))
@@ -173,9 +181,10 @@ class Workers:
                 raise child.build_end_error()
 
     def _with_torchruns(self) -> Group:
-        """Build the group of the processes that torchrun started, as its rank 0. The group's socket
-        is in a temporary folder, since a socket's path must be short. Its path is written to a file
-        in the state folder that only this user can read, from which the other ranks learn it."""
+        """Build the group of the processes that torchrun started, with this process as rank 0. The
+        group's socket is in a temporary folder, since a socket's path must be short. This path is
+        written to a file in the state folder, which only this user can read and in which the other
+        ranks look for it."""
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
         socket_path = Path(folder, "team")
         replace(_rendezvous_file(self._site), str(socket_path).encode(), private=True)
@@ -189,8 +198,10 @@ class Workers:
         by `plan`, as this process does. Do nothing if all ranks did so before.
 
         - group: the connections to the other ranks
-        - study, plan, frozen: as for `running`
+        - study: the study whose round is trained
+        - plan: the plan by which all ranks clip
         - dtype: type of this process's base weights, as torch writes it: "torch.float32"
+        - frozen: the study's frozen arrays, fp32 by name
 
         Errors: InfrastructureError."""
         wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
@@ -206,8 +217,8 @@ class Workers:
         self._prepared = wanted
 
     def _hand_out(self, group: Group, dataset: Dataset) -> None:
-        """Send every rank the records that this process read, unless the ranks have them already.
-        Errors: InfrastructureError."""
+        """Send every rank the records of `dataset`, which this process read, unless the ranks have
+        them already. Errors: InfrastructureError."""
         records = fingerprint(dataset)
         if self._records == records:
             return
@@ -225,12 +236,12 @@ class Workers:
 
 
 class _Lead:
-    """At rank 0, the processes that share a step: it has the method of the interface
-    fedtune.core.dp.plan.Team.
+    """The processes that share a step, as rank 0 uses them. It is a Team (fedtune.core.dp.plan),
+    whose one method, `total`, sums a step's clipped gradients over all processes.
 
     - workers: the site's processes, which are ended if a sum fails
     - group: the connections to the other ranks
-    - network: this process's network, whose trainable values each rank gets before it sums
+    - network: this process's network, whose trainable values are sent to each rank before it sums
     - columns: the columns of each B that the round trains"""
 
     def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
@@ -299,12 +310,12 @@ def _add(
 
     - group: the connection to rank 0, which gets the sum
     - prepared: the study, with the records
-    - header: rank 0's message: "dimension" of a row's gradient, and "columns" of each B that the
-      round trains, as start and stop
-    - tensors: the values of all parameters, one after another, and the numbers of the rows that
-      were drawn in all ranks together
+    - header: rank 0's message, with "dimension" (the number of coordinates of a row) and "columns"
+      (start and stop of the columns of each B that the round trains)
+    - tensors: first the values of all parameters, one after another; then the numbers of the rows
+      that were drawn in all ranks together
 
-    Errors: InfrastructureError where rank 0 has ended."""
+    Errors: InfrastructureError if rank 0 has ended."""
     flat, rows = tensors
     try:
         clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
@@ -337,10 +348,10 @@ class _StudyAtRank:
         self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
 
     def _start_threads(self) -> None:
-        """Start this process's threads now, by computing gradients of generated units, as rank 0
-        did in its self-test. Otherwise a process that got no row in one order would start its
-        threads in a later order. Since each thread takes the machine's next process number, these
-        numbers would then show how many rows there are, or were drawn."""
+        """Start this process's threads now, by computing gradients of generated units. Rank 0 does
+        the same in its self-test. Without this, a process would start its threads in the first
+        round in which it gets a row. Each thread takes the machine's next process number. So
+        whoever sees these numbers could tell how many rows there are, or were drawn."""
         generated = CachedDataset(self.network, random_records(self.network, self._study))
         engine = UnitGradientEngine(
             generated, self._study.objective.resolved, engine=self._study.training.engine
@@ -348,7 +359,7 @@ class _StudyAtRank:
         engine.matrix(range(generated.dataset.n_units))
 
     def take(self, dataset: Dataset) -> None:
-        """Use these records from now on, and drop the cached states of all other records."""
+        """Train on these records from now on, and drop the cached states of all other records."""
         self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
@@ -384,8 +395,9 @@ def _rendezvous_file(site: Path) -> Path:
 
 @contextmanager
 def team(site: Path, processes: int) -> Iterator[None]:
-    """In the block, share the rounds of this process's worker for the site file `site` among
-    `processes` processes, this one included, or among those that torchrun started."""
+    """A context manager: during the block, the SiteWorker of the site file `site` shares the steps
+    of its rounds among `processes` processes, this one included, or among those that torchrun
+    started."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Workers(site, max(size, processes), torchrun=size > 1)
     with ranks:
@@ -440,9 +452,10 @@ def _await_rank_0(site: Path) -> Path:
 
 
 def main(options: list[str]) -> None:
-    """Run as a rank that rank 0 started, until rank 0 ends. options: SITE RANK SIZE SOCKET. SITE:
-    the site file; RANK: this process's number, from 1; SIZE: the number of all processes; SOCKET:
-    the path of rank 0's socket."""
+    """Run as a rank that rank 0 started, until rank 0 ends.
+
+    options: SITE RANK SIZE SOCKET, which are the site file; this process's number, from 1; the
+    number of all processes; and the path of rank 0's socket."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     site, rank, size, socket_path = options
     _follow(Path(site), int(rank), int(size), Path(socket_path))

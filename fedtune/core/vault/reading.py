@@ -1,4 +1,5 @@
-"""Read a site's records as training does, and report at the site what happened to them.
+"""Read a site's records as training does, and report at the site how many were used, left out or
+cut.
 
 Guarantee: this report stays at the site: on its screen, in the log of the process that reads, and
 in a file in the state folder that only its user can read. No log.jsonl, metric, message or tracker
@@ -46,16 +47,17 @@ def read_for_training(
     ledger: Ledger | None,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Read a site's dataset, and return it without the patients who withdrew, and without those who
-    take part in another dataset that was declared to share no patient with this one
-    (`Ledger.disjoint_member_test`).
+    """Read a site's dataset and return it, without the patients who withdrew. If this dataset was
+    declared to share no patient with another one, the patients who already take part in the other
+    are left out too (`Ledger.disjoint_member_test`).
 
     - data: the table of site.toml that names the records: [data] or [evaluation]
     - study: the study by which records are rendered, tokenised and capped
     - tokenizer: the base's tokenizer
-    - reader: how the base reads records that are more than text; None: it reads text alone
-    - ledger: the site's lifetime ledger, which is only read; None if the site has none yet, so that
-      nobody is left out
+    - reader: reads the images or other files of a record, if the base takes more than text; None:
+      it takes text alone
+    - ledger: the site's lifetime ledger, which is only read; None if the site has none yet, and
+      then nobody is left out
     - soft_targets: the function that gives a teacher's targets for a record; None: no teacher
 
     Errors: DataError if the path or the columns cannot be used, whatever the records hold."""
@@ -82,16 +84,17 @@ def read_for_training(
 
 
 def without_withdrawn(cached: CachedDataset, ledger: Ledger) -> CachedDataset:
-    """Return the dataset without the patients who have withdrawn since it was read; if nobody has,
-    the same object."""
+    """Return the dataset `cached` without the patients who have withdrawn since it was read. If
+    nobody has, return `cached` itself. ledger: the ledger with the withdrawals."""
     withdrawn, dataset = ledger.withdrawn(), cached.dataset
     left = dataset.exclude_units(lambda key: ledger.hashed(key) in withdrawn)
     return cached if left.n_units == dataset.n_units else cached.of(left)
 
 
 def describe(dataset: Dataset, study: Study, declared: int) -> str:
-    """Describe in one line what happened to a dataset's rows, for the site's own screen. declared:
-    the site's declared number of units, with which the true number is compared."""
+    """Describe in one line, for the site's own screen, how many of a dataset's rows were used,
+    rejected or left out. declared: the site's declared number of units, with which the true number
+    is compared."""
     counts, unit = dataset.counts, study.unit
     of_units = f" of {dataset.n_units:,} patients" if unit == "patient" else ""
     parts = [f"{len(dataset.examples):,} of {counts.rows:,} rows train{of_units}"]
@@ -134,7 +137,7 @@ def by_reason(rejected: Counter[str]) -> str:
 
 def rows_of(failed: Sequence[Failed]) -> str:
     """List the first SHOWN rejected rows by file and row, in one text; "" if there are none. This
-    text is for the site's screen only, since a file's name may hold a patient's."""
+    text is for the site's screen only, since the name of a file may contain a patient's name."""
     listed: dict[tuple[str, str], list[str]] = {}
     for file, row, reason in failed[:SHOWN]:
         listed.setdefault((file, reason), []).append(str(row) if row else "all")
@@ -146,9 +149,9 @@ def rows_of(failed: Sequence[Failed]) -> str:
 
 
 def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
-    """Yield one line if the declared size differs from the true number of units by more than the
-    share FAR; else nothing. The line begins with WARNING if they differ by a factor of two or more.
-    unit: "patient" or "record", for the text."""
+    """Yield one line of text if the declared size differs from the true number of units by more
+    than the share FAR; else yield nothing. The line begins with WARNING if they differ by a factor
+    of two or more. unit: "patient" or "record", for the text."""
     if abs(declared - units) > FAR * declared:
         twice = units >= 2 * declared or 2 * units <= declared
         yield (
@@ -159,8 +162,9 @@ def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
 
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
-    """Write what happened to a dataset's rows to counts.json in the state folder, readable by this
-    user only (0600), and log a warning about records that are left out or cut.
+    """Write how many of a dataset's rows were used, left out or cut to counts.json in the state
+    folder, readable by this user only (0600), and log a warning about records that are left out or
+    cut.
 
     - site: the site, whose declared size is written beside the counts
     - data: the table of site.toml that names the records; its earlier counts are replaced, those of

@@ -86,7 +86,7 @@ def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict
     plan is also stored for `fedtune review` (`keep_plan`).
 
     - study: the plan
-    - site: the worker whose ledger is charged for it
+    - site: the SiteWorker whose ledger is charged for it
     - place: the site at which it was answered
     - facts: the facts of the answer so far (`answer_facts`): status, and the ε planned if known"""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"

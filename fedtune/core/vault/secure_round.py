@@ -1,11 +1,11 @@
 """Do a site's part in a round of shared noise, of which only the sum over the sites is opened. The
-coordinator sends two orders:
+coordinator sends two orders, and for each the site takes these steps:
 
-    ready    reserve → noised sum and a masking key, in memory → a signed statement
-    masked   check the set → masked words into the ledger's outbox → key destroyed → words
+    ready    charge → noised sum and a masking key, in memory → send a signed statement
+    masked   check the set → store masked words in the ledger → destroy the key → send words
 
-A repeated order gets the same bytes. For a masked draw this holds after a restart, too. A draw that
-waits for its set is lost when this process ends, and the attempt is then void; see
+A repeated order gets the same bytes; for masked words this holds after a restart, too. A draw that
+is not masked yet is lost when this process ends, and the attempt is then void; see
 docs/secure-aggregation.md."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def draw_sum(
     """Draw this site's noised sum for an attempt at a round, and return the signed statement that
     the site is ready. If the draw was made already, return its statement again.
 
-    - site: the worker of this site
+    - site: the SiteWorker of this site, with its settings and ledger
     - digest: the plan's digest
     - round_, attempt: the round of the plan, and the attempt at it, both from 1
     - adapter: the adapter that came with the order, fp32 by the tensors' names
@@ -85,10 +85,10 @@ def draw_sum(
 def mask_sum(
     site: SiteWorker, digest: str, round_: int, attempt: int, statements: str, receipt: str
 ) -> Update:
-    """Mask this site's draw for a set of sites and return the words; for the same set always the
-    same bytes.
+    """Mask this site's draw for a set of sites and return the masked words. For the same set these
+    are always the same bytes.
 
-    - site: the worker of this site
+    - site: the SiteWorker of this site, with its settings and ledger
     - digest: the plan's digest
     - round_, attempt: the round of the plan, and the attempt at it, both from 1
     - statements: the signed statements of all sites of the set, as a JSON list (`set_text`)
@@ -97,7 +97,8 @@ def mask_sum(
 
     The update has the masked words under VALUES; `said` holds the set's digest as "set".
     Guarantee: the words leave for one set only, which the ledger's entry fixes under the write
-    lock. They leave for no set with fewer than strategy.min_sites pinned sites, this one included.
+    lock. They leave only for a set with at least strategy.min_sites sites that are this one or
+    pinned in policy.peers.
     Errors: Unprepared, PolicyRefused, LedgerError; Void if the attempt is over for this site."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     try:
@@ -119,10 +120,10 @@ def mask_sum(
 
 
 def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
-    """Mask the waiting draw, put the words into the ledger's outbox, and return these bytes, which
-    are those of a safetensors file.
+    """Mask the waiting draw, store the masked words in the ledger (in its outbox), and return them
+    as the bytes of a safetensors file.
 
-    - site: the worker of this site
+    - site: the SiteWorker of this site, with its settings and ledger
     - prepared: the study, as this site admitted it
     - draw: the draw to mask
     - asked: the statements of all sites of the set, already verified
@@ -149,8 +150,13 @@ def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) 
 def _prepare_draw(
     site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str
 ) -> Prepared:
-    """Check that an order about a draw fits the plan, and compare the ledger with the receipt;
-    return the prepared study. The parameters are as for `draw_sum`.
+    """Check that an order about a draw fits the plan, and compare the ledger with the receipt.
+    Return the study as this site admitted it.
+
+    - site: the SiteWorker of this site, with its settings and ledger
+    - digest: the plan's digest
+    - round_, attempt: the round of the plan, and the attempt at it, both from 1
+    - receipt: the coordinator's receipt that came with the order, as JSON; "" if it has none
 
     Errors: Unprepared, PolicyRefused, LedgerError."""
     prepared = site.begin(digest, round_, receipt)
@@ -170,9 +176,9 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
-    """If the site's policy requires it, check that a person at the site released a draw before it
-    is made. The budget is checked before a person is asked. Errors: Held while nobody has decided;
-    Void if a person refused; BudgetExceeded; PolicyRefused."""
+    """Check, if the site's policy requires it, that a person at the site has permitted this draw,
+    which is not made yet. Before a person is asked, the budget is checked. Errors: Held while
+    nobody has decided; Void if a person refused; BudgetExceeded; PolicyRefused."""
     slot = _slot(site, draw)
     airlock.check_not_refused(site.ledger, slot)
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
@@ -190,7 +196,7 @@ def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arra
     """Charge a draw, compute its noised sum, and keep the sum and a new masking key in memory until
     its set of sites is fixed. Return what is kept.
 
-    - site: the worker of this site
+    - site: the SiteWorker of this site, with its settings and ledger
     - prepared: the study, as this site admitted it
     - draw: plan, round, attempt and adapter of the draw
     - adapter: the adapter that the draw starts from, fp32 by the tensors' names

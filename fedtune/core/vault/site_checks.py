@@ -57,8 +57,9 @@ def check_models(study: Study, network: Network) -> None:
 
 def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
     """Check on generated records that a step of training lowers the loss and, in a private study,
-    that a row's gradient does not depend on the number of rows. This runs once per network, plan
-    and rank; the plan is recognised by its digest, which covers base and A, too.
+    that a row's gradient does not depend on how many other rows are computed with it. This runs
+    once per network, plan and rank; the plan is recognised by its digest, which covers base and A,
+    too.
 
     lora_rank: how many ranks the site trains in a round; None: the study has no adapter. Errors:
     ModelError."""

@@ -1,11 +1,11 @@
-"""Keep one file for each study that a site admitted and that has not ended.
+"""Keep one file for each study that a site admitted and that has not ended:
+STATE/studies/PLAN.json, where PLAN stands for the digits of the plan's digest.
 
-    STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: the digits of its digest
-
-The file is written before the coordinator learns that its plan was admitted. It is removed when the
-coordinator says that the study has ended, or by `fedtune purge`. While the ledger is frozen, the
-end of a study renames it to PLAN.ended. Which files exist depends on messages and on what people
-do, never on a record."""
+The file holds {"plan", "study", "since"} and can be read by this user only (0600). It is written
+before the coordinator learns that its plan was admitted. It is removed when the coordinator says
+that the study has ended, or by `fedtune purge`. If a study ends while the ledger is frozen, its
+file is renamed to PLAN.ended instead. Which files exist depends on messages and on what people do,
+never on a record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ MOST = 64  # studies under way at once: their files lie in the room that the led
 
 
 def check_number(state: Path, study: Study) -> None:
-    """Check that fewer than MOST other studies run at this site. Errors: PolicyRefused."""
+    """Check that fewer than MOST studies other than `study` run at this site. state: the site's
+    state folder. Errors: PolicyRefused."""
     others = [
         path for path in (state / FOLDER).glob("*.json") if path != _path(state, study.digest)
     ]
@@ -38,8 +39,8 @@ def check_number(state: Path, study: Study) -> None:
 
 
 def begin(state: Path, study: Study) -> None:
-    """Note that a study is running at the site, by writing its file. Errors:
-    InfrastructureError."""
+    """Note that a study is running at the site, by writing its file. state: the site's state
+    folder. Errors: InfrastructureError."""
     path = _path(state, study.digest)
     if not path.exists():
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -48,8 +49,11 @@ def begin(state: Path, study: Study) -> None:
 
 
 def end(state: Path, plan_digest: str, *, is_kept: bool = False) -> None:
-    """Note that a study has ended, by deleting its file. is_kept: whether the file may be evidence;
-    it is then renamed to PLAN.ended instead."""
+    """Note that a study has ended, by deleting its file.
+
+    - state: the site's state folder
+    - plan_digest: the digest of the study's plan
+    - is_kept: whether the file may be evidence; it is then renamed to PLAN.ended instead"""
     path = _path(state, plan_digest)
     if is_kept and path.exists():
         path.rename(path.with_suffix(ENDED))
@@ -58,8 +62,9 @@ def end(state: Path, plan_digest: str, *, is_kept: bool = False) -> None:
 
 
 def under_way(state: Path) -> dict[str, str]:
-    """List the studies that run at the site: plan's digest -> study's name. A file that cannot be
-    read counts as a study; its key and its value are the file's name without ".json"."""
+    """Return the studies that run at the site, plan's digest -> study's name. A file that cannot be
+    read counts as a study, too; the file's name without ".json" then serves as both. state: the
+    site's state folder."""
     names = {}
     for path in sorted((state / FOLDER).glob("*.json")):
         try:

@@ -1,4 +1,5 @@
-"""Store plans that wait for a person at the site to sign them: STATE/plans/PLAN.json, public."""
+"""Store plans for a person at the site to read and sign with `fedtune review`:
+STATE/plans/PLAN.json. A plan is public."""
 
 from __future__ import annotations
 
@@ -24,13 +25,13 @@ def check_plan_length(plan: str) -> None:
 
 
 def keep_plan(site: Site, study: Study) -> Path:
-    """Write a plan, which is public, to a file in which `fedtune review` finds it; return the
-    file's path. It does not matter whether somebody here has signed the plan.
+    """Write a plan to the file in which `fedtune review` finds it, whether or not somebody here has
+    signed it; return the file's path.
 
-    Of more than MOST plans the oldest are deleted. A plan for which the disk has no space is not
-    stored; the site then logs a warning, and the coordinator gets the same answer. Call this while
-    the disk space that is reserved for the ledger (files.room) is not given up: a plan that nobody
-    asked for must not take the space of a charge or a withdrawal."""
+    Of more than MOST plans the oldest are deleted. If the disk has no space for a plan, the plan is
+    not stored; the site then logs a warning, and the coordinator gets the same answer. Call this
+    while the ledger's reserve of disk space (files.room) is in place, not while it is freed for an
+    order: a plan that nobody asked for must not take the space of a charge or a withdrawal."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

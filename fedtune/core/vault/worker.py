@@ -1,5 +1,6 @@
-"""Do a site's part of a study in one object, the worker: plan -> policy -> data -> reserve ->
-noised steps -> release -> seal."""
+"""Do a site's part of a study in one object, SiteWorker. It checks a plan against the policy; then,
+for each round, it reads the records, charges the ledger, takes the noised steps, stores the update,
+and seals it."""
 
 from __future__ import annotations
 
@@ -72,16 +73,16 @@ _workers: dict[str, SiteWorker] = process_cache.register("workers", {})
 
 
 def worker(path: str) -> SiteWorker:
-    """Return the worker of the site file `path`. There is one per file in this process, so that
-    data and model stay loaded between rounds."""
+    """Return the SiteWorker of the site file `path`. This process has one for each site file, so
+    that data and model stay loaded between rounds."""
     if path not in _workers:
         _workers[path] = SiteWorker(load_site(Path(path)), Path(path))
     return _workers[path]
 
 
 def drop_if_changed(path: Path) -> None:
-    """Make `worker` load a site file anew if the file changed since it was loaded. Errors:
-    ConfigError."""
+    """Make the function `worker` load the site file `path` anew if the file changed since it was
+    loaded. Errors: ConfigError."""
     current = _workers.get(str(path))
     if current and current.site != load_site(path):
         del _workers[str(path)]
@@ -130,8 +131,9 @@ class SiteWorker:
 
     @property
     def has_ledger(self) -> bool:
-        """Whether `ledger` exists already. The ledger of a run of declared data is made when its
-        plan is admitted; the lifetime ledger counts as existing."""
+        """Whether the ledger to which rounds are charged exists already. The ledger of a run of
+        declared data is made when its plan is admitted; for the lifetime ledger this is always
+        True."""
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
@@ -146,21 +148,22 @@ class SiteWorker:
         return self.site.room
 
     def room_to_answer(self) -> AbstractContextManager[None]:
-        """In the block, in which an order is answered, free the reserved disk space for the order's
-        writes, so that they succeed whatever else fills the disk and however many records the
-        ledger remembers. Errors: InfrastructureError if the space cannot be reserved; nothing is
-        then read, charged or sent."""
+        """Return a context manager for the time in which an order is answered. During the block the
+        reserved disk space is free for what the order writes, which then succeeds whatever else
+        fills the disk and however many records the ledger remembers. Errors: InfrastructureError if
+        the space cannot be reserved; nothing is then read, charged or sent."""
         return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
-        """Return the worker whose ledger is charged for a plan: the one that `begin_run` made for
-        the plan, else this one."""
+        """Return the SiteWorker whose ledger is charged for the plan with this digest: the one that
+        `begin_run` made for it, else this one."""
         return self._of_runs.get(digest, self)
 
     def begin_run(self, digest: str) -> SiteWorker:
-        """Return the worker whose ledger is charged for a plan. For declared data in a consortium
-        each plan has a separate worker, with a ledger of the run, which is made at the first call.
-        In all other cases return this worker. The caller has checked the plan's signature."""
+        """Return the SiteWorker whose ledger is charged for the plan with this digest. For declared
+        data in a consortium it is one of the plan's own, with a ledger of its own; both are made at
+        the first call. In all other cases it is this one. The caller has checked the plan's
+        signature."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
         if digest not in self._of_runs:
@@ -207,9 +210,10 @@ class SiteWorker:
         return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
 
     def finish(self, digest: str) -> None:
-        """Note that a study has ended, and destroy the draws of shared noise that it left. While
-        the ledger is frozen, the study's file is kept (`studies.end`). The caller has checked the
-        coordinator's signed statement that the study has ended. Errors: LedgerError."""
+        """Note that the study of the plan `digest` has ended, and destroy the draws of shared noise
+        that it left. While the ledger is frozen, the study's file is kept (`studies.end`). The
+        caller has checked the coordinator's signed statement that the study has ended. Errors:
+        LedgerError."""
         self.draws.destroy(digest)  # of attempts that were given up
         studies.end(self.site.site.state, digest, is_kept=self.home.frozen is not None)
 
@@ -261,14 +265,14 @@ class SiteWorker:
         return site
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
-        """Enter in the ledger, before the charges of a dataset are read, the dataset's cohort and
-        from which datasets it is disjoint (shares no patient). In a hospital's home, do the latter
-        for every dataset in the ledger: the vault of another dataset's membership may not be
-        running now.
+        """Enter two facts about a dataset in the ledger, before its charges are read: its cohort,
+        and the datasets with which it shares no patient (from which it is disjoint). In a
+        hospital's home, enter the second fact for every other dataset in the ledger too, since the
+        vault that charges it may not be running now.
 
         - data: the table of site.toml that names the dataset
         - study: the study that will charge it, for its unit
-        - site: the site with the policy that its file has now
+        - site: the settings of this site, with the policy that its file has now
 
         Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown."""
         if site.policy.hospital:
@@ -281,9 +285,10 @@ class SiteWorker:
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
     def check_stated(self, site: Site, declared: Mapping[str, Sequence[str]]) -> None:
-        """Check, under the lock of the ledger in a hospital's home, that the ledger still has the
-        declarations of disjoint datasets that `declare` entered. declared: dataset's name -> the
-        datasets that the ledger now has as disjoint from it.
+        """In a hospital's home, check that the ledger's declarations of disjoint datasets are still
+        those of hospital.toml as this vault read it. This is called under the lock of the ledger,
+        just before a charge. site: the settings with hospital.toml as this vault read it; declared:
+        dataset's name -> the datasets that the ledger now has as disjoint from it.
 
         Errors: Unprepared if another membership's vault entered another version of hospital.toml
         meanwhile. The coordinator then sends the plan again, and this vault reads the file anew."""
@@ -293,7 +298,7 @@ class SiteWorker:
                 raise Unprepared("this site reads its settings anew", todo="send the plan again")
 
     def require_signature(self, study: Study, site: Site) -> None:
-        """If the site's policy requires it, check that a person here signed the plan. In a
+        """Check that a person here signed the plan, if the site's policy requires it. In a
         simulation the rule "reviewed" needs no signature: one person has both the plan and the
         site's file.
 
@@ -311,10 +316,10 @@ class SiteWorker:
 
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`. Studies that read it in the same way share the states at
-        the cut. For a continuous study, or with data.consent, the files are read anew each round.
-        Otherwise the dataset in memory is used, without the patients who withdrew since: the files
-        are not read again because of a withdrawal, since rows that are new in them would then
-        reveal it.
+        the cut. In a study without a last round, or with data.consent, the files are read anew each
+        round. Otherwise the dataset in memory is used, without the patients who withdrew since it
+        was read. A withdrawal alone must not have the files read again: they may have new rows by
+        now, whose effect would reveal the withdrawal.
 
         - study: the study by which records are rendered, tokenised and capped
         - network: the model that the site built for it
@@ -342,15 +347,17 @@ class SiteWorker:
 
     def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> frozenset[bytes]:
         """Enter in the ledger, as hashes, what it needs to recognise the units and records of a
-        dataset again. Return the keys of the units that take part in a disjoint dataset: another
-        membership may have entered them since `dataset` was read.
+        dataset later. Return the keys of the units that must be left out because they take part in
+        a dataset that is disjoint from this one; another membership may have entered them since
+        `dataset` was read.
 
         Guarantee: at most REMEMBERED records of a unit are entered as trained on, and the disk
-        space reserved for the ledger suffices for them. A later reading takes known records first
-        if a unit has more than the cap allows; what it takes thus depends only on that unit's
-        records and history, never on free disk space. Other hashes, by which a private record is
-        recognised if somebody declares it public, are entered only if they leave the reserved space
-        whole. Errors: LedgerError; NoRoom if the disk has less space than was reserved."""
+        space reserved for the ledger suffices for them. If a unit has more records than the cap
+        allows, a later reading takes the known ones first. What it takes thus depends only on that
+        unit's records and history, never on free disk space. The hashes of other records, by which
+        a private record is recognised if somebody declares it public, are entered only if the disk
+        has space for them beside the reserved one. Errors: LedgerError; NoRoom if the disk has less
+        space than was reserved."""
         folder, known = self.ledger.folder, self.ledger.member_test(data.name)
         new = sum(not known(member) for member in dataset.members)
         members = dataset.trained
@@ -373,10 +380,11 @@ class SiteWorker:
             return self.ledger.declare(*about, dataset.trained, data.cohort, arrivals, dataset.keys)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """Load a dataset as `data_for` does, for a round that the site will answer in any case.
-        Return an empty dataset if the records cannot be read now, for whatever reason, or if the
-        disk has no space for the ledger's list of participants. The round is then noise alone, and
-        charged.
+        """Load a dataset as `data_for` does, but return an empty one if the records cannot be read
+        now, for whatever reason, or if the disk has no space for what the ledger remembers of them.
+        The site answers the round in any case; with an empty dataset its answer is noise alone, and
+        is charged.
+
         Errors: LedgerError other than NoRoom, since without a ledger nothing can be charged."""
         try:
             return self.data_for(study, network, data)
@@ -393,10 +401,11 @@ class SiteWorker:
             return CachedDataset(network, Dataset([], 0, Counter()))
 
     def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
-        """Read the dataset without the patients who withdrew. If there are too few units, or the
-        records cannot be read, the site sends noise alone: a record more or less, or a broken one,
-        cannot be observed from outside. Errors: DataError if there is no file, or the columns do
-        not fit the study; no record decides this."""
+        """Read the dataset without the patients who withdrew. If the records cannot be read, return
+        an empty dataset. With fewer than two units the round goes on, too: one record more or less,
+        or a broken one, must not be seen from outside. Errors: DataError if there is no file, or
+        the columns do not fit the study; no record decides this. data: the table of site.toml that
+        names the dataset."""
         self._check_source(study, network, data)
         try:
             dataset = read_for_training(
@@ -411,7 +420,7 @@ class SiteWorker:
 
     def _check_source(self, study: Study, network: Network, data: SiteData) -> None:
         """Check that the records' source exists and that its columns fit the study. No record is
-        read. Errors: DataError."""
+        read. data: the table of site.toml that names the records. Errors: DataError."""
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not (data.url or data.path.exists()):
             raise DataError(f"{data.path}: no such file", "the site's records")
@@ -450,10 +459,10 @@ class SiteWorker:
         - round_: the number of the round
         - label: digest of the adapter that came with the order, or the label of a draw
 
-        Each membership of a hospital has keys of its own, whose third item also names the
-        membership (`slot_of`). But if, before the hospital had a home, this site answered under the
-        key without that name, or a person decided about that answer, then the key without it is
-        returned."""
+        In a membership of a hospital the third item also has the membership's name (`slot_of`), so
+        that two memberships never share a key. One exception: if this site answered the order
+        before the hospital had a home, or a person decided about that answer, the key without the
+        name is returned."""
         policy = self.site.policy
         earlier = plan, round_, label
         may_be_earlier = policy.membership and "" in policy.own_memberships
@@ -463,7 +472,11 @@ class SiteWorker:
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
         """Check that an order's round is in the plan, and compare the ledger with the coordinator's
-        receipt; return the prepared study. digest: the plan's digest; receipt: as for `train`.
+        receipt. Return the study as this site admitted it.
+
+        - digest: the plan's digest
+        - round_: the number of the round, from 1
+        - receipt: the coordinator's receipt that came with the order, as JSON; "" if it has none
 
         Errors: Unprepared, PolicyRefused, LedgerError."""
         prepared = self._require(digest)
@@ -477,13 +490,15 @@ class SiteWorker:
     def reserve(
         self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
     ) -> tuple[CachedDataset, int]:
-        """Charge a round in the ledger; return the records that take part, and the number of the
-        ledger's entry. The network then has the adapter's and the frozen values.
+        """Charge a round in the ledger, before it trains. Return the records that take part, and
+        the number of the ledger's new entry. The network then has the adapter's values and the
+        frozen ones.
 
         - prepared: the study, as this site admitted it
         - round_: the number of the round, from 1
         - adapter: the adapter that the round starts from, fp32 by the tensors' names
-        - slot: the third item of the triple that `slot` returns for the answer
+        - slot: the third item of the ledger's key for the answer, which the method `slot` returns:
+          the adapter's digest, in a hospital's home with the membership's name
 
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; nothing is
         charged then."""
@@ -527,10 +542,14 @@ class SiteWorker:
         return data, reserved
 
     def _train(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
-        """Charge a round, train it, and store the update unless it has no noise. Return the bytes
-        of a safetensors file with the encoded update.
+        """Charge a round, train it, and return the encoded update, the bytes of a safetensors file.
+        The ledger stores these bytes, too (in its outbox), if the update has noise.
 
-        prepared, round_, adapter: as for `reserve`; digest: what `reserve` calls `slot`."""
+        - prepared: the study, as this site admitted it
+        - round_: the number of the round, from 1
+        - adapter: the adapter that the round starts from, fp32 by the tensors' names
+        - digest: the third item of the ledger's key for the answer: the adapter's digest, in a
+          hospital's home with the membership's name"""
         study, plan = prepared.study, prepared.private
         data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing
@@ -546,23 +565,24 @@ class SiteWorker:
         return payload
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:
-        """Count the noised steps that a study ran here so far, as `events_of` does; [] without
-        privacy."""
+        """Return how many noised steps a study ran here so far, in the form of `events_of`; [] if
+        the study is not private."""
         return self.events_of(prepared.study.digest) if prepared.private else []
 
     def events_of(self, digest: str) -> list[dict[str, Any]]:
-        """Count the noised steps that a plan ran here so far: one entry for each (σ, sampling rate,
-        clipping norm, records per unit), with its number of steps (`step_summary`). Only this
-        membership's steps count, since the coordinator of another membership may have sent the same
-        plan. digest: the plan's digest."""
+        """Return how many noised steps a plan ran here so far: a list with one dict for each
+        combination of σ, sampling rate, clipping norm and records per unit, with its number of
+        steps (`step_summary`). Only this membership's steps count, since the coordinator of another
+        membership may have sent the same plan. digest: the plan's digest."""
         return step_summary(self.log.steps(digest, self.site.policy.own_memberships))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
-        """Return the dataset without the cohorts whose lifetime budget is used up. Which these are
-        cannot be observed from outside: batch, noise and divisor do not depend on the true count.
+        """Return the dataset without the cohorts whose lifetime budget is used up. From outside
+        nobody can observe which these are: batch, noise and divisor do not depend on the true
+        number of units.
 
-        spent: these cohorts, each by the number of the ledger's entry of its arrival, as
-        `Ledger.reserve_for` returns them"""
+        spent: the cohorts without budget, each by the number of the ledger's entry for its arrival,
+        as `Ledger.reserve_for` returns them"""
         arrival = self.ledger.arrival(self._dataset)
         remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
         if remaining.n_units < min(2, data.dataset.n_units):
@@ -575,8 +595,8 @@ class SiteWorker:
     def step_plan(
         self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
-        """Yield the object whose methods draw a round's rows, clip and add noise. If this site has
-        other processes, they share the work of its steps.
+        """A context manager: yield the object that draws a round's rows, clips their gradients and
+        adds the noise. If this site has other processes, they share the work of its steps.
 
         - prepared: the study, as this site admitted it
         - data: the records that take part
@@ -601,7 +621,8 @@ class SiteWorker:
         - receipt: the coordinator's receipt for this site's ledger that came with the order, as
           JSON; "" if it has none
 
-        Errors: as `train`."""
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held if the
+        answer, which is charged, waits for a person at the site; Void if that person refused it."""
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
         noted.accept(self, receipt, prepared.coordinator)
@@ -617,8 +638,8 @@ class SiteWorker:
         """Build the charge that the ledger enters for one round of a plan.
 
         - study: the study of the round
-        - plan: this site's plan for its training; None if privacy = "off", and σ is 0
-        - site: the site with the policy that its file has now
+        - plan: this site's plan for its training; None if privacy = "off"; the charge's σ is then 0
+        - site: the settings of this site, with the policy that its file has now
         - round_: the number of the round, from 1"""
         charges = self.ledger.charges(self._dataset)
         return Charge(

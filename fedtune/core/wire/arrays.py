@@ -61,8 +61,8 @@ _HEADER = re.compile(
 
 
 class Travelling(Protocol):
-    """An array in transit, whose bytes nobody has parsed. Flower's `Array` has these attributes,
-    and so has `Packed`, which explains them."""
+    """An array in transit, whose bytes nobody has parsed: NumPy's name of its type, its shape, its
+    bytes and their encoding. Flower's `Array` has these attributes, and so has `Packed`."""
 
     @property
     def dtype(self) -> str: ...
@@ -79,6 +79,7 @@ class Packed:
     """An array in transit.
 
     - dtype: NumPy's name of the numbers' type, as the sender states it
+    - shape: the array's shape, as the sender states it
     - data: the bytes that were or will be sent, not parsed
     - stype: how `data` is encoded; "numpy.ndarray", the usual value, is NumPy's .npy format"""
 
@@ -106,18 +107,21 @@ def _pack_array(array: npt.NDArray[Any]) -> Packed:
 
 
 def bodies(record: Record) -> dict[str, bytes]:
-    """Return the unparsed bytes of each array in transit, which a seal covers."""
+    """Return, by name, the bytes of each array in transit as they were sent, unparsed. A seal
+    covers these bytes."""
     return {name: array.data for name, array in record.items()}
 
 
 def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
-    """Compare the names, types and shapes that a record declares with the agreed ones, before any
-    body is read.
+    """Check, before any body is read, that the names, types and shapes that a record declares are
+    the agreed ones.
 
-    | more, fewer or other names            | WireError |
-    | another shape or type                 | WireError |
-    | a body of more or fewer bytes than the shape needs; its header is not read | WireError |
-    Guarantee: no memory is allocated in proportion to what the message claims."""
+    | the record has                                        | result    |
+    | more, fewer or other names                            | WireError |
+    | another shape or type                                 | WireError |
+    | a body with more or fewer bytes than its shape needs  | WireError |
+    The header inside a body is not read. Guarantee: no memory is allocated in proportion to what
+    the message claims."""
     if len(record) != len(agreed) or set(record) != set(agreed):
         raise WireError("other arrays than agreed")
     for name, array in record.items():
@@ -131,9 +135,9 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
 
 
 def read_agreed(record: Record, agreed: Shapes) -> Arrays:
-    """Decode an adapter or an update that was received: tensors of the `agreed` shapes, in any of
-    the encodings of codec.py. Return them in fp32, by name. No body is read before `check_agreed`
-    has passed. Errors: WireError."""
+    """Decode an adapter or an update that was received, and return its tensors in fp32, by name.
+    They must have the `agreed` shapes; any encoding of codec.py is accepted. No body is read before
+    `check_agreed` has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
         raise WireError("numbers in no known encoding")
@@ -142,16 +146,16 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
 
 
 def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
-    """Decode a plan's frozen arrays, in fp32. Names and shapes of all are checked before one is
-    read.
+    """Decode a plan's frozen arrays, and return them in fp32, by name. The names and shapes of all
+    are checked before one is read.
 
     - record: the arrays as the coordinator sent them with the plan
     - lora: the plan's table [lora]; None if it has none
     - has_basis: whether the plan names a basis of class statistics
 
-    A plan with LoRA may have the matrices A, of `rank` rows, if they come from public text, and the
-    preconditioner's matrices (W or U, lora.preconditioner). A plan for class statistics
-    (`has_basis`) has their basis and mean.
+    With LoRA, these arrays are allowed: the matrices A, with `rank` rows, if A comes from public
+    text; and the matrices of the preconditioner (W or U, lora.preconditioner). A plan for class
+    statistics (`has_basis`) must have their basis and mean, and nothing else.
     Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
     if has_basis and lora is None:
@@ -193,9 +197,9 @@ def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
 def unpack_arrays(record: Record) -> Encoded:
     """Decode arrays in transit; return NumPy arrays by name.
 
-    Guarantee: a body is decoded only if its own header states the type that the record declares, C
-    order, and a shape of exactly as many bytes as follow. So a small message cannot claim a large
-    array. Pickle is never read. Errors: WireError."""
+    Guarantee: a body is decoded only if its own header states C order, the type that the record
+    declares, and a shape that needs exactly as many bytes as follow. So a small message cannot
+    claim a large array. Pickle is never read. Errors: WireError."""
     return {name: _decode(name, array.dtype, array.data) for name, array in record.items()}
 
 

@@ -1,13 +1,15 @@
 """Encode updates and adapters for the wire: fp32, fp16, or int8 in blocks.
 
     float32   the numbers themselves
-    float16   each BLOCK numbers over a power of two that brings the largest just below 2¹⁵
-    int8      each BLOCK numbers over 1/127 of their largest, rounded to the nearest
+    float16   BLOCK numbers at a time, divided by a power of two that brings the largest of them
+              just below 2¹⁵
+    int8      BLOCK numbers at a time, divided by 1/127 of the largest of them, then rounded to
+              the nearest integer
 
-All tensors travel as one array VALUES, end to end in name order: names and shapes follow from
-the plan, and Flower's cost is per array. The divisors of the blocks travel beside it, in one
-fp32 array SCALES. No block has numbers of two tensors, so that a small tensor beside a large one
-keeps its digits.
+All tensors travel as one array VALUES, one after another in name order: names and shapes follow
+from the plan, and each further array would cost Flower more. The divisors of the blocks travel in a
+second array, SCALES, fp32. No block has numbers of two tensors, so that a small tensor beside a
+large one keeps its digits.
 
 x is a number, m the largest magnitude in its block, and both are finite:
 
@@ -18,8 +20,7 @@ x is a number, m the largest magnitude in its block, and both are finite:
 
 (int8: ‖error‖² ≤ Σ BLOCK · (m/254)² over the blocks, and no block's m is above its norm.)
 Guarantee: the same numbers give the same bytes. A number that is not finite makes its block's scale
-not finite, which `decode` refuses. Encoding is post-processing of noised updates and costs no ε.
-"""
+not finite, which `decode` refuses. Encoding is post-processing of noised updates and costs no ε."""
 
 from __future__ import annotations
 
@@ -50,12 +51,13 @@ _SMALLEST = np.float32(2.0**-126)  # of a scale; smaller ones would not be norma
 
 
 class WireError(InputError):
-    """Received arrays do not have the agreed form; the message holds names and shapes, no
-    values."""
+    """Received arrays do not have the agreed form. The message of this error holds names and
+    shapes, no values."""
 
 
 class Form(NamedTuple):
-    """Type (NumPy's name) and shape of an array that is not read yet."""
+    """The type (NumPy's name) and the shape that an array in transit must have; the array is not
+    read yet."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -81,15 +83,16 @@ def digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
 
 
 def length(arrays: Arrays) -> float:
-    """Compute the Euclidean norm over all numbers, in fp64; not finite if one of them is not."""
+    """Compute the Euclidean norm of all numbers of the arrays together, in fp64. It is not finite
+    if one of the numbers is not."""
     # No sum of squares of fp32 numbers overflows in fp64. A dot product would wake BLAS' threads.
     squares = (np.square(array, dtype=np.float64).sum() for array in arrays.values())
     return math.sqrt(sum(map(float, squares)))
 
 
 def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
-    """Return the type and shape of each array that `encode` makes from tensors of the `agreed`
-    shapes, by name (VALUES, SCALES)."""
+    """Return the type and shape of each array that `encode` makes with this encoding from tensors
+    of the `agreed` shapes, by name (VALUES, SCALES)."""
     forms = {VALUES: Form(encoding, (_size(agreed),))}
     if encoding != "float32":
         forms[SCALES] = Form("float32", _starts(agreed).shape)
@@ -118,13 +121,13 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
 
 
 def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
-    """Decode to fp32 tensors, by name, what `encode` returned. The type of the encoded numbers
-    tells which encoding was used.
+    """Decode what `encode` returned, and return the tensors in fp32, by name. The type of the
+    encoded numbers tells which encoding was used. agreed: the tensors' shapes, by name.
 
     Guarantee: how many numbers and blocks are read follows from the `agreed` shapes alone.
-    Errors: WireError if the arrays have other names or types than those of `encode`, if there are
-    more or fewer numbers than agreed, or if the scales are missing or not one positive and finite
-    number for each block."""
+    Errors: WireError in these cases: the arrays have other names or types than `encode` gives them;
+    there are more or fewer numbers than agreed; the scales are missing, or one of them is not
+    positive and finite, or their number is not that of the blocks."""
     values, scales = encoded.get(VALUES), encoded.get(SCALES)
     if values is None or set(encoded) - {VALUES, SCALES}:
         raise WireError("other arrays than agreed")
@@ -161,8 +164,8 @@ def _size(agreed: Shapes) -> int:
 
 
 def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
-    """Return, for each block, the index of its first number among the numbers of all tensors, which
-    lie end to end in name order."""
+    """Return, for each block, the index of its first number. The numbers of all tensors are counted
+    one after another, in name order of the tensors. agreed: the tensors' shapes, by name."""
     starts, at = list[int](), 0
     for _, shape in sorted(agreed.items()):
         starts += range(at, at + math.prod(shape), BLOCK)

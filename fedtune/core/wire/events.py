@@ -32,14 +32,14 @@ class Receives(Protocol):
 
 
 class Teller:
-    """Sends events over a connection to the process that started this one; if nobody reads them any
-    more, they are dropped. Call it with the event's name and its facts.
+    """Sends events over a connection to the process that started this one. Call it with the event's
+    name and its facts. If that process has ended, events are dropped.
 
     Guarantee: the sender never waits for an event to be read. If the process that started this one
-    reads nothing, as while its terminal is paused, events that do not fit into the connection are
-    left out and counted. A vault that waited would stop answering after some number of events. This
-    number depends on records, and the coordinator could see it. Only `fetch` and `error` wait:
-    `fetch` for its result, `error` because this process answers nobody afterwards."""
+    reads nothing, for example while its terminal is paused, events that do not fit into the
+    connection are left out and counted. A vault that waited would stop answering after a number of
+    events that depends on records, and the coordinator would see when. Only `fetch` and `error`
+    wait: `fetch` for its result, `error` because this process answers nobody afterwards."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()
@@ -87,7 +87,8 @@ class Teller:
         return False
 
     def _send_rest(self) -> bool:
-        """Send the rest of the last event; return whether nothing of it is left."""
+        """Send what is left of the event that was begun last. Return whether nothing of it is
+        left."""
         try:
             while self._rest:
                 self._rest = self._rest[os.write(self._connection.fileno(), self._rest) :]
@@ -97,7 +98,8 @@ class Teller:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Make writes and reads in the block wait until they can be done."""
+        """A context manager: during the block, writes and reads on the connection wait until they
+        can be done; before and after it they fail at once instead."""
         with suppress(OSError):
             os.set_blocking(self._connection.fileno(), True)
         try:
@@ -113,14 +115,14 @@ def _not_shown(events: int) -> str:
 
 
 def pass_warnings_on(tell: Callable[[str, dict[str, Any]], None]) -> None:
-    """Send each warning of fedtune's own loggers to the process that started this one, which logs
-    it. What a library logs is not sent, since it may quote a record. tell: sends an event, given
-    its name and its facts."""
+    """Send each warning that fedtune itself logs to the process that started this one, which logs
+    it there. Warnings of other libraries are not sent, since they may quote a record. tell: sends
+    an event, given its name and its facts."""
     logging.getLogger("fedtune").addHandler(_ToTeller(tell))
 
 
 class _ToTeller(logging.Handler):
-    """Sends each warning as an event."""
+    """A log handler that sends each warning as an event."""
 
     def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
         super().__init__(logging.WARNING)

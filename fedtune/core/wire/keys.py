@@ -69,8 +69,8 @@ class SigningKey:
 @lru_cache(maxsize=256)  # a ledger's head and receipts are read again at every transaction
 def verifies(public: str, message: bytes, signature: str) -> bool:
     """Return whether `signature` over `message` is by the key `public`, both in lower-case
-    hexadecimal. Return False if one is malformed, also if it has upper case or spaces, so that one
-    signature has one form."""
+    hexadecimal. If either is malformed, return False. Upper case and spaces count as malformed, so
+    that each signature has only one form."""
     if not (_PUBLIC.fullmatch(public) and _SIGNATURE.fullmatch(signature)):
         return False
     try:
@@ -82,8 +82,9 @@ def verifies(public: str, message: bytes, signature: str) -> bool:
 
 
 def canonical(value: dict[str, Any]) -> bytes:
-    """Return the one byte string of a JSON object: sorted keys, no spaces, UTF-8, finite
-    numbers."""
+    """Encode a JSON object as the bytes that are signed. Equal objects give equal bytes: keys are
+    sorted, there are no spaces, and text is UTF-8. Errors: ValueError for a number that is not
+    finite."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )

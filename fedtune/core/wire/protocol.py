@@ -1,19 +1,20 @@
-"""Define the protocol version of coordinator and site. A change by which one could misread the
-other raises the number.
+"""Define the protocol version of coordinator and site. The number rises with each change after
+which one of the two could misread the other.
 
 The version covers all that crosses the wire: plans, admissions, orders, updates, seals, receipts
 and enrolment files. A release of fedtune that changes none of them keeps the number, and may
 replace another at either end in the middle of a study.
 
+| the other end states         | what happens                                                    |
 | same number, another release | the study goes on                                               |
 | another number               | refused by the end that notices first, before a record is read  |
 |                              | or a round is charged; the other end is told both numbers       |
 | no number                    | refused: the peer's release is older than this numbering        |
 
-Every version will always have these: the message `query.prepare` with a record `plan`, its answer
-with a record `admission`, in both the fields of `version_fields`, and in the answer also `name`,
-`status` and `reason`.
-"""
+So that two versions can always tell this to each other, the following stays the same in every
+version: the message `query.prepare` has a record `plan`; its answer has a record `admission`; both
+records have the fields of `version_fields`, and `admission` also has `name`, `status` and
+`reason`."""
 
 from __future__ import annotations
 
@@ -33,18 +34,18 @@ class OtherProtocol(Refused):
 
 
 def version_fields() -> dict[str, int | str]:
-    """Return the protocol and release that this end states. Both are public, and the same at every
-    site with this release."""
+    """Return this end's protocol number and release, as fields of a message. Both are public, and
+    the same at every site with this release."""
     return {"protocol": PROTOCOL, "release": __version__}
 
 
 def check_peer(peer: str, message: Mapping[str, Any], own_role: str) -> None:
-    """Check the protocol that the other end states in a message against that of this end.
+    """Check that the other end of a connection has the same protocol number as this end.
 
     - peer, own_role: what the error calls the other end and this one, such as "the coordinator"
-    - message: the message's fields, with those of `version_fields`
+    - message: the other end's message, with the fields of `version_fields`
 
-    Errors: OtherProtocol where they differ."""
+    Errors: OtherProtocol if the numbers differ."""
     protocol = message.get("protocol")
     if type(protocol) is int and protocol == PROTOCOL:
         return

@@ -36,8 +36,8 @@ MOST_BYTES = 4 << 30  # of its arrays, all together
 
 class Way(Protocol):
     """A channel for requests and answers, which sends and receives them part by part: a
-    multiprocessing Connection, or a file in memory. most: the largest number of bytes that the next
-    part may have."""
+    multiprocessing Connection, or a file in memory. recv_bytes takes the largest number of bytes
+    that the next part may have."""
 
     def send_bytes(self, sent: bytes, /) -> None: ...
 
@@ -63,11 +63,13 @@ class Request:
 
 @dataclass(frozen=True, repr=False)
 class Answer:
-    """A site's answer: a table of plain values (`fields`), and arrays.
+    """A site's answer: a table of plain values, and arrays.
 
-    table: the name under which the values are sent: "admission" (the answer to a plan), "site" (to
-    an order) or "" (a failure, without values). arrays_name: the name of the arrays, "" if there
-    are none."""
+    - table: the name under which the values are sent: "admission" (the answer to a plan), "site"
+      (to an order) or "" (a failure, without values)
+    - fields: the plain values, by name
+    - arrays_name: the name under which the arrays are sent; "" if there are none
+    - arrays: the arrays in transit, by name"""
 
     table: str
     fields: Mapping[str, Scalar]
@@ -111,8 +113,9 @@ def receive_request(connection: Way) -> Request:
 
 
 def receive_answer(connection: Way) -> Answer:
-    """Receive an answer from the vault. Errors: as for `receive_request`, with the vault as the
-    sender."""
+    """Receive an answer from the vault. Errors: EOFError or OSError if the vault has ended, or if
+    it sends more than an answer can hold or a header that cannot be read; RequestError if the
+    message does not have the agreed form."""
     header, arrays = _receive(connection)
     table = header.get("table")
     fields = header.get("fields")
@@ -146,7 +149,8 @@ def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
 
 
 def _plain(table: Table) -> dict[str, Scalar]:
-    """Return a message's table in a form that JSON can hold: values of other types become text."""
+    """Return the named values of a message in a form that JSON can hold: a value that is not a
+    bool, int, float or str becomes text."""
     return {
         str(name): value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in table.items()

@@ -32,9 +32,14 @@ class SealError(InputError):
 class Header:
     """The context to which a site's signature binds an update. Every field is public.
 
-    plan, base: digests; receiver: the coordinator's public key; nonce: as in the order; body: the
-    message's `body_digest`; ledger: {token} with the head of the site's ledger, which only the site
-    can read."""
+    - plan, base: the digests of plan and base
+    - round: the number of the round
+    - site: the site's name
+    - receiver: the coordinator's public key
+    - nonce: the random text of the order that the update answers
+    - body: the message's `body_digest`
+    - ledger: {"token": text}, the head of the site's ledger, encrypted so that only the site can
+      read it"""
 
     plan: str
     round: int
@@ -47,9 +52,13 @@ class Header:
 
 
 def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256, in hexadecimal, over the arrays' digest and the message's text fields,
-    except "header" and "signature". Whoever has the arrays' digest can check the text without the
-    arrays.
+    """Return the digest of a message: the sha256, in hexadecimal, over the digest of its arrays and
+    its text fields, except "header" and "signature". Whoever knows the digest of the arrays can
+    check the text without having the arrays.
+
+    - arrays: each array's unparsed bytes, by name
+    - fields: the text fields by name; None if the message has none, which gives another digest than
+      an empty table
 
     Errors: SealError if `fields` holds anything but short text."""
     return digest_of(arrays_digest(arrays), fields)
@@ -66,9 +75,14 @@ def arrays_digest(arrays: Mapping[str, bytes]) -> str:
 
 
 def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
-    """Return the `body_digest` of a message from the digest of its arrays. arrays: what
-    `arrays_digest` returned; fields: as for `body_digest`. A message without text fields (None) has
-    another digest than one with an empty table. Errors: SealError."""
+    """Return the digest of a message, as `body_digest` does, if only the digest of its arrays is
+    known.
+
+    - arrays: the digest of the arrays, as `arrays_digest` returned it
+    - fields: the text fields by name; None if the message has none, which gives another digest than
+      an empty table
+
+    Errors: SealError if `fields` holds anything but short text."""
     said = None if fields is None else texts_of(fields)
     try:
         return hashlib.sha256(canonical({"arrays": arrays, "said": said})).hexdigest()
@@ -77,8 +91,8 @@ def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
 
 
 def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Return the text fields of a message that its seal covers: all except header and signature.
-    Errors: SealError if one is not short text."""
+    """Return those text fields of a message that its seal covers, by name: all except "header" and
+    "signature". Errors: SealError if one is not short text."""
     texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
     if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
         raise SealError("what its answer says beside its arrays is malformed")
@@ -86,21 +100,22 @@ def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def seal(key: SigningKey, header: Header) -> dict[str, str]:
-    """Encode the header as JSON and sign it. Return {"header": the JSON text, "signature": the
-    signature in hexadecimal}."""
+    """Encode the header as JSON and sign it with the site's key. Return {"header": the JSON text,
+    "signature": the signature in hexadecimal}."""
     signed = canonical(asdict(header))
     return {"header": signed.decode(), "signature": key.sign(b"fedtune update\0" + signed)}
 
 
 def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
     """Verify that the site with the key `public` sealed a message, and that the seal's header is
-    `expected`. Return the statement about the site's ledger in the header, {token}.
+    `expected`. Return the header's statement about the site's ledger, {"token": text}, which only
+    the site can read.
 
     - sealed: the message's fields, with "header" and "signature" as `seal` made them
     - public: the site's public signing key, with which it was admitted
     - expected: the context in which the site was asked; its `ledger` is ignored
 
-    Nothing of the body is parsed. Errors: SealError, also if the statement is not {token}."""
+    Nothing of the body is parsed. Errors: SealError, also if the statement has another form."""
     text, signature = sealed.get("header"), sealed.get("signature")
     if not isinstance(text, str) or not isinstance(signature, str):
         raise SealError("its update is not sealed")
@@ -130,8 +145,8 @@ def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[
 
 
 def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
-    """Return whether a site's statement about its ledger has the agreed form: {token} and nothing
-    else, the token in lower-case hexadecimal of bounded length."""
+    """Return whether a site's statement about its ledger has the agreed form {"token": text} and
+    nothing else. The text must be lower-case hexadecimal of bounded length."""
     if not isinstance(ledger, dict) or set(ledger) != {"token"}:
         return False
     token = ledger["token"]
@@ -139,8 +154,9 @@ def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256, in hexadecimal, over the adapter's arrays and, if there is one, the table
-    of texts that are sent with the coordinator's signed order."""
+    """Return the sha256, in hexadecimal, over what is sent beside the coordinator's signed order:
+    the adapter's arrays and a table of texts. arrays: each array's unparsed bytes, by name; table:
+    None if none is sent."""
     content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
     return hashlib.sha256(canonical(content)).hexdigest()
 
@@ -209,13 +225,15 @@ def check_plan(message: Mapping[str, Any], digest: str) -> str:
 
 
 def sign_end(key: SigningKey, digest: str) -> dict[str, Any]:
-    """Sign that the study of a plan has ended. Return the fields that say so, "finished" and
-    "finished_signature", which are sent with the plan. digest: the plan's digest."""
+    """Sign, with the coordinator's key, that the study of a plan has ended. Return the fields that
+    say so, "finished" and "finished_signature", which are sent with the plan. digest: the plan's
+    digest."""
     return {"finished": True, "finished_signature": key.sign(_end(digest))}
 
 
 def check_end(message: Mapping[str, Any], digest: str, public: str) -> None:
-    """Verify that the coordinator `public` signed that the study of this plan has ended.
+    """Verify that the coordinator `public` signed that the study of this plan has ended. message:
+    the fields as they were received, with "finished_signature"; digest: the plan's digest.
 
     Errors: SealError."""
     if not verifies(public, _end(digest), str(message.get("finished_signature"))):
@@ -227,8 +245,9 @@ def _end(digest: str) -> bytes:
 
 
 def receipt(key: SigningKey, statement: Mapping[str, Any]) -> dict[str, Any]:
-    """Countersign a site's statement about its ledger, {token}, which the coordinator cannot read.
-    Return the receipt: "token", "coordinator" (the public key) and "countersignature"."""
+    """Countersign a site's statement about its ledger. statement: {"token": text}, which the
+    coordinator cannot read. Return the receipt: "token", "coordinator" (the public key) and
+    "countersignature"."""
     fields = {"token": statement.get("token")}
     return fields | {
         "coordinator": key.public,

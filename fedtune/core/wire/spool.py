@@ -3,13 +3,14 @@
     DIR/requests/NAME   the courier writes and removes them; the vault reads them
     DIR/answers/NAME    the vault writes and removes them; the courier reads them
 
-NAME is the sha256 of the request's file. Each file holds a random number, so that no two
-requests have the same name, and an answer names its request: an answer that an earlier courier
-left is never taken for another's. A file is written under another name, synced to disk and
-renamed: it is complete, or not there.
+NAME is the sha256 of the request's file. A request's file holds a random number, so that no two
+requests have the same name. An answer names its request, so that an answer which an earlier courier
+did not fetch is never taken for the answer to another request. A file is written under another
+name, synced to disk and renamed, so that under its own name it is complete or does not exist.
 
 Guarantee: no file in DIR/requests can do more than delay an answer.
 
+| a file in DIR/requests                                    | what the vault does with it         |
 | a link, a pipe, a folder, a device, a file with two names | not opened, or closed again unread  |
 | another user's file; one longer than a request can be     | closed again unread                 |
 | a file that does not hash to its name: written while it   | read once, and not answered; the    |
@@ -62,9 +63,9 @@ Seen = tuple[int, int, int]  # a file's inode number, its length, and when it wa
 
 @dataclass(frozen=True)
 class Spool:
-    """The folder through which a courier and a vault pass requests and answers as files. path: the
-    folder, DIR in the description of this module. Errors, of each method: InfrastructureError if
-    the disk or the folder refuses."""
+    """A folder through which a courier and a vault pass requests and answers as files. path: this
+    folder, in which requests/ and answers/ lie. Each method raises InfrastructureError if the disk
+    or the folder refuses."""
 
     path: Path
     _refused: dict[str, Seen] = field(default_factory=dict)  # files that were judged already
@@ -80,8 +81,8 @@ class Spool:
 
     @classmethod
     def at(cls, path: Path) -> Spool:
-        """Return the spool at `path`. Make its folder and the two folders in it, readable by this
-        user only, if they do not exist.
+        """Return the spool at `path`: a folder through which vault and courier pass files. Make it,
+        and its folders requests/ and answers/, if they do not exist, for this user only.
 
         Errors: ConfigError if one cannot be made, or others may write there."""
         spool = cls(path.absolute())
@@ -109,8 +110,8 @@ class Spool:
         return name
 
     def answer_to(self, name: str) -> Answer | None:
-        """Return the answer to a request; None as long as there is none. Errors: RequestError if
-        the answer's file is not an answer to this request."""
+        """Return the answer to the request `name`; None as long as there is none. Errors:
+        RequestError if the answer's file is not an answer to this request."""
         try:
             with self._of(self.answers) as folder:
                 content = _read(folder, name)
@@ -119,7 +120,7 @@ class Spool:
         return None if content is None else _decode_answer(name, content)
 
     def withdraw(self, name: str) -> None:
-        """Remove a request that was answered, or whose answer is no longer awaited."""
+        """Remove the request `name`, which was answered or whose answer is no longer awaited."""
         with self._of(self.requests) as folder:
             _remove(folder, name)
 
@@ -180,7 +181,8 @@ class Spool:
             _write(folder, name, _encode(answer, {"request": name}), dated=False)
 
     def remove_answered(self) -> None:
-        """Remove the answers whose requests are gone: the courier read them, or gave them up."""
+        """Remove the answers whose requests are gone, because the courier has read the answer or no
+        longer waits for it."""
         with self._of(self.requests) as requests, self._of(self.answers) as answers:
             with os.scandir(answers) as entries:
                 listed = [entry.name for entry in islice(entries, MOST_NAMES)]
@@ -199,8 +201,8 @@ class Spool:
 
     @contextmanager
     def _of(self, path: Path) -> Iterator[int]:
-        """Open one of the two folders, and yield its descriptor for the block; an OSError in the
-        block becomes an InfrastructureError."""
+        """A context manager: open `path`, one of the folders requests/ and answers/, and yield its
+        descriptor. An OSError in the block becomes an InfrastructureError."""
         try:
             with _opened(path) as number:
                 yield number
@@ -243,8 +245,9 @@ def _encode(sent: Request | Answer, head: dict[str, str]) -> bytes:
 
 
 def _head(way: _InMemory) -> dict[str, Any]:
-    """Read the first part of a file: a table with the release that wrote it and, of an answer, the
-    name of its request. Errors: OSError, EOFError, RequestError."""
+    """Read the first part of a spool's file, a table with the release that wrote the file. In the
+    file of an answer the table also has the name of the request. Errors: OSError, EOFError,
+    RequestError."""
     try:
         head = json.loads(way.recv_bytes(MOST_HEAD))
     except (ValueError, RecursionError):
@@ -262,8 +265,8 @@ def _check_release(head: dict[str, Any]) -> None:
 
 
 class _InMemory:
-    """A channel (`Way`) that writes a request or an answer to memory, or reads one from there, in
-    the form of a spool's file: the length of each part, then the part."""
+    """A channel (`Way`) whose parts are not sent but written to memory, or read from there. The
+    bytes in memory are those of a spool's file: for each part its length, then the part."""
 
     def __init__(self, content: bytes = b"") -> None:
         self._parts, self._left = list[bytes](), memoryview(content)
@@ -297,8 +300,8 @@ class _NotTaken(Exception):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a folder, and yield its descriptor for the block. Errors: OSError if the path is a link,
-    or the folder is another user's."""
+    """A context manager: open a folder, and yield its descriptor. Errors: OSError if the path is a
+    link, or the folder is another user's."""
     number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if os.fstat(number).st_uid != os.geteuid():
@@ -324,9 +327,9 @@ def _identify(status: os.stat_result) -> Seen:
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """Read a file of a spool completely. Return None if it does not exist. Errors: _NotTaken if it
-    is a link or no regular file, is another user's, has a second name, is too long, or is being
-    written; OSError."""
+    """Read a file of a spool completely; None if it does not exist. folder: the open descriptor of
+    the folder; name: the file's name in it. Errors: _NotTaken if it is a link or no regular file,
+    is another user's, has a second name, is too long, or is being written; OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         number = os.open(name, flags, dir_fd=folder)

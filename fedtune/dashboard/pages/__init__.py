@@ -30,7 +30,7 @@ class Page(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """The name of the page's subject for people, such as a study's or a site's name."""
+        """The page's heading: the name of what the page shows, such as a study or a site."""
 
     @abstractmethod
     def files(self) -> Iterable[Path]:
@@ -38,11 +38,12 @@ class Page(ABC):
 
     @abstractmethod
     def read_context(self) -> dict[str, Any]:
-        """Read the values that the template shows, by name. This must take milliseconds only.
+        """Return the values that the template shows, by name. This must take milliseconds only.
         Errors: FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:
-        """Read the curves by round, as the page's script draws them; None if the page has none."""
+        """Return what the page's script needs to draw the curves by round, by name, in a form that
+        JSON can hold; None if the page has no curves."""
         return None
 
     def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read

@@ -17,10 +17,11 @@ MOST, LONGEST = 20, 1500  # prompts, and characters of a text
 
 
 def answers_in(run: Path) -> dict[str, Any]:
-    """Read a run's answers, for the page. Return {"made": the time at which they were made, or ""
-    if it is malformed, "rows": one for each of at most MOST prompts}; a row has "prompt",
-    "expected" and, from `_answer`, "base" and "adapter". Return {} if there are no answers, or if
-    they were made with another version of the adapter; {"error": …} if the file is damaged."""
+    """Read a run's answers to public records, for the page. Return a dict: "made" is the time at
+    which they were made, "" if it is malformed; "rows" has a dict for each of at most MOST prompts,
+    with "prompt", "expected", and the answers "base" and "adapter" as `_answer` returns them.
+    Return {} if there are no answers, or if they were made with another version of the adapter;
+    {"error": text} if the file is damaged."""
     path = run / ANSWERS
     if not path.exists():
         return {}
@@ -46,9 +47,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(side: Any, expected: str) -> dict[str, Any]:
-    """Read one model's answer. Return {"text": the answer; "share": the probability that the model
-    gave it, None if it is no label; "right": whether it is the expected label, None if that is not
-    known}."""
+    """Read one model's answer to one prompt. Return a dict: "text" is the answer; "share" is the
+    probability that the model gave it, None if the answer is no label; "right" says whether it is
+    the expected label, None if that is not known."""
     side = side if isinstance(side, dict) else {}
     text, share = _text(side.get("answer")), number(side.get("probability"))
     share = share if share is not None and 0 <= share <= 1 else None

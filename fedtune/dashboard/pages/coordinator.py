@@ -51,8 +51,8 @@ class CoordinatorPage(Page):
         return self._run_pages().get(self._status().get("plan_digest"))
 
     def _run_pages(self) -> dict[str | None, RunPage]:
-        """Return plan's digest -> the page of the newest run of that plan, among the runs beside
-        the home."""
+        """Return the page of each plan's newest run, by the plan's digest. The runs are looked for
+        beside the home, and in runs/ beside the home."""
         beside = self.path.resolve().parent
         runs = [run for folder in (beside, beside / RUNS) for run in runs_in(folder)]
         newest = dict[str | None, RunPage]()
@@ -124,8 +124,8 @@ class CoordinatorPage(Page):
         }
 
     def _members(self, sites: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Notice]]:
-        """Return a row for each site in the run, and for each admitted or revoked site, with the
-        days until its certificate expires; and the notices about certificates that expire soon.
+        """Return two lists: a row for each site that is in the run, admitted or revoked, with
+        "days" until its certificate expires; and the notices about certificates that expire soon.
         sites: the rows of the sites in the run (`sites_of`)."""
         rows, notices = {site["name"]: {**site, "days": None} for site in sites}, list[Notice]()
         empty = sites_of(None, {"privacy": {"sites": {"": {}}}})[0]

@@ -97,8 +97,10 @@ class RunPage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Return the curves by round. Each curve is a list with one number for each round, or None
-        where nothing was measured in the round."""
+        """Return what the page's script needs to draw the curves by round: "rounds" (the numbers of
+        the rounds), "quality", "selection" and "epsilon" (curve's name -> curve), and further
+        values by name. Each curve is a list with one number for each round, or None where nothing
+        was measured in the round."""
         self.read_rounds()
         rounds, shown = self.rounds, self.read_context()
         quality = {name: _plain(values) for name, values in rounds.quality.items()}
@@ -157,9 +159,10 @@ class RunPage(Page):
 
 
 def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Return, for the page's list of commands, the one that has base and adapter answer the same
-    prompts: a list of one {"does", "line"}. Return [] if it has been run already, or the plan has
-    no [evaluation]."""
+    """Return, for the page's list of commands, the command that has base and trained model answer
+    the same prompts. The result is a list of one dict {"does": what it does, "line": the command
+    line}; [] if the answers exist already, or the plan has no [evaluation]. run: the run's folder;
+    plan: the content of its plan.json."""
     if not plan.get("evaluation") or (run / ANSWERS).exists():
         return []
     line = f"fedtune answers {shlex.quote(str(run))}"
@@ -167,8 +170,8 @@ def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each site, sorted by name, with what status and report say of it. A value
-    that neither has is None.
+    """Return a row for each site, sorted by name, with the site's values in the run's status and in
+    its report. A value that is in neither is None.
 
     - snapshot: the run's status; None if it cannot be read
     - report: the content of report.json; {} if there is none yet"""
@@ -201,7 +204,11 @@ def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str
 def alarms(
     snapshot: Snapshot | None, report: dict[str, Any], sites: list[dict[str, Any]]
 ) -> list[Notice]:
-    """List the alarms of a run: no privacy, a worse model, a stop, and problems of sites."""
+    """List the alarms of a run: no privacy, a worse model, a stop, and problems of sites.
+
+    - snapshot: the run's status; None if it cannot be read
+    - report: the content of report.json; {} if there is none yet
+    - sites: the rows of the sites, from `sites_of`"""
     found, quality = [], report.get("quality") or {}
     if report.get("private") is False or (snapshot and snapshot.status.get("private") is False):
         found.append(
@@ -241,7 +248,11 @@ def _quality(
 ) -> dict[str, Any]:
     """Return the values of the page's part on quality, by name: "rows" compares base and trained
     model by each metric, with intervals. While the run continues, the trained model is that of the
-    newest measured round. Return {} for a run without a metric."""
+    newest measured round. Return {} for a run without a metric.
+
+    - snapshot: the run's status; None if it cannot be read
+    - report: the content of report.json; {} if there is none yet
+    - plan: the content of plan.json; {} if it cannot be read"""
     quality = report.get("quality") or {}
     metric = quality.get("metric") or (plan.get("evaluation") or {}).get("metric")
     if metric is None:
@@ -282,7 +293,11 @@ def _privacy(
 ) -> dict[str, Any]:
     """Return the values of the page's part on privacy, by name: the largest ε of a site so far, the
     planned ε, δ, the unit, and texts that explain them. Return {"off": True} for a run without
-    privacy."""
+    privacy.
+
+    - sites: the rows of the sites, from `sites_of`
+    - report: the content of report.json; {} if there is none yet
+    - plan: the content of plan.json; {} if it cannot be read"""
     table = plan.get("privacy")
     told = report.get("privacy") or {}
     if table == "off" or report.get("private") is False:
@@ -305,7 +320,8 @@ def _privacy(
 
 def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the public facts about a run, such as base and objective, as pairs of label and value.
-    Those that neither plan nor report has are left out."""
+    A fact that is in neither `plan` (the content of plan.json) nor `report` (that of report.json)
+    is left out."""
     base = report.get("base") or plan.get("base") or {}
     adapter = plan.get("lora") or {}
     pairs = [

@@ -78,8 +78,8 @@ class SitePage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Return {"own": …}: the site's own training loss by round in each of its newest studies,
-        as `_losses` returns it."""
+        """Return {"own": a list}: for each of the site's newest studies, its own training loss by
+        round, as `_losses` returns it."""
         return {"own": _losses(self._site().site.state / LOSSES)}
 
     def _site(self) -> Site:
@@ -87,8 +87,8 @@ class SitePage(Page):
 
 
 def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
-    """Yield a warning if the newest study is not over and it is known that nobody at this site has
-    signed its plan. path: the site file, quoted for a command line."""
+    """Yield a warning if it is known that nobody at this site has signed the plan of the newest
+    study, and this study is not over. path: the site file, quoted for a command line."""
     status = snapshot.status if snapshot else {}
     digest, study = status.get("plan_digest"), status.get("study")
     if snapshot is None or snapshot.over or status.get("signed") is not False or not digest:
@@ -120,9 +120,9 @@ def _policy(site: Site) -> list[tuple[str, str]]:
 
 
 def _counts(path: Path) -> list[dict[str, Any]]:
-    """Return a table for each dataset: how many rows were used, and how many were left out for
-    which reason, when the dataset was last read. The values are counts and fixed words. Return []
-    if the file is missing or damaged. path: counts.json in the site's state folder."""
+    """Return a dict for each dataset: how many rows were used when the dataset was last read, and
+    how many were left out for which reason. The values are counts and fixed words. Return [] if the
+    file is missing or damaged. path: counts.json in the site's state folder."""
     if not path.exists():
         return []
     with suppress(FedtuneError):
@@ -136,10 +136,10 @@ def _counts(path: Path) -> list[dict[str, Any]]:
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
-    """Return the losses of the newest STUDIES studies, the newest first: {"study": its name,
-    "rounds": numbers, "losses": one for each round, None if it is not known}. If a round was
-    trained twice, the later loss counts. Lines that fedtune did not write are left out. path:
-    losses.jsonl in the site's state folder."""
+    """Return a dict for each of the newest STUDIES studies, the newest first: "study" is its name,
+    "rounds" are the numbers of the rounds, and "losses" has the loss of each round, None if it is
+    not known. If a round was trained twice, the later loss counts. Lines that fedtune did not write
+    are left out. path: losses.jsonl in the site's state folder."""
     studies: dict[str, dict[str, Any]] = {}
     lines: list[str] = []
     with suppress(OSError, FedtuneError):

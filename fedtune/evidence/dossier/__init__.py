@@ -1,2 +1,2 @@
-"""Write a run's dossier for an ethics board, a data protection officer and a buyer. Each figure
-names the field of the run from which it is taken."""
+"""Write a run's dossier for an ethics board, a data protection officer and a buyer. Each figure in
+the dossier names the field of the run from which it was taken."""

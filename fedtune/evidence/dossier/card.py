@@ -25,16 +25,19 @@ PEFT = (
 
 
 def card(content: Mapping[str, Any], found: Mapping[str, Any], run: Path) -> str:
-    """Return the model card of a dossier as Markdown. content: the content of dossier.json; found:
-    the run's documents by name; run: the run's folder."""
+    """Return the model card of a dossier as Markdown.
+
+    - content: the content of dossier.json
+    - found: the run's documents by file name
+    - run: the run's folder, from which it is read what the model does"""
     lora = bool(found["plan.json"].get("lora"))
     head = _head(found["report.json"], task=pipeline_tag(run), lora=lora)
     return f"---\n{head}\n---\n\n{card_body(content, found)}"
 
 
 def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return the model card without its head, the YAML text at the top. content, found: as for
-    `card`."""
+    """Return the model card as Markdown, without its head, the YAML text at the top. content: the
+    content of dossier.json; found: the run's documents by file name."""
     report, plan = found["report.json"], found["plan.json"]
     texts = {section["id"]: section for section in content["sections"]}
     parts = [
@@ -48,8 +51,8 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
-    """Return the YAML text of the card's head, with the fields of the hub's model cards. The same
-    run always gives the same text, so that `verify` can compare it.
+    """Return the model card's head: the YAML text at the top, with the fields that the hub defines.
+    The same run always gives the same text, so that `verify` can compare it.
 
     report: the content of report.json; task: the hub's name of what the model does; lora: whether
     the run trained a LoRA adapter."""
@@ -82,8 +85,8 @@ def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
 
 
 def measures(after: Mapping[str, Any]) -> dict[str, float]:
-    """Return metric -> value for the entries of a report's measures that are numbers, without the
-    round's number.
+    """Return metric -> value for those entries of `after` that are numbers, except the round's
+    number. after: what a report says of the model's quality after the study.
 
     >>> measures({"loss": 2.5, "round": 3, "kl": None})
     {'loss': 2.5}"""
@@ -95,6 +98,6 @@ LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "bsd-3-clause", "l
 
 
 def _hub_id(name: str) -> str | None:
-    """Return a base's name if it can be an id of the hub; None if it is a folder of this
-    machine."""
+    """Return a base's name if it can be an id of the Hugging Face hub. Return None if it cannot,
+    for example because it is a folder of this machine."""
     return None if ":" in name or name.startswith(("/", ".")) or name.count("/") > 1 else name

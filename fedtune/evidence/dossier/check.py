@@ -1,5 +1,5 @@
-"""Verify a dossier: its files and signature, the run inside, each fact by comparison with the run,
-and the approvals."""
+"""Verify a dossier: its files and its signature, the run in it, each fact (by comparing it with the
+run), and the approvals."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ from fedtune.evidence.verify import Verified, verify_run
 
 
 def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a dossier, and return what was found.
+    """Verify a dossier. Return a Verified, which says by whom it was signed, what was compared, and
+    who approved it.
 
-    - folder: the dossier
-    - trust: the consortium's fingerprint; "": any signer is accepted
+    - folder: the dossier's folder
+    - trust: the consortium's fingerprint, which the signer must have; "": any signer is accepted
     - sites: site -> the fingerprint that it read out; None: no site's keys are compared
 
-    Errors: NotGenuine (something was changed, or a figure is not the run's), Refused (the signer is
-    not `trust`, or a site's keys do not fit `sites`), InputError."""
+    Errors: NotGenuine if something was changed, or a figure is not the run's; Refused if another
+    than `trust` signed, or a site's keys do not fit `sites`; InputError."""
     if not (folder / RELEASE).exists():
         raise NotGenuine(f"{folder}: is a dossier that is not signed", RELEASE, TODO)
     signed, digest = read_release(folder)
@@ -89,11 +90,13 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
 def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
     """Compare every figure of a dossier with the run, and every page with the text that this
     release of fedtune composes from the run. Return the names of the files whose whole text is
-    confirmed in this way. signed: the content of release.json.
+    confirmed in this way. folder: the dossier's folder; signed: the content of release.json.
 
-    In a dossier of another release, no text is confirmed and [] is returned. Its facts are looked
-    up in the run, and the numbers of its pages are compared. This finds changes that were made
-    later; but its signer may have put other figures into its texts, or left facts out."""
+    If another release of fedtune wrote the dossier, its texts cannot be composed again, and [] is
+    returned. Then only its facts are looked up in the run, and the numbers in its pages are
+    compared with the numbers that its own facts give. This finds changes that were made after
+    signing. It does not find other figures that the signer put into the texts, or facts that the
+    signer left out."""
     path, same_release = folder / CONTENT, signed["fedtune"] == __version__
     text = reading.text(path, "the dossier's content", TODO, NotGenuine, reading.LARGE)
     content = reading.json_in(path, "the dossier's content", TODO, NotGenuine)
@@ -140,11 +143,12 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
 
 
 def _read_pack(folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the assurance pack, check each of its facts, and return the content of assurance.json.
-    Return {} for a dossier without a pack, as earlier releases wrote it.
+    """Read the assurance pack and check each of its facts. Return the content of assurance.json; {}
+    for a dossier without a pack, as earlier releases wrote it.
 
-    signed: the content of release.json; found: the documents of the run and of attacks on it, by
-    file name. Errors: NotGenuine."""
+    folder: the dossier's folder; signed: the content of release.json; found: the documents of the
+    run and of attacks on it, by file name. Errors: NotGenuine if a fact is not the run's, or the
+    file is not an assurance pack's."""
     path = folder / pack.JSON
     if pack.JSON not in signed["files"]:
         return {}
@@ -159,13 +163,13 @@ def _read_pack(folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any]
 def _pack_again(
     folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any], typed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Compose the assurance pack's texts again, as `release` does, for comparison; return file ->
-    content.
+    """Compose the texts of the assurance pack from the run again, as `release` does, so that they
+    can be compared with the dossier's. Return file name -> text.
 
-    - folder: the dossier, whose folder of a hospital's own sections is read if it has one
-    - signed: the content of release.json; of it the names of the files and the time are used
+    - folder: the dossier's folder; if it has a folder with a hospital's own sections, they are read
+    - signed: the content of release.json, of which the names of the files and the time are used
     - found: the documents of the run and of attacks on it, by file name
-    - typed: blank's key -> the text that a person typed for it, as the dossier shows it"""
+    - typed: a blank's key -> the text that a person typed into it, as the dossier shows it"""
     own = folder / FOLDER
     names = {*signed["files"], RELEASE}
     content = pack.build_pack(found, typed, all_sections(own if own.is_dir() else None), names)
@@ -180,8 +184,10 @@ def _pack_again(
 
 
 def _collect_typed(assurance: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, str]:
-    """Return what persons typed into a dossier's blanks: blank's key -> text. assurance: the
-    content of assurance.json, or {}; content: that of dossier.json."""
+    """Collect what persons typed into a dossier's blanks. Return blank's key -> text.
+
+    - assurance: the content of assurance.json; {} without an assurance pack
+    - content: the content of dossier.json"""
     rows = [row for section in assurance.get("sections", []) for row in section["rows"]]
     blocks = [block for section in content["sections"] for block in section["blocks"]]
     blanks = [*(row for row in rows if "blank" in row), *(b for b in blocks if "blank" in b)]
@@ -189,11 +195,12 @@ def _collect_typed(assurance: Mapping[str, Any], content: Mapping[str, Any]) -> 
 
 
 def _describe_approval(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:
-    """Return an approval's name, role, reason and date, and the fingerprint of the key that signed
-    it. "site" names the site whose key this is; "" for a person's own key.
+    """Describe an approval. Return a dict of its "name", "role", "reason" and "date", the
+    "fingerprint" of the key that signed it, and "site": the name of the site whose key this is, or
+    "" for a person's own key.
 
     body: the approval's signed content; by_key: the key with which a site signed its updates -> the
-    site."""
+    site's name."""
     shown = {key: body[key] for key in ("name", "role", "reason", "date")}
     key = str(body["key"])
     return shown | {"fingerprint": fingerprints.of_approver(key), "site": by_key.get(key, "")}

@@ -1,9 +1,9 @@
-"""Build a dossier's content from the package's texts (sections/*.toml), a run, and a person's
-texts.
+"""Build the content of a dossier from fedtune's own texts (sections/*.toml), a run, and what a
+person typed.
 
-A text of the package holds no figure of a run. A figure is a fact: a source in the run and a
-format. Information that neither the package nor the run has is a blank, which a person fills in
-(details.toml). A section consists of blocks:
+fedtune's texts hold no figure of a run. Each figure is a fact, which names where the run has it and
+in which format it is shown. What neither fedtune nor the run can say is a blank, which a person
+fills in (details.toml). A section consists of blocks:
 
     text = "…"                       a paragraph
     note = "…"                       a highlighted paragraph
@@ -50,8 +50,8 @@ def _collect_subjects(found: Documents) -> set[str]:
 
 
 def _groups(found: Documents) -> set[str]:
-    """Return the names of the columns, such as sex, by whose values held-out patients were
-    compared."""
+    """Return the names of the columns by whose values, such as the sexes, the run compared groups
+    of held-out patients. found: the run's documents by file name."""
     return {str(row["by"]) for row in _report(found, "held_out", "rows") or []} - {"", CLASS}
 
 
@@ -91,8 +91,8 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
 
 
 def sections() -> list[dict[str, Any]]:
-    """Load the package's texts: the content of each TOML file in sections/, in the order of their
-    names."""
+    """Load the dossier's texts that come with fedtune. Return a list of the contents of the TOML
+    files in sections/, in the order of their names."""
     folder = resources.files("fedtune.evidence.dossier") / "sections"
     files = sorted(
         (file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda f: f.name
@@ -101,8 +101,8 @@ def sections() -> list[dict[str, Any]]:
 
 
 def blanks() -> Iterator[Mapping[str, str]]:
-    """Yield the block of every blank once, in the order of the sections: its key ("blank"), its
-    label and its help."""
+    """Yield each blank that a person may fill in, once, in the order of the sections. It is yielded
+    as its block, a mapping with its key ("blank"), its "label" and its "help"."""
     seen = set[str]()
     for section in sections():
         for block in section["block"]:
@@ -112,15 +112,16 @@ def blanks() -> Iterator[Mapping[str, str]]:
 
 
 def notes(found: Documents) -> list[str]:
-    """Return the highlighted texts of the first page of a run's dossier, for example that the run
-    is not private."""
+    """Return the highlighted texts of the first section of a run's dossier, for example that the
+    run is not private. found: the run's documents by file name."""
     blocks = _blocks(sections()[0]["block"], found, {})
     return [block["note"] for block in blocks if block["kind"] == "note"]
 
 
 def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
-    """Build the content of dossier.json. found: the run's documents (`facts.documents`). typed:
-    blank's key -> the text that a person typed."""
+    """Build the content of dossier.json from a run and what a person typed. found: the run's
+    documents by file name (`facts.documents`). typed: a blank's key -> the text that a person typed
+    into it."""
     return {
         "format": FORMAT,
         "study": look_up(found, "report.json#/study", "plain"),
@@ -137,7 +138,7 @@ def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def dump_content(content: Mapping[str, Any]) -> str:
-    """Serialise dossier.json's content."""
+    """Return the text of dossier.json with this content."""
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -175,10 +176,11 @@ def _blocks(
 
 
 def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
-    """Yield one block: the curve of the run's metric, with a point for each round of which it is
-    known. Yield nothing if there is no such round, or the base's metric is not known.
+    """Yield one block, the curve of the run's metric, with a point for each round of which the
+    metric (and for a private run ε) is known. Yield nothing if there is no such round, or the
+    metric of the base alone is not known.
 
-    caption: the text below the curve; found: the run's documents by name."""
+    caption: the text below the curve; found: the run's documents by file name."""
     quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
     metric, private = quality.get("metric"), WHEN["private"](found)
     name = escape_key(str(metric))
@@ -214,11 +216,11 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def look_up(found: Documents, source: str, how: str) -> dict[str, str] | None:
-    """Look up one fact of a run. Return {"shown": its value as a text, "source", "how"}; None if
-    the run has no such value.
+    """Look up one fact of a run. Return a dict of texts: "shown" (the value), "source" and "how"
+    (as given). Return None if the run has no such value.
 
-    - found: the run's documents by name
-    - source: the document, and the JSON pointer of the value in it
+    - found: the run's documents by file name
+    - source: a document's file name, "#", and the JSON pointer of the value in this document
     - how: the format in which the value is shown, one of facts.SHOWN"""
     value = resolve(found, source)
     if value is MISSING or value is None:

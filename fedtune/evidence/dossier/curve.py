@@ -1,4 +1,5 @@
-"""Draw the curve of a run's quality by its ε or by rounds."""
+"""Draw the curve of a run's quality: how its metric changed with the ε spent, or with the
+rounds."""
 
 from __future__ import annotations
 
@@ -26,16 +27,17 @@ def curve(
     interval: tuple[float, float] | None = None,
     start: float | None = None,
 ) -> Picture:
-    """Draw points (across, value of the metric); the first one is the base alone.
+    """Draw a run's metric as a curve.
 
     - metric: the name of the metric
-    - points: in the order in which they are joined; they are joined only if several rounds were
-      measured
+    - points: pairs of a place on the horizontal axis (an ε, or a round's number) and the metric
+      there. The first is for the base alone. If several rounds were measured, lines join the points
+      in this order
     - across: the label of the horizontal axis, such as "round"
     - interval: the 95 % interval of the last value; None if it is not known
-    - start: the value of the public start; None without one
+    - start: the metric of the public start; None if there is none
 
-    Errors: ValueError (fewer than two points, or one that is not finite)."""
+    Errors: ValueError if there are fewer than two points, or a number is not finite."""
     values, about = [value for _, value in points], known_metric(metric)
     shown = [*values, *(interval or ()), *((0.0, 1.0) if about.bounded else ())]
     shown += [] if start is None else [start]
@@ -78,7 +80,8 @@ def curve(
 
 
 def _place_label(height: float, taken: Sequence[float]) -> float:
-    """Return the height nearest to `height` at which a label overlaps none at the heights `taken`.
+    """Return the height for a label: the nearest to `height` at which it overlaps none of the
+    labels at the heights `taken`.
 
     >>> [_place_label(100.0, taken) for taken in ([104.0], [104.0, 96.0], [])]
     [88.0, 120.0, 100.0]
@@ -89,7 +92,8 @@ def _place_label(height: float, taken: Sequence[float]) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers, from at most `low` to at least `high`.
+    """Return about five round numbers for an axis. The first is at most `low`, the last at least
+    `high`.
 
     >>> _ticks(0.0, 7.994)
     [0.0, 2.0, 4.0, 6.0, 8.0]

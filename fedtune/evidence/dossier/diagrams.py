@@ -70,8 +70,9 @@ def data_line(unit: str = "patient") -> Picture:
 def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
     """Draw a vertical dashed line for each party, under a box with its name.
 
-    - names: party -> its line's x, in pixels; "coordinator" has the colours of what is outside a
-      site
+    - page: the picture to which they are added
+    - names: a party's name -> the x of its line, in pixels. The box of "coordinator" has the colour
+      of what is outside a site, the others that of a site
     - bottom: the y at which the lines end, in pixels"""
     for name, x in names.items():
         page.dashes(x, 50, x, bottom)
@@ -81,12 +82,13 @@ def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
 def call(
     page: Picture, start: float, end: float, y: float, label: str, kind: str = "arrow"
 ) -> None:
-    """Draw a message from one lane to another, with its content above it.
+    """Draw a message as an arrow from one party's line to another's, with its content above the
+    arrow.
 
     - page: the picture to which it is added
-    - start, end: the x of the sender's lane and of the receiver's, in pixels
+    - start, end: the x of the sender's line and of the receiver's, in pixels
     - y: the height of the arrow, in pixels from the top
-    - label: the message's content, on one line; it must fit between the lanes
+    - label: the message's content, on one line; it must fit between the two lines
     - kind: "arrow" (grey), or "leaves" (orange) for what leaves a site
 
     Errors: ValueError if the label is too wide."""
@@ -164,8 +166,8 @@ def masked_sum(page: Picture) -> None:
 
 
 def draw_masked_round(unit: str = "patient") -> Picture:
-    """Draw a round with masked sums, in which three sites share one dose of noise. unit: the unit
-    of privacy, "patient" or "record"."""
+    """Draw a round in which three sites share one dose of noise, and send masked sums. unit: the
+    unit of privacy, "patient" or "record"."""
     page = Picture(920, 560, "A round whose sum alone is opened")
     places = {"coordinator": 110.0, "north": 370.0, "south": 590.0, "west": 810.0}
     lanes(page, places, 370)
@@ -209,9 +211,9 @@ Party = tuple[str, str, list[str], list[str], list[str]]
 
 
 def parties(unit: str) -> list[Party]:
-    """Return for each party of a study five texts for the picture `trust`: the style of its
-    heading, its name and, as lists of lines, what it sees, what it is trusted with, and what it can
-    do if it is hostile. unit: the unit of privacy, "patient" or "record"."""
+    """Return the texts of the picture `trust`. There is a tuple for each party of a study: the
+    style of its heading, its name and, each as a list of lines, what it sees, what it is trusted
+    with, and what it can do if it is hostile. unit: the unit of privacy, "patient" or "record"."""
     if unit == "patient":
         named = ["to name the patient", "column; that one key is", "one person"]
         known = ["know all other patients'", "records"]

@@ -44,12 +44,12 @@ CHARACTER = 0.54
 class Text:
     """A text in a picture.
 
-    - x, y: its place on the picture, in pixels; y is the baseline's
+    - x, y: where it stands in the picture, in pixels; y is the height of its baseline
     - line: the text, on one line
-    - kind: its CSS classes in RULES, separated by spaces; "" for ordinary text
+    - kind: its CSS classes (of those in RULES), separated by spaces; "" for ordinary text
     - anchor: "start", "middle" or "end", the part of the text that is at x
     - size: the font's size in pixels
-    - room: its largest width in pixels"""
+    - room: how wide it may be at most, in pixels"""
 
     x: float
     y: float
@@ -72,7 +72,7 @@ class Box:
 
     - x, y: its upper left corner, in pixels
     - wide, high: its size in pixels
-    - kind: its CSS class in RULES: "box" (grey), "home" (green) or "out" (orange)"""
+    - kind: its CSS class, which gives its colour: "box" (grey), "home" (green) or "out" (orange)"""
 
     x: float
     y: float
@@ -91,9 +91,9 @@ class Box:
 class Line:
     """A line in a picture.
 
-    - x, y, to_x, to_y: its two ends, in pixels; an arrow head is at the second one
-    - kind: its CSS class in RULES: "arrow" (grey) or "leaves" (orange)
-    - end: "head" for an arrow head, "dashes" for a dashed line, "" for neither"""
+    - x, y, to_x, to_y: where it starts and ends, in pixels; an arrow head is at the end
+    - kind: its CSS class, which gives its colour: "arrow" (grey) or "leaves" (orange)
+    - end: "head" for a line with an arrow head, "dashes" for a dashed line, "" for a plain line"""
 
     x: float
     y: float
@@ -136,14 +136,15 @@ class Picture:
     ) -> None:
         """Add a line of text.
 
-        - x, y: its place; y is the baseline's
+        - x, y: where it stands; y is the height of its baseline
         - line: the text, on one line
-        - kind: its CSS classes in RULES, such as "bold soft"; "" for ordinary text
+        - kind: its CSS classes (of those in RULES), such as "bold soft"; "" for ordinary text
         - anchor: "start", "middle" or "end", the part of the text that is at x
         - size: the font's size in pixels
-        - room: its largest width in pixels; by default up to the picture's edge
+        - room: how wide it may be at most, in pixels; None: up to the picture's edge
 
-        Errors: ValueError if the text is wider, by an estimate from its number of characters."""
+        Errors: ValueError if the text is wider than `room`; its width is estimated from its number
+        of characters."""
         wide = len(line) * size * CHARACTER
         edges = {"start": self.width - x, "middle": 2 * min(x, self.width - x), "end": x}
         most = room or edges[anchor]
@@ -156,7 +157,8 @@ class Picture:
 
         - x, y: its upper left corner
         - wide, high: its size in pixels
-        - kind: its CSS class in RULES: "box" (grey), "home" (green) or "out" (orange)
+        - kind: its CSS class, which gives its colour: "box" (grey), "home" (green) or "out"
+          (orange)
         - lines: the texts, centred one below the other; an empty box if there are none
 
         Errors: ValueError if a line is wider than the box."""
@@ -169,9 +171,12 @@ class Picture:
             self.text(x + wide / 2, at, line, weight, "middle", size, wide - 4)
 
     def card(self, x: float, y: float, wide: float, high: float, kind: str, head: str) -> None:
-        """Add a box with its heading at the upper left, for content that is added later.
+        """Add a box with a heading at its upper left. Its content can be added afterwards.
 
-        - x, y, wide, high, kind: as for `box`
+        - x, y: its upper left corner
+        - wide, high: its size in pixels
+        - kind: its CSS class, which gives its colour: "box" (grey), "home" (green) or "out"
+          (orange)
         - head: the heading, on one line; it may be ""
 
         Errors: ValueError if the heading is wider than the box."""
@@ -181,10 +186,10 @@ class Picture:
     def list(self, x: float, y: float, room: float, lines: Iterable[str], kind: str = "") -> None:
         """Add lines of text one below the other, STEP pixels apart.
 
-        - x, y: the place of the first line; y is its baseline's
-        - room: the largest width of a line in pixels
+        - x, y: where the first line stands; y is the height of its baseline
+        - room: how wide a line may be at most, in pixels
         - lines: the texts
-        - kind: their CSS classes in RULES; "" for ordinary text
+        - kind: their CSS classes (of those in RULES), separated by spaces; "" for ordinary text
 
         Errors: ValueError if a line is wider than `room`."""
         for number, line in enumerate(lines):
@@ -205,8 +210,9 @@ class Picture:
         self.shapes.append(Line(x, y, to_x, to_y, kind, ""))
 
     def svg(self, style: str = STYLE) -> str:
-        """Return the picture as SVG. style: STYLE, or LIGHT + RULES for a page that is light
-        whatever colours its reader prefers."""
+        """Return the picture as the text of an SVG file. style: the CSS for its shapes: STYLE
+        follows the reader's light or dark colours; LIGHT + RULES is light whatever colours the
+        reader prefers."""
         head = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
             f'width="{self.width}" height="{self.height}" role="img">',

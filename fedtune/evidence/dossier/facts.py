@@ -1,7 +1,9 @@
-"""Look up facts of a run for a dossier. A fact has a source and a format.
+"""Look up facts of a run for a dossier. A fact is a value of the run, together with its source and
+the format in which it is shown.
 
-A source is a file of the run and a JSON pointer in it (RFC 6901): report.json#/privacy/epsilon.
-A person with the run's folder can look up each figure; `fedtune verify` does so for all of them."""
+A source names a file of the run and a JSON pointer in it (RFC 6901), as
+report.json#/privacy/epsilon does. A person with the run's folder can look up each figure; `fedtune
+verify` does so for all of them."""
 
 from __future__ import annotations
 
@@ -34,16 +36,18 @@ MOST = 500  # a value that is text is cut after so many characters
 
 
 def documents(run: Path) -> dict[str, Any]:
-    """Read the files of a run from which facts are taken, and the sites' statements about its
-    model; return name -> content. Errors: InputError."""
+    """Read those files of a run from which facts are taken, and the sites' statements about its
+    model. Return a dict from file name to content; the statements are under "told". Errors:
+    InputError."""
     most = reading.LARGE
     found = {name: reading.json_in(run / name, "a run's file", most=most) for name in DOCUMENTS}
     return found | {TOLD: [asdict(one) for one in read_told(run) if not one.problem]}
 
 
 def resolve(found: Mapping[str, Any], source: str) -> Any:
-    """Return the value at a source in a run's documents; MISSING if the run has no such field.
-    found: file name -> content; source: FILE#POINTER.
+    """Return the value that a source names in a run's documents; MISSING if there is no such value.
+    found: the documents, file name -> content; source: FILE#POINTER, where POINTER is a JSON
+    pointer.
 
     >>> resolve({"report.json": {"privacy": {"epsilon": 8.0}}}, "report.json#/privacy/epsilon")
     8.0"""
@@ -61,14 +65,15 @@ def resolve(found: Mapping[str, Any], source: str) -> Any:
 
 
 def escape_key(key: str) -> str:
-    """Escape a key as a part of a JSON pointer."""
+    """Escape a key so that it can be a part of a JSON pointer."""
     return key.replace("~", "~0").replace("/", "~1")
 
 
 def show(value: Any, how: str) -> str:
-    """Format a value of a run as one line of text. how: a format of SHOWN.
+    """Format a value of a run as one line of text, cut off after MOST characters. how: the format's
+    name, a key of SHOWN.
 
-    Errors: KeyError (a format that this release does not know)."""
+    Errors: KeyError if this release does not know the format."""
     text = " ".join("".join(c if c.isprintable() else " " for c in SHOWN[how](value)).split())
     return text if len(text) <= MOST else text[: MOST - 1] + "…"
 
@@ -93,8 +98,9 @@ def _interval(value: Any) -> str:
 
 
 def _find_line(quality: Any, about: str) -> str:
-    """Return the report's sentence on quality whose subject is `about`, such as "start" for the
-    public start; "not measured" if there is none. quality: the report's table "quality"."""
+    """Find the sentence on quality that a report has about a subject; "not measured" if it has
+    none. quality: the report's table "quality"; about: the subject, such as "start" for the public
+    start."""
     found = (line.text for line in headline(quality) if line.about == about)
     return next(found, "not measured")
 
@@ -105,8 +111,9 @@ def _upstream(value: Any) -> str:
 
 
 def base_name(name: str) -> str:
-    """Return the plan's name of a base. For a folder on the coordinator's machine, return a text
-    without the path.
+    """Return a base's name in a form that may be published. It is the name as given, except for a
+    folder on the coordinator's machine: then it is a fixed text, without the path. name: the base's
+    name in the plan.
 
     >>> base_name("/home/ada/models/llama")
     'a local folder, known by its digest'
@@ -143,7 +150,8 @@ SHOWN: dict[str, Callable[[Any], str]] = {
 
 
 def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield every fact in a dossier's content: each object that has a source."""
+    """Yield every fact in a dossier's content, i.e. each mapping with the key "source", however
+    deep it lies."""
     pending: list[Any] = [content]
     while pending:
         value = pending.pop()
@@ -156,9 +164,11 @@ def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def find_contradiction(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return the first fact of a dossier that contradicts its run, as the text "shown (source)"; ""
-    if every fact agrees. content: the content of dossier.json or assurance.json; found: the
-    documents of the run and of attacks on it, by file name."""
+    """Compare every fact of a dossier with its run. Return the first one that contradicts the run,
+    as the text "shown (source)"; "" if every fact agrees.
+
+    - content: the content of dossier.json or assurance.json
+    - found: the documents of the run and of attacks on it, by file name"""
     for fact in facts_in(content):
         source, how = str(fact["source"]), str(fact.get("how"))
         value = resolve(found, source)
@@ -172,8 +182,8 @@ def find_contradiction(content: Mapping[str, Any], found: Mapping[str, Any]) -> 
 
 
 def numbers(shown: str) -> list[str]:
-    """List the numbers in a page's text, in order, without those in an HTML page's head and
-    pictures and in a card's head.
+    """List the numbers in a page's text, in order. Numbers in the head of an HTML page or of a
+    model card, and in an HTML page's pictures, are left out.
 
     >>> numbers("ε = 7.99 for 2 sites")
     ['7.99', '2']

@@ -15,14 +15,17 @@ TYPED = "typed by a person, not checked"
 
 
 def title(content: Mapping[str, Any], what: str = "Dossier") -> str:
-    """Return the title of a dossier, or of another page of a run, which then begins with the word
-    `what`. The study's name is in quotes, since it may be an ordinary word. content: the content of
-    dossier.json."""
+    """Return the title of a dossier, or of another page about a run. The study's name in it is in
+    quotes, since it may be an ordinary word.
+
+    - content: the content of dossier.json, or a mapping of the same form
+    - what: the title's first word, which says what kind of page it is"""
     return f"{what} of the study “{content['study']['shown']}”"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Return a dossier's content as Markdown. Values of the run are escaped and on one line."""
+    """Return a dossier as Markdown: the text of dossier.md. Values of the run in it are escaped and
+    cannot break a line. content: the content of dossier.json."""
     parts = [f"# {cell(title(content))}"]
     parts.append(_contents(content))
     for section in content["sections"]:
@@ -41,15 +44,15 @@ def _contents(content: Mapping[str, Any]) -> str:
 
 
 def anchor(title: str) -> str:
-    """Return the anchor of a heading, to which Markdown readers link."""
+    """Return the name by which a link in a Markdown page leads to this heading (its anchor)."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")
 
 
 def group_facts(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield (kind, blocks) for the blocks of a section, in order. Consecutive facts are yielded
-    together with the kind "facts", since they become one table; every other block is yielded alone
-    with its own kind."""
+    """Group the blocks of a section for rendering: consecutive facts belong together, since they
+    become one table. Yield, in order, pairs (kind, blocks): "facts" with all facts that follow each
+    other, and the block's own kind with a list of one for any other block."""
     facts: list[dict[str, Any]] = []
     for block in blocks:
         if block["kind"] == "fact":
@@ -110,7 +113,8 @@ def _blank(block: Mapping[str, str]) -> str:
 
 
 def cell_long(text: str) -> str:
-    """Escape a person's text for Markdown on one line, whatever its length; `cell` would cut it."""
+    """Escape a text that a person typed for Markdown, and put it on one line. Unlike `cell`, this
+    does not cut a long text."""
     words, lines = text.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > 150:

@@ -35,11 +35,13 @@ def can_sign() -> bool:
 
 
 def sign_weights(weights: Path, folder: Path, key: Path) -> None:
-    """Sign the files in the folder `weights`, and write model.sig and model.pub to a dossier's
-    folder.
+    """Sign a model's weights in OpenSSF's format.
 
-    key: the file of the private key; if it does not exist, it is made, readable by this user only.
-    Errors: InputError, InfrastructureError, ModuleNotFoundError without model-signing."""
+    - weights: the folder whose files are signed
+    - folder: the dossier's folder, into which model.sig and model.pub are written
+    - key: the file of the private key; if it does not exist, it is made, readable by this user only
+
+    Errors: InputError, InfrastructureError; ModuleNotFoundError without model-signing."""
     from model_signing import signing
 
     private = ec.generate_private_key(ec.SECP256R1())

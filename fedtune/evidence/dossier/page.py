@@ -45,11 +45,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page(
     content: Mapping[str, Any], what: str = "Dossier", data: str = "dossier.json", wide: str = ""
 ) -> str:
-    """Return a dossier's content as HTML, with its pictures in it.
+    """Return a dossier as the text of one HTML file, with its pictures in it.
 
-    - content: the content of dossier.json, or an assurance pack in the same form
-    - what: the title's first word
-    - data: the name of the file with the same content, which the page's foot names
+    - content: the content of dossier.json, or an assurance pack as a mapping of the same form
+    - what: the title's first word, which says what kind of page it is
+    - data: the name of the JSON file with the same content; the page's foot names it
     - wide: further CSS, for a page with wide tables; "" for none"""
     name = escape(title(content, what))
     parts = [
@@ -70,8 +70,9 @@ def page(
 
 
 def sections(content: Mapping[str, Any], *, pictures: bool = True) -> str:
-    """Return a dossier's sections as HTML, for use in another page; every text is escaped.
-    pictures: whether to include the pictures."""
+    """Return the sections of a dossier as HTML, without the page around them, so that another page
+    can show them. Every text is escaped. content: the content of dossier.json, or a mapping of the
+    same form; pictures: whether to include the pictures."""
     parts = []
     for section in content["sections"]:
         name = escape(section["id"])
@@ -126,9 +127,10 @@ def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: boo
 
     - caption: the text above it
     - head: the names of its columns
-    - rows: its cells, in any form that `_cell` takes; the first cell of a row is the row's heading
-    - sources: whether the last column holds sources (texts or None), which are shown in small
-      type"""
+    - rows: a list of rows, each a list of cells: texts, facts, blanks, lists of these, or None for
+      a value that the run did not record. The first cell of a row is the row's heading
+    - sources: whether the last column holds facts' sources (texts or None); these are shown in
+      small type"""
     names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     kind = ' class="facts"' if sources else ""
     lines = [
@@ -167,7 +169,8 @@ def _cell(value: Any) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escape a text; the parts between backticks become code."""
+    """Escape a text for HTML; what stands between backticks in it becomes code. If a backtick has
+    no partner, all of them stay."""
     parts = escape(text).split("`")
     if len(parts) % 2 == 0:
         return escape(text)

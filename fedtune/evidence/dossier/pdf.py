@@ -36,7 +36,8 @@ def can_write() -> bool:
 
 
 def pdf(content: Mapping[str, Any]) -> bytes:
-    """Return a dossier's content as a PDF (A4), with its pictures in it.
+    """Return a dossier as the bytes of a PDF file (A4), with its pictures in it. content: the
+    content of dossier.json.
 
     Errors: ModuleNotFoundError without fpdf2."""
     document = _create_document(title(content))
@@ -117,10 +118,10 @@ def _text(
 
     - document: the fpdf2 document
     - text: the paragraph; its backticks are left out
-    - style: "" or "B" for bold, which SANS alone has
+    - style: "", or "B" for bold, which only the font SANS has
     - indent: the distance from the left margin, in millimetres
     - font: SANS or MONO
-    - size: a key of SIZES"""
+    - size: the name of the font's size, a key of SIZES"""
     document.set_font(font, style, SIZES[size])
     document.set_x(document.l_margin + indent)
     width = document.epw - indent
@@ -130,13 +131,13 @@ def _text(
 
 
 def _draw_box(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
-    """Write a text in a frame at the document's present position, on a new page if too little of
-    this one is left.
+    """Write a text in a frame at the document's present position, or on a new page if too little
+    space is left on this one.
 
     - document: the fpdf2 document
-    - text: its backticks are left out
+    - text: the text; its backticks are left out
     - colour: the frame's red, green and blue, from 0 to 255
-    - style: "" or "B" for bold"""
+    - style: "", or "B" for bold"""
     document.set_font(SANS, style, SIZES["text"])
     plain = _make_breakable(text.replace("`", ""))
     lines = document.get_string_width(plain) / document.epw + 2
@@ -179,12 +180,14 @@ DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 
 def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[float, ...]:
-    """Return the width of each column, in millimetres: that of the longest word in the column, plus
-    its share of the space that is left. The space is shared in proportion to the mean length of the
+    """Compute the width of each column of a table, in millimetres. A column gets the width of its
+    longest word and a part of the space that is then left, in proportion to the mean length of its
     cells.
 
-    head: the names of the columns; rows: the cells, each a text, a fact, or None for one that the
-    run did not record."""
+    - document: the fpdf2 document
+    - head: the names of the columns
+    - rows: a list of rows, each a list of cells: texts, facts, or None for a value that the run did
+      not record"""
     document.set_font(SANS, "B", SIZES["table"])
     least, means = [], []
     for n, name in enumerate(head):
@@ -224,8 +227,9 @@ def _cell(value: Any) -> str:
 
 
 def _make_breakable(text: str) -> str:
-    """Return the text with invisible places for line breaks in each word longer than LONG: after
-    each of the characters BROKEN_AFTER, and after LONG letters without one."""
+    """Return the text with invisible places for line breaks in each word longer than LONG, so that
+    a long word fits into a line. There is such a place after each of the characters in BROKEN_AFTER
+    and, where none of them occurs, after every LONG letters."""
     return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
 
 

@@ -21,7 +21,8 @@ POINTS = 72 / 25.4  # points in a millimetre
 
 def draw(document: Any, picture: Picture, font: str) -> None:
     """Draw a picture as wide as the text at the document's present position, and move the position
-    below it. font: the family of its texts, which the document has already in regular and bold."""
+    below it. document: the fpdf2 document; font: the font family of the picture's texts, which the
+    document has already loaded in regular and bold."""
     scale = document.epw / picture.width
     if document.will_page_break(picture.height * scale + 14):  # keep it with its caption
         document.add_page()
@@ -66,7 +67,9 @@ def _line(document: Any, line: Line, left: float, top: float, scale: float) -> N
     """Draw a line of a picture, with its arrow head or its dashes.
 
     - line: the shape, whose positions are in pixels of the picture
-    - document, left, top, scale: as for `_box`"""
+    - document: the fpdf2 document
+    - left, top: the picture's upper left corner on the page, in millimetres
+    - scale: millimetres per pixel of the picture"""
     colour = COLOURS[STROKES[line.kind]]
     document.set_draw_color(*colour)
     document.set_fill_color(*colour)
@@ -85,11 +88,13 @@ def _line(document: Any, line: Line, left: float, top: float, scale: float) -> N
 
 
 def _text(document: Any, text: Text, left: float, top: float, scale: float, font: str) -> None:
-    """Draw a text of a picture, made narrower if it would be wider than its room.
+    """Draw a text of a picture. Its letters are made narrower if it would be wider than its `room`.
 
     - text: the shape, whose positions are in pixels of the picture
-    - font: the family in which the text is set
-    - document, left, top, scale: as for `_box`"""
+    - font: the font family in which the text is set
+    - document: the fpdf2 document
+    - left, top: the picture's upper left corner on the page, in millimetres
+    - scale: millimetres per pixel of the picture"""
     kinds = text.kind.split()
     document.set_font(font, "B" if "bold" in kinds else "", text.size * scale * POINTS)
     ink = next((INKS[kind] for kind in kinds if kind in INKS), "ink")

@@ -17,22 +17,28 @@ FILES = {f"{FOLDER}/{name}.svg" for name in (*PICTURES, CURVE)}
 
 
 class Drawn(NamedTuple):
-    """A picture of a dossier. picture: its shapes; alt: a description in words; file: its path in
-    the dossier."""
+    """A picture of a dossier, as it was drawn.
+
+    - picture: its shapes
+    - alt: a description in words, for readers who cannot see it
+    - file: its path in the dossier's folder"""
 
     picture: Picture
     alt: str
     file: str
 
     def svg(self) -> str:
-        """Return the picture as SVG in light colours, like the pages and paper."""
+        """Return the picture as the text of an SVG file, in light colours, as a dossier's pages
+        are."""
         return self.picture.svg(LIGHT + RULES)
 
 
 def draw_block(block: Mapping[str, Any]) -> Drawn:
-    """Draw a block of a dossier's content whose kind is "picture" or "curve".
+    """Draw the picture of one block of a dossier's content. block: a block of kind "picture" (a
+    diagram) or "curve".
 
-    Errors: KeyError (a picture that this release does not know), ValueError."""
+    Errors: KeyError if this release does not know the diagram; ValueError if the curve has a number
+    that is not finite."""
     if block["kind"] == "picture":
         name = block["picture"]
         return Drawn(PICTURES[name](block["unit"]), block["alt"], f"{FOLDER}/{name}.svg")
@@ -51,7 +57,8 @@ def draw_block(block: Mapping[str, Any]) -> Drawn:
 
 
 def files(content: Mapping[str, Any]) -> dict[str, str]:
-    """Draw every picture of a dossier's content; return path in the dossier -> SVG."""
+    """Draw every picture of a dossier's content. Return a dict from each picture's path in the
+    dossier's folder to the text of its SVG file."""
     return {one.file: one.svg() for one in map(draw_block, _blocks(content))}
 
 

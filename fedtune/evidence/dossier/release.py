@@ -1,5 +1,5 @@
-"""Package a finished run as a signed dossier: `fedtune release`. Approve a dossier: `fedtune
-approve`."""
+"""Package a finished run as a signed dossier (`fedtune release`), and approve a dossier (`fedtune
+approve`)."""
 
 from __future__ import annotations
 
@@ -63,19 +63,18 @@ def release(
     sections: Path | str | None = None,
     attacks: Sequence[Path | str] = (),
 ) -> Verified:
-    """Write a signed dossier of a finished run into a new folder; return the result of verifying
-    it.
+    """Write a signed dossier of a finished run into a new folder. Return a Verified, the result of
+    verifying this dossier.
 
     Args:
         run: the run's folder.
         out: the dossier's folder, which must not exist.
-        details: blank's key -> the text that a person typed for it; other blanks are shown as
-            blank.
+        details: a blank's key -> the text that a person typed into it; other blanks stay blank.
         home: the coordinator's home, whose key signs; by default the one beside the folder of runs.
             A simulation has no home: its dossier is signed with a key that is made for it and not
             stored.
         sections: a folder with further sections of the assurance pack, such as a hospital's rules;
-            None for the package's own sections alone.
+            None for the sections that come with fedtune alone.
         attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states their
             results.
 
@@ -85,13 +84,13 @@ def release(
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Guarantee: `out` is complete, or it is not made; it verifies, and every figure in it is the
-    run's.
+    Guarantee: either `out` is complete, or it is not made. It verifies, and every figure in it is
+    the run's.
 
-    Errors: NotGenuine (the run is not signed, or was changed after it was signed), ConfigError
-    (`out` exists; the run was derived from others; a file is no section, or an attack is not this
-    run's), Refused (the key that signed the run is not in `home`; it is a site's personal model, or
-    the result of an attack at a site), InfrastructureError."""
+    Errors: NotGenuine if the run is not signed, or was changed after it was signed; ConfigError if
+    `out` exists, if the run was derived from others, if a file is no section, or if an attack is
+    not of this run; Refused if `home` lacks the key that signed the run, if the run is a site's
+    personal model, or if an attack was made at a site; InfrastructureError."""
     run, out = Path(run), Path(out)
     refuse_personal(run)
     _refuse_derived(run)
@@ -130,7 +129,7 @@ def release(
 
 def _carry_told(run: Path, into: Path) -> None:
     """Copy the sites' statements about the run's model from the run's folder to the dossier `into`.
-    A statement that does not verify is left out."""
+    A statement that does not count for this model is left out."""
     for one in read_told(run):
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
@@ -138,11 +137,15 @@ def _carry_told(run: Path, into: Path) -> None:
 
 
 def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the results of attacks on the run's plan from `folder`, which an attack wrote, to the
-    dossier `into`; return file name -> content. report: the content of the run's report.json.
+    """Copy the results of attacks into a dossier. Return a dict from each result's file name to its
+    content.
 
-    Errors: ConfigError (no result is there, or it is of another study), Refused (it is of an attack
-    at a site, on the site's own records)."""
+    - folder: the folder that `fedtune attack RUN` or `fedtune audit` wrote
+    - into: the dossier's folder
+    - report: the content of the run's report.json, to whose study the results must belong
+
+    Errors: ConfigError if `folder` has no result, or one of another study; Refused if a result is
+    from an attack at a site, on the site's own records."""
     found = {
         name: reading.json_in(folder / name, "what an attack found")
         for name in assurance.ATTACKS
@@ -172,7 +175,8 @@ def _carry_sections(folder: Path, into: Path) -> None:
 
 
 def _refuse_derived(run: Path) -> None:
-    """Refuse a run that was derived from other runs. Errors: ConfigError, which names them."""
+    """Refuse a run that was made from other runs, for example by merging them. Errors: ConfigError,
+    which names those runs."""
     if is_signed(run) or not (run / "report.json").is_file():
         return
     report = read_report(run)
@@ -189,10 +193,14 @@ def _refuse_derived(run: Path) -> None:
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
-    """Return the key that signs the dossier, and the certificate of the consortium's CA (PEM). For
-    a simulation return a new key, and "" for the CA. home: the coordinator's home; proven: the
-    result of verifying the run. Errors: Refused if the home does not have the key that signed the
-    run."""
+    """Return two things: the key that signs the dossier, and the certificate of the consortium's CA
+    (PEM). For a simulation these are a new key, and "".
+
+    - run: the run's folder
+    - home: the coordinator's home, whose key must be the one that signed the run
+    - proven: the result of verifying the run
+
+    Errors: Refused if the home does not have the key that signed the run."""
     if proven.simulated:
         return SigningKey(), ""
     path = home / "signing.key"
@@ -208,9 +216,9 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
 
 
 def _sign_weights(draft: Path, home: Path | None) -> None:
-    """Sign the weights in the dossier's folder `draft` also in OpenSSF's format, with the key for
-    this format in `home`, the coordinator's home. Without a home (None), sign with a new key that
-    is not stored."""
+    """Sign the weights in a dossier also in OpenSSF's format. draft: the dossier's folder, which is
+    not complete yet. home: the coordinator's home, whose key for this format signs; None for a
+    simulation, which is signed with a new key that is not stored."""
     with tempfile.TemporaryDirectory() as nowhere:
         key = (home or Path(nowhere)) / openssf.KEY
         openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
@@ -238,13 +246,13 @@ def _write_pack(
     sections: Sequence[assurance.Section],
     made: str,
 ) -> None:
-    """Write the assurance pack. All other files of the dossier, except its signature, must be there
-    already.
+    """Write the assurance pack into a dossier. All other files of the dossier, except its
+    signature, must be there already.
 
     - draft: the dossier's folder, which is not complete yet
     - found: the documents of the run and of attacks on it, by file name
-    - typed: blank's key -> the text that a person typed for it
-    - sections: the statements to answer, of the package and of the hospital
+    - typed: a blank's key -> the text that a person typed into it
+    - sections: the statements to answer: fedtune's, and a hospital's if it has its own
     - made: when the dossier is signed, UTC, as `format_now` writes it"""
     entry = {REGISTRY: registry(found, typed, made)} if found["report.json"]["private"] else {}
     names = {*list_covered(draft), *entry, pack.JSON, pack.PAGE, crate.FILE, RELEASE}
@@ -260,9 +268,14 @@ def _write_pack(
 
 
 def read_details(path: Path, sections: Sequence[assurance.Section] | None = None) -> dict[str, str]:
-    """Read what a person typed into a dossier's blanks from the TOML file `path`; return blank's
-    key -> text. sections: the assurance pack's sections; None for those of the package. Errors:
-    InputError; ConfigError (an unknown key, or a value that is not a text)."""
+    """Read the file in which a person typed texts for a dossier's blanks. Return a dict from a
+    blank's key to the text.
+
+    - path: the TOML file
+    - sections: the assurance pack's sections; None for those that come with fedtune
+
+    Errors: InputError if the file cannot be read; ConfigError if a key is unknown, or a value is
+    not a text."""
     known = {block["blank"] for block in blanks()} | {key for key, _ in _pack_blanks(sections)}
     table = reading.toml_in(path, DETAILS)
     for key, value in table.items():
@@ -276,8 +289,8 @@ def read_details(path: Path, sections: Sequence[assurance.Section] | None = None
 def _pack_blanks(
     sections: Sequence[assurance.Section] | None,
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Return (key, lines that explain the blank to a person) for each blank of the assurance
-    pack."""
+    """Return a pair for each blank of the assurance pack: its key, and the lines that explain it to
+    a person. sections: the pack's sections; None for those that come with fedtune."""
     if sections is None:
         sections = assurance.package_sections()
     return [
@@ -290,8 +303,8 @@ def _pack_blanks(
 
 
 def details_template(sections: Sequence[assurance.Section] | None = None) -> str:
-    """Return the text of a file with a dossier's blanks, for a person to fill in. sections: the
-    assurance pack's sections; None for those of the package.
+    """Return the text of a TOML file in which a person can fill in a dossier's blanks. sections:
+    the assurance pack's sections; None for those that come with fedtune.
 
     >>> "contact = " in details_template()
     True
@@ -319,16 +332,17 @@ def approve(
     reason: str,
     log: AuditLog | None = None,
 ) -> Verified:
-    """Approve a dossier as a named person, or for a site with the site's key; return the result of
-    verifying the dossier afterwards.
+    """Approve a dossier as a named person, or for a site with the site's key. Return a Verified,
+    the result of verifying the dossier with the approval in it.
 
-    - folder: the dossier, in whose approvals/ the approval is written
-    - key: the approver's signing key, or its file; a file that does not exist is made, readable by
-      this user only
+    - folder: the dossier's folder; the approval is written into approvals/ in it
+    - key: the approver's signing key, or the path of its file; if the file does not exist, it is
+      made with a new key, readable by this user only
     - trust: the consortium's fingerprint, so that nobody approves a stranger's folder; "" accepts
       any signer
     - name, role: who approves, and in which role
-    - reason: why the person approves; like name and role at most LONGEST characters on one line
+    - reason: why the person approves. Name, role and reason have at most LONGEST characters each,
+      on one line
     - log: a site's audit log, in which the approval is entered first; None for a person's own key
 
     >>> import fedtune
@@ -338,8 +352,9 @@ def approve(
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Errors: NotGenuine, Refused (another signer), InputError (not a dossier, or this key approved it
-    already), ConfigError (a name, role or reason that is empty, too long or not on one line)."""
+    Errors: NotGenuine if the dossier does not verify; Refused if another than `trust` signed it;
+    InputError if the folder is no dossier, or this key approved it already; ConfigError if name,
+    role or reason is empty, too long or not on one line."""
     folder = Path(folder)
     for what, said in (("name", name), ("role", role), ("reason", reason)):
         if not said.strip() or len(said) > LONGEST or not said.isprintable():

@@ -1,4 +1,4 @@
-"""List the software that trained a run as a bill of materials: sbom.cdx.json, CycloneDX 1.6."""
+"""List the software that trained a run, as a bill of materials: sbom.cdx.json, CycloneDX 1.6."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ SOURCE = "fedtune:source"
 
 
 def bill_of_materials(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Build a bill of materials: the software that the run's report recorded, the other
-    distributions installed here, and the base model.
+    """Build a bill of materials of a run. It lists the software that the run's report recorded,
+    further Python distributions that are installed here, and the base model. Return the content of
+    sbom.cdx.json. report: the content of report.json.
 
-    If both name a distribution in different versions, the run's version is listed."""
+    If a distribution is installed here in another version than the run recorded, the run's version
+    is listed."""
     recorded = dict((report.get("ran") or {}).get("versions") or {})
     recorded.setdefault("fedtune", str(report.get("fedtune", "")))
     python = recorded.pop("python", None)
@@ -54,8 +56,8 @@ def bill_of_materials(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _list_installed() -> dict[str, str]:
-    """Return the Python distributions that are installed here: name -> version. The names are in
-    their normal form (PEP 503)."""
+    """List the Python distributions that are installed here: return a dict from name to version.
+    The names are in their normal form (PEP 503)."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
@@ -86,8 +88,9 @@ def _from(source: str) -> list[dict[str, str]]:
 
 
 def _base(base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bill's entry for the base model. Its digest is fedtune's own, over all its files,
-    and so no hash of a file. base: the report's table "base"."""
+    """Return the bill's entry for the base model. The base's digest is given as a property and not
+    as a hash, since it is fedtune's own over all files of the base. base: the report's table
+    "base"."""
     upstream = upstream_of(str(base["name"]))
     facts = {"fedtune:digest": base.get("digest"), "fedtune:dtype": base.get("dtype")}
     properties = [{"name": key, "value": str(value)} for key, value in facts.items() if value]

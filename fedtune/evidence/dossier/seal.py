@@ -45,20 +45,21 @@ LONGEST = 2000  # characters of what an approver says
 
 
 def around(run: Path) -> Path | None:
-    """Return the dossier that contains a run; None if there is none."""
+    """Return the folder of the dossier that contains a run; None if the run is in no dossier."""
     folder = run.absolute().parent
     return folder if run.name == RUN and (folder / RELEASE).is_file() else None
 
 
 def format_now() -> str:
-    """Return this moment, UTC, to the second."""
+    """Return the present time in UTC to the second, as a text such as 2026-03-01T09:30:00Z."""
     return datetime.now(UTC).strftime(MOMENT)
 
 
 def list_covered(folder: Path) -> list[str]:
-    """List every file that a dossier's signature must cover, by its path in the folder,
-    including links. Only the run's own link to its version in use is left out: the run's report
-    names it."""
+    """List every file that a dossier's signature must cover, links included, sorted, each by its
+    path in the folder. Approvals and release.json are not covered. If the run in the dossier has a
+    link adapter/ to the version in use, this link is left out too, since the run's report names the
+    version."""
     names = []
     for parent, folders, files in os.walk(folder):
         at = Path(parent).relative_to(folder)
@@ -74,14 +75,15 @@ def _links(folder: Path) -> bool:
 
 
 def sign(folder: Path, key: SigningKey, ca: str, made: str = "") -> None:
-    """Write release.json, which covers the folder's files as they are.
+    """Sign a dossier: write release.json, which covers the folder's files as they are now.
 
-    - folder: the dossier
+    - folder: the dossier's folder
     - key: the coordinator's signing key, or one that was made for a simulation
     - ca: the certificate of the consortium's CA (PEM); "" for a simulation
-    - made: the moment of signing, which other files name too; "" for now
+    - made: the time of signing, as `format_now` writes it; the caller gives it if other files name
+      it too. "": now
 
-    Errors: InfrastructureError."""
+    Errors: InfrastructureError if the file cannot be written."""
     names = list_covered(folder)
     body = {
         "format": FORMAT,
@@ -97,8 +99,9 @@ def sign(folder: Path, key: SigningKey, ca: str, made: str = "") -> None:
 
 
 def read_release(folder: Path) -> tuple[dict[str, Any], str]:
-    """Read release.json and check its signature by the key that it names; return its content,
-    and its digest. Errors: NotGenuine."""
+    """Read a dossier's release.json, and check its signature by the key that it names itself.
+    Return two things: its content without the signature, and its sha256 in hexadecimal, which
+    approvals name. Errors: NotGenuine."""
     kinds = dict.fromkeys(("format", "ca", "coordinator", "made", "fedtune", "signature"), str)
     path = folder / RELEASE
     body, data = _read(path, FORMAT, kinds | dict.fromkeys(("files", "sizes"), dict))
@@ -109,10 +112,13 @@ def read_release(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the folder's files are exactly those that were signed, byte by byte. files, sizes:
-    path in the folder -> sha256, and size in bytes, as release.json states them.
+    """Check that the files in a dossier's folder are exactly those that were signed, byte by byte.
 
-    Errors: NotGenuine."""
+    - folder: the dossier's folder
+    - files: path of each signed file in the folder -> its sha256
+    - sizes: path of each signed file in the folder -> its size in bytes
+
+    Errors: NotGenuine if a file was changed, added or taken out."""
     present = list_covered(folder)
     for name in present:
         if name not in files:
@@ -132,10 +138,10 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
 
 
 def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -> dict[str, Any]:
-    """Build an approval of a release, signed with the approver's own key; return the content of its
+    """Build an approval of a dossier, signed with the approver's key. Return the content of its
     file.
 
-    - release: the release's digest, as `read_release` returns it
+    - release: the sha256 of the dossier's release.json, as `read_release` returns it
     - key: the approver's signing key; its public key goes into the approval
     - name, role: who approves, and in which role
     - reason: why the person approves"""
@@ -152,9 +158,14 @@ def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -
 
 
 def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
-    """Read and check every approval of a release; return their contents without the signatures, []
-    if there are none. release: its digest. Errors: NotGenuine (an approval is of another release or
-    was changed, or another file lies among them)."""
+    """Read and check every approval of a dossier. Return a list of their contents without the
+    signatures; [] if there are none.
+
+    - folder: the dossier's folder
+    - release: the sha256 of its release.json, which the approvals must name
+
+    Errors: NotGenuine if an approval is of another release or was changed, or another file lies
+    among them."""
     inside, read = folder / APPROVALS, []
     if inside.is_symlink():
         fail(inside, "is a link", "the approvals' own folder")
@@ -174,13 +185,20 @@ def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
 
 
 def file_name(key: str) -> str:
-    """Return the name of the file that holds the approval by a key (hexadecimal)."""
+    """Return the name of the file that holds an approval. key: the public key that signed it, in
+    hexadecimal."""
     return f"{key[:16]}.json"
 
 
 def _read(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, Any], bytes]:
-    """Read a signed file, which must have exactly the fields of `kinds` (field -> type), and the
-    value `form` in "format". Return its content, and its bytes. Errors: NotGenuine."""
+    """Read a signed file. It must have exactly the fields of `kinds`, and the value `form` in
+    "format". Return two things: its content, and its bytes.
+
+    - path: the file
+    - form: the name of the file's format
+    - kinds: name of a field -> the type that its value must have
+
+    Errors: NotGenuine."""
     body, data = signed_json(path, form)
     if {name: type(value) for name, value in body.items()} != kinds:
         fail(path, "is not what is signed here")

@@ -14,7 +14,8 @@ TRACKERS = Group("trackers", "tracker.name", __name__, Tracker)  # type: ignore[
 
 
 def build(words: Sequence[str]) -> list[Tracker]:
-    """Build the trackers that a command line names. words: NAME or NAME:OPTION=VALUE,… of each.
+    """Build the trackers that a command line names. words: one text for each tracker, NAME or
+    NAME:OPTION=VALUE,OPTION=VALUE,…
 
     Errors: ConfigError for a name, an option or a package that does not exist."""
     return [_build_tracker(word) for word in words]

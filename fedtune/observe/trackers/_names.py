@@ -19,6 +19,7 @@ TRL = {"preference": "rewards/accuracies", "margin": "rewards/margins"}
 
 def figures(data: Mapping[str, Any]) -> dict[str, float]:
     """Return tracked name -> number for a round's figures. Figures that are None are left out.
+    data: the fields of a "round" event.
 
     >>> figures({"round": 2, "quality": {"loss": 1.5}, "epsilon": {"north": 0.5, "south": None}})
     {'eval/loss': 1.5, 'epsilon/north': 0.5}
@@ -42,7 +43,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, float]:
 
 
 def about(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about a run in its "start" event: study, digest of the plan, rounds, and
-    whether the run is private."""
+    """Return what a run's "start" event says about the run: the study, the plan's digest, the
+    number of rounds, and whether the run is private. data: the fields of this event."""
     keys = ("study", "plan_digest", "rounds", "private")
     return {key: data[key] for key in keys if key in data}

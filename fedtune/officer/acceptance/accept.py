@@ -43,10 +43,11 @@ DECIDED = ("decision", "judged", "different", "comparisons", "patients", "record
 
 @dataclass(frozen=True)
 class Acceptance:
-    """A site's decision about a model: accepted, refused or not resolved.
+    """A site's decision about a model.
 
-    folder: the folder with the record, the figures and the page; figures: the content of
-    figures.json."""
+    - decision: accepted, refused or not resolved
+    - folder: the folder with the record, the figures and the page
+    - figures: the content of figures.json"""
 
     decision: Decision
     folder: Path
@@ -59,7 +60,8 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
 
     Patients on whom a study here trained or was to train, or who withdrew, are left out. The base,
     the public start (if the run's folder still has it) and the site's own model, if it named one,
-    are measured on the same records. If the run is a personal model, so is the released one.
+    are measured on the same records. If the run is a personal model, the released model from which
+    it was made is measured on them too.
 
     run: a run, or the path of its folder or dossier. site: the site whose [acceptance] states the
     records and the rules.
@@ -114,8 +116,9 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     figure, and nothing is judged again.
 
     A person must call this on purpose: a reader of the statement learns an exact bit about held-out
-    patients, which no ε covers. The site's audit log gets an entry of it. Errors: InputError if
-    nothing was decided about this model, or `to` exists; NeverLeaves if it is a personal model."""
+    patients, which no ε covers. The site's audit log gets an entry of it. run: a run, or the path
+    of its folder or dossier. Errors: InputError if nothing was decided about this model, or `to`
+    exists; NeverLeaves if it is a personal model."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     if isinstance(run, PersonalRun):
         raise NeverLeaves(repr(run))
@@ -150,7 +153,7 @@ def _sign_record(
 
     - run: the judged run, whose plan, base and adapter the record names by their digests
     - table: the site's [acceptance], of which the record holds the digest
-    - keyed: the salted digest of the held-out records, as in HeldOut
+    - keyed: the salted digest of the held-out records (HeldOut.keyed)
     - figures: the content of figures.json; the record takes over the fields that DECIDED lists, the
       names of site and study, and the counts of earlier decisions
     - key: the site's signing key"""
@@ -172,9 +175,12 @@ def _sign_record(
 
 
 def _model(run: Run) -> dict[str, str]:
-    """Return what identifies the judged model: the digests "plan" and "base" (the base's name if it
-    has no digest), "adapter", of the adapter's files, and "signature", of the file with the run's
-    signature, "" if there is none."""
+    """Return what identifies the judged model: name -> value, each value a text.
+
+    - plan: the digest of the plan
+    - base: the digest of the base, or the base's name if the plan holds no digest
+    - adapter: the digest of the adapter's files; of a personal model, the digest of its sealed file
+    - signature: the sha256 of the file with the run's signature; "" if there is none"""
     facts = {
         "plan": run.study.digest,
         "base": run.study.base.digest or run.study.base.model,
@@ -208,13 +214,14 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
 
 
 def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
-    """Count the earlier decisions at this site on the same records ("earlier"), and the different
-    models and settings among them ("models", "settings"). With each further decision it becomes
-    more probable that one passes by chance.
+    """Return three counts about the earlier decisions at this site on the same records: "earlier",
+    the number of these decisions; "models" and "settings", the numbers of different models and of
+    different settings among them. With each further decision it becomes more probable that a model
+    is accepted by chance.
 
     state: the site's state folder, where the records of decisions lie. public: the key by which
-    they must be signed; other files are skipped. keyed: the salted digest of the held-out records,
-    as in HeldOut."""
+    they must be signed; other files are skipped. keyed: the salted digest of the held-out records
+    (HeldOut.keyed)."""
     models = set[str]()
     settings = set[str]()
     number = 0

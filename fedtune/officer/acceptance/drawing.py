@@ -44,8 +44,9 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
 
 def differences(measure: str, rows: Sequence[Mapping[str, Any]], level: float) -> Picture:
     """Draw for each group the difference from all others, with its interval. A group whose interval
-    does not contain 0 is marked. measure: the measure's name. rows: the resolved comparisons in
-    this measure, as figures.json has them. level: the confidence of each interval."""
+    does not contain 0 is marked. measure: the measure's name. rows: the comparisons in this
+    measure, as figures.json has them, without those that are not resolved because they have too few
+    patients. level: the confidence of each interval."""
     edges = [bound for row in rows for bound in row["difference"]["interval"]]
     most = max(map(abs, edges), default=0.0) or 1.0
     height = TOP + ROW * len(rows)

@@ -60,9 +60,13 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
 
 def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return model → measure → its figure and interval, as a dict. For every model but the judged
-    one, the dict also has "change", by how much the judged model's figure is higher, and
-    "change_interval", from the same resamples of patients."""
+    """Return model → measure → a dict with the measure's figure and interval. For every model
+    except the judged one, this dict also has "change", which says by how much the judged model's
+    figure is higher, and "change_interval". Both models' figures are computed on the same resamples
+    of patients.
+
+    scored: the scores of all models. judgement: the judgement of the judged model, whose figures
+    are taken from it."""
     units = scored.held_out.units
     ours = Sample(scored.scores[MODEL], units)
     found: dict[str, dict[str, Any]] = {}
@@ -90,7 +94,8 @@ def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> li
     """List the worst errors, at most WORST: for classes the wrong predictions with the highest
     confidence, else the records with the highest loss. Each row names the record's file and row,
     and has its loss; for classes also the true and the predicted class, and the probability of the
-    predicted one. labels: the classes, in the order of their indices."""
+    predicted one. labels: the classes, in the order of their indices. scores: the judged model's
+    scores. held_out: the records."""
     if scores.confidence is not None:
         wrong = np.flatnonzero(scores.chosen != scores.gold)
         order = wrong[np.argsort(-scores.confidence[wrong], kind="stable")]
@@ -115,7 +120,8 @@ def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> li
 
 def _reliability(scores: Scores) -> list[dict[str, float]]:
     """Return a dict for each bin of probability that has records: its edges, number of records,
-    mean probability and share of correct predictions."""
+    mean probability and share of correct predictions. scores: the judged model's scores, with the
+    probability of each chosen class."""
     cells = bins_of(scores).sum(axis=0)
     return [
         {

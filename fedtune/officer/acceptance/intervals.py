@@ -43,8 +43,8 @@ class Measured(NamedTuple):
 
     - figure, interval: the measure's value, and the interval of its true value
     - patients, records: how many count in it
-    - weight: the effective number of patients: how many of equal weight would give such an interval
-    """
+    - weight: the number of patients from which the interval follows; for a share of records the
+      effective number, which is smaller if patients have different numbers of records"""
 
     figure: float
     interval: Interval
@@ -74,20 +74,21 @@ class Sample:
         return int(self._rows.sum())
 
     def sums(self, measure: Measure) -> Array:
-        """Return the sums of a measure's parts (d numbers for each record) over each patient's
-        records, (patients, d)."""
+        """Add up a measure's parts, which are d numbers for each record, over each patient's
+        records. Return the sums, (patients, d)."""
         parts = measure.parts(self._scores)[self._rows]
         sums = np.zeros((self.patients, parts.shape[1]))
         np.add.at(sums, self._unit, parts)
         return sums
 
     def resample(self, measure: Measure) -> Array:
-        """Return the measure's value on each of RESAMPLES resamples: as many patients as there are,
-        drawn with replacement."""
+        """Return the measure's value on each of RESAMPLES resamples. A resample holds as many
+        patients as the sample, drawn with replacement."""
         return resamples(self.sums(measure), measure)
 
     def of_measure(self, measure: Measure, level: float = 0.95) -> Measured:
-        """Compute a measure with its interval, at this confidence."""
+        """Compute a measure's value on the sample, with the interval of its true value. level: the
+        interval's confidence, such as 0.95."""
         sums = self.sums(measure)
         figure = float(measure.figure(sums.sum(axis=0)))
         if measure.share:
@@ -110,7 +111,8 @@ class Sample:
     def bound_unseen(self, measure: Measure, level: float) -> float:
         """Bound how often a model that was right on all of these records is wrong on others: return
         an upper bound on the share of records. For a model that was wrong on all, bound the share
-        on which it is right. Return 0 in all other cases, and for a measure without `errs`."""
+        on which it is right. Return 0 in all other cases, and for a measure whose `errs` is false.
+        level: the confidence of the bound."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
         if not measure.errs or 0 < right.mean() < 1:
             return 0.0
@@ -127,8 +129,8 @@ def resamples(sums: Array, measure: Measure) -> Array:
 
 
 def _draws(n: int) -> Iterator[Array]:
-    """Yield how often each of n patients is drawn in each resample, as arrays (resamples, n). The
-    arrays have RESAMPLES rows together."""
+    """Draw resamples of n patients, and yield how often each patient is drawn in each of them, as
+    arrays with n columns and one row for each resample. The arrays have RESAMPLES rows together."""
     random, block = np.random.default_rng(SEED), max(1, BLOCK // n)
     for start in range(0, RESAMPLES, block):
         size = min(block, RESAMPLES - start)
@@ -208,9 +210,10 @@ def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) ->
 def _exchange(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[float]:
-    """Return for each measure how large a difference between two groups arises by chance: the size
-    that is exceeded only with probability 1 - level if as many patients as `group` has are drawn at
-    random from all patients, and compared with the rest.
+    """Return for each measure how large a difference between two groups arises by chance. For this,
+    as many patients as `group` has are drawn at random from all patients and compared with the
+    rest, many times. The returned size is exceeded in these comparisons only with probability 1 -
+    level.
 
     - measures: the measures, none of which is a share of records; [] gives []
     - group, others: the records of the group's patients, and of all other patients

@@ -1,7 +1,8 @@
 """Judge figures by the rules that a site wrote down before: accepted, refused, or not resolved.
 
+| decision     | made if                                                                        |
 | accepted     | every figure's 95 % interval lies on the right side of its threshold           |
-| refused      | the interval of one figure lies completely on the wrong side                   |
+| refused      | the interval of at least one figure lies completely on the wrong side          |
 | not resolved | neither: there are too few patients, or an interval contains its threshold     |
 
 A group's figure is compared with that of all other patients by an interval at the level
@@ -34,8 +35,8 @@ class Judged:
     """A figure with its threshold.
 
     - measure: the name of the measure
-    - of: "" for all records, else the group, as "COLUMN = VALUE". A group's figure is by how much
-      it is worse than all others
+    - of: "" for all records, else the group, as "COLUMN = VALUE". For a group, the figure says by
+      how much the group is worse than all other patients
     - bound: the threshold that the site states
     - why: the reason why it is not resolved; "" if it is accepted or refused"""
 
@@ -52,8 +53,8 @@ class Judged:
 class Compared:
     """A group compared with all other patients in one measure.
 
-    - found: whether the two differ, that is, the interval of the difference does not contain 0;
-      None if this is not resolved
+    - found: whether the group and the others differ, that is, whether the interval of the
+      difference does not contain 0; None if this is not resolved
     - worse: whether the group is worse, by that interval
     - why: the reason why it is not resolved"""
 
@@ -122,8 +123,9 @@ def judge(
 
 
 def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, float]:
-    """Return measure → threshold. Errors: ConfigError if `known` lacks a measure that the table
-    names."""
+    """Return measure → threshold, for every measure to which the site's [acceptance] gives a
+    threshold. known: name → measure, for all measures of these records. Errors: ConfigError if
+    `known` lacks a measure that the table names."""
     named: dict[str, float] = {str(name): bound for name, bound in table.thresholds.items()}
     named |= {RECALL + name: bound for name, bound in table.recall.items()}
     for name in (*named, *table.differences):

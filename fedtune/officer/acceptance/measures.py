@@ -4,14 +4,16 @@ A measure is computed from a few numbers for each record, which are added up ove
 records and then over patients. So a resample of patients costs one product of matrices, whatever
 the measure.
 
-| accuracy, exact_match, preference | share of records, as in report.scores                 |
+| measure          | definition                                                             |
+| accuracy, exact_match, preference | share of records that are right, as in report.scores  |
 | recall: CLASS    | share of a class's records that are predicted as this class            |
 | f1               | macro F1 over the classes that occur                                   |
-| loss, perplexity | mean over records; over tokens                                         |
+| loss             | mean over records                                                      |
+| perplexity       | exponential of the mean loss over tokens                               |
 | ece              | expected calibration error: over BINS equal bins of the chosen class's |
 |                  | probability, how far it is from the share that is right, weighted by   |
 |                  | records (Naeini et al. 2015)                                           |
-| overconfidence   | mean of that probability, less the share that is right                 |"""
+| overconfidence   | mean probability of the chosen class, minus the share that is right    |"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ class Measure:
     - share: whether it is a share of records; each record has two numbers: whether it counts as a
       success, and whether it is in the share's denominator
     - macro: whether classes count equally, however few their records are
-    - errs: whether it depends only on which records are right, and how sure the model was;
-      resamples of records without an error then show nothing of unseen errors"""
+    - errs: whether the measure depends only on which records are right, and on how sure the model
+      was. For such a measure, resamples of records without an error show nothing of the errors on
+      other records, so the interval is widened (`Sample.bound_unseen`)"""
 
     name: str
     higher_is_better: bool
@@ -52,8 +55,9 @@ class Measure:
 
 
 def measures_of(scores: Scores, labels: Sequence[str]) -> dict[str, Measure]:
-    """Return name → measure for all measures that records of this kind have. labels: the names of
-    classes or choices."""
+    """Return name → measure, for all measures that can be computed for the scored records. These
+    depend on what the records are: pairs of answers, texts, or records of classes. scores: a
+    model's scores on them. labels: the names of classes or choices."""
     if scores.pairs is not None or scores.margin.any():
         return {m.name: m for m in (_mean("preference", _in_order, share=True), _LOSS)}
     if scores.confidence is None:
@@ -117,8 +121,9 @@ def _f1(classes: int) -> Measure:
 
 
 def bins_of(scores: Scores) -> Array:
-    """Return an array (n, BINS, 3). In the bin of its chosen class's probability, a record has the
-    values 1, that probability, and whether the class is right; in all other bins it has zeros."""
+    """Return an array (n, BINS, 3) that sorts n records into bins by the probability of the chosen
+    class. In the bin of this probability a record has three values: 1, the probability, and whether
+    the class is right. In all other bins the record has zeros."""
     assert scores.confidence is not None
     at = np.minimum((scores.confidence * BINS).astype(int), BINS - 1)
     cells = np.zeros((len(at), BINS, 3))

@@ -1,4 +1,4 @@
-"""Score a finished run's model on a site's held-out records, and the models with which it is
+"""Score, on a site's held-out records, the model of a finished run and the models with which it is
 compared."""
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
     - site: the site, for which records to leave out
     - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
 
-    Errors: ConfigError, DataError, ModelError, as of evaluator_of and read_held_out."""
+    Errors: ConfigError, DataError and ModelError, if the model cannot be loaded or the records
+    cannot be read."""
     read: list[HeldOut] = []
     taught = frozenset(run.about.units) if isinstance(run, PersonalRun) else frozenset()
 
@@ -102,7 +103,8 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
 
 
 def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
-    """Return the evaluation table by which a study of this kind would score the records."""
+    """Return an [evaluation] table that names the records of [acceptance], by which an evaluator
+    for the study can score them."""
     record_format = study.objective.resolved.record_format
     choices = study.evaluation.choices if study.evaluation else ()
     metric = "loss"

@@ -81,7 +81,7 @@ def _describe_decision(figures: Mapping[str, Any]) -> str:
 
 
 def _because(figures: Mapping[str, Any]) -> str:
-    """Describe in a few sentences which figures decided, and how the groups compare."""
+    """Return a few sentences that say which figures decided, and how the groups compare."""
     judged = figures["judged"]
     if figures["decision"] == "accepted":
         parts = [f"Every one of {len(judged)} figures lies on the right side of its threshold."]

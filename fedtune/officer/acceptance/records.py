@@ -39,14 +39,14 @@ class HeldOut:
     - units: the patient of each record, (n,)
     - groups: column → each record's value
     - places: the file and row of each record
-    - left_out: reason → number of patients; but for the reason "did not agree, by record" the
+    - left_out: reason → number of patients. For one reason, "did not agree, by record", it is the
       number of records
     - rejected: reason → number of records
     - keyed: a digest of the records under the site's salt, which tells nobody else what they are
-    - compared_by: what was compared with the records that train: "patients" or, without a patient
-      column on a side, "contents"
-    - training_read: whether [data] was on this machine for the comparison, so that more than the
-      ledger's memory of it was compared"""
+    - compared_by: how these records were compared with those that train: "patients", by the
+      patients' keys; or "contents", if [acceptance] or [data] names no patient column
+    - training_read: whether [data] was on this machine and was read for the comparison. If not,
+      only what the ledger knows of it was compared"""
 
     dataset: Dataset
     units: np.ndarray
@@ -181,7 +181,8 @@ def _measure_longest(record: Record) -> int:
 
 
 def _digest_records(records: list[Record], ledger: Ledger) -> str:
-    """Compute a digest of the records' patients and contents, under the site's salt."""
+    """Compute a digest of the records' patients and contents under the site's salt, which the
+    ledger holds, so that nobody else can tell which records they are."""
     each = sorted(hashlib.sha256(r.unit.encode() + b"\0" + content_of(r)).digest() for r in records)
     return ledger.hashed(b"acceptance\0" + hashlib.sha256(b"".join(each)).digest())
 
@@ -203,7 +204,8 @@ def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, lis
 
 
 def _value(table: AcceptanceTable, column: str, cell: object) -> str:
-    """Return the name of a row's group in one column: its value, or the band of its number."""
+    """Return the name of a row's group in one column: the cell's value or, if [acceptance] divides
+    the column's numbers into bands, the name of the band."""
     text, edges = group_of(cell), table.bands.get(column)
     if not edges or text == MISSING:
         return text

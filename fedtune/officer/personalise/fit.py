@@ -43,7 +43,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Grid:
-    """The pulls, steps and shares of which every combination is tried."""
+    """The candidates of a search: pulls, numbers of steps, and shares. Every combination is tried
+    as a Way."""
 
     pulls: tuple[float, ...] = PULLS
     steps: tuple[int, ...] = STEPS
@@ -59,9 +60,11 @@ class Choice:
     """The way to fit that was chosen by records which the fit did not see.
 
     - way: the way with the smallest loss, whether or not it is better than the released model
-    - shared, personal: the mean losses (nats) of the released model and of this way
-    - least: a lower bound on this way's gain in nats, with probability CONFIDENCE if it had been
-      the only way that was tried; the best of many is somewhat worse than it looks
+    - shared: the released model's mean loss, in nats
+    - personal: the mean loss of models that are fitted in this way, in nats
+    - least: a lower bound, in nats, on how much this way lowers the loss. It would hold with
+      probability CONFIDENCE if no other way had been tried; since the way is the best of many, it
+      holds a little less often
     - better: whether that bound is above zero"""
 
     way: Way
@@ -75,13 +78,14 @@ class Choice:
 
 
 class Fit:
-    """Fits the network's parameters to records, which its methods take by their numbers (rows). The
-    parameters must hold the released values at first.
+    """Fits the network's parameters to records. The methods take records by their numbers, called
+    rows. The parameters must hold the released values at first.
 
     - parameters: name → the parameter of the network that is trained
     - scales: name → the factor by which a parameter's change is multiplied; the pull acts on the
       change before this multiplication
-    - losses: yields, batch by batch, the numbers of given records and their losses"""
+    - losses: a function that takes the numbers of records and yields, batch by batch, the numbers
+      and the losses of the batch's records"""
 
     def __init__(
         self,
@@ -156,8 +160,9 @@ class Fit:
         return np.array([found[row] for row in rows])
 
     def arrays(self, rows: Sequence[int], way: Way) -> Arrays:
-        """Fit to `rows`, and return name → fitted array, fp32. The parameters then hold the
-        released values again."""
+        """Fit to the records `rows` in the given way, and return name → fitted array, fp32. The
+        parameters then hold the released values again. way: the pull, the number of steps, and the
+        share of the change that is kept."""
         (change,) = self.path(rows, way.pull, (way.steps,))
         self.load(change, way.share)
         arrays = {n: p.detach().float().cpu().numpy().copy() for n, p in self._parameters.items()}
@@ -166,8 +171,8 @@ class Fit:
 
 
 def choose(fit: Fit, folds: Sequence[Sequence[int]], units: np.ndarray, grid: Grid) -> Choice:
-    """Choose how to fit, by the losses of each fold's rows under a fit to all rows that are not in
-    the fold. Rows that are in no fold are part of every fit.
+    """Choose how to fit, by cross-validation: for each fold, fit to all rows outside the fold, and
+    measure the losses of the fold's rows. Rows that are in no fold are part of every fit.
 
     - fit: the parameters and the records' losses
     - folds: the numbers of the rows in each fold; all rows of a patient are in one fold
@@ -200,9 +205,10 @@ def choose(fit: Fit, folds: Sequence[Sequence[int]], units: np.ndarray, grid: Gr
 
 
 def bound_gain(gains: np.ndarray, units: np.ndarray) -> float:
-    """Return a lower bound of the mean gain per record, at CONFIDENCE, by Student's t over
-    patients, since a patient's records may be correlated; -∞ for a single patient. gains, units:
-    (n,)."""
+    """Return a lower bound, at confidence CONFIDENCE, on the mean gain per record; -∞ for a single
+    patient. It is computed by Student's t over patients, since a patient's records may be
+    correlated. gains: (n,), by how much the loss of each record falls. units: (n,), the patient of
+    each record."""
     _, patient = np.unique(units, return_inverse=True)
     mean, count = gains.mean(), patient.max() + 1
     deviations = np.bincount(patient, gains - mean)

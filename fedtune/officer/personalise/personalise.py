@@ -123,9 +123,10 @@ def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | N
 
 
 def own_study(study: Study) -> Study:
-    """Return the study with which a site trains the released arrays further: the run's study, with
-    an objective that needs neither class statistics nor a teacher. With class statistics it trains
-    the head that was made of them; with soft targets it uses the records' own targets."""
+    """Return the study with which a site trains the released arrays further: a copy of the run's
+    study, whose objective is replaced if it needs class statistics or a teacher. Where the run made
+    a head of class statistics, the copy trains that head by gradients. Where the run learned from a
+    teacher, the copy learns from the records' own targets. With LoRA, the copy uses the saved A."""
     objective = study.objective.resolved
     changes: dict[str, Any] = {}
     if objective.directions or objective.teacher_spec:
@@ -139,17 +140,20 @@ def own_study(study: Study) -> Study:
 
 
 def _scales(network: Network) -> dict[str, float]:
-    """Return name → the factor by which a parameter's change is multiplied. For a head's weights it
-    is 1 / √(hidden size), the inverse length of the vectors that the head reads, so that the pull
-    acts on weights as on a bias. For other parameters it is 1."""
+    """Return name → the factor by which a parameter's change is multiplied in a fit (Fit.scales),
+    for each parameter of the network. For a head's weights it is 1 / √(hidden size), the inverse
+    length of the vectors that the head reads, so that the pull acts on weights as on a bias. For
+    other parameters it is 1."""
     length = math.sqrt(network.hidden_size)
     return {n: 1 / length if n == "head.weight" else 1.0 for n in network.parameters()}
 
 
 def _losses(objective: Objective, data: CachedDataset) -> Losses:
-    """Return a function that takes the numbers of records and yields, batch by batch, the numbers
-    and the losses of the batch's records. For a head, each passage is one vector, so all records
-    are joined into one batch beforehand."""
+    """Return the function by which a fit computes losses. It takes the numbers of records and
+    yields, batch by batch, the numbers and the losses of the batch's records. If only a head is
+    trained, each passage is one vector, so all records are joined into one batch beforehand.
+
+    objective: computes the losses. data: the records."""
     network = data.network
     everything = _joined(data) if network.pooled else None
 
@@ -175,7 +179,8 @@ def _joined(data: CachedDataset) -> Batch:
 
 
 def _select(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Select records of a batch by their places in it."""
+    """Return the batch of those records of `batch` whose places in it are `rows`, in the order of
+    `rows`."""
     places = torch.tensor(rows, dtype=torch.long)
     passages = len(batch.prefix) // len(batch.index)
     at = (places[:, None] * passages + torch.arange(passages)).flatten().to(batch.prefix.device)

@@ -1,7 +1,8 @@
-"""Converters are plug-ins that turn one unit's rows into the rows that are read in their place.
+"""Converters are plug-ins that turn one unit's rows into other rows, which are then read in their
+place.
 
-This release contains no converter. site.toml names one of another distribution (data.convert). The
-process that holds the records never imports it (../conversion.py)."""
+This release contains no converter. site.toml names one from another installed distribution
+(data.convert). The process that holds the records never imports it (../conversion.py)."""
 
 from __future__ import annotations
 
@@ -16,21 +17,21 @@ __all__ = ["CONVERTERS", "Converter", "Row"]
 
 @dataclass(frozen=True)
 class Converter(ABC):
-    """Converts one unit's rows, such as messages that hold several notes each.
+    """The base class of converters, which turn one unit's rows into other rows: for example
+    messages that hold several notes each into one row for each note.
 
-    Subclasses are frozen dataclasses whose fields are [data.convert.options] of site.toml."""
+    Subclasses are frozen dataclasses, whose fields are the keys of [data.convert.options]."""
 
     @abstractmethod
     def convert(self, rows: list[Row]) -> list[Row]:
-        """Return the rows that are read in place of `rows`.
+        """Return the rows that are read in place of `rows`, the rows of one unit.
 
-        - rows: all rows of one unit, in the order of the file. If the unit is a patient, they are
-          all rows of this patient. If it is the record, this is a single row, in whose place at
-          most one row may be returned. Each row is a dict by column of texts, numbers, truth
-          values, None, bytes, and lists and dicts of these
+        - rows: if the unit is a patient, all rows of that patient, in the order of the file. If the
+          unit is a record, one row, in whose place at most one row may be returned. Each row is a
+          dict by column of texts, numbers, truth values, None, bytes, and lists and dicts of these
 
-        Returns: rows without values of type bytes. A returned row may name an image or recording
-        only if one of `rows` names it too.
+        The returned rows must hold no value of type bytes. A returned row may name an image or
+        recording only if one of `rows` names it too.
 
         The method runs in a process without files, clock and network, which ends afterwards. If it
         raises, or exceeds the limits of core/data/conversion.py, the unit has no record, and no

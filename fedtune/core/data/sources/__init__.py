@@ -1,5 +1,5 @@
-"""Data sources read records from files and databases: one module each, with a frozen dataclass
-whose fields are [data.options].
+"""Data sources read records from files and databases. Each is a module with a frozen dataclass,
+whose fields are the keys of [data.options] in site.toml.
 
 A file's suffix decides which source reads it, unless site.toml names one (data.source), which may
 then be given options. All sources are part of this release, since they see the rows of many units.
@@ -16,6 +16,6 @@ SOURCES = Group("sources", "data.source", __name__, Source, foreign=False)  # ty
 
 
 def by_suffix() -> dict[str, Source]:
-    """Return, for each file suffix, the source of this release that reads such files."""
+    """Return this release's sources as a dict: file suffix -> the source that reads such files."""
     kinds = [SOURCES.load(name) for name in SOURCES.release()]
     return {suffix: kind() for kind in kinds for suffix in kind.suffixes}

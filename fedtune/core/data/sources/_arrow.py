@@ -17,8 +17,9 @@ Classes = Mapping[str, Sequence[str]]  # by column of class numbers, the classes
 
 
 def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
-    """Add the names of a file's columns to `names`, and return the requested ones that the file
-    has. Import the modules that Arrow needs for the cells of these columns."""
+    """Return, sorted, the file's columns that study.toml or site.toml names (`names.keys`), and add
+    the names of all the file's columns to `names`. Also import the modules that Arrow needs to read
+    cells of the returned columns. schema: the file's columns and their types."""
     names.header(list(schema.names))
     columns = sorted(set(names.keys.values()) & set(schema.names))
     _import_what_cells_need([schema.field(name).type for name in columns])
@@ -26,9 +27,9 @@ def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
 
 
 def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
-    """Import what Arrow needs for cells such as nanoseconds or a time with a zone, and look up the
-    zones of these types, before the first cell is read. Which modules a process imports, and which
-    files of zones it reads, must not depend on a record."""
+    """Import the modules that Arrow needs for cells of these types, such as nanoseconds or a time
+    with a zone, and look up the types' time zones, before the first cell is read. Which modules a
+    process imports, and which files of zones it reads, must not depend on a record."""
     import zoneinfo  # noqa: F401
 
     import pyarrow as pa
@@ -42,8 +43,8 @@ def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
 
 
 def _zones(type_: pa.DataType) -> set[str]:
-    """Return the names of the time zones in an Arrow type, those in its fields and elements
-    included."""
+    """Return the names of the time zones in an Arrow type and in the types of its fields and
+    elements."""
     parts = [type_.field(index).type for index in range(type_.num_fields)]
     parts += [type_.value_type] if hasattr(type_, "value_type") else []
     own = {type_.tz} if getattr(type_, "tz", None) else set()
@@ -53,8 +54,9 @@ def _zones(type_: pa.DataType) -> set[str]:
 def rows_of(
     batch: pa.RecordBatch, columns: Sequence[str], classes: Classes | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row of a batch as a dict of the cells in `columns`, or the reason why the row
-    cannot be used. classes: for a column of class numbers, the names that take the numbers' place.
+    """Yield each row of a batch as a dict of the cells in `columns`, or as the reason (a str) why
+    the row cannot be used. classes: for each column whose cells are a class's number, the names of
+    the classes; the name is put in the number's place. None: there is no such column.
 
     Errors, before any row: pyarrow.ArrowInvalid if an offset of the file points outside its own
     cell, to another patient's text or to memory beyond the file; DataError for a column of a type
@@ -80,9 +82,10 @@ def rows_of(
 
 
 def _check(column: pa.Array) -> None:
-    """Check a column's offsets and lengths, but no value. `validate(full=True)` of the whole column
-    would refuse every row for one text that is not UTF-8, a time of 24:00 or a decimal with too
-    many digits. Errors: pyarrow.ArrowInvalid; DataError for a type that is not read.
+    """Check where each cell of a column begins and ends, but not what it holds:
+    `validate(full=True)` of the whole column would refuse every row because of one text that is not
+    UTF-8, a time of 24:00 or a decimal with too many digits. Errors: pyarrow.ArrowInvalid;
+    DataError for a type that is not read.
 
     Arrow has no checksums, so a changed offset that is still in order and within the file is not
     noticed."""
@@ -122,9 +125,10 @@ def _check(column: pa.Array) -> None:
 
 
 def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
-    """Check a column of lists: first where each list begins and ends, and then the lists' elements.
-    of_nulls: the type of such lists if their elements were nulls, with which Arrow checks no
-    values. Errors: pyarrow.ArrowInvalid; DataError for elements of a type that is not read."""
+    """Check where each list of a column begins and ends, and then the column of all lists'
+    elements. of_nulls: the type of the column's lists, but with nulls as elements. As lists of this
+    type they are checked, since Arrow then looks at no element. Errors: pyarrow.ArrowInvalid;
+    DataError for elements of a type that is not read."""
     import pyarrow as pa
 
     values = column.values
@@ -137,8 +141,8 @@ def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
 
 
 def _value(cell: pa.Scalar) -> Any:
-    """Return a cell as a Python value. Errors: an error of any type, which only this cell's value
-    can cause."""
+    """Return a cell as a Python value, None if it is missing. If the cell cannot be read, an
+    exception of any type is raised; whether it is depends on this cell alone."""
     import pyarrow as pa
 
     if not cell.is_valid:

@@ -1,5 +1,5 @@
-"""Read databases for the SQL source, each in one transaction that can write nothing, and each cell
-as text.
+"""Read databases for the SQL source. Each is read in one transaction that can write nothing, and
+every cell is read as text.
 
 Guarantee: no cell decides what happens to another row. No message holds a cell or a password, since
 the database's own messages are dropped."""
@@ -40,7 +40,7 @@ LOCKED = {  # settings of DuckDB with which it reads its file, and nothing else
 
 @dataclass(frozen=True)
 class Unusable:
-    """A cell that cannot be used as text. reason: one of REASONS."""
+    """Stands in place of a cell that cannot be used as text. reason: one of REASONS."""
 
     reason: str
 
@@ -60,22 +60,23 @@ class Database(Protocol):
         """Return the names of the columns of a query's result, in order."""
 
     def numbers(self, text: str) -> list[str]:
-        """Return the kind of number of each column that a SQL statement (`text`) reads: FLOAT,
-        DECIMAL, or "" for any other type."""
+        """Return, for each column that a SQL statement (`text`) reads, its kind of number: FLOAT,
+        DECIMAL, or "" if its values need no conversion by `number_text`."""
 
     def as_text(self, cell: str) -> str:
-        """Return the SQL expression for which `read` yields a cell as text. cell: the expression
-        that names the cell's column."""
+        """Return a SQL expression that gives a cell as text, to be read by `read`. cell: the SQL
+        expression of the cell itself, such as t."name"."""
 
     def read(self, text: str, width: int) -> Iterator[Sequence[Cell]]:
-        """Run a SQL statement (`text`) that reads `width` columns, and yield the rows of its
-        result."""
+        """Run a SQL statement (`text`) that reads `width` columns, and yield each row of the result
+        as a sequence of cells: a str, None if a cell is empty, or Unusable."""
 
 
 def number_text(cell: Cell, kind: str) -> Cell:
-    """Return a number's text in one form, so that equal numbers, such as 7, 7.0 and 7.00, are one
-    key, as they are in files. A NaN becomes None; a cell that is no number is returned unchanged.
-    kind: FLOAT, DECIMAL or "", as `Database.numbers` says of the cell's column."""
+    """Return the text of a number in one form, so that equal numbers such as 7, 7.0 and 7.00 are
+    the same label or key, as they are in files. A NaN becomes None; a cell that is no number is
+    returned unchanged. kind: FLOAT, DECIMAL or "", as `Database.numbers` returns it for the cell's
+    column."""
     if not kind or not isinstance(cell, str):
         return cell
     try:
@@ -99,7 +100,8 @@ def quote_name(*names: str) -> str:
 
 
 def require_driver(kind: str) -> None:
-    """Check that the package that reads a kind of database is installed. Errors: ConfigError."""
+    """Check that the package is installed that reads a kind of database. kind: "sqlite", which
+    needs none, "duckdb" or "postgresql". Errors: ConfigError."""
     driver = DRIVERS.get(kind)
     if driver and importlib.util.find_spec(driver) is None:
         raise ConfigError(
@@ -109,13 +111,15 @@ def require_driver(kind: str) -> None:
 
 @contextmanager
 def connected(url: str, password: str | None, where: object) -> Iterator[Database]:
-    """Connect to a database, and yield it within its one transaction.
+    """A context manager that connects to a database, and yields a Database that reads it within one
+    transaction.
 
-    - url: the database, as data.options names it
+    - url: the database, as site.toml names it
     - password: PostgreSQL's; None if it is in ~/.pgpass, or none is needed
     - where: the name of the database in errors
 
-    Errors: DataError with the error's type alone, since a database's message may quote a cell."""
+    Errors: DataError that names the database's error only by type, since a database's message may
+    quote a cell."""
     opened = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}[kind_of(url)]
     try:
         with opened(url, password) as database:
@@ -187,8 +191,8 @@ def _text(raw: bytes) -> str | Unusable:
 
 
 def _plain(cell: Any) -> Cell:
-    """Return a value of SQLite as text, in such a form that 7 and 7.0 are one key. None stays None;
-    a value that is neither text nor number, such as a blob, becomes Unusable."""
+    """Return a value that SQLite gave as text, in such a form that 7 and 7.0 are the same key. None
+    stays None; a value that is neither text nor number, such as a blob, becomes Unusable."""
     if cell is None or isinstance(cell, str | Unusable):
         return cell
     if isinstance(cell, int | float):

@@ -1,4 +1,5 @@
-"""Check that in a text encoding a row's bytes cannot change how another row is read."""
+"""Find out in which encoding a text file is, and allow only encodings in which a row's bytes cannot
+change how another row is read."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ ASCII = "".join(map(chr, range(128)))
 
 
 def encoding_of(name: str) -> str:
-    """Return Python's name of an encoding in which a damaged byte spoils one character only: UTF-8,
-    or one byte a character with ASCII as its first 128.
+    """Return Python's name of an encoding in which a damaged byte spoils one character only. These
+    are UTF-8, and the encodings of one byte for each character whose first 128 characters are
+    ASCII.
 
     Errors: ConfigError for every other one, such as utf-16, utf-7 and shift_jis."""
     try:
@@ -45,8 +47,8 @@ _BEYOND_ASCII = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
 
 
 def all_of_a_byte(path: Path) -> bool:
-    """Return whether each byte of the text seems to be a character: the text is not UTF-8, and
-    no bytes in it form a UTF-8 character of several bytes. Errors: OSError."""
+    """Return whether a text file seems to be in an encoding of one byte for each character: it is
+    not UTF-8, and no bytes in it form a UTF-8 character of several bytes. Errors: OSError."""
     if found_encoding(path) != "not UTF-8":
         return False
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")

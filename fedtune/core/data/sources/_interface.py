@@ -1,4 +1,4 @@
-"""Define the interface of a data source."""
+"""The interface of a data source, and what a source tells of columns and of unusable rows."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 
 class BadCell(str):
-    """The reason why a row cannot be used, with the row's readable cells: a patient's refusal of
-    consent in one of them counts all the same."""
+    """The reason why a row cannot be used, together with `cells`, those of its cells that can be
+    read. They are kept since one of them may be the patient's refusal of consent, which counts all
+    the same."""
 
     cells: Row
 
@@ -51,14 +52,15 @@ class BadCell(str):
 
 @dataclass
 class Names:
-    """The column names of a dataset. Some of them may not be shown in a message: a key of a few
-    JSON records may itself be content, and so may the first line of a CSV file without a header.
+    """The column names that a dataset's files have, and those that they must have. Not all of them
+    may be shown in a message: a key that few JSON records have may itself be content, and so may
+    the first line of a CSV file without a header.
 
     - where: the path or the name of the dataset, for messages
-    - keys: the columns that study.toml or site.toml names
+    - keys: for each configuration key that names a column, the column; the files must have these
     - headers: the columns of all headers
-    - keys_met: in how many JSON records each key occurs
     - shown: the columns of headers that a message may show
+    - keys_met: in how many JSON records each key occurs
     - objects: the number of JSON records"""
 
     where: Path | str
@@ -71,19 +73,21 @@ class Names:
     hints: list[str] = field(default_factory=list)  # what may be wrong with a whole file
 
     def begin(self) -> None:
-        """Begin another file: forget the row number that a source set in the last one."""
+        """Prepare for the next file: set `row`, the row number that a source set in the last file,
+        to 0."""
         self.row = 0
 
     def suspect(self, hint: str) -> None:
-        """Add a hint at what may be wrong with a whole file. It must hold no content."""
+        """Add to `hints` what may be wrong with a whole file. The hint must hold no content."""
         if hint not in self.hints:
             self.hints.append(hint)
 
     @property
     def listed(self) -> list[str]:
-        """The column names that a message may show: the names in headers, and the `common` keys of
-        JSON records. Keys with a space are left out, since one may be a person's name. With fewer
-        than FEW records keys are shown only if they look like a header (`is_header`)."""
+        """The column names that a message may show: those of headers that may be shown (`shown`),
+        and the keys that at least half of the JSON records have. Keys with a space are left out,
+        since one may be a person's name. If there are fewer than FEW records, their keys are only
+        listed if they look like a header (`is_header`)."""
         common = self.common
         if self.objects < FEW and not is_header(common, self.keys):
             common = []
@@ -91,7 +95,8 @@ class Names:
 
     @property
     def common(self) -> list[str]:
-        """The keys that at least half of the records have, for a person who may see the records."""
+        """The keys that at least half of the JSON records have. Only a person who may see the
+        records may be shown them."""
         return [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
@@ -101,12 +106,13 @@ class Names:
             self.shown += [name for name in names if name not in self.shown]
 
     def object(self, row: Row) -> None:
-        """Add the keys of one row of a file without a header, such as JSONL."""
+        """Count the keys of one row of a file without a header, such as JSONL."""
         self.objects += 1
         self.keys_met.update(row.keys())
 
     def require(self) -> None:
-        """Check that each requested column is in some file. Errors: DataError."""
+        """Check that each column that study.toml or site.toml names is in at least one file.
+        Errors: DataError, for the first that is not."""
         present = self.headers | set(self.keys_met)
         absent = [(key, column) for key, column in self.keys.items() if column not in present]
         if not absent or not (present or self.hints):
@@ -130,10 +136,10 @@ class NotWellFormed(DataError):
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A data source: it reads the rows of one kind of file.
+    """The base class of data sources. A source reads the rows of one kind of file.
 
-    Subclasses are frozen dataclasses whose fields are [data.options] of site.toml. suffixes: the
-    suffixes of the files that it reads, in lower case."""
+    Subclasses are frozen dataclasses, whose fields are the keys of [data.options] in site.toml.
+    suffixes: the suffixes of the files that the source reads, in lower case."""
 
     suffixes: ClassVar[tuple[str, ...]]
 
@@ -144,8 +150,8 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
-        """Yield each row of `path` in order, as a dict by column, or as one of REASONS if it is
-        rejected (a BadCell if some of its cells can be read).
+        """Yield the rows of the file `path` in order: each as a dict by column or, if it is
+        rejected, as one of REASONS (as a BadCell if some of its cells can be read).
 
         The method adds the file's columns to `names` (`Names.header`). What it yields for a row
         must depend on that row alone. If it raises any exception, the file counts as unreadable. A
@@ -157,8 +163,8 @@ class Source(ABC):
 class Collection(Source):
     """A source that reads a database, or a folder of files that refer to each other, as a whole.
 
-    kept: for columns that data.filter does not name, the values that rows must have; patient: the
-    column that data.columns.patient must name; "" if any may be named."""
+    - kept: the values that a row must have, by column, unless data.filter names the column
+    - patient: the column that data.columns.patient must name; "" if any column may be named"""
 
     suffixes = ()
     kept: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -166,20 +172,27 @@ class Collection(Source):
 
     @abstractmethod
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
-        """Read all rows of a database or folder. Yield, for each row, the name of its file or
-        table, and the row as a dict by column, or one of REASONS if it is rejected.
+        """Yield, for each row of a database or folder, two values: the name of its file or table,
+        and the row as a dict by column or, if it is rejected, as one of REASONS.
 
-        What is yielded for a row depends on that patient's rows alone. where, names, errors: as for
-        `rows`."""
+        - where: the folder; a source of databases ignores it
+        - names: the object to which the columns' names are added; its `where` names the data in
+          errors
+
+        What is yielded for a row must depend on that patient's rows alone. Errors: as for `rows`.
+        """
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         return (row for _, row in self.collect(path, names))
 
 
 def is_header(cells: list[str], keys: Keys) -> bool:
-    """Return whether a message may show a file's first line, given as its `cells`. It may if a cell
-    is a column that study.toml or site.toml names (`keys`). It may also if all cells look like
-    column names (COLUMN) and one of them has a word of WORDS."""
+    """Return whether a message may show a file's first line. It may if a cell of the line is a
+    column that study.toml or site.toml names. It may also if all cells look like column names
+    (COLUMN) and one of them has a word of WORDS.
+
+    - cells: the first line's
+    - keys: for each configuration key, the column that it names"""
     if any(column in cells for column in keys.values()):
         return True
     words = {word for cell in cells for word in re.split(r"[_.-]", cell.lower())}

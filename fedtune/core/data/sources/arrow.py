@@ -1,4 +1,4 @@
-"""Read Arrow files, and Hugging Face data sets on disk."""
+"""Read Arrow files, and the folders that the package datasets (Hugging Face) saves."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FILE = b"ARROW1"  # the beginning of an Arrow file; a stream, as of `save_to_dis
 
 @dataclass(frozen=True)
 class Arrow(Source):
-    """Reads Arrow files, and the folder that `Dataset.save_to_disk` of Hugging Face writes. Of such
-    a folder it reads the files that state.json lists, and no cache beside them. Class numbers are
-    read as the names that the data set gives them. The package `datasets` is not used, so no code
-    of a data set runs."""
+    """Reads Arrow files, and a folder that `Dataset.save_to_disk` of Hugging Face wrote: of this
+    only the files that its state.json lists, and no cache file beside them. Where a cell is a
+    class's number, the name that the data set gives the class is read. The package `datasets` is
+    not used, so no code of a data set runs."""
 
     suffixes = (".arrow",)
 
@@ -72,7 +72,7 @@ class Arrow(Source):
 
 
 def _batches(data: BufferedReader) -> Iterator[pa.Schema | pa.RecordBatch]:
-    """Yield a file's schema, and then its record batches.
+    """Yield first the schema of an open Arrow file, and then each of its record batches.
 
     Files are not mapped: a file that is truncated while it is read would end this process (SIGBUS).
     No thread is started: the number that Arrow would start depends on how long each column takes.
@@ -92,8 +92,9 @@ def _batches(data: BufferedReader) -> Iterator[pa.Schema | pa.RecordBatch]:
 
 
 def _classes(schema: pa.Schema, columns: list[str]) -> Classes:
-    """Return the names of the class numbers of each column that has any, by column. The package
-    `datasets` keeps them in the schema. Return {} if they cannot be read."""
+    """Return the names of the classes, as a dict: column -> names, for each of `columns` whose
+    cells are a class's number. The package `datasets` keeps these names in the schema. Return {} if
+    they cannot be read."""
     try:
         known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = known["info"]["features"]
@@ -112,5 +113,5 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _plain(name: object) -> bool:
-    """Return whether a name is a file name without a folder."""
+    """Return whether `name` is a file's name alone, without a folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name

@@ -27,8 +27,10 @@ from fedtune.core.files import reading
 
 @dataclass(frozen=True)
 class Csv(Source):
-    """Reads CSV: a first line of column names, then rows. encoding: one of those that encoding_of
-    allows."""
+    """Reads CSV files: a first line of column names, then rows.
+
+    - delimiter: the character between two cells
+    - encoding: one that `encoding_of` allows"""
 
     suffixes = (".csv",)
 
@@ -80,9 +82,9 @@ class Csv(Source):
                     yield dict(zip(header, cells, strict=True))
 
     def _register(self, header: list[str], names: Names) -> None:
-        """Add the columns in a file's header to `names`, and a hint if another delimiter seems to
-        be used.
-        Errors: DataError if a requested column occurs twice."""
+        """Add the columns in a file's header to `names`. Also add a hint if the file seems to use
+        another delimiter. Errors: DataError if a column that study.toml or site.toml names occurs
+        twice."""
         # In a file without a header the first line is a record, and must not be shown.
         names.header(header, shown=is_header(header, names.keys))
         for mark, word in DELIMITERS.items():
@@ -104,9 +106,9 @@ class Csv(Source):
                 )
 
     def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:
-        """Yield (number, cells) for each non-empty row of the open file. The number counts from 1,
-        as a spreadsheet shows it. where: the name of the data in an error. Errors:
-        NotWellFormed."""
+        """Yield (number, cells) for each non-empty row of the open file. The number is the one that
+        a spreadsheet shows: the header's is 1. where: the name of the data in an error. Errors:
+        NotWellFormed if the quoting is broken."""
         reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
         try:
             yield from ((number, cells) for number, cells in enumerate(reader, 1) if cells)
@@ -126,9 +128,9 @@ WESTERN = "cp1252"  # the encoding of a spreadsheet in western Europe that is no
 
 
 def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
-    """Guess the dialect of a CSV file: the delimiter by the names that the header must have
-    (`wanted`), the encoding by the file's bytes. Return None for the usual dialect, and for a file
-    that is not CSV.
+    """Guess the delimiter and the encoding of a CSV file, and return a source that reads it so.
+    Return None for commas and UTF-8, and for a file that is not CSV. The delimiter is the one with
+    which the header has all columns in `wanted`; the encoding follows from the file's bytes.
 
     A person's own file may need this, since in much of Europe a spreadsheet separates cells by
     semicolons; site.toml then states the dialect. While a site takes part nothing is guessed.
@@ -156,8 +158,8 @@ def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
 
 
 def _header(text: str, mark: str) -> list[str]:
-    """Return the cells of a text's first row; [] if it is not CSV, which the reader of the file
-    reports. mark: the delimiter of cells."""
+    """Return the cells of the first row of a text; [] if the text is not CSV (an error that is left
+    to whoever reads the whole file). mark: the delimiter."""
     try:
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
     except csv.Error:

@@ -33,10 +33,11 @@ class Fhir(Collection):
     export. A file's name says which resources it has, as in DocumentReference.000.ndjson. Rows have
     the columns of COLUMNS, patient among them.
 
-    A document's text is its first attachment of `content_type`, in base64 or as a contained
-    resource. Only documents of status "current" that no other document of the patient replaces are
-    read, unless data.filter names `status` or `replaced`. Of conditions, those entered in error are
-    left out. A reference to another resource counts only if both are the same patient's."""
+    A document's text is its first attachment of the type `content_type`, which stands in the
+    document as base64 or in a contained resource. Only documents of status "current" that no other
+    document of the patient replaces are read, unless data.filter names `status` or `replaced`. Of
+    conditions, those entered in error are left out. A reference from one resource to another counts
+    only if both belong to the same patient."""
 
     kept: ClassVar = {"status": ("current",), "replaced": ("no",)}
     patient: ClassVar = "patient"
@@ -83,11 +84,11 @@ class Fhir(Collection):
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
-        """Return a resource as a row, or the reason why it cannot be used, with the cells that can
-        be read.
+        """Convert a resource of the export to a row, a dict by column. If that is not possible,
+        return a BadCell: the reason, with the cells that can be read.
 
         - line: the resource, as its line of JSON gives it
-        - encounters: the site of each encounter (`_encounters`)
+        - encounters: the organisation of each encounter (`_encounters`)
         - conditions: the names of the conditions of each encounter (`_conditions`); {} if the rows
           are conditions themselves
         - replaced: the documents that another document replaces (`_list_replaced`)
@@ -111,9 +112,9 @@ class Fhir(Collection):
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row:
-        """Return the cells of the row that a resource becomes, by column. A cell whose value the
-        export does not give is None or "". Parameters as for `_row`. Errors: those of ODD if the
-        resource is not of FHIR's form."""
+        """Return the row that a resource becomes, a dict by column. A cell whose value the export
+        does not give is None or "". Arguments as for `_row`. Errors: one of ODD, if the resource
+        does not have the form that FHIR prescribes."""
         patient, context = _patient(line), _table(line.get("context"))
         visit = line.get("encounter") or next(iter(_tables(context.get("encounter"))), None)
         key = patient, _reference(visit, "Encounter")
@@ -177,8 +178,12 @@ class Fhir(Collection):
 
 
 def _files(where: Path, resource: str) -> list[Path]:
-    """Return the files of the folder `where` that hold one kind of resource, as their names say.
-    Errors: DataError if it is not a folder, or has no such file."""
+    """Return the export's files that hold one kind of resource; a file's name says which it holds.
+
+    - where: the export's folder
+    - resource: the kind, such as "DocumentReference"
+
+    Errors: DataError if `where` is not a folder, or has no such file."""
     if not where.is_dir():
         raise DataError(f"{where}: no folder", f"a bulk export's folder of {SUFFIX} files")
     found = sorted(p for p in where.iterdir() if p.suffix == SUFFIX and resource in p.name)
@@ -191,8 +196,8 @@ def _files(where: Path, resource: str) -> list[Path]:
 
 
 def _resources(where: Path, resource: str) -> Iterator[Any]:
-    """Yield each readable resource of one kind from the export's folder `where`, as its line of
-    JSON gives it."""
+    """Yield each resource of one kind that can be read from the export's folder `where`, as the
+    object in its line of JSON. Lines that cannot be read are left out."""
     for path in sorted(where.iterdir()):
         if path.suffix == SUFFIX and resource in path.name and os.path.isfile(path):
             yield from _lines(path, resource)
@@ -208,9 +213,9 @@ def _lines(path: Path, resource: str) -> Iterator[Any]:
 
 
 def _encounters(where: Path) -> dict[Key, dict[str, str]]:
-    """Map each encounter, as (patient, id), to its columns "site" and "site_name": the
-    organisation's id and name, "" if not given. Of several encounters with one id, the first in the
-    order of content counts."""
+    """Return the organisation of each encounter, as a dict: (patient, the encounter's id) ->
+    {"site": the organisation's id, "site_name": its name}, each "" if the export does not give it.
+    If several encounters have the same id, the one whose content sorts first counts."""
     found: dict[Key, dict[str, str]] = {}
     for line in _resources(where, "Encounter"):
         try:
@@ -228,8 +233,9 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
 
 
 def _people(where: Path) -> dict[str, dict[str, str]]:
-    """Map each patient's id to gender ("gender") and date of birth ("born"), as far as they are
-    given. Of several resources with one id, the first in the order of content counts."""
+    """Return what is known of each patient, as a dict: the patient's id -> {"gender": ..., "born":
+    date of birth}, as far as the export gives them. If several resources have the same id, the one
+    whose content sorts first counts."""
     found: dict[str, dict[str, str]] = {}
     for line in _resources(where, "Patient"):
         told = {"gender": line.get("gender"), "born": line.get("birthDate")}
@@ -254,8 +260,8 @@ def _age(born: str, date: Any) -> int | None:
 
 
 def _conditions(where: Path) -> dict[Key, list[str]]:
-    """Map each encounter, as (patient, id), to the names of the conditions that refer to it,
-    without those entered in error."""
+    """Return the conditions of each encounter, as a dict: (patient, the encounter's id) -> the
+    names of the conditions that refer to it. Conditions entered in error are left out."""
     found: dict[Key, list[str]] = {}
     for line in _resources(where, "Condition"):
         try:
@@ -270,9 +276,9 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
 
 
 def _list_replaced(files: list[Path]) -> set[Key]:
-    """Return the documents, as (patient, id), that another document of the same patient replaces. A
-    document of another patient does not count, since its presence would decide what happens to this
-    patient's."""
+    """Return the documents, each as (patient, id), that another document of the same patient
+    replaces. A document of another patient does not count, since one patient's document would then
+    decide what happens to another's. files: those that hold documents."""
     found: set[Key] = set()
     for path in files:
         for line in _lines(path, "DocumentReference"):
@@ -296,9 +302,9 @@ def _patient(line: Any) -> str:
 
 
 def _reference(value: Any, kind: str) -> str:
-    """Return the id of the resource to which a reference points, without server and version. Return
-    "" if `value` is no reference, or points to another kind of resource or into the resource
-    itself."""
+    """Return the id in a reference to another resource, without server and version. Return "" if
+    `value` is no reference, if it points to a resource of another kind than `kind`, or if it points
+    into the resource in which it stands."""
     text = _table(value).get("reference")
     if not isinstance(text, str) or text.startswith("#"):
         return ""
@@ -317,7 +323,8 @@ def _condition_status(line: Any) -> str:
 
 
 def _name_concept(concept: dict[str, Any]) -> str:
-    """Return the name of a concept: its text, or the first of its codings that has a name."""
+    """Return the name of a coded concept: its text, or else the first name that one of its codings
+    has; "" if there is none."""
     text = concept.get("text")
     if isinstance(text, str) and text.strip():
         return text
@@ -339,8 +346,8 @@ def _tables(value: Any) -> list[dict[str, Any]]:
 
 
 def _decode_attachment(data: str) -> str:
-    """Decode an attachment. Bytes that are not UTF-8 become lone surrogates, for which the row is
-    rejected later. Errors: ValueError if it is not base64."""
+    """Decode an attachment's base64 to text. Bytes that are not UTF-8 become lone surrogates,
+    because of which the row is rejected later. Errors: ValueError if it is not base64."""
     try:
         raw = base64.b64decode("".join(data.split()), validate=True)
     except binascii.Error as error:

@@ -18,7 +18,8 @@ LINE = 64 * 2**20  # bytes of one line
 
 @dataclass(frozen=True)
 class Jsonl(Source):
-    """Reads files of one JSON object per line. encoding: one of those that encoding_of allows."""
+    """Reads JSON Lines files: one JSON object on each line. encoding: one that `encoding_of`
+    allows."""
 
     suffixes = (".jsonl",)
 
@@ -44,8 +45,8 @@ class Jsonl(Source):
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield (number, row) for each non-empty line of a file, the numbers from 1. The row is the
-    line's JSON object, or the reason why there is none. Errors: OSError."""
+    """Yield (number, row) for each non-empty line of a UTF-8 file; all lines are counted, from 1.
+    The row is the line's JSON object, or the reason (a str) why there is none. Errors: OSError."""
     with reading.open_regular(path) as handle:
         for number, line in enumerate(_lines(handle), 1):
             line = line.removeprefix(BOM)
@@ -54,8 +55,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of an open file; of a line longer than LINE bytes, only its first LINE + 1
-    bytes."""
+    """Yield the lines of an open file, with their line ends. Of a line longer than LINE bytes only
+    the first LINE + 1 bytes are yielded."""
     while line := handle.readline(LINE + 1):
         tail = line
         while len(tail) > LINE and not tail.endswith(b"\n"):
@@ -79,9 +80,9 @@ def _json_object(line: bytes, encoding: str) -> Row | str:
 
 
 def _bad_cell(reason: str, line: bytes, encoding: str) -> str:
-    """Return the reason why a line cannot be used. If the line is a JSON object except for unusable
-    bytes in some of its cells, return the reason as a BadCell, which has the cells. encoding: the
-    file's, as Python names it."""
+    """Return the reason why a line cannot be used. If the line is a JSON object, and only some
+    texts in it have unusable bytes, return the reason as a BadCell, which also holds the object's
+    values. encoding: the file's, as Python names it."""
     try:
         value = json.loads(line.decode(encoding, "surrogateescape"), strict=False)
     except MemoryError:

@@ -20,7 +20,7 @@ BATCH = 1024  # rows that are decoded at once
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """Reads Apache Parquet files, and of these only the requested columns."""
+    """Reads Apache Parquet files. Only the columns that study.toml or site.toml names are read."""
 
     suffixes = (".parquet",)
 
@@ -45,10 +45,10 @@ class Parquet(Source):
 
 
 def _rows_of_group(source: ParquetFile, group: int, columns: list[str]) -> Iterator[Row | str]:
-    """Yield the rows of one row group of a Parquet file, with the cells in `columns`. If a batch of
-    rows cannot be decoded, as when it has more than 2 GiB of nested texts, the rows are decoded one
-    by one, so that a row is lost only if a single row is that long. Errors:
-    pyarrow.ArrowException."""
+    """Yield the rows of one row group, each as a dict of the cells in `columns`, or as the reason
+    (a str) why the row cannot be used. A batch of rows that cannot be decoded, as when it has more
+    than 2 GiB of nested texts, is decoded again row by row. Errors: pyarrow.ArrowException if the
+    file is damaged, or if a single row is that long; the rows after it are then not read."""
     import pyarrow as pa
 
     def batches(size: int) -> Iterator[pa.RecordBatch]:

@@ -35,14 +35,16 @@ Cells = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Sql(Collection):
-    """Reads the rows of one table, in one transaction that can write nothing, and sorts them by
-    content, so that the database's order has no influence.
+    """Reads the rows of one table, or of a query's result, in one transaction that can write
+    nothing. The rows are sorted by content, so that the database's order has no influence.
 
-    - join, on: another table whose columns are added to each row, from the same patient's rows with
-      the same value in the column `on` of both tables
-    - view: whether `table` may be a view; query: a query in place of a table. With either, one
-      patient's rows may depend on another's, so both are outside the guarantee
-      (policy.allow_free_query)
+    - url: the database
+    - table: the table's name; "" if there is a query
+    - join, on: another table, and a column that both tables have. Each row of `table` is joined to
+      the other table's rows of the same patient with the same value in `on`; "": there is no join
+    - view: whether `table` may be a view
+    - query: a query in place of a table. With a query or a view one patient's rows may depend on
+      another's, which is outside the guarantee (policy.allow_free_query)
     - password_file, password_env: the file or the environment variable with PostgreSQL's password,
       if it is not in ~/.pgpass"""
 
@@ -84,8 +86,9 @@ class Sql(Collection):
             yield self.table or "query", _row(columns, cells)
 
     def _read(self, database: Database, names: Names) -> tuple[list[str], list[Cells]]:
-        """Read the table, or the query's result. Return the names of the requested columns that it
-        has, and all rows as tuples of texts in the order of these columns. Errors: DataError."""
+        """Read the table, or the query's result. Return two lists: the columns that were read, i.e.
+        those of the table that study.toml or site.toml names; and the rows, each a tuple of cells
+        in the order of these columns. Errors: DataError."""
         asked = sorted(set(names.keys.values()))
         if self.query:
             own, other = database.columns_of_query(self.query), []
@@ -109,9 +112,9 @@ class Sql(Collection):
         return columns + more, rows
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
-        """Return the columns by which the rows of two tables are joined. The patient column is one
-        of them, so that no row is joined to another patient's. own, other: the columns of each
-        table. Errors: DataError if a table lacks such a column."""
+        """Return the columns by which two tables are joined: the column `on`, and the patient
+        column, so that no row is joined to another patient's. own, other: the names of each table's
+        columns. Errors: DataError if a table lacks one of these two."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
             raise DataError(f"{names.where}: data.options.on is not a column of both tables")
@@ -162,8 +165,9 @@ def _source(table: str) -> str:
 
 
 def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
-    """Yield, for each row, the texts of its cells in `columns`. Equal numbers in a column are equal
-    texts. source: what the statement has after FROM, where the table is named t."""
+    """Yield, for each row, a tuple of the texts of its cells in `columns`. Numbers are written so
+    that equal ones in a column are equal texts. source: what stands after FROM in the statement; it
+    must name the table t."""
     cells = [f"t.{quote_name(column)}" for column in columns]
     kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
     text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
@@ -174,16 +178,16 @@ def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[
 def _join_rows(
     rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int
 ) -> Iterator[Cells]:
-    """Join the rows of two tables that have the same first `by` cells. For each such pair yield one
-    row: the other cells of the first table's row, followed by those of the second table's. A row of
-    the first table that has no partner is followed by `more` empty cells. The database's own = is
-    not used, since for it "AB" and "ab" may be one patient.
+    """Join the rows of two tables whose first `by` cells are equal. For each such pair one row is
+    yielded: the other cells of the first table's row, then those of the second table's. A row of
+    the first table without a partner is yielded once, with `more` empty cells after its own. The
+    database's own = is not used, since for it "AB" and "ab" may be one patient.
 
     - rows: the rows of the first table: the cells to join by, then the others
-    - beside: the rows of the other table, in the same form
+    - beside: the rows of the second table, in the same form
     - by: the number of cells to join by. White space around their text does not count; a row in
-      which one of them is empty or unusable is joined to none
-    - more: the number of the other table's cells after those"""
+      which one of them is empty or unusable has no partner
+    - more: how many other cells each row of the second table has"""
 
     def key(row: Cells) -> tuple[str, ...] | None:
         usable = [
@@ -204,14 +208,14 @@ def _join_rows(
 
 
 def _patient(names: Names) -> str:
-    """Return the requested patient column; "" if none is named."""
+    """Return the patient column that site.toml or the command line names; "" if none is named."""
     named = (".columns.patient", "--patient")  # in a file, or on the command line
     return next((c for key, c in names.keys.items() if key.endswith(named)), "")
 
 
 def _require_patient(present: Sequence[str], names: Names) -> None:
-    """Check that site.toml names the patient column, if a column has the usual name of one.
-    present: the columns that the tables have. Errors: DataError."""
+    """Check that a patient column is named if one of the tables' columns has a name that patient
+    columns usually have. present: the columns of the tables. Errors: DataError."""
     telling = [column for column in present if column.lower() in PATIENTS]
     if telling and not _patient(names):
         raise DataError(
@@ -222,8 +226,8 @@ def _require_patient(present: Sequence[str], names: Names) -> None:
 
 
 def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
-    """Return a row as a dict by column. If a cell cannot be used, return the reason as a BadCell,
-    which has the other cells."""
+    """Return a row as a dict by column. If some cells cannot be used, return the reason as a
+    BadCell, which also holds the other cells."""
     by_column = dict(zip(columns, cells, strict=True))
     row: Row = {name: c for name, c in by_column.items() if not isinstance(c, Unusable)}
     reason = next((cell.reason for cell in cells if isinstance(cell, Unusable)), "")
@@ -231,7 +235,8 @@ def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
 
 
 def _order(cells: Sequence[Cell]) -> list[tuple[int, str]]:
-    """Return a key that sorts rows by content, with empty cells first and unusable cells last."""
+    """Return a key by which rows are sorted by content: cell by cell, with empty cells first and
+    unusable cells last."""
     return [
         (2, cell.reason) if isinstance(cell, Unusable) else (int(cell is not None), cell or "")
         for cell in cells

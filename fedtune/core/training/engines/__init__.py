@@ -30,9 +30,9 @@ class PerRecord(Protocol):
     def watching(self) -> AbstractContextManager[None]: ...
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
-        """Compute the gradient of each of `losses` (B,). Return a list with a tensor (B, *shape)
-        for each trained parameter; None for one whose layer gave no gradient. The caller wipes the
-        tensors."""
+        """Compute the gradient of each of the B losses. Return a list with one tensor (B, *shape)
+        for each trained parameter; None in its place if its layer gave no gradient. The caller
+        wipes the tensors."""
         ...
 
 
@@ -42,7 +42,7 @@ def choose(
     parameters: Sequence[nn.Parameter],
     columns: slice = ALL,
 ) -> PerRecord:
-    """Choose the engine for a model whose trainable parameters are `parameters`.
+    """Choose and build the engine that computes the per-record gradients of a model.
 
     - name: study.training.engine; "auto": one_pass if it serves every parameter, else opacus;
       "opacus": always opacus

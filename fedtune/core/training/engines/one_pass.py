@@ -36,11 +36,16 @@ class OnePass:
     disabled or merged adapter is left to PEFT, and then gives no gradient. Non-reentrant activation
     checkpointing works.
 
-    missing: parameters that this engine cannot serve; if there are any, it must not be used.
-    | a layer used twice in one pass      | its gradients add up                                  |
-    | a layer not used                    | None in its place, never zeros                        |
-    | gradients that are not by record    | the caller compares their first axis with the batch,  |
-    |                                     | and refuses them                                      |
+    - trained: the module that holds every trainable layer
+    - parameters: the trained parameters, in the order in which their gradients are returned
+    - columns: the columns of each B whose gradients are computed
+    - missing: the parameters that this engine cannot serve; if there are any, do not use it
+
+    | case                             | the gradients                                             |
+    | a layer used twice in one pass   | are added up                                              |
+    | a layer not used                 | are None, never zeros                                     |
+    | gradients that are not by record | the caller compares their first axis with the batch, and  |
+    |                                  | refuses them                                              |
     References: Goodfellow 2015, "Efficient per-example gradient computations"; Bu et al. 2023,
     "Differentially private optimization on large model at small cost", section 3.2."""
 
@@ -101,14 +106,16 @@ class OnePass:
 
 
 class _OfThread(threading.local):
-    """The gradients that a thread's backward pass has collected so far, by parameter's id."""
+    """Holds the gradients that a thread's backward pass has collected so far: the parameter's id ->
+    its gradients."""
 
     def __init__(self) -> None:
         self.gradients: dict[int, torch.Tensor] = {}
 
 
 def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Sum left ⊗ right over a record's positions: (B, L, m) and (B, L, n) to (B, m, n)."""
+    """Compute the outer products of left and right, summed over each record's positions. left: (B,
+    L, m); right: (B, L, n). The result is (B, m, n)."""
     if left.shape[2] > right.shape[2]:  # the product is two to three times quicker this way round
         return per_record(right, left).transpose(1, 2)
     return torch.bmm(left.transpose(1, 2), right)
@@ -189,7 +196,7 @@ def _apply(kind: Any, *inputs: Any) -> Any:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Reshape (B, …, n) to (B, positions, n), fp32."""
+    """Return x (B, …, n) as (B, positions, n), fp32: all positions of a record are in one axis."""
     return x.reshape(len(x), -1, x.shape[-1]).float()
 
 
@@ -199,8 +206,8 @@ class _Lora(torch.autograd.Function):
 
     - x: the layer's input, (B, …, inputs)
     - out: the frozen layer's output for x, (B, …, outputs); None if `weight` is given
-    - weight, bias: of the frozen linear layer; both None if `out` is given, bias also if the layer
-      has none
+    - weight: W of the frozen linear layer; None if `out` is given
+    - bias: the bias of that layer; None if the layer has none, or `out` is given
     - a, b: A (rank, inputs) and B (outputs, rank)
     - scaling: s
     - sink: called with a factor and its gradients, fp32: (B, outputs, number of `columns`) for B,

@@ -12,8 +12,8 @@ from torch import nn
 
 
 class OpacusHooks:
-    """Computes per-record gradients, by Opacus' module hooks, of any layer that Opacus knows. A
-    layer that is recomputed in the backward pass (activation checkpointing) gives none.
+    """Computes per-record gradients by Opacus' module hooks, for any layer that Opacus knows. A
+    layer that is recomputed in the backward pass (activation checkpointing) gives no gradient.
 
     Reference: Yousefpour et al. 2021, "Opacus", section 3."""
 
@@ -56,13 +56,15 @@ class OpacusHooks:
         return self._take_gradients()
 
     def _parts(self) -> Iterator[nn.Module | nn.Parameter]:
-        """Yield all modules and parameters on which Opacus may set an attribute."""
+        """Yield the modules and parameters on which Opacus may set an attribute: all of the trained
+        module's."""
         yield from self._trained.modules()
         yield from self._trained.parameters()
 
     def _take_gradients(self) -> list[torch.Tensor | None]:
-        """Return Opacus' per-sample gradients, detached, and remove them from the parameters. Set
-        the gradients that autograd summed to zero."""
+        """Return Opacus' per-sample gradients, detached: for each parameter (B, *shape), None if it
+        has none. Remove them from the parameters, and set the gradients that autograd summed to
+        zero."""
         gradients: list[torch.Tensor | None] = []
         for parameter in self._parameters:
             gradient = getattr(parameter, "grad_sample", None)

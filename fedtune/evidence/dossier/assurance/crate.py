@@ -1,8 +1,8 @@
 """Describe a dossier as an RO-Crate: ro-crate-metadata.json, plain JSON-LD without a library.
 
-The crate follows RO-Crate 1.1 and the profile Process Run Crate 0.5: it names a software, its
-execution, the inputs and the results. No profile for federated learning exists, and this crate does
-not define one."""
+The crate follows RO-Crate 1.1 and the profile Process Run Crate 0.5: it names a program, one
+execution of it, its inputs and its results. No profile for federated learning exists, and this
+crate does not define one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def crate(found: Documents, typed: Mapping[str, str], names: Iterable[str], made
     """Return the text of ro-crate-metadata.json.
 
     - found: the run's documents by file name
-    - typed: blank's key -> the text that a person typed; of it the licence is used
+    - typed: a blank's key -> the text that a person typed into the blank; only the licence is used
     - names: the dossier's signed files; ro-crate-metadata.json may be among them, and is left out
-    - made: when the dossier was signed, UTC"""
+    - made: when the dossier was signed, UTC, as `format_now` writes it"""
     report = found["report.json"]
     files = [_file(name) for name in sorted({*names} - {FILE})]
     weights = f"{RUN}/{ADAPTER}/"

@@ -1,5 +1,5 @@
-"""Build the content of an assurance pack from its sections and a run: assurance.json, and the page
-of it.
+"""Build an assurance pack from its sections and a run: the content of assurance.json, and
+assurance.html, a page that shows this content.
 
 Each row of a section has one answer:
 
@@ -9,7 +9,8 @@ Each row of a section has one answer:
     organisation   only the organisation can say
     not opened     nobody read the source, so that nothing is claimed; it is not counted
 
-A row with one of the first three answers may also have a blank, for the organisation's part."""
+A row with one of the first three answers may also have a blank, into which a person types what only
+the organisation can say."""
 
 from __future__ import annotations
 
@@ -63,14 +64,15 @@ def build_pack(
     sections: Sequence[Section],
     names: AbstractSet[str],
 ) -> dict[str, Any]:
-    """Build assurance.json's content.
+    """Build the content of assurance.json: the answer to each statement of the sections.
 
     - found: the documents of the run and of attacks on it, by file name
     - typed: the name of a blank -> the text that a person typed into it
     - sections: the statements to answer
-    - names: the paths in the dossier of its files, its signature included and approvals left out
+    - names: the paths of the dossier's files in its folder, with the signature's, without the
+      approvals'
 
-    Errors: ConfigError (a value of the run cannot be shown in the format that a row asks for)."""
+    Errors: ConfigError if a value of the run cannot be shown in the format that a row asks for."""
     return {
         "format": FORMAT,
         "study": look_up(found, "report.json#/study", "plain"),
@@ -81,18 +83,20 @@ def build_pack(
 
 
 def dump(content: Mapping[str, Any]) -> str:
-    """Serialise assurance.json's content."""
+    """Return the text of assurance.json with this content."""
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _section(
     section: Section, found: Documents, typed: Mapping[str, str], names: AbstractSet[str]
 ) -> dict[str, Any]:
-    """Answer the rows of a section. Return its entry in assurance.json: its texts, the number of
-    rows by answer, the number of blanks, and the rows.
+    """Answer the rows of a section. Return the section's entry in assurance.json: a dict of its
+    texts, the number of rows with each answer, the number of blanks, and the rows.
 
-    - section: as it stands in its TOML file
-    - found, typed, names: as for `build_pack`"""
+    - section: the content of its TOML file
+    - found: the documents of the run and of attacks on it, by file name
+    - typed: the name of a blank -> the text that a person typed into it
+    - names: the paths of the dossier's files in its folder"""
     rows = [_row(section, row, found, typed, names) for row in section["row"]]
     counts = Counter(row["answer"] for row in rows)
     return {
@@ -110,10 +114,13 @@ def _row(
     typed: Mapping[str, str],
     names: AbstractSet[str],
 ) -> dict[str, Any]:
-    """Answer one row of a section; return its entry in assurance.json.
+    """Answer one row of a section. Return the row's entry in assurance.json, a dict.
 
-    - section, row: as they stand in the section's TOML file
-    - found, typed, names: as for `build_pack`"""
+    - section: the content of its TOML file
+    - row: the row in it
+    - found: the documents of the run and of attacks on it, by file name
+    - typed: the name of a blank -> the text that a person typed into it
+    - names: the paths of the dossier's files in its folder"""
     shown: dict[str, Any] = {name: row.get(name, "") for name in ("id", "asks", "importance")}
     if "unopened" in row:
         return shown | {"answer": NOT_OPENED, "unopened": row["unopened"]}
@@ -142,15 +149,16 @@ def _row(
 def _fact(
     section: Section, row: Mapping[str, Any], found: Documents, label: str, source: str, how: str
 ) -> dict[str, Any]:
-    """Look up a row's fact. Return {"label", "fact"}; "fact" is None if the run has no such value.
+    """Look up a fact that a row names. Return {"label", "fact"}; "fact" is a dict as `look_up`
+    returns it, or None if the run has no such value.
 
-    - section, row: the row that names the fact; their ids are for an error's text
+    - section, row: the row that names the fact, and its section; an error's text gives their ids
     - found: the documents of the run and of attacks on it, by file name
     - label: the figure's name for people
     - source: a document and a JSON pointer in it, as in facts.py
     - how: the format in which the figure is shown, one of facts.SHOWN
 
-    Errors: ConfigError (the run's value cannot be shown in this format)."""
+    Errors: ConfigError if the run's value cannot be shown in this format."""
     try:
         return {"label": label, "fact": look_up(found, source, how)}
     except (ArithmeticError, AttributeError, TypeError, ValueError):
@@ -161,8 +169,9 @@ def _fact(
 
 
 def _missing(row: Mapping[str, Any], found: Documents) -> str:
-    """Return, in words, the row's requirements on a run ("needs") that this run does not meet; ""
-    if it meets all."""
+    """Return which of the row's requirements ("needs") this run does not meet, as one text in
+    words; "" if it meets all. found: the documents of the run and of attacks on it, by file
+    name."""
     return "; ".join(NEEDS[need] for need in row.get("needs", []) if not WHEN[need](found))
 
 
@@ -172,12 +181,14 @@ def _is_there(name: str, names: AbstractSet[str]) -> bool:
 
 
 def pack_page(pack: Mapping[str, Any]) -> str:
-    """Return the text of assurance.html."""
+    """Return the text of assurance.html, the page of an assurance pack. pack: the content of
+    assurance.json."""
     return page(_as_blocks(pack), "Assurance pack", JSON, WIDE)
 
 
 def _as_blocks(pack: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the assurance pack in the form that `page` renders: sections of blocks."""
+    """Convert the content of assurance.json to the form that `page` renders, in which a section is
+    a list of blocks."""
     summary = {
         "kind": "table",
         "table": "Statements by answer",

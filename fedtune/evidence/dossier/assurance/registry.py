@@ -28,12 +28,12 @@ ACTORS = """\
 
 
 def registry(found: Documents, typed: Mapping[str, str], made: str) -> str:
-    """Return the text of registry.yaml.
+    """Return the text of registry.yaml for a private run.
 
     - found: the run's documents by file name
-    - typed: blank's key -> the text that a person typed
-    - made: when the dossier was signed; this is entered as the day of publication, until a person
-      enters another"""
+    - typed: a blank's key -> the text that a person typed into the blank
+    - made: when the dossier was signed, UTC; this is entered as the day of publication, until a
+      person enters another"""
     import yaml  # type: ignore[import-untyped]
 
     entry = _entry(found, typed, made)
@@ -133,8 +133,9 @@ def _unprotected(found: Documents) -> str:
 
 
 def _parameters(privacy: dict[str, Any]) -> str:
-    """Return sentences on ε: what it is taken over, under which assumption it holds if noise is
-    shared, and its value with queries. privacy: the table "privacy" of report.json."""
+    """Return sentences on the run's ε: over what it is taken and, if noise is shared, under which
+    assumption it holds and what ε holds without it; and, if queries were answered, the ε for
+    somebody among the held-out records too. privacy: the table "privacy" of report.json."""
     told = ["ε is the largest of the sites', rounded up, over all rounds."]
     if alone := fallback(privacy):
         told.append(
@@ -150,8 +151,8 @@ def _parameters(privacy: dict[str, Any]) -> str:
 
 
 def _mechanisms(report: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
-    """Return the text of the privacy mechanism, with a line for each site: its number of steps,
-    clipping norm, noise and sampling rate, as the report took them from the site's step log.
+    """Describe the privacy mechanism as a text with a line for each site: its number of steps,
+    clipping norm, noise and sampling rate. The report took these from the site's step log.
 
     report: the content of report.json; privacy: its table "privacy"."""
     lines = [

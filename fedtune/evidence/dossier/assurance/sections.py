@@ -1,4 +1,5 @@
-"""Load the sections of an assurance pack: one TOML file for each standard, law or house rule.
+"""Load the sections of an assurance pack. Each is one TOML file, for a standard, a law or a house
+rule, with these keys.
 
 id, title                  the section's id, in lower case, and its title
 from                       where its statements were read: a document and its version
@@ -54,17 +55,18 @@ ROW = {
 
 
 def package_sections() -> list[Section]:
-    """Load the package's own sections, in the order of their file names."""
+    """Load the sections that come with fedtune, in the order of their file names. Return a list of
+    the files' contents."""
     with resources.as_file(resources.files("fedtune.evidence.dossier.assurance")) as package:
         return _load(package / "sections")
 
 
 def all_sections(folder: Path | None) -> list[Section]:
-    """Load the package's sections and, after them, those of a hospital's folder (None: there is
-    none).
+    """Load the sections that come with fedtune and, after them, those of a hospital's folder.
+    Return a list of the files' contents. folder: the hospital's folder; None if there is none.
 
-    Errors: InputError; ConfigError (the folder holds no section, a file is not one, or two sections
-    have the same id)."""
+    Errors: InputError if a file cannot be read; ConfigError if the folder holds no section, a file
+    is not one, or two sections have the same id."""
     found = package_sections()
     if folder is not None:
         if not (own := _load(folder)):
@@ -78,8 +80,9 @@ def all_sections(folder: Path | None) -> list[Section]:
 
 
 def blanks(sections: Sequence[Section]) -> Iterator[tuple[Section, Mapping[str, Any]]]:
-    """Yield (section, row), in order, for each row with a blank for the organisation that is not
-    one of the dossier's own blanks."""
+    """Yield, in order, each row that has a blank of its own, for what only the organisation can
+    say. It is yielded as (section, row). A row that shows one of the dossier's blanks is left
+    out."""
     for section in sections:
         for row in section["row"]:
             if "organisation" in row and "blank" not in row:
@@ -87,8 +90,9 @@ def blanks(sections: Sequence[Section]) -> Iterator[tuple[Section, Mapping[str, 
 
 
 def key(section: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return the name under which a file of details (details.toml) holds the text for a row's
-    blank: the dossier's blank that the row names, else SECTION/ROW."""
+    """Return the name under which a file of details (details.toml) holds the text for the blank of
+    a row in a section: the name of the dossier's blank that the row names; if it names none,
+    SECTION/ROW, from the ids of both."""
     return str(row.get("blank") or f"{section['id']}/{row['id']}")
 
 
@@ -97,7 +101,8 @@ def _load(folder: Path) -> list[Section]:
 
 
 def _read(path: Path) -> Section:
-    """Read one section. Errors: InputError, ConfigError."""
+    """Read one section from its TOML file and check it. Errors: InputError if the file cannot be
+    read; ConfigError if it is not a section."""
     section = reading.toml_in(path, EXPECTED)
     _check_kinds(f"{path}", section, SECTION)
     for name in ("id", "title", "from", "row"):
@@ -129,9 +134,9 @@ def _check_kinds(where: str, table: Mapping[str, Any], kinds: Mapping[str, type]
 
 
 def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
-    """Check that a row has the required keys, and that its needs, sources, formats and blank are
-    known. where: the file and the row, for an error's text; known: the names of the dossier's own
-    blanks. Errors: ConfigError."""
+    """Check that a row has the required keys, and that everything that it refers to exists: its
+    needs, the sources and formats of its facts, and its blank. where: the file and the row, for an
+    error's text; known: the names of the dossier's own blanks. Errors: ConfigError."""
     for name in ("id", "asks"):
         if not row.get(name):
             raise ConfigError(f"{where}: has no {name}", EXPECTED)
