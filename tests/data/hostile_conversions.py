@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import ctypes
 import datetime
+import gc
 import mmap
 import os
 import resource
@@ -110,6 +111,22 @@ def in_what_this_process_used(place: Path) -> object:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def in_the_classes_of_ctypes(place: Path) -> object:
+    return len(ctypes._CFuncPtr.__subclasses__())
+
+
+def in_the_counts_of_the_collector(place: Path) -> object:
+    return gc.get_count(), len(gc.get_objects())
+
+
+def in_the_blocks_of_the_allocator(place: Path) -> object:
+    return sys.getallocatedblocks()
+
+
+def in_the_place_of_an_object(place: Path) -> object:
+    return id(object())
+
+
 CARRY: dict[str, Callable[[Path], object]] = {
     function.__name__: function
     for function in (
@@ -117,6 +134,14 @@ CARRY: dict[str, Callable[[Path], object]] = {
         *(in_the_time_of_a_file, in_a_lock_of_a_file, in_a_shared_page, in_system_v_memory),
         *(in_a_processs_number, in_the_time, in_the_time_of_day, in_a_librarys_time),
         *(in_the_pipe_that_it_is_given, in_what_this_process_used),
+    )
+}
+# What differs between two starts of the program that forks, and must not between its children.
+CARRY_IN_ONE_START: dict[str, Callable[[Path], object]] = {
+    function.__name__: function
+    for function in (
+        *(in_the_classes_of_ctypes, in_the_counts_of_the_collector),
+        *(in_the_blocks_of_the_allocator, in_the_place_of_an_object),
     )
 }
 
@@ -284,7 +309,8 @@ HARM: dict[str, Callable[[list[Row]], object]] = {
 
 @dataclass(frozen=True)
 class Hostile(Converter):
-    """how: a name of CARRY or HARM; place: a folder that everybody may write."""
+    """how: a name of CARRY, CARRY_IN_ONE_START or HARM; place: a folder that everybody may
+    write."""
 
     how: str = ""
     place: str = ""
@@ -295,7 +321,7 @@ class Hostile(Converter):
                 return harm(rows)  # type: ignore[return-value]
             return [{"t": row["t"]} for row in rows]
         try:
-            found = str(CARRY[self.how](Path(self.place)))
+            found = str((CARRY | CARRY_IN_ONE_START)[self.how](Path(self.place)))
         except Exception:
             found = "nothing"
         return [{"t": f"{row['t']} {found}"} for row in rows]

@@ -188,6 +188,41 @@ def test_a_fork_alone_does_not_stop_it(
         assert of_others(with_it) != of_others(read(tmp_path, without_z(ROWS), **given))
 
 
+def answers(how: str) -> list[str]:
+    """What twelve children after one another answer."""
+    with Conversion(ConvertTable(name="hostile", options={"how": how})) as convert:
+        return [convert([{"t": "x"}])[0]["t"] for _ in range(12)]
+
+
+@pytest.mark.parametrize("how", hostile.CARRY_IN_ONE_START)
+def test_no_child_counts_those_before_it(how: str) -> None:
+    assert len(set(answers(how))) == 1
+
+
+@pytest.mark.parametrize("how", hostile.CARRY_IN_ONE_START)
+def test_what_a_process_that_goes_on_leaves_behind_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The twin: one process takes all requests."""
+    (tmp_path / "lasting.py").write_text(
+        "import socket\n"
+        "from fedtune.core.data import child_process, conversion_process\n"
+        "def serve(control, work, settings):\n"
+        "    child_process.say(control, 'ready')\n"
+        "    while True:\n"
+        "        asked, pipes, _, _ = socket.recv_fds(control, 1, 2)\n"
+        "        if not asked:\n"
+        "            return\n"
+        "        ended = child_process._fork_and_wait(control, work, *pipes, settings)\n"
+        "        control.sendall(ended)\n"
+        "child_process.serve = serve\n"
+        "conversion_process.main()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(conversion, "PROGRAM", "lasting")
+    assert len(set(answers(how))) > 1
+
+
 WAITS = """
 import ctypes, errno, json, struct, sys, time
 from fedtune.core import isolation

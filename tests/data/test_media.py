@@ -80,17 +80,19 @@ def test_the_ledger_knows_a_file_by_its_own_bytes(tmp_path: Path) -> None:
     assert b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() in known
 
 
-def test_a_file_is_read_once_however_many_records_name_it(
+def test_a_patients_file_is_read_once_however_many_records_name_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two patients one body is kept, though each one's file is decoded for itself."""
     image(tmp_path / "a.png", 0)
     opened = list[Path]()
     plain = media.read_file
     monkeypatch.setattr(
         media, "read_file", lambda path, kind: opened.append(path) or plain(path, kind)
     )
-    records, _ = read(tmp_path, ["a.png", "./a.png", "a.png"])
-    assert len(opened) == 1 and len({record.media.body for record in records}) == 1
+    found = of_patients(tmp_path, [("a", "a.png"), ("a", "a.png"), ("b", "a.png")]).records
+    assert len(found) == 3 and len(opened) == 2
+    assert len({id(record.media.body) for record in found}) == 1
 
 
 def test_paths_stay_inside_the_folder(tmp_path: Path) -> None:
@@ -363,6 +365,7 @@ def test_a_patients_files_are_bounded_together(
     monkeypatch.setattr("fedtune.core.data.records.UNIT_BYTES", size - 1)
     found = of_patients(tmp_path, rows)
     assert [(row.row, row.reason) for row in found.failed] == [(4, "image too large")]
+    assert len(found.records) == 4
     monkeypatch.setattr("fedtune.core.data.records.UNIT_BYTES", size)
     monkeypatch.setattr(media, "UNIT_BYTES", 2 * (3 * 20 * 20 + 9))
     found = of_patients(tmp_path, rows)

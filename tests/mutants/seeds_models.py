@@ -276,7 +276,7 @@ MEDIA_MUTANTS = (
     ),
     _one(
         "media", "a-patients-files-fill-the-memory", "fedtune/core/data/records.py",
-        "if self._bytes_of[key] + len(content) > UNIT_BYTES:", "if False:",
+        "return content if len(content) <= most else", "return content if True else",
         T_FILES + "test_a_patients_files_are_bounded_together",
         "one patient's files take all memory of the vault",
     ),

@@ -21,13 +21,16 @@ T_OWN = T_CONVERSION + "test_whatever_goes_wrong_in_our_own_is_the_units_own"
 MUTANTS = (
     one(
         "units", "a-conversion-in-the-process-that-forks", FORKS,
-        "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
-        "    if pid == 0:\n",
-        "    work(b'')\n"
-        "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
-        "    if pid == 0:\n",
+        "    gc.collect()\n", "    work(b'')\n    gc.collect()\n",
         T_CARRIED + "[in_a_shared_page]",
         "what a plug-in sets up when it is imported is shared by all children",
+    ),
+    one(
+        "units", "each-turn-leaves-something-behind", FORKS,
+        "        pid = clone(number, signal.SIGCHLD, 0, 0, 0, 0)\n",
+        "        pid = ctypes.PyDLL(None).syscall(number, signal.SIGCHLD, 0, 0, 0, 0)\n",
+        T_CONVERSION + "test_no_child_counts_those_before_it[in_the_classes_of_ctypes]",
+        "a child counts the units before it by what they left in the process that forks",
     ),
     one(
         "units", "a-child-that-may-ask-for-everything", FORKS,

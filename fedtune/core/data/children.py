@@ -64,6 +64,8 @@ class Children:
     - what: for error messages, the setting or the kind of file that the children work for
     - otherwise: for error messages, what a person can do if this machine cannot confine a child
     - cpu_seconds: the most processor time of one child
+    - seconds: the most time from a child's start to its end, which ends one that waits in vain;
+      None: SECONDS. What `take` needs for the answers (`run`) does not count
     - declared_size: the site's declared size if its whole dataset is read, else 0. At the end of
       the block, children without work are run until as many have run as `count_children` returns
 
@@ -78,11 +80,13 @@ class Children:
         what: str,
         otherwise: str,
         cpu_seconds: int,
+        seconds: float | None = None,
         declared_size: int = 0,
     ) -> None:
         self._program, self._settings = program, dict(settings)
         self._what, self._otherwise = what, otherwise
         self._cpu_seconds, self._declared_size = cpu_seconds, declared_size
+        self._seconds = seconds
         self._forked = 0  # children that were given work
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -122,7 +126,8 @@ class Children:
                 raise ChildFailed from None
         assert self._control is not None
         there, back = _Pipe(), _Pipe()
-        self._control.settimeout(SECONDS)
+        left = self._seconds or SECONDS
+        self._control.settimeout(left)
         self._forked += counts
         taken: list[T] = []
         try:
@@ -130,11 +135,13 @@ class Children:
             there.close_reading()
             back.close_writing()
             try:
-                deadline = time.monotonic() + SECONDS
                 for content in given:
-                    taken.append(take(_ask(there.writing, back.reading, content, most, deadline)))
+                    asked = time.monotonic()
+                    answer = _ask(there.writing, back.reading, content, most, asked + left)
+                    left -= time.monotonic() - asked
+                    taken.append(take(answer))
                 there.close()  # so that the child ends
-                is_whole = not _read(back.reading, 1, deadline)
+                is_whole = not _read(back.reading, 1, time.monotonic() + left)
             except ChildFailed:
                 is_whole = False
             finally:
@@ -163,7 +170,7 @@ class Children:
         if self._forked > count_children(0, self._declared_size) > 0:
             log.warning(
                 "the records hold more units than site.declared_size allows for, so that how many "
-                "processes convert them tells of it; to do: declare a larger round figure"
+                "processes work on them tells of it; to do: declare a larger round figure"
             )
         for _ in range(count_children(self._forked, self._declared_size) - self._forked):
             with suppress(ChildFailed):
@@ -171,7 +178,8 @@ class Children:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        limits = {"seconds": SECONDS, "cpu_seconds": self._cpu_seconds, "memory": MEMORY}
+        seconds = self._seconds or SECONDS
+        limits = {"seconds": seconds, "cpu_seconds": self._cpu_seconds, "memory": MEMORY}
         with theirs:
             self._process = subprocess.Popen(
                 boot.command(
@@ -210,7 +218,7 @@ class Children:
             return {"kind": str(told["kind"]), "text": str(told.get("text", ""))}
         except NotConfined:
             return {"kind": "machine", "text": "no seccomp filter"}
-        except (ChildFailed, ValueError, KeyError, TypeError, AttributeError):
+        except (ChildFailed, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {"kind": "settings", "text": f"{self._what} cannot be imported"}
 
     def _stop(self) -> None:

@@ -44,6 +44,7 @@ Samples = npt.NDArray[np.float32]
 
 PROGRAM = "fedtune.core.data.media_process"
 CPU_SECONDS = 60  # of processor time, for all files of a unit
+WAITING = 600.0  # seconds, for a child that waits in vain, or a machine that is very busy
 BYTES = 64 * 2**20  # of one file, and of the form in which it is kept
 UNIT_BYTES = 2**30  # of all files of a unit, and of all that they are decoded to
 PIXELS = 40_000_000  # of one image
@@ -98,26 +99,16 @@ class Media:
 
 
 class Folder:
-    """The files under one folder. The content of each is read once and kept, however many records
-    name the file."""
+    """The files under one folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._cache = root.resolve(), dict[tuple[Path, str], bytes | str]()
+        self._root = root.resolve()
 
     def read(self, name: str, kind: Kind) -> bytes:
         """Return the content of the file `name`, a path relative to the folder. Errors: Rejected if
         the path leads outside the folder, or the file is missing, empty, unreadable or too large.
         kind: "image", "audio" or "video", for the reason."""
-        path = self._inside(name)
-        if (path, kind) not in self._cache:
-            try:
-                self._cache[path, kind] = read_file(path, kind)
-            except Rejected as error:
-                self._cache[path, kind] = error.reason
-        content = self._cache[path, kind]
-        if isinstance(content, str):
-            raise Rejected(content)
-        return content
+        return read_file(self._inside(name), kind)
 
     def _inside(self, name: str) -> Path:
         try:
@@ -168,6 +159,7 @@ class Decoder:
                 what=f"the decoding of {kind} files",
                 otherwise="let containers install seccomp filters, as they do by default",
                 cpu_seconds=CPU_SECONDS,
+                seconds=WAITING,
                 declared_size=declared_size,
             )
 

@@ -26,7 +26,7 @@ from fedtune.core.data.conversion import Conversion
 from fedtune.core.data.dataset import Failed
 from fedtune.core.data.files import Place, Rejected, placed_rows
 from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
-from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Media
+from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Kind, Media
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
 from fedtune.core.data.sources._interface import Names, Row
@@ -209,13 +209,13 @@ def read_file(
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Undecoded:
-    """A record whose file was read and is not decoded yet. file: the file's content; key: its
-    patient's key, "" if the unit is the record."""
+    """A record whose file is not read yet. name: the file's name in the row; key: the patient's
+    key, "" if the unit is the record."""
 
     place: Place
     record: Record
     key: str
-    file: bytes
+    name: str
 
 
 class _Reading:
@@ -235,8 +235,6 @@ class _Reading:
         self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
         self.kind = next((kind for kind in KINDS if getattr(file.columns, kind)), None)
         self._undecoded: list[_Undecoded] = []
-        # Of each patient's files, of which each counts once: which, and their bytes.
-        self._counted, self._bytes_of = set[tuple[str, int]](), Counter[str]()
         self._copies, self._held = Counter[bytes](), Counter[str]()
         self._rows = 0
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
@@ -281,27 +279,24 @@ class _Reading:
             self._add_whole(place, record, key)
             return
         named = text_of(row.get(self._columns.media or ""))
-        content = self._folder.read(named, self.kind)
-        if self._by_patient and (key, id(content)) not in self._counted:
-            if self._bytes_of[key] + len(content) > UNIT_BYTES:
-                raise Rejected(f"{self.kind} too large")
-            self._bytes_of[key] += len(content)
-            self._counted.add((key, id(content)))  # the Folder keeps it
-        self._undecoded.append(_Undecoded(place, record, key, content))
+        self._undecoded.append(_Undecoded(place, record, key, named))
 
     def decode(self, decoder: Decoder) -> None:
-        """Decode the files that the records so far name, one unit's at a time, and add these
-        records in the order of their rows. A record whose file cannot be used is rejected."""
+        """Read and decode the files that the records so far name, one unit's at a time, and add
+        these records in the order of their rows. A record whose file cannot be used is rejected."""
         waiting = self._undecoded
         units = defaultdict[str, list[int]](list)
         for number, row in enumerate(waiting):
             units[row.key if self._by_patient else str(number)].append(number)
         decoded: dict[int, Media | str] = {}
+        bodies: dict[bytes, bytes] = {}  # of equal files one body is kept
         for numbers in units.values():
-            # A file that several records of a unit name is decoded once.
-            files = list({waiting[number].file: None for number in numbers})
-            found = dict(zip(files, decoder.decode(files), strict=True))
-            decoded.update({number: found[waiting[number].file] for number in numbers})
+            of_name = self._decode_unit([waiting[number].name for number in numbers], decoder)
+            for number in numbers:
+                media = of_name[waiting[number].name]
+                if isinstance(media, Media):
+                    media = replace(media, body=bodies.setdefault(media.digest, media.body))
+                decoded[number] = media
         for number, row in enumerate(waiting):
             media = decoded[number]
             if isinstance(media, str):
@@ -311,6 +306,22 @@ class _Reading:
                 self._add_whole(row.place, replace(row.record, media=media), row.key)
             except Rejected as error:
                 self.reject(row.place, error.reason)
+
+    def _decode_unit(self, names: Sequence[str], decoder: Decoder) -> dict[str, Media | str]:
+        """Read and decode one unit's files, each once, and forget their contents. Return by name
+        what is kept of the file, or the reason why it cannot be used."""
+        assert self.kind is not None
+        contents: dict[str, bytes | str] = {}
+        left = UNIT_BYTES
+        for name in dict.fromkeys(names):
+            contents[name] = content = _read_or_reason(self._folder, name, self.kind, left)
+            left -= len(content) if isinstance(content, bytes) else 0
+        files = list(dict.fromkeys(c for c in contents.values() if isinstance(c, bytes)))
+        found = dict(zip(files, decoder.decode(files), strict=True))
+        return {
+            name: found[content] if isinstance(content, bytes) else content
+            for name, content in contents.items()
+        }
 
     def _add_whole(self, place: Place, record: Record, key: str) -> None:
         if not self._by_patient:
@@ -342,6 +353,20 @@ class _Reading:
             return not isinstance(named, str) or column is None or named in own
 
         return is_own
+
+
+def _read_or_reason(folder: Folder, name: str, kind: Kind, most: int) -> bytes | str:
+    """Return a file's content or, if it cannot be used or has more than `most` bytes, the
+    reason."""
+    try:
+        content = folder.read(name, kind)
+    except Rejected as error:
+        return error.reason
+    except MemoryError:
+        raise
+    except Exception:  # a name that no file can have
+        return "missing media file"
+    return content if len(content) <= most else f"{kind} too large"
 
 
 @dataclass(frozen=True)
