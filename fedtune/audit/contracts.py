@@ -211,7 +211,8 @@ def modality(name: str, base: str) -> Iterator[Result]:
     | contract | is met if |
     | place-holders | generated records with files pass the modality's own check |
     | too few | a record is rejected if one token less stands for its file than the file needs |
-    | tensor | a file's tensor is fp32, finite, has one row for each tile, and is repeatable |
+    | tensor | a file's tensor is fp32, finite, has one row for each tile, and is repeatable; |
+    | | another file whose tensor has the same shape can be generated |
     | parity, isolation, sensitivity, noise | the self-test passes on records with generated files |
     """
     study = study_for(base, modality=name)
@@ -252,7 +253,10 @@ def _too_few(study: Study, network: Network) -> float:
 
 
 def _tensors(study: Study, network: Network) -> float:
-    """Count the generated files whose tensor is malformed or differs between two calls."""
+    """Generate files for the modality, and count those that fail: the reader's tensor of the file
+    is not fp32, is not finite, does not have one row for each tile, or differs when it is computed
+    again; or the reader generates no second file like it whose tensor has the same shape. network:
+    its `reader` is checked."""
     wrong, reader = 0, network.reader
     for seed in range(8):
         draw = np.random.default_rng(seed)

@@ -126,8 +126,8 @@ def attack_received(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (fewer than two sites, or fewer than share the plan's noise), DataError (a
-    half has fewer than LEAST records), ModelError, InfrastructureError."""
+    Errors: InputError, such as ConfigError (fewer than two sites, or fewer than share the plan's
+    noise), DataError (a half has fewer than LEAST records) or ModelError; InfrastructureError."""
     given, objective = given_of(run.study, records), run.study.objective.resolved
     if objective.teacher_spec or objective.record_format == "unpaired_preference":
         raise ConfigError(
@@ -244,11 +244,13 @@ def compare_received(
     begun: Start, parties: Mapping[str, Party], candidates: CachedDataset
 ) -> dict[str, Floats]:
     """Train the study on these parties' records, and compare each update that the coordinator
-    receives with the update that each candidate alone would cause. Return a dict: sender -> each
-    candidate's mean cosine over all rounds, (n,).
+    receives with the update that each candidate alone would cause. Return a dict: party's name ->
+    each candidate's mean cosine over all rounds, (n,).
 
-    begun: the study's starting point. parties: name -> sender. candidates: n records, each a unit
-    of its own, on the parties' network. The network's arrays are restored afterwards."""
+    - begun: the study's starting point
+    - parties: name -> the Party that sends the updates
+    - candidates: n records, each a unit of its own, cached with the same model (`network`) as the
+      parties' records; the model's arrays are restored afterwards"""
     study, network = begun.study, candidates.network
     adapter = begun.adapter
     server = begin_strategy(begun)

@@ -119,7 +119,9 @@ def attack_sites(
     Args:
         run: the finished run whose model is examined.
         records: site's name -> a file with the study's columns.
-        references: runs of the same study's base that did not learn from these sites.
+        references: runs on the same base that did not train on these sites' records. The sites are
+            guessed from their outputs too; only if the guess from `run` is better does it show that
+            `run` learnt from these records.
         out: a folder for sites.json; None writes nothing.
 
     >>> from fedtune import Run
@@ -129,8 +131,8 @@ def attack_sites(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (fewer than two sites), DataError (a site with fewer than LEAST records),
-    ModelError, InfrastructureError."""
+    Errors: InputError, such as ConfigError (fewer than two sites), DataError (a site with fewer
+    than LEAST records that the model can read) or ModelError; InfrastructureError."""
     given = given_of(run.study, records)
     outputs, asked = _outputs(run, given)
     found = infer(outputs, asked)

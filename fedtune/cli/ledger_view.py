@@ -39,10 +39,13 @@ INFINITE = "∞ (not private)"
 def ledger_view(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> Group:
-    """Build the whole print-out for one dataset, including other datasets that count against it.
+    """Build what `fedtune ledger` prints about one dataset. It counts the dataset's own charges,
+    and those of every other dataset, except charges that were made after the two were declared
+    disjoint.
 
-    unit: the site's unit, "patient" or "record"; None to state each study's ε for the unit that it
-    had."""
+    - policy: the site's policy, with δ, the ceilings and, if there is one, the hospital
+    - unit: the site's unit, "patient" or "record"; None: state each study's ε for the unit that the
+      study had"""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     arrivals = any(cohort.arrival for cohort in cohorts)

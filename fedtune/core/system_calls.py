@@ -245,8 +245,8 @@ def _of_call(numbers: Numbers, lines: Lines) -> Lines:
 
 
 def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines:
-    """Build lines that allow a call if one of its arguments has one of some values, and else refuse
-    it.
+    """Build lines of a filter that allow a call if one of its arguments has one of some values, and
+    else refuse it.
 
     - argument: where the argument stands in the call's data (FIRST, SECOND, …)
     - values: the values that are allowed
@@ -260,8 +260,9 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
 
 
 def _if_zero(*words: int) -> Lines:
-    """Build lines that allow a call if some of its arguments are all 0, and else refuse it. words:
-    where the arguments stand in the call's data, in halves of 32 bits; a pointer has two halves."""
+    """Build lines of a filter that allow a call if some of its arguments are all 0, and else refuse
+    it. words: where the arguments stand in the call's data, in halves of 32 bits; a pointer has two
+    halves."""
     lines: Lines = []
     for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
@@ -269,10 +270,10 @@ def _if_zero(*words: int) -> Lines:
 
 
 def _of_sockets(families: Sequence[int]) -> Lines:
-    """Build lines that allow stream and datagram sockets of the address families in `families`, and
-    no others. A raw socket is refused: it would give root every packet of the machine. Of socket
-    pairs only streams are allowed, since each of two paired datagram sockets can still send to a
-    path."""
+    """Build lines of a filter that allow stream and datagram sockets of the address families in
+    `families`, and no other sockets. A raw socket is refused: it would give root every packet of
+    the machine. Of socket pairs only streams are allowed, since each of two paired datagram sockets
+    can still send to a path."""
     pairs = _if_argument(SECOND, (socket.SOCK_STREAM,), KIND)
     kinds: Lines = [
         (LOAD, 0, 0, SECOND),

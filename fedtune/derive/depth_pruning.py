@@ -112,8 +112,8 @@ def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
 
 
 def _get_output_matrix(layer: Any) -> Any:
-    """Return the last matrix of a layer's MLP, as a module; None if the layer has none of this
-    name."""
+    """Return the last matrix of a layer's MLP, the module `mlp.down_proj`; None if the layer has no
+    module of this name."""
     return getattr(getattr(layer, "mlp", None), "down_proj", None)
 
 

@@ -89,7 +89,8 @@ def evaluator_of(
     """Prepare to measure models of a finished run's study on a file of records. Return two things:
     an Evaluator, and the run's trained arrays, which the Evaluator's methods take as `adapter`.
 
-    - table: the records' file, the metric and the choices
+    - table: the records' file, the metric, and the choices, if there are any (completions, of which
+      the likeliest is the prediction)
     - read: a function that is called with the network and returns the records, which replace those
       of the file; None: the file is read
 

@@ -105,8 +105,12 @@ def list_covered(run: Path) -> list[str]:
 
 
 def carry(run: Path, into: Path) -> None:
-    """Copy a run's signed files and its signature into an exported model or a dossier. into: the
-    folder of the model or dossier; the copies lie in the folder RUN in it."""
+    """Copy the files that a run's signature covers, and the signature, into the subfolder `run`
+    (RUN) of an exported model or a dossier. If the run's adapter is a link to the version in use,
+    make the same link there.
+
+    - run: the run's folder
+    - into: the folder of the model or dossier"""
     for name in (*list_covered(run), SIGNATURE):
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)

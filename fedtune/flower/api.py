@@ -1,5 +1,5 @@
-"""Call the parts of Flower that are not in its public API (private.py). They are the reason why
-fedtune requires flwr 1.42.
+"""Call the parts of Flower that are not in its public API; fedtune/flower/private.py imports them.
+These parts are the reason why fedtune requires flwr 1.42.
 
 Flower's Runtime API gives out tasks. A SuperLink has one, which gives out a ServerApp task for each
 run; a SuperNode has one, which gives out a ClientApp task for each message. The process that claims

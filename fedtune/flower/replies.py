@@ -168,8 +168,9 @@ class Answer:
         sizes: dict[str, int] = {}
 
         def count_bytes(name: str) -> int:
-            """Return how many bytes an object and all objects that it names have together; an
-            object counts as often as it is named."""
+            """Return how many bytes the part `name` has together with all parts that it refers to,
+            directly or not. A part that is referred to several times counts several times. name:
+            the part's id."""
             if name not in sizes:
                 kind, named, _ = kinds[name]
                 if kind in ("RecordDict", "ArrayRecord", "Array"):

@@ -137,9 +137,13 @@ def join(
 
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
-    """Return the settings that a vault receives in addition to its site file: {"coordinator": the
-    coordinator's signing key, "watch": `watch`, "reviewed": the digest of the plan that the
-    coordinator's answer held for review}. link: the site's connection to its coordinator."""
+    """Return the settings that a vault receives in addition to its site file, by name:
+    "coordinator", the coordinator's public signing key; "watch", as given here; and "reviewed", the
+    digest of the plan that the coordinator's answer brought for review ("" if it brought none that
+    can be used).
+
+    - link: the site's connection to its coordinator
+    - watch: whether the site takes part only in studies without a last round"""
     reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 

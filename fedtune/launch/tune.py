@@ -82,8 +82,9 @@ def tune(
             interrupted, or that is repeated with more settings, keeps the finished trials.
         settings: texts "key=a,b,c"; all combinations of several keys are tried. If no key has
             several values, learning rates around the plan's are tried.
-        trials: the largest number of trials. Without a key of several values, it is the number of
-            learning rates. Else, if there are more combinations, the study's seed draws as many.
+        trials: the largest number of trials. If there are more combinations, this many are drawn at
+            random, by the study's seed. If no key has several values, this is the number of
+            learning rates. None: all combinations, or five learning rates.
         records: for a study without [selection], the file of records by which trials are compared,
             with the columns of [evaluation]. The [evaluation] records never decide between trials.
         on_trial: called when a trial ends, with its number, the number of trials, and the trial.

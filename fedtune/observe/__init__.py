@@ -4,9 +4,9 @@ None of these holds anything private.
     with observer("coordinator", folder, then=watch, metrics_port=9464) as seen:
         serve(..., on_event=seen)
 
-Nothing here sends a message of the study. A sink (a log, a status file, metrics, a tracker) cannot
-stop a study, since its first error is logged and later ones are ignored. In strict mode
-(FEDTUNE_STRICT=1, as in tests) the error is raised.
+Nothing here sends a message to a site or to the coordinator. A sink (a log, a status file, metrics,
+a tracker) cannot stop a study, since its first error is logged and later ones are ignored. In
+strict mode (FEDTUNE_STRICT=1, as in tests) the error is raised.
 """
 
 from __future__ import annotations

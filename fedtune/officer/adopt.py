@@ -145,7 +145,9 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 
 
 def _finish(home: Path, site_file: Path, name: str) -> Adoption:
-    """Finish an adoption that was killed when only the old ledger's files were left to remove.
+    """Finish an adoption (a site with its own ledger becomes a membership of the hospital) that was
+    interrupted after site.toml was replaced: remove what is left of the old ledger. Return the
+    adoption without copies, charges, datasets and receipts, since an earlier call made these.
 
     - home: the folder of the hospital's home
     - site_file: the site.toml, which names this home already
@@ -233,7 +235,8 @@ def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
 
 
 def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed) -> Adoption:
-    """Make a home whose ledger is this site's, and the site its first membership.
+    """Make a home whose ledger is this site's, and make the site the first membership of the home.
+    Return the adoption, with the copies of the old state folder and site.toml.
 
     - home: the folder of the home. It need not exist; an adoption that was killed may have made it.
     - site: the site as its site file states it now

@@ -155,9 +155,10 @@ def purge(contents: Listing) -> None:
 
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
-    """Add to the listing `contents` the files that the own studies of `site`, a membership, left
-    beside the hospital's ledger. Files of another membership, which may run the same plan, are not
-    added, since that membership would have to pay again for a deleted update."""
+    """Add to `contents` the files that the studies of a membership left in the hospital's home,
+    beside the ledger: released updates, and notes of draws that wait for a person. Files of other
+    memberships, which may run the same plan, are not added: if their updates were deleted, they
+    would have to pay for them again. site: the membership."""
     if not traces(site.home):
         return
     book, own = Ledger(site.home), site.policy.own_memberships
@@ -180,9 +181,9 @@ def _find(folder: Path, kind: str) -> list[Path]:
 
 
 def _owner_of_draw(path: Path) -> str | None:
-    """Read, from the note `path` of a draw of shared noise that waits for a person, the name of the
-    membership that made the draw. Return "" if no membership made it (a site with a ledger of its
-    own), and None if the note cannot be read."""
+    """Return the name of the membership that is to make a draw of shared noise; "" if it is a site
+    with a ledger of its own, and None if the note cannot be read. path: the note, which says that
+    this draw waits for a person's approval."""
     try:
         return owner_of(("", 0, str(reading.json_in(path, "a draw that waits")["adapter"])))
     except (FedtuneError, KeyError, TypeError):

@@ -129,8 +129,8 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
 
 def measured_speed() -> float:
     """Return how many fp32 multiplications per second a long run can do here: the measured speed of
-    matrix products on one processor, multiplied by the number of processors that the run gets while
-    the programs that run now go on."""
+    matrix products on one processor, multiplied by the number of processors that a run gets if this
+    machine stays as busy as it is now."""
     left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right  # the first one starts threads
     began = time.perf_counter()

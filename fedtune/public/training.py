@@ -36,16 +36,17 @@ PENALTY = 3e-4
 
 
 def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable) -> Arrays:
-    """Compute the plan's preconditioner from the public records: for each B of the adapter a factor
-    W (outputs, rank), fp32, under the name by which it is sent.
+    """Compute the plan's preconditioner from the public records. Return a factor W, fp32 (outputs,
+    table.rank), for each B of the adapter, by the name under which it is sent.
 
     W follows (core/models/preconditioner.py) from the second moment G = Σ g gᵀ. The sum is over the
     columns g of each public record's gradient of that B, at the loaded adapter. Before that, each
     record's gradient of all trainable parameters together is scaled to length 1.
 
-    table: the plan's table of the preconditioner, which gives rank and damping. Errors: ModelError
-    if the public records give no gradient, or the gradient engine does not watch a layer;
-    ConfigError if a B belongs to a projector, whose input has several rows for one record."""
+    table: the plan's table of the preconditioner, which gives the damping and the preconditioner's
+    rank (not the adapter's). Errors: ModelError if the public records give no gradient, or the
+    gradient engine does not watch a layer; ConfigError if a B belongs to a projector, whose input
+    has several rows for one record."""
     named, total = data.network.parameters(), len(data.dataset.examples)
     curvatures = {
         name: _Curvature(len(b), b.shape[1], total)

@@ -171,7 +171,7 @@ class Roster:
           bytes besides
 
         A node that does not answer yields a reply without content. Errors: InfrastructureError if
-        the grid fails."""
+        Flower's Grid fails."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)

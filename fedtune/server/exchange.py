@@ -71,7 +71,7 @@ def ask(
 
     Guarantee: at most one reply is held in memory, of at most `most` bytes. A reply that is longer,
     unreadable or never complete counts as a failure of its node alone and delays no other.
-    Errors: InfrastructureError if the grid fails.
+    Errors: InfrastructureError if Flower's Grid fails.
     """
     try:
         waiting: dict[int, replies.Answer] = {}

@@ -91,7 +91,7 @@ def exchange(
     once more. At WAITING (for a person's approval) it is asked again, at growing intervals, for
     strategy.round_timeout seconds.
 
-    Errors: InfrastructureError if the grid fails."""
+    Errors: InfrastructureError if Flower's Grid fails."""
     shared = RecordDict(dict(order.said))
     if order.adapter:
         shared["adapter"] = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))

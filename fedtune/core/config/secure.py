@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class SecureAggregationTable(Table):
     """How the sites share noise. They mask their updates, so that nobody can open more than a
     round's sum, and only this sum needs the noise of the plan's σ (one dose). With n =
-    strategy.min_sites, each site adds noise of σ/√(n - t), so that n - t sites together add one
-    dose.
+    strategy.min_sites and t = `colluding`, each site adds noise of σ/√(n - t), so that the n - t
+    sites that do not collude add one dose together.
 
-    colluding: t, the number of sites that may collude with the coordinator while ε still holds. It
-    is at least one, because every site knows the noise that it added itself."""
+    colluding: the number of sites that may collude with the coordinator while ε still holds. It is
+    at least one, because every site knows the noise that it added itself."""
 
     colluding: Number = 1
 

@@ -261,7 +261,8 @@ class AcceptanceTable(SiteData):
 
     @property
     def digest(self) -> str:
-        """The sha256 over everything in this table; the record of a decision holds it."""
+        """The sha256 over everything in this table, as "sha256:" and hexadecimal digits. The record
+        of a decision by `fedtune accept` holds it."""
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 

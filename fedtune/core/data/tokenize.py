@@ -27,11 +27,14 @@ CHARS = 40  # characters per token of max_length beyond which a text is not even
 class Tokenised(NamedTuple):
     """A tokenised record.
 
-    - passages: the token sequences, each with its targets: one; for a preference pair two, the
-      better answer's first, with the same prompt
+    - passages: a list of one token sequence; for a preference pair, of two: the prompt with the
+      better answer, and the same prompt with the worse answer. Each is a pair: the token ids, and
+      whether each token is a target
     - label: the label's index in objective.labels; of a judged answer 1 (desirable) or 0; NO_TARGET
       if the record has neither
-    - cut: how many tokens were left out; an estimate where characters were not tokenised"""
+    - cut: how many tokens were left out (of a preference pair, from the passage that lost most). It
+      is an estimate for plain text, for a conversation, and for a text that is so long that not all
+      of it was tokenised"""
 
     passages: list[Tokens]
     label: int

@@ -51,8 +51,9 @@ class StepLog:
         self._ahead = 0  # and how many of its steps have yet to run
 
     def begin_round(self) -> None:
-        """Begin an attempt at a round: the next step writes a line of its own, even if an earlier
-        attempt at this round broke off before all the steps of its line had run."""
+        """Begin an attempt at a round. One line of the log stands for all steps of an attempt, so
+        the next step writes a new line, even if an earlier attempt at this round broke off after
+        some of its steps."""
         self._round = None
 
     def append(self, step: Step, of_round: int = 1) -> None:

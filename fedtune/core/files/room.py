@@ -79,14 +79,16 @@ class Room:
 
     @property
     def of_receipts(self) -> int:
-        """The most bytes by which the room shrinks as receipts of withdrawals are added."""
+        """The most bytes by which the room (the file of reserved space) shrinks as receipts of
+        withdrawals are added: 4 KiB for each declared unit."""
         return OF_A_WITHDRAWAL * self.declared_size
 
     @property
     def of_the_audit_log(self) -> int:
-        """The most bytes by which the room shrinks as the audit log grows. There is a limit since a
-        coordinator can cause any number of entries, which must not use up the space of the ledger
-        or the receipts."""
+        """The most bytes by which the room (the file of reserved space) shrinks as the audit log
+        grows: 1 MiB, and 4 KiB for each declared unit. There is a limit since a coordinator can
+        cause any number of entries, which must not use up the space of the ledger or the
+        receipts."""
         return 2**20 + OF_A_WITHDRAWAL * self.declared_size
 
     @property

@@ -196,9 +196,11 @@ class Ledger:
         return lambda member: self._salt_member(member) in hashes
 
     def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Return a function that takes a patient's key, and returns whether a dataset disjoint from
-        `dataset` has it. A patient whose key is in both takes part in the dataset that had the key
-        first; if they were declared disjoint only after both had it, in neither."""
+        """Return a function that takes a patient's key, and returns whether the ledger has it for
+        another dataset that is declared disjoint from `dataset`. If so, the caller leaves the
+        patient out of `dataset`. So a patient whose records are in two disjoint datasets takes part
+        only in the one that had the key first; in neither, if the two were declared disjoint after
+        both had it."""
         with self._store.writing() as writer:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)

@@ -265,9 +265,10 @@ class CachedDataset:
             make_room_after(error)
 
     def _prefix_positions(self, rows: list[int]) -> int:
-        """Return how many positions the frozen part computes for one passage: its padded tokens,
-        and the tower's states of its file. rows: the numbers of passages of one bucket (padded
-        shapes), for each of which the result is the same."""
+        """Return how many positions the frozen part computes for one passage: its tokens with
+        padding, and the states that the tower (frozen encoder) gives for its file. rows: which
+        passages, by their numbers in the dataset; all are padded to the same shapes (one bucket),
+        so the result is the same for each."""
         bucket = self._prefix_bucket(rows[0])
         return bucket.length + self.network.frames(bucket.tiles)
 
@@ -275,10 +276,10 @@ class CachedDataset:
         return _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
 
     def _pass_through_prefix(self, block: tuple[list[int], torch.Tensor | None]) -> torch.Tensor:
-        """Compute the states at the cut of passages of one bucket, at most as many as a block
-        holds. Return them for a whole block, with padding, (passages, length, H), on the CPU.
-        block: a pair of the passages' numbers, and the tower's states of the whole block's files
-        (None without files)."""
+        """Compute the states at the cut of passages of one bucket (padded shapes), at most as many
+        as a block holds. Return them for a whole block, with padding, (passages, length, H), on the
+        CPU. block: a pair of the passages' numbers, and the states that the tower (frozen encoder)
+        gives for the whole block's files (None without files)."""
         rows, tower_states = block
         hidden = self.network.prefix(*self._tokens(self._filled(rows)), tower_states)
         return hidden.cpu()  # none stay in a GPU's memory
@@ -461,9 +462,10 @@ class CachedDataset:
         return tokens.to(self.network.device), logp.to(self.network.device)
 
     def _encode_media(self, rows: list[int]) -> torch.Tensor | None:
-        """Return the tower's states of the passages' files, (rows, tiles, P, W) with P states of
-        length W for each tile; None if the records have no files. Each file is encoded once, and
-        all files have the same number of tiles. rows: the passages' numbers."""
+        """Return the states that the tower (frozen encoder) gives for the passages' files, (rows,
+        tiles, P, W) with P states of length W for each tile; None if the records have no files.
+        Each file is encoded once, and all files have the same number of tiles. rows: the passages'
+        numbers."""
         files = [self.dataset.examples[row // self._n_passages].media for row in rows]
         if files[0] is None:
             return None
@@ -511,14 +513,14 @@ class CachedDataset:
     def _prefix(
         self, rows: list[int], length: int, tower_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the passages' states at the cut, (rows, length, H). On padding, states from the
-        cache are zero; if nothing is cached, the states are computed here, and those on padding are
-        not zero.
+        """Return the passages' states at the cut, (rows, length, H). They are read from the cache,
+        with zeros on padding. For a network whose states are not cached (`network.cached`), they
+        are computed here, and those on padding are not zero.
 
         - rows: the passages' numbers
         - length: the padded length
-        - tower_states: the tower's states of the passages' files; None if they are to be computed,
-          or there are no files"""
+        - tower_states: the states that the tower (frozen encoder) gives for the passages' files,
+          used only if nothing is cached; None if they are to be computed, or there are no files"""
         if not self.network.cached:
             if tower_states is None:
                 tower_states = self._encode_media(rows)

@@ -51,8 +51,8 @@ class ClassStatistics(nn.Module):
     def forward(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
         """Return the inner product of each vector's statistics with each class's sums, (B, K) fp32.
         A vector's statistics are its features, then `count_weight`; zeros if the vector or its
-        features are not finite. They are the gradient of the vector's product with a class by this
-        class's sums.
+        features are not finite. Since entry (b, c) of the result is linear in the sums of class c,
+        its gradient with respect to these sums is the statistics of vector b.
 
         - vectors: the base's vectors of B records, (B, H)
         - count_weight: what a record adds to its class's count

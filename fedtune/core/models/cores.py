@@ -44,19 +44,22 @@ def compute_side_by_side(
     """Yield each block with the result of `compute(block)`, in the blocks' order, while later
     blocks are computed on other cores.
 
-    - compute: called once with each block, in another thread if more than one core is used
+    - compute: called once with each block; in another thread if more than one core is used, except
+      with a block that `may_share` excludes
     - blocks: the blocks, which are made one by one as they are needed
     - cores: how many blocks are computed at once; None: one, in the caller's thread, with all of
       PyTorch's operator threads
-    - positions_of: returns a block's size in positions. Blocks that wait or are being computed have
-      together at most POSITIONS_PER_CORE positions for each core; one block is always allowed
+    - positions_of: returns a block's size in positions (of tokens or states in its sequences).
+      Blocks that wait or are being computed have together at most POSITIONS_PER_CORE positions for
+      each core; one block is always allowed
     - may_share: returns whether a block may be computed at the same time as others; if not, it is
-      computed alone
+      computed alone, in the caller's thread
     - discard: called with each result that is not yielded because an earlier block failed or the
       caller stopped
 
-    The blocks are made in the caller's thread, one after the other, before their turn. Within the
-    loop the caller, too, has one operator thread, unless `cores` is None.
+    The blocks are made in the caller's thread, one after the other, before their turn. Each block
+    is computed with one of PyTorch's operator threads, and the caller's own thread is limited to
+    one until the iteration ends, unless `cores` is None.
 
     Guarantee: at any number of cores, a result is the one that a single core computes from that
     block alone. The number of threads that this process starts depends on `cores` only. Errors:

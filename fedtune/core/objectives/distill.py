@@ -79,10 +79,10 @@ def divergence(
     - batch: the records, with the teacher's outcomes and log-probabilities in `soft`
     - temperature: T, by which the student's logits are divided; the teacher's log-probabilities
       must have been computed at the same T
-    - hard: the weight of the cross-entropy with the record's own targets or label, at T = 1; 0: it
-      is not computed
+    - hard: the weight of the cross-entropy with the record's own targets (its label, if the student
+      has a head). It is computed without the temperature, and not at all if `hard` is 0
 
-    | a record without targets | 0.0, and no gradient |
+    | a record without targets, if the student has no head | 0.0, and no gradient |
     """
     import torch
     from torch.nn import functional

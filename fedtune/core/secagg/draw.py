@@ -49,8 +49,8 @@ class Draws:
         self._waiting[waiting.ready.draw] = waiting
 
     def find(self, draw: Draw) -> Waiting | None:
-        """Return the waiting draw of this round and attempt; None if this process has none. Each
-        attempt has a draw of its own."""
+        """Return the noised sum that is kept for `draw`, with its masking key; None if this process
+        keeps none. draw: the plan, round, attempt and adapter, all of which must be the same."""
         return self._waiting.get(draw)
 
     def destroy(self, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:

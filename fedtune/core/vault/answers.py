@@ -253,8 +253,9 @@ def _plan_of(named: Any, suffix: str) -> str:
 
 def run_guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
     """Run `attempt`, and return None if it succeeded; else the status and reason of its failure,
-    which are sent to the coordinator. place: the site at which it runs; an error of fedtune is kept
-    for this site's screen.
+    which are sent to the coordinator. place: the site at which it runs. If the status is "failed",
+    the error is logged at the site only; an error of fedtune is also stored in `site_errors` under
+    place.site, so that `simulate` can show it.
 
     Guarantee: the text of a refusal is sent, since it names only rules and public values. Of any
     other failure the coordinator learns only that there was one. A record's content never makes a

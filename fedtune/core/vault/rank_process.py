@@ -408,8 +408,8 @@ def team(site: Path, processes: int) -> Iterator[None]:
 def follow_torchrun(site: Path) -> None:
     """Run as one of the ranks ≥ 1 that torchrun started, until rank 0 ends.
 
-    This process holds records but is not confined, unlike ranks that the site itself starts.
-    Errors: PolicyRefused if policy.isolation is "required"."""
+    This process holds records but is not confined, unlike ranks that the site itself starts. site:
+    the site file. Errors: PolicyRefused if policy.isolation is "required"."""
     isolation = load_site(site).policy.isolation
     if isolation == "required":
         raise PolicyRefused(

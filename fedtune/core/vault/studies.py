@@ -25,8 +25,9 @@ MOST = 64  # studies under way at once: their files lie in the room that the led
 
 
 def check_number(state: Path, study: Study) -> None:
-    """Check that fewer than MOST studies other than `study` run at this site. state: the site's
-    state folder. Errors: PolicyRefused."""
+    """Check that the number of other studies that run at this site is below the limit MOST. study:
+    the study that is not counted. state: the site's state folder. Errors: PolicyRefused if there
+    are too many."""
     others = [
         path for path in (state / FOLDER).glob("*.json") if path != _path(state, study.digest)
     ]

@@ -12,11 +12,12 @@ from fedtune.observe.status import LOCK, held
 
 
 class Page(ABC):
-    """A page of one path: a run, a site and so on. Its template is templates/KIND.html.
+    """A page about what lies at one path on disk: a run, a site and so on. Its template is
+    templates/KIND.html.
 
     - kind: the page's kind, which names its templates
-    - parts: the parts of the page that the browser fetches again whenever one of `files` changes;
-      the template of a part is KIND_PART.html
+    - parts: the parts of the page that the browser fetches again whenever a file that the method
+      `files` lists changes; the template of a part is KIND_PART.html
     - slow: the functions of work.py whose results the page shows, each computed in a child
       process"""
 

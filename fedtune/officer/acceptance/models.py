@@ -50,7 +50,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
     - run: the run whose model is judged
     - table: the site's [acceptance], which names the records and, if there is one, the site's own
       model
-    - site: the site, for which records to leave out
+    - site: the site; patients in its [data], if that is on this machine, are left out
     - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
 
     Errors: ConfigError, DataError and ModelError, if the model cannot be loaded or the records

@@ -84,10 +84,10 @@ class Names:
 
     @property
     def listed(self) -> list[str]:
-        """The column names that a message may show: those of headers that may be shown (`shown`),
-        and the keys that at least half of the JSON records have. Keys with a space are left out,
-        since one may be a person's name. If there are fewer than FEW records, their keys are only
-        listed if they look like a header (`is_header`)."""
+        """The column names that a message may show: those in `shown`, and the keys that at least
+        half of the JSON records have. Of these keys only those of the form KEY are listed; one with
+        a space, for example, may be a person's name. If there are fewer than FEW JSON records, keys
+        are listed only if `is_header` takes them for a header."""
         common = self.common
         if self.objects < FEW and not is_header(common, self.keys):
             common = []

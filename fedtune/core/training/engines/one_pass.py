@@ -273,12 +273,12 @@ def _input_gradient(
 
 
 class _Linear(torch.autograd.Function):
-    """Compute x Wᵀ + bias, both trained. The backward pass hands their per-record gradients to
-    `sink`.
+    """Compute x Wᵀ + bias. W is trained, and so is the bias unless it is frozen. The backward pass
+    hands each record's gradient of W and of the bias to `sink`.
 
     - x: the layer's input, (B, …, inputs)
     - weight: W, (outputs, inputs)
-    - bias: (outputs,), or None; of a frozen bias no gradient is computed
+    - bias: (outputs,), or None; if it is frozen, no gradient of it is computed
     - sink: called with a parameter and its gradients, fp32 (B, *shape)"""
 
     @staticmethod
