@@ -33,7 +33,8 @@ Work = Callable[[bytes], bytes]
 
 def begin() -> tuple[socket.socket, dict[str, Any]]:
     """Give up this process's access to every network. Return the socket on which requests come, and
-    the settings, a dict; `Children` passes both in sys.argv."""
+    the settings, a dict. `Children` passes the socket's file descriptor in sys.argv[1] and the
+    settings as JSON in sys.argv[2]."""
     control = socket.socket(fileno=int(sys.argv[1]))
     with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

@@ -107,7 +107,7 @@ class Folder:
     def read(self, name: str, kind: Kind) -> bytes:
         """Return the content of the file `name`, a path relative to the folder. Errors: Rejected if
         the path leads outside the folder, or the file is missing, empty, unreadable or too large.
-        kind: "image", "audio" or "video", for the reason."""
+        kind: "image", "audio" or "video", the word in the reason."""
         return read_file(self._inside(name), kind)
 
     def _inside(self, name: str) -> Path:
@@ -124,7 +124,7 @@ class Folder:
 
 def read_file(path: Path, kind: Kind) -> bytes:
     """Return the content of the file at `path`. Errors: Rejected if it is empty, unreadable or
-    larger than BYTES. kind: "image", "audio" or "video", for the reason."""
+    larger than BYTES. kind: "image", "audio" or "video", the word in the reason."""
     try:
         with reading.open_regular(path) as file:
             content = file.read(BYTES + 1)
