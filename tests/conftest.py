@@ -229,8 +229,8 @@ def usual(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Pa
 @pytest.fixture
 def without_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site's self-test takes seconds for each kind of study: half of some tests that are about
-    something else. tests/dp/test_selftest.py, tests/client/test_site.py
-    and the studies of most files run it."""
+    something else. tests/dp/test_selftest.py, tests/client/test_site.py and the studies of most
+    files run it."""
     monkeypatch.setattr("fedtune.core.vault.worker.self_test", lambda *_: None)
 
 
