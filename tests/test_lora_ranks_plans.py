@@ -1,4 +1,5 @@
-"""Plans and policies where sites train fewer ranks than the plan's."""
+"""Plans and policies where sites train fewer ranks than the plan's. (The self-test at a site's own
+rank is in test_lora_ranks.py.)"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.client.test_site import make_site, notes
 from tests.dp.conftest import study
 from tests.lora_ranks_kit import LORA, lay_out
 
-pytestmark = pytest.mark.usefixtures("no_worker_is_left")
+pytestmark = pytest.mark.usefixtures("no_worker_is_left", "without_self_test")
 
 
 def plan_of(base: Path, **lora: object) -> Study:

@@ -37,7 +37,7 @@ from tests.clocks import Clock, needs_compiler
 from tests.depth import long_but
 from tests.expected import raises_only
 from tests.flower import kit, tls_roles
-from tests.site_here import join_with
+from tests.flower.own_app import join_with
 
 STUDY = """privacy = "off"
 [study]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -26,8 +26,10 @@ from fedtune.core.wire.arrays import unpack_arrays
 from fedtune.flower import api
 from fedtune.flower.packing import unpack
 from fedtune.flower.records import to_record
-from fedtune.launch import coordinator
-from tests.site_here import join_with
+from tests.flower.own_app import join_with
+
+if TYPE_CHECKING:
+    from fedtune.launch.coordinator import Link
 
 ROUNDS = 2
 
@@ -100,6 +102,8 @@ def hostile(grid: Grid) -> dict[str, Any]:
 
 
 def run_coordinator(root: Path, port: int, nodes: int, out: Path, bundle: Path) -> None:
+    from fedtune.launch import coordinator  # which a site would wait for
+
     content = bundle.read_bytes()
     coordinator.bundle = lambda: content
 
@@ -122,7 +126,7 @@ def run_coordinator(root: Path, port: int, nodes: int, out: Path, bundle: Path) 
     coordinator.Child = Watched
 
     @contextmanager
-    def watched(home: Path) -> Iterator[coordinator.Link]:
+    def watched(home: Path) -> Iterator[Link]:
         with superlink(home) as link:
             links.append(link)
             yield link
@@ -132,7 +136,7 @@ def run_coordinator(root: Path, port: int, nodes: int, out: Path, bundle: Path) 
     out.write_text(json.dumps(body))
 
 
-def stranger(link: coordinator.Link) -> int:
+def stranger(link: Link) -> int:
     """The HTTP status that someone without the executor's secret gets when asking for a task."""
     runtime = api.Runtime(link.address, b"a guess", link.ca)
     try:

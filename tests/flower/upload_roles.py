@@ -18,7 +18,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.flower.records import to_record
-from tests.site_here import join_with
+from tests.flower.own_app import join_with
 
 PART = 5 * 2**20  # Flower's largest
 SIZE = 8 * PART

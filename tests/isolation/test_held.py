@@ -59,17 +59,18 @@ def pieces(asked: Asked) -> list[bytes]:
     return [piece for piece in arrays if len({*piece}) > PIECE // 2]
 
 
-def search(how: str, asked: Asked, folder: Path, looked_for: list[bytes]) -> dict[str, Any]:
-    with a_vault(asked) as asks:
-        command = [sys.executable, "-m", "tests.isolation.search", how, str(asked.path)]
-        command += [str(asks.fileno()), str(folder)]
-        done = subprocess.run(
-            command,
-            input=pickle.dumps((hostile(asked), looked_for)),
-            capture_output=True,
-            cwd=ROOT,
-            pass_fds=[asks.fileno()],
-        )
+def search(
+    how: str, asks: socket.socket, asked: Asked, folder: Path, looked_for: list[bytes]
+) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.isolation.search", how, str(asked.path)]
+    command += [str(asks.fileno()), str(folder)]
+    done = subprocess.run(
+        command,
+        input=pickle.dumps((hostile(asked), looked_for)),
+        capture_output=True,
+        cwd=ROOT,
+        pass_fds=[asks.fileno()],
+    )
     assert done.returncode == 0, done.stderr.decode()
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -86,10 +87,11 @@ def test_a_courier_finds_no_byte_of_a_held_answer_before_it_is_let_go(
     assert asked.train().status == "waiting"
     looked_for = pieces(asked)
     assert looked_for and all(len(piece) == PIECE for piece in looked_for)
-    before = search("courier", asked, tmp_path, looked_for)
-    assert before["found"] == [] and before["missing"] == [], before
-    assert before["statuses"].count("waiting") == 3 and "trained" not in before["statuses"]
-    assert search("open", asked, tmp_path, looked_for)["found"] == ["outbox"]
-    decide(asked.site, [], refuse=False, every=True)
-    after = search("courier", asked, tmp_path, looked_for)
+    with a_vault(asked) as asks:
+        before = search("courier", asks, asked, tmp_path, looked_for)
+        assert before["found"] == [] and before["missing"] == [], before
+        assert before["statuses"].count("waiting") == 3 and "trained" not in before["statuses"]
+        assert search("open", asks, asked, tmp_path, looked_for)["found"] == ["outbox"]
+        decide(asked.site, [], refuse=False, every=True)
+        after = search("courier", asks, asked, tmp_path, looked_for)
     assert after["found"] == ["the socket"] and "trained" in after["statuses"]
