@@ -127,6 +127,15 @@ def in_the_place_of_an_object(place: Path) -> object:
     return id(object())
 
 
+def in_the_places_of_handles(place: Path) -> object:
+    return [id(each._handle) for each in gc.get_objects() if isinstance(each, ctypes.CDLL)]
+
+
+def in_the_byte_code(place: Path) -> object:
+    serve = sys.modules["fedtune.core.data.child_process"].serve
+    return serve.__code__._co_code_adaptive  # type: ignore[attr-defined]
+
+
 CARRY: dict[str, Callable[[Path], object]] = {
     function.__name__: function
     for function in (
@@ -142,6 +151,7 @@ CARRY_IN_ONE_START: dict[str, Callable[[Path], object]] = {
     for function in (
         *(in_the_classes_of_ctypes, in_the_counts_of_the_collector),
         *(in_the_blocks_of_the_allocator, in_the_place_of_an_object),
+        *(in_the_places_of_handles, in_the_byte_code),
     )
 }
 

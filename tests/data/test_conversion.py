@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -223,6 +222,62 @@ def test_what_a_process_that_goes_on_leaves_behind_counts_them(
     assert len(set(answers(how))) > 1
 
 
+WHOLE_MEMORY = """
+import ctypes, hashlib, sys
+from fedtune.core import isolation
+from fedtune.core.data import child_process
+
+PAGE, places, confine = 4096, [], isolation.only_computing
+
+def note_places_and_confine():
+    with open("/proc/self/maps") as maps:
+        for line in maps.read().splitlines():
+            if " rw" in line and "[vvar" not in line:
+                places.append([int(end, 16) for end in line.split()[0].split("-")])
+    return confine()
+
+def work(given):
+    if not given:
+        return b'{"kind": "ready"}'
+    pages = (at for first, end in places for at in range(first, end, PAGE))
+    return b"".join(hashlib.sha256(ctypes.string_at(at, PAGE)).digest()[:8] for at in pages)
+
+isolation.only_computing = note_places_and_confine
+control, settings = child_process.begin()
+LOOP
+child_process.serve(control, work, settings)
+"""
+LASTING = """
+import socket
+def serve(control, work, settings):
+    child_process.say(control, "ready")
+    while True:
+        asked, pipes, _, _ = socket.recv_fds(control, 1, 2)
+        if not asked:
+            return
+        control.sendall(child_process._fork_and_wait(control, work, *pipes, settings))
+child_process.serve = serve
+"""
+
+
+def count_memories(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> int:
+    """Count how many different memories ten children after one another have."""
+    folder.mkdir()
+    (folder / "whole_memory.py").write_text(program)
+    monkeypatch.syspath_prepend(folder)
+    asked = {"what": "the comparison", "otherwise": "", "cpu_seconds": 60}
+    with children.Children("whole_memory", {}, **asked) as forked:  # type: ignore[arg-type]
+        return len({forked.run([b"x"], 2**24, bytes)[0] for _ in range(10)})
+
+
+def test_every_child_finds_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last byte of what it can write. Twin: one process takes all requests."""
+    program = WHOLE_MEMORY.replace("LOOP", "")
+    assert count_memories(tmp_path / "a", monkeypatch, program) == 1
+    program = WHOLE_MEMORY.replace("LOOP", LASTING)
+    assert count_memories(tmp_path / "b", monkeypatch, program) > 1
+
+
 WAITS = """
 import ctypes, errno, json, struct, sys, time
 from fedtune.core import isolation
@@ -310,18 +365,6 @@ def test_a_conversion_that_waits_is_ended(monkeypatch: pytest.MonkeyPatch, how: 
             convert(ROWS[:1])
         monkeypatch.setattr(children, "SECONDS", 60.0)
         assert convert(ROWS[1:2]) == [{"t": "cough. fever"}]
-
-
-def test_the_process_that_forks_has_a_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "SECONDS", 2.0)
-    table = ConvertTable(name="hostile", options={"how": "read_every_descriptor"})
-    with Conversion(table) as convert:
-        monkeypatch.setattr(children, "SECONDS", 60.0)  # of the process that reads
-        started = time.monotonic()
-        with pytest.raises(Unconverted):
-            convert(ROWS[:1])
-        assert time.monotonic() - started < 40, "the process that reads ended it"
-        assert convert.children._process is not None and convert.children._process.poll() is None
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

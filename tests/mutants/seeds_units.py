@@ -27,10 +27,17 @@ MUTANTS = (
     ),
     one(
         "units", "each-turn-leaves-something-behind", FORKS,
-        "        pid = clone(number, signal.SIGCHLD, 0, 0, 0, 0)\n",
-        "        pid = ctypes.PyDLL(None).syscall(number, signal.SIGCHLD, 0, 0, 0, 0)\n",
+        "        if not any(statuses):",
+        "        if not any(ctypes.PyDLL(None).syscall and status for status in statuses):",
         T_CONVERSION + "test_no_child_counts_those_before_it[in_the_classes_of_ctypes]",
         "a child counts the units before it by what they left in the process that forks",
+    ),
+    one(
+        "units", "a-number-lives-until-the-next-is-made", FORKS,
+        "itertools.starmap(os.waitpid, waits)",
+        "map(os.waitpid, iter(fork, 0), itertools.repeat(0))",
+        T_CONVERSION + "test_no_child_counts_those_before_it[in_the_places_of_handles]",
+        "a child sees from where an int lies whether an even number of units came before it",
     ),
     one(
         "units", "a-child-that-may-ask-for-everything", FORKS,
@@ -68,12 +75,6 @@ MUTANTS = (
         "units", "a-child-reads-the-time-in-its-memory", ISOLATION,
         "    stopped = _stop_clocks()\n", "    stopped = Confinement()\n",
         T_CARRIED + "[in_the_time]", "how long other units took decides what comes of this one",
-    ),
-    one(
-        "units", "a-child-without-a-deadline", FORKS,
-        "            os.kill(pid, signal.SIGKILL)\n", "            pass\n",
-        T_CONVERSION + "test_the_process_that_forks_has_a_clock_too",
-        "one unit keeps the site from the round",
     ),
     one(
         "units", "a-child-without-a-bound-of-memory", FORKS,

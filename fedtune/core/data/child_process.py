@@ -1,14 +1,17 @@
 """The functions of a process that forks a child for each piece of work. core/data/children.py
 starts that process as a program of its own, whose main function calls `begin` and `serve`.
 
-The process has no network and reads no record. It ends a child when asked to or when the child's
-time is over, and tells the process that started it how each child ended."""
+The process has no network and reads no record. It ends a child when asked to, and tells the process
+that started it how each child ended."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import itertools
 import json
+import operator
 import os
 import platform
 import resource
@@ -16,7 +19,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +40,9 @@ def begin() -> tuple[socket.socket, dict[str, Any]]:
     control = socket.socket(fileno=int(sys.argv[1]))
     with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    cpus = sorted(os.sched_getaffinity(0))
+    with suppress(OSError):  # all children on one, as each can read the number of its own
+        os.sched_setaffinity(0, {cpus[os.getppid() % len(cpus)]})
     isolation.no_network()
     return control, json.loads(sys.argv[2])
 
@@ -59,21 +64,24 @@ def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> No
 
     - control: the socket on which requests come; for each, it is written there how the child ended
     - work: a function of one input's bytes that returns the answer's bytes
-    - settings: the limits of a child: "seconds", "cpu_seconds" and "memory" (bytes)"""
+    - settings: the limits of a child: "cpu_seconds" and "memory" (bytes)"""
     if platform.machine() not in CLONE:
         say(control, "machine", platform.machine())
         return
     say(control, "ready")
-    clone, number = ctypes.PyDLL(None).syscall, CLONE[platform.machine()]
+    clone = ctypes.PyDLL(None).syscall
+    fork = functools.partial(clone, CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
+    # The loop runs in C, since Python's byte code counts how often it ran (_co_code_adaptive). It
+    # holds no process's number: each is freed before the next is made, so that all turns find the
+    # same free memory.
+    waits = itertools.compress(itertools.repeat((-1, 0)), iter(fork, 0))
+    statuses = map(operator.itemgetter(1), itertools.starmap(os.waitpid, waits))
     gc.collect()
     gc.freeze()
     gc.disable()
-    while True:  # two calls that leave nothing in this process, from which each turn is forked
-        pid = clone(number, signal.SIGCHLD, 0, 0, 0, 0)
-        if pid == 0:
+    with suppress(ChildProcessError):  # no process could be forked
+        if not any(statuses):  # `fork` returned 0, so this is the process of a turn
             _take_turn(control, work, settings)
-        if pid < 0 or os.waitpid(pid, 0)[1]:
-            return
 
 
 def _take_turn(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> None:
@@ -99,9 +107,9 @@ def _take_turn(control: socket.socket, work: Work, settings: Mapping[str, Any]) 
 def _fork_and_wait(
     control: socket.socket, work: Work, reading: int, writing: int, settings: Mapping[str, Any]
 ) -> bytes:
-    """Fork one child, wait until it ends, and return FAILED, DONE or NOT_CONFINED. A child is
-    killed when its time is over, or when a byte comes on `control`. Arguments as for `serve`;
-    reading and writing are the child's ends of its two pipes, which are closed here.
+    """Fork one child, wait until it ends, and return FAILED, DONE or NOT_CONFINED. A child that
+    still runs is killed when a byte comes on `control` or its other side is closed. Arguments as
+    for `serve`; reading and writing are the child's ends of its two pipes, which are closed here.
 
     The system call is made directly, since the C library's fork keeps the child's number in memory,
     where the child could read it."""
@@ -119,13 +127,7 @@ def _fork_and_wait(
         poll = select.poll()
         poll.register(child, select.POLLIN)
         poll.register(control, select.POLLIN)
-        deadline, told = time.monotonic() + settings["seconds"], False
-        while not told and (left := deadline - time.monotonic()) > 0:
-            ready = dict(poll.poll(1000 * left))
-            if child in ready:
-                break
-            told = control.fileno() in ready
-        else:
+        if child not in dict(poll.poll()):
             os.kill(pid, signal.SIGKILL)
     finally:
         os.close(child)

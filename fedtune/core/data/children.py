@@ -178,8 +178,7 @@ class Children:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        seconds = self._seconds or SECONDS
-        limits = {"seconds": seconds, "cpu_seconds": self._cpu_seconds, "memory": MEMORY}
+        limits = {"cpu_seconds": self._cpu_seconds, "memory": MEMORY}
         with theirs:
             self._process = subprocess.Popen(
                 boot.command(
