@@ -99,8 +99,9 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
         raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
     if not (home / KEY).exists():  # none is made: it would not be this site's
         raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
-    own = state / KEY  # of a membership
-    key = SigningKey.at(own if own.exists() else home / KEY)
+    # A membership that never ran has no state folder, and gets its key now.
+    is_lost = state.exists() and not (state / KEY).exists()
+    key = SigningKey.at((home if is_lost else state) / KEY)
     folders = {"state": (state, OF_A_SITE)}
     if home != state:
         folders["home"] = (home, OF_A_SITE)

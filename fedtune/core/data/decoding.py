@@ -70,7 +70,7 @@ def import_decoders(kind: Kind) -> None:
 
 def _import_all(package: Any) -> None:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.endswith(("__main__", "Tk")):
+        if not module.name.endswith(("__main__", "Tk", "Qt")):  # no windows
             with suppress(Exception):  # what needs another library is not used
                 importlib.import_module(module.name)
 
