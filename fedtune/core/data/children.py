@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
@@ -52,6 +52,10 @@ class ChildFailed(Exception):
 
 class NotConfined(ChildFailed):
     """The child did nothing, since this machine cannot confine it."""
+
+
+class _ProgramEnded(Exception):
+    """The program that forks ended before the child had answered anything."""
 
 
 class Children:
@@ -106,7 +110,7 @@ class Children:
         self._stop()
 
     def run(
-        self, given: Iterable[bytes], most: int, take: Callable[[bytes], T], *, counts: bool = True
+        self, given: Sequence[bytes], most: int, take: Callable[[bytes], T], *, counts: bool = True
     ) -> list[T]:
         """Fork a child, give it the inputs `given` one after another, and return a list of what
         `take` makes of each answer, once the child has ended well.
@@ -116,8 +120,22 @@ class Children:
         - take: a function that reads an answer's bytes, which are not trusted
         - counts: whether this child had work, and so counts towards `count_children`
 
-        Errors: ChildFailed if the child fails, is too slow, or gives too long an answer; also
-        whatever `take` raises, after the child has ended."""
+        If the program that forks was killed before the child answered, for want of memory or while
+        it waited for work, it is started again, and the work is tried once more. Errors:
+        ChildFailed if the child fails, is too slow, or gives too long an answer; also whatever
+        `take` raises, after the child has ended."""
+        self._forked += counts
+        try:
+            return self._run_once(given, most, take)
+        except _ProgramEnded:
+            pass
+        try:
+            return self._run_once(given, most, take)
+        except _ProgramEnded:
+            raise ChildFailed from None
+
+    def _run_once(self, given: Sequence[bytes], most: int, take: Callable[[bytes], T]) -> list[T]:
+        """Do what `run` does, once. Errors: also _ProgramEnded."""
         if self._control is None:  # the program that forks was killed, for want of memory
             try:
                 self._start()
@@ -128,7 +146,6 @@ class Children:
         there, back = _Pipe(), _Pipe()
         left = self._seconds or SECONDS
         self._control.settimeout(left)
-        self._forked += counts
         taken: list[T] = []
         try:
             socket.send_fds(self._control, [b"?"], [there.reading, back.writing])
@@ -154,7 +171,7 @@ class Children:
         except OSError:
             log.warning("the process that forks children ended; it is started again")
             self._stop()
-            raise ChildFailed from None
+            raise (ChildFailed if taken else _ProgramEnded) from None
         finally:
             there.close()
             back.close()
