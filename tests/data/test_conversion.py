@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,6 +368,34 @@ def test_a_conversion_that_waits_is_ended(monkeypatch: pytest.MonkeyPatch, how: 
         assert convert(ROWS[1:2]) == [{"t": "cough. fever"}]
 
 
+def test_what_is_done_with_an_answer_takes_no_time_of_the_childs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hours of a process that writes PNG files end no child. Twin: its own hours do."""
+    now = [0.0]
+    monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def take_hours(told: bytes) -> bytes:
+        now[0] += 10_000
+        return told
+
+    given = [given_bytes([{"t": "a"}])] * 3
+    with Conversion(ConvertTable(name="plain")) as convert:
+        with raises_nothing():
+            assert len(convert.run(given, BYTES, take_hours)) == 3
+        ask = children._ask
+        monkeypatch.setattr(children, "_ask", lambda *how: take_hours(ask(*how)))
+        with pytest.raises(children.ChildFailed):
+            convert.run(given, BYTES, bytes)
+
+
+def test_all_children_run_on_one_processor() -> None:
+    """Each can read its number, by which somebody beside could speak to it."""
+    with Conversion(ConvertTable(name="plain")) as convert:
+        assert convert._process is not None
+        assert len(os.sched_getaffinity(convert._process.pid)) == 1
+
+
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """What it fills is let go again by the child itself, so that nothing else ends it."""
     with Conversion(ConvertTable(name="hostile", options={"how": "fill_two_gigabytes"})) as convert:
@@ -384,13 +413,13 @@ def test_what_a_child_wrote_before_it_failed_is_not_read(tmp_path: Path) -> None
 def test_the_process_that_forks_is_started_again(tmp_path: Path) -> None:
     with Conversion(ConvertTable(name="plain")) as convert:
         assert convert([{"t": "a. b"}]) == [{"t": "A", "image": None}, {"t": " B", "image": None}]
-        assert convert.children._process is not None
-        convert.children._process.kill()
-        convert.children._process.wait()
+        assert convert._process is not None
+        convert._process.kill()
+        convert._process.wait()
         with raises_nothing():
             assert convert([{"t": "b"}]) == [{"t": "B", "image": None}]
             assert convert([{"t": "c"}]) == [{"t": "C", "image": None}]
-        forking = convert.children._process
+        forking = convert._process
     assert forking.poll() is not None
 
 

@@ -77,6 +77,21 @@ MUTANTS = (
         T_CARRIED + "[in_the_time]", "how long other units took decides what comes of this one",
     ),
     one(
+        "units", "the-vaults-own-work-ends-a-child", CHILDREN,
+        "                    left -= time.monotonic() - asked\n"
+        "                    taken.append(take(answer))\n",
+        "                    taken.append(take(answer))\n"
+        "                    left -= time.monotonic() - asked\n",
+        T_CONVERSION + "test_what_is_done_with_an_answer_takes_no_time_of_the_childs",
+        "a patient with many images is left out by what the vault does with them",
+    ),
+    one(
+        "units", "children-on-any-processor", FORKS,
+        "        os.sched_setaffinity(0, {cpus[os.getppid() % len(cpus)]})\n", "        pass\n",
+        T_CONVERSION + "test_all_children_run_on_one_processor",
+        "a process beside moves children between processors, and so tells a converter anything",
+    ),
+    one(
         "units", "a-child-without-a-bound-of-memory", FORKS,
         "        (resource.RLIMIT_AS, used + settings[\"memory\"]),\n", "",
         T_CONVERSION + "test_memory_is_bounded", "one unit's conversion takes the machine's memory",

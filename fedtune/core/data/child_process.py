@@ -29,7 +29,7 @@ from fedtune.core.data.children import DONE, FAILED, LENGTH, NOT_CONFINED
 
 CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
 PR_SET_PDEATHSIG = 1
-OPEN = 3  # the exit status of a child that cannot be confined, and therefore did nothing
+UNCONFINED = 3  # the exit status of a child that cannot be confined, and therefore did nothing
 Work = Callable[[bytes], bytes]
 
 
@@ -133,20 +133,20 @@ def _fork_and_wait(
         os.close(child)
     _, status = os.waitpid(pid, 0)
     control.recv(1)  # the process that asks has closed its ends
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OPEN:
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == UNCONFINED:
         return NOT_CONFINED
     return DONE if status == 0 else FAILED
 
 
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     """Confine this new child, answer each input from the pipe `reading` with `work`, and end the
-    process. The function never returns; the exit status is 0 if all went well, OPEN if the child
-    could not be confined, else 1."""
+    process. The function never returns; the exit status is 0 if all went well, UNCONFINED if the
+    child could not be confined, else 1."""
     code = 1
     try:
         _limit(reading, writing, settings)
         if "seccomp" not in isolation.only_computing().means:
-            code = OPEN
+            code = UNCONFINED
         else:
             while (given := _read(reading)) is not None:
                 answer = work(given)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from fedtune.core import boot
 from fedtune.core.errors import (
@@ -95,7 +95,7 @@ class Children:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Children:
+    def __enter__(self) -> Self:
         self._start()
         return self
 

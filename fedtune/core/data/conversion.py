@@ -12,7 +12,6 @@ fails, the unit has no records, and nothing changes for any other unit."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from fedtune.core.config.site import ConvertTable
 from fedtune.core.data.children import ChildFailed, Children
@@ -27,7 +26,7 @@ class Unconverted(Exception):
     """The conversion of one unit failed; the error says nothing about the rows."""
 
 
-class Conversion:
+class Conversion(Children):
     """Converts rows, one unit's at a time, with the plug-in that `table` names. It is used in a
     `with` block, during which a site's rows are read.
 
@@ -38,7 +37,7 @@ class Conversion:
     its options; InfrastructureError if this machine cannot confine a child process."""
 
     def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
-        self.children = Children(
+        super().__init__(
             PROGRAM,
             table.model_dump(mode="json"),
             what=f"data.convert.name = {table.name!r}",
@@ -47,25 +46,13 @@ class Conversion:
             declared_size=declared_size,
         )
 
-    def __enter__(self) -> Conversion:
-        self.children.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.children.__exit__(kind, error, traceback)
-
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Convert one unit's rows, and return the rows to be read in their place.
 
         Errors: Unconverted if the plug-in raises, hangs, exits or needs too much memory. Also if
         its result is too long, or is not a list of rows with plain finite values (typed_rows)."""
         try:
-            (converted,) = self.children.run([given_bytes(rows)], BYTES, returned_rows)
+            (converted,) = self.run([given_bytes(rows)], BYTES, returned_rows)
         except (ChildFailed, ValueError, RecursionError):  # too long, or not of these types
             raise Unconverted from None
         return converted

@@ -16,7 +16,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.media import (
@@ -36,13 +35,12 @@ from fedtune.core.data.media import (
     Kind,
     Samples,
 )
-from fedtune.core.data.video import decode_frames
+from fedtune.core.data.video import decode_frames, import_pyav
 from fedtune.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Array = npt.NDArray[Any]
 ORIENTATION = 0x0112  # of EXIF: how the image has to be turned
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
@@ -63,8 +61,6 @@ def import_decoders(kind: Kind) -> None:
     _import_all(PIL)
     Image.init()
     if kind == "video":
-        from fedtune.core.data.video import import_pyav
-
         _import_all(import_pyav())
 
 

@@ -341,7 +341,7 @@ class _StudyAtRank:
             {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
         )
         self._plan = DpPlan(**header["plan"])
-        # As many as rank 0: which rows share a block follows from it, and so do a row's last bits.
+        # As many as rank 0, since the last bits of a product may depend on the number of threads.
         torch.set_num_threads(int(header["threads"]))
         self._study, self._site = study, site.site
         self._start_threads()
