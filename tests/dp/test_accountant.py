@@ -1,5 +1,6 @@
 import math
 import time
+from collections.abc import Callable
 
 import dp_accounting
 import numpy as np
@@ -89,6 +90,58 @@ def test_affordable_steps_of_several_rows() -> None:
     fits, not_ = Steps(4.0, 0.1, n, 4), Steps(4.0, 0.1, n + 1, 4)
     assert epsilon([fits], 1e-4) <= 8.0 < epsilon([not_], 1e-4)
     assert n < affordable_steps(8.0, 1e-4, 0.1, 4.0) / 4
+
+
+Shape = Callable[[int, float], float]
+SHAPES: dict[str, Shape] = {  # costs that fall with n and meet 1 at about x
+    "a power": lambda n, x: (x / n) ** 2,
+    "a cliff": lambda n, x: 2.0 if n < x else 0.0,
+    "nothing, from some n on": lambda n, x: max(0.0, 2 * (x / n - 0.5)),
+    "infinite, before some n": lambda n, x: math.inf if n < x / 2 else x / n,
+    "nearly flat": lambda n, x: 1 + 1e-9 * (x - n),
+    "exponential": lambda n, x: math.exp(min(x / n - 1, 700)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("power", [-1.0, 0.5])
+@pytest.mark.parametrize("most", [1, 3, 1000, 10**8])
+def test_a_search_finds_the_first_whatever_the_shape(shape: str, power: float, most: int) -> None:
+    for x in (0.3, 1.0, 2.5, 999.5, 12345.6, 0.9e8):
+        for start in (x / 20, x, x * 20):
+
+            def cost(n: int, x: float = x) -> float:
+                falling = SHAPES[shape](n, x)
+                return falling if power < 0 else (1 / falling if falling else math.inf)
+
+            def found(n: int, cost: Callable[[int], float] = cost) -> bool:
+                return (cost(n) <= 1.0) == (power < 0)
+
+            first = accountant._first(cost, 1.0, start, most, power)
+            if first is None:
+                assert not found(most)
+            else:
+                assert 1 <= first <= most
+                assert found(first)
+                assert first == 1 or not found(first - 1)
+
+
+@pytest.mark.parametrize(("q", "steps"), [(1.0, 1), (1.0, 20), (0.2, 100), (0.01, 600)])
+def test_calibration_computes_few_epsilons(
+    monkeypatch: pytest.MonkeyPatch, q: float, steps: int
+) -> None:
+    """Each takes up to a second; bisection took 11 to 19."""
+    computed = list[float]()
+
+    def epsilon(events: list[Steps], delta: float) -> float:
+        computed.append(events[0].noise_multiplier)
+        return rdp_epsilon(events, delta)  # of the same shape, and quicker
+
+    monkeypatch.setattr(accountant, "epsilon", epsilon)
+    for target in (0.5, 3.0, 8.0):
+        computed.clear()
+        calibrate(target, 1e-4, q, steps)
+        assert len(computed) <= 8
 
 
 def test_order_and_folding_do_not_matter() -> None:
