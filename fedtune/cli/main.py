@@ -56,7 +56,7 @@ from fedtune.cli.study import (
     shares_of,
     stopping,
 )
-from fedtune.core.boot import hide_quantisation
+from fedtune.core.boot import collect_rarely, hide_quantisation
 from fedtune.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _version(show: bool) -> None:
 def main() -> None:
     """Run the `fedtune` command."""
     log_lines.use_one_style()
+    collect_rarely()
     hide_quantisation()
     with quiet_if_unread():
         app(prog_name="fedtune")
