@@ -69,6 +69,7 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
+PR_SET_MM, PR_SET_MM_MAP = 35, 14
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_MODE_FILTER = 2
 # These system calls have the same numbers on every machine.
@@ -234,6 +235,29 @@ def only_computing() -> Confinement:
     stopped = _stop_clocks()
     _close_itself()
     return stopped & _install(filter_of_computing)
+
+
+def hide_command_line() -> bool:
+    """Empty the command line and the environment that Linux shows of this process and of those that
+    it forks. Return whether it worked: Linux may be built without (CONFIG_CHECKPOINT_RESTORE).
+
+    Everybody may read /proc/PID/cmdline, and Linux reads it from the process's own memory, which
+    the process can overwrite."""
+    libc = _libc()
+    libc.sbrk.restype = ctypes.c_void_p
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    # Numbers of the fields in proc_pid_stat(5); the third is the first after the name.
+    code, code_end, stack, data, data_end, heap, arguments = (
+        int(fields[number - 3]) for number in (26, 27, 28, 45, 46, 47, 48)
+    )
+    memory = struct.pack(  # struct prctl_mm_map, linux/prctl.h; 2³² - 1: the same program's file
+        "11QQII",
+        *(code, code_end, data, data_end, heap, libc.sbrk(0), stack),
+        *(arguments, arguments, arguments, arguments),
+        *(0, 0, 2**32 - 1),
+    )
+    # The last argument but one is a length, which _prctl does not have.
+    return not libc.prctl(PR_SET_MM, PR_SET_MM_MAP, memory, len(memory), 0)
 
 
 def landlock_version() -> int:

@@ -27,7 +27,7 @@ MASK = 0x54
 IF_EQUAL = 0x15
 IF_AT_LEAST = 0x35
 GIVE = 0x06
-ALLOW, KILL = 0x7FFF0000, 0x80000000
+ALLOW = 0x7FFF0000
 REFUSE = 0x00050000 | errno.EPERM
 UNKNOWN = 0x00050000 | errno.ENOSYS  # a library then tries an older call
 ZERO = 0x00050000  # "no error": the call is not made, and gives 0
@@ -147,18 +147,25 @@ OF_COURIER_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
 COMPUTING: dict[str, Numbers] = {
     **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62)},
     **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214)},
-    **{"mremap": (25, 216), "getrandom": (318, 278)},
-    **{"rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132)},
+    **{"mremap": (25, 216)},
     **{"exit": (60, 93), "exit_group": (231, 94), "restart_syscall": (219, 128)},
 }
 COMPUTING_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
-    # FUTEX_WAKE, of this process or of others: one thread waits for nobody, and a wait until a time
-    # would tell whether it has come.
-    "futex": ((202, 98), SECOND, (1, 129)),
     "madvise": ((28, 233), THIRD, ADVICE),
+    # Not GRND_RANDOM: before Linux 5.6 it tells how much others took from a pool.
+    "getrandom": ((318, 278), THIRD, (0, 1)),
 }
-# Answered with 0: a process's number says how many there were before it.
-NAMELESS: dict[str, Numbers] = {"getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173)}
+# Answered with 0. A process's number says how many there were before it. The signals that a process
+# blocks are shown to everybody (SigBlk in /proc/PID/status).
+ANSWERED: dict[str, Numbers] = {
+    **{"getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173)},
+    "rt_sigprocmask": (14, 135),
+}
+# FUTEX_WAKE is answered with 0 too: a process with one thread has nobody to wake, but a word in a
+# library's file is the same word in every process that has the file in memory, whatever else keeps
+# the two apart. Other operations are refused: a wait until a time would tell whether it has come.
+WAKE: Numbers = (202, 98)
+WAKES = (1, 129)
 KIND = 0xF  # of a socket, without the flags beside it
 
 
@@ -191,12 +198,12 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 
 def filter_of_computing() -> Lines:
     """Build the filter of a process that only computes. It permits the calls of COMPUTING, and
-    those of COMPUTING_IF with the arguments listed there. A call that asks for the number of a
-    process or thread is answered with 0. Any other call gets EPERM."""
-    nameless: Lines = []
-    for numbers in NAMELESS.values():
-        nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
-    return _write_filter(COMPUTING, COMPUTING_IF, nameless, REFUSE)
+    those of COMPUTING_IF with the arguments listed there. Those of ANSWERED, and a call that would
+    wake a thread, are not made and answered with 0. Any other call gets EPERM."""
+    answered = _of_call(WAKE, _if_argument(SECOND, WAKES, given=ZERO))
+    for numbers in ANSWERED.values():
+        answered += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
+    return _write_filter(COMPUTING, COMPUTING_IF, answered, REFUSE)
 
 
 def _write_filter(
@@ -221,13 +228,13 @@ def _write_filter(
 
 
 def _start() -> Lines:
-    """Build a filter's first lines. They end the process if a call is made in the way of another
-    kind of machine, refuse the calls of the x32 interface, and load the call's number for the lines
-    that follow."""
+    """Build a filter's first lines. They refuse calls that are made in the way of another kind of
+    machine, and those of the x32 interface, and load the call's number for the lines that follow.
+    (To end the process would write the call's number into the kernel's log.)"""
     return [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 1, 0, MACHINES[platform.machine()]),
-        (GIVE, 0, 0, KILL),
+        (GIVE, 0, 0, REFUSE),
         (LOAD, 0, 0, CALL),
         (IF_AT_LEAST, 0, 1, X32),
         (GIVE, 0, 0, REFUSE),
@@ -244,18 +251,21 @@ def _of_call(numbers: Numbers, lines: Lines) -> Lines:
     return [] if number is None else [(IF_EQUAL, 0, len(lines), number), *lines]
 
 
-def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines:
-    """Build lines of a filter that allow a call if one of its arguments has one of some values, and
-    else refuse it.
+def _if_argument(
+    argument: int, values: Collection[int], mask: int = 0, given: int = ALLOW
+) -> Lines:
+    """Build lines of a filter that decide a call by one of its arguments, and refuse it if the
+    argument has none of some values.
 
     - argument: where the argument stands in the call's data (FIRST, SECOND, …)
-    - values: the values that are allowed
-    - mask: which bits of the argument are compared; 0: all"""
+    - values: the values for which the call is not refused
+    - mask: which bits of the argument are compared; 0: all
+    - given: what is decided for these values"""
     lines: Lines = [(LOAD, 0, 0, argument)]
     if mask:
         lines.append((MASK, 0, 0, mask))
     for value in values:
-        lines += [(IF_EQUAL, 0, 1, value), (GIVE, 0, 0, ALLOW)]
+        lines += [(IF_EQUAL, 0, 1, value), (GIVE, 0, 0, given)]
     return [*lines, (GIVE, 0, 0, REFUSE)]
 
 

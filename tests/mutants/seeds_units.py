@@ -14,6 +14,7 @@ CALLS = "fedtune/core/system_calls.py"
 ISOLATION = "fedtune/core/isolation.py"
 T_CONVERSION = "tests/data/test_conversion.py::"
 T_CARRIED = T_CONVERSION + "test_nothing_is_carried_from_one_unit_to_another"
+T_SHOWS = "tests/data/test_what_a_child_shows.py::"
 T_HARM = T_CONVERSION + "test_harm_is_the_units_own"
 T_ROWS = T_CONVERSION + "test_rows_go_and_come_as_plain_types"
 T_OWN = T_CONVERSION + "test_whatever_goes_wrong_in_our_own_is_the_units_own"
@@ -59,8 +60,8 @@ MUTANTS = (
     ),
     one(
         "units", "a-child-waits-until-a-time", CALLS,
-        '"futex": ((202, 98), SECOND, (1, 129)),',
-        '"futex": ((202, 98), SECOND, (1, 128, 129, 393)),',
+        "_if_argument(SECOND, WAKES, given=ZERO)",
+        "_if_argument(SECOND, (*WAKES, 128, 393))",
         "tests/data/test_conversion.py::"
         "test_a_child_waits_for_no_time_and_marks_no_memory_as_broken",
         "a clock that decides: whether a time has come is seen in whether the unit is empty",
@@ -75,6 +76,64 @@ MUTANTS = (
         "units", "a-child-reads-the-time-in-its-memory", ISOLATION,
         "    stopped = _stop_clocks()\n", "    stopped = Confinement()\n",
         T_CARRIED + "[in_the_time]", "how long other units took decides what comes of this one",
+    ),
+    one(
+        "units", "a-child-wakes-other-processes", CALLS,
+        "_if_argument(SECOND, WAKES, given=ZERO)", "_if_argument(SECOND, WAKES)",
+        T_SHOWS + "test_a_child_wakes_no_process_at_a_word_of_a_librarys_file",
+        "a converter passes its unit's rows to the courier by words of the C library",
+    ),
+    one(
+        "units", "a-child-shows-what-it-blocks", CALLS,
+        '**{"mremap": (25, 216)},', '**{"mremap": (25, 216), "rt_sigprocmask": (14, 135)},',
+        T_SHOWS + "test_a_child_shows_nobody_a_row",
+        "a converter shows bits of a row in the status that every account can read",
+    ),
+    one(
+        "units", "a-command-line-that-a-child-writes", FORKS,
+        "    isolation.hide_command_line()\n", "",
+        T_SHOWS + "test_a_child_shows_nobody_a_row",
+        "a converter shows a row in the command line that every account can read",
+    ),
+    one(
+        "units", "options-in-a-command-line", CHILDREN,
+        "boot.command(self._program, str(theirs.fileno())),",
+        "boot.command(self._program, str(theirs.fileno()), json.dumps(self._settings)),",
+        T_SHOWS + "test_settings_are_in_no_command_line",
+        "every account reads the key by which a converter makes pseudonyms",
+    ),
+    one(
+        "units", "a-child-writes-to-dev-null", FORKS,
+        "    os.closerange(0, first)\n", "    os.closerange(3, first)\n",
+        T_SHOWS + "test_a_child_cannot_write_to_dev_null",
+        "every account sees that one unit's image made a library warn",
+    ),
+    one(
+        "units", "a-child-crashes-aloud", FORKS,
+        "    for number in CRASHES:\n", "    for number in ():\n",
+        T_SHOWS + "test_how_a_child_ends_tells_nothing",
+        "an address that a converter chooses is written into the kernel's log",
+    ),
+    one(
+        "units", "a-childs-status-tells-of-its-unit", FORKS,
+        "    except BaseException:\n        os.write(writing",
+        "    except BaseException:\n        code = 1\n        os.write(writing",
+        T_SHOWS + "test_how_a_child_ends_tells_nothing",
+        "Linux tells every account that one unit's rows could not be converted",
+    ),
+    one(
+        "units", "a-child-knows-when-it-was-started", FORKS,
+        "    logging._startTime = 0  # type: ignore[attr-defined]  # a child may not learn the time\n",
+        "",
+        T_SHOWS + "test_a_child_does_not_find_when_it_was_started",
+        "what a converter makes of a unit follows from when the records were read",
+    ),
+    one(
+        "units", "a-start-within-a-start", CHILDREN,
+        '(told,) = self._run_once([b""], 2**16, json.loads)',
+        '(told,) = self.run([b""], 2**16, json.loads, counts=False)',
+        T_SHOWS + "test_a_program_that_dies_at_its_first_child_is_not_started_for_ever",
+        "a program that dies at its first child is started hundreds of times",
     ),
     one(
         "units", "the-vaults-own-work-ends-a-child", CHILDREN,
@@ -107,7 +166,7 @@ MUTANTS = (
     one(
         "units", "a-result-of-a-child-that-was-ended", CHILDREN,
         "if not is_whole or ended != DONE:", "if not is_whole:",
-        T_CONVERSION + "test_what_a_child_wrote_before_it_failed_is_not_read",
+        T_SHOWS + "test_of_a_child_that_fails_no_answer_is_taken",
         "half a result is a unit's rows",
     ),
     one(

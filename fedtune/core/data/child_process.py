@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import importlib
 import itertools
 import json
+import logging
 import operator
 import os
 import platform
@@ -19,32 +21,41 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedtune.core import isolation
-from fedtune.core.data.children import DONE, FAILED, LENGTH, NOT_CONFINED
+from fedtune.core.data.children import DONE, FAILED, LENGTH, NOT_CONFINED, read_line
 
 CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
 PR_SET_PDEATHSIG = 1
+CRASHES = (
+    *(signal.SIGILL, signal.SIGTRAP, signal.SIGABRT),
+    *(signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV),
+)
 UNCONFINED = 3  # the exit status of a child that cannot be confined, and therefore did nothing
 Work = Callable[[bytes], bytes]
 
 
 def begin() -> tuple[socket.socket, dict[str, Any]]:
-    """Give up this process's access to every network. Return the socket on which requests come, and
-    the settings, a dict. `Children` passes the socket's file descriptor in sys.argv[1] and the
-    settings as JSON in sys.argv[2]."""
+    """Give up this process's access to every network, and forget when it was started. Return the
+    socket on which requests come, and the settings, a dict. `Children` passes the socket's file
+    descriptor in sys.argv[1], and the settings on that socket, as a line of JSON: everybody can
+    read the command line, and a setting may be a key."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    logging._startTime = 0  # type: ignore[attr-defined]  # a child may not learn the time
+    threading.main_thread()._native_id = 0  # type: ignore[attr-defined]  # nor a process's number
+    importlib.invalidate_caches()  # times of folders
     with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     cpus = sorted(os.sched_getaffinity(0))
     with suppress(OSError):  # all children on one, as each can read the number of its own
         os.sched_setaffinity(0, {cpus[os.getppid() % len(cpus)]})
     isolation.no_network()
-    return control, json.loads(sys.argv[2])
+    return control, json.loads(read_line(control))
 
 
 def say(control: socket.socket, kind: str, text: str = "") -> None:
@@ -70,6 +81,7 @@ def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> No
         return
     say(control, "ready")
     clone = ctypes.PyDLL(None).syscall
+    isolation.hide_command_line()
     fork = functools.partial(clone, CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
     # The loop runs in C, since Python's byte code counts how often it ran (_co_code_adaptive). It
     # holds no process's number: each is freed before the next is made, so that all turns find the
@@ -98,7 +110,11 @@ def _take_turn(control: socket.socket, work: Work, settings: Mapping[str, Any]) 
         if asked:
             if len(descriptors) == 2:
                 reading, writing = descriptors
-                control.sendall(_fork_and_wait(control, work, reading, writing, settings))
+                ended = _fork_and_wait(control, work, reading, writing, settings)
+            else:  # this process may not have more of them
+                control.recv(1)
+                ended = FAILED
+            control.sendall(ended)
             code = 0
     finally:
         os._exit(code)
@@ -140,9 +156,10 @@ def _fork_and_wait(
 
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     """Confine this new child, answer each input from the pipe `reading` with `work`, and end the
-    process. The function never returns; the exit status is 0 if all went well, UNCONFINED if the
-    child could not be confined, else 1."""
-    code = 1
+    process. The function never returns. The exit status is UNCONFINED if the child could not be
+    confined, and otherwise 0, whether `work` failed or not, since Linux tells it to everybody; if
+    it failed, what was written is no whole answer."""
+    code = 0
     try:
         _limit(reading, writing, settings)
         if "seccomp" not in isolation.only_computing().means:
@@ -155,17 +172,26 @@ def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) 
                     rest = memoryview(part)
                     while rest:
                         rest = rest[os.write(writing, rest) :]
-            code = 0
+    except BaseException:
+        os.write(writing, b"!")  # more than an answer, so that none of them is taken
     finally:
         os._exit(code)
 
 
 def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
-    """Limit the child in which this runs: close every file descriptor except the two pipes and 0 to
-    2, bound memory and processor time by `settings`, and forbid to write to files."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Limit the child in which this runs: close every file descriptor except the two pipes, bound
+    memory and processor time by `settings`, forbid to write to files, and let the child end without
+    a word if it crashes.
+
+    Closed are also 0 to 2, although they lead nowhere: everybody can watch how often something is
+    written to /dev/null. Of a crash Linux would write addresses into its log."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    for number in CRASHES:
+        libc.signal(number, ctypes.cast(libc._exit, ctypes.c_void_p))
     first, second = sorted((reading, writing))
-    os.closerange(3, first)
+    os.closerange(0, first)
     os.closerange(first + 1, second)
     os.closerange(second + 1, max(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
     with open("/proc/self/statm", encoding="ascii") as pages:
@@ -187,7 +213,9 @@ def _read(reading: int) -> bytes | None:
 
 
 def _read_bytes(reading: int, length: int) -> bytes:
-    content = bytearray()
-    while len(content) < length and (part := os.read(reading, min(length - len(content), 2**20))):
-        content += part
-    return bytes(content)
+    content = bytearray(length)
+    with open(reading, "rb", buffering=0, closefd=False) as pipe:
+        rest = memoryview(content)
+        while rest and (count := pipe.readinto(rest)):
+            rest = rest[count:]
+    return bytes(content[: length - len(rest)])

@@ -64,7 +64,8 @@ class Children:
     stopped.
 
     - program: the module of the program that forks; it calls child_process.serve
-    - settings: what the program needs to know; they are passed to it as JSON
+    - settings: what the program needs to know; they are passed to it as JSON,
+      on a socket that no other account can read
     - what: for error messages, the setting or the kind of file that the children work for
     - otherwise: for error messages, what a person can do if this machine cannot confine a child
     - cpu_seconds: the most processor time of one child
@@ -190,7 +191,7 @@ class Children:
                 "processes work on them tells of it; to do: declare a larger round figure"
             )
         for _ in range(count_children(self._forked, self._declared_size) - self._forked):
-            with suppress(ChildFailed):
+            with suppress(ChildFailed, OSError):
                 self.run([b""], SAID, bytes, counts=False)
 
     def _start(self) -> None:
@@ -198,9 +199,7 @@ class Children:
         limits = {"cpu_seconds": self._cpu_seconds, "memory": MEMORY}
         with theirs:
             self._process = subprocess.Popen(
-                boot.command(
-                    self._program, str(theirs.fileno()), json.dumps({**self._settings, **limits})
-                ),
+                boot.command(self._program, str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -210,7 +209,8 @@ class Children:
         self._control = ours
         ours.settimeout(START_SECONDS)
         try:
-            told = json.loads(_line(ours))
+            ours.sendall(json.dumps({**self._settings, **limits}).encode() + b"\n")
+            told = json.loads(read_line(ours))
         except (OSError, ValueError):
             told = {"kind": "machine", "text": "it did not start"}
         if told["kind"] == "ready":
@@ -230,10 +230,12 @@ class Children:
         works. Return {"kind": ..., "text": ...}: kind is "ready", "settings" (these are refused) or
         "machine" (it cannot confine a child), and text is the reason."""
         try:
-            (told,) = self.run([b""], 2**16, json.loads, counts=False)
+            (told,) = self._run_once([b""], 2**16, json.loads)
             return {"kind": str(told["kind"]), "text": str(told.get("text", ""))}
         except NotConfined:
             return {"kind": "machine", "text": "no seccomp filter"}
+        except _ProgramEnded:
+            return {"kind": "machine", "text": "the process that forks children ended"}
         except (ChildFailed, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {"kind": "settings", "text": f"{self._what} cannot be imported"}
 
@@ -336,7 +338,7 @@ def _read(reading: int, length: int, deadline: float) -> bytes:
     return bytes(content)
 
 
-def _line(control: socket.socket) -> bytes:
+def read_line(control: socket.socket) -> bytes:
     """Read one line, with its line end, byte by byte, since the bytes after it belong to the next
     message. If the other side closes the socket, return what came before."""
     line = bytearray()
@@ -353,6 +355,7 @@ def _environment() -> Mapping[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
         "LC_ALL": "C.UTF-8",
         "TZ": "UTC",
