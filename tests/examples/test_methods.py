@@ -324,6 +324,7 @@ SHOWN = {
     "own": "fedtune's own plan",
     "dp_adambc": "DP-AdamBC",
     "ffa_lora": "FFA-LoRA",
+    "rolora": "RoLoRA",
     "fed_sb": "Fed-SB",
     "statistics": "fedtune's class statistics",
     "prototypes": "DP prototypes",
