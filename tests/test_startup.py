@@ -11,6 +11,7 @@ from benchmarks import startup
 
 TRAINS = {"torch", "transformers", "peft", "opacus", "flwr", "datasets", "matplotlib"}
 COMPUTES = {"numpy", "scipy", "dp_accounting", "pydantic", "pyarrow", "cryptography"}
+READ_LEDGER = ("ledger", "site-north.toml")
 # All in one process, in this order: what one of them imports is there for the next.
 READ = """
 import json, sys
@@ -38,6 +39,17 @@ def test_what_only_reads_imports_nothing_that_trains(tmp_path: Path) -> None:
         assert not TRAINS & set(modules), command
     first = set(found[0][1])
     assert found[0][0] == ["--help"] and not COMPUTES & first
+
+
+def test_status_computes_no_epsilon(tmp_path: Path) -> None:
+    """It is what people call most often; the accountant's imports take a second."""
+    here = startup.world(tmp_path / "world")
+    for command, computes in ((("status", "triage", "--once"), False), (READ_LEDGER, True)):
+        words = [sys.executable, "-c", READ, json.dumps([command])]
+        done = subprocess.run(words, cwd=here, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        (found,) = map(json.loads, done.stdout.splitlines())
+        assert ("dp_accounting" in found[1]) is computes
 
 
 def test_what_stays_as_long_as_a_site_imports_nothing_that_computes() -> None:

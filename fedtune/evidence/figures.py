@@ -1,7 +1,7 @@
 """Check a run's report against the evidence that its sites signed.
 
 Errors: NotGenuine. If the content is malformed, a function may instead raise any error of
-MALFORMED."""
+signed_files.MALFORMED."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import fedtune
 from fedtune.core.config import PrivacyTable, Study, noise_shares
@@ -21,46 +21,19 @@ from fedtune.core.files import reading
 from fedtune.core.registry.metrics import METRICS
 from fedtune.core.run_folder import TRAINED as TRAINED_FOLDER
 from fedtune.core.wire import seal
-from fedtune.core.wire.keys import canonical
 from fedtune.evidence import fingerprints, step_summary
 from fedtune.evidence.sign import EVIDENCE
+from fedtune.evidence.signed_files import TODO, fail
 from fedtune.evidence.step_summary import Agreed
 from fedtune.report import gain
 from fedtune.report.claim import assumption
 from fedtune.report.gain import START, TRAINED
 from fedtune.report.quality import headline_lines
 
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 SAME = 1e-9  # relative difference up to which two computations of a figure count as equal
 # Limits on one site's steps and ε. No useful run exceeds them, and the accountant would take
 # minutes to days: a folder from a stranger may claim any number.
 MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
-TODO = "get the folder again from who signed it; do not use this one"
-
-
-def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
-    raise NotGenuine(f"{where}: {happened}", expected, TODO)
-
-
-def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[str, Any], bytes]:
-    """Read a signed JSON file. Return two things: its content, and its bytes. The signature is not
-    verified here.
-
-    - path: the file
-    - form: the value that the file must have under "format"
-    - most: the largest size in bytes
-
-    Errors: NotGenuine if the file is not canonical JSON of this format."""
-    data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
-    try:
-        content = json.loads(data)
-        if not isinstance(content, dict) or canonical(content) != data:
-            raise ValueError
-    except MALFORMED:
-        fail(path, "was changed after it was signed", "canonical JSON")
-    if content.get("format") != form:
-        fail(path, "is of another format", form)
-    return content, data
 
 
 def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:

@@ -19,8 +19,8 @@ from fedtune.core.errors import FedtuneError, NotGenuine
 from fedtune.core.files import reading
 from fedtune.core.run_folder import ADAPTER, load_plan
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
-from fedtune.evidence.figures import signed_json
 from fedtune.evidence.sign import EVIDENCE, sha256
+from fedtune.evidence.signed_files import signed_json
 
 FORMAT, FOLDER = "fedtune-told-1", "told"
 PURPOSE = b"fedtune told\0"

@@ -24,16 +24,12 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence import fingerprints
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.figures import (
-    MALFORMED,
-    TODO,
     check_release,
     count_absent,
-    fail,
     headline,
     privacy,
     rounds,
     seals,
-    signed_json,
 )
 from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import (
@@ -46,6 +42,7 @@ from fedtune.evidence.sign import (
     list_covered,
     sha256,
 )
+from fedtune.evidence.signed_files import MALFORMED, TODO, fail, signed_json
 from fedtune.evidence.versions import check_versions
 from fedtune.report.run_files import read_report
 

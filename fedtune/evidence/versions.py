@@ -21,8 +21,8 @@ from typing import Any
 from fedtune.core.config import ScheduleTable, Study
 from fedtune.core.errors import NotGenuine
 from fedtune.core.files import reading
-from fedtune.evidence.figures import fail, signed_json
 from fedtune.evidence.sign import INDEX, VERSIONS
+from fedtune.evidence.signed_files import fail, signed_json
 from fedtune.report.change_plan import Look, judge, look_left
 
 FORMAT = "fedtune-looks-1"

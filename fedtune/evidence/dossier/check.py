@@ -31,8 +31,8 @@ from fedtune.evidence.dossier.seal import (
     check_files,
     read_release,
 )
-from fedtune.evidence.figures import MALFORMED, TODO, fail
 from fedtune.evidence.sign import RUN
+from fedtune.evidence.signed_files import MALFORMED, TODO, fail
 from fedtune.evidence.verify import Verified, verify_run
 
 

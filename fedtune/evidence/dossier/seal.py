@@ -25,8 +25,8 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.dossier.assurance import crate, pack, registry
 from fedtune.evidence.dossier.assurance.sections import ATTACKS, FOLDER
-from fedtune.evidence.figures import TODO, fail, signed_json
 from fedtune.evidence.sign import RUN, sha256
+from fedtune.evidence.signed_files import TODO, fail, signed_json
 
 RELEASE, APPROVALS = "release.json", "approvals"
 CONTENT = "dossier.json"
