@@ -26,7 +26,7 @@ from fedtune.core.data.conversion import Conversion
 from fedtune.core.data.dataset import Failed
 from fedtune.core.data.files import Place, Rejected, placed_rows
 from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
-from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Kind, Media
+from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Media, UnitFiles
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
 from fedtune.core.data.sources._interface import Names, Row
@@ -311,11 +311,8 @@ class _Reading:
         """Read and decode one unit's files, each once, and forget their contents. Return by name
         what is kept of the file, or the reason why it cannot be used."""
         assert self.kind is not None
-        contents: dict[str, bytes | str] = {}
-        left = UNIT_BYTES
-        for name in dict.fromkeys(names):
-            contents[name] = content = _read_or_reason(self._folder, name, self.kind, left)
-            left -= len(content) if isinstance(content, bytes) else 0
+        unit = UnitFiles(self._folder, self.kind, UNIT_BYTES)
+        contents = {name: unit.read(name) for name in dict.fromkeys(names)}
         files = list(dict.fromkeys(c for c in contents.values() if isinstance(c, bytes)))
         found = dict(zip(files, decoder.decode(files), strict=True))
         return {
@@ -353,20 +350,6 @@ class _Reading:
             return not isinstance(named, str) or column is None or named in own
 
         return is_own
-
-
-def _read_or_reason(folder: Folder, name: str, kind: Kind, most: int) -> bytes | str:
-    """Return a file's content or, if it cannot be used or has more than `most` bytes, the
-    reason."""
-    try:
-        content = folder.read(name, kind)
-    except Rejected as error:
-        return error.reason
-    except MemoryError:
-        raise
-    except Exception:  # a name that no file can have
-        return "missing media file"
-    return content if len(content) <= most else f"{kind} too large"
 
 
 @dataclass(frozen=True)
