@@ -25,7 +25,7 @@ from fedtune.core import system_calls
 from fedtune.core.config import Columns, DataFile, Site, SiteData
 from fedtune.core.data import children, decoding, media
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.identity import every_member
+from fedtune.core.data.identity import every_member, identities
 from fedtune.core.data.records import read_file, read_records
 from fedtune.core.errors import ConfigError
 from fedtune.core.files import reading
@@ -81,6 +81,24 @@ def test_the_ledger_knows_a_file_by_its_own_bytes(tmp_path: Path) -> None:
     columns = Columns(image="image", label="label", patient="who")
     known = every_member(SiteData(path=tmp_path / "data.jsonl", columns=columns))
     assert b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() in known
+
+
+def test_a_file_whose_child_fails_is_known_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine, say: else data that is declared public would be compared without it."""
+    image(tmp_path / "a.png", 0)
+    of_patients(tmp_path, [("a", "a.png"), ("b", "a.png"), ("b", "none.png")])
+    columns = Columns(image="image", label="label", patient="who")
+    data = SiteData(path=tmp_path / "data.jsonl", columns=columns)
+    member = b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest()
+    assert [member in record for record in identities(data)] == [True, True]
+
+    def fail(*_: object) -> None:
+        raise children.ChildFailed
+
+    monkeypatch.setattr(children.Children, "run", fail)
+    assert identities(data) == [{member}]
 
 
 def test_a_patients_file_is_read_once_however_many_records_name_it(
