@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -24,9 +25,11 @@ from fedtune.core import system_calls
 from fedtune.core.config import Columns, DataFile, Site, SiteData
 from fedtune.core.data import children, decoding, media
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.identity import every_member
+from fedtune.core.data.identity import every_member, identities
 from fedtune.core.data.records import read_file, read_records
 from fedtune.core.errors import ConfigError
+from fedtune.core.files import reading
+from fedtune.core.files.beneath import Beneath
 from tests.media import image, recording
 
 ASK = Columns(image="image", prompt="q", completion="a")
@@ -80,18 +83,38 @@ def test_the_ledger_knows_a_file_by_its_own_bytes(tmp_path: Path) -> None:
     assert b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() in known
 
 
+def test_a_file_whose_child_fails_is_known_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine, say: else data that is declared public would be compared without it."""
+    image(tmp_path / "a.png", 0)
+    of_patients(tmp_path, [("a", "a.png"), ("b", "a.png"), ("b", "none.png")])
+    columns = Columns(image="image", label="label", patient="who")
+    data = SiteData(path=tmp_path / "data.jsonl", columns=columns)
+    member = b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest()
+    assert [member in record for record in identities(data)] == [True, True]
+
+    def fail(*_: object) -> None:
+        raise children.ChildFailed
+
+    monkeypatch.setattr(children.Children, "run", fail)
+    assert identities(data) == [{member}]
+
+
 def test_a_patients_file_is_read_once_however_many_records_name_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two patients one body is kept, though each one's file is decoded for itself."""
     image(tmp_path / "a.png", 0)
-    opened = list[Path]()
-    plain = media.read_file
+    (tmp_path / "here").symlink_to(".")
+    opened = list[str]()
+    plain = media._read_open
     monkeypatch.setattr(
-        media, "read_file", lambda path, kind: opened.append(path) or plain(path, kind)
+        media, "_read_open", lambda file, *given: opened.append(file) or plain(file, *given)
     )
-    found = of_patients(tmp_path, [("a", "a.png"), ("a", "a.png"), ("b", "a.png")]).records
-    assert len(found) == 3 and len(opened) == 2
+    spelt = ["a.png", "a.png", "./a.png", ".//a.png/", "here/a.png", "here/here/a.png"]
+    found = of_patients(tmp_path, [*(("a", name) for name in spelt), ("b", "a.png")]).records
+    assert len(found) == 7 and len(opened) == 2
     assert len({id(record.media.body) for record in found}) == 1
 
 
@@ -236,7 +259,9 @@ def test_links_are_followed_before_the_path_is_judged(
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(Rejected, match="outside"):
         media.Folder(inside).read("link.png", "image")
-    monkeypatch.setattr(media.Folder, "_inside", lambda self, name: self._root / name)
+    monkeypatch.setattr(
+        Beneath, "open", lambda self, name: (reading.open_regular(inside / name), name)
+    )
     assert media.Folder(inside).read("link.png", "image")
 
 
@@ -353,6 +378,25 @@ def test_how_many_children_decode_is_a_public_number(
     monkeypatch.setattr(children.Children, "_make_up", lambda self: None)
     of_patients(tmp_path, rows)
     assert len(told) == 1 + patients
+
+
+def test_what_a_patient_has_no_bytes_left_for_is_not_read(tmp_path: Path) -> None:
+    """However often other names lead to it. Linux counts the bytes that this process reads."""
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    large = tmp_path / "large.png"
+    large.touch()
+    os.truncate(large, 8 * 2**20)
+    for number in range(20):
+        (tmp_path / f"{number}.png").hardlink_to(large)
+    before = bytes_read()
+    files = media.UnitFiles(media.Folder(tmp_path), "image", 8 * 2**20)
+    found = [files.read(f"{number}.png") for number in range(20)]
+    assert [len(content) for content in found[:1]] == [8 * 2**20]
+    assert found[1:] == ["image too large"] * 19
+    assert bytes_read() - before < 9 * 2**20
 
 
 def test_a_patients_files_are_bounded_together(

@@ -23,8 +23,9 @@ from fedtune.core.config import Columns, DataFile, LoraTable
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.load import load_dataset
-from fedtune.core.data.media import load
+from fedtune.core.data.media import Media, keep_samples, length, load, sound
 from fedtune.core.errors import ConfigError, DataError, ModelError
+from fedtune.core.modalities import audio_text
 from fedtune.core.models import network as network_module
 from fedtune.core.models import tiny
 from fedtune.core.models.cache import CachedDataset
@@ -250,6 +251,29 @@ def test_a_recording_longer_than_the_window(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="2 audio too long"):
         read(tmp_path, network, SAY)
     assert len(read(tmp_path, network, SAY, overflow="truncate").examples) == 2
+
+
+@pytest.mark.parametrize("rate", [4_000, 11_025, 16_000, 44_100, 191_999])
+@pytest.mark.parametrize("count", [1, 2, 999, 1000])
+def test_how_long_a_recording_is_takes_no_conversion(rate: int, count: int) -> None:
+    kept = Media.of("audio", keep_samples(np.zeros(count, np.float32), rate))
+    assert length(kept, 16_000) == len(sound(kept, 16_000))
+
+
+def test_a_recording_is_converted_for_no_record_that_the_cap_leaves_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of a few bytes would take a third of a second of the vault, each time."""
+    converted = list[Media]()
+    plain = audio_text.sound
+    monkeypatch.setattr(
+        audio_text, "sound", lambda media, rate: converted.append(media) or plain(media, rate)
+    )
+    recording(tmp_path / "a.wav", 0, seconds=0.1)
+    rows = [{"audio": "a.wav", "a": f"word {number}"} for number in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read(tmp_path, network_of(folder, "whisper"), SAY).examples) == 20
+    assert not converted
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ SITE, POLICY, ANSWERS = (
     "fedtune/core/vault/answers.py",
 )
 ROUNDS, SUMMARY = "fedtune/server/rounds.py", "fedtune/server/summary.py"
+BENEATH, T_BENEATH = "fedtune/core/files/beneath.py", "tests/test_beneath.py::"
 T_BUDGET = "tests/dp/test_budget.py::"
 T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
 T_PLAN, T_GRADIENTS = "tests/dp/test_plan.py::", "tests/dp/test_gradients.py::"

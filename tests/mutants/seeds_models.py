@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 from tests.mutants.mutant import one as _one
 from tests.mutants.places import (
+    BENEATH,
     CACHE,
     GRADIENTS,
     MEDIA,
@@ -13,6 +14,7 @@ from tests.mutants.places import (
     POLICY,
     ROUNDS,
     STATES,
+    T_BENEATH,
     T_CLIPS,
     T_FILES,
     T_NARROW,
@@ -186,11 +188,70 @@ MEDIA_MUTANTS = (
         "media", "states-go-by-the-text-alone", CACHE, "*([media] if media else [])", "",
         T_SEEN + "test_states_are_the_files_own", "a record trains on another record's image",
     ),
-    _one(
-        "media", "links-lead-out-of-the-folder", MEDIA,
-        "path = (self._root / name).resolve()", "path = self._root / name",
-        "tests/data/test_media.py::test_paths_stay_inside_the_folder",
+    Mutant(
+        "media", "links-lead-out-of-the-folder", BENEATH,
+        (
+            ("dir_fd=folder, follow_symlinks=False", "dir_fd=folder"),
+            ("os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC", "os.O_DIRECTORY | os.O_CLOEXEC"),
+            ("descriptor(part, os.O_RDONLY | os.O_NOFOLLOW, folder)",
+             "descriptor(part, os.O_RDONLY, folder)"),
+        ),
+        ("tests/data/test_media.py::test_paths_stay_inside_the_folder",),
         "a data file reads what lies elsewhere on the machine",
+    ),
+    _one(
+        "media", "a-path-is-looked-up-before-it-is-judged", BENEATH,
+        "        if refuse_path(name):\n",
+        "        (self._root / name).resolve()\n        if refuse_path(name):\n",
+        T_BENEATH + "test_a_name_that_could_lead_out_is_judged_by_its_text",
+        "another account sees that one record is there; a mount that does not answer holds the "
+        "site",
+    ),
+    _one(
+        "media", "a-link-is-looked-up-before-it-is-judged", BENEATH,
+        "        parts = _parts(target)\n",
+        "        self._root.joinpath(*inside, target).resolve()\n"
+        "        parts = _parts(target)\n",
+        T_BENEATH + "test_nobody_outside_sees_that_a_name_was_looked_up",
+        "another account sees that one record is there",
+    ),
+    _one(
+        "media", "a-link-that-comes-meanwhile-is-followed", BENEATH,
+        "descriptor(part, os.O_RDONLY | os.O_NOFOLLOW, folder)",
+        "descriptor(part, os.O_RDONLY, folder)",
+        T_BENEATH + "test_a_link_that_takes_a_files_place_meanwhile_is_not_followed",
+        "a record reads another folder's file",
+    ),
+    _one(
+        "media", "a-path-of-any-length", BENEATH, "if refuse_path(name):", "if False:",
+        T_BENEATH + "test_a_name_that_no_file_can_have_is_looked_up_nowhere",
+        "one row's path of some megabytes takes hours of the vault",
+    ),
+    _one(
+        "media", "a-file-is-read-for-each-spelling", MEDIA,
+        "if path not in self._contents:", "if True:",
+        T_FILES + "test_a_patients_file_is_read_once_however_many_records_name_it",
+        "a patient's rows of a few bytes have one file read a million times",
+    ),
+    _one(
+        "media", "what-cannot-be-kept-is-read", MEDIA,
+        'file.read(size + 1) if size <= most else b""', "file.read(BYTES + 1)",
+        T_FILES + "test_what_a_patient_has_no_bytes_left_for_is_not_read",
+        "a patient's rows of a few bytes have gigabytes read for nothing",
+    ),
+    _one(
+        "media", "a-recording-is-converted-for-each-row", "fedtune/core/modalities/audio_text.py",
+        "samples = length(record.media, self._rate)",
+        "samples = len(sound(record.media, self._rate))",
+        T_SEEN + "test_a_recording_is_converted_for_no_record_that_the_cap_leaves_out",
+        "a patient's rows that name one recording take hours of the vault",
+    ),
+    _one(
+        "media", "what-could-not-be-decoded-is-unknown", "fedtune/core/data/identity.py",
+        "return [*found, *({_media_member(file)} for file in sorted(read.undecoded))]",
+        "return found",
+        T_FILES + "test_a_file_whose_child_fails_is_known_all_the_same",
+        "a private image passes for public if a machine was busy when it was compared",
     ),
     _one(
         "video", "a-clip-decides-how-many-frames", VIDEO,
@@ -275,8 +336,8 @@ MEDIA_MUTANTS = (
         "one patient's small files become all memory of the vault",
     ),
     _one(
-        "media", "a-patients-files-fill-the-memory", "fedtune/core/data/records.py",
-        "return content if len(content) <= most else", "return content if True else",
+        "media", "a-patients-files-fill-the-memory", MEDIA,
+        "_read_open(file, self._kind, min(BYTES, self._left))", "_read_open(file, self._kind)",
         T_FILES + "test_a_patients_files_are_bounded_together",
         "one patient's files take all memory of the vault",
     ),

@@ -25,6 +25,7 @@ T_ALONE = (
 )
 
 T_UNSIGNED = T_SITE + "test_a_plan_that_nobody_signed_waits_and_a_signature_is_for_one_plan"
+WHILE_READING = "tests/client/test_withdrawn_while_reading.py::"
 T_ROUNDS = "tests/client/test_room_for_rounds.py::"
 T_WAITING = "tests/client/test_waiting_plans.py::"
 T_JOINING = (
@@ -538,6 +539,25 @@ MUTANTS = (
         "if anew or cached is None or without_withdrawn(cached, self.home) is not cached:",
         "tests/client/test_site.py::test_a_withdrawal_lets_nobody_elses_new_rows_in",
         "rows that came meanwhile tell that somebody withdrew",
+    ),
+    one(
+        "withdrawal", "who-withdraws-while-files-are-read-trains", SITE,
+        "        data = self.who_remain(self.site.data, data)\n", "",
+        WHILE_READING + "test_a_round_is_without_who_withdrew_before_its_charge",
+        "a receipt says that no later round reads a patient's records, and the next one does",
+    ),
+    one(
+        "withdrawal", "who-withdraws-while-files-are-read-is-asked-about",
+        "fedtune/core/vault/evaluation.py",
+        "    data = site.who_remain(held_out, data)\n", "",
+        WHILE_READING + "test_so_it_is_in_a_query",
+        "a receipt says that no later round reads a patient's records, and the next query does",
+    ),
+    one(
+        "withdrawal", "a-withdrawal-fails-a-round", SITE,
+        "return self._or_nobody(read.network, data, remaining)", "return remaining()",
+        WHILE_READING + "test_if_nobody_can_be_left_out_the_answer_is_noise_alone",
+        "how many records a site has decides whether a charged round is answered",
     ),
     one(
         "restart", "a-restart-is-a-first-start", "fedtune/officer/before_joining.py",

@@ -78,6 +78,9 @@ class UnitWorker(SiteWorker):
     def data_for(self, study: Study, network: Any, data: Any) -> Any:
         return SimpleNamespace(network=network, site=self)
 
+    def who_remain(self, data: Any, read: Any) -> Any:
+        return read
+
     def die(self, where: str) -> None:
         if self.crash == where:
             raise RuntimeError("crashed")

@@ -17,7 +17,7 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
     Shorter texts give none, since many records may share a question or an instruction."""
     members = {record_member(record)}
     if record.media:
-        members.add(b"media\0" + record.media.file)
+        members.add(_media_member(record.media.file))
     longest = max(_texts(record), key=len)
     if len(longest) >= LONG:
         members.add(b"text\0" + longest.encode())
@@ -28,13 +28,20 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
 
 def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
     """Read a site's dataset, and return for each usable record the set of its identifiers
-    (`identity_of`). patients: whether a record's patient is among them; without a patient column it
-    never is.
+    (`identity_of`), and for each image, recording or clip that was read and cannot be used a set
+    with its own: a later reading may succeed. patients: whether a record's patient is among them;
+    without a patient column it never is.
 
     Errors: DataError, ConfigError, as in `read_records`."""
     by_patient = data.columns.patient is not None
     read = read_file(data, unit="patient" if by_patient else "record")
-    return [identity_of(record, by_patient and patients) for record in read.records]
+    found = [identity_of(record, by_patient and patients) for record in read.records]
+    return [*found, *({_media_member(file)} for file in sorted(read.undecoded))]
+
+
+def _media_member(file: bytes) -> bytes:
+    """Return the identifier of the file with the sha256 `file`."""
+    return b"media\0" + file
 
 
 def every_member(data: SiteData) -> set[bytes]:

@@ -1,7 +1,8 @@
 """Read the image, audio and video files that records name, and keep what they show in a form that
 is safe to read again.
 
-A path is relative to the data file's folder and must lie inside it once every link is followed.
+A path is relative to the data file's folder and must lie inside it; no link is followed out of it,
+and nothing outside is looked at (beneath.py).
 A unit's files are decoded in a child process that can only compute and has limits of memory and
 time (children.py, decoding.py). From the child's answer, which is not trusted, this process makes
 the form that it keeps: a PNG of an image or of each frame, or a recording's samples. In this
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import struct
 import sys
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from fedtune.core.data.video import FRAMES
 from fedtune.core.data.video import PIXELS as FRAME_PIXELS
 from fedtune.core.errors import ConfigError
 from fedtune.core.files import reading
+from fedtune.core.files.beneath import Beneath, Outside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,35 +105,83 @@ class Folder:
     """The files under one folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
+        self._files = Beneath(root)
+
+    def open(self, name: str, kind: Kind) -> tuple[io.BufferedReader, str]:
+        """Open the file `name`, a path relative to the folder. Return it, and its own path below
+        the folder, which is the same however the name is spelt. Errors: Rejected if the path leads
+        outside the folder, or the file is missing or cannot be opened. kind: "image", "audio" or
+        "video", the word in the reason."""
+        try:
+            return self._files.open(name)
+        except Outside:
+            raise Rejected("media file outside the folder") from None
+        except PermissionError:
+            raise Rejected(f"unreadable {kind}") from None
+        except OSError:
+            raise Rejected("missing media file") from None
 
     def read(self, name: str, kind: Kind) -> bytes:
-        """Return the content of the file `name`, a path relative to the folder. Errors: Rejected if
-        the path leads outside the folder, or the file is missing, empty, unreadable or too large.
-        kind: "image", "audio" or "video", the word in the reason."""
-        return read_file(self._inside(name), kind)
+        """Return the content of the file `name`, a path relative to the folder. Errors: Rejected as
+        for `open`, or if the file is empty, unreadable or too large. kind: "image", "audio" or
+        "video", the word in the reason."""
+        with self.open(name, kind)[0] as file:
+            return _read_open(file, kind)
 
-    def _inside(self, name: str) -> Path:
+
+class UnitFiles:
+    """The files that the records of one unit name. Each is read once, however its name is spelt.
+
+    - folder: the folder below which they are
+    - kind: "image", "audio" or "video"
+    - most: how many bytes they may have together; a file that has more than are left is not read"""
+
+    def __init__(self, folder: Folder, kind: Kind, most: int) -> None:
+        self._folder, self._kind, self._left = folder, kind, most
+        self._contents: dict[str, bytes | str] = {}  # by the file's own path
+
+    def read(self, name: str) -> bytes | str:
+        """Return the content of the file `name`, or the reason (a str) why it cannot be used."""
         try:
-            path = (self._root / name).resolve()
-            if Path(name).is_absolute() or not path.is_relative_to(self._root):
-                raise Rejected("media file outside the folder")
-            if not path.is_file():
-                raise Rejected("missing media file")
-        except (OSError, RuntimeError):  # too long a name; a loop of links
-            raise Rejected("missing media file") from None
-        return path
+            file, path = self._folder.open(name, self._kind)
+        except Rejected as error:
+            return error.reason
+        with file:
+            if path not in self._contents:
+                self._contents[path] = self._read(file)
+        return self._contents[path]
+
+    def _read(self, file: io.BufferedReader) -> bytes | str:
+        try:
+            content = _read_open(file, self._kind, min(BYTES, self._left))
+        except Rejected as error:
+            return error.reason
+        self._left -= len(content)
+        return content
 
 
 def read_file(path: Path, kind: Kind) -> bytes:
     """Return the content of the file at `path`. Errors: Rejected if it is empty, unreadable or
     larger than BYTES. kind: "image", "audio" or "video", the word in the reason."""
     try:
-        with reading.open_regular(path) as file:
-            content = file.read(BYTES + 1)
+        file = reading.open_regular(path)
     except OSError:
         raise Rejected(f"unreadable {kind}") from None
-    if len(content) > BYTES:
+    with file:
+        return _read_open(file, kind)
+
+
+def _read_open(file: io.BufferedReader, kind: Kind, most: int = BYTES) -> bytes:
+    """Return the content of an open file. A file that is larger than `most` bytes is not read, one
+    that grows meanwhile not beyond that. Errors: Rejected if it is empty, unreadable or larger."""
+    try:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= most else b""
+        if len(content) > size:  # it has grown, or the system does not know its length
+            content += file.read(most + 1 - len(content))
+    except OSError:
+        raise Rejected(f"unreadable {kind}") from None
+    if max(size, len(content)) > most:
         raise Rejected(f"{kind} too large")
     if not content:  # a child is given nothing only to find out whether it can start
         raise Rejected(f"unreadable {kind}")
@@ -356,3 +407,11 @@ def sound(media: Media, rate: int | None = None) -> Samples:
 
     common = int(np.gcd(rate, own_rate))
     return np.asarray(resample_poly(samples, rate // common, own_rate // common), dtype=np.float32)
+
+
+def length(media: Media, rate: int) -> int:
+    """Return how many samples `sound` gives of a recording at `rate` samples per second, without
+    converting it."""
+    (own_rate,) = LENGTH.unpack_from(media.body)
+    samples = (len(media.body) - LENGTH.size) // 4
+    return int(-(-samples * rate // own_rate))

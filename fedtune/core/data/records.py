@@ -26,7 +26,7 @@ from fedtune.core.data.conversion import Conversion
 from fedtune.core.data.dataset import Failed
 from fedtune.core.data.files import Place, Rejected, placed_rows
 from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
-from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Kind, Media
+from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Media, UnitFiles
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
 from fedtune.core.data.sources._interface import Names, Row
@@ -83,7 +83,9 @@ class Read:
     - rows: the number of all rows
     - filtered_in, withheld_in: for each file's name, how many of its rows data.filter left out, and
       how many are of patients who did not consent
-    - names: the names of the columns that the files have"""
+    - names: the names of the columns that the files have
+    - undecoded: the sha256 of each image, recording or clip that was read and cannot be used, which
+      may be only this time"""
 
     records: list[Record]
     failed: list[Failed]
@@ -91,6 +93,7 @@ class Read:
     filtered_in: Counter[str]
     withheld_in: Counter[str]
     names: Names
+    undecoded: frozenset[bytes] = frozenset()
 
     @property
     def filtered(self) -> int:
@@ -204,7 +207,8 @@ def read_file(
         raise DataError(
             f"{file.where}: the file has no records", "at least 2", f"check {table}.path"
         )
-    return Read(reading.records, reading.failed, count, filtered_in, withheld_in, names)
+    undecoded = frozenset(reading.undecoded)
+    return Read(reading.records, reading.failed, count, filtered_in, withheld_in, names, undecoded)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -231,6 +235,7 @@ class _Reading:
     ) -> None:
         self.records: list[Record] = []
         self.failed: list[Failed] = []
+        self.undecoded: set[bytes] = set()
         self._columns, self._by_patient = file.columns, unit == "patient"
         self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
         self.kind = next((kind for kind in KINDS if getattr(file.columns, kind)), None)
@@ -311,13 +316,12 @@ class _Reading:
         """Read and decode one unit's files, each once, and forget their contents. Return by name
         what is kept of the file, or the reason why it cannot be used."""
         assert self.kind is not None
-        contents: dict[str, bytes | str] = {}
-        left = UNIT_BYTES
-        for name in dict.fromkeys(names):
-            contents[name] = content = _read_or_reason(self._folder, name, self.kind, left)
-            left -= len(content) if isinstance(content, bytes) else 0
+        unit = UnitFiles(self._folder, self.kind, UNIT_BYTES)
+        contents = {name: unit.read(name) for name in dict.fromkeys(names)}
         files = list(dict.fromkeys(c for c in contents.values() if isinstance(c, bytes)))
         found = dict(zip(files, decoder.decode(files), strict=True))
+        failed = (content for content, media in found.items() if isinstance(media, str))
+        self.undecoded.update(hashlib.sha256(content).digest() for content in failed)
         return {
             name: found[content] if isinstance(content, bytes) else content
             for name, content in contents.items()
@@ -353,20 +357,6 @@ class _Reading:
             return not isinstance(named, str) or column is None or named in own
 
         return is_own
-
-
-def _read_or_reason(folder: Folder, name: str, kind: Kind, most: int) -> bytes | str:
-    """Return a file's content or, if it cannot be used or has more than `most` bytes, the
-    reason."""
-    try:
-        content = folder.read(name, kind)
-    except Rejected as error:
-        return error.reason
-    except MemoryError:
-        raise
-    except Exception:  # a name that no file can have
-        return "missing media file"
-    return content if len(content) <= most else f"{kind} too large"
 
 
 @dataclass(frozen=True)

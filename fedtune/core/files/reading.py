@@ -62,13 +62,17 @@ def open_regular(path: Path) -> io.BufferedReader:
     return open(descriptor(path), "rb")
 
 
-def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+def descriptor(path: str | Path, flags: int = os.O_RDONLY, folder: int | None = None) -> int:
     """Open a regular file and return its descriptor. That it is regular is checked on the open
-    file, since the name may refer to something else a moment later. flags: os.O_… for opening.
+    file, since the name may refer to something else a moment later.
+
+    - path: the file; relative to `folder`, if that is given
+    - flags: os.O_… for opening
+    - folder: the descriptor of a folder, which stays open
 
     The call never waits: a pipe without a writer is opened at once, and then refused. Errors:
     OSError; NotRegular if it is no regular file."""
-    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder)
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
         return number

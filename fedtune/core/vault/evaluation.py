@@ -87,6 +87,7 @@ def answer_query(
     known = partial(check_known, held_out.name, plan.unit, in_home=in_home)
     stated = partial(site.check_stated, current)
     reserved = site.ledger.reserve(held_out.name, charge, label, permit, known, stated)
+    data = site.who_remain(held_out, data)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -317,9 +317,9 @@ class SiteWorker:
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`. Studies that read it in the same way share the states at
         the cut. In a study without a last round, or with data.consent, the files are read anew each
-        round. Otherwise the dataset in memory is used, without the patients who withdrew since it
-        was read. A withdrawal alone must not have the files read again: they may have new rows by
-        now, whose effect would reveal the withdrawal.
+        round. Otherwise the dataset in memory is used. A withdrawal alone must not have the files
+        read again: they may have new rows by now, whose effect would reveal the withdrawal.
+        `who_remain` leaves out who withdrew since the dataset was read.
 
         - study: the study by which records are rendered, tokenised and capped
         - network: the model that the site built for it
@@ -341,8 +341,6 @@ class SiteWorker:
             dataset = dataset.exclude_units(elsewhere.__contains__)
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if anew else view, cached
-        elif (left := without_withdrawn(cached, self.home)) is not cached:
-            self._cached[data.name] = view, (cached := left)
         return cached
 
     def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> frozenset[bytes]:
@@ -386,8 +384,35 @@ class SiteWorker:
         is charged.
 
         Errors: LedgerError other than NoRoom, since without a ledger nothing can be charged."""
+        return self._or_nobody(network, data, partial(self.data_for, study, network, data))
+
+    def who_remain(self, data: SiteData, read: CachedDataset) -> CachedDataset:
+        """Return a dataset without the patients who withdrew since it was read, which may have
+        taken hours. Called after a charge, so that the order of the ledger's entries decides:
+        whoever withdrew before the charge takes no part in what was charged.
+
+        - data: the table of site.toml that names the dataset
+        - read: the dataset as `data_in_study` returned it; in memory, too, it loses them
+
+        Guarantee: rows are left out, and nothing else changes. If this fails for whatever reason,
+        an empty dataset is returned. Errors: LedgerError."""
+
+        def remaining() -> CachedDataset:
+            left = without_withdrawn(read, self.home)
+            view, cached = self._cached.get(data.name, (None, None))
+            if cached is read:
+                self._cached[data.name] = view, left
+            return left
+
+        return self._or_nobody(read.network, data, remaining)
+
+    def _or_nobody(
+        self, network: Network, data: SiteData, records: Callable[[], CachedDataset]
+    ) -> CachedDataset:
+        """Return what `records` returns; an empty dataset if it fails, whatever the reason. Errors:
+        LedgerError other than NoRoom."""
         try:
-            return self.data_for(study, network, data)
+            return records()
         except BaseException as error:
             unpaid = isinstance(error, LedgerError) and not isinstance(error, NoRoom)
             if unpaid or not is_fault(error):
@@ -531,9 +556,11 @@ class SiteWorker:
             reserved, spent = self.ledger.reserve_for(
                 self._dataset, charge, slot, permit, permit_other, known, stated
             )
-            data = self._with_budget_left(data, spent)
+            left = partial(self._with_budget_left, data, spent)
+            data = self._or_nobody(data.network, self.site.data, left)
         else:
             reserved = self.ledger.reserve(self._dataset, charge, slot, permit, known, stated)
+        data = self.who_remain(self.site.data, data)
         self.log.begin_round()
         if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
             steps = study.training.local_steps
