@@ -185,8 +185,6 @@ def versions(
     chosen version is measured on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.core.errors import ConfigError, InputError
-    from fedtune.evidence.coordinator_home import coordinator_log
-    from fedtune.evidence.verify import key_of
     from fedtune.report.declared import site_lines
     from fedtune.report.run_files import read_report
     from fedtune.server.versions import Versions
@@ -194,11 +192,15 @@ def versions(
     if rollback is not None and unpin:
         raise ConfigError("--rollback and --unpin are both given", "only one of the two")
     book = Versions(run)
-    signed_by = key_of(run) if rollback is not None or unpin else None
-    acts = coordinator_log(run) if rollback is not None or unpin else None
-    if acts:
-        rule = "--unpin" if unpin else f"--rollback {rollback}"
-        acts.add("release", rule, run=run.absolute())
+    signed_by = None
+    if rollback is not None or unpin:
+        from fedtune.evidence.coordinator_home import coordinator_log
+        from fedtune.evidence.verify import key_of
+
+        signed_by = key_of(run)
+        if acts := coordinator_log(run):
+            rule = "--unpin" if unpin else f"--rollback {rollback}"
+            acts.add("release", rule, run=run.absolute())
     if rollback is not None:
         index = book.roll_back(rollback)
     elif unpin:

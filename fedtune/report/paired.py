@@ -14,8 +14,6 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtrc  # type: ignore[import-untyped]
-from scipy.stats import beta, binom  # type: ignore[import-untyped]
 
 from fedtune.core.registry.metrics import METRICS
 from fedtune.report.scores import Scores
@@ -135,6 +133,10 @@ def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
       that more records change than the interval of their share allows."""
     if not n or net <= least * n or least >= 1:
         return 1.0
+    # Imported here, since commands that only list a run's versions import this module.
+    from scipy.special import bdtrc  # type: ignore[import-untyped]
+    from scipy.stats import beta, binom  # type: ignore[import-untyped]
+
     beyond = BEYOND * level
     most = 1.0 if changed >= n else float(beta.ppf(1 - beyond, changed + 1, n - changed))
     rates = np.linspace(min(abs(least) + 1e-9, most), most, RATES)[:, None]
