@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedtune.core.boot import collect_rarely
 from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
 from fedtune.core.vault import site_checks
@@ -35,6 +37,8 @@ CHAT = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
+
+collect_rarely()  # while tests are collected it was a third of the time
 
 # The same examples each time, however long one takes beside other work; a search at length says
 # otherwise.
@@ -94,6 +98,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(0))  # hours are theirs
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # all tests live until the end; what each of them leaves is searched as before
 
 
 @pytest.fixture(scope="session", autouse=True)
