@@ -45,7 +45,8 @@ def collect_rarely() -> None:
 
     PyTorch, transformers and SciPy create some 400,000 objects that live as long as the process.
     While they are imported, Python would search all of them some twenty times, and three times at
-    the end: 2 of the 6 seconds that a process takes to start and to end."""
+    the end: 2 of the 6 seconds that a process takes to start and to end. So a file that is part of
+    such a cycle must be closed; what it holds is not written when the process ends."""
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, SEARCHES)
     atexit.register(gc.freeze)

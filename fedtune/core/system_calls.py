@@ -147,11 +147,15 @@ OF_COURIER_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
 COMPUTING: dict[str, Numbers] = {
     **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62)},
     **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214)},
-    **{"mremap": (25, 216)},
-    **{"exit": (60, 93), "exit_group": (231, 94), "restart_syscall": (219, 128)},
+    **{"mremap": (25, 216), "restart_syscall": (219, 128)},
 }
+CRASHES = (4, 5, 6, 7, 8, 11)  # SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV
 COMPUTING_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
     "madvise": ((28, 233), THIRD, ADVICE),
+    # Linux tells the status to everybody. Only 0, or the signal of a crash, which has a handler so
+    # that nothing is written into the kernel's log. The C library answers a refusal with a crash.
+    "exit": ((60, 93), FIRST, (0, *CRASHES)),
+    "exit_group": ((231, 94), FIRST, (0, *CRASHES)),
     # Not GRND_RANDOM: before Linux 5.6 it tells how much others took from a pool.
     "getrandom": ((318, 278), THIRD, (0, 1)),
 }

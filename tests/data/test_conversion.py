@@ -261,20 +261,25 @@ child_process.serve = serve
 """
 
 
-def count_memories(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> int:
-    """Count how many different memories ten children after one another have."""
+def count_memories(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, given: bytes = b"x"
+) -> int:
+    """Count how many different memories ten children after one another have, each of which is given
+    the same."""
     folder.mkdir()
     (folder / "whole_memory.py").write_text(program)
     monkeypatch.syspath_prepend(folder)
     asked = {"what": "the comparison", "otherwise": "", "cpu_seconds": 60}
     with children.Children("whole_memory", {}, **asked) as forked:  # type: ignore[arg-type]
-        return len({forked.run([b"x"], 2**24, bytes)[0] for _ in range(10)})
+        return len({forked.run([given], 2**24, bytes)[0] for _ in range(10)})
 
 
 def test_every_child_finds_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last byte of what it can write. Twin: one process takes all requests."""
     program = WHOLE_MEMORY.replace("LOOP", "")
     assert count_memories(tmp_path / "a", monkeypatch, program) == 1
+    # More than a pipe holds at once, so that it comes in parts, as fast as this process writes.
+    assert count_memories(tmp_path / "c", monkeypatch, program, bytes(10**6)) == 1
     program = WHOLE_MEMORY.replace("LOOP", LASTING)
     assert count_memories(tmp_path / "b", monkeypatch, program) > 1
 

@@ -85,7 +85,8 @@ MUTANTS = (
     ),
     one(
         "units", "a-child-shows-what-it-blocks", CALLS,
-        '**{"mremap": (25, 216)},', '**{"mremap": (25, 216), "rt_sigprocmask": (14, 135)},',
+        '**{"mremap": (25, 216), "restart_syscall": (219, 128)},',
+        '**{"mremap": (25, 216), "rt_sigprocmask": (14, 135)},',
         T_SHOWS + "test_a_child_shows_nobody_a_row",
         "a converter shows bits of a row in the status that every account can read",
     ),
@@ -97,8 +98,8 @@ MUTANTS = (
     ),
     one(
         "units", "options-in-a-command-line", CHILDREN,
-        "boot.command(self._program, str(theirs.fileno())),",
-        "boot.command(self._program, str(theirs.fileno()), json.dumps(self._settings)),",
+        "boot.command(self._program),",
+        "boot.command(self._program, json.dumps(self._settings)),",
         T_SHOWS + "test_settings_are_in_no_command_line",
         "every account reads the key by which a converter makes pseudonyms",
     ),
@@ -115,11 +116,27 @@ MUTANTS = (
         "an address that a converter chooses is written into the kernel's log",
     ),
     one(
-        "units", "a-childs-status-tells-of-its-unit", FORKS,
-        "    except BaseException:\n        os.write(writing",
-        "    except BaseException:\n        code = 1\n        os.write(writing",
+        "units", "a-childs-status-tells-of-its-unit", CALLS,
+        '"exit_group": ((231, 94), FIRST, (0, *CRASHES)),',
+        '"exit_group": ((231, 94), FIRST, (0, 77, *CRASHES)),',
         T_SHOWS + "test_how_a_child_ends_tells_nothing",
-        "Linux tells every account that one unit's rows could not be converted",
+        "a converter chooses the status with which its child ends, which Linux tells every account",
+    ),
+    one(
+        "units", "answers-without-an-end", CHILDREN,
+        "time.monotonic() + left) == ENDED\n", "time.monotonic() + left) in (b\"\", ENDED)\n",
+        T_SHOWS + "test_of_a_child_that_fails_no_answer_is_taken",
+        "what a child wrote before it failed is a unit's rows",
+    ),
+    one(
+        "units", "a-child-counts-the-parts-of-its-input", FORKS,
+        "        count = pipe.readinto(content)\n",
+        "        count = 0\n"
+        "        while part := os.read(reading, len(content) - count):\n"
+        "            content[count : count + len(part)] = part\n"
+        "            count += len(part)\n",
+        T_CONVERSION + "test_every_child_finds_the_same_memory",
+        "a child's memory tells how busy the machine was",
     ),
     one(
         "units", "a-child-knows-when-it-was-started", FORKS,

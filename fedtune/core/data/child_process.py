@@ -10,6 +10,7 @@ import ctypes
 import functools
 import gc
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -28,27 +29,23 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core import isolation
-from fedtune.core.data.children import DONE, FAILED, LENGTH, NOT_CONFINED, read_line
+from fedtune.core.data.children import DONE, ENDED, FAILED, LENGTH, NOT_CONFINED, read_line
+from fedtune.core.system_calls import CRASHES
 
 CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
 PR_SET_PDEATHSIG = 1
-CRASHES = (
-    *(signal.SIGILL, signal.SIGTRAP, signal.SIGABRT),
-    *(signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV),
-)
 UNCONFINED = 3  # the exit status of a child that cannot be confined, and therefore did nothing
 Work = Callable[[bytes], bytes]
 
 
 def begin() -> tuple[socket.socket, dict[str, Any]]:
     """Give up this process's access to every network, and forget when it was started. Return the
-    socket on which requests come, and the settings, a dict. `Children` passes the socket's file
-    descriptor in sys.argv[1], and the settings on that socket, as a line of JSON: everybody can
-    read the command line, and a setting may be a key."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    socket on which requests come, and the settings, a dict. `Children` passes the socket as
+    standard input, and the settings on it, as a line of JSON: everybody can read the command line,
+    and a setting may be a key."""
+    control = socket.socket(fileno=0)
     logging._startTime = 0  # type: ignore[attr-defined]  # a child may not learn the time
     threading.main_thread()._native_id = 0  # type: ignore[attr-defined]  # nor a process's number
-    importlib.invalidate_caches()  # times of folders
     with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     cpus = sorted(os.sched_getaffinity(0))
@@ -81,6 +78,7 @@ def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> No
         return
     say(control, "ready")
     clone = ctypes.PyDLL(None).syscall
+    importlib.invalidate_caches()  # which hold when folders were changed
     isolation.hide_command_line()
     fork = functools.partial(clone, CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
     # The loop runs in C, since Python's byte code counts how often it ran (_co_code_adaptive). It
@@ -155,10 +153,9 @@ def _fork_and_wait(
 
 
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
-    """Confine this new child, answer each input from the pipe `reading` with `work`, and end the
-    process. The function never returns. The exit status is UNCONFINED if the child could not be
-    confined, and otherwise 0, whether `work` failed or not, since Linux tells it to everybody; if
-    it failed, what was written is no whole answer."""
+    """Confine this new child, answer each input from the pipe `reading` with `work`, write ENDED,
+    and end the process; never return. The exit status is UNCONFINED if the child could not be
+    confined, and otherwise 0, whether `work` failed or not, since Linux tells it to everybody."""
     code = 0
     try:
         _limit(reading, writing, settings)
@@ -172,8 +169,7 @@ def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) 
                     rest = memoryview(part)
                     while rest:
                         rest = rest[os.write(writing, rest) :]
-    except BaseException:
-        os.write(writing, b"!")  # more than an answer, so that none of them is taken
+            os.write(writing, ENDED)
     finally:
         os._exit(code)
 
@@ -184,7 +180,9 @@ def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     a word if it crashes.
 
     Closed are also 0 to 2, although they lead nowhere: everybody can watch how often something is
-    written to /dev/null. Of a crash Linux would write addresses into its log."""
+    written to /dev/null. What is printed is lost. Of a crash Linux would write addresses into its
+    log."""
+    sys.stdout = sys.stderr = _Nowhere()
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -205,17 +203,19 @@ def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
         resource.setrlimit(what, (most, most))
 
 
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str, /) -> int:
+        return len(text)
+
+
 def _read(reading: int) -> bytes | None:
     """Read the child's next input from the pipe `reading`; return None when there is no further
     one."""
-    length = _read_bytes(reading, LENGTH)
-    return _read_bytes(reading, int.from_bytes(length, "big")) if length else None
-
-
-def _read_bytes(reading: int, length: int) -> bytes:
-    content = bytearray(length)
-    with open(reading, "rb", buffering=0, closefd=False) as pipe:
-        rest = memoryview(content)
-        while rest and (count := pipe.readinto(rest)):
-            rest = rest[count:]
-    return bytes(content[: length - len(rest)])
+    header = os.read(reading, LENGTH)  # whole, as it is written at once
+    if not header:
+        return None
+    # Not in a loop here: Python's byte code counts how often it ran, which is how many parts came.
+    content = bytearray(int.from_bytes(header, "big"))
+    with open(reading, "rb", closefd=False) as pipe:
+        count = pipe.readinto(content)
+    return bytes(memoryview(content)[:count])

@@ -42,6 +42,7 @@ START_SECONDS = 600.0  # until the program that forks is ready
 SAID = 300  # characters shown of an error about settings, before a record is read
 MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed"
 LENGTH = 8  # bytes, big-endian, before each thing that passes through a pipe
+ENDED = b"."  # what a child writes once it has answered everything
 FAILED, DONE, NOT_CONFINED = b"1", b"0", b"m"  # what the program that forks says of a child's end
 T = TypeVar("T")
 
@@ -144,7 +145,7 @@ class Children:
                 log.error("%s", describe(error))
                 raise ChildFailed from None
         assert self._control is not None
-        there, back = _Pipe(), _Pipe()
+        there, back = _make_pipes()
         left = self._seconds or SECONDS
         self._control.settimeout(left)
         taken: list[T] = []
@@ -159,7 +160,7 @@ class Children:
                     left -= time.monotonic() - asked
                     taken.append(take(answer))
                 there.close()  # so that the child ends
-                is_whole = not _read(back.reading, 1, time.monotonic() + left)
+                is_whole = _read(back.reading, 2, time.monotonic() + left) == ENDED
             except ChildFailed:
                 is_whole = False
             finally:
@@ -199,12 +200,11 @@ class Children:
         limits = {"cpu_seconds": self._cpu_seconds, "memory": MEMORY}
         with theirs:
             self._process = subprocess.Popen(
-                boot.command(self._program, str(theirs.fileno())),
-                stdin=subprocess.DEVNULL,
+                boot.command(self._program),
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
-                pass_fds=[theirs.fileno()],
             )
         self._control = ours
         ours.settimeout(START_SECONDS)
@@ -285,6 +285,17 @@ class _Pipe:
     def close(self) -> None:
         self.close_reading()
         self.close_writing()
+
+
+def _make_pipes() -> tuple[_Pipe, _Pipe]:
+    """Make two pipes. Errors: OSError if this process may not open so many files; then none is left
+    open."""
+    first = _Pipe()
+    try:
+        return first, _Pipe()
+    except OSError:
+        first.close()
+        raise
 
 
 def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -> bytes:
