@@ -43,10 +43,12 @@ def test_delta_is_a_power_of_ten_that_is_at_most_a_tenth_of_one_in_all_units() -
 
 def test_a_delta_that_is_too_large_is_warned_of_with_one_that_is_not() -> None:
     said = warning(0.01, "patient", 19)
-    assert said.startswith("WARNING: δ = 0.01 is large for 19 patients: at worst 1 chance in 100")
-    assert "1 in 5.3 that it is one of 19" in said and "privacy.delta = 0.001" in said
+    assert said.startswith(
+        "WARNING: δ = 0.01 is large for 19 patients: ε may not hold with at most"
+    )
+    assert "1 in 5.3 for any of 19" in said and "privacy.delta = 0.001" in said
     assert chance(1e-3, "record", 40) == (
-        "at worst 1 chance in 1,000 for each record, and 1 in 25 that it is one of 40"
+        "ε may not hold with at most 1 chance in 1,000 for each record, 1 in 25 for any of 40"
     )
 
 

@@ -36,6 +36,7 @@ POOL = 6000  # drawn deviations from a class's mean, from which all records are 
 COVERED = (0.05, 0.95)  # the quantiles of the draws at which an interval begins and ends
 ROUGH = 0.1  # share of units in classes that public records lack, above which a forecast is rough
 LEAST = 0.005  # the smallest difference of accuracy that counts as a gain
+MASKED = 3  # sites from which on they can share one dose of noise
 MOST_UNITS = 10_000  # the largest number of units of a site for which a gain is looked for
 # New records spread further than public ones do about their own mean and in a basis made from them.
 # So the variance of drawn records is multiplied by a factor. The factor f at which they are as hard
@@ -96,7 +97,8 @@ class ExpectedGain:
       records would show it; 0 and None if there are none
     - worth_from: the smallest number of units for each site from which on the gain's lower bound is
       above zero; None if it is larger than MOST_UNITS
-    - shared: the gain if all sites shared one dose of noise; None if they do so already
+    - shared: the gain if all sites shared one dose of noise; None if they do so already, or are too
+      few
     - one_more: the gain if there were one more site
     - rough: classes of which there is no public record, but a declared share of units; the forecast
       for them depends on their names alone
@@ -142,14 +144,14 @@ class ExpectedGain:
     def lines(self) -> list[str]:
         """Describe the forecast for people, as lines of text."""
         least = self.worth_from
-        worth = "not worth its ε at any size up to" if least is None else "worth it from about"
+        sure = "above 0 at no size up to" if least is None else "all of it above 0 from about"
         told = [
-            f"{HEADING}: {self.gain} accuracy (90 %); {worth} {least or MOST_UNITS:,} units a site"
+            f"{HEADING}: {self.gain} accuracy (90 %); {sure} {least or MOST_UNITS:,} units a site"
         ]
         others = [
             f"{what} would give {interval}"
             for what, interval in (
-                ("noise that all sites share", self.shared),
+                ("one dose of noise for all sites ([secure_aggregation])", self.shared),
                 ("one more such site", self.one_more),
             )
             if interval
@@ -188,17 +190,20 @@ def expected_gain(
         sizes=(*sites.sizes, round(float(np.median(sites.sizes)))),
         doses=sites.doses * (len(sites.sizes) + 1) / len(sites.sizes),
     )
-    is_shared = sites.doses < len(sites.sizes)
+    can_share = len(sites.sizes) >= MASKED and sites.doses == len(sites.sizes)
     together = replace(sites, doses=1.0)
+    gain, least = interval(own.gains), worth_from(world, sites)
+    if gain.low > 0:  # which is drawn more often than for other sizes
+        least = min(least or MOST_UNITS, max(sites.sizes))
     return ExpectedGain(
-        gain=interval(own.gains),
+        gain=gain,
         start=float(own.starts.mean()),
         sites=len(sites.sizes),
         units=sites.units,
         records=records,
         found=interval(own.on_few(records)) if records else None,
-        worth_from=worth_from(world, sites),
-        shared=None if is_shared else interval(world.draw(together, FEWER).gains),
+        worth_from=least,
+        shared=interval(world.draw(together, FEWER).gains) if can_share else None,
         one_more=interval(world.draw(more, FEWER).gains),
         rough=tuple(labels[number] for number in world.rough),
         unknown=tuple(labels[number] for number in world.unknown),

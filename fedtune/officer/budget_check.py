@@ -46,7 +46,8 @@ class Paid:
         where = f", in {self.run}" if self.run else ""
         return (
             f"{self.site}: has paid ε = {rounded_up(self.again)} for a study of this name "
-            f"already{where}, and each round that is trained again is paid again: {most}"
+            f"already{where}; rounds of the same plan that it still has are sent again, the same "
+            f"and for nothing, and others are paid again: {most}"
         )
 
 

@@ -572,7 +572,7 @@ def _delta(site: Site, plan: DpPlan) -> list[str]:
     site's size, a warning. plan: the site's part of the study, with δ."""
     size = site.site.declared_size
     warned = warning(plan.delta, plan.unit, size)
-    return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
+    return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)}."]
 
 
 def _whatever(budget: Budget) -> list[str]:

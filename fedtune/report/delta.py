@@ -19,16 +19,16 @@ def delta_for(units: int) -> float:
 
 
 def chance(delta: float, unit: str, units: int) -> str:
-    """State in words two probabilities: δ for one unit, and units · δ for at least one of a site's
-    units. unit: the noun for a unit.
+    """State in words the probabilities with which ε may not hold: δ for one unit, and units · δ for
+    any of a site's units. unit: the noun for a unit.
 
     >>> chance(0.01, "patient", 19)
-    'at worst 1 chance in 100 for each patient, and 1 in 5.3 that it is one of 19'
+    'ε may not hold with at most 1 chance in 100 for each patient, 1 in 5.3 for any of 19'
     """
     total = min(1.0, delta * units)
     return (
-        f"at worst 1 chance in {_one_in(delta)} for each {unit}, and 1 in {_one_in(total)} that it "
-        f"is one of {units:,}"
+        f"ε may not hold with at most 1 chance in {_one_in(delta)} for each {unit}, "
+        f"1 in {_one_in(total)} for any of {units:,}"
     )
 
 
@@ -38,8 +38,8 @@ def warning(delta: float, unit: str, units: int) -> str:
     if delta * units <= MOST:
         return ""
     return (
-        f"WARNING: δ = {delta:g} is large for {units:,} {unit}s: {chance(delta, unit, units)} for "
-        f"whom ε promises nothing; privacy.delta = {delta_for(units):g} keeps that below 1 in 10"
+        f"WARNING: δ = {delta:g} is large for {units:,} {unit}s: {chance(delta, unit, units)}; "
+        f"privacy.delta = {delta_for(units):g} keeps that below 1 in 10"
     )
 
 

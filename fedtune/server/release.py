@@ -55,8 +55,11 @@ def decide(
     verdict = "better" if gain > 0 else "no worse" if gain == 0 else "worse"
     why = f"on the selection records the trained model is {verdict} than its public start"
     if unseen and gain < 0:
-        weighs = "may outweigh" if model == TRAINED else "cannot outweigh"
-        why += f", which what it learnt of {names} {weighs}: {100 * unseen:.2g} % of the units"
+        share = f"{names}, {100 * unseen:.2g} % of the sites' units"
+        if model == TRAINED:
+            why += f", but they cannot see what it learnt of {share}, which may be more"
+        else:
+            why += f", by more than it can have learnt of {share}, of which they have no record"
     decision = {
         "model": model,
         "why": why,

@@ -37,7 +37,11 @@ OUTBOX = "outbox"
 STEPS = "steps.jsonl"
 ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
-RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"
+RESTORE = (
+    "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
+    "otherwise `--restore` alone, which charges what cannot be read as spent, perhaps all that is "
+    "left of the budget"
+)
 
 
 class LedgerError(InfrastructureError):
