@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import click
+import pytest
 import typer
+from click import testing
 from click.testing import CliRunner, Result
 
 from fedtune.cli.main import app
@@ -83,3 +85,10 @@ def run(*arguments: object, on: typer.Typer = app) -> Result:
 def tree(of: typer.Typer) -> click.Command:
     """click's tree of the commands; it takes longer to make than most commands to run."""
     return typer.main.get_command(of)
+
+
+def at_a_terminal(*words: object, typed: str) -> Result:
+    """Run a command whose input is a terminal, at which a person types."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+        return CliRunner().invoke(tree(app), [str(word) for word in words], input=typed)

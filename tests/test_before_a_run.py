@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click import testing
 from click.testing import Result
-from typer.testing import CliRunner
 
-from fedtune.cli.main import app
 from fedtune.core.config import load_site, load_study
 from fedtune.core.errors import Refused
 from fedtune.core.registry import process_cache
 from fedtune.launch import simulate
 from fedtune.public import start as start_module
-from tests.cli_kit import SITE, run
+from tests.cli_kit import SITE, at_a_terminal, run
 
 Started = list[str]
 LESS = ("--set", "privacy.epsilon=2")  # so that another run fits under the ceiling
@@ -83,12 +80,6 @@ def test_a_study_goes_on_with_the_sites_that_can_pay(study: Path, started: Start
     found = run("simulate", study)
     assert found.exit_code == 0 and started == ["tiny"], found.stderr
     assert "north: refused" in found.output
-
-
-def at_a_terminal(*words: object, typed: str) -> Result:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
-        return CliRunner().invoke(app, [str(word) for word in words], input=typed)
 
 
 def test_what_the_records_have_paid_is_said_and_asked_about(study: Path, started: Started) -> None:

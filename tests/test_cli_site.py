@@ -15,6 +15,7 @@ from fedtune.core.data.records import unit_member
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.site_files import sites_in
+from tests.cli_kit import at_a_terminal
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate
 from tests.test_cli import run
@@ -123,6 +124,9 @@ def test_the_ledger_shows_what_was_spent_by_whom_and_what_remains(world: Path) -
     (world / "state-north" / "ledger.db").unlink()
     lost = run("ledger", "site-north.toml")
     assert lost.exit_code == 4 and "--restore" in lost.output
+    asked = at_a_terminal("ledger", "site-north.toml", "--restore", typed="n\n")
+    assert asked.exit_code == 2 and "perhaps all that is left of the budget" in asked.output
+    assert not (world / "state-north" / "ledger.db").exists()
     back = run("ledger", "site-north.toml", "--restore", "--from", world / "copy")
     assert back.exit_code == 0, back.output
     spent = [charge.steps for charge in Ledger(world / "state-north").charges("records")]

@@ -18,7 +18,7 @@ from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET, load, say_expected_gain
-from fedtune.core.errors import ConfigError, escape_controls
+from fedtune.core.errors import ConfigError, InputError, escape_controls
 
 if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
@@ -211,7 +211,6 @@ def let_go(
     release or refusal is entered, under your login's name, in the audit log and in the ledger."""
     from fedtune.cli.console import waiting_table
     from fedtune.core.config import load_site
-    from fedtune.core.errors import InputError
     from fedtune.officer.let_go import decide, list_waiting
 
     loaded = load_site(site, keys_may_differ=True)
@@ -311,6 +310,13 @@ def ledger(
     if lift:
         frozen.lift(loaded, reason)
     folder = loaded.site.ledger or loaded.home
+    if restore and copy is None and sys.stdin.isatty():
+        typer.echo(
+            "what cannot be read is charged as spent for good, perhaps all that is left of the "
+            "budget; --from DIR, a newer copy of the state folder or a backup, costs less"
+        )
+        if not typer.confirm("restore without one?"):
+            raise InputError("nothing was restored", "a person who agrees", "give it --from DIR")
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
     # What a vault pays in the midst of a restore would be charged to no ledger.
@@ -379,7 +385,6 @@ def withdraw(
     patient, and writes a signed receipt for the patient. A key that is in no record and no study of
     this site is not entered, and the command ends with exit code 2."""
     from fedtune.core.config import load_site
-    from fedtune.core.errors import InputError
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
     from fedtune.officer.withdraw import withdraw as leave_out
@@ -447,7 +452,6 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 def _keys(file: Path | None) -> list[str]:
     """Read patient keys, one per line, from `file`. If `file` is None, ask for one key on a
     terminal, or read keys from a pipe. Errors: InputError if no key is given."""
-    from fedtune.core.errors import InputError
     from fedtune.core.files import reading
 
     if file:
@@ -488,7 +492,6 @@ def purge(
     round is trained and paid for again, so run this after a study."""
     from fedtune.cli.console import files_table
     from fedtune.core.config import load_site
-    from fedtune.core.errors import InputError
     from fedtune.officer import purge as purger
 
     listing = purger.listing(load_site(site, keys_may_differ=True), study)

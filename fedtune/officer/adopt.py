@@ -138,10 +138,23 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
         if _is_first(home, site_file, name, book):
             with closed(book) as old:
                 return _adopt_first(home, site, site_file, name, old)
+        _check_no_copy(home, site, book)
         _check_nothing_waits(site, book)
         members = {table.name: every_member(table) for table in _tables(site)}
         with closed(book) as old:
             return _adopt_later(home, site, site_file, name, old, members, withdrawn)
+
+
+def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
+    """Check that a site's ledger is no copy of the home's, whose charges would count twice. Errors:
+    ConfigError."""
+    if book.key.public == Ledger(home).key.public:
+        raise ConfigError(
+            f"{site.site.state}: is a copy of the ledger that is the hospital's already",
+            "a site with a ledger of its own",
+            "its charges are in the hospital's ledger: use the membership's site file. If the copy "
+            "is the newer of the two, `fedtune ledger SITE --restore --from COPY`",
+        )
 
 
 def _finish(home: Path, site_file: Path, name: str) -> Adoption:

@@ -29,6 +29,7 @@ from fedtune.core.processes import alone
 from fedtune.core.vault import airlock
 from fedtune.core.vault.prepared import Void
 from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
 from fedtune.officer.freeze import freeze, lift, standing
@@ -552,6 +553,23 @@ def test_a_second_site_file_of_the_same_ledger_is_the_same_membership(world: Pat
     other.write_text(other.read_text() + "".join(table[1:]))
     with pytest.raises(ConfigError, match="is not the site file of membership 'cardio'"):
         load_site(other)
+
+
+def test_a_copy_of_the_homes_ledger_is_not_adopted(world: Path) -> None:
+    """Each of its charges would count twice."""
+    shutil.copytree(world / "cardio-state", world / "copy")
+    text = (world / "cardio.toml").read_text()
+    assert "cardio-state" in text
+    (world / "copy.toml").write_text(text.replace("cardio-state", "copy"))
+    adopt_first(world)
+    spent = charges(world)
+    with pytest.raises(ConfigError, match="a copy of the ledger that is the hospital's already"):
+        adopt(world / "home", world / "copy.toml", "again")
+    assert charges(world) == spent and traces(world / "copy")
+    with pytest.MonkeyPatch.context() as patch:  # the twin
+        patch.setattr(adoption, "_check_no_copy", lambda *_: None)
+        adopt(world / "home", world / "copy.toml", "again")
+    assert len(charges(world)) == 2 * len(spent)
 
 
 def test_a_name_that_paid_before_is_not_given_again(world: Path) -> None:
