@@ -14,6 +14,12 @@ T_APART = "tests/client/test_disjoint_memberships.py::"
 # fmt: off
 MUTANTS = (
     one(
+        "hospital", "a-copy-of-its-ledger-is-adopted", "fedtune/officer/adopt.py",
+        "        _check_no_copy(home, site, book)\n", "",
+        T_ADOPT + "test_a_copy_of_the_homes_ledger_is_not_adopted",
+        "each charge counts twice, and nothing more runs",
+    ),
+    one(
         "hospital", "each-membership-reads-its-own-balance", BUDGET,
         "self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)",
         "self._exceeds_of_a_study(ahead)",

@@ -149,6 +149,13 @@ MUTANTS = (
         "a lifetime's steps are counted as far as they go",
     ),
     one(
+        "costs", "a-search-that-stops-above-the-target", "fedtune/core/dp/accountant.py",
+        "        if (price <= target) == (power < 0):\n",
+        "        if (price <= 1.01 * target) == (power < 0):\n",
+        "tests/dp/test_accountant.py::test_calibrated_noise_stays_below_the_target_and_is_tight",
+        "the noise of a plan is for an ε above the one that it states",
+    ),
+    one(
         "costs", "the-quick-figure-forgets-the-spread", "fedtune/core/dp/accountant.py",
         "(mean - 4 * spread)", "(mean + 4 * spread)",
         T_COSTS + "test_the_quick_figure_is_never_above_epsilon",
