@@ -148,7 +148,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
     """Check that a site's ledger is no copy of the home's, whose charges would count twice. Errors:
     ConfigError."""
-    if book.key.public == Ledger(home).key.public:
+    if (home / DATABASE).exists() and book.key.public == Ledger(home).key.public:
         raise ConfigError(
             f"{site.site.state}: is a copy of the ledger that is the hospital's already",
             "a site with a ledger of its own",
