@@ -62,6 +62,13 @@ def status(
     if check:
         if snapshot.state in ("gone", "stopped"):
             raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
+        last = (snapshot.status.get("last") or [{}])[-1]
+        if snapshot.status.get("role") == "site" and last.get("event") == "failed":
+            raise InfrastructureError(
+                f"{folder}: the last request failed here ({last.get('error', 'unknown')})",
+                "a site that answers",
+                "read its client's log; `fedtune ledger SITE` says whether the ledger is whole",
+            )
         typer.echo("ok")
         return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view

@@ -184,6 +184,23 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
         assert not place.worker()._of_runs, "nothing is kept of it either"
 
 
+def test_a_damaged_ledger_is_a_failure_on_the_screen(tmp_path: Path, tiny_base: Path) -> None:
+    """Not an answer without a description, after which `status --check` says ok."""
+    study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
+    path, own, begun = tmp_path / "site-north.toml", SigningKey(), start(study)
+    plan = dict(plan_message(begun.study, begun.frozen, own).config_records["plan"])
+    request = Request("prepare", {"plan": plan}, pack_arrays(begun.frozen))
+    told: list[tuple[str, dict[str, Any]]] = []
+    for _ in range(2):
+        process_cache.clear("workers")
+        place = Place(site=str(path), coordinator=own.public)
+        answer_and_tell(place, request, lambda *event: told.append(event))  # type: ignore[arg-type]
+        assert (load_site(path).home / "ledger.db").exists()
+        (load_site(path).home / "ledger.db").write_bytes(b"no ledger")
+    assert [event for event, _ in told] == ["answered", "failed"]
+    assert "ledger" in told[-1][1]["text"] and "--restore" in told[-1][1]["text"]
+
+
 def with_rule(folder: Path, rule: str) -> Path:
     """The north's site.toml, whose policy.admission is `rule`."""
     path = folder / "site-north.toml"

@@ -179,6 +179,17 @@ def test_a_site_whose_study_is_finished_says_what_it_waits_for(tmp_path: Path) -
         assert "finished" not in run(tmp_path, "--once").output
 
 
+def test_a_site_whose_last_answer_failed_is_not_well(tmp_path: Path) -> None:
+    with observer("site", tmp_path) as seen:
+        seen("answered", {"kind": "prepare", "status": "admitted"})
+        assert run(tmp_path, "--check").output == "ok\n"
+        seen("failed", {"kind": "train", "error": "LedgerError"})
+        failed = run(tmp_path, "--check")
+        assert failed.exit_code == 4 and "failed here (LedgerError)" in failed.output
+        seen("answered", {"kind": "train", "status": "ok"})
+        assert run(tmp_path, "--check").output == "ok\n"
+
+
 CHILD = """
 import sys, time
 from pathlib import Path
