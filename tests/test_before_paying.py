@@ -100,6 +100,9 @@ def test_more_units_less_noise_and_shared_noise_are_worth_more() -> None:
     assert least and interval(world.draw(sites(2 * least, 3.0), 30).gains).low > 0
     assert world.draw(sites(30), 5).gains.tolist() == known().draw(sites(30), 5).gains.tolist()
     assert worth_from(world, sites(30, 1e6)) is None
+    assert told.shared and expected_gain(world, sites(30, 3.0, 2), list("abcdef")).shared is None
+    sure = expected_gain(world, sites(2 * least, 3.0), list("abcdef"))
+    assert sure.is_sure and sure.worth_from and sure.worth_from <= 2 * least
 
 
 def test_a_class_that_public_records_lack_counts_by_its_declared_share_alone() -> None:

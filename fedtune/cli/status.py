@@ -63,7 +63,10 @@ def status(
         if snapshot.state in ("gone", "stopped"):
             raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
         last = (snapshot.status.get("last") or [{}])[-1]
-        if snapshot.status.get("role") == "site" and last.get("event") == "failed":
+        if snapshot.status.get("role") == "site" and "failed" in (
+            last.get("event"),
+            last.get("status"),
+        ):
             raise InfrastructureError(
                 f"{folder}: the last request failed here ({last.get('error', 'unknown')})",
                 "a site that answers",

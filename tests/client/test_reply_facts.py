@@ -197,7 +197,7 @@ def test_a_damaged_ledger_is_a_failure_on_the_screen(tmp_path: Path, tiny_base: 
         answer_and_tell(place, request, lambda *event: told.append(event))  # type: ignore[arg-type]
         assert (load_site(path).home / "ledger.db").exists()
         (load_site(path).home / "ledger.db").write_bytes(b"no ledger")
-    assert [event for event, _ in told] == ["answered", "failed"]
+    assert [facts["status"] for _, facts in told] == ["admitted", "failed"]
     assert "ledger" in told[-1][1]["text"] and "--restore" in told[-1][1]["text"]
 
 

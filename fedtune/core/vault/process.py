@@ -273,12 +273,9 @@ def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
     try:
         facts = answer_facts(place, request, reply)
     except Exception as error:  # its description fails; the answer does not
-        log.warning("%s: answered, but the answer cannot be described here", request.kind)
-        facts = {}
-        if reply.status == "failed":  # of the same cause, such as a damaged ledger
-            text = f"{request.kind}: {describe(error)}"
-            tell("failed", {"kind": request.kind, "error": type(error).__name__, "text": text})
-            return reply
+        log.warning("this answer cannot be described: %s", describe(error))
+        text = f"{request.kind}: {reply.status}; {describe(error)}"
+        facts = {"status": reply.status, "error": type(error).__name__, "text": text}
     tell("answered", facts)
     return reply
 
