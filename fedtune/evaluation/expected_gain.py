@@ -36,7 +36,7 @@ POOL = 6000  # drawn deviations from a class's mean, from which all records are 
 COVERED = (0.05, 0.95)  # the quantiles of the draws at which an interval begins and ends
 ROUGH = 0.1  # share of units in classes that public records lack, above which a forecast is rough
 LEAST = 0.005  # the smallest difference of accuracy that counts as a gain
-MASKED = 3  # sites from which on they can share one dose of noise
+FEWEST_SHARING = 3  # sites from which on they can share one dose of noise
 MOST_UNITS = 10_000  # the largest number of units of a site for which a gain is looked for
 # New records spread further than public ones do about their own mean and in a basis made from them.
 # So the variance of drawn records is multiplied by a factor. The factor f at which they are as hard
@@ -190,7 +190,7 @@ def expected_gain(
         sizes=(*sites.sizes, round(float(np.median(sites.sizes)))),
         doses=sites.doses * (len(sites.sizes) + 1) / len(sites.sizes),
     )
-    can_share = len(sites.sizes) >= MASKED and sites.doses == len(sites.sizes)
+    can_share = len(sites.sizes) >= FEWEST_SHARING and sites.doses == len(sites.sizes)
     together = replace(sites, doses=1.0)
     gain, least = interval(own.gains), worth_from(world, sites)
     if gain.low > 0:  # which is drawn more often than for other sizes
