@@ -35,6 +35,7 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Request
 from fedtune.dashboard.pages.site import SitePage
 from fedtune.flower.grid import InProcessGrid
+from fedtune.launch.site import Shown
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
 from fedtune.public.start import start
@@ -185,16 +186,19 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
 
 
 def test_a_damaged_ledger_is_a_failure_on_the_screen(tmp_path: Path, tiny_base: Path) -> None:
-    """Not an answer without a description, after which `status --check` says ok."""
+    """Not an answer without a description, after which `status --check` says ok; also once the
+    courier has told that it sent the answer."""
     study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
     path, own, begun = tmp_path / "site-north.toml", SigningKey(), start(study)
     plan = dict(plan_message(begun.study, begun.frozen, own).config_records["plan"])
     request = Request("prepare", {"plan": plan}, pack_arrays(begun.frozen))
     told: list[tuple[str, dict[str, Any]]] = []
+    screen = Shown(load_site(path), lambda *event: told.append(event))
     for _ in range(2):
         process_cache.clear("workers")
         place = Place(site=str(path), coordinator=own.public)
-        answer_and_tell(place, request, lambda *event: told.append(event))  # type: ignore[arg-type]
+        answer_and_tell(place, request, screen.from_vault)  # type: ignore[arg-type]
+        screen.from_courier("answered", {"kind": "prepare", "bytes_up": 1})
         assert (load_site(path).home / "ledger.db").exists()
         (load_site(path).home / "ledger.db").write_bytes(b"no ledger")
     assert [facts["status"] for _, facts in told] == ["admitted", "failed"]
