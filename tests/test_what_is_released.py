@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from fedtune import load_study
 from fedtune import report as reports
 from fedtune.core.errors import NotGenuine
+from fedtune.core.run_folder import CHECKPOINT
 from fedtune.core.wire.keys import SigningKey
 from fedtune.derive.export import export
 from fedtune.evaluation.run import evaluate
@@ -97,6 +98,31 @@ def test_the_headline_figure_is_that_of_what_is_handed_out(misled: Any, clear: A
     assert quality["released"]["model"] == "trained" and "trained" not in quality
     assert quality["after"]["accuracy"] == quality["by_round"][-1]["accuracy"]
     assert not (folder / "trained").exists()
+
+
+def test_evaluate_compares_with_what_public_text_alone_gives(
+    misled: Any, clear: Any, tmp_path: Path
+) -> None:
+    """On the study's own public records, so that the run's report has the same figures."""
+    folder, report = clear
+    judges, quality = folder.parent / "judges.jsonl", report["quality"]
+    measured = evaluate(Run(folder), judges)
+    assert measured["start"]["accuracy"] == pytest.approx(quality["start"]["accuracy"])
+    assert measured["interval"]["over_start"] == pytest.approx(quality["gain"]["over_start"])
+    assert measured["over start"] == quality["headline"][0] and not measured["no start"]
+    shown = " ".join(command("evaluate", folder, "--data", judges).output.split())
+    assert "public text alone" in shown and measured["over start"] in shown
+
+    measured = evaluate(Run(misled[0]), judges)
+    assert measured["start"] is None and "over_start" not in measured["interval"]
+    assert measured["no start"] == "it is what this run released: this model"
+
+    copy = shutil.copytree(folder, tmp_path / "run")  # as others get it
+    (copy / CHECKPOINT).unlink()
+    measured = evaluate(Run(copy), judges)
+    assert not measured["over start"] and "only the coordinator's own" in measured["no start"]
+    shown = " ".join(command("evaluate", copy, "--data", judges).output.split())
+    assert f"public text alone gives: {measured['no start']}" in shown
 
 
 def test_verify_says_what_is_released_and_signs_the_other_too(misled: Any, clear: Any) -> None:

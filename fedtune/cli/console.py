@@ -161,13 +161,20 @@ def uses_of(out: Path) -> list[tuple[str, str]]:
     return commands
 
 
-def print_verdict(console: Console, quality: dict[str, Any]) -> None:
-    """Print whether the model is better than the base, and for a run on preference pairs also
-    further metrics and warnings. quality: the figures in the run's report."""
-    claim = verdict(quality)
-    style = None if claim.startswith("better") else "bold yellow"
-    console.print(f"  {claim}", style=style, highlight=False, markup=False)
-    print_pairs(console, quality)
+def print_verdict(console: Console, result: dict[str, Any]) -> None:
+    """Print whether the model is better than what public text alone gives, and than the base; for a
+    run on preference pairs also further metrics and warnings. result: what evaluation.run.evaluate
+    returns."""
+    said = [(line.text, line.good) for line in headline(result) if line.about == "start"]
+    claim = verdict(result)
+    for text, good in [*said, (claim, claim.startswith("better"))]:
+        console.print(
+            f"  {text}", style=None if good else "bold yellow", highlight=False, markup=False
+        )
+    if result["no start"]:
+        why = f"not compared with what public text alone gives: {result['no start']}"
+        console.print(f"  {why}", highlight=False, markup=False)
+    print_pairs(console, result)
 
 
 def print_pairs(console: Console, quality: dict[str, Any]) -> None:
@@ -257,19 +264,30 @@ def _digest(value: Any) -> str:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """Build the table of a run's metric: for the base, for the adapter, and the change from one to
-    the other, each with a 95 % interval. result: the figures of one evaluation."""
+    """Build the table of a run's metric, each value with a 95 % interval: for the base, for the
+    public start if it was measured, for the adapter, and the adapter's change over both. result:
+    what evaluation.run.evaluate returns."""
     metric, interval = result["metric"], result["interval"]
     reasons = [f", {n:,} left out: {why}" for why, n in sorted(result["rejected"].items()) if n]
     caption = f"{result['records']:,} records" + "".join(reasons)
     caption += f", {result['cut']:,} cut to objective.max_length" if result.get("cut") else ""
     table = Figures("", metric, "95 % interval", caption=caption, caption_justify="left")
     before, after = result["before"][metric], result["after"][metric]
-    rows = (("base alone", before), ("with the adapter", after), ("change", after - before))
-    for (label, value), key in zip(rows, ("before", "after", "change"), strict=True):
-        low, high = interval[key]
-        sign = "+" if key == "change" else ""
-        table.add_row(label, f"{value:{sign}.4g}", f"{low:{sign}.4g} to {high:{sign}.4g}")
+    rows = {
+        "before": ("base alone", before, ""),
+        "after": ("with the adapter", after, ""),
+        "change": ("change over the base", after - before, "+"),
+    }
+    if result["start"]:
+        start = result["start"][metric]
+        rows |= {
+            "start": ("public text alone", start, ""),
+            "over_start": ("change over public text alone", after - start, "+"),
+        }
+    for key in ("before", "start", "after", "change", "over_start"):
+        if key in rows:
+            (label, value, sign), (low, high) = rows[key], interval[key]
+            table.add_row(label, f"{value:{sign}.4g}", f"{low:{sign}.4g} to {high:{sign}.4g}")
     return table
 
 

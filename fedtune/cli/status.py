@@ -62,13 +62,9 @@ def status(
     if check:
         if snapshot.state in ("gone", "stopped"):
             raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
-        last = (snapshot.status.get("last") or [{}])[-1]
-        if snapshot.status.get("role") == "site" and "failed" in (
-            last.get("event"),
-            last.get("status"),
-        ):
+        if snapshot.failed:
             raise InfrastructureError(
-                f"{folder}: the last request failed here ({last.get('error', 'unknown')})",
+                f"{folder}: the last request failed here ({snapshot.failed})",
                 "a site that answers",
                 "read its client's log; `fedtune ledger SITE` says whether the ledger is whole",
             )

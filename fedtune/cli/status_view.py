@@ -67,7 +67,8 @@ def head(snapshot: Snapshot) -> Text:
     status, line = snapshot.status, Text()
     line.append(str(status.get("study") or status["role"]), style="bold")
     line.append("  ")
-    line.append(snapshot.words, style=STYLES.get(snapshot.state, ""))
+    style = "red" if snapshot.failed and not snapshot.over else STYLES.get(snapshot.state, "")
+    line.append(snapshot.words, style=style)
     if status.get("rounds"):
         line.append(f"  round {status.get('round', 0)}/{status['rounds']}")
     elif status.get("next"):

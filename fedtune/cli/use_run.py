@@ -58,10 +58,13 @@ def evaluate(
     ] = None,
     site: AT_SITE = None,
 ) -> dict[str, Any]:
-    """Measure base and adapter on your own records, with 95 % intervals."""
+    """Measure a run's model on your own records, with 95 % intervals.
+
+    It is compared with what public text alone gives, if the run's folder holds that, and with the
+    base alone."""
     from fedtune.cli.console import evaluation_table, print_verdict
 
-    with Console().status("measuring base and adapter"):
+    with Console().status("measuring the model, and what it is compared with"):
         from fedtune.evaluation.run import evaluate as measure
 
         file, model = named_columns(data, columns) if columns else data, run_at(run, site)

@@ -15,15 +15,17 @@ from fedtune.core.models.network import Network
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
 from fedtune.evaluation.metrics import intervals
 from fedtune.report.claim import verdict
-from fedtune.report.gain import headline
+from fedtune.report.gain import headline, is_start_released
 from fedtune.report.preference import alarms
+from fedtune.runs.personal import PersonalRun
 from fedtune.runs.run import Run
 
 
 def evaluate(
     run: Run, data: DataFile | Path | str, metric: str | None = None, choices: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure a finished run's base, alone and with the adapter, on a file of records.
+    """Measure a finished run's base, alone, after the public start, and with the adapter, on a file
+    of records.
 
     Args:
         data: the file, either as a DataFile with its columns, or as a path; then its columns are
@@ -38,11 +40,18 @@ def evaluate(
     - rejected: reason -> how many records were left out for this reason
     - cut: how many records were cut off at objective.max_length
     - before, after: for the base alone, and with the adapter, a dict of the metric and "loss"
-    - interval: three 95 % intervals of the metric: "before", "after" and "change". The first two
-      are Wilson's if the metric is a share of records, else from a bootstrap over records; "change"
-      is from a paired bootstrap
-    - gain: a dict of "records" and "change" (the interval above), as in report.json; for preference
-      pairs also "pairs": their loss, margin, KL and share by length (evaluation.pairs.pair_facts)
+    - start: such a dict for the public start, which is what public text alone gives; None if the
+      run has none to compare with, for the reason in "no start"
+    - no start: the reason; "" if the start was measured, or the study has none
+    - interval: three 95 % intervals of the metric: "before", "after" and "change"; with a public
+      start also "start", and "over_start", the change from the start to the adapter. Intervals of
+      a value are Wilson's if the metric is a share of records, else from a bootstrap over records;
+      those of a change are from a paired bootstrap
+    - gain: a dict of "records", "change" and "over_start" (the intervals above), as in report.json;
+      for preference pairs also "pairs": their loss, margin, KL and share by length
+      (evaluation.pairs.pair_facts)
+    - over start: a sentence that says whether the model is better than the public start; "" if they
+      were not compared
     - verdict: a sentence that says whether the model is better with the adapter than without
     - alarms: a list of sentences that warn of harm by the adapter; [] if there is none
     - of the run: a list of sentences: those of the run's report on the gain over public text and on
@@ -62,12 +71,20 @@ def evaluate(
         }
     )
     check_evaluation(study.model_copy(update={"evaluation": table}))
+    arrays, why_none = public_start(run)
     evaluator, trained = evaluator_of(run, table)
     after, before = evaluator.scores(trained, with_kl=True), evaluator.untouched
     names = tuple(dict.fromkeys((table.metric, "loss")))
     interval, pairs = intervals(before, after, table.metric), evaluator.pairs_of(before, after)
     gain = {"records": len(evaluator), "change": list(interval["change"])} | pairs
-    quality = {"metric": table.metric, "gain": gain}
+    start = None
+    if arrays is not None:
+        public = evaluator.scores(arrays)
+        start = {name: public.value(name) for name in names}
+        added = intervals(public, after, table.metric)
+        interval |= {"start": added["before"], "over_start": added["change"]}
+        gain["over_start"] = list(added["change"])
+    quality = {"metric": table.metric, "gain": gain, "start": start}
     return {
         "metric": table.metric,
         "records": len(evaluator),
@@ -75,8 +92,11 @@ def evaluate(
         "cut": evaluator.n_cut,
         "before": {name: before.value(name) for name in names},
         "after": {name: after.value(name) for name in names},
+        "start": start,
+        "no start": why_none if run.study.start else "",
         "interval": interval,
         "gain": gain,
+        "over start": " ".join(line.text for line in headline(quality) if line.about == "start"),
         "verdict": verdict(quality),
         "alarms": alarms(quality),
         "of the run": _of_the_run(run),
@@ -103,6 +123,20 @@ def evaluator_of(
     frozen = {name: value for name, value in saved.items() if "lora_A" in name}
     evaluator = Evaluator(study.model_copy(update=changes), frozen, read)
     return evaluator, pick_arrays(saved, evaluator.network.parameters(), run.place)
+
+
+def public_start(run: Run) -> tuple[Arrays | None, str]:
+    """Find what public text alone gave before a run's first round, to compare the run's model with
+    it. Return the arrays of the public start, and ""; or None and the reason: the study has no
+    [start], the run released its start, or this folder does not have the arrays."""
+    if run.study.start is None:
+        return None, "the study learnt nothing from public text first"
+    has_report = not isinstance(run, PersonalRun) and (run.folder / "report.json").is_file()
+    if has_report and is_start_released(run.report.get("quality") or {}):
+        return None, "it is what this run released: this model"
+    if (arrays := run.start()) is None:
+        return None, "it is not in the folder: only the coordinator's own run folder holds it"
+    return arrays, ""
 
 
 def _of_the_run(run: Run) -> list[str]:

@@ -279,6 +279,8 @@ class Snapshot:
             return f"stopped ({BY[self.status['reason']]})"
         if self.state == "waiting" and self.status["role"] == "site" and self.status.get("done"):
             return "finished; waiting for another study"
+        if not self.over and self.failed:
+            return f"{self.state}; the last request failed here ({self.failed})"
         if not self.over and (names := self.unsigned):
             who = "a person here" if self.status["role"] == "site" else f"people at {names}"
             return f"waiting for {who} to sign the plan"
@@ -286,6 +288,13 @@ class Snapshot:
             who = "a person here" if self.status["role"] == "site" else f"people at {names}"
             return f"waiting for {who} to let an answer go"
         return self.state
+
+    @property
+    def failed(self) -> str:
+        """The error by which a site failed to answer its last request; "" if it answered."""
+        last = (self.status.get("last") or [{}])[-1]
+        failed = "failed" in (last.get("event"), last.get("status"))
+        return str(last.get("error", "unknown")) if failed and self.status["role"] == "site" else ""
 
     @property
     def unsigned(self) -> str:

@@ -30,6 +30,7 @@ from fedtune.core.strategy import Strategy, build_strategy
 from fedtune.core.wire import codec, seal
 from fedtune.core.wire.arrays import Arrays
 from fedtune.evidence.sign import sign
+from fedtune.report.figures import duration
 from fedtune.report.gain import is_start_released
 from fedtune.server import provenance, release, secure_round, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
@@ -282,12 +283,13 @@ class _Run:
     def _round(self, number: int) -> None:
         self._event("begin", round=number)
         tally, least = Tally(number), self.table.min_sites
+        patience = self.table.round_timeout if self.settings.waits and not self.continuous else 0.0
         for attempt in range(1 + RETRIES):
             if attempt:
                 self.settings.turn.pause(self.settings.pause * attempt)
-            self.roster.join()
-            self.roster.raise_if_refused()
-            if len({*self.roster.list_willing(), *tally.participants}) < least:
+            if not self._gather(tally.number, {*tally.participants}, patience):
+                if patience:
+                    break
                 continue  # too few sites for the round to count, so none is charged for it
             if self.progress.phase is not Phase.ASKED:
                 self._enter(Phase.ASKED)
@@ -298,11 +300,38 @@ class _Run:
         tally.missing = self.roster.out() | tally.missing
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(tally.missing.items()))
         raise TooFew(
-            f"round {number}: {len(tally.participants)} sites delivered after {RETRIES} retries "
+            f"round {number}: {len(tally.participants)} sites delivered after {attempt} retries "
             f"({reasons or 'nobody could be asked'})",
             f"at least strategy.min_sites = {self.table.min_sites}",
             f"check these sites; --resume continues after round {number - 1}",
         )
+
+    def _gather(self, number: int, delivered: set[str], patience: float) -> bool:
+        """Return whether enough sites can be asked for the round to count. Sites have `patience`
+        seconds to come back, such as after a network that was cut; it is said for whom the round
+        waits.
+
+        - number: the round
+        - delivered: the sites whose update of the round is counted already
+        - patience: the seconds. It is strategy.round_timeout for a coordinator that waits for sites
+          (settings.waits), else 0; also 0 for a continuous study, whose next slot comes anyway
+
+        Errors: Refused if too few sites are left because of refusals."""
+        began, told = time.monotonic(), dict[str, str]()
+        while True:
+            self.roster.join()
+            self.roster.raise_if_refused()
+            if len({*self.roster.list_willing(), *delivered}) >= self.table.min_sites:
+                return True
+            left = patience - (time.monotonic() - began)
+            if left <= 0:
+                return False
+            if (out := self.roster.out()) != told:
+                told = out
+                who = "; ".join(f"{name}: {why}" for name, why in out.items()) or "nobody is there"
+                text = f"too few sites for round {number} ({who}); waits up to {duration(left)}"
+                self._event("step", text=f"{text} and goes on by itself")
+            self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _choose(self, tally: Tally) -> list[str]:
         """Draw, with the plan's seed, the names of the sites that are asked next, among the willing

@@ -12,6 +12,19 @@ NOBODY = T_NAMES + "test_nobody_is_thrown_out_or_shadowed_by_another"
 
 NAME_MUTANTS = (
     _one(
+        "admission", "a-lost-site-ends-the-study", "fedtune/server/rounds.py",
+        "            if left <= 0:\n", "            if True:\n",
+        "tests/server/test_waiting.py::test_a_round_waits_for_a_site_that_the_network_lost",
+        "a network that is cut for two minutes ends a study of weeks",
+    ),
+    _one(
+        "admission", "a-lost-site-is-waited-for-without-end", "fedtune/server/rounds.py",
+        "            if left <= 0:\n", "            if left <= -300:\n",
+        "tests/server/test_waiting.py::"
+        "test_it_gives_up_where_nobody_comes_back_within_the_rounds_time",
+        "a study whose site is gone never says so",
+    ),
+    _one(
         "admission", "people-are-waited-for-without-end", "fedtune/server/rounds.py",
         "if self.roster.longest_wait >= self.settings.signing:",
         "if self.roster.longest_wait > self.settings.signing + 1e9:",

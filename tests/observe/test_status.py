@@ -187,8 +187,10 @@ def test_a_site_whose_last_answer_failed_is_not_well(tmp_path: Path) -> None:
             seen(event, {"kind": "train", "status": "failed", "error": "LedgerError"})
             failed = run(tmp_path, "--check")
             assert failed.exit_code == 4 and "failed here (LedgerError)" in failed.output
+            assert "the last request failed here (LedgerError)" in run(tmp_path, "--once").output
         seen("answered", {"kind": "train", "status": "ok"})
         assert run(tmp_path, "--check").output == "ok\n"
+        assert "failed here" not in run(tmp_path, "--once").output
 
 
 CHILD = """

@@ -3,17 +3,20 @@ deadline."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fedtune.core.config import Study
-from fedtune.core.errors import Refused
+from fedtune.core.errors import InfrastructureError, Refused
 from fedtune.core.vault.prepared import Admission, Held, Unprepared, Void
-from fedtune.server import admission
-from tests.server.fakes import FakeSite, make_parts, make_study
+from fedtune.flower.grid import InProcessGrid
+from fedtune.server import admission, rounds
+from tests.server.fakes import FakeSite, grid_of, make_parts, make_study
 
 REASON = 'policy.admission = "reviewed" and nobody at the site has signed this plan'
 
@@ -77,6 +80,62 @@ def test_a_refusal_that_leaves_too_few_ends_the_wait(trial: Any, at_once: None) 
     run = trial(FakeSite("a", refusal="policy.max_epsilon"), Unsigned("b"))
     with pytest.raises(Refused, match=r"a: refused: policy\.max_epsilon"):
         run.run(parts=make_parts(waits=True, signing=60.0))
+
+
+class CutOff(InProcessGrid):
+    """A network that loses node 2 once the first round is over, for as long as it is looked for
+    `away` times; None: for good."""
+
+    away: int | None = 20
+    looked: int | None = None
+
+    def get_node_ids(self) -> list[int]:
+        there = [*super().get_node_ids()]
+        if self.looked is None:
+            return there
+        self.looked += 1
+        return there if self.away is not None and self.looked > self.away else there[:1]
+
+
+def lose_b(run: Any, **options: Any) -> Any:
+    """Run a study of the sites a and b, of which b is cut off after round 1."""
+    grid = grid_of(["a", "b"], CutOff)
+    grid.away = options.pop("away", CutOff.away)
+
+    def hear(kind: str, data: dict[str, Any]) -> None:
+        run.events.append((kind, data))
+        if kind == "round" and grid.looked is None:
+            grid.looked = 0
+
+    study = make_study(min_sites=2, round_timeout=options.pop("timeout", 60.0))
+    return run.run(study, grid=grid, parts=make_parts(**options), on_event=hear)
+
+
+def test_a_round_waits_for_a_site_that_the_network_lost(trial: Any) -> None:
+    """For far longer than a round's retries take; nobody trains twice. Twin: a coordinator that
+    does not wait, as in a simulation, gives up."""
+    run = trial(FakeSite("a"), FakeSite("b"))
+    body = lose_b(run, waits=True)
+    assert [r["participants"] for r in body["rounds"]] == [["a", "b"]] * 4
+    assert run.sites[0].calls == run.sites[1].calls == [1, 2, 3, 4]
+    said = [data["text"] for kind, data in run.events if "too few sites" in data.get("text", "")]
+    assert len(said) == 1 and "b: failed: the site is not connected" in said[0]
+
+    run = trial(FakeSite("a"), FakeSite("b"), folder="twin")
+    with pytest.raises(InfrastructureError, match="round 2: 0 sites delivered"):
+        lose_b(run, waits=False)
+
+
+def test_it_gives_up_where_nobody_comes_back_within_the_rounds_time(
+    trial: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which each look at it takes a second."""
+    run, seconds = trial(FakeSite("a"), FakeSite("b")), itertools.count()
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    with pytest.raises(InfrastructureError, match=r"round 2: .*b: failed: the site is not conn"):
+        lose_b(run, waits=True, away=None, timeout=60.0)
+    assert 60 <= next(seconds) < 90
+    assert run.sites[0].calls == [1], "nobody pays for a round that cannot count"
 
 
 def test_it_is_asked_more_rarely_the_longer_it_waits(trial: Any) -> None:

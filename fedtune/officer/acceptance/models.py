@@ -12,9 +12,8 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.network import Network
 from fedtune.evaluation.evaluator import PREFERENCES
-from fedtune.evaluation.run import evaluator_of
+from fedtune.evaluation.run import evaluator_of, public_start
 from fedtune.officer.acceptance.records import HeldOut, read_held_out
-from fedtune.report.gain import is_start_released
 from fedtune.report.scores import Scores
 from fedtune.runs.personal import PersonalRun
 from fedtune.runs.run import Run, open_run
@@ -71,12 +70,11 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
         run = run.shared
         arrays = pick_arrays(run.adapter(), trained, run.place)
         scores[SHARED] = evaluator.scores(arrays)
-    if (start := run.start()) is not None and not is_start_released(
-        run.report.get("quality") or {}
-    ):
+    start, why_none = public_start(run)
+    if start is not None:
         scores[START] = evaluator.scores(start)
     else:
-        found.not_scored[START] = _no_start(run)
+        found.not_scored[START] = why_none
     if table.alone is not None:
         own = open_run(table.alone)
         if (of_own := _labels(own.study, _describe_records(table, own.study))) != labels:
@@ -121,11 +119,3 @@ def _labels(study: Study, asked: EvaluationTable) -> tuple[str, ...]:
     if study.objective.resolved.record_format == "label":
         return tuple(study.objective.labels)
     return tuple(choice.strip() or choice for choice in asked.choices)
-
-
-def _no_start(run: Run) -> str:
-    if run.study.start is None:
-        return "the study learnt nothing from public text first"
-    if is_start_released(run.report.get("quality") or {}):
-        return "it is what this run released: this model"
-    return "it is not in the folder: only the coordinator's own run folder holds it"
