@@ -10,7 +10,7 @@ import typer
 from click.testing import CliRunner
 
 from fedtune import presets
-from fedtune.cli import roles
+from fedtune.cli import commands
 from fedtune.cli.main import app
 from tests.cli_kit import tree
 
@@ -93,12 +93,20 @@ def test_a_hole_in_a_help_is_seen() -> None:
     assert _holes(made) == ["A study with a [schedule], and more."]
 
 
+def test_each_module_adds_the_commands_that_the_table_says() -> None:
+    for panel, modules in commands.COMMANDS.items():
+        for module, names in modules.items():
+            built = commands.build(module, panel)
+            assert tuple(built) == names, module
+            assert {command.rich_help_panel for command in built.values()} == {panel}, module
+
+
 def test_the_first_screen_lists_the_daily_path_and_more_lists_all() -> None:
     def listed(*words: str) -> set[str]:
         shown = CliRunner().invoke(tree(app), [*words], env={"COLUMNS": "200"}).output
         return set(re.findall(r"^│ ([a-z][a-z-]*) ", shown, re.MULTILINE))
 
-    daily = {name for names in roles.DAILY.values() for name in names}
+    daily = {name for names in commands.DAILY.values() for name in names}
     every = {*tree(app).commands} - {"more"}  # type: ignore[attr-defined]
     assert listed("--help") == daily
     assert listed("more") == every > daily

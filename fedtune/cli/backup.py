@@ -9,13 +9,11 @@ import typer
 
 from fedtune.cli.exit_codes import command
 
-PANEL = "Between machines"
 
-
-def add_to(app: typer.Typer) -> None:
-    """Register the commands on `app`."""
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (backup, restore):
-        command(app, panel=PANEL)(function)
+        command(app, panel=panel)(function)
 
 
 def backup(

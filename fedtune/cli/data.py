@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedtune.cli.exit_codes import command
-from fedtune.cli.site import PANEL, SITE
+from fedtune.cli.site import SITE
 from fedtune.cli.study import SET
 from fedtune.cli.tables import Figures
 from fedtune.core.errors import escape_controls
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
     from fedtune.officer.data_report import DataReport
 
-data_app = typer.Typer(
-    no_args_is_help=True, help="Report on and describe the files of a site's records."
-)
 PLAN = Annotated[
     Path | None,
     typer.Option(
@@ -68,12 +65,15 @@ ROWS = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands on `app`, under `data`."""
-    command(data_app)(report)
-    command(data_app)(describe)
-    command(data_app)(scan)
-    app.add_typer(data_app, name="data", rich_help_panel=PANEL)
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`, under `data`. panel: the heading under which --help lists
+    `data`."""
+    group = typer.Typer(
+        no_args_is_help=True, help="Report on and describe the files of a site's records."
+    )
+    for function in (report, describe, scan):
+        command(group)(function)
+    app.add_typer(group, name="data", rich_help_panel=panel)
 
 
 def report(

@@ -14,13 +14,11 @@ from fedtune.cli.feedback import improve, label
 from fedtune.cli.study import SET, STUDY, load
 from fedtune.derive.settings import DistillSettings
 
-PANEL = "Make more of models"
 
-
-def add_to(app: typer.Typer) -> None:
-    """Register the commands on `app`."""
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (label, improve, distill, merge, export, choose_base):
-        command(app, panel=PANEL)(function)
+        command(app, panel=panel)(function)
 
 
 DISTILL_TEACHERS = Annotated[

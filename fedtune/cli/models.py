@@ -10,16 +10,15 @@ from rich.markup import escape
 
 from fedtune.cli.exit_codes import command
 
-models_app = typer.Typer(no_args_is_help=True, help="List, fetch and verify base models.")
-
 
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the commands on `app`, under `models`. panel: the heading under which --help lists
     `models`."""
-    command(models_app, "list")(list_models)
-    command(models_app)(fetch)
-    command(models_app)(verify)
-    app.add_typer(models_app, name="models", rich_help_panel=panel)
+    group = typer.Typer(no_args_is_help=True, help="List, fetch and verify base models.")
+    command(group, "list")(list_models)
+    command(group)(fetch)
+    command(group)(verify)
+    app.add_typer(group, name="models", rich_help_panel=panel)
 
 
 def list_models() -> list[dict[str, Any]]:

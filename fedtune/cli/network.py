@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.flower.enrol import Answer, Request
 
-PANEL = "Between machines"
 PLAN_SECONDS = 0.5  # between two looks for the plan that a server is making
 HOME = Annotated[
     Path | None,
@@ -48,10 +47,10 @@ HEARD = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands on `app`."""
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (enroll, admit, revoke, leave):
-        command(app, panel=PANEL)(function)
+        command(app, panel=panel)(function)
 
 
 def enroll(

@@ -15,9 +15,9 @@ from fedtune.cli.exit_codes import Told, command
 Groups = Literal["objectives", "strategies", "modalities", "sources", "converters", "trackers"]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command on `app`."""
-    command(app, "check-plugin", panel="Write a plug-in")(check_plugin)
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`. panel: the heading under which --help lists it."""
+    command(app, "check-plugin", panel=panel)(check_plugin)
 
 
 CHECK_PLUGIN_NAME = Annotated[

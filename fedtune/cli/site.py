@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fedtune.officer.review import Review
     from fedtune.officer.withdraw import Withdrawal
 
-PANEL = "Answer for a site's data"
 SITE = Annotated[
     Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
 ]
@@ -35,10 +34,10 @@ PLAN = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands on `app`."""
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`. panel: the heading under which --help lists them."""
     for function in (review, let_go, ledger, withdraw, purge, audit):
-        command(app, panel=PANEL)(function)
+        command(app, panel=panel)(function)
 
 
 def review(

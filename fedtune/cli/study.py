@@ -16,11 +16,27 @@ from fedtune.core.errors import ConfigError, DataError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedtune.core.config import Study
+    from fedtune.core.config import Site, Study
     from fedtune.officer.budget_check import Paid
 
 STUDY = Annotated[
     Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
+]
+SITES = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sites",
+        metavar="PATH",
+        help="A site.toml, or a folder of them; may be repeated. Default: the study's folder.",
+    ),
+]
+MORE = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[SITE…]",
+        help="The same as --sites, so that a shell can expand sites/*/site.toml.",
+        show_default=False,
+    ),
 ]
 TRACKER = Annotated[
     list[str] | None,
@@ -216,3 +232,11 @@ def stopping(run: Path) -> Iterator[None]:
         from fedtune.runs.choice import stopped_line
 
         raise KeyboardInterrupt(stopped_line(run)) from None
+
+
+def sites_of(study: Path, *groups: list[Path] | None) -> list[Site]:
+    """Load the sites of a study. groups: site.toml files and folders of them, as SITES and MORE
+    give them; without any, those in the study's folder. Errors: ConfigError."""
+    from fedtune.officer.site_files import load_sites
+
+    return load_sites([path for paths in groups for path in paths or ()] or study.parent)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune import __version__
-from fedtune.cli import release
 from fedtune.cli.exit_codes import command
 from fedtune.core.errors import escape_controls
 
@@ -75,10 +74,8 @@ OWN = Annotated[
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the commands on `app`: verify, and those that package and approve what it checks.
-    panel: the heading under which --help lists them."""
+    """Register the command on `app`. panel: the heading under which --help lists it."""
     command(app, panel=panel)(verify)
-    release.add_to(app, panel)
 
 
 def verify(

@@ -283,7 +283,7 @@ def test_only_the_command_reads_the_table_and_what_was_decided() -> None:
     allowed = {
         "__init__.py",
         "cli/accept.py",
-        "cli/main.py",
+        "cli/commands.py",
         "officer/adopt.py",
         "officer/purge.py",
         "officer/review.py",

@@ -87,7 +87,7 @@ MUTANTS = (
         "positions that the base never saw, and minutes of work",
     ),
     _one(
-        "inputs", "help-is-markup", "fedtune/cli/main.py",
+        "inputs", "help-is-markup", "fedtune/cli/commands.py",
         'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
         "tests/test_cli_help.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
     ),

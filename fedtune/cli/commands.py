@@ -1,0 +1,124 @@
+"""The table of all commands: under which heading each is listed, and which module has it.
+
+A command's module is imported only when the command is called or described, so that `fedtune
+status` does not wait for the modules of forty other commands. `fedtune --help` shows only the
+commands of everyday use, by who runs them; `fedtune more` shows every command."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+DAILY = {
+    "On one machine": ("demo", "init", "plan", "simulate", "evaluate", "predict", "export"),
+    "Coordinate a consortium": ("server", "admit", "status", "verify", "release"),
+    "Take part as a site": ("enroll", "client", "doctor", "review", "ledger", "accept"),
+}
+# heading -> module of fedtune.cli -> its commands; `fedtune more` lists them in this order
+COMMANDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Try it here": {
+        "demo": ("demo",),
+        "init": ("init",),
+        "plan": ("plan",),
+        "simulate": ("simulate",),
+        "tune": ("tune",),
+        "more": ("more",),
+    },
+    "Between machines": {
+        "server": ("server",),
+        "halves": ("client", "vault", "courier"),
+        "network": ("enroll", "admit", "revoke", "leave"),
+        "doctor": ("doctor",),
+        "backup": ("backup", "restore"),
+    },
+    "Use a run": {
+        "use_run": ("evaluate", "predict", "versions", "generate", "answers"),
+        "verify": ("verify",),
+        "release": ("release", "approve"),
+        "models": ("models",),
+        "status": ("status",),
+        "dashboard": ("dashboard",),
+        "log": ("log",),
+        "attack": ("attack",),
+    },
+    "Answer for a site's data": {
+        "accept": ("accept",),
+        "memberships": ("memberships",),
+        "personalise": ("personalise",),
+        "incident": ("evidence",),
+        "site": ("review", "let-go", "ledger", "withdraw", "purge", "audit"),
+        "data": ("data",),
+    },
+    "Make more of models": {
+        "derive": ("label", "improve", "distill", "merge", "export", "choose-base"),
+    },
+    "Write a plug-in": {"plugin": ("check-plugin",)},
+}
+
+
+class Commands(Mapping[str, click.Command]):
+    """All commands by name, in the order of COMMANDS. Each is built when it is first looked up,
+    with the others of its module."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, click.Command] = {}
+        self._places = {
+            name: (module, panel)
+            for panel, modules in COMMANDS.items()
+            for module, names in modules.items()
+            for name in names
+        }
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._built:
+            module, panel = self._places[name]
+            self._built |= build(module, panel)
+        return self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def build(module: str, panel: str) -> dict[str, click.Command]:
+    """Import a module of fedtune.cli and build its commands: name -> command. panel: the heading
+    under which they are listed."""
+    part = typer.Typer(rich_markup_mode="markdown")
+    importlib.import_module(f"fedtune.cli.{module}").add_to(part, panel)
+    return {**typer.main.get_group(part).commands}
+
+
+class DailyFirst(TyperGroup):
+    """The group of all commands. Its --help lists only the commands of DAILY."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Commands()  # type: ignore[assignment]
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        daily = dict[str, click.Command]()
+        for role, names in DAILY.items():
+            for name in names:
+                daily[name] = copy.copy(self.commands[name])
+                daily[name].rich_help_panel = role  # type: ignore[attr-defined]
+        self.list_these(daily, ctx, formatter, "**fedtune more** lists every command.")
+
+    def list_these(
+        self,
+        commands: Mapping[str, click.Command],
+        ctx: click.Context,
+        formatter: click.HelpFormatter,
+        epilog: str,
+    ) -> None:
+        """Print the group's help as if it had these commands alone, and this epilog."""
+        shown = copy.copy(self)
+        shown.commands, shown.epilog = {**commands}, epilog
+        TyperGroup.format_help(shown, ctx, formatter)
