@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from fedtune.evaluation.expected_gain import (
     Sites,
     World,
     expected_gain,
-    interval,
     worth_from,
 )
 from fedtune.officer.site_files import sites_in
@@ -76,7 +75,8 @@ def inside(sigma: float, units: int) -> int:
     """In how many of eight worlds the found gain lies in its interval."""
     count = 0
     for seed in range(8):
-        told = interval(known(seed=seed).draw(sites(units, sigma), 30).gains)
+        world = known(seed=seed)
+        told = world.interval(world.draw(sites(units, sigma), 30).gains)
         count += told.low <= really(sigma, units, seed) <= told.high
     return count
 
@@ -97,7 +97,7 @@ def test_more_units_less_noise_and_shared_noise_are_worth_more() -> None:
     told = expected_gain(world, sites(30, 3.0), list("abcdef"))
     assert told.shared and told.shared.mean > told.gain.mean
     least = worth_from(world, sites(30, 3.0))
-    assert least and interval(world.draw(sites(2 * least, 3.0), 30).gains).low > 0
+    assert least and world.interval(world.draw(sites(2 * least, 3.0), 30).gains).low > 0
     assert world.draw(sites(30), 5).gains.tolist() == known().draw(sites(30), 5).gains.tolist()
     assert worth_from(world, sites(30, 1e6)) is None
     assert told.shared and expected_gain(world, sites(30, 3.0, 2), list("abcdef")).shared is None
@@ -112,6 +112,22 @@ def test_a_class_that_public_records_lack_counts_by_its_declared_share_alone() -
     assert declared.draw(sites(100, 0.5), 20).gains.mean() > few + 0.03
 
 
+def test_a_forecast_that_hangs_on_names_is_twice_as_wide() -> None:
+    """Twins: with a public record of each class, and with a small share."""
+    gains = np.linspace(-0.1, 0.3, 41)
+    plain = Interval(0.1, -0.08, 0.28)
+    for world, told in (
+        (known(), plain),
+        (known(classes=MISSING, shares={MISSING: 0.05}), plain),
+        (known(classes=MISSING, shares={MISSING: 0.3}), Interval(0.1, -0.26, 0.46)),
+    ):
+        found = world.interval(gains)
+        assert astuple(found) == pytest.approx(astuple(told))
+        assert bool(world.rough) == (told != plain)
+    declared = expected_gain(world, sites(30, 3.0), list("abcdef"))
+    assert "twice as wide" in " ".join(declared.lines())
+
+
 def test_no_gain_is_none_unless_something_is_unknown() -> None:
     nothing = expected_gain(known(400), sites(5, 1000.0), list("abcdef"))
     assert nothing.is_none and nothing.gain.high < LEAST and nothing.worth_from != 5
@@ -124,8 +140,9 @@ def test_no_gain_is_none_unless_something_is_unknown() -> None:
 
 
 def test_few_judges_show_less() -> None:
-    drawn = known().draw(sites(100), DRAWS)
-    few, many = interval(drawn.on_few(20)), interval(drawn.gains)
+    world = known()
+    drawn = world.draw(sites(100), DRAWS)
+    few, many = world.interval(drawn.on_few(20)), world.interval(drawn.gains)
     assert few.high - few.low > 2 * (many.high - many.low)
     assert isinstance(drawn, Draws)
 

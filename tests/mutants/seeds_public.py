@@ -19,6 +19,12 @@ MUTANTS: list[Mutant] = [
         "tests/test_before_paying.py::test_the_gain_that_is_found_lies_where_it_was_foretold",
         "a study is promised a gain that its own noise takes away",
     ),
+    one(
+        "expected-gain", "as-sure-of-what-hangs-on-names", "fedtune/evaluation/expected_gain.py",
+        "WIDER if self.rough else 1.0", "1.0",
+        "tests/test_before_paying.py::test_a_forecast_that_hangs_on_names_is_twice_as_wide",
+        "two in five promises are wrong where public records lack classes",
+    ),
     Mutant(
         "preconditioner", "applied-after-the-clip", GRADIENTS,
         (
