@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 
 from fedtune.core.errors import InfrastructureError, InputError
 from fedtune.core.files import writing
+from tests.limits import files_of_at_most
 
 CALLS = ("open", "write", "fsync", "close", "replace")
 
@@ -137,17 +136,6 @@ def test_what_is_drafted_is_not_in_place_before_it_is_whole(tmp_path):
         (draft / "part").write_text("whole")
         assert not out.exists()
     assert (out / "part").read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk that takes no byte of any file beyond `size`, as a full one: a write is cut short."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [0, 1, 3, 4])

@@ -227,15 +227,16 @@ class LedgerFigures:
 
     def _compute_spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
         from fedtune.core.dp.filter import total_epsilon
+        from fedtune.core.ledger.entries import orders_of
 
         head = book.head.hash
         if self._cached is None or (self._cached.head, self._cached.delta) != (head, delta):
             charges = book.spending(dataset)
             # The ε of a unit that took part in every charge, whether or not there is one: the times
             # at which units arrived depend on the records.
-            order = charges[0].charge.order if charges else 2.0
+            orders = orders_of(spent.charge for spent in charges)
             events = [spent.charge.event for spent in charges]
-            epsilon = total_epsilon(events, order, delta).epsilon
+            epsilon = total_epsilon(events, orders, delta).epsilon
             rounds = sum(c.released for c in charges if c.kind == "reserve")
             self._cached = _Spent(head, delta, epsilon, rounds)
         return self._cached

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import faulthandler
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -315,6 +316,57 @@ def test_a_child_does_not_find_when_it_was_started(
     with running(tmp_path / "twin", monkeypatch, KNOWS_THE_TIME, twin) as started:
         (told,) = started.run([given], 2**16, bytes)
         assert b"_startTime" in told and not told.endswith(b" 0")
+
+
+def missing_pages(pid: int) -> list[str]:
+    """The files of which a part that this process has mapped is not mapped in memory."""
+    found, lines = list[str](), Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    page = os.sysconf("SC_PAGE_SIZE")
+    for number, line in enumerate(lines):
+        span, *rest = line.split(maxsplit=5)
+        if "-" not in span or span.endswith(":") or len(rest) < 5 or rest[3] == "0":
+            continue
+        permissions, offset, _, _, path = rest
+        first, last = (int(end, 16) for end in span.split("-"))
+        if not permissions.startswith("r") or not Path(path).is_file():
+            continue
+        there = min(last - first, Path(path).stat().st_size - int(offset, 16))
+        inside = next(each for each in lines[number:] if each.startswith("Rss:"))
+        if int(inside.split()[1]) * 1024 < -(-there // page) * page:
+            found.append(path)
+    return found
+
+
+def test_what_a_child_uses_of_a_library_is_in_memory_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which pages of a library come back into memory would tell everybody which format a patient's
+    file has, and a converter could write a row with them. Twin: as the libraries were loaded."""
+    if tuple(map(int, platform.release().split(".")[:2])) < (5, 14):
+        pytest.skip("Linux before 5.14 has no MADV_POPULATE_READ")
+    twin = "isolation.keep_files_in_memory = lambda: None"
+    for folder, broken in (("whole", ""), ("twin", twin)):
+        with running(tmp_path / folder, monkeypatch, "return given", broken) as started:
+            assert started.run([b"a"], 1, bytes) == [b"a"]
+            assert started._process is not None
+            assert bool(missing_pages(started._process.pid)) == bool(broken)
+
+
+def test_a_child_that_can_read_the_time_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an order in which it could tell how many came before it. Twin: one that cannot."""
+    clocks = "isolation._stop_clocks = lambda: isolation.Confinement(missing=(isolation.{},))"
+    for number, missing in enumerate(("CLOCK_IN_MEMORY", "COUNTER")):
+        if missing == "COUNTER" and NUMBER:
+            continue  # 64-bit ARM, which cannot before Linux 6.12
+        with (
+            pytest.raises(FedtuneError, match="kept from reading the time"),
+            running(tmp_path / str(number), monkeypatch, "return given", clocks.format(missing)),
+        ):
+            pass
+    with running(tmp_path / "twin", monkeypatch, "return given") as started:
+        assert started.run([b"a"], 1, bytes) == [b"a"]
 
 
 # ---------------------------------------------------------------------------- where little is left

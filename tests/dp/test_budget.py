@@ -16,7 +16,8 @@ from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded, Refused
-from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger import spending
+from fedtune.core.ledger.entries import Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.budget import Budget
 from tests.dp.conftest import make_plan
@@ -54,6 +55,37 @@ def test_what_is_ahead_is_what_is_not_charged_yet_and_at_least_the_round_that_ru
             budget = Budget(POLICY, plan, [*paid(plan, *charged), *paid(other, 1, 2)])
             assert budget.remaining() == budget.ahead() == left * plan.local_steps
             assert budget.ahead(1) == max(left, 1) * plan.local_steps
+
+
+def test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed() -> None:
+    """And at the hospital's, which may have been chosen when its results were known. Twins: the
+    same charges of one membership; and what a membership does later changes nothing."""
+    plain = charge(PLAN, 1, [])
+    other = replace(plain, study="sha256:" + "6e" * 32, noise_multiplier=3.0, sampling_rate=0.1)
+
+    def total(*charges: Charge) -> float:
+        return Budget(POLICY, PLAN, charges).total(0).epsilon
+
+    def of(membership: str, what: Charge, order: float) -> Charge:
+        return replace(what, membership=membership, order=order)
+
+    def at(order: float) -> float:
+        return total_epsilon([plain.event, other.event], order, DELTA).epsilon
+
+    low, high = sorted((8.0, 64.0), key=at)
+    assert at(low) < at(high)
+    for home, adopted in ((low, high), (high, low)):
+        charges = of("cardio", plain, home), of("onco", other, adopted)
+        assert total(*charges) == at(high)
+        assert total(*(replace(one, membership="cardio") for one in charges)) == at(home)
+        shown = spending.budget("records", [spent(one) for one in charges], POLICY)
+        assert shown.epsilon == at(high)
+    later = of("onco", replace(other, round=2, steps=0), high)
+    assert total(of("cardio", plain, low), of("onco", other, low), later) == at(low)
+
+
+def spent(charged: Charge) -> Spent:
+    return Spent(0, "reserve", "records", charged, "", 0, released=True)
 
 
 def test_a_study_at_its_ceiling_goes_on_after_a_crash_as_far_as_its_budget_lasts() -> None:

@@ -18,8 +18,10 @@ from fedtune.core.dp.accountant import Steps
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger import chain
 from fedtune.core.ledger.entries import RULES, Charge
-from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
 from tests.dp.ledger_kit import CHAOS, STUDY, charge, run_round, yes
+from tests.expected import raises_nothing, raises_only
+from tests.limits import files_of_at_most
 
 
 def test_a_reservation_counts_before_it_is_released_and_after_a_restart(
@@ -86,6 +88,19 @@ def test_an_update_without_room_is_kept_in_memory_and_sent(
     assert restarted.released(STUDY, 1, "adapter 1") is None
     third = run_round(restarted, 3)
     assert Ledger(folder).released(STUDY, 3, "adapter 3") == third, "stored once there is room"
+
+
+def test_a_quota_that_is_used_up_is_a_disk_without_room(ledger: Ledger, folder: Path) -> None:
+    """Only a full disk has an error of its own in SQLite; a quota is a write that failed. A file's
+    largest size here, since a quota needs an administrator. Twin: with more room."""
+    members = [hashlib.sha256(bytes([n % 256, n // 256])).digest() for n in range(4_000)]
+    with files_of_at_most((folder / "ledger.db").stat().st_size + 8192):
+        with raises_only(NoRoom, match="disk I/O error"):
+            ledger.declare("notes", (), members=members)
+        with raises_nothing():
+            ledger.declare("notes", (), members=members[:1])
+    with raises_nothing():
+        ledger.declare("notes", (), members=members)
 
 
 def test_a_crash_before_the_release_is_paid_twice(ledger: Ledger, folder: Path) -> None:

@@ -20,6 +20,20 @@ MUTANTS = (
         "each charge counts twice, and nothing more runs",
     ),
     one(
+        "hospital", "an-adopted-ledger-loses-its-order", "fedtune/core/ledger/entries.py",
+        "return tuple(sorted({*first.values()})) or (2.0,)",
+        "return tuple(first.values())[:1] or (2.0,)",
+        "tests/dp/test_budget.py::"
+        "test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed",
+        "a hospital's first plan chooses the order when the adopted site's results are known",
+    ),
+    one(
+        "hospital", "a-quota-is-a-damaged-ledger", "fedtune/core/ledger/chain.py",
+        ' or getattr(error, "sqlite_errorcode", 0) in WITHOUT_ROOM', "",
+        "tests/dp/test_ledger.py::test_a_quota_that_is_used_up_is_a_disk_without_room",
+        "a quota that records' hashes use up decides between trained and failed",
+    ),
+    one(
         "hospital", "each-membership-reads-its-own-balance", BUDGET,
         "self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)",
         "self._exceeds_of_a_study(ahead)",

@@ -42,8 +42,21 @@ MUTANTS = (
     ),
     one(
         "units", "a-child-that-may-ask-for-everything", FORKS,
-        'if "seccomp" not in isolation.only_computing().means:', "if False:",
+        "confined = isolation.only_computing()",
+        'confined = isolation.Confinement(("seccomp",))',
         T_CARRIED + "[in_a_file]", "a file of one unit's is read by another's conversion",
+    ),
+    one(
+        "units", "a-child-that-has-a-clock-works", FORKS,
+        " or isolation.can_read_time(confined)", "",
+        T_SHOWS + "test_a_child_that_can_read_the_time_does_nothing",
+        "one patient's rows say when they were converted, and so how many came before",
+    ),
+    one(
+        "units", "libraries-come-into-memory-as-they-are-used", FORKS,
+        "    isolation.keep_files_in_memory()\n", "",
+        T_SHOWS + "test_what_a_child_uses_of_a_library_is_in_memory_before",
+        "another account sees in which format a patient's image is kept",
     ),
     one(
         "units", "a-child-asks-when-its-pipe-was-made", CALLS,

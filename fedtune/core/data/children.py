@@ -40,7 +40,10 @@ SECONDS = 120.0  # from a child's start to its end, for a child that waits in va
 MEMORY = 2**30  # bytes of address space that a child may add
 START_SECONDS = 600.0  # until the program that forks is ready
 SAID = 300  # characters shown of an error about settings, before a record is read
-MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed"
+MACHINE = (
+    "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed and a process can be "
+    "kept from reading the time"
+)
 LENGTH = 8  # bytes, big-endian, before each thing that passes through a pipe
 ENDED = b"."  # what a child writes once it has answered everything
 FAILED, DONE, NOT_CONFINED = b"1", b"0", b"m"  # what the program that forks says of a child's end

@@ -187,8 +187,12 @@ class Total(NamedTuple):
     how: str
 
 
-def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
+def total_epsilon(events: Sequence[Steps], orders: float | Iterable[float], delta: float) -> Total:
     """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
+
+    orders: the Rényi order of the filter, which was fixed with the dataset's first charge. Several,
+    if it is not known which of them was fixed first (`ledger.entries.orders_of`): the largest ε of
+    the filter at each of them is returned, so that the ceiling holds at the one that was.
 
     Two cases:
     (a) all charges are of one kind of step (σ, q, k), or all take every unit (q = 1): ε is composed
@@ -215,4 +219,6 @@ def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
         return Total(accountant.epsilon(events, delta), "PLD")
     if all(event.sampling_rate == 1 for event in events):
         return Total(accountant.epsilon(events, delta), "Gaussian filter, exact")
-    return Total(filtered_epsilon(events, order, delta), f"Rényi filter, order {order:g}")
+    several = [orders] if isinstance(orders, int | float) else orders
+    most, order = max((filtered_epsilon(events, order, delta), order) for order in several)
+    return Total(most, f"Rényi filter, order {order:g}")

@@ -130,6 +130,15 @@ def named(folder: Path) -> Iterator[None]:
         raise LedgerError(*error.args) from None
 
 
+# A disk quota that is used up, or a full NFS, shows only as a write or a sync that failed.
+WITHOUT_ROOM = {
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_FSYNC,
+    sqlite3.SQLITE_IOERR_DIR_FSYNC,
+    sqlite3.SQLITE_IOERR_TRUNCATE,
+}
+
+
 def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
     message, path = str(error), folder / DATABASE
     if "locked" in message:
@@ -138,7 +147,8 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
             todo="wait for it, or find out why it hangs; then run again",
         )
     if any(cause in message for cause in ("full", "readonly", "unable to open", "I/O")):
-        return (NoRoom if "full" in message else LedgerError)(
+        no_room = "full" in message or getattr(error, "sqlite_errorcode", 0) in WITHOUT_ROOM
+        return (NoRoom if no_room else LedgerError)(
             f"{path}: cannot be written ({message})",
             todo="free the disk or fix the permissions, then run again",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,6 +126,19 @@ class Charge:
         """Return the charge's steps for the accountant, with the σ of this site's own noise
         alone."""
         return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
+
+
+def orders_of(charges: Iterable[Charge]) -> tuple[float, ...]:
+    """Return the Rényi orders at which the privacy filter composes charges: the order of each
+    membership's first charge, sorted; (2.0,) without charges, where the order does not matter.
+
+    Usually it is one order, since every charge takes that of the dataset's first. A ledger that was
+    adopted has fixed an order of its own, and perhaps before the hospital's: the hospital's may
+    then have been chosen when results were known. charges: in the ledger's order."""
+    first = dict[str, float]()
+    for charge in charges:
+        first.setdefault(charge.membership, charge.order)
+    return tuple(sorted({*first.values()})) or (2.0,)
 
 
 @dataclass(frozen=True)

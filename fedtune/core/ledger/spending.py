@@ -13,7 +13,7 @@ from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.ledger.declared import read_declarations
-from fedtune.core.ledger.entries import Charge, Cohort, Spent
+from fedtune.core.ledger.entries import Charge, Cohort, Spent, orders_of
 from fedtune.core.ledger.ledger import Ledger
 
 
@@ -176,13 +176,13 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
     - spent: the charges that count against it
     - policy: the site's policy, for δ and the ceilings"""
     events = [entry.charge.event for entry in spent]
-    order = spent[0].charge.order if spent else 2.0
-    total = total_epsilon(events, order, policy.delta)
+    orders = orders_of(entry.charge for entry in spent)
+    total = total_epsilon(events, orders, policy.delta)
     pld = _epsilon(events, policy.delta)
     found = DatasetBudget(dataset, total.epsilon, total.how, pld, policy.ceiling, policy.delta)
     if not _is_noise_shared(spent):
         return found
-    alone = total_epsilon([entry.charge.fallback for entry in spent], order, policy.delta)
+    alone = total_epsilon([entry.charge.fallback for entry in spent], orders, policy.delta)
     ceiling = policy.fallback_ceiling
     return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
 

@@ -18,7 +18,7 @@ from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.files.room import Room
-from fedtune.core.ledger.entries import Charge, Spent
+from fedtune.core.ledger.entries import Charge, Spent, orders_of
 
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
 QUERIES_TODO = (
@@ -74,9 +74,7 @@ class Budget:
 
     def _compose(self, charged: list[Steps], planned: list[Steps]) -> Total:
         events = charged + [event for event in planned if event.steps]
-        # Without charges there is one kind of step, which is composed exactly, whatever the order.
-        order = self.charges[0].order if self.charges else 2.0
-        return total_epsilon(events, order, self.policy.delta)
+        return total_epsilon(events, orders_of(self.charges), self.policy.delta)
 
     def remaining(self) -> int:
         """Return how many of the plan's steps are not charged yet, at least 0. If a round was
