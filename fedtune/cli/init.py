@@ -362,7 +362,9 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
         if given and role is not Role.SITE:
             raise ConfigError(f"{option} is for a site", "--role site")
     if serve is not None and not (role is Role.COORDINATOR and recipe):
-        raise ConfigError("--serve is for a coordinator with a recipe", "--role coordinator --task")
+        raise ConfigError(
+            "--serve is for a coordinator with a recipe", "--role coordinator and --task TASK"
+        )
 
 
 def _templates(

@@ -237,7 +237,7 @@ def _add(
             raise ConfigError(
                 f"{home / FILE}: no such file",
                 "a hospital's home; or --data PATH and --declared-size N, to make one",
-                "to begin with a site that has taken part already, --adopt it",
+                "if a site here has taken part already, begin with it: --adopt SITE --name NAME",
             )
         registered = _registered(data, patient)
         wrote.append(
@@ -248,7 +248,7 @@ def _add(
         raise ConfigError(
             f"{home / FILE} exists",
             "no --data, --declared-size or --patient",
-            "edit it, to register more",
+            "to register another dataset, edit that file",
         )
     text = site_text(home.resolve(), load_hospital(home), name, dataset)
     path = site / "site.toml"
@@ -337,7 +337,10 @@ def _end(home: Path, name: str, *, anyway: bool, yes: bool) -> dict[str, Any]:
 
     ending = list_ending(home, name)
     if ending.anyway and not anyway:
-        raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
+        raise InputError(
+            ending.anyway,
+            todo="wait until its studies have ended, or correct its site file; or give --anyway",
+        )
     _show_ending(ending)
     if ending.site:
         Console().print(files_table(ending.site.site.state, ending.delete))

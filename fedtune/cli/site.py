@@ -327,7 +327,7 @@ def ledger(
         if not typer.confirm("restore without one?"):
             raise InputError("nothing was restored", "a person who agrees", "give it --from DIR")
     if not folder.exists() and not restore:
-        raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
+        raise ConfigError(f"{folder}: no ledger yet; it begins with the first study")
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:

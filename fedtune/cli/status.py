@@ -65,7 +65,9 @@ def status(
     snapshot = read_status(folder)
     if check:
         if snapshot.state in ("gone", "stopped"):
-            raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
+            raise InfrastructureError(
+                f"{folder}: {snapshot.state}", "a process that runs", "start it"
+            )
         last = (snapshot.status.get("last") or [{}])[-1]
         if snapshot.status.get("role") == "site" and "failed" in (
             last.get("event"),

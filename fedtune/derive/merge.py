@@ -143,7 +143,10 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
                 "an adapter is a change of its own base, and has no meaning on another",
             )
         if parent.study.base.quantisation != first.study.base.quantisation:
-            raise ConfigError(f"{both}: their bases are quantised in different ways")
+            raise ConfigError(
+                f"{both}: their bases are quantised in different ways",
+                "runs with the same [base.quantisation]",
+            )
     folder_by_digest: dict[str, Path] = {}
     for parent in parents:
         digest, folder = lora.digest(parent.arrays), parent.run.folder
