@@ -393,7 +393,7 @@ def _templates(
         raise ConfigError(
             f"{given[0]} without --task",
             "--task, or the value in study.toml or site.toml",
-            "without a recipe `init` writes every key with a comment, to be filled in",
+            "leave it out: without a recipe `init` writes every key with a comment, to fill in",
         )
     note = presets.unit_note(None, records)
     paths = templates.init(

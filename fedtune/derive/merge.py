@@ -140,7 +140,7 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
             raise ConfigError(
                 f"{both}: trained on different bases ({mine}, {other})",
                 "runs whose plans pin the same base.digest",
-                "an adapter is a change of its own base, and has no meaning on another",
+                "leave one of them out: an adapter is a change of its own base",
             )
         if parent.study.base.quantisation != first.study.base.quantisation:
             raise ConfigError(

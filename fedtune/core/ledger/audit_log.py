@@ -245,7 +245,7 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
         raise NotGenuine(
             f"{path}: the last line is cut short",
             "complete lines",
-            "after a crash the next entry removes this line: nothing was done under it",
+            "after a crash, go on: the next entry removes this line, and nothing was done under it",
         )
     for number, line in enumerate(lines, 1):
         yield f"{path}: line {number}", line

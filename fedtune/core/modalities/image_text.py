@@ -216,7 +216,7 @@ def _processor(base: Base) -> Any:
         import PIL  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"{base.name} reads images, and Pillow is not installed", "the extra", EXTRA
+            f"{base.name} reads images, and Pillow is not installed", todo=EXTRA
         ) from None
     try:
         auto: Any = transformers.AutoImageProcessor

@@ -312,7 +312,7 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
         yield PolicyRefused(
             "this site names a patient column and the study protects single records",
             'privacy.unit = "patient"',
-            "a patient with several records would get a far weaker guarantee than the ε says",
+            "change it in the plan: a patient with several records would get less than the ε says",
         )
 
 
