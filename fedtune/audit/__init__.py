@@ -61,7 +61,7 @@ def audit_study(
         raise ConfigError(
             'privacy = "off": there is no ε to audit',
             "a [privacy] table",
-            "audit the study with a [privacy] table, of which this one is the twin",
+            "audit the same study with its [privacy] table",
         )
     report = _report(run, study) if run else None
     plan = plan_for_site(study, declared_size)

@@ -211,7 +211,7 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
     if not 1 <= canaries <= units:
         raise ConfigError(
             f"{canaries} canaries among {units} units",
-            "at least one, and as many units as canaries: each model sees half of the canaries",
+            "at least one, and no more than --units: each model sees half of the canaries",
         )
 
 

@@ -82,7 +82,10 @@ def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Da
             reader=network.reader,
         )
     if len(data.examples) != len(rows):
-        raise DataError("the study cannot hold a generated canary of some 20 tokens")
+        raise DataError(
+            "the study cannot hold a generated canary of some 20 tokens",
+            "room for it in objective.max_length",
+        )
     return data
 
 

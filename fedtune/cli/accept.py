@@ -65,7 +65,7 @@ def accept(
         raise ConfigError(
             "--tell and --personal are both given",
             "only one of the two",
-            "a decision about a personal model stays at its site",
+            "leave --tell out: a decision about a personal model stays at its site",
         )
     if tell is not None:
         from fedtune.officer.acceptance.accept import tell as write

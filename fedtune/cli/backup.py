@@ -30,7 +30,11 @@ def backup(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="The run folder. Default: the newest runs/NAME."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The run folder to copy. Default: the newest runs/NAME beside STUDY.",
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Copy a coordinator into one file, even while it runs: plan, CA, keys, registry, log and run.

@@ -45,8 +45,8 @@ DISTILL_LAYERS = Annotated[
     typer.Option(
         min=2,
         metavar="N",
-        help="Make the student from N layers of the first teacher, and drop the layers "
-        "that matter least.",
+        help="Make the student from N layers of the first teacher, and drop the layers that "
+        "matter least. Give either this or --student.",
         show_default=False,
     ),
 ]
@@ -54,7 +54,8 @@ DISTILL_STUDENT = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Use another base as the student: pypi:NAME, a folder, or a hub id.",
+        help="Use another base as the student: pypi:NAME, a folder, or a hub id. Give either "
+        "this or --layers.",
         show_default=False,
     ),
 ]
@@ -185,7 +186,11 @@ MERGE_DENSITY = Annotated[
 MERGE_RANK = Annotated[
     int | None,
     typer.Option(
-        min=1, max=8192, metavar="N", help="For svd, ties and dare: rank of the merged adapter."
+        min=1,
+        max=8192,
+        metavar="N",
+        help="For svd, ties and dare: rank of the merged adapter. Default: the largest rank "
+        "of the runs (svd), or the sum of their ranks.",
     ),
 ]
 MERGE_SEED = Annotated[
@@ -204,7 +209,10 @@ MERGE_DISJOINT = Annotated[
 ]
 MERGE_MEASURE = Annotated[
     bool,
-    typer.Option(help="Measure the merged adapter on the parents' evaluation files."),
+    typer.Option(
+        help="Measure the base, each run and the merged adapter on the [evaluation] file of "
+        "each run, if it is on this machine."
+    ),
 ]
 
 
@@ -319,7 +327,7 @@ def choose_base(
         typer.Option(
             "--quantised",
             metavar="METHOD",
-            help="Also measure each base quantised to nf4 or int8; may be repeated.",
+            help="Also measure each base quantised by METHOD, nf4 or int8; may be repeated.",
         ),
     ] = None,
     sites: Annotated[
@@ -334,7 +342,7 @@ def choose_base(
             "--epsilon",
             min=1e-9,
             metavar="E",
-            help="Predict the metric at this ε too; may be repeated.",
+            help="Predict the metric at this ε too, beside the study's own; may be repeated.",
         ),
     ] = None,
     json_file: Annotated[

@@ -36,8 +36,8 @@ DOCTOR_STUDY = Annotated[
     typer.Option(
         "--study",
         metavar="STUDY",
-        help="At a site: also check the base, whether the policy allows this plan, and the "
-        "records for this plan, and run the self-test of the guarantee.",
+        help="At a site: also check this study: its base, whether the policy allows its plan, "
+        "and whether the records fit it; and run the self-test of the guarantee.",
     ),
 ]
 DOCTOR_HOME = Annotated[
@@ -51,7 +51,8 @@ DOCTOR_HOST = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="At the coordinator: check the port at this address, as for `fedtune server`.",
+        help="At the coordinator: the address on which `fedtune server` is to listen. "
+        "Default: 127.0.0.1.",
     ),
 ]
 DOCTOR_PORT = Annotated[
@@ -60,7 +61,7 @@ DOCTOR_PORT = Annotated[
         min=1,
         max=65535,
         metavar="N",
-        help="At the coordinator: check this port, on which `fedtune server` is to listen.",
+        help="At the coordinator: the port on which `fedtune server` is to listen. Default: 8443.",
     ),
 ]
 DOCTOR_NAMES = Annotated[

@@ -16,18 +16,29 @@ from fedtune.core.errors import InputError
 SITE = Annotated[
     Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
 ]
-ONCE = Annotated[bool, typer.Option("--once", help="Exit when the coordinator has finished.")]
+ONCE = Annotated[
+    bool,
+    typer.Option(
+        "--once",
+        help="Exit once the coordinator has gone, if it gave this site work. Default: wait "
+        "until it is back.",
+    ),
+]
 PROCESSES = Annotated[
     int,
-    typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Share the work of each training step among N processes on this machine.",
+    ),
 ]
 WATCH = Annotated[
     bool,
     typer.Option(
         "--watch",
-        help="Take part only in studies that have a [schedule] and no last round. The site "
-        "then reads its records again before each round, and leaves out units whose "
-        "budget is used up.",
+        help="Take part only in studies with a [schedule], which have no last round; without "
+        "this option they are refused. The site reads its records again before each "
+        "round, and leaves out patients whose budget is used up.",
     ),
 ]
 SOCKET = Annotated[
@@ -44,8 +55,9 @@ SPOOL = Annotated[
     typer.Option(
         "--spool",
         metavar="DIR",
-        help="Talk through this folder instead of a socket: the courier writes requests "
-        "there, and the vault answers. Nobody else may be able to write there.",
+        help="Exchange files in this folder, in place of a socket: the courier writes "
+        "requests there, and the vault writes answers. No other user may be able to "
+        "write there.",
         show_default=False,
     ),
 ]
@@ -89,8 +101,8 @@ def vault(
         typer.Option(
             "--request",
             metavar="NAME",
-            help="Answer one request of the spool and exit; the command of vault.run in "
-            "site.toml gets this option.",
+            help="Answer only this request of the spool, and exit. The command that vault.run in "
+            "site.toml names is started with this option.",
             show_default=False,
         ),
     ] = None,

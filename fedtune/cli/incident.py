@@ -43,8 +43,8 @@ def evidence(
         str,
         typer.Option(
             metavar="TIME",
-            help="When somebody noticed the incident, in UTC, as 2026-03-01T09:30:00Z. Default: "
-            "now.",
+            help="With --to: when somebody noticed the incident, in UTC, as 2026-03-01T09:30:00Z. "
+            "Default: now.",
             show_default=False,
         ),
     ] = "",
@@ -52,8 +52,8 @@ def evidence(
         str,
         typer.Option(
             metavar="KEY|PATH",
-            help="Without --to: accept only evidence that this public key signed, or the key "
-            "of this site.toml or coordinator's home.",
+            help="Without --to: whose key must have signed the evidence: a public key, a "
+            "site.toml, or a coordinator's home. With another key the exit code is 2.",
             show_default=False,
         ),
     ] = "",

@@ -48,16 +48,21 @@ class Role(StrEnum):
 
 
 FOLDER = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder to create.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="The folder for the files. It is created, or must hold no study yet.",
+        show_default=False,
+    ),
 ]
 TASK = Annotated[
     Task | None,
     typer.Option(
         metavar="TASK",  # the names are below: click's list of them is wider than its column
-        help="A measured recipe, one of  \nclassify: put texts into classes;  \nanswer: "
-        "answer questions;  \ninstruct: write longer responses to instructions;  "
-        "\npreference: prefer the better of two answers;  \nvision: answer questions "
-        "about images;  \nspeech: transcribe recordings.",
+        help="Fill in the settings that were measured for this task, one of  \nclassify: put "
+        "texts into classes;  \nanswer: answer questions;  \ninstruct: write longer "
+        "responses to instructions;  \npreference: prefer the better of two answers;  \n"
+        "vision: answer questions about images;  \nspeech: transcribe recordings.",
         show_default=False,
     ),
 ]
@@ -67,16 +72,18 @@ DATA = Annotated[
         metavar="FILE",
         help="A site's records: a .csv, .jsonl, .parquet or .arrow file; a folder of such "
         "files, of a Hugging Face data set, or of a FHIR bulk export; or a database "
-        "table, URL#TABLE. Repeat it for more sites.",
+        "table, URL#TABLE. Repeat it for each further site. Default: data.jsonl beside "
+        "site.toml, which you add later.",
     ),
 ]
 EVALUATION = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A file of public records with answers. One part trains the model before the "
-        "first round, which costs no ε; a fifth chooses how far each round moves the "
-        "model, or whether the sites' result is kept; the rest evaluates.",
+        help="A file of public records with answers. From 40 records on they are divided: one "
+        "part trains the model before the first round, at no cost in ε; one chooses how "
+        "far each round moves the model, or whether the sites' result is kept; the rest "
+        "evaluates. Fewer records only evaluate.",
         show_default=False,
     ),
 ]
@@ -84,15 +91,17 @@ PUBLIC = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A file of other public records to train on before the first round, at no cost in "
-        "ε. No record of --evaluation is then trained on.",
+        help="A file of other public records, which train the model before the first round, "
+        "at no cost in ε. No record of --evaluation is then trained on. Default: a part "
+        "of --evaluation.",
         show_default=False,
     ),
 ]
 TEXT = Annotated[
     str | None,
     typer.Option(
-        metavar="COLUMN", help="Column of the input text. Default: text, question, prompt …"
+        metavar="COLUMN",
+        help="Column of the input text. Default by task: text, question, instruction or prompt.",
     ),
 ]
 TARGET = Annotated[
@@ -114,7 +123,7 @@ MEDIA = Annotated[
     typer.Option(
         metavar="COLUMN",
         help="Tasks vision and speech: column that holds the path of an image or a recording, "
-        "relative to the file of records. Default: image, audio.",
+        "relative to the file of records. Default by task: image or audio.",
     ),
 ]
 BASE = Annotated[
@@ -139,7 +148,8 @@ PATIENT = Annotated[
     str | None,
     typer.Option(
         metavar="COLUMN",
-        help="Column that identifies the patient: all records of a patient are protected together.",
+        help="Column that identifies the patient: all records of a patient are protected "
+        "together. Default: none, so that each record is protected by itself.",
         show_default=False,
     ),
 ]
@@ -148,7 +158,7 @@ ALSO = Annotated[
     typer.Option(
         "--also-label",
         metavar="TEXT",
-        help="Add a class that the public records lack; may be repeated.",
+        help="Task classify: add a class that the public records lack; may be repeated.",
     ),
 ]
 LABELS = Annotated[
@@ -156,7 +166,8 @@ LABELS = Annotated[
     typer.Option(
         "--label",
         metavar="TEXT",
-        help="Name a class; may be repeated. Default: the labels in --public and --evaluation.",
+        help="Task classify: name a class; may be repeated. Default: the labels in --public "
+        "and --evaluation.",
     ),
 ]
 SIZE = Annotated[
@@ -173,7 +184,10 @@ SIZE = Annotated[
 EPSILON = Annotated[
     float | None,
     typer.Option(
-        min=0.01, help="ε of the whole study. Default: the recipe's ε.", show_default=False
+        min=0.01,
+        help="The most ε that the whole study costs a patient (or record). Default: the ε of "
+        "the task's recipe.",
+        show_default=False,
     ),
 ]
 COLLUDING = Annotated[
@@ -188,7 +202,13 @@ COLLUDING = Annotated[
         show_default=False,
     ),
 ]
-WHOSE = Annotated[Role, typer.Option("--role", help="The role whose files are written.")]
+WHOSE = Annotated[
+    Role,
+    typer.Option(
+        "--role",
+        help="Whose files to write: the coordinator's (study.toml), a site's (site.toml), or both.",
+    ),
+]
 SITES = Annotated[
     int | None,
     typer.Option(
@@ -203,7 +223,8 @@ NAME = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="With --role site: the name of the site. Default: the name of the folder.",
+        help="With --role site: the name of the site. Default: the name of the folder, or "
+        "my-hospital if that is no valid name.",
         show_default=False,
     ),
 ]
@@ -341,7 +362,9 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
         if given and role is not Role.SITE:
             raise ConfigError(f"{option} is for a site", "--role site")
     if serve is not None and not (role is Role.COORDINATOR and recipe):
-        raise ConfigError("--serve is for a coordinator with a recipe", "--role coordinator --task")
+        raise ConfigError(
+            "--serve is for a coordinator with a recipe", "--role coordinator and --task TASK"
+        )
 
 
 def _templates(
@@ -370,7 +393,7 @@ def _templates(
         raise ConfigError(
             f"{given[0]} without --task",
             "--task, or the value in study.toml or site.toml",
-            "without a recipe `init` writes every key with a comment, to be filled in",
+            "leave it out: without a recipe `init` writes every key with a comment, to fill in",
         )
     note = presets.unit_note(None, records)
     paths = templates.init(

@@ -29,8 +29,8 @@ SIGNER = Annotated[
     str,
     typer.Option(
         metavar="KEY",
-        help="Check that this public key signed the log. Needed for a copy of a log without "
-        "the key beside it.",
+        help="Check that this public key signed the log. Default: the key beside the log, "
+        "which a copy may lack.",
         show_default=False,
     ),
 ]
@@ -62,7 +62,10 @@ def log(
     run: RUN = None,
     signer: SIGNER = "",
     event: Annotated[
-        str, typer.Option(metavar="NAME", help="Show entries of this kind only.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Show entries of this kind only, such as sign or withdraw."
+        ),
     ] = "",
 ) -> dict[str, Any]:
     """Show who did what at this site or coordinator, when, and under which rule.

@@ -30,7 +30,9 @@ def memberships(
     home: Annotated[
         Path,
         typer.Argument(
-            metavar="HOME", help="The hospital's home: the folder of hospital.toml and its ledger."
+            metavar="HOME",
+            help="The hospital's home: the folder of hospital.toml and its ledger. --add with "
+            "--data creates it.",
         ),
     ],
     add: Annotated[
@@ -68,8 +70,9 @@ def memberships(
         typer.Option(
             "--dataset",
             metavar="DATASET",
-            help="With --add: the registered dataset on which the membership trains. Default: "
-            "the only one.",
+            help="With --add: the registered dataset on which the membership trains; default: the "
+            "only one. With --data: the name under which the records are registered; "
+            "default: records.",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +81,8 @@ def memberships(
         typer.Option(
             "--data",
             metavar="PATH|URL",
-            help="With --add, if HOME does not exist yet: the records of its first dataset.",
+            help="With --add, if HOME holds no hospital.toml yet: create it, with these records "
+            "as its first dataset. Needs --declared-size.",
             show_default=False,
         ),
     ] = None,
@@ -88,7 +92,8 @@ def memberships(
             "--declared-size",
             min=1,
             metavar="N",
-            help="With --data: the number of patients (or records) as a person states it.",
+            help="With --data: the number of patients (or records) as a person states it, not as "
+            "it was counted.",
             show_default=False,
         ),
     ] = None,
@@ -117,7 +122,8 @@ def memberships(
         typer.Option(
             "--name",
             metavar="NAME",
-            help="With --adopt: the name of the membership. With --data: the hospital's name.",
+            help="With --adopt: the name of the membership. With --data: the hospital's name; "
+            "default: the name of the folder HOME.",
             show_default=False,
         ),
     ] = None,
@@ -143,7 +149,9 @@ def memberships(
     anyway: Annotated[
         bool,
         typer.Option(
-            "--anyway", help="With --end: end the membership even if its studies are under way."
+            "--anyway",
+            help="With --end: end the membership even if its studies are under way, or its site "
+            "file cannot be used, so that nothing is deleted.",
         ),
     ] = False,
     forget: Annotated[
@@ -151,8 +159,8 @@ def memberships(
         typer.Option(
             "--forget",
             metavar="PLACE",
-            help="Forget that another home on this machine pays for some records. PLACE: the "
-            "records' path or url, or the other home.",
+            help="Forget that another home on this machine pays for some records, as when its "
+            "ledger is out of use. PLACE: the records' path or url, or the other home.",
             show_default=False,
         ),
     ] = None,
@@ -229,7 +237,7 @@ def _add(
             raise ConfigError(
                 f"{home / FILE}: no such file",
                 "a hospital's home; or --data PATH and --declared-size N, to make one",
-                "to begin with a site that has taken part already, --adopt it",
+                "if a site here has taken part already, begin with it: --adopt SITE --name NAME",
             )
         registered = _registered(data, patient)
         wrote.append(
@@ -240,7 +248,7 @@ def _add(
         raise ConfigError(
             f"{home / FILE} exists",
             "no --data, --declared-size or --patient",
-            "edit it, to register more",
+            "to register another dataset, edit that file",
         )
     text = site_text(home.resolve(), load_hospital(home), name, dataset)
     path = site / "site.toml"
@@ -329,7 +337,10 @@ def _end(home: Path, name: str, *, anyway: bool, yes: bool) -> dict[str, Any]:
 
     ending = list_ending(home, name)
     if ending.anyway and not anyway:
-        raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
+        raise InputError(
+            ending.anyway,
+            todo="wait until its studies have ended, or correct its site file; or give --anyway",
+        )
     _show_ending(ending)
     if ending.site:
         Console().print(files_table(ending.site.site.state, ending.delete))

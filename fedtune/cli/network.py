@@ -27,22 +27,25 @@ HOME = Annotated[
     typer.Option(
         "--home",
         metavar="DIR",
-        help="The coordinator's home. Default: the folder named coordinator in this folder.",
+        help="The coordinator's home. Default: the folder named coordinator in the current folder.",
     ),
 ]
 
 ANSWER = Annotated[
     Path | None,
     typer.Option(
-        "--answer", metavar="FILE", help="Join with this answer of the coordinator, then start."
+        "--answer",
+        metavar="FILE",
+        help="Join the consortium with this answer, which `fedtune admit` wrote, then start. "
+        "Needed once.",
     ),
 ]
 HEARD = Annotated[
     str | None,
     typer.Option(
         metavar="F",
-        help="The coordinator's fingerprint, as it was read out to you. Default: you are "
-        "asked for it.",
+        help="With --answer: the coordinator's fingerprint, as it was read out to you. "
+        "Default: on a terminal you are asked for it.",
     ),
 ]
 
@@ -60,7 +63,10 @@ def enroll(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE", help="The request to write. Default: SITE-NAME.request."
+            "--out",
+            metavar="FILE",
+            help="The file to write the request to. Default: NAME.request beside SITE, by the "
+            "site's name.",
         ),
     ] = None,
     new_keys: Annotated[
@@ -159,8 +165,8 @@ ADMIT_FINGERPRINTS = Annotated[
     typer.Option(
         "--fingerprint",
         metavar="F",
-        help="The fingerprint that a site read out; give it once for each request. "
-        "Default: you are asked for it.",
+        help="The fingerprint that a site read out; give it once for each request. Default: "
+        "on a terminal you are asked to compare.",
         show_default=False,
     ),
 ]
@@ -168,7 +174,8 @@ ADMIT_ADDRESS = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="The address to which sites connect. Default: the address of the server.",
+        help="The address to which sites connect. Default: the one that `fedtune server` "
+        "noted in the home.",
     ),
 ]
 ADMIT_OUT = Annotated[
@@ -176,7 +183,8 @@ ADMIT_OUT = Annotated[
     typer.Option(
         "--out",
         metavar="FILE",
-        help="The file to write the answer to, if there is one request. Default: NAME.answer.",
+        help="The file to write the answer to, if there is one request. Default: NAME.answer "
+        "in the current folder.",
     ),
 ]
 

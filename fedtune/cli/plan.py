@@ -42,14 +42,17 @@ def plan(
             "--size",
             min=1,
             metavar="N",
-            help="Compute the cost for a site of this declared size; may be repeated.",
+            help="Compute the cost for a site of this declared size; may be repeated. Site files "
+            "are then read only if --sites names them.",
         ),
     ] = None,
     sites: SITES = None,
     share: SHARE = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Leave out the expected gain, which needs the base."),
+        typer.Option(
+            "--quick", help="Do not predict the gain, for which the base model has to be loaded."
+        ),
     ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:

@@ -22,15 +22,18 @@ def add_to(app: typer.Typer, panel: str) -> None:
 
 CHECK_PLUGIN_NAME = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="A plug-in of this release, or an installed entry point."),
+    typer.Argument(
+        metavar="NAME",
+        help="The plug-in's name: one of this release, or an entry point of an installed package.",
+    ),
 ]
 CHECK_PLUGIN_GROUP = Annotated[
     Groups,
     typer.Option(
         metavar="GROUP",
-        help="Kind of the plug-in: objectives, strategies, modalities, converters or "
-        "trackers (the entry point's group is fedtune.GROUP), or sources (of this "
-        "release only).",
+        help="Kind of the plug-in. For objectives, strategies, modalities, converters and "
+        "trackers, an entry point's group is fedtune.GROUP; sources come with fedtune "
+        "alone.",
     ),
 ]
 CHECK_PLUGIN_OPTION = Annotated[
@@ -45,8 +48,9 @@ CHECK_PLUGIN_BASE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Try an objective or a modality on a tiny random model with the architecture of "
-        "this model. Default: a small random text model.",
+        help="For objectives and modalities: the base (pypi:NAME, a folder or a hub id) of "
+        "whose architecture a tiny random model is made for the check. Default: a small "
+        "random text model.",
         show_default=False,
     ),
 ]

@@ -132,8 +132,8 @@ def approve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The approver's signing key. If it does not exist, it is created, "
-            "readable by this user only.",
+            help="The approver's signing key; if it does not exist, it is created, readable by "
+            "this user only. Give either this or --site.",
             show_default=False,
         ),
     ] = None,
@@ -141,7 +141,8 @@ def approve(
         Path | None,
         typer.Option(
             metavar="SITE",
-            help="Sign with the key of this site.toml's site, which also signed its updates.",
+            help="Sign with the key of this site.toml's site, which also signed its updates. Give "
+            "either this or --key.",
             show_default=False,
         ),
     ] = None,

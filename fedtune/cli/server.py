@@ -35,7 +35,8 @@ HOST = Annotated[
     str,
     typer.Option(
         metavar="ADDRESS",
-        help="The address to listen on. With 127.0.0.1 only this machine can connect.",
+        help="The address to listen on. With 127.0.0.1 only this machine can connect; 0.0.0.0 "
+        "stands for all addresses of this machine.",
     ),
 ]
 NAMES = Annotated[
@@ -43,7 +44,8 @@ NAMES = Annotated[
     typer.Option(
         "--name",
         metavar="NAME",
-        help="A name or address by which sites reach this machine; may be repeated.",
+        help="A host name or an IP address by which sites reach this machine; may be "
+        "repeated. Sites are told the first. Default: --host, unless that is 0.0.0.0.",
         show_default=False,
     ),
 ]
@@ -53,15 +55,17 @@ SIGN_WITHIN = Annotated[
     typer.Option(
         min=0,
         metavar="DAYS",
-        help="How long to wait at the start for sites where nobody has signed the plan yet.",
+        help="How long to wait at the start for people at the sites to sign the plan, as long "
+        "as too few sites take part. Then the study ends with exit code 3.",
     ),
 ]
 OUT = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="The run folder to create. For several studies: the folder in which each has its "
-        "own run folder. Default: runs/NAME beside STUDY.",
+        help="The run folder to create. For several studies: the folder in which each gets a "
+        "run folder. Default: runs/NAME beside STUDY, by the study's name, or "
+        "runs/NAME-2, … if it exists.",
     ),
 ]
 STUDIES = Annotated[

@@ -28,7 +28,12 @@ from fedtune.cli.study import (
 
 OUT = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="The run folder to create. Default: runs/NAME."),
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The run folder to create. Default: runs/NAME, by the study's name, or "
+        "runs/NAME-2, … if it exists.",
+    ),
 ]
 
 
@@ -55,15 +60,17 @@ def simulate(
         str,
         typer.Option(
             metavar="ADDRESS",
-            help="Join the Ray cluster at ADDRESS (auto or HOST:PORT). Default: start Ray here, "
-            "and end it.",
+            help="With --engine ray: join the Ray cluster at ADDRESS (auto or HOST:PORT). "
+            "Default: start Ray on this machine, and end it afterwards.",
             show_default=False,
         ),
     ] = "",
     processes: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Run the sites in N processes that share the base's memory."
+            min=1,
+            metavar="N",
+            help="Let N sites train at the same time, in processes that share the base's memory.",
         ),
     ] = 1,
     rounds: Annotated[
@@ -71,8 +78,8 @@ def simulate(
         typer.Option(
             min=1,
             metavar="N",
-            help="For a study with a [schedule]: stop after round N, and wait for no "
-            "scheduled time.",
+            help="Only for a study with a [schedule], which needs it: stop after round N. Rounds "
+            "follow at once, not at their scheduled times.",
             show_default=False,
         ),
     ] = None,

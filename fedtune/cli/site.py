@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
-from fedtune.cli.study import SET, load, say_expected_gain
+from fedtune.cli.study import SET, STUDY, load, say_expected_gain
 from fedtune.core.errors import ConfigError, InputError, escape_controls
 
 if TYPE_CHECKING:
@@ -30,7 +30,11 @@ SITE = Annotated[
 ]
 PLAN = Annotated[
     Path,
-    typer.Argument(metavar="STUDY", help="A study.toml, or a plan as JSON.", show_default=False),
+    typer.Argument(
+        metavar="STUDY",
+        help="A study.toml, the coordinator's answer, or a plan as JSON.",
+        show_default=False,
+    ),
 ]
 
 
@@ -49,7 +53,7 @@ def review(
         ),
     ] = Path("site.toml"),
     sign: Annotated[
-        bool, typer.Option("--sign", help="Admit exactly this plan, under your login's name.")
+        bool, typer.Option("--sign", help="Sign this plan, and no other, under your login's name.")
     ] = False,
     anyway: Annotated[
         bool,
@@ -63,9 +67,9 @@ def review(
         bool,
         typer.Option(
             "--digest",
-            help="For a study.toml: also compute what its public text adds to the plan, and "
-            "from the whole plan the digest that is signed. This takes minutes to an "
-            "hour; --sign does it too.",
+            help="For a study.toml: also read its public text, to compute the digest that is "
+            "signed and to predict the gain. This takes minutes to an hour; --sign does it "
+            "too.",
         ),
     ] = False,
     settings: SET = None,
@@ -238,7 +242,10 @@ def ledger(
     site: SITE,
     backup: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Copy the ledger to the new folder DIR."),
+        typer.Option(
+            metavar="DIR",
+            help="Copy the ledger, without this site's private key, to the new folder DIR.",
+        ),
     ] = None,
     restore: Annotated[
         bool,
@@ -252,7 +259,7 @@ def ledger(
         typer.Option(
             "--from",
             metavar="DIR",
-            help="The backup to restore from. Default: what is left of the ledger.",
+            help="With --restore: the backup to restore from. Default: what is left of the ledger.",
         ),
     ] = None,
     accept: Annotated[
@@ -260,17 +267,19 @@ def ledger(
         typer.Option(
             metavar="DATASET",
             help="Accept, under your login's name, that this dataset takes part in further "
-            "studies although some of its rounds have unknown cost.",
+            "studies although the cost of some rounds is not known, or records were declared "
+            "public or generated.",
             show_default=False,
         ),
     ] = None,
     freeze: Annotated[
         bool,
         typer.Option(
-            "--freeze", help="Charge, answer and delete nothing here until somebody lifts it."
+            "--freeze",
+            help="Charge, answer and delete nothing here until somebody ends this with --lift.",
         ),
     ] = False,
-    lift: Annotated[bool, typer.Option("--lift", help="End a freeze.")] = False,
+    lift: Annotated[bool, typer.Option("--lift", help="End what --freeze began.")] = False,
     reason: Annotated[
         str,
         typer.Option(
@@ -317,7 +326,7 @@ def ledger(
         if not typer.confirm("restore without one?"):
             raise InputError("nothing was restored", "a person who agrees", "give it --from DIR")
     if not folder.exists() and not restore:
-        raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
+        raise ConfigError(f"{folder}: no ledger yet; it begins with the first study")
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:
@@ -366,7 +375,10 @@ def withdraw(
     ] = None,
     unseen: Annotated[
         bool,
-        typer.Option("--unseen", help="Also accept a key that no record has yet."),
+        typer.Option(
+            "--unseen",
+            help="Also withdraw a patient whose key is in no record and no study here yet.",
+        ),
     ] = False,
     check: Annotated[
         Path | None,
@@ -382,7 +394,7 @@ def withdraw(
     The command asks for the patient's key (the value in the patient column) without showing it, so
     that the key enters no command history. It says which released adapters were trained with the
     patient, and writes a signed receipt for the patient. A key that is in no record and no study of
-    this site is not entered, and the command ends with exit code 2."""
+    this site is entered only with --unseen; without it, the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
@@ -475,9 +487,9 @@ def purge(
         typer.Option(
             "--study",
             metavar="NAME|DIGEST",
-            help="Delete only what belongs to this study, such as its updates, plan and "
-            "personal models. Default: the files of all studies, every log and the other "
-            "leftovers.",
+            help="Delete only what belongs to this study, such as its updates, plan and personal "
+            "models. Default: the files of all studies, and the client's logs, status and "
+            "other files that no study needs.",
             show_default=False,
         ),
     ] = None,
@@ -485,10 +497,11 @@ def purge(
 ) -> dict[str, Any]:
     """Delete what this site keeps of studies beside the ledger, after listing it and asking.
 
-    Deleted are released updates, plans, logs, personal models, pages and figures of acceptances,
-    counts of records, what the data sheet attested, and leftovers. The ledger, the step log and
-    this site's keys stay. If the coordinator asks again for a round whose update is deleted, the
-    round is trained and paid for again, so run this after a study."""
+    Deleted are released updates, plans, the client's logs, personal models, pages and figures of
+    acceptances, counts of records, what the data sheet attested, and temporary files. The ledger,
+    the step log, the audit log, patients' receipts and this site's keys stay. If the coordinator
+    asks again for a round whose update is deleted, the round is trained and paid for again, so run
+    this after a study."""
     from fedtune.cli.console import files_table
     from fedtune.core.config import load_site
     from fedtune.officer import purge as purger
@@ -514,7 +527,7 @@ def purge(
 
 
 def audit(
-    study: PLAN,
+    study: STUDY,
     trials: Annotated[
         int, typer.Option(min=1000, metavar="N", help="Number of trials of the one-step audit.")
     ] = 10_000,

@@ -35,7 +35,11 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="Print the status once and exit.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--check", help="For a health check: print only ok, or exit with code 4."),
+        typer.Option(
+            "--check",
+            help="For a health check: print ok; or exit with code 4 if the process has gone or "
+            "was stopped, or a site's last request failed.",
+        ),
     ] = False,
     metrics: Annotated[
         Path | None,
@@ -61,7 +65,9 @@ def status(
     snapshot = read_status(folder)
     if check:
         if snapshot.state in ("gone", "stopped"):
-            raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
+            raise InfrastructureError(
+                f"{folder}: {snapshot.state}", "a process that runs", "start it"
+            )
         if snapshot.failed:
             raise InfrastructureError(
                 f"{folder}: the last request failed here ({snapshot.failed})",

@@ -43,8 +43,8 @@ TRACKER = Annotated[
     typer.Option(
         "--tracker",
         metavar="NAME",
-        help="Also send each round's figures to this tracker: tensorboard, mlflow or wandb "
-        "(offline), as NAME or NAME:OPTION=VALUE; may be repeated.",
+        help="Also give each round's figures to this tracker: tensorboard, mlflow, or wandb, "
+        "which works offline. Write NAME or NAME:OPTION=VALUE,…; may be repeated.",
         show_default=False,
     ),
 ]
@@ -55,12 +55,18 @@ METRICS = Annotated[
         min=1,
         max=65535,
         metavar="N",
-        help="Serve Prometheus metrics on 127.0.0.1:N.",
+        help="Serve metrics for Prometheus on 127.0.0.1:N, to programs on this machine only. "
+        "Default: do not.",
         show_default=False,
     ),
 ]
 RESUME = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --out after its last complete round.")
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue a run after its last complete round: the run in --out, or else the "
+        "study's newest one. If there is none, a run begins.",
+    ),
 ]
 SET = Annotated[
     list[str] | None,
@@ -79,15 +85,18 @@ SHARE = Annotated[
     typer.Option(
         "--share",
         metavar="CLASS=SHARE",
-        help="Compute the expected gain as if this share of the sites' units were of CLASS, of "
-        "which there is no public record, such as 'genetic changes=0.1'; may be repeated.",
+        help="For the expected gain: assume that this share of the sites' patients (or "
+        "records) is of CLASS, a class without public records, such as 'genetic "
+        "changes=0.1'; may be repeated.",
         show_default=False,
     ),
 ]
 ANYWAY = Annotated[
     bool,
     typer.Option(
-        "--anyway", help="Also run a study that is not expected to gain over public records alone."
+        "--anyway",
+        help="Run the study even if the sites' private records are expected to add nothing to "
+        "public ones. Default: such a study ends with an error before it costs any ε.",
     ),
 ]
 

@@ -38,7 +38,8 @@ TRIALS = Annotated[
         min=1,
         max=1000,
         metavar="N",
-        help="Maximum number of trials. Default: 5 learning rates, or every combination of --set.",
+        help="Maximum number of trials; of more combinations, N are drawn at random. Default: "
+        "every combination of --set, or 5 learning rates.",
         show_default=False,
     ),
 ]
@@ -47,8 +48,9 @@ SETTINGS = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=A,B,…",
-        help="Try these values instead of the one in study.toml; may be repeated. If no key "
-        "has several values, learning rates around the plan's are tried.",
+        help="Try each of these values of a key of study.toml, such as "
+        "training.learning_rate=1e-4,1e-3. May be repeated: all combinations are tried. "
+        "If no key has several values, learning rates around the plan's are tried.",
         show_default=False,
     ),
 ]
@@ -56,9 +58,9 @@ RECORDS = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records by which trials are compared, with the columns of [evaluation], "
-        "for a study without [selection]. The records of [evaluation] never serve for "
-        "this.",
+        help="Required for a study without [selection]: a file of public records, with the "
+        "columns of [evaluation], by which trials are compared. The records of "
+        "[evaluation] never serve for this.",
         show_default=False,
     ),
 ]
@@ -66,7 +68,7 @@ OUT = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Folder for the trials. Default: runs/NAME-tune, with the study's name.",
+        help="Folder for the trials. Default: runs/NAME-tune, by the study's name.",
         show_default=False,
     ),
 ]

@@ -29,7 +29,12 @@ def add_to(app: typer.Typer, panel: str) -> None:
 def evaluate(
     run: RUN_FOLDER,
     data: Annotated[
-        Path, typer.Option(metavar="FILE", help="A file of records: .jsonl, .csv or .parquet.")
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Your records: a .jsonl, .csv, .parquet or .arrow file, or a folder of such "
+            "files.",
+        ),
     ],
     metric: Annotated[
         MetricName | None,
@@ -106,7 +111,7 @@ def predict(
         Path,
         typer.Option(
             metavar="FILE",
-            help="A file of records: .jsonl, .csv or .parquet, or .txt with one text per "
+            help="A file of records: .jsonl, .csv, .parquet or .arrow, or .txt with one text per "
             "line. Labels are not read.",
         ),
     ],

@@ -115,6 +115,7 @@ def verify(
     if not (found.trusted or found.simulated):
         raise Refused(
             "consistent, signer unknown: whoever made this folder may have made its keys too",
+            "the fingerprint of a consortium that you know",
             "give --trust FINGERPRINT as the coordinator reads it out, not copied from here",
         )
     if found.dossier and not found.dossier["word by word"]:

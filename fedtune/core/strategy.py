@@ -94,7 +94,9 @@ class Strategy(ABC):
         """Restore the arrays that `state` returned before a restart. Errors: ConfigError if they
         are another strategy's."""
         if state:
-            raise ConfigError("the checkpoint holds another strategy's state")
+            raise ConfigError(
+                "the checkpoint holds another strategy's state", "the run's own strategy"
+            )
 
 
 def require(condition: bool, option: str, expected: str) -> None:
@@ -118,7 +120,9 @@ def unflatten(state: State, groups: tuple[str, ...]) -> dict[str, State]:
     for key, array in state.items():
         group, _, name = key.partition("/")
         if group not in found or not name:
-            raise ConfigError("the checkpoint holds another strategy's state")
+            raise ConfigError(
+                "the checkpoint holds another strategy's state", "the run's own strategy"
+            )
         found[group][name] = array
     return found
 

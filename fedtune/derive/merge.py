@@ -140,10 +140,13 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
             raise ConfigError(
                 f"{both}: trained on different bases ({mine}, {other})",
                 "runs whose plans pin the same base.digest",
-                "an adapter is a change of its own base, and has no meaning on another",
+                "leave one of them out: an adapter is a change of its own base",
             )
         if parent.study.base.quantisation != first.study.base.quantisation:
-            raise ConfigError(f"{both}: their bases are quantised in different ways")
+            raise ConfigError(
+                f"{both}: their bases are quantised in different ways",
+                "runs with the same [base.quantisation]",
+            )
     folder_by_digest: dict[str, Path] = {}
     for parent in parents:
         digest, folder = lora.digest(parent.arrays), parent.run.folder

@@ -49,7 +49,7 @@ def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
     except (ssl.SSLError, ValueError):
         raise InfrastructureError(
             f"{address}: answers, but not as a gateway does", "TLS 1.3 with a certificate",
-            "another program uses that port, or a proxy stands in between",
+            "see whether another program uses that port, or a proxy stands in between",
         ) from None  # fmt: skip
     except (OSError, EOFError):
         raise InfrastructureError(

@@ -27,7 +27,10 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
     tokenizer. Errors: ConfigError if two choices have the same tokens, or one is empty."""
     ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
     if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
-        raise ConfigError("evaluation.choices: two choices have the same tokens, or one is empty")
+        raise ConfigError(
+            "evaluation.choices: two choices have the same tokens, or one is empty",
+            "choices that the base's tokenizer can tell apart",
+        )
     return ids
 
 

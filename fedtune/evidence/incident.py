@@ -96,7 +96,7 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     the site has no ledger or no signing key; InfrastructureError."""
     home, state = site.home, site.site.state
     if not traces(home):
-        raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
+        raise ConfigError(f"{home}: no ledger yet, so there is nothing to keep")
     if not (home / KEY).exists():  # none is made: it would not be this site's
         raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
     # A membership that never ran has no state folder, and gets its key now.

@@ -259,7 +259,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
     not loopback; InfrastructureError if the port cannot be opened."""
     if not ip_address(host).is_loopback:
         raise ConfigError(
-            f"metrics on {host}",
+            f"metrics would be served on {host}",
             f"{HOST}: they carry no password",
             "let a Prometheus agent on this machine read them, or forward the port over SSH",
         )

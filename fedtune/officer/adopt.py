@@ -195,7 +195,9 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
     state = site.site.state.resolve()
     if site.data.declared or site.site.ledger:
         raise ConfigError(
-            f"{site_file}: data that is declared is no hospital's dataset", "private records"
+            f"{site_file}: declares its data public or generated, and a hospital's ledger pays for "
+            "private records only",
+            "a site with private records",
         )
     if not traces(state):
         raise ConfigError(

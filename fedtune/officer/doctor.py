@@ -309,12 +309,16 @@ def _records(site: Site) -> str:
     if read.failed:
         counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
     if units < 2:
-        raise FedtuneError(counts, "at least 2 units", "otherwise this site sends noise only")
+        raise FedtuneError(
+            counts,
+            "at least 2 units, because with fewer this site sends noise only",
+            "add records, or check [data] in site.toml",
+        )
     if not declared / 2 < units < 2 * declared:
         raise FedtuneError(
             counts,
             "a declared size within a factor of two",
-            "state another round figure by hand; the declared size is public",
+            "choose another round figure for site.declared_size, which is public",
         )
     return "; ".join([counts, *declared_wrongly(units, declared, unit.removesuffix("s"))])
 

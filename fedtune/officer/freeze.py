@@ -41,7 +41,7 @@ def freeze(site: Site, why: str) -> None:
     - LedgerError: the ledger is damaged; raised after the entry in the audit log
     - InfrastructureError: the disk refuses; also if it is full and the reserved space is used up"""
     if not traces(site.home):
-        raise ConfigError(f"{site.home}: no ledger yet", todo="there is nothing to freeze")
+        raise ConfigError(f"{site.home}: no ledger yet, so there is nothing to freeze")
 
     def enter() -> None:
         try:

@@ -185,7 +185,7 @@ def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
     raise ConfigError(
         f"[{'.'.join(wanted)}]: is not written as a table of its own",
         f"a line [{'.'.join(wanted)}]",
-        "write it so, and run the command again",
+        "write the table under a line of its own, and run the command again",
     )
 
 
@@ -235,7 +235,7 @@ def keep_copy(path: Path) -> Path:
             return create(copy, content, private=True)
         if copy.read_bytes() == content:
             return copy
-    raise ConfigError(f"{path}: too many copies beside it", todo="delete some of them")
+    raise ConfigError(f"{path}: 999 copies of it are beside it", todo="delete old copies")
 
 
 def before() -> str:

@@ -59,11 +59,11 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
     state = site.site.state
     keys = keys_folder(site)
     if not (traces(site.home) and network_keys(site)):
-        raise ConfigError(f"{keys}: no network keys", "a site that was enrolled")
+        raise ConfigError(f"{keys}: no network keys", "a site that has enrolled, and has not left")
     consortium = consortium_of(site)
     if distrust and not consortium:
         raise ConfigError(
-            f"{keys}: holds no coordinator's answer, so that nobody could be told from others",
+            f"{keys}: holds no coordinator's answer, which would name the consortium to distrust",
             todo="leave without --distrust",
         )
     with alone(state / "flower", "fedtune client"), alone(state / "ranks", "the vault of a client"):

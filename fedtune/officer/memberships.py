@@ -277,7 +277,7 @@ def check_new(home: Path, hospital: Hospital, name: str) -> None:
             f"a membership {name!r} has paid from the ledger in {home} and has ended, or a person "
             "signed or decided something for it",
             "a name that no membership ever had",
-            "choose another name: what it paid, and what was signed for it, is its own",
+            "choose another name: what was paid and signed under this one stays with it",
         )
 
 
@@ -383,7 +383,10 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     way or the site file cannot be used; Refused if the ledger is frozen; InfrastructureError if its
     client runs."""
     if ending.anyway and not anyway:
-        raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
+        raise InputError(
+            ending.anyway,
+            todo="wait until its studies have ended, or correct its site file; or give --anyway",
+        )
     home, name, site = ending.home, ending.name, ending.site
     check_not_frozen(home, "deleted")
     _without(home, name)  # before anything is deleted

@@ -39,7 +39,7 @@ def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
             continue
     if not (known := heads - {""}):
         raise InputError(
-            f"{run}: holds no update of this site that names a head of its log",
-            "a run with such an update",
+            f"{run}: no update in it is from this site and names an entry of its log",
+            "a run to which this site sent updates",
         )
     return max(known, key=lambda head: int(head.partition(":")[0]))

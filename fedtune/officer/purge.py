@@ -104,7 +104,7 @@ def listing(site: Site, study: str | None = None) -> Listing:
     LedgerError."""
     state = site.site.state
     if not state.is_dir():
-        raise ConfigError(f"{state}: no such folder", todo="nothing was kept here as yet")
+        raise ConfigError(f"{state}: no such folder, so nothing is kept here yet")
     contents = Listing(state, site.home)
     for path in _walk(state):
         kind = _kind(path.relative_to(state).as_posix())

@@ -113,7 +113,7 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
     if public and "sheet" not in site.policy.release:
         raise PolicyRefused(
             'policy.release does not list "sheet"',
-            todo="a policy that allows the public sheet to leave the site",
+            todo="if the public sheet may leave the site, add it there",
         )
     if public:
         check_replaceable(public, ".json")

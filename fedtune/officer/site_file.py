@@ -19,7 +19,10 @@ def site_file(context: Context) -> str:
         return str(path)
     folder, number = context.run_config.get("sites"), context.node_config.get("partition-id")
     if folder is None or number is None:
-        raise ConfigError("this node does not know its site file", 'node_config["site"]')
+        raise ConfigError(
+            "this node was started without the path of its site file",
+            'site = "PATH" in node_config',
+        )
     files = sites_in(Path(str(folder)))
     if not 0 <= int(number) < len(files):
         raise ConfigError(f"{folder}: no site file for partition {number}")

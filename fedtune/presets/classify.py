@@ -54,7 +54,9 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
         )
     if unknown := sorted({*found} - {*labels}):
         raise ConfigError(
-            f"--evaluation: the label {unknown[0]!r} is not one of --label", "one of them"
+            f"--evaluation: the label {unknown[0]!r} is not one of --label",
+            "public records of the named classes only",
+            "name it too, with --label or --also-label, or take its records out",
         )
     columns = presets.column_lines("classify", records)
     fitted = "public" in public

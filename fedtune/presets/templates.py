@@ -277,7 +277,8 @@ def init(
     folder = Path(folder)
     if not re.fullmatch(NAME, name):
         raise ConfigError(
-            f"name {name[:80]!r}: not a valid site name", "letters, digits, dots, dashes"
+            f"name {name[:80]!r}: not a valid site name",
+            "1 to 64 letters, digits, dots, dashes or underscores",
         )
     files: dict[Path, str] = {}
     if role != "site":

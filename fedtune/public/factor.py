@@ -114,7 +114,9 @@ def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
     the rows are is described at `public_factor`. Errors: ConfigError if n is at most `rank`."""
     if len(inputs) <= rank:
         raise ConfigError(
-            f"public: {len(inputs)} positions for lora.rank = {rank}", f"more than {rank} records"
+            f"[public] has {len(inputs)} tokens to learn from, and lora.rank = {rank}",
+            f"more than {rank} such tokens; each record has at least one",
+            "add public records, or lower lora.rank",
         )
     x = inputs.double()
     mean = x.mean(dim=0)

@@ -114,7 +114,10 @@ def _gradients(
     network, objective = data.network, study.objective.resolved
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
-        raise ConfigError("a public start", "an adapter on the text's layers alone")
+        raise ConfigError(
+            "public records cannot train an adapter on the base's projector",
+            "an adapter on the text's layers alone",
+        )
     engine = engines.choose(study.training.engine, network.trained, list(named.values()))
     rows = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values())))
     everyone = range(len(data.dataset.examples))

@@ -58,5 +58,7 @@ def read_report(run: Path, *needed: str) -> dict[str, Any]:
         outer, _, last = key.rpartition(".")
         table = report.get(outer, {}) if outer else report
         if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
-            raise InputError(f"{path}: {key} is not what a report says", expected, todo)
+            raise InputError(
+                f"{path}: {key} is missing, or its value is of another type", expected, todo
+            )
     return report

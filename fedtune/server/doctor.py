@@ -97,7 +97,10 @@ def _files(study: Study) -> str:
     named = {name: getattr(study, name) for name in ("public", "selection", "evaluation")}
     for table, file in named.items():
         if file is not None and not file.path.is_file():
-            raise ConfigError(f"{file.path}: no such file", todo=f"put it there, or see [{table}]")
+            raise ConfigError(
+                f"{file.path}: no such file",
+                todo=f"put it there, or correct [{table}] in study.toml",
+            )
     return ", ".join(table for table, file in named.items() if file) or "none in the study"
 
 

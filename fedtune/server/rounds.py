@@ -443,7 +443,9 @@ class _Run:
             self.strategy.apply, progress.adapter, progress.frozen
         )
         if not all(np.isfinite(array).all() for array in adapter.values()):
-            raise InfrastructureError(f"round {number}: the aggregate is not finite")
+            raise InfrastructureError(
+                f"round {number}: the adapter after this round is not finite", "finite numbers"
+            )
         extra: dict[str, Any] = {}
         if (chooser := self._step_chooser) is not None:
             adapter, extra = step.choose(chooser, progress, adapter)

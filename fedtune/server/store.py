@@ -287,7 +287,8 @@ class Receipts:
         raise CheckpointError(
             f"{self.path}: damaged",
             "the receipts as they were written",
-            "restore it from a copy; otherwise a site that was rolled back is noticed later",
+            "restore it from a copy; if it is deleted, a site whose ledger was rolled back is "
+            "noticed later",
         )
 
     def keep(self, receipts: dict[str, dict[str, Any]]) -> None:

@@ -190,5 +190,7 @@ class Discriminant(Strategy):
         """Continue from a saved state: the public data and, if there were rounds, the averaged
         sums. Errors: ConfigError if it is another strategy's state."""
         if not KNOWN <= state.keys() <= KNOWN | {NAMES, HELD_OUT, NOISED, PRECISION, UNITS}:
-            raise ConfigError("the checkpoint holds another strategy's state")
+            raise ConfigError(
+                "the checkpoint holds another strategy's state", "the run's own strategy"
+            )
         self._state = dict(state)

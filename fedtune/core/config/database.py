@@ -50,7 +50,7 @@ def check_url(value: str) -> str:
     if parts.scheme in FILES and (parts.netloc or asked or not parts.path.strip("/")):
         raise ValueError(f"must be {parts.scheme}:///FILE, or {parts.scheme}:////FOLDER/FILE")
     if parts.fragment:
-        raise ValueError("names a table behind #; that is options.table")
+        raise ValueError("must not name a table behind #; name it as options.table")
     return value
 
 

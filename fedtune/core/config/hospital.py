@@ -119,9 +119,9 @@ class Hospital(Table):
                 "hospital.declared_size; a larger δ would allow a mechanism to release a record"
             )
         if OFFICER in self.memberships:
-            raise ValueError(f"memberships.{OFFICER}: is not free: withdrawals have that space")
+            raise ValueError(f"memberships.{OFFICER}: is not free: the name stands for withdrawals")
         if sum(membership.earlier for membership in self.memberships.values()) > 1:
-            raise ValueError("memberships: what was paid earlier is one membership's alone")
+            raise ValueError("memberships: only one of them may have earlier = true")
         for name, data in self.datasets.items():
             if unknown := set(data.disjoint_from) - set(self.datasets):
                 raise ValueError(f"datasets.{name}.disjoint_from: {min(unknown)} is no dataset")

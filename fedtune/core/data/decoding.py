@@ -57,7 +57,9 @@ def import_decoders(kind: Kind) -> None:
         import PIL
         from PIL import Image
     except ImportError:
-        raise ConfigError(f"{kind} columns need Pillow, which is not installed", EXTRA) from None
+        raise ConfigError(
+            f"{kind} columns need Pillow, which is not installed", todo=EXTRA
+        ) from None
     _import_all(PIL)
     Image.init()
     if kind == "video":

@@ -283,7 +283,9 @@ def _import_what_reads_kept_forms(kind: Kind) -> None:
     try:
         from PIL import Image
     except ImportError:
-        raise ConfigError(f"{kind} columns need Pillow, which is not installed", EXTRA) from None
+        raise ConfigError(
+            f"{kind} columns need Pillow, which is not installed", todo=EXTRA
+        ) from None
     Image.preinit()
 
 

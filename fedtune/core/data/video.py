@@ -43,7 +43,7 @@ def import_pyav() -> Any:
     try:
         import av
     except ImportError:
-        raise ConfigError("video columns need PyAV, which is not installed", EXTRA) from None
+        raise ConfigError("video columns need PyAV, which is not installed", todo=EXTRA) from None
     return av
 
 

@@ -115,5 +115,5 @@ def word_bits(
     raise ConfigError(
         "the sites' declared sizes are so large that a word needs more than 64 bits",
         "declared sizes whose largest possible sum fits into 64 bits",
-        "ask the site with by far the largest declared size",
+        "check site.declared_size at the site where it is by far the largest",
     )

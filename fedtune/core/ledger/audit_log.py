@@ -192,7 +192,7 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
     except InfrastructureError as error:  # what is there was handed over
         raise InputError(error.happened, error.expected, error.todo) from None
     if not contents:
-        raise InputError(f"{folder}: no audit log", FILE, "it begins with the first act")
+        raise InputError(f"{folder}: no audit log yet; it begins with the first act", FILE)
     for path, content in contents:
         for where, line in _lines(path, content):
             entry = _read(line, where)
@@ -245,7 +245,7 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
         raise NotGenuine(
             f"{path}: the last line is cut short",
             "complete lines",
-            "after a crash the next entry removes this line: nothing was done under it",
+            "after a crash, go on: the next entry removes this line, and nothing was done under it",
         )
     for number, line in enumerate(lines, 1):
         yield f"{path}: line {number}", line

@@ -326,7 +326,9 @@ class Database:
         if path.exists():
             anchor = read_head(path, self.key.public)
             if anchor is None:
-                raise LedgerError(f"{path}: torn, edited or of another key", todo=RESTORE)
+                raise LedgerError(
+                    f"{path}: cut short, edited, or signed by another key", todo=RESTORE
+                )
             if anchor == head:
                 return
             if not self.knows(connection, anchor):
@@ -356,7 +358,7 @@ class Database:
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)
         if receipts is None:
-            raise LedgerError(f"{path}: torn, edited or of another key", todo=RESTORE)
+            raise LedgerError(f"{path}: cut short, edited, or signed by another key", todo=RESTORE)
         for receipt in receipts.every:
             if not self.knows(connection, receipt.head):
                 raise LedgerError(

@@ -110,7 +110,8 @@ def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
     the last acceptance. Errors: ConfigError if there is neither."""
     if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
         raise ConfigError(
-            f"nothing of dataset {dataset!r} is unknown", "a dataset with such rounds"
+            f"there is nothing to accept for dataset {dataset!r}",
+            "rounds of unknown cost, or a declaration as public or generated since the last time",
         )
 
 

@@ -577,7 +577,8 @@ class Ledger:
         with self._store.writing() as writer:
             if slot in self._account.refused:
                 raise InputError(
-                    f"round {slot[1]}: its answer was refused, for good", todo="leave it out"
+                    f"round {slot[1]}: its answer was refused, for good",
+                    todo="name the other answers without it",
                 )
             if not self._is_let_go(slot):
                 sha256 = self._account.sent.get(slot, "")
@@ -591,8 +592,8 @@ class Ledger:
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
-                    f"round {slot[1]}: somebody let its answer go, and it may have been sent",
-                    todo="leave it out",
+                    f"round {slot[1]}: its answer was released before, and may have been sent",
+                    todo="name the other answers without it",
                 )
             if slot not in self._account.refused:
                 writer.append("refuse", {**slot_fields(slot), "by": who})

@@ -41,7 +41,10 @@ class Images:
         self._id, self._run = int(config.image_token_id), self._run_of(config)
         self._token: str = tokenizer.convert_ids_to_tokens(self._id)  # type: ignore[assignment]
         if tokenizer.encode(self._token, add_special_tokens=False) != [self._id]:
-            raise ModelError(f"{base.name}: its tokenizer does not know the image token as one")
+            raise ModelError(
+                f"{base.name}: its tokenizer divides the image token",
+                "a tokenizer in which it is one token",
+            )
         self.avoid = frozenset([self._id])
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
@@ -213,7 +216,7 @@ def _processor(base: Base) -> Any:
         import PIL  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"{base.name} reads images, and Pillow is not installed", "the extra", EXTRA
+            f"{base.name} reads images, and Pillow is not installed", todo=EXTRA
         ) from None
     try:
         auto: Any = transformers.AutoImageProcessor

@@ -62,6 +62,7 @@ def check_reads(study: Study, network: Network) -> None:
         raise ConfigError(
             f"the base cannot read objective.max_length = {longest} tokens here",
             "a length that it reads on this machine",
+            "lower objective.max_length; the log of the machine where this happened says more",
         ) from None
     _checked[network].add(study.digest)
 

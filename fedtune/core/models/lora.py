@@ -159,7 +159,9 @@ def frozen_of_plan(
 
     Errors: ModelError if digests, names, shapes or ranges are not the plan's."""
     if table.a_digest not in (None, digest(factor)):
-        raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
+        raise ModelError(
+            "the adapter's frozen factor is not the plan's", "one with the digest lora.a_digest"
+        )
     wanted = table.preconditioner
     if wanted is None:
         return {}
@@ -172,14 +174,18 @@ def frozen_of_plan(
         if ".lora_B." in name
     }
     if {name: array.shape for name, array in outputs.items()} != expected:
-        raise ModelError("the plan's preconditioner has other shapes than its adapter", "the same")
+        raise ModelError(
+            "the plan's preconditioner does not fit its adapter", "the shapes of the adapter"
+        )
     for array in outputs.values():
         if not np.isfinite(array).all():
             raise ModelError("the plan's preconditioner is not finite", "finite numbers")
     for name in trained:
         preconditioner.multiplier_of(name, outputs)
     if wanted.digest not in (None, digest(outputs)):
-        raise ModelError("the preconditioner is not the plan's", "lora.preconditioner.digest")
+        raise ModelError(
+            "the preconditioner is not the plan's", "one with the digest lora.preconditioner.digest"
+        )
     return outputs
 
 
@@ -192,10 +198,14 @@ def load_into(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
     """Copy arrays into the parameters of the same names. Errors: ModelError if names or shapes
     differ, or an entry is not finite or larger than LARGEST; nothing is loaded then."""
     if set(parameters) != set(arrays):
-        raise ModelError("the adapter's tensors have other names than this base's", "the same plan")
+        raise ModelError(
+            "the adapter's tensors have other names than this base's", "an adapter of this plan"
+        )
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != arrays[name].shape or not np.isfinite(arrays[name]).all():
-            raise ModelError(f"adapter tensor {name}: wrong shape or not finite", "the same plan")
+            raise ModelError(
+                f"adapter tensor {name}: wrong shape or not finite", "an adapter of this plan"
+            )
         if np.abs(arrays[name]).max(initial=0.0) > LARGEST:
             raise ModelError(
                 f"adapter tensor {name}: an entry is larger than {LARGEST:g}",

@@ -110,7 +110,9 @@ class Network:
         self.statistics: ClassStatistics | None = None
         if directions:
             if lora:
-                raise ConfigError("class statistics are of a frozen base", "no [lora] table")
+                raise ConfigError(
+                    "class statistics need a base that stays as it is", "no [lora] table"
+                )
             self.statistics = ClassStatistics(self.hidden_size, directions, labels, self.device)
         self._split: Split | None = None
         self._projects = lora is not None and PROJECTOR in lora.modules

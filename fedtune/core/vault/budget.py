@@ -196,8 +196,7 @@ class Budget:
         of_plan = (charge for charge in self.charges if charge.study == self.plan.study)
         if any(charge.membership not in self.policy.own_memberships for charge in of_plan):
             raise BudgetExceeded(
-                "with shared noise a hospital takes part in a plan once, of all its consortia "
-                "together",
+                "with shared noise a hospital takes part in a plan once, in one of its consortia",
                 todo="leave this site out, or plan with each site's own noise",
             )
 

@@ -253,8 +253,8 @@ def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
     if study.secure_aggregation and site.vault:
         yield PolicyRefused(
             "vault.run starts this site's vault for one request at a time, and a plan that shares "
-            "one dose of noise needs one that lives from a draw to its mask",
-            "a plan without [secure_aggregation], or a vault that stays",
+            "one dose of noise needs a vault that runs until its noise is masked",
+            "a plan without [secure_aggregation], or a site.toml without [vault]",
         )
 
 
@@ -312,7 +312,7 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
         yield PolicyRefused(
             "this site names a patient column and the study protects single records",
             'privacy.unit = "patient"',
-            "a patient with several records would get a far weaker guarantee than the ε says",
+            "change it in the plan: a patient with several records would get less than the ε says",
         )
 
 

@@ -232,7 +232,10 @@ class Workers:
         done = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
         for rank, did in enumerate(done, 1):
             if not did:
-                raise InfrastructureError(f"rank {rank} of this site could not {what}")
+                raise InfrastructureError(
+                    f"process {rank} of this site's team could not {what}",
+                    todo="read the team's logs in the site's state folder",
+                )
 
 
 class _Lead:

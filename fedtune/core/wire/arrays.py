@@ -216,5 +216,5 @@ def _decode(name: str, dtype: str, data: bytes) -> npt.NDArray[Any]:
     shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
     kind = np.dtype(_TYPES[dtype])
     if len(data) - start != kind.itemsize * math.prod(shape):
-        raise WireError(f"{label} has not the bytes of its stated shape")
+        raise WireError(f"{label} has not as many bytes as its shape needs")
     return np.frombuffer(data, dtype=kind, offset=start).reshape(shape).copy()

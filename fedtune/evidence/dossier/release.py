@@ -160,7 +160,7 @@ def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[
             raise Refused(
                 f"{folder / name}: is not of generated records",
                 "what `fedtune attack RUN` or `fedtune audit` wrote",
-                "a site's own attack depends on its records, and stays there",
+                "leave it out: a site's own attack depends on its records, and stays there",
             )
         if content.get("study") != report["study"]:
             raise ConfigError(f"{folder / name}: is of another study", str(report["study"]))

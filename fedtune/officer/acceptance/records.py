@@ -105,10 +105,9 @@ def read_held_out(
             examples += unit.examples
     if not kept:
         raise DataError(
-            f"{table.where}: no record is left by which to judge the model",
+            f"{table.where}: no record is left by which to judge the model (left out: "
+            f"{_format_counts(Counter(reasons.values()))}; rejected: {_format_counts(rejected)})",
             "usable records of patients whom this site did not train on",
-            f"left out: {_format_counts(Counter(reasons.values()))}; "
-            f"rejected: {_format_counts(rejected)}",
         )
     keys = {unit: number for number, unit in enumerate(dict.fromkeys(r.unit for r in kept))}
     units = np.array([keys[record.unit] for record in kept])

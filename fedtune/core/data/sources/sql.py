@@ -59,10 +59,13 @@ class Sql(Collection):
 
     def __post_init__(self) -> None:
         if bool(self.table) == bool(self.query):
-            raise ConfigError("data.options of a database", "table, or query", "name one of them")
+            raise ConfigError(
+                "data.options names both a table and a query, or neither", "exactly one of the two"
+            )
         if bool(self.join) != bool(self.on) or (self.query and self.join):
             raise ConfigError(
-                "data.options.join of a database", "table and join, and on, a column of both tables"
+                "data.options.join lacks `on`, or `on` lacks join, or both are given with a query",
+                "table, join and `on`, the name of a column of both tables",
             )
         if ";" in self.query:
             raise ConfigError(
@@ -73,7 +76,9 @@ class Sql(Collection):
                 "data.options has two passwords", "only one of password_file and password_env"
             )
         if kind_of(self.url) not in KINDS:
-            raise ConfigError(f'source = "sql" needs data.url, of {", ".join(KINDS)}')
+            raise ConfigError(
+                'source = "sql" needs data.url', f"the url of one of these: {', '.join(KINDS)}"
+            )
         require_driver(kind_of(self.url))
 
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
@@ -117,7 +122,10 @@ class Sql(Collection):
         columns. Errors: DataError if a table lacks one of these two."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
-            raise DataError(f"{names.where}: data.options.on is not a column of both tables")
+            raise DataError(
+                f"{names.where}: data.options.on is not a column of both tables",
+                "a column that `table` and `join` both have",
+            )
         if patient != self.on and not (patient in own and patient in other):
             raise DataError(
                 f"{names.where}: data.options.join would join rows of different patients",
@@ -130,7 +138,10 @@ class Sql(Collection):
     def _describe_table(self, database: Database, table: str, names: Names) -> list[str]:
         columns, is_table = database.describe(table)
         if not columns:
-            raise DataError(f"{names.where}: has no table that data.options names", "its name")
+            raise DataError(
+                f"{names.where}: has no table that data.options names",
+                "the name of a table of this database",
+            )
         if not (is_table or self.view):
             raise DataError(
                 f"{names.where}: data.options names something that is not an "
