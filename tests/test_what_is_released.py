@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 from fedtune import load_study
 from fedtune import report as reports
 from fedtune.core.errors import NotGenuine
-from fedtune.core.run_folder import CHECKPOINT
 from fedtune.core.wire.keys import SigningKey
 from fedtune.derive.export import export
 from fedtune.evaluation.run import evaluate
@@ -29,7 +28,7 @@ from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
 from fedtune.officer.site_files import sites_in
 from fedtune.report.gain import choose_better
-from fedtune.runs.run import Run
+from fedtune.runs.run import CHECKPOINT, Run
 from fedtune.server import store, summary
 from fedtune.server.release import decide
 from fedtune.strategies._posterior import ClassFigures

@@ -236,19 +236,14 @@ def only_computing() -> Confinement:
 
     It can open no file or socket, start no process or thread, signal no process, and learn neither
     its own number nor the time. So its results depend only on its memory and on what it reads from
-    open descriptors. A thread that runs already is not confined."""
+    open descriptors. A thread that runs already is not confined. If Linux cannot take the time
+    away, the restriction is not made, except on 64-bit ARM, where Linux cannot before 6.12."""
     stopped = _stop_clocks()
+    readable = {CLOCK_IN_MEMORY} | ({COUNTER} if platform.machine() == "x86_64" else set[str]())
+    if not readable.isdisjoint(stopped.missing):
+        return stopped
     _close_itself()
     return stopped & _install(filter_of_computing)
-
-
-def can_read_time(confined: Confinement) -> bool:
-    """Return whether a process that only computes can nevertheless read the time, although this
-    processor and Linux could keep it from that. On 64-bit ARM Linux cannot before 6.12.
-
-    confined: what `only_computing` returned"""
-    readable = {CLOCK_IN_MEMORY} | ({COUNTER} if platform.machine() == "x86_64" else set[str]())
-    return not readable.isdisjoint(confined.missing)
 
 
 def hide_command_line() -> bool:

@@ -42,13 +42,12 @@ MUTANTS = (
     ),
     one(
         "units", "a-child-that-may-ask-for-everything", FORKS,
-        "confined = isolation.only_computing()",
-        'confined = isolation.Confinement(("seccomp",))',
+        'if "seccomp" not in isolation.only_computing().means:', "if False:",
         T_CARRIED + "[in_a_file]", "a file of one unit's is read by another's conversion",
     ),
     one(
-        "units", "a-child-that-has-a-clock-works", FORKS,
-        " or isolation.can_read_time(confined)", "",
+        "units", "a-child-that-has-a-clock-works", ISOLATION,
+        "    if not readable.isdisjoint(stopped.missing):\n", "    if False:\n",
         T_SHOWS + "test_a_child_that_can_read_the_time_does_nothing",
         "one patient's rows say when they were converted, and so how many came before",
     ),

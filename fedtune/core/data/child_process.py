@@ -160,8 +160,7 @@ def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) 
     code = 0
     try:
         _limit(reading, writing, settings)
-        confined = isolation.only_computing()
-        if "seccomp" not in confined.means or isolation.can_read_time(confined):
+        if "seccomp" not in isolation.only_computing().means:
             code = UNCONFINED
         else:
             while (given := _read(reading)) is not None:
