@@ -332,9 +332,9 @@ def test_path_or_url_and_nothing_beside_it() -> None:
     with pytest.raises(ValidationError, match='source = "sql"'):
         SiteData(url="sqlite:///x.db", source="csv", columns=COLUMNS)
     for options, said in (
-        ({}, "table, or query"),
-        ({"table": "a", "query": "b"}, "table, or query"),
-        ({"table": "a", "join": "b"}, "table and join, and on"),
+        ({}, "a table and a query, or neither"),
+        ({"table": "a", "query": "b"}, "a table and a query, or neither"),
+        ({"table": "a", "join": "b"}, "table, join and `on`"),
         ({"table": "a", "password_env": "A", "password_file": "b"}, "two passwords"),
         ({"tabel": "a"}, "one of url, table"),
     ):
