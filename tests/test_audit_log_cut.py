@@ -50,7 +50,7 @@ def test_entries_that_were_cut_off_are_found_by_any_run_that_the_site_took_part_
     assert stranger.exit_code == 0, "of its own updates alone"
     (state / "site.key").unlink()
     SigningKey.at(state / "site.key")
-    with pytest.raises(InputError, match="no update of this site"):
+    with pytest.raises(InputError, match="no update in it is from this site"):
         noted_in(world / "run", state)
 
 

@@ -328,7 +328,7 @@ def test_an_altered_receipt_file_is_noticed(used: Ledger, folder: Path) -> None:
     used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
     path = folder / "ledger.receipt"
     path.write_bytes(path.read_bytes().replace(b'"seq":11', b'"seq":1'))
-    with pytest.raises(LedgerError, match=r"ledger\.receipt: torn, edited"):
+    with pytest.raises(LedgerError, match=r"ledger\.receipt: cut short, edited"):
         Ledger(folder)
 
 

@@ -283,7 +283,7 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
     )
     content = RecordDict({"update": record, "site": said})
     got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
-    assert got.status == "dropped" and "stated shape" in got.reason
+    assert got.status == "dropped" and "as many bytes as its shape needs" in got.reason
     assert np.prod(record[name].shape) == 10
 
 
