@@ -6,7 +6,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fedtune.core.boot import cut_off, limit_spinning
+from fedtune.core.boot import cut_off, fix_products, limit_spinning
 
 if TYPE_CHECKING:
     from fedtune.accounting.costs import Plan, SitePlan, plan
@@ -104,6 +104,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 cut_off()
+fix_products()
 limit_spinning()
 
 # The optional bitsandbytes warns at its first import that a hub's code is missing, and at each int8

@@ -42,8 +42,11 @@ HEAD, OTHER = "127.0.0.2", "127.0.0.3"  # Ray would replace 127.0.0.1
 def cluster_of(*nodes: dict[str, Any]) -> Iterator[Any]:
     """A cluster with these nodes, the first its head; its processes alone end with the block."""
     os.environ.update(engine.THERE)
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
+    # Ray writes there whichever folder a cluster has, and a machine without an earlier Ray has none.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         cluster = Cluster()
         try:

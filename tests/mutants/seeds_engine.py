@@ -17,6 +17,12 @@ MUTANTS: list[Mutant] = [
         "a product's rows depend on how many there are",
     ),
     one(
+        34, "a-product-whose-rows-follow-their-places", "fedtune/core/boot.py",
+        'os.environ["MKL_CBWR"] = "AUTO,STRICT"', 'os.environ["MKL_CBWR"] = "AUTO"',
+        "tests/models/test_products.py::test_where_mkl_is_told",
+        "a reward head's last digits say which other records were drawn",
+    ),
+    one(
         34, "no-bound-on-the-adapters-values", "fedtune/core/models/lora.py",
         "max(initial=0.0) > LARGEST", "max(initial=0.0) > np.inf",
         T + "test_an_adapter_that_could_tell_last_digits_is_refused",

@@ -8,7 +8,8 @@ from typing import Any
 # Of a reason, only the first of these phrases that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_fallback_epsilon",
-    "policy.max_delta", "of all its consortia together", "policy.hospital",
+    "policy.max_delta", "of all its consortia together",
+    "takes part in a plan once", "policy.hospital",
     "policy.peers", "vault.run",
     "policy.allow_privacy_off", "policy.allow_free_query", "which it did not when the site joined",
     "policy.allow_declared_data",
