@@ -45,7 +45,7 @@ def cluster_of(*nodes: dict[str, Any]) -> Iterator[Any]:
     from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
-    # Ray writes there whichever folder a cluster has, and a machine without an earlier Ray has none.
+    # Ray writes there whichever folder a cluster has; a machine without an earlier Ray has none.
     Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         cluster = Cluster()
