@@ -33,7 +33,9 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def figure(path: str, key: str) -> float:
-    """MiB of a line of a file of Linux's; 0 if the process has ended."""
+    """Read a figure that Linux gives in kB, and return it in MiB; 0 if the process has ended.
+
+    path: a file of /proc, such as /proc/PID/status; key: the first word of the figure's line"""
     with suppress(OSError):
         for line in Path(path).read_text().splitlines():
             if line.startswith(key + ":"):
@@ -57,7 +59,8 @@ def programs(process: Any) -> dict[str, int]:
 
 
 def row(base: str, sites: int, rounds: int, root: Path) -> dict[str, Any]:
-    """Run a study with so many clients; what was found, or how far it came."""
+    """Run a study with so many clients. Return a row of the table or, if memory did not suffice,
+    how many clients were started."""
     names = tuple(f"s{number:03}" for number in range(sites))
     with (
         patch.object(kit, "SITES", names),
@@ -78,11 +81,12 @@ def row(base: str, sites: int, rounds: int, root: Path) -> dict[str, Any]:
         kit.until(lambda: made.rounds() >= 1, 3600, made.told)
         started, own = time.monotonic() - began, programs(server)
         used, at = processor(own.values()), made.rounds()
+        now, done = used, at
         of_site = [
             sum(figure(f"/proc/{pid}/smaps_rollup", "Pss") for pid in programs(each).values())
             for each in clients[:: max(1, sites // 5)]
         ]
-        peaks = {}
+        peaks: dict[str, float] = {}
         while server.poll() is None and made.rounds() < rounds:
             time.sleep(0.2)
             now, done = processor(own.values()), made.rounds()

@@ -34,7 +34,7 @@ from fedtune.core.registry.rounding import rounded_down, rounded_up
 from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"
-NONE = "nothing more runs"
+NOTHING_RUNS = "nothing more runs"
 MORE_MAY_FIT = (
     "ceiling minus spent. Studies cost less together than the sum of their ε, so one with a larger "
     "ε may fit: fedtune review says"
@@ -250,7 +250,7 @@ def budget_table(total: DatasetBudget, membership: str = "") -> Table:
         )
     table.add_row("ceiling", f"{total.ceiling:g}", f"{policy}.max_epsilon")
     table.add_row(
-        "remains", rounded_down(total.remaining), MORE_MAY_FIT if total.remaining else NONE
+        "remains", rounded_down(total.remaining), MORE_MAY_FIT if total.remaining else NOTHING_RUNS
     )
     if total.fallback is not None and total.fallback_remaining is not None:
         whatever = "whatever becomes of secure aggregation, by this site's own noise alone"
@@ -258,7 +258,7 @@ def budget_table(total: DatasetBudget, membership: str = "") -> Table:
             "whatever happens", _format_epsilon(total.fallback), f"{full_delta}: {whatever}"
         )
         table.add_row("ceiling", f"{total.fallback_ceiling:g}", f"{policy}.max_fallback_epsilon")
-        none = "" if total.fallback_remaining else NONE
+        none = "" if total.fallback_remaining else NOTHING_RUNS
         table.add_row("remains", rounded_down(total.fallback_remaining), none)
     return table
 

@@ -283,13 +283,14 @@ class _Run:
     def _round(self, number: int) -> None:
         self._event("begin", round=number)
         tally, least = Tally(number), self.table.min_sites
-        patience = self.table.round_timeout if self.settings.waits and not self.continuous else 0.0
+        waits = self.settings.waits and not self.continuous  # whose next slot comes anyway
+        seconds = self.table.round_timeout if waits else 0.0
         for attempt in range(1 + RETRIES):
             if attempt:
                 self.settings.turn.pause(self.settings.pause * attempt)
-            if not self._gather(tally.number, {*tally.participants}, patience):
-                if patience:
-                    break
+            if not self._gather(tally.number, {*tally.participants}, seconds):
+                if waits:
+                    break  # they had time enough
                 continue  # too few sites for the round to count, so none is charged for it
             if self.progress.phase is not Phase.ASKED:
                 self._enter(Phase.ASKED)
@@ -306,15 +307,13 @@ class _Run:
             f"check these sites; --resume continues after round {number - 1}",
         )
 
-    def _gather(self, number: int, delivered: set[str], patience: float) -> bool:
-        """Return whether enough sites can be asked for the round to count. Sites have `patience`
-        seconds to come back, such as after a network that was cut; it is said for whom the round
-        waits.
+    def _gather(self, number: int, delivered: set[str], seconds: float) -> bool:
+        """Wait until enough sites can be asked for the round to count, such as after a network that
+        was cut, and report for whom the round waits. Return whether there are enough.
 
         - number: the round
         - delivered: the sites whose update of the round is counted already
-        - patience: the seconds. It is strategy.round_timeout for a coordinator that waits for sites
-          (settings.waits), else 0; also 0 for a continuous study, whose next slot comes anyway
+        - seconds: how long to wait at most; 0 not to wait
 
         Errors: Refused if too few sites are left because of refusals."""
         began, told = time.monotonic(), dict[str, str]()
@@ -323,7 +322,7 @@ class _Run:
             self.roster.raise_if_refused()
             if len({*self.roster.list_willing(), *delivered}) >= self.table.min_sites:
                 return True
-            left = patience - (time.monotonic() - began)
+            left = seconds - (time.monotonic() - began)
             if left <= 0:
                 return False
             if (out := self.roster.out()) != told:
