@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_study
-from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError
 from fedtune.evaluation.selection import check_apart
 from fedtune.officer.site_files import load_sites
@@ -79,16 +77,6 @@ def test_too_few_public_records_are_refused_before_anything_is_written(tmp_path:
         with pytest.raises(ConfigError, match=f"too few public questions with answers: {found}"):
             write(tmp_path / "own", "answer", records(tmp_path, evaluation=evaluation))
     assert not (tmp_path / "own").exists()
-
-
-@pytest.mark.parametrize("size", [10, 50, 200, 1000])
-def test_a_round_that_a_crash_repeats_fits_under_the_ceiling(tmp_path: Path, size: int) -> None:
-    study = load_study(write(tmp_path / "own", "answer", records(tmp_path, size=size))[0])
-    policy = load_sites(tmp_path / "own" / "sites")[0].policy
-    sigma = plan_for_site(study, size).noise_multiplier
-    assert epsilon([Steps(sigma, 1.0, 1)], study.privacy.delta) <= answer.EPSILON
-    assert epsilon([Steps(sigma, 1.0, 2)], study.privacy.delta) <= policy.max_epsilon
-    assert epsilon([Steps(sigma, 1.0, 3)], study.privacy.delta) > policy.max_epsilon
 
 
 @pytest.mark.parametrize(

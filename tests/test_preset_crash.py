@@ -11,7 +11,8 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as client_site
 from fedtune.launch.simulate import simulate
 from fedtune.officer.site_files import load_sites
-from fedtune.presets import TASKS, write
+from fedtune.presets import write
+from fedtune.presets._sites import EPSILON
 from tests.test_preset_tasks import records
 
 
@@ -45,7 +46,7 @@ def test_no_site_is_lost(laid_out: Path, tmp_path: Path, monkeypatch: pytest.Mon
     killed(laid_out, tmp_path / "run", monkeypatch)
     took_part, paid, epsilon = resumed(laid_out, tmp_path / "run")
     assert took_part == {*paid} and sorted(paid.values()) == [1, 2]
-    assert epsilon <= TASKS["answer"].EPSILON
+    assert epsilon <= EPSILON
 
 
 def test_twin_at_the_ceiling_a_site_is_lost(

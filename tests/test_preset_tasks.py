@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from fedtune.cli.console import uses_of
 from fedtune.cli.main import app
 from fedtune.core.config import load_site, load_study
+from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.evaluation.selection import check_apart
 from fedtune.officer.site_files import load_sites
 from fedtune.presets import TASKS, Records, write
+from fedtune.presets._sites import EPSILON
 from tests import media
 from tests.simulated import simulate
 
@@ -58,6 +60,16 @@ def records(task: str, folder: Path, **changes: object) -> Records:
     return Records(**(given | changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("size", [10, 50, 200, 1000])
+@pytest.mark.parametrize("task", ["answer", "classify"])
+def test_a_budget_has_room_for_the_study_twice(tmp_path: Path, task: str, size: int) -> None:
+    """For a round that a crash repeats, or for a second study. Twin: three times do not fit."""
+    study = load_study(write(tmp_path / "own", task, records(task, tmp_path, size=size))[0])
+    policy, plan = load_sites(tmp_path / "own" / "sites")[0].policy, plan_for_site(study, size)
+    costs = [epsilon(plan.events(plan.steps) * times, plan.delta) for times in (1, 2, 3)]
+    assert costs[0] <= EPSILON and costs[1] <= policy.max_epsilon < costs[2]
+
+
 @pytest.fixture
 def base(tiny_base: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A tiny base of the kind that a task needs."""
@@ -79,7 +91,7 @@ def test_a_tiny_run_of_it_trains(
     check_apart(study)
     monkeypatch.chdir(tmp_path)
     report = simulate(paths[0], [p for p in paths if p.name == "site.toml"], tmp_path / "run")
-    assert report["privacy"]["epsilon"] <= TASKS[task].EPSILON
+    assert report["privacy"]["epsilon"] <= EPSILON
     assert len(report["rounds"]) == 1 and report["quality"]["selection"]
     # What is offered next works for such a run.
     offered = [line.split()[1] for line, _ in uses_of(tmp_path / "run")]

@@ -185,8 +185,8 @@ EPSILON = Annotated[
     float | None,
     typer.Option(
         min=0.01,
-        help="The most ε that the whole study costs a patient (or record). Default: the ε of "
-        "the task's recipe.",
+        help="The most ε that the whole study costs a patient (or record). Default: 4.9, so that "
+        "a site that allows 8 can pay for the round twice.",
         show_default=False,
     ),
 ]

@@ -6,7 +6,7 @@ judge the result; and records to learn from before the first round. If it holds 
 for evaluation.
 
 The module of a task has COLUMNS (for each field of Records that names a column, the key in
-site.toml and the column's default name), EPSILON, PARTS (the shares of the public records), and the
+site.toml and the column's default name), PARTS (the shares of the public records), and the
 function `study`, which composes study.toml. A task that trains an adapter gets its `study` from
 `_adapter.Recipe`, which holds the task's settings."""
 
@@ -69,7 +69,7 @@ class Records:
     - base: the model; default: the task's
     - size: the declared size of each site
     - sizes: the sites' declared sizes in the order of data, if they differ
-    - epsilon: ε of the study; default: the task's own
+    - epsilon: ε of the study; default: 4.9
     - declared: what a person declares the sites' records to be, for a rehearsal
     - role: the role whose files are written
     - name: the name of the single site, for role "site"
@@ -216,7 +216,7 @@ def complete_records(task: str, records: Records) -> Records:
     values = {field: getattr(records, field) or name for field, (_, name) in columns.items()}
     if records.base and Path(records.base).is_dir():
         values["base"] = str(Path(records.base).absolute())
-    epsilon = TASKS[task].EPSILON
+    epsilon = _sites.EPSILON
     if not records.epsilon and records.colluding is not None:
         epsilon = _shared_noise.largest_epsilon(records, epsilon)
     return dataclasses.replace(records, **values, epsilon=records.epsilon or epsilon)

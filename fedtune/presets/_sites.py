@@ -323,6 +323,9 @@ isolation = "required"        # records are read by a process without a network,
                               # has it cannot read them; "preferred": as far as a machine gives it
 """
 MAX_EPSILON = 8.0  # comments in the recipes' study.toml name this as what sites allow
+# ε of a recipe's study. A site's budget then has room for its round twice (at δ ≤ 0.01): for a
+# round that a crash repeats, or for a second study of the same records.
+EPSILON = 4.9
 NOBODY = '\n# patient = "patient_id"'
 SITE = """\
 # {name}'s own file: where its records lie and what it allows. It is never sent.

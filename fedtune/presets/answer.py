@@ -5,12 +5,11 @@ Measured on MedQuAD (docs/quality.md)."""
 
 from __future__ import annotations
 
-from fedtune.presets._adapter import EPSILON, LONGEST, PARTS, RECORDS, Recipe, learning_rate
+from fedtune.presets._adapter import LONGEST, PARTS, RECORDS, Recipe, learning_rate
 
 __all__ = [
     "COLUMNS",
     "CUT",
-    "EPSILON",
     "LONGEST",
     "MAX_LENGTH",
     "PARTS",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets._adapter import PARTS, Recipe
 from fedtune.presets.answer import LORA
 
-__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"prompt": ("prompt", "instruction"), "target": ("completion", "response")}
 MAX_LENGTH = 384  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer instruction loses its start"

@@ -5,10 +5,10 @@ What was measured with it is in docs/quality.md."""
 
 from __future__ import annotations
 
-from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets._adapter import PARTS, Recipe
 from fedtune.presets.answer import LORA
 
-__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {
     "prompt": ("prompt", "prompt"),
     "target": ("chosen", "chosen"),

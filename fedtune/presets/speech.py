@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets._adapter import PARTS, Recipe
 
-__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"media": ("audio", "audio"), "target": ("text", "text")}
 MAX_LENGTH = 64  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "longer ones are left out"

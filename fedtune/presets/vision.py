@@ -3,10 +3,10 @@ questions about them."""
 
 from __future__ import annotations
 
-from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets._adapter import PARTS, Recipe
 from fedtune.presets.answer import LORA
 
-__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {
     "media": ("image", "image"),
     "prompt": ("prompt", "question"),

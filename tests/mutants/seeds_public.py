@@ -171,15 +171,9 @@ MUTANTS: list[Mutant] = [
         "small sites pay for what public records could have taught for nothing",
     ),
     one(
-        "preset", "epsilon-up-to-the-ceiling", "fedtune/presets/classify.py",
-        "EPSILON = 6.0", "EPSILON = 8.0",
-        "tests/test_presets.py::test_it_loads_without_an_edit_and_its_public_records_are_divided",
-        "one crash of a client ends its part in the study",
-    ),
-    one(
-        "preset", "no-room-for-a-repeated-round", RECIPE,
+        "preset", "no-room-for-a-repeated-round", "fedtune/presets/_sites.py",
         "EPSILON = 4.9", "EPSILON = 5.0",
-        ANSWER + "test_a_round_that_a_crash_repeats_fits_under_the_ceiling",
+        "tests/test_preset_tasks.py::test_a_budget_has_room_for_the_study_twice",
         "one crash of a client ends its part in the study",
     ),
     one(
