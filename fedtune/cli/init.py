@@ -312,7 +312,7 @@ def init(
     typer.echo()
     for line in told.splitlines():
         warned = line.startswith("WARNING: ")
-        typer.secho(line, fg="yellow" if warned else None, bold=warned)
+        typer.secho(line, fg="yellow" if warned else None, bold=warned or None)
     if enroll:
         from fedtune.cli.network import ask
 
