@@ -300,7 +300,10 @@ def test_every_class_has_its_noised_count_and_what_is_recognised_of_it(
     """Twin: nothing is counted of one site alone, or without noise."""
     folder, report = clear
     rows = report["quality"]["classes"]
-    assert [row["name"] for row in rows] == LABELS and all(row["learnt"] for row in rows)
+    assert [row["name"] for row in rows] == LABELS and {row["known_from"] for row in rows} <= {
+        "public records",
+        "public records and sites",
+    }
     assert sum(row["units"] for row in rows) == pytest.approx(36, abs=6 * rows[0]["deviation"])
     assert all(row["units"] != round(row["units"]) and row["deviation"] > 0 for row in rows)
     right = sum(row["recall"] * row["records"] for row in rows)
@@ -314,12 +317,18 @@ def test_every_class_has_its_noised_count_and_what_is_recognised_of_it(
         assert "By class" in text and all(label in text for label in LABELS)
     progress = store.load(folder, load_study(folder.parent / "study.toml"))
     assert progress is not None
-    figures = ClassFigures(np.ones(3), 1.0, np.array([True, False, True]))
+    figures = ClassFigures(
+        np.ones(3), 1.0, np.array([True, False, True]), np.array([True, False, False])
+    )
     assert "units" in summary.classes(progress, None, figures, {})[0]
     for entry in progress.history:
         entry["participants"] = ["a"]
     one = summary.classes(progress, None, figures, {})
-    assert [row["learnt"] for row in one] == [True, False, True]
+    assert [row["known_from"] for row in one] == [
+        "public records and sites",
+        "nothing",
+        "public records",
+    ]
     assert not any("units" in row for row in one)
     open_plan = progress.study.model_copy(update={"privacy": "off"})
     assert summary.classes(replace(progress, study=open_plan), None, figures, {}) == []
@@ -328,7 +337,7 @@ def test_every_class_has_its_noised_count_and_what_is_recognised_of_it(
 def test_classes_that_nothing_was_learnt_of_are_named(clear: Any, tmp_path: Path) -> None:
     copy = shutil.copytree(clear[0], tmp_path / "run")
     report = json.loads((copy / "report.json").read_text())
-    report["quality"]["classes"][2] |= {"learnt": False, "recall": 0.0, "predicted": 0}
+    report["quality"]["classes"][2] |= {"known_from": "nothing", "recall": 0.0, "predicted": 0}
     reports.write(copy, report)
     for text in (on_screen(copy), (copy / "report.md").read_text(), on_dashboard(copy)):
         assert "f 1 class nothing was learnt: rash" in text

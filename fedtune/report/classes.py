@@ -1,4 +1,4 @@
-"""Report for each class the sites' noised counts, whether it was learnt, and how many of its
+"""Report for each class the sites' noised counts, what it is known from, and how many of its
 public test records are recognised."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.core.registry.rounding import number
 from fedtune.report.text import cell, figure, table
 
-HEAD = ("class", "units at the sites, noised (± 2 sd)", "learnt", "test records", "recognised")
+HEAD = ("class", "units at the sites, noised (± 2 sd)", "known from", "test records", "recognised")
 
 
 def class_rows(quality: dict[str, Any]) -> list[list[str]]:
@@ -23,12 +23,12 @@ def class_lines(quality: dict[str, Any]) -> list[str]:
     names those which occur in the test records but are never predicted. A line that would name no
     class is left out.
 
-    >>> rash = {"name": "rash", "learnt": False, "records": 4, "recall": 0.0, "predicted": 0}
+    >>> rash = {"name": "rash", "known_from": "nothing", "records": 4, "predicted": 0}
     >>> class_lines({"classes": [rash]})
     ['of 1 class nothing was learnt: rash', 'classes never predicted: rash']
     """
     found = [one for one in quality.get("classes") or [] if isinstance(one, dict)]
-    unlearnt = [str(one["name"]) for one in found if one.get("learnt") is False]
+    unlearnt = [str(one["name"]) for one in found if one.get("known_from") == "nothing"]
     unpredicted = [
         str(one["name"]) for one in found if one.get("records") and one.get("predicted") == 0
     ]
@@ -47,8 +47,9 @@ def section(quality: dict[str, Any]) -> str:
     said = [f"**{line[:1].upper()}{cell(line[1:], 1000)}.**" for line in class_lines(quality)]
     how = (
         "Units are all sites' together, from what they sent with its noise, so that a count costs "
-        "no ε of its own and may be below 0; a class is learnt where public records or a count "
-        "that exceeds its noise speak of it. Recognised: of its test records, by what is released."
+        "no ε of its own and may be below 0. A class is known from the sites if its count exceeds "
+        "its noise; that alone does not mean that the model recognises it. Recognised: of its "
+        "test records, by what is released."
     )
     cells = [[cell(value) for value in row] for row in rows]
     return "\n\n".join(["### By class", *said, table(HEAD, cells), how])
@@ -57,11 +58,10 @@ def section(quality: dict[str, Any]) -> str:
 def _row(one: dict[str, Any]) -> list[str]:
     units, deviation = number(one.get("units")), number(one.get("deviation"))
     counted = "–" if units is None or deviation is None else f"{units:.0f} ± {2 * deviation:.0f}"
-    learnt = {True: "yes", False: "no"}.get(one.get("learnt"), "–")  # type: ignore[arg-type]
     return [
         str(one.get("name")),
         counted,
-        learnt,
+        str(one.get("known_from", "–")),
         figure(one.get("records")),
         figure(one.get("recall")),
     ]

@@ -375,9 +375,9 @@ def classes(
     - released: the arrays of the released adapter
 
     A row holds the class's "name", the released adapter's figures on the evaluation records, and,
-    with privacy and `figures`, "learnt": whether the class has public records or was noticed in the
-    sites' noised counts. If `counts_are_told`, it also holds "units", their noised number, and
-    "deviation", that noise's standard deviation."""
+    with privacy and `figures`, "known_from": "public records" if it has any, "sites" if its noised
+    count exceeds the noise, both or "nothing". If `counts_are_told`, it also holds "units", their
+    noised number, and "deviation", that noise's standard deviation."""
     names = progress.study.objective.labels
     if not names:
         return []
@@ -385,7 +385,9 @@ def classes(
     if figures is None or not progress.study.private:
         return rows if evaluator else []
     for index, row in enumerate(rows):
-        row["learnt"] = bool(figures.learnt[index])
+        sources = {"public records": figures.public[index], "sites": figures.evident[index]}
+        known = [source for source, knows in sources.items() if knows]
+        row["known_from"] = " and ".join(known) or "nothing"
         if counts_are_told(progress):
             row |= {"units": float(figures.count[index]), "deviation": float(figures.deviation)}
     return rows

@@ -125,12 +125,13 @@ class ClassFigures:
 
     - count: (K,), the noised number of units, which may be below zero
     - deviation: the standard deviation of that noise, the same for all classes
-    - learnt: (K,), whether the class has public records, or a count of more than EVIDENT standard
-      deviations"""
+    - public: (K,), whether the class has public records
+    - evident: (K,), whether its noised count exceeds EVIDENT standard deviations"""
 
     count: Array
     deviation: float
-    learnt: npt.NDArray[np.bool_]
+    public: npt.NDArray[np.bool_]
+    evident: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Head:
 
     - weight: (K, H); a class's logit is the product of its row and the vector, plus the bias
     - bias: (K,)
-    - figures: for each class its noised number of units, and whether it was learnt"""
+    - figures: for each class its noised number of units, and what it is known from"""
 
     weight: Array
     bias: Array
@@ -261,7 +262,8 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
     figures = ClassFigures(
         counts.noised,
         counts.deviation,
-        (public.counts > 0) | (counts.noised > EVIDENT * counts.deviation),
+        public=public.counts > 0,
+        evident=counts.noised > EVIDENT * counts.deviation,
     )
     return Head(whole, bias - whole @ basis.mean, figures)
 

@@ -170,7 +170,7 @@ class Discriminant(Strategy):
     def make_head(self) -> Head:
         """Build the head from the sites' sums of all rounds so far and the public data. The head's
         `figures` hold for each class the noised number of units, the deviation of that noise, and
-        whether the class was learnt."""
+        what the class is known from."""
         state, precision = self._state, float(self._state[PRECISION])
         noised = Noised(
             sums=state[NOISED] / precision,
