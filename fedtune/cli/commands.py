@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from inspect import getdoc
+from typing import Any, Final
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command_name, solve_typer_info_help
+
+MARKUP: Final = "markdown"  # rich's own would take [schedule] for a style
 
 DAILY = {
     "On one machine": ("demo", "init", "plan", "simulate", "evaluate", "predict", "export"),
@@ -81,6 +85,23 @@ class Commands(Mapping[str, click.Command]):
             self._built |= build(module, panel)
         return self._built[name]
 
+    def describe(self, name: str, panel: str = "") -> click.Command:
+        """Return a command as a list of commands shows it: name, first lines and heading. Its
+        options are not built, which would take `fedtune --help` a third longer. panel: the heading;
+        default: that of COMMANDS."""
+        module, own = self._places[name]
+        part = _register(module, own)
+        said = {
+            info.name or get_command_name(info.callback.__name__): info.help
+            or getdoc(info.callback)
+            for info in part.registered_commands
+            if info.callback
+        }
+        said |= {str(info.name): solve_typer_info_help(info) for info in part.registered_groups}
+        return TyperCommand(
+            name, help=said[name], rich_markup_mode=MARKUP, rich_help_panel=panel or own
+        )
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -91,34 +112,39 @@ class Commands(Mapping[str, click.Command]):
 def build(module: str, panel: str) -> dict[str, click.Command]:
     """Import a module of fedtune.cli and build its commands: name -> command. panel: the heading
     under which they are listed."""
-    part = typer.Typer(rich_markup_mode="markdown")
+    return {**typer.main.get_group(_register(module, panel)).commands}
+
+
+def _register(module: str, panel: str) -> typer.Typer:
+    part = typer.Typer(rich_markup_mode=MARKUP)
     importlib.import_module(f"fedtune.cli.{module}").add_to(part, panel)
-    return {**typer.main.get_group(part).commands}
+    return part
 
 
 class DailyFirst(TyperGroup):
     """The group of all commands. Its --help lists only the commands of DAILY."""
 
+    commands: Commands  # type: ignore[assignment]
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = Commands()  # type: ignore[assignment]
+        self.commands = Commands()
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        daily = dict[str, click.Command]()
-        for role, names in DAILY.items():
-            for name in names:
-                daily[name] = copy.copy(self.commands[name])
-                daily[name].rich_help_panel = role  # type: ignore[attr-defined]
+        daily = [
+            self.commands.describe(name, role) for role, names in DAILY.items() for name in names
+        ]
         self.list_these(daily, ctx, formatter, "**fedtune more** lists every command.")
 
     def list_these(
         self,
-        commands: Mapping[str, click.Command],
+        commands: Iterable[click.Command],
         ctx: click.Context,
         formatter: click.HelpFormatter,
         epilog: str,
     ) -> None:
         """Print the group's help as if it had these commands alone, and this epilog."""
-        shown = copy.copy(self)
-        shown.commands, shown.epilog = {**commands}, epilog
+        shown: TyperGroup = copy.copy(self)
+        shown.commands = {str(command.name): command for command in commands}
+        shown.epilog = epilog
         TyperGroup.format_help(shown, ctx, formatter)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli import log_lines
-from fedtune.cli.commands import DailyFirst
+from fedtune.cli.commands import MARKUP, DailyFirst
 from fedtune.cli.exit_codes import quiet_if_unread
 from fedtune.core.boot import collect_rarely, hide_quantisation
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     cls=DailyFirst,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # rich's own would take [schedule] for a style
+    rich_markup_mode=MARKUP,
     help="Fine-tune a language model across hospitals without moving a record.\n\n"
     "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
 )

@@ -17,6 +17,6 @@ def more(ctx: typer.Context) -> None:
     above = ctx.find_root()
     group = above.command
     assert isinstance(group, DailyFirst)
-    rest = {name: command for name, command in group.commands.items() if name != ctx.info_name}
+    rest = (group.commands.describe(name) for name in group.commands if name != ctx.info_name)
     epilog = "A study of your own: fedtune init → plan → simulate → server and client."
     group.list_these(rest, above, above.make_formatter(), epilog)

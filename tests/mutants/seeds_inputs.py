@@ -88,7 +88,7 @@ MUTANTS = (
     ),
     _one(
         "inputs", "help-is-markup", "fedtune/cli/commands.py",
-        'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
+        'MARKUP: Final = "markdown"', 'MARKUP: Final = "rich"',
         "tests/test_cli_help.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
     ),
     _one(

@@ -10,12 +10,14 @@ import importlib
 import importlib.util
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fedtune.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -49,10 +51,7 @@ class Group(Generic[T]):
 
     def installed(self) -> list[str]:
         """Return the names of the installed foreign plug-ins, without importing them."""
-        if not self.foreign:
-            return []
-        points = metadata.entry_points(group=f"fedtune.{self.name}")
-        return sorted({point.name for point in points} - set(self.release()))
+        return sorted({point.name for point in self._offered()} - set(self.release()))
 
     def load(self, name: str) -> type[T]:
         """Import and return the class of the plug-in `name`.
@@ -71,13 +70,12 @@ class Group(Generic[T]):
             ) from error
         return self._check_kind(name, point.value, plugin)
 
-    def find(self, name: str) -> metadata.EntryPoint:
+    def find(self, name: str) -> EntryPoint:
         """Return the entry point of the foreign plug-in `name`, i.e. of one that another
         distribution provides. The plug-in is not imported.
 
         Errors: ConfigError if no installed distribution, or more than one, offers the name."""
-        group = f"fedtune.{self.name}"
-        points = tuple(metadata.entry_points(group=group, name=name)) if self.foreign else ()
+        points = [point for point in self._offered() if point.name == name]
         if not points:
             expected = "one of " + ", ".join([*self.release(), *self.installed()])
             raise ConfigError(f"{self.key} = {name!r} is not known", expected)
@@ -86,6 +84,14 @@ class Group(Generic[T]):
             raise ConfigError(f"{self.key} = {name!r} is installed more than once ({offers})")
         (point,) = points
         return point
+
+    def _offered(self) -> Sequence[EntryPoint]:
+        """Return the entry points of this kind that other distributions offer."""
+        if not self.foreign:
+            return ()
+        from importlib import metadata  # here: with `email` it takes a tenth of `fedtune --help`
+
+        return tuple(metadata.entry_points(group=f"fedtune.{self.name}"))
 
     def _check_kind(self, name: str, value: str, plugin: object) -> type[T]:
         if not (isinstance(plugin, type) and issubclass(plugin, self.kind)):
