@@ -59,7 +59,7 @@ TASK = Annotated[
     Task | None,
     typer.Option(
         metavar="TASK",  # the names are below: click's list of them is wider than its column
-        help="Fill in the settings that were measured for this task, one of  \nclassify: put "
+        help="Fill in the settings that were measured for a task.  \nclassify: put "
         "texts into classes;  \nanswer: answer questions;  \ninstruct: write longer "
         "responses to instructions;  \npreference: prefer the better of two answers;  \n"
         "vision: answer questions about images;  \nspeech: transcribe recordings.",

@@ -229,7 +229,7 @@ def _parts(listed: list[Module]) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix(CORE).lstrip(".")
+    return name.removeprefix(CORE).lstrip(".") or CORE
 
 
 def _others() -> Iterator[str]:

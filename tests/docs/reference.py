@@ -48,7 +48,7 @@ HEAD = """# Every command, exported name and error
 For whoever looks up a command, an option, an exported name or an error.
 
 Written by `python -m tests.docs.reference` from the code; not edited by hand. `fedtune COMMAND
---help` shows the same of a command. The keys of the two files are in
+--help` shows the same of a command. The keys of all files are in
 [configuration.md](configuration.md), how the library is used in [library.md](library.md).
 """
 Key = tuple[str, str]  # the table's heading, the key

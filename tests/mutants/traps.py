@@ -278,7 +278,7 @@ TRAPS = (
         "Sums are clipped per unit, but one unit decides what many others contribute.",
         "What selects, orders, rejects or dates a unit's records reads that unit alone. The "
         "shipped worker runs with and without a unit over several rounds; what was found by that "
-        "is in guarantee.md.",
+        "is in found.md.",
     ),
     Trap(
         32, "One bad row that stops the whole site", BREAKS,

@@ -231,9 +231,9 @@ FILES = 5
 
 
 class ScheduleTable(Table):
-    """The times at which rounds of a study without a last round start: start + k · every, for
-    k = 0, 1, 2, … And its change plan, the rules by which a version replaces the released one
-    (fedtune/report/change_plan.py):
+    """The times at which rounds of a study without a last round start (start + k · every, for
+    k = 0, 1, 2, …), and its change plan: the rules by which a version replaces the released one
+    (fedtune/report/change_plan.py).
 
     - alpha: the largest probability that a version replaces the released one wrongly, over all
       comparisons on the same [evaluation] records

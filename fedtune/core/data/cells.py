@@ -1,5 +1,5 @@
-"""Read a cell of a row as a text, or as a key, i.e. a label or a patient in the one form in which
-these are compared."""
+"""Read a cell of a row as a text, or as a key: a label or a patient in the one form in which these
+are compared."""
 
 from __future__ import annotations
 

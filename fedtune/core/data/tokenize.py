@@ -1,5 +1,4 @@
-"""Turn a record's text into token ids, and say which of them are targets, i.e. are to be
-predicted."""
+"""Turn a record's text into token ids, and say which of them are to be predicted (the targets)."""
 
 from __future__ import annotations
 
