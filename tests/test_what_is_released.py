@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fedtune import load_study
 from fedtune import report as reports
@@ -28,7 +28,8 @@ from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
 from fedtune.officer.site_files import sites_in
 from fedtune.report.gain import choose_better
-from fedtune.runs.run import CHECKPOINT, Run
+from fedtune.report.start_file import CHECKPOINT, START
+from fedtune.runs.run import Run, open_run
 from fedtune.server import store, summary
 from fedtune.server.release import decide
 from fedtune.strategies._posterior import ClassFigures
@@ -119,9 +120,27 @@ def test_evaluate_compares_with_what_public_text_alone_gives(
     copy = shutil.copytree(folder, tmp_path / "run")  # as others get it
     (copy / CHECKPOINT).unlink()
     measured = evaluate(Run(copy), judges)
-    assert not measured["over start"] and "only the coordinator's own" in measured["no start"]
+    assert (
+        not measured["over start"]
+        and "the coordinator's run and a dossier have it" in measured["no start"]
+    )
     shown = " ".join(command("evaluate", copy, "--data", judges).output.split())
     assert f"public text alone gives: {measured['no start']}" in shown
+
+
+def test_a_dossier_has_the_public_start_to_compare_with(clear: Any, tmp_path: Path) -> None:
+    """Twin: another start than the plan's is not compared with, and breaks the signature."""
+    folder, report = clear
+    release(folder, tmp_path / "dossier")
+    measured = evaluate(open_run(tmp_path / "dossier"), folder.parent / "judges.jsonl")
+    assert measured["interval"]["over_start"] == pytest.approx(
+        report["quality"]["gain"]["over_start"]
+    )
+    file = tmp_path / "dossier" / "run" / START
+    save_file({name: array + 1 for name, array in load_file(file).items()}, file)
+    assert open_run(tmp_path / "dossier").start() is None
+    with pytest.raises(NotGenuine, match="start"):
+        verify(tmp_path / "dossier")
 
 
 def test_verify_says_what_is_released_and_signs_the_other_too(misled: Any, clear: Any) -> None:

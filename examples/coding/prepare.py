@@ -32,6 +32,7 @@ path = "{path}"
 source = "fhir"
 least_group = 10
 thresholds = {{ accuracy = 0.5 }}
+gains = {{ accuracy = 0.0 }}
 columns = {{ text = "text", label = "type", patient = "patient" }}
 """
 

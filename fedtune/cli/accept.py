@@ -83,11 +83,12 @@ def accept(
     for one in figures["judged"]:
         low, high = one["interval"]
         of = f" of {one['of']}" if one["of"] else ""
+        of = " over the public start" if one["better_by"] else of
         why = f": {one['why']}" if one["why"] else ""
         figure = (
             "none" if one["figure"] is None else f"{one['figure']:.3f} ({low:.3f} to {high:.3f})"
         )
-        worse = " worse by" if one["of"] else ""
+        worse = " worse by" if one["of"] else " better by" if one["better_by"] else ""
         typer.echo(f"  {one['measure']}{of}:{worse} {figure}, {one['decision']}{why}")
     for group in figures["different"]:
         typer.echo(f"  differs from all others: {group}")

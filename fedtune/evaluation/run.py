@@ -135,7 +135,7 @@ def public_start(run: Run) -> tuple[Arrays | None, str]:
     if has_report and is_start_released(run.report.get("quality") or {}):
         return None, "it is what this run released: this model"
     if (arrays := run.start()) is None:
-        return None, "it is not in the folder: only the coordinator's own run folder holds it"
+        return None, "it is not in the folder: the coordinator's run and a dossier have it"
     return arrays, ""
 
 

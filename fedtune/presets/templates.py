@@ -160,6 +160,7 @@ completion = "completion"
 # groups = ["sex", "age"]   # anybody looks. Columns whose values are looked at apart
 # bands = { age = [18, 65, 80] }
 # thresholds = { loss = 1.0 }   # loss, perplexity, ece: at most; accuracy, f1 …: at least
+# gains = { loss = 0.0 }   # by how much it must be better than what public records alone give
 # [acceptance.columns]   # as in [data.columns]
 # prompt = "prompt"
 # completion = "completion"
@@ -216,6 +217,7 @@ def acceptance(where: str, columns: str) -> str:
     file or table as the place of the patients' records."""
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
+    gains = "{ accuracy = 0.0 }" if label else "{ loss = 0.0 }"
     lines = [
         "",
         "[acceptance]                  # by what `fedtune accept RUN` judges a finished model here",
@@ -223,6 +225,7 @@ def acceptance(where: str, columns: str) -> str:
         'groups = ["sex", "age"]       # columns whose values are looked at apart',
         "bands = { age = [18, 65, 80] }",
         f"thresholds = {thresholds}   # ece, loss: at most; written before anybody looks",
+        f"gains = {gains}   # how much better than what public records alone give",
         "[acceptance.columns]",
         *columns.splitlines(),
     ]

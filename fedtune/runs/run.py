@@ -15,16 +15,14 @@ from fedtune.core.files.reading import regular
 from fedtune.core.files.writing import replace
 from fedtune.core.models.adapter_files import ADAPTER as WEIGHTS
 from fedtune.core.models.adapter_files import AGAIN, load_adapter
-from fedtune.core.models.lora import Arrays, digest
+from fedtune.core.models.lora import Arrays
 from fedtune.core.run_folder import ADAPTER, PRINTED, load_plan
 from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import RUN
 from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
 from fedtune.report.run_files import read_report
-
-CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # the coordinator's file with a run's start
-ORIGIN = "origin/"  # the prefix of the start's arrays in this file
+from fedtune.report.start_file import read_start
 
 
 class Run:
@@ -100,23 +98,10 @@ class Run:
         return loaded.eval()
 
     def start(self) -> Arrays | None:
-        """Read the arrays of the public start, from which the rounds began. They are not among a
-        run's signed files, but in the coordinator's checkpoint.
-
-        Returns: None if the study has no [start], this folder does not have the arrays, or their
-        digest is not the plan's."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        table, path = self.study.start, self.folder / CHECKPOINT
-        if table is None or table.digest is None or path.is_symlink() or not path.is_file():
-            return None
-        try:
-            saved = load_file(path)
-        except (OSError, SafetensorError, ValueError, KeyError):
-            return None
-        own = {name.removeprefix(ORIGIN): a for name, a in saved.items() if name.startswith(ORIGIN)}
-        return own if own and digest(own) == table.digest else None
+        """Read the arrays of the public start, from which the rounds began: from the coordinator's
+        checkpoint, or from the file that a dossier has. None if the study has no [start], or this
+        folder has no such file with the digest that the plan names."""
+        return read_start(self.folder, self.study)
 
     @property
     def metrics(self) -> dict[str, list[Any]]:

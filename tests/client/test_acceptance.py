@@ -22,7 +22,7 @@ from fedtune.officer.acceptance.records import TRAINED, WITHDREW
 from fedtune.officer.purge import listing, purge
 from fedtune.presets.templates import SITE as SITE_TEMPLATE
 from fedtune.presets.templates import acceptance
-from fedtune.runs.run import ORIGIN
+from fedtune.report.start_file import ORIGIN
 from tests.cli_kit import run as command
 from tests.guarantee.search import Finder, forms
 from tests.heads_kit import CAUSAL_LORA, CLASSIFY, LABELS, made_run
@@ -397,7 +397,7 @@ def test_the_public_start_is_measured_where_the_folder_has_it(world: Path) -> No
     Path("run/plan.json").write_text(json.dumps(plan))
     figures = judged().figures
     assert "public start" not in figures["models"]
-    assert "only the coordinator's own run folder" in figures["not_scored"]["public start"]
+    assert "the coordinator's run and a dossier have it" in figures["not_scored"]["public start"]
     Path("run/checkpoint").mkdir(exist_ok=True)
     save_file(checkpoint, "run/checkpoint/frozen.safetensors")
     models = judged().figures["models"]

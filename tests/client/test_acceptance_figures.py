@@ -130,6 +130,53 @@ def test_a_bound_on_differences_is_judged_too() -> None:
     assert [one.of for one in told.judged if one.decision == "refused"] == ["ward = west"]
 
 
+def gained(better: int, worse: int = 0, patients: int = 40, **settings: Any) -> Judgement:
+    """A model beside a start that is wrong on half of the patients: on how many others it is right
+    where the start is wrong, and the other way round."""
+    gold = np.zeros(patients, int)
+    start = np.arange(patients) % 2
+    model = start.copy()
+    model[np.flatnonzero(start == 1)[:better]] = 0
+    model[np.flatnonzero(start == 0)[:worse]] = 1
+    rules = table(**{"gains": {"accuracy": 0.0}} | settings)
+    scores, other = scores_of(gold, model), scores_of(gold, start)
+    return judge(rules, scores, np.arange(patients), {}, LESIONS, other)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "decision"),
+    [
+        (6, 0, "accepted"),  # by chance, 1 in 64
+        (4, 0, "not resolved"),  # by chance, 1 in 16; resamples alone would accept it
+        (0, 0, "not resolved"),  # the same on 40 patients is not the same on all
+        (12, 10, "not resolved"),
+        (0, 8, "refused"),
+    ],
+)
+def test_a_gain_over_the_public_start_is_judged(better: int, worse: int, decision: str) -> None:
+    told = gained(better, worse)
+    assert told.decision == decision
+    assert told.judged[0].better_by
+    assert told.judged[0].figure == pytest.approx((better - worse) / 40)
+    low, high = told.judged[0].interval
+    assert low <= told.judged[0].figure <= high
+
+
+def test_a_gain_must_exceed_what_the_site_asks() -> None:
+    assert gained(15).decision == "accepted"
+    assert gained(15, gains={"accuracy": 0.3}).decision == "not resolved"
+    assert gained(4, gains={"accuracy": 0.4}).decision == "refused"
+    assert gained(6, gains={"loss": 0.0}).decision == "accepted"
+    assert gained(6, least_group=41).judged[0].why == "40 of at least 41 patients"
+
+
+def test_a_gain_over_no_public_start_is_not_resolved() -> None:
+    told = judge(
+        table(gains={"accuracy": 0.0}), scores_of([0] * 40, [0] * 40), np.arange(40), {}, LESIONS
+    )
+    assert told.decision == "not resolved" and "no public start" in told.judged[0].why
+
+
 # -------------------------------------------------------------------------------------- groups
 
 
@@ -172,6 +219,8 @@ def test_each_further_comparison_widens_them_all() -> None:
         ({"thresholds": {"auroc": 0.5}}, "thresholds"),
         ({"thresholds": {"accuracy": 70}}, "between 0 and 1"),
         ({"thresholds": {"loss": 3}, "differences": {"ece": 0.1}}, "use another figure"),
+        ({"gains": {"ece": 0.1}}, "use another figure"),
+        ({"gains": {"accuracy": -0.1}}, "gains"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

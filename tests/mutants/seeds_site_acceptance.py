@@ -15,6 +15,24 @@ TOLD, T_TOLD = "fedtune/evidence/told.py", "tests/client/test_told.py::"
 MUTANTS = (
     one(
         "acceptance",
+        "a-gain-by-chance-is-accepted",
+        INTERVALS,
+        "Interval(min(low, found - half), max(high, found + half))",
+        "Interval(low, high)",
+        T_FIGURES + "test_a_gain_over_the_public_start_is_judged",
+        "a model that is better on four patients of forty is taken for better",
+    ),
+    one(
+        "acceptance",
+        "any-file-is-the-public-start",
+        "fedtune/report/start_file.py",
+        "if arrays and digest(arrays) == study.start.digest:",
+        "if arrays:",
+        "tests/test_what_is_released.py::test_a_dossier_has_the_public_start_to_compare_with",
+        "a gain is measured over another model than what public records gave",
+    ),
+    one(
+        "acceptance",
         "who-is-in-the-training-file-is-judged-on",
         RECORDS,
         "m in trained or any(",

@@ -226,6 +226,7 @@ class AcceptanceTable(SiteData):
     - least_group: the least size of a group, in patients (without a patient column, in records);
       figures of smaller groups decide nothing
     - differences: by metric, the most by which a group may be worse than all other records
+    - gains: by metric, by how much the model must be better than the public start
     - alone: the run of a model that this site trained alone, for comparison
 
     Guarantee: the vault never reads these records. `fedtune accept` measures on them, `withdraw`
@@ -239,15 +240,19 @@ class AcceptanceTable(SiteData):
     bands: dict[str, tuple[Finite, ...]] = Field(default_factory=dict)
     least_group: Annotated[int, Field(ge=10, le=10**6)] = 20
     differences: dict[AcceptedMetric, NotNegative] = Field(default_factory=dict)
+    gains: dict[AcceptedMetric, NotNegative] = Field(default_factory=dict)
     alone: Place | None = None
 
     @model_validator(mode="after")
     def _check_acceptance(self) -> AcceptanceTable:
-        if not (self.thresholds or self.recall):
-            raise ValueError("thresholds: name at least one bound, here or in recall")
-        for name, bound in (*self.thresholds.items(), *self.differences.items()):
+        if not (self.thresholds or self.recall or self.gains):
+            raise ValueError("thresholds: name at least one bound, here, in recall or in gains")
+        tables = (self.thresholds, self.differences, self.gains)
+        for name, bound in (item for table in tables for item in table.items()):
             if name not in ("loss", "perplexity") and not 0 <= bound <= 1:
                 raise ValueError(f"{name} = {bound:g}: must be between 0 and 1")
+        if "ece" in self.gains:  # a model that knows nothing and says so has a small one
+            raise ValueError("gains.ece: a gain is not measured by ece; use another figure")
         if "ece" in self.differences:  # the fewer records, the larger
             raise ValueError(
                 "differences.ece: groups cannot be compared by ece; use another figure"

@@ -15,7 +15,7 @@ from fedtune.core.errors import ConfigError, InputError, Refused
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.run_folder import ADAPTER
+from fedtune.core.run_folder import ADAPTER, load_plan
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.dossier import openssf, pictures
@@ -50,6 +50,7 @@ from fedtune.evidence.told import FOLDER as TOLD
 from fedtune.evidence.told import read_told
 from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
 from fedtune.report.run_files import new_folder, read_report
+from fedtune.report.start_file import read_start, write_start
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
 
@@ -110,6 +111,8 @@ def release(
     with new_folder(out) as draft:
         carry(run, draft)
         _carry_told(run, draft / RUN)
+        if (start := read_start(run, load_plan(run))) is not None:
+            write_start(start, draft / RUN)
         found = dict(documents(draft / RUN)) | {"simulated": proven.simulated}
         if (run / AUDIT).is_file():
             shutil.copyfile(run / AUDIT, draft / AUDIT)

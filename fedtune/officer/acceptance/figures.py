@@ -13,7 +13,7 @@ from fedtune.core.config import AcceptanceTable
 from fedtune.officer.acceptance.intervals import RESAMPLES, SEED, Difference, Measured, Sample
 from fedtune.officer.acceptance.judgement import ALARMS, Judgement, judge
 from fedtune.officer.acceptance.measures import BINS, bins_of, measures_of
-from fedtune.officer.acceptance.models import MODEL, Scored
+from fedtune.officer.acceptance.models import MODEL, START, Scored
 from fedtune.officer.acceptance.records import HeldOut
 from fedtune.report.scores import Scores
 
@@ -28,7 +28,8 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
     Errors: ConfigError if a rule names a figure that these records do not have."""
     held_out, scores = scored.held_out, scored.scores[MODEL]
-    judgement = judge(table, scores, held_out.units, held_out.groups, scored.labels)
+    start = scored.scores[START] if START in scored.scores else scored.not_scored[START]
+    judgement = judge(table, scores, held_out.units, held_out.groups, scored.labels, start)
     tested = [one for one in judgement.compared if one.found is not None]
     figures: dict[str, Any] = {
         "decision": judgement.decision,

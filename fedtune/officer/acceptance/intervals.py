@@ -61,7 +61,7 @@ class Sample:
     - rows: which records are selected, bool (n,); None selects all"""
 
     def __init__(self, scores: Scores, units: np.ndarray, rows: np.ndarray | None = None) -> None:
-        self._scores = scores
+        self._scores, self._units = scores, units
         self._rows = np.ones(len(units), bool) if rows is None else rows
         self._present, self._unit = np.unique(units[self._rows], return_inverse=True)
 
@@ -107,6 +107,34 @@ class Sample:
         if measure.errs:
             low, high = max(low, 0.0), min(high, 1.0)
         return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
+
+    def gain(self, measure: Measure, start: Scores, level: float = 0.95) -> Difference:
+        """Compute by how much this model is better than another one on the same records, with an
+        interval.
+
+        - measure: the measure; the gain is positive where this model is better
+        - start: the other model's scores on all n records
+        - level: the interval's confidence
+
+        The interval is the wider one of two: the quantiles of the gain on resamples of patients,
+        and the gain plus or minus the size that it exceeds by chance only with probability 1 -
+        level, if for each patient a coin decides which model's scores are whose. By the second, a
+        model that is no better is taken for better with a probability of at most (1 - level) / 2,
+        however few patients the two models treat differently. If they treat all alike, the interval
+        of a share is widened by the bound on how often they may differ on other patients."""
+        other = Sample(start, self._units, self._rows)
+        sign = 1 if measure.higher_is_better else -1
+        ours, theirs = self.sums(measure), other.sums(measure)
+        found = sign * float(measure.figure(ours.sum(axis=0)) - measure.figure(theirs.sum(axis=0)))
+        drawn = sign * (self.resample(measure) - other.resample(measure))
+        if math.isnan(found) or np.isnan(drawn).all():
+            return Difference(math.nan, Interval(math.nan, math.nan))
+        half = _swapped(ours, theirs, measure, level)
+        if (measure.errs or measure.share) and np.array_equal(ours, theirs):
+            half = clopper_pearson(0.0, self.patients, level).high
+        tail = (1 - level) / 2
+        low, high = (float(bound) for bound in np.nanquantile(drawn, (tail, 1 - tail)))
+        return Difference(found, Interval(min(low, found - half), max(high, found + half)))
 
     def bound_unseen(self, measure: Measure, level: float) -> float:
         """Bound how often a model that was right on all of these records is wrong on others: return
@@ -231,6 +259,24 @@ def _exchange(
         drawn.append(np.stack([np.abs(m.figure(a) - m.figure(b)) for m, (a, b) in told]))
     ordered = np.sort(np.concatenate(drawn, axis=1), axis=1)
     return [float(row[math.ceil((draws + 1) * level) - 1]) for row in ordered]
+
+
+def _swapped(ours: Array, theirs: Array, measure: Measure, level: float) -> float:
+    """Return how large a difference between two models arises by chance, if for each patient a coin
+    decides which model's scores are whose. The returned size is exceeded only with probability 1 -
+    level.
+
+    ours, theirs: the sums of the measure's parts over each patient's records, (patients, d)"""
+    random, n, sizes = np.random.default_rng(SEED), len(ours), list[Array]()
+    for start in range(0, RESAMPLES, block := max(1, BLOCK // n)):
+        coins = random.integers(0, 2, (min(block, RESAMPLES - start), n)).astype(float)
+        moved = coins @ (theirs - ours)
+        pair = (
+            measure.figure(ours.sum(axis=0) + moved),
+            measure.figure(theirs.sum(axis=0) - moved),
+        )
+        sizes.append(np.abs(pair[0] - pair[1]))
+    return float(np.sort(np.concatenate(sizes))[math.ceil((RESAMPLES + 1) * level) - 1])
 
 
 def _choices(n: int, size: int, draws: int) -> Iterable[Array]:

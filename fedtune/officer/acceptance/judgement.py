@@ -5,6 +5,8 @@
 | refused      | the interval of at least one figure lies completely on the wrong side          |
 | not resolved | neither: there are too few patients, or an interval contains its threshold     |
 
+A gain over the public start is the difference of both models on the same patients
+(`Sample.gain`).
 A group's figure is compared with that of all other patients by an interval at the level
 1 - 0.05 / (number of comparisons), so that the probability of finding any difference where there is
 none is at most 0.05 (Bonferroni). A group of fewer than `least_group` patients is not resolved. The
@@ -13,6 +15,7 @@ figure would depend more on the split of the records than on the model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,6 +40,7 @@ class Judged:
     - measure: the name of the measure
     - of: "" for all records, else the group, as "COLUMN = VALUE". For a group, the figure says by
       how much the group is worse than all other patients
+    - better_by: whether the figure says by how much the model is better than the public start
     - bound: the threshold that the site states
     - why: the reason why it is not resolved; "" if it is accepted or refused"""
 
@@ -47,6 +51,7 @@ class Judged:
     interval: Interval
     decision: Decision
     why: str = ""
+    better_by: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def judge(
     units: np.ndarray,
     groups: Mapping[str, Sequence[str]],
     labels: Sequence[str] = (),
+    start: Scores | str = "no public start",
 ) -> Judgement:
     """Judge one model's scores on a site's held-out records.
 
@@ -105,6 +111,7 @@ def judge(
     - units: the patient of each record, (n,)
     - groups: column → each record's value in it
     - labels: the classes or choices, in the order of their indices in `scores`; () without classes
+    - start: the public start's scores on the same records, or why there are none
 
     Errors: ConfigError (a threshold on a figure that these records do not have)."""
     known = measures_of(scores, labels)
@@ -117,6 +124,12 @@ def judge(
         )
         for name, bound in named.items()
     ]
+    judged += [
+        _judge_gain(
+            known[name], bound, everybody, start, _too_few(known[name], everybody, known, table)
+        )
+        for name, bound in table.gains.items()
+    ]
     compared, level = _compare_groups(table, scores, units, groups, known, named)
     judged += _judge_groups(table, known, compared)
     return Judgement(_combine(judged), judged, compared, level, overall)
@@ -128,7 +141,7 @@ def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[s
     `known` lacks a measure that the table names."""
     named: dict[str, float] = {str(name): bound for name, bound in table.thresholds.items()}
     named |= {RECALL + name: bound for name, bound in table.recall.items()}
-    for name in (*named, *table.differences):
+    for name in (*named, *table.differences, *table.gains):
         if name not in known:
             raise ConfigError(
                 f"acceptance: {name!r} cannot be measured on this run's records",
@@ -192,6 +205,30 @@ def _judge_one(measure: Measure, bound: float, found: Measured, few: str) -> Jud
         elif sign * (outer - bound) < 0:
             decision, why = "refused", ""
     return Judged(measure.name, "", bound, found.figure, found.interval, decision, why)
+
+
+def _judge_gain(
+    measure: Measure, bound: float, ours: Sample, start: Scores | str, few: str
+) -> Judged:
+    """Judge by how much the model is better than the public start. It is accepted if the whole
+    interval of the gain lies above the bound, and refused if none of it does.
+
+    - measure: the measure, which says whether a higher value is better
+    - bound: the least gain, by the site's [acceptance]
+    - ours: the records, scored by the model
+    - start: the public start's scores on the same records, or why there are none
+    - few: why the figure cannot be resolved; "" if it can"""
+    if isinstance(start, str):
+        nothing = Interval(math.nan, math.nan)
+        why = f"the public start is not measured: {start}"
+        return Judged(measure.name, "", bound, math.nan, nothing, "not resolved", why, True)
+    figure, (low, high) = ours.gain(measure, start)
+    decision: Decision = (
+        "accepted" if low > bound else "refused" if high <= bound else "not resolved"
+    )
+    decision = "not resolved" if few else decision
+    why = "" if decision != "not resolved" else few or BOTH
+    return Judged(measure.name, "", bound, figure, Interval(low, high), decision, why, True)
 
 
 def _compare_groups(

@@ -115,6 +115,7 @@ def _name_different(figures: Mapping[str, Any]) -> Iterator[str]:
 
 def _what(one: Mapping[str, Any]) -> str:
     of = f" of {one['of']}" if one["of"] else ""
+    of = " over the public start" if one["better_by"] else of
     return f"{one['measure']}{of}{': ' if one['why'] else ''}{one['why']}"
 
 
@@ -126,7 +127,7 @@ def _sections(figures: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator
     rows = [
         [
             one["measure"],
-            one["of"] or "all",
+            "all, over the public start" if one["better_by"] else one["of"] or "all",
             _bound(one, figures),
             _format_figure(one),
             _format_decision(one),
@@ -301,6 +302,8 @@ def _text(text: str) -> dict[str, Any]:
 def _bound(one: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     if one["of"]:
         return f"at most {one['bound']:g} worse"
+    if one["better_by"]:
+        return f"more than {one['bound']:g} better"
     higher = figures["models"][MODEL][one["measure"]]["higher_is_better"]
     return f"at {'least' if higher else 'most'} {one['bound']:g}"
 

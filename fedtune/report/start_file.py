@@ -1,0 +1,49 @@
+"""Find a run's public start: the adapter or head that public records alone gave.
+
+It is in the coordinator's checkpoint, and in a file of its own in a dossier, so that a site can
+compare the model that it was given with what public records alone give. The file is not among those
+that the run's signature covers: the plan, which is, names the digest of its arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.core.config import Study
+from fedtune.core.files.writing import replace
+from fedtune.core.models.lora import Arrays, digest
+
+CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # the coordinator's file
+ORIGIN = "origin/"  # the prefix of the start's arrays in it
+START = "start.safetensors"  # the file in a dossier's run
+
+
+def read_start(run: Path, study: Study) -> Arrays | None:
+    """Read the arrays of a run's public start. Return None if the study has no [start], or if the
+    folder `run` has no file whose arrays have the digest that the plan names."""
+    if study.start is None or study.start.digest is None:
+        return None
+    for file, prefix in ((run / CHECKPOINT, ORIGIN), (run / START, "")):
+        arrays = _load(file, prefix)
+        if arrays and digest(arrays) == study.start.digest:
+            return arrays
+    return None
+
+
+def write_start(arrays: Arrays, run: Path) -> None:
+    """Write the arrays of a public start into the folder `run`, which is part of a dossier."""
+    from safetensors.numpy import save
+
+    replace(run / START, save(arrays))
+
+
+def _load(file: Path, prefix: str) -> Arrays:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if file.is_symlink() or not file.is_file():
+        return {}
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return {}
+    return {name.removeprefix(prefix): a for name, a in saved.items() if name.startswith(prefix)}
