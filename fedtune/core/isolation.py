@@ -110,6 +110,7 @@ WALL = re.compile(
 MADV_POPULATE_READ = 22
 PR_SET_TSC, PR_TSC_SIGSEGV = 26, 2
 MAP_FIXED = 0x10
+MAPS = Path("/proc/self/maps")
 CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 # Ways in which a process that only computes may still read the time.
 CLOCK_IN_MEMORY = "the time can be read from memory"
@@ -273,15 +274,24 @@ def keep_files_in_memory() -> None:
     """Read every page of the files that are mapped into this process's memory, such as libraries,
     and keep them mapped. Linux drops no page that a process has mapped only because another asks
     for it; so nobody can tell by what comes back into memory which of them a forked process uses.
-    Before Linux 5.14 nothing is done."""
-    madvise = _libc().madvise
+    Before Linux 5.14 nothing is done. Linux may still drop such pages where memory is short.
+
+    Errors: InfrastructureError if there is too little memory to read them."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         # address, permissions, offset, device, inode, path: proc_pid_maps(5)
         span, permissions, _, _, inode, *_ = line.split(maxsplit=5)
         if permissions.startswith("r") and inode != "0":
             first, last = (int(end, 16) for end in span.split("-"))
-            madvise(first, last - first, MADV_POPULATE_READ)  # what lies behind a file's end fails
+            failed = madvise(first, last - first, MADV_POPULATE_READ)
+            # What lies behind a file's end cannot be read, and fails with another error.
+            if failed and ctypes.get_errno() == errno.ENOMEM:
+                raise InfrastructureError(
+                    "too little memory to keep the libraries in it that decode files",
+                    "memory for all of their pages",
+                    "free memory on this machine",
+                )
 
 
 def landlock_version() -> int:
@@ -496,12 +506,15 @@ def _stop_clocks() -> Confinement:
     memory.restype = ctypes.c_void_p
     zeros = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
     missing = []
-    with suppress(OSError), open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+    try:
+        maps = MAPS.read_text(encoding="ascii", errors="replace").splitlines()
         pages = [line.split()[0] for line in maps if CLOCK_PAGES in line]
         for first, last in (page.split("-") for page in pages):
             start, length = int(first, 16), int(last, 16) - int(first, 16)
             if memory(start, length, mmap.PROT_READ, zeros, -1, 0) != start:
                 missing.append(CLOCK_IN_MEMORY)
+    except OSError:  # nobody can say where these pages are
+        missing.append(CLOCK_IN_MEMORY)
     if _prctl(PR_SET_TSC, PR_TSC_SIGSEGV) != 0:
         missing.append(COUNTER)
     return Confinement(missing=tuple(missing))

@@ -15,14 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fedtune.core import system_calls
+from fedtune.core import isolation, system_calls
 from fedtune.core.data import child_process, children
 from fedtune.core.data.children import ChildFailed, Children
-from fedtune.core.errors import FedtuneError
+from fedtune.core.errors import FedtuneError, InfrastructureError
 
 pytestmark = pytest.mark.skipif(
     os.uname().machine not in system_calls.MACHINES, reason="another machine's system calls"
@@ -352,17 +353,39 @@ def test_what_a_child_uses_of_a_library_is_in_memory_before(
             assert bool(missing_pages(started._process.pid)) == bool(broken)
 
 
+def test_libraries_for_which_memory_is_short_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twin: what lies behind a file's end fails by another error, and is no page of it."""
+
+    def madvise(*_: object) -> int:
+        ctypes.set_errno(failed)
+        return -1
+
+    libc = SimpleNamespace(madvise=madvise)
+    monkeypatch.setattr(isolation.ctypes, "CDLL", lambda *_, **__: libc)
+    failed = errno.EFAULT
+    isolation.keep_files_in_memory()
+    failed = errno.ENOMEM
+    with pytest.raises(InfrastructureError, match="too little memory to keep the libraries"):
+        isolation.keep_files_in_memory()
+
+
 def test_a_child_that_can_read_the_time_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By an order in which it could tell how many came before it. Twin: one that cannot."""
     clocks = "isolation._stop_clocks = lambda: isolation.Confinement(missing=(isolation.{},))"
-    for number, missing in enumerate(("CLOCK_IN_MEMORY", "COUNTER")):
+    unseen = (
+        "isolation._own_stop = isolation._stop_clocks\n"
+        "isolation._stop_clocks = lambda: setattr(isolation, 'MAPS', isolation.Path('/none'))"
+        " or isolation._own_stop()"
+    )
+    for number, missing in enumerate(("CLOCK_IN_MEMORY", "COUNTER", "")):
         if missing == "COUNTER" and NUMBER:
             continue  # 64-bit ARM, which cannot before Linux 6.12
+        broken = clocks.format(missing) if missing else unseen
         with (
             pytest.raises(FedtuneError, match="kept from reading the time"),
-            running(tmp_path / str(number), monkeypatch, "return given", clocks.format(missing)),
+            running(tmp_path / str(number), monkeypatch, "return given", broken),
         ):
             pass
     with running(tmp_path / "twin", monkeypatch, "return given") as started:

@@ -51,8 +51,13 @@ def test_a_non_finite_unit_contributes_zero(mode: str, bad: float) -> None:
         assert float(out[1].abs().max()) == 0.0
 
 
-def test_zero_gradients_stay_zero() -> None:
-    assert float(clip.clip(torch.zeros(2, 3), 1.0).abs().max()) == 0.0
+@pytest.mark.parametrize("mode", ["flat", "normalised"])
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e-160])
+def test_a_row_of_nearly_zeros_stays_zero(mode: str, value: float) -> None:
+    """Also where the factor of such a row overflows, so that 0 times it is no number."""
+    rows = torch.full((2, 3), value, dtype=torch.float64)
+    assert not clip.scales([rows.clone()], 1.0, mode, gamma=1e-303).any()  # type: ignore[arg-type]
+    assert not clip.clip(rows, 1.0, mode, gamma=1e-303).any()  # type: ignore[arg-type]
 
 
 def on_grid(rows: torch.Tensor, grid: float) -> torch.Tensor:

@@ -270,6 +270,29 @@ def test_declaring_again_writes_nothing(ledger: Ledger) -> None:
     assert ledger.head.seq == before.seq + 1
 
 
+def test_what_costs_nothing_takes_no_time_that_tells_how_many_members_there_are(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: with members or units, which a charged round brings, the table of members is read."""
+    for name, apart, more in (("records", (), 200), ("apart", ("records",), 50)):
+        ledger.declare(name, apart, "x", (b"%d" % n for n in range(more)))
+    read = list[str]()
+    for function in ("hashes", "members"):
+        own = getattr(chain.Transaction, function)
+
+        def counted(self: Any, *datasets: str, own: Any = own) -> Any:
+            read.append(own.__name__)
+            return own(self, *datasets)
+
+        monkeypatch.setattr(chain.Transaction, function, counted)
+    ledger.declare("records", None)
+    ledger.declare("apart", ("records",))
+    assert read == []
+    ledger.declare("records", None, members=[b"new"])
+    ledger.declare("apart", None, units=[b"1"])
+    assert read == ["members", "hashes"]
+
+
 def test_a_dataset_that_was_never_declared_has_no_budget(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="never declared"):
         ledger.reserve("elsewhere", charge(), "a", yes)

@@ -1,15 +1,23 @@
-"""A row of a matrix product does not depend on where it lies, on this machine's processor."""
+"""A row of a block does not depend on where it lies, on this machine's processor."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 from fedtune.core import boot
+from fedtune.core.models.cache import BLOCK_POSITIONS, _whole_vectors
+from fedtune.core.objectives import kto
+from fedtune.core.objectives._shapes import padded_length
 
 PRODUCTS = """
 import torch
@@ -63,3 +71,69 @@ def test_where_mkl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("MKL_CBWR")
     boot.fix_products()
     assert "MKL_CBWR" not in os.environ
+
+
+# ------------------------------------------------------------------- functions of single numbers
+
+FUNCTIONS = (torch.sigmoid, functional.silu, functional.softplus, functional.gelu, torch.tanh)
+MORE = (torch.exp, functional.logsigmoid)
+WIDTH = 8  # the least number of columns for which blocks are made
+
+
+def follows_place(function: Callable[[Any], Any], rows: int, numbers: int, kind: Any) -> bool:
+    """Whether a row of so many numbers gets other bits in another place, or another gradient."""
+    draw = torch.Generator().manual_seed(rows * numbers)
+    values = (3 * torch.randn(rows, numbers, generator=draw) + 2).to(kind)
+    order = torch.arange(rows - 1, -1, -1)
+    found = []
+    for given in (values, values[order]):
+        given = given.clone().requires_grad_(True)
+        results = function(given)
+        results.sum().backward()
+        found.append((results.detach(), given.grad))
+    (plain, slopes), (moved, moved_slopes) = found
+    same = torch.equal(plain[order], moved) and torch.equal(slopes[order], moved_slopes)
+    return not same
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_no_row_of_a_block_follows_its_place_in_a_function(kind: Any) -> None:
+    """Blocks of every length and of the most rows that a plan's adapter may leave."""
+    for length in sorted({padded_length(n) for n in range(1, 257)}):
+        most = max(1, BLOCK_POSITIONS["cpu"] // length)
+        for rows in {_whole_vectors(min(most, limit), length) for limit in range(1, most + 1)}:
+            assert 1 <= rows <= most
+            for function in (*FUNCTIONS, *MORE):
+                for numbers in (length * WIDTH, length * 24):
+                    assert not follows_place(function, rows, numbers, kind), (
+                        function,
+                        rows,
+                        length,
+                    )
+                if kind is torch.float32 and rows > 1:
+                    assert not follows_place(function, rows, 1, kind), (function, rows)
+
+
+def test_twin_other_numbers_of_rows_follow_their_place() -> None:
+    flawed = [n for n in range(2, 100) if follows_place(torch.sigmoid, n, 1, torch.float32)]
+    if not flawed:
+        pytest.skip("on this processor no row does")
+    assert not {_whole_vectors(n, 1) for n in range(1, 300)} & {*flawed}
+
+
+@pytest.mark.parametrize("rows", [2, 9, 17, 33, 48, 63, 82, 143])
+def test_a_judged_completions_loss_follows_from_itself(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a reference point at which a last digit of σ is 4 % of 1 - σ, for any number of rows.
+
+    Twin: by `1 - sigmoid` the loss of a row follows its place, on processors with vectors."""
+    zeros = SimpleNamespace(total=torch.zeros(rows, requires_grad=True))
+    monkeypatch.setattr(kto, "likelihood", lambda *_: zeros)
+    monkeypatch.setattr(kto, "reference", lambda *_: SimpleNamespace(total=torch.zeros(rows)))
+    batch: Any = SimpleNamespace(label=torch.zeros(rows))
+    network: Any = None
+    losses = kto.KTO(reference_point=127.03706359863281).losses(network, batch)
+    losses.sum().backward()
+    assert zeros.total.grad is not None
+    assert len({*losses.tolist()}) == len({*zeros.total.grad.tolist()}) == 1

@@ -23,6 +23,19 @@ MUTANTS: list[Mutant] = [
         "a reward head's last digits say which other records were drawn",
     ),
     one(
+        34, "a-sigmoid-by-place", "fedtune/core/objectives/kto.py",
+        "torch.exp(logsigmoid(-torch.where(is_desirable, gain, -gain)))",
+        "1 - torch.sigmoid(torch.where(is_desirable, gain, -gain))",
+        "tests/models/test_products.py::test_a_judged_completions_loss_follows_from_itself",
+        "one more record changes others' rows by 4 %",
+    ),
+    one(
+        34, "a-block-of-any-number-of-rows", CACHE,
+        "        return 1 << rows.bit_length() - 1\n", "        return rows\n",
+        "tests/models/test_products.py::test_twin_other_numbers_of_rows_follow_their_place",
+        "the last rows of a block have other last digits than the same rows in front",
+    ),
+    one(
         34, "no-bound-on-the-adapters-values", "fedtune/core/models/lora.py",
         "max(initial=0.0) > LARGEST", "max(initial=0.0) > np.inf",
         T + "test_an_adapter_that_could_tell_last_digits_is_refused",

@@ -68,6 +68,13 @@ MUTANTS = (
         "no share is ever used up",
     ),
     one(
+        "ledger", "a-free-plan-counts-the-members", "fedtune/core/ledger/ledger.py",
+        'stands = None if hashes else previous.get("members")', "stands = None",
+        "tests/dp/test_ledger.py::"
+        "test_what_costs_nothing_takes_no_time_that_tells_how_many_members_there_are",
+        "a coordinator reads in the time of a refusal how much the ledger remembers",
+    ),
+    one(
         "hospital", "all-memberships-sign-with-one-key", "fedtune/core/ledger/ledger.py",
         "return SigningKey.at(site.site.state / KEY) if site.hospital else ledger.key",
         "return ledger.key",

@@ -53,7 +53,7 @@ MUTANTS = (
     ),
     one(
         "units", "libraries-come-into-memory-as-they-are-used", FORKS,
-        "    isolation.keep_files_in_memory()\n", "",
+        "        isolation.keep_files_in_memory()\n", "        pass\n",
         T_SHOWS + "test_what_a_child_uses_of_a_library_is_in_memory_before",
         "another account sees in which format a patient's image is kept",
     ),
@@ -88,6 +88,14 @@ MUTANTS = (
         "units", "a-child-reads-the-time-in-its-memory", ISOLATION,
         "    stopped = _stop_clocks()\n", "    stopped = Confinement()\n",
         T_CARRIED + "[in_the_time]", "how long other units took decides what comes of this one",
+    ),
+    one(
+        "units", "a-clock-that-cannot-be-found-is-none", ISOLATION,
+        "    except OSError:  # nobody can say where these pages are\n"
+        "        missing.append(CLOCK_IN_MEMORY)\n",
+        "    except OSError:\n        pass\n",
+        T_SHOWS + "test_a_child_that_can_read_the_time_does_nothing",
+        "a child that still has a clock is given records",
     ),
     one(
         "units", "a-child-wakes-other-processes", CALLS,

@@ -30,6 +30,7 @@ from typing import Any
 
 from fedtune.core import isolation
 from fedtune.core.data.children import DONE, ENDED, FAILED, LENGTH, NOT_CONFINED, read_line
+from fedtune.core.errors import InfrastructureError
 from fedtune.core.system_calls import CRASHES
 
 CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
@@ -76,7 +77,11 @@ def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> No
     if platform.machine() not in CLONE:
         say(control, "machine", platform.machine())
         return
-    isolation.keep_files_in_memory()
+    try:
+        isolation.keep_files_in_memory()
+    except InfrastructureError as error:
+        say(control, "machine", str(error))
+        return
     say(control, "ready")
     clone = ctypes.PyDLL(None).syscall
     importlib.invalidate_caches()  # which hold when folders were changed

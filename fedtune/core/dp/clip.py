@@ -19,6 +19,7 @@ Mode = Literal["flat", "normalised"]
 # Room for the rounding of the fp64 norm itself, so that ≤ C holds strictly: a pairwise fp64 sum
 # over d ≤ 10⁹ squares errs by less than 10⁻¹⁴ relative.
 _SLACK = 1.0 - 1e-12
+LEAST_NORM = 1e-150  # of a row that counts: below any grid, and its inverse is far from overflowing
 # Columns converted to fp64 at once, by kind of device and not by the number of rows: a row's norm
 # adds up over its blocks, and in other blocks it would round differently.
 _COLUMNS = {"cpu": 2**12}  # of 64 rows, what stays in the processor's cache
@@ -86,6 +87,7 @@ def scales(
     |-------------------------|------------------------------------|
     | not finite              | 0: such a row adds nothing         |
     | norm overflows fp64     | 0                                  |
+    | norm below 10⁻¹⁵⁰       | 0: its factor could overflow       |
     """
     import torch
 
@@ -94,7 +96,7 @@ def scales(
         squares += _norms(block).square_()
         block.zero_()
     norms = squares.sqrt_()
-    usable = torch.isfinite(norms)
+    usable = torch.isfinite(norms) & (norms >= LEAST_NORM)
     if mode == "flat":
         scale = torch.clamp(max_grad_norm / norms.clamp_min(1e-300), max=1.0)
     else:

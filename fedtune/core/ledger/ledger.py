@@ -138,7 +138,8 @@ class Ledger:
         units: Iterable[bytes] = (),
     ) -> frozenset[bytes]:
         """Enter a signed declaration of a dataset. If nothing changed since the last one, the call
-        is cheap and enters nothing.
+        enters nothing. Without members, keys and units, it takes the same time however many
+        members the ledger has: a plan that costs nothing is answered after such a call.
 
         - dataset: the name under which it is charged
         - disjoint_from: the datasets with which it shares no patient; None: as last declared
@@ -160,20 +161,23 @@ class Ledger:
             previous = self._account.declared.get(dataset, {})
             stays = previous.get("disjoint_from", ())
             apart_from = set(stays if disjoint_from is None else disjoint_from)
-            there = writer.hashes(*self._account.list_apart(dataset, apart_from))
-            asked = units if there else ()
-            elsewhere = {unit: key for unit in asked if (key := self._salt_member(unit)) in there}
+            salted = {unit: self._salt_member(unit) for unit in units}
+            apart = self._account.list_apart(dataset, apart_from) if salted else ()
+            there = writer.hashes(*apart) if apart else set[bytes]()
+            elsewhere = {unit: key for unit, key in salted.items() if key in there}
             arrival = None
             if keys is not None:
                 salted_keys = [self._salt_member(key) for key in keys if key not in elsewhere]
                 arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)
-            writer.add_members(dataset, sorted(hashes - set(elsewhere.values())))
+            if hashes:
+                writer.add_members(dataset, sorted(hashes - set(elsewhere.values())))
+            stands = None if hashes else previous.get("members")
             declaration: dict[str, Any] = {
                 "dataset": dataset,
                 "disjoint_from": sorted(apart_from),
                 "content": previous.get("content", "") if content_hash is None else content_hash,
                 "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
-                "members": writer.members(dataset),
+                "members": writer.members(dataset) if stands is None else stands,
             }
             # A new content hash alone adds no entry: it depends on the plan for which data is read.
             if declaration != {**previous, "content": declaration["content"]}:

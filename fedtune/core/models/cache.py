@@ -41,6 +41,7 @@ Indices = Sequence[int]
 # frozen part run once over all records, so that they may pad more.
 BLOCK_POSITIONS = {"cpu": 256, "cuda": 1024}
 PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
+VECTOR = 8  # numbers in fp32 that the narrowest processor computes at a time (64-bit ARM)
 Result = TypeVar("Result")
 
 
@@ -168,7 +169,7 @@ class CachedDataset:
         if self._alone:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
-        return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
+        return _whole_vectors(PREFIX_POSITIONS[self.network.device.type] // positions, positions)
 
     def warm(self) -> None:
         """Compute all records' states at the cut that are missing now, and report the progress."""
@@ -388,8 +389,8 @@ class CachedDataset:
             if self._alone or (self.network.head is not None and not self.network.pooled):
                 return 1  # for few rows and labels, results depend on a row's place, too
             budget = BLOCK_POSITIONS[self.network.device.type]
-            count = max(1, budget // self._positions_per_record(bucket))
-            return min(count, limit or count)
+            positions = self._positions_per_record(bucket)
+            return _whole_vectors(min(budget // positions, limit or budget), positions)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
         return [(bucket, size(bucket), records) for bucket, records in groups]
@@ -606,6 +607,22 @@ def _group_by_bucket(
 def _warn_if_altered(error: Unavailable) -> None:
     if isinstance(error, Altered):
         log.warning("%s; they are computed again. Check this machine's disk", error)
+
+
+def _whole_vectors(rows: int, positions: int) -> int:
+    """Return how many rows a block has, at most `rows`, and at least 1.
+
+    A processor computes functions such as `sigmoid`, `silu` and `softplus` for many numbers at a
+    time, and the rest of a tensor one by one, by other formulas: the last rows of a tensor would
+    get other last digits than the same rows at its beginning. So a tensor with one number for each
+    row must be shorter than any vector or a whole number of them, which are 8 to 64 numbers by
+    processor and precision. So must a tensor with H numbers for each position; this holds if H is a
+    multiple of 8, as in every known base.
+
+    positions: the positions of a row, a multiple of 8, or 1, 2 or 4"""
+    if rows >= VECTOR:
+        return 1 << rows.bit_length() - 1
+    return rows if rows > 1 and positions % VECTOR == 0 else 1
 
 
 def _fill_block(indices: list[int], size: int) -> list[int]:

@@ -54,10 +54,12 @@ class KTO(Objective):
         z is a constant of the plan. The paper estimates it from other records of the batch, which
         would let each record's loss depend on its neighbours."""
         import torch
+        from torch.nn.functional import logsigmoid
 
         ratio = likelihood(network, batch).total - reference(network, batch).total
         gain = self.beta * (ratio - self.reference_point)
         is_desirable = batch.label == 1
-        loss = 1 - torch.sigmoid(torch.where(is_desirable, gain, -gain))
+        # 1 - σ(x); `sigmoid` gives a tensor's last rows other last digits than the others.
+        loss = torch.exp(logsigmoid(-torch.where(is_desirable, gain, -gain)))
         weight = torch.where(is_desirable, self.lambda_desirable, self.lambda_undesirable)
         return weight * loss
