@@ -137,7 +137,7 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
     machine."""
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.vault.policy import permit_plugins
-    from fedtune.evaluation.before_paying import who_foretells
+    from fedtune.evaluation.before_paying import explain_who_forecasts
 
     try:
         permit_plugins(plan, site)  # before one is imported

@@ -173,7 +173,7 @@ class _Run:
             self._admit()
             self._event("planned", **summary.describe_plan(self.progress, self.roster, self.parts))
         if fresh:
-            self._foretell()
+            self._forecast_gain()
         write_plan(self.out, self.study)
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
@@ -194,7 +194,7 @@ class _Run:
             tell_finished(self.roster, self.settings.key)
         return self._finish()
 
-    def _foretell(self) -> None:
+    def _forecast_gain(self) -> None:
         """Report how much the sites' records are expected to add to what public records give,
         before any ε is spent. Do nothing if this cannot be forecast.
 
