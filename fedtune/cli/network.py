@@ -65,8 +65,8 @@ def enroll(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="The file to write the request to. Default: NAME.request beside SITE, by the "
-            "site's name.",
+            help="The file to write the request to. Default: NAME.request beside SITE, with the "
+            "site's name as NAME.",
         ),
     ] = None,
     new_keys: Annotated[

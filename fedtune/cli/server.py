@@ -152,7 +152,9 @@ def server(
         from fedtune.launch.side_by_side import check_together, serve_all
 
         if tracker or metrics_port:
-            raise ConfigError("--tracker and --metrics-port are of one study", "one STUDY")
+            raise ConfigError(
+                "--tracker or --metrics-port is given with several studies", "a single STUDY"
+            )
         check_together(plans, at_once)
         folders = [out or path.parent / "runs" for path in studies]
         serve_here = partial(serve_all, at_once=at_once, terms=Terms(*about), **at)

@@ -148,7 +148,7 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
     typer.echo()
     if at_hand:
         return say_expected_gain(Console(), plan, [site.site.declared_size], {})
-    Console().print(who_foretells(plan), highlight=False, markup=False)
+    Console().print(explain_who_forecasts(plan), highlight=False, markup=False)
     return None
 
 
@@ -279,7 +279,7 @@ def ledger(
             help="Charge, answer and delete nothing here until somebody ends this with --lift.",
         ),
     ] = False,
-    lift: Annotated[bool, typer.Option("--lift", help="End what --freeze began.")] = False,
+    lift: Annotated[bool, typer.Option("--lift", help="End a freeze.")] = False,
     reason: Annotated[
         str,
         typer.Option(
@@ -330,7 +330,7 @@ def ledger(
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:
-            standing = None if loaded.site.ledger else partial(frozen.standing, folder)
+            standing = None if loaded.site.ledger else partial(frozen.read_decisions, folder)
             book = Ledger.restore(folder, copy, standing)
             held = book.frozen
             if held is None or not held.why.startswith(SALT_LOST):

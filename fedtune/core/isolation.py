@@ -159,8 +159,8 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
     if socket.AF_INET in families:
         spaces = Confinement(missing=("a database over TCP keeps it on the network",))
     else:
-        spaces = _own_network()
-    _close_itself()
+        spaces = _enter_own_network()
+    _forbid_inspection()
     return spaces & _install(filter_of_vault, families)
 
 
@@ -194,7 +194,7 @@ def only_files(
 
     Errors: InfrastructureError if threads already run, which would not be confined."""
     _check_alone()
-    _close_itself()
+    _forbid_inspection()
     of_files = _restrict_files(list(read), list(write), list(names))
     return of_files & _install(filter_of_courier, NETWORKS)
 
@@ -242,7 +242,7 @@ def only_computing() -> Confinement:
     readable = {CLOCK_IN_MEMORY} | ({COUNTER} if platform.machine() == "x86_64" else set[str]())
     if not readable.isdisjoint(stopped.missing):
         return stopped
-    _close_itself()
+    _forbid_inspection()
     return stopped & _install(filter_of_computing)
 
 
@@ -303,15 +303,15 @@ def _check_alone() -> None:
             )
 
 
-def _close_itself() -> None:
+def _forbid_inspection() -> None:
     """Keep other processes of this user from reading this one's memory, and forbid core dumps."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(PR_SET_DUMPABLE, 0)
 
 
-def _own_network() -> Confinement:
+def _enter_own_network() -> Confinement:
     """Move this process into a network namespace of its own, in which no network device is up.
-    Return what is in force or, if Linux refuses, the reason (`reasons`)."""
+    Return the namespace as what confines it or, if Linux refuses, the reason."""
     # Where containers forbid it, the filter alone suffices.
     if refused := _unshare(CLONE_NEWNET):
         return Confinement(reasons=(f"no network namespace: {refused}",))

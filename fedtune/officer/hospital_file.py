@@ -230,7 +230,7 @@ def keep_copy(path: Path) -> Path:
     path. If there is a copy from today with the same content, return the path of that one."""
     content = reading.content(path, "a settings file", kind=ConfigError)
     for number in range(1, 1000):
-        copy = path.with_name(f"{path.name}.{before()}{f'-{number}' * (number > 1)}")
+        copy = path.with_name(f"{path.name}.{today_suffix()}{f'-{number}' * (number > 1)}")
         if not copy.exists():
             return create(copy, content, private=True)
         if copy.read_bytes() == content:
@@ -238,6 +238,6 @@ def keep_copy(path: Path) -> Path:
     raise ConfigError(f"{path}: 999 copies of it are beside it", todo="delete old copies")
 
 
-def before() -> str:
+def today_suffix() -> str:
     """Return the suffix of the name of a copy that is made today: "before-" and the date (UTC)."""
     return f"before-{datetime.now(UTC).date().isoformat()}"

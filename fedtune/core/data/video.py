@@ -92,9 +92,10 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
 
 
 def _first(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield the items, at most PACKETS of them. Errors: Rejected if there are more."""
+    """Yield the items: at most PACKETS, and one after them, which is the empty packet at the end.
+    Errors: Rejected if there are more."""
     for number, item in enumerate(items):
-        if number > PACKETS:  # the last is empty: it asks the decoder for what it still holds
+        if number > PACKETS:  # the empty one asks the decoder for the frames it still holds
             raise Rejected(LONG)
         yield item
 

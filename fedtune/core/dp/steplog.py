@@ -72,7 +72,7 @@ class StepLog:
         except OSError as error:
             raise InfrastructureError(
                 f"{self.path}: the step log cannot be written ({error.strerror})",
-                todo="free the disk or fix the permissions; no step runs unless it is logged",
+                todo="free disk space or fix the permissions; no step runs unless it is logged",
             ) from None
         self._round, self._ahead = step, of_round - 1
 

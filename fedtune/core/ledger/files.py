@@ -271,10 +271,9 @@ def newer_name(new: Path, old: Path) -> Path:
     return old if old.exists() and not new.exists() else new
 
 
-def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return the path of the file, beside the ledger in `folder`, that says that the site waits for
-    a person's approval before it makes a draw. slot: the (study, round, adapter) for which the draw
-    is to be made."""
+def waiting_draw_path(folder: Path, slot: Slot) -> Path:
+    """Return the path of the file, beside the ledger in `folder`, that notes a draw for which a
+    person's approval is awaited. slot: the (study, round, adapter) of the draw."""
     start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
     return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
 

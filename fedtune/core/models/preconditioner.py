@@ -224,9 +224,9 @@ def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if np.isfinite(array).all() and array.any():
         return array
     raise ModelError(
-        "public text gives no gradient to precondition with",
+        "the gradients of public text are all zero, or not finite",
         "text with answers that the base does not know already",
-        "see [public]",
+        "choose another file as public.path",
     )
 
 

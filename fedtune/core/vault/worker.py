@@ -40,7 +40,7 @@ from fedtune.core.secagg.draw import Draws, remove_stored
 from fedtune.core.training.local_round import local_round
 from fedtune.core.vault import airlock, evaluation, noted, studies
 from fedtune.core.vault.budget import Budget, check_known, check_rounds
-from fedtune.core.vault.declared import as_stated, paid_by_run, permit_declared, run_ledger
+from fedtune.core.vault.declared import paid_by_run, permit_declared, run_ledger, with_new_policy
 from fedtune.core.vault.own_loss import kept
 from fedtune.core.vault.policy import (
     LAST_ROUND,
@@ -732,8 +732,8 @@ class SiteWorker:
     def current(self) -> Site:
         """Read the site file again, and return the site with the policy that the file has now;
         policy.peers is without the site's own key. A tightened policy thus applies from the next
-        round. Other changes apply when the site is started again (`as_stated`)."""
-        site = as_stated(load_site(self._path), self.site) if self._path else self.site
+        round. Other changes apply when the site is started again (`with_new_policy`)."""
+        site = with_new_policy(load_site(self._path), self.site) if self._path else self.site
         if not site.policy.peers and not self.peers:
             return site
         return pin_others(site.with_peers(site.policy.peers or self.peers), self.key.public)

@@ -210,7 +210,7 @@ class Spool:
             raise InfrastructureError(
                 f"{path}: {error.strerror or type(error).__name__}",
                 "a folder of this user's on a disk that has room",
-                "free the disk or fix the permissions",
+                "free disk space or fix the permissions",
             ) from None
 
 
