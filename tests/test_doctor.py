@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
     ),
     "no base": (lambda h: h.edit('model = "', 'model = "/none'), "base", "no such folder|models"),
     "full disk": (lambda h: h.patch.setattr(machine, "FREE", 1e18), "disk", "free disk space"),
-    "little memory": (lambda h: h.patch.setattr(machine, "ROOM", 1e18), "memory", "to be had"),
+    "little memory": (lambda h: h.patch.setattr(machine, "ROOM", 1e18), "memory", "available"),
     "readable CA": (lambda h: (h.home / "ca.pem").chmod(0o644), "secrets", "ca.pem.*chmod 600"),
     "readable key": (lambda h: (h.home / "signing.key").chmod(0o640), "secrets", "signing.key"),
     "a site ran out": (

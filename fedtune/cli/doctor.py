@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 from fedtune.cli.pace import StepPace
 from fedtune.cli.study import SET
 from fedtune.core.errors import ConfigError, escape_controls
@@ -140,7 +140,7 @@ def doctor(
     if bad := sum(not finding.good for finding in results):
         counted = "1 check" if bad == 1 else f"{bad} checks"
         error = ConfigError(f"{counted} failed", todo="see above, then run it again")
-        raise Told({"findings": results}, error)
+        raise ErrorWithResult({"findings": results}, error)
     return {"findings": results}
 
 

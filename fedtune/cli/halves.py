@@ -218,5 +218,12 @@ def _take_part(
         else:
             from fedtune.launch.site import join
 
-            join(path, once=once, watch=watch, processes=processes, on_event=events, door=socket)
+            join(
+                path,
+                once=once,
+                watch=watch,
+                processes=processes,
+                on_event=events,
+                socket_path=socket,
+            )
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")

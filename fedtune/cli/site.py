@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 from fedtune.cli.study import SET, STUDY, load, say_expected_gain
 from fedtune.core.errors import ConfigError, InputError, escape_controls
 
@@ -429,9 +429,9 @@ def withdraw(
             "not entered",
             todo="look at them again; --unseen enters them all the same",
         )
-        raise Told({"patients": results}, unknown_keys)
+        raise ErrorWithResult({"patients": results}, unknown_keys)
     if damaged:
-        raise Told({"patients": results}, damaged)
+        raise ErrorWithResult({"patients": results}, damaged)
     return {"patients": results}
 
 
@@ -566,5 +566,5 @@ def audit(
         error = Refused(
             "an audit contradicts the claim", todo="do not release; run `fedtune doctor`"
         )
-        raise Told(result, error)
+        raise ErrorWithResult(result, error)
     return result

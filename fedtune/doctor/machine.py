@@ -176,11 +176,11 @@ def memory(least: float) -> str:
         return f"{_gb(least)} wanted; this system does not say what is free"
     if free < least:
         raise InfrastructureError(
-            f"{_gb(free)} of memory to be had",
+            f"{_gb(free)} of memory available",
             f"{_gb(least)} at least for this study's base and adapter",
             'end other programs, raise the container\'s limit, or set base.dtype = "bfloat16"',
         )
-    return f"{_gb(free)} to be had, {_gb(least)} wanted"
+    return f"{_gb(free)} available, {_gb(least)} wanted"
 
 
 def read_available_memory() -> float | None:

@@ -119,7 +119,7 @@ class Hospital(Table):
                 "hospital.declared_size; a larger δ would allow a mechanism to release a record"
             )
         if OFFICER in self.memberships:
-            raise ValueError(f"memberships.{OFFICER}: is not free: the name stands for withdrawals")
+            raise ValueError(f"memberships.{OFFICER}: is reserved for withdrawals")
         if sum(membership.earlier for membership in self.memberships.values()) > 1:
             raise ValueError("memberships: only one of them may have earlier = true")
         for name, data in self.datasets.items():

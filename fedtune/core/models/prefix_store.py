@@ -131,7 +131,7 @@ class PrefixStore:
                     cache_dir(),
                 )
             self._refusals.add(reason)
-            return _Nothing()
+            return _NotStored()
 
     def leave_free(self, beside: int) -> None:
         """Keep more of the file's disk free: `beside` bytes in addition to LEAST_FREE. The ledger's
@@ -151,7 +151,7 @@ class PrefixStore:
 PREFIX_STORE = PrefixStore()
 
 
-class _Nothing:
+class _NotStored:
     """Stands for states for which there was no space: `read` always raises Unavailable."""
 
     def read(self) -> torch.Tensor:

@@ -60,7 +60,7 @@ _HEADER = re.compile(
 )
 
 
-class Travelling(Protocol):
+class InTransit(Protocol):
     """An array in transit, whose bytes nobody has parsed: NumPy's name of its type, its shape, its
     bytes and their encoding. Flower's `Array` has these attributes, and so has `Packed`."""
 
@@ -89,7 +89,7 @@ class Packed:
     stype: str = NPY
 
 
-Record = Mapping[str, Travelling]
+Record = Mapping[str, InTransit]
 
 
 def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:

@@ -265,7 +265,7 @@ def _check_release(head: dict[str, Any]) -> None:
 
 
 class _InMemory:
-    """A channel (`Way`) whose parts are not sent but written to memory, or read from there. The
+    """A channel (`Channel`) whose parts are not sent but written to memory, or read from there. The
     bytes in memory are those of a spool's file: for each part its length, then the part."""
 
     def __init__(self, content: bytes = b"") -> None:
