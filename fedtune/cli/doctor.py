@@ -18,8 +18,8 @@ from fedtune.core.errors import ConfigError, escape_controls
 from fedtune.core.progress import Step, listening, report
 from fedtune.report.figures import duration
 
-SLOW_SECONDS = 5.0  # of a check; then, if there is no terminal, a line about it
-AGAIN_SECONDS = 30.0  # between two such lines of one check
+SLOW_SECONDS = 5.0  # without a terminal, a check that takes longer gets a line
+AGAIN_SECONDS = 30.0  # pause between two such lines of one check
 
 
 def add_to(app: typer.Typer, panel: str) -> None:

@@ -114,7 +114,7 @@ def quiet_if_unread() -> Iterator[None]:
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python still flushes at its end
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # takes what Python still flushes at its end
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         raise SystemExit(NOT_READ) from None

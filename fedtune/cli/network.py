@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.flower.enrol import Answer, Request
 
-PLAN_SECONDS = 0.5  # between two looks for the plan that a server is making
+PLAN_SECONDS = 0.5  # pause between two checks whether the server has made its plan
 HOME = Annotated[
     Path | None,
     typer.Option(

@@ -96,9 +96,9 @@ NO_VIEW = (
 )
 SMALL = 65_536  # bytes; files in a process's own folders up to this length are copied into its view
 ROOT = Path("/proc")  # where a private root is built: it always exists, and nothing inside needs it
-PROCESSES = 1024  # and threads, of a process with a view of its own and what it starts
+PROCESSES = 1024  # most processes and threads in a private view
 IN_MEMORY = MS_NOSUID | MS_NODEV | MS_NOEXEC
-OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it is written
+OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # a disk in memory, used up as it is written
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 # Matches every text that a Confinement's means and reasons can hold, and no other text.
 WALL = re.compile(

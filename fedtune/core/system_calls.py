@@ -20,7 +20,7 @@ import socket
 from collections.abc import Collection, Sequence
 
 Lines = list[tuple[int, int, int, int]]
-Numbers = tuple[int | None, int | None]  # on x86-64 and on 64-bit ARM, which has not all of them
+Numbers = tuple[int | None, int | None]  # on x86-64 and on 64-bit ARM, which lacks some
 
 LOAD = 0x20
 MASK = 0x54
@@ -170,7 +170,7 @@ ANSWERED: dict[str, Numbers] = {
 # the two apart. Other operations are refused: a wait until a time would tell whether it has come.
 WAKE: Numbers = (202, 98)
 WAKES = (1, 129)
-KIND = 0xF  # of a socket, without the flags beside it
+KIND = 0xF  # mask of a socket's kind, without the flags beside it
 
 
 def is_known() -> bool:

@@ -30,7 +30,7 @@ from fedtune.core.wire.protocol import PROTOCOL
 SHOWN = ("flwr", "torch", "transformers", "peft", "opacus")
 OPEN = 0o077  # the mode bits that let other users in
 ROOM = 1.5e9  # bytes of memory: Python, torch, transformers and Flower's processes
-COPIES = 6  # of the adapter in memory: as held, sent, received, summed, and its frozen half
+COPIES = 6  # adapters in memory: held, sent, received, summed, and the frozen half
 FREE = 2e9  # bytes of disk: logs, the ledger, Flower's database
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 Check = Callable[[], str]

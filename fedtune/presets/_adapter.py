@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedtune.presets import Records
 
 RECORDS = 4  # the largest number of records of a patient
-EPSILON = 4.9  # of one round; sites allow 8, enough for a round that a crash repeats (δ ≤ 0.01)
+EPSILON = 4.9  # ε of one round; sites allow 8, enough to repeat it after a crash (δ ≤ 0.01)
 NOISE = 0.3  # standard deviation of the noise in a weight after the step
 LONGEST = 150.0  # largest learning rate, for studies with hardly any noise
 # If the noise of the mean, in units of C, is larger, only few directions are trained. It is 0.004

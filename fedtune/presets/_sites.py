@@ -35,9 +35,9 @@ WHOSE = frozenset(
     }
 )
 
-FAR = 0.1  # of the declared size: a count that differs by more is reported
-CHARACTERS = 4.0  # in a token of the presets' bases: 4.0 to 4.9 in English medical texts
-HALF = 0.5  # of a median record: if the plan reads less, a warning says so
+FAR = 0.1  # share of the declared size; a count that differs by more is reported
+CHARACTERS = 4.0  # characters in a token: 4.0 to 4.9 in English medical texts
+HALF = 0.5  # share of a median record; if the plan reads less, there is a warning
 
 
 def check(records: Records) -> None:

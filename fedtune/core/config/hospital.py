@@ -291,9 +291,9 @@ def _read_by(data: SiteData) -> dict[str, str]:
     gets rows whose patient is known already, and table, query and filter only choose rows."""
     encoding = str(data.options.get("encoding", "utf-8"))
     with suppress(LookupError):
-        encoding = codecs.lookup(encoding).name  # of all its spellings
+        encoding = codecs.lookup(encoding).name  # one spelling for each encoding
     return {
-        "source": FHIR if data.source == FHIR else "rows",  # others read the cells as they stand
+        "source": FHIR if data.source == FHIR else "rows",  # others read the cells unchanged
         "encoding": encoding,
         "delimiter": str(data.options.get("delimiter", ",")),
     }

@@ -36,7 +36,7 @@ from fedtune.core.errors import ConfigError, DataError
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: a word for yes, then its no
 NO_ROW = "converted to no row"  # the reason of each row of a unit of which the conversion left none
 UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
-CHARACTERS = 16 * 2**20  # of one unit's text: at most 64 MiB, to leave memory for others
+CHARACTERS = 16 * 2**20  # most characters of one unit: at most 64 MiB, to leave memory for others
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 
@@ -294,7 +294,7 @@ class _Reading:
         for number, row in enumerate(waiting):
             units[row.key if self._by_patient else str(number)].append(number)
         decoded: dict[int, Media | str] = {}
-        bodies: dict[bytes, bytes] = {}  # of equal files one body is kept
+        bodies: dict[bytes, bytes] = {}  # equal files share one body
         for numbers in units.values():
             of_name = self._decode_unit([waiting[number].name for number in numbers], decoder)
             for number in numbers:

@@ -35,7 +35,7 @@ KEY = "site.key"
 SALT = "salt"
 OUTBOX = "outbox"
 STEPS = "steps.jsonl"
-ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
+ASKED = "asked"  # folder beside a ledger: a file (0600) for each draw that waits for a person
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "

@@ -74,12 +74,12 @@ class PrefixStore:
 
     def __init__(self) -> None:
         self._used = 0
-        self._dropped: deque[int] = deque()  # by finalisers, which may run at any point
+        self._dropped: deque[int] = deque()  # appended to by finalisers, which may run at any point
         self._in_memory: weakref.WeakSet[_InMemory] = weakref.WeakSet()
         self._file: _File | None = None
         self._memory_is_short = False
-        self._refusals: set[str] = set()  # why the file was not written, each said once
-        self.processes = 1  # that share this machine and do the same work
+        self._refusals: set[str] = set()  # why the file was not written, each logged once
+        self.processes = 1  # number of processes that share this machine and do the same work
         self.least_free = LEAST_FREE  # bytes that the file leaves free on its disk
 
     @property

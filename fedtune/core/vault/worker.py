@@ -105,13 +105,13 @@ class SiteWorker:
         log_path = (site.site.ledger or site.home) / "steps.jsonl"
         self.log = StepLog(log_path, site.policy.membership)
         self.ranks: Workers | None = None  # other processes that share a round's work
-        self.draws = Draws()  # of this process: they wait for their set of sites
+        self.draws = Draws()  # draws that wait in this process for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
         self.simulated = False  # whether the person who runs the study runs this site too
         self._prepared: dict[str, Prepared] = {}
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
-        self._of_runs: dict[str, SiteWorker] = {}  # by plan, of declared data in a consortium
+        self._of_runs: dict[str, SiteWorker] = {}  # by plan, for declared data in a consortium
         PREFIX_STORE.leave_free(self.room.lent)
 
     @cached_property

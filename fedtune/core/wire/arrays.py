@@ -45,9 +45,9 @@ __all__ = [
 NPY = "numpy.ndarray"  # Flower's name of the form of an array's bytes
 MATRICES = 10_000
 LONGEST_NAME = 512
-WIDEST = 1 << 20  # of a frozen factor
+WIDEST = 1 << 20  # most rows or columns of a frozen matrix
 _MAGIC = b"\x93NUMPY\x01\x00"
-_START = len(_MAGIC) + 2  # then the header's length, little-endian
+_START = len(_MAGIC) + 2  # where the header's length stands, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
 # By name: as .npy bodies spell them.
 _TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1", "uint32": "<u4", "uint64": "<u8"}

@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # NumPy starts threads, and the vault imports this before it 
 Kind = Literal["prepare", "train", "ready", "masked", "evaluate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Scalar = str | int | float | bool
-Table = Mapping[str, Any]  # of a message: its values are checked where they are read
+Table = Mapping[str, Any]  # a message's values, which are checked where they are read
 
 # The only text that is sent about a failure: its class would reveal something about the records, or
 # about the space that they leave on this machine. The site's own log says what happened.
 FAILED = "the site's own log says why"
 MOST_WORDS = 64 << 20  # bytes of a request's tables: a plan, or the statements of many sites
-MOST_ARRAYS = 10_001  # in a message
-MOST_BYTES = 4 << 30  # of its arrays, all together
+MOST_ARRAYS = 10_001  # most arrays in a message
+MOST_BYTES = 4 << 30  # most bytes of all its arrays together
 
 
 class Channel(Protocol):

@@ -30,7 +30,7 @@ from fedtune.report.scores import Scores
 RESAMPLES, SEED = 2000, 0
 BLOCK = 2**20  # resampled weights that are in memory at a time
 EXCEED = 10  # the mean number of random exchanges whose difference lies outside an interval
-SMALL = 1024  # up to so many patients all resampled weights are in memory
+SMALL = 1024  # number of patients up to which all resampled weights are in memory
 
 
 class Interval(NamedTuple):
