@@ -55,8 +55,8 @@ SIGN_WITHIN = Annotated[
     typer.Option(
         min=0,
         metavar="DAYS",
-        help="How long to wait at the start for people at the sites to sign the plan, as long "
-        "as too few sites take part. Then the study ends with exit code 3.",
+        help="How long to wait, while too few sites take part, for people at the sites to sign the "
+        "plan. After that the study ends with exit code 3.",
     ),
 ]
 OUT = Annotated[

@@ -203,7 +203,7 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 def filter_of_computing() -> Lines:
     """Build the filter of a process that only computes. It permits the calls of COMPUTING, and
     those of COMPUTING_IF with the arguments listed there. Those of ANSWERED, and a call that would
-    wake a thread, are not made and answered with 0. Any other call gets EPERM."""
+    wake a thread, are answered with 0 and not made. Any other call gets EPERM."""
     answered = _of_call(WAKE, _if_argument(SECOND, WAKES, given=ZERO))
     for numbers in ANSWERED.values():
         answered += _of_call(numbers, [(GIVE, 0, 0, ZERO)])

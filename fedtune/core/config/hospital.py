@@ -38,10 +38,10 @@ class CeilingTable(Table):
     """The hospital's ceilings: the most ε that all consortia together may spend on each dataset,
     the δ at which it is computed, and the most rounds for which the ledger pays."""
 
-    max_epsilon: Positive = 8.0  # in total, at 2 · max_delta: everything ever released
-    max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
+    max_epsilon: Positive = 8.0  # for everything that was ever released, at 2 · max_delta
+    max_fallback_epsilon: Positive = 8.0  # as max_epsilon, by each site's own noise alone
     max_delta: Delta = 1e-3
-    max_rounds: Number = ROUNDS  # that the ledger pays for, of all memberships
+    max_rounds: Number = ROUNDS  # most rounds of all memberships together
 
 
 class RegisteredData(Table):
