@@ -34,10 +34,10 @@ name = {name}
 declared_size = {declared_size}    # units of the largest dataset, as a person states it
 
 [policy]               # what all consortia together may spend of each dataset
-max_epsilon = {max_epsilon}      # in total, at twice max_delta: everything ever released
-max_fallback_epsilon = {max_fallback_epsilon}      # in total, if secure aggregation did not hold
+max_epsilon = {max_epsilon}      # for all that was ever released, at twice max_delta
+max_fallback_epsilon = {max_fallback_epsilon}      # the same if secure aggregation fails
 max_delta = {max_delta}      # twice this is below 1 / declared_size
-max_rounds = {max_rounds}      # that the ledger pays for, of all; each takes 4 KiB of disk
+max_rounds = {max_rounds}      # most rounds of all memberships; each takes 4 KiB of disk
 
 # The datasets that memberships may train on. Overlap is declared here and never inferred: unless
 # one names the other in disjoint_from, what is spent on either counts against both.
@@ -46,7 +46,7 @@ max_rounds = {max_rounds}      # that the ledger pays for, of all; each takes 4 
 # path = "/data/notes.jsonl"   # or url = "postgresql://user@host/db"
 # patient = "patient_id"       # column of the patients' keys, for all memberships
 # disjoint_from = ["other"]    # datasets that share no patient with this one
-# cohort = "first"             # of arrival: change it when new patients are added
+# cohort = "first"             # name of the newest units; change it when patients are added
 # consent = {{ column = "consent", values = ["yes"] }}
 """
 MEMBERSHIPS = """

@@ -134,8 +134,8 @@ labels = {labels}
 options = {{ directions = {directions}, count_weight = {count_weight} }}
 
 [start]                              # costs no ε
-head = "public"                      # what public records alone give: the sites must do better
-# [start.descriptions]               # better words than a class's name, where it says little:
+head = "public"                      # the head that public records alone give
+# [start.descriptions]               # better words than a class's name where it says little:
 # GENHX = "history of the present illness"
 
 [training]                           # one sum of all units: no steps, nothing to choose
@@ -173,8 +173,8 @@ overflow = "truncate"
 labels = {labels}
 
 [start]                              # costs no ε
-head = "labels"                      # the head starts at what the base makes of names
-# [start.descriptions]               # or of better words, where a name says little:
+head = "labels"                      # the head starts at the base's vectors of the names
+# [start.descriptions]               # or of better words where a name says little:
 # GENHX = "history of the present illness"
 
 [training]
