@@ -12,7 +12,7 @@ import pytest
 
 from fedtune import load_study
 from fedtune.core.errors import ConfigError
-from fedtune.evaluation.before_paying import before_paying, sites_of
+from fedtune.evaluation.before_paying import forecast_and_describe, sites_of
 from fedtune.evaluation.expected_gain import (
     DRAWS,
     LEAST,
@@ -139,10 +139,10 @@ def test_no_gain_is_none_unless_something_is_unknown() -> None:
     assert not replace(nothing, gain=Interval(0.03, 0.01, 0.05)).warning
 
 
-def test_few_judges_show_less() -> None:
+def test_few_records_show_less() -> None:
     world = known()
     drawn = world.draw(sites(100), DRAWS)
-    few, many = world.interval(drawn.on_few(20)), world.interval(drawn.gains)
+    few, many = world.interval(drawn.draw_gains(20)), world.interval(drawn.gains)
     assert few.high - few.low > 2 * (many.high - many.low)
     assert isinstance(drawn, Draws)
 
@@ -174,7 +174,7 @@ def test_noise_and_sites_follow_the_plan(tmp_path: Path, tiny_encoder: Path) -> 
 
 def test_a_run_says_it_first_and_its_report_has_it(tmp_path: Path, tiny_encoder: Path) -> None:
     path = lay_out(tmp_path, tiny_encoder, PRIVATE.replace("8.0", "95.0"))
-    told, lines = before_paying(load_study(path), [12, 12, 12])
+    told, lines = forecast_and_describe(load_study(path), [12, 12, 12])
     assert told and told.unknown == ("rash",) and told.records == 12
     assert "cannot say" in lines[-1] and not told.is_none
     said: list[str] = []
@@ -199,17 +199,17 @@ def test_what_is_not_worth_its_price_is_refused_unless_somebody_insists(
     report = simulate(path, sites_in(tmp_path), tmp_path / "run", shares=shares, anyway=True)
     assert report["quality"]["expected"]["gain"]["high"] < LEAST
     with pytest.raises(ConfigError, match="not a class"):
-        before_paying(load_study(path), [12], {"fevers": 0.1})
+        forecast_and_describe(load_study(path), [12], {"fevers": 0.1})
     with pytest.raises(ConfigError, match="above 0"):
-        before_paying(load_study(path), [12], {"rash": 1.5})
+        forecast_and_describe(load_study(path), [12], {"rash": 1.5})
 
 
 def test_a_review_says_it_or_who_does(tmp_path: Path, tiny_encoder: Path) -> None:
     """Of a study.toml, whose public files are at hand, where they are to be read anyway; of a plan
-    as it was sent who foretells it, since the paths in it are not this machine's."""
+    as it was sent who makes the forecast, since the paths in it are not this machine's."""
     path = lay_out(tmp_path, tiny_encoder, PRIVATE.replace("8.0", "95.0"))
     at_hand = run("review", path, "--site", tmp_path / "a.toml", "--digest", "--json")
-    told, _ = before_paying(load_study(path), [12])
+    told, _ = forecast_and_describe(load_study(path), [12])
     assert told and json.loads(at_hand.stdout)["expected"] == json.loads(json.dumps(told.as_dict()))
     (tmp_path / "plan.json").write_text(start(load_study(path)).study.model_dump_json())
     for plan in (path, tmp_path / "plan.json"):
@@ -229,7 +229,10 @@ def test_what_cannot_be_foretold_says_so(tmp_path: Path, tiny_encoder: Path) -> 
         path.read_text().replace('"prototypes"', '"classify"').replace('"discriminant"', '"fedavg"')
     )
     path.write_text("\n".join(line for line in text.splitlines() if "options" not in line))
-    found, lines = before_paying(load_study(path), [12])
-    assert found is None and "cannot be foretold" in lines[0] and "gradients" in lines[0]
+    found, lines = forecast_and_describe(load_study(path), [12])
+    assert found is None and "cannot be forecast" in lines[0] and "gradients" in lines[0]
     (tmp_path / "off").mkdir()
-    assert before_paying(load_study(lay_out(tmp_path / "off", tiny_encoder)), [12]) == (None, [])
+    assert forecast_and_describe(load_study(lay_out(tmp_path / "off", tiny_encoder)), [12]) == (
+        None,
+        [],
+    )

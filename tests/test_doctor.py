@@ -103,8 +103,8 @@ WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
         "digest of the base here is sha256:.*expected sha256:000",
     ),
     "no base": (lambda h: h.edit('model = "', 'model = "/none'), "base", "no such folder|models"),
-    "full disk": (lambda h: h.patch.setattr(machine, "FREE", 1e18), "disk", "free the disk"),
-    "little memory": (lambda h: h.patch.setattr(machine, "ROOM", 1e18), "memory", "to be had"),
+    "full disk": (lambda h: h.patch.setattr(machine, "FREE", 1e18), "disk", "free disk space"),
+    "little memory": (lambda h: h.patch.setattr(machine, "ROOM", 1e18), "memory", "available"),
     "readable CA": (lambda h: (h.home / "ca.pem").chmod(0o644), "secrets", "ca.pem.*chmod 600"),
     "readable key": (lambda h: (h.home / "signing.key").chmod(0o640), "secrets", "signing.key"),
     "a site ran out": (

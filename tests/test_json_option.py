@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 from fedtune.cli.main import app
 from fedtune.core.errors import ConfigError
 from fedtune.observe import observer
@@ -134,7 +134,7 @@ def test_people_are_told_on_stderr_and_numbers_that_json_lacks_become_words() ->
         typer.echo("for people")
         result = {"epsilon": math.inf, "where": Path("a")}
         if fail:
-            raise Told(result, ConfigError("no"))
+            raise ErrorWithResult(result, ConfigError("no"))
         return result
 
     for words, code in ((["shows", "--json"], 0), (["shows", "--json", "--fail"], 2)):

@@ -228,7 +228,7 @@ def test_a_path_or_an_address_that_cannot_be_is_said_when_the_site_is_read(tmp_p
 def test_the_coordinators_names_are_names(tmp_path: Path) -> None:
     home = tmp_path / "coordinator"
     for name in ("a b", "", "a/b", "é", "*"):
-        with pytest.raises(ConfigError, match="no machine is called so"):
+        with pytest.raises(ConfigError, match="not a host name"):
             certs.server_leaf(home, [name])
     assert not home.exists()
     certs.server_leaf(home, ["hub.example", "10.0.0.1"]).write_text("-----BEGIN nothing")

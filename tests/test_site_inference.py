@@ -359,7 +359,7 @@ def test_an_attack_on_what_is_received_needs_records_to_compare_with(
     trained: Path, of_sites: dict[str, Path], tmp_path: Path
 ) -> None:
     few = write(tmp_path / "few.jsonl", rows("birch", 700, 12))
-    with pytest.raises(DataError, match="6 records to compare with"):
+    with pytest.raises(DataError, match="6 records are left to compare with"):
         attack_received(Run(trained / "run"), {"alder": of_sites["alder"], "birch": few})
     two = {name: of_sites[name] for name in ("alder", "birch")}
     tables = {"secure_aggregation": {"colluding": 1}, "strategy": {"min_sites": 3}}

@@ -50,7 +50,9 @@ CLASSES = 4
 DIRECTIONS = 3
 HIDDEN = 6
 ROUNDING = 2e-7  # allowed relative difference: one rounding to fp32
-COMPANY = 1e-4  # allowed relative difference of a loss in a batch from the loss alone, in fp32
+BATCH_ROUNDING = (
+    1e-4  # allowed relative difference of a loss in a batch from the loss alone, in fp32
+)
 SECRET = "Zaphod-Beeblebrox-1979"  # text in a broken file, which no message may contain
 
 
@@ -156,7 +158,7 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
     | parity, isolation, sensitivity, noise | the self-test passes with each engine |
     | one loss a record | the losses have shape (B,), are fp32 and finite |
     | repeatable | a second call gives the same bits, so there is no dropout and no state |
-    | in any company | a record's loss is the same alone and in a batch |
+    | alone or in a batch | a record's loss is the same alone and in a batch |
     """
     for engine in ("auto", "opacus"):
         for result in selftest.run(study_for(base, name, options, engine=engine)):
@@ -166,7 +168,9 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
     data = CachedDataset(network, generate_records(study, network, selftest.SIZES))
     yield run_check("one loss a record", 0, lambda: malformed_losses(study, data))
     yield run_check("repeatable", 0, lambda: measure_repeatability(study, data))
-    yield run_check("in any company", COMPANY, lambda: moved_by_company(study, data))
+    yield run_check(
+        "alone or in a batch", BATCH_ROUNDING, lambda: measure_batch_dependence(study, data)
+    )
 
 
 @torch.no_grad()
@@ -191,7 +195,7 @@ def measure_repeatability(study: Study, data: CachedDataset) -> float:
 
 
 @torch.no_grad()
-def moved_by_company(study: Study, data: CachedDataset) -> float:
+def measure_batch_dependence(study: Study, data: CachedDataset) -> float:
     """Compute the largest relative difference between a record's loss in a batch and the loss of
     the same record alone."""
     objective, largest = study.objective.resolved, 0.0

@@ -85,7 +85,7 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     if trials < 1:
         raise ValueError("an audit needs at least one trial")
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
-    draw = np.random.default_rng(0)  # for the units that the attacker knows, and the direction
+    draw = np.random.default_rng(0)  # draws the units that the attacker knows, and the direction
     direction = draw.normal(size=dimension)
     direction /= np.linalg.norm(direction)
     others = draw.normal(size=(OTHERS, dimension))

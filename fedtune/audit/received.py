@@ -149,8 +149,8 @@ def attack_received(
         here = (asked.sites == number) & ~trains
         if here.sum() < LEAST:
             raise DataError(
-                f"{given[name].path}: {here.sum()} records to compare with",
-                f"at least {LEAST} in half of its units",
+                f"{given[name].path}: {here.sum()} records are left to compare with the updates",
+                f"at least {LEAST}, in the half of the units that is not trained on",
             )
     network = build(run.study)
     with network.loaded(network.frozen_factor() | network.preconditioner):  # restored afterwards

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 
 if TYPE_CHECKING:
     from fedtune.audit.attack import Attack, Secrets
@@ -174,7 +174,7 @@ def attack(
         error = Refused(
             "the attack finds more than ε allows", todo="do not release; run `fedtune doctor`"
         )
-        raise Told(asdict(result), error)
+        raise ErrorWithResult(asdict(result), error)
     return asdict(result)
 
 

@@ -201,7 +201,7 @@ def plan_table(study: Study, plan: Plan) -> Table:
     )
     table.add_column("site")
     whatever = ("whatever happens",) if study.secure_aggregation else ()
-    rounds = "rounds at most" if study.continuous else "rounds"  # of one patient
+    rounds = "rounds at most" if study.continuous else "rounds"  # in which one patient takes part
     for head in (f"{unit}s", rounds, "steps", "q", "batch", "noise σ", "ε", "risk", *whatever):
         table.add_column(head, justify="right", no_wrap=True)
     for row in plan.sites:

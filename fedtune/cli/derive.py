@@ -163,7 +163,7 @@ MERGE_METHOD = Annotated[
     typer.Option(
         metavar="METHOD",
         help="linear: the exact weighted sum of the updates. svd: the same sum at a smaller "
-        "rank. ties, dare: the sum of a part of each update. slerp: the arc between two "
+        "rank. ties, dare: the sum of a part of each update. slerp: a point on the arc between two "
         "updates. regmean: least squares on the public texts of each run.",
     ),
 ]

@@ -11,15 +11,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 from fedtune.cli.pace import StepPace
 from fedtune.cli.study import SET
 from fedtune.core.errors import ConfigError, escape_controls
 from fedtune.core.progress import Step, listening, report
 from fedtune.report.figures import duration
 
-SLOW_SECONDS = 5.0  # of a check; then, if there is no terminal, a line about it
-AGAIN_SECONDS = 30.0  # between two such lines of one check
+SLOW_SECONDS = 5.0  # without a terminal, a check that takes longer gets a line
+AGAIN_SECONDS = 30.0  # pause between two such lines of one check
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -140,7 +140,7 @@ def doctor(
     if bad := sum(not finding.good for finding in results):
         counted = "1 check" if bad == 1 else f"{bad} checks"
         error = ConfigError(f"{counted} failed", todo="see above, then run it again")
-        raise Told({"findings": results}, error)
+        raise ErrorWithResult({"findings": results}, error)
     return {"findings": results}
 
 

@@ -30,7 +30,7 @@ JSON = "as_json"  # the parameter of --json
 NOT_READ = 141  # 128 + SIGPIPE: as a shell shows it of any program whose output nobody reads
 
 
-class Told(Exception):
+class ErrorWithResult(Exception):
     """Carries a result that is printed although the command ends with an error, such as failed
     checks."""
 
@@ -72,7 +72,7 @@ def command(
                 return
             except KeyboardInterrupt as stop:
                 code, line = 130, str(stop) or "stopped"
-            except Told as told:
+            except ErrorWithResult as told:
                 if as_json:
                     _print_json(told.result)
                 code, line = told.error.exit_code, str(told.error)
@@ -114,7 +114,7 @@ def quiet_if_unread() -> Iterator[None]:
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python still flushes at its end
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # takes what Python still flushes at its end
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         raise SystemExit(NOT_READ) from None

@@ -172,9 +172,8 @@ def _check_where(socket: Path | None, spool: Path | None) -> None:
     """Check that exactly one of --socket and --spool is given. Errors: InputError."""
     if (socket is None) == (spool is None):
         raise InputError(
-            "the meeting place of vault and courier is "
-            + ("not named" if socket is None else "named twice"),
-            "--socket PATH or --spool DIR",
+            "--socket and --spool are both given, or neither",
+            "exactly one of --socket PATH and --spool DIR",
         )
 
 
@@ -219,5 +218,12 @@ def _take_part(
         else:
             from fedtune.launch.site import join
 
-            join(path, once=once, watch=watch, processes=processes, on_event=events, door=socket)
+            join(
+                path,
+                once=once,
+                watch=watch,
+                processes=processes,
+                on_event=events,
+                socket_path=socket,
+            )
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -100,5 +100,5 @@ def evidence(
             "give it with --signer, not copied from here; or compare the sha256 with the one that "
             "was noted elsewhere",
         )
-        raise Told(asdict(kept), unknown)
+        raise ErrorWithResult(asdict(kept), unknown)
     return asdict(kept)

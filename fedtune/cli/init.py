@@ -139,8 +139,8 @@ DECLARED = Annotated[
     Declared | None,
     typer.Option(
         help="For a rehearsal: state that no patient is in the sites' records. Such runs "
-        "cost no lifetime budget, and everything that they write says that the data "
-        "was declared.",
+        "cost no lifetime budget, and everything that they write says how the data was "
+        "declared.",
         show_default=False,
     ),
 ]

@@ -109,12 +109,12 @@ def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = 
             _span(line.sigma),
             _span(line.rate),
             _format_epsilon(line.epsilon) if line.known else "not known",
-            *([_whatever(line)] if shared else []),
+            *([_format_fallback(line)] if shared else []),
         )
     return table
 
 
-def _whatever(line: StudyLine) -> str:
+def _format_fallback(line: StudyLine) -> str:
     """Return as text the ε that a study cost at most, even if the sites that shared noise collude:
     its fallback ε (by this site's own noise alone), or its ε if no noise was shared. Return "not
     known" if the cost is not known."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.flower.enrol import Answer, Request
 
-PLAN_SECONDS = 0.5  # between two looks for the plan that a server is making
+PLAN_SECONDS = 0.5  # pause between two checks whether the server has made its plan
 HOME = Annotated[
     Path | None,
     typer.Option(
@@ -65,8 +65,8 @@ def enroll(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="The file to write the request to. Default: NAME.request beside SITE, by the "
-            "site's name.",
+            help="The file to write the request to. Default: NAME.request beside SITE, with the "
+            "site's name as NAME.",
         ),
     ] = None,
     new_keys: Annotated[

@@ -47,8 +47,8 @@ class RoundsPace:
             self._began = now
 
     def hear(self, step: Step, now: float) -> None:
-        """Note a report of a long step, to learn how long the work takes that is done once in a
-        study (step.once). Reports of other steps are ignored."""
+        """Note a report of a long step, to measure the work that is done only once in a study
+        (step.once). Reports of other steps are ignored."""
         if not step.once or self._began is None:
             return
         if step.done == 0:
@@ -60,8 +60,8 @@ class RoundsPace:
         """Note that a round has ended. Return the seconds that the `left` remaining rounds take at
         the average time so far; None if none is left.
 
-        After the first round the result is None too, unless `hear` was told how long the work took
-        that is done once in a study. It is told only if the sites work in this process."""
+        The result is None after the first round too, because of the one-off work in it, unless
+        `hear` has measured that work. It can do so only if the sites work in this process."""
         if self._began is None:
             return None
         if not self._known:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 
 Groups = Literal["objectives", "strategies", "modalities", "sources", "converters", "trackers"]
 
@@ -108,7 +108,7 @@ def check_plugin(
     if bad:
         counted = "1 check fails" if bad == 1 else f"{bad} checks fail"
         error = InputError(f"{name}: {counted}", todo="do not train with it")
-        raise Told({"checks": results}, error)
+        raise ErrorWithResult({"checks": results}, error)
     return {"checks": results}
 
 

@@ -55,8 +55,8 @@ SIGN_WITHIN = Annotated[
     typer.Option(
         min=0,
         metavar="DAYS",
-        help="How long to wait at the start for people at the sites to sign the plan, as long "
-        "as too few sites take part. Then the study ends with exit code 3.",
+        help="How long to wait, while too few sites take part, for people at the sites to sign the "
+        "plan. After that the study ends with exit code 3.",
     ),
 ]
 OUT = Annotated[
@@ -152,7 +152,9 @@ def server(
         from fedtune.launch.side_by_side import check_together, serve_all
 
         if tracker or metrics_port:
-            raise ConfigError("--tracker and --metrics-port are of one study", "one STUDY")
+            raise ConfigError(
+                "--tracker or --metrics-port is given with several studies", "a single STUDY"
+            )
         check_together(plans, at_once)
         folders = [out or path.parent / "runs" for path in studies]
         serve_here = partial(serve_all, at_once=at_once, terms=Terms(*about), **at)

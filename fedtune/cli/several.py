@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune.cli.console import warn_not_private
-from fedtune.cli.exit_codes import Told
+from fedtune.cli.exit_codes import ErrorWithResult
 from fedtune.cli.status_view import studies_table
 from fedtune.cli.watch import Watch
 from fedtune.core.errors import (
@@ -96,8 +96,8 @@ def run_several(
       bound but the studies and the functions that are told of events and of each study's end
     - resume: whether studies that were begun go on
 
-    Errors: ConfigError; Told if a study failed, with the dict that is otherwise returned; those of
-    `serve_all`."""
+    Errors: ConfigError; ErrorWithResult if a study failed, with the dict that is otherwise
+    returned; those of `serve_all`."""
     from fedtune.launch.side_by_side import Entry
 
     status, result, entries = HomeStatus(home), dict[str, dict[str, Any]](), list[Entry]()
@@ -142,7 +142,7 @@ def run_several(
     }
     if failed:
         refused = all(isinstance(outcome.error, Refused) for outcome in failed)
-        raise Told(
+        raise ErrorWithResult(
             told,
             (Refused if refused else InfrastructureError)(
                 f"{len(failed)} of {len(studies)} studies failed: "

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.exit_codes import ErrorWithResult, command
 from fedtune.cli.study import SET, STUDY, load, say_expected_gain
 from fedtune.core.errors import ConfigError, InputError, escape_controls
 
@@ -137,7 +137,7 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
     machine."""
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.vault.policy import permit_plugins
-    from fedtune.evaluation.before_paying import who_foretells
+    from fedtune.evaluation.before_paying import explain_who_forecasts
 
     try:
         permit_plugins(plan, site)  # before one is imported
@@ -148,7 +148,7 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
     typer.echo()
     if at_hand:
         return say_expected_gain(Console(), plan, [site.site.declared_size], {})
-    Console().print(who_foretells(plan), highlight=False, markup=False)
+    Console().print(explain_who_forecasts(plan), highlight=False, markup=False)
     return None
 
 
@@ -279,7 +279,7 @@ def ledger(
             help="Charge, answer and delete nothing here until somebody ends this with --lift.",
         ),
     ] = False,
-    lift: Annotated[bool, typer.Option("--lift", help="End what --freeze began.")] = False,
+    lift: Annotated[bool, typer.Option("--lift", help="End a freeze.")] = False,
     reason: Annotated[
         str,
         typer.Option(
@@ -330,7 +330,7 @@ def ledger(
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:
-            standing = None if loaded.site.ledger else partial(frozen.standing, folder)
+            standing = None if loaded.site.ledger else partial(frozen.read_decisions, folder)
             book = Ledger.restore(folder, copy, standing)
             held = book.frozen
             if held is None or not held.why.startswith(SALT_LOST):
@@ -429,9 +429,9 @@ def withdraw(
             "not entered",
             todo="look at them again; --unseen enters them all the same",
         )
-        raise Told({"patients": results}, unknown_keys)
+        raise ErrorWithResult({"patients": results}, unknown_keys)
     if damaged:
-        raise Told({"patients": results}, damaged)
+        raise ErrorWithResult({"patients": results}, damaged)
     return {"patients": results}
 
 
@@ -566,5 +566,5 @@ def audit(
         error = Refused(
             "an audit contradicts the claim", todo="do not release; run `fedtune doctor`"
         )
-        raise Told(result, error)
+        raise ErrorWithResult(result, error)
     return result

@@ -197,10 +197,10 @@ def say_expected_gain(
     from rich.console import Console as Screen
 
     from fedtune.cli.watch import Watch
-    from fedtune.evaluation.before_paying import before_paying
+    from fedtune.evaluation.before_paying import forecast_and_describe
 
     with Watch(Screen(stderr=True), "what public records say of the gain"):
-        gain, lines = before_paying(study, sizes, shares)
+        gain, lines = forecast_and_describe(study, sizes, shares)
     if gain and len(sizes) == 1:
         sites = "1 site" if study.strategy.min_sites == 1 else f"{study.strategy.min_sites} sites"
         console.print(

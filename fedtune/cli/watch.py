@@ -17,13 +17,13 @@ from fedtune.core.progress import Step, listening
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.report.figures import duration, format_short, size_text
 
-LINE_SECONDS = 30.0  # between two plain lines of one step
+LINE_SECONDS = 30.0  # pause between two plain lines of one step
 WIDE = 110  # columns of a screen on which a bar fits beside the words
-QUIET_SECONDS = 10.0  # without a line; then a site's step of a round is printed too
+QUIET_SECONDS = 10.0  # without a line for so long, a site's step of a round is printed too
 COLUMNS = (
     2  # figures of a round on the screen: the metric and the loss; the rest is in metrics.jsonl
 )
-LINKS = ("admitted", "revoked", "connected", "disconnected")  # with a name: at a coordinator
+LINKS = ("admitted", "revoked", "connected", "disconnected")  # with a site's name at a coordinator
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def main() -> None:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
-SEARCHES = 100  # of middle-aged objects, before all are searched: Python's own number is 10
+SEARCHES = 100  # searches of the middle generation before all objects; Python's default is 10
 SPINS = "10000"  # half a millisecond or so
 
 

@@ -96,9 +96,9 @@ NO_VIEW = (
 )
 SMALL = 65_536  # bytes; files in a process's own folders up to this length are copied into its view
 ROOT = Path("/proc")  # where a private root is built: it always exists, and nothing inside needs it
-PROCESSES = 1024  # and threads, of a process with a view of its own and what it starts
+PROCESSES = 1024  # most processes and threads in a private view
 IN_MEMORY = MS_NOSUID | MS_NODEV | MS_NOEXEC
-OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it is written
+OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # a disk in memory, used up as it is written
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 # Matches every text that a Confinement's means and reasons can hold, and no other text.
 WALL = re.compile(
@@ -160,8 +160,8 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
     if socket.AF_INET in families:
         spaces = Confinement(missing=("a database over TCP keeps it on the network",))
     else:
-        spaces = _own_network()
-    _close_itself()
+        spaces = _enter_own_network()
+    _forbid_inspection()
     return spaces & _install(filter_of_vault, families)
 
 
@@ -195,7 +195,7 @@ def only_files(
 
     Errors: InfrastructureError if threads already run, which would not be confined."""
     _check_alone()
-    _close_itself()
+    _forbid_inspection()
     of_files = _restrict_files(list(read), list(write), list(names))
     return of_files & _install(filter_of_courier, NETWORKS)
 
@@ -243,7 +243,7 @@ def only_computing() -> Confinement:
     readable = {CLOCK_IN_MEMORY} | ({COUNTER} if platform.machine() == "x86_64" else set[str]())
     if not readable.isdisjoint(stopped.missing):
         return stopped
-    _close_itself()
+    _forbid_inspection()
     return stopped & _install(filter_of_computing)
 
 
@@ -313,15 +313,15 @@ def _check_alone() -> None:
             )
 
 
-def _close_itself() -> None:
+def _forbid_inspection() -> None:
     """Keep other processes of this user from reading this one's memory, and forbid core dumps."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(PR_SET_DUMPABLE, 0)
 
 
-def _own_network() -> Confinement:
+def _enter_own_network() -> Confinement:
     """Move this process into a network namespace of its own, in which no network device is up.
-    Return what is in force or, if Linux refuses, the reason (`reasons`)."""
+    Return the namespace as what confines it or, if Linux refuses, the reason."""
     # Where containers forbid it, the filter alone suffices.
     if refused := _unshare(CLONE_NEWNET):
         return Confinement(reasons=(f"no network namespace: {refused}",))

@@ -49,7 +49,7 @@ PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; w
 # These programs confine themselves before they start a thread; only then do they call
 # `end_with_parent`, which starts one.
 CONFINED = ("checks", "vault", "courier")
-AT_A_SITE = ("rank", *CONFINED)  # whose logs lie beside a ledger
+AT_A_SITE = ("rank", *CONFINED)  # programs whose logs lie beside a ledger
 # The only variables of the environment that a courier gets. None of them holds a password, as one
 # for the records' database might, whatever it is called.
 TO_COURIER = {
@@ -64,7 +64,7 @@ TO_COURIER = {
 _log = logging.getLogger("fedtune.client")
 MOST_LOGGED = 2**20  # bytes of what a half of a site says
 FULL = b"\n(this log is full: nothing after it is kept until its process is started again)\n"
-STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
+STOP_SECONDS = 10.0  # pause between SIGTERM and SIGKILL
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import socket
 from collections.abc import Collection, Sequence
 
 Lines = list[tuple[int, int, int, int]]
-Numbers = tuple[int | None, int | None]  # on x86-64 and on 64-bit ARM, which has not all of them
+Numbers = tuple[int | None, int | None]  # on x86-64 and on 64-bit ARM, which lacks some
 
 LOAD = 0x20
 MASK = 0x54
@@ -170,7 +170,7 @@ ANSWERED: dict[str, Numbers] = {
 # the two apart. Other operations are refused: a wait until a time would tell whether it has come.
 WAKE: Numbers = (202, 98)
 WAKES = (1, 129)
-KIND = 0xF  # of a socket, without the flags beside it
+KIND = 0xF  # mask of a socket's kind, without the flags beside it
 
 
 def is_known() -> bool:
@@ -203,7 +203,7 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 def filter_of_computing() -> Lines:
     """Build the filter of a process that only computes. It permits the calls of COMPUTING, and
     those of COMPUTING_IF with the arguments listed there. Those of ANSWERED, and a call that would
-    wake a thread, are not made and answered with 0. Any other call gets EPERM."""
+    wake a thread, are answered with 0 and not made. Any other call gets EPERM."""
     answered = _of_call(WAKE, _if_argument(SECOND, WAKES, given=ZERO))
     for numbers in ANSWERED.values():
         answered += _of_call(numbers, [(GIVE, 0, 0, ZERO)])

@@ -34,8 +34,8 @@ from fedtune.flower.ports import free_port
 App = Callable[[Message, Context], Message]
 SAID = 4_096  # bytes of the end of a SuperNode's log that are copied to this process's log
 REFUSAL = f"this site answers {', '.join(ASKED)}, no more"
-POLL_SECONDS = (0.05, 0.5)  # between two polls for a task, on loopback
-GONE_SECONDS = 6.0  # after so long without an answer the coordinator counts as gone
+POLL_SECONDS = (0.05, 0.5)  # shortest and longest pause between two polls for a task
+GONE_SECONDS = 6.0  # without an answer for so long, the coordinator counts as gone
 LONG_SECONDS = 30.0  # a SuperNode that ran for longer does not count as a failure
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
@@ -203,7 +203,7 @@ def _was_refused(node: Child) -> bool:
 def _refusal(forwarder: Forwarder) -> InfrastructureError:
     why, ahead = forwarder.refusal, forwarder.ahead
     early, late = api.CLOCK_WINDOW
-    is_out = not -late < ahead < -early  # then the SuperLink refuses the node's signed requests
+    is_out = not -late < ahead < -early  # if so, the SuperLink refuses the node's signed requests
     if is_out and not why:
         direction = "ahead of" if ahead > 0 else "behind"
         why = f"this site's clock is {abs(ahead):.0f} s {direction} its own"

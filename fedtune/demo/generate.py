@@ -32,8 +32,8 @@ from fedtune.demo.public_phrases import LIBRARY
 DEPARTMENTS = tuple(CLINIC)
 NINE = DEPARTMENTS[:9]  # an easier task, of some of the benchmarks
 DESKS = tuple("ABCDEFGHIJKLMNOPQR")
-OWN_SHARE = 0.7  # of a hospital's patients are from departments of its own
-STRAY_SHARE = 0.05  # of a patient's notes are about another department than the patient's own
+OWN_SHARE = 0.7  # share of a hospital's patients from departments of its own
+STRAY_SHARE = 0.05  # share of a patient's notes about a department other than the patient's
 NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
 # The number of records of each set, at most.
 VALIDATION = 297

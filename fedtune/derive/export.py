@@ -59,7 +59,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     signed, dossier = is_signed(run.folder), around(run.folder)
     if signed:
         check_signed(dossier or run.folder)
-        run = Run(run.folder)  # as it was verified, whatever was read before
+        run = Run(run.folder)  # read again, as it was verified
     report = run.report
     headed = has_head(run.folder)
     _check(run, headed, to, stored)

@@ -114,7 +114,7 @@ def improve(
     out, settings = Path(out), settings or RlooSettings()
     if not max_kl > 0:
         raise ConfigError(f"--max-kl {max_kl}", "a number of nats above 0")
-    dtype = dtype_of("auto")  # of the bases; adapters and head stay in fp32
+    dtype = dtype_of("auto")  # of the bases alone; adapters and head stay in fp32
     policy, start = (load(run.folder, dtype=dtype) for _ in range(2))
     judge = load(reward_run.folder, dtype=dtype)
     study = _check(policy, judge, run, reward_run)

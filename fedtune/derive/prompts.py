@@ -85,7 +85,7 @@ def complete_prompts(
     if not completed_records:
         counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
         raise DataError(
-            f"no prompt got an answer ({counts})", todo="fewer --new-tokens, or shorter prompts"
+            f"no prompt can be used ({counts})", todo="fewer --new-tokens, or shorter prompts"
         )
     return completed_records, left_out
 

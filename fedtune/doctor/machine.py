@@ -30,7 +30,7 @@ from fedtune.core.wire.protocol import PROTOCOL
 SHOWN = ("flwr", "torch", "transformers", "peft", "opacus")
 OPEN = 0o077  # the mode bits that let other users in
 ROOM = 1.5e9  # bytes of memory: Python, torch, transformers and Flower's processes
-COPIES = 6  # of the adapter in memory: as held, sent, received, summed, and its frozen half
+COPIES = 6  # adapters in memory: held, sent, received, summed, and the frozen half
 FREE = 2e9  # bytes of disk: logs, the ledger, Flower's database
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 Check = Callable[[], str]
@@ -160,7 +160,7 @@ def disk(folder: Path, least: float) -> str:
     free = shutil.disk_usage(folder).free
     if free < least:
         raise InfrastructureError(
-            f"{folder}: {_gb(free)} free", f"{_gb(least)} at least", "free the disk, or move it"
+            f"{folder}: {_gb(free)} free", f"{_gb(least)} at least", "free disk space, or move it"
         )
     if not os.access(folder, os.W_OK):
         raise InfrastructureError(f"{folder}: cannot be written", todo="fix its permissions")
@@ -176,11 +176,11 @@ def memory(least: float) -> str:
         return f"{_gb(least)} wanted; this system does not say what is free"
     if free < least:
         raise InfrastructureError(
-            f"{_gb(free)} of memory to be had",
+            f"{_gb(free)} of memory available",
             f"{_gb(least)} at least for this study's base and adapter",
             'end other programs, raise the container\'s limit, or set base.dtype = "bfloat16"',
         )
-    return f"{_gb(free)} to be had, {_gb(least)} wanted"
+    return f"{_gb(free)} available, {_gb(least)} wanted"
 
 
 def read_available_memory() -> float | None:

@@ -18,10 +18,10 @@ from cryptography.exceptions import InvalidSignature
 from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.flower import api, certs
 
-SECONDS = 20.0  # for an answer
+SECONDS = 20.0  # how long to wait for an answer
 LONGEST = 65_536  # bytes of one's body, at most; the rest is dropped
-LEAF_LEFT = timedelta(days=3)  # of 30; whoever runs has renewed it long before
-CA_LEFT = timedelta(days=180)  # of ten years
+LEAF_LEFT = timedelta(days=3)  # a running client or server renews it earlier
+CA_LEFT = timedelta(days=180)  # the CA's certificate is valid for ten years
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 

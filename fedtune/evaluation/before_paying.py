@@ -19,7 +19,7 @@ from fedtune.strategies._posterior import FOLDS
 from fedtune.strategies.discriminant import HELD_OUT, basis_in, public_in
 
 
-def foretell(
+def forecast_gain(
     study: Study,
     known: State,
     sizes: Sequence[int],
@@ -28,7 +28,7 @@ def foretell(
 ) -> ExpectedGain | None:
     """Forecast how much more accurate a private study's model will be than a model made from public
     records alone. Return None if no forecast can be made: for a study whose coordinator does not
-    build a head from class statistics (`can_foretell`), and if too few public records have a class.
+    build a head from class statistics (`can_forecast`), and if too few public records have a class.
 
     - known: the state of the study's strategy before the first round, as `public.start.start` makes
       it (`Start.strategy`)
@@ -39,7 +39,7 @@ def foretell(
 
     The same arguments always give the same forecast. Errors: ConfigError if `shares` names an
     unknown class, or a share is not between 0 and 1."""
-    if not can_foretell(study) or HELD_OUT not in known:
+    if not can_forecast(study) or HELD_OUT not in known:
         return None
     labels, objective = study.objective.labels, study.objective.resolved
     basis = basis_in(known, objective.directions, objective.count_weight)
@@ -49,7 +49,7 @@ def foretell(
     return expected_gain(world, sites_of(study, sizes), labels, records)
 
 
-def before_paying(
+def forecast_and_describe(
     study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
 ) -> tuple[ExpectedGain | None, list[str]]:
     """Forecast, before a study is started, how much more accurate its model will be than a model
@@ -62,19 +62,19 @@ def before_paying(
       lack
 
     Errors: ConfigError if `shares` names an unknown class, or a share is not between 0 and 1."""
-    if not can_foretell(study):
-        return None, [cannot(study)] if study.private else []
+    if not can_forecast(study):
+        return None, [explain_no_forecast(study)] if study.private else []
     from fedtune.public.start import start
 
     try:
         records = _records(study)
-        found = foretell(study, start(study).strategy, sizes, shares, records)
+        found = forecast_gain(study, start(study).strategy, sizes, shares, records)
     except (ModelError, DataError) as error:
-        return None, [f"{HEADING}: not foretold, since {error}"]
-    return found, found.lines() if found else [cannot(study)]
+        return None, [f"{HEADING}: no forecast, since {error}"]
+    return found, found.lines() if found else [explain_no_forecast(study)]
 
 
-def cannot(study: Study) -> str:
+def explain_no_forecast(study: Study) -> str:
     """Return a sentence that says why nobody can forecast how much more accurate a study's model
     will be than a model made from public records alone."""
     if study.continuous:
@@ -83,17 +83,17 @@ def cannot(study: Study) -> str:
         why = "that holds for every plan that trains by gradients"
     else:
         why = f"fewer than {FOLDS} public records have a class"
-    return f"{HEADING}: cannot be foretold; {why}"
+    return f"{HEADING}: cannot be forecast; {why}"
 
 
-def who_foretells(study: Study) -> str:
+def explain_who_forecasts(study: Study) -> str:
     """Return a sentence for a machine that lacks the study's public files. It says who can forecast
     how much more accurate the study's model will be than a model made from public records alone, or
     why nobody can."""
-    if not can_foretell(study):
-        return cannot(study)
+    if not can_forecast(study):
+        return explain_no_forecast(study)
     return (
-        f"{HEADING}: the coordinator has it foretold from public records, for all sites' declared "
+        f"{HEADING}: the coordinator can forecast it from public records, for all sites' declared "
         "sizes, before anything is paid: ask for what `fedtune plan` says there"
     )
 
@@ -107,7 +107,7 @@ def _records(study: Study) -> int:
     return sum(isinstance(row, dict) for row in rows(table.path, {}, strict=False))
 
 
-def can_foretell(study: Study) -> bool:
+def can_forecast(study: Study) -> bool:
     """Return whether one can forecast how much more accurate this study's model will be than a
     model made from public records alone. The study must be private and have a last round, and its
     coordinator must build a head from class statistics."""

@@ -120,7 +120,7 @@ class Evaluator:
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
         self._untouched: Scores | None = None
         self._single: torch.Tensor | None = None  # the choices' tokens, if each choice has one
-        self._with_choices: CachedDataset | None = None  # else each record with every choice
+        self._with_choices: CachedDataset | None = None  # otherwise each record with every choice
         self._choices = len(table.choices)
         if METRICS[self.metric].by_class and not self.classify:
             self._read_choices(data, table.choices, study.objective.max_length)

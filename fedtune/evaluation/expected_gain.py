@@ -31,13 +31,14 @@ Labels = npt.NDArray[np.int64]
 
 HEADING = "expected gain over what public records alone give"
 DRAWS, FEWER = 60, 30  # number of draws for the plan itself, and for each variant of it
-JUDGES = 2000  # drawn records on which the two heads are compared
+TEST_RECORDS = 2000  # drawn records on which the two heads are compared
 POOL = 6000  # drawn deviations from a class's mean, from which all records are made
 COVERED = (0.05, 0.95)  # the quantiles of the draws at which an interval begins and ends
 ROUGH = 0.1  # share of units in classes that public records lack, above which a forecast is rough
-# The interval of a rough forecast is so many times as wide as what was drawn: names say more of
-# some classes than of others, so real classes vary more than drawn ones. With 2, nine of ten found
-# gains lie inside their interval on the two data sets on which the factor was chosen.
+# The interval of a rough forecast is so many times as wide as the drawn one. The name of a class
+# alone tells less about some classes than about others, so real classes vary more than drawn ones.
+# With 2, nine of ten found gains lie inside their interval on the two data sets on which the factor
+# was chosen.
 WIDER = 2.0
 LEAST = 0.005  # the smallest difference of accuracy that counts as a gain
 FEWEST_SHARING = 3  # sites from which on they can share one dose of noise
@@ -206,7 +207,7 @@ def expected_gain(
         sites=len(sites.sizes),
         units=sites.units,
         records=records,
-        found=world.interval(own.on_few(records)) if records else None,
+        found=world.interval(own.draw_gains(records)) if records else None,
         worth_from=least,
         shared=world.interval(world.draw(together, FEWER).gains) if can_share else None,
         one_more=world.interval(world.draw(more, FEWER).gains),
@@ -223,7 +224,7 @@ def worth_from(world: World, sites: Sites) -> int | None:
     which the number and the noise are used."""
 
     def is_worth(units: int) -> bool:
-        report(f"foretelling the gain with {units:,} units a site")
+        report(f"forecasting the gain with {units:,} units a site")
         return world.interval(world.draw(sites.each_of(units), FEWER).gains).low > 0
 
     low, high = 0, 5
@@ -240,19 +241,19 @@ def worth_from(world: World, sites: Sites) -> int | None:
 @dataclass(frozen=True)
 class Draws:
     """The results of n simulated releases. In each, the head that is built from the release is
-    compared with the public start, on the same JUDGES drawn records.
+    compared with the public start, on the same TEST_RECORDS drawn records.
 
     - gains: (n,), the accuracy of the release's head minus that of the public start
     - starts: (n,), the accuracy of the public start
-    - changes: (n, JUDGES), for each record 1 if only the release's head is right, -1 if only the
-      public start is right, else 0"""
+    - changes: (n, TEST_RECORDS), for each record 1 if only the release's head is right, -1 if only
+      the public start is right, else 0"""
 
     gains: Array
     starts: Array
     changes: npt.NDArray[np.int8]
 
-    def on_few(self, records: int) -> Array:
-        """Return, for each simulation, the gain that a test on only `records` records would show,
+    def draw_gains(self, records: int) -> Array:
+        """Draw, for each simulation, the gain that a test on only `records` records would show,
         (n,)."""
         random = np.random.default_rng(1)
         chosen = random.integers(0, self.changes.shape[1], (len(self.changes), records))
@@ -314,20 +315,20 @@ class World:
         noise = sites.sigma * math.sqrt(sites.doses) * self.basis.norm
         for number in range(draws):
             random = np.random.default_rng([2, number])
-            means, shares = self._drawn_classes(random)
-            sums = self._sums(random, means, shares, sites.units)
+            means, shares = self._draw_classes(random)
+            sums = self._draw_sums(random, means, shares, sites.units)
             sums += noise * random.standard_normal(sums.shape)
             release = Noised(sums, noise, sites.units)
             fitted = posterior.head(release, self.basis, self.public)
-            judges, labels = self._judges(random, means, shares)
-            right = _is_right(fitted, judges, labels)
-            before = _is_right(self.start, judges, labels)
+            records, labels = self._draw_test_records(random, means, shares)
+            right = _is_right(fitted, records, labels)
+            before = _is_right(self.start, records, labels)
             found.append(right.astype(np.int8) - before)
             starts.append(before.mean())
         changes = np.stack(found)
         return Draws(changes.mean(axis=1), np.array(starts), changes)
 
-    def _drawn_classes(self, random: np.random.Generator) -> tuple[Array, Array]:
+    def _draw_classes(self, random: np.random.Generator) -> tuple[Array, Array]:
         """Draw one possible set of K classes. Return the classes' means, (K, d), and the share of
         the units that is in each class, (K,); the shares add up to 1. random: the generator of this
         draw."""
@@ -341,7 +342,9 @@ class World:
             shares[number] = share
         return means, shares / shares.sum()
 
-    def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
+    def _draw_sums(
+        self, random: np.random.Generator, means: Array, shares: Array, units: int
+    ) -> Array:
         """Draw the sites' units, each with one record, and compute what the sites together would
         release if they added no noise. Return it as (K, k + 1): for each class the sum of its
         units' first k features, which the sites use, and the weighted number of its units.
@@ -353,22 +356,22 @@ class World:
         counts = random.multinomial(units, shares)
         labels = np.repeat(np.arange(len(means)), counts)
         k = self.basis.released
-        rows = self.pool[random.integers(JUDGES, POOL, units), :k] + means[labels, :k]
+        rows = self.pool[random.integers(TEST_RECORDS, POOL, units), :k] + means[labels, :k]
         rows /= np.maximum(1.0, np.linalg.norm(rows, axis=1, keepdims=True))
         ends = np.concatenate([np.zeros((1, k)), np.cumsum(rows, axis=0)])[np.cumsum(counts)]
         sums = np.diff(ends, axis=0, prepend=0.0)
         return np.concatenate([sums, self.basis.weight * counts[:, None]], axis=1)
 
-    def _judges(
+    def _draw_test_records(
         self, random: np.random.Generator, means: Array, shares: Array
     ) -> tuple[Array, Labels]:
-        """Draw the records on which both heads are compared. Return their features (JUDGES, d), and
-        the numbers of their classes (JUDGES,).
+        """Draw the records on which both heads are compared. Return their features,
+        (TEST_RECORDS, d), and the numbers of their classes, (TEST_RECORDS,).
 
         random: the generator of this draw; means, shares: (K, d) and (K,), the means of the classes
         of this draw, and their shares of the units."""
-        labels = random.choice(len(means), JUDGES, p=shares)
-        rows = means[labels] + self.pool[:JUDGES]
+        labels = random.choice(len(means), TEST_RECORDS, p=shares)
+        rows = means[labels] + self.pool[:TEST_RECORDS]
         lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
         return rows / np.maximum(1.0, lengths), labels
 
@@ -384,18 +387,18 @@ class World:
         for _ in range(SEARCHED):
             middle = (low + high) / 2
             self.pool = narrow * math.exp(middle / 2)
-            right = [self._start_in(np.random.default_rng([1, n])) for n in range(TRIED)]
+            right = [self._measure_start(np.random.default_rng([1, n])) for n in range(TRIED)]
             low, high = (middle, high) if np.mean(right) > held_out else (low, middle)
         self.pool = narrow
         return math.exp(WIDENED * middle)
 
-    def _start_in(self, random: np.random.Generator) -> float:
+    def _measure_start(self, random: np.random.Generator) -> float:
         """Return the public start's accuracy on drawn records. Only classes of which there are
         public records are drawn. random: the generator of this draw."""
-        means, shares = self._drawn_classes(random)
+        means, shares = self._draw_classes(random)
         shares = np.where(self.public.counts > 0, shares, 0.0)
-        judges, labels = self._judges(random, means, shares / shares.sum())
-        return float(_is_right(self.start, judges, labels).mean())
+        records, labels = self._draw_test_records(random, means, shares / shares.sum())
+        return float(_is_right(self.start, records, labels).mean())
 
 
 def _is_right(head: posterior.Head, rows: Array, labels: Labels) -> npt.NDArray[np.bool_]:

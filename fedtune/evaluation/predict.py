@@ -152,13 +152,13 @@ class _Asked(NamedTuple):
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
         """Choose which columns to read: those of the given DataFile or, if `records` is no
-        DataFile, those of the study's [evaluation] table. A part of a record for which these name
-        no column is read from a column with the part's own name.
+        DataFile, those of the study's [evaluation] table. A part of a record, such as its prompt,
+        for which these name no column is read from the column with the part's own name.
 
         - study: the run's plan
         - records: what `predict` was given: a file or rows, of which nothing is read yet
-        - headed: whether the run trained a head. Without one, only the prompt (or the conversation)
-          of a record is read, and a file that goes with it
+        - headed: whether the run trained a head. Without one, only a record's prompt (or
+          conversation) is read, and its image or recording
         - ids: further columns that the records must have"""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records

@@ -125,7 +125,7 @@ SUPERNODE_REFUSED = (
 # The seconds, least and most, by which the SuperLink's clock may be past a node's signed timestamp.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
-OUTAGE_SECONDS = 600.0  # for so long requests to a silent SuperLink or SuperNode are repeated
+OUTAGE_SECONDS = 600.0  # how long requests to a silent SuperLink or SuperNode are repeated
 # A task is given out before all parts of its message have arrived. Flower would look for them again
 # after 1 s and then 2 s.
 _soon: Any = {"initial_backoff": 0.02, "backoff_cap": 0.5, "max_tries_per_object": None}

@@ -82,7 +82,7 @@ def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     for name in names:
         if not is_host(name):
             raise ConfigError(
-                f"{name[:80]!r}: no machine is called so",
+                f"{name[:80]!r}: not a host name",
                 "a host name or an IP address",
                 "give another --name",
             )

@@ -54,9 +54,9 @@ from fedtune.evidence.fingerprints import PURPOSE
 from fedtune.flower import certs
 
 EC = ec.EllipticCurvePublicKey
-FORMAT = 1  # of nodes/*.json; to be raised when an older release could misread a record
-MAX_BYTES = 65_536  # of a request or a record
-MAX_PLAN = 500_000  # characters of a plan in an answer
+FORMAT = 1  # of a record in nodes/; raised when an older release could misread one
+MAX_BYTES = 65_536  # largest size of a request or a record
+MAX_PLAN = 500_000  # most characters of a plan in an answer
 PLAN = "plan.json"  # in the coordinator's home: the plan as it is sent
 RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its last renewal
 FIELDS = {"name", "node", "csr", "signing"}

@@ -311,7 +311,7 @@ def find_newest_certificate(link: Link) -> x509.Certificate:
     link.certificate."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
-    before = link.keys / link.certificate.name  # where earlier releases stored renewals
+    before = link.keys / link.certificate.name  # earlier releases stored renewals there
     for kept in (link.certificate, link.keys / RENEWED / link.certificate.name, before):
         with contextlib.suppress(OSError, ValueError):
             stored = x509.load_pem_x509_certificate(kept.read_bytes())

@@ -73,7 +73,7 @@ STATUS, RENEW = "/fedtune/status", "/fedtune/renew"
 NODE_KEY = b"flwr-public-key"  # base64 of the key in PEM; the SuperLink checks its signature
 PASSED = (b"content-type", b"accept", b"content-length")  # headers passed on, besides flwr-...
 CHUNK = 65_536
-RENEWAL_SECONDS = 3600.0  # between two checks of the age of the server's own certificate
+RENEWAL_SECONDS = 3600.0  # pause between two checks of the server's own certificate
 
 
 class Gateway:

@@ -39,7 +39,7 @@ from fedtune.evidence import fingerprints
 from fedtune.flower import certs, enrol
 from fedtune.flower.enrol import EC, Answer
 
-MAX_BYTES = 2**20  # of an answer
+MAX_BYTES = 2**20  # largest size of an answer
 KEPT = "answer.json"  # the stored answer, in the folder of the site's keys
 _REQUIRED = {"name", "address", "ca", "certificate", "coordinator"}
 _OPTIONAL = {"plan", "signature"}

@@ -32,14 +32,14 @@ class Limits:
     burst: int = 1000
     per_site: int = 32  # open connections
     connections: int = 2048
-    handshakes: int = 128  # unfinished ones, of peers that have sent no certificate yet
-    per_network: int = 16  # unfinished ones from one IPv4 address or IPv6 /64
-    silent: float = 3.0  # until a peer's first byte
+    handshakes: int = 128  # unfinished handshakes, of peers that have sent no certificate yet
+    per_network: int = 16  # unfinished handshakes from one IPv4 address or IPv6 /64
+    silent: float = 3.0  # from the connection to the peer's first byte
     handshake: float = 10.0
     renewal: float = 60.0  # from one certificate of a site to its next
-    idle: float = 120.0  # of a connection between two requests
-    stall: float = 60.0  # of a request or response that has begun
-    age: float = 3600.0  # of a connection; the next one shows the site's newest certificate
+    idle: float = 120.0  # between two requests of a connection
+    stall: float = 60.0  # longest pause within a request or a response
+    age: float = 3600.0  # life of a connection; the next one shows the site's newest certificate
 
 
 @dataclass(eq=False)

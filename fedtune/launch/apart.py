@@ -53,7 +53,7 @@ class CourierLeft(InfrastructureError):
     """Raised in a vault if its courier, which `fedtune courier` runs, has ended the connection."""
 
 
-class Door:
+class VaultSocket:
     """The vault's socket, to which a courier connects. As a context manager it makes the socket at
     `path`, and removes it at the end.
 
@@ -62,7 +62,7 @@ class Door:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> VaultSocket:
         self.listener = socket.socket(socket.AF_UNIX)
         try:
             self._remove_stale()
@@ -88,15 +88,15 @@ class Door:
         with suppress(OSError):
             self.path.unlink()
 
-    def wait(self) -> Guest:
-        """Wait until a courier of this user connects, and return its connection as a Guest."""
+    def wait(self) -> ConnectedCourier:
+        """Wait until a courier of this user connects, and return its connection."""
         while True:
             connection, _ = self.listener.accept()
             if is_same_user(connection):
-                return Guest(connection)
+                return ConnectedCourier(connection)
             connection.close()
 
-    def turn_away(self) -> None:
+    def refuse_courier(self) -> None:
         """Refuse a courier that tries to connect while another one is connected."""
         connection, _ = self.listener.accept()
         with connection, suppress(OSError):
@@ -120,13 +120,13 @@ class Door:
         self.path.unlink()
 
 
-class Guest:
+class ConnectedCourier:
     """A courier that has connected. As a context manager it closes the connection at the end."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
-    def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
+    def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> ConnectedCourier:
         """Pass the courier what it needs to work: two file descriptors and two settings.
 
         - asks: descriptor of the socket on which it sends requests and receives their answers
@@ -155,7 +155,7 @@ class Guest:
         """Build the error that says that the courier has left; it is not raised here."""
         return CourierLeft("the courier of this site has left")
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> ConnectedCourier:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -199,15 +199,15 @@ class Received:
     patience: float
 
 
-def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault listens at `door`, until a signal arrives or the vault
-    says that the work is done. Reconnect to the vault as often as needed.
+def carry(site_path: Path, socket_path: Path, *, on_event: OnEvent) -> None:
+    """Run the courier of a site whose vault listens at `socket_path`, until a signal arrives or the
+    vault says that the work is done. Reconnect to the vault as often as needed.
 
     The courier reads site.toml, the coordinator's answer and the site's network keys, and writes to
     its own folder. It needs no record, ledger or signing key on its machine.
 
     - site_path: the site file
-    - door: the path of the vault's socket
+    - socket_path: the path of the vault's socket
     - on_event: called with the name of each event ("waiting", "connected", "reconnecting",
       "stopped") and a dict about it
 
@@ -217,8 +217,8 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
     link, home = read_link(site, site_path), site.site.state / FOLDER
     with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
         while True:
-            on_event("waiting", {"text": f"waiting for the vault at {door}"})
-            with _connect(door, on_event) as (vault, given):
+            on_event("waiting", {"text": f"waiting for the vault at {socket_path}"})
+            with _connect(socket_path, on_event) as (vault, given):
                 options = [str(site_path.resolve()), str(given.asks), str(given.tells)]
                 options += ["once" if given.once else "", str(given.patience)]
                 keep = [given.asks, given.tells]
@@ -239,31 +239,31 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
 
 
 @contextmanager
-def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
+def _connect(socket_path: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
     """A context manager: connect to the vault, and try again until the vault accepts this courier.
     Yield two things: the connection, which is closed at the end of the block, and what the vault
-    passed (Received). door: the path of the vault's socket; on_event: called with "waiting" and a
-    dict about it when the reason for waiting changes."""
+    passed (Received). socket_path: the path of the vault's socket; on_event: called with "waiting"
+    and a dict about it when the reason for waiting changes."""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:
             try:
-                vault.connect(str(door))
+                vault.connect(str(socket_path))
                 given = _receive(vault)
             except OSError as error:
                 why = f"{error.strerror or error}"
-            except Turned as error:
+            except NotAccepted as error:
                 why = str(error)
             else:
                 yield vault, given
                 return
         if why != said:
             said = why
-            on_event("waiting", {"text": f"waiting for the vault at {door}: {why}"})
+            on_event("waiting", {"text": f"waiting for the vault at {socket_path}: {why}"})
         time.sleep(PAUSE)
 
 
-class Turned(Exception):
+class NotAccepted(Exception):
     """Raised in a courier if the vault, or another program in its place, does not accept it. The
     text says why."""
 
@@ -284,22 +284,22 @@ def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
 
 def _receive(vault: socket.socket) -> Received:
     """Receive the file descriptors and settings that the vault passes to a courier that has
-    connected. Errors: OSError; Turned if the vault does not accept this courier, or is not a vault
-    of this user and release."""
+    connected. Errors: OSError; NotAccepted if the vault does not accept this courier, or is not a
+    vault of this user and release."""
     if not is_same_user(vault):
-        raise Turned("another user listens there")
+        raise NotAccepted("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)
     try:
         words: dict[str, Any] = json.loads(told or b'{"refused": "it has ended"}')
         if "refused" in words:
-            raise Turned(str(words["refused"]))
+            raise NotAccepted(str(words["refused"]))
         if words["release"] != __version__:
-            raise Turned(f"it is of release {words['release']}, and this of {__version__}")
+            raise NotAccepted(f"it is of release {words['release']}, and this of {__version__}")
         asks, tells = ends
         return Received(asks, tells, words["once"] is True, float(words["patience"]))
     except BaseException as error:
         for end in ends:
             os.close(end)
         if isinstance(error, ValueError | KeyError | TypeError):
-            raise Turned("another program than a vault listens there") from None
+            raise NotAccepted("another program than a vault listens there") from None
         raise

@@ -47,7 +47,7 @@ HERE = QUIET | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # The number of tries to reach a cluster, half a minute each; Ray's default is 20 tries.
 THERE = QUIET | {"RAY_gcs_server_port_wait_time_s": "2"}
 Marks = tuple[dict[str, str], list[str]]  # site file -> digest; files whose locks are held
-START_SECONDS = 300.0  # for Ray to find a free processor and to start an actor on a busy node
+START_SECONDS = 300.0  # time for Ray to find a free processor and start an actor on a busy node
 THREADS = "OMP_NUM_THREADS"
 
 

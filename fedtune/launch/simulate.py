@@ -179,9 +179,8 @@ def _run(
 
 
 def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
-    """Check that the sites' budgets allow the study. It takes less than a second, and comes before
-    anything is loaded or computed from public text. Return a Paid for each site that has paid
-    before: the ε so far and after this run.
+    """Check that the sites' budgets allow the study, before anything is loaded or computed from
+    public text. Return a Paid for each site that has paid before: the ε so far and after this run.
 
     out: the run's folder. Errors: Refused if too few sites have the budget; the error lists what
     the budgets were spent on."""

@@ -49,7 +49,7 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, read_reviewed_plan
-from fedtune.launch.apart import CourierLeft, Door, Guest
+from fedtune.launch.apart import ConnectedCourier, CourierLeft, VaultSocket
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.until_stopped import until_stopped
 from fedtune.observe.from_courier import from_courier, log_again
@@ -79,7 +79,7 @@ def join(
     processes: int = 1,
     on_event: OnEvent | None = None,
     patience: float = 90.0,
-    door: Path | None = None,
+    socket_path: Path | None = None,
 ) -> None:
     """Take part in the coordinator's studies until a signal arrives; reconnect as often as needed.
 
@@ -93,8 +93,8 @@ def join(
     - on_event: called with each event's name and facts; None for nobody
     - patience: seconds for which to try again while the coordinator refuses this site. After a
       crash Flower refuses the site for about 60 s, until the old session has expired.
-    - door: a socket to which a courier connects that was started elsewhere (launch/apart.py); with
-      None this function starts the courier
+    - socket_path: a socket for a courier that was started elsewhere (launch/apart.py);
+      with None this function starts the courier
 
     Events, each with a text for people: "isolation" {confined, open}, "joined", "answered" {kind
     and the vault's facts}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; for a
@@ -117,7 +117,7 @@ def join(
         link = read_link(site, site_path)
         text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
         shown.notify("waiting", {"address": link.address, "text": text})
-        opened = theirs.enter_context(Door(door)) if door else None
+        opened = theirs.enter_context(VaultSocket(socket_path)) if socket_path else None
         again = Again(shown)
         while again.wanted:
             with Halves(
@@ -128,10 +128,10 @@ def join(
                 processes=processes,
                 once=once,
                 patience=patience,
-                door=opened,
+                vault_socket=opened,
             ) as halves:
                 ended = halves.watch(shown)
-                if ended is None and isinstance(halves.courier, Guest):
+                if ended is None and isinstance(halves.courier, ConnectedCourier):
                     halves.courier.dismiss()
                 again.wanted = again.after(ended)
 
@@ -178,8 +178,8 @@ class Halves:
     - processes: the number of processes that share each step
     - once: whether the courier ends when a coordinator that gave this site work has gone
     - patience: seconds for which to try again while the coordinator refuses this site
-    - door: the socket to which a courier connects that was started elsewhere; with None the courier
-      is started here"""
+    - vault_socket: the socket for a courier that was started elsewhere; with None the courier is
+      started here"""
 
     site: Site
     path: Path
@@ -188,14 +188,14 @@ class Halves:
     processes: int
     once: bool
     patience: float
-    door: Door | None = None
+    vault_socket: VaultSocket | None = None
     _open: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Halves:
         state = self.site.site.state
         private_folder(self.link.keys / RENEWED)
         with ExitStack() as theirs, self._open as ours:
-            guest = ours.enter_context(self.door.wait()) if self.door else None
+            connected = ours.enter_context(self.vault_socket.wait()) if self.vault_socket else None
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
             told_by_vault, tells_vault = connection_for(ours, theirs)
             told_by_courier, tells_courier = connection_for(ours, theirs)
@@ -207,8 +207,8 @@ class Halves:
             log_file = state / "vault.log"
             vault = Child("vault", options, home=state / HOME, log=log_file, keep=keep)
             self.vault = ours.enter_context(vault)
-            self.courier: Child | Guest
-            if guest is None:
+            self.courier: Child | ConnectedCourier
+            if connected is None:
                 options = [str(self.path), str(asks.fileno()), str(tells_courier)]
                 options += ["once" if self.once else "", str(self.patience)]
                 keep = [asks.fileno(), tells_courier]
@@ -216,7 +216,7 @@ class Halves:
                 courier = Child("courier", options, home=home, log=home / "courier.log", keep=keep)
                 self.courier = ours.enter_context(courier)
             else:
-                self.courier = guest.hand_over(
+                self.courier = connected.hand_over(
                     asks=asks.fileno(), tells=tells_courier, once=self.once, patience=self.patience
                 )
             self._open = ours.pop_all()
@@ -232,12 +232,12 @@ class Halves:
 
         Errors: the error that the courier reported; PolicyRefused if a process is not confined as
         the policy requires."""
-        listeners = [self.door.listener] if self.door else []
+        listeners = [self.vault_socket.listener] if self.vault_socket else []
         while True:
             of_vault, of_courier = self.of_vault.fileno(), self.of_courier.fileno()
             ready = wait([of_vault, of_courier, *listeners], 0.5)
-            if self.door and self.door.listener in ready:
-                self.door.turn_away()
+            if self.vault_socket and self.vault_socket.listener in ready:
+                self.vault_socket.refuse_courier()
             # The vault first: it sends its facts about an answer before the courier has the answer.
             take_events(self.of_vault, shown.from_vault, self.path)
             if of_courier in ready and take_events(self.of_courier, shown.from_courier):

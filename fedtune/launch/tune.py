@@ -153,7 +153,10 @@ def _check_chooser(study: Study, records: Path | None) -> None:
     compared. These are either the study's [selection] or the file `records` (None if no file is
     given), but not both. Errors: ConfigError."""
     if study.continuous:
-        raise ConfigError("a study with a [schedule] has no last round", "training.rounds")
+        raise ConfigError(
+            "a study with a [schedule] cannot be searched: it has no last round",
+            "a study with training.rounds",
+        )
     if study.selection is None and (records is None or study.evaluation is None):
         raise ConfigError(
             "there are no records to choose by: those of [evaluation] judge what was chosen, so "

@@ -28,7 +28,7 @@ from fedtune.core.files import reading
 from fedtune.observe.log import FIELDS, LOGGABLE, Record
 
 FILE = "metrics.jsonl"
-FEW = 12  # up to so many sites have their own curves of ε; else the largest and smallest are kept
+FEW = 12  # sites with ε curves of their own; with more, the largest and smallest are kept
 NEWEST = 100  # the newest rounds, of which all fields are kept
 NAN = math.nan
 

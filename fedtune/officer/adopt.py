@@ -65,10 +65,10 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.closed_ledger import Closed, closed
 from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.hospital_file import (
-    before,
     check_text,
     keep_copy,
     load_hospital_text,
+    today_suffix,
     with_key,
     write_data,
     write_home,
@@ -596,7 +596,7 @@ def _keep_state(state: Path) -> Path:
     """Copy a state folder beside itself, as a whole or not at all, and return the copy's path. A
     copy of the same ledger from today is used again. Errors: InfrastructureError."""
     for number in range(1, 1000):
-        copy = state.with_name(f"{state.name}.{before()}{f'-{number}' * (number > 1)}")
+        copy = state.with_name(f"{state.name}.{today_suffix()}{f'-{number}' * (number > 1)}")
         if not copy.exists():
             break
         if (copy / HEAD).exists() and (copy / HEAD).read_bytes() == (state / HEAD).read_bytes():
@@ -663,5 +663,5 @@ def _take_away(state: Path) -> None:
 def _cannot(path: Path, error: OSError) -> InfrastructureError:
     return InfrastructureError(
         f"{error.filename or path}: {error.strerror}",
-        todo="free the disk or fix the permissions, then run it again",
+        todo="free disk space or fix the permissions, then run it again",
     )

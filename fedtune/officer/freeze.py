@@ -71,7 +71,7 @@ def lift(site: Site, why: str) -> None:
     AuditLog(book.folder, book.key).add(LIFT, "--lift")
 
 
-def standing(home: Path, public: str) -> Standing:
+def read_decisions(home: Path, public: str) -> Standing:
     """Return what a restored ledger in `home` must hold: the withdrawals, the refused answers and
     the freeze. They are read from the receipts and the audit log beside the ledger; only what the
     key `public` signed counts. An audit log that does not verify counts as a freeze, since its

@@ -34,10 +34,10 @@ name = {name}
 declared_size = {declared_size}    # units of the largest dataset, as a person states it
 
 [policy]               # what all consortia together may spend of each dataset
-max_epsilon = {max_epsilon}      # in total, at twice max_delta: everything ever released
-max_fallback_epsilon = {max_fallback_epsilon}      # in total, if secure aggregation did not hold
+max_epsilon = {max_epsilon}      # for all that was ever released, at twice max_delta
+max_fallback_epsilon = {max_fallback_epsilon}      # the same if secure aggregation fails
 max_delta = {max_delta}      # twice this is below 1 / declared_size
-max_rounds = {max_rounds}      # that the ledger pays for, of all; each takes 4 KiB of disk
+max_rounds = {max_rounds}      # most rounds of all memberships; each takes 4 KiB of disk
 
 # The datasets that memberships may train on. Overlap is declared here and never inferred: unless
 # one names the other in disjoint_from, what is spent on either counts against both.
@@ -46,7 +46,7 @@ max_rounds = {max_rounds}      # that the ledger pays for, of all; each takes 4 
 # path = "/data/notes.jsonl"   # or url = "postgresql://user@host/db"
 # patient = "patient_id"       # column of the patients' keys, for all memberships
 # disjoint_from = ["other"]    # datasets that share no patient with this one
-# cohort = "first"             # of arrival: change it when new patients are added
+# cohort = "first"             # name of the newest units; change it when patients are added
 # consent = {{ column = "consent", values = ["yes"] }}
 """
 MEMBERSHIPS = """
@@ -230,7 +230,7 @@ def keep_copy(path: Path) -> Path:
     path. If there is a copy from today with the same content, return the path of that one."""
     content = reading.content(path, "a settings file", kind=ConfigError)
     for number in range(1, 1000):
-        copy = path.with_name(f"{path.name}.{before()}{f'-{number}' * (number > 1)}")
+        copy = path.with_name(f"{path.name}.{today_suffix()}{f'-{number}' * (number > 1)}")
         if not copy.exists():
             return create(copy, content, private=True)
         if copy.read_bytes() == content:
@@ -238,6 +238,6 @@ def keep_copy(path: Path) -> Path:
     raise ConfigError(f"{path}: 999 copies of it are beside it", todo="delete old copies")
 
 
-def before() -> str:
+def today_suffix() -> str:
     """Return the suffix of the name of a copy that is made today: "before-" and the date (UTC)."""
     return f"before-{datetime.now(UTC).date().isoformat()}"

@@ -37,7 +37,7 @@ NOT_REMEMBERED = (
     "%s; it is not remembered which home pays for these records, so that a second one is not "
     "noticed on this machine"
 )
-Note = dict[str, Any]  # of a place: {path, device, inode}, or {url, databases}
+Note = dict[str, Any]  # describes a place: {path, device, inode}, or {url, databases}
 
 
 def path_of_notes() -> Path:

@@ -20,7 +20,7 @@ from fedtune.core.errors import FedtuneError, InputError
 from fedtune.core.files import reading
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.entries import Charge, Slot, owner_of
-from fedtune.core.ledger.files import ASKED, DATABASE, RUNS, asked_path, name_of
+from fedtune.core.ledger.files import ASKED, DATABASE, RUNS, name_of, waiting_draw_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
 
@@ -109,7 +109,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
         else:
             one.ledger.let_go(one.slot, login())
         if not home.frozen:
-            asked_path(one.ledger.folder, one.slot).unlink(missing_ok=True)
+            waiting_draw_path(one.ledger.folder, one.slot).unlink(missing_ok=True)
     return [one.waiting for one in chosen]
 
 

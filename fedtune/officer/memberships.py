@@ -46,8 +46,8 @@ from fedtune.officer.hospital_file import (
     write_membership,
 )
 
-EDIT_LOCK = "hospital.lock"  # in a home: held by the process that edits hospital.toml
-LOCKS = (LOCK, "flower/lock", "ranks/lock")  # in a state folder: of a client, or of a vault
+EDIT_LOCK = "hospital.lock"  # file in a home; held by the process that edits hospital.toml
+LOCKS = (LOCK, "flower/lock", "ranks/lock")  # files in a state folder; held by a client or a vault
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def purge(contents: Listing) -> None:
     ):
         check_not_frozen(contents.home, "deleted")
         if traces(contents.home):
-            key = Ledger(contents.home).key  # not with a damaged ledger: a restore may need these
+            key = Ledger(contents.home).key  # raises if damaged: a restore may need these
             AuditLog(contents.home, key).add("purge", files=len(contents.files))
         try:
             for path in contents.files:

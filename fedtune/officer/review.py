@@ -548,7 +548,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
         *_share(budget),
-        *_whatever(budget),
+        *_describe_fallback(budget),
         *shared_lines(study, [site.site.declared_size]),
     ]
 
@@ -575,7 +575,7 @@ def _delta(site: Site, plan: DpPlan) -> list[str]:
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)}."]
 
 
-def _whatever(budget: Budget) -> list[str]:
+def _describe_fallback(budget: Budget) -> list[str]:
     """If the plan or an earlier charge uses secure aggregation, return lines that state the total ε
     which this site's own noise alone gives, so far and with this study. Return [] otherwise."""
     if not budget.is_shared:

@@ -37,7 +37,7 @@ log = logging.getLogger("fedtune.site")
 T = TypeVar("T")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 RECEIPTS = "withdrawals"  # beside the ledger: a receipt for each withdrawal
-_DIGITS = 16  # of the patient's salted hash in a receipt's file name
+_DIGITS = 16  # digits of the patient's salted hash in a receipt's file name
 
 
 @dataclass(frozen=True)

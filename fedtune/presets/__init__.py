@@ -288,7 +288,7 @@ def classes_note(task: str, records: Records) -> str:
         return ""
     records = complete_records(task, records)
     known = _public.classes(records, list_columns(task, records))
-    notes = [_sites.classes_note(look, known) for look in _looks(task, records)]
+    notes = [_sites.classes_note(counts, known) for counts in _count_files(task, records)]
     return "".join(f"{note}\n" for note in notes if note)
 
 
@@ -302,17 +302,17 @@ def files_note(task: str, records: Records) -> str:
         return ""
     records, recipe = complete_records(task, records), TASKS[task]
     notes: list[str] = []
-    for look, size in zip(_looks(task, records), records.declared_sizes, strict=False):
-        notes.append(_sites.size_note(look, size, records.unit))
-        notes.append(_sites.length_note(look, recipe.MAX_LENGTH, recipe.CUT))
+    for counts, size in zip(_count_files(task, records), records.declared_sizes, strict=False):
+        notes.append(_sites.size_note(counts, size, records.unit))
+        notes.append(_sites.length_note(counts, recipe.MAX_LENGTH, recipe.CUT))
     return "".join(f"{note}\n" for note in notes if note)
 
 
-def _looks(task: str, records: Records) -> list[_sites.Look]:
+def _count_files(task: str, records: Records) -> list[_sites.FileCounts]:
     columns, fields = list_columns(task, records, "patient"), TASKS[task].COLUMNS
     answers = [getattr(records, name) for name in ("target", "rejected") if name in fields]
     return [
-        _sites.look(
+        _sites.count_file(
             place,
             columns,
             prompt=records.prompt if "prompt" in fields else None,

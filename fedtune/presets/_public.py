@@ -55,7 +55,7 @@ def divide_records(
     public |= {name: [] for name in limits}
     taken = 0
     for unit in units:
-        share = (taken + len(unit) / 2) / total  # where the unit's middle lies
+        share = (taken + len(unit) / 2) / total  # the place of the unit's middle, from 0 to 1
         name = next((name for name, end in limits.items() if share <= end), "evaluation")
         public[name] += unit
         taken += len(unit)

@@ -35,9 +35,9 @@ WHOSE = frozenset(
     }
 )
 
-FAR = 0.1  # of the declared size: a count that differs by more is reported
-CHARACTERS = 4.0  # in a token of the presets' bases: 4.0 to 4.9 in English medical texts
-HALF = 0.5  # of a median record: if the plan reads less, a warning says so
+FAR = 0.1  # share of the declared size; a count that differs by more is reported
+CHARACTERS = 4.0  # characters in a token: 4.0 to 4.9 in English medical texts
+HALF = 0.5  # share of a median record; if the plan reads less, there is a warning
 
 
 def check(records: Records) -> None:
@@ -88,7 +88,7 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Look:
+class FileCounts:
     """Counts of a site's own file, shown only to the person who has the file.
 
     - where: the file's name
@@ -107,7 +107,7 @@ class Look:
     lengths: list[int]
 
 
-def look(
+def count_file(
     place: WherePath,
     asked: Mapping[str, str],
     *,
@@ -115,7 +115,7 @@ def look(
     answers: Sequence[str],
     target: str,
     patient: str | None,
-) -> Look:
+) -> FileCounts:
     """Read a site's file once and count what it holds.
 
     - place: the site's file, folder or table
@@ -141,27 +141,27 @@ def look(
         texts = [len(str(cells.get(name) or "")) for name in answers]
         lengths.append(max(texts, default=0) + len(str(cells.get(prompt or "") or "")))
     where = names.where.name if isinstance(names.where, Path) else names.where
-    return Look(where, total, len(units) if patient else total, target, classes, lengths)
+    return FileCounts(where, total, len(units) if patient else total, target, classes, lengths)
 
 
-def classes_note(look: Look, known: set[str]) -> str:
+def classes_note(counts: FileCounts, known: set[str]) -> str:
     """Return a line that says how many of a site's records are of classes which the study does not
-    have, and lists these, since such records train nothing; "" if there are none. look: the counts
-    of the site's file. known: the study's classes; if it is empty, since nobody named classes, all
-    classes of the file are listed."""
-    strange = Counter({label: n for label, n in look.classes.items() if label not in known})
+    have, and lists these, since such records train nothing; "" if there are none. counts: of the
+    site's file. known: the study's classes; if it is empty, since nobody named classes, all classes
+    of the file are listed."""
+    strange = Counter({label: n for label, n in counts.classes.items() if label not in known})
     if not strange:
         return ""
     shown = ", ".join(
         f"{escape_controls(c)[:40]} {n:,}" for c, n in strange.most_common(MOST_CHOICES)
     )
-    texts = len(strange) > MOST_CHOICES and 2 * len(strange) > look.rows  # a column of texts
+    texts = len(strange) > MOST_CHOICES and 2 * len(strange) > counts.rows  # a column of texts
     if len(strange) > MOST_CHOICES:  # texts are not for a screen
-        shown = f"is {look.target!r} the column of the classes?" if texts else f"{shown} …"
+        shown = f"is {counts.target!r} the column of the classes?" if texts else f"{shown} …"
     if not known:
         return (
-            f"{look.where}: {look.rows:,} records of {len(strange)} classes: {shown}; those that "
-            "the study has not will be left out: compare them with the coordinator's"
+            f"{counts.where}: {counts.rows:,} records of {len(strange)} classes: {shown}; those "
+            "that the study has not will be left out: compare them with the coordinator's"
         )
     are = "is" if strange.total() == 1 else "are"
     options = " ".join(
@@ -169,35 +169,35 @@ def classes_note(look: Look, known: set[str]) -> str:
     )
     todo = "" if texts else f"; in a new folder, {options} takes such records in"
     return (
-        f"{look.where}: {strange.total():,} of {look.rows:,} records {are} of a class that the "
+        f"{counts.where}: {strange.total():,} of {counts.rows:,} records {are} of a class that the "
         f"study has not, and will be left out: {shown}{todo}"
     )
 
 
-def size_note(look: Look, declared: int, unit: str) -> str:
+def size_note(counts: FileCounts, declared: int, unit: str) -> str:
     """Return a line that says that a file holds far more or fewer units than the site declares; ""
     if it does not. The line is a warning if the numbers differ by a factor of two or more, which
     changes what the study can do.
 
-    look: the counts of the file. declared: the declared size. unit: the noun for a unit, "patient"
-    or "record"."""
-    if abs(declared - look.units) <= FAR * declared:
+    counts: of the file. declared: the declared size. unit: the noun for a unit, "patient" or
+    "record"."""
+    if abs(declared - counts.units) <= FAR * declared:
         return ""
-    twice = look.units >= 2 * declared or 2 * look.units <= declared
+    twice = counts.units >= 2 * declared or 2 * counts.units <= declared
     return (
-        f"{'WARNING: ' if twice else ''}{look.where}: {look.units:,} {unit}s, and the site "
+        f"{'WARNING: ' if twice else ''}{counts.where}: {counts.units:,} {unit}s, and the site "
         f"declares {declared:,}, which rates, noise and weight follow: --size once for each "
         "--data, or site.declared_size in its site.toml: a round figure, since it is public"
     )
 
 
-def length_note(look: Look, most: int, cut: str) -> str:
+def length_note(counts: FileCounts, most: int, cut: str) -> str:
     """Return a line that says how much of a median record the plan reads; "" if it reads all of it.
     Tokens are estimated, since no base is loaded yet.
 
-    look: the counts of the file. most: objective.max_length. cut: a text that says what a longer
+    counts: the counts of the file. most: objective.max_length. cut: a text that says what a longer
     record loses."""
-    tokens = statistics.median(look.lengths or [0]) / CHARACTERS
+    tokens = statistics.median(counts.lengths or [0]) / CHARACTERS
     if tokens <= most:
         return ""
     share = most / tokens
@@ -205,7 +205,7 @@ def length_note(look: Look, most: int, cut: str) -> str:
     if share < HALF:
         todo = ". Raise objective.max_length in study.toml, or shorten the texts"
     return (
-        f"{'WARNING: ' if share < HALF else ''}{look.where}: a median record has about "
+        f"{'WARNING: ' if share < HALF else ''}{counts.where}: a median record has about "
         f"{tokens:,.0f} tokens, of which the plan reads {most} ({share:.0%}); {cut}{todo}"
     )
 

@@ -73,9 +73,9 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
 def _statistics(
     records: Records, classes: int, public: Mapping[str, _public.Rows]
 ) -> dict[str, object]:
-    """Return the values that the template STATISTICS needs, by their names in it: those of a plan
-    in which each site sends its class statistics once. classes: the number of classes. public: the
-    name of each part of the public records -> its rows."""
+    """Compute the values of the template STATISTICS, whose plan has each site send its class
+    statistics once. Return them by their names in the template. classes: the number of classes.
+    public: the name of each part of the public records -> its rows."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     directions = directions_for(
         classes=classes,
@@ -87,8 +87,8 @@ def _statistics(
 
 
 def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
-    """Return the values that the template STEPS needs, by their names in it: those of a plan in
-    which the head is trained by gradient steps. public: the name of each part of the public records
+    """Compute the values of the template STEPS, whose plan trains the head by gradient steps.
+    Return them by their names in the template. public: the name of each part of the public records
     -> its rows."""
     momentum = SELECTED if "selection" in public else MOMENTUM
     rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"
@@ -133,8 +133,8 @@ labels = {labels}
 options = {{ directions = {directions}, count_weight = {count_weight} }}
 
 [start]                              # costs no ε
-head = "public"                      # what public records alone give: the sites must do better
-# [start.descriptions]               # better words than a class's name, where it says little:
+head = "public"                      # the head that public records alone give
+# [start.descriptions]               # better words than a class's name where it says little:
 # GENHX = "history of the present illness"
 
 [training]                           # one sum of all units: no steps, nothing to choose
@@ -172,8 +172,8 @@ overflow = "truncate"
 labels = {labels}
 
 [start]                              # costs no ε
-head = "labels"                      # the head starts at what the base makes of names
-# [start.descriptions]               # or of better words, where a name says little:
+head = "labels"                      # the head starts at the base's vectors of the names
+# [start.descriptions]               # or of better words where a name says little:
 # GENHX = "history of the present illness"
 
 [training]

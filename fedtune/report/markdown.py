@@ -212,7 +212,7 @@ def _sites(privacy: dict[str, Any]) -> str:
         [
             cell(name),
             rounded_up(site.get("epsilon")),
-            *([_whatever(site)] if shared else []),
+            *([_format_fallback(site)] if shared else []),
             figure(site.get("delta", privacy.get("delta"))),
             figure(site.get("noise_multiplier")),
             figure(site.get("max_grad_norm")),
@@ -234,7 +234,7 @@ def _sites(privacy: dict[str, Any]) -> str:
     )
 
 
-def _whatever(site: dict[str, Any]) -> str:
+def _format_fallback(site: dict[str, Any]) -> str:
     table = site.get("secure_aggregation") or {"fallback_epsilon": site.get("epsilon")}
     return rounded_up(table.get("fallback_epsilon"))
 

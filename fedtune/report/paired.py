@@ -23,7 +23,7 @@ LEAST_GROUP = 20  # records that a group needs for a test
 # The part of a test's level that is spent on the case that the versions differ about more records
 # than the upper end of that share's interval.
 BEYOND = 0.1
-RATES = 16  # at so many values of the share of records that differ the tail is computed
+RATES = 16  # number of values of the share of differing records at which the tail is computed
 CHANGED = 0.2  # the share of records on which two versions are assumed to differ before a study
 
 
@@ -143,7 +143,7 @@ def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
     number = np.arange(n + 1)
     number = number[binom.sf(number, n, most) + binom.pmf(number, n, most) > 1e-15]
     up = np.clip((rates + least) / (2 * rates), 0.0, 1.0)
-    below = np.ceil((number + net) / 2) - 1  # of `number` changes, more are for the better
+    below = np.ceil((number + net) / 2) - 1  # so many changes for the better are still too few
     tail = np.where(below >= number, 0.0, bdtrc(np.minimum(below, number), number, up))
     return min(1.0, float((binom.pmf(number, n, rates) * tail).sum(axis=1).max()) + beyond)
 

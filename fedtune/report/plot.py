@@ -200,8 +200,8 @@ def _epsilon(axes: Any, report: dict[str, Any]) -> None:
                   alpha=0.35 if len(by_site) > 1 else 1.0)  # fmt: skip
     last = max(points[-1][0] for points in by_site.values())
     axes.annotate(
-        f"ε = {rounded_up(final)}{_whatever(privacy)}", (last, final), xytext=(0, 6), ha="right",
-        textcoords="offset points", color=COST, weight="bold",
+        f"ε = {rounded_up(final)}{_format_fallback(privacy)}", (last, final), xytext=(0, 6),
+        ha="right", textcoords="offset points", color=COST, weight="bold",
     )  # fmt: skip
     sites = f", {len(by_site)} sites" if len(by_site) > 1 else ""
     axes.set_title(f"ε spent per {unit}{sites} (δ = {privacy.get('delta'):g})", loc="left")
@@ -211,7 +211,7 @@ def _epsilon(axes: Any, report: dict[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _whatever(privacy: dict[str, Any]) -> str:
+def _format_fallback(privacy: dict[str, Any]) -> str:
     held = fallback(privacy)
     return "" if held is None else f", {rounded_up(held['epsilon'])} whatever happens"
 

@@ -219,7 +219,7 @@ def hold_run(run: Path) -> Iterator[None]:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InfrastructureError(
-            f"{run}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
+            f"{run}: cannot be made ({error.strerror})", todo="free disk space or fix the rights"
         ) from None
     try:
         with locks.hold_alone(run / LOCK, "run", run):

@@ -198,7 +198,7 @@ def _port(place: Place) -> str:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             socket.create_server((host, port), family=family).close()
         except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
-            why = error.strerror if isinstance(error, OSError) else "no machine is called so"
+            why = error.strerror if isinstance(error, OSError) else "not a host name"
             raise InfrastructureError(
                 f"{at}: cannot be listened on ({why})",
                 todo="choose another with --host or --port",

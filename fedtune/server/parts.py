@@ -87,7 +87,7 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
     return Evaluator(study, frozen)
 
 
-def _foretell_gain(
+def _forecast_gain(
     study: Study, known: State, sizes: Sequence[int], shares: Mapping[str, float], records: int
 ) -> Expected | None:
     """Forecast how much the sites' records will add to the public start; None if it cannot be
@@ -98,10 +98,10 @@ def _foretell_gain(
     - sizes: the sites' declared sizes
     - shares: class -> its share of the sites' units
     - records: the number of evaluation records"""
-    from fedtune.evaluation.before_paying import foretell
+    from fedtune.evaluation.before_paying import forecast_gain
 
     with stage("before the rounds"):
-        return foretell(study, known, sizes, shares, records)
+        return forecast_gain(study, known, sizes, shares, records)
 
 
 def _epsilon(events: Events, delta: float) -> float:
@@ -258,7 +258,7 @@ class Dependencies:
     epsilon: Callable[[Events, float], float] = _epsilon
     budget: Callable[[Study, int], Mechanism] = _budget
     expected: Callable[[Study, State, Sequence[int], Mapping[str, float], int], Expected | None] = (
-        _foretell_gain
+        _forecast_gain
     )
     accountant: Callable[[], str] = _accountant
     engine: Callable[[Study], str] = _engine

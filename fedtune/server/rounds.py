@@ -42,7 +42,7 @@ from fedtune.server.queries import Queries
 from fedtune.server.rank_slices import pad_update, slice_update
 from fedtune.server.store import Phase, Progress
 
-RETRIES = 3  # of a round that too few sites delivered
+RETRIES = 3  # how often a round is retried that too few sites delivered
 LARGEST = 4  # a site's declared size counts for at most this many times the median
 POLL = 2.0  # seconds between checks for sites that have yet to connect
 
@@ -173,7 +173,7 @@ class _Run:
             self._admit()
             self._event("planned", **summary.describe_plan(self.progress, self.roster, self.parts))
         if fresh:
-            self._foretell()
+            self._forecast_gain()
         write_plan(self.out, self.study)
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
@@ -194,7 +194,7 @@ class _Run:
             tell_finished(self.roster, self.settings.key)
         return self._finish()
 
-    def _foretell(self) -> None:
+    def _forecast_gain(self) -> None:
         """Report how much the sites' records are expected to add to what public records give,
         before any ε is spent. Do nothing if this cannot be forecast.
 
@@ -283,7 +283,7 @@ class _Run:
     def _round(self, number: int) -> None:
         self._event("begin", round=number)
         tally, least = Tally(number), self.table.min_sites
-        waits = self.settings.waits and not self.continuous  # whose next slot comes anyway
+        waits = self.settings.waits and not self.continuous  # which goes on with its next slot
         seconds = self.table.round_timeout if waits else 0.0
         for attempt in range(1 + RETRIES):
             if attempt:
@@ -493,7 +493,7 @@ class _Run:
         # A site's own mean is its sum over its declared size, and counts with its weight. With
         # secure aggregation the sites' sums are added up and divided by the total weight.
         summed = weights if self.study.secure_aggregation else sizes
-        noise = [self.limits.deviation(size) * size for size in sizes]  # in a site's sum
+        noise = [self.limits.deviation(size) * size for size in sizes]  # noise in each site's sum
         shares = (d * w / n for d, w, n in zip(noise, weights, summed, strict=True))
         of_gradient = math.hypot(*shares) / sum(weights)
         return sum(units), of_gradient * gain_of_noise(self.study, tally.number)

@@ -222,7 +222,8 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InfrastructureError(
-            f"{out}: cannot be made ({error.strerror})", todo="free the disk or fix the permissions"
+            f"{out}: cannot be made ({error.strerror})",
+            todo="free disk space or fix the permissions",
         ) from None
     return load(out, study) if resume else None
 
@@ -443,7 +444,7 @@ def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK:
             raise InfrastructureError(
                 f"{path}: cannot be written ({error})",
-                todo="free the disk, fix the permissions or stop the other process, then "
+                todo="free disk space, fix the permissions or stop the other process, then "
                 "use --resume",
             ) from None
         _refuse_damaged(path)

@@ -9,7 +9,7 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InputError, NotGenuine, PolicyRefused, Refused
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.ledger.files import asked_path
+from fedtune.core.ledger.files import waiting_draw_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.core.vault.answers import answer
@@ -138,7 +138,7 @@ def test_a_frozen_site_keeps_the_request_of_a_draw_that_a_person_decides(
     held = a_site(tmp_path, tiny_base)
     held.train()
     spent = held.worker.ledger.spending("records")[0]
-    request = asked_path(held.site.home, (spent.charge.study, 1, spent.adapter))
+    request = waiting_draw_path(held.site.home, (spent.charge.study, 1, spent.adapter))
     request.parent.mkdir(exist_ok=True)
     request.write_text("{}")
     if frozen:

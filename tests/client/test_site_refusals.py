@@ -251,7 +251,7 @@ def test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read
         made = begun(tiny_encoder, lora=None, objective=HEAD)
     objective = made.study.objective.model_copy(update={"max_length": 513})
     refused = worker.prepare(made.study.model_copy(update={"objective": objective}), made.frozen)
-    assert not refused.admitted and "at most 512, its positions" in refused.reason
+    assert not refused.admitted and "at most 512 tokens" in refused.reason
     with pytest.raises(ConfigError, match="at most 512"):  # nor does a coordinator start it
         begun(tiny_base, objective={"name": "causal_lm", "max_length": 513})
 

@@ -470,7 +470,7 @@ def test_without_making_up_they_are_as_many_as_the_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin."""
-    monkeypatch.setattr(Children, "_make_up", lambda self: None)
+    monkeypatch.setattr(Children, "_run_idle_children", lambda self: None)
     assert count_forked(tmp_path, monkeypatch, 4, ROWS[1:2]) == 1 + 1
     assert count_forked(tmp_path, monkeypatch, 4, ROWS) == 1 + 4
 

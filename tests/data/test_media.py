@@ -375,7 +375,7 @@ def test_how_many_children_decode_is_a_public_number(
     of_patients(tmp_path, rows)
     assert len(told) == 1 + 5
     told.clear()
-    monkeypatch.setattr(children.Children, "_make_up", lambda self: None)
+    monkeypatch.setattr(children.Children, "_run_idle_children", lambda self: None)
     of_patients(tmp_path, rows)
     assert len(told) == 1 + patients
 

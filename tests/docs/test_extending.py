@@ -224,7 +224,7 @@ def test_an_objective_that_couples_records_fails_its_contracts(
     install(tmp_path / "twin", monkeypatch, "batch_mean_of", BATCH_MEAN, points)
     found = CliRunner().invoke(app, ["check-plugin", "batch_mean"], env={"COLUMNS": "200"})
     assert found.exit_code == 2 and "do not train with it" in found.output
-    for check in ("parity (auto)", "isolation (auto)", "in any company"):
+    for check in ("parity (auto)", "isolation (auto)", "alone or in a batch"):
         assert f"BAD  {check}: " in found.output
     assert "ok   repeatable: " in found.output
     assert "batch_mean_of" in sys.modules

@@ -325,7 +325,7 @@ def a_full_disk_is_an_error(patch: pytest.MonkeyPatch) -> None:
     honest = PrefixStore.keep
 
     def keep(self: PrefixStore, *rest: Any) -> Any:
-        if isinstance(kept := honest(self, *rest), prefix_store._Nothing):
+        if isinstance(kept := honest(self, *rest), prefix_store._NotStored):
             raise InfrastructureError("the disk is full")
         return kept
 

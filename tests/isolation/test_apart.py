@@ -24,7 +24,7 @@ from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.flower.ports import free_port
 from fedtune.launch import apart
-from fedtune.launch.apart import CourierLeft, Door, Turned
+from fedtune.launch.apart import CourierLeft, NotAccepted, VaultSocket
 from fedtune.launch.site import Again, Shown
 from tests.isolation.test_halves import CONFINES, ROOT, a_site
 from tests.network.kit import PRIVATE, SITES, Consortium, children, consortium, until
@@ -43,18 +43,18 @@ except OSError as error:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[Door]:
-    with Door(tmp_path / "vault") as opened:
+def door(tmp_path: Path) -> Iterator[VaultSocket]:
+    with VaultSocket(tmp_path / "vault") as opened:
         yield opened
 
 
-def knock(door: Door) -> socket.socket:
+def knock(door: VaultSocket) -> socket.socket:
     knocking = socket.socket(socket.AF_UNIX)
     knocking.connect(str(door.path))
     return knocking
 
 
-def test_a_courier_gets_its_two_ends_and_the_second_none(door: Door) -> None:
+def test_a_courier_gets_its_two_ends_and_the_second_none(door: VaultSocket) -> None:
     with knock(door) as first, door.wait() as guest, knock(door) as second:
         asks, ours = socket.socketpair()
         tells, heard = socket.socketpair()
@@ -64,8 +64,8 @@ def test_a_courier_gets_its_two_ends_and_the_second_none(door: Door) -> None:
         os.write(given.asks, b"request")
         os.write(given.tells, b"event")
         assert (ours.recv(100), heard.recv(100)) == (b"request", b"event")
-        door.turn_away()
-        with pytest.raises(Turned, match="another courier"):
+        door.refuse_courier()
+        with pytest.raises(NotAccepted, match="another courier"):
             apart._receive(second)
         assert guest.alive
         first.close()
@@ -78,9 +78,9 @@ def test_a_courier_gets_its_two_ends_and_the_second_none(door: Door) -> None:
 
 def test_the_socket_is_of_its_user_alone_and_goes_with_the_vault(tmp_path: Path) -> None:
     path = tmp_path / "vault"
-    with Door(path):
+    with VaultSocket(path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        with pytest.raises(ConfigError, match="another vault"), Door(path):
+        with pytest.raises(ConfigError, match="another vault"), VaultSocket(path):
             pass
     assert not path.exists()
 
@@ -89,17 +89,17 @@ def test_a_socket_that_a_killed_vault_left_is_replaced_and_a_file_is_not(tmp_pat
     path = tmp_path / "vault"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    with Door(path) as door, knock(door):
+    with VaultSocket(path) as door, knock(door):
         pass
     path.write_text("a person's file")
-    with pytest.raises(ConfigError, match="not a socket"), Door(path):
+    with pytest.raises(ConfigError, match="not a socket"), VaultSocket(path):
         pass
     assert path.read_text() == "a person's file"
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="not a socket"), Door(path):
+    with pytest.raises(ConfigError, match="not a socket"), VaultSocket(path):
         pass
-    with pytest.raises(ConfigError, match="listened on"), Door(tmp_path / ("long" * 30)):
+    with pytest.raises(ConfigError, match="listened on"), VaultSocket(tmp_path / ("long" * 30)):
         pass
 
 
@@ -113,7 +113,7 @@ def test_another_user_is_not_spoken_to(checked: bool, monkeypatch: pytest.Monkey
     folder = Path("/tmp") / f"fedtune-door-{os.getpid()}-{checked}"  # pytest's own is closed
     folder.mkdir()
     try:
-        with Door(folder / "vault") as door:
+        with VaultSocket(folder / "vault") as door:
             folder.chmod(0o777)
             assert knocked_by_nobody(door.path) == "PermissionError"
             door.path.chmod(0o666)
@@ -161,7 +161,7 @@ def test_a_courier_says_why_it_waits(told: object, why: str) -> None:
         if told is not None:
             there.sendall(json.dumps(told).encode())
         there.close()
-        with pytest.raises(Turned, match=why):
+        with pytest.raises(NotAccepted, match=why):
             apart._receive(here)
 
 

@@ -341,15 +341,15 @@ def test_a_plan_is_kept_as_long_as_its_study_is_under_way(asked: Asked) -> None:
     """And a plan of which another release kept the request is not known."""
     admitted, folder = asked.prepare(), asked.site.site.state / kept_plans.FOLDER
     content = _encode(asked.plan(), {"number": ""})
-    kept_plans.keep_asked(asked.site, asked.plan(), content, admitted)
+    kept_plans.keep_plan_request(asked.site, asked.plan(), content, admitted)
     (kept,) = folder.iterdir()
-    found = kept_plans.find_asked(asked.site, asked.request())
+    found = kept_plans.find_plan_request(asked.site, asked.request())
     assert found is not None and found.tables == decode_request(content).tables
-    assert kept_plans.find_asked(asked.site, asked.plan()) is None  # no order
+    assert kept_plans.find_plan_request(asked.site, asked.plan()) is None  # no order
     kept.write_bytes(content[:-1])
-    assert kept_plans.find_asked(asked.site, asked.request()) is None
+    assert kept_plans.find_plan_request(asked.site, asked.request()) is None
     asked.worker.finish(asked.made.study.digest)
-    kept_plans.keep_asked(asked.site, asked.request(), b"", admitted)
+    kept_plans.keep_plan_request(asked.site, asked.request(), b"", admitted)
     assert [*folder.iterdir()] == []
 
 

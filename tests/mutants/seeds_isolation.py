@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-vault-stays-in-the-network", ISOLATION,
-        "    spaces = _own_network()\n", "    spaces = Confinement()\n", T_VAULT,
+        "    spaces = _enter_own_network()\n", "    spaces = Confinement()\n", T_VAULT,
         "one of its two walls is not there, and nobody is told",
     ),
     one(
@@ -537,7 +537,7 @@ MUTANTS = (
     one(
         "isolation", "a-second-courier-is-let-in", APART,
         'connection.sendall(json.dumps({"refused": "another courier is there"}).encode())',
-        "Guest(connection).hand_over(asks=0, tells=0, once=False, patience=1.0)",
+        "ConnectedCourier(connection).hand_over(asks=0, tells=0, once=False, patience=1.0)",
         T_APART + "test_a_courier_gets_its_two_ends_and_the_second_none",
         "two couriers speak for one site at once",
     ),

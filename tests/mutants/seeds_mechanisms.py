@@ -152,7 +152,7 @@ NOISE_MUTANTS = (
     ),
     _one(
         "sources", "a-mark-in-a-later-line-counts", "fedtune/core/data/sources/jsonl.py",
-        "line = line.removeprefix(BOM)  # of any line: files are joined",
+        "line = line.removeprefix(BOM)  # in any line, since files are joined",
         "line = line.removeprefix(BOM) if number == 1 else line",
         "tests/data/test_rows.py::test_a_mark_in_any_line_is_taken_off",
         "a row is read if nobody's stands before it",

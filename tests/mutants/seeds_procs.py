@@ -105,7 +105,7 @@ MUTANTS = (
     ),
     one(
         "resources", "a-full-disk-ends-the-pass", STATES,
-        "            return _Nothing()\n", "            raise\n",
+        "            return _NotStored()\n", "            raise\n",
         T_STATES + "test_a_full_disk_costs_time_and_changes_no_gradient",
         "whether the disk is full follows from the length of all records",
     ),

@@ -50,7 +50,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _one(
         AREA, "a-name-may-be-in-the-set-twice", STATEMENT,
-        "if len({getattr(ready, what) for ready in statements}) < len(statements):", "if False:",
+        "if len({getattr(ready, field) for ready in statements}) < len(statements):", "if False:",
         T_ATTACKS + "test_whoever_is_in_the_set_twice_voids_it", "one site, two masks",
     ),
     _one(

@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     one(
         "units", "as-many-children-as-units", CHILDREN,
-        "            self._make_up()\n", "            pass\n",
+        "            self._run_idle_children()\n", "            pass\n",
         T_CONVERSION + "test_how_many_children_there_are_is_a_public_number",
         "every account of the machine counts a site's units by the numbers of its processes",
     ),

@@ -230,7 +230,7 @@ def test_a_loss_is_the_same_in_any_company_and_at_any_time(case: Case) -> None:
     data = CachedDataset(case.network, case.data)
     assert contracts.malformed_losses(case.study, data) == 0
     assert contracts.measure_repeatability(case.study, data) == 0
-    assert contracts.moved_by_company(case.study, data) <= contracts.COMPANY
+    assert contracts.measure_batch_dependence(case.study, data) <= contracts.BATCH_ROUNDING
 
 
 def test_nobody_drawn_and_nobody_there_are_steps_of_noise(case: Case) -> None:
@@ -396,7 +396,7 @@ def double(network: Network, batch: Batch) -> torch.Tensor:
         (dropped, contracts.measure_repeatability),
         (summed, contracts.malformed_losses),
         (double, contracts.malformed_losses),
-        (batch_mean, contracts.moved_by_company),
+        (batch_mean, contracts.measure_batch_dependence),
     ],
 )
 def test_a_loss_that_breaks_a_contract_is_caught(
@@ -407,7 +407,7 @@ def test_a_loss_that_breaks_a_contract_is_caught(
 ) -> None:
     monkeypatch.setattr(objectives.OBJECTIVES.load("causal_lm"), "losses", staticmethod(broken))
     case = case_of(tiny_base, "causal_lm", "cut")
-    assert check(case.study, CachedDataset(case.network, case.data)) > contracts.COMPANY
+    assert check(case.study, CachedDataset(case.network, case.data)) > contracts.BATCH_ROUNDING
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if reads(name) == "preference"])

@@ -58,7 +58,7 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
         return quantised  # type: ignore[no-any-return]
 
     _replace(model, quantise_layer)
-    marked: Any = model  # where PEFT looks
+    marked: Any = model  # PEFT reads it there
     marked.is_loaded_in_4bit = table.method == "nf4"
     marked.is_loaded_in_8bit = table.method == "int8"
 

@@ -22,7 +22,7 @@ LIBPQ = (
     ("sslkey", "PGSSLKEY", "~/.postgresql/postgresql.key"),
 )
 USER = re.compile(r"[\w.~%-]*")
-SERVER = re.compile(r"(\[[^]]*\]|[^:]*)(?::(\d*))?")  # in a url: a host and its port
+SERVER = re.compile(r"(\[[^]]*\]|[^:]*)(?::(\d*))?")  # a host and its port in a url
 PORT, THIS_MACHINE = "5432", ("", "127.0.0.1", "::1")
 
 

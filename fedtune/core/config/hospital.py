@@ -38,10 +38,10 @@ class CeilingTable(Table):
     """The hospital's ceilings: the most ε that all consortia together may spend on each dataset,
     the δ at which it is computed, and the most rounds for which the ledger pays."""
 
-    max_epsilon: Positive = 8.0  # in total, at 2 · max_delta: everything ever released
-    max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
+    max_epsilon: Positive = 8.0  # for everything that was ever released, at 2 · max_delta
+    max_fallback_epsilon: Positive = 8.0  # as max_epsilon, by each site's own noise alone
     max_delta: Delta = 1e-3
-    max_rounds: Number = ROUNDS  # that the ledger pays for, of all memberships
+    max_rounds: Number = ROUNDS  # most rounds of all memberships together
 
 
 class RegisteredData(Table):
@@ -119,7 +119,7 @@ class Hospital(Table):
                 "hospital.declared_size; a larger δ would allow a mechanism to release a record"
             )
         if OFFICER in self.memberships:
-            raise ValueError(f"memberships.{OFFICER}: is not free: the name stands for withdrawals")
+            raise ValueError(f"memberships.{OFFICER}: is reserved for withdrawals")
         if sum(membership.earlier for membership in self.memberships.values()) > 1:
             raise ValueError("memberships: only one of them may have earlier = true")
         for name, data in self.datasets.items():
@@ -291,9 +291,9 @@ def _read_by(data: SiteData) -> dict[str, str]:
     gets rows whose patient is known already, and table, query and filter only choose rows."""
     encoding = str(data.options.get("encoding", "utf-8"))
     with suppress(LookupError):
-        encoding = codecs.lookup(encoding).name  # of all its spellings
+        encoding = codecs.lookup(encoding).name  # one spelling for each encoding
     return {
-        "source": FHIR if data.source == FHIR else "rows",  # others read the cells as they stand
+        "source": FHIR if data.source == FHIR else "rows",  # others read the cells unchanged
         "encoding": encoding,
         "delimiter": str(data.options.get("delimiter", ",")),
     }

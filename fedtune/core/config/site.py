@@ -54,7 +54,7 @@ AcceptedMetric = Literal["accuracy", "f1", "ece", "loss", "perplexity", "exact_m
 RELEASE: Literal["release"] = "release"
 SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
 A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # in a Path, which keeps one of two slashes
-Value = str | int  # that a cell may be equal to
+Value = str | int  # a cell is compared with it
 
 
 class SiteTable(Table):
@@ -93,10 +93,10 @@ class ConsentTable(Table):
       salt followed by the key; hmac-sha256: by HMAC-SHA256 with the salt as its key"""
 
     column: str | None = None
-    values: tuple[Value, ...] = ("yes",)  # that mean yes; white space around them does not count
+    values: tuple[Value, ...] = ("yes",)  # mean yes; white space around them does not count
     opt_outs: Place | None = None
     hashing: Literal["sha256", "salted-sha256", "hmac-sha256"] = "sha256"
-    salt_file: Place | None = None  # for this user alone (0600); one line end behind it is cut
+    salt_file: Place | None = None  # only this user may read it (0600); a last line end is cut
 
     @model_validator(mode="after")
     def _check_combination(self) -> ConsentTable:
@@ -131,17 +131,17 @@ class SiteData(DataFile):
     url: Url | None = None  # sqlite:///, duckdb:/// or postgresql://, without a password
     name: Name = "records"  # the budget's name; a dataset that grows keeps it
     disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
-    cohort: Name = "first"  # of arrival: change it when new patients are added
+    cohort: Name = "first"  # name of the newest units; change it when patients are added
     # What a person declares the records to be, before a study; None: private, paid for life.
     declared: Literal["public", "generated"] | None = None
-    source: Name | None = None  # what reads the files; None: by suffix
-    options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
-    convert: ConvertTable | None = None  # what each unit's rows become before they are read
+    source: Name | None = None  # the plug-in that reads the files; None: by suffix
+    options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # the source's own
+    convert: ConvertTable | None = None  # converts each unit's rows before they are read
     # Only rows take part that have, in each of these columns, the value or one of the values.
     filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
     consent: ConsentTable | None = None
-    scan: ScanTable | None = None  # for identifiers; None: no record is scanned
-    _declared_size: int = PrivateAttr(default=0)  # of the site whose records these are; 0: of none
+    scan: ScanTable | None = None  # scan for identifiers; None: no record is scanned
+    _declared_size: int = PrivateAttr(default=0)  # the site's; 0: the table is of no site
 
     @property
     def declared_size(self) -> int:
@@ -216,8 +216,8 @@ class SiteEvaluation(SiteData):
 
 
 class AcceptanceTable(SiteData):
-    """The rules by which a person at this site judges a finished model on the site's records,
-    written before anybody sees a figure.
+    """Records on which a person at this site judges a finished model, and the rules of that
+    judgement, written before anybody sees a figure.
 
     - thresholds: by metric, the least value or, if lower is better, the largest
     - recall: by class, the least recall
@@ -298,9 +298,9 @@ class PolicyTable(Table):
     """What this site allows: the limits within which it admits a plan. A plan that is not allowed
     here is refused."""
 
-    max_epsilon: Positive = 8.0  # in total, at 2 · max_delta: all ever released, plus the study
-    max_epsilon_per_study: Positive = 8.0  # at the study's own δ
-    max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
+    max_epsilon: Positive = 8.0  # for all that was ever released and the study, at 2 · max_delta
+    max_epsilon_per_study: Positive = 8.0  # for one study, at its own δ
+    max_fallback_epsilon: Positive = 8.0  # as max_epsilon, by this site's own noise alone
     max_delta: Delta = 1e-3
     allow_privacy_off: bool = False
     allow_free_query: bool = False  # records selected by a query or a view: outside the guarantee
@@ -310,13 +310,13 @@ class PolicyTable(Table):
     # as signing the plan in that answer.
     admission: Literal["standing", "reviewed", "signed"] = "standing"
     min_noise_multiplier: NotNegative = 0.3  # σ that this site adds, in a round or in a query
-    min_units: Count = 10  # of site.declared_size
-    max_grad_norm: Positive = 10.0  # C, of training
-    max_sampling_rate: Fraction = 1.0  # q, of training
-    max_steps: Count = 10_000  # of one study's training
-    max_rounds: Number = ROUNDS  # of all studies, that the ledger pays for; each has disk reserved
+    min_units: Count = 10  # smallest site.declared_size
+    max_grad_norm: Positive = 10.0  # largest C in training
+    max_sampling_rate: Fraction = 1.0  # largest q in training
+    max_steps: Count = 10_000  # most steps of one study's training
+    max_rounds: Number = ROUNDS  # most rounds of all studies together; disk is reserved for each
     max_rank: Rank = 64
-    modules: tuple[str, ...] = MODULES  # that an adapter may sit on
+    modules: tuple[str, ...] = MODULES  # modules that may get an adapter
     objectives: Plugins = RELEASE
     strategies: Plugins = RELEASE
     modalities: Plugins = RELEASE
@@ -328,7 +328,7 @@ class PolicyTable(Table):
     peers: tuple[PublicKey, ...] = ()
     # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
     release: tuple[Literal["evaluation", "sheet"], ...] = ()
-    data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold; with records as attested
+    data_sheet: tuple[SheetField, ...] = ()  # fields that an attested data sheet must hold
     # immediate: an answer is sent as soon as it is paid for and noised. held: it waits at the site
     # until a person lets it go, with `fedtune let-go`.
     answers: Literal["immediate", "held"] = "immediate"
@@ -424,7 +424,7 @@ class CoordinatorTable(Table):
 
     answer: Place | None = None  # its answer to `fedtune enroll`; None: the one that --answer kept
     address: Address | None = None  # host:port; without it, the answer's
-    fingerprint: str | None = None  # of the consortium, as the coordinator read it out
+    fingerprint: str | None = None  # the consortium's, as the coordinator read it out
     proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY
     proxy_ca: Place | None = None  # the CA of an https:// proxy's certificate
 

@@ -23,7 +23,7 @@ class PreconditionerTable(Table):
     [public] records and their answers, by which the steps of B are multiplied."""
 
     rank: Rank = 64  # directions of each layer's output that are kept; all others count as one
-    damping: Positive = 1.0  # in multiples of the mean curvature: the larger, the closer to none
+    damping: Positive = 1.0  # in multiples of the mean curvature; a large one undoes the scaling
     # Whether rounds train nothing but these directions; steps before the first round train all.
     narrow: bool = Field(default=False, exclude_if=lambda narrow: not narrow)
     digest: Digest | None = None  # filled in when the study starts

@@ -46,7 +46,7 @@ from fedtune.core.registry.metrics import METRICS, MetricName
 if TYPE_CHECKING:
     from fedtune.core.objectives import Objective
 
-QUERIES = ":evaluation"  # after a plan's digest, in orders, ledgers and step logs: its queries
+QUERIES = ":evaluation"  # after a plan's digest it names the plan's queries, as in ledgers
 
 
 class StudyTable(Table):
@@ -77,7 +77,9 @@ class BaseTable(Table):
     digest: Digest | None = None  # each site verifies it; filled in when the study starts
     # An entry point fedtune.modalities; None: this release's modality for bases of this kind.
     modality: str | None = Field(default=None, exclude_if=lambda name: name is None)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # number format; of a quantised base, the one to compute in
+    )
     quantisation: QuantisationTable | None = None
 
     @model_validator(mode="after")
@@ -206,12 +208,14 @@ class PrivacyTable(Table):
 class StrategyTable(Table):
     """How the coordinator aggregates updates, and which sites it waits for."""
 
-    name: str = "fedavg"  # of this release, or of an entry point fedtune.strategies
-    weights: Literal["equal", "declared"] = "declared"  # at most 4 times the median size
-    fraction: Fraction = 1.0  # of the sites asked per round; it does not lower ε (no amplification)
+    name: str = "fedavg"  # one of this release, or an entry point fedtune.strategies
+    weights: Literal["equal", "declared"] = (
+        "declared"  # a size counts for at most 4 times the median
+    )
+    fraction: Fraction = 1.0  # share of sites asked per round; does not lower ε (no amplification)
     min_sites: Number = 1  # below it the round is retried, then the study stops
     round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds
-    # of the strategy itself, e.g. server_learning_rate
+    # The strategy's own options, such as server_learning_rate.
     options: dict[str, Finite] = Field(default_factory=dict, max_length=MOST_NAMES)
 
 

@@ -57,8 +57,8 @@ Rank = Annotated[int, Field(ge=1, le=8192)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Number = Annotated[int, Field(ge=1, le=10**6)]  # a count of repetitions at a site
 Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant's range
-MOST_NAMES = 1000  # in one list of a plan, which somebody else wrote
-MOST_CHARACTERS = 16_384  # of one text in a plan: twice the longest record in one-letter tokens
+MOST_NAMES = 1000  # most names in one list of a plan, which somebody else wrote
+MOST_CHARACTERS = 16_384  # of a plan's text: twice the longest record in one-letter tokens
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Names = Annotated[tuple[Text, ...], Field(max_length=MOST_NAMES)]
 MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it

@@ -188,7 +188,7 @@ def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     Closed are also 0 to 2, although they lead nowhere: everybody can watch how often something is
     written to /dev/null. What is printed is lost. Of a crash Linux would write addresses into its
     log."""
-    sys.stdout = sys.stderr = _Nowhere()
+    sys.stdout = sys.stderr = _Discarding()
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -209,7 +209,7 @@ def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
         resource.setrlimit(what, (most, most))
 
 
-class _Nowhere(io.TextIOBase):
+class _Discarding(io.TextIOBase):
     def write(self, text: str, /) -> int:
         return len(text)
 

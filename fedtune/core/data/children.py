@@ -36,9 +36,9 @@ from fedtune.core.errors import (
 )
 
 log = logging.getLogger("fedtune.data")
-SECONDS = 120.0  # from a child's start to its end, for a child that waits in vain
+SECONDS = 120.0  # longest life of a child, which may wait in vain
 MEMORY = 2**30  # bytes of address space that a child may add
-START_SECONDS = 600.0  # until the program that forks is ready
+START_SECONDS = 600.0  # time for the program that forks to become ready
 SAID = 300  # characters shown of an error about settings, before a record is read
 MACHINE = (
     "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed and a process can be "
@@ -111,7 +111,7 @@ class Children:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._make_up()
+            self._run_idle_children()
         self._stop()
 
     def run(
@@ -186,7 +186,7 @@ class Children:
             raise ChildFailed
         return taken
 
-    def _make_up(self) -> None:
+    def _run_idle_children(self) -> None:
         """Run children without work until as many have run as `count_children` returns, so that
         their number does not tell how many units there are."""
         if self._forked > count_children(0, self._declared_size) > 0:

@@ -19,7 +19,7 @@ from fedtune.core.data.sources._interface import BadCell, Row
 from fedtune.core.errors import DataError
 from fedtune.core.files import reading
 
-NO_CONSENT = "no consent"  # in place of a row; none of a source's own reasons
+NO_CONSENT = "no consent"  # stands in place of a row; no source gives this reason
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 LARGEST = 2**30  # bytes of a list: 16 million opt-outs
 
@@ -65,7 +65,7 @@ def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
         return None
     listed = frozenset(_digests(table.opt_outs))
     salt = reading.secret(table.salt_file, "a salt", DataError) if table.salt_file else b""
-    salt = salt.removesuffix(b"\n").removesuffix(b"\r")  # of an editor; all else is salt
+    salt = salt.removesuffix(b"\n").removesuffix(b"\r")  # an editor's line end; all else is salt
 
     def digest(key: str) -> bytes:
         if table.hashing == "hmac-sha256":

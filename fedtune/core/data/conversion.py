@@ -19,7 +19,7 @@ from fedtune.core.data.sources._interface import Row
 from fedtune.core.data.typed_rows import BYTES, given_bytes, returned_rows
 
 PROGRAM = "fedtune.core.data.conversion_process"
-CPU_SECONDS = 20  # of processor time of one child; other processes' time does not count
+CPU_SECONDS = 20  # processor time of one child; other processes' time does not count
 
 
 class Unconverted(Exception):

@@ -41,7 +41,7 @@ from fedtune.core.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ORIENTATION = 0x0112  # of EXIF: how the image has to be turned
+ORIENTATION = 0x0112  # EXIF tag that says how the image has to be turned
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
 

@@ -367,7 +367,7 @@ def check_columns(
         raise DataError("objective.template has no place for the prompt", "{text} in it")
     if columns.messages and not tokenizer.chat_template:
         raise DataError(
-            f"the base has no chat template and {at}.messages is given",
+            f"{at}.messages is given, and the base has no chat template",
             f"{at}.prompt and {at}.completion, or a chat base",
         )
     if columns.messages:

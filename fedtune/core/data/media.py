@@ -46,22 +46,22 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Samples = npt.NDArray[np.float32]
 
 PROGRAM = "fedtune.core.data.media_process"
-CPU_SECONDS = 60  # of processor time, for all files of a unit
+CPU_SECONDS = 60  # processor time for all files of a unit
 WAITING = 600.0  # seconds, for a child that waits in vain, or a machine that is very busy
-BYTES = 64 * 2**20  # of one file, and of the form in which it is kept
-UNIT_BYTES = 2**30  # of all files of a unit, and of all that they are decoded to
-PIXELS = 40_000_000  # of one image
+BYTES = 64 * 2**20  # most bytes of one file, and of the form in which it is kept
+UNIT_BYTES = 2**30  # most bytes of a unit's files, and of all that they are decoded to
+PIXELS = 40_000_000  # most pixels of one image
 # The longer side by the shorter: an image processor that scales the shorter side to a fixed length
 # would turn a line of pixels into an image of any size.
 ASPECT = 20
-SECONDS = 30.0  # of one recording
+SECONDS = 30.0  # longest recording
 RATES = (4_000, 192_000)  # samples a second
 CHANNELS = 16  # of one recording
 EXTRA = "pip install 'fedtune[media]'"
 
 DECODED, REJECTED = b"+", b"-"  # how a child's answer begins
 SIZE = struct.Struct("<II")  # width and height of an image
-LENGTH = struct.Struct("<I")  # of a frame as it is kept; and the rate of a recording
+LENGTH = struct.Struct("<I")  # length of a kept frame, or rate of a recording
 MOST = {  # bytes of a child's answer
     "image": 3 * PIXELS + 64,
     "audio": int(4 * SECONDS * RATES[1]) + 64,
@@ -138,7 +138,7 @@ class UnitFiles:
 
     def __init__(self, folder: Folder, kind: Kind, most: int) -> None:
         self._folder, self._kind, self._left = folder, kind, most
-        self._contents: dict[str, bytes | str] = {}  # by the file's own path
+        self._contents: dict[str, bytes | str] = {}  # own path of a file -> its content
 
     def read(self, name: str) -> bytes | str:
         """Return the content of the file `name`, or the reason (a str) why it cannot be used."""

@@ -36,7 +36,7 @@ from fedtune.core.errors import ConfigError, DataError
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: a word for yes, then its no
 NO_ROW = "converted to no row"  # the reason of each row of a unit of which the conversion left none
 UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
-CHARACTERS = 16 * 2**20  # of one unit's text: at most 64 MiB, to leave memory for others
+CHARACTERS = 16 * 2**20  # most characters of one unit: at most 64 MiB, to leave memory for others
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 
@@ -179,7 +179,7 @@ def read_file(
     if unit == "patient" and not file.columns.patient:
         raise no_patients(table)
     reading = _Reading(file, unit, labelled, groups)
-    names, keep = Names(file.where, keys_of(file) | groups.keys), kept_of(file)
+    names, keep = Names(file.where, keys_of(file) | groups.keys), find_kept_values(file)
     count = 0
     filtered_in = Counter[str]()
     withheld_in = Counter[str]()
@@ -294,7 +294,7 @@ class _Reading:
         for number, row in enumerate(waiting):
             units[row.key if self._by_patient else str(number)].append(number)
         decoded: dict[int, Media | str] = {}
-        bodies: dict[bytes, bytes] = {}  # of equal files one body is kept
+        bodies: dict[bytes, bytes] = {}  # equal files share one body
         for numbers in units.values():
             of_name = self._decode_unit([waiting[number].name for number in numbers], decoder)
             for number in numbers:
@@ -449,10 +449,10 @@ def _take_converted(
             reading.reject(first, "missing media file")
 
 
-def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
+def find_kept_values(file: DataFile) -> Mapping[str, tuple[str, ...]]:
     """Return the values by which rows are filtered, as a dict: column -> the values of which a row
-    must have one. They are those of data.filter and, for columns that it does not name, the
-    source's own."""
+    must have one. For a column that data.filter does not name, they are those that the source
+    itself requires (`Collection.kept`)."""
     if not isinstance(file, SiteData):
         return {}
     source = source_of(file)
@@ -500,7 +500,7 @@ def keys_of(file: DataFile) -> dict[str, str]:
     if isinstance(file, SiteData) and file.convert:  # the files need not have the others
         keys = {key: column for key, column in keys.items() if column == file.columns.patient}
     if isinstance(file, SiteData):
-        keys |= {f"{table}.filter.{column}": column for column in kept_of(file)}
+        keys |= {f"{table}.filter.{column}": column for column in find_kept_values(file)}
         if file.consent and file.consent.column:
             keys[f"{table}.consent.column"] = file.consent.column
     return keys

@@ -61,7 +61,7 @@ class Scanner:
     def __call__(self, text: str) -> list[Finding]:
         """Return the identifiers in a text, in its order. Of two that overlap, the one with the
         higher score is returned; of equal scores, the longer."""
-        best = list[Finding]()  # by start; no two overlap, so that a hit has two neighbours
+        best = list[Finding]()  # sorted by start; no two overlap, so that a hit has two neighbours
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
             at = bisect_left(best, hit.start, key=_start)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from fedtune.core.data.sources._interface import Row
 
-BYTES = 16 * 2**20  # of the rows that a conversion returns
-GIVEN_BYTES = 128 * 2**20  # of the rows that it is given
-VALUES = 2**20  # at most, counted by separators: a decoded value takes up to a hundred bytes
+BYTES = 16 * 2**20  # largest size of the rows that a conversion returns
+GIVEN_BYTES = 128 * 2**20  # largest size of the rows that it is given
+VALUES = 2**20  # most values, counted by separators; a decoded one takes up to 100 bytes
 SEPARATORS = (b",", b"[", b"{", b":")
 MARK = "$bytes"
 

@@ -18,11 +18,11 @@ from fedtune.core.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FRAMES = 8  # of every clip, however long it is
-PIXELS = 2**22  # of one frame, by the header
+FRAMES = 8  # number of frames that are read of a clip, however long it is
+PIXELS = 2**22  # most pixels of one frame, by the header
 DECODED = 2_000_000_000  # pixels of all coded frames, by the header: 32 s of 1080p at 30 a second
-PACKETS = 20_000  # of the video stream: coded frames
-STREAMS = 8  # of video, sound, subtitles
+PACKETS = 20_000  # most coded frames of the video stream
+STREAMS = 8  # most streams: video, sound, subtitles
 DECODERS = "h264,hevc,mjpeg,mpeg4,vp8,vp9"
 EXTRA = "pip install 'fedtune[video]'"
 
@@ -92,9 +92,10 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
 
 
 def _first(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield the items, at most PACKETS of them. Errors: Rejected if there are more."""
+    """Yield the items: at most PACKETS, and one after them, which is the empty packet at the end.
+    Errors: Rejected if there are more."""
     for number, item in enumerate(items):
-        if number > PACKETS:  # the last is empty: it asks the decoder for what it still holds
+        if number > PACKETS:  # the empty one asks the decoder for the frames it still holds
             raise Rejected(LONG)
         yield item
 

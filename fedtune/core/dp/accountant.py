@@ -154,8 +154,8 @@ def _shift(target: float, delta: float) -> float:
 def _first(
     cost: Callable[[int], float], target: float, start: float, most: int, power: float
 ) -> int | None:
-    """Find the smallest n from 1 to `most` on the other side of `target` than 1 is: where cost(n) ≤
-    target if costs fall with n, where cost(n) > target if they rise. None if there is none.
+    """Find the smallest n from 1 to `most` at which the cost crosses `target`: cost(n) ≤ target
+    if costs fall with n, cost(n) > target if they rise. None if there is none.
 
     Each cost takes up to a second, so the next n is where a power of n through the last two costs
     meets the target; bisection would compute two to three times as many.

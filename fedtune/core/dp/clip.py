@@ -22,7 +22,7 @@ _SLACK = 1.0 - 1e-12
 LEAST_NORM = 1e-150  # of a row that counts: below any grid, and its inverse is far from overflowing
 # Columns converted to fp64 at once, by kind of device and not by the number of rows: a row's norm
 # adds up over its blocks, and in other blocks it would round differently.
-_COLUMNS = {"cpu": 2**12}  # of 64 rows, what stays in the processor's cache
+_COLUMNS = {"cpu": 2**12}  # as many as stay in the processor's cache with 64 rows
 _MORE = 2**16  # GPUs want more at once
 
 

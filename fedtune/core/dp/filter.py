@@ -41,7 +41,7 @@ ORDERS = (
     *(2 ** (n / 2) for n in range(10, 17)),
 )
 _CHUNK = 2**14  # points of an integral at once
-_MOST_TERMS = 2**22  # of an integral, which is computed (0.1 s); a larger one is bounded
+_MOST_TERMS = 2**22  # most terms of an integral (0.1 s); a larger one is only bounded
 
 
 def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:

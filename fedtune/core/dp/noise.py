@@ -66,6 +66,6 @@ def _pairs(bits: npt.NDArray[np.uint64], scale: float) -> npt.NDArray[np.float64
     pairs are returned, then the sines."""
     half = len(bits) // 2
     uniform = (bits >> np.uint64(11)).astype(np.float64)
-    radius = scale * np.sqrt(-2.0 * np.log((uniform[:half] + 1.0) * 2.0**-53))  # of (0, 1]
+    radius = scale * np.sqrt(-2.0 * np.log((uniform[:half] + 1.0) * 2.0**-53))  # log of (0, 1]
     angle = (2.0 * np.pi * 2.0**-53) * uniform[half:]
     return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))

@@ -13,7 +13,7 @@ from fedtune.core.config import Study, noise_shares
 from fedtune.core.errors import ConfigError
 
 FINEST = 16  # the grid is at most 2⁻¹⁶ of a site's own noise
-SLACK = 0.005  # of C: what rounding to the grid may add to one row's norm
+SLACK = 0.005  # share of C that rounding to the grid may add to one row's norm
 TAIL = 8.5  # standard deviations of noise that a word leaves room for: all but 2 · 10⁻¹⁷
 WORDS = (32, 64)  # bits
 LARGEST = 2**34  # numbers of an adapter

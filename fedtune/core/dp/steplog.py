@@ -26,7 +26,7 @@ class Step:
     max_grad_norm: float
     unit: str
     records: int = 1  # k: the most rows of one unit
-    membership: str = ""  # of a hospital; "" without a home, or before there was one
+    membership: str = ""  # a hospital's membership; "" without a home, or before there was one
 
 
 class StepLog:
@@ -47,8 +47,8 @@ class StepLog:
 
     def __init__(self, path: Path, membership: str = "") -> None:
         self.path, self._membership = path, membership
-        self._round: Step | None = None  # the round of the last line,
-        self._ahead = 0  # and how many of its steps have yet to run
+        self._round: Step | None = None  # the step that the last line states
+        self._ahead = 0  # how many of that line's steps have yet to run
 
     def begin_round(self) -> None:
         """Begin an attempt at a round. One line of the log stands for all steps of an attempt, so
@@ -72,7 +72,7 @@ class StepLog:
         except OSError as error:
             raise InfrastructureError(
                 f"{self.path}: the step log cannot be written ({error.strerror})",
-                todo="free the disk or fix the permissions; no step runs unless it is logged",
+                todo="free disk space or fix the permissions; no step runs unless it is logged",
             ) from None
         self._round, self._ahead = step, of_round - 1
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedtune.core.files.reading import NotRegular, descriptor, refuse_path
 
-LINKS = 40  # that are followed for one name, as Linux does
+LINKS = 40  # most links that are followed for one name, as in Linux
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -70,7 +70,7 @@ class Beneath:
                     return open(number, "rb"), "/".join([*inside, part])
                 else:
                     break
-                top = os.open(self._root, _FOLDER)  # from which it goes on
+                top = os.open(self._root, _FOLDER)  # after a link it goes on from here
                 os.close(folder)
                 folder, inside = top, []
         finally:

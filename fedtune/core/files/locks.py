@@ -104,7 +104,7 @@ def mapping_errors(path: Path) -> Iterator[None]:
         raise InfrastructureError(
             f"{path}: cannot be locked ({error.strerror})",
             "a file that this user may write",
-            "remove what is there, free the disk or fix the permissions",
+            "remove what is there, free disk space or fix the permissions",
         ) from None
 
 

@@ -26,8 +26,8 @@ from typing import Any
 from fedtune.core.errors import FedtuneError, InputError
 
 SMALL = 16 * 2**20  # bytes: of keys, reports
-TABLES = 2**20  # of a TOML file: a person wrote it, and each MiB takes a second
-LARGE = 2**28  # of a model's JSON files: a tokenizer's has tens of megabytes
+TABLES = 2**20  # largest TOML file: a person wrote it, and parsing takes a second per MiB
+LARGE = 2**28  # largest JSON file of a model: a tokenizer's has tens of megabytes
 DEPTH = 100  # fedtune's own files nest at most ten deep
 NAME, PATH = 255, 4095  # bytes that a name and a path may have
 Kind = type[FedtuneError]
@@ -109,7 +109,7 @@ def content(
     try:
         with open(_open_descriptor(path, expected, todo, kind), "rb") as file:
             length = os.fstat(file.fileno()).st_size
-            data = file.read(min(length, most) + 1)  # not more: Python allocates it first
+            data = file.read(min(length, most) + 1)  # no more: Python allocates it first
             if len(data) > length:  # it has grown, or the system does not know its length
                 data += file.read(most + 1 - len(data))
     except OSError as error:

@@ -98,7 +98,7 @@ def _place_file(
     except OSError as error:
         raise InfrastructureError(
             f"{path}: cannot be written ({error.strerror or type(error).__name__})",
-            todo="free the disk or fix the permissions, then run again",
+            todo="free disk space or fix the permissions, then run again",
         ) from None
     return path
 
@@ -200,7 +200,7 @@ def drafted(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise InfrastructureError(
             f"{out}: cannot be written ({error.strerror or type(error).__name__})",
-            todo="free the disk or fix the permissions, then run again",
+            todo="free disk space or fix the permissions, then run again",
         ) from None
     finally:
         if draft.is_dir():

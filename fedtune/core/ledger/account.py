@@ -44,13 +44,13 @@ class Account:
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
-        self.held: dict[int, Held] = {}  # by the entry of the release
+        self.held: dict[int, Held] = {}  # by the number of the release's entry
         # What a person at the site let go: a slot, and the sha256 of its bytes, or "" for a draw of
         # shared noise, which is let go before it is made.
         self.let_go: set[tuple[Slot, str]] = set()
         self.refused: set[Slot] = set()  # slots that a person refused for good
         self.withdrawn: dict[str, Entry] = {}  # hash of a unit's key -> the entry of its withdrawal
-        self.admitted: dict[tuple[str, str], str] = {}  # by plan and membership: who
+        self.admitted: dict[tuple[str, str], str] = {}  # (plan, membership) -> login
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
         self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members

@@ -149,7 +149,7 @@ class AuditLog:
             raise InfrastructureError(
                 f"{self.folder / FILE}: cannot be written ({error.strerror})",
                 "an audit log that can be written",
-                "free the disk or fix the permissions, then run again",
+                "free disk space or fix the permissions, then run again",
             ) from None
 
     @property

@@ -122,7 +122,7 @@ def named(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise LedgerError(
             f"{error.filename or folder}: {error.strerror}",
-            todo="free the disk or fix the permissions, then run again",
+            todo="free disk space or fix the permissions, then run again",
         ) from None
     except LedgerError:
         raise
@@ -150,7 +150,7 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
         no_room = "full" in message or getattr(error, "sqlite_errorcode", 0) in WITHOUT_ROOM
         return (NoRoom if no_room else LedgerError)(
             f"{path}: cannot be written ({message})",
-            todo="free the disk or fix the permissions, then run again",
+            todo="free disk space or fix the permissions, then run again",
         )
     return LedgerError(f"{path}: cannot be read as a ledger ({message})", todo=RESTORE)
 

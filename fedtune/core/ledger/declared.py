@@ -73,13 +73,13 @@ def declare(
 
 def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
     """Check that none of these private records was ever declared public or generated. A run on
-    declared data is not charged to the lifetime ledger, so private records that were declared could
-    be tried for free.
+    declared data is not charged to the lifetime ledger, so what it learned from a private record
+    would be in no budget.
 
     - ledger: the site's lifetime ledger
     - dataset: the dataset that the records belong to
     - records: for each record, the identifiers by which the ledger recognises it, except the
-      patient's key, since the patients in generated records may have any keys
+      patient's key, since an invented patient may happen to have the key of a real one
 
     Errors: PolicyRefused if a record was declared, until a person accepts this for `dataset`
     (`Ledger.accept`)."""
@@ -97,7 +97,7 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
         )
 
 
-def to_accept(ledger: Ledger, dataset: str) -> bool:
+def has_to_accept(ledger: Ledger, dataset: str) -> bool:
     """Return whether a person may have to accept something for `dataset`: whether any dataset in
     the ledger was declared public or generated after the last acceptance for `dataset`."""
     with ledger._store.writing():
@@ -108,7 +108,7 @@ def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
     """Check that a person has something to accept for `dataset`: charges whose ε for one `unit`
     ("patient" or "record") is not known, or a dataset that was declared public or generated since
     the last acceptance. Errors: ConfigError if there is neither."""
-    if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
+    if not (ledger.unknown(dataset, unit) or has_to_accept(ledger, dataset)):
         raise ConfigError(
             f"there is nothing to accept for dataset {dataset!r}",
             "rounds of unknown cost, or a declaration as public or generated since the last time",

@@ -18,7 +18,7 @@ EVERY = "*"  # the dataset of a charge that counts against all of them
 RULES = 2
 Slot = tuple[str, int, str]  # (study, round, adapter): at most one update leaves the site for it
 Permit = Callable[[list["Charge"]], None]
-PermitUnknown = Callable[[list["Spent"]], None]  # of charges whose ε is not known
+PermitUnknown = Callable[[list["Spent"]], None]  # called with charges whose ε is not known
 PermitApart = Callable[[dict[str, list[str]]], None]  # dataset -> those declared disjoint from it
 
 

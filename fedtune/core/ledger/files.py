@@ -35,7 +35,7 @@ KEY = "site.key"
 SALT = "salt"
 OUTBOX = "outbox"
 STEPS = "steps.jsonl"
-ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
+ASKED = "asked"  # folder beside a ledger: a file (0600) for each draw that waits for a person
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
@@ -271,10 +271,9 @@ def newer_name(new: Path, old: Path) -> Path:
     return old if old.exists() and not new.exists() else new
 
 
-def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return the path of the file, beside the ledger in `folder`, that says that the site waits for
-    a person's approval before it makes a draw. slot: the (study, round, adapter) for which the draw
-    is to be made."""
+def waiting_draw_path(folder: Path, slot: Slot) -> Path:
+    """Return the path of the file, beside the ledger in `folder`, that notes a draw for which a
+    person's approval is awaited. slot: the (study, round, adapter) of the draw."""
     start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
     return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
 

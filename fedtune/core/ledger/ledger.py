@@ -94,7 +94,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("fedtune.ledger")
-MEMBER_BYTES = 200  # at most, of one member in the database
+MEMBER_BYTES = 200  # most bytes of one member in the database
 
 
 class Ledger:
@@ -109,7 +109,7 @@ class Ledger:
         self.folder, self._room = folder, room
         self._account = Account()
         self._store = Database(folder, self._account.fold)
-        self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study, where it has no file
+        self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study: an update that has no file
         with self._store.writing() as writer:
             self._check_members(writer)
 

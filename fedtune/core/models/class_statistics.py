@@ -17,7 +17,7 @@ from fedtune.core.errors import ModelError
 from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN
 
 Arrays = dict[str, npt.NDArray[np.float32]]
-LARGEST = 1e3  # of an entry of basis or mean, as of an adapter's
+LARGEST = 1e3  # largest entry of basis or mean, as in an adapter
 
 
 class ClassStatistics(nn.Module):

@@ -111,7 +111,7 @@ def _made(blocks: Iterable[Block]) -> Iterator[tuple[Block | None, BaseException
 
 def _take_first(waiting: deque[tuple[Block, int, Future[Result]]]) -> tuple[Block, Result]:
     block, _, result = waiting[0]
-    found = result.result()  # until it is here, it is among those that are discarded
+    found = result.result()  # if this raises, the result stays among those that are discarded
     waiting.popleft()
     return block, found
 
@@ -119,7 +119,7 @@ def _take_first(waiting: deque[tuple[Block, int, Future[Result]]]) -> tuple[Bloc
 def _submit(
     pool: ThreadPoolExecutor, compute: Callable[[Block], Result], block: Block
 ) -> Future[Result]:
-    with_gradients = torch.is_grad_enabled()  # of the thread: a new one starts with them
+    with_gradients = torch.is_grad_enabled()  # a new thread begins with True
 
     def run() -> Result:
         with torch.set_grad_enabled(with_gradients):

@@ -15,7 +15,7 @@ from torch import nn
 from fedtune.core.errors import ConfigError
 
 _SMALL = 2**20  # bytes of a tensor up to which its content is compared, not its writes
-_TABLES = ("_modules", "_parameters", "_buffers")  # of a module
+_TABLES = ("_modules", "_parameters", "_buffers")  # attributes of a module that hold its parts
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
 _SERIES = (list, tuple, set, frozenset, deque)
 # Described by their identity alone. A module's content is described where it is a child.

@@ -162,7 +162,7 @@ class Network:
         if self.positions is not None and length > self.positions:
             raise ConfigError(
                 f"objective.max_length = {length} is more than the base can read",
-                f"at most {self.positions}, its positions",
+                f"at most {self.positions} tokens",
             )
 
     @property

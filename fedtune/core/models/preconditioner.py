@@ -35,7 +35,7 @@ from fedtune.core.errors import ModelError
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 LEAST = 1e-2  # no eigenvalue of M is smaller; by its form and scale none is larger than √(d/(d-k))
-SCALE = 0.01  # by which the mean square of a narrow M's eigenvalues may differ from 1
+SCALE = 0.01  # most by which the mean square of a narrow M's eigenvalues differs from 1
 _IN_B = ".lora_B."
 _IN_M = ".lora_M."
 _IN_NARROW = ".lora_U."
@@ -132,8 +132,8 @@ def narrow_factors(factors: Arrays) -> Arrays:
 
 def _narrow_factor(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     vectors, singular, _ = np.linalg.svd(factor.astype(np.float64), full_matrices=False)
-    values = identity_part(factor) - singular**2  # of M, on W's directions
-    values[singular <= 1e-6 * singular.max(initial=1e-30)] = 0.0  # a direction that W has not
+    values = identity_part(factor) - singular**2  # eigenvalues of M in W's directions
+    values[singular <= 1e-6 * singular.max(initial=1e-30)] = 0.0  # a direction that W does not have
     values *= math.sqrt(len(factor) / float((values**2).sum()))
     narrow: npt.NDArray[np.float32] = (vectors * np.sqrt(values)).astype(np.float32)
     return narrow
@@ -224,9 +224,9 @@ def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if np.isfinite(array).all() and array.any():
         return array
     raise ModelError(
-        "public text gives no gradient to precondition with",
+        "the gradients of public text are all zero, or not finite",
         "text with answers that the base does not know already",
-        "see [public]",
+        "choose another file as public.path",
     )
 
 

@@ -74,12 +74,12 @@ class PrefixStore:
 
     def __init__(self) -> None:
         self._used = 0
-        self._dropped: deque[int] = deque()  # by finalisers, which may run at any point
+        self._dropped: deque[int] = deque()  # appended to by finalisers, which may run at any point
         self._in_memory: weakref.WeakSet[_InMemory] = weakref.WeakSet()
         self._file: _File | None = None
         self._memory_is_short = False
-        self._refusals: set[str] = set()  # why the file was not written, each said once
-        self.processes = 1  # that share this machine and do the same work
+        self._refusals: set[str] = set()  # why the file was not written, each logged once
+        self.processes = 1  # number of processes that share this machine and do the same work
         self.least_free = LEAST_FREE  # bytes that the file leaves free on its disk
 
     @property
@@ -131,7 +131,7 @@ class PrefixStore:
                     cache_dir(),
                 )
             self._refusals.add(reason)
-            return _Nothing()
+            return _NotStored()
 
     def leave_free(self, beside: int) -> None:
         """Keep more of the file's disk free: `beside` bytes in addition to LEAST_FREE. The ledger's
@@ -151,7 +151,7 @@ class PrefixStore:
 PREFIX_STORE = PrefixStore()
 
 
-class _Nothing:
+class _NotStored:
     """Stands for states for which there was no space: `read` always raises Unavailable."""
 
     def read(self) -> torch.Tensor:

@@ -52,7 +52,9 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
     if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
         return None
     # A decoder with a table of positions adds them to its input: above the cut this was done.
-    without_positions = {"embed_positions": _Nowhere()} if hasattr(model, "embed_positions") else {}
+    without_positions = (
+        {"embed_positions": _ZeroPositions()} if hasattr(model, "embed_positions") else {}
+    )
     without_norm = {last: nn.Identity()}
     halves, candidates = _halves(layers[-1]), []
     if halves and lora.last_layers == 1 and halves.holds(lora.modules):
@@ -101,7 +103,7 @@ def _halves(layer: Any) -> _Halves | None:
         return _Halves(_Attention(layer), layer.post_attention_layernorm, layer.mlp, inside)
     if has("self_attn_layer_norm", "encoder_attn", "final_layer_norm", "activation_fn", "fc1"):
         inside = frozenset(("fc1", "fc2"))
-        return _Halves(_Crossed(layer), layer.final_layer_norm, _Feed(layer), inside)
+        return _Halves(_WhisperAttention(layer), layer.final_layer_norm, _WhisperMlp(layer), inside)
     return None
 
 
@@ -109,17 +111,17 @@ def _last_names(module: nn.Module) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name, _ in module.named_modules()}
 
 
-class _Nowhere(nn.Module):
+class _ZeroPositions(nn.Module):
     """A position embedding of zero, for the part above the cut: positions were added below it."""
 
     def forward(self, embedded: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros_like(embedded)
 
 
-class _Crossed(nn.Module):
+class _WhisperAttention(nn.Module):
     """The first half of Whisper's decoder block: self-attention, then cross-attention to the
-    recording. Only `_Feed` has the block as a sub-module, since hooks would run twice on a block
-    that is in two modules."""
+    recording. Only `_WhisperMlp` has the block as a sub-module, since hooks would run twice on a
+    block that is in two modules."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class _Crossed(nn.Module):
         return states + cross_attended[0]  # type: ignore[no-any-return]
 
 
-class _Feed(nn.Module):
+class _WhisperMlp(nn.Module):
     """The MLP of Whisper's decoder block. It calls the block's own layers, so that an adapter may
     take their place later."""
 

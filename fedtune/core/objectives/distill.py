@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once
-LEAST = 1e-6  # of a probability that all other outcomes share
+LEAST = 1e-6  # least probability of all other outcomes together
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ PHRASES = (
 )
 # fmt: on
 OTHER = "other"
-HELD = "policy.answers"  # in the reason of a site whose answer waits for a person at the site
+HELD = "policy.answers"  # in the reason of a site whose answer waits for a person there
 WAITING = "waiting"  # a site's status while a person there has yet to sign or let an answer go
 
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedtune.core.files.writing import sync_folder
 from fedtune.core.secagg.statement import Draw, Ready
 
-FOLDER = "draws"  # in a state folder, where earlier releases kept them
+FOLDER = "draws"  # folder in a state folder where earlier releases kept draws
 
 
 @dataclass(frozen=True, repr=False)

@@ -203,9 +203,9 @@ def check_set(
             "the same at every site: it follows from the plan",
             "compare the releases of fedtune that the sites run",
         )
-    for what in ("site", "signing", "masking"):
-        if len({getattr(ready, what) for ready in statements}) < len(statements):
-            raise StatementError(f"the set of ready sites has one {what} key or name twice")
+    for field, what in (("site", "name"), ("signing", "signing key"), ("masking", "masking key")):
+        if len({getattr(ready, field) for ready in statements}) < len(statements):
+            raise StatementError(f"two of the ready sites have the same {what}")
     check_pinned([ready.signing for ready in statements], mine.signing, pinned, at_least)
 
 

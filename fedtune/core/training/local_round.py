@@ -65,7 +65,7 @@ def local_round(
         sampling_unit=study.sampling_unit,
         engine=study.training.engine,
         columns=columns,
-        losses=None if objective.directions else losses,  # of class statistics it says nothing
+        losses=None if objective.directions else losses,  # meaningless for class statistics
     )
     optimizer = _optimizer(study, engine.trained, round_)
     start = [t.clone() for t in engine.trained]
@@ -118,7 +118,7 @@ def local_sum(
     network.load_trainable(adapter)
     objective, unit = study.objective.resolved, study.sampling_unit
     name = study.training.engine
-    heard = None if objective.directions else losses  # of class statistics it says nothing
+    heard = None if objective.directions else losses  # meaningless for class statistics
     engine = UnitGradientEngine(data, objective, unit, name, losses=heard)
     with network.recomputing(recompute and engine.name == "one-pass"):
         rows = _report_progress(engine, 0, 1)

@@ -131,7 +131,7 @@ class UnitGradientEngine:
         self._columns = columns
         single_records = [[index] for index in range(len(data.dataset.examples))]
         self._members = data.dataset.by_unit if sampling_unit == "unit" else single_records
-        n_parameters = sum(p.numel() for p in self.parameters)  # of all columns, trained or not
+        n_parameters = sum(p.numel() for p in self.parameters)  # all columns, trained or not
         self._max_rows = max(1, _CHUNK_BYTES // (4 * n_parameters))  # rows at once
 
     @property

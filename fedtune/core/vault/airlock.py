@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fedtune.core.errors import FedtuneError, describe
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.entries import Charge, Slot
-from fedtune.core.ledger.files import asked_path
+from fedtune.core.ledger.files import waiting_draw_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.prepared import Held, Void
 
@@ -62,11 +62,11 @@ def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoRetu
     - slot: study, round and adapter of the draw, by which the ledger charges it
     - charge: what the draw will cost
     - size: number of bytes of the masked words, for the person to see"""
-    _keep_asked(site, slot, charge, size)
+    _store_waiting_draw(site, slot, charge, size)
     raise Held(WAITS, todo=LET_GO)
 
 
-def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
+def _store_waiting_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
     """Write a waiting draw to a file that `fedtune let-go` reads. If the draw's file exists
     already, it stays as it is, with the time of the first request.
 
@@ -78,7 +78,7 @@ def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None
     Of more than MOST files the oldest are deleted, since a coordinator may ask for any number of
     draws before one is charged. If the disk's free space is all reserved for the ledger, no file is
     written, and the draw is only logged."""
-    path = asked_path(site.ledger.folder, slot)
+    path = waiting_draw_path(site.ledger.folder, slot)
     if path.exists():
         return
     facts = {"charge": charge.fields(), "adapter": slot[2], "bytes": size}

@@ -18,8 +18,8 @@ from fedtune.core.ledger.ledger import Ledger
 def declare(site: Site, sign: bool = True) -> None:
     """Check and sign a site's declarations that data is public or generated, then check that its
     other data was never declared so (`sign_declarations`, `check_private`). Call this before the
-    site connects: whether it raises an error depends on records, which the coordinator must not
-    see. sign: False to check only. Errors: those of both functions."""
+    site connects: an error follows from records, so the coordinator must not notice it. sign: False
+    to check only. Errors: those of both functions."""
     sign_declarations(site, sign)
     check_private(site)
 
@@ -67,8 +67,8 @@ def permit_declared(site: Site, home: Ledger) -> None:
     declaration, made before the site joined the study, and in a consortium the site's policy allows
     such data. The result never depends on a record.
 
-    site: the site with the policy that its file has now (`as_stated`); home: its lifetime ledger.
-    Errors: PolicyRefused."""
+    site: the site with the policy that its file has now (`with_new_policy`); home: its lifetime
+    ledger. Errors: PolicyRefused."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             if site.site.ledger is None:
@@ -76,7 +76,7 @@ def permit_declared(site: Site, home: Ledger) -> None:
             ledger_entries.check_declared(home, data.name, data.declared)
 
 
-def as_stated(current: Site, loaded: Site) -> Site:
+def with_new_policy(current: Site, loaded: Site) -> Site:
     """Return the site as it was when it joined, but with the policy that its file has now.
 
     current: the site file as it is now; loaded: the site as it was when it joined.

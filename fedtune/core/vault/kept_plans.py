@@ -28,7 +28,7 @@ FOLDER = "kept-plans"  # in the state folder
 PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
+def keep_plan_request(site: Site, request: Request, content: bytes, answer: Answer) -> None:
     """Store the request if it brought a plan that was admitted; delete the stored requests of
     studies that have ended.
 
@@ -54,7 +54,7 @@ def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> 
         log.warning("%s: a plan is not kept (%s)", folder, describe(error))
 
 
-def find_asked(site: Site, request: Request) -> Request | None:
+def find_plan_request(site: Site, request: Request) -> Request | None:
     """Return the stored request that brought the plan which an order names. Return None if there is
     none, or if it cannot be decoded, for example since an earlier release wrote it; the site then
     asks the coordinator for the plan again.

@@ -30,7 +30,7 @@ from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.registry import Group
 from fedtune.core.strategy import STRATEGIES
 
-LAST_ROUND = 10**9  # of a plan without a last round: a number that an entry has space for
+LAST_ROUND = 10**9  # stands for the last round of a plan without one; an entry has space for it
 
 
 def base_for(study: Study, site: Site) -> Base:
@@ -356,7 +356,7 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
     stated = plan or _stated_figures(study, size)
     sigma = stated.noise_multiplier
     if sigma is not None:
-        sigma = own_sigma(sigma, noise_shares(study))  # what this site itself adds
+        sigma = own_sigma(sigma, noise_shares(study))  # σ of the noise that this site adds
     yield from _about_protection(sigma, stated.delta, size, policy)
     yield from _at_most("max_grad_norm", stated.max_grad_norm, "max_grad_norm", policy)
     yield from _at_most("sampling_rate", stated.sampling_rate, "max_sampling_rate", policy)

@@ -220,7 +220,7 @@ def serve_request(
 
     Errors: InfrastructureError if the request is missing, or its answer cannot be written."""
     from fedtune.core.vault.answers import Place, answer
-    from fedtune.core.vault.kept_plans import find_asked, keep_asked
+    from fedtune.core.vault.kept_plans import find_plan_request, keep_plan_request
     from fedtune.core.vault.rank_process import team
 
     place, site = Place(site=str(path), **given), load_site(path)  # type: ignore[arg-type]
@@ -235,10 +235,10 @@ def serve_request(
             log.warning("%s", error)
             reply = failure()
         else:
-            if asked := find_asked(site, request):
+            if asked := find_plan_request(site, request):
                 answer(place, asked)
             reply = answer_and_tell(place, request, tell)
-            keep_asked(site, request, content, reply)
+            keep_plan_request(site, request, content, reply)
         spool.put(name, reply)
 
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedtune.site")
 OF_COUNTS = 2**14  # bytes of counts.json, or a multiple of them
 SHOWN = 20  # rejected rows that are listed
-shown: set[str] = set()  # what this process has said of a site's rows on its own screen
-FAR = 0.1  # of the declared size: a larger difference to the true size is reported
-HALF = 0.5  # of a median record: if less is read, there is a warning
+shown: set[str] = set()  # texts about a site's rows that this process has shown on its screen
+FAR = 0.1  # share of the declared size; a larger difference to the true one is reported
+HALF = 0.5  # share of a median record; if less is read, there is a warning
 
 
 def read_for_training(

@@ -33,7 +33,10 @@ def self_test(study: Study, network: Network, size: int, lora_rank: int | None) 
     Studies are of one kind if `lora_rank`, training.engine, strategy.min_sites and the tables base,
     lora, objective, clipping, privacy and secure_aggregation are equal. Errors: SelfTestFailed."""
     names = ("base", "lora", "objective", "clipping", "privacy", "secure_aggregation")
-    parts = {"training": {"engine"}, "strategy": {"min_sites"}}  # which share a dose of noise
+    parts = {
+        "training": {"engine"},
+        "strategy": {"min_sites"},
+    }  # min_sites: how many share the noise
     kind = study.model_dump_json(include={**dict.fromkeys(names, True), **parts}) + f" {lora_rank}"
     if kind not in _tested:
         selftest.require(study, network, size, lora_rank)

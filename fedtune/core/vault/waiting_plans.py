@@ -12,7 +12,7 @@ from fedtune.core.files.writing import replace
 
 log = logging.getLogger("fedtune.site")
 MOST = 32  # plans that wait, at most
-MOST_BYTES = 2**20  # of a plan, as JSON
+MOST_BYTES = 2**20  # largest size of a plan as JSON
 
 
 def check_plan_length(plan: str) -> None:

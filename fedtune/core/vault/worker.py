@@ -40,7 +40,7 @@ from fedtune.core.secagg.draw import Draws, remove_stored
 from fedtune.core.training.local_round import local_round
 from fedtune.core.vault import airlock, evaluation, noted, studies
 from fedtune.core.vault.budget import Budget, check_known, check_rounds
-from fedtune.core.vault.declared import as_stated, paid_by_run, permit_declared, run_ledger
+from fedtune.core.vault.declared import paid_by_run, permit_declared, run_ledger, with_new_policy
 from fedtune.core.vault.own_loss import kept
 from fedtune.core.vault.policy import (
     LAST_ROUND,
@@ -105,13 +105,13 @@ class SiteWorker:
         log_path = (site.site.ledger or site.home) / "steps.jsonl"
         self.log = StepLog(log_path, site.policy.membership)
         self.ranks: Workers | None = None  # other processes that share a round's work
-        self.draws = Draws()  # of this process: they wait for their set of sites
+        self.draws = Draws()  # draws that wait in this process for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
         self.simulated = False  # whether the person who runs the study runs this site too
         self._prepared: dict[str, Prepared] = {}
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
-        self._of_runs: dict[str, SiteWorker] = {}  # by plan, of declared data in a consortium
+        self._of_runs: dict[str, SiteWorker] = {}  # by plan, for declared data in a consortium
         PREFIX_STORE.leave_free(self.room.lent)
 
     @cached_property
@@ -732,8 +732,8 @@ class SiteWorker:
     def current(self) -> Site:
         """Read the site file again, and return the site with the policy that the file has now;
         policy.peers is without the site's own key. A tightened policy thus applies from the next
-        round. Other changes apply when the site is started again (`as_stated`)."""
-        site = as_stated(load_site(self._path), self.site) if self._path else self.site
+        round. Other changes apply when the site is started again (`with_new_policy`)."""
+        site = with_new_policy(load_site(self._path), self.site) if self._path else self.site
         if not site.policy.peers and not self.peers:
             return site
         return pin_others(site.with_peers(site.policy.peers or self.peers), self.key.public)

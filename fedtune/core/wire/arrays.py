@@ -45,9 +45,9 @@ __all__ = [
 NPY = "numpy.ndarray"  # Flower's name of the form of an array's bytes
 MATRICES = 10_000
 LONGEST_NAME = 512
-WIDEST = 1 << 20  # of a frozen factor
+WIDEST = 1 << 20  # most rows or columns of a frozen matrix
 _MAGIC = b"\x93NUMPY\x01\x00"
-_START = len(_MAGIC) + 2  # then the header's length, little-endian
+_START = len(_MAGIC) + 2  # where the header's length stands, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
 # By name: as .npy bodies spell them.
 _TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1", "uint32": "<u4", "uint64": "<u8"}
@@ -60,7 +60,7 @@ _HEADER = re.compile(
 )
 
 
-class Travelling(Protocol):
+class InTransit(Protocol):
     """An array in transit, whose bytes nobody has parsed: NumPy's name of its type, its shape, its
     bytes and their encoding. Flower's `Array` has these attributes, and so has `Packed`."""
 
@@ -89,7 +89,7 @@ class Packed:
     stype: str = NPY
 
 
-Record = Mapping[str, Travelling]
+Record = Mapping[str, InTransit]
 
 
 def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:

@@ -47,7 +47,7 @@ GROWTH: dict[Encoding, float] = {
     "int8": 1 + math.sqrt(BLOCK) / 254 * (1 + 2.0**-15),
 }
 _LARGEST_FP16 = 32752.0  # the largest below 2¹⁵: a scale of 2¹¹³ carries it below fp32's largest
-_SMALLEST = np.float32(2.0**-126)  # of a scale; smaller ones would not be normal fp32
+_SMALLEST = np.float32(2.0**-126)  # smallest scale; smaller ones would not be normal fp32
 
 
 class WireError(InputError):

@@ -43,7 +43,7 @@ class Teller:
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()
-        self._rest = b""  # of an event that was sent in part
+        self._rest = b""  # the rest of an event that was sent in part
         self._left_out = 0
         os.set_blocking(connection.fileno(), False)
 

@@ -24,17 +24,17 @@ if TYPE_CHECKING:  # NumPy starts threads, and the vault imports this before it 
 Kind = Literal["prepare", "train", "ready", "masked", "evaluate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Scalar = str | int | float | bool
-Table = Mapping[str, Any]  # of a message: its values are checked where they are read
+Table = Mapping[str, Any]  # a message's values, which are checked where they are read
 
 # The only text that is sent about a failure: its class would reveal something about the records, or
 # about the space that they leave on this machine. The site's own log says what happened.
 FAILED = "the site's own log says why"
 MOST_WORDS = 64 << 20  # bytes of a request's tables: a plan, or the statements of many sites
-MOST_ARRAYS = 10_001  # in a message
-MOST_BYTES = 4 << 30  # of its arrays, all together
+MOST_ARRAYS = 10_001  # most arrays in a message
+MOST_BYTES = 4 << 30  # most bytes of all its arrays together
 
 
-class Way(Protocol):
+class Channel(Protocol):
     """A channel for requests and answers, which sends and receives them part by part: a
     multiprocessing Connection, or a file in memory. recv_bytes takes the largest number of bytes
     that the next part may have."""
@@ -81,7 +81,7 @@ class Answer:
         return str(self.fields["status"])
 
 
-def send(connection: Way, sent: Request | Answer) -> None:
+def send(connection: Channel, sent: Request | Answer) -> None:
     """Send a request or an answer: a header, then each array's bytes as they are.
 
     Errors: OSError if the other half has ended."""
@@ -100,7 +100,7 @@ def send(connection: Way, sent: Request | Answer) -> None:
         connection.send_bytes(array.data)
 
 
-def receive_request(connection: Way) -> Request:
+def receive_request(connection: Channel) -> Request:
     """Receive a request from the courier. Errors: EOFError or OSError if the courier has ended, or
     if it sends more than a request can hold or a header that cannot be read; RequestError if the
     message does not have the agreed form. After a RequestError, but not after the others, the next
@@ -112,7 +112,7 @@ def receive_request(connection: Way) -> Request:
     return Request(kind, tables, arrays)
 
 
-def receive_answer(connection: Way) -> Answer:
+def receive_answer(connection: Channel) -> Answer:
     """Receive an answer from the vault. Errors: EOFError or OSError if the vault has ended, or if
     it sends more than an answer can hold or a header that cannot be read; RequestError if the
     message does not have the agreed form."""
@@ -127,7 +127,7 @@ def receive_answer(connection: Way) -> Answer:
     return Answer(table, fields, name, arrays)
 
 
-def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
+def _receive(connection: Channel) -> tuple[dict[str, Any], dict[str, Packed]]:
     """Receive a message: return its header, and the arrays that the header announces, by name.
     Errors: EOFError, OSError."""
     from fedtune.core.wire.arrays import Packed
@@ -168,10 +168,10 @@ __all__ = [
     "FAILED",
     "KINDS",
     "Answer",
+    "Channel",
     "Kind",
     "Request",
     "RequestError",
-    "Way",
     "receive_answer",
     "receive_request",
     "send",

@@ -54,7 +54,7 @@ from fedtune.core.wire.requests import (
 log = logging.getLogger("fedtune.spool")
 NAME = re.compile(r"[0-9a-f]{64}\Z")
 MOST = 16  # files of requests at once; a courier has one, and a draft of it
-MOST_NAMES = 1024  # of files that one look at a folder takes in
+MOST_NAMES = 1024  # most names that are read of a folder at once
 LENGTH = 8  # bytes in which the length of what follows is written
 MOST_HEAD = 1024  # bytes of a file's first part
 MOST_FILE = MOST_HEAD + MOST_WORDS + MOST_BYTES + LENGTH * (MOST_ARRAYS + 2)
@@ -210,7 +210,7 @@ class Spool:
             raise InfrastructureError(
                 f"{path}: {error.strerror or type(error).__name__}",
                 "a folder of this user's on a disk that has room",
-                "free the disk or fix the permissions",
+                "free disk space or fix the permissions",
             ) from None
 
 
@@ -265,7 +265,7 @@ def _check_release(head: dict[str, Any]) -> None:
 
 
 class _InMemory:
-    """A channel (`Way`) whose parts are not sent but written to memory, or read from there. The
+    """A channel (`Channel`) whose parts are not sent but written to memory, or read from there. The
     bytes in memory are those of a spool's file: for each part its length, then the part."""
 
     def __init__(self, content: bytes = b"") -> None:

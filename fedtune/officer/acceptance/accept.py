@@ -93,7 +93,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     figures: dict[str, Any] = {"study": study, "site": site.site.name}
     figures |= figures_of(table, scored)
     key = signing_key(site, ledger)
-    figures["looks"] = looks(site.site.state, key.public, scored.held_out.keyed)
+    figures["looks"] = count_earlier(site.site.state, key.public, scored.held_out.keyed)
     record = _sign_record(run, table, scored.held_out.keyed, figures, key)
     content = canonical(record)
     folder = site.site.state / ACCEPTANCE / _name(record)
@@ -213,7 +213,7 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
     return record
 
 
-def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
+def count_earlier(state: Path, public: str, keyed: str) -> dict[str, int]:
     """Return three counts about the earlier decisions at this site on the same records: "earlier",
     the number of these decisions; "models" and "settings", the numbers of different models and of
     different settings among them. With each further decision it becomes more probable that a model

@@ -30,7 +30,7 @@ from fedtune.report.scores import Scores
 RESAMPLES, SEED = 2000, 0
 BLOCK = 2**20  # resampled weights that are in memory at a time
 EXCEED = 10  # the mean number of random exchanges whose difference lies outside an interval
-SMALL = 1024  # up to so many patients all resampled weights are in memory
+SMALL = 1024  # number of patients up to which all resampled weights are in memory
 
 
 class Interval(NamedTuple):
@@ -206,7 +206,7 @@ def differences(
     - group: the records of the group's patients
     - others: the records of all other patients, scored by the same model
     - level: the confidence of each interval, such as 0.95"""
-    halves = iter(_exchange([m for m in measures if not m.share], group, others, level))
+    halves = iter(_permute([m for m in measures if not m.share], group, others, level))
     found = []
     for measure in measures:
         one, other = (measure.figure(s.sums(measure).sum(axis=0)) for s in (group, others))
@@ -235,13 +235,13 @@ def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) ->
     return Difference(found, Interval(max(found - below, -1.0), min(found + above, 1.0)))
 
 
-def _exchange(
+def _permute(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[float]:
-    """Return for each measure how large a difference between two groups arises by chance. For this,
-    as many patients as `group` has are drawn at random from all patients and compared with the
-    rest, many times. The returned size is exceeded in these comparisons only with probability 1 -
-    level.
+    """Return for each measure how large a difference between two groups arises by chance, by a
+    permutation test: many times, as many patients as `group` has are drawn at random from all
+    patients and compared with the rest. At most a share of 1 - level of these comparisons gives a
+    larger difference.
 
     - measures: the measures, none of which is a share of records; [] gives []
     - group, others: the records of the group's patients, and of all other patients

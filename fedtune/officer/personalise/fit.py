@@ -26,7 +26,7 @@ from fedtune.core.progress import report
 PULLS = (0.01, 0.001, 0.0001)
 STEPS = (2, 4, 8, 16, 32)
 SHARES = (0.25, 0.5, 0.75, 1.0)
-CONFIDENCE = 0.95  # that the chosen model is better than the released one, before it is kept
+CONFIDENCE = 0.95  # of the test that the chosen model is better than the released one
 
 # Yields, batch by batch, the numbers of the given records and their losses.
 Losses = Callable[[Sequence[int]], Iterator[tuple[np.ndarray, torch.Tensor]]]

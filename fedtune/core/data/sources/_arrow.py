@@ -13,7 +13,7 @@ from fedtune.core.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Classes = Mapping[str, Sequence[str]]  # by column of class numbers, the classes' names
+Classes = Mapping[str, Sequence[str]]  # column of class numbers -> the classes' names
 
 
 def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:

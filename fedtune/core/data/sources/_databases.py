@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BATCH = 1000  # rows
 EXACT = Context(prec=20_000)  # more digits than PostgreSQL's numeric has after its point
 CONNECT = 30  # seconds
-DIGITS = 400  # of a number that is written out; DOUBLE has 309
+DIGITS = 400  # most digits of a number that is written out; DOUBLE has 309
 FLOAT, DECIMAL = "float", "decimal"  # a column's kind of number; "": each is written in one way
 DRIVERS = {"postgresql": "psycopg", "duckdb": "duckdb"}
 LOCKED = {  # settings of DuckDB with which it reads its file, and nothing else

@@ -25,7 +25,7 @@ REASONS = (
 # The form of a column's name. A first line of such cells may be shown if one of them is requested
 # or has one of these WORDS; else it may be a record, in a file without a header.
 COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
-KEY = re.compile(r"[^\W\d][\w.-]{0,39}")  # of a JSON record, in any language
+KEY = re.compile(r"[^\W\d][\w.-]{0,39}")  # form of a JSON record's key, in any language
 WORDS = frozenset(
     {
         *("text", "note", "notes", "prompt", "completion", "question", "answer", "label", "class"),

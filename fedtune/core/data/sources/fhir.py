@@ -23,7 +23,7 @@ COLUMNS = (
 )
 SUFFIX = ".ndjson"
 DAY = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
-ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # of a resource's form
+ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # for a malformed resource
 Key = tuple[str, str]  # a patient, and the id of a resource that is that patient's
 
 

@@ -34,7 +34,7 @@ class Jsonl(Source):
             for number, line in enumerate(_lines(handle), 1):
                 if number == 1 and line.startswith(UTF_16):
                     names.suspect("the file seems to be UTF-16: iconv -f UTF-16 -t UTF-8 FILE")
-                line = line.removeprefix(BOM)  # of any line: files are joined
+                line = line.removeprefix(BOM)  # in any line, since files are joined
                 if not line.strip():
                     continue
                 names.row = number

@@ -220,7 +220,7 @@ def _join_rows(
 
 def _patient(names: Names) -> str:
     """Return the patient column that site.toml or the command line names; "" if none is named."""
-    named = (".columns.patient", "--patient")  # in a file, or on the command line
+    named = (".columns.patient", "--patient")  # key of a settings file, or option of a command
     return next((c for key, c in names.keys.items() if key.endswith(named)), "")
 
 

@@ -142,11 +142,11 @@ def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
             raise ConfigError(f"{where}: has no {name}", EXPECTED)
     if not {"mechanism", "organisation", "unopened"} & {*row}:
         raise ConfigError(
-            f"{where}: nobody answers it", "mechanism, organisation or unopened", EXPECTED
+            f"{where}: has no answer", "mechanism, organisation or unopened", EXPECTED
         )
     if "mechanism" in row and not any(row.get(name) for name in ("facts", "files", "tests")):
         raise ConfigError(
-            f"{where}: a mechanism that nothing shows", "facts, files or tests", EXPECTED
+            f"{where}: a mechanism without evidence", "facts, files or tests", EXPECTED
         )
     for need in row.get("needs", []):
         if need not in NEEDS:
