@@ -397,10 +397,12 @@ def withdraw(
     this site is entered only with --unseen; without it, the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
+    from fedtune.officer.known_homes import check_ledger_there
     from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
     from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site, keys_may_differ=True)
+    check_ledger_there(loaded)
     if check:
         when = check_receipt(check, Ledger(loaded.home))
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
