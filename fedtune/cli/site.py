@@ -420,7 +420,7 @@ def withdraw(
             typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
             continue
         except NotLogged as error:
-            damaged, withdrawal = error, error.withdrawal
+            damaged, withdrawal = error.reason, error.withdrawal
             typer.echo(f"patient {number}: not in the audit log: {error}")
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")

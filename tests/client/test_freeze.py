@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.core.errors import ConfigError, InputError, NotGenuine, PolicyRefused, Refused
+from fedtune.core.errors import (
+    ConfigError,
+    InfrastructureError,
+    InputError,
+    NotGenuine,
+    PolicyRefused,
+    Refused,
+)
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.ledger.files import asked_path
+from fedtune.core.ledger.files import NoRoom, asked_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.core.vault.answers import answer
@@ -320,6 +327,57 @@ def test_a_log_that_cannot_be_read_freezes_and_keeps_nobody_from_lifting(
     if how == "changed":
         assert run("ledger", asked.path, "--lift").exit_code == 2
         assert Ledger(state).frozen is None
+
+
+def make_unwritable(state: Path) -> None:
+    """Let no entry be added to the audit log, as on a disk that nobody can write to."""
+    (state / "audit.lock").unlink(missing_ok=True)
+    (state / "audit.lock").mkdir()
+
+
+def test_a_freeze_and_a_lift_that_the_audit_log_lacks_hold_and_the_command_says_so(
+    asked: Asked,
+) -> None:
+    make_unwritable(asked.site.home)
+    done = run("ledger", asked.path, "--freeze")
+    assert done.exit_code == 4 and "the ledger is frozen all the same" in done.output
+    assert asked.train().status == "refused" and asked.paid() == 0
+    done = run("ledger", asked.path, "--lift")
+    assert done.exit_code == 4 and "the freeze is lifted all the same" in done.output
+    assert Ledger(asked.site.home).frozen is None
+
+
+def test_a_freeze_that_no_disk_has_room_for_is_not_said_to_hold(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise NoRoom("no space")
+
+    monkeypatch.setattr(Ledger, "freeze", no_room)
+    done = run("ledger", asked.path, "--freeze")
+    assert done.exit_code == 4 and "all the same" not in done.output
+
+
+def test_a_log_that_cannot_be_written_keeps_nobody_from_withdrawing_or_leaving(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unwritable(asked.site.home)
+    keys = asked.site.home / "keys.txt"
+    keys.write_text("one\ntwo\nthree\n")
+    done = run("withdraw", asked.path, "--file", keys, "--unseen")
+    assert done.exit_code == 4 and done.output.count("not in the audit log") == 3
+    assert done.output.count("receipt for the patient") == 3
+    assert len(Ledger(asked.site.home).withdrawn()) == 3
+    node = asked.site.site.state / "keys" / "node.key"
+    node.parent.mkdir(exist_ok=True)
+    node.write_bytes(b"a key")
+    monkeypatch.setattr(leaving, "consortium_of", lambda _: "ab:cd")
+    with pytest.raises(InfrastructureError):
+        leaving.leave(asked.site, distrust=True)
+    assert node.exists()
+    with pytest.raises(InfrastructureError):
+        leaving.leave(asked.site)
+    assert not node.exists()
 
 
 def test_a_damaged_log_keeps_nobody_of_a_list_from_withdrawing(asked: Asked) -> None:

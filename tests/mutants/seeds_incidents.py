@@ -71,8 +71,9 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-lift-is-in-the-papers-first", "fedtune/officer/freeze.py",
-        "    book.lift(login(), why)\n    AuditLog(book.folder, book.key).add(LIFT, \"--lift\")\n",
-        "    AuditLog(book.folder, book.key).add(LIFT, \"--lift\")\n    book.lift(login(), why)\n",
+        "    book.lift(login(), why)\n    try:\n",
+        "    AuditLog(book.folder, book.key).add(LIFT, \"--lift\")\n"
+        "    book.lift(login(), why)\n    try:\n",
         T_RESTORED + "test_a_lift_that_is_killed_anywhere_is_entered_before_the_papers_say_so",
         "a restore thaws a ledger that nobody lifted",
     ),
@@ -171,6 +172,21 @@ MUTANTS = (
         "    except LedgerError as error:\n", "    except TypeError as error:\n",
         T_EVIDENCE + "test_what_is_damaged_is_kept_as_it_is",
         "whoever edits the ledger keeps a site from keeping evidence",
+    ),
+    one(
+        "incidents", "a-freeze-that-no-log-has-says-nothing", "fedtune/officer/freeze.py",
+        "        if Ledger(site.home).frozen is None:\n            raise\n", "        raise\n",
+        T_FREEZE
+        + "test_a_freeze_and_a_lift_that_the_audit_log_lacks_hold_and_the_command_says_so",
+        "a person believes that nothing is frozen, and does not know that only a lift ends it",
+    ),
+    one(
+        "incidents", "a-full-log-keeps-a-list-from-withdrawing", "fedtune/officer/withdraw.py",
+        "    except (NotGenuine, InfrastructureError) as error:\n        raise NotLogged",
+        "    except NotGenuine as error:\n        raise NotLogged",
+        T_FREEZE
+        + "test_a_log_that_cannot_be_written_keeps_nobody_from_withdrawing_or_leaving",
+        "the first of a list is left out, and nobody after",
     ),
     one(
         "incidents", "a-damaged-log-keeps-a-site-in", "fedtune/officer/leave.py",
