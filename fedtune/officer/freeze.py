@@ -26,7 +26,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
-FREEZE, LIFT = "freeze", "lift"  # events of the audit log
+FREEZE, LIFT, CUT = "freeze", "lift", "cut"  # events of the audit log
 REFUSE = "refuse"  # another one; of an answer if it names an adapter, else of a plan
 
 log = logging.getLogger("fedtune.site")
@@ -97,17 +97,20 @@ def _not_logged(error: FedtuneError, done: str) -> FedtuneError:
 def standing(home: Path, public: str) -> Standing:
     """Return what a restored ledger in `home` must hold: the withdrawals, the refused answers and
     the freeze. They are read from the receipts and the audit log beside the ledger; only what the
-    key `public` signed counts. An audit log that does not verify counts as a freeze, since its
-    newest entries may be gone."""
+    key `public` signed counts. An audit log that does not verify, was taken away or was begun anew
+    counts as a freeze, since its newest entries may be gone."""
     withdrawn = withdrawn_by_receipts(home, public)
     try:
-        entries = audit_log.verify(home, public).entries if audit_log.files(home) else []
+        entries = audit_log.verify(home, public).entries if audit_log.was_begun(home) else []
     except (FedtuneError, OSError):
         why = "restored: the audit log is damaged, and may have lost a freeze"
         return Standing(withdrawn, Freeze(login(), why, 0))
-    acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT)]
-    why = "restored: the audit log has a freeze that nobody lifted"
-    frozen = Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
+    acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT, CUT)]
+    why = {
+        FREEZE: "restored: the audit log has a freeze that nobody lifted",
+        CUT: "restored: the audit log was cut off, and may have lost a freeze",
+    }.get(acts[-1] if acts else LIFT)
+    frozen = Freeze(login(), why, 0) if why else None
     facts = [entry["facts"] for entry in entries if entry["event"] == REFUSE]
     refused = {(f["plan"], f["round"], f["adapter"]) for f in facts if "adapter" in f}
     return Standing(withdrawn, frozen, refused)

@@ -13,8 +13,10 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.errors import NotGenuine
+from fedtune.core.ledger.audit_log import AuditLog, verify
 from fedtune.core.ledger.entries import Standing
 from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.wire.keys import SigningKey
 from fedtune.officer import freeze as officer
 from fedtune.officer.let_go import decide
 from fedtune.officer.withdraw import withdraw
@@ -203,7 +205,8 @@ def test_an_answer_that_was_refused_for_good_stays_refused(tmp_path: Path, tiny_
         asked.restart()
         (state / "ledger.db").unlink()
         if not keeps_log:
-            (state / "audit.jsonl").unlink()
+            for name in ("audit.jsonl", "audit.lock"):
+                (state / name).unlink()
         assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
         text = asked.path.read_text()  # what was lost is charged dearly
         asked.path.write_text(re.sub(r"(?m)^(max_epsilon) = .*", r"\1 = 1000.0", text))
@@ -241,3 +244,26 @@ def test_a_damaged_audit_log_keeps_nobody_from_freezing_or_withdrawing(tmp_path:
     (book.folder / "ledger.db").unlink()
     assert restore(file) == 2
     check_kept(file)
+
+
+@pytest.mark.parametrize("how", ["away", "away, then an act", "away, then lifted", "twin"])
+def test_a_damaged_audit_log_that_was_moved_away_counts_as_frozen_too(
+    tmp_path: Path, how: str
+) -> None:
+    """Also once a new log was begun in its place, unless a person lifted a freeze since then. Twin:
+    with audit.lock moved away as well, nothing tells of a log."""
+    file = damaged(tmp_path / "site")
+    site = load_site(file)
+    key = SigningKey.at(site.home / "site.key")
+    for name in ("audit.jsonl", *(["audit.lock"] if how == "twin" else [])):
+        (site.home / name).rename(tmp_path / name)
+    if how != "away":
+        AuditLog(site.home, key).add("purge", files=1)
+    if how == "away, then lifted":
+        AuditLog(site.home, key).add(officer.LIFT, "--lift")
+    is_frozen = how in ("away", "away, then an act")
+    assert restore(file) == 0
+    book = Ledger(site.home)
+    assert (book.frozen is not None) == is_frozen
+    events = [entry["event"] for entry in verify(site.home, key.public).entries]
+    assert (events[0] == "cut") == (how != "twin") and "restore" in events

@@ -39,7 +39,14 @@ from fedtune.core.errors import InfrastructureError, InputError, PolicyRefused, 
 from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.account import Account
-from fedtune.core.ledger.chain import Database, Entry, Transaction, check_members, named
+from fedtune.core.ledger.chain import (
+    Database,
+    Entry,
+    Transaction,
+    check_members,
+    named,
+    note_receipts,
+)
 from fedtune.core.ledger.entries import (
     EVERY,
     RULES,
@@ -660,6 +667,7 @@ class Ledger:
             after = writer.receipts.plus(new, self._store.knows(writer.sql, new.head))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
+                note_receipts(writer.sql)
                 self._store.check_receipts(writer.sql)  # as every transaction does from now on
         return str(statement["audit"])
 

@@ -54,6 +54,7 @@ from fedtune.core.ledger.chain import (
     connect,
     first_body,
     named,
+    note_receipts,
 )
 from fedtune.core.ledger.entries import EVERY, RULES, Charge, Standing, slot_fields
 from fedtune.core.ledger.files import (
@@ -225,6 +226,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         _copy_database(base.path, draft)
     with closing(connect(draft)) as connection:
         connection.execute("BEGIN IMMEDIATE")
+        note_receipts(connection, receipts is not None and (folder / RECEIPT).exists())
         last = base.entries[-1] if base.entries else None
         writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
         if last is None:
