@@ -336,7 +336,7 @@ def ledger(
             if held is None or not held.why.startswith(SALT_LOST):
                 typer.echo(
                     f"restored, with {len(book.withdrawn())} withdrawals: those that it had lost "
-                    "are entered again, by their receipts"
+                    "are entered again, by their receipts and by what was left of the ledger"
                 )
             if held:
                 typer.echo(f"the ledger is frozen: {escape_controls(held.why)}")
@@ -345,8 +345,6 @@ def ledger(
         acts = AuditLog(book.folder, book.key)
         if restore:  # a damaged log ends the command here
             acts.add("restore", "--from" if copy else "--restore")
-            if held:  # by which a later restore freezes it again
-                acts.add(frozen.FREEZE, "--restore")
     book.verify()
     if backup:
         acts.add("backup", "--backup")

@@ -98,9 +98,9 @@ MUTANTS = (
         "who withdrew under the newer salt is trained on again",
     ),
     one(
-        "incidents", "a-second-restore-thaws", "fedtune/cli/site.py",
-        "acts.add(frozen.FREEZE, \"--restore\")", "pass",
-        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[damaged-again-]",
+        "incidents", "a-second-restore-thaws", "fedtune/core/ledger/restore.py",
+        "    if is_frozen:\n", "    if False:\n",
+        T_RESTORED + "test_a_restore_that_is_killed_anywhere_has_its_freeze_in_the_papers",
         "the freeze of a restore is lost by the next one",
     ),
     one(
@@ -172,6 +172,18 @@ MUTANTS = (
         "    except LedgerError as error:\n", "    except TypeError as error:\n",
         T_EVIDENCE + "test_what_is_damaged_is_kept_as_it_is",
         "whoever edits the ledger keeps a site from keeping evidence",
+    ),
+    one(
+        "incidents", "what-a-damaged-ledger-still-says-is-lost", "fedtune/core/ledger/restore.py",
+        "    stands = _add_readable(stands, folder / DATABASE, key.public, base)\n", "",
+        T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read",
+        "whoever withdrew is trained on again, although the ledger's rows name them",
+    ),
+    one(
+        "incidents", "an-unsigned-row-withdraws-anybody", "fedtune/core/ledger/restore.py",
+        "if not verifies(public, signed_entry(hash_), signature):", "if False:",
+        T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read[twin]",
+        "a row that the site never wrote decides who takes part",
     ),
     one(
         "incidents", "a-freeze-that-no-log-has-says-nothing", "fedtune/officer/freeze.py",

@@ -3,7 +3,7 @@ entry is signed, and names the hash of the entry before it.
 
     audit.jsonl          in a site's state folder or the coordinator's home: one entry a line
     audit-000000123.jsonl  an earlier file, named by its first entry; never deleted
-    audit.lock           the number of the first entry in audit.jsonl, once it has one
+    audit.lock           its length is 1 + the number of the first entry in audit.jsonl; 0: no entry
 
 An entry is canonical JSON, so that each content has one spelling:
 
@@ -32,18 +32,12 @@ import pwd
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.errors import (
-    ConfigError,
-    FedtuneError,
-    InfrastructureError,
-    InputError,
-    NotGenuine,
-)
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError, NotGenuine
 from fedtune.core.files import locks, reading, writing
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
@@ -269,23 +263,22 @@ def _content(path: Path) -> bytes:
 
 
 def _read_begun(folder: Path) -> int:
-    """Return the number of the first entry of the log's newest file, as audit.lock names it; -1 if
-    it names none."""
+    """Return the number of the first entry of the log's newest file, as audit.lock tells it; -1 if
+    it tells none."""
     try:
-        return int(reading.content(folder / LOCK, "the lock of an audit log")[:9] or -1)
-    except (FedtuneError, ValueError):
+        return (folder / LOCK).lstat().st_size - 1
+    except OSError:
         return -1
 
 
 def _note_begun(folder: Path, seq: int) -> None:
-    """Note in audit.lock that the log's newest file begins with entry `seq`. On a disk without
-    space nothing is noted."""
-    with suppress(OSError):
-        descriptor = writing.open_own(folder / LOCK, os.O_WRONLY)
-        try:
-            os.pwrite(descriptor, f"{seq:09d}".encode(), 0)
-        finally:
-            os.close(descriptor)
+    """Note in audit.lock that the log's newest file begins with entry `seq`: by the lock's length,
+    which takes no space on the disk. Errors: OSError."""
+    descriptor = writing.open_own(folder / LOCK, os.O_WRONLY)
+    try:
+        os.ftruncate(descriptor, seq + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
