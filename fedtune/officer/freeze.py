@@ -77,13 +77,19 @@ def freeze(site: Site, why: str) -> None:
 
 def lift(site: Site, why: str) -> None:
     """End a freeze. The lift is entered in the ledger before the audit log, so that a restore after
-    an interruption freezes the ledger again. why: the person's reason, which the ledger's entry
+    an interruption freezes the ledger again. If the disk has no room for the ledger, a warning says
+    that no order is answered all the same. why: the person's reason, which the ledger's entry
     states. Errors: InputError if the ledger is not frozen; NotGenuine or InfrastructureError of an
     audit log that is damaged or cannot be written, after the lift; LedgerError."""
     book = Ledger(site.home)
-    book.lift(login(), why)
+    acts = AuditLog(book.folder, book.key)
+    in_reserved_space(site, lambda: book.lift(login(), why))
+    if not site.room.has_space():
+        log.warning(
+            "%s: no room for the ledger: no order is answered until space is free", book.folder
+        )
     try:
-        AuditLog(book.folder, book.key).add(LIFT, "--lift")
+        in_reserved_space(site, lambda: acts.add(LIFT, "--lift"))
     except (NotGenuine, InfrastructureError) as error:
         raise _not_logged(error, "the freeze is lifted all the same") from None
 

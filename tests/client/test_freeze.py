@@ -30,6 +30,7 @@ from tests.cli_kit import run
 from tests.client.adoption_kit import CHARGE
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.client.hospital_kit import make_hospital
+from tests.disks import disk
 
 pytestmark = pytest.mark.usefixtures("without_self_test")
 FROZEN = "has frozen its ledger"
@@ -139,6 +140,40 @@ def test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_site_keeps_the_answers_of_declared_data_that_a_person_refuses(
+    tmp_path: Path, tiny_base: Path, frozen: bool
+) -> None:
+    """A run's own ledger pays for them, which nobody froze. Twin: without a freeze they go."""
+    held = a_site(tmp_path, tiny_base, declared="generated")
+    assert held.train().status == "waiting"
+    (folder,) = (held.site.site.state / "runs").iterdir()
+    assert len([*(folder / "outbox").iterdir()]) == 1
+    if frozen:
+        officer.freeze(held.site, "a leak")
+    assert run("let-go", held.path, "--refuse", "--all").exit_code == 0
+    assert len([*(folder / "outbox").iterdir()]) == (1 if frozen else 0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_round_of_declared_data_deletes_no_earlier_update_of_a_frozen_site(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    asked = a_site(tmp_path, tiny_base, "immediate", declared="generated")
+    assert asked.train(1).status == "trained"
+    (folder,) = (asked.site.site.state / "runs").iterdir()
+    plain = worker_module.local_round
+
+    def frozen_meanwhile(*given: object) -> object:
+        if frozen:
+            officer.freeze(asked.site, "")
+        return plain(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker_module, "local_round", frozen_meanwhile)
+    asked.train(2)
+    assert len([*(folder / "outbox").iterdir()]) == (2 if frozen else 1)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_site_keeps_the_request_of_a_draw_that_a_person_decides(
     tmp_path: Path, tiny_base: Path, frozen: bool
 ) -> None:
@@ -180,6 +215,35 @@ def test_the_freeze_of_a_damaged_ledger_holds_once_it_is_restored(
     assert run("ledger", asked.path, "--freeze").exit_code == 4
     assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
     assert Ledger(state).frozen
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_lift_says_if_the_disk_has_no_room_and_the_next_order_charges_nothing_then(
+    tmp_path: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture, full: bool
+) -> None:
+    """As where the disk filled up during the freeze. Twin: with space the round is trained."""
+    with disk(tmp_path / "disk", megabytes=96) as small:
+        asked = a_site(small.path, tiny_base, "immediate")
+        officer.freeze(asked.site, "")
+        (asked.site.home / "room").unlink()
+        with small.with_room_for(2**18 if full else 2**26):
+            caplog.clear()
+            officer.lift(asked.site, "")
+            assert ("no room for the ledger" in caplog.text) == full
+            status = asked.train().status
+            assert (status, asked.paid()) == (("failed", 0) if full else ("trained", 1))
+        assert full is False or asked.train().status == "trained"
+
+
+def test_a_lift_is_entered_where_the_disk_is_full_but_for_the_room(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    with disk(tmp_path / "disk", megabytes=96) as small:
+        asked = a_site(small.path, tiny_base, "immediate")
+        officer.freeze(asked.site, "")
+        with small.with_room_for(0):
+            officer.lift(asked.site, "x" * 9000)
+        assert Ledger(asked.site.home).frozen is None
 
 
 def test_only_a_frozen_ledger_is_lifted(asked: Asked) -> None:

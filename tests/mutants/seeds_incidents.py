@@ -71,9 +71,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-lift-is-in-the-papers-first", "fedtune/officer/freeze.py",
-        "    book.lift(login(), why)\n    try:\n",
-        "    AuditLog(book.folder, book.key).add(LIFT, \"--lift\")\n"
-        "    book.lift(login(), why)\n    try:\n",
+        "    in_reserved_space(site, lambda: book.lift(login(), why))\n",
+        "    acts.add(LIFT, \"--lift\")\n    book.lift(login(), why)\n",
         T_RESTORED + "test_a_lift_that_is_killed_anywhere_is_entered_before_the_papers_say_so",
         "a restore thaws a ledger that nobody lifted",
     ),
@@ -184,6 +183,21 @@ MUTANTS = (
         "if not verifies(public, signed_entry(hash_), signature):", "if False:",
         T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read[twin]",
         "a row that the site never wrote decides who takes part",
+    ),
+    one(
+        "incidents", "a-refusal-deletes-a-runs-answer", "fedtune/officer/let_go.py",
+        "keeps=home.frozen is not None", "keeps=False",
+        T_FREEZE
+        + "test_a_frozen_site_keeps_the_answers_of_declared_data_that_a_person_refuses[True]",
+        "an answer of declared data is deleted while somebody looks into it",
+    ),
+    one(
+        "incidents", "a-run-loses-an-earlier-update-of-a-frozen-site",
+        "fedtune/core/vault/worker.py",
+        "return self.simulated or self.home.frozen is not None", "return self.simulated",
+        T_FREEZE
+        + "test_a_round_of_declared_data_deletes_no_earlier_update_of_a_frozen_site[True]",
+        "what was sent of declared data is deleted while somebody looks into it",
     ),
     one(
         "incidents", "a-freeze-that-no-log-has-says-nothing", "fedtune/officer/freeze.py",
