@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,8 @@ def review(
 
     The public text of a study.toml is not read, because cost and rules do not depend on it. With
     --digest it is read, and the gain is predicted too. The command also counts this site's records
-    of classes that the plan does not name; this count is for you alone. If policy.admission is
+    of classes that the plan does not name, and says if site.declared_size is far from the number of
+    records or patients; both are for you alone. If policy.admission is
     "reviewed" or "signed", the site keeps each plan that it was sent in its state folder, under
     plans/; --sign admits such a plan."""
     from fedtune.cli.watch import Watch
@@ -103,7 +104,7 @@ def review(
     )
     _show_review(outcome, plan.study.name)
     expected = _say_gain(plan, loaded, at_hand=whole and study.suffix == ".toml")
-    left_out = _left_out(plan, loaded)
+    left_out, far = _left_out(plan, loaded), _say_declared_far(plan, loaded)
     facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
     facts["study"] = plan.study.name
     facts["refusals"] = len(outcome.refusals)
@@ -126,6 +127,7 @@ def review(
         "refusals": outcome.refusals,
         "verdict": outcome.verdict,
         "left_out": left_out,
+        "declared_far": far,
         "expected": expected,
         "signed": sign,
     }
@@ -162,6 +164,21 @@ def _left_out(plan: Study, site: Site) -> str:
         told = unknown_classes(plan, site)
     except FedtuneError as error:
         told = f"its records cannot be counted: {error}"
+    if told:
+        line = f"\n[yellow]{escape(told)}[/yellow] (counted here, for this screen alone)"
+        Console().print(line, highlight=False)
+    return told
+
+
+def _say_declared_far(plan: Study, site: Site) -> str:
+    """Print and return that site.declared_size is far from the number of units; "" if it is not, or
+    if they cannot be counted, as `_left_out` and `fedtune doctor` say."""
+    from fedtune.core.errors import FedtuneError
+    from fedtune.officer.declared_far import declared_far
+
+    told = ""
+    with suppress(FedtuneError):
+        told = declared_far(site, plan.unit)
     if told:
         line = f"\n[yellow]{escape(told)}[/yellow] (counted here, for this screen alone)"
         Console().print(line, highlight=False)

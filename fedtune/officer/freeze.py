@@ -112,11 +112,11 @@ def standing(home: Path, public: str) -> Standing:
         why = "restored: the audit log is damaged, and may have lost a freeze"
         return Standing(withdrawn, Freeze(login(), why, 0))
     acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT, CUT)]
-    why = {
+    reason = {
         FREEZE: "restored: the audit log has a freeze that nobody lifted",
         CUT: "restored: the audit log was cut off, and may have lost a freeze",
     }.get(acts[-1] if acts else LIFT)
-    frozen = Freeze(login(), why, 0) if why else None
+    frozen = Freeze(login(), reason, 0) if reason else None
     facts = [entry["facts"] for entry in entries if entry["event"] == REFUSE]
     refused = {(f["plan"], f["round"], f["adapter"]) for f in facts if "adapter" in f}
     return Standing(withdrawn, frozen, refused)

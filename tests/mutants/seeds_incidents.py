@@ -40,7 +40,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-refused-answer-is-no-evidence", "fedtune/core/ledger/ledger.py",
-        "        if not self._account.frozen:\n            self.path_of(slot)",
+        "        if not (keeps or self._account.frozen):\n            self.path_of(slot)",
         "        if True:\n            self.path_of(slot)",
         T_FREEZE + "test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger",
         "what nobody let go is deleted while somebody looks into it",
