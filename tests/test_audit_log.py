@@ -172,6 +172,40 @@ def test_a_file_is_not_set_aside_by_a_first_line_that_is_no_entry(
     assert audit_log.files(folder) == [FILE]
 
 
+@pytest.mark.parametrize("which", ["the only file", "the newest file"])
+def test_a_log_that_was_taken_away_is_missed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """By `verify`, and by the next entry, before which the new log says so. Twin: with audit.lock
+    gone too, nothing is missed."""
+    acts = AuditLog(folder, KEY)
+    first = 0
+    if which == "the newest file":
+        monkeypatch.setattr(audit_log, "LIMIT", 1)
+        first = acts.add("purge", files=1)
+        monkeypatch.undo()
+    (folder / FILE).rename(folder / "damaged")
+    with pytest.raises(NotGenuine, match=f"entry {first} and later ones are missing"):
+        verify(folder, KEY.public)
+    acts.add("purge", files=2)
+    acts.add("purge", files=3)
+    entries = verify(folder, KEY.public).entries[first:]
+    assert [e["event"] for e in entries] == ["cut", "purge", "purge"]
+    assert (entries[0]["rule"], entries[0]["facts"]) == ("missing", {"entry": first})
+    for name in (FILE, audit_log.LOCK):
+        (folder / name).unlink()
+    acts.add("purge", files=4)
+    assert [e["event"] for e in verify(folder, KEY.public).entries[first:]] == ["purge"]
+
+
+def test_a_log_of_an_earlier_release_is_noted_by_the_next_entry(folder: Path) -> None:
+    (folder / audit_log.LOCK).write_bytes(b"")
+    AuditLog(folder, KEY).add("purge", files=1)
+    (folder / FILE).unlink()
+    with pytest.raises(NotGenuine, match="missing"):
+        verify(folder, KEY.public)
+
+
 def test_threads_share_one_log(folder: Path) -> None:
     def write() -> None:
         for number in range(10):

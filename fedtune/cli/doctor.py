@@ -125,11 +125,13 @@ def doctor(
         else:
             from fedtune.core.config import load_site
             from fedtune.officer.doctor import examine
-            from fedtune.officer.review import is_outline, read_plan
+            from fedtune.officer.review import find_coordinator, is_outline, read_plan
 
-            plan = read_plan(study, load_site(file), settings or ()) if study else None
+            site = load_site(file)
+            plan = read_plan(study, site, settings or ()) if study else None
             outline = bool(study and plan and is_outline(study, plan))
-            findings = examine(file, plan, outline=outline)
+            sender = find_coordinator(site, study) if study else ""
+            findings = examine(file, plan, outline=outline, coordinator=sender)
         for finding in findings:
             checking.end_check()
             results.append(finding)

@@ -160,7 +160,8 @@ def memberships(
             "--forget",
             metavar="PLACE",
             help="Forget that another home on this machine pays for some records, as when its "
-            "ledger is out of use. PLACE: the records' path or url, or the other home.",
+            "ledger is out of use. PLACE: the records' path or url, or the other home; or HOME "
+            "itself if its ledger is lost. HOME may also be a site's state folder.",
             show_default=False,
         ),
     ] = None,
@@ -378,9 +379,10 @@ def _forget(home: Path, place: str) -> dict[str, Any]:
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.ledger.files import traces
     from fedtune.core.ledger.ledger import Ledger
-    from fedtune.officer.known_homes import forget
+    from fedtune.officer.known_homes import forget, is_known
 
-    load_hospital(home)
+    if not (traces(home) or is_known(home)):  # a site's own state folder is a home too
+        load_hospital(home)
     forgotten = forget(place, home)
     if traces(home):
         AuditLog(home, Ledger(home).key).add("forget", "--forget", homes=len(forgotten))

@@ -102,8 +102,10 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
     from fedtune.flower.membership import keys_folder
+    from fedtune.officer.known_homes import check_ledger_there
 
     loaded = load_site(site)
+    check_ledger_there(loaded)
     keys = keys_folder(loaded)
     file = out or site.resolve().parent / f"{loaded.site.name}.request"
     enrol.check_out(file, enrol.REQUEST, "request")  # before keys are put aside

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,8 @@ def review(
 
     The public text of a study.toml is not read, because cost and rules do not depend on it. With
     --digest it is read, and the gain is predicted too. The command also counts this site's records
-    of classes that the plan does not name; this count is for you alone. If policy.admission is
+    of classes that the plan does not name, and says if site.declared_size is far from the number of
+    records or patients; both are for you alone. If policy.admission is
     "reviewed" or "signed", the site keeps each plan that it was sent in its state folder, under
     plans/; --sign admits such a plan."""
     from fedtune.cli.watch import Watch
@@ -103,7 +104,7 @@ def review(
     )
     _show_review(outcome, plan.study.name)
     expected = _say_gain(plan, loaded, at_hand=whole and study.suffix == ".toml")
-    left_out = _left_out(plan, loaded)
+    left_out, far = _left_out(plan, loaded), _say_declared_far(plan, loaded)
     facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
     facts["study"] = plan.study.name
     facts["refusals"] = len(outcome.refusals)
@@ -126,6 +127,7 @@ def review(
         "refusals": outcome.refusals,
         "verdict": outcome.verdict,
         "left_out": left_out,
+        "declared_far": far,
         "expected": expected,
         "signed": sign,
     }
@@ -162,6 +164,21 @@ def _left_out(plan: Study, site: Site) -> str:
         told = unknown_classes(plan, site)
     except FedtuneError as error:
         told = f"its records cannot be counted: {error}"
+    if told:
+        line = f"\n[yellow]{escape(told)}[/yellow] (counted here, for this screen alone)"
+        Console().print(line, highlight=False)
+    return told
+
+
+def _say_declared_far(plan: Study, site: Site) -> str:
+    """Print and return that site.declared_size is far from the number of units; "" if it is not, or
+    if they cannot be counted, as `_left_out` and `fedtune doctor` say."""
+    from fedtune.core.errors import FedtuneError
+    from fedtune.officer.declared_far import declared_far
+
+    told = ""
+    with suppress(FedtuneError):
+        told = declared_far(site, plan.unit)
     if told:
         line = f"\n[yellow]{escape(told)}[/yellow] (counted here, for this screen alone)"
         Console().print(line, highlight=False)
@@ -336,7 +353,7 @@ def ledger(
             if held is None or not held.why.startswith(SALT_LOST):
                 typer.echo(
                     f"restored, with {len(book.withdrawn())} withdrawals: those that it had lost "
-                    "are entered again, by their receipts"
+                    "are entered again, by their receipts and by what was left of the ledger"
                 )
             if held:
                 typer.echo(f"the ledger is frozen: {escape_controls(held.why)}")
@@ -345,8 +362,6 @@ def ledger(
         acts = AuditLog(book.folder, book.key)
         if restore:  # a damaged log ends the command here
             acts.add("restore", "--from" if copy else "--restore")
-            if held:  # by which a later restore freezes it again
-                acts.add(frozen.FREEZE, "--restore")
     book.verify()
     if backup:
         acts.add("backup", "--backup")
@@ -397,10 +412,12 @@ def withdraw(
     this site is entered only with --unseen; without it, the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
+    from fedtune.officer.known_homes import check_ledger_there
     from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
     from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site, keys_may_differ=True)
+    check_ledger_there(loaded)
     if check:
         when = check_receipt(check, Ledger(loaded.home))
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
@@ -418,7 +435,7 @@ def withdraw(
             typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
             continue
         except NotLogged as error:
-            damaged, withdrawal = error, error.withdrawal
+            damaged, withdrawal = error.reason, error.withdrawal
             typer.echo(f"patient {number}: not in the audit log: {error}")
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")

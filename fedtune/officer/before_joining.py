@@ -11,6 +11,7 @@ from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
+from fedtune.core.vault.reading import declared_wrongly
 from fedtune.officer.known_homes import check_home
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
@@ -57,11 +58,14 @@ def check_before_joining(site: Site) -> None:
 
 
 def check_records(site: Site) -> None:
-    """Check that the site has at least 2 usable units, before there is a study. Errors:
-    DataError."""
+    """Check that the site has at least 2 usable units, before there is a study. If their number is
+    far from the declared size, only a warning says so. Errors: DataError."""
     unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
     records, _ = read_records(site.data, unit=unit)
-    if len({record.unit for record in records}) < 2:
+    units = len({record.unit for record in records})
+    for line in declared_wrongly(units, site.site.declared_size, unit):
+        log.warning("%s; before the first study it can be changed", line)
+    if units < 2:
         raise DataError(
             f"{site.data.where}: fewer than 2 usable {unit}s",
             f"at least 2 {unit}s",

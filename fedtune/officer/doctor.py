@@ -56,7 +56,9 @@ RENEW = (
 )
 
 
-def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
+def examine(
+    path: Path, study: Study | None = None, *, outline: bool = False, coordinator: str = ""
+) -> Iterator[Finding]:
     """Yield each check's finding as the check ends. With a study, also check its plan, its data and
     the self-test.
 
@@ -64,12 +66,14 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
     - study: the plan that the site would take part in; None checks the site alone
     - outline: whether the plan is an outline: digests that are filled in when the study starts may
       be missing
+    - coordinator: the public key of the coordinator whose answer holds the plan; "": the one with
+      whose answer the site joined, if any
 
     Errors: ConfigError if site.toml cannot be read; everything else is a finding."""
     site = load_site(path)
     yield Finding("site file", True, f"{path}: {site.site.name}")
     if study is not None:  # first: it takes a second, and the other checks take minutes
-        yield from findings([("plan", lambda: _plan(study, site, outline))])
+        yield from findings([("plan", lambda: _plan(study, site, outline, coordinator))])
     yield from findings(
         [
             ("versions", machine.versions),
@@ -360,13 +364,12 @@ def _same_people(site: Site) -> str:
     return "; ".join(signs) or "no sign of a patient under two keys or in two datasets"
 
 
-def _plan(study: Study, site: Site, outline: bool) -> str:
+def _plan(study: Study, site: Site, outline: bool, coordinator: str) -> str:
     """Check the plan against policy, ledger and signatures, as `fedtune review` does, and return σ
-    and ε as text. outline: whether digests that are filled in when the study starts may be missing.
-    Errors: the first refusal."""
+    and ε as text. outline, coordinator: as for `examine`. Errors: the first refusal."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
-    coordinator = find_coordinator(site)
+    coordinator = coordinator or find_coordinator(site)
     for refusal in would_refuse(
         study, site, plan, ledger, outline=outline, coordinator=coordinator
     ):

@@ -11,7 +11,13 @@ import logging
 from pathlib import Path
 
 from fedtune.core.config import Site
-from fedtune.core.errors import ConfigError, FedtuneError, Refused
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    NotGenuine,
+    Refused,
+)
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.entries import Freeze, Standing
@@ -20,7 +26,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
-FREEZE, LIFT = "freeze", "lift"  # events of the audit log
+FREEZE, LIFT, CUT = "freeze", "lift", "cut"  # events of the audit log
 REFUSE = "refuse"  # another one; of an answer if it names an adapter, else of a plan
 
 log = logging.getLogger("fedtune.site")
@@ -30,16 +36,17 @@ def freeze(site: Site, why: str) -> None:
     """Freeze the ledger. An answer that was sent cannot be called back. A round under way is
     charged and not answered. why: the person's reason, which the ledger's entry states.
 
-    The freeze is entered in the audit log first, so that a restore can freeze the ledger again; a
-    damaged audit log does not prevent the freeze. If the ledger is damaged, only the audit log gets
-    the entry. No round is answered with a damaged ledger, and when it is restored, that entry
-    freezes it.
+    The freeze is entered in the audit log first, so that a restore can freeze the ledger again. If
+    the audit log is damaged or cannot be written, the ledger is frozen all the same, and the error
+    says so. If the ledger is damaged, only the audit log gets the entry. No round is answered with
+    a damaged ledger, and when it is restored, that entry freezes it.
 
     Errors:
     - ConfigError: there is no ledger (none is made)
     - NotGenuine: the audit log is damaged; raised after the freeze
     - LedgerError: the ledger is damaged; raised after the entry in the audit log
-    - InfrastructureError: the disk refuses; also if it is full and the reserved space is used up"""
+    - NoRoom: the disk is full, and the reserved space is used up; the ledger is not frozen
+    - InfrastructureError: the audit log cannot be written; raised after the freeze"""
     if not traces(site.home):
         raise ConfigError(f"{site.home}: no ledger yet, so there is nothing to freeze")
 
@@ -58,33 +65,58 @@ def freeze(site: Site, why: str) -> None:
         finally:
             book.freeze(login(), why)
 
-    in_reserved_space(site, enter)
+    try:
+        in_reserved_space(site, enter)
+    except LedgerError:
+        raise
+    except (NotGenuine, InfrastructureError) as error:
+        if Ledger(site.home).frozen is None:
+            raise
+        raise _not_logged(error, "the ledger is frozen all the same") from None
 
 
 def lift(site: Site, why: str) -> None:
     """End a freeze. The lift is entered in the ledger before the audit log, so that a restore after
-    an interruption freezes the ledger again. why: the person's reason, which the ledger's entry
-    states. Errors: InputError if the ledger is not frozen; NotGenuine of a damaged audit log, after
-    the lift; LedgerError; InfrastructureError."""
+    an interruption freezes the ledger again. If the disk has no room for the ledger, a warning says
+    that no order is answered all the same. why: the person's reason, which the ledger's entry
+    states. Errors: InputError if the ledger is not frozen; NotGenuine or InfrastructureError of an
+    audit log that is damaged or cannot be written, after the lift; LedgerError."""
     book = Ledger(site.home)
-    book.lift(login(), why)
-    AuditLog(book.folder, book.key).add(LIFT, "--lift")
+    acts = AuditLog(book.folder, book.key)
+    in_reserved_space(site, lambda: book.lift(login(), why))
+    if not site.room.has_space():
+        log.warning(
+            "%s: no room for the ledger: no order is answered until space is free", book.folder
+        )
+    try:
+        in_reserved_space(site, lambda: acts.add(LIFT, "--lift"))
+    except (NotGenuine, InfrastructureError) as error:
+        raise _not_logged(error, "the freeze is lifted all the same") from None
+
+
+def _not_logged(error: FedtuneError, done: str) -> FedtuneError:
+    """Build the error of an audit log that lacks an entry about what was done. done: what was done,
+    for the error's text."""
+    return type(error)(f"{error.happened}; {done}", error.expected, error.todo)
 
 
 def read_decisions(home: Path, public: str) -> Standing:
     """Return what a restored ledger in `home` must hold: the withdrawals, the refused answers and
     the freeze. They are read from the receipts and the audit log beside the ledger; only what the
-    key `public` signed counts. An audit log that does not verify counts as a freeze, since its
-    newest entries may be gone."""
+    key `public` signed counts. An audit log that does not verify, was taken away or was begun anew
+    counts as a freeze, since its newest entries may be gone."""
     withdrawn = withdrawn_by_receipts(home, public)
     try:
-        entries = audit_log.verify(home, public).entries if audit_log.files(home) else []
+        entries = audit_log.verify(home, public).entries if audit_log.was_begun(home) else []
     except (FedtuneError, OSError):
         why = "restored: the audit log is damaged, and may have lost a freeze"
         return Standing(withdrawn, Freeze(login(), why, 0))
-    acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT)]
-    why = "restored: the audit log has a freeze that nobody lifted"
-    frozen = Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
+    acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT, CUT)]
+    reason = {
+        FREEZE: "restored: the audit log has a freeze that nobody lifted",
+        CUT: "restored: the audit log was cut off, and may have lost a freeze",
+    }.get(acts[-1] if acts else LIFT)
+    frozen = Freeze(login(), reason, 0) if reason else None
     facts = [entry["facts"] for entry in entries if entry["event"] == REFUSE]
     refused = {(f["plan"], f["round"], f["adapter"]) for f in facts if "adapter" in f}
     return Standing(withdrawn, frozen, refused)

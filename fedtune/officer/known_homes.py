@@ -5,8 +5,10 @@
 If two homes paid for one dataset, each would state a part of what its patients have paid. So a site
 with records of another home is refused before it joins or is simulated. It is also refused if it
 declares these records public or generated, since only that home's ledger knows what was charged as
-private. A home that is gone, or that has no ledger any more, is forgotten; a home with a damaged
-ledger is not. Simulations and declared data are not noted.
+private. A home without its ledger is not forgotten, since its volume may only not be mounted: a
+site does not begin a new ledger in such a home, nor in another one, until a person says that the
+old ledger is of no use any more (`forget`). A ledger is recognised by its public key. Simulations
+and declared data are not noted.
 | limit                                              | what follows                     |
 | homes.json cannot be written, as in a container    | a warning; nothing is remembered |
 | another account, or another machine                | knows nothing of these notes     |
@@ -30,6 +32,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.files import DATABASE, KEY, traces
+from fedtune.core.wire.keys import SigningKey
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
@@ -37,7 +40,7 @@ NOT_REMEMBERED = (
     "%s; it is not remembered which home pays for these records, so that a second one is not "
     "noticed on this machine"
 )
-Note = dict[str, Any]  # describes a place: {path, device, inode}, or {url, databases}
+Note = dict[str, Any]  # a place: {path, device, inode}, or {url, databases}; or a key: {key}
 
 
 def path_of_notes() -> Path:
@@ -55,7 +58,8 @@ def path_of_notes() -> Path:
 def check_home(site: Site) -> None:
     """Check that no other home pays for the site's private records, and note that this home does.
 
-    Errors: ConfigError, which names the other home or a ledger that was never adopted."""
+    Errors: ConfigError, which names the other home, a ledger that was never adopted, or the home
+    if the ledger that was in it is not there."""
     _check_adopted(site)
     tables = _tables(site)
     try:
@@ -63,26 +67,40 @@ def check_home(site: Site) -> None:
         with locks.hold(_made(path).with_suffix(".lock")):
             homes = _read(path)
             own = str(site.home.resolve())
+            _check_same_ledger(site.home, homes)
             _check_places(tables, own, homes)
             notes = [_note(table) for table in tables if not table.declared]
             if not notes:
                 return
+            notes += _note_key(site.home)
             noted = [note for note in homes.get(own, []) if note not in notes]
             replace(path, _encode(homes | {own: noted + notes}), private=True)
     except (InfrastructureError, OSError) as error:
         log.warning(NOT_REMEMBERED, error)
 
 
+def check_ledger_there(site: Site) -> None:
+    """Check that the ledger that pays for records on this machine is still in the site's home, if
+    this is known of the home. Call this before a command that would begin a ledger in an empty
+    folder: the folder is also empty if its volume is not mounted. Errors: ConfigError if the ledger
+    is not there."""
+    try:
+        _check_same_ledger(site.home, _read(path_of_notes()))
+    except (InfrastructureError, OSError) as error:
+        log.warning("%s; it is not known whether a ledger was in %s before", error, site.home)
+
+
 def move_notes(state: Path, home: Path) -> None:
     """After the hospital's home `home` has adopted the ledger in a site's state folder `state`,
     note that `home` pays for the records for which `state` paid. Call this before the ledger is
-    removed from `state`: the notes of a folder without a ledger are forgotten."""
+    removed from `state`: the notes of a folder that has only the ledger's key are forgotten."""
     try:
         path = path_of_notes()
         with locks.hold(_made(path).with_suffix(".lock")):
             homes = _read(path)
             pays, own = str(home.resolve()), homes.pop(str(state.resolve()), [])
             noted = homes.get(pays, [])
+            own = [note for note in own if "key" not in note]
             if added := [note for note in own if note not in noted]:
                 replace(path, _encode(homes | {pays: noted + added}), private=True)
     except (InfrastructureError, OSError) as error:
@@ -95,7 +113,9 @@ def check_simulated(site: Site) -> None:
     Errors: ConfigError, which names the other home or a ledger that was never adopted."""
     _check_adopted(site)
     try:
-        _check_places(_tables(site), str(site.home.resolve()), _read(path_of_notes()))
+        homes = _read(path_of_notes())
+        _check_same_ledger(site.home, homes)
+        _check_places(_tables(site), str(site.home.resolve()), homes)
     except (InfrastructureError, OSError) as error:
         log.warning("%s; it is not known whether another home pays for these records", error)
 
@@ -119,30 +139,42 @@ def _tables(site: Site) -> list[SiteData]:
 
 def forget(place: str, home: Path) -> list[str]:
     """Forget the notes by which other homes than `home` pay for some records, and return the paths
-    of those homes. place: what is to be forgotten: the path or url of the records, or the path of
-    another home.
+    of those homes. `home` itself is forgotten if the ledger that was in it is not there, so that a
+    new one can begin. place: what is to be forgotten: the path or url of the records, or the path
+    of a home.
 
-    Errors: InputError if no other home is known to pay for `place`; InfrastructureError."""
+    Errors: InputError if no such home is known to pay for `place`; InfrastructureError."""
     path, own = path_of_notes(), str(home.resolve())
     with locks.hold(_made(path).with_suffix(".lock")):
         homes = _read(path)
         names = {place, str(Path(place).resolve())}
+        stays = own if _has_its_ledger(home, homes) else ""
         kept = {
             other: [
                 note
                 for note in notes
-                if other == own or not names & {other, note.get("path"), note.get("url")}
+                if other == stays or not names & {other, note.get("path"), note.get("url")}
             ]
             for other, notes in homes.items()
         }
-        forgotten = [other for other in homes if kept[other] != homes[other]]
+        kept = {
+            other: notes
+            for other, notes in kept.items()
+            if any("key" not in note for note in notes)  # a key alone is of no use
+        }
+        forgotten = [other for other in homes if kept.get(other) != homes[other]]
         if not forgotten:
             raise InputError(
                 f"{place}: no other home is known to pay for it",
                 "a path, a url or a home as the refusal names it",
             )
-        replace(path, _encode({name: notes for name, notes in kept.items() if notes}), private=True)
+        replace(path, _encode(kept), private=True)
     return forgotten
+
+
+def is_known(home: Path) -> bool:
+    """Return whether `home` is known to pay for some records. Errors: InfrastructureError."""
+    return str(home.resolve()) in _read(path_of_notes())
 
 
 def _made(path: Path) -> Path:
@@ -151,9 +183,9 @@ def _made(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, list[Note]]:
-    """Read the notes in the file `path`: home → the places of the records for which it pays. A home
-    is left out if no file of a ledger, not even of a damaged one, is left in it. Return {} if there
-    are no notes, or if they cannot be read."""
+    """Read the notes in the file `path`: home → the places of the records for which it pays, and
+    the key of its ledger. A home is left out if the key is all that is in it, as in one that was
+    adopted. Return {} if there are no notes, or if they cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -161,7 +193,7 @@ def _read(path: Path) -> dict[str, list[Note]]:
         return {
             home: [dict(note) for note in notes]
             for home, notes in homes.items()
-            if traces(Path(home)) not in ([], [KEY])  # what is left of one that was adopted
+            if traces(Path(home)) != [KEY]  # what is left of one that was adopted
         }
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         log.warning("%s: cannot be read, and is begun anew", path)
@@ -172,15 +204,44 @@ def _encode(homes: dict[str, list[Note]]) -> bytes:
     return json.dumps({"homes": homes}, indent=1).encode()
 
 
+def _note_key(home: Path) -> list[Note]:
+    """Return the note of the public key of the ledger in `home`, in a list; [] if there is no
+    ledger. Errors: InfrastructureError."""
+    if not (home / KEY).exists():
+        return []
+    return [{"key": SigningKey.at(home / KEY).public}]
+
+
+def _has_its_ledger(home: Path, homes: dict[str, list[Note]]) -> bool:
+    """Return whether the ledger that is known to be in `home` is there, or parts of it are. Return
+    True if none is known: a site may have been refused before its ledger began. Errors:
+    InfrastructureError."""
+    keys = [note for note in homes.get(str(home.resolve()), []) if "key" in note]
+    here = _note_key(home)
+    return not keys or (here[0] in keys if here else bool(traces(home)))
+
+
+def _check_same_ledger(home: Path, homes: dict[str, list[Note]]) -> None:
+    if not _has_its_ledger(home, homes):
+        raise ConfigError(
+            f"{home}: the ledger that pays for this site's records is not there",
+            "the folder as it was: with another ledger, what was spent would be forgotten",
+            "mount the volume on which the folder lies; if the ledger is lost, restore it: "
+            "`fedtune ledger SITE --restore --from FOLDER`; if it is of no use any more and its "
+            f"figures are known, `fedtune memberships {home} --forget {home}` lets a new one begin",
+        )
+
+
 def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]) -> None:
     for table, other in itertools.product(tables, homes):
         noted = next((note for note in homes[other] if _is_place(note, table)), None)
         if other == own or noted is None:
             continue
         where = redact_url(table.url) if table.url else str(table.path.resolve())
+        is_there = "" if traces(Path(other)) else " (it is not there now: is its volume mounted?)"
         raise ConfigError(
-            f"{where}: another ledger, in {other}, pays for these records already, and two ledgers "
-            "would each state a part of what their patients have paid",
+            f"{where}: another ledger, in {other}{is_there}, pays for these records already, and "
+            "two ledgers would each state a part of what their patients have paid",
             "one home for all studies of the same records",
             "make both sites memberships of one hospital: `fedtune memberships HOME --adopt "
             "SITE.toml --name NAME`, once for each; or, if the other ledger is of no use any more "
@@ -199,8 +260,10 @@ def _is_place(note: Note, table: SiteData) -> bool:
     database; a folder in which the table's file lies; or a file in the table's folder."""
     if "path" in note:
         return any(_is_same_file(note, path) for path in _path(table))
+    if "url" not in note:  # of the ledger's key
+        return False
     # What an earlier version noted of a database is its url alone.
-    there = note.get("databases") or databases_of(note.get("url", ""))
+    there = note.get("databases") or databases_of(note["url"])
     return table.url is not None and not databases_of(table.url).isdisjoint(there)
 
 

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Site
-from fedtune.core.errors import ConfigError, FedtuneError, NotGenuine, Refused
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    NotGenuine,
+    Refused,
+)
 from fedtune.core.files import reading
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog
@@ -49,13 +55,14 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
 
     distrust: whether to refuse every later answer of this consortium. This is entered in the audit
     log first, and nothing else remembers it. Without `distrust`, the site leaves even if the audit
-    log is damaged.
+    log is damaged or cannot be written.
     Errors:
     - ConfigError: the site has no keys or, with `distrust`, has stored no answer that names the
       consortium
     - NotGenuine: the audit log is damaged. With `distrust` it is raised before anything is deleted,
       otherwise after the site has left
-    - InfrastructureError: the site's client runs"""
+    - InfrastructureError: the audit log cannot be written; as for a damaged one. Or the site's
+      client runs, and nothing is done"""
     state = site.site.state
     keys = keys_folder(site)
     if not (traces(site.home) and network_keys(site)):
@@ -71,10 +78,10 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
         running, files = studies.under_way(state), len(network_keys(site))
         rule, whose = DISTRUST if distrust else "", site.policy.membership
         acts = AuditLog(book.folder, book.key)
-        damaged = None
+        damaged: FedtuneError | None = None
         try:
             acts.add("leave", rule, consortium=consortium, membership=whose, files=files)
-        except NotGenuine as error:
+        except (NotGenuine, InfrastructureError) as error:
             if distrust:
                 raise
             damaged = error

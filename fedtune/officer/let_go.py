@@ -105,7 +105,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
         about |= {"adapter": one.slot[2]} if refuse else {}  # by which a restore refuses it again
         acts.add(event, "--refuse" if refuse else how, kind=shown.kind, **about)
         if refuse:
-            one.ledger.refuse(one.slot, login())
+            one.ledger.refuse(one.slot, login(), keeps=home.frozen is not None)
         else:
             one.ledger.let_go(one.slot, login())
         if not home.frozen:

@@ -81,13 +81,15 @@ class UnknownPatient(InputError):
 
 
 class NotLogged(NotGenuine):
-    """The error that the audit log is damaged, so that a withdrawal could not be entered there. The
-    withdrawal was entered in the ledger and has its receipt. withdrawal: the result of
-    `withdraw`."""
+    """The error that the audit log is damaged or cannot be written, so that a withdrawal could not
+    be entered there. The withdrawal was entered in the ledger and has its receipt.
 
-    def __init__(self, withdrawal: Withdrawal, damage: NotGenuine) -> None:
-        super().__init__(damage.happened, damage.expected, damage.todo)
-        self.withdrawal = withdrawal
+    - withdrawal: the result of `withdraw`
+    - reason: the error of the audit log"""
+
+    def __init__(self, withdrawal: Withdrawal, reason: FedtuneError) -> None:
+        super().__init__(reason.happened, reason.expected, reason.todo)
+        self.withdrawal, self.reason = withdrawal, reason
 
 
 def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
@@ -114,7 +116,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     - UnknownPatient: nothing is entered, since a mistyped key would leave the patient in
     - ConfigError if site.toml names no patient column
     - the error of reading a file, if the key is found neither in another file nor in the ledger
-    - NotLogged if the audit log is damaged; the withdrawal is entered and its receipt written
+    - NotLogged if the audit log is damaged or cannot be written; the withdrawal is entered, and its
+      receipt written
     - LedgerError"""
     if not site.data.columns.patient:
         raise ConfigError(
@@ -151,20 +154,17 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         receipt = _receipt(site, ledger, entry, releases)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
         replace(path, json.dumps(receipt, indent=1).encode(), private=True)
-        rule = "--unseen" if unseen else ""
-        unlogged = None
-        try:
-            AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
-        except NotGenuine as error:
-            unlogged = error
         personal = [path for each in sites for path in models_of(each, ledger, entry.body["unit"])]
         in_file = None if unread else found
-        done = Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
-        if unlogged:
-            raise NotLogged(done, unlogged)
-        return done
+        return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
 
-    return in_reserved_space(site, enter)
+    done = in_reserved_space(site, enter)
+    acts, rule = AuditLog(ledger.folder, ledger.key), "--unseen" if unseen else ""
+    try:
+        in_reserved_space(site, lambda: acts.add("withdraw", rule, receipt=done.receipt_file))
+    except (NotGenuine, InfrastructureError) as error:
+        raise NotLogged(done, error) from None
+    return done
 
 
 def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:

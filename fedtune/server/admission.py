@@ -39,6 +39,9 @@ DECLARED = ("public", "generated")  # what a site may declare its data to be; el
 # it has waited so far, between two limits in seconds.
 ASK_SECONDS = (5.0, 300.0)
 ASK_SHARE = 0.1
+# Pause before a site whose answer was a failure is asked again while the run waits: it doubles with
+# each failure, between two limits in seconds.
+FAILED_SECONDS = (2.0, 60.0)
 MOST_UNITS = 10**10  # the largest declared size: more than there are people
 OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
@@ -96,6 +99,7 @@ class Roster:
     up: Counter[str] = field(default_factory=Counter)
     _asked: set[int] = field(default_factory=set)  # nodes that gave a final answer
     _unsigned: dict[int, _Unsigned] = field(default_factory=dict)  # nodes that wait for a person
+    _failing: dict[int, _Failing] = field(default_factory=dict)  # nodes whose last answer failed
 
     def __post_init__(self) -> None:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
@@ -105,17 +109,21 @@ class Roster:
         sorted."""
         return sorted(set(self.nodes) - set(self.refused))
 
-    def join(self) -> None:
+    def join(self, *, waits: bool = False) -> None:
         """Send the plan to every connected node that has not given a final answer to it, so that a
         site may join late. A node that waits for a person's signature is left out until its pause
-        is over."""
+        is over. waits: whether the caller looks again and again; a node whose answer was a failure
+        is then left out for a growing pause, since each question carries the plan and costs the
+        site an attempt to prepare it."""
         connected, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
         self._asked &= connected
         self._unsigned = {node: one for node, one in self._unsigned.items() if node in connected}
-        self.absent = {}
+        self._failing = {node: one for node, one in self._failing.items() if node in connected}
         early = {node for node, one in self._unsigned.items() if now < one.again}
-        self.prepare(connected - self._asked - early)
+        spared = {node: one for node, one in self._failing.items() if waits and now < one.again}
+        self.absent = {one.name: one.reason for one in spared.values()}
+        self.prepare(connected - self._asked - early - set(spared))
         for name in set(self.sizes) - set(self.nodes) - set(self.refused) - set(self.waiting):
             self.absent.setdefault(name, "the site is not connected")
 
@@ -193,9 +201,10 @@ class Roster:
             status, reason = "refused", objection
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
-        known = self._unsigned.pop(reply.node, None)
+        known, failing = self._unsigned.pop(reply.node, None), self._failing.pop(reply.node, None)
         if status == "failed":
             self.absent[name] = reason
+            self._failing[reply.node] = _Failing.after(failing, name, reason)
         elif status == WAITING:
             self._unsigned[reply.node] = _Unsigned.after(known, name, reason)
             self._asked.discard(reply.node)
@@ -277,6 +286,27 @@ class _Unsigned(NamedTuple):
         now = time.monotonic()
         since = known.since if known else now
         return cls(name, reason, since, now + before_asking(now - since))
+
+
+class _Failing(NamedTuple):
+    """A node whose last answer to the plan was a failure, or that did not answer.
+
+    - name, reason: the site's name, and what failed
+    - pause: the seconds after which it is asked again
+    - again: when it is asked again, in seconds on the monotonic clock"""
+
+    name: str
+    reason: str
+    pause: float
+    again: float
+
+    @classmethod
+    def after(cls, known: _Failing | None, name: str, reason: str) -> _Failing:
+        """Return the state of a node that has just failed. known: its state before, None if its
+        last answer was no failure. name, reason: the site's name, and what failed."""
+        first, longest = FAILED_SECONDS
+        pause = min(2 * known.pause, longest) if known else first
+        return cls(name, reason, pause, time.monotonic() + pause)
 
 
 def before_asking(waited: float) -> float:

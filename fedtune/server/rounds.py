@@ -252,9 +252,9 @@ class _Run:
         People at the sites have settings.signing seconds to sign the plan. Errors: Refused if too
         few sites are left because of refusals or missing signatures; InfrastructureError if too few
         connect in time."""
-        began, told = time.monotonic(), set[str]()
+        began, told, waits = time.monotonic(), set[str](), False
         while True:
-            self.roster.join()
+            self.roster.join(waits=waits)
             if len(self.roster.list_willing()) >= self.table.min_sites:
                 return
             late = time.monotonic() - began >= self.settings.patience
@@ -266,6 +266,7 @@ class _Run:
                 told = self._tell_waiting(told)
             elif late and (self.roster.refused or not self.settings.waits):
                 raise self.roster.too_few(InfrastructureError)
+            waits = True
             self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
@@ -316,9 +317,9 @@ class _Run:
         - seconds: how long to wait at most; 0 not to wait
 
         Errors: Refused if too few sites are left because of refusals."""
-        began, told = time.monotonic(), dict[str, str]()
+        began, told, waits = time.monotonic(), dict[str, str](), False
         while True:
-            self.roster.join()
+            self.roster.join(waits=waits)
             self.roster.raise_if_refused()
             if len({*self.roster.list_willing(), *delivered}) >= self.table.min_sites:
                 return True
@@ -330,6 +331,7 @@ class _Run:
                 who = "; ".join(f"{name}: {why}" for name, why in out.items()) or "nobody is there"
                 text = f"too few sites for round {number} ({who}); waits up to {duration(left)}"
                 self._event("step", text=f"{text} and goes on by itself")
+            waits = True
             self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _choose(self, tally: Tally) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from fedtune.core.config import Site, load_site, save
 from fedtune.core.registry import process_cache
 from fedtune.core.vault.answers import Place, answer
+from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.core.wire.arrays import bodies, pack_arrays
 from fedtune.core.wire.codec import encode
@@ -76,11 +77,19 @@ class Asked:
         self.path.write_text(text.replace(f'answers = "{other}"', f'answers = "{answers}"'))
 
 
-def a_site(folder: Path, base: Path, answers: str = "held", **changes: Any) -> Asked:
-    """A site that has admitted a plan."""
+def a_site(
+    folder: Path, base: Path, answers: str = "held", declared: str = "", **changes: Any
+) -> Asked:
+    """A site that has admitted a plan. declared: what its data is declared to be; "" for private
+    data."""
     notes(folder)
     path = folder / "site.toml"
-    save(make_site(folder, {"answers": answers}, patient="who"), path)
+    rules = {"answers": answers, "allow_declared_data": bool(declared)}
+    save(make_site(folder, rules, patient="who"), path)
+    if declared:
+        text = path.read_text().replace("[data]\n", f'[data]\ndeclared = "{declared}"\n')
+        path.write_text(text)
+        declare(load_site(path))
     process_cache.clear("workers")
     asked = Asked(path, begun(base, **changes))
     assert asked.prepare().status == "admitted"

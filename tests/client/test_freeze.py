@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.core.errors import ConfigError, InputError, NotGenuine, PolicyRefused, Refused
+from fedtune.core.errors import (
+    ConfigError,
+    InfrastructureError,
+    InputError,
+    NotGenuine,
+    PolicyRefused,
+    Refused,
+)
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.ledger.files import waiting_draw_path
+from fedtune.core.ledger.files import NoRoom, waiting_draw_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.core.vault.answers import answer
@@ -23,6 +30,7 @@ from tests.cli_kit import run
 from tests.client.adoption_kit import CHARGE
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.client.hospital_kit import make_hospital
+from tests.disks import disk
 
 pytestmark = pytest.mark.usefixtures("without_self_test")
 FROZEN = "has frozen its ledger"
@@ -132,6 +140,40 @@ def test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_site_keeps_the_answers_of_declared_data_that_a_person_refuses(
+    tmp_path: Path, tiny_base: Path, frozen: bool
+) -> None:
+    """A run's own ledger pays for them, which nobody froze. Twin: without a freeze they go."""
+    held = a_site(tmp_path, tiny_base, declared="generated")
+    assert held.train().status == "waiting"
+    (folder,) = (held.site.site.state / "runs").iterdir()
+    assert len([*(folder / "outbox").iterdir()]) == 1
+    if frozen:
+        officer.freeze(held.site, "a leak")
+    assert run("let-go", held.path, "--refuse", "--all").exit_code == 0
+    assert len([*(folder / "outbox").iterdir()]) == (1 if frozen else 0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_round_of_declared_data_deletes_no_earlier_update_of_a_frozen_site(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool
+) -> None:
+    asked = a_site(tmp_path, tiny_base, "immediate", declared="generated")
+    assert asked.train(1).status == "trained"
+    (folder,) = (asked.site.site.state / "runs").iterdir()
+    plain = worker_module.local_round
+
+    def frozen_meanwhile(*given: object) -> object:
+        if frozen:
+            officer.freeze(asked.site, "")
+        return plain(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker_module, "local_round", frozen_meanwhile)
+    asked.train(2)
+    assert len([*(folder / "outbox").iterdir()]) == (2 if frozen else 1)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_site_keeps_the_request_of_a_draw_that_a_person_decides(
     tmp_path: Path, tiny_base: Path, frozen: bool
 ) -> None:
@@ -173,6 +215,35 @@ def test_the_freeze_of_a_damaged_ledger_holds_once_it_is_restored(
     assert run("ledger", asked.path, "--freeze").exit_code == 4
     assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
     assert Ledger(state).frozen
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_lift_says_if_the_disk_has_no_room_and_the_next_order_charges_nothing_then(
+    tmp_path: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture, full: bool
+) -> None:
+    """As where the disk filled up during the freeze. Twin: with space the round is trained."""
+    with disk(tmp_path / "disk", megabytes=96) as small:
+        asked = a_site(small.path, tiny_base, "immediate")
+        officer.freeze(asked.site, "")
+        (asked.site.home / "room").unlink()
+        with small.with_room_for(2**18 if full else 2**26):
+            caplog.clear()
+            officer.lift(asked.site, "")
+            assert ("no room for the ledger" in caplog.text) == full
+            status = asked.train().status
+            assert (status, asked.paid()) == (("failed", 0) if full else ("trained", 1))
+        assert full is False or asked.train().status == "trained"
+
+
+def test_a_lift_is_entered_where_the_disk_is_full_but_for_the_room(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    with disk(tmp_path / "disk", megabytes=96) as small:
+        asked = a_site(small.path, tiny_base, "immediate")
+        officer.freeze(asked.site, "")
+        with small.with_room_for(0):
+            officer.lift(asked.site, "x" * 9000)
+        assert Ledger(asked.site.home).frozen is None
 
 
 def test_only_a_frozen_ledger_is_lifted(asked: Asked) -> None:
@@ -320,6 +391,57 @@ def test_a_log_that_cannot_be_read_freezes_and_keeps_nobody_from_lifting(
     if how == "changed":
         assert run("ledger", asked.path, "--lift").exit_code == 2
         assert Ledger(state).frozen is None
+
+
+def make_unwritable(state: Path) -> None:
+    """Let no entry be added to the audit log, as on a disk that nobody can write to."""
+    (state / "audit.lock").unlink(missing_ok=True)
+    (state / "audit.lock").mkdir()
+
+
+def test_a_freeze_and_a_lift_that_the_audit_log_lacks_hold_and_the_command_says_so(
+    asked: Asked,
+) -> None:
+    make_unwritable(asked.site.home)
+    done = run("ledger", asked.path, "--freeze")
+    assert done.exit_code == 4 and "the ledger is frozen all the same" in done.output
+    assert asked.train().status == "refused" and asked.paid() == 0
+    done = run("ledger", asked.path, "--lift")
+    assert done.exit_code == 4 and "the freeze is lifted all the same" in done.output
+    assert Ledger(asked.site.home).frozen is None
+
+
+def test_a_freeze_that_no_disk_has_room_for_is_not_said_to_hold(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise NoRoom("no space")
+
+    monkeypatch.setattr(Ledger, "freeze", no_room)
+    done = run("ledger", asked.path, "--freeze")
+    assert done.exit_code == 4 and "all the same" not in done.output
+
+
+def test_a_log_that_cannot_be_written_keeps_nobody_from_withdrawing_or_leaving(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unwritable(asked.site.home)
+    keys = asked.site.home / "keys.txt"
+    keys.write_text("one\ntwo\nthree\n")
+    done = run("withdraw", asked.path, "--file", keys, "--unseen")
+    assert done.exit_code == 4 and done.output.count("not in the audit log") == 3
+    assert done.output.count("receipt for the patient") == 3
+    assert len(Ledger(asked.site.home).withdrawn()) == 3
+    node = asked.site.site.state / "keys" / "node.key"
+    node.parent.mkdir(exist_ok=True)
+    node.write_bytes(b"a key")
+    monkeypatch.setattr(leaving, "consortium_of", lambda _: "ab:cd")
+    with pytest.raises(InfrastructureError):
+        leaving.leave(asked.site, distrust=True)
+    assert node.exists()
+    with pytest.raises(InfrastructureError):
+        leaving.leave(asked.site)
+    assert not node.exists()
 
 
 def test_a_damaged_log_keeps_nobody_of_a_list_from_withdrawing(asked: Asked) -> None:

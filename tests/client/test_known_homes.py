@@ -150,14 +150,72 @@ def test_a_database_is_known_however_its_url_is_spelled(
     assert registered.is_place_of(sites[1].data) == (same and "," not in first)
 
 
-def test_other_records_and_a_home_that_is_gone_do_not_matter(world: Path) -> None:
+def test_other_records_do_not_matter(world: Path) -> None:
     join(world, "cardio")
     write_notes(world / "scans.jsonl", ["x", "y"])
     spend(make_site(world, "scan", path="scans.jsonl"), 1)
     join(world, "scan")
-    shutil.rmtree(world / "cardio-state")
-    join(world, "onco")
-    assert str(world / "cardio-state") not in known_homes.path_of_notes().read_text()
+
+
+def unmount(home: Path) -> None:
+    """Leave what is seen of a home whose volume is not mounted: the empty folder below it."""
+    home.rename(home.with_name("volume"))
+    home.mkdir()
+
+
+def test_a_home_that_is_not_mounted_is_not_begun_anew(world: Path) -> None:
+    """Nor by another site, nor after a command that began a ledger in the empty folder. Once it is
+    mounted again, the site joins."""
+    join(world, "cardio")
+    home = world / "cardio-state"
+    unmount(home)
+    for name, said in (("cardio", "is not there"), ("onco", "is its volume mounted")):
+        with pytest.raises(ConfigError, match=said):
+            join(world, name)
+    Ledger(home)  # as `fedtune ledger` does
+    with pytest.raises(ConfigError, match="is not there"):
+        join(world, "cardio")
+    shutil.rmtree(home)
+    (world / "volume").rename(home)
+    join(world, "cardio")
+
+
+def test_without_the_check_an_empty_folder_is_a_new_home(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin."""
+    monkeypatch.setattr(known_homes, "_check_same_ledger", lambda *_: None)
+    join(world, "cardio")
+    unmount(world / "cardio-state")
+    join(world, "cardio")
+    assert Ledger(world / "cardio-state").spending() == []
+
+
+@pytest.mark.parametrize("command", ["withdraw", "enroll"])
+def test_no_command_begins_a_ledger_in_a_folder_that_is_not_mounted(
+    world: Path, command: str
+) -> None:
+    """A withdrawal would be hidden beneath the volume, once it is mounted again."""
+    join(world, "cardio")
+    unmount(world / "cardio-state")
+    (world / "keys").write_text("a\n")
+    options = ["--file", world / "keys"] if command == "withdraw" else ["--out", world / "request"]
+    done = run(command, world / "cardio.toml", *options)
+    assert done.exit_code == 2 and "is not there" in done.output
+    assert not any((world / "cardio-state").iterdir())
+
+
+def test_a_person_says_that_a_lost_ledger_is_of_no_use_any_more(world: Path) -> None:
+    join(world, "cardio")
+    home = world / "cardio-state"
+    kept = run("memberships", home, "--forget", world / "cardio-state")
+    assert kept.exit_code == 2 and "no other home" in kept.output  # its ledger is there
+    unmount(home)
+    done = run("memberships", home, "--forget", home, "--json")
+    assert json.loads(done.stdout)["forgot"] == [str(home)]
+    join(world, "cardio")
+    with pytest.raises(ConfigError, match="another ledger"):
+        join(world, "onco")
 
 
 @pytest.mark.parametrize("lost", ["ledger.head", "ledger.db", "ledger.*"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
 from contextlib import closing
 from functools import partial
@@ -12,9 +13,13 @@ from typing import Any
 import pytest
 
 from fedtune.core.config import load_site
+from fedtune.core.data.records import unit_member
 from fedtune.core.errors import NotGenuine
+from fedtune.core.ledger import restore as restore_module
+from fedtune.core.ledger.audit_log import AuditLog, verify
 from fedtune.core.ledger.entries import Standing
 from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.wire.keys import SigningKey
 from fedtune.officer import freeze as officer
 from fedtune.officer.let_go import decide
 from fedtune.officer.withdraw import withdraw
@@ -146,7 +151,7 @@ def test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again(
         if book.frozen:
             assert "a freeze that nobody lifted" in book.frozen.why, "the incident's is hidden"
         assert ("entered again" in done.output) is not bool(withdrawn)
-    assert "receipts name 1 who withdrew" in done.output
+    assert "1 who withdrew are known by hashes" in done.output
     withdraw(load_site(file), "p3", book)
     assert hashes_of(book, ["p3"]) <= set(book.withdrawn())
     assert run("ledger", file, "--lift").exit_code == 0
@@ -203,7 +208,8 @@ def test_an_answer_that_was_refused_for_good_stays_refused(tmp_path: Path, tiny_
         asked.restart()
         (state / "ledger.db").unlink()
         if not keeps_log:
-            (state / "audit.jsonl").unlink()
+            for name in ("audit.jsonl", "audit.lock"):
+                (state / name).unlink()
         assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
         text = asked.path.read_text()  # what was lost is charged dearly
         asked.path.write_text(re.sub(r"(?m)^(max_epsilon) = .*", r"\1 = 1000.0", text))
@@ -241,3 +247,113 @@ def test_a_damaged_audit_log_keeps_nobody_from_freezing_or_withdrawing(tmp_path:
     (book.folder / "ledger.db").unlink()
     assert restore(file) == 2
     check_kept(file)
+
+
+@pytest.mark.parametrize("how", ["away", "away, then an act", "away, then lifted", "twin"])
+def test_a_damaged_audit_log_that_was_moved_away_counts_as_frozen_too(
+    tmp_path: Path, how: str
+) -> None:
+    """Also once a new log was begun in its place, unless a person lifted a freeze since then. Twin:
+    with audit.lock moved away as well, nothing tells of a log."""
+    file = damaged(tmp_path / "site")
+    site = load_site(file)
+    key = SigningKey.at(site.home / "site.key")
+    for name in ("audit.jsonl", *(["audit.lock"] if how == "twin" else [])):
+        (site.home / name).rename(tmp_path / name)
+    if how != "away":
+        AuditLog(site.home, key).add("purge", files=1)
+    if how == "away, then lifted":
+        AuditLog(site.home, key).add(officer.LIFT, "--lift")
+    is_frozen = how in ("away", "away, then an act")
+    assert restore(file) == 0
+    book = Ledger(site.home)
+    assert (book.frozen is not None) == is_frozen
+    events = [entry["event"] for entry in verify(site.home, key.public).entries]
+    assert (events[0] == "cut") == (how != "twin") and "restore" in events
+
+
+def damage(home: Path, kind: str) -> None:
+    """Damage the ledger's newest entry of a kind, so that the chain ends before it."""
+    with closing(sqlite3.connect(home / "ledger.db")) as ledger:
+        ledger.execute("UPDATE entries SET body = '{}' WHERE kind = ?", (kind,))
+        ledger.commit()
+
+
+@pytest.mark.parametrize("lost", ["a reservation", "salt", "twin"])
+def test_a_restore_keeps_the_decisions_that_can_still_be_read(tmp_path: Path, lost: str) -> None:
+    """Although the receipts and the audit log are gone. The twin's rows are not signed by the
+    site, and nobody is taken to have withdrawn by them."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p2", "p3"])
+    file = make_site(tmp_path, "north")
+    book, site = spend(file, 2), load_site(file)
+    home, slot = site.home, ("sha256:" + "5" * 64, 3, "adapter")
+    book.backup(tmp_path / "backup")
+    withdraw(site, "p3", book)
+    book.refuse(slot, "an officer")
+    book.freeze("an officer", "a leak")
+    before = set(book.withdrawn())
+    shutil.rmtree(home / "withdrawals")
+    for name in ("audit.jsonl", "audit.lock"):
+        (home / name).unlink()
+    if lost == "salt":
+        (home / "salt").unlink()
+    else:
+        damage(home, "reserve")
+    if lost == "twin":
+        with closing(sqlite3.connect(home / "ledger.db")) as ledger:
+            ledger.execute("UPDATE entries SET signature = replace(signature, 'a', 'b')")
+            ledger.commit()
+    copy = [] if lost == "salt" else ["--from", tmp_path / "backup"]
+    assert run("ledger", file, "--restore", *copy).exit_code == 0
+    restored = Ledger(home)
+    is_kept = lost != "twin"
+    assert set(restored.withdrawn()) == (before if is_kept else set())
+    assert restored.is_refused(slot) == is_kept and (restored.frozen is not None) == is_kept
+    if is_kept:
+        assert restored.frozen and "a leak" in restored.frozen.why
+        assert ("old one alone" in restored.frozen.why) == (lost == "salt")
+
+
+def test_a_page_that_cannot_be_read_hides_no_decision_after_it(tmp_path: Path) -> None:
+    """A page amid the entries is overwritten: those before it and after it are read."""
+    patients = [f"p{number}" for number in range(60)]
+    write_notes(tmp_path / "notes.jsonl", patients)
+    file = make_site(tmp_path, "north")
+    book = spend(file, 12)
+    book.backup(tmp_path / "backup")
+    for patient in patients[:30]:
+        book.withdraw(unit_member(patient))
+    path = book.folder / "ledger.db"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 4096 // 2 * 4096
+    content[middle : middle + 4096] = b"x" * 4096
+    path.write_bytes(content)
+    kept = len(restore_module._readable_rows(path))
+    assert restore(file) == 0
+    restored = Ledger(book.folder)
+    restored.verify()
+    assert 0 < len(restored.withdrawn()) <= 30 and kept > 30
+
+
+def test_a_restore_that_is_killed_anywhere_has_its_freeze_in_the_papers(tmp_path: Path) -> None:
+    """Else a second restore, from a copy of before, thaws the ledger that the first one froze."""
+    step, ended = 0, False
+    while not ended:
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        write_notes(folder / "notes.jsonl", ["p1", "p2", "p3"])
+        file = make_site(folder, "north")
+        book = spend(file, 2, withdrawn=["p3"])
+        home, public = load_site(file).home, book.key.public
+        book.backup(folder / "backup")
+        (home / "salt").unlink()
+        ended = kill_at(step, partial(run, "ledger", file, "--restore"))
+        try:
+            is_frozen = Ledger(home).frozen is not None
+        except LedgerError:
+            assert not ended
+        else:
+            kept = officer.standing(home, public).frozen
+            assert kept or not is_frozen, f"killed at step {step}: a later restore would thaw it"
+        step += 1
+    assert is_frozen and kept and step > 3

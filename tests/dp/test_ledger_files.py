@@ -17,6 +17,7 @@ import pytest
 
 from fedtune.core.config import SiteTable
 from fedtune.core.ledger import chain, files
+from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger.files import sealed_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault import studies
@@ -330,6 +331,33 @@ def test_an_altered_receipt_file_is_noticed(used: Ledger, folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"seq":11', b'"seq":1'))
     with pytest.raises(LedgerError, match=r"ledger\.receipt: cut short, edited"):
         Ledger(folder)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_receipts_that_were_moved_away_are_missed(
+    used: Ledger, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twin: bool
+) -> None:
+    """As by somebody who reads that they are damaged, so that a rollback is forgotten: until they
+    are put back, or the ledger is restored. The twin does not note that there were any."""
+    if twin:
+        monkeypatch.setattr(ledger_module, "note_receipts", lambda *_: None)
+    coordinator = SigningKey()
+    used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
+    path = folder / "ledger.receipt"
+    path.rename(tmp_path / "aside")
+    if twin:
+        assert Ledger(folder).head.seq > 0
+        return
+    with pytest.raises(LedgerError, match=r"ledger\.receipt: missing"):
+        used.reserve("notes", charge(9), "adapter", yes)
+    (tmp_path / "aside").rename(path)
+    used.backup(tmp_path / "backup")
+    Ledger(folder)
+    path.unlink()
+    Ledger.restore(folder)
+    Ledger(folder).verify()
+    (folder / "ledger.db").unlink()
+    Ledger.restore(folder, tmp_path / "backup").verify()
 
 
 def test_a_crash_between_entry_and_anchor_is_repaired(

@@ -16,7 +16,6 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import certs, enrol, membership
 from fedtune.flower.link import link
 from fedtune.launch import coordinator
-from fedtune.officer.doctor import examine
 from fedtune.officer.review import read_plan
 from fedtune.server import store
 from fedtune.server.admission import plan_message
@@ -168,11 +167,10 @@ def test_who_may_coordinate_is_judged_once_the_coordinator_is_known(met: Met) ->
         refuses = f"policy.coordinators does not list {met.answer.coordinator!r}" in said
         assert shown.exit_code == 0 and ("This site refuses it" in said) == refuses, said
         unknown = "Not checked yet: policy.coordinators" in said
-        if plan == toml:
-            study = read_plan(toml, load_site(met.site))
-            by_name = {one.name: one for one in examine(met.site, study, outline=True)}
-            assert by_name["plan"].good is not refuses
-            assert ("policy.coordinators" in by_name["plan"].says) == (refuses or unknown)
+        checked = run("doctor", met.site, "--study", plan, "--json")
+        findings = {one["name"]: one for one in json.loads(checked.stdout)["findings"]}
+        assert findings["plan"]["good"] is not refuses
+        assert ("policy.coordinators" in findings["plan"]["says"]) == (refuses or unknown)
         return refuses, unknown
 
     own_key, other = met.answer.coordinator, 64 * "0"

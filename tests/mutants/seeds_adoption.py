@@ -12,9 +12,29 @@ T_HOMES = "tests/client/test_known_homes.py::"
 MUTANTS = (
     one(
         "hospital", "a-damaged-ledger-is-no-home", HOMES,
-        "if traces(Path(home)) not in ([], [KEY])", 'if (Path(home) / "ledger.head").exists()',
+        "if traces(Path(home)) != [KEY]", 'if (Path(home) / "ledger.head").exists()',
         T_HOMES + "test_a_home_whose_ledger_is_damaged_pays_all_the_same",
         "a second ledger is begun for the same patients before the first is restored",
+    ),
+    one(
+        "hospital", "an-unmounted-home-is-begun-anew", HOMES,
+        "(here[0] in keys if here else bool(traces(home)))",
+        "(here[0] in keys if here else True)",
+        T_HOMES + "test_a_home_that_is_not_mounted_is_not_begun_anew",
+        "a ledger whose volume is not mounted is forgotten with all that it paid",
+    ),
+    one(
+        "hospital", "a-new-ledger-passes-for-the-old-one", HOMES,
+        "(here[0] in keys if here else bool(traces(home)))",
+        "(True if here else bool(traces(home)))",
+        T_HOMES + "test_a_home_that_is_not_mounted_is_not_begun_anew",
+        "a command begins a ledger in the empty folder, and the site then pays from that one",
+    ),
+    one(
+        "hospital", "a-withdrawal-below-a-volume", "fedtune/cli/site.py",
+        "    check_ledger_there(loaded)\n", "",
+        T_HOMES + "test_no_command_begins_a_ledger_in_a_folder_that_is_not_mounted[withdraw]",
+        "a withdrawal is entered in a new ledger, which the mounted volume then hides",
     ),
     one(
         "hospital", "an-adopted-ledgers-records-are-anybodys", HOMES,

@@ -18,6 +18,31 @@ RECEIVED = "fedtune/audit/received.py"
 
 MUTANTS = (
     _one(
+        "evidence", "a-log-that-was-taken-away-was-never-there", AUDIT,
+        "if len(entries) <= begun:", "if False:",
+        T_AUDIT + "test_a_log_that_was_taken_away_is_missed",
+        "a damaged audit log is moved away, and the next one passes for the whole",
+    ),
+    _one(
+        "evidence", "a-new-log-does-not-say-that-it-is-one", AUDIT,
+        'if last[0]["seq"] < begun and event != "cut":', "if False:",
+        T_AUDIT + "test_a_log_that_was_taken_away_is_missed",
+        "a log that is begun in place of another passes for the first",
+    ),
+    _one(
+        "evidence", "a-log-that-was-moved-away-had-no-freeze", "fedtune/officer/freeze.py",
+        'if entry["event"] in (FREEZE, LIFT, CUT)]', 'if entry["event"] in (FREEZE, LIFT)]',
+        "tests/client/test_restored.py::"
+        "test_a_damaged_audit_log_that_was_moved_away_counts_as_frozen_too",
+        "an incident that damages the audit log ends the freeze, once the log is moved away",
+    ),
+    _one(
+        "evidence", "receipts-that-were-moved-away-are-not-missed", "fedtune/core/ledger/chain.py",
+        "not (receipts.every or path.exists()) and has_receipts(connection)", "False",
+        "tests/dp/test_ledger_files.py::test_receipts_that_were_moved_away_are_missed",
+        "a receipt that shows a rollback is moved away, and what was spent is forgotten",
+    ),
+    _one(
         "evidence", "an-update-is-taken-to-point-the-other-way", RECEIVED,
         "= -(toward @ rows", "= (toward @ rows",
         T_SITES + "test_an_update_tells_whose_records_it_was_made_from",

@@ -40,7 +40,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-refused-answer-is-no-evidence", "fedtune/core/ledger/ledger.py",
-        "        if not self._account.frozen:\n            self.path_of(slot)",
+        "        if not (keeps or self._account.frozen):\n            self.path_of(slot)",
         "        if True:\n            self.path_of(slot)",
         T_FREEZE + "test_a_round_under_way_deletes_no_earlier_update_of_a_frozen_ledger",
         "what nobody let go is deleted while somebody looks into it",
@@ -71,8 +71,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-lift-is-in-the-papers-first", "fedtune/officer/freeze.py",
-        "    book.lift(login(), why)\n    AuditLog(book.folder, book.key).add(LIFT, \"--lift\")\n",
-        "    AuditLog(book.folder, book.key).add(LIFT, \"--lift\")\n    book.lift(login(), why)\n",
+        "    in_reserved_space(site, lambda: book.lift(login(), why))\n",
+        "    acts.add(LIFT, \"--lift\")\n    book.lift(login(), why)\n",
         T_RESTORED + "test_a_lift_that_is_killed_anywhere_is_entered_before_the_papers_say_so",
         "a restore thaws a ledger that nobody lifted",
     ),
@@ -97,9 +97,9 @@ MUTANTS = (
         "who withdrew under the newer salt is trained on again",
     ),
     one(
-        "incidents", "a-second-restore-thaws", "fedtune/cli/site.py",
-        "acts.add(frozen.FREEZE, \"--restore\")", "pass",
-        T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[damaged-again-]",
+        "incidents", "a-second-restore-thaws", "fedtune/core/ledger/restore.py",
+        "    if is_frozen:\n", "    if False:\n",
+        T_RESTORED + "test_a_restore_that_is_killed_anywhere_has_its_freeze_in_the_papers",
         "the freeze of a restore is lost by the next one",
     ),
     one(
@@ -171,6 +171,48 @@ MUTANTS = (
         "    except LedgerError as error:\n", "    except TypeError as error:\n",
         T_EVIDENCE + "test_what_is_damaged_is_kept_as_it_is",
         "whoever edits the ledger keeps a site from keeping evidence",
+    ),
+    one(
+        "incidents", "what-a-damaged-ledger-still-says-is-lost", "fedtune/core/ledger/restore.py",
+        "    stands = _add_readable(stands, folder / DATABASE, key.public, base)\n", "",
+        T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read",
+        "whoever withdrew is trained on again, although the ledger's rows name them",
+    ),
+    one(
+        "incidents", "an-unsigned-row-withdraws-anybody", "fedtune/core/ledger/restore.py",
+        "if not verifies(public, signed_entry(hash_), signature):", "if False:",
+        T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read[twin]",
+        "a row that the site never wrote decides who takes part",
+    ),
+    one(
+        "incidents", "a-refusal-deletes-a-runs-answer", "fedtune/officer/let_go.py",
+        "keeps=home.frozen is not None", "keeps=False",
+        T_FREEZE
+        + "test_a_frozen_site_keeps_the_answers_of_declared_data_that_a_person_refuses[True]",
+        "an answer of declared data is deleted while somebody looks into it",
+    ),
+    one(
+        "incidents", "a-run-loses-an-earlier-update-of-a-frozen-site",
+        "fedtune/core/vault/worker.py",
+        "return self.simulated or self.home.frozen is not None", "return self.simulated",
+        T_FREEZE
+        + "test_a_round_of_declared_data_deletes_no_earlier_update_of_a_frozen_site[True]",
+        "what was sent of declared data is deleted while somebody looks into it",
+    ),
+    one(
+        "incidents", "a-freeze-that-no-log-has-says-nothing", "fedtune/officer/freeze.py",
+        "        if Ledger(site.home).frozen is None:\n            raise\n", "        raise\n",
+        T_FREEZE
+        + "test_a_freeze_and_a_lift_that_the_audit_log_lacks_hold_and_the_command_says_so",
+        "a person believes that nothing is frozen, and does not know that only a lift ends it",
+    ),
+    one(
+        "incidents", "a-full-log-keeps-a-list-from-withdrawing", "fedtune/officer/withdraw.py",
+        "    except (NotGenuine, InfrastructureError) as error:\n        raise NotLogged",
+        "    except NotGenuine as error:\n        raise NotLogged",
+        T_FREEZE
+        + "test_a_log_that_cannot_be_written_keeps_nobody_from_withdrawing_or_leaving",
+        "the first of a list is left out, and nobody after",
     ),
     one(
         "incidents", "a-damaged-log-keeps-a-site-in", "fedtune/officer/leave.py",

@@ -73,8 +73,8 @@ MUTANTS = (
                 "        waiting = Waiting(total, secret, parse(stated), *rest)\n",
             ),
             (
-                "    site.ledger.release(waiting.reservation, payload, keeps_all=site.simulated)\n",
-                "    site.ledger.release(waiting.reservation, payload, keeps_all=site.simulated)\n"
+                "    site.ledger.release(waiting.reservation, payload, keeps_all=site.keeps_all)\n",
+                "    site.ledger.release(waiting.reservation, payload, keeps_all=site.keeps_all)\n"
                 "    file.unlink(missing_ok=True)\n",
             ),
         ),

@@ -12,6 +12,13 @@ NOBODY = T_NAMES + "test_nobody_is_thrown_out_or_shadowed_by_another"
 
 NAME_MUTANTS = (
     _one(
+        "admission", "a-failing-site-gets-the-plan-every-two-seconds", ADMISSION,
+        "pause = min(2 * known.pause, longest) if known else first", "pause = first",
+        "tests/server/test_waiting.py::"
+        "test_a_site_that_fails_is_asked_more_rarely_while_the_run_waits_for_it",
+        "a site that cannot prepare a plan is sent it, with the frozen factor, 1,800 times an hour",
+    ),
+    _one(
         "admission", "a-lost-site-ends-the-study", "fedtune/server/rounds.py",
         "            if left <= 0:\n", "            if True:\n",
         "tests/server/test_waiting.py::test_a_round_waits_for_a_site_that_the_network_lost",

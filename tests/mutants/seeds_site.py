@@ -194,20 +194,20 @@ MUTANTS = (
     ),
     one(
         "resources", "a-site-keeps-what-a-simulation-keeps", SITE,
-        "keeps_all=self.simulated)", "keeps_all=True)",
+        "keeps_all=self.keeps_all)", "keeps_all=True)",
         T_SITE + "test_a_later_round_ends_the_keeping_of_earlier_updates",
         "whether an earlier round comes again with the same bytes measures the free space",
     ),
     one(
         "resources", "a-site-keeps-earlier-answers", "fedtune/core/vault/evaluation.py",
-        "keeps_all=site.simulated)", "keeps_all=True)",
+        "keeps_all=site.keeps_all)", "keeps_all=True)",
         "tests/test_private_evaluation.py::"
         "test_the_same_question_again_gets_the_same_bytes_for_nothing",
         "whether an earlier answer comes again with the same bytes measures the free space",
     ),
     one(
         "resources", "a-site-keeps-earlier-words", "fedtune/core/vault/secure_round.py",
-        "keeps_all=site.simulated)", "keeps_all=True)",
+        "keeps_all=site.keeps_all)", "keeps_all=True)",
         "tests/secagg/test_attacks.py::test_words_of_an_earlier_round_are_kept_no_longer",
         "whether earlier words come again measures the free space, for nothing",
     ),

@@ -4,7 +4,8 @@ deadline."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedtune.core.errors import InfrastructureError, Refused
 from fedtune.core.vault.prepared import Admission, Held, Unprepared, Void
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import admission, rounds
+from fedtune.server.turns import Turn
 from tests.expected import raises_nothing
 from tests.server.fakes import FakeSite, grid_of, make_parts, make_study
 
@@ -138,6 +140,58 @@ def test_it_gives_up_where_nobody_comes_back_within_the_rounds_time(
         lose_b(run, waits=True, away=None, timeout=60.0)
     assert 60 <= next(seconds) < 90
     assert run.sites[0].calls == [1], "nobody pays for a round that cannot count"
+
+
+@dataclass
+class Failing(FakeSite):
+    """Cannot prepare the plan before `well`, a time on the test's clock."""
+
+    well: float = 0.0
+    asked_at: list[float] = field(default_factory=list)
+
+    def prepare(self, study: Study, frozen: dict[str, np.ndarray], coordinator: str) -> Admission:
+        self.asked_at.append(admission.time.monotonic())
+        if admission.time.monotonic() < self.well:
+            raise InfrastructureError("no memory is left")
+        return super().prepare(study, frozen, coordinator)
+
+
+class Clock(Turn):
+    """A clock that moves when the coordinator pauses."""
+
+    now = 0.0
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("in_mid_study", [False, True])
+def test_a_site_that_fails_is_asked_more_rarely_while_the_run_waits_for_it(
+    trial: Any, monkeypatch: pytest.MonkeyPatch, in_mid_study: bool
+) -> None:
+    """At most a minute apart; each question carries the plan. It is found well within a minute."""
+    clock, ill = Clock(), Failing("b")
+    for module in (admission, rounds):
+        monkeypatch.setattr(module, "time", clock)
+    run = trial(FakeSite("a"), ill)
+    grid = grid_of(["a", "b"], CutOff)
+    grid.away = 1
+
+    def hear(kind: str, data: dict[str, Any]) -> None:
+        if in_mid_study and kind == "round" and grid.looked is None:
+            grid.looked, ill.well = 0, clock.now + 300.0  # cut off once, and then it fails
+
+    ill.well = 0.0 if in_mid_study else 300.0
+    parts = make_parts(waits=True, patience=2.0, turn=clock)
+    study = make_study(min_sites=2, round_timeout=3600.0)
+    body = run.run(study, grid=grid, parts=parts, on_event=hear)
+    assert [r["participants"] for r in body["rounds"]] == [["a", "b"]] * 4
+    pauses = [then - now for now, then in pairwise(ill.asked_at[1 if in_mid_study else 0 :])]
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
+    assert ill.asked_at[-1] <= ill.well + 60.0
 
 
 def test_it_is_asked_more_rarely_the_longer_it_waits(trial: Any) -> None:

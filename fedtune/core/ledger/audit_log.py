@@ -3,6 +3,7 @@ entry is signed, and names the hash of the entry before it.
 
     audit.jsonl          in a site's state folder or the coordinator's home: one entry a line
     audit-000000123.jsonl  an earlier file, named by its first entry; never deleted
+    audit.lock           its length is 1 + the number of the first entry in audit.jsonl; 0: no entry
 
 An entry is canonical JSON, so that each content has one spelling:
 
@@ -14,11 +15,12 @@ An entry is canonical JSON, so that each content has one spelling:
 | prev            | sha256 of the line before it; 64 zeros in the first                     |
 | signature       | by the signing key of the site or coordinator, over all of the above    |
 
-Guarantee: `verify` finds an entry that was changed, moved, or taken out from between others. It
-does not find that the last entries were cut off, or that somebody with the signing key wrote
-another log: only a head (number and hash of the newest entry) that is kept elsewhere shows this. A
-coordinator keeps a site's head, sealed, with every update that it counted; anybody else can note
-the head that `fedtune log` prints."""
+Guarantee: `verify` finds an entry that was changed, moved, or taken out from between others, and a
+log that was taken away, unless audit.lock was taken away too; the log that is begun in its place
+begins with an entry of the event "cut". It does not find that the last entries were cut off, or
+that somebody with the signing key wrote another log: only a head (number and hash of the newest
+entry) that is kept elsewhere shows this. A coordinator keeps a site's head, sealed, with every
+update that it counted; anybody else can note the head that `fedtune log` prints."""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ EVENTS = frozenset({
     "let-go",  # a site: an answer that waited; it may also be refused
     "freeze", "lift",  # a site: its ledger
     "keep",  # evidence of an incident, in a folder
-    "cut",  # a site: a receipt names an entry that this log lacks
+    "cut",  # a site: a receipt names an entry that this log lacks; or the log was taken away
     "attest", "approve",  # a site: its data sheet; a dossier
     "assess",  # a site: a model, by its own records
     "adopt", "leave", "forget",  # a hospital's home: a membership; another home of its records
@@ -126,7 +128,8 @@ class AuditLog:
           returned. 0: always write
         - facts: numbers and short texts about the act, by name; of a path the last part is kept
 
-        A last line that a crash cut short is removed first, since nothing was done under it.
+        A last line that a crash cut short is removed first, since nothing was done under it. If the
+        log was taken away, an entry of the event "cut" says so first.
         Errors: NotAuditable for a fact that may not be logged; InfrastructureError if the disk
         refuses: the caller must then not do the act."""
         said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}
@@ -137,20 +140,34 @@ class AuditLog:
                 for entry, _ in reversed(newest[-once:] if once else []):
                     if said == {name: entry[name] for name in said}:
                         return int(entry["seq"])
-                last, line = newest[-1] if newest else ({"seq": -1}, b"")
-                seq = last["seq"] + 1
-                moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                prev = hashlib.sha256(line).hexdigest() if newest else START
-                entry = said | {"seq": seq, "time": moment, "prev": prev}
-                signature = self._key.sign(PURPOSE + canonical(entry))
-                _append(self.folder, canonical(entry | {"signature": signature}))
-                return seq
+                begun = _read_begun(self.folder)
+                last = newest[-1] if newest else ({"seq": -1}, b"")
+                if last[0]["seq"] < begun and event != "cut":
+                    log.error("%s: was taken away; %s", self.folder / FILE, BACKUP)
+                    facts = {"entry": begun}
+                    cut = said | {"event": "cut", "facts": facts, "rule": "missing"}
+                    last = self._enter(cut, last)
+                return int(self._enter(said, last)[0]["seq"])
         except OSError as error:
             raise InfrastructureError(
                 f"{self.folder / FILE}: cannot be written ({error.strerror})",
                 "an audit log that can be written",
                 "free disk space or fix the permissions, then run again",
             ) from None
+
+    def _enter(
+        self, said: dict[str, Any], last: tuple[dict[str, Any], bytes]
+    ) -> tuple[dict[str, Any], bytes]:
+        """Write an entry, and return it with its line. said: its fields without number, time, link
+        and signature; last: the entry before it, with its line (b"" for none). Errors: OSError;
+        NotGenuine; NotAuditable."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        prev = hashlib.sha256(last[1]).hexdigest() if last[1] else START
+        entry = said | {"seq": last[0]["seq"] + 1, "time": moment, "prev": prev}
+        entry["signature"] = self._key.sign(PURPOSE + canonical(entry))
+        line = canonical(entry)
+        _append(self.folder, line, entry["seq"])
+        return entry, line
 
     @property
     def head(self) -> str:
@@ -189,9 +206,10 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
     try:
         with _locked(folder, shared=True):  # while it is read alone: nothing leaves meanwhile
             contents = [(folder / name, _content(folder / name)) for name in files(folder)]
+            begun = _read_begun(folder)
     except InfrastructureError as error:  # what is there was handed over
         raise InputError(error.happened, error.expected, error.todo) from None
-    if not contents:
+    if not contents and begun < 0:
         raise InputError(f"{folder}: no audit log yet; it begins with the first act", FILE)
     for path, content in contents:
         for where, line in _lines(path, content):
@@ -208,6 +226,8 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
             prev = hashlib.sha256(line).hexdigest()
             entries.append(entry)
             hashes.append(prev)
+    if len(entries) <= begun:
+        raise NotGenuine(f"{folder / FILE}: entry {begun} and later ones are missing", todo=BACKUP)
     _check_head(folder, head, hashes)
     return Verified(entries, public, f"{len(entries) - 1}:{prev}")
 
@@ -233,8 +253,32 @@ def files(folder: Path) -> list[str]:
     return [*earlier, *([FILE] if os.path.lexists(folder / FILE) else [])]
 
 
+def was_begun(folder: Path) -> bool:
+    """Return whether a log was ever begun in `folder`, whether or not it is still there."""
+    return bool(files(folder)) or _read_begun(folder) >= 0
+
+
 def _content(path: Path) -> bytes:
     return reading.content(path, "an audit log", kind=NotGenuine)
+
+
+def _read_begun(folder: Path) -> int:
+    """Return the number of the first entry of the log's newest file, as audit.lock tells it; -1 if
+    it tells none."""
+    try:
+        return (folder / LOCK).lstat().st_size - 1
+    except OSError:
+        return -1
+
+
+def _note_begun(folder: Path, seq: int) -> None:
+    """Note in audit.lock that the log's newest file begins with entry `seq`: by the lock's length,
+    which takes no space on the disk. Errors: OSError."""
+    descriptor = writing.open_own(folder / LOCK, os.O_WRONLY)
+    try:
+        os.ftruncate(descriptor, seq + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
@@ -366,10 +410,10 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
     return []
 
 
-def _append(folder: Path, line: bytes) -> None:
-    """Append one line to the newest file of the log. If that file has become too long, it is
-    renamed, and a new one is begun. Errors: OSError; NotGenuine; NotAuditable if the line is too
-    long."""
+def _append(folder: Path, line: bytes, seq: int) -> None:
+    """Append the line of entry `seq` to the newest file of the log. If that file has become too
+    long, it is renamed, and a new one is begun. Errors: OSError; NotGenuine; NotAuditable if the
+    line is too long."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE
@@ -387,3 +431,5 @@ def _append(folder: Path, line: bytes) -> None:
         os.close(descriptor)
     if made:
         writing.sync_folder(folder)
+    if made or _read_begun(folder) < 0:  # of an earlier release: at least its first entry was there
+        _note_begun(folder, seq if made else 0)

@@ -15,6 +15,7 @@ deleted, reordered, torn, or rolled back behind anchor or receipt, opening raise
 | anchor behind the entries  | a crash between the two writes: repaired                            |
 | entries behind the anchor  | rolled back: LedgerError                                            |
 | no ledger, but its traces  | LedgerError, unless its first creation was interrupted              |
+| receipts were taken away   | LedgerError                                                         |
 | format above FORMAT        | NewerLedger, before anything is written; a restore refuses, too     |
 Errors: LedgerError (also for a full disk, a read-only file, a lock that is not given up).
 Reference: https://www.sqlite.org/pragma.html#pragma_synchronous (EXTRA: FULL alone can undo a
@@ -61,6 +62,7 @@ BUSY = 60.0  # seconds to wait for another process
 FORMAT = 2
 FORMATS = 1000  # a larger number is a flipped bit: the entries are verified instead
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
+WITH_RECEIPTS = 1  # PRAGMA application_id, once a coordinator's receipt was stored beside it
 START = "0" * 64  # prev of the first entry
 SCHEMA = (
     f"PRAGMA user_version = {FORMAT}",
@@ -354,11 +356,14 @@ class Database:
 
     def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
         """Read the receipts that coordinators signed for the newest heads of this ledger, and
-        return them. Errors: LedgerError if the ledger lacks an entry that a receipt names."""
+        return them. Errors: LedgerError if the ledger lacks an entry that a receipt names, or the
+        receipts were taken away."""
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)
         if receipts is None:
             raise LedgerError(f"{path}: cut short, edited, or signed by another key", todo=RESTORE)
+        if not (receipts.every or path.exists()) and has_receipts(connection):
+            raise LedgerError(f"{path}: missing", todo=f"put it back, damaged or not; or {RESTORE}")
         for receipt in receipts.every:
             if not self.knows(connection, receipt.head):
                 raise LedgerError(
@@ -367,6 +372,19 @@ class Database:
                     todo=RESTORE,
                 )
         return receipts
+
+
+def has_receipts(connection: sqlite3.Connection) -> bool:
+    """Return whether a coordinator's receipt was ever stored beside the database."""
+    ((mark,),) = connection.execute("PRAGMA application_id")
+    return bool(mark == WITH_RECEIPTS)
+
+
+def note_receipts(connection: sqlite3.Connection, mark: bool = True) -> None:
+    """Note in the database whether a coordinator's receipt is stored beside it, so that it is
+    noticed if the file of receipts is taken away."""
+    if has_receipts(connection) != mark:
+        connection.execute(f"PRAGMA application_id = {WITH_RECEIPTS if mark else 0}")
 
 
 def first_body(public: str, salt: bytes) -> dict[str, Any]:

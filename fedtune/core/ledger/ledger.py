@@ -39,7 +39,14 @@ from fedtune.core.errors import InfrastructureError, InputError, PolicyRefused, 
 from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.account import Account
-from fedtune.core.ledger.chain import Database, Entry, Transaction, check_members, named
+from fedtune.core.ledger.chain import (
+    Database,
+    Entry,
+    Transaction,
+    check_members,
+    named,
+    note_receipts,
+)
 from fedtune.core.ledger.entries import (
     EVERY,
     RULES,
@@ -487,7 +494,7 @@ class Ledger:
         - update: the bytes to store, which `released` returns
         - held: whether it may be sent only when a person at the site has approved it
         - keeps_all: whether earlier updates of the study stay stored, as where one person runs the
-          whole study
+          whole study, or while the site's own ledger is frozen and this is the ledger of a run
 
         If the disk has no space for the bytes, this object keeps them in memory: whether an update
         is sent must not depend on what fills the disk, such as the number of records. After a
@@ -588,11 +595,12 @@ class Ledger:
                 sha256 = self._account.sent.get(slot, "")
                 writer.append("let-go", {**slot_fields(slot), "sha256": sha256, "by": who})
 
-    def refuse(self, slot: Slot, who: str) -> None:
+    def refuse(self, slot: Slot, who: str, *, keeps: bool = False) -> None:
         """Enter that a person refuses for good the answer in a slot (study, round, adapter), and
         delete the answer's bytes. If the ledger is frozen, the refusal is entered and the bytes
-        stay. The charge for the answer always stays. who: the person's login. Errors: InputError if
-        somebody approved the answer before."""
+        stay. The charge for the answer always stays. who: the person's login. keeps: whether the
+        bytes stay in any case, as in the ledger of a run while the site's own ledger is frozen.
+        Errors: InputError if somebody approved the answer before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
@@ -601,7 +609,7 @@ class Ledger:
                 )
             if slot not in self._account.refused:
                 writer.append("refuse", {**slot_fields(slot), "by": who})
-        if not self._account.frozen:
+        if not (keeps or self._account.frozen):
             self.path_of(slot).unlink(missing_ok=True)
 
     def _is_let_go(self, slot: Slot) -> bool:
@@ -664,6 +672,7 @@ class Ledger:
             after = writer.receipts.plus(new, self._store.knows(writer.sql, new.head))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
+                note_receipts(writer.sql)
                 self._store.check_receipts(writer.sql)  # as every transaction does from now on
         return str(statement["audit"])
 

@@ -16,10 +16,12 @@ receipt for a lost entry is recognised as charged. If the step log is complete, 
 every update that left the site. If log and ledger were rolled back together, step 3 assumes that no
 lost round cost more than the costliest one known. No other process of the site may train during a
 restore.
-A caller may know withdrawals, refused answers and a freeze that the ledger lost (`Standing`). They
-are entered in the new database before it is put in place, so that a ledger without them can never
-be opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any
-more, and the new ledger is frozen. The old database is locked during the restore.
+Withdrawals, refused answers and a freeze that the chain lacks are known to the caller (`Standing`),
+or from those rows of the old database that can still be read and that the site signed. They are
+entered in the new database before it is put in place, so that a ledger without them can never be
+opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any more,
+and the new ledger is frozen. A freeze is in the audit log before the new database is in place. The
+old database is locked during the restore.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost; NewerLedger
 where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -33,16 +35,16 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtune.core.dp.steplog import Step, StepLog
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError, NotGenuine
 from fedtune.core.files.writing import replace, sync_folder
 from fedtune.core.ledger.account import NOT_PRIVATE
-from fedtune.core.ledger.audit_log import login
+from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.chain import (
     SCHEMA,
     Entry,
@@ -52,10 +54,13 @@ from fedtune.core.ledger.chain import (
     check_members,
     check_signature,
     connect,
+    entry_hash,
     first_body,
     named,
+    note_receipts,
+    signed_entry,
 )
-from fedtune.core.ledger.entries import EVERY, RULES, Charge, Standing, slot_fields
+from fedtune.core.ledger.entries import EVERY, RULES, Charge, Freeze, Slot, Standing, slot_fields
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -72,7 +77,7 @@ from fedtune.core.ledger.files import (
     read_receipts,
     signed_head,
 )
-from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
 SALT_LOST = "restored without a salt that is known to be its own"  # begins why it is frozen
 EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
@@ -213,10 +218,12 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     - from_: the folder of the backup; None: there is none
     - key: the site's signing key, which signs the new entries
     - stands: the withdrawals, refusals and freeze that people decided, read from files beside the
-      ledger. Those that the chain lacks are entered again
+      ledger. Those that the chain lacks are entered again, and so are those in rows of the old
+      database
 
     Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
+    stands = _add_readable(stands, folder / DATABASE, key.public, base)
     receipts = read_receipts(folder / RECEIPT, key.public)
     entry_body = _restore_body(folder, base, receipts, key.public)
     draft = folder / "ledger.restoring"
@@ -225,6 +232,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         _copy_database(base.path, draft)
     with closing(connect(draft)) as connection:
         connection.execute("BEGIN IMMEDIATE")
+        note_receipts(connection, receipts is not None and (folder / RECEIPT).exists())
         last = base.entries[-1] if base.entries else None
         writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
         if last is None:
@@ -237,8 +245,9 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         for slot in sorted(stands.refused):
             if (fields := slot_fields(slot)) not in base.refused:
                 writer.append("refuse", {**fields, "by": login()})
+        is_frozen = base.is_frozen or stands.frozen is not None
         if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:
-            why = _say_salt_lost(len(stands.withdrawn))
+            is_frozen, why = True, _say_salt_lost(len(stands.withdrawn))
             if stands.frozen:
                 why += f"; {stands.frozen.why}"
             writer.append("freeze", {"by": login(), "why": why})
@@ -246,14 +255,60 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
             writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
         connection.execute("COMMIT")
     assert writer.head is not None
+    if is_frozen:
+        with suppress(NotGenuine, InfrastructureError):  # of a damaged log, which counts as one too
+            AuditLog(folder, key).add("freeze", "--restore", once=1)
     _install(folder, draft, base.salt, key, writer.head, receipts)
 
 
 def _say_salt_lost(withdrawn: int) -> str:
     return (
-        f"{SALT_LOST}: receipts name {withdrawn} who withdrew by hashes under the old one, so that "
-        "they may not be left out until `fedtune withdraw` is given their keys again"
+        f"{SALT_LOST}: {withdrawn} who withdrew are known by hashes under the old one alone, so "
+        "that they may not be left out until `fedtune withdraw` is given their keys again"
     )
+
+
+def _add_readable(stands: Standing, path: Path, public: str, base: _Base) -> Standing:
+    """Return `stands` with the decisions added that rows of the old database hold. A row counts by
+    itself if the site signed it, whether or not the rows around it can be read. If the lift of a
+    freeze cannot be read, the freeze counts.
+
+    - stands: the decisions that are known from other files
+    - path: the old database
+    - public: the public half (hexadecimal) of the site's key
+    - base: the chain that is continued; its own entries are left out"""
+    known = {entry.hash for entry in base.entries}
+    withdrawn, refused, frozen = dict[str, int](), set[Slot](), None
+    for _, kind, packed, prev, hash_, signature in _readable_rows(path):
+        with suppress(ValueError, TypeError, AttributeError, KeyError):
+            if hash_ in known or entry_hash(prev, kind, packed) != hash_:
+                continue
+            if not verifies(public, signed_entry(hash_), signature):
+                continue
+            body = json.loads(packed)
+            if kind == "withdraw":
+                withdrawn[body["unit"]] = int(body.get("since", body["time"]))
+            elif kind == "refuse":
+                refused.add((body["study"], body["round"], body["adapter"]))
+            elif kind in ("freeze", "lift"):
+                why = f"restored: {body['why']}" if body.get("why") else "restored"
+                frozen = Freeze(body["by"], why, body["time"]) if kind == "freeze" else None
+    return Standing(
+        withdrawn | dict(stands.withdrawn), stands.frozen or frozen, refused | {*stands.refused}
+    )
+
+
+def _readable_rows(path: Path) -> list[tuple[Any, ...]]:
+    """Return the rows of a damaged ledger's database `path` that can still be read, oldest first:
+    those before the first damaged page, and those after the last. Each is (seq, kind, body, prev,
+    hash, signature)."""
+    rows = dict[int, tuple[Any, ...]]()
+    query = "SELECT seq, kind, body, prev, hash, signature FROM entries ORDER BY seq"
+    for order in ("ASC", "DESC") if path.exists() else ():
+        with suppress(sqlite3.Error), closing(connect(path)) as connection:
+            for row in connection.execute(f"{query} {order}"):
+                rows[row[0]] = row
+    return [rows[seq] for seq in sorted(rows)]
 
 
 @contextmanager
@@ -476,18 +531,12 @@ def _readable_charges(path: Path) -> tuple[list[Charge], int]:
     charges in the rows that can be read, and the highest number of an entry in them (0 if there
     are none)."""
     charges: list[Charge] = []
-    top = 0
-    if not path.exists():
-        return charges, top
-    try:
-        with closing(connect(path)) as connection:
-            for seq, kind, body in connection.execute("SELECT seq, kind, body FROM entries"):
-                top = max(top, int(seq))
-                if kind == "reserve":
-                    charges.append(Charge.read(json.loads(body)["charge"]))
-    except (sqlite3.Error, ValueError, TypeError, KeyError):
-        pass  # the rows read so far count
-    return charges, top
+    rows = _readable_rows(path)
+    for _, kind, body, *_ in rows:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            if kind == "reserve":
+                charges.append(Charge.read(json.loads(body)["charge"]))
+    return charges, rows[-1][0] if rows else 0
 
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]:

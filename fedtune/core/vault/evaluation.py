@@ -95,7 +95,7 @@ def answer_query(
     events = json.dumps(site.events_of(plan.study))
     payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": events})
     held = airlock.holds_answers(site)
-    site.ledger.release(reserved, payload, held=held, keeps_all=site.simulated)
+    site.ledger.release(reserved, payload, held=held, keeps_all=site.keeps_all)
     return payload
 
 

@@ -143,7 +143,7 @@ def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) 
     words = masks.mask(waiting.total, waiting.key, waiting.ready, asked, bits)
     facts = {"events": waiting.events, "ready": waiting.ready.text(), "set": set_digest(asked)}
     payload = save({VALUES: words}, facts)
-    site.ledger.release(waiting.reservation, payload, keeps_all=site.simulated)
+    site.ledger.release(waiting.reservation, payload, keeps_all=site.keeps_all)
     return payload
 
 

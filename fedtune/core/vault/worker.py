@@ -142,6 +142,12 @@ class SiteWorker:
         return signing_key(self.site, self.home)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether earlier updates stay stored when another one is released: in a simulation, and
+        while a person has frozen the lifetime ledger. Errors: LedgerError."""
+        return self.simulated or self.home.frozen is not None
+
+    @property
     def room(self) -> Room:
         """The disk space reserved beside the site's ledger. Other files are written only where they
         leave this space free."""
@@ -588,7 +594,7 @@ class SiteWorker:
         payload = save(sent, {"events": json.dumps(self.events(prepared))})
         if plan:  # an update without noise is not stored; ordered again, it is trained again
             held = airlock.holds_answers(self)
-            self.ledger.release(reserved, payload, held=held, keeps_all=self.simulated)
+            self.ledger.release(reserved, payload, held=held, keeps_all=self.keeps_all)
         return payload
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:

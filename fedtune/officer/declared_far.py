@@ -1,0 +1,27 @@
+"""Say, on the screen of a person at a site, that the declared size is far from the records' own
+number.
+
+Guarantee: the text is for this screen alone; it is not logged or sent, and nothing depends on it
+but what the person decides."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedtune.core.config import Site
+from fedtune.core.data.records import read_records
+from fedtune.core.vault.reading import declared_wrongly
+
+
+def declared_far(site: Site, unit: Literal["record", "patient"]) -> str:
+    """Return a sentence if site.declared_size is far from the number of usable units in the site's
+    data; "" if it is not, or if counting them takes long, since their images, recordings or clips
+    would be decoded, or their rows converted. unit: what a plan protects.
+
+    Errors: DataError if the records cannot be read, ConfigError if their source is not installed.
+    """
+    if site.data.convert or site.data.columns.media:
+        return ""
+    records, _ = read_records(site.data, unit=unit, strict=False)
+    units = len({record.unit for record in records})
+    return "".join(declared_wrongly(units, site.site.declared_size, unit))
