@@ -44,6 +44,7 @@ from fedtune.server.store import Phase, Progress
 
 RETRIES = 3  # how often a round is retried that too few sites delivered
 LARGEST = 4  # a site's declared size counts for at most this many times the median
+ANSWER = 120.0  # seconds that a site has to answer to the plan while a round waits for sites
 POLL = 2.0  # seconds between checks for sites that have yet to connect
 
 
@@ -319,7 +320,8 @@ class _Run:
         Errors: Refused if too few sites are left because of refusals."""
         began, told, waits = time.monotonic(), dict[str, str](), False
         while True:
-            self.roster.join(waits=waits)
+            # One site that does not answer must not keep the others, which may be back, waiting.
+            self.roster.join(waits=waits, seconds=ANSWER if seconds else None)
             self.roster.raise_if_refused()
             if len({*self.roster.list_willing(), *delivered}) >= self.table.min_sites:
                 return True

@@ -130,6 +130,22 @@ def test_a_round_waits_for_a_site_that_the_network_lost(trial: Any) -> None:
         lose_b(run, waits=False)
 
 
+def test_a_site_that_does_not_answer_keeps_a_round_from_others_for_two_minutes_at_most(
+    trial: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for the round's whole time. Twin: before the first round a site may prepare as long."""
+    limits, own = list[float](), admission.ask
+
+    def ask(*given: Any) -> Any:
+        if given[1] == "query.prepare" and given[2]:
+            limits.append(given[4])
+        return own(*given)
+
+    monkeypatch.setattr(admission, "ask", ask)
+    lose_b(trial(FakeSite("a"), FakeSite("b")), waits=True, timeout=3600.0)
+    assert limits == [3600.0, rounds.ANSWER] and rounds.ANSWER <= 120
+
+
 def test_it_gives_up_where_nobody_comes_back_within_the_rounds_time(
     trial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
