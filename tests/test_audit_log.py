@@ -19,7 +19,7 @@ from fedtune.core.registry.reasons import OTHER, PHRASES
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audit_events
-from fedtune.officer.freeze import standing
+from fedtune.officer.freeze import read_decisions
 from fedtune.officer.site_files import sites_in
 from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
@@ -129,7 +129,7 @@ def test_a_signature_of_another_type_is_none(folder: Path, signature: Any) -> No
     (folder / FILE).write_bytes(b"".join([*before, other]))
     with raises_only(NotGenuine, "line 6: is not an entry"):
         verify(folder, KEY.public)
-    frozen = standing(folder, KEY.public).frozen
+    frozen = read_decisions(folder, KEY.public).frozen
     assert frozen and "damaged" in frozen.why
 
 

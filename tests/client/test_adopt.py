@@ -32,7 +32,7 @@ from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
-from fedtune.officer.freeze import freeze, lift, standing
+from fedtune.officer.freeze import freeze, lift, read_decisions
 from fedtune.officer.leave import DISTRUST, check_trusted
 from fedtune.officer.withdraw import check_receipt
 from tests.cli_kit import run
@@ -404,7 +404,7 @@ def test_a_refusal_for_good_and_what_was_sent_come_along(world: Path, name: str)
     assert worker.slot(study, 10, "adapter") == (study, 10, f"adapter@{name}")
     assert not worker.ledger.is_refused((study, 7, "adapter@lab")), "nobody else's is refused"
     if name == "onco":  # a later site's refusals are in the home's log too, for a restore
-        kept = standing(world / "home", worker.ledger.key.public).refused
+        kept = read_decisions(world / "home", worker.ledger.key.public).refused
         assert worker.slot(study, 7, "adapter") in kept
 
 

@@ -124,7 +124,7 @@ def test_a_lift_that_is_killed_anywhere_is_entered_before_the_papers_say_so(tmp_
         officer.freeze(site, "a leak")
         ended = kill_at(step, partial(officer.lift, site, "it was none"))
         book = Ledger(site.home)
-        kept = officer.standing(site.home, book.key.public).frozen
+        kept = officer.read_decisions(site.home, book.key.public).frozen
         assert kept or not book.frozen, f"killed at step {step}: a restore would thaw it"
         step += 1
     assert not book.frozen and not kept and step > 3
@@ -226,7 +226,7 @@ def test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none(tmp_p
     while not ended:
         ended = kill_at(step, partial(officer.freeze, site, "a leak"))
         book = Ledger(site.home)
-        kept = officer.standing(site.home, book.key.public).frozen
+        kept = officer.read_decisions(site.home, book.key.public).frozen
         assert kept or not book.frozen, f"killed at step {step}: a restore would thaw it"
         step += 1
     assert book.frozen and step > 3
@@ -353,7 +353,7 @@ def test_a_restore_that_is_killed_anywhere_has_its_freeze_in_the_papers(tmp_path
         except LedgerError:
             assert not ended
         else:
-            kept = officer.standing(home, public).frozen
+            kept = officer.read_decisions(home, public).frozen
             assert kept or not is_frozen, f"killed at step {step}: a later restore would thaw it"
         step += 1
     assert is_frozen and kept and step > 3
