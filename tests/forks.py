@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ def _separate(log: Path | None, kept: set[int]) -> None:
 
 class ForkedChild:
     """Stands in for `fedtune.core.processes.Child`: the same program in a fork. A rank ends when
-    rank 0 closes its connection, and a process of a simulation when its grid does."""
+    rank 0 closes its connection, and a process of a simulation when its grid does; a vault confines
+    itself as it is shipped. before: statements that the fork runs first."""
+
+    before = ""
 
     def __init__(
         self,
@@ -98,15 +102,32 @@ class ForkedChild:
         log: Path,
         keep: Sequence[int] = (),
     ) -> None:
-        assert program in ("rank", "sites")
+        assert program in ("rank", "sites", "vault")
         log.parent.mkdir(parents=True, exist_ok=True)
-        main = import_module(PROGRAMS[program][0]).main
-        self._process = Fork(lambda: main(list(options)), log=log, keep=keep)
+        # What a vault reads there ends with the one that started it.
+        stdin, self._open = os.pipe()
+        self._process = Fork(
+            partial(self._run, program, [*options], stdin), log=log, keep=[*keep, stdin]
+        )
+        os.close(stdin)
         self.pid = self._process.pid
+
+    def _run(self, program: Program, options: list[str], stdin: int) -> None:
+        os.dup2(stdin, 0)
+        exec(self.before, {})
+        import_module(PROGRAMS[program][0]).main(options)
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self.status is None
+
+    @property
+    def status(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self) -> None:
+        if self._process.wait() != 0:
+            raise self.build_end_error()
 
     def build_end_error(self) -> InfrastructureError:
         return InfrastructureError("a process of this site's team ended by itself")
@@ -114,6 +135,9 @@ class ForkedChild:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+        if self._open >= 0:
+            os.close(self._open)
+            self._open = -1
 
     def __enter__(self) -> ForkedChild:
         return self
