@@ -6,6 +6,7 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
@@ -185,6 +186,39 @@ def test_it_is_the_library_s_number_for_the_library_s_events() -> None:
     )
     fine = library(composed, 1e-5, interval=1e-3)
     assert fine <= epsilon(events, 1e-5) <= fine * 1.002  # our grid is coarser here: never below
+
+
+@pytest.mark.parametrize(
+    ("sigma", "q", "k", "interval"),
+    [
+        *(
+            (1.0, 0.1, 1, 1e-3),
+            (0.3, 0.5, 1, 4e-3),
+            (50.0, 1e-4, 1, 1e-4),
+            (2.0, 1 - 1e-9, 1, 1e-3),
+        ),
+        *((3.0, 0.2, 4, 1e-2), (1.0, 0.9, 2, 1e-2), (20.0, 0.01, 30, 1e-3)),
+    ],
+)
+def test_a_step_is_the_library_s_to_the_last_bit(
+    sigma: float, q: float, k: int, interval: float
+) -> None:
+    """Twin: of another sampling rate it is not."""
+    rows = range(k + 1)
+    ours = accountant._one_step(sigma, q, k, interval)
+    for rate, is_equal in ((q, True), (q * 0.999, False)):
+        theirs = (
+            pld.from_gaussian_mechanism(
+                sigma, sampling_prob=rate, value_discretization_interval=interval
+            )
+            if k == 1
+            else pld.from_mixture_gaussian_mechanism(
+                sigma, rows, binom.pmf(rows, k, rate), value_discretization_interval=interval
+            )
+        )
+        losses = np.array([0.0, 1e-5, 1e-3, 0.1, 1.0])
+        found = (each.get_delta_for_epsilon(losses) for each in (ours, theirs))
+        assert np.array_equal(*found) is is_equal
 
 
 @pytest.mark.parametrize(("sigma", "q", "k"), [(1.5, 0.02, 64), (20.0, 0.1, 64), (40.0, 0.5, 64)])

@@ -6,11 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
-from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
+from dp_accounting.pld.privacy_loss_mechanism import (
+    AdjacencyType,
+    GaussianPrivacyLoss,
+    MixtureGaussianPrivacyLoss,
+)
 from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.special import logsumexp  # type: ignore[import-untyped]
 from scipy.stats import binom, norm  # type: ignore[import-untyped]
@@ -298,14 +302,78 @@ def _one_step(
     - rate: q, below 1
     - records: k, the most rows of one unit in the step
     - interval: the spacing of the distribution's grid of privacy losses"""
-    if records == 1:
-        return pld.from_gaussian_mechanism(
-            sigma, sampling_prob=rate, value_discretization_interval=interval
-        )
     rows = range(records + 1)
-    return pld.from_mixture_gaussian_mechanism(
-        sigma, rows, binom.pmf(rows, records, rate), value_discretization_interval=interval
-    )
+    parts = []
+    for adjacency in (AdjacencyType.REMOVE, AdjacencyType.ADD):
+        loss: Any = (
+            _SampledGaussian(sigma, sampling_prob=rate, adjacency_type=adjacency)
+            if records == 1
+            else _Mixture(sigma, rows, binom.pmf(rows, records, rate), adjacency_type=adjacency)
+        )
+        parts.append(pld._create_pld_pmf_from_monotone_privacy_loss(loss, True, interval, True))
+    return pld.PrivacyLossDistribution(*parts)
+
+
+class _SampledGaussian(GaussianPrivacyLoss):  # type: ignore[misc]
+    """dp-accounting's privacy loss of one Poisson-sampled Gaussian, with q below 1, by the same
+    formulas at all points at once. dp-accounting inverts the loss point by point in Python, which
+    takes nine tenths of the time of a distribution."""
+
+    def get_delta_for_epsilon(self, epsilon: Any) -> Any:
+        """Return the least δ with which the step is (ε, δ)-DP, for each ε."""
+        losses = np.asarray(epsilon, dtype=float)
+        if self.adjacency_type == AdjacencyType.ADD:
+            deltas, inside = np.zeros_like(losses), losses < -math.log1p(-self.sampling_prob)
+        else:
+            deltas, inside = -np.expm1(losses), losses > math.log1p(-self.sampling_prob)
+        outputs = self._invert(losses[inside])
+        deltas[inside] = self.mu_upper_cdf(outputs) - np.exp(
+            losses[inside] + self.mu_lower_log_cdf(outputs)
+        )
+        return np.clip(deltas, 0, 1)
+
+    def _invert(self, losses: Any) -> Any:
+        """Return the largest output whose privacy loss is at least this, for each loss. Errors:
+        ValueError if a loss is never reached."""
+        q = self.sampling_prob
+        is_add = self.adjacency_type == AdjacencyType.ADD
+        told, edge = -losses if is_add else losses, math.log(1 - q)
+        is_edge = np.abs(told - edge) <= 1e-9 * np.maximum(np.abs(told), abs(edge))
+        first, second = told + math.log(1 / q), math.log(1 / q - 1)
+        if not (is_edge | (first > second)).all():
+            raise ValueError("a privacy loss that no output has")
+        # The loss of the same Gaussian without sampling: log(1 + (e^loss - 1) / q).
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = first + np.log1p(-np.exp(second - first))
+        found[told == 0] = 0.0
+        found[is_edge] = -math.inf
+        without = -0.5 - (-found if is_add else found) * self.standard_deviation**2
+        return 1 + without if is_add else without
+
+
+class _Mixture(MixtureGaussianPrivacyLoss):  # type: ignore[misc]
+    """dp-accounting's privacy loss of a mixture of Gaussians, with the losses of all points halved
+    at once to find their outputs. dp-accounting halves them in a Python call for each interval."""
+
+    def _inverse_privacy_losses_with_range(
+        self, privacy_losses: Any, bounds: tuple[float, float], precision: float = 1e-6
+    ) -> Any:
+        """Return for each loss the smallest multiple of `precision` at which the loss is at most
+        this. bounds: between which outputs they lie."""
+        low, high = (np.full(len(privacy_losses), bound) for bound in bounds)
+        while (wide := high - low > precision).any():
+            middle = (low + high) / 2
+            is_above = wide & (privacy_losses < self._at(middle))
+            high = np.where(wide & ~is_above, middle, high)
+            low = np.where(is_above, middle, low)
+        return np.floor(high / precision) * precision
+
+    def _at(self, outputs: Any) -> Any:
+        """Return the privacy losses of the outputs."""
+        sign = 1 if self.adjacency_type == AdjacencyType.ADD else -1
+        shifts = self.sensitivities[:, None] * outputs / self._variance
+        constant = self._precompute_privacy_loss_constants[:, None]
+        return -sign * np.logaddexp.reduce(constant + sign * shifts)
 
 
 def _interval(event: Steps) -> float:
