@@ -23,11 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from dp_accounting.rdp import compute_epsilon
-from scipy.special import logsumexp  # type: ignore[import-untyped]
 from scipy.stats import binom  # type: ignore[import-untyped]
 
 from fedtune.core.dp import accountant
@@ -132,10 +131,18 @@ def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
     parts = []
     for start in range(first - beyond, last + beyond + 1, _CHUNK):
         x = spacing * np.arange(start, min(start + _CHUNK, last + beyond + 1))
-        ratio = logsumexp(log_weight + x[:, None] * (rows / sigma**2), axis=1)
-        parts.append(logsumexp(power * ratio - (x / sigma) ** 2 / 2))
+        ratio = _logsumexp(log_weight + x[:, None] * (rows / sigma**2))
+        parts.append(_logsumexp(power * ratio - (x / sigma) ** 2 / 2))
     scale = math.log(spacing / (sigma * math.sqrt(2 * math.pi)))
-    return float(logsumexp(parts)) + scale
+    return float(_logsumexp(np.array(parts))) + scale
+
+
+def _logsumexp(terms: Any) -> Any:
+    """Return log Σ exp over the last axis, no sum being empty or infinite. SciPy's function has
+    cases for what does not occur here, and takes three times as long."""
+    largest = terms.max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(terms - largest).sum(axis=-1)) + largest[..., 0]
 
 
 def _terms(sigma: float, records: int, order: float) -> float:
