@@ -256,7 +256,7 @@ class World:
         elif kind == "a rank ends":
             ranks = worker(str(self._site)).ranks
             for child in ranks.children if ranks else ():
-                child.kill()
+                child.stop()
         elif kind == "copy":
             shutil.rmtree(self._copy, ignore_errors=True)
             shutil.copytree(self._state, self._copy)
