@@ -27,7 +27,7 @@ demo: $(READY) ## three hospitals fine-tune a real language model under (epsilon
 	$(BIN)/fedtune demo
 
 test: $(READY) lint ## every check: style, types, import contracts, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
 
 quick: $(READY) ## the tests that catch half of the seeded bugs, in a minute (tests/quick.txt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.quick -q -n $(WORKERS)

@@ -243,6 +243,16 @@ def without_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def forks() -> Iterator[None]:
+    """The processes of a site's team, and of a simulation, are forks of this one, which need not
+    import anything: for tests of what they do, not of how they start."""
+    from tests.forks import forked_children
+
+    with forked_children():
+        yield
+
+
+@pytest.fixture
 def no_worker_is_left() -> Any:
     process_cache.clear("workers")
     yield

@@ -156,7 +156,7 @@ def tables(base: Path, **changes: Any) -> Study:
         # Wide enough that every canary stands out without noise.
         "lora": {"rank": 16, "last_layers": 4},
         "objective": {"name": "causal_lm", "max_length": 64},
-        "training": {"rounds": 12, "sampling_rate": 1.0, "learning_rate": 2.0},
+        "training": {"rounds": 8, "sampling_rate": 1.0, "learning_rate": 2.0},
         "clipping": {"max_grad_norm": 1.0},
         "privacy": {"epsilon": 1.0, "delta": 1e-3, "unit": "record"},
     }

@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jsonschema
 import pytest
 
 from fedtune.core.config import load_site, load_study
@@ -144,6 +143,8 @@ def kept(compose: Compose) -> Iterator[str]:
 
 
 def test_the_compose_file_is_one_by_the_specifications_own_schema(compose: Compose) -> None:
+    import jsonschema  # which takes two seconds, in every process that collects the tests
+
     schemas = resources.files("check_jsonschema") / "builtin_schemas" / "vendor"
     schema = json.loads((schemas / "compose-spec.json").read_text(encoding="utf-8"))
     validator = jsonschema.Draft7Validator(schema)

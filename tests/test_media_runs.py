@@ -46,7 +46,7 @@ columns = {columns}
 SITE = """
 [site]
 name = "{name}"
-declared_size = 20
+declared_size = {size}
 state = "state-{name}"
 [data]
 path = "{place}/data.jsonl"
@@ -56,6 +56,7 @@ bases = "any"
 """
 
 
+RECORDS = 10
 MADE = {"image": (".png", image), "audio": (".wav", recording), "video": (".avi", film)}
 BASES = {"image": idefics3, "image on a square": qwen2_vl, "audio": whisper, "video": idefics3}
 
@@ -66,7 +67,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     suffix, make = MADE[kind]
     base = BASES[request.param](tmp_path / "base")
     rows = []
-    for number in range(20):
+    for number in range(RECORDS):
         made = make(place / f"{number}{suffix}", number)
         rows.append({"file": made, "q": "a mass?", "a": [" yes", " no"][number % 2]})
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,7 +77,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     modality = 'modality = "video_text"' if kind == "video" else ""
     (tmp_path / "sites").mkdir()
     for name in ("north", "south"):
-        site = SITE.format(name=name, place=place, columns=columns)
+        site = SITE.format(name=name, place=place, columns=columns, size=RECORDS)
         (tmp_path / "sites" / f"{name}.toml").write_text(site)
     path = tmp_path / "study.toml"
     texts = {"modality": modality, "modules": modules, "columns": columns}
@@ -98,12 +99,12 @@ def test_from_simulate_to_generate(study: Path) -> None:
     body = json.loads((folder / "report.json").read_text())
     assert body["private"] and 7 < body["privacy"]["epsilon"] <= 8
     code, said = run("evaluate", folder, "--data", records / "data.jsonl")
-    assert code == 0 and "20 records" in said, said
+    assert code == 0 and f"{RECORDS} records" in said, said
     accuracy = body["quality"]["after"]["accuracy"]
     code, said = run("predict", folder, "--data", records / "data.jsonl", "--json")
     rows = json.loads(said)["predictions"]
     right = [row["prediction"] == ["yes", "no"][n % 2] for n, row in enumerate(rows)]
-    assert code == 0 and sum(right) == round(20 * accuracy), said
+    assert code == 0 and sum(right) == round(RECORDS * accuracy), said
     file = min(path for path in records.iterdir() if path.suffix != ".jsonl")
     ask = () if file.suffix == ".wav" else ("--prompt", "a mass?")
     code, said = run("generate", folder, "--file", file, *ask, "--max-new-tokens", 3, "--plain")

@@ -22,6 +22,7 @@ from fedtune.officer.site_files import load_sites
 from fedtune.presets import TASKS, Records, write
 from fedtune.presets._sites import EPSILON
 from tests import media
+from tests.depth import long_but
 from tests.simulated import simulate
 
 ADAPTED = [task for task in TASKS if task != "classify"]
@@ -81,7 +82,11 @@ def base(tiny_base: Path, tmp_path: Path) -> Callable[[str], Path]:
     return of
 
 
-@pytest.mark.parametrize("task", [task for task in ADAPTED if task != "answer"])
+TRAINED = [task for task in ADAPTED if task != "answer"]
+
+
+# Images: by default a whole study on them is one of tests/test_media_runs.py.
+@pytest.mark.parametrize("task", long_but({*TRAINED} - {"vision"}, TRAINED))
 def test_a_tiny_run_of_it_trains(
     task: str, base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-import pickle
-import subprocess
-import sys
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.core.config import load_site, load_study
 from fedtune.core.errors import InputError
+from fedtune.core.ledger.chain import Transaction
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
+from fedtune.core.vault import airlock
 from fedtune.core.vault.policy import refusals
 from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.waiting_plans import keep_plan
 from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.officer.let_go import ANSWER, decide, list_waiting
 from fedtune.officer.review import review
-from fedtune.public.start import start
+from fedtune.public.start import Start, start
 from tests.cli_kit import run as command
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.client.site_kit import begun, make_site, notes
 from tests.depth import long_but
+from tests.forks import Fork
 from tests.private_evaluation_kit import WILLING, world
 
 pytestmark = pytest.mark.usefixtures("without_self_test")
 
-ROOT = Path(__file__).resolve().parents[2]
 WAITS = 'policy.answers = "held"'
 
 
@@ -292,34 +293,31 @@ def test_review_and_doctor_say_that_answers_wait(tmp_path: Path, tiny_base: Path
 
 # ------------------------------------------------------------------------- a process that is killed
 
-KILLED = """
-import os, pickle, sys
-from pathlib import Path
-from fedtune.core.vault.worker import SiteWorker
-from fedtune.core.ledger.chain import Transaction
-from tests.client.airlock_kit import Asked
-where, path, made = sys.argv[1:]
-asked = Asked(Path(path), pickle.loads(Path(made).read_bytes()))
-assert asked.prepare().status == "admitted"
-def die(*_, **__):
-    os._exit(9)
-if where == "computed":  # after the charge
-    SiteWorker.events = die
-elif where == "held":  # in the transaction that enters the release
-    append = Transaction.append
-    def enter(self, kind, body, seq=None):
-        if kind == "hold":
-            die()
-        return append(self, kind, body, seq)
-    Transaction.append = enter
-elif where == "told":  # it is held, and the courier was told nothing
-    from fedtune.core.vault import airlock
-    airlock.check_let_go = die
-elif where == "sealed":  # it was let go, and the courier has nothing
-    SiteWorker.sealed = die
-asked.train()
-raise SystemExit("it went on")
-"""
+
+def ends_at(where: str, path: Path, made: Start) -> None:
+    """Train a round in a process that ends by itself at one of POINTS."""
+    asked = Asked(path, made)
+    assert asked.prepare().status == "admitted"
+
+    def die(*_: object, **__: object) -> None:
+        os._exit(9)
+
+    enter = Transaction.append
+
+    def append(self: Transaction, kind: str, body: Any, seq: int | None = None) -> Any:
+        return die() if kind == "hold" else enter(self, kind, body, seq)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "computed":  # after the charge
+            patch.setattr(SiteWorker, "events", die)
+        elif where == "held":  # in the transaction that enters the release
+            patch.setattr(Transaction, "append", append)
+        elif where == "told":  # it is held, and the courier was told nothing
+            patch.setattr(airlock, "check_let_go", die)
+        elif where == "sealed":  # it was let go, and the courier has nothing
+            patch.setattr(SiteWorker, "sealed", die)
+        asked.train()
+    raise SystemExit("it went on")
 
 
 POINTS = [("computed", 2), ("held", 2), ("told", 1), ("sealed", 1)]
@@ -338,10 +336,7 @@ def test_a_process_that_is_killed_at_any_point_sends_nothing_early_and_nothing_t
         decide(asked.site, [], refuse=False, every=True)
         (file,) = outbox.iterdir()
         kept = file.read_bytes()
-    (made := tmp_path / "made.pickle").write_bytes(pickle.dumps(asked.made))
-    command_line = [sys.executable, "-c", KILLED, where, asked.path, made]
-    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    assert Fork(lambda: ends_at(where, asked.path, asked.made)).wait() == 9
     asked.restart()
     asked.prepare()
     assert asked.paid() == 1

@@ -110,6 +110,7 @@ def test_two_processes_make_the_update_of_one(
     assert len(worker.ledger.charges("records")) == 2
 
 
+@pytest.mark.usefixtures("forks")
 def test_two_processes_train_as_few_ranks_as_their_site(
     path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_two_processes_train_as_few_ranks_as_their_site(
     assert np.linalg.norm(sums[0] - sums[1]) < 1e-4 * np.linalg.norm(sums[0]) > 0
 
 
+@pytest.mark.usefixtures("forks")
 def test_every_process_clips_by_the_plan_of_the_first_whatever_the_site_file_says_since(
     path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +199,7 @@ def without_noise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: torch.zeros(d).long())
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_rank_that_dies_costs_time_alone_and_the_next_round_has_a_new_one(
     worker: SiteWorker, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +237,7 @@ def test_ranks_that_cannot_be_started_cost_time_alone(
     assert [charge.round for charge in worker.ledger.charges("records")] == [1]
 
 
+@pytest.mark.usefixtures("forks")
 def test_ranks_train_on_what_rank_0_read(
     worker: SiteWorker, path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +262,7 @@ def test_ranks_train_on_what_rank_0_read(
     assert worker.ranks is not None and len(worker.ranks.children) == 1
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_withdrawal_from_a_file_that_grew_reaches_the_ranks(
     worker: SiteWorker, path: Path, tiny_base: Path
 ) -> None:
@@ -347,6 +352,7 @@ def test_torchrun_starts_the_ranks_too(path: Path, tmp_path: Path, tiny_base: Pa
     assert len((path.parent / "state" / "steps.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_simulated_study_with_a_site_of_two_processes(world: Path) -> None:
     """From files to report, through the same apps; the other site stays alone."""
     first, second = sites_in(world)

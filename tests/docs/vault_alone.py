@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +32,7 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Answer, Kind, Request, receive_answer, send
 from fedtune.core.wire.seal import digest_beside, order
 
+NO_SELF_TEST = "no-self-test"  # a file of a study whose sites skip theirs
 SUFFIX: dict[Kind, str] = {"ready": ":ready", "masked": ":masked", "evaluate": ":evaluation"}
 
 
@@ -121,11 +122,25 @@ def _said(answer: Answer) -> str:
 def live(folder: Path) -> list[str]:
     """Do what steps.json says, and return what was said of each step at each site."""
     with ExitStack() as open_:
+        if (folder / NO_SELF_TEST).exists():
+            open_.enter_context(_without_self_test())
         study, said = Study(folder, open_), list[str]()
         for name in json.loads((folder / "steps.json").read_text(encoding="utf-8")):
             step: Callable[[], Iterator[str]] = getattr(study, name)
             said += step()
         return said
+
+
+@contextmanager
+def _without_self_test() -> Iterator[None]:
+    from fedtune.core.vault import worker
+
+    honest = worker.self_test
+    worker.self_test = lambda *_: None
+    try:
+        yield
+    finally:
+        worker.self_test = honest
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml  # type: ignore[import-untyped]
 
@@ -404,6 +403,8 @@ def test_the_registrys_entry_has_both_figures_of_shared_noise(signed: Any) -> No
 
 @pytest.mark.skipif(SCHEMA is None, reason="FEDTUNE_REGISTRY_SCHEMA names no copy of the schema")
 def test_the_registrys_entry_fits_its_schema(released: Any) -> None:
+    import jsonschema  # which takes two seconds, in every process that collects the tests
+
     schema = yaml.safe_load(Path(str(SCHEMA)).read_text())
     validator = jsonschema.Draft7Validator(
         schema, format_checker=jsonschema.Draft7Validator.FORMAT_CHECKER

@@ -1,11 +1,10 @@
-"""Rank 1 of a team of two, for tests: `python -m tests.dp.team_rank SOCKET`.
+"""Rank 1 of a team of two, for tests, in a process of its own.
 
 Each message says what to add up, and how: honestly, or broken in a way that a test must see."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +106,3 @@ def main(place: str) -> NoReturn:
             pass
         finally:
             group.rank = 1
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

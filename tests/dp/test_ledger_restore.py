@@ -6,12 +6,11 @@ import math
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,18 +21,24 @@ from fedtune.core.ledger.account import NOT_PRIVATE
 from fedtune.core.ledger.files import salt_at
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.wire.keys import SigningKey
-from tests.dp.ledger_kit import CHAOS, charge, covers, run_round, total, yes
+from tests.dp import chaos
+from tests.dp.ledger_kit import charge, covers, run_round, total, yes
+from tests.forks import Fork
 
 
 def racing(folder: Path, mode: str, processes: int, ceiling: int) -> int:
     """How many reservations succeeded under a ceiling of `ceiling` charges."""
-    children = [
-        subprocess.Popen(
-            [sys.executable, CHAOS, mode, folder, str(ceiling)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(processes)
-    ]
-    return sum(int(child.communicate(timeout=60)[0]) for child in children)
+    won = [folder.with_name(f"{folder.name}-won-{at}") for at in range(processes)]
+
+    def work(told: Path) -> None:
+        if mode == "open":
+            Ledger(folder)
+        done = 0 if mode == "open" else chaos.race(folder, ceiling, locked=mode == "race")
+        told.write_text(str(done))
+
+    children = [Fork(partial(work, told)) for told in won]
+    assert [child.wait(60) for child in children] == [0] * processes
+    return sum(int(told.read_text()) for told in won)
 
 
 def test_two_processes_reserve_exactly_what_is_affordable(ledger: Ledger, folder: Path) -> None:

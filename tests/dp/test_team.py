@@ -1,12 +1,10 @@
-"""Two real processes add up a step: the same integers, noise once, or nothing at all."""
+"""Two processes add up a step: the same integers, noise once, or nothing at all."""
 
 from __future__ import annotations
 
 import os
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,13 +27,14 @@ from fedtune.core.training import data_parallel as team_module
 from fedtune.core.training import selftest
 from fedtune.core.training.data_parallel import Group, sum_over_workers
 from tests import chance
+from tests.dp import team_rank
 from tests.dp.conftest import make_plan, study
 from tests.dp.team_rank import SIZES, engine, synthetic, zeros
+from tests.forks import Fork
 
 # The noise once, not once a rank, nor shared among the ranks.
 ONCE = chance.spread_for(0.98, 1.02, 2**0.5, 0.5**0.5, figures=2)
 D = ONCE.draws
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pair:
@@ -54,10 +53,8 @@ class Pair:
     def _started(self) -> Group:
         self._starts += 1
         place = self._folder / f"team-{self._starts}"
-        command = [sys.executable, "-m", "tests.dp.team_rank", str(place)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        group = Group(0, 2, 120.0, place)  # a process needs a while to import torch
+        self._process = Fork(lambda: team_rank.main(str(place)))
+        group = Group(0, 2, 120.0, place)
         for end in group._peers:
             end.settimeout(15.0)
         return group

@@ -38,8 +38,13 @@ def open_world(world: Path) -> Path:
     return world
 
 
-def test_two_processes_make_what_one_makes(open_world: Path) -> None:
+@pytest.mark.parametrize("how", ["forks", pytest.param("programs", marks=pytest.mark.long)])
+def test_two_processes_make_what_one_makes(
+    open_world: Path, how: str, request: pytest.FixtureRequest
+) -> None:
     """σ = 0: every bit of the adapter and every measurement."""
+    if how == "forks":
+        request.getfixturevalue("forks")
     bodies, adapters = [], []
     for processes in (1, 2):
         out = open_world / f"out-{processes}"
@@ -58,6 +63,7 @@ def test_two_processes_make_what_one_makes(open_world: Path) -> None:
     assert any(a.any() for n, a in adapters[0].items() if "lora_B" in n)
 
 
+@pytest.mark.usefixtures("forks", "without_self_test")
 def test_a_private_study_keeps_its_ledgers(world: Path) -> None:
     body = simulate(world / "study.toml", sites_in(world), world / "out", processes=2)
     assert all(site["steps"] == 2 for site in body["privacy"]["sites"].values())
@@ -65,6 +71,7 @@ def test_a_private_study_keeps_its_ledgers(world: Path) -> None:
         assert len((world / f"state-{name}" / "steps.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.usefixtures("forks")
 def test_what_is_wrong_with_a_sites_records_is_said(world: Path) -> None:
     for name in ("a", "b"):
         (world / f"{name}.jsonl").write_text('{"q": "no answer"}\n')
@@ -76,6 +83,7 @@ def ask(grid: ProcessGrid, node: int) -> Message:
     return grid.create_message(RecordDict(), "query.prepare", node, "1")
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_process_that_ends_is_the_failure_of_the_site_it_worked_for(world: Path) -> None:
     files = sites_in(world)
     with ProcessGrid(files, 2, world / "logs") as grid:

@@ -1,7 +1,7 @@
-"""BASE FOLDER THREADS [--short]: how many numbers of processes and threads each order to a site
-uses up, as whoever forks before and after it sees, with long notes; --short: and a short one of one
-more patient. In the second of two studies, the twin, a thread starts for each block. Prints a list
-for each study, as JSON.
+"""BASE FOLDER THREADS: how many numbers of processes and threads each order to a site uses up, as
+whoever forks before and after it sees, with long notes; and then, in another process, with a short
+one of one more patient. In the second of each two studies, the twin, a thread starts for each
+block. Prints a list for each study, as JSON.
 
 Alone in a namespace of process numbers (`unshare --pid --fork`), so that nobody else uses any."""
 
@@ -62,7 +62,7 @@ def study(folder: Path, base: Path, short: bool) -> Path:
     rows = [row | {"q": f"{row['q']}, {row['q']}"} for row in rows]
     if short:
         rows.append({"who": "one-more", "q": "ok", "a": "y", "b": "n"})
-    path = world.lay_out(folder, base, rows)
+    path = world.lay_out(folder, base, rows, world.patients(2, records=1))
     text = path.read_text().replace("sampling_rate = 0.5", "sampling_rate = 1.0\nlocal_steps = 2")
     text = text.replace("rounds = 3", "rounds = 1").replace("0.849", "4.0")
     path.write_text(text)
@@ -74,10 +74,17 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("threads", type=int)
-    parser.add_argument("--short", action="store_true")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    torch.set_num_threads(options.threads)
+    for short in (False, True):
+        if os.fork() == 0:
+            count(options.base, options.folder / str(short), options.threads, short)
+            os._exit(0)
+        assert os.wait()[1] == 0
+
+
+def count(base: Path, folder: Path, threads: int, short: bool) -> None:
+    torch.set_num_threads(threads)
     worker.self_test = lambda *_: None  # which reads no record, and takes seconds for this base
     used: list[tuple[str, int]] = []
     for name in ("prepare", "train"):
@@ -86,8 +93,8 @@ def main() -> None:
         if name == "twin":
             cores._start_threads = lambda _: AsNeeded()  # type: ignore[assignment,return-value]
         used.clear()
-        world.run(study(options.folder / name, options.base, options.short))
-        print(json.dumps(used))
+        world.run(study(folder / name, base, short))
+        print(json.dumps(used), flush=True)
 
 
 if __name__ == "__main__":

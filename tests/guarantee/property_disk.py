@@ -70,10 +70,10 @@ class LimitedDisk:
     def _files(self) -> list[os.stat_result]:
         """Those of the state folder, where it is on this disk."""
         found = []
-        for path in self._folder.rglob("*") if self._has("state") else ():
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file():
-                    found.append(path.stat())
+        for folder, _, names in os.walk(self._folder) if self._has("state") else ():
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(os.stat(os.path.join(folder, name)))
         return found
 
     def _room(self, used: int, wanted: int) -> int:

@@ -65,6 +65,7 @@ from fedtune.officer.sheet import ATTESTED, _typed_hash, describe_data, load_she
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
 from fedtune.server.admission import plan_message
+from tests.forks import forked_children
 from tests.guarantee.property_coupling import Coupling, Sum
 from tests.guarantee.property_courier import Courier
 from tests.guarantee.property_disk import LimitedDisk
@@ -81,7 +82,7 @@ from tests.guarantee.property_plans import (
     begun,
     path_of,
 )
-from tests.guarantee.property_team import forked_ranks, joins
+from tests.guarantee.property_team import joins
 from tests.guarantee.property_wire import facts, opened, receipt_facts, set_with
 from tests.guarantee.world import Recorder
 from tests.media import image, recording
@@ -208,7 +209,7 @@ class World:
         with self.coupling.at_work(), self.disk.in_use(), contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(chain, "time", self._clock)
-            stack.enter_context(forked_ranks() if self.case.forked else contextlib.nullcontext())
+            stack.enter_context(forked_children() if self.case.forked else contextlib.nullcontext())
             stack.callback(self._end_process)
             self._start_process()
             return [self._do(op) for op in self.case.ops]
@@ -255,7 +256,7 @@ class World:
         elif kind == "a rank ends":
             ranks = worker(str(self._site)).ranks
             for child in ranks.children if ranks else ():
-                child.kill()
+                child.stop()
         elif kind == "copy":
             shutil.rmtree(self._copy, ignore_errors=True)
             shutil.copytree(self._state, self._copy)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.written import written
+
 WINDOW = 8  # bytes by which a needle is looked up before it is compared whole
 
 
@@ -69,7 +71,7 @@ class Finder:
         for path in sorted(folder.rglob("*")):
             bodies = [str(path.relative_to(folder)).encode()]
             if path.is_file() and path.resolve() not in skip:
-                bodies.append(path.read_bytes())
+                bodies.append(written(path))
             hits = [form for body in bodies for form, _ in self.found(body)]
             if hits:
                 where[str(path.relative_to(folder))] = hits

@@ -44,7 +44,7 @@ from tests.guarantee.property_scan import SCANNED
 from tests.guarantee.property_world import check, compare
 from tests.secagg.test_twins import Stored
 
-EXAMPLES = 3  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
+EXAMPLES = 2  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
 PROFILE: dict[str, Any] = {
     "deadline": None,
     "database": None,

@@ -20,10 +20,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.core import boot
 from fedtune.core.config import VaultTable
 from fedtune.core.errors import InfrastructureError
-from fedtune.core.processes import Child
 from fedtune.core.vault import kept_plans
 from fedtune.core.vault import worker as site
 from fedtune.core.vault.answers import answer
@@ -35,6 +33,7 @@ from fedtune.courier.process import by_file
 from fedtune.flower.ports import free_port
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.flower import kit
+from tests.forks import ForkedChild
 from tests.isolation.test_halves import CONFINES, confined
 from tests.isolation.test_halves import a_site as a_place
 from tests.network.kit import (
@@ -207,43 +206,26 @@ def test_a_courier_withdraws_what_was_asked_before_it_and_what_nobody_waits_for(
 # ------------------------------------------------------------------------- a vault by itself
 
 
-# Before a vault answers; its self-test is of no matter here, and runs in the studies above.
-IN_THE_VAULT = """
-import os, runpy, signal, sys
-import fedtune.core.vault.process as vault
-def killed(*given, **named):
-    os.kill(os.getpid(), signal.SIGKILL)
-def prepared(run):
-    def broken(*given):
-        import fedtune.core.vault.worker as site
-        from fedtune.core.wire import spool
-        site.self_test = lambda *_: None
-        {statements}
-        return run(*given)
-    return broken
-vault.serve_request, vault.serve_spool = map(prepared, (vault.serve_request, vault.serve_spool))
-sys.argv = {words}
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-
-
 @contextmanager
-def a_vault(asked: Asked, spool: Spool, *name: str, broken: str = "pass") -> Iterator[Child]:
-    """Run the site's vault; name: of the only request that it answers; broken: a statement that it
+def a_vault(asked: Asked, spool: Spool, *name: str, broken: str = "") -> Iterator[ForkedChild]:
+    """Run the site's vault; name: of the only request that it answers; broken: statements that it
     runs before."""
-
-    def command(*words: str) -> list[str]:
-        code = IN_THE_VAULT.format(statements=broken, words=[*words])
-        return [sys.executable, "-P", "-c", code]
-
     tells, told = socket.socketpair()
     with tells, told, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boot, "command", command)
+        patch.setattr(ForkedChild, "before", KILLED + broken)
         state = asked.site.site.state
         options = [str(asked.path), str(spool.path), str(told.fileno()), "1", "{}", *name]
         log = state / "vault.log"
-        with Child("vault", options, home=state / HOME, log=log, keep=[told.fileno()]) as vault:
-            yield vault
+        with ForkedChild("vault", options, home=state / HOME, log=log, keep=[told.fileno()]) as one:
+            yield one
+
+
+KILLED = """
+import os, signal
+from fedtune.core.wire import spool
+def killed(*given, **named):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def answered(asked: Asked, spool: Spool, request: Request) -> Answer:
@@ -268,6 +250,7 @@ def taken(spool: Spool, name: str) -> Answer:
 
 @pytest.fixture
 def asked(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Its self-test is of no matter here, and runs in the studies above."""
     monkeypatch.setattr(site, "self_test", lambda *_: None)
     return a_site(tmp_path, tiny_base, "immediate")
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -144,6 +144,18 @@ def by(request: pytest.FixtureRequest) -> By:
     return found
 
 
+def by_autograd(case: Any) -> Any:
+    return pytest.param(*case.values, "auto", id=f"{case.id}-auto")
+
+
+def by_hooks(case: Any) -> Any:
+    """Opacus's rows of every loss, option and adapter are a loop's, by the first test of a `case`;
+    what those rows keep is asked by default of each loss without options alone."""
+    _, options, adapter = case.values
+    marks = pytest.mark.long if options or adapter == "positions apart" else ()
+    return pytest.param(*case.values, "opacus", id=f"{case.id}-opacus", marks=marks)
+
+
 @pytest.fixture
 def case(
     tiny_base: Path,
@@ -157,8 +169,15 @@ def case(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize(("name", "options", "adapter"), EVERY)
+    if "case" not in metafunc.fixturenames:
+        return
+    names, cases = ("name", "options", "adapter"), EVERY
+    if metafunc.function in (
+        test_a_row_is_its_own_records_alone,
+        test_leaving_a_unit_out_moves_the_sum_by_at_most_c,
+    ):
+        names, cases = (*names, "wanted"), [*map(by_autograd, EVERY), *map(by_hooks, EVERY)]
+    metafunc.parametrize(names, cases)
 
 
 def one_by_one(case: Case) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from fedtune.core.objectives.kto import KTO
 from fedtune.core.objectives.orpo import ORPO
 from fedtune.core.objectives.reward import Reward, rewards
 
-pytest.importorskip("trl", reason="trl is in the extra `bench`")
-pytestmark = pytest.mark.filterwarnings("ignore")  # other projects' words to each other
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # other projects' words to each other
+    pytest.mark.skipif(find_spec("trl") is None, reason="trl is in the extra `bench`"),
+]
 
 N, MODULES = 5, ["q_proj", "down_proj"]
 LORA = LoraTable(rank=4, alpha=8.0, modules=tuple(MODULES))

@@ -62,6 +62,7 @@ from tests.secagg.unit_sites import (
     study,
 )
 from tests.server.fakes import make_parts
+from tests.written import written
 
 # Real ledgers wait for the disk at every entry.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -229,7 +230,7 @@ class World:
         private = drawn.waiting.key.private_bytes_raw()
         secrets = (private, private.hex().encode(), drawn.waiting.total.tobytes())
         for path in (self.home / drawn.waiting.ready.site).rglob("*"):
-            content = path.read_bytes() if path.is_file() else b""
+            content = written(path) if path.is_file() else b""
             assert not any(secret in content for secret in secrets), f"key on disk: {path.name}"
 
     def saw(self, name: str, asked: Message, reply: Message) -> None:

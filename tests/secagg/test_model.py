@@ -113,7 +113,7 @@ class Consortium(RuleBasedStateMachine):
 
 
 TestConsortium = Consortium.TestCase
-TestConsortium.settings = limits(8, 6)
+TestConsortium.settings = limits(6, 6)
 
 
 @pytest.mark.long

@@ -389,13 +389,14 @@ def _sensitivity(bench: _Bench) -> float:
     number is huge, not finite or tiny."""
     c, worst = bench.plan.max_grad_norm, 0.0
     n, full_sum = bench.data.n_units, bench.total(bench.data)
+    without = [bench.total(_remove_unit(bench.data, unit)) for unit in range(n)]
     cases: list[tuple[int, float | None]] = [(unit, None) for unit in range(n)]
     cases += [(4, value) for value in (HUGE, -HUGE, math.nan, math.inf, 1e-30)]
     for unit, value in cases:
         rows = bench.rows_of(bench.data, unit)
         hostile = None if value is None else dict.fromkeys(rows, value)
         sum_with = full_sum if hostile is None else bench.total(bench.data, hostile)
-        moved = float((sum_with - bench.total(_remove_unit(bench.data, unit))).norm())
+        moved = float((sum_with - without[unit]).norm())
         if not moved <= (1 + ROOM) * c * len(rows):  # NaN too
             return math.inf if math.isnan(moved) else moved / (c * len(rows))
         worst = max(worst, moved / (c * len(rows)))
