@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 
 from fedtune import load_study
@@ -139,6 +141,9 @@ def test_a_dossier_has_the_public_start_to_compare_with(clear: Any, tmp_path: Pa
     file = tmp_path / "dossier" / "run" / START
     save_file({name: array + 1 for name, array in load_file(file).items()}, file)
     assert open_run(tmp_path / "dossier").start() is None
+    for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.float64):
+        torch_files.save_file({"weight": torch.ones(2).to(kind)}, file)
+        assert open_run(tmp_path / "dossier").start() is None
     with pytest.raises(NotGenuine, match="start"):
         verify(tmp_path / "dossier")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from fedtune.core.config import Study
 from fedtune.core.files.writing import replace
 from fedtune.core.models.lora import Arrays, digest
@@ -44,6 +46,9 @@ def _load(file: Path, prefix: str) -> Arrays:
         return {}
     try:
         saved = load_file(file)
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, MemoryError):
+        return {}  # the last three: of types that NumPy lacks, and of files that are too large
+    named = {name: array for name, array in saved.items() if name.startswith(prefix)}
+    if any(array.dtype != np.float32 for array in named.values()):
         return {}
-    return {name.removeprefix(prefix): a for name, a in saved.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): array for name, array in named.items()}

@@ -109,22 +109,22 @@ class Roster:
         sorted."""
         return sorted(set(self.nodes) - set(self.refused))
 
-    def join(self, *, waits: bool = False, seconds: float | None = None) -> None:
+    def join(self, *, waits: bool = False) -> None:
         """Send the plan to every connected node that has not given a final answer to it, so that a
         site may join late. A node that waits for a person's signature is left out until its pause
         is over. waits: whether the caller looks again and again; a node whose answer was a failure
         is then left out for a growing pause, since each question carries the plan and costs the
-        site an attempt to prepare it. seconds: how long to wait for the nodes' answers; by default
-        strategy.round_timeout."""
+        site an attempt to prepare it."""
         connected, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
         self._asked &= connected
         self._unsigned = {node: one for node, one in self._unsigned.items() if node in connected}
         self._failing = {node: one for node, one in self._failing.items() if node in connected}
         early = {node for node, one in self._unsigned.items() if now < one.again}
-        spared = {node: one for node, one in self._failing.items() if waits and now < one.again}
+        failing = {node: one for node, one in self._failing.items() if node not in self._asked}
+        spared = {node: one for node, one in failing.items() if waits and now < one.again}
         self.absent = {one.name: one.reason for one in spared.values()}
-        self.prepare(connected - self._asked - early - set(spared), seconds)
+        self.prepare(connected - self._asked - early - set(spared))
         for name in set(self.sizes) - set(self.nodes) - set(self.refused) - set(self.waiting):
             self.absent.setdefault(name, "the site is not connected")
 
@@ -160,24 +160,18 @@ class Roster:
         least = self.study.strategy.min_sites
         return too_few(kind, len(self.list_willing()), self.out(), least)
 
-    def prepare(self, nodes: Iterable[int], seconds: float | None = None) -> None:
+    def prepare(self, nodes: Iterable[int]) -> None:
         """Send the plan to `nodes`, and note for each site whether it admits the plan, refuses,
-        waits for a person, or failed. seconds: how long to wait for answers; by default
-        strategy.round_timeout."""
+        waits for a person, or failed."""
         contents = dict.fromkeys(sorted(nodes), self.plan)
-        for reply in self.ask("query.prepare", contents, "prepare", seconds=seconds):
+        for reply in self.ask("query.prepare", contents, "prepare"):
             self._on_admission_reply(reply)
 
     def ask(
-        self,
-        kind: str,
-        contents: Mapping[int, RecordDict],
-        group: str,
-        arrays: int = 0,
-        seconds: float | None = None,
+        self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
         """Send each node its message and yield one reply for each node, in order of arrival, until
-        `seconds` have passed, by default strategy.round_timeout.
+        strategy.round_timeout seconds have passed.
 
         - kind: the messages' type in Flower, such as "train"
         - contents: node -> the message that it is sent
@@ -187,8 +181,7 @@ class Roster:
 
         A node that does not answer yields a reply without content. Errors: InfrastructureError if
         Flower's Grid fails."""
-        most = replies.WORDS + arrays
-        timeout = self.study.strategy.round_timeout if seconds is None else seconds
+        most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
 

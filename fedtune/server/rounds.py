@@ -44,7 +44,6 @@ from fedtune.server.store import Phase, Progress
 
 RETRIES = 3  # how often a round is retried that too few sites delivered
 LARGEST = 4  # a site's declared size counts for at most this many times the median
-ANSWER = 120.0  # seconds that a site has to answer to the plan while a round waits for sites
 POLL = 2.0  # seconds between checks for sites that have yet to connect
 
 
@@ -255,10 +254,11 @@ class _Run:
         connect in time."""
         began, told, waits = time.monotonic(), set[str](), False
         while True:
-            self.roster.join(waits=waits)
+            late = time.monotonic() - began >= self.settings.patience
+            is_last = late and (bool(self.roster.refused) or not self.settings.waits)
+            self.roster.join(waits=waits and not is_last)
             if len(self.roster.list_willing()) >= self.table.min_sites:
                 return
-            late = time.monotonic() - began >= self.settings.patience
             if late and self.roster.refused:
                 self.roster.raise_if_refused()
             if self.roster.waiting:
@@ -320,12 +320,11 @@ class _Run:
         Errors: Refused if too few sites are left because of refusals."""
         began, told, waits = time.monotonic(), dict[str, str](), False
         while True:
-            # One site that does not answer must not keep the others, which may be back, waiting.
-            self.roster.join(waits=waits, seconds=ANSWER if seconds else None)
+            left = seconds - (time.monotonic() - began)
+            self.roster.join(waits=waits and left > 0)
             self.roster.raise_if_refused()
             if len({*self.roster.list_willing(), *delivered}) >= self.table.min_sites:
                 return True
-            left = seconds - (time.monotonic() - began)
             if left <= 0:
                 return False
             if (out := self.roster.out()) != told:

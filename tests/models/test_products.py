@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedtune.core import boot
+from fedtune.core.bases.architecture import has_whole_widths
 from fedtune.core.models.cache import BLOCK_POSITIONS, _whole_vectors
 from fedtune.core.objectives import kto
 from fedtune.core.objectives._shapes import padded_length
@@ -119,6 +121,18 @@ def test_twin_other_numbers_of_rows_follow_their_place() -> None:
     if not flawed:
         pytest.skip("on this processor no row does")
     assert not {_whole_vectors(n, 1) for n in range(1, 300)} & {*flawed}
+
+
+@pytest.mark.parametrize(("inner", "shares"), [(40, True), (43, False)])
+def test_a_base_of_odd_widths_shares_no_block(inner: int, shares: bool) -> None:
+    """Its scores of the vocabulary's tokens may have any number."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=inner, num_hidden_layers=1,
+        num_attention_heads=3, num_key_value_heads=1,
+    )  # fmt: skip
+    assert has_whole_widths(LlamaForCausalLM(config)) is shares
+    config = GPT2Config(vocab_size=97, n_embd=24, n_inner=inner, n_layer=1, n_head=3)
+    assert has_whole_widths(GPT2LMHeadModel(config)) is shares
 
 
 @pytest.mark.parametrize("rows", [2, 9, 17, 33, 48, 63, 82, 143])

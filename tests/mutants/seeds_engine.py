@@ -36,6 +36,12 @@ MUTANTS: list[Mutant] = [
         "the last rows of a block have other last digits than the same rows in front",
     ),
     one(
+        34, "odd-widths-share-blocks", "fedtune/core/bases/architecture.py",
+        "all(width % WIDTH == 0 for width in widths)", "bool(widths)",
+        "tests/models/test_products.py::test_a_base_of_odd_widths_shares_no_block",
+        "a hostile base's last rows in a block have other last digits",
+    ),
+    one(
         34, "no-bound-on-the-adapters-values", "fedtune/core/models/lora.py",
         "max(initial=0.0) > LARGEST", "max(initial=0.0) > np.inf",
         T + "test_an_adapter_that_could_tell_last_digits_is_refused",

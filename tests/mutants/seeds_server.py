@@ -19,13 +19,6 @@ NAME_MUTANTS = (
         "a site that cannot prepare a plan is sent it, with the frozen factor, 1,800 times an hour",
     ),
     _one(
-        "admission", "one-mute-site-holds-the-round", "fedtune/server/rounds.py",
-        "seconds=ANSWER if seconds else None", "seconds=None",
-        "tests/server/test_waiting.py::"
-        "test_a_site_that_does_not_answer_keeps_a_round_from_others_for_two_minutes_at_most",
-        "sites that are back wait for an hour, and the study ends all the same",
-    ),
-    _one(
         "admission", "a-lost-site-ends-the-study", "fedtune/server/rounds.py",
         "            if left <= 0:\n", "            if True:\n",
         "tests/server/test_waiting.py::test_a_round_waits_for_a_site_that_the_network_lost",

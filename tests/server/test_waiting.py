@@ -4,6 +4,7 @@ deadline."""
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -130,22 +131,6 @@ def test_a_round_waits_for_a_site_that_the_network_lost(trial: Any) -> None:
         lose_b(run, waits=False)
 
 
-def test_a_site_that_does_not_answer_keeps_a_round_from_others_for_two_minutes_at_most(
-    trial: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not for the round's whole time. Twin: before the first round a site may prepare as long."""
-    limits, own = list[float](), admission.ask
-
-    def ask(*given: Any) -> Any:
-        if given[1] == "query.prepare" and given[2]:
-            limits.append(given[4])
-        return own(*given)
-
-    monkeypatch.setattr(admission, "ask", ask)
-    lose_b(trial(FakeSite("a"), FakeSite("b")), waits=True, timeout=3600.0)
-    assert limits == [3600.0, rounds.ANSWER] and rounds.ANSWER <= 120
-
-
 def test_it_gives_up_where_nobody_comes_back_within_the_rounds_time(
     trial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +193,30 @@ def test_a_site_that_fails_is_asked_more_rarely_while_the_run_waits_for_it(
     pauses = [then - now for now, then in pairwise(ill.asked_at[1 if in_mid_study else 0 :])]
     assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
     assert ill.asked_at[-1] <= ill.well + 60.0
+
+
+@pytest.mark.parametrize("in_mid_study", [False, True])
+def test_before_a_run_gives_up_it_asks_who_failed_once_more(
+    trial: Any, monkeypatch: pytest.MonkeyPatch, in_mid_study: bool
+) -> None:
+    """Its pause may be longer than what is left. Twin: a site that is not well by then is out."""
+    for well, is_found in ((70.0, True), (130.0, False)):
+        clock, ill = Clock(), Failing("b")
+        for module in (admission, rounds):
+            monkeypatch.setattr(module, "time", clock)
+        run = trial(FakeSite("a"), ill, folder=f"run-{well:g}")
+        grid = grid_of(["a", "b"], CutOff)
+        grid.away = 1
+
+        def hear(kind: str, _: Any, grid: Any = grid, ill: Any = ill, clock: Any = clock) -> None:
+            if in_mid_study and kind == "round" and grid.looked is None:
+                grid.looked, ill.well = 0, clock.now + well  # noqa: B023
+
+        ill.well = 0.0 if in_mid_study else well
+        parts = make_parts(waits=in_mid_study, patience=2.0 if in_mid_study else 120.0, turn=clock)
+        study = make_study(min_sites=2, round_timeout=120.0)
+        with nullcontext() if is_found else pytest.raises(InfrastructureError):
+            run.run(study, grid=grid, parts=parts, on_event=hear)
 
 
 def test_it_is_asked_more_rarely_the_longer_it_waits(trial: Any) -> None:

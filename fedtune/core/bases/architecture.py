@@ -17,6 +17,7 @@ from fedtune.core.bases.digest import settings_in
 from fedtune.core.config.known_bases import Kind
 
 PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and language model
+WIDTH = 8  # numbers: blocks keep rows apart if each layer gives a multiple of so many
 SIDE = 448  # pixels, the most that a base which takes any size is shown
 
 
@@ -219,6 +220,21 @@ def may_share_blocks(config: Any) -> bool:
     may if its architecture, and that of each part of its configuration, is in SHARING: for these it
     is known that no record of a block changes another's result."""
     return {kind for _, kind in settings_in(config.to_dict(), "model_type")} <= SHARING
+
+
+def has_whole_widths(backbone: nn.Module) -> bool:
+    """Return whether the widths of a base's layers are multiples of WIDTH. If not, a row's result
+    may depend on its place in a block (`models.cache`). The layer that gives a score to each token
+    of the vocabulary does not count."""
+    from transformers.pytorch_utils import Conv1D
+
+    scores = getattr(backbone, "get_output_embeddings", lambda: None)()
+    widths = [
+        module.nf if isinstance(module, Conv1D) else module.out_features
+        for module in backbone.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not scores
+    ]
+    return all(width % WIDTH == 0 for width in widths)
 
 
 def rows_of(config: Any, *tables: Any) -> int:

@@ -617,7 +617,8 @@ def _whole_vectors(rows: int, positions: int) -> int:
     get other last digits than the same rows at its beginning. So a tensor with one number for each
     row must be shorter than any vector or a whole number of them, which are 8 to 64 numbers by
     processor and precision. So must a tensor with H numbers for each position; this holds if H is a
-    multiple of 8, as in every known base.
+    multiple of 8. A base with other widths has blocks of one row (`has_whole_widths`). A loss must
+    not apply such functions to a tensor with one number for each position.
 
     positions: the positions of a row, a multiple of 8, or 1, 2 or 4"""
     if rows >= VECTOR:

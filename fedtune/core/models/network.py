@@ -26,6 +26,7 @@ from fedtune.core import modalities
 from fedtune.core.bases.architecture import (
     PROJECTOR,
     fill,
+    has_whole_widths,
     may_share_blocks,
     parts_of,
     plane_positions,
@@ -95,7 +96,7 @@ class Network:
         if quantisation:
             quantise(backbone, quantisation, dtype)
         self._parts = parts_of(backbone, base.kind)
-        self.shares_blocks = may_share_blocks(backbone.config)
+        self.shares_blocks = may_share_blocks(backbone.config) and has_whole_widths(backbone)
         # Whether several threads may compute with it at once: an int8 layer has one table of
         # outliers, and an architecture that was not tried might keep something for its next layer.
         int8 = quantisation is not None and quantisation.method == "int8"
