@@ -179,6 +179,12 @@ MUTANTS = (
         "whoever withdrew is trained on again, although the ledger's rows name them",
     ),
     one(
+        "incidents", "between-two-damaged-pages-nothing-is-read", "fedtune/core/ledger/restore.py",
+        "    if ends and ends[0] + 1 < ends[1]:\n", "    if False:\n",
+        T_RESTORED + "test_what_lies_between_two_damaged_pages_is_read",
+        "whoever withdrew is trained on again, although most of the ledger can be read",
+    ),
+    one(
         "incidents", "an-unsigned-row-withdraws-anybody", "fedtune/core/ledger/restore.py",
         "if not verifies(public, signed_entry(hash_), signature):", "if False:",
         T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read[twin]",
