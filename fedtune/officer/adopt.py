@@ -652,6 +652,8 @@ def _take_away(state: Path) -> None:
         for pattern in OF_LEDGER:
             for path in sorted(state.glob(pattern)):
                 path.unlink()
+        # Its length says that a log was begun here, which would count as taken away ever after.
+        (state / audit_log.LOCK).unlink(missing_ok=True)
         for folder in (RECEIPTS, OUTBOX, ASKED):
             if (state / folder).is_dir() and not any((state / folder).iterdir()):
                 (state / folder).rmdir()

@@ -66,6 +66,7 @@ EVENTS = frozenset({
     "isolate",  # a site: how its two halves are confined
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
+NOT_NOTED = "%s: cannot be written (%s); if %s is taken away, this may not be noticed"
 BACKUP = "look for a backup of the log"
 KEYS = {"seq", "time", "event", "login", "person", "rule", "facts", "prev", "signature"}
 TEXT = re.compile(r"[\w .:,;@/+=≤≥ε()\"'\[\]-]{0,200}")
@@ -412,8 +413,8 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 def _append(folder: Path, line: bytes, seq: int) -> None:
     """Append the line of entry `seq` to the newest file of the log. If that file has become too
-    long, it is renamed, and a new one is begun. Errors: OSError; NotGenuine; NotAuditable if the
-    line is too long."""
+    long, it is renamed, and a new one is begun. Only a warning says that the new file cannot be
+    noted in audit.lock. Errors: OSError; NotGenuine; NotAuditable if the line is too long."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE
@@ -432,4 +433,9 @@ def _append(folder: Path, line: bytes, seq: int) -> None:
     if made:
         writing.sync_folder(folder)
     if made or _read_begun(folder) < 0:  # of an earlier release: at least its first entry was there
-        _note_begun(folder, seq if made else 0)
+        # This comes after the entry: in the other order, a crash between the two would leave a log
+        # that counts as taken away. The entry stands even if this fails.
+        try:
+            _note_begun(folder, seq if made else 0)
+        except OSError as error:
+            log.warning(NOT_NOTED, folder / LOCK, error.strerror, path)
