@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "what-a-damaged-ledger-still-says-is-lost", "fedtune/core/ledger/restore.py",
-        "    stands = _add_readable(stands, folder / DATABASE, key.public, base)\n", "",
+        "    stands = _add_readable(stands, rows, key.public, base)\n", "",
         T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read",
         "whoever withdrew is trained on again, although the ledger's rows name them",
     ),
