@@ -206,6 +206,27 @@ def test_a_log_of_an_earlier_release_is_noted_by_the_next_entry(folder: Path) ->
         verify(folder, KEY.public)
 
 
+def test_an_entry_stands_although_its_lock_cannot_be_lengthened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the act is not done under an entry which says that it was. The next entry notes it."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    shutil.rmtree(folder)
+    acts = AuditLog(folder, KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedtune.core.ledger.audit_log.os.ftruncate", fail)
+        assert acts.add("purge", files=1) == 0
+    assert "may not be noticed" in caplog.text
+    assert len(verify(folder, KEY.public).entries) == 1
+    acts.add("purge", files=2)
+    (folder / FILE).unlink()
+    with pytest.raises(NotGenuine, match="missing"):
+        verify(folder, KEY.public)
+
+
 def test_threads_share_one_log(folder: Path) -> None:
     def write() -> None:
         for number in range(10):

@@ -381,7 +381,8 @@ def _forget(home: Path, place: str) -> dict[str, Any]:
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.known_homes import forget, is_known
 
-    if not (traces(home) or is_known(home)):  # a site's own state folder is a home too
+    # A site's own state folder is a home too, and may be empty yet.
+    if not (traces(home) or is_known(home, place)):
         load_hospital(home)
     forgotten = forget(place, home)
     if traces(home):

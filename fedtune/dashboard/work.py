@@ -57,13 +57,14 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 def acts(path: Path, _: str) -> dict[str, Any]:
     """Check all entries of the audit log. Return {"entries": the newest LATEST entries, "refusals":
     the newest LATEST refusals, "count": the number of all entries, "signer": the key that signs
-    them, "head": the newest entry, as "SEQ:HASH"}; if there is no log, {"entries": [], "count": 0}.
-    path: a coordinator's home, or a site file."""
+    them, "head": the newest entry, as "SEQ:HASH"}; if no log was begun, {"entries": [], "count":
+    0}. path: a coordinator's home, or a site file. Errors: NotGenuine, also of a log that was taken
+    away."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 
     folder = path if path.is_dir() else load_site(path).home
-    if not (folder / audit_log.FILE).exists():
+    if not audit_log.was_begun(folder):
         return {"entries": [], "count": 0}
     checked = audit_log.verify(folder, audit_log.signer_at(folder))
     entries = checked.entries[: -LATEST - 1 : -1]

@@ -21,7 +21,8 @@ first, so that a process which waited for the ledger is refused.
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
 |                                       | membership                                               |
 A frozen ledger is not adopted, and a frozen home adopts none.
-Errors: ConfigError, InputError, DataError, PolicyRefused, Refused, LedgerError,
+Nor is a site whose audit log was taken away, until a person has looked into it.
+Errors: ConfigError, InputError, DataError, PolicyRefused, Refused, LedgerError, NotGenuine,
 InfrastructureError."""
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ from fedtune.officer.hospital_file import (
     write_membership,
 )
 from fedtune.officer.known_homes import move_notes
-from fedtune.officer.leave import DISTRUST, distrusted
+from fedtune.officer.leave import DISTRUST, check_remembered, distrusted
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import EDIT_LOCK, check_new, site_of, still
 from fedtune.officer.withdraw import RECEIPTS, withdraw
@@ -124,8 +125,8 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
       are read only if the home had a ledger already
 
     Called again after it was killed, it finishes what is left to do.
-    Errors: ConfigError, InputError, DataError, PolicyRefused, Refused (a ledger is frozen),
-    LedgerError, InfrastructureError."""
+    Errors: ConfigError, InputError, DataError, PolicyRefused, Refused (a ledger is frozen, or an
+    audit log was taken away), LedgerError, NotGenuine, InfrastructureError."""
     home, site_file = home.resolve(), site_file.resolve()
     check_not_frozen(home, "adopted")
     if load_site(site_file, alone=True).hospital:
@@ -135,6 +136,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
     with still(home, site):
         book = Ledger(site.site.state)
         book.verify()
+        check_remembered(site.site.state)  # the home would not know that a log was taken away here
         if _is_first(home, site_file, name, book):
             with closed(book) as old:
                 return _adopt_first(home, site, site_file, name, old)
@@ -652,6 +654,8 @@ def _take_away(state: Path) -> None:
         for pattern in OF_LEDGER:
             for path in sorted(state.glob(pattern)):
                 path.unlink()
+        # Its length says that a log was begun here, which would count as taken away ever after.
+        (state / audit_log.LOCK).unlink(missing_ok=True)
         for folder in (RECEIPTS, OUTBOX, ASKED):
             if (state / folder).is_dir() and not any((state / folder).iterdir()):
                 (state / folder).rmdir()

@@ -31,7 +31,8 @@ def check_before_joining(site: Site) -> None:
     Errors:
     - PolicyRefused, ConfigError or InputError: settings or data sheet are wrong, another home pays
       for the same records, or data that the site declares public or generated may not be used
-    - Refused: a person here distrusts the consortium
+    - Refused: a person here distrusts the consortium, or may have done so in an audit log that was
+      taken away; NotGenuine, where no log was begun since
     - LedgerError
     - DataError or PolicyRefused because of the records, only if no study is running"""
     allow_declared(site)

@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -139,22 +140,18 @@ def _tables(site: Site) -> list[SiteData]:
 
 def forget(place: str, home: Path) -> list[str]:
     """Forget the notes by which other homes than `home` pay for some records, and return the paths
-    of those homes. `home` itself is forgotten if the ledger that was in it is not there, so that a
-    new one can begin. place: what is to be forgotten: the path or url of the records, or the path
-    of a home.
+    of those homes. The notes of `home` itself are forgotten only if `place` names it and the ledger
+    that was in it is not there, so that a new one can begin. place: what is to be forgotten: the
+    path or url of the records, or the path of a home.
 
     Errors: InputError if no such home is known to pay for `place`; InfrastructureError."""
-    path, own = path_of_notes(), str(home.resolve())
+    path, own, names = path_of_notes(), str(home.resolve()), _names(place)
     with locks.hold(_made(path).with_suffix(".lock")):
         homes = _read(path)
-        names = {place, str(Path(place).resolve())}
-        stays = own if _has_its_ledger(home, homes) else ""
+        is_lost = not (traces(home) and _has_its_ledger(home, homes))
+        stays = "" if own in names and is_lost else own
         kept = {
-            other: [
-                note
-                for note in notes
-                if other == stays or not names & {other, note.get("path"), note.get("url")}
-            ]
+            other: [note for note in notes if other == stays or not _is_named(names, other, note)]
             for other, notes in homes.items()
         }
         kept = {
@@ -172,9 +169,23 @@ def forget(place: str, home: Path) -> list[str]:
     return forgotten
 
 
-def is_known(home: Path) -> bool:
-    """Return whether `home` is known to pay for some records. Errors: InfrastructureError."""
-    return str(home.resolve()) in _read(path_of_notes())
+def is_known(home: Path, place: str) -> bool:
+    """Return whether `home` is known to pay for some records, or any home is known to pay for
+    `place`: the path or url of records, or the path of a home. Errors: InfrastructureError."""
+    homes, names = _read(path_of_notes()), _names(place)
+    return str(home.resolve()) in homes or any(
+        _is_named(names, other, note) for other, notes in homes.items() for note in notes
+    )
+
+
+def _names(place: str) -> set[str]:
+    """Return the names under which notes may have a place that a person gave."""
+    return {place, str(Path(place).resolve())}
+
+
+def _is_named(names: set[str], home: str, note: Note) -> bool:
+    """Return whether one of `names` names the home, or the place of one of its notes."""
+    return not names.isdisjoint({home, note.get("path"), note.get("url")})
 
 
 def _made(path: Path) -> Path:
@@ -223,12 +234,13 @@ def _has_its_ledger(home: Path, homes: dict[str, list[Note]]) -> bool:
 
 def _check_same_ledger(home: Path, homes: dict[str, list[Note]]) -> None:
     if not _has_its_ledger(home, homes):
+        name = shlex.quote(str(home))
         raise ConfigError(
             f"{home}: the ledger that pays for this site's records is not there",
             "the folder as it was: with another ledger, what was spent would be forgotten",
             "mount the volume on which the folder lies; if the ledger is lost, restore it: "
             "`fedtune ledger SITE --restore --from FOLDER`; if it is of no use any more and its "
-            f"figures are known, `fedtune memberships {home} --forget {home}` lets a new one begin",
+            f"figures are known, `fedtune memberships {name} --forget {name}` lets a new one begin",
         )
 
 
@@ -245,7 +257,8 @@ def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]
             "one home for all studies of the same records",
             "make both sites memberships of one hospital: `fedtune memberships HOME --adopt "
             "SITE.toml --name NAME`, once for each; or, if the other ledger is of no use any more "
-            f"and its figures are known, `fedtune memberships HOME --forget {_named(noted)}`",
+            f"and its figures are known, `fedtune memberships {shlex.quote(own)} --forget "
+            f"{shlex.quote(_named(noted))}`",
         )
 
 

@@ -33,6 +33,12 @@ from fedtune.flower.membership import keys_folder
 from fedtune.officer.memberships import delete_keys, network_keys
 
 DISTRUST = "--distrust"
+TAKEN_AWAY, LIFTED = ("cut", "missing"), ("lift", "--lift")  # event and rule of an entry
+DECIDE_AGAIN = (
+    "put the log back in its place; if it is lost, find out which consortia are not to be trusted; "
+    f"if this site is in one of them, leave it with `fedtune leave SITE {DISTRUST}`; then say that "
+    "this was done: `fedtune ledger SITE --freeze`, then `fedtune ledger SITE --lift`"
+)
 
 
 @dataclass(frozen=True)
@@ -107,16 +113,48 @@ def check_trusted(folder: Path, consortium: str) -> None:
     consortium distrusted. consortium: its fingerprint. folder: where the audit log lies, which has
     such declarations.
 
-    The log's signatures are not checked: a log that a crash cut short does not keep a site away,
-    and a line that somebody added can only keep it away.
+    The signatures of a log that was never taken away are not checked: a log that a crash cut short
+    does not keep a site away, and a line that somebody added can only keep it away.
 
-    Errors: Refused; InputError if the log cannot be read."""
+    Errors: Refused; NotGenuine, as `check_remembered` raises them; InputError if the log cannot be
+    read."""
     if consortium in (found := distrusted(folder)):
         raise Refused(
             f"this site left the consortium {consortium} on {found[consortium]} with {DISTRUST}: "
             "its keys are trusted no more",
             "an answer of another consortium",
             "a coordinator that lost its keys begins a new consortium, with another fingerprint",
+        )
+    check_remembered(folder)
+
+
+def check_remembered(folder: Path) -> None:
+    """Check that the audit log in `folder` was never taken away, since it alone remembers which
+    consortia are distrusted; or that a person lifted a freeze since then, which says that the loss
+    was looked into. As in a restore, no other act says so.
+
+    Errors: Refused if a log was begun in place of one that was taken away; NotGenuine if it was
+    taken away and none was begun, or if the log that was begun does not verify."""
+    entries = list(_entries(folder))
+    numbers = [seq for entry in entries if type(seq := entry.get("seq")) is int]
+    if max(numbers, default=-1) < (begun := audit_log.read_begun(folder)):
+        raise NotGenuine(
+            f"{folder / audit_log.FILE}: entry {begun} and later ones are missing, and with them "
+            f"the consortia that were left with {DISTRUST}",
+            "the log as it was",
+            DECIDE_AGAIN,
+        )
+    if not any((entry.get("event"), entry.get("rule")) == TAKEN_AWAY for entry in entries):
+        return
+    # Only now, since a lift counts if it is signed and follows the loss in the chain.
+    genuine = audit_log.verify(folder, audit_log.signer_at(folder)).entries
+    acts = [(entry["event"], entry["rule"]) for entry in genuine]
+    if TAKEN_AWAY in [act for act in acts if act in (TAKEN_AWAY, LIFTED)][-1:]:
+        raise Refused(
+            f"{folder / audit_log.FILE}: an earlier log was taken away, and with it the consortia "
+            f"that were left with {DISTRUST}",
+            "the earlier log, or a person's word that the loss was looked into",
+            DECIDE_AGAIN,
         )
 
 

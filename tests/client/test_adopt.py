@@ -632,3 +632,15 @@ def test_a_consortium_that_a_later_site_distrusts_is_trusted_no_more(world: Path
         check_trusted(home, "0123 4567")
     check_trusted(home, "89ab cdef")
     audit_log.verify(home, Ledger(home).key.public)
+
+
+def test_the_log_of_a_ledger_that_was_adopted_does_not_count_as_taken_away(world: Path) -> None:
+    """Also where the adoption was killed after the log itself was removed."""
+    adopt_first(world)
+    adopt_second(world)
+    states = [world / f"{name}-state" for name in ("cardio", "onco")]
+    assert [audit_log.was_begun(state) for state in states] == [False, False]
+    (states[1] / audit_log.LOCK).write_bytes(b"\0")
+    adopt_second(world)
+    assert not audit_log.was_begun(states[1])
+    assert audit_log.was_begun(world / "home")

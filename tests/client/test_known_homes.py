@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -216,6 +217,80 @@ def test_a_person_says_that_a_lost_ledger_is_of_no_use_any_more(world: Path) -> 
     join(world, "cardio")
     with pytest.raises(ConfigError, match="another ledger"):
         join(world, "onco")
+
+
+def recommended(error: BaseException) -> list[str]:
+    """Return the words after `fedtune` of the command by which an error says to forget a place."""
+    said = next(part for part in str(error).split("`") if "--forget" in part)
+    return shlex.split(said)[1:]
+
+
+def forget_keys() -> None:
+    """Leave the notes as an earlier release wrote them."""
+    path = known_homes.path_of_notes()
+    homes = json.loads(path.read_text())["homes"]
+    homes = {home: [n for n in notes if "key" not in n] for home, notes in homes.items()}
+    path.write_text(json.dumps({"homes": homes}))
+
+
+@pytest.mark.parametrize("noted", ["with its key", "by an earlier release"])
+@pytest.mark.parametrize("home", ["a newcomer's", "a ledger's", "its own"])
+def test_a_home_that_is_gone_keeps_nobody_out_once_a_person_says_so(
+    world: Path, noted: str, home: str
+) -> None:
+    """By the command that the refusal names, also for a site that has no ledger yet, as one that is
+    only simulated; and by the name of the home that is gone."""
+    world = world.rename(world.with_name(f"{world.name} of us"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(world / "xdg"))
+        join(world, "cardio")
+        if noted == "by an earlier release":
+            forget_keys()
+        gone = world / "cardio-state"
+        shutil.rmtree(gone)
+        if home == "a newcomer's":
+            shutil.rmtree(world / "onco-state")
+        site = load_site(world / "onco.toml")
+        with pytest.raises(ConfigError, match="is its volume mounted") as refused:
+            known_homes.check_simulated(site)
+        own = ["memberships", str(gone), "--forget", str(gone)]
+        done = run(*(own if home == "its own" else recommended(refused.value)), "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["forgot"] == [str(gone)]
+        known_homes.check_simulated(site)
+
+
+@pytest.mark.parametrize("noted", ["with its key", "by an earlier release"])
+def test_a_newcomer_may_name_the_home_that_is_gone(world: Path, noted: str) -> None:
+    join(world, "cardio")
+    if noted == "by an earlier release":
+        forget_keys()
+    for name in ("cardio", "onco"):
+        shutil.rmtree(world / f"{name}-state")
+    wrong = run("memberships", world / "onco-state", "--forget", world / "elsewhere")
+    assert wrong.exit_code == 2 and "hospital.toml" in wrong.output
+    done = run("memberships", world / "onco-state", "--forget", world / "cardio-state")
+    assert done.exit_code == 0
+    known_homes.check_simulated(load_site(world / "onco.toml"))
+
+
+def test_to_forget_another_home_does_not_forget_ones_own(world: Path) -> None:
+    """Its volume may only not be mounted, and a site would begin a new ledger in the empty folder.
+    Then the command that this refusal names is followed."""
+    join(world, "onco")
+    path = known_homes.path_of_notes()
+    homes = json.loads(path.read_text())["homes"]
+    (notes,) = homes.values()
+    place = [note for note in notes if "key" not in note]
+    path.write_text(json.dumps({"homes": homes | {str(world / "cardio-state"): place}}))
+    home = world / "onco-state"
+    unmount(home)
+    done = run("memberships", home, "--forget", world / "notes.jsonl", "--json")
+    assert json.loads(done.stdout)["forgot"] == [str(world / "cardio-state")]
+    with pytest.raises(ConfigError, match="is not there") as refused:
+        join(world, "onco")
+    assert run(*recommended(refused.value)).exit_code == 0
+    join(world, "onco")
 
 
 @pytest.mark.parametrize("lost", ["ledger.head", "ledger.db", "ledger.*"])

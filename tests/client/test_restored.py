@@ -335,6 +335,38 @@ def test_a_page_that_cannot_be_read_hides_no_decision_after_it(tmp_path: Path) -
     assert 0 < len(restored.withdrawn()) <= 30 and kept > 30
 
 
+@pytest.mark.parametrize("damaged", [(0.3, 0.7), (0.3, 1.0)])
+def test_what_lies_between_two_damaged_pages_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: tuple[float, float]
+) -> None:
+    """Also where the last page is one of them: the highest number known elsewhere then says how far
+    to look. A row to which somebody gave a number beyond all others does not keep the search
+    running. The twin reads from both ends alone, and loses the withdrawals between."""
+    patients = [f"p{number}" for number in range(60)]
+    write_notes(tmp_path / "notes.jsonl", patients)
+    book = spend(make_site(tmp_path, "north"), 2)
+    for patient in patients:
+        book.withdraw(unit_member(patient))
+    path = book.folder / "ledger.db"
+    top = book.head.seq
+    with closing(sqlite3.connect(path)) as ledger:
+        signed = dict(ledger.execute("SELECT seq, signature FROM entries").fetchall())
+        if damaged[1] < 1:
+            ledger.execute("INSERT INTO entries VALUES (?, '', '', '', '', '')", (2**60,))
+            ledger.commit()
+        ledger.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(path.read_bytes())
+    for part in damaged:
+        at = content.index(signed[round(part * top)].encode()) // 4096 * 4096
+        content[at : at + 4096] = b"x" * 4096
+    path.write_bytes(content)
+    monkeypatch.setattr(restore_module, "MOST_PROBED", 0)
+    from_both_ends = {row[0] for row in restore_module._readable_rows(path, top)}
+    monkeypatch.setattr(restore_module, "MOST_PROBED", 1000)
+    read = {row[0] for row in restore_module._readable_rows(path, top)}
+    assert from_both_ends < read and len(read) > top / 2
+
+
 def test_a_restore_that_is_killed_anywhere_has_its_freeze_in_the_papers(tmp_path: Path) -> None:
     """Else a second restore, from a copy of before, thaws the ledger that the first one froze."""
     step, ended = 0, False

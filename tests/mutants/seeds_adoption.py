@@ -43,6 +43,18 @@ MUTANTS = (
         "a second ledger is begun for the same patients before the membership runs",
     ),
     one(
+        "hospital", "a-home-is-forgotten-with-another", HOMES,
+        'stays = "" if own in names and is_lost else own', 'stays = "" if is_lost else own',
+        T_HOMES + "test_to_forget_another_home_does_not_forget_ones_own",
+        "a new ledger is begun in the folder on which the old one's volume is not mounted",
+    ),
+    one(
+        "hospital", "an-adopted-log-counts-as-taken-away", ADOPT,
+        "(state / audit_log.LOCK).unlink(missing_ok=True)", "pass",
+        T_ADOPT + "test_the_log_of_a_ledger_that_was_adopted_does_not_count_as_taken_away",
+        "whoever asks the old folder's log learns that somebody removed it",
+    ),
+    one(
         "hospital", "an-adopted-refusal-is-in-no-paper", ADOPT,
         'acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)', "pass",
         T_ADOPT + "test_a_refusal_for_good_and_what_was_sent_come_along[onco]",

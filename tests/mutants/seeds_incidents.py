@@ -6,6 +6,7 @@ from tests.mutants.mutant import one
 
 T_FREEZE = "tests/client/test_freeze.py::"
 T_EVIDENCE = "tests/client/test_incident_evidence.py::"
+T_DISTRUST = "tests/client/test_distrust.py::"
 T_RESTORED = "tests/client/test_restored.py::"
 
 # fmt: off
@@ -174,9 +175,15 @@ MUTANTS = (
     ),
     one(
         "incidents", "what-a-damaged-ledger-still-says-is-lost", "fedtune/core/ledger/restore.py",
-        "    stands = _add_readable(stands, folder / DATABASE, key.public, base)\n", "",
+        "    stands = _add_readable(stands, rows, key.public, base)\n", "",
         T_RESTORED + "test_a_restore_keeps_the_decisions_that_can_still_be_read",
         "whoever withdrew is trained on again, although the ledger's rows name them",
+    ),
+    one(
+        "incidents", "between-two-damaged-pages-nothing-is-read", "fedtune/core/ledger/restore.py",
+        "    if ends and ends[0] + 1 < ends[1]:\n", "    if False:\n",
+        T_RESTORED + "test_what_lies_between_two_damaged_pages_is_read",
+        "whoever withdrew is trained on again, although most of the ledger can be read",
     ),
     one(
         "incidents", "an-unsigned-row-withdraws-anybody", "fedtune/core/ledger/restore.py",
@@ -219,6 +226,26 @@ MUTANTS = (
         "            if distrust:\n                raise\n", "            raise\n",
         T_FREEZE + "test_a_damaged_log_keeps_nobody_from_leaving",
         "a site with a damaged audit log cannot leave a consortium",
+    ),
+    one(
+        "incidents", "a-log-that-is-gone-distrusted-nobody", "fedtune/officer/leave.py",
+        "    check_remembered(folder)\n", "",
+        T_DISTRUST
+        + "test_once_the_log_is_gone_no_consortium_is_trusted_until_a_person_says_so",
+        "whoever has a distrusted consortium's keys speaks for it again, once the log is moved",
+    ),
+    one(
+        "incidents", "any-act-settles-that-a-log-is-gone", "fedtune/officer/leave.py",
+        "[act for act in acts if act in (TAKEN_AWAY, LIFTED)][-1:]", "acts[-1:]",
+        T_DISTRUST
+        + "test_once_the_log_is_gone_no_consortium_is_trusted_until_a_person_says_so",
+        "a site that goes on after its log was moved takes a distrusted consortium's answer",
+    ),
+    one(
+        "incidents", "a-site-is-adopted-without-its-log", "fedtune/officer/adopt.py",
+        "        check_remembered(site.site.state)", "        ()",
+        T_DISTRUST + "test_a_site_whose_log_is_gone_is_not_adopted",
+        "a hospital trusts a consortium that one of its sites had declared distrusted",
     ),
     one(
         "incidents", "evidence-has-the-salt-for-a-moment", "fedtune/evidence/incident.py",

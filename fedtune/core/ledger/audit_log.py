@@ -66,6 +66,7 @@ EVENTS = frozenset({
     "isolate",  # a site: how its two halves are confined
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
+NOT_NOTED = "%s: cannot be written (%s); if %s is taken away, this may not be noticed"
 BACKUP = "look for a backup of the log"
 KEYS = {"seq", "time", "event", "login", "person", "rule", "facts", "prev", "signature"}
 TEXT = re.compile(r"[\w .:,;@/+=≤≥ε()\"'\[\]-]{0,200}")
@@ -140,7 +141,7 @@ class AuditLog:
                 for entry, _ in reversed(newest[-once:] if once else []):
                     if said == {name: entry[name] for name in said}:
                         return int(entry["seq"])
-                begun = _read_begun(self.folder)
+                begun = read_begun(self.folder)
                 last = newest[-1] if newest else ({"seq": -1}, b"")
                 if last[0]["seq"] < begun and event != "cut":
                     log.error("%s: was taken away; %s", self.folder / FILE, BACKUP)
@@ -206,7 +207,7 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
     try:
         with _locked(folder, shared=True):  # while it is read alone: nothing leaves meanwhile
             contents = [(folder / name, _content(folder / name)) for name in files(folder)]
-            begun = _read_begun(folder)
+            begun = read_begun(folder)
     except InfrastructureError as error:  # what is there was handed over
         raise InputError(error.happened, error.expected, error.todo) from None
     if not contents and begun < 0:
@@ -255,14 +256,14 @@ def files(folder: Path) -> list[str]:
 
 def was_begun(folder: Path) -> bool:
     """Return whether a log was ever begun in `folder`, whether or not it is still there."""
-    return bool(files(folder)) or _read_begun(folder) >= 0
+    return bool(files(folder)) or read_begun(folder) >= 0
 
 
 def _content(path: Path) -> bytes:
     return reading.content(path, "an audit log", kind=NotGenuine)
 
 
-def _read_begun(folder: Path) -> int:
+def read_begun(folder: Path) -> int:
     """Return the number of the first entry of the log's newest file, as audit.lock tells it; -1 if
     it tells none."""
     try:
@@ -412,8 +413,8 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 def _append(folder: Path, line: bytes, seq: int) -> None:
     """Append the line of entry `seq` to the newest file of the log. If that file has become too
-    long, it is renamed, and a new one is begun. Errors: OSError; NotGenuine; NotAuditable if the
-    line is too long."""
+    long, it is renamed, and a new one is begun. Only a warning says that the new file cannot be
+    noted in audit.lock. Errors: OSError; NotGenuine; NotAuditable if the line is too long."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE
@@ -431,5 +432,10 @@ def _append(folder: Path, line: bytes, seq: int) -> None:
         os.close(descriptor)
     if made:
         writing.sync_folder(folder)
-    if made or _read_begun(folder) < 0:  # of an earlier release: at least its first entry was there
-        _note_begun(folder, seq if made else 0)
+    if made or read_begun(folder) < 0:  # of an earlier release: at least its first entry was there
+        # This comes after the entry: in the other order, a crash between the two would leave a log
+        # that counts as taken away. The entry stands even if this fails.
+        try:
+            _note_begun(folder, seq if made else 0)
+        except OSError as error:
+            log.warning(NOT_NOTED, folder / LOCK, error.strerror, path)

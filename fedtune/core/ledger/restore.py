@@ -80,6 +80,7 @@ from fedtune.core.ledger.files import (
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
 SALT_LOST = "restored without a salt that is known to be its own"  # begins why it is frozen
+MOST_PROBED = 1_000_000  # numbers of entries between damaged pages that are looked up one by one
 EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
 
 
@@ -223,9 +224,12 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
 
     Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
-    stands = _add_readable(stands, folder / DATABASE, key.public, base)
     receipts = read_receipts(folder / RECEIPT, key.public)
-    entry_body = _restore_body(folder, base, receipts, key.public)
+    anchor = read_head(folder / HEAD, key.public) if (folder / HEAD).exists() else None
+    heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor] if anchor else [])
+    rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
+    stands = _add_readable(stands, rows, key.public, base)
+    entry_body = _restore_body(folder, base, receipts, anchor, rows)
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -268,18 +272,20 @@ def _say_salt_lost(withdrawn: int) -> str:
     )
 
 
-def _add_readable(stands: Standing, path: Path, public: str, base: _Base) -> Standing:
+def _add_readable(
+    stands: Standing, rows: list[tuple[Any, ...]], public: str, base: _Base
+) -> Standing:
     """Return `stands` with the decisions added that rows of the old database hold. A row counts by
     itself if the site signed it, whether or not the rows around it can be read. If the lift of a
     freeze cannot be read, the freeze counts.
 
     - stands: the decisions that are known from other files
-    - path: the old database
+    - rows: the rows of the old database that can be read, as `_readable_rows` returns them
     - public: the public half (hexadecimal) of the site's key
     - base: the chain that is continued; its own entries are left out"""
     known = {entry.hash for entry in base.entries}
     withdrawn, refused, frozen = dict[str, int](), set[Slot](), None
-    for _, kind, packed, prev, hash_, signature in _readable_rows(path):
+    for _, kind, packed, prev, hash_, signature in rows:
         with suppress(ValueError, TypeError, AttributeError, KeyError):
             if hash_ in known or entry_hash(prev, kind, packed) != hash_:
                 continue
@@ -298,16 +304,30 @@ def _add_readable(stands: Standing, path: Path, public: str, base: _Base) -> Sta
     )
 
 
-def _readable_rows(path: Path) -> list[tuple[Any, ...]]:
-    """Return the rows of a damaged ledger's database `path` that can still be read, oldest first:
-    those before the first damaged page, and those after the last. Each is (seq, kind, body, prev,
-    hash, signature)."""
+def _readable_rows(path: Path, highest: int = 0) -> list[tuple[Any, ...]]:
+    """Return the rows of a damaged ledger's database `path` that can still be read, oldest first.
+    Those before the first damaged page and after the last one are read in turn, and those between
+    the two one by one, by their numbers. Each is (seq, kind, body, prev, hash, signature).
+
+    highest: the highest number that an entry is known to have had, from other files. It bounds the
+    search where the last page is damaged."""
     rows = dict[int, tuple[Any, ...]]()
-    query = "SELECT seq, kind, body, prev, hash, signature FROM entries ORDER BY seq"
+    query = "SELECT seq, kind, body, prev, hash, signature FROM entries"
+    ends = list[int]()  # the last row before the first damaged page, the first one after the last
     for order in ("ASC", "DESC") if path.exists() else ():
+        seq = 0 if order == "ASC" else highest + 1
         with suppress(sqlite3.Error), closing(connect(path)) as connection:
-            for row in connection.execute(f"{query} {order}"):
-                rows[row[0]] = row
+            for row in connection.execute(f"{query} ORDER BY seq {order}"):
+                rows[seq := row[0]] = row
+        ends.append(seq)
+    if ends and ends[0] + 1 < ends[1]:
+        # A row that somebody put there may have any number, so the search has an end of its own.
+        between = range(ends[0] + 1, min(ends[1], ends[0] + MOST_PROBED))
+        with suppress(sqlite3.Error), closing(connect(path)) as connection:
+            for seq in between:
+                with suppress(sqlite3.Error):  # it lies in a damaged page
+                    found = connection.execute(f"{query} WHERE seq = ?", (seq,)).fetchall()
+                    rows.update((row[0], row) for row in found)
     return [rows[seq] for seq in sorted(rows)]
 
 
@@ -458,23 +478,27 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 
 
 def _restore_body(
-    folder: Path, base: _Base, receipts: ReceiptLog | None, public: str
+    folder: Path,
+    base: _Base,
+    receipts: ReceiptLog | None,
+    anchor: Head | None,
+    rows: list[tuple[Any, ...]],
 ) -> dict[str, Any]:
     """Return the body of the restore entry: which entries are lost, and the charges for them.
 
-    - folder: the ledger's folder, with what is left of the anchor (the file that names the newest
-      entry), the step log and the old database
+    - folder: the ledger's folder, with what is left of the step log
     - base: the chain that is continued
     - receipts: the receipts in `folder`; None if they cannot be read, which counts as no receipts
-    - public: the public half (hexadecimal) of the site's key
+    - anchor: the head that the anchor (the file that names the newest entry) holds; None if it is
+      missing or cannot be read
+    - rows: the rows of the old database that can be read, as `_readable_rows` returns them
 
     In the result, `lost` is the most entries that the base may lack, and `charges` are the charges
     for them, against every dataset. The numbers after `base` and up to `highest` are never used
     again. `settled` lists the [number, hash] of each entry that anchor or receipts name and the
     base lacks, so that a later restore sees that it is charged."""
     log = receipts or ReceiptLog()
-    anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
-    readable, top = _readable_charges(folder / DATABASE)
+    readable, top = _readable_charges(rows)
     heads = [r.head for r in log.every] + ([anchor] if anchor else [])
     unknown = [head for head in heads if not base.holds(head)]
     lost = _most_entries_lost(base, anchor, log, top)
@@ -526,12 +550,10 @@ def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, t
     return max(straight) + max([0, *branch])
 
 
-def _readable_charges(path: Path) -> tuple[list[Charge], int]:
-    """Read what can still be read of a damaged ledger's database `path`. Return a pair: the
-    charges in the rows that can be read, and the highest number of an entry in them (0 if there
-    are none)."""
+def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
+    """Return a pair: the charges in `rows`, which are those of a damaged ledger's database that can
+    be read; and the highest number of an entry in them (0 if there are none)."""
     charges: list[Charge] = []
-    rows = _readable_rows(path)
     for _, kind, body, *_ in rows:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             if kind == "reserve":

@@ -1,0 +1,128 @@
+"""What a site does about consortia once the audit log, which alone remembers whom a person
+distrusts, is gone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.errors import FedtuneError, NotGenuine, Refused
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.dashboard import work
+from fedtune.officer import leave as leaving
+from fedtune.officer.adopt import adopt
+from fedtune.officer.leave import DISTRUST, check_trusted
+from tests.cli_kit import run
+from tests.client.adoption_kit import make_site, spend, write_notes
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A site that left the consortium ab:cd and declared it distrusted."""
+    write_notes(tmp_path / "notes.jsonl", ["a", "b", "c"])
+    file = make_site(tmp_path, "north")
+    book = spend(file, 1)
+    AuditLog(book.folder, book.key).add(
+        "leave", DISTRUST, consortium="ab:cd", membership="", files=1
+    )
+    return file
+
+
+def move_away(file: Path, *names: str) -> Path:
+    home = load_site(file).home
+    for name in names:
+        (home / name).rename(file.with_name(name))
+    return home
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_once_the_log_is_gone_no_consortium_is_trusted_until_a_person_says_so(
+    file: Path, begun: bool
+) -> None:
+    """By the commands that the refusal names. Put back, the log remembers."""
+    home = move_away(file, "audit.jsonl")
+    if begun:
+        key = Ledger(home).key
+        for event in ("purge", "join"):
+            AuditLog(home, key).add(event, files=1)
+    for consortium in ("ab:cd", "12:34"):
+        with pytest.raises(Refused if begun else NotGenuine) as refused:
+            check_trusted(home, consortium)
+    named = [part for part in str(refused.value).split("`") if part.startswith("fedtune ledger")]
+    for words in named:
+        assert run(*words.replace("SITE", str(file)).split()[1:]).exit_code == 0
+    check_trusted(home, "12:34")
+    assert len(named) == 2
+    file.with_name("audit.jsonl").rename(home / "audit.jsonl")
+    check_trusted(home, "12:34")
+    with pytest.raises(Refused, match="trusted no more"):
+        check_trusted(home, "ab:cd")
+
+
+def test_where_audit_lock_is_gone_too_nothing_tells_of_a_log(file: Path) -> None:
+    """The twin, as docs/guarantee.md says."""
+    check_trusted(move_away(file, "audit.jsonl", "audit.lock"), "ab:cd")
+
+
+def test_a_lift_of_before_or_an_added_line_settles_nothing(file: Path) -> None:
+    """Twins: a signed lift of the log that was taken away, and a line that nobody signed."""
+    home = load_site(file).home
+    for option in ("--freeze", "--lift"):
+        assert run("ledger", file, option).exit_code == 0
+    move_away(file, "audit.jsonl")
+    lifted = file.with_name("audit.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    assert json.loads(lifted)["event"] == "lift"
+    AuditLog(home, Ledger(home).key).add("purge", files=1)
+    new = (home / "audit.jsonl").read_bytes()
+    for line in (lifted, b'{"event": "lift", "rule": "--lift", "seq": 2}\n'):
+        (home / "audit.jsonl").write_bytes(new + line)
+        with pytest.raises(NotGenuine):
+            check_trusted(home, "ab:cd")
+
+
+def test_a_consortium_that_is_left_again_stays_distrusted(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site is in it again, and leaves it although its log is gone; then the loss is settled."""
+    home = move_away(file, "audit.jsonl")
+    node = home / "keys" / "node.key"
+    node.parent.mkdir(parents=True, exist_ok=True)
+    node.write_bytes(b"a key")
+    monkeypatch.setattr(leaving, "consortium_of", lambda _: "ab:cd")
+    leaving.leave(load_site(file), distrust=True)
+    for option in ("--freeze", "--lift"):
+        assert run("ledger", file, option).exit_code == 0
+    with pytest.raises(Refused, match="trusted no more"):
+        check_trusted(home, "ab:cd")
+    check_trusted(home, "12:34")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_site_whose_log_is_gone_is_not_adopted(file: Path, begun: bool) -> None:
+    """The home would not know that there ever was one. It is adopted once the log is put back."""
+    home, hospital = move_away(file, "audit.jsonl"), file.with_name("home")
+    if begun:
+        AuditLog(home, Ledger(home).key).add("purge", files=1)
+    with pytest.raises(FedtuneError, match=DISTRUST):
+        adopt(hospital, file, "north")
+    assert not hospital.exists()
+    file.with_name("audit.jsonl").rename(home / "audit.jsonl")
+    adopt(hospital, file, "north")
+    with pytest.raises(Refused, match="trusted no more"):
+        check_trusted(hospital, "ab:cd")
+
+
+def test_a_page_says_that_the_log_is_gone(file: Path) -> None:
+    """Twin: of a site without a log it says that there are no entries."""
+    home = load_site(file).home
+    assert work.acts(file, "")["count"] == 2
+    move_away(file, "audit.jsonl")
+    with pytest.raises(NotGenuine, match="missing"):
+        work.acts(file, "")
+    (home / audit_log.LOCK).unlink()
+    assert work.acts(file, "") == {"entries": [], "count": 0}
