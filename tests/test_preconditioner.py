@@ -153,7 +153,7 @@ def test_a_narrow_m_is_m_on_its_directions_alone() -> None:
 
 def test_public_text_without_a_gradient_is_refused() -> None:
     for broken in (np.zeros((8, 8)), np.full((8, 8), np.nan)):
-        with pytest.raises(ModelError, match="no gradient"):
+        with pytest.raises(ModelError, match="are all zero, or not finite"):
             factor_of(broken, 4, 1.0)
 
 
