@@ -6,12 +6,12 @@ import logging
 from typing import Literal
 
 from fedtune.core.config import Site
+from fedtune.core.data.declared_size import declared_wrongly
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
-from fedtune.core.vault.reading import declared_wrongly
 from fedtune.officer.known_homes import check_home
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet

@@ -19,6 +19,7 @@ from fedtune.core.bases.find import find_base
 from fedtune.core.config import Site, SiteData, Study
 from fedtune.core.data.consent import NO_CONSENT
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, Failed
+from fedtune.core.data.declared_size import declared_wrongly
 from fedtune.core.data.load import UnitReader, check_columns, count_duplicates
 from fedtune.core.data.records import Read, Record, keys_of, read_file, site_rows
 from fedtune.core.data.sources._interface import Names
@@ -27,7 +28,7 @@ from fedtune.core.files.writing import replace
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.policy import base_for
-from fedtune.core.vault.reading import SHOWN, by_reason, declared_wrongly, read_for_training
+from fedtune.core.vault.reading import SHOWN, by_reason, read_for_training
 from fedtune.officer.data_files import COUPLED, FileFacts, files_of
 from fedtune.officer.reading import reading_of
 

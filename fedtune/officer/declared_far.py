@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Literal
 
 from fedtune.core.config import Site
+from fedtune.core.data.declared_size import declared_wrongly
 from fedtune.core.data.records import read_records
-from fedtune.core.vault.reading import declared_wrongly
 
 
 def declared_far(site: Site, unit: Literal["record", "patient"]) -> str:

@@ -17,6 +17,7 @@ from fedtune.core.config import Site, Study, load_site
 from fedtune.core.config.database import FILES, file_of, kind_of
 from fedtune.core.config.hospital import FILE
 from fedtune.core.config.sheet import list_lacking, load_sheet
+from fedtune.core.data.declared_size import declared_wrongly
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.dp.plan import plan_for_site
@@ -30,7 +31,6 @@ from fedtune.core.vault.declared import declare
 from fedtune.core.vault.policy import base_for
 from fedtune.core.vault.reading import (
     by_reason,
-    declared_wrongly,
     describe,
     read_for_training,
     rows_of,

@@ -96,7 +96,12 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
         ("onco/site.toml", 'patient = "who"', 'patient = "answer"', "columns.patient of"),
         ("onco/site.toml", ', patient = "who"', "", "columns.patient of 'records': is None"),
         ("hospital.toml", "[policy]", "[polici]", "did you mean policy"),
-        ("hospital.toml", "[memberships.onco]", "[memberships.officer]", "is reserved for withdrawals"),
+        (
+            "hospital.toml",
+            "[memberships.onco]",
+            "[memberships.officer]",
+            "is reserved for withdrawals",
+        ),
         ("onco/site.toml", "[policy]", 'disjoint_from = ["x"]\n[policy]', "differs from what"),
         ("onco/site.toml", "[policy]", 'declared = "public"\n[policy]', "not a hospital's"),
         ("onco/site.toml", '[hospital]\nhome = ".."\nmembership = "onco"\n', "", None),

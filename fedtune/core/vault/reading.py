@@ -13,12 +13,13 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.core.config import Site, SiteData, Study
 from fedtune.core.config.state_files import COUNTS
 from fedtune.core.data.dataset import Dataset, Example, Failed, SoftTargets
+from fedtune.core.data.declared_size import declared_wrongly
 from fedtune.core.data.load import load_dataset
 from fedtune.core.data.reader import Reader
 from fedtune.core.data.records import Record, unit_member
@@ -35,7 +36,6 @@ log = logging.getLogger("fedtune.site")
 OF_COUNTS = 2**14  # bytes of counts.json, or a multiple of them
 SHOWN = 20  # rejected rows that are listed
 shown: set[str] = set()  # texts about a site's rows that this process has shown on its screen
-FAR = 0.1  # share of the declared size; a larger difference to the true one is reported
 HALF = 0.5  # share of a median record; if less is read, there is a warning
 
 
@@ -146,19 +146,6 @@ def rows_of(failed: Sequence[Failed]) -> str:
     ]
     more = f"; and {len(failed) - SHOWN:,} more" if len(failed) > SHOWN else ""
     return "; ".join(parts) + more
-
-
-def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
-    """Yield one line of text if the declared size differs from the true number of units by more
-    than the share FAR; else yield nothing. The line begins with WARNING if they differ by a factor
-    of two or more. unit: "patient" or "record", for the text."""
-    if abs(declared - units) > FAR * declared:
-        twice = units >= 2 * declared or 2 * units <= declared
-        yield (
-            f"{'WARNING: ' if twice else ''}site.declared_size = {declared:,} and there are "
-            f"{units:,} {unit}s: rates, noise and weight follow what is declared; a person may "
-            "declare another round figure, which is public"
-        )
 
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
