@@ -186,7 +186,7 @@ EPSILON = Annotated[
     typer.Option(
         min=0.01,
         help="The most ε that the whole study costs a patient (or record). Default: 4.9, so that "
-        "a site that allows 8 can pay for the round twice.",
+        "a site that allows 8 can pay for the round twice; with --colluding it may be less.",
         show_default=False,
     ),
 ]

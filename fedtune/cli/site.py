@@ -104,7 +104,7 @@ def review(
     )
     _show_review(outcome, plan.study.name)
     expected = _say_gain(plan, loaded, at_hand=whole and study.suffix == ".toml")
-    left_out, far = _left_out(plan, loaded), _say_declared_far(plan, loaded)
+    left_out, far = _left_out(plan, loaded), _say_wrong_size(plan, loaded)
     facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
     facts["study"] = plan.study.name
     facts["refusals"] = len(outcome.refusals)
@@ -170,15 +170,15 @@ def _left_out(plan: Study, site: Site) -> str:
     return told
 
 
-def _say_declared_far(plan: Study, site: Site) -> str:
+def _say_wrong_size(plan: Study, site: Site) -> str:
     """Print and return that site.declared_size is far from the number of units; "" if it is not, or
     if they cannot be counted, as `_left_out` and `fedtune doctor` say."""
     from fedtune.core.errors import FedtuneError
-    from fedtune.officer.declared_far import declared_far
+    from fedtune.officer.wrong_size import find_wrong_size
 
     told = ""
     with suppress(FedtuneError):
-        told = declared_far(site, plan.unit)
+        told = find_wrong_size(site, plan.unit)
     if told:
         line = f"\n[yellow]{escape(told)}[/yellow] (counted here, for this screen alone)"
         Console().print(line, highlight=False)

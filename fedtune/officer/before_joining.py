@@ -6,7 +6,7 @@ import logging
 from typing import Literal
 
 from fedtune.core.config import Site
-from fedtune.core.data.declared_size import declared_wrongly
+from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
@@ -64,7 +64,7 @@ def check_records(site: Site) -> None:
     unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
     records, _ = read_records(site.data, unit=unit)
     units = len({record.unit for record in records})
-    for line in declared_wrongly(units, site.site.declared_size, unit):
+    for line in describe_wrong_size(units, site.site.declared_size, unit):
         log.warning("%s; before the first study it can be changed", line)
     if units < 2:
         raise DataError(

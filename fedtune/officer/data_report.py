@@ -19,7 +19,7 @@ from fedtune.core.bases.find import find_base
 from fedtune.core.config import Site, SiteData, Study
 from fedtune.core.data.consent import NO_CONSENT
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, Failed
-from fedtune.core.data.declared_size import declared_wrongly
+from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import UnitReader, check_columns, count_duplicates
 from fedtune.core.data.records import Read, Record, keys_of, read_file, site_rows
 from fedtune.core.data.sources._interface import Names
@@ -183,7 +183,9 @@ class DataReport:
         rows.append(("say what an earlier one says", f"{self.duplicates:,} (counted, and kept)"))
         declared = f"{self.units:,}; site.declared_size = {self.declared_size:,}"
         rows.append((f"{self.unit}s", declared))
-        rows += [("", line) for line in declared_wrongly(self.units, self.declared_size, self.unit)]
+        rows += [
+            ("", line) for line in describe_wrong_size(self.units, self.declared_size, self.unit)
+        ]
         if self.per_patient:
             rows.append(("records of a patient", str(self.per_patient)))
         if self.lengths:

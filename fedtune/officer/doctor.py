@@ -17,7 +17,7 @@ from fedtune.core.config import Site, Study, load_site
 from fedtune.core.config.database import FILES, file_of, kind_of
 from fedtune.core.config.hospital import FILE
 from fedtune.core.config.sheet import list_lacking, load_sheet
-from fedtune.core.data.declared_size import declared_wrongly
+from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.dp.plan import plan_for_site
@@ -324,7 +324,7 @@ def _records(site: Site) -> str:
             "a declared size within a factor of two",
             "choose another round figure for site.declared_size, which is public",
         )
-    return "; ".join([counts, *declared_wrongly(units, declared, unit.removesuffix("s"))])
+    return "; ".join([counts, *describe_wrong_size(units, declared, unit.removesuffix("s"))])
 
 
 def _ledger(site: Site) -> str:

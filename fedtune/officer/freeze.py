@@ -72,7 +72,7 @@ def freeze(site: Site, why: str) -> None:
     except (NotGenuine, InfrastructureError) as error:
         if Ledger(site.home).frozen is None:
             raise
-        raise _not_logged(error, "the ledger is frozen all the same") from None
+        raise _build_log_error(error, "the ledger is frozen all the same") from None
 
 
 def lift(site: Site, why: str) -> None:
@@ -91,10 +91,10 @@ def lift(site: Site, why: str) -> None:
     try:
         in_reserved_space(site, lambda: acts.add(LIFT, "--lift"))
     except (NotGenuine, InfrastructureError) as error:
-        raise _not_logged(error, "the freeze is lifted all the same") from None
+        raise _build_log_error(error, "the freeze is lifted all the same") from None
 
 
-def _not_logged(error: FedtuneError, done: str) -> FedtuneError:
+def _build_log_error(error: FedtuneError, done: str) -> FedtuneError:
     """Build the error of an audit log that lacks an entry about what was done. done: what was done,
     for the error's text."""
     return type(error)(f"{error.happened}; {done}", error.expected, error.todo)

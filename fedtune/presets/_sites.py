@@ -15,6 +15,7 @@ from fedtune.core import isolation
 from fedtune.core.bases.find import find_base
 from fedtune.core.config.database import anchor_url, is_over_tcp, redact_url
 from fedtune.core.data.cells import key_of
+from fedtune.core.data.declared_size import FAR
 from fedtune.core.data.files import Rejected, placed_rows
 from fedtune.core.data.sources import SOURCES, Source
 from fedtune.core.data.sources._interface import Names
@@ -35,7 +36,6 @@ WHOSE = frozenset(
     }
 )
 
-FAR = 0.1  # share of the declared size; a count that differs by more is reported
 CHARACTERS = 4.0  # characters in a token: 4.0 to 4.9 in English medical texts
 HALF = 0.5  # share of a median record; if the plan reads less, there is a warning
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedtune.core import boot
 from fedtune.core.bases.architecture import has_whole_widths
-from fedtune.core.models.cache import BLOCK_POSITIONS, _whole_vectors
+from fedtune.core.models.cache import BLOCK_POSITIONS, _fit_to_vectors
 from fedtune.core.objectives import kto
 from fedtune.core.objectives._shapes import padded_length
 
@@ -103,7 +103,7 @@ def test_no_row_of_a_block_follows_its_place_in_a_function(kind: Any) -> None:
     """Blocks of every length and of the most rows that a plan's adapter may leave."""
     for length in sorted({padded_length(n) for n in range(1, 257)}):
         most = max(1, BLOCK_POSITIONS["cpu"] // length)
-        for rows in {_whole_vectors(min(most, limit), length) for limit in range(1, most + 1)}:
+        for rows in {_fit_to_vectors(min(most, limit), length) for limit in range(1, most + 1)}:
             assert 1 <= rows <= most
             for function in (*FUNCTIONS, *MORE):
                 for numbers in (length * WIDTH, length * 24):
@@ -120,7 +120,7 @@ def test_twin_other_numbers_of_rows_follow_their_place() -> None:
     flawed = [n for n in range(2, 100) if follows_place(torch.sigmoid, n, 1, torch.float32)]
     if not flawed:
         pytest.skip("on this processor no row does")
-    assert not {_whole_vectors(n, 1) for n in range(1, 300)} & {*flawed}
+    assert not {_fit_to_vectors(n, 1) for n in range(1, 300)} & {*flawed}
 
 
 @pytest.mark.parametrize(("inner", "shares"), [(40, True), (43, False)])

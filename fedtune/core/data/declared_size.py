@@ -7,7 +7,7 @@ from collections.abc import Iterable
 FAR = 0.1  # share of the declared size; a larger difference to the true one is reported
 
 
-def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
+def describe_wrong_size(units: int, declared: int, unit: str) -> Iterable[str]:
     """Yield one line of text if the declared size differs from the true number of units by more
     than the share FAR; else yield nothing. The line begins with WARNING if they differ by a factor
     of two or more. unit: "patient" or "record", for the text."""

@@ -169,7 +169,7 @@ class CachedDataset:
         if self._alone:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
-        return _whole_vectors(PREFIX_POSITIONS[self.network.device.type] // positions, positions)
+        return _fit_to_vectors(PREFIX_POSITIONS[self.network.device.type] // positions, positions)
 
     def warm(self) -> None:
         """Compute all records' states at the cut that are missing now, and report the progress."""
@@ -390,7 +390,7 @@ class CachedDataset:
                 return 1  # for few rows and labels, results depend on a row's place, too
             budget = BLOCK_POSITIONS[self.network.device.type]
             positions = self._positions_per_record(bucket)
-            return _whole_vectors(min(budget // positions, limit or budget), positions)
+            return _fit_to_vectors(min(budget // positions, limit or budget), positions)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
         return [(bucket, size(bucket), records) for bucket, records in groups]
@@ -609,7 +609,7 @@ def _warn_if_altered(error: Unavailable) -> None:
         log.warning("%s; they are computed again. Check this machine's disk", error)
 
 
-def _whole_vectors(rows: int, positions: int) -> int:
+def _fit_to_vectors(rows: int, positions: int) -> int:
     """Return how many rows a block has, at most `rows`, and at least 1.
 
     A processor computes functions such as `sigmoid`, `silu` and `softplus` for many numbers at a

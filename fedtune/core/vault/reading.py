@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.core.config import Site, SiteData, Study
 from fedtune.core.config.state_files import COUNTS
 from fedtune.core.data.dataset import Dataset, Example, Failed, SoftTargets
-from fedtune.core.data.declared_size import declared_wrongly
+from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import load_dataset
 from fedtune.core.data.reader import Reader
 from fedtune.core.data.records import Record, unit_member
@@ -114,7 +114,7 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
             parts.append(f"{number:,} {what}")
     if dataset.rejected:
         parts.append(f"rejected: {by_reason(dataset.rejected)}{_remedy(dataset.rejected)}")
-    parts += declared_wrongly(dataset.n_units, declared, unit)
+    parts += describe_wrong_size(dataset.n_units, declared, unit)
     return "; ".join(parts)
 
 

@@ -116,12 +116,12 @@ class Sample:
         - start: the other model's scores on all n records
         - level: the interval's confidence
 
-        The interval is the wider one of two: the quantiles of the gain on resamples of patients,
-        and the gain plus or minus the size that it exceeds by chance only with probability 1 -
-        level, if for each patient a coin decides which model's scores are whose. By the second, a
+        The interval holds two others. One has the quantiles of the gain on resamples of patients.
+        The other is the gain plus or minus the size that gains exceed only with probability 1 -
+        level if the two models' scores of a patient are exchanged at random. It makes sure that a
         model that is no better is taken for better with a probability of at most (1 - level) / 2,
-        however few patients the two models treat differently. If they treat all alike, the interval
-        of a share is widened by the bound on how often they may differ on other patients."""
+        even if the two models differ on few patients. If they differ on none, that size is, for a
+        share, the bound on how often they may differ on other patients."""
         other = Sample(start, self._units, self._rows)
         sign = 1 if measure.higher_is_better else -1
         ours, theirs = self.sums(measure), other.sums(measure)
@@ -129,7 +129,7 @@ class Sample:
         drawn = sign * (self.resample(measure) - other.resample(measure))
         if math.isnan(found) or np.isnan(drawn).all():
             return Difference(math.nan, Interval(math.nan, math.nan))
-        half = _swapped(ours, theirs, measure, level)
+        half = _swap_models(ours, theirs, measure, level)
         if (measure.errs or measure.share) and np.array_equal(ours, theirs):
             half = clopper_pearson(0.0, self.patients, level).high
         tail = (1 - level) / 2
@@ -261,12 +261,14 @@ def _permute(
     return [float(row[math.ceil((draws + 1) * level) - 1]) for row in ordered]
 
 
-def _swapped(ours: Array, theirs: Array, measure: Measure, level: float) -> float:
-    """Return how large a difference between two models arises by chance, if for each patient a coin
-    decides which model's scores are whose. The returned size is exceeded only with probability 1 -
-    level.
+def _swap_models(ours: Array, theirs: Array, measure: Measure, level: float) -> float:
+    """Return how large a difference between two models arises by chance. For this, the models'
+    scores of each patient are exchanged with probability 1/2, many times. The returned size is
+    exceeded in these draws only with probability 1 - level.
 
-    ours, theirs: the sums of the measure's parts over each patient's records, (patients, d)"""
+    - ours, theirs: the sums of the measure's parts over each patient's records, (patients, d)
+    - measure: the measure that the models are compared by
+    - level: a probability, such as 0.95"""
     random, n, sizes = np.random.default_rng(SEED), len(ours), list[Array]()
     for start in range(0, RESAMPLES, block := max(1, BLOCK // n)):
         coins = random.integers(0, 2, (min(block, RESAMPLES - start), n)).astype(float)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Literal
 
 from fedtune.core.config import Site
-from fedtune.core.data.declared_size import declared_wrongly
+from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.records import read_records
 
 
-def declared_far(site: Site, unit: Literal["record", "patient"]) -> str:
+def find_wrong_size(site: Site, unit: Literal["record", "patient"]) -> str:
     """Return a sentence if site.declared_size is far from the number of usable units in the site's
     data; "" if it is not, or if counting them takes long, since their images, recordings or clips
     would be decoded, or their rows converted. unit: what a plan protects.
@@ -24,4 +24,4 @@ def declared_far(site: Site, unit: Literal["record", "patient"]) -> str:
         return ""
     records, _ = read_records(site.data, unit=unit, strict=False)
     units = len({record.unit for record in records})
-    return "".join(declared_wrongly(units, site.site.declared_size, unit))
+    return "".join(describe_wrong_size(units, site.site.declared_size, unit))

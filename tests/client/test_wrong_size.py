@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.officer import declared_far as module
+from fedtune.officer import wrong_size as module
 from fedtune.officer.before_joining import check_records
-from fedtune.officer.declared_far import declared_far
+from fedtune.officer.wrong_size import find_wrong_size
 from tests.cli_kit import run
 from tests.client.adoption_kit import make_site, write_notes
 
@@ -25,11 +25,11 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_it_is_said_of_the_units_that_the_plan_protects(site: Path) -> None:
-    said = declared_far(load_site(site), "patient")
+    said = find_wrong_size(load_site(site), "patient")
     assert said.startswith("WARNING") and "40 patients" in said
-    assert "40 records" in declared_far(load_site(site), "record")
+    assert "40 records" in find_wrong_size(load_site(site), "record")
     site.write_text(site.read_text().replace("declared_size = 12", "declared_size = 40"))
-    assert declared_far(load_site(site), "patient") == ""
+    assert find_wrong_size(load_site(site), "patient") == ""
 
 
 def test_records_that_take_long_to_read_are_not_counted(
@@ -41,7 +41,7 @@ def test_records_that_take_long_to_read_are_not_counted(
     monkeypatch.setattr(module, "read_records", read)
     text = site.read_text()
     site.write_text(text.replace('completion = "answer"', 'completion = "answer", image = "note"'))
-    assert declared_far(load_site(site), "patient") == ""
+    assert find_wrong_size(load_site(site), "patient") == ""
 
 
 def test_a_start_warns_of_it_and_joins(site: Path, caplog: pytest.LogCaptureFixture) -> None:
