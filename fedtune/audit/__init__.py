@@ -13,7 +13,7 @@ from typing import Any
 from fedtune import __version__
 from fedtune.audit import coins
 from fedtune.audit.coins import OneRun, one_run
-from fedtune.audit.gaussian import OneStep, one_step
+from fedtune.audit.gaussian import TRIALS, OneStep, one_step
 from fedtune.audit.secret import Exposure, exposure
 from fedtune.core.bases.find import find_base
 from fedtune.core.config import Study
@@ -26,7 +26,6 @@ from fedtune.core.models.tiny import tiny_network
 from fedtune.report.claim import assumption
 from fedtune.runs.run import Run
 
-TRIALS = 10_000
 AUDIT = "audit.md"  # in the folder of a run that was audited
 DATA = "generated records alone; nothing of a site was read"
 __all__ = ["AUDIT", "TRIALS", "Exposure", "OneRun", "OneStep", "audit_study", "exposure", "one_run"]
@@ -46,8 +45,8 @@ def audit_study(
     Args:
         study: the private study whose plan, architecture and training code are attacked.
         out: the folder for audit.json, whose content is also returned.
-        trials: how many times the one-step audit runs a step with its test unit (the canary), and
-            how many times without.
+        trials: how many test units (canaries) of the one-step audit are in their step, and how many
+            are not.
         run: a finished run of the study. The audit then takes the smallest σ and the largest
             clipping norm of its report, measures the exposure of its adapter too, and writes
             audit.md to its folder. None audits the plan alone.

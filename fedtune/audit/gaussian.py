@@ -1,4 +1,4 @@
-"""Audit one noised step with a worst-case unit, for an empirical lower bound on its ε."""
+"""Audit one noised step with worst-case units, for an empirical lower bound on its ε."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ CEILING = 0.999  # a lower bound above the claim at this confidence shows that t
 FLOOR = 0.8
 FLOOR_FROM = 3.0
 FLOOR_TRIALS = 10_000
-DIMENSION, OTHERS = 64, 3
+TRIALS = 40_000  # at σ = 1 a step with 0.9 σ is then caught
+# The length of a gradient, the units that the attacker knows, and the canaries that a step may hold.
+DIMENSION, OTHERS, CANARIES = 64, 3, 32
 
 
 @dataclass(frozen=True)
 class OneStep:
     """The result of the audit of one step.
 
-    - trials: how often a step ran with the audited unit, and how often without it
+    - trials: how often a canary was in a step, and how often one was not
     - claimed: the ε that one step in which every unit takes part is said to have, at `delta`
     - audited, ceiling: lower bounds on this ε, at 95 % and at 99.9 % confidence
-    - false_alarms: how many trials without the unit were taken for trials with it
-    - misses: how many trials with the unit were taken for trials without it
+    - false_alarms: how many canaries that were not in their step were taken to be in it
+    - misses: how many canaries that were in their step were taken not to be in it
     - broken: whether the ceiling is above the claim
     - weak: whether `audited` is below 80 % of `claimed`, although the claim is at least 3 and there
       were enough trials; if so, the step has more noise than claimed, or the test was not
@@ -65,39 +67,39 @@ class OneStep:
         return not self.broken and not self.weak
 
 
-def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> OneStep:
-    """Run `trials` steps of `plan` with a canary and as many without, and tell the two kinds of
-    steps apart by one projection of the noised sum.
+def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> OneStep:
+    """Run steps of `plan` with canaries in them, and find out for each canary whether it was there,
+    by one projection of the noised sum: `trials` canaries are in their step, and as many are not.
 
-    The canary is a unit with k rows, the most that the plan allows a unit. Its rows are gradients
-    that all point the same way and are longer than the clipping norm C. The canary is added to
-    three generated units that the attacker knows. Every unit is in the step (q = 1), and the claim
-    is taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
-    plan allows, μ/2. It follows from theory, before a trial is run.
+    A canary is a unit with k rows, the most that the plan allows a unit. Its rows are gradients
+    that all point the same way and are longer than the clipping norm C. A step holds three generated
+    units that the attacker knows, and each of up to CANARIES canaries or not, as a fair coin falls.
+    Their directions are orthogonal: no canary moves the projection of another, and the noise of two
+    projections is independent, so that each canary is a trial of its own. Every unit is in the step
+    (q = 1), and the claim is taken at q = 1 too; the sampler has its own test. The threshold is
+    half of the shift that the plan allows, μ/2. It follows from theory, before a trial is run.
 
-    plan: the plan by which steps run, with its σ, C and k. dimension: the length of the generated
-    gradients.
+    - plan: the plan by which steps run, with its σ, C and k
+    - trials: the number of canaries that are in their step, and of those that are not
+    - dimension: the length of the generated gradients; a step holds at most as many canaries
 
     Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
     read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
-    Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"."""
+    Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"; Steinke
+    et al. 2023, "Privacy auditing with one (1) training run", for many canaries at once."""
     if trials < 1:
         raise ValueError("an audit needs at least one trial")
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
-    draw = np.random.default_rng(0)  # draws the units that the attacker knows, and the direction
-    direction = draw.normal(size=dimension)
-    direction /= np.linalg.norm(direction)
+    draw = np.random.default_rng(0)  # draws the known units, the directions, and the coins
     others = draw.normal(size=(OTHERS, dimension))
-    canary = np.tile(HUGE * plan.max_grad_norm * direction, (plan.records, 1))
-    rows_without = torch.from_numpy(others).float()
-    rows_with = torch.from_numpy(np.concatenate([others, canary])).float()
-    middle = _expected_sum(plan, others) @ direction + plan.records * plan.max_grad_norm / 2
-    toward = torch.from_numpy(direction)
-    absent = _projections(plan, rows_without, toward, trials)
-    present = _projections(plan, rows_with, toward, trials)
-    false_alarms = int((absent > middle).sum())
-    misses = int((present <= middle).sum())
+    square = draw.normal(size=(dimension, min(CANARIES, dimension)))
+    directions = np.linalg.qr(square).Q.T  # (canaries of a step, dimension)
+    is_there = draw.permutation(np.repeat([True, False], trials))
+    middle = directions @ _expected_sum(plan, others) + plan.records * plan.max_grad_norm / 2
+    above = _projections(plan, others, directions, is_there) - np.resize(middle, 2 * trials)
+    false_alarms = int((above[~is_there] > 0).sum())
+    misses = int((above[is_there] <= 0).sum())
 
     def bound(confidence: float) -> float:
         mu = gaussian_mu(false_alarms, misses, trials, confidence)
@@ -126,22 +128,32 @@ def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
     return np.asarray((others * factor).sum(axis=0))
 
 
-def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials: int) -> np.ndarray:
-    """Run steps on the same rows, and return the component of each noised sum in one direction,
-    (trials,).
+def _projections(
+    plan: DpPlan, others: np.ndarray, directions: np.ndarray, is_there: np.ndarray
+) -> np.ndarray:
+    """Run steps until each canary had its trial, and return the component of its step's noised sum
+    in its direction, (canaries,).
 
     - plan: the plan by which each step clips and adds noise
-    - rows: the gradients of all rows, fp32 (rows, dimension); each row is in every step
-    - toward: the direction, a unit vector, fp64 (dimension,)
-    - trials: the number of steps"""
+    - others: the gradients of the units that are in every step (units, dimension)
+    - directions: the directions of a step's canaries, orthogonal unit vectors (canaries of a step,
+      dimension)
+    - is_there: for each canary, whether it is in its step (canaries,); the first step has as many
+      of them as there are directions, and so on"""
+    most, dimension = directions.shape
+    canaries = torch.from_numpy(HUGE * plan.max_grad_norm * directions).float()
+    known, toward = torch.from_numpy(others).float(), torch.from_numpy(directions)
+    log, projections = MemoryLog(), np.empty(len(is_there))
+    for first in range(0, len(is_there), most):
+        coins = torch.from_numpy(is_there[first : first + most])
+        there = canaries[: len(coins)][coins].repeat_interleave(plan.records, dim=0)
+        rows = torch.cat([known, there])
 
-    def gradients(drawn: list[int]) -> Iterator[Chunk]:
-        yield Chunk(drawn, [rows[drawn]])  # a copy, which the step wipes
+        def gradients(drawn: list[int], rows: torch.Tensor = rows) -> Iterator[Chunk]:
+            yield Chunk(drawn, [rows[drawn]])  # a copy, which the step wipes
 
-    log, projections = MemoryLog(), np.empty(trials)
-    for trial in range(trials):
-        noised = _run_opened_step(plan, len(rows), rows.shape[1], gradients, log)
-        projections[trial] = float(noised.double() @ toward)
+        noised = _run_opened_step(plan, len(rows), dimension, gradients, log)
+        projections[first : first + most] = (toward[: len(coins)] @ noised.double()).numpy()
     return projections
 
 

@@ -547,7 +547,7 @@ def audit(
     study: STUDY,
     trials: Annotated[
         int, typer.Option(min=1000, metavar="N", help="Number of trials of the one-step audit.")
-    ] = 10_000,
+    ] = 40_000,
     run: Annotated[
         Path | None,
         typer.Option(

@@ -95,10 +95,7 @@ def mu_of(plan: DpPlan) -> float:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param(
-            {"noise_multiplier": 1.2, "clipping": "normalised", "max_grad_norm": 0.05},
-            marks=pytest.mark.long,
-        ),
+        {"noise_multiplier": 1.2, "clipping": "normalised", "max_grad_norm": 0.05},
         {"noise_multiplier": 2.2, "records": 3, "sampling_rate": 0.1},
     ],
 )
@@ -278,7 +275,6 @@ def test_a_classifier_has_exposure_too(tiny_encoder: Path) -> None:
     assert not found.exposed and found.extracted is None
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("sigma", [1.0, 1.35])
 def test_sigma_times_0_9_at_small_claims(monkeypatch: pytest.MonkeyPatch, sigma: float) -> None:
     monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(0.9))
@@ -286,7 +282,6 @@ def test_sigma_times_0_9_at_small_claims(monkeypatch: pytest.MonkeyPatch, sigma:
     assert gaussian.one_step(make_plan(noise_multiplier=sigma), trials).broken
 
 
-@pytest.mark.long
 def test_one_step_with_many_trials() -> None:
     plan = make_plan()
     close = chance.mu_at(0.95 * bounds.gaussian_epsilon(1.0, plan.delta), plan.delta)
@@ -295,7 +290,6 @@ def test_one_step_with_many_trials() -> None:
     assert found.ceiling <= found.claimed
 
 
-@pytest.mark.long
 def test_sigma_times_0_95_with_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(0.95))
     assert gaussian.one_step(make_plan(), chance.audit_for(1.0, chance.errors_of(1 / 0.95))).broken

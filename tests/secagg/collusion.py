@@ -46,30 +46,27 @@ class Audit:
 def audits(
     plan: DpPlan, held: Sequence[int], trials: int = TRIALS, opens: bool = True
 ) -> list[Audit]:
-    """Attack `trials` sums with a canary at the first site, and as many without; for each number of
-    sites that the coordinator holds, the same sums.
+    """Find out for `trials` canaries at the first site that are in a sum, and for as many that are
+    not, whether they are; for each number of sites that the coordinator holds, from the same sums.
 
-    The canary is one unit, longer than C, that the attacker knows but for whether it is there; it
-    knows the sums of the sites that it holds, and takes them off what was opened. opens: False: it
-    has one masked message of the first site alone. Sums, noise and masks are the shipped ones; the
-    threshold is half of C, fixed before a trial is run."""
+    A canary is one unit, longer than C, that the attacker knows but for whether it is there. A sum
+    holds up to DIMENSION of them, each along another axis, as fair coins fall: none moves what
+    another is told by. The attacker knows the sums of the sites that it holds, and takes them off
+    what was opened. opens: False: it has the masked messages of the first site alone. Sums, noise
+    and masks are the shipped ones; the threshold is half of C, fixed before a trial is run."""
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
-    toward = np.zeros(DIMENSION)
-    toward[0] = 1.0
-    drawn = []
-    for present in (False, True):
-        totals = [_sums(plan, present and site == 0, toward, trials) for site in range(plan.sites)]
-        drawn.append((totals, _masked(totals).open() if opens else _first_message(totals)))
-
-    def project(totals: list[np.ndarray], opened: np.ndarray, number: int) -> np.ndarray:
-        left = opened - sum(totals[plan.sites - number :], np.zeros_like(opened))
-        return left.reshape(trials, DIMENSION) @ toward * plan.grid_at(DIMENSION)
+    rounds = -(-2 * trials // DIMENSION)
+    coins = np.random.default_rng(0).permutation(np.arange(rounds * DIMENSION) < trials)
+    there = coins.reshape(rounds, DIMENSION)
+    nobody = np.zeros_like(there)
+    totals = [_sums(plan, nobody if site else there) for site in range(plan.sites)]
+    opened = _masked(totals).open() if opens else _first_message(totals)
 
     found = []
     for number in held:
-        absent, there = (project(*each, number) for each in drawn)
-        middle = plan.max_grad_norm / 2
-        wrong = int((absent > middle).sum()), int((there <= middle).sum())
+        left = opened - sum(totals[plan.sites - number :], np.zeros_like(opened))
+        above = left * plan.grid_at(DIMENSION) > plan.max_grad_norm / 2
+        wrong = int(above[~coins][:trials].sum()), int((~above[coins]).sum())
         bound = [
             gaussian_epsilon(gaussian_mu(*wrong, trials, confidence), plan.delta)
             for confidence in (CONFIDENCE, CEILING)
@@ -80,16 +77,20 @@ def audits(
     return found
 
 
-def _sums(plan: DpPlan, canary: bool, toward: np.ndarray, trials: int) -> np.ndarray:
-    """One site's noised sums, end to end, int64 (trials · d,)."""
-    row = torch.from_numpy(HUGE * plan.max_grad_norm * toward).float()[None]
+def _sums(plan: DpPlan, there: np.ndarray) -> np.ndarray:
+    """One site's noised sums, end to end, int64 (rounds · DIMENSION,). there: for each round, the
+    axes along which a unit of the site pulls (rounds, DIMENSION)."""
+    units, log = HUGE * plan.max_grad_norm * torch.eye(DIMENSION), MemoryLog()
 
-    def gradients(drawn: list[int]) -> Iterator[Chunk]:
-        yield Chunk(drawn, [row.clone()])
+    def total(axes: np.ndarray) -> np.ndarray:
+        rows = units[torch.from_numpy(axes)]
 
-    log = MemoryLog()
-    each = (plan.noised_sum(int(canary), DIMENSION, gradients, log, 1) for _ in range(trials))
-    return np.concatenate([total.numpy() for total in each])
+        def gradients(drawn: list[int]) -> Iterator[Chunk]:
+            yield Chunk(drawn, [rows[drawn]])  # a copy, which is wiped
+
+        return plan.noised_sum(len(rows), DIMENSION, gradients, log, 1).numpy()
+
+    return np.concatenate([total(axes) for axes in there])
 
 
 def _parties(count: int) -> tuple[list, list[Ready]]:

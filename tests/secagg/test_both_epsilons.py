@@ -362,7 +362,6 @@ def test_of_a_merged_run_both_are_composed(ran: Path) -> None:
 # ------------------------------------------------------------------------------------------ audit
 
 
-@pytest.mark.long  # by default: of three sites (tests/secagg/test_collusion.py)
 def test_an_audit_of_the_opened_sum_and_of_one_site_alone(study: Study) -> None:
     plan = plan_for_site(study.changed(training={"rounds": 1}), 100)
     claims = (plan.epsilon, plan.fallback_epsilon)

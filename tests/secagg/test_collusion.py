@@ -46,7 +46,6 @@ def test_with_t_sites_the_claim_holds_and_is_tight(three: list[Audit]) -> None:
     holds_and_is_tight(three[1])
 
 
-@pytest.mark.long
 def test_with_two_of_five_the_claim_holds_and_is_tight() -> None:
     (found,) = audits(plan_of(5, 2), [2], TRIALS)
     holds_and_is_tight(found)
