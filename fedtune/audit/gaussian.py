@@ -23,7 +23,7 @@ FLOOR = 0.8
 FLOOR_FROM = 3.0
 FLOOR_TRIALS = 10_000
 TRIALS = 40_000  # at σ = 1 a step with 0.9 σ is then caught
-# The length of a gradient, the units that the attacker knows, and the canaries that a step may hold.
+# The length of a gradient; the units that the attacker knows; and the most canaries of a step.
 DIMENSION, OTHERS, CANARIES = 64, 3, 32
 
 
@@ -72,12 +72,13 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
     by one projection of the noised sum: `trials` canaries are in their step, and as many are not.
 
     A canary is a unit with k rows, the most that the plan allows a unit. Its rows are gradients
-    that all point the same way and are longer than the clipping norm C. A step holds three generated
-    units that the attacker knows, and each of up to CANARIES canaries or not, as a fair coin falls.
-    Their directions are orthogonal: no canary moves the projection of another, and the noise of two
-    projections is independent, so that each canary is a trial of its own. Every unit is in the step
-    (q = 1), and the claim is taken at q = 1 too; the sampler has its own test. The threshold is
-    half of the shift that the plan allows, μ/2. It follows from theory, before a trial is run.
+    that all point the same way and are longer than the clipping norm C. A step holds three
+    generated units that the attacker knows, and each of up to CANARIES canaries or not, as a fair
+    coin falls. Their directions are orthogonal: no canary moves the projection of another, and the
+    noise of two projections is independent, so that each canary is a trial of its own. Every unit
+    is in the step (q = 1), and the claim is taken at q = 1 too; the sampler has its own test. The
+    threshold is half of the shift that the plan allows, μ/2. It follows from theory, before a trial
+    is run.
 
     - plan: the plan by which steps run, with its σ, C and k
     - trials: the number of canaries that are in their step, and of those that are not
@@ -86,8 +87,8 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
     Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
     read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
-    Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"; Steinke
-    et al. 2023, "Privacy auditing with one (1) training run", for many canaries at once."""
+    Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning";
+    Steinke et al. 2023, "Privacy auditing with one (1) training run", for canaries side by side."""
     if trials < 1:
         raise ValueError("an audit needs at least one trial")
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from fedtune.core.config import Site, Study
 from fedtune.core.dp.filter import Total
-from fedtune.core.dp.plan import DpPlan, plan_for_site
-from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.dp.plan import DpPlan
 from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.budget_refusal import places
-from fedtune.core.vault.policy import privacy_refusals
+from fedtune.core.vault.policy import compute_within_limits, privacy_refusals
 from fedtune.officer.known_plans import known_plan
 from fedtune.officer.review import cost_refusals
 
@@ -67,18 +66,11 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     if (site.home / DATABASE).exists() and not site.data.declared:
         ledger = Ledger(site.home)
     study = known_plan(study, site, out)
-    plan = _plan(study, site) if study.private else None
+    plan = compute_within_limits(study, site) if study.private else None
     refusals = [*privacy_refusals(study, site, plan), *cost_refusals(study, site, plan, ledger)]
     for refused in refusals:
         raise refused
     return _summarise_paid(study, site, plan, ledger) if plan and ledger else None
-
-
-def _plan(study: Study, site: Site) -> DpPlan:
-    try:
-        return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
-    except ConfigError as error:  # its text depends on public figures alone
-        raise PolicyRefused(error.happened, error.expected, error.todo) from None
 
 
 def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None:

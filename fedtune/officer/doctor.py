@@ -20,7 +20,6 @@ from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
-from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.core.ledger.files import KEY, SALT, traces
 from fedtune.core.ledger.ledger import Ledger
@@ -28,7 +27,7 @@ from fedtune.core.models.build import build
 from fedtune.core.progress import report
 from fedtune.core.training import selftest
 from fedtune.core.vault.declared import declare
-from fedtune.core.vault.policy import base_for
+from fedtune.core.vault.policy import base_for, compute_within_limits
 from fedtune.core.vault.reading import (
     by_reason,
     describe,
@@ -213,6 +212,8 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
     )
     report("loading the base")
     try:
+        if study.private:
+            compute_within_limits(study, site)  # else the self-test might compute it without end
         network = build(study, base)
     except FedtuneError as error:
         yield Finding("self-test", False, str(error))
@@ -367,7 +368,7 @@ def _same_people(site: Site) -> str:
 def _plan(study: Study, site: Site, outline: bool, coordinator: str) -> str:
     """Check the plan against policy, ledger and signatures, as `fedtune review` does, and return σ
     and ε as text. outline, coordinator: as for `examine`. Errors: the first refusal."""
-    plan = plan_for_site(study, site.site.declared_size) if study.private else None
+    plan = compute_within_limits(study, site) if study.private else None
     ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
     coordinator = coordinator or find_coordinator(site)
     for refusal in would_refuse(

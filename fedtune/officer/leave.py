@@ -35,7 +35,8 @@ from fedtune.officer.memberships import delete_keys, network_keys
 DISTRUST = "--distrust"
 TAKEN_AWAY, LIFTED = ("cut", "missing"), ("lift", "--lift")  # event and rule of an entry
 DECIDE_AGAIN = (
-    "put the log back in its place; if it is lost, find out which consortia are not to be trusted; "
+    "put the log back in its place; if it is lost, move what is left of it away, but not "
+    "audit.lock, and find out which consortia are not to be trusted; "
     f"if this site is in one of them, leave it with `fedtune leave SITE {DISTRUST}`; then say that "
     "this was done: `fedtune ledger SITE --freeze`, then `fedtune ledger SITE --lift`"
 )
@@ -113,9 +114,6 @@ def check_trusted(folder: Path, consortium: str) -> None:
     consortium distrusted. consortium: its fingerprint. folder: where the audit log lies, which has
     such declarations.
 
-    The signatures of a log that was never taken away are not checked: a log that a crash cut short
-    does not keep a site away, and a line that somebody added can only keep it away.
-
     Errors: Refused; NotGenuine, as `check_remembered` raises them; InputError if the log cannot be
     read."""
     if consortium in (found := distrusted(folder)):
@@ -129,25 +127,23 @@ def check_trusted(folder: Path, consortium: str) -> None:
 
 
 def check_remembered(folder: Path) -> None:
-    """Check that the audit log in `folder` was never taken away, since it alone remembers which
-    consortia are distrusted; or that a person lifted a freeze since then, which says that the loss
-    was looked into. As in a restore, no other act says so.
+    """Check that the audit log in `folder` is whole, since it alone remembers which consortia are
+    distrusted; or that, after it was taken away, a person lifted a freeze, which says that the loss
+    was looked into. As in a restore, no other act says so. A last line that a crash cut short is no
+    loss.
 
-    Errors: Refused if a log was begun in place of one that was taken away; NotGenuine if it was
-    taken away and none was begun, or if the log that was begun does not verify."""
-    entries = list(_entries(folder))
-    numbers = [seq for entry in entries if type(seq := entry.get("seq")) is int]
-    if max(numbers, default=-1) < (begun := audit_log.read_begun(folder)):
-        raise NotGenuine(
-            f"{folder / audit_log.FILE}: entry {begun} and later ones are missing, and with them "
-            f"the consortia that were left with {DISTRUST}",
-            "the log as it was",
-            DECIDE_AGAIN,
-        )
-    if not any((entry.get("event"), entry.get("rule")) == TAKEN_AWAY for entry in entries):
+    Errors: Refused if a log was begun in place of one that was taken away; NotGenuine if entries
+    are missing or were changed."""
+    if not audit_log.was_begun(folder):
         return
-    # Only now, since a lift counts if it is signed and follows the loss in the chain.
-    genuine = audit_log.verify(folder, audit_log.signer_at(folder)).entries
+    try:
+        genuine = audit_log.verify(folder, audit_log.signer_at(folder), torn=True).entries
+    except NotGenuine as error:
+        raise NotGenuine(
+            f"{error.happened}; so nobody knows which consortia were left with {DISTRUST}",
+            error.expected or "the log as it was",
+            DECIDE_AGAIN,
+        ) from None
     acts = [(entry["event"], entry["rule"]) for entry in genuine]
     if TAKEN_AWAY in [act for act in acts if act in (TAKEN_AWAY, LIFTED)][-1:]:
         raise Refused(

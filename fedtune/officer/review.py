@@ -22,7 +22,7 @@ from fedtune.core.config import (
     study_from_json,
 )
 from fedtune.core.dp.accountant import epsilon
-from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.plan import DpPlan
 from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import (
     BudgetExceeded,
@@ -39,6 +39,7 @@ from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
 from fedtune.core.vault.policy import (
+    compute_within_limits,
     may_resolve,
     permit_plugins,
     pin_others,
@@ -172,7 +173,7 @@ def review(
     - outline: whether it is an outline (`is_outline`), whose digest is not final
     - coordinator: the public key of the coordinator that sends it; by default, that of the
       coordinator whose consortium the site has joined, if any"""
-    plan = plan_for_site(study, site.site.declared_size) if study.private else None
+    plan = compute_within_limits(study, site) if study.private else None
     coordinator = coordinator or find_coordinator(site)
     against = would_refuse(study, site, plan, ledger, outline=outline, coordinator=coordinator)
     refused = [str(refusal) for refusal in against]

@@ -49,11 +49,11 @@ def _notes(audit: dict[str, Any]) -> list[str]:
     notes = []
     if step := audit.get("one_step"):
         notes.append(
-            f"One step: {figure(step.get('trials'))} units that were in their step and as many that "
-            "were not, none left out by sampling (q = 1), judged under the assumption of a "
-            f"{cell(step.get('assumption'))}. Its ε is compared with that of one step, not of the "
-            "run. A verdict of “too weak” means that less than 80 % of a claim of at least 3 was "
-            "found, so that the step is not the one described."
+            f"One step: {figure(step.get('trials'))} test units that were in their step and as "
+            "many that were not, none left out by sampling (q = 1), judged under the assumption of "
+            f"a {cell(step.get('assumption'))}. Its ε is compared with that of one step, not of "
+            "the run. A verdict of “too weak” means that less than 80 % of a claim of at least 3 "
+            "was found, so that the step is not the one described."
         )
     if audit.get("assumption"):
         notes.append(

@@ -64,6 +64,46 @@ def test_once_the_log_is_gone_no_consortium_is_trusted_until_a_person_says_so(
         check_trusted(home, "ab:cd")
 
 
+def test_the_loss_is_entered_before_what_a_receipt_shows(file: Path) -> None:
+    """An order brings its receipt before anything else is entered, and the receipt names an entry
+    that the log lacks. That entry makes the log as long as audit.lock remembers."""
+    head = AuditLog(load_site(file).home, Ledger(load_site(file).home).key).head
+    home = move_away(file, "audit.jsonl")
+    log = AuditLog(home, Ledger(home).key)
+    log.check(head)
+    log.check(head)  # a repeated order enters nothing more
+    entries = audit_log.verify(home, log._key.public).entries
+    assert [entry["rule"] for entry in entries] == ["missing", "receipt"]
+    with pytest.raises(Refused, match="taken away"):
+        check_trusted(home, "ab:cd")
+
+
+@pytest.mark.parametrize("how", ["the oldest file is deleted", "a byte is flipped", "a line cut"])
+def test_a_log_that_lacks_a_part_is_no_log(
+    file: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Twin: a crash cut the last line short, under which nothing was done."""
+    home = load_site(file).home
+    if how == "the oldest file is deleted":
+        monkeypatch.setattr(audit_log, "LIMIT", 0)
+    for _ in range(3):
+        AuditLog(home, Ledger(home).key).add("purge", files=1)
+    oldest = home / audit_log.files(home)[0]
+    content = oldest.read_bytes()
+    with open(home / "audit.jsonl", "ab") as newest:
+        newest.write(b'{"event": "pur')
+    check_trusted(home, "12:34")
+    if how == "the oldest file is deleted":
+        assert oldest.name != "audit.jsonl"
+        oldest.unlink()
+    elif how == "a byte is flipped":
+        oldest.write_bytes(content.replace(b"distrust", b"distrusu"))
+    else:
+        oldest.write_bytes(b"".join(content.splitlines(keepends=True)[1:]))
+    with pytest.raises(NotGenuine, match=DISTRUST):
+        check_trusted(home, "12:34")
+
+
 def test_where_audit_lock_is_gone_too_nothing_tells_of_a_log(file: Path) -> None:
     """The twin, as docs/guarantee.md says."""
     check_trusted(move_away(file, "audit.jsonl", "audit.lock"), "ab:cd")

@@ -138,16 +138,18 @@ class AuditLog:
         try:
             with _locked(self.folder):
                 newest = _read_newest(self.folder)
-                for entry, _ in reversed(newest[-once:] if once else []):
-                    if said == {name: entry[name] for name in said}:
-                        return int(entry["seq"])
                 begun = read_begun(self.folder)
                 last = newest[-1] if newest else ({"seq": -1}, b"")
-                if last[0]["seq"] < begun and event != "cut":
+                if last[0]["seq"] < begun:
+                    # Whatever is entered first, since the entry makes the log as long as noted.
                     log.error("%s: was taken away; %s", self.folder / FILE, BACKUP)
                     facts = {"entry": begun}
                     cut = said | {"event": "cut", "facts": facts, "rule": "missing"}
                     last = self._enter(cut, last)
+                    newest.append(last)
+                for entry, _ in reversed(newest[-once:] if once else []):
+                    if said == {name: entry[name] for name in said}:
+                        return int(entry["seq"])
                 return int(self._enter(said, last)[0]["seq"])
         except OSError as error:
             raise InfrastructureError(
@@ -195,12 +197,15 @@ class AuditLog:
             self.add("cut", "receipt", once=REPEATS, entry=seq)
 
 
-def verify(folder: Path, public: str, head: str = "") -> Verified:
+def verify(folder: Path, public: str, head: str = "", *, torn: bool = False) -> Verified:
     """Verify all files of a log (form, numbers, chain and signatures), and return its content.
 
-    public: the key (hexadecimal) that must have signed it. head: an entry that was noted earlier,
-    as "SEQ:HASH", which must be in the log; "": none. Errors: NotGenuine; InputError where there is
-    no log."""
+    - folder: the folder of the log
+    - public: the key (hexadecimal) that must have signed it
+    - head: an entry that was noted earlier, as "SEQ:HASH", which must be in the log; "": none
+    - torn: whether to pass over a last line that a crash cut short, under which nothing was done
+
+    Errors: NotGenuine; InputError where there is no log."""
     entries = list[dict[str, Any]]()
     hashes = list[str]()
     prev = START
@@ -212,6 +217,10 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
         raise InputError(error.happened, error.expected, error.todo) from None
     if not contents and begun < 0:
         raise InputError(f"{folder}: no audit log yet; it begins with the first act", FILE)
+    if torn and contents:
+        path, content = contents[-1]
+        contents[-1] = path, content[: content.rfind(b"\n") + 1]
+        contents = [(path, content) for path, content in contents if content]
     for path, content in contents:
         for where, line in _lines(path, content):
             entry = _read(line, where)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from fedtune.core.config import PrivacyTable, Site, Study
-from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import StudyLine, budget, study_lines
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.budget import Budget
+from fedtune.core.vault.policy import compute_within_limits
 
 PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan
 SEARCH = 7  # halvings between nothing and what the plan asks for
@@ -91,7 +91,7 @@ def _find_largest(asked: float, fit: Callable[[float], bool]) -> float:
 
 def is_within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
     try:
-        plan = plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+        plan = compute_within_limits(study, site)
         Budget(site.policy, plan, charges).check()
     except FedtuneError:
         return False

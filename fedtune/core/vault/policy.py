@@ -52,8 +52,21 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
     for refusal in sheet_refusals(study, site):
         raise refusal
     admit(study, site, None, coordinator)
-    if not study.private:
-        return None
+    return compute_within_limits(study, site) if study.private else None
+
+
+def compute_within_limits(study: Study, site: Site) -> DpPlan:
+    """Compute the plan of noised steps that the site would run, of at most policy.max_steps steps.
+    With more steps, or with an ε that pays for more, the computation might not end, and somebody
+    who is not trusted may have chosen these figures. So a site's own code computes a plan here.
+
+    - study: a private study
+    - site: the settings of this site, with its declared size and its policy
+
+    Errors: PolicyRefused if the study has more steps, or no plan fits its budget."""
+    steps = _stated_figures(study, site.site.declared_size).steps
+    for refusal in _at_most("steps", steps or 0, "max_steps", site.policy):
+        raise refusal
     try:
         return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
     except ConfigError as error:  # of public figures alone

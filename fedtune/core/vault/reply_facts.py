@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 from fedtune.core.config import Study, study_from_json
 from fedtune.core.dp import accountant
-from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import FedtuneError
 from fedtune.core.registry.reasons import HELD, WAITING
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.budget_refusal import CEILINGS, TODO, explain
-from fedtune.core.vault.waiting_plans import keep_plan
+from fedtune.core.vault.policy import compute_within_limits
+from fedtune.core.vault.waiting_plans import check_plan_length, keep_plan
 from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.core.wire.requests import Answer, Request
 
 DONE = ("admitted", "trained", "ready", "masked", "answered")
+PLANNED = (*DONE, WAITING, "finished")  # of a plan that the site's rules have admitted
 
 
 def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
             facts["epsilon"] = {site.site.site.name: spent.epsilon}
             if spent.fallback is not None:
                 facts["fallback"] = {site.site.site.name: spent.fallback}
-            if (planned := _compute_planned(study, site)) is not None:
+            if status in PLANNED and (planned := _compute_planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{where} ' if where else ''}{_line(facts)}"
     if status == WAITING and HELD in reason:
@@ -111,7 +112,9 @@ def _study(request: Request, site: SiteWorker) -> tuple[Study | None, str | None
     tables = request.tables
     try:
         if "plan" in tables:
-            study = study_from_json(str(tables["plan"]["study"]))
+            text = str(tables["plan"]["study"])
+            check_plan_length(text)
+            study = study_from_json(text)
             return study, study.digest
         digest = ":".join(str(tables["order"]["plan"]).split(":")[:2])  # less the kind of work
         return site.of_run(digest).study_of(digest), digest
@@ -141,9 +144,10 @@ def _compute_spent(study: Study, site: SiteWorker) -> _Spent | None:
 
 def _compute_planned(study: Study, site: SiteWorker) -> float | None:
     """Compute the ε that the whole plan costs at this site or, if the study has no last round, the
-    lifetime ε of a unit. Return None if the plan does not fit the site's declared size."""
+    lifetime ε of a unit. Return None if the plan does not fit the site's declared size, or has more
+    steps than the site's policy allows."""
     try:
-        plan = plan_for_site(study, site.site.site.declared_size)
+        plan = compute_within_limits(study, site.site)
     except FedtuneError:  # the plan fits no site of this size, and the reply says so
         return None
     return plan.epsilon if plan.lifetime is None else plan.lifetime
