@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,29 @@ def test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered(
     assert raised.prepare(made.study, made.frozen).admitted
     trains(raised, made, 8)
     assert len(raised.ledger.spending()) == 4
+
+
+@pytest.mark.parametrize("kind", ["a round", "a schedule's round"])
+def test_what_was_paid_while_records_were_read_counts(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As by another membership of the hospital, whose vault is another process: its last round was
+    still to be paid when this round's records began to be read."""
+    made = begun(tiny_base) if kind == "a round" else scheduled(tiny_base)
+    worker = of_rounds(tmp_path, 3)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    paid, honest = worker.ledger.charges("records")[0], SiteWorker.data_in_study
+
+    def pay_meanwhile(*given: Any) -> Any:
+        for adapter in ("another", "a third"):
+            Ledger(worker.ledger.folder).reserve("records", paid, adapter, lambda _: None)
+        return honest(*given)
+
+    monkeypatch.setattr(SiteWorker, "data_in_study", pay_meanwhile)
+    with pytest.raises(BudgetExceeded, match=r"policy\.max_rounds"):
+        trains(worker, made, 2)
+    assert len(worker.ledger.spending()) == 3
 
 
 def test_rounds_beyond_the_room_wait_for_the_next_start(tmp_path: Path, tiny_base: Path) -> None:

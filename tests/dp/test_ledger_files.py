@@ -17,7 +17,6 @@ import pytest
 
 from fedtune.core.config import SiteTable
 from fedtune.core.ledger import chain, files
-from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger.files import sealed_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault import studies
@@ -340,7 +339,7 @@ def test_receipts_that_were_moved_away_are_missed(
     """As by somebody who reads that they are damaged, so that a rollback is forgotten: until they
     are put back, or the ledger is restored. The twin does not note that there were any."""
     if twin:
-        monkeypatch.setattr(ledger_module, "note_receipts", lambda *_: None)
+        monkeypatch.setattr(chain, "note_receipts", lambda *_: None)
     coordinator = SigningKey()
     used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
     path = folder / "ledger.receipt"
@@ -358,6 +357,34 @@ def test_receipts_that_were_moved_away_are_missed(
     Ledger(folder).verify()
     (folder / "ledger.db").unlink()
     Ledger.restore(folder, tmp_path / "backup").verify()
+
+
+@pytest.mark.parametrize("noted", ["with the receipt", "after a crash", "never"])
+def test_a_first_receipt_that_shows_a_rollback_is_missed_too(
+    ledger: Ledger, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str
+) -> None:
+    """It is refused, and with it all that is written in its transaction; but not that it came.
+    Twin: this is never noted, and the site goes on without the charge once the file is gone."""
+    coordinator = SigningKey()
+    copy = copy_of(folder, tmp_path / "copy")
+    run_round(ledger, 1)
+    late = receipt(coordinator, ledger.head_statement())
+    shutil.rmtree(folder)
+    copy_of(copy, folder)
+    with monkeypatch.context() as patch:
+        if noted != "with the receipt":
+            patch.setattr(chain, "note_receipts", lambda *_: None)
+        with pytest.raises(LedgerError, match="rolled back"):
+            Ledger(folder).accept_receipt(late, coordinator.public)
+    if noted == "after a crash":
+        with pytest.raises(LedgerError, match="rolled back"):
+            Ledger(folder)
+    (folder / "ledger.receipt").unlink()
+    if noted == "never":
+        assert not Ledger(folder).charges("notes")
+        return
+    with pytest.raises(LedgerError, match=r"ledger\.receipt: missing"):
+        Ledger(folder)
 
 
 def test_a_crash_between_entry_and_anchor_is_repaired(

@@ -57,12 +57,26 @@ MUTANTS = (
         "orders at no cost to anybody fill the ledger's room",
     ),
     one(
-        "orders", "a-ledger-pays-for-rounds-without-end", SITE,
-        "        check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)"
-        "\n",
-        "",
+        "orders", "a-ledger-pays-for-rounds-without-end", "fedtune/core/vault/budget.py",
+        "    if len(own) >= most:\n", "    if False:\n",
         T_ROUNDS + "test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered",
         "a coordinator numbers rounds as it likes, and orders fill the ledger's room at no cost",
+    ),
+    one(
+        "orders", "rounds-that-others-pay-meanwhile-do-not-count", SITE,
+        "        rounds = partial(check_rounds, policy=site.policy, room=self.room)\n",
+        "        rounds = None\n",
+        T_ROUNDS + "test_what_was_paid_while_records_were_read_counts",
+        "each membership of a hospital orders one round more than the ledger has room for",
+    ),
+    one(
+        "orders", "an-endless-plan-keeps-a-site-from-answering", "fedtune/core/vault/policy.py",
+        '    for refusal in _at_most("steps", steps or 0, "max_steps", site.policy):\n'
+        "        raise refusal\n",
+        "",
+        "tests/client/test_endless_plans.py::test_a_person_reads_why",
+        "whoever mails a plan keeps a person from reading it, and a coordinator a site from "
+        "answering",
     ),
     one(
         "orders", "questions-without-end-fill-the-ledgers-room", "fedtune/core/vault/evaluation.py",

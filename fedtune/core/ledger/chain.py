@@ -252,6 +252,7 @@ class Database:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 self._catch_up(connection)
+                self.note_receipts(connection)
                 transaction = Transaction(connection, self.key, self._head)
                 transaction.receipts = self.check_receipts(connection)
                 yield transaction
@@ -354,6 +355,17 @@ class Database:
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
+    def note_receipts(self, connection: sqlite3.Connection) -> None:
+        """Note in the database that receipts are stored beside it, if they are and this is not
+        noted yet, so that it is noticed if their file is taken away. The note is committed at once:
+        a receipt that names a lost entry fails the transaction that reads it. connection: in a
+        transaction that has no entry yet."""
+        if (self.folder / RECEIPT).exists() and not has_receipts(connection):
+            note_receipts(connection)
+            connection.execute("COMMIT")
+            connection.execute("BEGIN IMMEDIATE")
+            self._catch_up(connection)
+
     def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
         """Read the receipts that coordinators signed for the newest heads of this ledger, and
         return them. Errors: LedgerError if the ledger lacks an entry that a receipt names, or the
@@ -381,8 +393,8 @@ def has_receipts(connection: sqlite3.Connection) -> bool:
 
 
 def note_receipts(connection: sqlite3.Connection, mark: bool = True) -> None:
-    """Note in the database whether a coordinator's receipt is stored beside it, so that it is
-    noticed if the file of receipts is taken away."""
+    """Note in the database whether a coordinator's receipt is stored beside it
+    (`Database.note_receipts`)."""
     if has_receipts(connection) != mark:
         connection.execute(f"PRAGMA application_id = {WITH_RECEIPTS if mark else 0}")
 

@@ -45,7 +45,6 @@ from fedtune.core.ledger.chain import (
     Transaction,
     check_members,
     named,
-    note_receipts,
 )
 from fedtune.core.ledger.entries import (
     EVERY,
@@ -360,6 +359,10 @@ class Ledger:
             declared = self._account.declared.items()
             permit_apart({name: list(body["disjoint_from"]) for name, body in declared})
 
+    def _ask_all(self, permit_all: Permit | None) -> None:
+        if permit_all:
+            permit_all([spent.charge for spent in self._account.spent()])
+
     def reserve(
         self,
         dataset: str,
@@ -368,6 +371,7 @@ class Ledger:
         permit: Permit,
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
+        permit_all: Permit | None = None,
     ) -> int:
         """Charge `dataset` with one round, if `permit` allows it; return the entry's number.
 
@@ -382,6 +386,7 @@ class Ledger:
           charge's unit and that nobody has accepted; None: such charges do not matter
         - permit_apart: called with a dict: each dataset's name -> the datasets from which it is
           declared disjoint; None: this is not checked
+        - permit_all: called with all charges of this ledger; None: this is not checked
 
         Each of these functions refuses by raising an error; nothing is charged then. They are
         called under the write lock, and must not call this ledger. Errors: those that the functions
@@ -392,6 +397,7 @@ class Ledger:
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
             self._ask_apart(permit_apart)
+            self._ask_all(permit_all)
             return writer.append("reserve", _reservation(dataset, charge, adapter))
 
     def reserve_for(
@@ -403,6 +409,7 @@ class Ledger:
         permit_other: Permit | None = None,
         permit_unknown: PermitUnknown | None = None,
         permit_apart: PermitApart | None = None,
+        permit_all: Permit | None = None,
     ) -> tuple[int, frozenset[int]]:
         """Charge one round to those cohorts of `dataset` (units that arrived together) that
         `permit` allows. A cohort that it refuses is left out of the round and not charged for it.
@@ -421,6 +428,7 @@ class Ledger:
           unit is not known and that nobody has accepted; None: such charges do not matter
         - permit_apart: called with a dict: each dataset's name -> the datasets from which it is
           declared disjoint; None: this is not checked
+        - permit_all: called with all charges of this ledger; None: this is not checked
 
         Guarantee: which cohorts are left out follows from public charges, the policy and the time
         of arrival, never from a record. The charge is made even where no cohort remains.
@@ -431,6 +439,7 @@ class Ledger:
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
             self._ask_apart(permit_apart)
+            self._ask_all(permit_all)
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:
@@ -672,7 +681,7 @@ class Ledger:
             after = writer.receipts.plus(new, self._store.knows(writer.sql, new.head))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
-                note_receipts(writer.sql)
+                self._store.note_receipts(writer.sql)
                 self._store.check_receipts(writer.sql)  # as every transaction does from now on
         return str(statement["audit"])
 

@@ -86,7 +86,8 @@ def answer_query(
     in_home = current.hospital is not None
     known = partial(check_known, held_out.name, plan.unit, in_home=in_home)
     stated = partial(site.check_stated, current)
-    reserved = site.ledger.reserve(held_out.name, charge, label, permit, known, stated)
+    rounds = partial(check_rounds, policy=current.policy, room=site.room)
+    reserved = site.ledger.reserve(held_out.name, charge, label, permit, known, stated, rounds)
     data = site.who_remain(held_out, data)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)

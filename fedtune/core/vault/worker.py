@@ -552,6 +552,7 @@ class SiteWorker:
         in_home = site.hospital is not None
         known = partial(check_known, self._dataset, study.unit, in_home=in_home)
         stated = partial(self.check_stated, site)
+        rounds = partial(check_rounds, policy=site.policy, room=self.room)
         # Before a record is read, since each reading may add an entry to the ledger. In a
         # continuous study `permit` sees one cohort's charges, which may lack some attempts.
         if plan and study.continuous:
@@ -560,12 +561,14 @@ class SiteWorker:
         data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
             reserved, spent = self.ledger.reserve_for(
-                self._dataset, charge, slot, permit, permit_other, known, stated
+                self._dataset, charge, slot, permit, permit_other, known, stated, rounds
             )
             left = partial(self._with_budget_left, data, spent)
             data = self._or_nobody(data.network, self.site.data, left)
         else:
-            reserved = self.ledger.reserve(self._dataset, charge, slot, permit, known, stated)
+            reserved = self.ledger.reserve(
+                self._dataset, charge, slot, permit, known, stated, rounds
+            )
         data = self.who_remain(self.site.data, data)
         self.log.begin_round()
         if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
