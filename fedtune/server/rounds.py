@@ -214,7 +214,7 @@ class _Run:
             raise ConfigError(
                 "; ".join(expected.lines()),
                 "a study to which its sites' records can add something",
-                "spend no ε on it; --anyway runs it all the same",
+                "spend no ε on it; `fedtune server` and `fedtune simulate` run it with --anyway",
             )
         for line in expected.lines():
             loud = "WARNING: " if line == expected.warning else ""

@@ -118,6 +118,19 @@ def test_what_is_done_to_the_files_is_noticed(used: Ledger, folder: Path, how: s
 
 
 @pytest.mark.parametrize(
+    ("kind", "salt", "says"),
+    [("open", 32, "another salt"), ("note", 32, "does not begin a ledger")],
+)
+def test_a_first_entry_is_refused_for_what_it_is(
+    used: Ledger, kind: str, salt: int, says: str
+) -> None:
+    """Not for another key, which nobody would find."""
+    first = chain.Entry(0, kind, chain.first_body(used.key.public, os.urandom(salt)), "hash")
+    with pytest.raises(LedgerError, match=says):
+        chain.check_first(used.folder, first, used.key.public, os.urandom(salt))
+
+
+@pytest.mark.parametrize(
     "how", [how for how in TAMPER if how.startswith(("newest", "anchor", "database", "all"))]
 )
 def test_a_running_process_notices_before_it_charges(used: Ledger, folder: Path, how: str) -> None:

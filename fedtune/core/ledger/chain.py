@@ -471,9 +471,11 @@ def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
     - salt: the 32 bytes of the file beside the database
 
     Errors: LedgerError."""
+    if entry.kind != "open":
+        raise _build_damaged_error(path, "its first entry does not begin a ledger")
     bound = {key: entry.body.get(key) for key in ("public", "salt")}
     for key, name in (("public", KEY), ("salt", SALT)):
-        if entry.kind != "open" or bound[key] != first_body(public, salt)[key]:
+        if bound[key] != first_body(public, salt)[key]:
             raise LedgerError(
                 f"{path}: made with another {name} than the one beside it",
                 todo=f"put the right {name} back, or {RESTORE}",
