@@ -23,8 +23,9 @@ FLOOR = 0.8
 FLOOR_FROM = 3.0
 FLOOR_TRIALS = 10_000
 TRIALS = 40_000  # at σ = 1 a step with 0.9 σ is then caught
-# The length of a gradient; the units that the attacker knows; and the most canaries of a step.
-DIMENSION, OTHERS, CANARIES = 64, 3, 32
+DIMENSION = 64  # the length of a gradient
+CANARIES = 32  # the most canaries of a step
+OTHERS = (0.5, 1.0, 8.0)  # the lengths of other units' gradients, in C
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,17 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
     by one projection of the noised sum: `trials` canaries are in their step, and as many are not.
 
     A canary is a unit with k rows, the most that the plan allows a unit. Its rows are gradients
-    that all point the same way and are longer than the clipping norm C. A step holds three
-    generated units that the attacker knows, and each of up to CANARIES canaries or not, as a fair
-    coin falls. Their directions are orthogonal: no canary moves the projection of another, and the
-    noise of two projections is independent, so that each canary is a trial of its own. Every unit
-    is in the step (q = 1), and the claim is taken at q = 1 too; the sampler has its own test. The
-    threshold is half of the shift that the plan allows, μ/2. It follows from theory, before a trial
-    is run.
+    that all point the same way and are longer than the clipping norm C. A step holds three ordinary
+    units, and each of up to CANARIES canaries or not, as a fair coin falls. All directions are
+    orthogonal: no unit moves the projection of another, and the noise of two projections is
+    independent, so that each canary is a trial of its own. Every unit is in the step (q = 1), and
+    the claim is taken at q = 1 too; the sampler has its own test. The threshold is half of the
+    shift that the plan allows, μ/2. It follows from theory, before a trial is run.
 
     - plan: the plan by which steps run, with its σ, C and k
     - trials: the number of canaries that are in their step, and of those that are not
-    - dimension: the length of the generated gradients; a step holds at most as many canaries
+    - dimension: the length of the generated gradients, at least 4; a step holds three canaries
+      fewer, at most
 
     Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
     read. A correct step is called broken with probability below 10⁻⁵.
@@ -92,15 +93,16 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
     if trials < 1:
         raise ValueError("an audit needs at least one trial")
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
-    draw = np.random.default_rng(0)  # draws the known units, the directions, and the coins
-    others = draw.normal(size=(OTHERS, dimension))
-    square = draw.normal(size=(dimension, min(CANARIES, dimension)))
-    directions = np.linalg.qr(square).Q.T  # (canaries of a step, dimension)
+    draw = np.random.default_rng(0)  # draws the directions and the coins
+    directions = np.linalg.qr(draw.normal(size=(dimension, dimension))).Q
+    known = len(OTHERS)
+    others = directions[:known] * np.array(OTHERS)[:, None] * plan.max_grad_norm
+    canaries = directions[known : known + CANARIES]
     is_there = draw.permutation(np.repeat([True, False], trials))
-    middle = directions @ _expected_sum(plan, others) + plan.records * plan.max_grad_norm / 2
-    above = _projections(plan, others, directions, is_there) - np.resize(middle, 2 * trials)
-    false_alarms = int((above[~is_there] > 0).sum())
-    misses = int((above[is_there] <= 0).sum())
+    shift = plan.records * plan.max_grad_norm
+    is_taken_there = _projections(plan, others, canaries, is_there) > shift / 2
+    false_alarms = int((is_taken_there & ~is_there).sum())
+    misses = int((~is_taken_there & is_there).sum())
 
     def bound(confidence: float) -> float:
         mu = gaussian_mu(false_alarms, misses, trials, confidence)
@@ -117,16 +119,6 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
         noise_multiplier=plan.noise_multiplier,
         records=plan.records,
     )
-
-
-def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
-    """Compute the sum of the clipped gradients of the units that the attacker knows, (dimension,).
-    others: their gradients, one unit per row."""
-    norms = np.linalg.norm(others, axis=1, keepdims=True)
-    c = plan.max_grad_norm
-    flat = plan.clipping == "flat"
-    factor = np.minimum(1.0, c / norms) if flat else c / (norms + plan.gamma)
-    return np.asarray((others * factor).sum(axis=0))
 
 
 def _projections(
