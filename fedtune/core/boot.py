@@ -77,7 +77,7 @@ def limit_spinning() -> None:
 
 
 CPU_INFO = Path("/proc/cpuinfo")
-REPRODUCIBLE = ("STRICT", "COMPATIBLE")  # settings of MKL_CBWR by which no row follows its place
+REPRODUCIBLE = ("AVX2,STRICT", "AVX512,STRICT")  # a user's settings of MKL_CBWR that are kept
 
 
 def fix_products() -> None:
@@ -85,12 +85,16 @@ def fix_products() -> None:
     operations wherever the row lies in its matrix. By itself MKL does not on some Intel processors:
     in products of one to three columns, as for a reward head, two classes or an adapter of rank 1
     to 3, a row's last digit followed from its place, and so from which other rows were there. On
-    processors of others, where the setting would choose slow instructions, no such row was found.
+    processors of others the setting would choose slow instructions.
 
-    A user's own setting of MKL_CBWR is kept if it has the same effect. This has no effect if MKL
-    has already computed something in this process. Reference: Intel oneMKL Developer Guide,
-    "Obtaining Numerically Reproducible Results", strict conditional numerical reproducibility."""
-    if any(setting in os.environ.get("MKL_CBWR", "") for setting in REPRODUCIBLE):
+    This makes rows fast, not safe: it has no effect on processors without AVX2, nor if MKL has
+    already computed something in this process. Whether rows keep their digits is tried for each
+    network (core/models/places.py); if not, each record is computed by itself.
+
+    A user's own setting of MKL_CBWR is kept if it has the same effect. Reference: Intel oneMKL
+    Developer Guide, "Obtaining Numerically Reproducible Results", strict conditional numerical
+    reproducibility."""
+    if os.environ.get("MKL_CBWR", "") in REPRODUCIBLE:
         return
     with suppress(OSError):
         if "GenuineIntel" in CPU_INFO.read_text(encoding="utf-8", errors="replace"):

@@ -61,7 +61,8 @@ def test_where_mkl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("GenuineIntel", "", "AUTO,STRICT"),
         ("GenuineIntel", "AVX2", "AUTO,STRICT"),
         ("GenuineIntel", "AVX2,STRICT", "AVX2,STRICT"),
-        ("GenuineIntel", "COMPATIBLE", "COMPATIBLE"),
+        ("GenuineIntel", "COMPATIBLE", "AUTO,STRICT"),
+        ("GenuineIntel", "SSE4_2,STRICT", "AUTO,STRICT"),
         ("AuthenticAMD", "", ""),
     ):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")

@@ -22,7 +22,7 @@ from fedtune.core.data.dataset import NO_TARGET, Dataset, Passage
 from fedtune.core.data.media import Media
 from fedtune.core.errors import is_fault
 from fedtune.core.models.cores import POSITIONS_PER_CORE, compute_side_by_side, one_operator_thread
-from fedtune.core.models.network import Network
+from fedtune.core.models.network import BLOCK_POSITIONS, PREFIX_POSITIONS, Network
 from fedtune.core.models.prefix_store import (
     PREFIX_STORE,
     Altered,
@@ -37,10 +37,6 @@ from fedtune.core.progress import OnWork, report
 log = logging.getLogger("fedtune.models")
 
 Indices = Sequence[int]
-# Positions of a block: enough for a quick matrix product, with little padding. Passes through the
-# frozen part run once over all records, so that they may pad more.
-BLOCK_POSITIONS = {"cpu": 256, "cuda": 1024}
-PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
 VECTOR = 8  # numbers in fp32 that the narrowest processor computes at a time (64-bit ARM)
 Result = TypeVar("Result")
 
@@ -99,7 +95,7 @@ class CachedDataset:
         # How many blocks are computed at once. None: one, on all cores or on a GPU. A block of
         # several records is never computed by more than one thread of operators.
         self.cores: int | None = None
-        if network.shares_blocks and network.device.type == "cpu":
+        if network.keeps_apart and network.device.type == "cpu":
             self.cores = torch.get_num_threads() if network.side_by_side else 1
         # k passages of each record, record by record.
         self._passages = [s for example in dataset.examples for s in example.passages]
@@ -390,7 +386,10 @@ class CachedDataset:
                 return 1  # for few rows and labels, results depend on a row's place, too
             budget = BLOCK_POSITIONS[self.network.device.type]
             positions = self._positions_per_record(bucket)
-            return _fit_to_vectors(min(budget // positions, limit or budget), positions)
+            computed = [positions]
+            if self.network.narrows and bucket.targets:
+                computed.append(self._n_passages * bucket.targets)
+            return _fit_to_vectors(min(budget // positions, limit or budget), *computed)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
         return [(bucket, size(bucket), records) for bucket, records in groups]
@@ -609,7 +608,7 @@ def _warn_if_altered(error: Unavailable) -> None:
         log.warning("%s; they are computed again. Check this machine's disk", error)
 
 
-def _fit_to_vectors(rows: int, positions: int) -> int:
+def _fit_to_vectors(rows: int, *positions: int) -> int:
     """Return how many rows a block has, at most `rows`, and at least 1.
 
     A processor computes functions such as `sigmoid`, `silu` and `softplus` for many numbers at a
@@ -620,10 +619,10 @@ def _fit_to_vectors(rows: int, positions: int) -> int:
     multiple of 8. A base with other widths has blocks of one row (`has_whole_widths`). A loss must
     not apply such functions to a tensor with one number for each position.
 
-    positions: the positions of a row, a multiple of 8, or 1, 2 or 4"""
+    positions: at how many positions of a row layers compute; each a multiple of 8, or 1, 2 or 4"""
     if rows >= VECTOR:
         return 1 << rows.bit_length() - 1
-    return rows if rows > 1 and positions % VECTOR == 0 else 1
+    return rows if rows > 1 and all(n % VECTOR == 0 for n in positions) else 1
 
 
 def _fill_block(indices: list[int], size: int) -> list[int]:

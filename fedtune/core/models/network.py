@@ -6,6 +6,7 @@ states above it) and `logits`. Adapters are swapped by loading arrays.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -45,10 +46,18 @@ from fedtune.core.models.class_statistics import ClassStatistics
 from fedtune.core.models.lora import Arrays, load_into
 from fedtune.core.models.loss import head_loss
 from fedtune.core.models.module_state import build_refusal, describe_state
+from fedtune.core.models.places import rows_keep_digits
 from fedtune.core.models.prefix_store import HiddenStates
 from fedtune.core.models.split import Split, cut
 from fedtune.core.registry.arrays import CLASS_SUMS
 from fedtune.core.run_folder import HEAD
+
+log = logging.getLogger("fedtune.models")
+
+# Positions of a block: enough for a quick matrix product, with little padding. Passes through the
+# frozen part run once over all records, so that they may pad more.
+BLOCK_POSITIONS = {"cpu": 256, "cuda": 1024}
+PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
 
 
 class Network:
@@ -96,11 +105,12 @@ class Network:
         if quantisation:
             quantise(backbone, quantisation, dtype)
         self._parts = parts_of(backbone, base.kind)
-        self.shares_blocks = may_share_blocks(backbone.config) and has_whole_widths(backbone)
+        # Whether no record of a block changes another's result, as far as the architecture goes.
+        self.keeps_apart = may_share_blocks(backbone.config) and has_whole_widths(backbone)
         # Whether several threads may compute with it at once: an int8 layer has one table of
         # outliers, and an architecture that was not tried might keep something for its next layer.
         int8 = quantisation is not None and quantisation.method == "int8"
-        self.side_by_side = self.shares_blocks and not int8
+        self.side_by_side = self.keeps_apart and not int8
         self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
         text = backbone.config.get_text_config()
         self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
@@ -144,6 +154,26 @@ class Network:
         if not before.items() <= describe_state(self._backbone).items():
             raise build_refusal(self.base.name, "the first text changed its state")
         return found
+
+    @cached_property
+    def shares_blocks(self) -> bool:
+        """Whether several records may be computed in one block: no record changes another's result
+        by the architecture, nor by its place on this machine, which is tried at the first use."""
+        if not self.keeps_apart:
+            return False
+        most = max(BLOCK_POSITIONS[self.device.type], PREFIX_POSITIONS[self.device.type])
+        if rows_keep_digits(self.modules, most, self.device):
+            return True
+        log.warning(
+            "on this machine a row's last digits follow from its place in a matrix, so that each "
+            "record is computed by itself; this takes longer"
+        )
+        return False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the last block's MLP runs only at the positions that have a target."""
+        return self._split is not None and self._split.narrows
 
     @cached_property
     def rows(self) -> int:
@@ -326,7 +356,7 @@ class Network:
         tail = self._split.tail if self._split else self._backbone
         if keep is None:
             return self._run(tail, mask, inputs_embeds=prefix, **extra)
-        if self._split and self._split.narrows:
+        if self._split and self.narrows:
             return self._run(tail, mask, inputs_embeds=prefix, keep=keep, **extra)
         states = self._run(tail, mask, inputs_embeds=prefix, **extra)
         return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))

@@ -157,12 +157,13 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     data = CachedDataset(network, random_records(network, study))
     objective, engine_name = study.objective.resolved, study.training.engine
     engine = UnitGradientEngine(data, objective, engine=engine_name, columns=columns)
+    n = data.dataset.n_units
+    subset = list(range(n - 1, n // 3, -1))
+    with network.loaded(trainable=_scatter(network.trainable())):  # B and a head are 0 at first
+        independent = torch.equal(engine.matrix(subset), engine.matrix(range(n))[subset])
     with network.loaded():
         loss = _mean_loss(data, study)
-        n = data.dataset.n_units
-        rows, subset = engine.matrix(range(n)), list(range(n - 1, n // 3, -1))
-        independent = torch.equal(engine.matrix(subset), rows[subset])
-        gradient = rows.mean(dim=0)
+        gradient = engine.matrix(range(n)).mean(dim=0)
         norm = float(gradient.norm())
         # How far a step may go depends on the base; the direction must help at some length.
         lowered = norm > 0 and any(
@@ -181,6 +182,15 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
             "the adapter to learn",
             "check lora.modules and base; no ε was spent",
         )
+
+
+def _scatter(arrays: Arrays) -> Arrays:
+    """Add random numbers to each entry of `arrays`, as large as those of a trained adapter."""
+    draw = np.random.default_rng(0)
+    return {
+        name: array + (0.1 * draw.standard_normal(array.shape)).astype(array.dtype)
+        for name, array in arrays.items()
+    }
 
 
 def _loss_after(

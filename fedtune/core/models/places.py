@@ -1,0 +1,108 @@
+"""Find out whether, on this machine, a row of a matrix gets other last digits in another place.
+
+A library may compute the last rows of a matrix by other instructions than the first, or a tensor's
+last numbers one by one. Then a record's result would depend on its place in a block, and so on
+which other records are there. Which library does so, and for which shapes, depends on the
+processor, on what a virtual machine shows of it, and on settings such as MKL_CBWR. So it is tried
+here for the shapes of the network at hand, before a record is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedtune.core.models.cores import one_operator_thread
+
+WIDEST = 2048  # a longer side of a weight is tried at a length from half of this on
+WHOLE = 64  # numbers: the longest vector of a processor, in any precision, divides it
+FUNCTIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    torch.exp, torch.sigmoid, torch.tanh, functional.silu, functional.gelu, functional.softplus,
+    functional.logsigmoid,
+)  # fmt: skip
+
+
+def rows_keep_digits(modules: nn.Module, positions: int, device: torch.device) -> bool:
+    """Return whether every row of a block has the same digits wherever it lies: in the products
+    with each weight of `modules`, as a layer computes them forward and backward, and in functions
+    of single numbers. Random numbers are tried, for every number of rows that a block of several
+    records may have.
+
+    - modules: the layers of a network, base and adapter
+    - positions: the most positions of a block
+    - device: where blocks are computed; on a processor by one operator thread"""
+    counts = range(8, positions + 1, 8)  # `cache._fit_to_vectors`: eights, or one record alone
+    shapes = dict.fromkeys(_weights(modules))
+    with torch.inference_mode(), one_operator_thread():
+        products = (
+            _product_keeps_digits(rows, *shape, dtype, device)
+            for shape, dtype in shapes
+            for rows in counts
+        )
+        kinds = {dtype for _, dtype in shapes}
+        return all(_functions_keep_digits(kind, device) for kind in kinds) and all(products)
+
+
+def _weights(modules: nn.Module) -> Iterator[tuple[tuple[int, int], torch.dtype]]:
+    """Yield the shape and the type of each weight of `modules` by which rows are multiplied. A
+    quantised weight is multiplied in the type of the layer's other numbers, taken for fp32 and for
+    bf16."""
+    for weight in modules.parameters():
+        if weight.dim() == 2 and weight.is_floating_point():
+            yield (_side(weight.shape[0]), _side(weight.shape[1])), weight.dtype
+    for module in modules.modules():
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            shape = _side(module.out_features), _side(module.in_features)
+            yield shape, torch.float32
+            yield shape, torch.bfloat16
+
+
+def _side(length: int) -> int:
+    return length if length <= WIDEST else WIDEST // 2 + length % (WIDEST // 2)
+
+
+@cache
+def _product_keeps_digits(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Return whether the rows of a matrix keep their digits in other places in its products with a
+    weight (outputs, inputs): as a layer computes its outputs, and the gradient at its inputs."""
+    draw = torch.Generator().manual_seed(rows)
+    weight = torch.randn(outputs, inputs, generator=draw).to(device, dtype)
+    order = torch.randperm(rows, generator=draw).to(device)
+
+    def keeps(columns: int, product: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        left = torch.randn(rows, columns, generator=draw).to(device, dtype)
+        return torch.equal(product(left[order]), product(left)[order])
+
+    return keeps(inputs, lambda left: functional.linear(left, weight)) and keeps(
+        outputs, lambda left: left @ weight
+    )
+
+
+@cache
+def _functions_keep_digits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether numbers keep their digits in other places in tensors of whole vectors; and in
+    fp32, in which losses are computed, in tensors of one number for each row of a block
+    (`cache._fit_to_vectors`)."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [WHOLE * n for n in (1, 2, 3, 5, 7, 11)]
+    if dtype == torch.float32:
+        lengths += [2**n for n in range(3, 11)]
+
+    def keeps(function: Callable[[torch.Tensor], torch.Tensor], length: int) -> bool:
+        values = (3 * torch.randn(length, generator=draw) + 2).to(device, dtype)
+        found = []
+        for given in (values, values.flip(0)):
+            with torch.inference_mode(False), torch.enable_grad():
+                given = given.clone().requires_grad_(True)
+                results = function(given)
+                torch.autograd.backward(results.sum())
+            assert given.grad is not None
+            found.append(torch.stack([results.detach(), given.grad]))
+        return torch.equal(found[0].flip(1), found[1])
+
+    return all(keeps(function, length) for function in FUNCTIONS for length in lengths)
