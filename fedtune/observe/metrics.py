@@ -219,10 +219,10 @@ class LedgerFigures:
         }
 
     def _open(self, folder: Path) -> Ledger | None:
-        from fedtune.core.ledger.ledger import Ledger
+        from fedtune.homes.opening import find_ledger
 
-        if self._ledger is None and (folder / "ledger.db").exists():  # never makes a new ledger
-            self._ledger = Ledger(folder)
+        if self._ledger is None:
+            self._ledger = find_ledger(folder)
         return self._ledger
 
     def _compute_spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
