@@ -169,7 +169,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "no-evidence-of-a-damaged-ledger", "fedtune/evidence/incident.py",
-        "    except LedgerError as error:\n", "    except TypeError as error:\n",
+        "    except (ConfigError, LedgerError) as error:", "    except TypeError as error:",
         T_EVIDENCE + "test_what_is_damaged_is_kept_as_it_is",
         "whoever edits the ledger keeps a site from keeping evidence",
     ),
