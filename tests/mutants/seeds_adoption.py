@@ -51,6 +51,16 @@ MUTANTS = (
         "a model is judged on patients who withdrew, or on whom it was trained",
     ),
     one(
+        "hospital", "a-personal-model-of-a-ledger-below-a-volume",
+        "fedtune/officer/personalise/personalise.py",
+        "    ledger = open_ledger(site.site.ledger or site.home)\n    own",
+        "    from fedtune.core.ledger.ledger import Ledger\n\n"
+        "    ledger = Ledger(site.site.ledger or site.home)\n    own",
+        "tests/client/test_personalise.py"
+        "::test_on_a_ledger_that_is_not_mounted_nobody_is_trained_on",
+        "a model is trained on patients who withdrew",
+    ),
+    one(
         "hospital", "an-adopted-ledgers-records-are-anybodys", HOMES,
         "if added := [note for note in own if note not in noted]:", "if added := list[Note]():",
         T_HOMES + "test_the_home_that_adopted_a_ledger_is_known_before_its_membership_runs",
