@@ -32,6 +32,44 @@ def test_a_docstring_that_leans_on_another_is_found() -> None:
     assert list(leaning_docstrings(leans)) == ["g"]
 
 
+def opened_ledgers(tree: ast.AST) -> Iterator[int]:
+    """Yield the line of each call that opens or begins a ledger by its class."""
+    names = {"Ledger"} | {
+        each.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for each in node.names
+        if each.name == "Ledger" and each.asname
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            if name in names:
+                yield node.lineno
+
+
+def test_ledgers_are_opened_in_one_place() -> None:
+    """Outside the vault, which runs only after `check_home`, every ledger is opened by a function
+    that first looks whether the home has lost the ledger which is known to have been there."""
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in sorted((ROOT / "fedtune").rglob("*.py"))
+        if not path.is_relative_to(ROOT / "fedtune" / "core")
+        if (lines := [*opened_ledgers(ast.parse(path.read_text(encoding="utf-8")))])
+    }
+    assert {*found} == {"fedtune/homes/opening.py"}, found
+
+
+def test_a_ledger_that_is_opened_elsewhere_is_found() -> None:
+    """The twin."""
+    opens = ast.parse(
+        "from a import Ledger as Book\n\nLedger(home)\nledger.Ledger(home)\nBook(home)\n"
+    )
+    assert list(opened_ledgers(opens)) == [3, 4, 5]
+    assert not [*opened_ledgers(ast.parse("open_ledger(home)\nLedger.restore(home)\n"))]
+
+
 def test_entries_are_thin() -> None:
     for role in ("client", "server"):
         code = [path for path in (ROOT / role).rglob("*.py")]

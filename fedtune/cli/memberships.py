@@ -378,15 +378,15 @@ def _forget(home: Path, place: str) -> dict[str, Any]:
     from fedtune.core.config.load import load_hospital
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.ledger.files import traces
-    from fedtune.core.ledger.ledger import Ledger
-    from fedtune.officer.known_homes import forget, is_known
+    from fedtune.homes.known_homes import forget, is_known
+    from fedtune.homes.opening import open_ledger
 
     # A site's own state folder is a home too, and may be empty yet.
     if not (traces(home) or is_known(home, place)):
         load_hospital(home)
     forgotten = forget(place, home)
     if traces(home):
-        AuditLog(home, Ledger(home).key).add("forget", "--forget", homes=len(forgotten))
+        AuditLog(home, open_ledger(home).key).add("forget", "--forget", homes=len(forgotten))
     for each in forgotten:
         typer.echo(f"forgot that {each} pays for {place}")
     typer.echo(

@@ -98,14 +98,14 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     key with the fingerprint by which peers (sites that share noise with this one) compare it."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog
-    from fedtune.core.ledger.ledger import Ledger, signing_key
+    from fedtune.core.ledger.ledger import signing_key
     from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
     from fedtune.flower.membership import keys_folder
-    from fedtune.officer.known_homes import check_ledger_there
+    from fedtune.homes.opening import open_ledger
 
     loaded = load_site(site)
-    check_ledger_there(loaded)
+    book = open_ledger(loaded.home)
     keys = keys_folder(loaded)
     file = out or site.resolve().parent / f"{loaded.site.name}.request"
     enrol.check_out(file, enrol.REQUEST, "request")  # before keys are put aside
@@ -113,7 +113,6 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
         old = next(p for n in range(1, 1000) if not (p := Path(f"{keys}.old-{n}")).exists())
         keys.rename(old)
         typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
-    book = Ledger(loaded.home)
     key = signing_key(loaded, book)
     fingerprint = enrol.enroll(loaded.site.name, keys, key, file)
     peer = fingerprints.of_peer(key.public)
@@ -336,9 +335,9 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
             )
         return  # nothing that reads a ledger is imported: this process stays as long as the site
     from fedtune.core.ledger.audit_log import AuditLog, login
-    from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.vault.waiting_plans import keep_plan
     from fedtune.flower import membership
+    from fedtune.homes.opening import open_ledger
     from fedtune.officer.leave import check_trusted
 
     if site.coordinator and site.coordinator.answer:
@@ -349,7 +348,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
         )
     keys, name = membership.keys_folder(site), site.site.name
     received = membership.read(answer, membership.tls_key(keys), name)
-    known, book = membership.load_answer(keys, name), Ledger(site.home)
+    known, book = membership.load_answer(keys, name), open_ledger(site.home)
     check_trusted(book.folder, received.fingerprint)
     signable = _show_plan(site, answer, received, book)
     if fingerprint is None and known is None and sys.stdin.isatty():

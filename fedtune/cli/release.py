@@ -170,8 +170,8 @@ def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, Audit
     from fedtune.core.config import load_site
     from fedtune.core.errors import ConfigError
     from fedtune.core.ledger.audit_log import AuditLog
-    from fedtune.core.ledger.files import traces
-    from fedtune.core.ledger.ledger import Ledger, signing_key
+    from fedtune.core.ledger.ledger import signing_key
+    from fedtune.homes.opening import find_ledger
 
     if (path is None) == (site is None):
         raise ConfigError("--key and --site are both given, or neither", "exactly one of the two")
@@ -179,7 +179,6 @@ def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, Audit
         return path, None
     assert site is not None
     loaded = load_site(site)
-    if not traces(loaded.home):
+    if (book := find_ledger(loaded.home)) is None:
         raise ConfigError(f"{site}: this site has no key yet", "a site that took part")
-    book = Ledger(loaded.home)
     return signing_key(loaded, book), AuditLog(book.folder, book.key)

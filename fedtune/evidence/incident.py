@@ -34,10 +34,11 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import drafted, replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
 from fedtune.core.ledger.files import DATABASE, KEY, LedgerError, NoRoom, traces
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import copy_entries
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
+from fedtune.homes.known_homes import check_ledger_there
+from fedtune.homes.opening import open_ledger
 
 log = logging.getLogger("fedtune.site")
 FORMAT, MANIFEST = "fedtune-incident-1", "manifest.json"
@@ -96,6 +97,7 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     the site has no ledger or no signing key; InfrastructureError."""
     home, state = site.home, site.site.state
     if not traces(home):
+        check_ledger_there(home)
         raise ConfigError(f"{home}: no ledger yet, so there is nothing to keep")
     if not (home / KEY).exists():  # none is made: it would not be this site's
         raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
@@ -206,10 +208,10 @@ def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
     - to: the file to which the entries are copied
     - damaged: a list of texts, which this function may extend"""
     try:
-        book = Ledger(home)
+        book = open_ledger(home)
     except NoRoom:
         raise
-    except LedgerError as error:
+    except (ConfigError, LedgerError) as error:  # also if it is not the ledger that was there
         damaged.append(error.happened)
     else:
         book.copy_entries(to)

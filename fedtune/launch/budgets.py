@@ -11,10 +11,9 @@ from pathlib import Path
 from fedtune.core.config import Site, Study
 from fedtune.core.errors import FedtuneError, Refused
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import DATABASE
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.run_folder import load_plan
 from fedtune.core.vault.budget_refusal import CEILINGS, PLACES, TODO, explain, is_within, places
+from fedtune.homes.opening import find_ledger
 
 
 def remember(sites: Sequence[Site], run: Path) -> None:
@@ -41,7 +40,7 @@ def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Re
         if site.data.declared:
             continue
         with suppress(FedtuneError):
-            ledger = Ledger(site.home) if (site.home / DATABASE).exists() else None
+            ledger = find_ledger(site.home)
             charges = ledger.charges(site.data.name) if ledger else []
             if not is_within(study, site, charges):
                 paid, *more = explain(study, site, ledger)

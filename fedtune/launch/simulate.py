@@ -70,8 +70,8 @@ def simulate(
     DataError if a site's records do not fit it; PolicyRefused if declared data was ever charged as
     private; Refused, before any training, if too few sites have budget left; ModelError;
     InfrastructureError, also if a site pays from its own ledger and its vault is running."""
+    from fedtune.homes.known_homes import check_simulated
     from fedtune.launch.budgets import explain_refusal, remember
-    from fedtune.officer.known_homes import check_simulated
 
     study = validate_study(study)
     check(study, sites)
@@ -226,9 +226,10 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
     unless its policy.peers names others."""
     if study.secure_aggregation is None:
         return ""
-    from fedtune.core.ledger.ledger import Ledger, signing_key
+    from fedtune.core.ledger.ledger import signing_key
+    from fedtune.homes.opening import open_ledger
 
-    return " ".join(signing_key(site, Ledger(site.home)).public for site in sites)
+    return " ".join(signing_key(site, open_ledger(site.home)).public for site in sites)
 
 
 @contextmanager

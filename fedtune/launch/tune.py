@@ -93,7 +93,7 @@ def tune(
     or was ever charged as private; ConfigError if another home pays for a site's data, if there are
     no records by which to compare, `out` is not the folder of a search, or a setting is invalid."""
     from fedtune.core.vault.declared import declare
-    from fedtune.officer.known_homes import check_simulated
+    from fedtune.homes.known_homes import check_simulated
 
     loaded, out = (
         load_study(study, settings=[s for s in settings if len(_values(s)) < 2]),

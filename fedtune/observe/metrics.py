@@ -5,7 +5,9 @@
 
 Guarantee: a figure depends on records only through DP's noise, or follows from settings that a
 person entered; a site's ε follows from its charges alone. The port asks for no token, so every
-account of the machine can read it, and so can the site's courier.
+account of the machine can read it, and so can the site's courier. Of a hospital's home it therefore
+shows the share of one membership: what the others spent would tell this one's coordinator of other
+consortia.
 
 Neither role exports the number of a ledger's entries (it grows when data changes or a patient
 withdraws), counts of records (rejected, too long, sampled), losses at a site, gradient norms, or
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import GaugeMetricFamily
 
+    from fedtune.core.config import PolicyTable
     from fedtune.core.ledger.ledger import Ledger
 
 HOST = "127.0.0.1"
@@ -163,17 +166,19 @@ def _site(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], None]:
 
 
 class _Spent(NamedTuple):
-    head: str
-    delta: float
+    key: tuple[str, float, frozenset[str]]  # what the figures follow from: head, δ and memberships
     epsilon: float
     rounds: int
 
 
 class LedgerFigures:
-    """The budget of a site as a Prometheus collector, from the ledger at the last `read`.
+    """The budget of a site as a Prometheus collector, from the ledger at the last `read`; in a
+    hospital's home, the share of one membership.
 
     | state of the ledger         | figures                                        |
     | there is no ledger yet      | ledger_readable is 1, and nothing is spent     |
+    | the ledger that was there   | ledger_readable is 0; no other figure is shown |
+    | is not there                |                                                |
     | the ledger does not verify  | ledger_readable is 0; no other figure is shown |
 
     Guarantee: a scrape does not read the ledger. The courier may scrape as often as it likes, and
@@ -209,9 +214,9 @@ class LedgerFigures:
         from fedtune.core.config import load_site
 
         site = load_site(self._path)
-        most, spent = site.policy.ceiling, _Spent("", 0.0, 0.0, 0)
+        most, spent = site.policy.max_epsilon, _Spent(("", 0.0, frozenset()), 0.0, 0)
         if (book := self._open(site.home)) is not None:
-            spent = self._compute_spent(book, site.data.name, site.policy.delta)
+            spent = self._compute_spent(book, site.data.name, site.policy)
         return {
             "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),
             "epsilon_remaining": ("Of policy.max_epsilon", max(0.0, most - spent.epsilon)),
@@ -219,26 +224,27 @@ class LedgerFigures:
         }
 
     def _open(self, folder: Path) -> Ledger | None:
-        from fedtune.core.ledger.ledger import Ledger
+        from fedtune.homes.opening import find_ledger
 
-        if self._ledger is None and (folder / "ledger.db").exists():  # never makes a new ledger
-            self._ledger = Ledger(folder)
+        if self._ledger is None:
+            self._ledger = find_ledger(folder)
         return self._ledger
 
-    def _compute_spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
+    def _compute_spent(self, book: Ledger, dataset: str, policy: PolicyTable) -> _Spent:
         from fedtune.core.dp.filter import total_epsilon
         from fedtune.core.ledger.entries import orders_of
 
-        head = book.head.hash
-        if self._cached is None or (self._cached.head, self._cached.delta) != (head, delta):
-            charges = book.spending(dataset)
+        own, delta = policy.own_memberships, policy.delta
+        key = book.head.hash, delta, own
+        if self._cached is None or self._cached.key != key:
+            charges = [each for each in book.spending(dataset) if each.charge.is_paid_by(own)]
             # The ε of a unit that took part in every charge, whether or not there is one: the times
             # at which units arrived depend on the records.
             orders = orders_of(spent.charge for spent in charges)
             events = [spent.charge.event for spent in charges]
             epsilon = total_epsilon(events, orders, delta).epsilon
             rounds = sum(c.released for c in charges if c.kind == "reserve")
-            self._cached = _Spent(head, delta, epsilon, rounds)
+            self._cached = _Spent(key, epsilon, rounds)
         return self._cached
 
 

@@ -63,6 +63,8 @@ from fedtune.core.ledger.files import (
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import backup
 from fedtune.core.wire.keys import SigningKey
+from fedtune.homes.known_homes import move_notes
+from fedtune.homes.opening import open_ledger
 from fedtune.officer.closed_ledger import Closed, closed
 from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.hospital_file import (
@@ -76,7 +78,6 @@ from fedtune.officer.hospital_file import (
     write_hospital,
     write_membership,
 )
-from fedtune.officer.known_homes import move_notes
 from fedtune.officer.leave import DISTRUST, check_remembered, distrusted
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import EDIT_LOCK, check_new, site_of, still
@@ -134,7 +135,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
     site = load_site(site_file)
     _check(home, site, site_file)
     with still(home, site):
-        book = Ledger(site.site.state)
+        book = open_ledger(site.site.state)
         book.verify()
         check_remembered(site.site.state)  # the home would not know that a log was taken away here
         if _is_first(home, site_file, name, book):
@@ -150,7 +151,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
     """Check that a site's ledger is no copy of the home's, whose charges would count twice. Errors:
     ConfigError."""
-    if (home / DATABASE).exists() and book.key.public == Ledger(home).key.public:
+    if (home / DATABASE).exists() and book.key.public == open_ledger(home).key.public:
         raise ConfigError(
             f"{site.site.state}: is a copy of the ledger that is the hospital's already",
             "a site with a ledger of its own",
@@ -176,7 +177,7 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
             "a site with a ledger of its own",
         )
     with still(home, site):
-        book = Ledger(home)
+        book = open_ledger(home)
         book.verify()
         acts = audit_log.verify(home, book.key.public).entries
         adopted_here = [
@@ -355,7 +356,7 @@ def _adopt_later(
         check_new(home, hospital, name)
     elif there.site.resolve() != site_file:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
-    book = Ledger(home)
+    book = open_ledger(home)
     datasets = _names(site, hospital, name, book)
     for table in _tables(site):
         if datasets[table.name] not in hospital.datasets:

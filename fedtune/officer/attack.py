@@ -19,13 +19,12 @@ from fedtune.core.config import Site, SiteData
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import traces
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.vault.reading import read_for_training
+from fedtune.homes.opening import find_ledger
 from fedtune.runs.run import Run
 
 LEAST = 10  # the smallest number of members, and of held-out units; intervals need so many
@@ -134,7 +133,7 @@ def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
     - data: the site's [data], or the settings of the held-out records
     - network: the study's network, whose tokenizer and file reader are used
     - run: the run whose study says how records are read"""
-    ledger = Ledger(site.home) if traces(site.home) else None
+    ledger = find_ledger(site.home)
     return read_for_training(data, run.study, network.tokenizer, network.reader, ledger)
 
 

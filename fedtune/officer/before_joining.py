@@ -12,7 +12,7 @@ from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
-from fedtune.officer.known_homes import check_home
+from fedtune.homes.known_homes import check_home
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
 

@@ -18,6 +18,7 @@ from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.budget_refusal import places
 from fedtune.core.vault.policy import compute_within_limits, privacy_refusals
+from fedtune.homes.opening import open_ledger
 from fedtune.officer.known_plans import known_plan
 from fedtune.officer.review import cost_refusals
 
@@ -64,7 +65,7 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
         raise refusal
     ledger = None
     if (site.home / DATABASE).exists() and not site.data.declared:
-        ledger = Ledger(site.home)
+        ledger = open_ledger(site.home)
     study = known_plan(study, site, out)
     plan = compute_within_limits(study, site) if study.private else None
     refusals = [*privacy_refusals(study, site, plan), *cost_refusals(study, site, plan, ledger)]

@@ -13,10 +13,11 @@ from fedtune.core.config import PrivacyTable, Site
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.errors import NotGenuine
 from fedtune.core.files import reading
-from fedtune.core.ledger.ledger import Ledger, signing_key
+from fedtune.core.ledger.ledger import signing_key
 from fedtune.core.run_folder import load_plan
 from fedtune.evidence.sign import EVIDENCE, RUN
 from fedtune.evidence.verify import Verified
+from fedtune.homes.opening import open_ledger
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
     site's key that its ledger did not release (the key was stolen, or the ledger put back)."""
     where = run / RUN if (run / RUN / EVIDENCE).exists() else run
     study = load_plan(where)
-    book = Ledger(site.site.ledger or site.home)
+    book = open_ledger(site.site.ledger or site.home)
     book.verify()
     key, own = signing_key(site, book).public, site.policy.own_memberships
     content = reading.json_in(where / EVIDENCE, "what sites signed of a run", most=reading.LARGE)

@@ -25,10 +25,9 @@ from fedtune.core.data.records import Read, Record, keys_of, read_file, site_row
 from fedtune.core.data.sources._interface import Names
 from fedtune.core.errors import DataError, FedtuneError
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import traces
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.policy import base_for
 from fedtune.core.vault.reading import SHOWN, by_reason, read_for_training
+from fedtune.homes.opening import find_ledger
 from fedtune.officer.data_files import COUPLED, FileFacts, files_of
 from fedtune.officer.reading import reading_of
 
@@ -350,7 +349,7 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
     }
     try:
         record_format = check_columns(site.data, study, tokenizer, reader=reader)
-        ledger = Ledger(site.home) if traces(site.home) else None
+        ledger = find_ledger(site.home)
         dataset = read_for_training(site.data, study, tokenizer, reader, ledger)
     except FedtuneError as error:
         return None, StudyFit(problem=str(error), **public)

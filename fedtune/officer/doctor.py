@@ -21,8 +21,7 @@ from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.core.ledger.files import KEY, SALT, traces
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.files import KEY, SALT
 from fedtune.core.models.build import build
 from fedtune.core.progress import report
 from fedtune.core.training import selftest
@@ -41,6 +40,7 @@ from fedtune.flower import certs
 from fedtune.flower.forwarder import STATUS, dial, far_context, find_newest_certificate, proxy_of
 from fedtune.flower.link import Link, link
 from fedtune.flower.membership import keys_folder
+from fedtune.homes.opening import find_ledger
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import list_memberships
@@ -174,7 +174,7 @@ def _check_declared(site: Site) -> str:
     Return a text that says which ledger pays for the records.
 
     Errors: PolicyRefused."""
-    if traces(site.home):
+    if find_ledger(site.home):
         declare(site, sign=False)
     allowed = site.policy.allow_declared_data
     client = "" if allowed else "; `fedtune client` refuses it (policy.allow_declared_data)"
@@ -329,9 +329,8 @@ def _records(site: Site) -> str:
 
 
 def _ledger(site: Site) -> str:
-    if not traces(site.home):
+    if (ledger := find_ledger(site.home)) is None:
         return f"{site.home}: none yet; begins with the first study"
-    ledger = Ledger(site.home)
     ledger.verify()
     return f"{site.home}: whole; {len(ledger.spending())} charges"
 
@@ -342,9 +341,9 @@ def _same_people(site: Site) -> str:
 
     The guarantee covers neither case. Boilerplate texts cause both signs, so a person has to
     judge."""
-    if not traces(site.home):
+    if (ledger := find_ledger(site.home)) is None:
         return "nobody has taken part here as yet"
-    ledger, data = Ledger(site.home), site.data
+    data = site.data
     signs = [
         f"datasets {first} and {second} are declared disjoint and share {shared} patients, records "
         "or longer texts"
@@ -369,7 +368,7 @@ def _plan(study: Study, site: Site, outline: bool, coordinator: str) -> str:
     """Check the plan against policy, ledger and signatures, as `fedtune review` does, and return σ
     and ε as text. outline, coordinator: as for `examine`. Errors: the first refusal."""
     plan = compute_within_limits(study, site) if study.private else None
-    ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
+    ledger = find_ledger(site.home)  # a check creates none
     coordinator = coordinator or find_coordinator(site)
     for refusal in would_refuse(
         study, site, plan, ledger, outline=outline, coordinator=coordinator
@@ -393,7 +392,7 @@ def _fits(site: Site, study: Study, base: Base) -> str:
     DataError if the records do not fit."""
     check_data(site, study, base)
     tokenizer, reader = reading_of(base, study.base.modality)
-    ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
+    ledger = find_ledger(site.home)  # a check creates none
     dataset = read_for_training(site.data, study, tokenizer, reader, ledger)
     parts = [describe(dataset, study, site.site.declared_size), rows_of(dataset.counts.failed)]
     return "; ".join(filter(None, parts))

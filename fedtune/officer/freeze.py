@@ -22,8 +22,9 @@ from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.entries import Freeze, Standing
 from fedtune.core.ledger.files import KEY, LedgerError, NoRoom, traces
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
+from fedtune.homes.known_homes import check_ledger_there
+from fedtune.homes.opening import find_ledger, open_ledger
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
 FREEZE, LIFT, CUT = "freeze", "lift", "cut"  # events of the audit log
@@ -42,17 +43,18 @@ def freeze(site: Site, why: str) -> None:
     a damaged ledger, and when it is restored, that entry freezes it.
 
     Errors:
-    - ConfigError: there is no ledger (none is made)
+    - ConfigError: there is no ledger (none is made), or the one that was there is not there now
     - NotGenuine: the audit log is damaged; raised after the freeze
     - LedgerError: the ledger is damaged; raised after the entry in the audit log
     - NoRoom: the disk is full, and the reserved space is used up; the ledger is not frozen
     - InfrastructureError: the audit log cannot be written; raised after the freeze"""
+    check_ledger_there(site.home)
     if not traces(site.home):
         raise ConfigError(f"{site.home}: no ledger yet, so there is nothing to freeze")
 
     def enter() -> None:
         try:
-            book = Ledger(site.home)
+            book = open_ledger(site.home)
         except NoRoom:
             raise
         except LedgerError:
@@ -70,7 +72,7 @@ def freeze(site: Site, why: str) -> None:
     except LedgerError:
         raise
     except (NotGenuine, InfrastructureError) as error:
-        if Ledger(site.home).frozen is None:
+        if open_ledger(site.home).frozen is None:
             raise
         raise _build_log_error(error, "the ledger is frozen all the same") from None
 
@@ -81,7 +83,7 @@ def lift(site: Site, why: str) -> None:
     that no order is answered all the same. why: the person's reason, which the ledger's entry
     states. Errors: InputError if the ledger is not frozen; NotGenuine or InfrastructureError of an
     audit log that is damaged or cannot be written, after the lift; LedgerError."""
-    book = Ledger(site.home)
+    book = open_ledger(site.home)
     acts = AuditLog(book.folder, book.key)
     in_reserved_space(site, lambda: book.lift(login(), why))
     if not site.room.has_space():
@@ -125,8 +127,9 @@ def read_decisions(home: Path, public: str) -> Standing:
 def check_not_frozen(home: Path, what: str) -> None:
     """Check that no person froze the ledger in `home`, before files that may be evidence are
     deleted or moved. what: what would be done to the files, as a participle for the error's text,
-    such as "deleted". Errors: Refused; LedgerError."""
-    if traces(home) and Ledger(home).frozen:
+    such as "deleted". Errors: Refused; ConfigError if the ledger that was in `home` is not there;
+    LedgerError."""
+    if (book := find_ledger(home)) and book.frozen:
         raise frozen(home, what)
 
 

@@ -25,11 +25,11 @@ from fedtune.core.files import reading
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.files import traces
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.processes import alone
 from fedtune.core.vault import studies
 from fedtune.flower.link import link
 from fedtune.flower.membership import keys_folder
+from fedtune.homes.opening import open_ledger
 from fedtune.officer.memberships import delete_keys, network_keys
 
 DISTRUST = "--distrust"
@@ -81,7 +81,7 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
             todo="leave without --distrust",
         )
     with alone(state / "flower", "fedtune client"), alone(state / "ranks", "the vault of a client"):
-        book = Ledger(site.home)
+        book = open_ledger(site.home)
         running, files = studies.under_way(state), len(network_keys(site))
         rule, whose = DISTRUST if distrust else "", site.policy.membership
         acts = AuditLog(book.folder, book.key)

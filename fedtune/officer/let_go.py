@@ -23,6 +23,7 @@ from fedtune.core.ledger.entries import Charge, Slot, owner_of
 from fedtune.core.ledger.files import ASKED, DATABASE, RUNS, name_of, waiting_draw_path
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
+from fedtune.homes.opening import find_ledger, open_ledger
 
 ANSWER, DRAW = "answer", "draw of shared noise"
 
@@ -68,7 +69,7 @@ class _Found:
 def list_waiting(site: Site) -> list[Waiting]:
     """List the answers that wait at a site, oldest first; in a hospital's home list only the
     answers of the site's own membership. Return [] if there is no ledger, and make none. Errors:
-    LedgerError."""
+    ConfigError if the ledger that was in the site's home is not there; LedgerError."""
     return [found.waiting for found in _find(site)]
 
 
@@ -96,7 +97,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
         )
     if not chosen:
         return []
-    home = Ledger(site.home)
+    home = open_ledger(site.home)
     acts, event = AuditLog(home.folder, home.key), "refuse" if refuse else "let-go"
     for one in chosen:
         shown, how = one.waiting, "--all" if every else "by name"
@@ -114,11 +115,11 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
 
 
 def _find(site: Site) -> list[_Found]:
-    folders = [site.site.ledger or site.home, *sorted((site.site.state / RUNS).glob("*"))]
+    of_runs = sorted((site.site.state / RUNS).glob(f"*/{DATABASE}"))
+    folders = [site.site.ledger or site.home, *(path.parent for path in of_runs)]
     found = list[tuple[int, _Found]]()
     for folder in folders:
-        if (folder / DATABASE).exists():
-            ledger = Ledger(folder)
+        if ledger := find_ledger(folder):
             found += _find_answers(site, ledger)
             found += _find_draws(site, ledger)
     own = site.policy.own_memberships

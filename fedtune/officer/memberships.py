@@ -22,7 +22,6 @@ from fedtune.core.files.writing import create, replace, sync_folder
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import EVERY
-from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import (
     DatasetBudget,
@@ -35,6 +34,7 @@ from fedtune.core.processes import alone
 from fedtune.core.vault.process import vault_of
 from fedtune.core.vault.studies import under_way
 from fedtune.flower.membership import keys_folder, load_answer
+from fedtune.homes.opening import find_ledger
 from fedtune.observe.status import LOCK, held
 from fedtune.officer import purge
 from fedtune.officer.freeze import check_not_frozen
@@ -106,7 +106,7 @@ def list_memberships(home: Path) -> Listed:
     """List a home's memberships and totals; no ledger is made. Errors: ConfigError; LedgerError."""
     home = home.resolve()
     hospital = load_hospital(home)
-    ledger = Ledger(home) if traces(home) else None
+    ledger = find_ledger(home)
     ceilings = hospital.policy
     policy = PolicyTable(
         max_epsilon=ceilings.max_epsilon,
@@ -284,9 +284,8 @@ def check_new(home: Path, hospital: Hospital, name: str) -> None:
 def earlier_names(home: Path) -> set[str]:
     """Return the names of all memberships, ended ones too, that occur in a home's ledger or audit
     log."""
-    if not traces(home):
+    if (book := find_ledger(home)) is None:
         return set()
-    book = Ledger(home)
     acts = audit_log.verify(home, book.key.public).entries
     return book.memberships | {str(act["facts"].get("membership", "")) for act in acts}
 
@@ -390,8 +389,7 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     home, name, site = ending.home, ending.name, ending.site
     check_not_frozen(home, "deleted")
     _without(home, name)  # before anything is deleted
-    if traces(home):
-        book = Ledger(home)
+    if book := find_ledger(home):
         files = sum(map(len, ending.delete.values()))
         AuditLog(home, book.key).add("leave", "--anyway" if anyway else "--end", membership=name,
                                      files=files)  # fmt: skip

@@ -23,8 +23,7 @@ from fedtune.core.files.room import ORDERS, ROOM
 from fedtune.core.files.writing import DRAFT, is_abandoned, sync_folder
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import owner_of
-from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix, traces
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix
 from fedtune.core.processes import alone
 from fedtune.core.secagg.draw import FOLDER as DRAWS
 from fedtune.core.vault.budget_refusal import PLACES
@@ -33,6 +32,7 @@ from fedtune.core.vault.studies import FOLDER as STUDIES
 from fedtune.core.vault.studies import under_way
 from fedtune.evidence.personal import FOLDER as PERSONAL
 from fedtune.evidence.personal import SUFFIX
+from fedtune.homes.opening import find_ledger
 from fedtune.observe.status import LOCK
 from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.withdraw import RECEIPTS
@@ -134,9 +134,8 @@ def purge(contents: Listing) -> None:
         alone(contents.state / "ranks", "the vault of a client"),
     ):
         check_not_frozen(contents.home, "deleted")
-        if traces(contents.home):
-            key = Ledger(contents.home).key  # raises if damaged: a restore may need these
-            AuditLog(contents.home, key).add("purge", files=len(contents.files))
+        if book := find_ledger(contents.home):  # raises if damaged: a restore may need these
+            AuditLog(contents.home, book.key).add("purge", files=len(contents.files))
         try:
             for path in contents.files:
                 in_state = path.is_relative_to(contents.state)
@@ -150,8 +149,8 @@ def purge(contents: Listing) -> None:
                 f"{error.filename}: cannot be deleted ({error.strerror})",
                 todo="fix the permissions and run it again",
             ) from None
-    if traces(contents.home):
-        Ledger(contents.home).verify()
+    if book := find_ledger(contents.home):
+        book.verify()
 
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
@@ -159,9 +158,9 @@ def _list_at_hospital(site: Site, contents: Listing) -> None:
     beside the ledger: released updates, and notes of draws that wait for a person. Files of other
     memberships, which may run the same plan, are not added: if their updates were deleted, they
     would have to pay for them again. site: the membership."""
-    if not traces(site.home):
+    if (book := find_ledger(site.home)) is None:
         return
-    book, own = Ledger(site.home), site.policy.own_memberships
+    own = site.policy.own_memberships
     mine, others = dict[str, str](), set[Path]()
     for spent in book.spending():
         slot = spent.charge.study, spent.charge.round, spent.adapter
@@ -249,7 +248,8 @@ def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, st
     or at least the first 8 digits of it. plans: stored plans, which name studies besides those in
     the ledger. Errors: InputError if it means none."""
     state, home = site.site.state, site.home
-    spent = Ledger(home).spending() if traces(home) else []
+    book = find_ledger(home)
+    spent = book.spending() if book else []
     names = under_way(state) | {entry.charge.study: entry.charge.name for entry in spent}
     for path in plans:
         try:

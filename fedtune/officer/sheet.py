@@ -29,8 +29,7 @@ from fedtune.core.errors import DataError, PolicyRefused
 from fedtune.core.files import reading
 from fedtune.core.files.writing import check_replaceable, create, replace
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.ledger.files import traces
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.homes.opening import find_ledger
 
 ATTESTED = "sheet.json"  # in the state folder
 CROISSANT = ".croissant.json"
@@ -122,6 +121,7 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
         return Described(path, True)
     unit = "patient" if site.data.columns.patient else "record"
     read = read_file(site.data, unit="patient" if unit == "patient" else "record", strict=True)
+    book = find_ledger(site.home)
     counts = {
         "usable records": len(read.records),
         f"{unit}s": len({record.unit for record in read.records}),
@@ -133,8 +133,7 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
     replace(out, _json(content), private=True)
     if public:
         replace(public, _json(public_sheet(typed, site.site.name)))
-    if traces(site.home):
-        book = Ledger(site.home)
+    if book:
         AuditLog(book.folder, book.key).add("attest", sheet=_typed_hash(typed))
     attested = {"records": records_hash(site), "sheet": _typed_hash(typed)}
     when = {"attested": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}

@@ -17,7 +17,8 @@ from fedtune.core.errors import ConfigError, DataError, InputError
 from fedtune.core.ledger.audit_log import AuditLog, verify
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.lora import digest
-from fedtune.officer.acceptance.accept import Acceptance, accept, read_record
+from fedtune.homes.known_homes import check_home
+from fedtune.officer.acceptance.accept import Acceptance, accept, read_record, tell
 from fedtune.officer.acceptance.records import TRAINED, WITHDREW
 from fedtune.officer.purge import listing, purge
 from fedtune.presets.templates import SITE as SITE_TEMPLATE
@@ -98,6 +99,21 @@ def test_whoever_withdrew_is_left_out(world: Path) -> None:
     Ledger(site.site.state).withdraw(unit_member("h7"))
     made = judged()
     assert made.figures["left_out"] == {WITHDREW: 1} and made.figures["records"] == 94
+
+
+def test_a_ledger_that_is_not_mounted_does_not_say_that_nobody_withdrew(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(world / "xdg"))
+    site = load_site("site.toml")
+    Ledger(site.home).withdraw(unit_member("h7"))
+    check_home(site)
+    site.home.rename("volume")
+    site.home.mkdir()
+    for use in (judged, lambda: tell("run", site, "told")):
+        with pytest.raises(ConfigError, match="is not there"):
+            use()
+    assert not any(site.home.iterdir())
 
 
 def test_without_a_patient_column_contents_are_compared(world: Path) -> None:

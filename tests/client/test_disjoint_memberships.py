@@ -130,13 +130,15 @@ def test_a_stale_declaration_permits_no_round_of_another_vault(
     vaults, made = begin(files, tiny_base)
     declare, keep_counts = SiteWorker.declare, module.keep_counts
     read = list[Any]()  # what cardio's vault is about to declare
+    said = list[str]()  # to onco's coordinator
 
     def late(vault: SiteWorker, *given: Any) -> None:
         if vault is vaults["cardio"] and not read:
             read.extend(given)
             hospital.write_text(hospital.read_text().replace('disjoint_from = ["clinic"]\n', ""))
-            with pytest.raises(Unprepared, match="anew"):
+            with pytest.raises(Unprepared) as refused:
                 trains(vaults["onco"], made["onco"], 1)
+            said.append(str(refused.value))
         declare(vault, *given)
 
     def between(*given: Any) -> None:
@@ -148,7 +150,10 @@ def test_a_stale_declaration_permits_no_round_of_another_vault(
     trains(vaults["cardio"], made["cardio"], 1)
     ledger = Ledger(home)
     assert [charge.membership for charge in ledger.charges("records")] == ["cardio"]
-    start = made["onco"]
+    start, restarted = made["onco"], SiteWorker(load_site(files["onco"]), files["onco"])
+    with pytest.raises(Unprepared) as refused:
+        trains(restarted, start, 1)
+    assert said == [str(refused.value)], "onco's coordinator learns that there is another"
     assert vaults["onco"].prepare(start.study, start.frozen, "c" * 64).admitted
     trains(vaults["onco"], start, 1)
     assert not ledger.disjoint and len(ledger.charges("records")) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -13,12 +14,15 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.config.hospital import RegisteredData
+from fedtune.core.data.records import unit_member
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.courier.process import list_readable
+from fedtune.derive import label
+from fedtune.homes import known_homes
 from fedtune.launch.tune import tune
 from fedtune.officer import adopt as adoption
-from fedtune.officer import before_joining, known_homes
+from fedtune.officer import before_joining
 from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.memberships import still
@@ -192,18 +196,67 @@ def test_without_the_check_an_empty_folder_is_a_new_home(
     assert Ledger(world / "cardio-state").spending() == []
 
 
-@pytest.mark.parametrize("command", ["withdraw", "enroll"])
+COMMANDS: dict[str, list[str]] = {
+    "withdraw": ["withdraw", "SITE", "--file", "WORLD/keys"],
+    "check a receipt": ["withdraw", "SITE", "--check", "WORLD/keys"],
+    "enroll": ["enroll", "SITE", "--out", "WORLD/request"],
+    "ledger": ["ledger", "SITE"],
+    "accept": ["ledger", "SITE", "--accept", "notes", "--reason", "known"],
+    "backup": ["ledger", "SITE", "--backup", "WORLD/copy"],
+    "freeze": ["ledger", "SITE", "--freeze", "--reason", "an incident"],
+    "lift": ["ledger", "SITE", "--lift", "--reason", "it is over"],
+    "let go": ["let-go", "SITE"],
+    "evidence": ["evidence", "SITE", "--to", "WORLD/kept"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_begins_a_ledger_in_a_folder_that_is_not_mounted(
     world: Path, command: str
 ) -> None:
-    """A withdrawal would be hidden beneath the volume, once it is mounted again."""
+    """A withdrawal would be hidden beneath the volume, once it is mounted again, and a freeze would
+    stop nobody. A view says that the ledger is not there, and not that nothing was spent."""
     join(world, "cardio")
     unmount(world / "cardio-state")
     (world / "keys").write_text("a\n")
-    options = ["--file", world / "keys"] if command == "withdraw" else ["--out", world / "request"]
-    done = run(command, world / "cardio.toml", *options)
-    assert done.exit_code == 2 and "is not there" in done.output
+    places = {"SITE": str(world / "cardio.toml"), "WORLD": str(world)}
+    words = [re.sub("SITE|WORLD", lambda m: places[m[0]], word) for word in COMMANDS[command]]
+    done = run(*words)
+    assert done.exit_code == 2 and "is not there" in done.output, done.output
     assert not any((world / "cardio-state").iterdir())
+
+
+def test_a_view_begins_no_ledger(world: Path) -> None:
+    """Also of a home of which nothing is known."""
+    site = make_site(world, "new")
+    (world / "new-state").mkdir(exist_ok=True)
+    done = run("ledger", site)
+    assert done.exit_code == 2 and "no ledger yet" in done.output
+    assert not any((world / "new-state").iterdir())
+
+
+def test_nobody_withdrew_is_not_said_of_a_ledger_that_is_not_mounted(world: Path) -> None:
+    """Of a home that is new, it is said."""
+    join(world, "cardio")
+    site = load_site(world / "cardio.toml")
+    Ledger(site.home).withdraw(unit_member("a"))
+    _, is_left_out = label._file_and_exclusion(site)
+    assert is_left_out("a") and not is_left_out("b")
+    unmount(site.home)
+    with pytest.raises(ConfigError, match="is not there"):
+        label._file_and_exclusion(site)
+    _, is_left_out = label._file_and_exclusion(load_site(make_site(world, "new")))
+    assert not is_left_out("a")
+
+
+def test_a_person_forgets_no_home_in_the_log_of_another_ledger(world: Path) -> None:
+    join(world, "cardio")
+    unmount(world / "cardio-state")
+    Ledger(world / "cardio-state")  # as an earlier release began one
+    before = known_homes.path_of_notes().read_text()
+    done = run("memberships", world / "cardio-state", "--forget", world / "elsewhere.jsonl")
+    assert done.exit_code == 2 and "is not there" in done.output
+    assert known_homes.path_of_notes().read_text() == before
 
 
 def test_a_person_says_that_a_lost_ledger_is_of_no_use_any_more(world: Path) -> None:

@@ -18,12 +18,13 @@ from safetensors.numpy import save
 import fedtune
 from fedtune.core.config import Columns, ObjectiveTable, PublicTable, load_site
 from fedtune.core.data.records import unit_member
-from fedtune.core.errors import DataError, FedtuneError, InputError
+from fedtune.core.errors import ConfigError, DataError, FedtuneError, InputError
 from fedtune.core.ledger.audit_log import verify as verify_log
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.build import build
 from fedtune.evidence.personal import HEADER, MARK, NeverLeaves, is_sealed
 from fedtune.evidence.verify import check_signed
+from fedtune.homes.known_homes import check_home
 from fedtune.officer.acceptance.accept import accept, read_record, tell
 from fedtune.officer.acceptance.records import TRAINED
 from fedtune.officer.personalise import personalise as personalising
@@ -259,6 +260,25 @@ def test_after_a_withdrawal_it_is_not_used_until_it_was_trained_again(world: Pat
     assert not trained() & hashed(KEY)
     assert withdraw(site(), "h3", Ledger(Path("state"))).personal == []
     opened()
+
+
+def test_on_a_ledger_that_is_not_mounted_nobody_is_trained_on(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has who withdrew. Nor is a model opened that was trained before."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(world / "xdg"))
+    kept = made().file
+    check_home(site())
+    assert kept
+    Path("state").rename("volume")
+    Path("state").mkdir()
+    with pytest.raises(ConfigError, match="is not there"):
+        made()
+    assert not any(Path("state").iterdir())
+    shutil.copytree(Path("volume") / kept.parent.name, kept.parent)
+    with pytest.raises(ConfigError, match="is not there"):
+        opened()
+    assert not Path("state", "ledger.db").exists()
 
 
 def test_the_command_says_which_models_a_withdrawal_concerns(world: Path) -> None:

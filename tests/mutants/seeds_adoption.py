@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant, one
 
 ADOPT, CLOSED = "fedtune/officer/adopt.py", "fedtune/officer/closed_ledger.py"
-HOMES = "fedtune/officer/known_homes.py"
+HOMES, OPENING = "fedtune/homes/known_homes.py", "fedtune/homes/opening.py"
 T_ADOPT = "tests/client/test_adopt.py::"
 T_HOMES = "tests/client/test_known_homes.py::"
 
@@ -31,10 +31,34 @@ MUTANTS = (
         "a command begins a ledger in the empty folder, and the site then pays from that one",
     ),
     one(
-        "hospital", "a-withdrawal-below-a-volume", "fedtune/cli/site.py",
-        "    check_ledger_there(loaded)\n", "",
+        "hospital", "a-withdrawal-below-a-volume", OPENING,
+        "    check_ledger_there(home)\n    return Ledger(home)\n", "    return Ledger(home)\n",
         T_HOMES + "test_no_command_begins_a_ledger_in_a_folder_that_is_not_mounted[withdraw]",
         "a withdrawal is entered in a new ledger, which the mounted volume then hides",
+    ),
+    one(
+        "hospital", "a-ledger-below-a-volume-is-none", OPENING,
+        "    check_ledger_there(home)\n    return Ledger(home) if", "    return Ledger(home) if",
+        T_HOMES + "test_nobody_withdrew_is_not_said_of_a_ledger_that_is_not_mounted",
+        "preferences are written from the records of patients who withdrew",
+    ),
+    one(
+        "hospital", "a-command-opens-a-ledger-unasked", "fedtune/officer/acceptance/accept.py",
+        "ledger = open_ledger(site.site.ledger or site.home)\n    scored",
+        "from fedtune.core.ledger.ledger import Ledger\n"
+        "    ledger = Ledger(site.site.ledger or site.home)\n    scored",
+        "tests/test_structure.py::test_ledgers_are_opened_in_one_place",
+        "a model is judged on patients who withdrew, or on whom it was trained",
+    ),
+    one(
+        "hospital", "a-personal-model-of-a-ledger-below-a-volume",
+        "fedtune/officer/personalise/personalise.py",
+        "    ledger = open_ledger(site.site.ledger or site.home)\n    own",
+        "    from fedtune.core.ledger.ledger import Ledger\n\n"
+        "    ledger = Ledger(site.site.ledger or site.home)\n    own",
+        "tests/client/test_personalise.py"
+        "::test_on_a_ledger_that_is_not_mounted_nobody_is_trained_on",
+        "a model is trained on patients who withdrew",
     ),
     one(
         "hospital", "an-adopted-ledgers-records-are-anybodys", HOMES,

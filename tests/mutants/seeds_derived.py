@@ -110,7 +110,8 @@ MADE_MUTANTS = (
     ),
     _one(
         "label", "no-state-folder-nobody-withdrew", "fedtune/derive/label.py",
-        "if not traces(records.home):", "if not records.site.state.exists():",
+        "if (ledger := find_ledger(records.home)) is None:",
+        "if not records.site.state.exists() or (ledger := find_ledger(records.home)) is None:",
         "tests/test_label.py::"
         "test_who_withdrew_from_a_hospital_is_left_out_at_each_membership",
         "who withdrew is read by a membership that has not trained yet",

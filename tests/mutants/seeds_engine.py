@@ -17,6 +17,19 @@ MUTANTS: list[Mutant] = [
         "a product's rows depend on how many there are",
     ),
     one(
+        34, "a-machine-is-trusted-with-blocks", "fedtune/core/models/network.py",
+        "if rows_keep_digits(self.modules, most, self.device):", "if True:",
+        "tests/models/test_places.py::"
+        "test_records_share_a_block_where_rows_keep_their_digits",
+        "on a processor without AVX2 a row's last digits tell what lies beside it",
+    ),
+    one(
+        34, "a-block-is-whole-before-it-is-narrowed", "fedtune/core/models/cache.py",
+        "if self.network.narrows and bucket.targets:", "if False:",
+        "tests/models/test_places.py::test_a_block_is_whole_at_the_positions_that_are_left",
+        "the last row of a narrowed block gets other digits, which IPO turns into a gradient",
+    ),
+    one(
         34, "a-product-whose-rows-follow-their-places", "fedtune/core/boot.py",
         'os.environ["MKL_CBWR"] = "AUTO,STRICT"', 'os.environ["MKL_CBWR"] = "AUTO"',
         "tests/models/test_products.py::test_where_mkl_is_told",

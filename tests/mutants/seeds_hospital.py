@@ -351,6 +351,15 @@ MUTANTS = (
         "each of two datasets pays for one round that counts against both",
     ),
     one(
+        "hospital", "a-stale-declaration-is-told", "fedtune/core/vault/worker.py",
+        "            if stated != declared:\n                raise build_unprepared()",
+        "            if stated != declared:\n"
+        "                from fedtune.core.vault.prepared import Unprepared\n\n"
+        '                raise Unprepared("this site reads its settings anew")',
+        T_APART + "test_a_stale_declaration_permits_no_round_of_another_vault",
+        "a coordinator learns that the hospital is in another consortium",
+    ),
+    one(
         "hospital", "a-membership-reads-other-keys", HOSPITAL,
         "if table.name == other.name and ours != theirs:", "if False:",
         T_HOSPITAL + "test_every_membership_reads_a_patients_key_alike",

@@ -54,9 +54,10 @@ MUTANTS = (
     ),
     one(
         "courier", "an-order-too-early-counts-members", SITE,
-        'raise Unprepared("this site does not know the plan", todo="send it again")',
-        "known = self.ledger.overlap(self._dataset, self._dataset)\n"
-        '            raise Unprepared(f"this site does not know the plan; it knows {known}")',
+        "self._prepared.get(digest)) is None:\n            raise build_unprepared()",
+        "self._prepared.get(digest)) is None:\n"
+        "            known = self.ledger.overlap(self._dataset, self._dataset)\n"
+        '            raise type(build_unprepared())(f"this site does not know the plan; {known}")',
         f"{T}[asked-for-anything]",
         "whoever asks before a plan is sent learns how many records there are",
     ),

@@ -169,7 +169,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "no-evidence-of-a-damaged-ledger", "fedtune/evidence/incident.py",
-        "    except LedgerError as error:\n", "    except TypeError as error:\n",
+        "    except (ConfigError, LedgerError) as error:", "    except TypeError as error:",
         T_EVIDENCE + "test_what_is_damaged_is_kept_as_it_is",
         "whoever edits the ledger keeps a site from keeping evidence",
     ),
@@ -208,7 +208,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-freeze-that-no-log-has-says-nothing", "fedtune/officer/freeze.py",
-        "        if Ledger(site.home).frozen is None:\n            raise\n", "        raise\n",
+        "        if open_ledger(site.home).frozen is None:\n            raise\n", "        raise\n",
         T_FREEZE
         + "test_a_freeze_and_a_lift_that_the_audit_log_lacks_hold_and_the_command_says_so",
         "a person believes that nothing is frozen, and does not know that only a lift ends it",

@@ -311,6 +311,13 @@ MUTANTS = (
         "the half on the network sees that a patient withdrew",
     ),
     one(
+        "isolation", "the-metrics-port-adds-up-all-memberships", "fedtune/observe/metrics.py",
+        " if each.charge.is_paid_by(own)]", "]",
+        "tests/observe/test_metrics.py"
+        "::test_a_memberships_port_shows_no_other_memberships_spending",
+        "a coordinator learns of another consortium, and when its rounds ran",
+    ),
+    one(
         "costs", "a-round-after-queries-forgets-them", "fedtune/core/vault/budget.py",
         "plans = digest, digest + QUERIES", "plans = (digest,)",
         "tests/test_private_evaluation.py"

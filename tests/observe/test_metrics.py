@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
 import pytest
 
+from fedtune.core.config import load_site
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.homes.known_homes import check_home
 from fedtune.observe import metrics
 from fedtune.observe.metrics import LedgerFigures, Metrics, serve
+from tests.client.hospital_kit import make_hospital
 from tests.observe.test_log import NOTE, ROUND
 
 SITE = """
@@ -125,6 +129,53 @@ def test_the_port_says_nothing_of_what_the_ledger_enters_of_records(site: Path) 
         assert read(found) != before | {"fedtune_connected": 1}
     finally:
         found.close()
+
+
+def test_a_memberships_port_shows_no_other_memberships_spending(tmp_path: Path) -> None:
+    """Its courier would subtract what its own coordinator's studies cost, and so learn that the
+    hospital is in another consortium, and when a round ran there. Twin: its own charge is seen."""
+    files = make_hospital(tmp_path, shares=(8.0, 3.0))
+    ledger, found = Ledger(tmp_path), Metrics("site", port=0, site=files["onco"])
+    ledger.declare("records", [], "sha256:0", [b"ann"])
+    charge = Charge("s", "n", 1, 1.1, 0.1, 3, 1, 1.0, "patient", "first", 8.0)
+    try:
+        before = read(found)
+        assert before["fedtune_epsilon_remaining"] == 3.0  # of its share
+
+        def pay(membership: str) -> dict[str, float]:
+            paid = replace(charge, study=membership, membership=membership)
+            reserved = ledger.reserve("records", paid, "1", lambda charges: None)
+            ledger.release(reserved, b"update")
+            found("answered", ANSWERED)
+            return read(found) | {"fedtune_connected": before["fedtune_connected"]}
+
+        assert pay("cardio") == before
+        after = pay("onco")
+    finally:
+        found.close()
+    assert after["fedtune_rounds_released"] == 1
+    epsilon = accountant.epsilon([Steps(1.1, 0.1, 3)], load_site(files["onco"]).policy.delta)
+    assert after["fedtune_epsilon_spent"] == pytest.approx(epsilon)
+    assert after["fedtune_epsilon_remaining"] == pytest.approx(3 - epsilon)
+
+
+def test_the_port_says_that_the_ledger_is_not_mounted(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that nothing was spent."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(site.parent / "xdg"))
+    state = site.parent / "state"
+    Ledger(state)
+    check_home(load_site(site))
+    state.rename(site.parent / "volume")
+    state.mkdir()
+    found = Metrics("site", port=0, site=site)
+    try:
+        seen = read(found)
+    finally:
+        found.close()
+    assert seen["fedtune_ledger_readable"] == 0 and "fedtune_epsilon_spent" not in seen
+    assert not any(state.iterdir())
 
 
 def test_a_scrape_does_not_read_the_ledger(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,7 +386,8 @@ def _sensitivity(bench: _Bench) -> float:
     this distance divided by C and by the unit's number of rows.
 
     Every unit is removed once as it is. One unit is also removed with hostile rows, in which each
-    number is huge, not finite or tiny."""
+    number is huge, not finite or tiny. What is left is then summed after these rows, so that what
+    they leave behind in the network is noticed, too."""
     c, worst = bench.plan.max_grad_norm, 0.0
     n, full_sum = bench.data.n_units, bench.total(bench.data)
     without = [bench.total(_remove_unit(bench.data, unit)) for unit in range(n)]
@@ -395,8 +396,11 @@ def _sensitivity(bench: _Bench) -> float:
     for unit, value in cases:
         rows = bench.rows_of(bench.data, unit)
         hostile = None if value is None else dict.fromkeys(rows, value)
-        sum_with = full_sum if hostile is None else bench.total(bench.data, hostile)
-        moved = float((sum_with - without[unit]).norm())
+        sum_with, sum_without = full_sum, without[unit]
+        if hostile is not None:
+            sum_with = bench.total(bench.data, hostile)
+            sum_without = bench.total(_remove_unit(bench.data, unit))
+        moved = float((sum_with - sum_without).norm())
         if not moved <= (1 + ROOM) * c * len(rows):  # NaN too
             return math.inf if math.isnan(moved) else moved / (c * len(rows))
         worst = max(worst, moved / (c * len(rows)))

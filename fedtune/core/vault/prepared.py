@@ -26,6 +26,13 @@ class Unprepared(Refused):
     settings anew. The coordinator then sends the plan again."""
 
 
+def build_unprepared() -> Unprepared:
+    """Build the error of a site that has to be sent the plan again. Its text, which is sent, is the
+    same whatever the cause: in a hospital's home the cause may be another membership, of which this
+    one's coordinator is told nothing."""
+    return Unprepared("this site does not know the plan", todo="send it again")
+
+
 class Unsigned(PolicyRefused):
     """Nobody at the site has signed the plan; until then nothing of it runs here."""
 

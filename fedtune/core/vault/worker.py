@@ -52,9 +52,9 @@ from fedtune.core.vault.policy import (
 from fedtune.core.vault.prepared import (
     Admission,
     Prepared,
-    Unprepared,
     Unsigned,
     Update,
+    build_unprepared,
     check_waiting_update,
     metadata_of,
     step_summary,
@@ -297,11 +297,12 @@ class SiteWorker:
         dataset's name -> the datasets that the ledger now has as disjoint from it.
 
         Errors: Unprepared if another membership's vault entered another version of hospital.toml
-        meanwhile. The coordinator then sends the plan again, and this vault reads the file anew."""
+        meanwhile. The coordinator is told the same as after a restart, and sends the plan again;
+        this vault then reads the file anew."""
         if hospital := site.policy.hospital:
             stated = {name: sorted({*hospital.disjoint_from.get(name, ())}) for name in declared}
             if stated != declared:
-                raise Unprepared("this site reads its settings anew", todo="send the plan again")
+                raise build_unprepared()
 
     def require_signature(self, study: Study, site: Site) -> None:
         """Check that a person here signed the plan, if the site's policy requires it. In a
@@ -735,7 +736,7 @@ class SiteWorker:
 
     def _require(self, digest: str) -> Prepared:
         if (prepared := self._prepared.get(digest)) is None:
-            raise Unprepared("this site does not know the plan", todo="send it again")
+            raise build_unprepared()
         return prepared
 
     def current(self) -> Site:

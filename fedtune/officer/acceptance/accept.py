@@ -23,12 +23,13 @@ from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
-from fedtune.core.ledger.ledger import Ledger, signing_key
+from fedtune.core.ledger.ledger import signing_key
 from fedtune.core.run_folder import SIGNATURE
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.personal import NeverLeaves
 from fedtune.evidence.sign import sha256
 from fedtune.evidence.told import digest_of_adapter, state
+from fedtune.homes.opening import open_ledger
 from fedtune.officer.acceptance.figures import figures_of
 from fedtune.officer.acceptance.judgement import Decision
 from fedtune.officer.acceptance.models import score_models
@@ -86,7 +87,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
             "[acceptance] in site.toml, with records and thresholds",
             "write the rules before anybody sees a figure: docs/acceptance.md",
         )
-    ledger = Ledger(site.site.ledger or site.home)
+    ledger = open_ledger(site.site.ledger or site.home)
     scored = score_models(run, table, site, ledger)
     study = run.study.study.name
     study += " (this site's personal model)" if isinstance(run, PersonalRun) else ""
@@ -122,7 +123,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     if isinstance(run, PersonalRun):
         raise NeverLeaves(repr(run))
-    ledger = Ledger(site.site.ledger or site.home)
+    ledger = open_ledger(site.site.ledger or site.home)
     key = signing_key(site, ledger)
     model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
     for path in (site.site.state / ACCEPTANCE).glob(f"*/{RECORD}"):

@@ -80,15 +80,15 @@ def check_home(site: Site) -> None:
         log.warning(NOT_REMEMBERED, error)
 
 
-def check_ledger_there(site: Site) -> None:
-    """Check that the ledger that pays for records on this machine is still in the site's home, if
-    this is known of the home. Call this before a command that would begin a ledger in an empty
-    folder: the folder is also empty if its volume is not mounted. Errors: ConfigError if the ledger
-    is not there."""
+def check_ledger_there(home: Path) -> None:
+    """Check that the ledger that pays for records on this machine is still in the folder `home`, if
+    this is known of the home. An empty folder may be that of a volume which is not mounted.
+    `open_ledger` and `find_ledger` call this before they open a ledger. Errors: ConfigError if the
+    ledger is not there."""
     try:
-        _check_same_ledger(site.home, _read(path_of_notes()))
+        _check_same_ledger(home, _read(path_of_notes()))
     except (InfrastructureError, OSError) as error:
-        log.warning("%s; it is not known whether a ledger was in %s before", error, site.home)
+        log.warning("%s; it is not known whether a ledger was in %s before", error, home)
 
 
 def move_notes(state: Path, home: Path) -> None:
@@ -144,12 +144,15 @@ def forget(place: str, home: Path) -> list[str]:
     that was in it is not there, so that a new one can begin. place: what is to be forgotten: the
     path or url of the records, or the path of a home.
 
-    Errors: InputError if no such home is known to pay for `place`; InfrastructureError."""
+    Errors: InputError if no such home is known to pay for `place`; ConfigError, and nothing is
+    forgotten, if another ledger is in `home` than the one that was there; InfrastructureError."""
     path, own, names = path_of_notes(), str(home.resolve()), _names(place)
     with locks.hold(_made(path).with_suffix(".lock")):
         homes = _read(path)
         is_lost = not (traces(home) and _has_its_ledger(home, homes))
         stays = "" if own in names and is_lost else own
+        if stays and traces(home):  # whose audit log is to have an entry of it
+            _check_same_ledger(home, homes)
         kept = {
             other: [note for note in notes if other == stays or not _is_named(names, other, note)]
             for other, notes in homes.items()
