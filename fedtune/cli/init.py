@@ -186,7 +186,8 @@ EPSILON = Annotated[
     typer.Option(
         min=0.01,
         help="The most ε that the whole study costs a patient (or record). Default: 4.9, so that "
-        "a site that allows 8 can pay for the round twice; with --colluding it may be less.",
+        "a site whose limit is 8 can also pay for a round that has to be repeated. With "
+        "--colluding the default may be lower.",
         show_default=False,
     ),
 ]

@@ -150,8 +150,8 @@ def memberships(
         bool,
         typer.Option(
             "--anyway",
-            help="With --end: end the membership even if its studies are under way, or its site "
-            "file cannot be used, so that nothing is deleted.",
+            help="With --end: end the membership even if its studies are under way, or if its site "
+            "file cannot be used; in the second case no file is deleted.",
         ),
     ] = False,
     forget: Annotated[

@@ -401,8 +401,8 @@ def withdraw(
         Path | None,
         typer.Option(
             metavar="RECEIPT",
-            help="Withdraw nobody. Check whether this receipt is from this site, and whether "
-            "it is still valid.",
+            help="Withdraw nobody; only check whether this receipt is from this site and still "
+            "valid.",
         ),
     ] = None,
 ) -> dict[str, Any]:

@@ -85,9 +85,9 @@ SHARE = Annotated[
     typer.Option(
         "--share",
         metavar="CLASS=SHARE",
-        help="For the expected gain: assume that this share of the sites' patients (or "
-        "records) is of CLASS, a class without public records, such as 'genetic "
-        "changes=0.1'; may be repeated.",
+        help="For the expected gain: the share of the sites' patients (or records) to assume for "
+        "a class without public records. For example, 'genetic changes=0.1' is a tenth for the "
+        "class genetic changes. May be repeated.",
         show_default=False,
     ),
 ]

@@ -450,10 +450,11 @@ def _go_on_in_a_child() -> None:
     waits for the child, passes signals on, and ends with its status. If the parent is killed, so is
     the child.
 
-    The parent blocks signals and takes them by sigwait, one after another. With a plain wait
-    instead, a Python handler of a signal that came just before the wait would only run after it.
-    The kernel drops a signal to a namespace's first process that has no handler for it, so the
-    child has a handler from the start, which ends it."""
+    The parent blocks signals and takes them by sigwait, one after another. If it called a plain
+    wait instead, a Python handler of a signal that came just before the wait would run only when
+    the wait is over. The kernel drops a signal for which a namespace's first process has no
+    handler. So the child has one for each of these signals from the start: if it inherited none,
+    one that ends the child."""
     passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it never comes
     before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})

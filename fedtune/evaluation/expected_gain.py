@@ -365,8 +365,9 @@ class World:
     def _draw_test_records(
         self, random: np.random.Generator, means: Array, shares: Array
     ) -> tuple[Array, Labels]:
-        """Draw the records on which both heads are compared. Return their features,
-        (TEST_RECORDS, d), and the numbers of their classes, (TEST_RECORDS,).
+        """Draw the records on which the public start and the head that is built from a release are
+        compared. Return their features, (TEST_RECORDS, d), and the numbers of their classes,
+        (TEST_RECORDS,).
 
         random: the generator of this draw; means, shares: (K, d) and (K,), the means of the classes
         of this draw, and their shares of the units."""

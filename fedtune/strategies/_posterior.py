@@ -393,11 +393,11 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
 
 
 def _prior_means(public: Public, within: Array, between: Array) -> Array:
-    """Return the prior class means (K, d), which are weighed against the sums of records; 0 without
-    names. within, between: each feature's variance (d,) within classes and between them
-    (`_spread`). They are the vectors of the classes' names, scaled to the spread of class means,
-    times a factor from 0 to 1.5 that is larger the better the vectors agree with the means of
-    public records."""
+    """Return the prior class means (K, d), which are weighed against the sums of records. The prior
+    means are the vectors of the classes' names, scaled to the spread of class means, times a factor
+    from 0 to 1.5 that is larger the better these vectors agree with the means of public records.
+    If there are no vectors of names, the prior means are 0. within, between: each feature's
+    variance (d,) within classes and between them (`_spread`)."""
     if public.names is None:
         return np.zeros_like(public.sums)
     length = math.sqrt((public.names**2).sum() / len(public.names))

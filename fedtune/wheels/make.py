@@ -113,7 +113,7 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
             for entry in (*archive.namelist(), *members):
                 path = PurePosixPath(entry.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise ModelError(f"{file.name}: a member would leave the folder ({entry!r})")
+                    raise ModelError(f"{file.name}: its path {entry!r} leads out of the folder")
             size = sum(archive.getinfo(member).file_size for member in members)
             if size > RATIO * file.stat().st_size:
                 raise ModelError(

@@ -121,7 +121,7 @@ LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
     "an object array": (
         lambda: changed(VALUES, lambda o: body_of(
             o.data.replace(SPELLED[wire.encoding].encode(), b"|O "))(o)),
-        "by its header",
+        "its header says otherwise",
     ),
     "another type inside": (
         lambda: changed(VALUES, lambda o: body_of(

@@ -223,8 +223,8 @@ class _Undecoded:
 
 
 class _Reading:
-    """Collects, while a data file is read, the records, each made from its own row, and the
-    rejected rows."""
+    """Collects the records and the rejected rows while a data file is read. Each record is made
+    from its own row."""
 
     def __init__(
         self,

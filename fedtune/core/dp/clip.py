@@ -168,9 +168,9 @@ def add_clipped(
 
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Yield fp64 copies of all rows, a few columns at a time. Each is yielded with two indices into
-    the d columns of all parts side by side: that of its first column, and that of the one after its
-    last. parts: as for `scales`."""
+    """Yield fp64 copies of all rows, a few columns at a time, as (copy, first, end): the copy has
+    the columns from number `first` up to, but without, number `end`. Columns are numbered through
+    all parts, from 0 to d - 1. parts: as for `scales`."""
     import torch
 
     start = 0

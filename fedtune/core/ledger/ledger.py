@@ -18,8 +18,9 @@ of the later one (`disjoint_member_test`).
 Units that arrived later (`cohorts`) are charged for the dataset's rounds after their arrival only,
 and not for a round that left their cohort out. Every charge of another dataset counts against them.
 | a unit known before arrivals were kept | counts as arrived with the first charge |
-A charge by an earlier release (`Charge.rules`), or a charge for another unit, gives no ε for a
-unit: `unknown` lists the charges of this kind that nobody at the site has accepted.
+A charge by an earlier release of fedtune (`Charge.rules`) gives no ε for a unit, and neither does
+one for another kind of unit, such as a record where patients are protected now. `unknown` lists
+those of these charges that nobody at the site has accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).

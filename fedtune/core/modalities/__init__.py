@@ -36,5 +36,5 @@ def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = No
         modality = MODALITIES.load(candidate)
         if base.kind in modality.kinds:
             return modality().reader(base, tokenizer)
-    who = f"modality {name}" if name else "no modality"
-    raise ModelError(f"{base.name}: {who} reads records for a base of kind {base.kind}")
+    problem = f"modality {name} does not read" if name else "no modality reads"
+    raise ModelError(f"{base.name}: {problem} records for a base of kind {base.kind}")

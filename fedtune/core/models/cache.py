@@ -410,8 +410,9 @@ class CachedDataset:
             self._encode_files()
 
     def _positions_per_record(self, bucket: Bucket) -> int:
-        """Count the positions that one record of the bucket holds in memory. Those of its file are
-        included if the layers above the cut read the file's states, or if nothing is cached."""
+        """Count the positions that one record of the bucket holds in memory. The positions of the
+        record's image, recording or clip are included if the layers above the cut read its states,
+        or if nothing is cached."""
         held = self.network.reads_tower or not self.network.cached
         frames = self.network.frames(bucket.tiles) if held else 0
         return self._n_passages * (bucket.length + frames)

@@ -390,7 +390,9 @@ class Network:
 
         Errors: ModelError if the network trains no class sums."""
         if self.statistics is None:
-            raise ModelError("this network has no class statistics", "an objective with directions")
+            raise ModelError(
+                "this network trains no class sums", "an objective that does, such as prototypes"
+            )
         products: torch.Tensor = self.statistics(vectors, count_weight)
         return products
 

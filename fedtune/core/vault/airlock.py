@@ -3,10 +3,10 @@
     an update, a query's answer   charged → computed → stored in the ledger, held → released → sent
     a draw of shared noise        held → released → charged → computed → "ready" → masked → sent
 
-A draw of shared noise waits before it is made, so that no other site is left with a draw that
-nobody masks. A person releases one stored answer, which is then sent with exactly the stored bytes,
-or permits one draw. A refusal is final, and what was charged stays charged. The command for the
-site's people is in let_go.py."""
+A draw of shared noise waits before it is made. If it were made first and then refused, the attempt
+would be void, and the other sites would have paid for draws that are of no use. A person releases
+one stored answer, which is then sent with exactly the stored bytes, or permits one draw. A refusal
+is final, and what was charged stays charged. The command for the site's people is in let_go.py."""
 
 from __future__ import annotations
 

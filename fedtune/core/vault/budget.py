@@ -187,8 +187,8 @@ class Budget:
     def check_alone(self) -> None:
         """Check that no other membership of this hospital takes part in the plan, if the plan's
         noise is shared. If one did, a patient would be twice in the one noised sum, and would move
-        it by twice what each membership is charged for. A charge of this plan that a restore of the
-        ledger entered counts as another membership's, since nobody knows whose it was.
+        it by twice what each membership is charged for. A restore of the ledger may have entered
+        charges of this plan. They count as another membership's, since nobody knows whose they are.
 
         Errors: BudgetExceeded, which does not name the other membership."""
         if self.policy.hospital is None or self.plan.sites == 1:

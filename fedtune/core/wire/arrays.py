@@ -212,7 +212,7 @@ def _decode(name: str, dtype: str, data: bytes) -> npt.NDArray[Any]:
     if start <= _START + _LONGEST_HEADER:
         header = _HEADER.fullmatch(data[_START:start])
     if header is None or _TYPES.get(dtype) != header[1].decode():
-        raise WireError(f"{label} is not plain {dtype[:20]} by its header")
+        raise WireError(f"{label} is not plain {dtype[:20]}: its header says otherwise")
     shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
     kind = np.dtype(_TYPES[dtype])
     if len(data) - start != kind.itemsize * math.prod(shape):

@@ -80,9 +80,9 @@ def all_sections(folder: Path | None) -> list[Section]:
 
 
 def blanks(sections: Sequence[Section]) -> Iterator[tuple[Section, Mapping[str, Any]]]:
-    """Yield, in order, each row that has a blank of its own, for what only the organisation can
-    say. It is yielded as (section, row). A row that shows one of the dossier's blanks is left
-    out."""
+    """Yield, in order, (section, row) for each row that asks the organisation for a text which no
+    other part of the dossier asks for. Rows that name one of the dossier's own blanks (`blank`) are
+    left out."""
     for section in sections:
         for row in section["row"]:
             if "organisation" in row and "blank" not in row:
