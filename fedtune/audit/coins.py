@@ -61,8 +61,8 @@ def one_run(
     study: Study, network: Network | None = None, canaries: int = CANARIES, steps: int = MOST_STEPS
 ) -> OneRun:
     """Train `study` once on generated canaries (test units), with the shipped code of a site's
-    round, and guess which of them were included. Return the numbers of guesses, with the claimed ε
-    and the lower bounds on it.
+    round, and guess which of them were included. Return how many guesses were made and how many of
+    them were right, with the claimed ε and the lower bounds on it.
 
     - study: a private study; its optimiser and its bound C are replaced as described below
     - network: the network to train, by default the study's architecture at tiny size
@@ -75,8 +75,8 @@ def one_run(
     with one local step, so that an update holds all of the noised sum (any other optimiser is
     post-processing of it). C is a quarter of the canaries' median gradient norm, so that nearly all
     are clipped; ε does not depend on C.
-    Guarantee: no record is read; a correct loop gives ceiling > claimed with probability below
-    10⁻³.
+    Guarantee: no record is read. If the training loop is correct, `ceiling`, the lower bound at
+    99.9 % confidence, exceeds the claimed ε with probability below 10⁻³.
     Reference: Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
     network = network or tiny_network(study, find_base(study.base.model, study.base.digest))
     start = network.trainable()

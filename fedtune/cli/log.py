@@ -21,7 +21,8 @@ HEAD = Annotated[
     str,
     typer.Option(
         metavar="SEQ:HASH",
-        help="Check that the log holds this head, which somebody noted earlier.",
+        help="Check that the log holds this entry, which somebody noted earlier as its newest "
+        "(its head).",
         show_default=False,
     ),
 ]
@@ -29,8 +30,8 @@ SIGNER = Annotated[
     str,
     typer.Option(
         metavar="KEY",
-        help="Check that this public key signed the log. Default: the key beside the log, "
-        "which a copy may lack.",
+        help="Check that this public key signed the log. Default: the public key of the signing "
+        "key that lies beside the log; a copy of the log may have none beside it.",
         show_default=False,
     ),
 ]

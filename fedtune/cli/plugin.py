@@ -31,9 +31,8 @@ CHECK_PLUGIN_GROUP = Annotated[
     Groups,
     typer.Option(
         metavar="GROUP",
-        help="Kind of the plug-in. For objectives, strategies, modalities, converters and "
-        "trackers, an entry point's group is fedtune.GROUP; sources come with fedtune "
-        "alone.",
+        help="Kind of the plug-in. Those of other packages are found by entry points of the group "
+        "fedtune.GROUP, such as fedtune.strategies. Sources cannot come from other packages.",
     ),
 ]
 CHECK_PLUGIN_OPTION = Annotated[

@@ -40,7 +40,7 @@ PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; w
     "superlink": ("fedtune.flower.program", "flower-superlink"),
     "supernode": ("fedtune.flower.program", "flower-supernode"),
     "gateway": ("fedtune.flower.gateway", "the gateway"),
-    "rank": ("fedtune.core.vault.rank_process", "a process of this site's team"),
+    "rank": ("fedtune.core.vault.rank_process", "a process that shares this site's steps"),
     "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
     "checks": ("fedtune.officer.check_process", "the check of this site and its records"),
     "vault": ("fedtune.core.vault.process", "the half of this site that holds its records"),

@@ -138,7 +138,10 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
         )
     if any(report_body["base"].get("quantisation") for report_body in reports):
         raise ConfigError(
-            "a model of a quantised base cannot be merged: it differs from other weights"
+            "an exported model of a quantised base cannot be merged: its weights differ from those "
+            "of the base by the quantisation too",
+            "exported models of a base that is not quantised",
+            "merge the runs in place of the exported models",
         )
     return reports
 

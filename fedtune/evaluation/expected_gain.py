@@ -148,7 +148,7 @@ class ExpectedGain:
         return "it may be that nothing is gained: public records alone may give as much"
 
     def lines(self) -> list[str]:
-        """Describe the forecast for people, as lines of text."""
+        """Return the forecast as lines of text for people to read."""
         least = self.worth_from
         sure = "above 0 at no size up to" if least is None else "all of it above 0 from about"
         told = [

@@ -117,7 +117,7 @@ def serve_all(
     - at_once: how many studies run at a time
     - on_event: called with the events of the consortium, such as sites that connect
     - on_end: called with the outcome of each study as soon as it has ended
-    - terms: the settings that the starting person chooses; None for Terms()
+    - terms: the settings that the person who starts the studies chooses; None for Terms()
 
     Returns one outcome for each study, in the order of `entries`.
 

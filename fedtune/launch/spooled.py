@@ -160,8 +160,8 @@ class _Half:
 
     - child: the process
     - told: the reader of its events
-    - fetching: None for a courier. For a vault it is the site file, and this process fetches the
-      bases for which the vault asks"""
+    - fetching: for a vault, the site file, by which the process that started the vault fetches
+      bases that the vault asks for; None for a courier"""
 
     child: Child
     told: EventReader

@@ -155,7 +155,7 @@ def _in_answer(path: Path, site: Site) -> Study:
         raise ConfigError(
             f"{path}: holds no plan",
             "an answer that `fedtune admit` wrote while `fedtune server` runs",
-            "join without a plan: plans that this site's client is sent lie in "
+            "join without a plan, since plans that the coordinator sends later lie in "
             f"{site.site.plan_file('').parent} until somebody signs them; or ask for "
             "a new answer",
         )

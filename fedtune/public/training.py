@@ -116,7 +116,7 @@ def _gradients(
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
         raise ConfigError(
             "public records cannot train an adapter on the base's projector",
-            "an adapter on the text's layers alone",
+            "an adapter on layers of the text model alone",
         )
     engine = engines.choose(study.training.engine, network.trained, list(named.values()))
     rows = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values())))

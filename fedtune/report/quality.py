@@ -130,8 +130,9 @@ def _between(bound: list[float] | None, key: str) -> str:
 
 
 def _describe_selection(quality: dict[str, Any]) -> str:
-    """Return the paragraph that says what was chosen on public records: the steps of each round,
-    the version in use, or nothing; "" if the evaluation was not finished."""
+    """Return the paragraph that says what was chosen on public records: how far each round moved
+    the adapter, the version in use, or nothing at all. Return "" if the evaluation was not
+    finished."""
     rounds = quality.get("selection")
     if "version" in quality:  # of a study without a last round
         return (

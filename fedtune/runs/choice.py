@@ -76,9 +76,9 @@ def is_finished(run: Path, study: Study) -> bool:
 
 
 def with_digests_of(study: Study, plan: Study) -> Study:
-    """Return the plan that the study would have: the study with its number of rounds fixed, and
-    with the digests that it leaves open filled in from `plan`. The result equals `plan` if that is
-    a plan of this study."""
+    """Return a copy of `study` in which the number of rounds is fixed, and the digests that `study`
+    leaves open are filled in from `plan`, the plan of a run. The copy equals `plan` if the run is
+    one of this study."""
     from fedtune.accounting.rounds import with_rounds
 
     tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))

@@ -225,7 +225,7 @@ def test_a_masking_key_of_low_order_costs_nobody_an_attempt(world: World) -> Non
     """The coordinator refuses it at ready; in the set it would void every attempt."""
     world.sites["d"].lie = "a key of low order"
     world.advance(1)
-    assert ("d", "dropped", "a masking key of a ready site gives no secret") in world.told
+    assert ("d", "dropped", "no secret can be shared with a ready site's masking key") in world.told
     assert world.progress().history[0]["participants"] == ["a", "b", "c", "s"]
     assert [charges(world, n) for n in "abc"] == [1, 1, 1]
 

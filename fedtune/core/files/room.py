@@ -48,7 +48,8 @@ class Room:
     - folder: the ledger's folder
     - declared_size: the site's or the hospital's declared number of units
     - rounds: the most rounds that the ledger pays for
-    - membership: in a hospital's home, the membership (or OFFICER) whose space is freed; else ""
+    - membership: in a hospital's home, the membership (or OFFICER) for whose writes space is freed;
+      else ""
     - memberships: all memberships of the hospital
 
     >>> room = Room(Path("state"), 100)

@@ -56,9 +56,10 @@ def declare(
         private = sum(any(ledger._salt_member(m) in known for m in record) for record in records)
         if private:
             raise PolicyRefused(
-                f"data.declared = {what!r}, and {private} of {len(records)} records of dataset "
-                f"{dataset!r} were charged as private here: they, their text, file or patient",
-                "records that no study here ever trained on as private",
+                f"data.declared = {what!r}, and for {private} of {len(records)} records of dataset "
+                f"{dataset!r} the record, its text, its file or its patient was charged as private "
+                "here",
+                "records that no study here ever used as private, in any of these respects",
                 TODO,
             )
         if not sign:
@@ -143,7 +144,7 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
     if dataset in charged:
         raise PolicyRefused(
             f"data.declared = {what!r}, and dataset {dataset!r} was charged as private here",
-            "a name that no private study here ever had",
+            "the name of a dataset that was never charged as private here",
             TODO,
         )
 

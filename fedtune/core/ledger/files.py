@@ -266,8 +266,8 @@ def outbox_prefix(digest: str) -> str:
 
 
 def newer_name(new: Path, old: Path) -> Path:
-    """Return the path `new`. But if there is no file `new`, and the file `old`, which an earlier
-    release wrote under another name, exists, return `old`."""
+    """Return the path of a file to which an earlier release gave another name: `old` if only the
+    file `old` exists, else `new`."""
     return old if old.exists() and not new.exists() else new
 
 

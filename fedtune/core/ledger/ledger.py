@@ -599,7 +599,7 @@ class Ledger:
             if slot in self._account.refused:
                 raise InputError(
                     f"round {slot[1]}: its answer was refused, for good",
-                    todo="name the other answers without it",
+                    todo="run the command again, and name the other answers only",
                 )
             if not self._is_let_go(slot):
                 sha256 = self._account.sent.get(slot, "")
@@ -615,7 +615,7 @@ class Ledger:
             if self._is_let_go(slot):
                 raise InputError(
                     f"round {slot[1]}: its answer was released before, and may have been sent",
-                    todo="name the other answers without it",
+                    todo="run the command again, and name the other answers only",
                 )
             if slot not in self._account.refused:
                 writer.append("refuse", {**slot_fields(slot), "by": who})

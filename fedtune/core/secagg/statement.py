@@ -111,7 +111,7 @@ def parse(text: Any) -> Ready:
     if not verifies(ready.signing, PURPOSE + canonical(ready.fields), ready.signature):
         raise StatementError("a statement of a ready site is not signed by the key that it names")
     if not _gives_a_secret(ready.masking):
-        raise StatementError("a masking key of a ready site gives no secret")
+        raise StatementError("no secret can be shared with a ready site's masking key")
     return ready
 
 

@@ -240,9 +240,9 @@ def sum_over_workers(
     if group.rank == 0 and not bool((total[dimension:] == 1).all()):
         total.zero_()
         raise InfrastructureError(
-            "another process of this site's team did not sum its rows",
+            "another of the processes that share this site's steps did not sum its rows",
             "each sampled row once",
-            "read the team's logs in the site's state folder; nothing of the step was released",
+            "read the logs rank-*.log in the site's state folder; nothing of the step was released",
         )
     return total[:dimension]
 
@@ -253,9 +253,9 @@ def _as_infrastructure_error() -> Iterator[None]:
         yield
     except OSError as error:  # closed, or silent for too long
         raise InfrastructureError(
-            "a process of this site's team is gone or does not answer",
+            "a process that shares this site's steps is gone or does not answer",
             "every process that was started",
-            "read the team's logs in the site's state folder; the next round starts them anew",
+            "read the logs rank-*.log in the site's state folder; the next round starts them anew",
         ) from error
 
 

@@ -188,9 +188,9 @@ def charge_of(
 
 
 def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
-    """Score the held-out records, and return the units' rows for the query. If scoring fails for
-    any reason, return an object without units, so that the answer is noise alone: an error would
-    reveal something about the records."""
+    """Score the held-out records, and return the rows of numbers whose noised sum answers the
+    coordinator's query. If scoring fails for any reason, the result has no rows, so that the answer
+    is noise alone: an error would reveal something about the records."""
     try:
         return UnitRows(study, data)
     except BaseException as error:

@@ -233,8 +233,8 @@ class Workers:
         for rank, did in enumerate(done, 1):
             if not did:
                 raise InfrastructureError(
-                    f"process {rank} of this site's team could not {what}",
-                    todo="read the team's logs in the site's state folder",
+                    f"process {rank} of those that share this site's steps could not {what}",
+                    todo="read the logs rank-*.log in the site's state folder",
                 )
 
 
@@ -451,7 +451,9 @@ def _await_rank_0(site: Path) -> Path:
             if socket_path.exists():  # else an earlier team left the file
                 return socket_path
         time.sleep(0.1)
-    raise InfrastructureError("rank 0 of this site's team does not publish its address")
+    raise InfrastructureError(
+        "process 0 of those that share this site's steps does not publish its address"
+    )
 
 
 def main(options: list[str]) -> None:

@@ -206,7 +206,7 @@ def check_order(
     if not verifies(public, signed, str(message.get("signature"))):
         raise SealError("the order is not signed by the coordinator that sent the plan")
     if fields["beside"] != digest_beside(arrays, table):
-        raise SealError("what came with the order is not what its coordinator signed")
+        raise SealError("the arrays or the table beside the order are not those that were signed")
 
 
 def sign_plan(key: SigningKey, digest: str) -> dict[str, str]:

@@ -143,8 +143,9 @@ def own_study(study: Study) -> Study:
 def _scales(network: Network) -> dict[str, float]:
     """Return name → the factor by which a parameter's change is multiplied in a fit (Fit.scales),
     for each parameter of the network. For a head's weights it is 1 / √(hidden size), the inverse
-    length of the vectors that the head reads, so that the pull acts on weights as on a bias. For
-    other parameters it is 1."""
+    length of the vectors that the head reads, so that the penalty on the distance from the released
+    values (`pull` in Fit.path) holds back a weight as much as a bias. For other parameters it is
+    1."""
     length = math.sqrt(network.hidden_size)
     return {n: 1 / length if n == "head.weight" else 1.0 for n in network.parameters()}
 
