@@ -38,8 +38,8 @@ TRIALS = Annotated[
         min=1,
         max=1000,
         metavar="N",
-        help="Maximum number of trials; of more combinations, N are drawn at random. Default: "
-        "every combination of --set, or 5 learning rates.",
+        help="Maximum number of trials. If there are more combinations, N of them are drawn at "
+        "random. Default: every combination of --set, or 5 learning rates.",
         show_default=False,
     ),
 ]

@@ -47,7 +47,9 @@ class Arrow(Source):
         files = listed if isinstance(listed, list) else []
         names = [str(one.get("filename", "")) if isinstance(one, dict) else "" for one in files]
         if not names or not all(map(_plain, names)):
-            raise DataError(f"{folder / STATE}: lists no data file in this folder", "its own files")
+            raise DataError(
+                f"{folder / STATE}: lists no data file in this folder", "names of files beside it"
+            )
         return [folder / name for name in names]
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
