@@ -146,7 +146,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     lines = [
         "| set | units a site | regression on public records | twenty steps from it, "
         "ε = 1 / 3 / 6 | discriminant of public records | one release, ε = 1 / 3 / 6 | "
-        "release less steps, ε = 1 / 3 / 6 (95 %) |",
+        "release minus steps, ε = 1 / 3 / 6 (95 %) |",
         "|---|---|---|---|---|---|---|",
     ]
     for (name, size), rows in cells.items():

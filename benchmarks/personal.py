@@ -180,7 +180,7 @@ def table(lines: Iterable[Table]) -> str:
     """Markdown: a row for each site, in the mean of its seeds, and one for each set."""
     head = (
         "| set, site | records: train, test | public start | shared | alone | **personal** "
-        "| personal less shared (95 %) | less alone (95 %) |"
+        "| personal minus shared (95 %) | minus alone (95 %) |"
     )
     told = [head, "|---|---|---|---|---|---|---|---|"]
     by_set: dict[str, dict[int, list[Table]]] = defaultdict(lambda: defaultdict(list))

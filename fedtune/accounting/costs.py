@@ -35,8 +35,8 @@ class SitePlan:
       presence
     - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
     - fallback_epsilon: with [secure_aggregation], the ε that this site's own noise alone gives.
-      This is also the ε that the study would cost without [secure_aggregation] if the mean of its
-      updates had as much noise.
+      A study without [secure_aggregation] costs this ε too if the mean of its updates has as much
+      noise as with it.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")

@@ -334,7 +334,7 @@ def choose_base(
         int, typer.Option(min=1, metavar="N", help="Number of sites in the prediction.")
     ] = 3,
     size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Declared size of each of these sites.")
+        int, typer.Option(min=1, metavar="N", help="Declared size of each site in the prediction.")
     ] = 200,
     epsilons: Annotated[
         list[float] | None,

@@ -159,9 +159,10 @@ def memberships(
         typer.Option(
             "--forget",
             metavar="PLACE",
-            help="Forget that another home on this machine pays for some records, as when its "
-            "ledger is out of use. PLACE: the records' path or url, or the other home; or HOME "
-            "itself if its ledger is lost. HOME may also be a site's state folder.",
+            help="Delete the note that another home on this machine pays for some records, if "
+            "its ledger is not used any more. PLACE: the records' path or url, or the other "
+            "home. If HOME's own ledger is lost, give HOME as PLACE, so that a new ledger can "
+            "begin there. HOME may also be a site's state folder.",
             show_default=False,
         ),
     ] = None,

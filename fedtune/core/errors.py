@@ -150,16 +150,16 @@ class InfrastructureError(FedtuneError):
 
 def facts_of(error: FedtuneError) -> dict[str, str]:
     """Return a FedtuneError as a dict of texts: "error" (the name of its class), "happened",
-    "expected" and "todo". `error_of` makes an error of this dict again. If the class is defined in
-    another module, the name is that of its nearest parent class in this module."""
+    "expected" and "todo". `error_of` makes the error again from this dict. If the class is defined
+    in another module, the name is that of its nearest parent class in this module."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
     words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
     return {"error": kind.__name__, **words}
 
 
 def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Make an error again of the dict that `facts_of` returned, for instance in another process. If
-    the class is unknown, make an InfrastructureError."""
+    """Make the error again from the dict that `facts_of` returned, for instance in another process.
+    If its class is unknown, make an InfrastructureError."""
     kind = globals().get(str(facts.get("error")))
     is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
     words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))

@@ -49,9 +49,9 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List the paths that a site's courier may read: programs, fedtune, the site file and files
-    that its [coordinator] names, the site's network keys, and a spool's answers. spool: None if the
-    courier asks the vault over a socket."""
+    """List the paths that a site's courier may read: programs, fedtune, the site file, the
+    files that the site file's table [coordinator] names, the site's network keys, and the folder of
+    answers if there is a spool. spool: None if the courier asks the vault over a socket."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]

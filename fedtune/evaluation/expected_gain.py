@@ -56,13 +56,15 @@ TRIED = 8
 @dataclass(frozen=True)
 class Sites:
     """The declared sizes of a study's sites, and the noise in the average of all rounds' sums. The
-    standard deviation of this noise is sigma · √doses.
+    standard deviation of this noise is sigma · √doses. A dose is the noise that gives a sum the
+    study's ε without any other noise.
 
     - sizes: the declared number of units of each site
     - sigma: standard deviation of one dose of noise, already divided by √rounds, as a multiple of
       the largest norm that one unit adds to a sum
-    - doses: how many doses a sum holds: as many as sites if each adds its own; n / (n - t) if n
-      sites share the noise so that n - t of them, those that do not collude, add up to one dose"""
+    - doses: how many doses a sum holds. If each site adds a dose of its own, this is the number of
+      sites. If n sites share the noise, the n - t sites that do not collude add one dose together,
+      and all sites add n / (n - t)"""
 
     sizes: tuple[int, ...]
     sigma: float

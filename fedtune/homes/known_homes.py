@@ -139,10 +139,12 @@ def _tables(site: Site) -> list[SiteData]:
 
 
 def forget(place: str, home: Path) -> list[str]:
-    """Forget the notes by which other homes than `home` pay for some records, and return the paths
-    of those homes. The notes of `home` itself are forgotten only if `place` names it and the ledger
-    that was in it is not there, so that a new one can begin. place: what is to be forgotten: the
-    path or url of the records, or the path of a home.
+    """Delete the notes about `place`, and return the paths of the homes whose notes were deleted. A
+    note says that a home pays for some records.
+
+    - place: the path or url of some records, or the path of a home
+    - home: the home for which the person acts. The notes that it pays itself are deleted only if
+      `place` is this home and the ledger that was in it is gone; a new one can then begin there.
 
     Errors: InputError if no such home is known to pay for `place`; ConfigError, and nothing is
     forgotten, if another ledger is in `home` than the one that was there; InfrastructureError."""

@@ -55,8 +55,8 @@ def _describe_means(tried: isolation.Confinement) -> str:
 
 
 def _last(site: Site) -> Mapping[str, list[str]]:
-    """Return half of the site ("vault", "courier") -> the texts by which this half reported, at its
-    last start, what confines it; {} if there is no report."""
+    """Return, for each half of the site ("vault", "courier"), the texts in which it reported at its
+    last start what confines it; {} if there is no report."""
     with suppress(FedtuneError):
         told: Mapping[str, list[str]] = read_status(site.site.state).status.get("confined", {})
         return told

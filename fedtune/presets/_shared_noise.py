@@ -43,8 +43,8 @@ def check(records: Records) -> None:
 
 
 def largest_epsilon(records: Records, most: float) -> float:
-    """Return the largest ε up to `most`, a multiple of 0.1, at which the sites' budget has room for
-    the study's fallback ε, even if one void attempt has to be paid too."""
+    """Return the largest ε of a study, at most `most` and a multiple of 0.1, for which the sites'
+    budget covers the fallback ε of two attempts at its round: one that is void, and the next."""
     assert records.colluding is not None
     shares = records.sites - records.colluding
     least, above = 1, math.floor(most * TENTHS) + 1

@@ -44,5 +44,5 @@ class MaskedSum:
         integers, (d,). Errors: ValueError while words are missing, since a partial sum is still
         masked, and therefore uniformly random."""
         if self.missing:
-            raise ValueError("masked words of the set are missing")
+            raise ValueError("some sites of the round have not sent their masked sums")
         return centre_words(self._total)

@@ -157,8 +157,8 @@ def tell_finished(roster: Roster, key: SigningKey) -> None:
 
 
 def _digest_beside(shared: RecordDict) -> str:
-    """Compute the digest of the records `shared` that are sent together with an order: the adapter,
-    and the set of sites of a round with secure aggregation, if they are in it. A site computes the
+    """Compute the digest of what is sent to the sites together with an order: the adapter and, in a
+    round with secure aggregation, the set of sites. `shared` may lack either. A site computes the
     digest from the same bytes, and compares it with the one that the order states."""
     adapter = shared.array_records.get("adapter")
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))

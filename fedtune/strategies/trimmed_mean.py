@@ -37,13 +37,13 @@ class TrimmedMean(Strategy):
         if study.strategy.weights != "equal":
             raise ConfigError(
                 f'trimmed_mean cannot use strategy.weights = "{study.strategy.weights}"',
-                '"equal" (a declared size would let one site outvote the trimming)',
+                '"equal" (weighted by its declared size, one site could outweigh the others)',
             )
         if study.lora and study.lora.min_rank is not None:
             raise ConfigError(
                 "trimmed_mean cannot use lora.min_rank",
-                "sites that train the same numbers (the zeros of those that do not would trim the "
-                "others away)",
+                "the same ranks at all sites (a site of lower rank sends zeros for the others, and "
+                "trimming would then drop what other sites send)",
                 "leave lora.min_rank out, or name another strategy",
             )
 

@@ -101,7 +101,7 @@ OTHERS = {
     "soundfile": ("soundfile", "decodes one record's recording"),
     "spacy": ("spacy", "language models of the scan for identifiers"),
     "tokenizers": ("tokenizers", "text to tokens, one record at a time"),
-    "tomli_w": ("tomli-w", "loaded with the configuration; a vault writes none"),
+    "tomli_w": ("tomli-w", "writes TOML; loaded with the configuration, but no vault writes any"),
     "torch": ("torch", "forward and backward passes, products that depend on no neighbour"),
     "transformers": ("transformers", "the base's architecture, tokenizer and processors"),
 }
@@ -112,13 +112,14 @@ For auditors: the code to read. [A path of two days](review.md) leads through wh
 ε holds at a site if this code is right: the package `fedtune/core`. It is all of fedtune that the
 vault, the process that holds the records and has no network, can load to admit a plan, charge it,
 read the records, train, and answer. It imports nothing of fedtune outside itself; a contract in
-`pyproject.toml` holds it to that. A test has vaults train, answer queries, share noise and refuse
-in a process of their own, and finds no other module of fedtune there, and no Flower; another finds
-nothing in the package that a vault cannot load. Written by `python -m tests.docs.boundary`, with
-the first sentence of each file; not edited by hand.
+`pyproject.toml` holds it to that. One test starts vaults in processes of their own, has them
+train, answer queries, share noise and refuse, and checks that they loaded no other module of
+fedtune, and no Flower. Another test checks that the package holds nothing that a vault cannot load.
+Written by `python -m tests.docs.boundary`, with the first sentence of each file; not edited by
+hand.
 
-What a person does at a site (withdraw, accept, sign, restore) enters the ledger by *the ledger*
-below, in a process of its own. In a simulation all is one process.
+When a person at a site withdraws a patient, accepts, signs or restores, a process of its own writes
+this to the ledger, with the code under *The ledger* below. In a simulation all is one process.
 """
 
 
@@ -234,8 +235,8 @@ def _short(name: str) -> str:
 
 def _others() -> Iterator[str]:
     yield "## Others' code\n"
-    yield "Imported by the files above, and so what these import in turn; Python and its SQLite,"
-    yield "which keeps the ledger, beside them.\n"
+    yield "The files above import these distributions, which import others in turn. ε also needs"
+    yield "Python to be right, and its SQLite, which keeps the ledger.\n"
     yield "| distribution | what ε needs of it |\n|---|---|"
     for name in others():
         distribution, needed = OTHERS[name]

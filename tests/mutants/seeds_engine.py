@@ -135,7 +135,7 @@ MUTANTS: list[Mutant] = [
         34, "arrow-starts-threads-for-columns", "fedtune/core/data/sources/parquet.py",
         "use_threads=False", "use_threads=True",
         "tests/data/test_parquet_threads.py::test_no_thread_starts_for_the_columns_of_a_file",
-        "how many there are follows from how long the columns of each reading take",
+        "how many threads there are follows from how long each reading of a column takes",
     ),
     one(
         "hospital", "a-dataset-taken-out-stays-apart", "fedtune/core/vault/worker.py",

@@ -138,7 +138,7 @@ PREFERENCE_MUTANTS = (
         T_ORACLES + "[dpo-auto-patient]", "a pair moves the sum by two bounds",
     ),
     _one(
-        18, "a-score-leaves-out-the-last-token", "fedtune/core/data/tokenize.py",
+        14, "a-score-leaves-out-the-last-token", "fedtune/core/data/tokenize.py",
         "if scored or not hits.any():", "if not hits.any():",
         "tests/objectives/test_runs.py::test_a_score_is_read_off_the_last_token",
         "a reward model that does not read what it scores to the end",
@@ -160,7 +160,8 @@ GRADIENT_MUTANTS = (
     _one(
         7, "the-pass-stays-on-the-model", ONE_PASS,
         "                del module.forward\n", "                pass\n",
-        T_GRADIENTS + "test_nothing_un_noised_stays_on_the_model", "a layer goes on handing out",
+        T_GRADIENTS + "test_nothing_un_noised_stays_on_the_model",
+        "a layer goes on collecting gradients",
     ),
     _one(
         7, "gradients-are-not-zeroed", CLIP, "        chunk.wipe()\n", "        pass\n",
@@ -203,7 +204,7 @@ GRADIENT_MUTANTS = (
         "raises: tuple[type[Exception], ...] = (NoRowGradient,)",
         "tests/dp/test_errors.py::"
         "test_what_the_layers_decide_is_an_error_of_checks_and_of_no_round",
-        "rows of a block are given up for one",
+        "one row without a gradient ends the round for all",
     ),
     _one(
         19, "dropout-in-training-mode", OPACUS,
@@ -214,7 +215,8 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         11, "a-layer-used-twice-counts-once", ONE_PASS, "            previous += gradients\n", "",
-        "tests/dp/test_engines.py::test_a_layer_used_twice_adds_up", "the rest of it is unclipped",
+        "tests/dp/test_engines.py::test_a_layer_used_twice_adds_up",
+        "the gradient of its second use is left out",
     ),
     _one(
         1, "one-gradient-for-the-batch", ONE_PASS,

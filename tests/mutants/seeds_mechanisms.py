@@ -297,7 +297,7 @@ BUDGET_MUTANTS = (
         10, "the-loudest-gaussian-alone", ACCOUNTANT,
         "math.hypot(*(_mu(event) for event in events))", "max(_mu(event) for event in events)",
         T_ACCOUNTANT + "test_gaussians_of_several_lengths_are_one",
-        "several noises in one study",
+        "of several noises in one study, only the one that reveals most is counted",
     ),
     _one(
         24, "sigma-rounded-down", ACCOUNTANT, CALIBRATED,

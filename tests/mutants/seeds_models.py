@@ -182,7 +182,7 @@ MEDIA_MUTANTS = (
         "members.setdefault(bucket_of(index), [])",
         "members.setdefault(bucket_of(index)._replace(tiles=1), [])",
         T_TILES + "test_one_batch_has_one_number_of_tiles",
-        "what is declared for the batch is wrong for some of it",
+        "the number of tiles that a batch declares is wrong for some of its records",
     ),
     _one(
         "media", "states-go-by-the-text-alone", CACHE, "*([media] if media else [])", "",

@@ -79,7 +79,7 @@ MUTANTS = (
             ),
         ),
         (f"{ONCE}[a-folder-put-back]",),
-        "a folder put back to before its draw was masked masks it for another set",
+        "a draw lies on disk: a folder that was put back masks it for a second set of sites",
     ),
     Mutant(
         "resources", "members-come-before-charges", "fedtune/core/vault/worker.py",
@@ -117,7 +117,7 @@ MUTANTS = (
         "keys = tuple(map(member, units))",
         'keys = tuple(b"record\\0" + content_of(units[key].records[0]) for key in units)',
         f"{ONCE}[a-newcomer-was-there-before]",
-        "a newcomer with a note that somebody had is there from the first",
+        "a new patient with a note that another had already counts as present from the start",
     ),
     one(
         32, "a-file-without-a-column-is-everybodys", "fedtune/core/data/files.py",

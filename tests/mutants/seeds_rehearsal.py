@@ -97,7 +97,7 @@ MUTANTS = (
         "what a restore puts in place does not open, and the site's ledger is at its end",
     ),
     one(
-        26, "a-restore-takes-the-anchor-away-first", "fedtune/core/ledger/restore.py",
+        24, "a-restore-takes-the-anchor-away-first", "fedtune/core/ledger/restore.py",
         "os.link(folder / name, folder / f\"{name}{aside}\")",
         "os.replace(folder / name, folder / f\"{name}{aside}\")",
         "tests/dp/test_ledger_restore.py::"
@@ -105,7 +105,7 @@ MUTANTS = (
         "a restore that was killed and is begun again no longer knows how much was lost",
     ),
     one(
-        26, "a-round-without-noise-is-in-the-ledger-alone", "fedtune/core/vault/worker.py",
+        24, "a-round-without-noise-is-in-the-ledger-alone", "fedtune/core/vault/worker.py",
         "self.log.append(Step(study.digest, round_, 0.0, 1.0, 0.0, study.unit), steps)", "pass",
         "tests/client/test_site_refusals.py::"
         "test_a_round_without_noise_is_remembered_by_a_restored_ledger",
@@ -116,7 +116,7 @@ MUTANTS = (
         "        self._round = None\n\n    def append", "        pass\n\n    def append",
         "tests/dp/test_steplog.py::"
         "test_an_attempt_that_follows_one_that_broke_off_has_a_line_of_its_own",
-        "a full disk stops a step in the middle of a round, of which it was said that none does",
+        "a second attempt writes its line in mid-round, where a full disk can stop a step",
     ),
     one(
         "isolation", "a-database-over-tcp-takes-the-filter-away", "fedtune/core/isolation.py",

@@ -363,7 +363,7 @@ MUTANTS = (
         "writer.hashes(dataset) else set()), salted_keys\n                )",
         "tests/dp/test_arrivals.py::"
         "test_when_somebody_arrived_follows_from_their_own_key_alone",
-        "a newcomer with a note that somebody had is there from the first",
+        "a new patient with a note that another had already counts as present from the start",
     ),
     one(
         32, "every-file-must-have-every-column", FILES,
@@ -398,7 +398,7 @@ MUTANTS = (
         32, "broken-csv-once-a-site-takes-part", FILES,
         "            if strict:\n                raise\n", "            raise\n",
         T_RECORDS + "test_once_it_takes_part_a_site_reads_what_it_can",
-        "a file that broke overnight is an answer",
+        "a file that became unreadable overnight changes what the site answers",
     ),
     one(
         33, "any-length-is-admitted", SITE,
@@ -448,7 +448,7 @@ MUTANTS = (
         "its integers are on another grid: one patient weighs twice",
     ),
     one(
-        8, "the-first-process-reads-with-all-threads", "fedtune/core/vault/rank_process.py",
+        34, "the-first-process-reads-with-all-threads", "fedtune/core/vault/rank_process.py",
         "            share_machine(0, self.size)\n        return self\n", "        return self\n",
         "tests/client/test_ranks.py::"
         "test_records_read_before_the_first_round_have_the_threads_of_every_process",
@@ -458,7 +458,7 @@ MUTANTS = (
         33, "a-teachers-refusal-is-everybodys", TOKENS,
         "per_unit(self._examples_with_targets, (Example, str))(pairs)\n",
         "[self._add_targets(record, example) for record, example in pairs]\n",
-        T_ALONE, "the same of a record that is too long for the teacher",
+        T_ALONE, "one record that is too long for the teacher switches the site to noise",
     ),
     one(
         33, "a-rows-error-is-the-steps", "fedtune/core/training/unit_gradients.py",
@@ -516,7 +516,7 @@ MUTANTS = (
         "",
         "tests/client/test_site_refusals.py::"
         "test_what_was_charged_for_another_unit_is_not_composed_with_a_study",
-        "the ledger knows and the site does not ask",
+        "the ledger says that a cost is not known, and the site does not ask it",
     ),
     one(
         36, "who-is-in-both-takes-part-in-both", LEDGER,

@@ -210,8 +210,9 @@ TRAPS = (
         "Replacing a unit moves a sum by 2 C where adding or removing one moves it by C, and "
         "clipping by record protects a record although a patient has many.",
         "The number called ε is correct for another statement.",
-        "The relation is one, and in every report. The unit is in the plan, in each charge and in "
-        "each line of the step log; a site with a patient column refuses a plan per record.",
+        "There is one relation, to add or remove one unit, and every report names it. The unit is "
+        "in the plan, in each charge and in each line of the step log; a site with a patient "
+        "column refuses a plan per record.",
         "Charles et al. 2024; Kifer & Machanavajjhala 2011",
     ),
     Trap(
@@ -274,7 +275,8 @@ TRAPS = (
     Trap(
         31, "A selection that follows from other people's records", BREAKS,
         "Which of a patient's records are kept under a cap, or when a patient arrived, is decided "
-        "by a set of everything that was ever seen, so that a text of two patients couples them.",
+        "by a set of everything that was ever seen, so that a text that two patients share "
+        "makes one depend on the other.",
         "Sums are clipped per unit, but one unit decides what many others contribute.",
         "What selects, orders, rejects or dates a unit's records reads that unit alone. The "
         "shipped worker runs with and without a unit over several rounds; what was found by that "
@@ -324,14 +326,16 @@ TRAPS = (
         "Where a record is known by its place in the file, one record less renames all that "
         "follow, and withdrawals and memory then refer to other people's rows.",
         "Nothing changes as long as files only grow at the end.",
-        "A record without a patient is known by what it says, counted among its equals.",
+        "A record without a patient is known by its content and by its number among the records "
+        "with the same content.",
     ),
     Trap(
         38, "Subtracting two sums under secure aggregation", BREAKS,
         "Where sites add shares of the noise and only the total is protected, the same update in "
         "two sets of participants gives one site's share away by subtraction.",
         "Each total is noised as planned.",
-        "A draw is masked for one set, by an entry in the site's ledger, and its key is then gone; "
-        "another attempt is another draw, with new noise, and is paid for.",
+        "A draw is masked for one set of sites, which the site's ledger records; the draw's "
+        "masking key is then deleted. Another attempt is another draw, with new noise, and is "
+        "paid for.",
     ),
 )  # fmt: skip

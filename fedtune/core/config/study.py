@@ -392,9 +392,9 @@ class Study(Table):
 
     @property
     def queries_digest(self) -> str:
-        """The digest that names the plan's queries in the requests to sites, in ledgers and in step
-        logs: the plan's digest with a suffix. Without the suffix, the digest names the plan's
-        training there."""
+        """The digest that names the plan's queries in requests to sites, in ledgers and in step
+        logs: the plan's digest with a suffix. In the same places the plan's digest without the
+        suffix names its training."""
         return self.digest + QUERIES
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ def returned_rows(content: bytes) -> list[Row]:
     try:
         found = json.loads(content.decode(), parse_constant=_refuse)
     except RecursionError:
-        raise ValueError("too deep") from None
+        raise ValueError("nested too deep") from None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise ValueError("not a list of rows")
     waiting: list[object] = list(found)

@@ -252,9 +252,9 @@ def _membership_line(
 
 
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
-    """Return the budget of a membership's own share: its charges, with policy.max_epsilon as the
-    ceiling. Charges that a restore entered count as its own, and so do charges from before the
-    hospital's home if policy.own_memberships contains "".
+    """Return the budget of one membership's share: its own charges, and policy.max_epsilon as the
+    ceiling. Charges that a restore entered count as its own. Charges from before the ledger was the
+    hospital's count as its own if policy.own_memberships contains "".
 
     - dataset: the dataset's name
     - cohorts: the dataset's cohorts (units that arrived together), each with its charges of all

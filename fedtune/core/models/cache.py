@@ -395,8 +395,9 @@ class CachedDataset:
         return [(bucket, size(bucket), records) for bucket, records in groups]
 
     def _work(self, bucket: Bucket, records: int) -> int:
-        """Count the multiplications above the cut in a pass over `records` records of a bucket. The
-        times of the pass and of a gradient are proportional to this number; only ratios matter."""
+        """Count the multiplications of a pass of `records` records of a bucket through the layers
+        above the cut. The time of the pass and the time of a gradient are proportional to this
+        number; only ratios matter."""
         of_position, of_target = self.network.products
         positions = self._positions_per_record(bucket)
         targets = self._n_passages * bucket.targets

@@ -154,8 +154,9 @@ def _handshake(peer: socket.socket) -> int:
 
 
 def _peer_user(peer: socket.socket) -> int:
-    """Return the user id of the process at the other end, as Linux reports it. On other systems
-    return this process's own user id, so that the folder alone keeps others out."""
+    """Return the user id of the process at the other end of the socket, as Linux reports it. On
+    other systems return this process's own user id: there only the permissions of the socket's
+    folder keep other users out."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return os.getuid()  # not Linux: the folder alone keeps others out

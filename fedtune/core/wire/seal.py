@@ -126,7 +126,7 @@ def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[
     except UnicodeEncodeError:
         raise SealError("the header of its update is malformed") from None
     if not verifies(public, signed, signature):
-        raise SealError("its update is not signed by the key that it was admitted with")
+        raise SealError("its update is not signed by the key with which the site was admitted")
     try:
         header = json.loads(text)
         if canonical(header).decode() != text:  # a name given twice, or another spelling
