@@ -104,6 +104,30 @@ def test_a_log_that_lacks_a_part_is_no_log(
         check_trusted(home, "12:34")
 
 
+def test_an_older_copy_of_the_log_is_settled_by_a_person_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before the log went on in a new file. The loss is entered once, not with each act."""
+    home = load_site(file).home
+    log, copy = AuditLog(home, Ledger(home).key), (home / "audit.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_log, "LIMIT", 0)
+        for _ in range(2):
+            log.add("purge", files=1)
+    for name in audit_log.files(home):
+        (home / name).unlink()
+    (home / "audit.jsonl").write_bytes(copy)
+    for _ in range(2):
+        log.add("purge", files=1)
+    events = [entry["event"] for entry in audit_log.verify(home, log._key.public).entries]
+    assert events[-3:] == ["cut", "purge", "purge"]
+    with pytest.raises(Refused, match="taken away"):
+        check_trusted(home, "12:34")
+    for option in ("--freeze", "--lift"):
+        assert run("ledger", file, option).exit_code == 0
+    check_trusted(home, "12:34")
+
+
 def test_where_audit_lock_is_gone_too_nothing_tells_of_a_log(file: Path) -> None:
     """The twin, as docs/guarantee.md says."""
     check_trusted(move_away(file, "audit.jsonl", "audit.lock"), "ab:cd")

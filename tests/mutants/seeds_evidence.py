@@ -25,9 +25,24 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-new-log-does-not-say-that-it-is-one", AUDIT,
-        'if last[0]["seq"] < begun and event != "cut":', "if False:",
+        'if last[0]["seq"] < begun:', "if False:",
         T_AUDIT + "test_a_log_that_was_taken_away_is_missed",
         "a log that is begun in place of another passes for the first",
+    ),
+    _one(
+        "evidence", "a-receipt-is-entered-before-the-loss", AUDIT,
+        'if last[0]["seq"] < begun:', 'if last[0]["seq"] < begun and event != "cut":',
+        "tests/client/test_distrust.py::"
+        "test_the_loss_is_entered_before_what_a_receipt_shows",
+        "a consortium that was left with --distrust is trusted again once a receipt came",
+    ),
+    _one(
+        "evidence", "a-log-that-lacks-its-oldest-file-passes", "fedtune/officer/leave.py",
+        "        genuine = audit_log.verify(folder, audit_log.signer_at(folder), torn=True).entries"
+        "\n",
+        "        genuine = list(_entries(folder))\n",
+        "tests/client/test_distrust.py::test_a_log_that_lacks_a_part_is_no_log",
+        "whoever rotates the log away has a distrusted consortium trusted",
     ),
     _one(
         "evidence", "a-log-that-was-moved-away-had-no-freeze", "fedtune/officer/freeze.py",

@@ -111,7 +111,8 @@ MUTANTS = (
         "hospital", "what-is-paid-while-records-are-read-is-not-asked-for",
         "fedtune/core/ledger/ledger.py",
         "                permit_unknown(self._unknown(dataset, charge.unit))\n"
-        "            self._ask_apart(permit_apart)\n            return writer",
+        "            self._ask_apart(permit_apart)\n            self._ask_all(permit_all)\n"
+        "            return writer",
         "                pass\n            return writer",
         T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
         "a study per patient trains after rounds per record of another consortium",

@@ -132,8 +132,8 @@ MUTANTS = (
     ),
     one(
         "costs", "a-plan-is-computed-before-the-rules", "fedtune/core/vault/policy.py",
-        "    admit(study, site, None, coordinator)\n    if not study.private:\n",
-        "    if not study.private:\n", COSTLY,
+        "    admit(study, site, None, coordinator)\n    return compute",
+        "    return compute", COSTLY,
         "the rules say no after minutes and gigabytes",
     ),
     one(

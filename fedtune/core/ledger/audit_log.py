@@ -147,6 +147,8 @@ class AuditLog:
                     cut = said | {"event": "cut", "facts": facts, "rule": "missing"}
                     last = self._enter(cut, last)
                     newest.append(last)
+                    if read_begun(self.folder) > last[0]["seq"]:  # an older copy was put back
+                        _note_begun(self.folder, last[0]["seq"])
                 for entry, _ in reversed(newest[-once:] if once else []):
                     if said == {name: entry[name] for name in said}:
                         return int(entry["seq"])
