@@ -30,6 +30,16 @@ MUTANTS = (
         "a log that is begun in place of another passes for the first",
     ),
     _one(
+        "evidence", "a-refused-receipt-is-forgotten", "fedtune/core/ledger/chain.py",
+        '            connection.execute("COMMIT")\n'
+        '            connection.execute("BEGIN IMMEDIATE")\n'
+        "            self._catch_up(connection)\n\n    def check_receipts",
+        "            pass\n\n    def check_receipts",
+        "tests/dp/test_ledger_files.py::"
+        "test_a_first_receipt_that_shows_a_rollback_is_missed_too",
+        "a site goes on without lost charges once the receipts' file is moved away",
+    ),
+    _one(
         "evidence", "a-receipt-is-entered-before-the-loss", AUDIT,
         'if last[0]["seq"] < begun:', 'if last[0]["seq"] < begun and event != "cut":',
         "tests/client/test_distrust.py::"
