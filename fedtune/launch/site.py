@@ -49,6 +49,7 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, read_reviewed_plan
+from fedtune.homes.known_homes import check_ledger_there
 from fedtune.launch.apart import ConnectedCourier, CourierLeft, VaultSocket
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.until_stopped import until_stopped
@@ -120,6 +121,7 @@ def join(
         opened = theirs.enter_context(VaultSocket(socket_path)) if socket_path else None
         again = Again(shown)
         while again.wanted:
+            check_ledger_there(site.home)  # it may not be mounted any more
             with Halves(
                 site=site,
                 path=site_path.resolve(),

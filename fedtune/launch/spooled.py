@@ -50,6 +50,7 @@ from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import FOLDER
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
+from fedtune.homes.known_homes import check_ledger_there
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
 from fedtune.launch.until_stopped import until_stopped
@@ -191,7 +192,9 @@ def _vault(
     - processes: the number of processes that share each step
     - name: the only request to answer; "" answers all until the vault is stopped
 
-    Returns a context manager that provides the running vault (_Half), and stops it at the end."""
+    Returns a context manager that provides the running vault (_Half), and stops it at the end.
+    Errors: ConfigError if the ledger that pays is not there any more."""
+    check_ledger_there(site.home)  # it may not be mounted any more, or not on this machine
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
@@ -246,6 +249,7 @@ def _start_for_each(
     while True:
         waiting = spool.waiting()
         for name in [each for each in waiting if later.get(each, 0.0) <= time.monotonic()]:
+            check_ledger_there(site.home)  # it may not be mounted any more
             notify("connected", {"text": f"a request: `{command[0]}` starts the vault for it"})
             how = _run([*command, *words, name], path.parent, site.site.state / RUN_LOG)
             if name not in spool.waiting():

@@ -104,6 +104,22 @@ def test_a_log_that_lacks_a_part_is_no_log(
         check_trusted(home, "12:34")
 
 
+def test_a_new_file_whose_first_line_was_cut_short_is_missed_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while the log went on in a new file; what is entered then begins this file."""
+    home = load_site(file).home
+    log = AuditLog(home, Ledger(home).key)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_log, "LIMIT", 0)
+        log.add("purge", files=1)
+    (home / "audit.jsonl").write_bytes(b'{"event": "pur')
+    log.add("leave", DISTRUST, consortium="12:34", membership="", files=1)
+    (home / "audit.jsonl").unlink()
+    with pytest.raises(NotGenuine, match="missing"):
+        check_trusted(home, "12:34")
+
+
 def test_an_older_copy_of_the_log_is_settled_by_a_person_too(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

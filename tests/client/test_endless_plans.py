@@ -29,6 +29,10 @@ from fedtune.server.admission import plan_message
 from tests.guarantee.world import lay_out, patients
 
 ENDLESS: dict[str, dict[str, Any]] = {
+    "ε = 10⁶ in as many steps as a site allows": {
+        "training": {"rounds": 10_000, "sampling_rate": 0.5},
+        "privacy": {"epsilon": 1e6, "noise_multiplier": None},
+    },
     "rounds that ε = 10⁶ pays for": {
         "training": {"rounds": None, "sampling_rate": 0.5},
         "privacy": {"epsilon": 1e6, "noise_multiplier": 1000.0},
@@ -46,12 +50,14 @@ ENDLESS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail, instead of never ending, where ε of many more steps than a site allows is asked for."""
+    """Fail, instead of never ending, where ε of many more steps than a site allows is asked for, or
+    an ε that is out of the question."""
     shipped = accountant.epsilon
 
     def bounded(events: Iterable[Steps], delta: float) -> float:
         events = list(events)
-        assert sum(event.steps for event in events) <= 20_000, "this would not end"
+        cheap = all(accountant.at_least(event, delta) <= 200 for event in events)
+        assert cheap and sum(e.steps for e in events) <= 20_000, "this would not end"
         return shipped(events, delta)
 
     monkeypatch.setattr(accountant, "epsilon", bounded)
@@ -82,12 +88,13 @@ def test_a_site_answers(plan: Study, tmp_path: Path, who: str) -> None:
 
 def test_a_person_reads_why(plan: Study, tmp_path: Path) -> None:
     site = load_site(tmp_path / "site-north.toml")
-    with pytest.raises(PolicyRefused, match=r"above policy.max_steps|more than 10000 steps"):
+    why = r"above policy.max_steps|more than 10000 steps|past policy.max_epsilon_per_study"
+    with pytest.raises(PolicyRefused, match=why):
         review(plan, site, Ledger(site.home))
     findings = {f.name: f for f in doctor.examine(tmp_path / "site-north.toml", plan)}
     for name in ("plan", "self-test"):
         assert not findings[name].good
-        assert "steps" in findings[name].says
+        assert "steps" in findings[name].says or "max_epsilon_per_study" in findings[name].says
 
 
 def test_the_guard_sees_it(plan: Study, tmp_path: Path) -> None:

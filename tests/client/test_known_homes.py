@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from fedtune.core.config.hospital import RegisteredData
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import list_readable
 from fedtune.derive import label
 from fedtune.homes import known_homes
+from fedtune.launch import site as launch
+from fedtune.launch import spooled
 from fedtune.launch.tune import tune
 from fedtune.officer import adopt as adoption
 from fedtune.officer import before_joining
@@ -183,6 +187,46 @@ def test_a_home_that_is_not_mounted_is_not_begun_anew(world: Path) -> None:
     shutil.rmtree(home)
     (world / "volume").rename(home)
     join(world, "cardio")
+
+
+@pytest.mark.parametrize("how", ["the client's", "in a spool"])
+def test_a_vault_that_is_started_again_begins_no_ledger(
+    world: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Each request may start a vault, on another node too, long after the site was checked."""
+    join(world, "cardio")
+    path, runs = world / "cardio.toml", list[str]()
+    site = load_site(path)
+    if how == "in a spool":
+        unmount(site.home)
+        with pytest.raises(ConfigError, match="is not there"):
+            spooled._vault(site, path, Spool.at(world), False, 1)
+    else:
+
+        class Halves:
+            courier = None
+
+            def __init__(self, **_: Any) -> None:
+                runs.append("halves")
+
+            def __enter__(self) -> Halves:
+                unmount(site.home)
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def watch(self, shown: Any) -> InfrastructureError:
+                return InfrastructureError("the vault ended")
+
+        monkeypatch.setattr(launch, "Halves", Halves)
+        monkeypatch.setattr(launch, "check", lambda *_: None)
+        monkeypatch.setattr(launch, "read_link", lambda *_: SimpleNamespace(address="here"))
+        monkeypatch.setattr(launch, "place_of", lambda *_: {})
+        with pytest.raises(ConfigError, match="is not there"):
+            launch.join(path)
+        assert runs == ["halves"]
+    assert not [*site.home.glob("*.db"), *site.home.glob("*.key")]
 
 
 def test_without_the_check_an_empty_folder_is_a_new_home(

@@ -15,10 +15,15 @@ from torch.nn import functional
 
 from fedtune.core.bases.find import find_base
 from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import NO_TARGET
+from fedtune.core.models import cache as cache_module
+from fedtune.core.models import loss as loss_module
 from fedtune.core.models import places
 from fedtune.core.models.cache import Bucket, CachedDataset
-from fedtune.core.models.network import Network
+from fedtune.core.models.network import BLOCK_POSITIONS, Network
 from fedtune.core.models.random_records import random_records
+from fedtune.core.objectives._shapes import split_evenly
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.models.test_products import found_by
 
@@ -95,13 +100,57 @@ def test_a_processor_without_avx2_computes_each_record_by_itself(tiny_encoder: P
 
 @pytest.mark.parametrize("module", ["q_proj", "down_proj"])
 def test_a_block_is_whole_at_the_positions_that_are_left(tiny_base: Path, module: str) -> None:
-    """Where the last block's MLP runs at the positions with a target alone, a block of fewer than
-    eight records has a multiple of eight of them."""
+    """The head runs at the positions with a target alone, and so may the last block's MLP: a block
+    of fewer than eight records has a multiple of eight of them."""
     network = made(tiny_base, module)
-    assert network.narrows is (module == "q_proj")
     data = cached(network, tiny_base)
     data._buckets = [Bucket(40, targets=count) for count in (1, 2, 4, 8, 16)]
-    sizes = [size for _, size, _ in data._block_groups(range(5), None)]
-    assert sizes == ([1, 1, 1, 6, 6] if network.narrows else [6] * 5)
+    assert [size for _, size, _ in data._block_groups(range(5), None)] == [1, 1, 1, 6, 6]
     data._buckets = [Bucket(8, targets=count) for count in (1, 2, 4, 8)]
     assert {size for _, size, _ in data._block_groups(range(4), None)} == {32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_product_of_a_block_has_a_number_of_rows_that_is_tried(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Of every length, with one target and with all: layers, head and their gradients. Twin: a
+    block of six records whose head runs at one position each."""
+    lora = LoraTable(rank=2, modules=("q_proj", "down_proj"))
+    network = Network(find_base(str(tiny_base)), dtype, lora, labels=0)
+    table = study(base={"model": str(tiny_base)})
+    honest, seen = loss_module._apply, list[tuple[int, int]]()
+
+    def noted(states: torch.Tensor, *rest: torch.Tensor) -> Any:
+        seen.append((len(states), int(sizes[-1])))
+        return honest(states, *rest)
+
+    monkeypatch.setattr(loss_module, "_apply", noted)
+    sizes = list[int]()
+    for length in (16, 40, 56, 80, 96, 128):
+        records = random_records(network, table, count=12, length=length)
+        for example in records.examples:
+            example.target_ids[:-1] = NO_TARGET
+        data = CachedDataset(network, records)
+        sizes += [size for _, size, _ in data._block_groups(range(12), None)][:1]
+        UnitGradientEngine(data, table.objective.resolved).matrix(range(12))
+    assert len({rows for rows, _ in seen}) > 1
+    assert all(rows % 8 == 0 or size == 1 for rows, size in seen)
+    assert max(rows for rows, _ in seen) <= BLOCK_POSITIONS["cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_fit_to_vectors", lambda rows, *_: rows)
+        sizes.append(6)
+        UnitGradientEngine(data, table.objective.resolved).matrix(range(12))
+    assert not all(rows % 8 == 0 or size == 1 for rows, size in seen)
+
+
+@pytest.mark.parametrize("total", [1, 7, 8, 40, 200, 256, 1000])
+def test_parts_of_a_heads_positions_have_a_number_that_is_tried(total: int) -> None:
+    for limit in (1, 43, 52, 170, 10_000):
+        parts = [part for part, _ in split_evenly(total, limit)]
+        rows = {part.stop - part.start for part in parts}
+        assert len(rows) == 1 and max(rows) <= max(limit, 1) + 7
+        assert len(parts) == 1 or rows.pop() % 8 == 0
+        assert sorted({n for part in parts for n in range(part.start, part.stop)}) == [
+            *range(total)
+        ]

@@ -432,7 +432,7 @@ def _append(folder: Path, line: bytes, seq: int) -> None:
     if path.exists() and path.stat().st_size > LIMIT:
         where, first = next(_lines(path, _content(path)))
         path.rename(folder / f"audit-{_read(first, where)['seq']:09d}.jsonl")
-    made = not path.exists()
+    made = not path.exists() or path.stat().st_size == 0  # a crash may cut its first line
     descriptor = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
     try:
         content = memoryview(line + b"\n")

@@ -386,10 +386,8 @@ class CachedDataset:
                 return 1  # for few rows and labels, results depend on a row's place, too
             budget = BLOCK_POSITIONS[self.network.device.type]
             positions = self._positions_per_record(bucket)
-            computed = [positions]
-            if self.network.narrows and bucket.targets:
-                computed.append(self._n_passages * bucket.targets)
-            return _fit_to_vectors(min(budget // positions, limit or budget), *computed)
+            heads = self._n_passages * bucket.targets or positions
+            return _fit_to_vectors(min(budget // positions, limit or budget), positions, heads)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
         return [(bucket, size(bucket), records) for bucket, records in groups]
@@ -621,7 +619,11 @@ def _fit_to_vectors(rows: int, *positions: int) -> int:
     multiple of 8. A base with other widths has blocks of one row (`has_whole_widths`). A loss must
     not apply such functions to a tensor with one number for each position.
 
-    positions: at how many positions of a row layers compute; each a multiple of 8, or 1, 2 or 4"""
+    Thus layers and head compute a multiple of 8 rows, or one record alone: these numbers of rows
+    are what a machine is tried with (`places.rows_keep_digits`).
+
+    positions: at how many positions of a row layers and the head compute; each a multiple of 8, or
+    1, 2 or 4"""
     if rows >= VECTOR:
         return 1 << rows.bit_length() - 1
     return rows if rows > 1 and all(n % VECTOR == 0 for n in positions) else 1

@@ -170,11 +170,6 @@ class Network:
         )
         return False
 
-    @property
-    def narrows(self) -> bool:
-        """Whether the last block's MLP runs only at the positions that have a target."""
-        return self._split is not None and self._split.narrows
-
     @cached_property
     def rows(self) -> int:
         """How many different tokens the base's tables (the embedding and the head) can read: token
@@ -356,7 +351,7 @@ class Network:
         tail = self._split.tail if self._split else self._backbone
         if keep is None:
             return self._run(tail, mask, inputs_embeds=prefix, **extra)
-        if self._split and self.narrows:
+        if self._split and self._split.narrows:
             return self._run(tail, mask, inputs_embeds=prefix, keep=keep, **extra)
         states = self._run(tail, mask, inputs_embeds=prefix, **extra)
         return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))

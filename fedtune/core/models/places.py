@@ -34,7 +34,7 @@ def rows_keep_digits(modules: nn.Module, positions: int, device: torch.device) -
     - modules: the layers of a network, base and adapter
     - positions: the most positions of a block
     - device: where blocks are computed; on a processor by one operator thread"""
-    counts = range(8, positions + 1, 8)  # `cache._fit_to_vectors`: eights, or one record alone
+    counts = range(8, positions + 1, 8)  # layers and head: eights, or one record alone
     shapes = dict.fromkeys(_weights(modules))
     with torch.inference_mode(), one_operator_thread():
         products = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+EIGHT = 8
+
 
 def padded_length(length: int) -> int:
     """Return the length to which a passage of `length` positions is padded; it depends on `length`
@@ -31,8 +33,10 @@ def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
     """Split the positions 0 to `total` into parts of one size, at most `limit`. Yield each part as
     a pair: its slice, and how many positions at its end are in no earlier part. All parts have one
     size, since a row's result in a matrix product depends on the number of rows; so the last part
-    may overlap the one before."""
+    may overlap the one before. If there are several, the size is a multiple of EIGHT, with which a
+    machine is tried (models/places.py); it may be above the limit by up to 7."""
     size = -(-total // max(1, -(-total // limit)))
+    size = min(total, size + -size % EIGHT)
     for start in range(0, total, max(1, size)):
         stop = min(start + size, total)
         yield slice(stop - size, stop), stop - start

@@ -30,6 +30,7 @@ from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.registry import Group
 from fedtune.core.strategy import STRATEGIES
 
+COMPUTED = 100.0  # the largest ε that is computed, unless the policy's ceiling is higher
 LAST_ROUND = 10**9  # stands for the last round of a plan without one; an entry has space for it
 
 
@@ -56,17 +57,20 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
 
 
 def compute_within_limits(study: Study, site: Site) -> DpPlan:
-    """Compute the plan of noised steps that the site would run, of at most policy.max_steps steps.
-    With more steps, or with an ε that pays for more, the computation might not end, and somebody
+    """Compute the plan of noised steps that the site would run, of at most policy.max_steps steps
+    and an ε that is not out of the question. With more, the computation might not end, and somebody
     who is not trusted may have chosen these figures. So a site's own code computes a plan here.
 
     - study: a private study
     - site: the settings of this site, with its declared size and its policy
 
-    Errors: PolicyRefused if the study has more steps, or no plan fits its budget."""
-    steps = _stated_figures(study, site.site.declared_size).steps
-    for refusal in _at_most("steps", steps or 0, "max_steps", site.policy):
+    Errors: PolicyRefused if the study has more steps, or an ε above both COMPUTED and the policy's
+    ceiling of a study, or no plan fits its budget."""
+    stated = _stated_figures(study, site.site.declared_size)
+    for refusal in _at_most("steps", stated.steps or 0, "max_steps", site.policy):
         raise refusal
+    if _least_cost(study, stated) > max(COMPUTED, site.policy.max_epsilon_per_study):
+        raise _past_ceiling(site.policy)
     try:
         return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
     except ConfigError as error:  # of public figures alone
@@ -415,24 +419,31 @@ def _stated_figures(study: Study, size: int) -> _StatedFigures:
 def _about_cost(
     study: Study, stated: _StatedFigures, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal of a study that would cost more than policy.max_epsilon_per_study. Its cost
-    is the ε that the plan states or, if the plan gives σ, a lower bound on ε. This is checked
-    before ε is computed, since the larger ε is, the longer its computation takes. stated: the
-    figures that the study states."""
+    """Yield a refusal of a study that would cost more than policy.max_epsilon_per_study, by what it
+    costs at least (`_least_cost`). This is checked before ε is computed, since the larger ε is, the
+    longer its computation takes. stated: the figures that the study states."""
+    if not study.continuous and _least_cost(study, stated) > policy.max_epsilon_per_study:
+        yield _past_ceiling(policy)
+
+
+def _least_cost(study: Study, stated: _StatedFigures) -> float:
+    """Return the ε that the plan states or, if the plan gives σ and a number of steps, a lower
+    bound on ε, whichever is larger. stated: the figures that the study states."""
     privacy, least = study.privacy, 0.0
     assert isinstance(privacy, PrivacyTable)
-    if study.continuous:
-        return
     if stated.noise_multiplier is not None and stated.steps is not None:
         k = study.records_per_draw
         steps = accountant.Steps(stated.noise_multiplier, stated.sampling_rate, stated.steps, k)
         least = accountant.at_least(steps, stated.delta)
-    if max(privacy.epsilon or 0.0, least) > policy.max_epsilon_per_study:
-        yield PolicyRefused(
-            "the study would go past policy.max_epsilon_per_study",
-            f"at most ε = {policy.max_epsilon_per_study} at this site",
-            "lower epsilon or rounds, or ask the site to raise its ceiling",
-        )
+    return max(privacy.epsilon or 0.0, least)
+
+
+def _past_ceiling(policy: PolicyTable) -> PolicyRefused:
+    return PolicyRefused(
+        "the study would go past policy.max_epsilon_per_study",
+        f"at most ε = {policy.max_epsilon_per_study} at this site",
+        "lower epsilon or rounds, or ask the site to raise its ceiling",
+    )
 
 
 def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:

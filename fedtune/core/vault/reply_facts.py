@@ -3,6 +3,7 @@ is sent."""
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from fedtune.core.config import Study, study_from_json
@@ -11,13 +12,16 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.registry.reasons import HELD, WAITING
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.answers import Place
-from fedtune.core.vault.budget_refusal import CEILINGS, TODO, explain
+from fedtune.core.vault.budget_refusal import TODO, explain
 from fedtune.core.vault.policy import compute_within_limits
 from fedtune.core.vault.waiting_plans import check_plan_length, keep_plan
 from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.core.wire.requests import Answer, Request
 
 DONE = ("admitted", "trained", "ready", "masked", "answered")
+# Of what a dataset has spent. A plan that is above policy.max_epsilon_per_study by itself is not
+# computed for the screen.
+BY_CEILING = re.compile(r"policy\.max_(fallback_)?epsilon\b")
 PLANNED = (*DONE, WAITING, "finished")  # of a plan that the site's rules have admitted
 
 
@@ -71,7 +75,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         facts["signed"] = joined_with or site.home.admitted(study.digest, own)
         if not facts["signed"] and status in ("admitted", WAITING):
             facts["text"] += f". {_describe_unsigned(study, site, place, facts)}"
-    refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
+    refused = status == "refused" and BY_CEILING.search(reason)
     if study is not None and refused:
         ledger = site.ledger if site.has_ledger else site.home
         facts["text"] += f"; {'; '.join(explain(study, site.site, ledger))}; {TODO}"
