@@ -1,6 +1,6 @@
-"""Open the ledger of a home. Every command opens a ledger here, and nowhere else: a folder whose
-volume is not mounted is empty, and a ledger begun there would know of no charge, no withdrawal and
-no freeze.
+"""Open the ledger of a home. Every command outside the vault opens a ledger here, and looks whether
+it is there before a vault is started. A folder whose volume is not mounted is empty, and a ledger
+begun there would know of no charge, no withdrawal and no freeze.
 
 Guarantee: if this account knows that a home has a ledger, no other one is begun or opened in the
 home's folder."""

@@ -57,6 +57,11 @@ from fedtune.report.delta import chance, warning
 
 SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 
+NOT_COMPUTED = (
+    "Its noise and its ε were not computed, since it breaks a rule that bounds the computation. It "
+    "is among the rules that refuse it."
+)
+
 
 @dataclass(frozen=True)
 class Review:
@@ -173,10 +178,16 @@ def review(
     - outline: whether it is an outline (`is_outline`), whose digest is not final
     - coordinator: the public key of the coordinator that sends it; by default, that of the
       coordinator whose consortium the site has joined, if any"""
-    plan = compute_within_limits(study, site) if study.private else None
+    plan, limit = None, None
+    try:
+        plan = compute_within_limits(study, site) if study.private else None
+    except PolicyRefused as refusal:
+        limit = refusal
     coordinator = coordinator or find_coordinator(site)
     against = would_refuse(study, site, plan, ledger, outline=outline, coordinator=coordinator)
     refused = [str(refusal) for refusal in against]
+    if limit and str(limit) not in refused:
+        refused.append(str(limit))
     sections = [
         ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study, site)),
@@ -254,7 +265,8 @@ def would_refuse(
 
     - study: the plan
     - site: the site with its policy
-    - plan: the site's part of the study; None if the study is not private
+    - plan: the site's part of the study; None if the study is not private, or if a rule refuses it
+      before it is computed
     - ledger: the site's ledger; None if there is none yet
     - outline: whether the plan is an outline (`is_outline`), so that digests which are still
       missing are no reason
@@ -336,7 +348,8 @@ def _verdict(
 
     - study: the plan
     - site: the site with its policy
-    - plan: the site's part of the study; None if the study is not private
+    - plan: the site's part of the study; None if the study is not private, or if a rule refuses it
+      before it is computed
     - ledger: the site's ledger, with the charges so far and the signed plans
     - refused: the rules that refuse the plan"""
     if refused:
@@ -377,6 +390,8 @@ def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
     ]
     if study.schedule and plan:
         lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
+    if plan is None and study.private:
+        return [*lines, NOT_COMPUTED]
     if plan is None:
         return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
     drawn = "record" if plan.records > 1 else plan.unit
@@ -517,8 +532,11 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
 
     - study: the plan
     - site: the site with its ceilings
-    - plan: the site's part of the study; None if the study is not private
+    - plan: the site's part of the study; None if the study is not private, or if a rule refuses it
+      before it is computed
     - ledger: the site's ledger, with the charges so far"""
+    if plan is None and study.private:
+        return [NOT_COMPUTED]
     if plan is None:
         return [
             "Everything: after a run without privacy no ε can be stated for this dataset, and "

@@ -104,16 +104,21 @@ def test_a_log_that_lacks_a_part_is_no_log(
         check_trusted(home, "12:34")
 
 
-def test_a_new_file_whose_first_line_was_cut_short_is_missed_too(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["cut short", "noted"])
+def test_a_new_file_whose_first_line_was_not_finished_is_missed_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A crash while the log went on in a new file; what is entered then begins this file."""
+    """A crash while the log went on in a new file; what is entered then begins it. Or a crash
+    between this line and the note of it, which the next entry makes good."""
     home = load_site(file).home
     log = AuditLog(home, Ledger(home).key)
     with monkeypatch.context() as patch:
         patch.setattr(audit_log, "LIMIT", 0)
+        if how == "noted":
+            patch.setattr(audit_log, "_note_begun", lambda *_: None)
         log.add("purge", files=1)
-    (home / "audit.jsonl").write_bytes(b'{"event": "pur')
+    if how == "cut short":
+        (home / "audit.jsonl").write_bytes(b'{"event": "pur')
     log.add("leave", DISTRUST, consortium="12:34", membership="", files=1)
     (home / "audit.jsonl").unlink()
     with pytest.raises(NotGenuine, match="missing"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import fedtune
 from fedtune.core.config import Study, load_site, load_study, study_from_json
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
-from fedtune.core.errors import PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.process import answer_and_tell
@@ -23,7 +23,7 @@ from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Request
 from fedtune.officer import doctor
-from fedtune.officer.review import review
+from fedtune.officer.review import NOT_COMPUTED, review
 from fedtune.public.start import start
 from fedtune.server.admission import plan_message
 from tests.guarantee.world import lay_out, patients
@@ -89,8 +89,9 @@ def test_a_site_answers(plan: Study, tmp_path: Path, who: str) -> None:
 def test_a_person_reads_why(plan: Study, tmp_path: Path) -> None:
     site = load_site(tmp_path / "site-north.toml")
     why = r"above policy.max_steps|more than 10000 steps|past policy.max_epsilon_per_study"
-    with pytest.raises(PolicyRefused, match=why):
-        review(plan, site, Ledger(site.home))
+    seen = review(plan, site, Ledger(site.home))
+    assert any(re.search(why, refusal) for refusal in seen.refusals)
+    assert dict(seen.sections)["What it costs"] == [NOT_COMPUTED]
     findings = {f.name: f for f in doctor.examine(tmp_path / "site-north.toml", plan)}
     for name in ("plan", "self-test"):
         assert not findings[name].good

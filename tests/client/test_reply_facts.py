@@ -33,6 +33,7 @@ from fedtune.core.vault.worker import worker
 from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Request
+from fedtune.core.wire.seal import sign_end
 from fedtune.dashboard.pages.site import SitePage
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch.site import Shown
@@ -160,11 +161,12 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
     assert north["declared"] == "public" and north["epsilon"] > 0
 
 
-@pytest.mark.parametrize("refused_for", ["its signature", "a rule", None])
+@pytest.mark.parametrize("refused_for", ["its signature", "a rule", "it has ended", None])
 def test_a_refused_plan_of_declared_data_begins_no_ledger(
     tmp_path: Path, tiny_base: Path, refused_for: str | None
 ) -> None:
-    """There would be one for each name that somebody makes up. Twin: one that is admitted does."""
+    """There would be one for each name that somebody makes up, also of studies that have ended.
+    Twin: one that is admitted does."""
     study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
     path = tmp_path / "site-north.toml"
     text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
@@ -174,15 +176,39 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
     own, begun = SigningKey(), start(study)
     key = SigningKey() if refused_for == "its signature" else own
     plan = dict(plan_message(begun.study, begun.frozen, key).config_records["plan"])
+    if refused_for == "it has ended":
+        plan |= sign_end(key, begun.study.digest)
     request = Request("prepare", {"plan": plan}, pack_arrays(begun.frozen))
     told: list[dict[str, Any]] = []
     place = Place(site=str(path), coordinator=own.public)
     answer_and_tell(place, request, lambda _, facts: told.append(facts))  # type: ignore[arg-type,return-value]
-    assert told[-1]["status"] == ("refused" if refused_for else "admitted")
+    said = {"it has ended": "finished", None: "admitted"}.get(refused_for, "refused")
+    assert told[-1]["status"] == said and ("planned" in told[-1]) is (refused_for is None)
     begun_here = len(list((tmp_path / "state-north").rglob("ledger.db"))) - 1
     assert begun_here == (refused_for is None)
-    if refused_for == "its signature":
+    if refused_for in ("its signature", "it has ended"):
         assert not place.worker()._of_runs, "nothing is kept of it either"
+
+
+@pytest.mark.parametrize("named", ["policy.max_epsilon", "x' policy.max_epsilon"])
+def test_a_name_in_a_plan_does_not_have_its_cost_explained(
+    tmp_path: Path, tiny_base: Path, named: str
+) -> None:
+    """The refusal quotes the name; an explanation would compute ε some seven times."""
+    study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
+    assert study.lora
+    study = study.model_copy(update={"lora": study.lora.model_copy(update={"modules": (named,)})})
+    own, path = SigningKey(), tmp_path / "site-north.toml"
+    plan = dict(plan_message(study, {}, own).config_records["plan"])
+    told: list[dict[str, Any]] = []
+    place = Place(site=str(path), coordinator=own.public)
+    answer_and_tell(
+        place,
+        Request("prepare", {"plan": plan}, pack_arrays({})),
+        lambda _, facts: told.append(facts),  # type: ignore[arg-type,return-value]
+    )
+    assert told[-1]["status"] == "refused" and "policy.max_epsilon" in told[-1]["reason"]
+    assert "what fits" not in told[-1]["text"]
 
 
 def test_a_damaged_ledger_is_a_failure_on_the_screen(tmp_path: Path, tiny_base: Path) -> None:

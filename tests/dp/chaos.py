@@ -42,20 +42,21 @@ def race(folder: Path, ceiling: int, locked: bool) -> int:
         try:
             if not locked:
                 permit(ledger.charges("notes"))
-                meet(folder)
+                meet(folder, f"{ceiling}.{done}")
             ledger.reserve("notes", charge(done), "adapter", permit if locked else yes)
             done += 1
         except BudgetExceeded:
             return done
 
 
-def meet(folder: Path) -> None:
-    """Wait (at most two seconds) until the other process stands here too, after its check."""
+def meet(folder: Path, step: str) -> None:
+    """Wait (at most ten seconds) until the other process stands at this step too, after its check:
+    both then charge for what each of them saw."""
     import time
 
-    (folder / f"met.{os.getpid()}").touch()
-    end = time.monotonic() + 2
-    while len(list(folder.glob("met.*"))) < 2 and time.monotonic() < end:
+    (folder / f"met.{step}.{os.getpid()}").touch()
+    end = time.monotonic() + 10
+    while len(list(folder.glob(f"met.{step}.*"))) < 2 and time.monotonic() < end:
         time.sleep(0.001)
 
 

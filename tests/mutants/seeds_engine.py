@@ -25,7 +25,7 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         34, "a-block-is-whole-before-it-is-narrowed", "fedtune/core/models/cache.py",
-        "heads = self._n_passages * bucket.targets or positions", "heads = positions",
+        "heads = positions if self.network.pooled else heads", "heads = positions",
         "tests/models/test_places.py::test_a_block_is_whole_at_the_positions_that_are_left",
         "the last row of a narrowed block gets other digits, which IPO turns into a gradient",
     ),

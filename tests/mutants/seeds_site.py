@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     one(
         "orders", "an-endless-plan-keeps-a-site-from-answering", "fedtune/core/vault/policy.py",
-        '    for refusal in _at_most("steps", steps or 0, "max_steps", site.policy):\n'
+        '    for refusal in _at_most("steps", stated.steps or 0, "max_steps", site.policy):\n'
         "        raise refusal\n",
         "",
         "tests/client/test_endless_plans.py::test_a_person_reads_why",

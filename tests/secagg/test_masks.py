@@ -96,7 +96,7 @@ def test_the_whole_sum_is_exact(count: int, bits: int) -> None:
     _, said = sites(count)
     opened = MaskedSum(said, 1000, bits)
     for ready, words in zip(said, masked(totals, bits), strict=True):
-        with pytest.raises(ValueError, match="missing"):
+        with pytest.raises(ValueError, match="have not sent"):
             opened.open()
         opened.add(ready.site, words)
         with pytest.raises(ValueError, match="not asked for"):

@@ -139,6 +139,11 @@ class AuditLog:
             with _locked(self.folder):
                 newest = _read_newest(self.folder)
                 begun = read_begun(self.folder)
+                if newest and 0 <= begun < newest[0][0]["seq"]:
+                    # A crash came between the first line of a new file and the note of it. Any
+                    # entry that is there may be noted.
+                    begun = newest[0][0]["seq"]
+                    _note_begun(self.folder, begun)
                 last = newest[-1] if newest else ({"seq": -1}, b"")
                 if last[0]["seq"] < begun:
                     # Whatever is entered first, since the entry makes the log as long as noted.

@@ -386,7 +386,9 @@ class CachedDataset:
                 return 1  # for few rows and labels, results depend on a row's place, too
             budget = BLOCK_POSITIONS[self.network.device.type]
             positions = self._positions_per_record(bucket)
-            heads = self._n_passages * bucket.targets or positions
+            # A record without targets has its head computed at one position all the same.
+            heads = self._n_passages * max(1, bucket.targets)
+            heads = positions if self.network.pooled else heads
             return _fit_to_vectors(min(budget // positions, limit or budget), positions, heads)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)

@@ -9,7 +9,7 @@ here for the shapes of the network at hand, before a record is read."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -19,9 +19,13 @@ from fedtune.core.models.cores import one_operator_thread
 
 WIDEST = 2048  # a longer side of a weight is tried at a length from half of this on
 WHOLE = 64  # numbers: the longest vector of a processor, in any precision, divides it
-FUNCTIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    torch.exp, torch.sigmoid, torch.tanh, functional.silu, functional.gelu, functional.softplus,
-    functional.logsigmoid,
+Function = Callable[[torch.Tensor], torch.Tensor]
+LOSSES: tuple[Function, ...] = (  # which losses apply to a few numbers, however many they are
+    torch.exp, torch.expm1, functional.logsigmoid, lambda numbers: torch.log(numbers.abs() + 1e-3),
+)  # fmt: skip
+FUNCTIONS: tuple[Function, ...] = (*LOSSES,
+    torch.sigmoid, torch.tanh, functional.silu, functional.gelu, functional.softplus,
+    partial(functional.gelu, approximate="tanh"), lambda numbers: torch.rsqrt(numbers.abs() + 1e-3),
 )  # fmt: skip
 
 
@@ -34,13 +38,10 @@ def rows_keep_digits(modules: nn.Module, positions: int, device: torch.device) -
     - modules: the layers of a network, base and adapter
     - positions: the most positions of a block
     - device: where blocks are computed; on a processor by one operator thread"""
-    counts = range(8, positions + 1, 8)  # layers and head: eights, or one record alone
     shapes = dict.fromkeys(_weights(modules))
     with torch.inference_mode(), one_operator_thread():
         products = (
-            _product_keeps_digits(rows, *shape, dtype, device)
-            for shape, dtype in shapes
-            for rows in counts
+            _product_keeps_digits(positions, *shape, dtype, device) for shape, dtype in shapes
         )
         kinds = {dtype for _, dtype in shapes}
         return all(_functions_keep_digits(kind, device) for kind in kinds) and all(products)
@@ -66,43 +67,54 @@ def _side(length: int) -> int:
 
 @cache
 def _product_keeps_digits(
-    rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+    most: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Return whether the rows of a matrix keep their digits in other places in its products with a
-    weight (outputs, inputs): as a layer computes its outputs, and the gradient at its inputs."""
-    draw = torch.Generator().manual_seed(rows)
-    weight = torch.randn(outputs, inputs, generator=draw).to(device, dtype)
-    order = torch.randperm(rows, generator=draw).to(device)
+    weight (outputs, inputs): as a layer computes its outputs, and the gradient at its inputs. Every
+    number of rows up to `most` is tried that is a multiple of eight: so many do layers and head
+    compute for a block of several records."""
+    draw = torch.Generator().manual_seed(0)
 
-    def keeps(columns: int, product: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-        left = torch.randn(rows, columns, generator=draw).to(device, dtype)
-        return torch.equal(product(left[order]), product(left)[order])
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(device, dtype)
 
-    return keeps(inputs, lambda left: functional.linear(left, weight)) and keeps(
-        outputs, lambda left: left @ weight
-    )
+    weight = random(outputs, inputs)
+    forward, backward = random(most, inputs), random(most, outputs)
+
+    def keeps(rows: int) -> bool:
+        order = torch.randperm(rows, generator=draw).to(device)
+        there, back = forward[:rows], backward[:rows]
+        return torch.equal(
+            functional.linear(there[order], weight), functional.linear(there, weight)[order]
+        ) and torch.equal(back[order] @ weight, (back @ weight)[order])
+
+    return all(map(keeps, range(8, most + 1, 8)))
 
 
 @cache
 def _functions_keep_digits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether numbers keep their digits in other places in tensors of whole vectors; and in
-    fp32, in which losses are computed, in tensors of one number for each row of a block
-    (`cache._fit_to_vectors`)."""
+    """Return whether numbers keep their digits in other places in tensors of whole vectors, also
+    those of the functions' gradients; and in fp32, in which losses are computed, in tensors of one
+    number for each row of a block (`cache._fit_to_vectors`). The functions of losses are tried in
+    tensors of any few numbers, too."""
     draw = torch.Generator().manual_seed(0)
-    lengths = [WHOLE * n for n in (1, 2, 3, 5, 7, 11)]
-    if dtype == torch.float32:
-        lengths += [2**n for n in range(3, 11)]
+    whole = [WHOLE * n for n in (1, 2, 3, 5, 7, 11)]
+    few = [2**n for n in range(3, 11)] if dtype == torch.float32 else []
+    fewer = [*range(2, 16), 24, 40] if dtype == torch.float32 else []
 
-    def keeps(function: Callable[[torch.Tensor], torch.Tensor], length: int) -> bool:
+    def keeps(function: Function, length: int) -> bool:
         values = (3 * torch.randn(length, generator=draw) + 2).to(device, dtype)
+        above = torch.randn(length, generator=draw).to(device, dtype)
         found = []
-        for given in (values, values.flip(0)):
+        for given, slope in ((values, above), (values.flip(0), above.flip(0))):
             with torch.inference_mode(False), torch.enable_grad():
                 given = given.clone().requires_grad_(True)
                 results = function(given)
-                torch.autograd.backward(results.sum())
+                torch.autograd.backward(results, slope.clone())
             assert given.grad is not None
             found.append(torch.stack([results.detach(), given.grad]))
         return torch.equal(found[0].flip(1), found[1])
 
-    return all(keeps(function, length) for function in FUNCTIONS for length in lengths)
+    return all(keeps(function, length) for function in FUNCTIONS for length in whole + few) and all(
+        keeps(function, length) for function in LOSSES for length in fewer
+    )

@@ -126,12 +126,12 @@ def _admission(place: Place, request: Request) -> Answer:
             raise PolicyRefused(
                 "the plan is not signed by the coordinator with which this site enrolled"
             )
-        site = site.begin_run(study.digest)
         if plan.get("finished") is True:
             check_end(plan, study.digest, coordinator)
             fields["status"] = "finished"
-            return site.finish(study.digest)
+            return site.find_run(study.digest).finish(study.digest)
         check_watch(study, place.watch)
+        site = site.begin_run(study.digest)
         has_basis = study.objective.basis_digest is not None
         frozen = read_frozen(request.arrays, study.lora, has_basis=has_basis)
         with site.room_to_answer():

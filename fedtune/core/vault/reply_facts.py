@@ -19,10 +19,10 @@ from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.core.wire.requests import Answer, Request
 
 DONE = ("admitted", "trained", "ready", "masked", "answered")
-# Of what a dataset has spent. A plan that is above policy.max_epsilon_per_study by itself is not
-# computed for the screen.
-BY_CEILING = re.compile(r"policy\.max_(fallback_)?epsilon\b")
-PLANNED = (*DONE, WAITING, "finished")  # of a plan that the site's rules have admitted
+# A refusal for what a dataset has spent. Words in quotation marks may be the coordinator's. A plan
+# that is above policy.max_epsilon_per_study by itself is not computed for the screen.
+BY_CEILING = re.compile(r"""[^'"]*policy\.max_(fallback_)?epsilon\b""")
+PLANNED = (*DONE, WAITING)  # of a plan that the site's rules have admitted
 
 
 def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         name = facts["study"] = study.study.name
         rounds = study.training.rounds
         facts |= {"rounds": rounds} if rounds else {}
-        if status == "finished":
+        if status == "finished" and site.has_ledger:
             charges = site.ledger.charges(site.site.data.name)
             mine = (charge.round for charge in charges if charge.study == study.digest)
             facts["round"] = max(mine, default=0)  # the last one here
@@ -75,7 +75,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         facts["signed"] = joined_with or site.home.admitted(study.digest, own)
         if not facts["signed"] and status in ("admitted", WAITING):
             facts["text"] += f". {_describe_unsigned(study, site, place, facts)}"
-    refused = status == "refused" and BY_CEILING.search(reason)
+    refused = status == "refused" and BY_CEILING.match(reason)
     if study is not None and refused:
         ledger = site.ledger if site.has_ledger else site.home
         facts["text"] += f"; {'; '.join(explain(study, site.site, ledger))}; {TODO}"

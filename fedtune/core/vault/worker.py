@@ -181,6 +181,12 @@ class SiteWorker:
             self._of_runs[digest] = of_run
         return self._of_runs[digest]
 
+    def find_run(self, digest: str) -> SiteWorker:
+        """Return what `begin_run` returns if the ledger of the run exists; else this SiteWorker, so
+        that the end of a study that never ran here begins no ledger."""
+        begun = (run_ledger(self.site, digest) / LEDGER).exists()
+        return self.begin_run(digest) if begun else self
+
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
         """Admit or refuse `study`, and return the answer. On admission, build the model, and note
         that the study is running here. No record is read before a round is charged.
