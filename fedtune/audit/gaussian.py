@@ -68,7 +68,7 @@ class OneStep:
         return not self.broken and not self.weak
 
 
-def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> OneStep:
+def one_step(plan: DpPlan, trials: int = TRIALS) -> OneStep:
     """Run steps of `plan` with canaries in them, and find out for each canary whether it was there,
     by one projection of the noised sum: `trials` canaries are in their step, and as many are not.
 
@@ -82,8 +82,6 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
 
     - plan: the plan by which steps run, with its σ, C and k
     - trials: the number of canaries that are in their step, and of those that are not
-    - dimension: the length of the generated gradients, at least 4; a step holds three canaries
-      fewer, at most
 
     Guarantee: the shipped code runs the steps. Their log lines go to memory, since no record is
     read. A correct step is called broken with probability below 10⁻⁵.
@@ -94,7 +92,7 @@ def one_step(plan: DpPlan, trials: int = TRIALS, dimension: int = DIMENSION) -> 
         raise ValueError("an audit needs at least one trial")
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
     draw = np.random.default_rng(0)  # draws the directions and the coins
-    directions = np.linalg.qr(draw.normal(size=(dimension, dimension))).Q
+    directions = np.linalg.qr(draw.normal(size=(DIMENSION, DIMENSION))).Q
     known = len(OTHERS)
     others = directions[:known] * np.array(OTHERS)[:, None] * plan.max_grad_norm
     canaries = directions[known : known + CANARIES]

@@ -189,7 +189,7 @@ def test_a_home_that_is_not_mounted_is_not_begun_anew(world: Path) -> None:
     join(world, "cardio")
 
 
-@pytest.mark.parametrize("how", ["the client's", "in a spool"])
+@pytest.mark.parametrize("how", ["the client's", "in a spool", "for each request"])
 def test_a_vault_that_is_started_again_begins_no_ledger(
     world: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -201,12 +201,20 @@ def test_a_vault_that_is_started_again_begins_no_ledger(
         unmount(site.home)
         with pytest.raises(ConfigError, match="is not there"):
             spooled._vault(site, path, Spool.at(world), False, 1)
+    elif how == "for each request":
+        unmount(site.home)
+        monkeypatch.setattr(spooled, "_run", lambda *_: pytest.fail("the command was run"))
+        ran = site.model_copy(update={"vault": SimpleNamespace(command=["true"])})
+        spool: Any = SimpleNamespace(path=world, waiting=lambda: ["0" * 64])
+        with pytest.raises(ConfigError, match="is not there"):
+            spooled._start_for_each(ran, path, spool, False, 1, lambda *_: None)
     else:
 
         class Halves:
             courier = None
 
             def __init__(self, **_: Any) -> None:
+                assert not runs, "started where the ledger is gone"
                 runs.append("halves")
 
             def __enter__(self) -> Halves:

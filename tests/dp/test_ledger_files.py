@@ -352,7 +352,7 @@ def test_receipts_that_were_moved_away_are_missed(
     """As by somebody who reads that they are damaged, so that a rollback is forgotten: until they
     are put back, or the ledger is restored. The twin does not note that there were any."""
     if twin:
-        monkeypatch.setattr(chain, "note_receipts", lambda *_: None)
+        monkeypatch.setattr(chain, "mark_receipts", lambda *_: None)
     coordinator = SigningKey()
     used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
     path = folder / "ledger.receipt"
@@ -386,7 +386,7 @@ def test_a_first_receipt_that_shows_a_rollback_is_missed_too(
     copy_of(copy, folder)
     with monkeypatch.context() as patch:
         if noted != "with the receipt":
-            patch.setattr(chain, "note_receipts", lambda *_: None)
+            patch.setattr(chain, "mark_receipts", lambda *_: None)
         with pytest.raises(LedgerError, match="rolled back"):
             Ledger(folder).accept_receipt(late, coordinator.public)
     if noted == "after a crash":

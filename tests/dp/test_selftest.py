@@ -219,6 +219,22 @@ TWINS: dict[str, tuple[object, str, Callable[..., Any], set[str]]] = {
 }
 
 
+def test_what_a_hostile_row_leaves_behind_is_caught(
+    patients: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the sums that are computed after it, as by state that a failed row leaves in a network."""
+    honest, left = selftest._Bench.total, list[float]()
+
+    def total(bench: Any, data: Any, hostile: Any = None) -> torch.Tensor:
+        result = honest(bench, data, hostile) * (3 if left else 1)
+        left.extend([1.0] if hostile else [])
+        return result
+
+    monkeypatch.setattr(selftest._Bench, "total", total)
+    failed = {r.name for r in selftest.run(patients) if not r.passed}
+    assert failed == {"sensitivity"}
+
+
 @pytest.mark.parametrize("name", TWINS)
 def test_a_broken_path_is_caught(
     patients: Study, monkeypatch: pytest.MonkeyPatch, name: str

@@ -23,6 +23,7 @@ from fedtune.core.models.split import cut
 from fedtune.core.objectives._shapes import padded_length
 from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.registry import process_cache
+from fedtune.core.training import local_round
 from fedtune.core.training.local_round import check_trains
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.public.factor import public_factor
@@ -271,6 +272,29 @@ def test_the_check_catches_an_adapter_that_is_not_connected(
 
     monkeypatch.setattr(network, "hidden", off)
     with pytest.raises((ModelError, RuntimeError)):
+        check_trains(made, network)
+
+
+def test_the_check_catches_a_head_whose_rows_follow_their_place(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head is zero at first, and so are its products, whatever the place. Twin: the check with
+    the arrays as they are at first."""
+    objective = {"name": "classify", "labels": ["a", "b"]}
+    made = study(base={"model": str(tiny_encoder)}, lora=None, objective=objective)
+    network, honest = build(made), Network.logits
+
+    def third_row_otherwise(self: Network, selected: torch.Tensor, *rest: Any) -> torch.Tensor:
+        scale = torch.ones(len(selected), 1)
+        scale[2] += 1e-3
+        products = honest(self, selected, *rest)
+        return products + (products * scale - products).detach()
+
+    monkeypatch.setattr(Network, "logits", third_row_otherwise)
+    with monkeypatch.context() as patch:
+        patch.setattr(local_round, "_scatter", lambda arrays: arrays)
+        check_trains(made, network)
+    with pytest.raises(ModelError, match="depends on the other records"):
         check_trains(made, network)
 
 

@@ -24,6 +24,13 @@ MUTANTS: list[Mutant] = [
         "on a processor without AVX2 a row's last digits tell what lies beside it",
     ),
     one(
+        34, "a-check-tries-a-head-of-zeros", "fedtune/core/training/local_round.py",
+        "trainable=_scatter(network.trainable())", "trainable=network.trainable()",
+        "tests/models/test_network.py::"
+        "test_the_check_catches_a_head_whose_rows_follow_their_place",
+        "a head whose rows follow their place passes, since all its products are zero",
+    ),
+    one(
         34, "a-block-is-whole-before-it-is-narrowed", "fedtune/core/models/cache.py",
         "heads = positions if self.network.pooled else heads", "heads = positions",
         "tests/models/test_places.py::test_a_block_is_whole_at_the_positions_that_are_left",

@@ -70,6 +70,28 @@ MUTANTS = (
         "each membership of a hospital orders one round more than the ledger has room for",
     ),
     one(
+        "orders", "an-epsilon-out-of-the-question-is-searched",
+        "fedtune/core/vault/policy.py",
+        "    if _least_cost(study, stated) > max(COMPUTED, site.policy.max_epsilon_per_study):\n",
+        "    if False:\n",
+        "tests/client/test_endless_plans.py::test_a_person_reads_why",
+        "a plan of as many steps as a site allows keeps a person from reading it",
+    ),
+    one(
+        "orders", "an-ended-study-that-never-ran-begins-a-ledger", "fedtune/core/vault/answers.py",
+        "site.find_run(study.digest)", "site.begin_run(study.digest)",
+        "tests/client/test_reply_facts.py::"
+        "test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "made-up studies that have ended fill a site's disk at no cost",
+    ),
+    one(
+        "orders", "a-vault-is-started-in-an-empty-mount-point", "fedtune/launch/site.py",
+        "            check_ledger_there(site.home)  # it may not be mounted any more\n", "",
+        "tests/client/test_known_homes.py::"
+        "test_a_vault_that_is_started_again_begins_no_ledger",
+        "a site whose volume is gone goes on with a ledger that knows no charge and no withdrawal",
+    ),
+    one(
         "orders", "an-endless-plan-keeps-a-site-from-answering", "fedtune/core/vault/policy.py",
         '    for refusal in _at_most("steps", stated.steps or 0, "max_steps", site.policy):\n'
         "        raise refusal\n",

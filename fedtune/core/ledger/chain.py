@@ -361,7 +361,7 @@ class Database:
         a receipt that names a lost entry fails the transaction that reads it. connection: in a
         transaction that has no entry yet."""
         if (self.folder / RECEIPT).exists() and not has_receipts(connection):
-            note_receipts(connection)
+            mark_receipts(connection)
             connection.execute("COMMIT")
             connection.execute("BEGIN IMMEDIATE")
             self._catch_up(connection)
@@ -392,7 +392,7 @@ def has_receipts(connection: sqlite3.Connection) -> bool:
     return bool(mark == WITH_RECEIPTS)
 
 
-def note_receipts(connection: sqlite3.Connection, mark: bool = True) -> None:
+def mark_receipts(connection: sqlite3.Connection, mark: bool = True) -> None:
     """Note in the database whether a coordinator's receipt is stored beside it
     (`Database.note_receipts`)."""
     if has_receipts(connection) != mark:

@@ -56,8 +56,8 @@ from fedtune.core.ledger.chain import (
     connect,
     entry_hash,
     first_body,
+    mark_receipts,
     named,
-    note_receipts,
     signed_entry,
 )
 from fedtune.core.ledger.entries import EVERY, RULES, Charge, Freeze, Slot, Standing, slot_fields
@@ -236,7 +236,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         _copy_database(base.path, draft)
     with closing(connect(draft)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        note_receipts(connection, receipts is not None and (folder / RECEIPT).exists())
+        mark_receipts(connection, receipts is not None and (folder / RECEIPT).exists())
         last = base.entries[-1] if base.entries else None
         writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
         if last is None:

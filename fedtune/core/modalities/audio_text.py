@@ -25,9 +25,8 @@ _START = "<|startoftranscript|>"
 class Speech:
     """Reads recordings and their transcripts. A recording that is longer than the base's window is
     cut, or rejected if objective.overflow is "reject"; one of more than 30 s (media.SECONDS) is
-    always rejected. A transcript that begins with a letter or
-    digit of a script with spaces between words gets a space in front, as in Whisper's own
-    transcripts."""
+    always rejected. A transcript that begins with a letter or digit of a script with spaces between
+    words gets a space in front, as in Whisper's own transcripts."""
 
     column: Literal["audio"] = "audio"
     starts = True

@@ -31,13 +31,12 @@ from fedtune.core.models.prefix_store import (
     make_room_after,
 )
 from fedtune.core.objectives._interface import Batch
-from fedtune.core.objectives._shapes import head_positions, padded_length
+from fedtune.core.objectives._shapes import EIGHT, head_positions, padded_length
 from fedtune.core.progress import OnWork, report
 
 log = logging.getLogger("fedtune.models")
 
 Indices = Sequence[int]
-VECTOR = 8  # numbers in fp32 that the narrowest processor computes at a time (64-bit ARM)
 Result = TypeVar("Result")
 
 
@@ -626,9 +625,9 @@ def _fit_to_vectors(rows: int, *positions: int) -> int:
 
     positions: at how many positions of a row layers and the head compute; each a multiple of 8, or
     1, 2 or 4"""
-    if rows >= VECTOR:
+    if rows >= EIGHT:
         return 1 << rows.bit_length() - 1
-    return rows if rows > 1 and all(n % VECTOR == 0 for n in positions) else 1
+    return rows if rows > 1 and all(n % EIGHT == 0 for n in positions) else 1
 
 
 def _fill_block(indices: list[int], size: int) -> list[int]:

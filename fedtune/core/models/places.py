@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedtune.core.models.cores import one_operator_thread
+from fedtune.core.objectives._shapes import EIGHT
 
 WIDEST = 2048  # a longer side of a weight is tried at a length from half of this on
 WHOLE = 64  # numbers: the longest vector of a processor, in any precision, divides it
@@ -71,8 +72,8 @@ def _product_keeps_digits(
 ) -> bool:
     """Return whether the rows of a matrix keep their digits in other places in its products with a
     weight (outputs, inputs): as a layer computes its outputs, and the gradient at its inputs. Every
-    number of rows up to `most` is tried that is a multiple of eight: so many do layers and head
-    compute for a block of several records."""
+    multiple of EIGHT rows up to `most` is tried: so many do layers and head compute for a block of
+    several records."""
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def _product_keeps_digits(
             functional.linear(there[order], weight), functional.linear(there, weight)[order]
         ) and torch.equal(back[order] @ weight, (back @ weight)[order])
 
-    return all(map(keeps, range(8, most + 1, 8)))
+    return all(map(keeps, range(EIGHT, most + 1, EIGHT)))
 
 
 @cache

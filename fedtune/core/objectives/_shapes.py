@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+# Layers and head compute so many rows of a block, or a multiple of it, or the rows of one record
+# alone. A machine is tried with these numbers (models/places.py). It is also the least number of
+# fp32 numbers that a processor computes at a time (64-bit ARM).
 EIGHT = 8
 
 
@@ -30,11 +33,14 @@ def head_positions(length: int, targets: int) -> int:
 
 
 def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
-    """Split the positions 0 to `total` into parts of one size, at most `limit`. Yield each part as
-    a pair: its slice, and how many positions at its end are in no earlier part. All parts have one
-    size, since a row's result in a matrix product depends on the number of rows; so the last part
-    may overlap the one before. If there are several, the size is a multiple of EIGHT, with which a
-    machine is tried (models/places.py); it may be above the limit by up to 7."""
+    """Split the positions 0 to `total` into parts of one size. Yield each part as a pair: its
+    slice, and how many positions at its end are in no earlier part. All parts have one size, since
+    a row's result in a matrix product depends on the number of rows; so the last part may overlap
+    the one before.
+
+    - total: the number of positions
+    - limit: the largest size, which is exceeded by up to 7 where several parts need a multiple of
+      EIGHT"""
     size = -(-total // max(1, -(-total // limit)))
     size = min(total, size + -size % EIGHT)
     for start in range(0, total, max(1, size)):

@@ -87,7 +87,15 @@ def answer_query(
     known = partial(check_known, held_out.name, plan.unit, in_home=in_home)
     stated = partial(site.check_stated, current)
     rounds = partial(check_rounds, policy=current.policy, room=site.room)
-    reserved = site.ledger.reserve(held_out.name, charge, label, permit, known, stated, rounds)
+    reserved = site.ledger.reserve(
+        held_out.name,
+        charge,
+        label,
+        permit,
+        permit_unknown=known,
+        permit_apart=stated,
+        permit_all=rounds,
+    )
     data = site.who_remain(held_out, data)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)

@@ -568,13 +568,26 @@ class SiteWorker:
         data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
             reserved, spent = self.ledger.reserve_for(
-                self._dataset, charge, slot, permit, permit_other, known, stated, rounds
+                self._dataset,
+                charge,
+                slot,
+                permit,
+                permit_other,
+                permit_unknown=known,
+                permit_apart=stated,
+                permit_all=rounds,
             )
             left = partial(self._with_budget_left, data, spent)
             data = self._or_nobody(data.network, self.site.data, left)
         else:
             reserved = self.ledger.reserve(
-                self._dataset, charge, slot, permit, known, stated, rounds
+                self._dataset,
+                charge,
+                slot,
+                permit,
+                permit_unknown=known,
+                permit_apart=stated,
+                permit_all=rounds,
             )
         data = self.who_remain(self.site.data, data)
         self.log.begin_round()
