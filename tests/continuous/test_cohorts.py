@@ -180,8 +180,8 @@ def test_the_twin_that_refuses_for_the_spent_is_caught(
     """A site that says no when its first patients are out tells when they came."""
     honest = Ledger.reserve_for
 
-    def reserve_for(self: Ledger, *given: Any) -> Any:
-        number, out = honest(self, *given)
+    def reserve_for(self: Ledger, *given: Any, **permits: Any) -> Any:
+        number, out = honest(self, *given, **permits)
         if out:
             raise Refused("policy.max_epsilon")
         return number, out

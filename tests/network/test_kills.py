@@ -377,9 +377,9 @@ rounds._Run._choose = least
 FORGETS = """
 from fedtune.core.ledger.ledger import Ledger
 reserve, release, paid, sent = Ledger.reserve, Ledger.release, {}, set()
-def free(book, dataset, charge, adapter, permit):
+def free(book, dataset, charge, *order, **permits):
     if charge.round not in paid:
-        paid[charge.round] = reserve(book, dataset, charge, adapter, permit)
+        paid[charge.round] = reserve(book, dataset, charge, *order, **permits)
     return paid[charge.round]
 def once(book, number, *update):
     if number not in sent:
@@ -390,7 +390,7 @@ Ledger.reserve, Ledger.release, Ledger.released = free, once, lambda *_: None
 PAYS_TWICE = """
 from fedtune.core.ledger.ledger import Ledger
 reserve = Ledger.reserve
-Ledger.reserve = lambda *order: [reserve(*order), reserve(*order)][1]
+Ledger.reserve = lambda *order, **permits: [reserve(*order, **permits) for _ in range(2)][1]
 """  # a site that reserves each round twice, though nobody killed it
 
 
