@@ -131,9 +131,9 @@ def attack_received(
     given, objective = given_of(run.study, records), run.study.objective.resolved
     if objective.teacher_spec or objective.record_format == "unpaired_preference":
         raise ConfigError(
-            f"objective {run.study.objective.name} trains on something that "
-            "evaluation records do not hold",
-            "an objective that trains on records as they are evaluated",
+            f"objective {run.study.objective.name} learns from a teacher, or from answers that are "
+            "each marked good or bad; this attack does not cover it",
+            "an objective that learns from texts, answers, labels or pairs",
         )
     shared, least = run.study.secure_aggregation, run.study.strategy.min_sites
     if shared and len(given) < least:

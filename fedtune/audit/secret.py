@@ -149,9 +149,10 @@ def most_extracted(epsilon: float, delta: float) -> float:
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
-    """Compute the exposure in bits of each secret. losses: one row for each secret, with the loss
-    of the secret in the first column and the losses of other numbers in the next ones. A number
-    with the same loss as the secret is ranked before the secret."""
+    """Compute the exposure of each secret in bits (see `Exposure`). A secret is a number, and is
+    ranked by its loss among other numbers. losses: one row for each secret, with the loss of the
+    secret in the first column and the losses of the other numbers in the next ones. A number with
+    the same loss as the secret is ranked before the secret."""
     ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
     return np.asarray(np.log2(losses.shape[1] / ranks))
 

@@ -60,7 +60,7 @@ def memberships(
             "--max-epsilon",
             min=0.01,
             metavar="E",
-            help="With --add: the most ε of a dataset that the membership may spend. Default: "
+            help="With --add: the largest ε that the membership may spend on one dataset. Default: "
             "the hospital's ceiling.",
             show_default=False,
         ),
@@ -174,9 +174,10 @@ def memberships(
     spent; or add, adopt or end a membership.
 
     All memberships pay from one ledger, in HOME, so that ε spent on a patient in one consortium
-    counts in every other. hospital.toml in HOME sets the most ε of a dataset that all of them
-    together may spend, and each one's share. If the ceiling refuses a study, its coordinator learns
-    that the hospital's budget is too small for it, and not who spent the rest."""
+    counts in every other. hospital.toml in HOME limits how much ε all memberships together may
+    spend on each dataset, and may give each membership a share of that. If the ceiling refuses a
+    study, its coordinator learns that the hospital's budget is too small for it, and not who spent
+    the rest."""
     given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
     acts = [key for key, value in given.items() if value is not None]
     if len(acts) > 1:

@@ -78,8 +78,8 @@ def simulate(
         typer.Option(
             min=1,
             metavar="N",
-            help="Only for a study with a [schedule], which needs it: stop after round N. Rounds "
-            "follow at once, not at their scheduled times.",
+            help="Stop after round N. A study with a [schedule] needs this option, and no other "
+            "study takes it. Rounds follow at once, not at their scheduled times.",
             show_default=False,
         ),
     ] = None,

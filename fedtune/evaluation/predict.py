@@ -70,8 +70,8 @@ def predict(
 
     A trained head gives each class a probability, and a reward head gives each prompt with its
     completion a score. A causal model predicts the choice of highest log-likelihood, as `evaluate`
-    does. The result holds one prediction for each record, in the records' order; a record that
-    cannot be used has none, but the reason.
+    does. The result holds one prediction for each record, in the records' order. For a record that
+    cannot be used it holds the reason instead.
 
     >>> import fedtune
     >>> fedtune.predict(fedtune.Run("runs/none"), ["Does it hurt?"])

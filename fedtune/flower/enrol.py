@@ -348,7 +348,10 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
     except (ValueError, TypeError):
         raise Refused("not a request for a certificate") from None
     if tls_digest(key) != record.tls or certs.common_name(asked.subject) != record.name:
-        raise Refused("a request for another key or name", todo="enroll and admit it")
+        raise Refused(
+            "the request is for another key or name than the site was admitted with",
+            todo="run `fedtune enroll` at the site, and admit its new request",
+        )
     return _issue_certificate(home, key, record.name)
 
 

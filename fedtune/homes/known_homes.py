@@ -167,8 +167,8 @@ def forget(place: str, home: Path) -> list[str]:
         forgotten = [other for other in homes if kept.get(other) != homes[other]]
         if not forgotten:
             raise InputError(
-                f"{place}: no other home is known to pay for it",
-                "a path, a url or a home as the refusal names it",
+                f"{place}: no note about another home names it",
+                "the records' path or url, or the other home, as the refusal names it",
             )
         replace(path, _encode(kept), private=True)
     return forgotten

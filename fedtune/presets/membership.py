@@ -36,7 +36,9 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
         dataset = names[0]
     if dataset not in names:
         raise ConfigError(
-            f"{home}: {'several datasets' if dataset is None else f'no dataset {dataset!r}'}",
+            f"{home}: has {'several datasets' if names else 'no dataset'}, and none is named"
+            if dataset is None
+            else f"{home}: has no dataset {dataset!r}",
             "one of " + (", ".join(names) or "none so far"),
             "name one with --dataset; hospital.toml registers more",
         )

@@ -149,8 +149,8 @@ def _freeze(
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
     """Compute the public basis of class statistics. Return two things: the plan with the digest of
-    this basis filled in, and the two arrays of the basis by name. answered: reads the public
-    records."""
+    this basis filled in, and the two arrays of the basis by name. answered: a function that returns
+    the public records, with their answers."""
     basis = basis_of(_compute_known(study, answered), study.objective.resolved.directions)
     pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
     return study.model_copy(update={"objective": pinned}), basis

@@ -67,8 +67,9 @@ def find_finished(study: Study, runs: Path = RUNS) -> Path | None:
 
 
 def is_finished(run: Path, study: Study) -> bool:
-    """Return whether the folder holds a finished run of this study, including one that its
-    [selection] records ended early. Errors: InputError, ConfigError if its plan cannot be read."""
+    """Return whether the folder holds a finished run of this study. A run that ended before its
+    last round, because its [selection] records showed no further gain, is finished too. Errors:
+    InputError, ConfigError if its plan cannot be read."""
     if study.continuous or not (run / SIGNATURE).is_file():
         return False
     plan = load_plan(run)

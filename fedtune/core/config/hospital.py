@@ -225,7 +225,7 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
         raise ConfigError(
             f"{data.where}: is not where the hospital's dataset {data.name!r} is registered",
             f"the place in {where}",
-            "register it under a name of its own, or correct the path",
+            "register these records under another name in hospital.toml, or correct the path",
         )
     names = [name for name, other in hospital.datasets.items() if other.is_place_of(data)]
     if len(names) > 1:

@@ -57,7 +57,7 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     draws = any(map(_may_draw, parsed.find_all(nodes.Filter)))
     if draws or _list_used_names(parsed) & {"lipsum"}:
         raise ConfigError(
-            "the base's chat template uses random numbers",
+            "the base's chat template may use random numbers",
             "a template without `random` and `lipsum`, in which every `map` names a filter",
             _OTHERWISE,
         )

@@ -495,8 +495,9 @@ def _join_segments(
 
     - segments: the texts in order, and whether each one's tokens are targets
     - start: token ids that stand before the first segment and are no targets
-    - max_length: once there are more tokens than this, no further segment is read. Of a segment of
-      more than CHARS · max_length characters only these are read, and no segment after it
+    - max_length: once there are more tokens than this, no further segment is read. If a segment has
+      more than CHARS · max_length characters, only the first CHARS · max_length of them are read,
+      and no later segment
     - tokenizer: the base's tokenizer, which adds no special tokens here
     - continued: whether each segment is tokenised as a continuation of those before it, which is
       needed for tokenizers that put a space in front of a text"""

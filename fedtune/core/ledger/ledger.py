@@ -108,9 +108,9 @@ class Ledger:
     """The ledger in `folder`, created on first use. One object may serve several threads, and
     several processes may open one folder.
 
-    room: the site's reserved disk space. If the disk has no space for an update beside it, the
-    update is kept in memory. None: no space is reserved, and the ledger always tries to write an
-    update."""
+    room: the site's reserved disk space, which updates do not use. If the rest of the disk has no
+    space for an update, the update is kept in memory. None: no space is reserved, and the ledger
+    always tries to write an update to the disk."""
 
     def __init__(self, folder: Path, room: Room | None = None) -> None:
         self.folder, self._room = folder, room

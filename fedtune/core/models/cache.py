@@ -448,9 +448,9 @@ class CachedDataset:
         labels) and their log-probabilities, both (records, targets, outcomes); None if the records
         have no soft targets.
 
-        How many targets they are padded to depends on the records in the block. But each record
-        takes its own by its own positions (objectives/distill.py), and nothing is summed over
-        them."""
+        The number of targets after padding depends on all records in the block. A record's loss
+        does not: it reads only the record's own targets, at the record's own positions
+        (objectives/distill.py), and no sum runs over the padding."""
         marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
         if not marks:
             return None

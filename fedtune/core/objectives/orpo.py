@@ -23,8 +23,8 @@ CERTAIN = -1e-6  # log-likelihood per token above which the odds are taken to be
 
 @dataclass(frozen=True)
 class ORPO(Objective):
-    """Odds-ratio preference optimisation: the better completion is learnt as it stands, and its
-    odds are raised over the worse one's. There is no reference policy.
+    """Odds-ratio preference optimisation: the usual loss on the better completion, plus a term
+    that raises its odds relative to those of the worse one. There is no reference policy.
 
     Reference: Hong et al. 2024, section 4.2."""
 

@@ -287,5 +287,6 @@ def check_rounds(charges: Sequence[Charge], policy: PolicyTable, room: Room) -> 
         raise BudgetExceeded(
             "this site's ledger has paid for policy.max_rounds rounds of all studies together",
             f"at most {most}",
-            "the site may raise policy.max_rounds, for 4 KiB more disk per round, and start again",
+            "the site may raise policy.max_rounds (outside a hospital's home: for 8 KiB more disk "
+            "per round), and start again",
         )

@@ -133,7 +133,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     if not records:
         raise InputError(
             f"{run.folder}: this site has made no decision about this model",
-            "a decision that a person has read",
+            "a decision that a person can read before telling it",
             "fedtune accept RUN --site SITE, without --tell",
         )
     if to.exists():

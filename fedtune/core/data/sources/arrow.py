@@ -23,10 +23,10 @@ FILE = b"ARROW1"  # the beginning of an Arrow file; a stream, as of `save_to_dis
 
 @dataclass(frozen=True)
 class Arrow(Source):
-    """Reads Arrow files, and a folder that `Dataset.save_to_disk` of Hugging Face wrote: of this
-    only the files that its state.json lists, and no cache file beside them. Where a cell is a
-    class's number, the name that the data set gives the class is read. The package `datasets` is
-    not used, so no code of a data set runs."""
+    """Reads Arrow files, and folders that `Dataset.save_to_disk` of Hugging Face wrote. In such a
+    folder it reads only the files that state.json lists, and no cache file beside them. If a cell
+    holds the number of a class, the name that the data set gives this class is read. The package
+    `datasets` is not used, so no code of a data set runs."""
 
     suffixes = (".arrow",)
 
