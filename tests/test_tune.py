@@ -136,7 +136,7 @@ def test_of_too_many_combinations_some_are_drawn_the_same_ones_each_time(
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(declared: Path) -> None:
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="not empty, and no search"):
         tune(declared, sites(), "north", records=Path("choose.jsonl"))
 
 

@@ -143,8 +143,9 @@ def _returns(function: Callable[..., Any]) -> bool:
 
 
 def _add_json(guarded: Any, function: Callable[..., Any]) -> None:
-    """Add the option --json to a command. guarded: the function that is registered, which gets the
-    option. function: the command's own function, whose options are kept."""
+    """Add the option --json to a command. guarded: the wrapper that is registered as the command;
+    its signature becomes that of `function` with --json added. function: the command's own
+    function, which has no parameter for --json."""
     option = typer.Option(
         "--json", help="Print the result as JSON on stdout; everything else goes to stderr."
     )

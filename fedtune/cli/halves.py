@@ -20,8 +20,8 @@ ONCE = Annotated[
     bool,
     typer.Option(
         "--once",
-        help="Exit once the coordinator has gone, if it gave this site work. Default: wait "
-        "until it is back.",
+        help="Exit once a coordinator that gave this site work has gone. Default: wait until "
+        "it is back.",
     ),
 ]
 PROCESSES = Annotated[

@@ -82,8 +82,8 @@ AT_ONCE = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Run N of several studies at a time, a round each in turn; the others wait in the "
-        "order given.",
+        help="Run N of several studies side by side: they take turns, one round each. The others "
+        "wait in the order given.",
     ),
 ]
 DEADLINE = Annotated[

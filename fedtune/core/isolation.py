@@ -142,8 +142,8 @@ class Confinement:
 
 def describe(walls: Sequence[str]) -> str:
     """Return how a half of a site is confined, as one text for people; "NOT CONFINED" if `walls` is
-    empty. walls: what confines it (`Confinement.means`), then possibly the reasons why something
-    else is not in force."""
+    empty. walls: what confines it (`Confinement.means`), possibly followed by the reasons why
+    other means of confinement are not in force (`Confinement.reasons`)."""
     return ", ".join(walls) or "NOT CONFINED"
 
 

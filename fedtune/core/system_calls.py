@@ -274,9 +274,9 @@ def _if_argument(
 
 
 def _if_zero(*words: int) -> Lines:
-    """Build lines of a filter that allow a call if some of its arguments are all 0, and else refuse
-    it. words: where the arguments stand in the call's data, in halves of 32 bits; a pointer has two
-    halves."""
+    """Build lines of a filter that allow a call if certain words of 32 bits in its arguments are
+    all 0, and else refuse it. words: the position of each word in the call's data; a pointer has
+    two words."""
     lines: Lines = []
     for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]

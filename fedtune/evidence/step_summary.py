@@ -39,7 +39,7 @@ def parse(text: Any) -> list[dict[str, Any]]:
     Errors: ValueError, TypeError, KeyError, ArithmeticError or RecursionError if it is not a
     summary."""
     if not isinstance(text, str) or len(text) > 100_000:
-        raise ValueError("events")
+        raise ValueError("not a summary of a step log")
     events = []
     for raw in json.loads(text):
         event = {key: float(raw[key]) for key in ("sigma", "q", "max_grad_norm")}
@@ -47,7 +47,7 @@ def parse(text: Any) -> list[dict[str, Any]]:
         counts = {key: raw[key] for key in ("records", "steps")}
         counted = all(type(n) is int and 0 < n < 10**9 for n in counts.values())
         if not finite or event["q"] > 1 or not counted:
-            raise ValueError("events")
+            raise ValueError("not a summary of a step log")
         events.append({**event, **counts})
     return events
 

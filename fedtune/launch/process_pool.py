@@ -104,9 +104,9 @@ class ProcessGrid(InProcessGrid):
         return Worker(*options)
 
     def _move(self) -> None:
-        """Send the next message to each idle worker. Then, if no reply waits here until
-        `pull_messages` takes it, wait at most PAUSE seconds for a reply of a busy worker, and fetch
-        that."""
+        """Send the next message to each idle worker. Then fetch the reply of one busy worker, for
+        which this waits at most PAUSE seconds, and send that worker its next message. No reply is
+        fetched while an earlier one has not been taken by `pull_messages`."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:

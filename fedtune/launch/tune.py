@@ -226,7 +226,8 @@ def _index(out: Path) -> dict[tuple[str, ...], str]:
     if not (out / INDEX).exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(
-                f"{out}: holds something else", "a new folder, or the folder of an earlier search"
+                f"{out}: not empty, and no search",
+                "a new folder, or the folder of an earlier search",
             )
         return {}
     table = reading.json_in(out / INDEX, "what `fedtune tune` wrote", "choose another --out")

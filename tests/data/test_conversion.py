@@ -536,7 +536,7 @@ def test_what_is_not_installed_or_wrongly_set_is_said_before_a_row_is_read(tmp_p
         ("absent", {}, "data.convert.name = 'absent' is not known; expected one of hostile, plain"),
         ("plain", {"time": 1}, "data.convert.options.time is not known; expected one of times"),
         ("plain", {"times": 0}, "data.convert.options.times; expected at least 1"),
-        ("plain", {"times": "x"}, "data.convert.options.times = 'x'; expected such as 1"),
+        ("plain", {"times": "x"}, "options.times = 'x'; expected the type of its default, 1"),
     ):
         with pytest.raises(ConfigError) as caught:
             read(tmp_path, [], name=name, **options)

@@ -59,6 +59,7 @@ class PrivateEvaluationTable(Table):
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
-        """The names of the groups and bands, by column, in the order of an answer's cells."""
+        """The names of the groups and bands, by column. A site's answer has its figures for them in
+        this order."""
         named = {name: tuple(value.strip() for value in v) for name, v in self.groups.items()}
         return named | {column: band_names(edges) for column, edges in self.bands.items()}

@@ -218,8 +218,8 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
         raise ConfigError(
             f"{data.name}: data that is declared {data.declared} is not a hospital's dataset",
             "private records",
-            "take `declared` out; data in which no record was ever private lies elsewhere, and "
-            "takes part by a site file without the table [hospital]",
+            "if the records are private, remove `declared`; if no record was ever private, name "
+            "the data in a site file without the table [hospital], and store it in another place",
         )
     if not registered.is_place_of(data):
         raise ConfigError(

@@ -53,13 +53,14 @@ def rows(
 
     - where: the file, or the folder whose files are read
     - keys: for each configuration key, such as "data.columns.text", the column that it names
-    - strict: whether to raise an error, for a person who can still correct the data, if `where` is
-      one file that cannot be read. If not, and for a file in a folder, one reason is yielded in
-      place of the rows that could not be read
+    - strict: whether to raise the errors so marked below, for a person who can still correct the
+      data. For a file whose error is not raised, one reason is yielded in place of the rows that
+      could not be read
     - source: the source that reads the files; None if each file's suffix decides
 
     Errors: DataError if the path is missing or is neither a file nor a folder; if strict also if
-    `where` is a file that cannot be read, and for a column that no file has."""
+    `where` is a file that cannot be read, for CSV that is not well-formed, and for a column that
+    `keys` names and no file has."""
     for _, row in placed_rows(where, keys, strict=strict, source=source):
         yield row
 

@@ -26,14 +26,14 @@ CHARS = 40  # characters per token of max_length beyond which a text is not even
 class Tokenised(NamedTuple):
     """A tokenised record.
 
-    - passages: a list of one token sequence; for a preference pair, of two: the prompt with the
-      better answer, and the same prompt with the worse answer. Each is a pair: the token ids, and
-      whether each token is a target
-    - label: the label's index in objective.labels; of a judged answer 1 (desirable) or 0; NO_TARGET
-      if the record has neither
-    - cut: how many tokens were left out (of a preference pair, from the passage that lost most). It
-      is an estimate for plain text, for a conversation, and for a text that is so long that not all
-      of it was tokenised"""
+    - passages: the record's token sequences: one, or two for a preference pair (the prompt with the
+      better answer, then the same prompt with the worse answer). Each sequence is two lists: the
+      token ids, and whether each token is a target
+    - label: the label's index in objective.labels; for a single answer that was judged, 1 if it is
+      desirable, else 0; NO_TARGET if the record has neither a label nor a judgement
+    - cut: how many tokens were left out; for a preference pair, of the passage that lost most. The
+      number is an estimate if the record is plain text or a conversation, or if its text was too
+      long to be tokenised as a whole"""
 
     passages: list[Tokens]
     label: int

@@ -51,7 +51,7 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
     its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
     if os.path.lexists(path) and not its_kind:
         raise InputError(
-            f"{path}: exists, and is not what would replace it",
+            f"{path}: exists, and is not a file that this command replaces",
             f"a new file, or one whose name ends in {' or '.join(suffixes)}",
             "choose another",
         )

@@ -164,10 +164,10 @@ def load(
         raise ModelError(
             f"{run if study else base.name}: the digest here is {actual_digest}",
             digest,
-            "use the copy that the digest was taken of; of a run whose digest an earlier release "
-            "showed, `fedtune models verify RUN` shows the present one"
+            "use the copy that has the expected digest; if an earlier release of fedtune showed "
+            "that digest, `fedtune models verify RUN` shows the run's present one"
             if study
-            else "use the copy that the digest was taken of",
+            else "use the copy that has the expected digest",
         )
     if study:
         known_here.note(cache_dir(), actual_digest, run.name, run)

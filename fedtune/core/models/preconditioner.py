@@ -91,7 +91,8 @@ def identity_part(factor: npt.NDArray[np.float32]) -> float:
     """Compute the b with which the mean square of the eigenvalues of M = b I - W Wᵀ is 1. factor:
     W, (outputs, rank), which comes from the coordinator and is not trusted.
 
-    Errors: ModelError if no M of this scale has all its eigenvalues at LEAST or above."""
+    Errors: ModelError if there is no such b, if an eigenvalue of this M is below LEAST, or if W
+    does not have fewer columns than rows."""
     outputs, rank = factor.shape
     values = np.linalg.eigvalsh(factor.T.astype(np.float64) @ factor.astype(np.float64))
     total, squares = float(values.sum()), float((values**2).sum())

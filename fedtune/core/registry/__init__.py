@@ -137,7 +137,8 @@ class Group(Generic[T]):
                 raise ConfigError(f"{table}.{option} is not known", expected)
             default = fields[option].default
             if default is not dataclasses.MISSING and _toml_kind(default) is not _toml_kind(value):
-                raise ConfigError(f"{table}.{option} = {value!r}", f"such as {default!r}")
+                expected = f"the type of its default, {default!r}"
+                raise ConfigError(f"{table}.{option} = {value!r}", expected)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{table}.{option} = {value!r}", "a finite number")
             if type(default) is int and value != int(value):

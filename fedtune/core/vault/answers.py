@@ -247,7 +247,7 @@ def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
 def _plan_of(named: Any, suffix: str) -> str:
     digest = str(named)
     if not digest.endswith(suffix):
-        raise SealError("the order asks for another kind of work")
+        raise SealError("the order is of another kind than the request that carries it")
     return digest.removesuffix(suffix)
 
 

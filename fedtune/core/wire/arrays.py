@@ -123,7 +123,7 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
     The header inside a body is not read. Guarantee: no memory is allocated in proportion to what
     the message claims."""
     if len(record) != len(agreed) or set(record) != set(agreed):
-        raise WireError("other arrays than agreed")
+        raise WireError("the message has other arrays than agreed")
     for name, array in record.items():
         if tuple(array.shape) != agreed[name].shape:
             raise WireError(f"array {name!r} has another shape than agreed")

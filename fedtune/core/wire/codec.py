@@ -130,7 +130,7 @@ def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
     positive and finite, or their number is not that of the blocks."""
     values, scales = encoded.get(VALUES), encoded.get(SCALES)
     if values is None or set(encoded) - {VALUES, SCALES}:
-        raise WireError("other arrays than agreed")
+        raise WireError("the message has other arrays than agreed")
     if values.shape != (_size(agreed),):
         raise WireError("not as many numbers as agreed")
     if scales is None and values.dtype != np.float32:

@@ -137,10 +137,11 @@ class Sample:
         return Difference(found, Interval(min(low, found - half), max(high, found + half)))
 
     def bound_unseen(self, measure: Measure, level: float) -> float:
-        """Bound how often a model that was right on all of these records is wrong on others: return
-        an upper bound on the share of records. For a model that was wrong on all, bound the share
-        on which it is right. Return 0 in all other cases, and for a measure whose `errs` is false.
-        level: the confidence of the bound."""
+        """Return an upper bound on the share of other records on which the model is wrong, if it is
+        right on all of these; if it is wrong on all of these, on the share on which it is right.
+        Return 0 if it is right on some of these, and for a measure that does not depend only on
+        which records are right and how sure the model was (`Measure.errs` is false). level: the
+        bound's confidence."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
         if not measure.errs or 0 < right.mean() < 1:
             return 0.0
