@@ -100,7 +100,8 @@ class Names:
         return [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
-        """Add the column names in a file's header. shown: whether a message may show them."""
+        """Add the column names in a file's header to those that are known. shown: whether a message
+        may show these names."""
         self.headers.update(names)
         if shown:
             self.shown += [name for name in names if name not in self.shown]
