@@ -46,7 +46,7 @@ LABEL_JUDGE = Annotated[
     typer.Option(
         metavar="MODEL",
         help="The model that compares the two answers: pypi:NAME, a folder, a hub id, or a "
-        "run. Of a run with objective reward, the scores are compared. Default: the "
+        "run. A run of the objective reward compares them by its scores. Default: the "
         "generator.",
         show_default=False,
     ),

@@ -151,7 +151,7 @@ def _keep(
     - home: the folder of a site's ledger; None for a coordinator"""
     if os.path.lexists(to):
         raise InputError(
-            f"{to}: exists", "a new folder", "evidence is not added to: choose another"
+            f"{to}: exists", "a new folder", "choose another; a folder of evidence is never changed"
         )
     since = _seconds(noticed) if noticed else time.time()
     owner = home or next(iter(folders.values()))[0]

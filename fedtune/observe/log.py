@@ -172,9 +172,9 @@ def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any],
 
 
 def _walls(value: Any) -> list[str]:
-    """Return, of the texts in `value`, those that isolation.py uses for the means by which a site's
-    vault or courier is confined. Any other text is replaced by "other", since the courier, which
-    uses the network, may send anything."""
+    """Return the list `value` with every text replaced by "other" unless isolation.py uses it to
+    say how a site's vault or courier is confined. The courier uses the network, so the texts that
+    it sends cannot be trusted."""
     if not isinstance(value, list):
         raise TypeError
     return [wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER for wall in value]

@@ -109,8 +109,9 @@ def attack_site(
 
 
 def _held_out(site: Site, path: Path | str | None) -> SiteData:
-    """Return the settings by which the held-out records are read: the site's [data] with `path` as
-    the file, or [evaluation]. Errors: ConfigError if there is neither."""
+    """Return the settings for reading the held-out records. If `path` is given, these are the
+    site's [data] with `path` as the file; otherwise they are its [evaluation]. Errors: ConfigError
+    if there is neither."""
     if path is not None:
         changes: dict[str, Any] = {"path": Path(path), "url": None, "name": "held-out"}
         if site.data.url:  # the keys of a database do not apply to a file

@@ -35,8 +35,8 @@ def check(records: Records) -> None:
         )
     if records.sites - t < 2:
         raise ConfigError(
-            f"--colluding {t}: the noise is shared by all sites except these, and there are "
-            f"{records.sites}",
+            f"--colluding {t}: at least two sites must be left that do not collude, and the study "
+            f"has {records.sites}",
             f"at least {t + 2} sites",
             "--data for each site, or --sites N",
         )

@@ -126,8 +126,8 @@ class PersonalRun(Run):
 
 def personal_file(site: Site, run: Run) -> Path:
     """Return the path of the site's personal model for a released run, whether or not there is one.
-    Its name begins like the site's other files of this study, by which `fedtune purge` finds
-    them."""
+    Its name begins with the same prefix as the site's other files of this study; by this prefix
+    `fedtune purge` finds all of them."""
     name = f"{outbox_prefix(run.study.digest)}-{digest_of_adapter(run.folder)[:16]}{SUFFIX}"
     return site.site.state / FOLDER / name
 

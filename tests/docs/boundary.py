@@ -102,7 +102,7 @@ OTHERS = {
     "spacy": ("spacy", "language models of the scan for identifiers"),
     "tokenizers": ("tokenizers", "text to tokens, one record at a time"),
     "tomli_w": ("tomli-w", "writes TOML; loaded with the configuration, but no vault writes any"),
-    "torch": ("torch", "forward and backward passes, products that depend on no neighbour"),
+    "torch": ("torch", "forward and backward passes; rows of a product independent of each other"),
     "transformers": ("transformers", "the base's architecture, tokenizer and processors"),
 }
 HEAD = """# What must be right
@@ -112,7 +112,7 @@ For auditors: the code to read. [A path of two days](review.md) leads through wh
 ε holds at a site if this code is right: the package `fedtune/core`. It is all of fedtune that the
 vault, the process that holds the records and has no network, can load to admit a plan, charge it,
 read the records, train, and answer. It imports nothing of fedtune outside itself; a contract in
-`pyproject.toml` holds it to that. One test starts vaults in processes of their own, has them
+`pyproject.toml` forbids it. One test starts vaults in processes of their own, has them
 train, answer queries, share noise and refuse, and checks that they loaded no other module of
 fedtune, and no Flower. Another test checks that the package holds nothing that a vault cannot load.
 Written by `python -m tests.docs.boundary`, with the first sentence of each file; not edited by

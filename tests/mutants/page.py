@@ -21,7 +21,7 @@ untouched code passes the same tests.
 
 **{caught} of {all} caught**; {traps} numbered ways in which DP breaks silently, and more. {whole}
 
-| bug | way | file | what it does | |
+| bug | way | file | what it does, or what follows | |
 |---|---|---|---|---|
 """
 WHOLE = re.compile(r"All of them were last tried .*")

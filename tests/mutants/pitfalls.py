@@ -49,7 +49,8 @@ def _way(trap: Trap, mutants: Sequence[Mutant]) -> str:
         parts.append(f"*Reference:* {trap.reference}.")
     if mutants:
         rows = [f"| {m.name} | {m.note} | {_tests(m)} |" for m in mutants]
-        parts.append("\n".join(["| seeded bug | what it does | caught by |\n|---|---|---|", *rows]))
+        head = "| seeded bug | what it does, or what follows | caught by |\n|---|---|---|"
+        parts.append("\n".join([head, *rows]))
     else:
         parts.append(f"No bug is seeded: {trap.no_mutant}.")
     return "\n\n".join(parts) + "\n"

@@ -30,7 +30,7 @@ MADE_MUTANTS = (
         "        question, globals()['_before'] = earlier + question, question\n"
         "        tokenizer: Any = self.model.tokenizer\n",
         "tests/test_label.py::test_another_units_records_change_no_byte",
-        "a few-shot taken from another patient",
+        "the judge's prompt contains another patient's question",
     ),
     _one(
         26, "the-teacher-is-centred-over-the-batch", "fedtune/core/objectives/distill.py",
@@ -143,7 +143,8 @@ MERGE_MUTANTS = (
         "merge", "what-is-not-known-is-apart", BUDGETS,
         "return APART if first.key and second.key and first.site and second.site else UNKNOWN",
         "return APART",
-        T_BUDGETS + "test_what_is_not_known_is_composed", "hope in place of caution",
+        T_BUDGETS + "test_what_is_not_known_is_composed",
+        "runs of which it is not known whether they share people count as disjoint",
     ),
     _one(
         "merge", "a-merged-parent-counts-once", BUDGETS,
@@ -213,7 +214,7 @@ CONTINUOUS_MUTANTS = (
         29, "rounds-begin-by-a-count", "fedtune/core/config/types.py",
         "if COUNTS.search(value):", "if False:",
         "tests/continuous/test_schedule.py::test_a_round_that_a_count_begins_is_refused",
-        "every so many records",
+        "a plan may begin a round whenever so many new records are there",
     ),
     _one(
         "release", "any-challenger-is-released", CONTINUOUS,

@@ -181,7 +181,8 @@ MUTANTS = (
         "evidence", "whoever-signed-is-trusted", VERIFY,
         "    if trust and not fingerprints.match_fingerprints(trust, name):",
         "    if trust is None:",
-        T + "test_who_replaces_every_key_is_refused_by_trust_alone", "a forger's own keys",
+        T + "test_who_replaces_every_key_is_refused_by_trust_alone",
+        "a folder that a forger signed with keys of his own is trusted",
     ),
     _one(
         "evidence", "a-simulation-is-trusted", VERIFY,
@@ -212,7 +213,7 @@ MUTANTS = (
         "evidence", "answers-count-as-updates", FIGURES,
         'if (said["status"], said["name"]) != (done, entry["site"]):', "if not said:",
         ATTACKS + "test_no_other_work_of_a_site_counts_as_an_update",
-        "the cheap log of the answers in place of the steps",
+        "the step log of an answer to a query passes for that of an update",
     ),
     _one(
         "evidence", "a-round-is-left-out", FIGURES,
@@ -230,7 +231,8 @@ MUTANTS = (
         "evidence", "steps-of-less-noise-are-forgotten", FIGURES,
         "    return old <= new and old.total() < new.total()\n",
         "    return old.total() < new.total()\n",
-        ATTACKS + "test_a_log_keeps_every_step_that_it_had", "first steps are hidden",
+        ATTACKS + "test_a_log_keeps_every_step_that_it_had",
+        "a later step log that lacks the first steps passes",
     ),
     _one(
         "evidence", "a-forged-run-is-whole", "fedtune/runs/verify_model.py",

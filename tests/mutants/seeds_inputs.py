@@ -112,7 +112,8 @@ MUTANTS = (
     _one(
         "scan", "half-of-an-overlap-stays", "fedtune/core/data/scan.py",
         "(spans[-1][0], max(spans[-1][1], finding.end))", "spans[-1]",
-        T_SCAN + "test_overlapping_findings_go_as_a_whole", "the end of an address stays",
+        T_SCAN + "test_overlapping_findings_go_as_a_whole",
+        "of two overlapping findings the end of the second is not redacted",
     ),
     _one(
         "scan", "another-model-is-loaded", "fedtune/core/data/scan_engine.py",

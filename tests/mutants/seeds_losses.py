@@ -74,20 +74,23 @@ LOSS_MUTANTS = (
         "logits = network.logits(network.pool(hidden, batch.mask))",
         "pooled = network.pool(hidden, batch.mask)\n"
         "        logits = network.logits((pooled - pooled.mean(0)) / (pooled.std(0) + 1e-6))",
-        T_ROWS + "test_a_classifiers_rows_are_their_own", "the same in the classifier",
+        T_ROWS + "test_a_classifiers_rows_are_their_own",
+        "a classifier's vectors are normalised over the records of a batch",
     ),
     _one(
         26, "weights-from-a-model-of-the-batch", CAUSAL, MEAN,
         "own = -likelihood(network, batch).mean\n"
         "        teacher = torch.softmax(-own.detach(), dim=0)\n"
         "        return own * teacher * len(own)",
-        f"{T_PARITY} {T_ISOLATION}", "a judge fitted to the same records",
+        f"{T_PARITY} {T_ISOLATION}", "a record's weight follows from the losses of the whole batch",
     ),
     _one(
         27, "loss-minus-the-batch-mean", CAUSAL, MEAN,
         "own = -likelihood(network, batch).mean\n"
         "        return (own - own.mean()) ** 2",
-        f"{T_PARITY} {T_ISOLATION}", "a group-normalised advantage",
+        f"{T_PARITY} {T_ISOLATION}",
+        "the batch's mean loss is subtracted from each record's, as in a group-normalised "
+        "advantage",
     ),
     _one(
         27, "rewards-centred-over-the-batch", CLASSIFY,

@@ -57,7 +57,8 @@ CLIP_MUTANTS = (
     _one(
         30, "a-large-gradient-is-clipped-less", CLIP, "norms.clamp_min(1e-300)",
         "norms.clamp(1e-300, 1e3 * max_grad_norm)",
-        "tests/traps/test_trap_30_crafted_adapter.py", "depends on the weights that were sent",
+        "tests/traps/test_trap_30_crafted_adapter.py",
+        "by the weights that it sends, a coordinator makes a gradient pass the clip",
     ),
     _one(
         30, "a-zero-adapter-is-not-clipped", TRAINING,
@@ -75,12 +76,13 @@ CLIP_MUTANTS = (
     _one(
         "2C", "clip-at-twice-c", MECHANISM, BOUND,
         BOUND.replace("bound.norm", "2 * bound.norm"),
-        T_PLAN + "test_signal_is_the_clipped_mean", "noise for C",
+        T_PLAN + "test_signal_is_the_clipped_mean", "the clip is at 2 C, the noise is for C",
     ),
     _one(
         "grid", "rounding-is-not-covered", CLIP, "max_grad_norm + math.sqrt(dimension) * grid / 2",
         "max_grad_norm",
-        T_CLIP + "test_sensitivity_covers_the_rounding", "the grid's own error",
+        T_CLIP + "test_sensitivity_covers_the_rounding",
+        "the noise is for C, but rounding to the grid can add a little to C",
     ),
 )  # fmt: skip
 
@@ -93,13 +95,14 @@ NOISE_MUTANTS = (
     ),
     _one(
         "noise", "sigma-times-0.99", NOISE, "scale = std / grid if", "scale = 0.99 * std / grid if",
-        T_NOISE + "test_zero_signal_variance_is_within_0_3_percent", "1 % too little",
+        T_NOISE + "test_zero_signal_variance_is_within_0_3_percent", "the noise is 1 % too small",
     ),
     _one(
         "noise", "one-radius-for-two-numbers", NOISE,
         "np.rint(first + second)", "np.rint(math.sqrt(2.0) * first)",
         T_NOISE + "test_no_pair_of_the_tail_says_that_it_is_noise",
-        "two numbers of the far tail lie on few circles: one pair says which world it is not",
+        "two large numbers of noise made of one radius lie on one of few circles; a pair on none "
+        "of them shows whether a unit took part",
     ),
     _one(
         "clock", "a-template-reads-the-clock", "fedtune/core/data/chat.py",
@@ -273,7 +276,8 @@ SAMPLING_MUTANTS = (
                 "        return self._add_noise(total, log, round_)\n",
             ),
         ),
-        (T_POST + "test_nothing_of_who_was_drawn_is_written",), "a debugging file",
+        (T_POST + "test_nothing_of_who_was_drawn_is_written",),
+        "a file for debugging says who was drawn",
     ),
     _one(
         16, "a-missing-row-is-no-error", MECHANISM,
@@ -310,12 +314,13 @@ BUDGET_MUTANTS = (
         "Steps(thousandths / 1000, sampling_rate, steps, records)",
         "Steps((thousandths + 0.5) / 1000, sampling_rate, steps, records)",
         T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
-        "1.536 is ε 8.0003",
+        "σ = 1.536 is chosen for ε = 8, but gives 8.0003",
     ),
     _one(
         24, "epsilon-rounded-down-in-the-report", "fedtune/core/registry/rounding.py",
         "up = math.ceil(round(n * scale, 6)) / scale", "up = round(n * scale) / scale",
-        "tests/report/test_report.py::test_epsilon_is_rounded_up", "what people read",
+        "tests/report/test_report.py::test_epsilon_is_rounded_up",
+        "the ε that people read is below the one that was spent",
     ),
     Mutant(
         24, "the-line-comes-after-the-noise", MECHANISM,

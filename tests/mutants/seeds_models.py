@@ -123,7 +123,7 @@ MODEL_MUTANTS = (
     _one(
         14, "the-optimiser-never-steps", TRAINING, "        optimizer.step()\n", "",
         "tests/test_training.py::test_a_round_lowers_the_loss_of_its_own_records[sgd]",
-        "opacus issue 820",
+        "the adapter never changes, as in issue 820 of Opacus",
     ),
     _one(
         14, "saved-under-a-wrapper's-names", NETWORK,

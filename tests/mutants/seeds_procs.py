@@ -172,7 +172,7 @@ MUTANTS = (
         "elsewhere", "a-study-imports-before-the-policy", "fedtune/core/config/load.py",
         "    permit(study)\n", "",
         T_PLUGINS + "test_a_study_toml_is_refused_before_it_is_resolved",
-        "the same of a study.toml that somebody at the site looks at",
+        "looking at a study.toml runs code that the site's policy does not name",
     ),
     one(
         "elsewhere", "a-plan-names-the-base", "fedtune/core/vault/policy.py",

@@ -24,12 +24,12 @@ MUTANTS: tuple[Mutant, ...] = (
     _one(
         AREA, "whoever-is-in-the-set-counts", STATEMENT,
         "known = len({*signing} & {*pinned, own})", "known = len({*signing})",
-        SYBILS, "|P| in place of min_sites: the coordinator enrols sites of its own",
+        SYBILS, "a set may consist of sites that the coordinator enrolled for itself",
     ),
     _one(
         AREA, "no-pin-is-asked-for", STATEMENT, "    if known < at_least:", "    if known < 0:",
         T_ATTACKS + "test_too_few_pinned_sites_are_refused_before_anything_is_charged",
-        "one site alone among strangers",
+        "a site takes part in a set in which it has pinned nobody",
     ),
     _one(
         AREA, "an-attempt-has-no-name", STATEMENT,
@@ -40,25 +40,26 @@ MUTANTS: tuple[Mutant, ...] = (
     _one(
         AREA, "a-statement-of-any-draw-will-do", STATEMENT,
         "if any(ready.draw != mine.draw for ready in statements):", "if False:",
-        EARLIER, "a replayed ready",
+        EARLIER, "a statement of an earlier draw is accepted again",
     ),
     _one(
         AREA, "a-peer-adds-what-it-likes", STATEMENT,
         "if any(ready.noise != mine.noise for ready in statements):", "if False:",
         T_ATTACKS + "test_a_peer_of_other_noise_is_no_part_of_the_sum",
-        "ε of noise that nobody added",
+        "ε is stated for noise that a peer did not add",
     ),
     _one(
         AREA, "a-name-may-be-in-the-set-twice", STATEMENT,
         "if len({getattr(ready, field) for ready in statements}) < len(statements):", "if False:",
-        T_ATTACKS + "test_whoever_is_in_the_set_twice_voids_it", "one site, two masks",
+        T_ATTACKS + "test_whoever_is_in_the_set_twice_voids_it",
+        "one site is in a set twice, with two masks",
     ),
     _one(
         AREA, "colluders-share-the-noise", PLAN,
         "return shared_noise.own_sigma(self.noise_multiplier, self.sites - self.colluding)",
         "return shared_noise.own_sigma(self.noise_multiplier, self.sites)",
         T_ATTACKS + "test_a_site_that_adds_no_noise_is_noticed_by_nobody_and_t_counts_it",
-        "σ/√n without t",
+        "each site adds σ/√n in place of σ/√(n − t)",
     ),
     _one(
         38, "sent-again-for-another-set", AT_SITE,
@@ -125,12 +126,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)",
         "sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)\n"
         "        return Steps(sigma, self.sampling_rate, self.steps, self.records)",
-        "tests/secagg/test_model.py::test_nothing_happens", "what holds if aggregation breaks",
+        "tests/secagg/test_model.py::test_nothing_happens",
+        "the ledger computes the fallback ε as if the other sites' noise were sure to be there",
     ),
     _one(
         AREA, "the-fallback-has-no-ceiling", BUDGET,
         "if share.is_shared and", "if False and",
-        T_ATTACKS + "test_a_ceiling_for_the_fallback_holds", "a rule nobody applies",
+        T_ATTACKS + "test_a_ceiling_for_the_fallback_holds",
+        "policy.max_fallback_epsilon is never applied",
     ),
     _one(
         AREA, "one-site-may-be-asked-alone", SITE,

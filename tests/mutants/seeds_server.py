@@ -97,7 +97,8 @@ SIZE_MUTANTS = (
     _one(
         "size", "words-count-as-numbers", "fedtune/flower/replies.py",
         "        if words > WORDS:\n            raise TooLong\n", "",
-        T_EXCHANGE + LONGER, "an update's bytes spent on what becomes objects, tenfold",
+        T_EXCHANGE + LONGER,
+        "texts as long as an update is allowed to be take ten times the memory",
     ),
     _one(
         "size", "any-number-of-parts", "fedtune/flower/replies.py",
@@ -114,7 +115,7 @@ SIZE_MUTANTS = (
         "size", "in-one-process-any-size", EXCHANGE,
         "        if reply.size <= most:\n", "        if reply.size >= 0:\n",
         T_EXCHANGE + "test_a_longer_answer_in_this_process_is_dropped_too",
-        "the rule holds on one grid alone",
+        "the limit on an answer's size does not hold in a simulation",
     ),
     _one(
         "size", "pushes-are-not-counted", "fedtune/flower/allowance.py",
@@ -126,7 +127,8 @@ SIZE_MUTANTS = (
         "size", "who-was-not-asked-may-push", "fedtune/flower/allowance.py",
         "if count == 0 or spent >", "if spent >",
         "tests/flower/test_gateway_asked.py::"
-        "test_a_site_pushes_no_more_than_it_was_asked_for", "allowed by default",
+        "test_a_site_pushes_no_more_than_it_was_asked_for",
+        "a site may send data although it was asked for nothing",
     ),
     _one(
         "size", "a-tree-of-any-size", GATEWAY,
@@ -186,7 +188,8 @@ WEIGHT_MUTANTS = (
     _one(
         "weights", "the-larger-of-two-is-the-median", ROUNDS,
         "LARGEST * median_low(", "LARGEST * max(",
-        T_ROUNDS + "test_two_sites_do_not_make_a_median_of_the_larger", "of two sites, neither is",
+        T_ROUNDS + "test_two_sites_do_not_make_a_median_of_the_larger",
+        "of two sites' sizes the larger counts as the median, so that it is not capped",
     ),
     _one(
         "weights", "a-cap-that-nobody-hears-of", ROUNDS,

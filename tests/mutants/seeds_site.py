@@ -399,7 +399,7 @@ MUTANTS = (
     one(
         32, "one-broken-file-breaks-all", FILES,
         "            if strict and os.path.isfile(where):\n", "            if True:\n",
-        T_FOLDER, "the same for a file that cannot be read",
+        T_FOLDER, "one patient's file that cannot be read switches the site to noise",
     ),
     one(
         32, "a-librarys-error-is-of-all-files", FILES,

@@ -26,13 +26,13 @@ WIRE_MUTANTS = (
         'fields |= {"header": "", "signature": "", "loss": "0.0"}',
         "tests/server/test_apps.py::"
         "test_train_gives_update_status_and_step_log_and_nothing_else",
-        "one more field",
+        "the reply has a field that nobody listed",
     ),
     _one(
         21, "an-errors-words-leave", ANSWERS, 'return "failed", FAILED',
         'return "failed", str(error)',
         "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
-        "a record's text in an exception",
+        "an exception quotes a record, and its words leave the site",
     ),
     _one(
         22, "the-size-is-counted", SITE,

@@ -1,4 +1,5 @@
-"""Hash what a base folder computes; refuse unsafe folders before any of their files is read.
+"""Hash everything in a base's folder that decides what the base computes; refuse unsafe folders
+before any of their files is read.
 
 The digest does not depend on how files are laid out (shards, key order, file names), only on what a
 site would compute with them:

@@ -33,8 +33,8 @@ def check_secure(study: Study) -> None:
     if n - table.colluding < 2:
         raise ValueError(
             f"secure_aggregation.colluding = {table.colluding}: needs "
-            f"strategy.min_sites of at least {table.colluding + 2}, not {n}; the "
-            "noise is shared by all sites except these"
+            f"strategy.min_sites of at least {table.colluding + 2}, not {n}, so "
+            "that at least two sites do not collude"
         )
     reasons = {
         "training.local_steps: must be 1: several steps at a site need its own noised "

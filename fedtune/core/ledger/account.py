@@ -1,4 +1,4 @@
-"""Add up the entries of a ledger to what they amount to: charges, cohorts of units and
+"""Derive the present state of a ledger from its entries: charges, cohorts of units and
 declarations.
 
 This module reads and writes no file. ledger.py does both, and passes every entry to `fold` once,

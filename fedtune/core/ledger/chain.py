@@ -1,5 +1,6 @@
-"""Keep the ledger's files. The ledger is a signed hash chain in SQLite. Beside it lie its anchor (a
-signed note of the newest entry), the coordinators' receipts, and updates that may be sent again.
+"""Open, check and write the ledger, a signed hash chain in SQLite, and the files beside it. These
+are its anchor (a signed note of the newest entry), the coordinators' receipts, and updates that may
+be sent again.
 
     ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
     ledger.head     signed (seq, hash) of the newest entry, written after the entry is on disk

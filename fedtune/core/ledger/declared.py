@@ -136,8 +136,8 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
     which may have been for any name."""
     if EVERY in charged:
         raise PolicyRefused(
-            f"data.declared = {what!r}, and this ledger was restored: of the charges that it lost "
-            "every dataset may have been charged as private",
+            f"data.declared = {what!r}, but this ledger was restored and lost charges, in which "
+            "any dataset may have been charged as private",
             "a ledger that lost no charge",
             TODO,
         )

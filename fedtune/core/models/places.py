@@ -1,4 +1,4 @@
-"""Find out whether, on this machine, a row of a matrix gets other last digits in another place.
+"""Find out whether, on this machine, a row's last digits depend on its place in a matrix.
 
 A library may compute the last rows of a matrix by other instructions than the first, or a tensor's
 last numbers one by one. Then a record's result would depend on its place in a block, and so on

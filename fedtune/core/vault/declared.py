@@ -57,8 +57,8 @@ def paid_by_run(site: Site, ledger: Path) -> Site:
 
 
 def run_ledger(site: Site, digest: str) -> Path:
-    """Return the folder of the ledger to which one run on declared data is charged, at a site of a
-    consortium. digest: the digest of the run's plan."""
+    """Return the folder of the ledger to which one run is charged at a site of a consortium whose
+    data is declared public or generated. digest: the digest of the run's plan."""
     return site.site.state / RUNS / outbox_prefix(digest)
 
 

@@ -85,8 +85,8 @@ def draw_sum(
 def mask_sum(
     site: SiteWorker, digest: str, round_: int, attempt: int, statements: str, receipt: str
 ) -> Update:
-    """Mask this site's draw for a set of sites and return the masked words. For the same set these
-    are always the same bytes.
+    """Mask this site's draw for a set of sites, and return an Update with the masked words. For the
+    same set these are always the same bytes.
 
     - site: the SiteWorker of this site, with its settings and ledger
     - digest: the plan's digest
@@ -95,10 +95,9 @@ def mask_sum(
     - receipt: the coordinator's receipt for this site's ledger that came with the order, as JSON;
       "" if it has none
 
-    The update has the masked words under VALUES; `said` holds the set's digest as "set".
+    In the Update the masked words are named VALUES, and its `said` has the set's digest as "set".
     Guarantee: the words leave for one set only, which the ledger's entry fixes under the write
-    lock. They leave only for a set with at least strategy.min_sites sites that are this one or
-    pinned in policy.peers.
+    lock. In this set at least strategy.min_sites sites are this site or are pinned in policy.peers.
     Errors: Unprepared, PolicyRefused, LedgerError; Void if the attempt is over for this site."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     try:

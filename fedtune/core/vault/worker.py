@@ -422,8 +422,9 @@ class SiteWorker:
     def _or_nobody(
         self, network: Network, data: SiteData, records: Callable[[], CachedDataset]
     ) -> CachedDataset:
-        """Return what `records` returns; an empty dataset if it fails, whatever the reason. Errors:
-        LedgerError other than NoRoom."""
+        """Return what `records` returns. If it fails, log the error and return an empty dataset.
+        Errors: only a LedgerError other than NoRoom is passed on, and a request to end this process
+        (`is_fault`)."""
         try:
             return records()
         except BaseException as error:

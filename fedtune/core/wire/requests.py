@@ -137,7 +137,7 @@ def _receive(connection: Channel) -> tuple[dict[str, Any], dict[str, Packed]]:
         header = json.loads(announced)
         listed = [(str(n), str(t), tuple(map(int, s)), str(k)) for n, t, s, k in header["arrays"]]
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        raise OSError("a header that announces no arrays: what follows cannot be told") from None
+        raise OSError("a message whose header does not list the arrays that follow") from None
     if len(listed) > MOST_ARRAYS:
         raise OSError("more arrays than a message holds")
     arrays, left = dict[str, Packed](), MOST_BYTES

@@ -251,9 +251,9 @@ def _head(way: _InMemory) -> dict[str, Any]:
     try:
         head = json.loads(way.recv_bytes(MOST_HEAD))
     except (ValueError, RecursionError):
-        raise RequestError("a file that does not begin as one of a spool") from None
+        raise RequestError("a file without the header that a spool's file has") from None
     if not isinstance(head, dict):
-        raise RequestError("a file that does not begin as one of a spool")
+        raise RequestError("a file without the header that a spool's file has")
     return head
 
 

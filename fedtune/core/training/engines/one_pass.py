@@ -97,7 +97,9 @@ class OnePass:
             previous += gradients
             gradients.zero_()
         else:
-            raise ModelError("a layer gave no per-record gradient: two passes of other sizes")
+            raise ModelError(
+                "a layer gave no per-record gradient: it ran twice, for different numbers of rows"
+            )
 
     def _clear(self) -> None:
         for gradients in self._mine.gradients.values():
