@@ -259,6 +259,18 @@ def test_no_text_of_a_plan_is_longer_than_any_record(tmp_path: Path, key: str) -
         assert is_told == (characters > 16_384), said
 
 
+@pytest.mark.parametrize("template", ["no place", "{text} {text}", ""])
+def test_a_template_holds_the_prompt_once(tmp_path: Path, template: str) -> None:
+    """Two and more would make each record as much longer, before anything is charged."""
+    (tmp_path / "study.toml").write_text(STUDY)
+    study = json.loads(load_study(tmp_path / "study.toml").model_dump_json())
+    study["objective"]["template"] = "Note: {text}\n"
+    study_from_json(json.dumps(study))
+    study["objective"]["template"] = template
+    with pytest.raises(ConfigError, match=r"objective\.template.* \{text\} exactly once"):
+        study_from_json(json.dumps(study))
+
+
 def test_a_key_of_any_length_is_said_shortly(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text(STUDY + "\n[" + "a" * 500_000 + "]\n")
     with pytest.raises(ConfigError, match="a: unknown key") as raised:

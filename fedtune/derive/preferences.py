@@ -147,7 +147,7 @@ def prompt_template(writer: LoadedModel) -> str | None:
     text = str(chat.render(tokenizer, turn, tokenize=False, add_generation_prompt=True))
     if tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(tokenizer.bos_token)  # it is put in front in any case
-    return text if "{text}" in text else None
+    return text if text.count("{text}") == 1 else None
 
 
 def write_preferences(
@@ -181,6 +181,12 @@ def write_preferences(
         raise ConfigError("the file names no prompt", f"{table}.columns.prompt, or --column prompt")
     if out.suffix != ".jsonl":
         raise InputError(f"{out}: unsupported suffix", ".jsonl")
+    if settings.template is not None and settings.template.count("{text}") != 1:
+        raise ConfigError(
+            "the template around a prompt does not hold {text} exactly once",
+            "{text} once, in the prompt's place",
+            "correct --template",
+        )
     check_replaceable(out, ".jsonl")
     if out.exists() and file.path and out.samefile(file.path):
         raise InputError(

@@ -3,7 +3,7 @@ the hospital's ledger can enter its charges (`Ledger.enter_earlier`).
 
 A doubtful charge counts against more datasets or units, never against fewer:
 | in the old ledger                                      | in the hospital's ledger               |
-| a charge that a restore entered, against every dataset | is entered against each of them        |
+| a charge that a restore entered, against every dataset | counts against every dataset and cohort |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
 Errors: Refused if a person froze the ledger; LedgerError."""
@@ -53,13 +53,13 @@ class Closed:
     def list_earlier(self, membership: str, names: Mapping[str, str]) -> list[Earlier]:
         """List this ledger's charges, oldest first, as charges of `membership`. names: this
         ledger's name of each dataset → the name under which its charges count. A charge that a
-        restore entered is listed once for each dataset, since it counts against all of them."""
+        restore entered stays one against every dataset. It then also counts against units that
+        arrive later: among them may be one whose earlier arrival the restore lost."""
         listed = list[Earlier]()
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership)
             if spent.kind == "restore":
-                every = [names[dataset] for dataset in self.datasets] or [EVERY]
-                listed += [Earlier(name, charge, spent.adapter) for name in every]
+                listed.append(Earlier(EVERY, charge, spent.adapter))
                 continue
             slot = charge.study, charge.round, spent.adapter
             sha256 = self._account.sent[slot] if spent.released else ""

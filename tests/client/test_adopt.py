@@ -139,7 +139,8 @@ def test_the_hospitals_ledger_restores_what_was_adopted(world: Path) -> None:
     assert exact_epsilon(restored.charges("records"), 2 * DELTA) >= before
 
 
-def test_unknown_stays_unknown_and_restored_counts_for_each_dataset(world: Path) -> None:
+def test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers(world: Path) -> None:
+    """Among later arrivals may be a patient whose first arrival the restore lost."""
     book = Ledger(world / "onco-state")
     book.reserve("records", replace(CHARGE, study="old", rules=RULES - 1), "a", lambda _: None)
     book.accept("records", "officer")
@@ -155,6 +156,8 @@ def test_unknown_stays_unknown_and_restored_counts_for_each_dataset(world: Path)
     entered = [s.charge for s in home.spending() if s.charge.membership == "onco"]
     assert len(entered) == 6 + len(restored) and restored
     assert {s.charge.study for s in home.unknown("records", "patient")} >= {"old"}
+    lost = [replace(s.charge, membership="onco") for s in restored]
+    assert home.newcomer("records") == lost
 
 
 # ---------------------------------------------------------------------------------- withdrawals

@@ -261,7 +261,6 @@ def test_shapes_that_do_not_fit_the_objective(
     assert "objective.labels is empty" in message
     prompt_only = Columns(prompt="p")
     assert "data.columns.completion" in str(error_of(path, prompt_only, study(), tokenizer))
-    assert "{text}" in str(error_of(path, PAIR, study(template="no place"), tokenizer))
     mute = make_tokenizer(template=None)
     assert "no chat template" in str(error_of(path, MESSAGES, study(), mute))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,51 @@ def test_who_was_there_before_arrivals_were_kept_bears_everything(book: Ledger) 
     book.reserve_for("records", charge(2), "a", permit)
     assert borne(book, "old") == [1, 2] and borne(book, "new") == [2]
     assert [(c.arrival > 0, c.units) for c in book.cohorts("records")] == [(False, 0), (True, 1)]
+
+
+def may_write(book: Ledger) -> bool:
+    """Whether another process could write to the ledger now."""
+    connection = sqlite3.connect(book.folder / "ledger.db", timeout=0)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def test_no_cohort_is_asked_about_under_the_lock(book: Ledger) -> None:
+    """Each costs an ε, and others wait for the lock: their failure would tell how many arrived."""
+    for number in range(1, 4):
+        declare(book, *(unit(f"p{n}") for n in range(number)))
+        book.reserve_for("records", charge(number), "a", permit)
+    seen: dict[int, list[bool]] = {}
+
+    def watching(charges: list[Charge]) -> None:
+        seen.setdefault(len(charges), []).append(may_write(book))
+        permit(charges)
+
+    _, out = book.reserve_for("records", charge(4), "a", watching)
+    assert len(out) == 1 and seen.pop(0) and set(seen) == {1, 2, 3}  # 0: a newcomer
+    assert all(free == [True] for free in seen.values())
+
+
+def test_cohorts_are_asked_about_again_if_another_process_charged_meanwhile(book: Ledger) -> None:
+    declare(book, unit("p0"))
+    for number in range(1, MOST):
+        book.reserve_for("records", charge(number), "a", permit)
+    declare(book, unit("p0"), unit("p1"))
+    other, mine = Ledger(book.folder), list[int]()
+
+    def slow(charges: list[Charge]) -> None:
+        if may_write(other) and not mine:
+            mine.append(other.reserve_for("records", charge(MOST), "a", permit)[0])
+        permit(charges)
+
+    number, out = book.reserve_for("records", charge(9), "a", slow)
+    assert mine == [number - 1] and len(out) == 1  # p0's last charge was the other process's
+    assert borne(book, "p0") == [1, 2, 3] and borne(book, "p1") == [3, 9]
 
 
 @pytest.mark.parametrize("others", [(), (unit("a", "no acute findings"),)])

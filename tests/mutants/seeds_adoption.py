@@ -86,9 +86,16 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-restored-charge-is-not-adopted", CLOSED,
-        "                listed += [Earlier(name, charge, spent.adapter) for name in every]\n", "",
-        T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",
+        "                listed.append(Earlier(EVERY, charge, spent.adapter))\n", "",
+        T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "what a restore had entered is forgotten with the old ledger",
+    ),
+    one(
+        "hospital", "a-restored-charge-is-one-datasets", CLOSED,
+        "listed.append(Earlier(EVERY, charge, spent.adapter))",
+        "listed.append(Earlier(names[self.datasets[0]], charge, spent.adapter))",
+        T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
+        "a patient whose arrival a restore lost comes back to a budget of which nothing is spent",
     ),
     one(
         "hospital", "a-link-is-adopted", ADOPT,
@@ -101,7 +108,7 @@ MUTANTS = (
         "hospital", "an-adopted-charge-is-known", CLOSED,
         "charge = replace(spent.charge, membership=membership)",
         "charge = replace(spent.charge, membership=membership, rules=2)",
-        T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",
+        T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "a charge of unknown ε gets one by moving",
     ),
     one(

@@ -161,6 +161,13 @@ MUTANTS = (
         "a template of a gigabyte goes round every record of every site",
     ),
     _one(
+        "hostile", "a-template-repeats-the-prompt", "fedtune/core/config/study.py",
+        'template is not None and template.count("{text}") != 1',
+        'template is not None and "{text}" not in template',
+        "tests/test_config.py::test_a_template_holds_the_prompt_once",
+        "a plan makes each note 2,000 times as long, and a site reads for hours before it charges",
+    ),
+    _one(
         "hostile", "a-key-of-few-records-is-a-column", "fedtune/core/data/sources/_interface.py",
         "self.objects < FEW and not is_header(common, self.keys)", "self.objects < 1",
         "tests/data/test_data_records.py::test_a_key_that_is_a_patients_is_in_no_message",

@@ -388,6 +388,24 @@ MUTANTS = (
         "a new patient with a note that another had already counts as present from the start",
     ),
     one(
+        31, "cohorts-are-asked-about-under-the-lock", LEDGER,
+        "                cohorts = self._account.cohorts(dataset)\n",
+        "                cohorts = self._account.cohorts(dataset)\n"
+        "                refused |= {c.entries: _refuses(permit, c.charges) for c in cohorts}\n",
+        "tests/dp/test_arrivals.py::test_no_cohort_is_asked_about_under_the_lock",
+        "another study's order fails if enough patients arrived in this one",
+    ),
+    one(
+        31, "a-cohorts-answer-is-an-old-one", LEDGER,
+        "unasked = {c.entries: c.charges for c in cohorts if c.entries not in refused}",
+        "unasked = {} if refused else {c.entries: c.charges for c in cohorts}\n"
+        "                for c in cohorts:\n"
+        "                    refused.setdefault(c.entries, not unasked and False)",
+        "tests/dp/test_arrivals.py::"
+        "test_cohorts_are_asked_about_again_if_another_process_charged_meanwhile",
+        "a cohort takes part in a round that its budget no longer allows",
+    ),
+    one(
         32, "every-file-must-have-every-column", FILES,
         "                yield Place(path.name, names.row or number), _check_row(row)\n",
         "                yield Place(path.name, names.row or number), _check_row(row)\n"

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedtune.core.config.held_out import CLASS, MOST_CELLS, PrivateEvaluationTable
 from fedtune.core.config.secure import SecureAggregationTable, check_secure
@@ -137,7 +137,8 @@ class ObjectiveTable(Table):
     name: str  # of this release, or of an entry point fedtune.objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: Names = ()  # classify: the public list of classes
-    template: Text | None = None  # "… {text}" wrapped round a prompt; public
+    # Public text around a prompt, with {text} once, in the prompt's place.
+    template: Text | None = None
     # A record longer than max_length is rejected, or loses its prompt's start (truncate), or its
     # answer's end (truncate_answer).
     overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
@@ -152,6 +153,15 @@ class ObjectiveTable(Table):
         if len({label.strip() for label in self.labels}) < len(self.labels):
             raise ValueError("labels: two labels are equal (white space is ignored)")
         return self
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str | None) -> str | None:
+        # A prompt that is put in many times takes minutes and gigabytes to tokenise, and a site
+        # reads records before it charges for a round.
+        if template is not None and template.count("{text}") != 1:
+            raise ValueError("must hold {text} exactly once, in the prompt's place")
+        return template
 
     @cached_property
     def resolved(self) -> Objective:

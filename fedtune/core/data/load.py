@@ -363,8 +363,6 @@ def check_columns(
         if labelled and not objective.labels:
             raise DataError("objective.labels is empty", "the public list of classes")
         return record_format
-    if objective.template is not None and "{text}" not in objective.template:
-        raise DataError("objective.template has no place for the prompt", "{text} in it")
     if columns.messages and not tokenizer.chat_template:
         raise DataError(
             f"{at}.messages is given, and the base has no chat template",

@@ -260,3 +260,9 @@ class Cohort:
     @property
     def charges(self) -> list[Charge]:
         return [spent.charge for spent in self.spent]
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """The numbers of the entries of the charges. Two cohorts with equal numbers have the same
+        charges."""
+        return tuple(spent.seq for spent in self.spent)

@@ -431,24 +431,33 @@ class Ledger:
           declared disjoint; None: this is not checked
         - permit_all: called with all charges of this ledger; None: this is not checked
 
+        All but the calls of `permit` for cohorts are made under the write lock, and must not call
+        this ledger.
+
         Guarantee: which cohorts are left out follows from public charges, the policy and the time
-        of arrival, never from a record. The charge is made even where no cohort remains.
+        of arrival, never from a record. The charge is made even where no cohort remains. `permit`
+        is asked about cohorts before the write lock is taken, since it computes an ε for each and
+        there may be many: other processes wait a minute at most for the lock, and whether they fail
+        must not depend on how many units arrived. If a charge was entered meanwhile, `permit`
+        is asked again about the cohorts that it counts against.
         Errors: those that `permit` raises for a newcomer or another dataset; LedgerError."""
-        with self._store.writing() as writer:
-            self._check_not_frozen()
-            self._ask(dataset, permit, permit_other, of_newcomers=True)
-            if permit_unknown:
-                permit_unknown(self._unknown(dataset, charge.unit))
-            self._ask_apart(permit_apart)
-            self._ask_all(permit_all)
-            out = set()
-            for cohort in self._account.cohorts(dataset):
-                try:
-                    permit(cohort.charges)
-                except Refused:
-                    out.add(cohort.arrival)
-            entry = _reservation(dataset, charge, adapter) | {"out": sorted(out)}
-            return writer.append("reserve", entry), frozenset(out)
+        refused = dict[tuple[int, ...], bool]()
+        while True:
+            with self._store.writing() as writer:
+                self._check_not_frozen()
+                self._ask(dataset, permit, permit_other, of_newcomers=True)
+                if permit_unknown:
+                    permit_unknown(self._unknown(dataset, charge.unit))
+                self._ask_apart(permit_apart)
+                self._ask_all(permit_all)
+                cohorts = self._account.cohorts(dataset)
+                unasked = {c.entries: c.charges for c in cohorts if c.entries not in refused}
+                if not unasked:
+                    out = {cohort.arrival for cohort in cohorts if refused[cohort.entries]}
+                    entry = _reservation(dataset, charge, adapter) | {"out": sorted(out)}
+                    return writer.append("reserve", entry), frozenset(out)
+            for entries, charges in unasked.items():
+                refused[entries] = _refuses(permit, charges)
 
     def enter_earlier(
         self,
@@ -867,6 +876,14 @@ def signing_key(site: Site, ledger: Ledger) -> SigningKey:
 
     Errors: InfrastructureError."""
     return SigningKey.at(site.site.state / KEY) if site.hospital else ledger.key
+
+
+def _refuses(permit: Permit, charges: list[Charge]) -> bool:
+    try:
+        permit(charges)
+    except Refused:
+        return True
+    return False
 
 
 def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
