@@ -90,7 +90,7 @@ def test_a_template_without_a_clock_is_the_librarys_own(tokenizer: Any) -> None:
 )
 def test_a_template_that_draws_is_refused(tokenizer: Any, draw: str) -> None:
     tokenizer.chat_template = BODY + draw
-    with pytest.raises(ConfigError, match="uses random numbers"):
+    with pytest.raises(ConfigError, match="may use random numbers"):
         chat.check_draws_nothing(tokenizer)
     usual = "{{ messages|map(attribute='role')|map('upper')|join }}{{ 'random' if randomly }}"
     for body in (BODY, BODY + usual, "{% generation %}{{ 1 }}{% endgeneration %}"):
@@ -118,6 +118,6 @@ def test_a_study_of_a_template_that_draws_is_refused(tokenizer: Any, tmp_path: P
     tokenizer.chat_template = BODY + "{{ lipsum() }}"
     study = make_study()
     turns = SiteData(path=tmp_path / "none.jsonl", columns=Columns(messages="turns"))
-    with pytest.raises(ConfigError, match="uses random numbers"):
+    with pytest.raises(ConfigError, match="may use random numbers"):
         check_columns(turns, study, tokenizer)
     check_columns(SiteData(path=turns.path, columns=Columns(text="t")), study, tokenizer)

@@ -53,7 +53,7 @@ def test_a_csv_file_may_have_another_delimiter(tmp_path: Path) -> None:
         read_records(dataset(path, None))
     for wrong, said in (
         ({"delimiter": ";;"}, "one character"),
-        ({"delimiter": 1.0}, "such as ','"),
+        ({"delimiter": 1.0}, "the type of its default, ','"),
         ({"delimeter": ";"}, "one of delimiter"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -200,7 +200,7 @@ CONTINUOUS_MUTANTS = (
     ),
     _one(
         "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/core/ledger/ledger.py",
-        "                    out.add(cohort.arrival)\n", "                    continue\n",
+        "if refused[cohort.entries]}", "if not cohort.arrival}",
         T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
         "a cohort that the filter refuses is not left out",
     ),

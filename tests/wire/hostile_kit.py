@@ -150,11 +150,11 @@ LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
     ),
     "an array too many": (
         lambda: message(ArrayRecord({**wire.record(zeros()), "x": Array(wire.numbers(2))})),
-        "other arrays than agreed",
+        "has other arrays than agreed",
     ),
     "an array too few": (
         lambda: message(ArrayRecord({SCALES: Array(np.ones(1, np.float32))})),
-        "other arrays than agreed",
+        "has other arrays than agreed",
     ),
     "NaN": (lambda: scaled(lambda s: s * np.float32(np.nan)), "not"),
     "infinity": (lambda: scaled(lambda s: s * np.float32(np.inf)), "not"),
