@@ -232,7 +232,7 @@ class LedgerFigures:
 
     def _compute_spent(self, book: Ledger, dataset: str, policy: PolicyTable) -> _Spent:
         from fedtune.core.dp.filter import total_epsilon
-        from fedtune.core.ledger.entries import orders_of
+        from fedtune.core.ledger.entries import orders_of, samples_first
 
         own, delta = policy.own_memberships, policy.delta
         key = book.head.hash, delta, own
@@ -240,9 +240,10 @@ class LedgerFigures:
             charges = [each for each in book.spending(dataset) if each.charge.is_paid_by(own)]
             # The ε of a unit that took part in every charge, whether or not there is one: the times
             # at which units arrived depend on the records.
-            orders = orders_of(spent.charge for spent in charges)
-            events = [spent.charge.event for spent in charges]
-            epsilon = total_epsilon(events, orders, delta).epsilon
+            paid = [spent.charge for spent in charges]
+            events = [charge.event for charge in paid]
+            orders, sampled = orders_of(paid), samples_first(paid)
+            epsilon = total_epsilon(events, orders, delta, sampled).epsilon
             rounds = sum(c.released for c in charges if c.kind == "reserve")
             self._cached = _Spent(key, epsilon, rounds)
         return self._cached

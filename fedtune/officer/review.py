@@ -566,9 +566,26 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
+        *_beside_others(budget, after.epsilon),
         *_share(budget),
         *_describe_fallback(budget),
         *shared_lines(study, [site.site.declared_size]),
+    ]
+
+
+def _beside_others(budget: Budget, after: float) -> list[str]:
+    """Return a line that says what the dataset's ε will count as if a study of another kind follows.
+    Return [] if it counts as hardly more than `after`, the ε with this study. The ε of rarely
+    sampled steps with little noise may be almost 0 and yet leave nothing for other studies."""
+    beside = budget.beside_others(ahead=budget.remaining()).epsilon
+    if beside <= after + 0.1:
+        return []
+    ceiling = budget.policy.ceiling
+    says = "so none can be paid then" if beside > ceiling else f"of {ceiling:g}, for all studies"
+    return [
+        "If a study with other noise, another sampling rate or other records per patient follows, "
+        f"what is spent until then counts as ε = {rounded_up(beside)}, {says}: steps of several "
+        "kinds are added up by a coarser bound."
     ]
 
 

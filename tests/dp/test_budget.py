@@ -19,7 +19,9 @@ from fedtune.core.errors import BudgetExceeded, Refused
 from fedtune.core.ledger import spending
 from fedtune.core.ledger.entries import Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.budget import Budget
+from fedtune.officer.review import _beside_others
 from tests.dp.conftest import make_plan
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -69,15 +71,17 @@ def test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed() -> N
     def of(membership: str, what: Charge, order: float) -> Charge:
         return replace(what, membership=membership, order=order)
 
-    def at(order: float) -> float:
-        return total_epsilon([plain.event, other.event], order, DELTA).epsilon
+    def at(order: float, samples_first: bool = True) -> float:
+        events = [plain.event, other.event]
+        return total_epsilon(events, order, DELTA, samples_first).epsilon
 
     low, high = sorted((8.0, 64.0), key=at)
     assert at(low) < at(high)
     for home, adopted in ((low, high), (high, low)):
         charges = of("cardio", plain, home), of("onco", other, adopted)
         assert total(*charges) == at(high)
-        assert total(*(replace(one, membership="cardio") for one in charges)) == at(home)
+        alone = [replace(one, membership="cardio") for one in charges]
+        assert total(*alone) == at(home, samples_first=False)
         shown = spending.budget("records", [spent(one) for one in charges], POLICY)
         assert shown.epsilon == at(high)
     later = of("onco", replace(other, round=2, steps=0), high)
@@ -121,8 +125,52 @@ def test_a_tiny_ceiling_refuses_by_number_and_only_what_is_above_it() -> None:
     with pytest.raises(BudgetExceeded, match=r"policy\.max_epsilon,"):
         Budget(policy, replace(plan, noise_multiplier=100.0), []).check()
     sampled = replace(plan, study="sha256:" + "6e" * 32, sampling_rate=0.5)
+    Budget(policy, sampled, charges).check()  # at most what it would cost without sampling
     with pytest.raises(BudgetExceeded, match=r"policy\.max_epsilon,"):
-        Budget(policy, sampled, charges).check()
+        Budget(policy, replace(sampled, noise_multiplier=300.0), charges).check()
+
+
+# ---------------------------------------------------------------------- several studies, one budget
+
+LATER = PolicyTable(max_delta=1e-3)
+STUDY = replace(PLAN, noise_multiplier=0.701, rounds=1, delta=1e-3)  # ε = 4.9 at δ = 10⁻³
+TINY = replace(
+    STUDY, study="sha256:" + "6e" * 32, noise_multiplier=20.0, sampling_rate=0.5
+)  # ε = 0.03
+
+
+def test_a_step_that_samples_with_much_noise_costs_no_second_study() -> None:
+    """At a ceiling of 8, ε = 4.9 can be paid twice, whatever tiny study came between."""
+    first = charge(STUDY, 1, [])
+    between = charge(TINY, 1, [first])
+    for charges in ([first], [first, between]):
+        assert 7.6 < Budget(LATER, STUDY, charges).total(1).epsilon < 7.7
+
+
+def test_the_order_follows_from_the_policy_and_never_from_a_plan() -> None:
+    """Or a plan of almost no ε could choose one at which every later study costs more, and one
+    membership of a hospital could tell by its own ε which plan another one paid first."""
+    rare = replace(TINY, noise_multiplier=0.3, sampling_rate=1e-5)
+    assert epsilon(rare.events(1), 1e-3) < 0.01
+    assert {Budget(LATER, plan, []).order for plan in (STUDY, TINY, rare)} == {2.8}
+
+
+def test_review_says_what_a_plan_of_almost_no_epsilon_leaves_to_other_studies() -> None:
+    rare = replace(TINY, noise_multiplier=0.6, sampling_rate=1e-4, records=4)
+    for plan, least, most in ((STUDY, 4.89, 4.91), (rare, 7.0, 50.0)):
+        budget = Budget(LATER, plan, [])
+        after = budget.total(1).epsilon
+        assert least < budget.beside_others(1).epsilon < most
+        assert (after < 0.01) == bool(_beside_others(budget, after))
+    (line,) = _beside_others(budget, after)
+    assert "other noise" in line and f"ε = {rounded_up(budget.beside_others(1).epsilon)}" in line
+
+
+def test_the_order_of_the_first_charge_stays_when_the_ceiling_is_changed() -> None:
+    """By then results are known."""
+    raised = LATER.model_copy(update={"max_epsilon": 20.0})
+    paid_first = replace(charge(STUDY, 1, []), order=2.8)
+    assert Budget(raised, STUDY, []).order != 2.8 == Budget(raised, STUDY, [paid_first]).order
 
 
 # ------------------------------------------------------------------- a study without a last round

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.dp.filter import best_order, filtered_epsilon, total_epsilon
+from fedtune.core.dp.filter import RENYI, best_order, filtered_epsilon, total_epsilon
 
 DELTA = 1e-4
 ONE, OTHER = Steps(2.0, 0.5, 20), Steps(4.0, 1.0, 5)
@@ -24,14 +24,26 @@ def test_one_kind_of_step_is_composed_exactly_however_it_is_split() -> None:
 
 
 def test_two_kinds_are_filtered_at_the_order_given_and_cost_no_less_than_pld() -> None:
-    order = best_order([ONE], 8.0, DELTA)
+    order = best_order(8.0, DELTA)
     both = total_epsilon([ONE, OTHER], order, DELTA)
-    assert both.epsilon == filtered_epsilon([ONE, OTHER], order, DELTA)
+    assert both.epsilon == filtered_epsilon([ONE, OTHER], order, RENYI * DELTA)
     assert both.epsilon > epsilon([ONE, OTHER], DELTA)
     assert f"order {order:g}" in both.how
     # The twin: taking the best of several orders each time would look cheaper.
     cheapest = min(filtered_epsilon([ONE, OTHER], o, DELTA) for o in (1.5, 2.0, 4.0, 8.0, order))
     assert total_epsilon([ONE, OTHER], 64.0, DELTA).epsilon > cheapest
+
+
+@pytest.mark.parametrize(("samples_first", "delta"), [(False, DELTA), (True, DELTA * (1 - RENYI))])
+def test_a_sampled_step_costs_no_more_than_if_it_did_not_sample(
+    samples_first: bool, delta: float
+) -> None:
+    """A second study hardly costs more because a step with much noise samples."""
+    events = [Steps(0.8, 1.0, 1), Steps(20.0, 0.5, 1, 2)]
+    total = total_epsilon(events, best_order(8.0, DELTA), DELTA, samples_first)
+    assert total.epsilon == epsilon([e._replace(sampling_rate=1.0) for e in events], delta)
+    assert epsilon(events, DELTA) < total.epsilon < filtered_epsilon(events, 3.0, DELTA)
+    assert "as if no step sampled" in total.how
 
 
 def test_several_kinds_that_take_every_unit_are_one_gaussian() -> None:

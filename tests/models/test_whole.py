@@ -131,7 +131,9 @@ def test_the_digest_of_a_run_sees_what_its_plan_computes(adapted: Path, name: st
     plan = json.loads((adapted / "plan.json").read_text())
     change(adapted / "plan.json", **{table: plan[table] | values})
     assert load(adapted).digest != first
-    with pytest.raises(ModelError, match=r"`fedtune models verify RUN` shows the run's present one"):
+    with pytest.raises(
+        ModelError, match=r"`fedtune models verify RUN` shows the run's present one"
+    ):
         load(adapted, first)
 
 

@@ -158,8 +158,30 @@ GUARANTEE_MUTANTS = (
     _one(
         "filter", "the-order-follows-the-plan", BUDGET,
         "        if self.charges:\n", "        if not self.plan:\n",
-        SITES + "test_a_second_study_is_held_to_the_first_ones_order",
+        "tests/dp/test_budget.py::"
+        "test_the_order_of_the_first_charge_stays_when_the_ceiling_is_changed",
         "the filter's order is chosen after results were seen",
+    ),
+    _one(
+        "filter", "a-plan-chooses-the-order", BUDGET,
+        "return best_order(self.policy.ceiling, self.policy.delta)",
+        "return best_order(self.policy.ceiling, self.policy.delta) + 1 - self.plan.sampling_rate",
+        "tests/dp/test_budget.py::test_the_order_follows_from_the_policy_and_never_from_a_plan",
+        "a plan of almost no ε makes every later study expensive",
+    ),
+    _one(
+        "filter", "both-filters-get-all-of-delta", "fedtune/core/dp/filter.py",
+        "if samples_first else (delta, delta)", "if samples_first is None else (delta, delta)",
+        "tests/dp/test_ceiling.py::test_a_sampled_step_costs_no_more_than_if_it_did_not_sample",
+        "where the first step sampled, three filters at δ are called 2 δ",
+    ),
+    _one(
+        "ledger", "an-adopted-ledger-began-unsampled", "fedtune/core/ledger/entries.py",
+        "    return any(charge.sampling_rate < 1 for charge in first) or not first\n",
+        "    return not first or first[0].sampling_rate < 1\n",
+        "tests/dp/test_budget.py::"
+        "test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed",
+        "a ledger that began with a sampled study is taken for one that did not",
     ),
     _one(
         "filter", "several-kinds-as-if-planned-at-once", "fedtune/core/dp/filter.py",

@@ -3,7 +3,8 @@
 Steps that take every unit (q = 1) are Gaussian mechanisms. A filter that adds up the squares of
 their shifts k/σ costs no more than if all steps had been planned at once, however each step is
 chosen from earlier results (Smith & Thakurta 2022). Sampled steps have no such filter. If a sampled
-step is among them, all steps are bounded by their Rényi divergence.
+step is among others, all steps are bounded by their Rényi divergence, or by what they would cost if
+none sampled, whichever is less.
 
 ρ_i(α) is the Rényi divergence of event i at the order α. Why one order, and why before any result:
 a filter adds up ρ_i(α), where event i may have been chosen because of earlier outputs, and the sum
@@ -11,8 +12,10 @@ is a bound only if α is a constant of the proof. The supermartingale behind it,
 (loss so far − ρ so far))] ≤ 1, is one statement for each α; it holds at whichever stopping point
 the outputs lead to, for the α that was written down first. An accountant for fixed events may take
 the best of many orders at the end; here that order would itself depend on private outputs, and none
-of the statements covers the minimum of the bounds. So the order is chosen from what is planned when
-a dataset is first charged, and kept for its life.
+of the statements covers the minimum of the bounds. So one order is fixed when a dataset is first
+charged, and kept for its life. It follows from the site's ceiling and δ alone. If it followed from
+the first plan, a coordinator could choose a plan of almost no ε whose order makes every later study
+expensive, and one membership of a hospital could tell from its own ε what another had planned.
 
 Orders are > 1. ρ_i is in nats and is added up over all events; their sum is converted to ε once.
 Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter" (here without
@@ -40,31 +43,24 @@ ORDERS = (
     *range(12, 32),
     *(2 ** (n / 2) for n in range(10, 17)),
 )
+RENYI = 0.9  # share of δ for the Rényi filter, where the first step samples
 _CHUNK = 2**14  # points of an integral at once
 _MOST_TERMS = 2**22  # most terms of an integral (0.1 s); a larger one is only bounded
 
 
-def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
-    """Choose the order of `ORDERS` at which the planned `events` fit most often within `epsilon`.
+@lru_cache(maxsize=64)
+def best_order(epsilon: float, delta: float) -> float:
+    """Choose the order of `ORDERS` at which the most Gaussian noise fits within `epsilon`, i.e. at
+    which the Rényi divergence that the budget allows is largest per unit of order. Call this once
+    per dataset, before any result is released, and store the order.
 
-    At order α the events fit ρ(ε, α)/ρ_plan(α) times, i.e. the divergence that the budget allows,
-    divided by that of the planned events. Call this once per dataset, before any result is
-    released, and store the order.
-
-    Without events, return the order that allows the most ρ per unit of order, which is best for
-    large σ and q = 1. If `epsilon` is so small that no order leaves a budget, return the order at
-    which the events have the least ε. The Rényi filter then admits nothing, but `total_epsilon` may
-    still admit charges for which it needs no Rényi filter (its case a).
-    Errors: ValueError when epsilon or delta is out of range."""
+    If `epsilon` is so small that no order leaves a budget, return the order at which the least
+    divergence is missing. The Rényi filter then admits nothing, but `total_epsilon` may still admit
+    charges for which it needs no Rényi filter. Errors: ValueError when epsilon or delta is out of
+    range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
-    planned = merge_events(events) or (Steps(1.0, 1.0, 1),)
-    costs = {order: max(rdp(planned, order), 1e-300) for order in ORDERS}
-    room = {order: budget(epsilon, order, delta) / cost for order, cost in costs.items()}
-    best = max(room, key=lambda order: room[order])
-    if room[best] <= 0:
-        best = min(costs, key=lambda order: epsilon_of(costs[order], order, delta))
-    return float(best)
+    return float(max(ORDERS, key=lambda order: budget(epsilon, order, delta) / order))
 
 
 def rdp(events: Iterable[Steps], order: float) -> float:
@@ -187,22 +183,33 @@ class Total(NamedTuple):
     how: str
 
 
-def total_epsilon(events: Sequence[Steps], orders: float | Iterable[float], delta: float) -> Total:
+def total_epsilon(
+    events: Sequence[Steps],
+    orders: float | Iterable[float],
+    delta: float,
+    samples_first: bool = True,
+) -> Total:
     """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
 
     orders: the Rényi order of the filter, which was fixed with the dataset's first charge. Several,
     if it is not known which of them was fixed first (`ledger.entries.orders_of`): the largest ε of
-    the filter at each of them is returned, so that the ceiling holds at the one that was.
+    the filter at each of them is used, so that the ceiling holds at the one that was.
 
-    Two cases:
-    (a) all charges are of one kind of step (σ, q, k), or all take every unit (q = 1): ε is composed
-        exactly at `delta`, by PLD (stopping a fixed composition early is post-processing) or by the
-        filter for Gaussian DP;
-    (b) as soon as neither holds for the charges, all of them go through a Rényi filter at `delta`,
-        at the one order that was fixed with the dataset's first charge.
-    Which exact case is possible follows from the first step, which no result influenced; whether
-    (b) follows may depend on results. A transcript ends either in (a) or in (b). The outcomes that
-    end in (a) have P ≤ e^ε Q + δ, those in (b) too, and all together P ≤ e^ε Q + 2δ: hence 2δ.
+    samples_first: whether the first step sampled (q < 1), or may have.
+
+    Three filters:
+    (a) while all charges are of one kind of step (σ, q, k), ε is composed exactly by PLD (stopping
+        a fixed composition early is post-processing);
+    (b) all charges go through the filter for Gaussian differential privacy, as if every step took
+        every unit. A sampled step mixes outcomes with at most k rows of a unit, and a test errs
+        against a mixture at least as often as against its easiest part: so the step is (k/σ)-GDP,
+        as without sampling. Where no step samples, this is exact;
+    (c) all charges go through the Rényi filter, at the order that was fixed.
+    The smallest ε counts. Why this is a bound: the ε of each filter only grows with further
+    charges. So a transcript whose last total is below E by one of them was below E by that one from
+    its first charge on, and all such transcripts together have P ≤ e^E Q + its δ. No result
+    influenced the first step. If it does not sample, (a) is a case of (b), and (b) and (c) have
+    `delta` each; else (a) has `delta`, (c) RENYI · `delta`, and (b) the rest: 2 · `delta` in all.
 
     | events                           | ε |
     |----------------------------------|---|
@@ -219,6 +226,10 @@ def total_epsilon(events: Sequence[Steps], orders: float | Iterable[float], delt
         return Total(accountant.epsilon(events, delta), "PLD")
     if all(event.sampling_rate == 1 for event in events):
         return Total(accountant.epsilon(events, delta), "Gaussian filter, exact")
+    renyi, gauss = (RENYI * delta, (1 - RENYI) * delta) if samples_first else (delta, delta)
     several = [orders] if isinstance(orders, int | float) else orders
-    most, order = max((filtered_epsilon(events, order, delta), order) for order in several)
+    most, order = max((filtered_epsilon(events, order, renyi), order) for order in several)
+    whole = accountant.epsilon([event._replace(sampling_rate=1.0) for event in events], gauss)
+    if whole <= most:
+        return Total(whole, "Gaussian filter, as if no step sampled")
     return Total(most, f"Rényi filter, order {order:g}")

@@ -135,10 +135,22 @@ def orders_of(charges: Iterable[Charge]) -> tuple[float, ...]:
     Usually it is one order, since every charge takes that of the dataset's first. A ledger that was
     adopted has fixed an order of its own, and perhaps before the hospital's: the hospital's may
     then have been chosen when results were known. charges: in the ledger's order."""
-    first = dict[str, float]()
+    return tuple(sorted({charge.order for charge in _first_charges(charges)})) or (2.0,)
+
+
+def samples_first(charges: Iterable[Charge]) -> bool:
+    """Return whether the first step that was charged sampled, or may have: whether the first charge
+    of some membership has q < 1; True without charges. `core.dp.filter.total_epsilon` asks for it.
+    charges: in the ledger's order."""
+    first = _first_charges(charges)
+    return any(charge.sampling_rate < 1 for charge in first) or not first
+
+
+def _first_charges(charges: Iterable[Charge]) -> list[Charge]:
+    first = dict[str, Charge]()
     for charge in charges:
-        first.setdefault(charge.membership, charge.order)
-    return tuple(sorted({*first.values()})) or (2.0,)
+        first.setdefault(charge.membership, charge)
+    return list(first.values())
 
 
 @dataclass(frozen=True)

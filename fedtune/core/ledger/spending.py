@@ -13,7 +13,7 @@ from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.ledger.declared import read_declarations
-from fedtune.core.ledger.entries import Charge, Cohort, Spent, orders_of
+from fedtune.core.ledger.entries import Charge, Cohort, Spent, orders_of, samples_first
 from fedtune.core.ledger.ledger import Ledger
 
 
@@ -175,14 +175,16 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
     - dataset: the dataset's name
     - spent: the charges that count against it
     - policy: the site's policy, for δ and the ceilings"""
-    events = [entry.charge.event for entry in spent]
-    orders = orders_of(entry.charge for entry in spent)
-    total = total_epsilon(events, orders, policy.delta)
+    charges = [entry.charge for entry in spent]
+    events = [charge.event for charge in charges]
+    orders, sampled = orders_of(charges), samples_first(charges)
+    total = total_epsilon(events, orders, policy.delta, sampled)
     pld = _epsilon(events, policy.delta)
     found = DatasetBudget(dataset, total.epsilon, total.how, pld, policy.ceiling, policy.delta)
     if not _is_noise_shared(spent):
         return found
-    alone = total_epsilon([entry.charge.fallback for entry in spent], orders, policy.delta)
+    fallback = [charge.fallback for charge in charges]
+    alone = total_epsilon(fallback, orders, policy.delta, sampled)
     ceiling = policy.fallback_ceiling
     return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
 

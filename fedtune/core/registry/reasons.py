@@ -48,7 +48,7 @@ PHRASES = (
     "other names or shapes", "plain fp32", "not as agreed", "not finite",
     "more than was asked for", "declared size does not fit",
     "its answer to the plan is malformed", "its answer is malformed",
-    "its answer cannot be read", "not below 1 / site.declared_size", "another kind of work",
+    "its answer cannot be read", "not below 1 / site.declared_size", "of another kind",
     "certificate has expired", "certificate is not yet valid", "certificate", "revoked",
     "rate limit", "too large", "counted already", "replay", "past the deadline", "quorum",
     "no more than a multiple of the median",

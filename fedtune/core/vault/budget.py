@@ -18,8 +18,9 @@ from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.files.room import Room
-from fedtune.core.ledger.entries import Charge, Spent, orders_of
+from fedtune.core.ledger.entries import Charge, Spent, orders_of, samples_first
 
+OTHER_KIND = Steps(1e6, 1.0, 1)  # a step that costs nothing and is of another kind than any study's
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
 QUERIES_TODO = (
     "raise private_evaluation.noise_multiplier, or have the site declare its held-out records "
@@ -51,18 +52,23 @@ class Budget:
     @property
     def order(self) -> float:
         """The Rényi order that the privacy filter uses. The dataset's first charge fixes it, before
-        any result is known. As long as the dataset has no charges, it is the order at which the
-        most steps of this plan fit."""
+        any result is known. It follows from the site's ceiling and δ, never from a plan
+        (`core.dp.filter`)."""
         if self.charges:
             return self.charges[0].order
-        planned = self.plan.events(self.plan.steps)
-        return best_order(planned, self.policy.ceiling, self.policy.delta)
+        return best_order(self.policy.ceiling, self.policy.delta)
 
     def total(self, ahead: int) -> Total:
         """Compute the dataset's ε after its charges and `ahead` more steps of the plan, at δ = 2 ·
         policy.delta. For studies with secure aggregation, assume that no more sites collude than
         their plans allow."""
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
+
+    def beside_others(self, ahead: int) -> Total:
+        """Compute what `total` will be once a study of another kind of step is paid for too, not
+        counting that study: steps of several kinds are composed by another filter."""
+        events = [charge.event for charge in self.charges]
+        return self._compose(events, [*self.plan.events(ahead), OTHER_KIND])
 
     def fallback(self, ahead: int) -> Total:
         """Compute the dataset's fallback ε, the ε that this site's own noise alone gives, after its
@@ -74,7 +80,8 @@ class Budget:
 
     def _compose(self, charged: list[Steps], planned: list[Steps]) -> Total:
         events = charged + [event for event in planned if event.steps]
-        return total_epsilon(events, orders_of(self.charges), self.policy.delta)
+        orders, sampled = orders_of(self.charges), samples_first(self.charges)
+        return total_epsilon(events, orders, self.policy.delta, sampled)
 
     def remaining(self) -> int:
         """Return how many of the plan's steps are not charged yet, at least 0. If a round was
