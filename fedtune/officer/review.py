@@ -574,7 +574,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
 
 
 def _beside_others(budget: Budget, after: float) -> list[str]:
-    """Return a line that says what the dataset's ε will count as if a study of another kind follows.
+    """Return a line that says what the dataset's ε counts as once a study of another kind follows.
     Return [] if it counts as hardly more than `after`, the ε with this study. The ε of rarely
     sampled steps with little noise may be almost 0 and yet leave nothing for other studies."""
     beside = budget.beside_others(ahead=budget.remaining()).epsilon

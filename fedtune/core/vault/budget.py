@@ -80,6 +80,8 @@ class Budget:
 
     def _compose(self, charged: list[Steps], planned: list[Steps]) -> Total:
         events = charged + [event for event in planned if event.steps]
+        if not self.charges:  # this plan's step comes first
+            return total_epsilon(events, self.order, self.policy.delta, self.plan.sampling_rate < 1)
         orders, sampled = orders_of(self.charges), samples_first(self.charges)
         return total_epsilon(events, orders, self.policy.delta, sampled)
 
