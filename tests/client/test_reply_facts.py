@@ -25,6 +25,7 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
+from fedtune.core.registry.reasons import WAITING
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.declared import declare
@@ -161,7 +162,9 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
     assert north["declared"] == "public" and north["epsilon"] > 0
 
 
-@pytest.mark.parametrize("refused_for", ["its signature", "a rule", "it has ended", None])
+@pytest.mark.parametrize(
+    "refused_for", ["its signature", "a rule", "it has ended", "it waits for a person", None]
+)
 def test_a_refused_plan_of_declared_data_begins_no_ledger(
     tmp_path: Path, tiny_base: Path, refused_for: str | None
 ) -> None:
@@ -171,6 +174,7 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
     path = tmp_path / "site-north.toml"
     text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
     rule = "allow_declared_data = true\n" + "max_steps = 1\n" * (refused_for == "a rule")
+    rule += 'admission = "signed"\n' * (refused_for == "it waits for a person")
     path.write_text(text.replace("[policy]", f"[policy]\n{rule}"))
     declare(load_site(path))
     own, begun = SigningKey(), start(study)
@@ -182,8 +186,9 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
     told: list[dict[str, Any]] = []
     place = Place(site=str(path), coordinator=own.public)
     answer_and_tell(place, request, lambda _, facts: told.append(facts))  # type: ignore[arg-type,return-value]
-    said = {"it has ended": "finished", None: "admitted"}.get(refused_for, "refused")
-    assert told[-1]["status"] == said and ("planned" in told[-1]) is (refused_for is None)
+    statuses = {"it has ended": "finished", "it waits for a person": WAITING, None: "admitted"}
+    assert told[-1]["status"] == statuses.get(refused_for, "refused")
+    assert ("planned" in told[-1]) is (refused_for in (None, "it waits for a person"))
     begun_here = len(list((tmp_path / "state-north").rglob("ledger.db"))) - 1
     assert begun_here == (refused_for is None)
     if refused_for in ("its signature", "it has ended"):

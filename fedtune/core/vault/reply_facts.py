@@ -57,13 +57,15 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         if (number := _round(request)) is not None:
             facts["round"] = number
             where = f"round {number}" + (f" of {rounds}" if rounds else "")
-        # A refused plan begins no ledger: there would be one for each name that somebody makes up.
-        is_known = status in ("admitted", WAITING) or site.has_ledger
+        # A plan that was refused, or that waits for a person, begins no ledger: there would be one
+        # for each name that somebody makes up.
+        is_known = status == "admitted" or site.has_ledger
         if is_known and (spent := _compute_spent(study, site)) is not None:
             facts["epsilon"] = {site.site.site.name: spent.epsilon}
             if spent.fallback is not None:
                 facts["fallback"] = {site.site.site.name: spent.fallback}
-            if status in PLANNED and (planned := _compute_planned(study, site)) is not None:
+        if study.private and status in PLANNED:
+            if (planned := _compute_planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{where} ' if where else ''}{_line(facts)}"
     if status == WAITING and HELD in reason:
