@@ -23,7 +23,7 @@ from scipy.stats import binom, chi2, norm  # type: ignore[import-untyped]
 from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
 
-FALSE_ALARM, MISSED = 1e-5, 1e-3
+FALSE_ALARM, MISSED = 1e-5, 1e-5
 
 
 def fewest(enough: Callable[[int], bool], least: int = 1) -> int:
