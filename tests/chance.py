@@ -57,7 +57,7 @@ def draws_of_mean(shift: float, figures: int = 1) -> int:
     """Return the draws whose mean tells a shift, in standard deviations of one draw.
 
     >>> draws_of_mean(0.1)
-    5637
+    7538
     """
     return math.ceil(((deviations(figures) + norm.isf(MISSED)) / abs(shift)) ** 2)
 
@@ -96,7 +96,7 @@ def spread_for(*factors: float, figures: int = 1) -> Spread:
 
     >>> test = spread_for(0.99, 1.01)
     >>> test.draws, test.holds(1.005), test.holds(0.99), test.missed(1.01) <= MISSED
-    (284672, True, False, True)
+    (380928, True, False, True)
     """
 
     def enough(draws: int) -> bool:
@@ -156,7 +156,7 @@ def count_for(rate: float, *others: float, figures: int = 1) -> Count:
     """Return the test of the fewest trials that tells a rate from each of `others`.
 
     >>> count_for(0.5, 0.6)
-    Count(trials=1408, low=621, high=787)
+    Count(trials=1872, low=841, high=1031)
     """
 
     def enough(trials: int) -> bool:
