@@ -48,8 +48,8 @@ from fedtune.core.data.records import unit_member
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger import chain
-from fedtune.core.ledger.files import OUTBOX, LedgerError
 from fedtune.core.ledger.entries import samples_first
+from fedtune.core.ledger.files import OUTBOX, LedgerError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
 from fedtune.core.secagg.draw import FOLDER as DRAWS
