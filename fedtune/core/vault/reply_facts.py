@@ -64,9 +64,9 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
             facts["epsilon"] = {site.site.site.name: spent.epsilon}
             if spent.fallback is not None:
                 facts["fallback"] = {site.site.site.name: spent.fallback}
-        if study.private and status in PLANNED:
-            if (planned := _compute_planned(study, site)) is not None:
-                facts["planned"] = {site.site.site.name: planned}
+        planned = _compute_planned(study, site) if status in PLANNED else None
+        if planned is not None:
+            facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{where} ' if where else ''}{_line(facts)}"
     if status == WAITING and HELD in reason:
         facts["text"] += f": `fedtune let-go {place.site}`"
@@ -150,8 +150,10 @@ def _compute_spent(study: Study, site: SiteWorker) -> _Spent | None:
 
 def _compute_planned(study: Study, site: SiteWorker) -> float | None:
     """Compute the ε that the whole plan costs at this site or, if the study has no last round, the
-    lifetime ε of a unit. Return None if the plan does not fit the site's declared size, or has more
-    steps than the site's policy allows."""
+    lifetime ε of a unit. Return None for a study without privacy, and if the plan does not fit the
+    site's declared size, or has more steps than the site's policy allows."""
+    if not study.private:
+        return None
     try:
         plan = compute_within_limits(study, site.site)
     except FedtuneError:  # the plan fits no site of this size, and the reply says so
