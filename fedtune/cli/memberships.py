@@ -322,6 +322,11 @@ def _show_adoption(made: Adoption, site: Path) -> None:
                 f"what was paid for its dataset {dataset} counts against every dataset of the "
                 f"hospital, as {charged}: which patients paid for it cannot be told any more"
             )
+    if made.restored:
+        typer.echo(
+            f"{made.restored} charges that a restore of its ledger had entered count against every "
+            "dataset of the hospital, and against patients who come later"
+        )
     for path in made.receipts:
         typer.echo(f"a new receipt for a patient who had withdrawn: {path}")
     typer.echo(

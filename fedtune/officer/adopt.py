@@ -48,7 +48,7 @@ from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import check_private
-from fedtune.core.ledger.entries import slot_of
+from fedtune.core.ledger.entries import EVERY, slot_of
 from fedtune.core.ledger.files import (
     ASKED,
     DATABASE,
@@ -101,7 +101,9 @@ class Adoption:
     - charges: how many charges of a later site were entered now
     - datasets: each dataset's name in the site file → its name in hospital.toml
     - charged: each dataset's name in the site file → the name under which its charges count
-    - receipts: the new receipts of patients who had withdrawn"""
+    - receipts: the new receipts of patients who had withdrawn
+    - restored: how many of the later site's charges a restore had entered; they count against every
+      dataset of the hospital"""
 
     home: Path
     name: str
@@ -112,6 +114,7 @@ class Adoption:
     datasets: dict[str, str] = field(default_factory=dict)
     charged: dict[str, str] = field(default_factory=dict)
     receipts: list[Path] = field(default_factory=list)
+    restored: int = 0
 
 
 def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ()) -> Adoption:
@@ -404,7 +407,10 @@ def _adopt_later(
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)
     _take_away(state)
-    return Adoption(home, name, copy, site_copy, False, entered, datasets, charged, receipts)
+    restored = sum(one.dataset == EVERY for one in earlier)
+    return Adoption(
+        home, name, copy, site_copy, False, entered, datasets, charged, receipts, restored
+    )
 
 
 def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str, str]:

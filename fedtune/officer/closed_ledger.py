@@ -57,7 +57,7 @@ class Closed:
         arrive later: among them may be one whose earlier arrival the restore lost."""
         listed = list[Earlier]()
         for spent in self._account.spent():
-            charge = replace(spent.charge, membership=membership)
+            charge = replace(spent.charge, membership=membership, adopted=True)
             if spent.kind == "restore":
                 listed.append(Earlier(EVERY, charge, spent.adapter))
                 continue

@@ -105,7 +105,7 @@ def test_what_a_later_site_spent_is_in_the_total_of_an_independent_accountant(wo
     book.verify()
     paid = book.charges("records")
     assert [c.membership for c in paid] == [""] * 3 + ["onco"] * 5
-    assert [replace(c, membership="") for c in paid[3:]] == spent
+    assert [replace(c, membership="", adopted=False) for c in paid[3:]] == spent
     policy = load_site(world / "onco.toml").policy
     total = budget("records", book.spending("records"), policy)
     every = exact_epsilon(paid, 2 * DELTA)
@@ -151,12 +151,13 @@ def test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers(w
         s for s in Ledger.restore(book.folder, world / "backup").spending() if s.kind == "restore"
     ]
     adopt_first(world)
-    adopt_second(world)
+    made = adopt_second(world)
     home = Ledger(world / "home")
     entered = [s.charge for s in home.spending() if s.charge.membership == "onco"]
     assert len(entered) == 6 + len(restored) and restored
     assert {s.charge.study for s in home.unknown("records", "patient")} >= {"old"}
-    lost = [replace(s.charge, membership="onco") for s in restored]
+    assert made.restored == len(restored)
+    lost = [replace(s.charge, membership="onco", adopted=True) for s in restored]
     assert home.newcomer("records") == lost
 
 
@@ -248,7 +249,7 @@ def _check_whole(folder: Path, name: str, least: list[Charge]) -> None:
         return
     home = Ledger(folder / "home")
     home.verify()
-    paid = [replace(charge, membership="") for charge in home.charges("records")]
+    paid = [replace(charge, membership="", adopted=False) for charge in home.charges("records")]
     assert all(charge in paid for charge in least)
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.core.config import PolicyTable
+from fedtune.core.config.site import ShareTable
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.dp.plan import DpPlan
@@ -69,7 +70,7 @@ def test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed() -> N
         return Budget(POLICY, PLAN, charges).total(0).epsilon
 
     def of(membership: str, what: Charge, order: float) -> Charge:
-        return replace(what, membership=membership, order=order)
+        return replace(what, membership=membership, order=order, adopted=membership == "onco")
 
     def at(order: float, samples_first: bool = True) -> float:
         events = [plain.event, other.event]
@@ -80,7 +81,7 @@ def test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed() -> N
     for home, adopted in ((low, high), (high, low)):
         charges = of("cardio", plain, home), of("onco", other, adopted)
         assert total(*charges) == at(high)
-        alone = [replace(one, membership="cardio") for one in charges]
+        alone = [replace(one, membership="cardio", adopted=False) for one in charges]
         assert total(*alone) == at(home, samples_first=False)
         shown = spending.budget("records", [spent(one) for one in charges], POLICY)
         assert shown.epsilon == at(high)
@@ -164,6 +165,27 @@ def test_review_says_what_a_plan_of_almost_no_epsilon_leaves_to_other_studies() 
         assert (after < 0.01) == bool(_beside_others(budget, after))
     (line,) = _beside_others(budget, after)
     assert "other noise" in line and f"ε = {rounded_up(budget.beside_others(1).epsilon)}" in line
+
+
+@pytest.mark.parametrize("who", ["north", "south"])
+def test_what_was_checked_is_what_the_ledger_then_says(who: str) -> None:
+    """Also if another membership pays for the first sampled step: its later charges are no first
+    ones. A membership of almost no share could else shut another out."""
+    first = replace(charge(STUDY, 1, []), membership="north")
+    checked = Budget(LATER, TINY, [first]).total(1).epsilon
+    paid = [first, replace(charge(TINY, 1, [first]), membership=who)]
+    assert spending.budget("records", [spent(one) for one in paid], LATER).epsilon == checked
+    assert Budget(LATER, STUDY, paid).total(1).epsilon < 7.7
+
+
+def test_a_changed_ceiling_does_not_show_that_another_membership_paid_before() -> None:
+    ceilings = {"max_epsilon": 20.0, "max_fallback_epsilon": 20.0, "max_delta": 1e-3}
+    names = {"membership": "south", "memberships": ("north", "south"), "disjoint_from": {}}
+    sizes = {"declared_size": 100, "max_rounds": 100, "earlier": False}
+    hospital = ShareTable.model_validate(ceilings | names | sizes)
+    policy = LATER.model_copy(update={"hospital": hospital})
+    north = replace(charge(STUDY, 1, []), membership="north")
+    assert north.order != Budget(policy, STUDY, [north]).order == Budget(policy, STUDY, []).order
 
 
 def test_the_order_of_the_first_charge_stays_when_the_ceiling_is_changed() -> None:

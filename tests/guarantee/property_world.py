@@ -48,7 +48,7 @@ from fedtune.core.data.records import unit_member
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger import chain
-from fedtune.core.ledger.entries import samples_first
+from fedtune.core.ledger.entries import orders_of, samples_first
 from fedtune.core.ledger.files import OUTBOX, LedgerError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
@@ -443,8 +443,8 @@ class World:
             charges = ledger.charges(name)
             if any(charge.unit == "patient" for charge in charges):
                 events = [getattr(charge, what) for charge in charges]
-                order, sampled = charges[0].order, samples_first(charges)
-                found.append(total_epsilon(events, order, 1e-4, sampled).epsilon)
+                orders, sampled = orders_of(charges), samples_first(charges)
+                found.append(total_epsilon(events, orders, 1e-4, sampled).epsilon)
         return max(found, default=math.inf)
 
     # ------------------------------------------------------------------------------- its files

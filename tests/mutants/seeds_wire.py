@@ -157,17 +157,24 @@ ENCODING_MUTANTS = (
 GUARANTEE_MUTANTS = (
     _one(
         "filter", "the-order-follows-the-plan", BUDGET,
-        "        if self.charges:\n", "        if not self.plan:\n",
+        "return own[0].order if own else best_order", "return best_order",
         "tests/dp/test_budget.py::"
         "test_the_order_of_the_first_charge_stays_when_the_ceiling_is_changed",
         "the filter's order is chosen after results were seen",
     ),
     _one(
         "filter", "a-plan-chooses-the-order", BUDGET,
-        "return best_order(self.policy.ceiling, self.policy.delta)",
-        "return best_order(self.policy.ceiling, self.policy.delta) + 1 - self.plan.sampling_rate",
+        "if own else best_order(self.policy.ceiling, self.policy.delta)",
+        "if own else best_order(self.policy.ceiling, self.policy.delta) + self.plan.sampling_rate",
         "tests/dp/test_budget.py::test_the_order_follows_from_the_policy_and_never_from_a_plan",
         "a plan of almost no ε makes every later study expensive",
+    ),
+    _one(
+        "filter", "another-membership-fixes-the-order", BUDGET,
+        "own = self.share.charges", "own = self.charges",
+        "tests/dp/test_budget.py::"
+        "test_a_changed_ceiling_does_not_show_that_another_membership_paid_before",
+        "a membership tells from its own ε that another one paid before",
     ),
     _one(
         "filter", "both-filters-get-all-of-delta", "fedtune/core/dp/filter.py",
@@ -177,8 +184,7 @@ GUARANTEE_MUTANTS = (
     ),
     _one(
         "ledger", "an-adopted-ledger-began-unsampled", "fedtune/core/ledger/entries.py",
-        "    return any(charge.sampling_rate < 1 for charge in first) or not first\n",
-        "    return not first or first[0].sampling_rate < 1\n",
+        "        if not first or charge.adopted:\n", "        if not first:\n",
         "tests/dp/test_budget.py::"
         "test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed",
         "a ledger that began with a sampled study is taken for one that did not",

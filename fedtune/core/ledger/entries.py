@@ -65,7 +65,9 @@ class Charge:
       charged)
     - sites, colluding: n and t of secure aggregation. If at most t of the n sites collude, every
       sum that anybody opens has the noise of n - t sites. 1 and 0 without secure aggregation
-    - membership: which of a hospital's memberships paid; "" at a site that has its own ledger"""
+    - membership: which of a hospital's memberships paid; "" at a site that has its own ledger
+    - adopted: whether the charge was made in another ledger, which the hospital's home adopted: its
+      entry here may then be later than entries of charges that were made after it"""
 
     study: str  # plan digest
     name: str
@@ -82,6 +84,7 @@ class Charge:
     sites: int = 1
     colluding: int = 0
     membership: str = ""
+    adopted: bool = False
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
@@ -95,9 +98,12 @@ class Charge:
     def fields(self) -> dict[str, Any]:
         """Return the charge as a dict of a ledger entry's fields, without the membership, which the
         entry holds in a field of its own. Without secure aggregation `sites` and `colluding` are
-        left out, so that the entry has the same fields as in earlier releases."""
+        left out, and `adopted` is unless it is true, so that the entry has the same fields as in
+        earlier releases."""
         fields = asdict(self)
         del fields["membership"]
+        if not self.adopted:
+            del fields["adopted"]
         if self.sites == 1:
             del fields["sites"], fields["colluding"]
         return fields
@@ -129,27 +135,28 @@ class Charge:
 
 
 def orders_of(charges: Iterable[Charge]) -> tuple[float, ...]:
-    """Return the Rényi orders at which the privacy filter composes charges: the order of each
-    membership's first charge, sorted; (2.0,) without charges, where the order does not matter.
-
-    Usually it is one order, since every charge takes that of the dataset's first. A ledger that was
-    adopted has fixed an order of its own, and perhaps before the hospital's: the hospital's may
-    then have been chosen when results were known. charges: in the ledger's order."""
+    """Return the Rényi orders at which the privacy filter composes charges, sorted: the order that
+    the first charge fixed; (2.0,) without charges, where the order does not matter. A ledger that
+    was adopted had fixed an order of its own, and perhaps before the hospital's: the hospital's may
+    then have been chosen when results were known, so both are returned. charges: in the ledger's
+    order."""
     return tuple(sorted({charge.order for charge in _first_charges(charges)})) or (2.0,)
 
 
 def samples_first(charges: Iterable[Charge]) -> bool:
-    """Return whether the first step that was charged sampled, or may have: whether the first charge
-    of some membership has q < 1; True without charges. `core.dp.filter.total_epsilon` asks for it.
-    charges: in the ledger's order."""
+    """Return whether the first step that was charged sampled (q < 1), or may have; True without
+    charges. `core.dp.filter.total_epsilon` asks for it. charges: in the ledger's order."""
     first = _first_charges(charges)
     return any(charge.sampling_rate < 1 for charge in first) or not first
 
 
 def _first_charges(charges: Iterable[Charge]) -> list[Charge]:
+    """List the charges of which one was made before all others: the first in the ledger, and the
+    first of each ledger that was adopted."""
     first = dict[str, Charge]()
     for charge in charges:
-        first.setdefault(charge.membership, charge)
+        if not first or charge.adopted:
+            first.setdefault(charge.membership, charge)
     return list(first.values())
 
 

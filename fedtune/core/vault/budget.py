@@ -51,12 +51,12 @@ class Budget:
 
     @property
     def order(self) -> float:
-        """The Rényi order that the privacy filter uses. The dataset's first charge fixes it, before
-        any result is known. It follows from the site's ceiling and δ, never from a plan
-        (`core.dp.filter`)."""
-        if self.charges:
-            return self.charges[0].order
-        return best_order(self.policy.ceiling, self.policy.delta)
+        """The Rényi order that a charge of this plan has. It follows from the site's ceiling and δ,
+        never from a plan (`core.dp.filter`). The first charge fixes it, before any result is known;
+        in a hospital's home the membership's own first charge, so that a ceiling which was changed
+        after another membership's charges does not show that there were any."""
+        own = self.share.charges
+        return own[0].order if own else best_order(self.policy.ceiling, self.policy.delta)
 
     def total(self, ahead: int) -> Total:
         """Compute the dataset's ε after its charges and `ahead` more steps of the plan, at δ = 2 ·
