@@ -89,7 +89,7 @@ def test_by_default_a_void_attempt_fits_whatever_happens(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"colluding": 4}, "--colluding 4.*there are 5"),
+        ({"colluding": 4}, "--colluding 4.*the study has 5"),
         ({"role": "site", "data": ()}, "--colluding is for the coordinator"),
     ],
 )

@@ -315,7 +315,7 @@ def test_a_person_says_that_a_lost_ledger_is_of_no_use_any_more(world: Path) -> 
     join(world, "cardio")
     home = world / "cardio-state"
     kept = run("memberships", home, "--forget", world / "cardio-state")
-    assert kept.exit_code == 2 and "no other home" in kept.output  # its ledger is there
+    assert kept.exit_code == 2 and "no note about another home" in kept.output  # its ledger is there
     unmount(home)
     done = run("memberships", home, "--forget", home, "--json")
     assert json.loads(done.stdout)["forgot"] == [str(home)]
@@ -526,7 +526,7 @@ def test_a_dead_home_is_forgotten_by_a_person_and_that_is_entered(world: Path) -
     with pytest.raises(ConfigError):
         join(world, "cardio")
     again = run("memberships", world / "home", "--forget", world / "notes.jsonl")
-    assert again.exit_code == 2 and "no other home" in again.output
+    assert again.exit_code == 2 and "no note about another home" in again.output
 
 
 def test_notes_that_cannot_be_kept_keep_nobody_out(
@@ -544,6 +544,6 @@ def test_notes_that_cannot_be_kept_keep_nobody_out(
 
 
 def test_a_place_that_nobody_knows_is_not_forgotten(world: Path) -> None:
-    with pytest.raises(InputError, match="no other home"):
+    with pytest.raises(InputError, match="no note about another home"):
         known_homes.forget(str(world / "notes.jsonl"), world / "home")
     assert Ledger(world / "cardio-state").head.seq > 0

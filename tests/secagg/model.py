@@ -380,8 +380,8 @@ def _epsilon(events: tuple[Any, ...], delta: float) -> float:
 
 
 @cache
-def _total(events: tuple[Any, ...], order: float, delta: float) -> Any:
-    return TOTAL(list(events), order, delta)
+def _total(events: tuple[Any, ...], *rest: Any) -> Any:
+    return TOTAL(list(events), *rest)
 
 
 def remembered(known: Any) -> Any:
