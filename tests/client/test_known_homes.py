@@ -315,7 +315,7 @@ def test_a_person_says_that_a_lost_ledger_is_of_no_use_any_more(world: Path) -> 
     join(world, "cardio")
     home = world / "cardio-state"
     kept = run("memberships", home, "--forget", world / "cardio-state")
-    assert kept.exit_code == 2 and "no note about another home" in kept.output  # its ledger is there
+    assert kept.exit_code == 2 and "no note about another home" in kept.output  # it is there
     unmount(home)
     done = run("memberships", home, "--forget", home, "--json")
     assert json.loads(done.stdout)["forgot"] == [str(home)]
