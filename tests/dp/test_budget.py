@@ -18,7 +18,7 @@ from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded, Refused
 from fedtune.core.ledger import spending
-from fedtune.core.ledger.entries import Charge, Spent
+from fedtune.core.ledger.entries import EVERY, Charge, Spent, orders_of, samples_first
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.budget import Budget
@@ -165,6 +165,22 @@ def test_review_says_what_a_plan_of_almost_no_epsilon_leaves_to_other_studies() 
         assert (after < 0.01) == bool(_beside_others(budget, after))
     (line,) = _beside_others(budget, after)
     assert "other noise" in line and f"ε = {rounded_up(budget.beside_others(1).epsilon)}" in line
+
+
+def test_an_entry_that_does_not_say_whether_it_was_adopted_may_have_been() -> None:
+    """As of an earlier release, or of a restore."""
+    north = replace(charge(STUDY, 1, []), membership="north", order=4.0)
+    sampled = replace(charge(TINY, 1, []), membership="south", order=9.0)
+    for adopted in (True, False):
+        fields = replace(sampled, adopted=adopted).fields()
+        later = Charge.read(fields, "south")
+        assert later == replace(sampled, adopted=adopted)
+        assert orders_of([north, later]) == ((4.0, 9.0) if adopted else (4.0,))
+        assert samples_first([north, later]) is adopted
+        del fields["adopted"]
+        assert samples_first([north, Charge.read(fields, "south")])
+    assert samples_first([north, Charge.read(charge(STUDY, 1, []).fields(), EVERY)])
+    assert not samples_first([charge(STUDY, 1, []), charge(TINY, 1, [])])
 
 
 @pytest.mark.parametrize("who", ["north", "south"])

@@ -66,8 +66,8 @@ class Charge:
     - sites, colluding: n and t of secure aggregation. If at most t of the n sites collude, every
       sum that anybody opens has the noise of n - t sites. 1 and 0 without secure aggregation
     - membership: which of a hospital's memberships paid; "" at a site that has its own ledger
-    - adopted: whether the charge was made in another ledger, which the hospital's home adopted: its
-      entry here may then be later than entries of charges that were made after it"""
+    - adopted: whether the charge was made in another ledger, which the hospital's home adopted, or
+      may have been: its entry here may be later than entries of charges that were made after it"""
 
     study: str  # plan digest
     name: str
@@ -89,20 +89,21 @@ class Charge:
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
         """Build a charge from the fields of a ledger entry. An entry without `rules` was written
-        before that field existed, and gets version 1.
+        before that field existed, and gets version 1. An entry of a membership without `adopted`,
+        from an earlier release or of a restore, may be of an adopted ledger.
 
         - fields: the fields by name, as `fields` returns them
         - membership: the membership that the entry names; "" if it names none"""
-        return cls(**{"rules": 1, "membership": membership, **fields})
+        return cls(**{"rules": 1, "membership": membership, "adopted": bool(membership), **fields})
 
     def fields(self) -> dict[str, Any]:
         """Return the charge as a dict of a ledger entry's fields, without the membership, which the
         entry holds in a field of its own. Without secure aggregation `sites` and `colluding` are
-        left out, and `adopted` is unless it is true, so that the entry has the same fields as in
-        earlier releases."""
+        left out, and outside a hospital's home `adopted`, so that the entry has the same fields as
+        in earlier releases."""
         fields = asdict(self)
         del fields["membership"]
-        if not self.adopted:
+        if not self.membership:
             del fields["adopted"]
         if self.sites == 1:
             del fields["sites"], fields["colluding"]
@@ -144,10 +145,12 @@ def orders_of(charges: Iterable[Charge]) -> tuple[float, ...]:
 
 
 def samples_first(charges: Iterable[Charge]) -> bool:
-    """Return whether the first step that was charged sampled (q < 1), or may have; True without
-    charges. `core.dp.filter.total_epsilon` asks for it. charges: in the ledger's order."""
+    """Return whether the first step that was charged sampled (q < 1), or may have, as where a
+    restore does not know it; True without charges. `core.dp.filter.total_epsilon` asks for it.
+    charges: in the ledger's order."""
     first = _first_charges(charges)
-    return any(charge.sampling_rate < 1 for charge in first) or not first
+    may = (charge.sampling_rate < 1 or charge.membership == EVERY for charge in first)
+    return any(may) or not first
 
 
 def _first_charges(charges: Iterable[Charge]) -> list[Charge]:
