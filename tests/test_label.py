@@ -222,6 +222,16 @@ def test_a_run_without_privacy_neither_writes_nor_judges(tmp_path: Path, tiny_ba
             use(str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("template", ["no place", "{text} {text}"])
+def test_a_template_without_one_place_for_the_prompt_is_refused(
+    tmp_path: Path, model: LoadedModel, template: str
+) -> None:
+    out, settings = tmp_path / "out.jsonl", replace(FAST, template=template)
+    with pytest.raises(ConfigError, match=r"\{text\} exactly once"):
+        write_preferences(records(tmp_path), out, model, VerdictJudge(model), settings)
+    assert not out.exists()
+
+
 def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: LoadedModel) -> None:
     out = tmp_path / "out.jsonl"
     tight = LabelSettings(new_tokens=250, max_length=251)

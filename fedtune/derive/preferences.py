@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedtune.core.config import DataFile
+from fedtune.core.config.study import holds_prompt_once
 from fedtune.core.data import chat
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.records import Record, read_records, table_of
@@ -147,7 +148,7 @@ def prompt_template(writer: LoadedModel) -> str | None:
     text = str(chat.render(tokenizer, turn, tokenize=False, add_generation_prompt=True))
     if tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(tokenizer.bos_token)  # it is put in front in any case
-    return text if text.count("{text}") == 1 else None
+    return text if holds_prompt_once(text) else None
 
 
 def write_preferences(
@@ -181,7 +182,7 @@ def write_preferences(
         raise ConfigError("the file names no prompt", f"{table}.columns.prompt, or --column prompt")
     if out.suffix != ".jsonl":
         raise InputError(f"{out}: unsupported suffix", ".jsonl")
-    if settings.template is not None and settings.template.count("{text}") != 1:
+    if settings.template is not None and not holds_prompt_once(settings.template):
         raise ConfigError(
             "the template around a prompt does not hold {text} exactly once",
             "{text} once, in the prompt's place",

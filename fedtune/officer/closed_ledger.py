@@ -3,7 +3,7 @@ the hospital's ledger can enter its charges (`Ledger.enter_earlier`).
 
 A doubtful charge counts against more datasets or units, never against fewer:
 | in the old ledger                                      | in the hospital's ledger               |
-| a charge that a restore entered, against every dataset | counts against every dataset and cohort |
+| a charge that a restore entered, against every dataset | counts against all, at any time        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
 Errors: Refused if a person froze the ledger; LedgerError."""

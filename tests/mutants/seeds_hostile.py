@@ -162,8 +162,7 @@ MUTANTS = (
     ),
     _one(
         "hostile", "a-template-repeats-the-prompt", "fedtune/core/config/study.py",
-        'template is not None and template.count("{text}") != 1',
-        'template is not None and "{text}" not in template',
+        'return template.count("{text}") == 1', 'return "{text}" in template',
         "tests/test_config.py::test_a_template_holds_the_prompt_once",
         "a plan makes each note 2,000 times as long, and a site reads for hours before it charges",
     ),

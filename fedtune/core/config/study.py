@@ -131,6 +131,11 @@ class LoraTable(Table):
         return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
 
 
+def holds_prompt_once(template: str) -> bool:
+    """Return whether a template has one place for a prompt, {text}."""
+    return template.count("{text}") == 1
+
+
 class ObjectiveTable(Table):
     """A study's loss, and how a record becomes tokens."""
 
@@ -159,7 +164,7 @@ class ObjectiveTable(Table):
     def _check_template(cls, template: str | None) -> str | None:
         # A prompt that is put in many times takes minutes and gigabytes to tokenise, and a site
         # reads records before it charges for a round.
-        if template is not None and template.count("{text}") != 1:
+        if template is not None and not holds_prompt_once(template):
             raise ValueError("must hold {text} exactly once, in the prompt's place")
         return template
 

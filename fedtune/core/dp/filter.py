@@ -55,9 +55,9 @@ def best_order(epsilon: float, delta: float) -> float:
     per dataset, before any result is released, and store the order.
 
     If `epsilon` is so small that no order leaves a budget, return the order at which the least
-    divergence is missing. The Rényi filter then admits nothing, but `total_epsilon` may still admit
-    charges for which it needs no Rényi filter. Errors: ValueError when epsilon or delta is out of
-    range."""
+    divergence is missing per unit of order. The Rényi filter then admits nothing, but
+    `total_epsilon` may still admit charges by another filter. Errors: ValueError when epsilon or
+    delta is out of range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
     return float(max(ORDERS, key=lambda order: budget(epsilon, order, delta) / order))

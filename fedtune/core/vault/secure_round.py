@@ -97,7 +97,8 @@ def mask_sum(
 
     In the Update the masked words are named VALUES, and its `said` has the set's digest as "set".
     Guarantee: the words leave for one set only, which the ledger's entry fixes under the write
-    lock. In this set at least strategy.min_sites sites are this site or are pinned in policy.peers.
+    lock, and only if at least strategy.min_sites of its sites are this one or pinned in
+    policy.peers.
     Errors: Unprepared, PolicyRefused, LedgerError; Void if the attempt is over for this site."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     try:
