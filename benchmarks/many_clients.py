@@ -4,10 +4,10 @@ with its courier, its vault and its Flower SuperNode, over TLS on loopback.
     python -m benchmarks.many_clients [--sites 10 30 100] [--rounds 4] [--out runs/bench]
 
 The base is tiny, so that a round is what the deployment costs. Clients are started one after
-another; before each the memory that is left is looked at, and a size that would not fit is listed
-with how far it came. Per size: a round's seconds as the coordinator reports them, the processor
-time that its programs took in a round, their memory, and a site's memory, shared pages divided by
-those who share them (PSS). Writes OUT/many_clients.md and .json after each size."""
+another; before each the memory that is left is looked at, swap included, and a size that would not
+fit is listed with how far it came. Per size: a round's seconds as the coordinator reports them, the
+processor time that its programs took in a round, their memory, and a site's memory, shared pages
+divided by those who share them (PSS). Writes OUT/many_clients.md and .json after each size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedtune.flower.ports import free_port
 from tests.conftest import tiny_llama
 from tests.network import kit
 
-LEFT = 2048  # MiB that a machine keeps for itself
+LEFT = 2048  # MiB, with swap, that a machine keeps for itself
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -41,6 +41,11 @@ def figure(path: str, key: str) -> float:
             if line.startswith(key + ":"):
                 return int(line.split()[1]) / 1024
     return 0.0
+
+
+def memory_left() -> float:
+    """MiB that programs can still be given, swap included."""
+    return sum(figure("/proc/meminfo", key) for key in ("MemAvailable", "SwapFree"))
 
 
 def processor(pids: Iterable[int]) -> float:
@@ -72,7 +77,7 @@ def row(base: str, sites: int, rounds: int, root: Path) -> dict[str, Any]:
         began = time.monotonic()
         clients: list[Any] = []
         for name in names:
-            if figure("/proc/meminfo", "MemAvailable") < LEFT:
+            if memory_left() < LEFT:
                 return {"sites": sites, "started": len(clients), "note": "memory ended"}
             made.join(name)
             clients.append(made.client(name, "--once"))

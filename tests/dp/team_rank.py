@@ -40,9 +40,8 @@ def zeros(dimension: int) -> Any:
     return gradients
 
 
-def engine(base: str, each_alone: bool) -> UnitGradientEngine:
-    """The shipped engine over generated patients; each_alone: a micro-batch is one record, so that
-    no row's rounding depends on who is beside it."""
+def engine(base: str) -> UnitGradientEngine:
+    """The shipped engine over generated patients."""
     from fedtune.core.bases.find import find_base
     from fedtune.core.config import LoraTable
     from fedtune.core.models.cache import CachedDataset
@@ -52,10 +51,7 @@ def engine(base: str, each_alone: bool) -> UnitGradientEngine:
 
     lora = LoraTable(rank=4, alpha=8.0, modules=("q_proj", "gate_proj"), last_layers=2)
     network = Network(find_base(base), torch.float32, lora, labels=0)
-    made = UnitGradientEngine(CachedDataset(network, records(SIZES)), CausalLM())
-    if each_alone:
-        made._max_rows = 1
-    return made
+    return UnitGradientEngine(CachedDataset(network, records(SIZES)), CausalLM())
 
 
 def gradients_of(header: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
@@ -66,7 +62,7 @@ def gradients_of(header: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
     if header["rows"] == "given":  # computed elsewhere: the share of rank 1, row by row
         matrix = tensors[1]
         return lambda rows: iter([Chunk(rows, [matrix])] if rows else [])
-    return engine(header["base"], header["rows"] == "engine, each alone")
+    return engine(header["base"])
 
 
 def main(place: str) -> NoReturn:
