@@ -317,11 +317,10 @@ def _show_adoption(made: Adoption, site: Path) -> None:
         if old != new:
             typer.echo(f"its dataset {old} is called {new} here")
     for dataset, charged in made.charged.items():
-        if "/" in charged:
-            typer.echo(
-                f"what was paid for its dataset {dataset} counts against every dataset of the "
-                f"hospital, as {charged}: which patients paid for it cannot be told any more"
-            )
+        typer.echo(
+            f"what was paid for its dataset {dataset} counts against every dataset of the "
+            f"hospital, as {charged}: some of its patients may be in others by now"
+        )
     if made.restored:
         typer.echo(
             f"{made.restored} charges that a restore of its ledger had entered count against every "

@@ -13,9 +13,8 @@ step leaves every ledger whole, and running the command again repeats no step th
 Meanwhile no other process can write to the old ledger. Its anchor, the signed head, is removed
 first, so that a process which waited for the ledger is refused.
 | of the site                           | what becomes of it                                       |
-| patients no longer in its files       | the hospital's ledger does not know them; what their     |
-|                                       | dataset paid counts against every dataset of the         |
-|                                       | hospital                                                 |
+| what a later site paid                | counts against every dataset of the hospital, whether    |
+|                                       | or not its patients are still in its files               |
 | signed plans, accepted charges        | a person signs and accepts them anew                     |
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
@@ -29,7 +28,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +37,7 @@ from fedtune.core.config import Site, SiteData, load_site
 from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData, share_in
 from fedtune.core.config.load import load_hospital
 from fedtune.core.config.site import HomeTable
-from fedtune.core.data.identity import every_member, identities
+from fedtune.core.data.identity import identities
 from fedtune.core.data.records import read_file, unit_member
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
@@ -146,9 +145,8 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
                 return _adopt_first(home, site, site_file, name, old)
         _check_no_copy(home, site, book)
         _check_nothing_waits(site, book)
-        members = {table.name: every_member(table) for table in _tables(site)}
         with closed(book) as old:
-            return _adopt_later(home, site, site_file, name, old, members, withdrawn)
+            return _adopt_later(home, site, site_file, name, old, withdrawn)
 
 
 def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
@@ -338,7 +336,6 @@ def _adopt_later(
     site_file: Path,
     name: str,
     old: Closed,
-    members: Mapping[str, set[bytes]],
     withdrawn: Sequence[str],
 ) -> Adoption:
     """Enter a site's charges and withdrawals in the ledger of a home that has one already, and make
@@ -349,8 +346,6 @@ def _adopt_later(
     - site_file: the absolute path of that file, which is replaced
     - name: the name of the membership
     - old: the site's own ledger, to which no other process can write meanwhile
-    - members: each dataset's name in the site file → the identities of all its patients and
-      records, as `every_member` returns them
     - withdrawn: keys of patients who withdrew from this site and have no record there any more"""
     state, before_it = site.site.state, (home / FILE).read_text(encoding="utf-8")
     text, hospital = before_it, load_hospital_text(home, before_it)
@@ -367,11 +362,10 @@ def _adopt_later(
     if there is None:
         text += write_membership(name, site_file)
     hospital = load_hospital_text(home, text)
-    apart = _list_apart(hospital, book.datasets)
-    charged = {  # under a name that no dataset can have: against every dataset
+    # Under a name that no dataset can have, so that they count against every dataset. Whether they
+    # need not would follow from who is still in the files.
+    charged = {
         dataset: f"{name}/{datasets.get(dataset, dataset)}"
-        if _is_in_doubt(dataset, old, members) or datasets[dataset] in apart
-        else datasets[dataset]
         for dataset in sorted({*old.datasets, *datasets})
     }
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
@@ -429,34 +423,6 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
         free = (table.name, f"{name}-{table.name}"[:64], *(f"{name[:59]}-{n}" for n in range(1000)))
         names[table.name] = at[0] if at else next(each for each in free if each not in taken)
     return names
-
-
-def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
-    """Return the hospital's names of the datasets that are declared disjoint from a dataset which
-    the hospital's ledger knows. What they paid at the site must count against every dataset: if a
-    patient is in both of two disjoint datasets, only one of them pays for the patient, and so far
-    the site's ledger and the hospital's each chose one without knowing of the other.
-
-    hospital: the content of hospital.toml. known: the datasets of the hospital's ledger."""
-    datasets = hospital.datasets
-    pairs = {(one, other) for one in datasets for other in datasets[one].disjoint_from}
-    pairs |= {(other, one) for one, other in pairs}
-    return {one for one, other in pairs if other in known}
-
-
-def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -> bool:
-    """Return whether nobody can tell any more which patients paid for a dataset. That is so if no
-    table of it is left, if its charges counted against a disjoint dataset too, or if it had
-    patients or records that its files no longer hold. These may come back as newcomers or in
-    another dataset.
-
-    - dataset: the dataset's name in the site file
-    - old: the site's own ledger
-    - members: each dataset's name in the site file → the identities of all patients and records in
-      its files"""
-    if dataset not in members:
-        return True
-    return not (old.is_whole(dataset, members[dataset]) and old.is_apart_from_start(dataset))
 
 
 def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:

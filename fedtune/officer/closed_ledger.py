@@ -10,11 +10,10 @@ Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from fedtune.core.ledger.chain import Transaction
 from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
@@ -30,8 +29,8 @@ class Closed:
     - stored: (study, round, adapter) of each update that was released, and may be sent again
     - path_of: returns the path at which the update of such a triple is stored"""
 
-    def __init__(self, ledger: Ledger, reader: Transaction) -> None:
-        self._ledger, self._reader, self._account = ledger, reader, ledger._account
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._account = ledger, ledger._account
         self.head = ledger._store.head
         self.refused = frozenset(self._account.refused)
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
@@ -67,27 +66,13 @@ class Closed:
             listed.append(Earlier(names[spent.dataset], charge, adapter, sha256))
         return listed
 
-    def is_apart_from_start(self, dataset: str) -> bool:
-        """Return whether `dataset` and the datasets that are declared disjoint from it were charged
-        separately from the start: no charge counts against `dataset` and against one of them
-        too."""
-        apart = self._account.apart_since
-        return not any(since for pair, since in apart.items() if dataset in pair)
-
-    def is_whole(self, dataset: str, members: Collection[bytes]) -> bool:
-        """Return whether `members` hold every patient and record that the dataset ever had.
-        members: the identities of patients and records, as `core.data.identity.every_member`
-        returns them."""
-        known = {self._ledger._salt_member(member) for member in members}
-        return self._reader.hashes(dataset) <= known
-
 
 @contextmanager
 def closed(ledger: Ledger) -> Iterator[Closed]:
     """A context manager that keeps every other process from writing to a ledger while its block
     runs, and yields what the ledger holds. The block must not call the ledger's own methods.
     Errors: Refused if a person froze it; LedgerError."""
-    with ledger._store.writing() as reader:
+    with ledger._store.writing():
         if ledger._account.frozen:
             raise frozen(ledger.folder, "adopted")
-        yield Closed(ledger, reader)
+        yield Closed(ledger)

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedtune.core.config import load_site
-from fedtune.core.data.identity import every_member
+from fedtune.core.data.identity import identities
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.ledger.audit_log import AuditLog
@@ -59,7 +59,7 @@ def spend(file: Path, rounds: int, sigma: float = 8.0, withdrawn: Sequence[str] 
     site = load_site(file)
     ledger, log = Ledger(site.home), StepLog(site.home / "steps.jsonl")
     data, study = site.data, "sha256:" + f"{rounds:02x}" * 32
-    ledger.declare(data.name, data.disjoint_from, "content", every_member(data))
+    ledger.declare(data.name, data.disjoint_from, "content", set().union(*identities(data)))
     for round_ in range(rounds):
         charge = replace(CHARGE, study=study, round=round_, noise_multiplier=sigma)
         number = ledger.reserve(data.name, charge, "adapter", lambda charges: None)

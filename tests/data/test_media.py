@@ -24,9 +24,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from fedtune.core import system_calls
 from fedtune.core.config import Columns, DataFile, Site, SiteData
 from fedtune.core.data import children, decoding, media
-from fedtune.core.data import identity as identity_module
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.identity import every_member, identities
+from fedtune.core.data.identity import identities
 from fedtune.core.data.records import read_file, read_records
 from fedtune.core.errors import ConfigError
 from fedtune.core.files import reading
@@ -75,40 +74,12 @@ def test_a_record_holds_its_file(tmp_path: Path) -> None:
     assert "cat" not in repr(record) and "a.png" not in repr(record)
 
 
-@pytest.mark.parametrize("twin", [False, True])
-def test_a_declared_size_of_patients_is_not_compared_with_a_number_of_records(
-    tmp_path: Path,
-    running: dict[str, media.Decoder],
-    monkeypatch: pytest.MonkeyPatch,
-    twin: bool,
-) -> None:
-    """Three patients with four files each, where three are declared: nobody is told to declare
-    more. The twin compares them."""
-    for number in range(12):
-        image(tmp_path / f"{number}.png", number)
-    of_patients(tmp_path, [(str(number % 3), f"{number}.png") for number in range(12)])
-    columns = Columns(image="image", label="label", patient="who")
-    data = SiteData(path=tmp_path / "data.jsonl", columns=columns)
-    data._declared_size = 3
-    if twin:
-        monkeypatch.setattr(identity_module, "count_children", lambda rows, declared: declared)
-    declared = list[int]()
-
-    def decoder(kind: str, size: int) -> Any:
-        declared.append(size)
-        return nullcontext(running[kind])
-
-    monkeypatch.setattr("fedtune.core.data.records.Decoder", decoder)
-    every_member(data)
-    assert declared == [3, 3 if twin else 12] and data.declared_size == 3
-
-
 def test_the_ledger_knows_a_file_by_its_own_bytes(tmp_path: Path) -> None:
     """As every release did, whatever form it keeps. (load_dataset: tests/models/test_media.py.)"""
     image(tmp_path / "a.png", 0)
     of_patients(tmp_path, [("a", "a.png")])
     columns = Columns(image="image", label="label", patient="who")
-    known = every_member(SiteData(path=tmp_path / "data.jsonl", columns=columns))
+    (known,) = identities(SiteData(path=tmp_path / "data.jsonl", columns=columns))
     assert b"media\0" + hashlib.sha256((tmp_path / "a.png").read_bytes()).digest() in known
 
 

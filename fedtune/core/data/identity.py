@@ -4,8 +4,7 @@ recognises a record in another file, dataset or format."""
 from __future__ import annotations
 
 from fedtune.core.config import SiteData
-from fedtune.core.data.children import count_children
-from fedtune.core.data.load import LONG, _row_member, _trained_member, text_members
+from fedtune.core.data.load import LONG
 from fedtune.core.data.records import Record, read_file, record_member, unit_member
 from fedtune.core.data.tokenize import _texts
 
@@ -43,25 +42,3 @@ def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
 def _media_member(file: bytes) -> bytes:
     """Return the identifier of the file with the sha256 `file`."""
     return b"media\0" + file
-
-
-def every_member(data: SiteData) -> set[bytes]:
-    """Return every identifier ("member") by which a ledger may know the records that are in a
-    dataset now, for studies that protect patients and for those that protect single records.
-    Records of patients without consent are included. Of a dataset with patients, the second reading
-    runs a number of child processes that follows from the number of rows, in doublings of the
-    declared size.
-
-    Errors: DataError, ConfigError, as in `read_records`."""
-    everybody = data.model_copy(update={"consent": None})
-    members = set[bytes]()
-    if data.columns.patient is not None:
-        read = read_file(everybody, unit="patient")
-        for record in read.records:
-            members |= {unit_member(record.unit), _trained_member(record)}
-        if data.declared_size:  # it counts patients: doubled, it counts at least all rows
-            everybody._declared_size = count_children(read.rows, data.declared_size)
-    for record in read_file(everybody, unit="record").records:
-        members |= identity_of(record, False) | text_members(record)
-        members |= {_row_member(record.unit), _trained_member(record)}
-    return members
