@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedtune.core.config import Site, Study, load_site
+from fedtune.core.config.site import SiteEvaluation
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import (
     BudgetExceeded,
@@ -329,6 +330,31 @@ def test_a_patient_in_two_disjoint_datasets_is_left_out_of_the_later_and_nothing
     trains(later, second, 1)
     assert units == [12, 12, 12, 12, 6]
     assert len(later.ledger.charges("later")) == 1
+
+
+def test_what_is_no_longer_called_disjoint_counts_with_the_next_order_of_either(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Also with that of a dataset whose own table did not say it. Twin: the statement stands."""
+    made = begun(tiny_base)
+    notes(tmp_path)
+    site = make_site(tmp_path, patient="who")
+    held_out = {"path": site.data.path, "columns": site.data.columns, "name": "held-out"}
+    apart = SiteEvaluation.model_validate(held_out | {"disjoint_from": ("records",)})
+    stated = site.model_copy(update={"evaluation": apart})
+    worker = SiteWorker(stated)
+    worker.declare(stated.data, made.study, stated)
+    worker.declare(apart, made.study, stated)
+    charge = Charge("", "a query", 1, 8.0, 1.0, 1, 1, 1.0, "patient", "first", 2.0)
+    worker.ledger.reserve("held-out", charge, "query", lambda _: None)
+    taken_back = site.model_copy(
+        update={"evaluation": apart.model_copy(update={"disjoint_from": ()})}
+    )
+    gone = site.model_copy(update={"evaluation": None})
+    for now, counted in ((stated, 0), (taken_back, 1), (gone, 1)):
+        again = SiteWorker(now)
+        again.declare(now.data, made.study, now)
+        assert len(again.ledger.charges("records")) == counted
 
 
 def test_a_withdrawn_patients_key_is_no_records(tmp_path: Path, tiny_base: Path) -> None:

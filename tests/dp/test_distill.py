@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,16 @@ from fedtune.core.data.load import load_dataset
 from fedtune.core.dp import clip
 from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models import teacher as teacher_module
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.loaded import load
 from fedtune.core.models.network import Network
-from fedtune.core.models.teacher import TeacherFunction, soft_targets_of, teacher_for
+from fedtune.core.models.teacher import (
+    TeacherFunction,
+    find_teacher,
+    soft_targets_of,
+    teacher_for,
+)
 from fedtune.core.objectives.distill import Distill, divergence
 from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
@@ -211,11 +218,13 @@ def test_a_student_like_its_teacher_has_no_loss(tmp_path: Path, text: Study) -> 
 def test_the_loss_is_the_written_out_divergence(tmp_path: Path, tiny_base: Path) -> None:
     """With every token of the vocabulary, against torch's own KL, one record at a time."""
     digest = find_base(str(tiny_base)).digest
-    options = {"temperature": 2.0, "hard": 0.25, "top": 10_000.0}
-    made = plan(tiny_base, digest, options=options)
-    network = network_of(made)
-    data = CachedDataset(network, read(tmp_path, made, rows(3), teacher_for(made)))
-    teacher = load(str(tiny_base)).model
+    made = plan(tiny_base, digest, options={"temperature": 2.0, "hard": 0.25})
+    spec = made.objective.resolved.teacher_spec
+    assert spec is not None
+    network, model = network_of(made), load(str(tiny_base))
+    teach = soft_targets_of([model], made.objective, replace(spec, top=10_000))
+    data = CachedDataset(network, read(tmp_path, made, rows(3), teach))
+    teacher = model.model
     for batch in data.batches(range(len(data.dataset.examples))):
         found = made.objective.resolved.losses(network, batch)
         for row, index in enumerate(batch.index.tolist()):
@@ -319,27 +328,80 @@ def rules(site: Path, made: Study, policy: dict[str, object]) -> list[str]:
     return [str(r) for r in refusals(made, changed, None) if "teacher" in str(r)]
 
 
-def test_a_teacher_without_privacy_is_refused_unless_declared_public(
-    tmp_path: Path, tiny_base: Path
+@pytest.mark.parametrize("privacy", ['"off"', "{ epsilon = 2.0, delta = 1e-3, unit = 'patient' }"])
+def test_a_run_teaches_only_where_a_person_lists_its_digest(
+    tmp_path: Path, tiny_base: Path, privacy: str
 ) -> None:
-    run, digest = of(tmp_path, tiny_base, '"off"')
+    """The answer is the same for a run that this machine has and for one that it has not."""
+    run, digest = of(tmp_path, tiny_base, privacy)
     base = find_base(str(tiny_base)).digest
-    made = plan(tiny_base, digest, options={"teacher": str(run)})
     site = tmp_path / "before" / "site-north.toml"
-    found = rules(site, made, {"bases": (base,)})
-    assert len(found) == 1 and 'privacy = "off"' in found[0] and "policy.teachers" in found[0]
-    assert rules(site, made, {"bases": (base,), "teachers": (digest,)}) == []
+    answers = []
+    for asked in (digest, "sha256:" + "7" * 64):
+        made = plan(tiny_base, asked, options={"teacher": str(run)})
+        (found,) = rules(site, made, {"bases": (base,)})
+        assert "policy.teachers" in found
+        answers.append(found.replace(asked, ""))
+        assert rules(site, made, {"bases": (base,), "teachers": (asked,)}) == []
+    assert len(set(answers)) == 1
 
 
 def test_a_base_that_nobody_vouches_for_is_no_teacher(tmp_path: Path, tiny_base: Path) -> None:
     lay_out(tmp_path, tiny_base, '"off"')
-    made = plan(tiny_base, find_base(str(tiny_base)).digest)
+    digest = find_base(str(tiny_base)).digest
+    made = plan(tiny_base, digest)
     found = rules(tmp_path / "site-north.toml", made, {"bases": "any"})
-    assert len(found) == 1 and "never saw these records" in found[0]
+    assert len(found) == 1 and "never saw this site's records" in found[0]
     seen = review(made, load_site(tmp_path / "site-north.toml"), Ledger(tmp_path / "state-north"))
     assert made.objective.options["digest"] in str(seen.sections)
-    vouched = {"bases": "any", "teachers": (find_base(str(tiny_base)).digest,)}
-    assert rules(tmp_path / "site-north.toml", made, vouched) == []
+    for vouched in ({"bases": "any", "teachers": (digest,)}, {"bases": (digest,)}):
+        assert rules(tmp_path / "site-north.toml", made, vouched) == []
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_no_plan_makes_a_site_load_a_teacher_before_it_is_admitted(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    """Its load would show by the time of the answer which models a hospital has."""
+    lay_out(tmp_path, tiny_base, '"off"')
+    digest = find_base(str(tiny_base)).digest
+    teachers = (digest,) if listed else ()
+    process_cache.clear("teachers")
+    asked = list[object]()
+    monkeypatch.setattr(teacher_module, "load", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr(teacher_module, "folder_of", lambda spec: asked.append(spec))
+    rules(tmp_path / "site-north.toml", plan(tiny_base, digest), {"teachers": teachers})
+    assert asked == []
+    with suppress(Exception):  # twin: what an admitted plan does
+        find_teacher(plan(tiny_base, digest).objective.resolved.teacher_spec)  # type: ignore[arg-type]
+    assert asked
+    process_cache.clear("teachers")
+
+
+def test_the_memory_of_a_records_targets_is_bounded_whatever_the_plan_says(
+    tmp_path: Path, text: Study, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of targets give what all at once give; a plan keeps 256 next tokens at most."""
+    with pytest.raises(ConfigError, match="256"):
+        _ = plan(
+            tiny_base, find_base(str(tiny_base)).digest, options={"top": 257}
+        ).objective.resolved
+    whole = read(tmp_path, text, rows(), teacher_for(text))
+    held = list[int]()
+    honest = torch.Tensor.topk
+
+    def topk(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
+        held.append(len(tensor))
+        return honest(tensor, *args, **more)
+
+    monkeypatch.setattr(teacher_module, "ROWS", 2)
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    parts = read(tmp_path, text, rows(), teacher_for(text))
+    assert max(held) == 2 and len(held) > len(parts.examples)
+    for one, other in zip(whole.examples, parts.examples, strict=True):
+        assert one.soft is not None and other.soft is not None
+        np.testing.assert_array_equal(one.soft.tokens, other.soft.tokens)
+        np.testing.assert_allclose(one.soft.logp, other.soft.logp, atol=1e-5)
 
 
 def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Path) -> None:

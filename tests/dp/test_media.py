@@ -19,6 +19,7 @@ from fedtune.core.config import LoraTable, ObjectiveTable
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.core.errors import ModelError
 from fedtune.core.models import cache
+from fedtune.core.models import cache as cache_module
 from fedtune.core.models import network as network_module
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
@@ -189,6 +190,37 @@ def test_records_of_other_tile_counts_are_in_other_batches(bases: Callable[[Make
     }
     assert {len(set(tiles)) for tiles in found} == {1} and {t[0] for t in found} == {3, 5}
     assert apart(UnitGradientEngine(data, CausalLM())) < 1e-5
+
+
+@pytest.mark.parametrize("make", [idefics3, llava, qwen2_vl])
+def test_every_product_of_few_images_has_a_number_of_rows_that_is_tried(
+    bases: Callable[[Make], Path], make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The projector's too, which has another number of rows than the tower's states and the text
+    (core/models/places.py). Twin: blocks that are chosen by text and tower's states alone."""
+    network = projecting(bases(make))
+    data = CachedDataset(network, shown(network, square=False))
+    projected = network._parts.projector
+    assert projected is not None
+    rows = list[int]()
+    projected.register_forward_hook(lambda _, __, found: rows.append(found[..., 0].numel()))
+
+    def read_block(batch: Any) -> torch.Tensor:
+        return network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+
+    def all_are_tried() -> bool:
+        rows.clear()
+        blocks = list[int]()
+        for most in range(200, 1000, 50):
+            monkeypatch.setitem(cache_module.BLOCK_POSITIONS, "cpu", most)
+            for batch, _ in data.compute_blocks(read_block, range(6)):
+                blocks.append(len(batch.prefix))
+        return all(n % 8 == 0 or block == 1 for n, block in zip(rows, blocks, strict=True))
+
+    assert all_are_tried()
+    if make is idefics3:
+        monkeypatch.setattr(Network, "projected", lambda self, tiles: 0)
+        assert not all_are_tried()
 
 
 class FirstTile(UnitGradientEngine):

@@ -35,6 +35,8 @@ class Components:
     - place: the id of the token whose embedding a projected state replaces; -1 if there is none
     - crossed: whether the text attends to the tower's states themselves
     - frames: an upper bound on P, the number of states of a file
+    - projected: P', the number of vectors of a file; 1 if it follows from the file's size, and 0
+      without a projector
     - plane: whether text positions carry an image's height and width (M-RoPE)"""
 
     text: nn.Module
@@ -44,6 +46,7 @@ class Components:
     place: int = -1
     crossed: bool = False
     frames: int = 0
+    projected: int = 0
     plane: bool = False
 
 
@@ -80,6 +83,7 @@ def parts_of(model: Any, kind: Kind) -> Components:
             projector=_Merger(merger),
             place=place,
             frames=frames,
+            projected=1,
             plane=True,
         )
     frames = (int(vision.image_size) // int(vision.patch_size)) ** 2
@@ -93,8 +97,10 @@ def parts_of(model: Any, kind: Kind) -> Components:
             ).last_hidden_state
             return states
 
+        text, projector = inner.text_model, inner.connector
+        projected = frames // int(projector.scale_factor) ** 2
         return Components(
-            inner.text_model, model.lm_head, encode_pixels, inner.connector, place, frames=frames
+            text, model.lm_head, encode_pixels, projector, place, False, frames, projected
         )
 
     def feature_layers(pixels: torch.Tensor) -> torch.Tensor:
@@ -105,7 +111,9 @@ def parts_of(model: Any, kind: Kind) -> Components:
         return torch.cat([states[:, first:] for states in chosen], dim=-1)
 
     text, projector = inner.language_model, inner.multi_modal_projector
-    return Components(text, model.lm_head, feature_layers, projector, place, frames=frames)
+    if model.config.vision_feature_select_strategy != "default":
+        frames += 1  # the class's state, if the tower has one
+    return Components(text, model.lm_head, feature_layers, projector, place, False, frames, frames)
 
 
 class _Merger(nn.Module):

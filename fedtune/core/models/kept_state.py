@@ -117,7 +117,7 @@ def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) 
 
     held = network.states
     try:
-        check_order(network.base.name, network.modules, read, lengths)
+        check_order(f"the base {network.base.digest}", network.modules, read, lengths)
     finally:
         network.states = held
 

@@ -74,10 +74,21 @@ class LoadedModel:
 
         - passages: their token ids
         - at: for each passage, the positions in it"""
-        weight = self._inner.lm_head.weight
         for states, places in zip(self._states(passages)[0], at, strict=True):
-            chosen = states[torch.from_numpy(places)]
-            yield torch.log_softmax((chosen @ weight.T).float(), dim=1)
+            yield self._next_token_logp(states[torch.from_numpy(places)])
+
+    @torch.no_grad()
+    def next_tokens_by_block(
+        self, ids: np.ndarray, at: np.ndarray, rows: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield what `next_tokens` returns, (n, V), in blocks of at most `rows` of its rows. One
+        block is held at a time; without positions it is empty."""
+        yield from map(
+            self._next_token_logp, self._states([ids])[0][0][torch.from_numpy(at)].split(rows)
+        )
+
+    def _next_token_logp(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax((states @ self._inner.lm_head.weight.T).float(), dim=1)
 
     @torch.no_grad()
     def scores(self, ids: np.ndarray) -> torch.Tensor:

@@ -152,7 +152,7 @@ class Network:
         before = describe_state(self._backbone)
         found = cut(self._backbone, lora)
         if not before.items() <= describe_state(self._backbone).items():
-            raise build_refusal(self.base.name, "the first text changed its state")
+            raise build_refusal(f"the base {self.base.digest}", "the first text changed its state")
         return found
 
     @cached_property
@@ -224,6 +224,11 @@ class Network:
         """Return how many states the tower (the base's frozen encoder of images or audio) gives for
         a file of `tiles` tiles; 0 without a tower."""
         return self._parts.frames * tiles
+
+    def projected(self, tiles: int) -> int:
+        """Return how many vectors the projector makes of a file of `tiles` tiles; 0 without a
+        projector."""
+        return self._parts.projected * tiles
 
     def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
         """Return whether this parameter belongs to a trained projector. In the projector's layers a

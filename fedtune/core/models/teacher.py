@@ -7,7 +7,7 @@ Reference: Hinton et al. 2015, "Distilling the knowledge in a neural network", s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -21,12 +21,13 @@ from fedtune.core.data.dataset import NO_TARGET, Example, SoftTargets
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.records import Record
 from fedtune.core.data.tokenize import passage_of
-from fedtune.core.errors import ConfigError
+from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.models.kept_state import check_order, order_of
 from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.registry import process_cache
 
+ROWS = 256  # positions whose probabilities over the vocabulary are held at once
 TeacherFunction = Callable[[Record, Example], SoftTargets]
 
 # The lengths of generated texts of which a teacher kept nothing, by teacher.
@@ -70,26 +71,42 @@ def soft_targets_of(
         _check(model, labels)
 
     def teach(record: Record, example: Example) -> SoftTargets:
-        per_teacher = [_log_probabilities(model, record, example, labels) for model in models]
-        logps = torch.stack([torch.log_softmax(x / spec.temperature, dim=1) for x in per_teacher])
-        mean = torch.logsumexp(logps, dim=0) - math.log(len(models))
-        if labels:
-            tokens = torch.arange(len(labels)).expand_as(mean)
-        else:
-            mean, tokens = mean.topk(min(spec.top, mean.shape[1]), dim=1)
-        return SoftTargets(tokens.numpy().astype(np.int32), mean.numpy().astype(np.float32))
+        blocks = zip(*(_log_probabilities(m, record, example, labels) for m in models), strict=True)
+        parts = [_mean_of_likeliest(block, spec, kept=len(labels)) for block in blocks]
+        tokens, mean = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        return SoftTargets(tokens.astype(np.int32), mean.astype(np.float32))
 
     return teach
+
+
+def _mean_of_likeliest(
+    logps: Sequence[torch.Tensor], spec: Teacher, kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the mean of the probabilities that several teachers give each outcome, and return the
+    likeliest outcomes and the logarithms of these means, both (n, k).
+
+    - logps: what each teacher says of n targets, (n, outcomes), up to a constant for each target
+    - spec: the temperature and, if `kept` is 0, k
+    - kept: the number of all outcomes if all are returned, in their own order; else 0"""
+    scaled = torch.stack([torch.log_softmax(x / spec.temperature, dim=1) for x in logps])
+    mean = torch.logsumexp(scaled, dim=0) - math.log(len(logps))
+    if kept:
+        return torch.arange(kept).expand_as(mean), mean
+    mean, tokens = mean.topk(min(spec.top, mean.shape[1]), dim=1)
+    return tokens, mean
 
 
 @process_cache.cached("teachers")
 def find_teacher(spec: Teacher) -> LoadedModel:
     """Load the teacher, which is found by its digest alone: among models that were named on this
     machine before, or in the cache under teachers/DIGEST. The name that the plan gives it is
-    ignored. Errors: PolicyRefused if the teacher is not on this machine; ModelError if it cannot be
-    loaded."""
+    ignored. Errors: PolicyRefused if the teacher is not on this machine; ModelError, whose text
+    names folders of this machine, if it cannot be loaded."""
     path = folder_of(spec) or base_of_plan(spec.digest, None).path
-    return load(path, spec.digest, sent=True)
+    try:
+        return load(path, spec.digest, sent=True)
+    except ConfigError as error:
+        raise ModelError(error.happened, error.expected, error.todo) from error
 
 
 def folder_of(spec: Teacher) -> Path | None:
@@ -103,12 +120,12 @@ def folder_of(spec: Teacher) -> Path | None:
 
 def _check(model: LoadedModel, labels: Sequence[str]) -> None:
     if not labels and (model.base.kind != "causal" or model.head is not None):
-        raise ConfigError(f"the teacher {model.base.name} writes no text", "a language model")
+        raise ConfigError(f"the teacher {model.digest} writes no text", "a language model")
     if labels:
         teacher_labels = model.study.objective.labels if model.study else ()
         if model.head is None or teacher_labels != tuple(labels):
             raise ConfigError(
-                f"the teacher {model.base.name} does not know objective.labels",
+                f"the teacher {model.digest} does not know objective.labels",
                 "a run of objective classify with the same labels in the same order",
             )
 
@@ -125,15 +142,16 @@ def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
     lengths = order_of(longest)
     texts = {n: draw.integers(0, size, size=n, dtype=np.int32) for n in lengths}
     read = lambda length, _: model.hidden(texts[length])  # noqa: E731
-    check_order(model.base.name, model.model, read, lengths)
+    check_order(f"the teacher {model.digest}", model.model, read, lengths)
     _checked[model].add(longest)
 
 
 def _log_probabilities(
     model: LoadedModel, record: Record, example: Example, labels: Sequence[str]
-) -> torch.Tensor:
-    """Compute what a teacher says of one record: the log-probabilities of the next token at each
-    target, (targets, V); or, with `labels`, its head's logits, (1, labels).
+) -> Iterator[torch.Tensor]:
+    """Yield what a teacher says of one record: the log-probabilities of the next token at each
+    target, in blocks (n, V) of at most ROWS targets; or, with `labels`, one block of its head's
+    logits, (1, labels).
 
     - model: the teacher
     - record: the record as read; with `labels`, its text, which the teacher tokenises itself
@@ -149,6 +167,7 @@ def _log_probabilities(
     if len(ids) > model.room:
         raise Rejected("too long")
     if labels:
-        return model.scores(ids)[None]
+        yield model.scores(ids)[None]
+        return
     at = np.flatnonzero(example.target_ids != NO_TARGET)
-    return model.next_tokens(ids, at)
+    yield from model.next_tokens_by_block(ids, at, ROWS)

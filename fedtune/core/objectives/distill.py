@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once
+MOST_KEPT = 256  # next tokens of the teacher at a target, so that a record's targets take 2 kB each
 LEAST = 1e-6  # least probability of all other outcomes together
 
 
@@ -32,8 +33,8 @@ class Distill(Objective):
     clipping of the student's gradients would bound that.
 
     hard: weight of the usual loss on the record's own answer; top: how many of the teacher's
-    likeliest next tokens are used at each target. References: Hinton et al. 2015, section 2 (T²);
-    Kim and Rush 2016, section 3."""
+    likeliest next tokens are used at each target, at most 256.
+    References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
 
     teacher: str = ""
     digest: str = ""
@@ -47,7 +48,7 @@ class Distill(Objective):
         require(is_digest, "digest", "the teacher's, as `fedtune models verify` prints it")
         require(0.01 <= self.temperature <= 100, "temperature", "a number from 0.01 to 100")
         require(0 <= self.hard < 1, "hard", "at least 0 and below 1")
-        require(self.top >= 2, "top", "at least 2")
+        require(2 <= self.top <= MOST_KEPT, "top", f"a whole number from 2 to {MOST_KEPT}")
 
     @property
     def record_format(self) -> RecordFormat:

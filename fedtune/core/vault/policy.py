@@ -298,26 +298,22 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Yield a refusal if the study has a teacher (a model that sets each record's target) that may
-    have been trained on this site's records without noise."""
+    """Yield a refusal if the study has a teacher (a model that sets each record's target) for which
+    no person at this site vouches: it may have been trained on the records without noise. Only
+    digests are compared. Whether the model is on this machine is looked up once the plan is
+    signed, so no plan can ask which models a hospital has."""
     spec = study.objective.resolved.teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
-    from fedtune.core.models.teacher import find_teacher
-
-    teacher = find_teacher(spec)
     trusted = BASES if policy.bases == "any" else policy.bases  # "any" does not extend to teachers
-    if teacher.base.digest not in trusted:
+    if spec.digest not in trusted:
         yield PolicyRefused(
-            f"nothing says that the teacher's base {teacher.base.digest} never saw these records",
-            "its digest in policy.bases, or the teacher's in policy.teachers",
-        )
-    if teacher.study is not None and not teacher.study.private:
-        yield PolicyRefused(
-            'the teacher is a run with privacy = "off": if it saw these records, every target '
-            "would depend on every one of them",
-            "a base, or a run that was trained under (ε, δ)",
-            "if it never saw a private record, list its digest in policy.teachers",
+            f"nothing says that the teacher {spec.digest} never saw this site's records, or saw "
+            "them only through noise",
+            "its digest in policy.teachers or, if it is a base, in policy.bases",
+            "a person at this site who knows how it was trained lists its digest in "
+            "policy.teachers; if it was fitted to the records without noise, every target would "
+            "depend on every one of them",
         )
 
 

@@ -278,20 +278,22 @@ class SiteWorker:
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
         """Enter two facts about a dataset in the ledger, before its charges are read: its cohort,
-        and the datasets with which it shares no patient (from which it is disjoint). In a
-        hospital's home, enter the second fact for every other dataset in the ledger too, since the
-        vault that charges it may not be running now.
+        and the datasets with which it shares no patient (from which it is disjoint). Enter the
+        second fact for every other dataset in the ledger too, as site.toml or, in a home,
+        hospital.toml has it now: its own charge may be far off, or never come.
 
         - data: the table of site.toml that names the dataset
         - study: the study that will charge it, for its unit
         - site: the settings of this site, with the policy that its file has now
 
         Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown."""
+        tables = [table for table in (site.data, site.evaluation) if table]
+        apart = {table.name: table.disjoint_from for table in tables}
         if site.policy.hospital:
             apart = site.policy.hospital.disjoint_from
-            for other in {*self.ledger.datasets} - {data.name}:
-                # A dataset that hospital.toml no longer lists is disjoint from none.
-                self.ledger.declare(other, apart.get(other, ()))
+        for other in sorted({*self.ledger.datasets} - {data.name}):
+            # A dataset that is no longer listed is disjoint from none.
+            self.ledger.declare(other, apart.get(other, ()))
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
