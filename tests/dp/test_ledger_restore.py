@@ -127,6 +127,9 @@ def test_a_restored_ledger_charges_at_least_what_was_spent(
     assert covers(total(restored), truth)
     assert Ledger(folder).charges("notes") == restored.charges("notes")
     restored.verify()
+    if restored.frozen:  # no first entry says that the salt is the ledger's
+        assert backed_up == "none"
+        restored.lift("an officer", "nobody withdrew")
     restored.declare("notes", [], "sha256:0", [b"ann", b"bob"])
     before = total(restored)
     run_round(restored, 5)
@@ -141,8 +144,8 @@ def test_a_restore_is_no_more_than_needed_where_the_records_are_there(
     run_round(ledger, 2)
     lose(folder, "ledger.db")
     restored = Ledger.restore(folder, tmp_path / "backup")
-    # Two entries were lost: the step log explains one, the other is charged as a round.
-    assert total(restored) == {1.0: 12}
+    # Two entries were lost, a charge and a release: the step log explains the charge.
+    assert total(restored) == {1.0: 8}
 
 
 def test_a_costlier_study_that_was_lost_is_charged_at_its_own_cost(

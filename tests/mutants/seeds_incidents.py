@@ -8,6 +8,7 @@ T_FREEZE = "tests/client/test_freeze.py::"
 T_EVIDENCE = "tests/client/test_incident_evidence.py::"
 T_DISTRUST = "tests/client/test_distrust.py::"
 T_RESTORED = "tests/client/test_restored.py::"
+T_PRICES = "tests/dp/test_restore_prices.py::"
 
 # fmt: off
 MUTANTS = (
@@ -79,10 +80,35 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-new-salt-says-nothing", "fedtune/core/ledger/restore.py",
-        "        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:\n",
-        "        if False:\n",
+        "        if base.is_salt_lost:  # whoever", "        if False:  # whoever",
         T_RESTORED + "test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again",
         "a patient who withdrew is trained on again after a restore without the salt",
+    ),
+    one(
+        "incidents", "a-freeze-tells-that-somebody-withdrew", "fedtune/core/ledger/restore.py",
+        "        if base.is_salt_lost:  # whoever",
+        "        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:  # whoever",
+        T_RESTORED + "test_a_ledger_that_lost_its_salt_is_frozen_until_patients_withdrew_again",
+        "a coordinator that is told of the freeze learns that a patient of the site withdrew",
+    ),
+    one(
+        "incidents", "a-restore-prices-lost-withdrawals", "fedtune/core/ledger/restore.py",
+        "    low = max([base.seq, *(mark.head.seq for mark in counted)])\n",
+        "    low = base.seq\n",
+        T_PRICES + "test_a_restore_charges_alike_however_many_withdrew_or_arrived",
+        "from the ε after a restore a coordinator counts the patients who withdrew or arrived",
+    ),
+    one(
+        "incidents", "the-log-explains-what-it-does-not-show", "fedtune/core/ledger/restore.py",
+        "    explained = shown if anchor else Paid()\n", "    explained = shown\n",
+        T_PRICES + "test_the_step_log_explains_only_what_it_shows",
+        "rounds that a receipt counts are in no charge, since other rounds are in the step log",
+    ),
+    one(
+        "incidents", "what-a-restore-charged-is-not-counted", "fedtune/core/ledger/chain.py",
+        "        charges = body[\"charges\"]\n", "        charges = []\n",
+        T_PRICES + "test_what_an_earlier_restore_charged_is_charged_again_if_it_is_lost",
+        "a second restore forgets the rounds that the first one charged",
     ),
     one(
         "incidents", "a-salt-of-the-right-length-is-the-salt", "fedtune/core/ledger/restore.py",

@@ -3,7 +3,8 @@ are its anchor (a signed note of the newest entry), the coordinators' receipts, 
 be sent again.
 
     ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
-    ledger.head     signed (seq, hash) of the newest entry, written after the entry is on disk
+    ledger.head     signed (seq, hash) of the newest entry, and signed counts of what was charged up
+                    to it, written after the entry is on disk
     ledger.receipt  the newest heads that coordinators countersigned
     site.key, salt  this site's key (Ed25519) and the salt of the member hashes; 0600
     outbox/         updates that may be sent again
@@ -14,6 +15,7 @@ deleted, reordered, torn, or rolled back behind anchor or receipt, opening raise
 | what is found              | what it means, and what follows                                     |
 |----------------------------|---------------------------------------------------------------------|
 | anchor behind the entries  | a crash between the two writes: repaired                            |
+| anchor without the counts  | an older release wrote it: they are added                           |
 | entries behind the anchor  | rolled back: LedgerError                                            |
 | no ledger, but its traces  | LedgerError, unless its first creation was interrupted              |
 | receipts were taken away   | LedgerError                                                         |
@@ -46,14 +48,16 @@ from fedtune.core.ledger.files import (
     SALT,
     Head,
     LedgerError,
+    Mark,
     NewerLedger,
     NoRoom,
+    Paid,
     ReceiptLog,
     prepare,
-    read_head,
+    read_anchor,
     read_receipts,
     salt_at,
-    signed_head,
+    state,
 )
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
@@ -79,6 +83,17 @@ class Entry(NamedTuple):
     kind: str
     body: dict[str, Any]
     hash: str
+
+
+def paid_by(kind: str, body: Mapping[str, Any]) -> Paid:
+    """Return what an entry charges. Two kinds charge: "reserve", for a round or for one charge of
+    an adopted ledger, and "restore", for all that a restore had to charge. kind, body: the
+    entry's."""
+    charges = [body["charge"]] if kind == "reserve" else []
+    if kind == "restore":
+        charges = body["charges"]
+    noised = sum(charge["steps"] for charge in charges if charge["noise_multiplier"] > 0)
+    return Paid(noised, sum(charge["noise_multiplier"] <= 0 for charge in charges))
 
 
 def entry_hash(prev: str, kind: str, body: bytes) -> str:
@@ -228,6 +243,7 @@ class Database:
         self._fold = fold
         self._mutex = threading.RLock()
         self._head: Head | None = None
+        self._paid = Paid()  # what all entries up to `_head` charge
         self._gaps: list[tuple[int, int]] = []  # lost entries that a restore charged for
         self._settled: set[Head] = set()  # heads of a lost branch, likewise
         with named(folder):
@@ -304,12 +320,13 @@ class Database:
                 self._settled |= {Head(*pair) for pair in entry.body["settled"]}
             try:
                 self._fold(entry)
+                paid = self._paid.plus(paid_by(entry.kind, entry.body))
             except (TypeError, KeyError) as error:
                 raise LedgerError(
                     f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",
                     todo="use the version of fedtune that wrote it, or a newer one",
                 ) from None
-            self._head = head
+            self._head, self._paid = head, paid
         if last is None:
             raise _build_damaged_error(self.path, "entries were taken out")
         check_signature(self.path, self.key.public, *last)
@@ -328,26 +345,26 @@ class Database:
     def _check_anchor(self, connection: sqlite3.Connection) -> None:
         path, head = self.folder / HEAD, self.head
         if path.exists():
-            anchor = read_head(path, self.key.public)
+            anchor = read_anchor(path, self.key.public)
             if anchor is None:
                 raise LedgerError(
                     f"{path}: cut short, edited, or signed by another key", todo=RESTORE
                 )
-            if anchor == head:
+            if anchor == Mark(head, self._paid):
                 return
-            if not self.knows(connection, anchor):
+            if not self.knows(connection, anchor.head):
                 raise LedgerError(
-                    f"{self.path}: rolled back: {HEAD} names entry {anchor.seq}, which is not in "
-                    f"it (newest: {head.seq})",
+                    f"{self.path}: rolled back: {HEAD} names entry {anchor.head.seq}, which is not "
+                    f"in it (newest: {head.seq})",
                     todo=RESTORE,
                 )
         elif head.seq > 0 or not (self.folder / NEW).exists():
             raise LedgerError(f"{path}: missing", todo=RESTORE)
-        replace(path, canonical(self.statement(head)), private=True)
+        replace(path, canonical(self.statement()), private=True)
 
-    def statement(self, head: Head) -> dict[str, Any]:
-        signature = self.key.sign(signed_head(*head))
-        return {"seq": head.seq, "hash": head.hash, "signature": signature}
+    def statement(self) -> dict[str, Any]:
+        """Return the signed statement of the newest entry, and of what was charged up to it."""
+        return state(self.key, self.head, self._paid)
 
     def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
         """Return whether the entry `head` is accounted for: either the ledger has it, or it was

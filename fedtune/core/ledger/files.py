@@ -1,7 +1,8 @@
 """Sign and read the plain files of a ledger: the anchor (which names the newest entry), the
 coordinators' receipts and the salt.
 
-Guarantee: a head (number and hash of an entry) that this site's key did not sign is never returned.
+Guarantee: a head (number and hash of an entry) that this site's key did not sign is never returned,
+nor is a count of charges (`Paid`) that it did not sign, or did not encrypt in a token.
 Errors: LedgerError; OSError, which `chain.named` turns into a LedgerError.
 """
 
@@ -62,10 +63,55 @@ class Head(NamedTuple):
     hash: str
 
 
+class Paid(NamedTuple):
+    """What all charges up to an entry amount to. Both counts follow from plans alone, unlike the
+    number of entries, which also counts withdrawals, arrivals and declarations.
+
+    - steps: the noised steps of all charges with noise
+    - bare: the number of charges without noise (σ = 0); that of an exhausted budget is one"""
+
+    steps: int = 0
+    bare: int = 0
+
+    def plus(self, other: Paid) -> Paid:
+        return Paid(self.steps + other.steps, self.bare + other.bare)
+
+    def beyond(self, earlier: Paid) -> Paid | None:
+        """Return what was charged after `earlier`; None if `earlier` is not a part of this."""
+        more = Paid(self.steps - earlier.steps, self.bare - earlier.bare)
+        return more if min(more) >= 0 else None
+
+
+class Mark(NamedTuple):
+    """A head, and what the ledger had charged up to it; None if an older release stated it."""
+
+    head: Head
+    paid: Paid | None
+
+
 def signed_head(seq: int, hash_: str) -> bytes:
     """Return the bytes that the site signs to state its newest entry, in the anchor file
     (ledger.head) and to the coordinator. seq: the entry's number; hash_: its hash."""
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
+
+
+def signed_paid(head: Head, paid: Paid) -> bytes:
+    """Return the bytes that the site signs to state what was charged up to the entry `head`. They
+    have a signature of their own, so that older releases, which do not know them, still read the
+    head."""
+    about = {"ledger_hash": head.hash, "ledger_seq": head.seq}
+    return canonical({**about, "ledger_steps": paid.steps, "ledger_bare": paid.bare})
+
+
+def state(key: SigningKey, head: Head, paid: Paid) -> dict[str, Any]:
+    """Return the signed statement of a ledger's newest entry, and of what was charged up to it: the
+    content of the anchor file. key: the ledger's signing key."""
+    return {
+        **head._asdict(),
+        "signature": key.sign(signed_head(*head)),
+        **paid._asdict(),
+        "paid_signature": key.sign(signed_paid(head, paid)),
+    }
 
 
 def head_in(statement: Any, public: str) -> Head | None:
@@ -86,6 +132,20 @@ def head_in(statement: Any, public: str) -> Head | None:
     return None
 
 
+def paid_in(statement: Any, public: str, head: Head) -> Paid | None:
+    """Return what was charged up to the entry `head`, as a signed statement (`state`) or a row of
+    the receipts holds it. None if an older release wrote it, or if it is not signed by the key
+    `public`; a restore then counts entries, and charges no less."""
+    try:
+        paid = Paid(statement["steps"], statement["bare"])
+        if all(type(count) is int for count in paid):
+            signed = verifies(public, signed_paid(head, paid), statement["paid_signature"])
+            return paid if signed else None
+    except (ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
 def sealed_token(
     key: SigningKey, statement: dict[str, Any], audit: str = "", membership: str = ""
 ) -> str:
@@ -93,7 +153,8 @@ def sealed_token(
     hexadecimal text of constant length.
 
     - key: the ledger's signing key, from which the cipher's key is derived
-    - statement: {seq, hash, signature} of the newest entry (`Database.statement`)
+    - statement: seq, hash and signature of the newest entry, with steps and bare, which were
+      charged up to it (`Database.statement`)
     - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
     - membership: the membership of a hospital that sends the token, and alone can open it; "" for a
       site with a ledger of its own
@@ -102,7 +163,8 @@ def sealed_token(
     audit log. In clear text the sequence number would reveal to the coordinator that the data
     changed, or that a patient withdrew. The cipher is AES-256-GCM. Only the same membership opens
     the token, so that nobody can use tokens to test whether two sites are one hospital."""
-    text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
+    head = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}"
+    text = f"{head}{audit:>80}{statement['steps']:012d}{statement['bare']:012d}".encode()
     nonce = os.urandom(12)
     cipher = AESGCM(key.derive("ledger token"))
     return (nonce + cipher.encrypt(nonce, text, membership.encode() or None)).hex()
@@ -110,8 +172,9 @@ def sealed_token(
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
     """Decrypt a token that `sealed_token` made for a statement of the ledger's newest entry. Return
-    that statement and the audit log's head, as {seq, hash, signature, audit}; {} if this site did
-    not make the token, or made it for another membership.
+    that statement and the audit log's head, as {seq, hash, signature, audit, steps, bare}, without
+    the last two if an older release made the token; {} if this site did not make the token, or made
+    it for another membership.
 
     - key: the ledger's signing key
     - token: the token in hexadecimal, as it was received
@@ -123,7 +186,8 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
             raw, bound = bytes.fromhex(str(token)), membership.encode() or None
             text = cipher.decrypt(raw[:12], raw[12:], bound).decode()
             statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
-            return statement | {"audit": text[204:].strip()}
+            counts = {"steps": int(text[284:296]), "bare": int(text[296:])} if text[284:] else {}
+            return statement | {"audit": text[204:284].strip()} | counts
     return {}
 
 
@@ -131,8 +195,17 @@ def read_head(path: Path, public: str) -> Head | None:
     """Read the anchor file `path`, in which the site signed the number and hash of its ledger's
     newest entry. Return these two; None if the file is torn or edited, or if the key `public` did
     not sign it."""
+    anchor = read_anchor(path, public)
+    return anchor.head if anchor else None
+
+
+def read_anchor(path: Path, public: str) -> Mark | None:
+    """Read the anchor file `path` (`read_head`) with what was charged up to the entry that it
+    names. None if the file is torn or edited, or if the key `public` did not sign it."""
     try:
-        return head_in(json.loads(_content(path)), public)
+        content = json.loads(_content(path))
+        head = head_in(content, public)
+        return Mark(head, paid_in(content, public, head)) if head else None
     except (ValueError, RecursionError):
         return None
 
@@ -146,11 +219,27 @@ class Receipt(NamedTuple):
 
     - coordinator: which coordinator countersigned
     - head: the entry, by its number and hash
-    - signature: this site's own signature of the head"""
+    - signature: this site's own signature of the head
+    - paid: what was charged up to the head; None if an older release made the token
+    - paid_signature: this site's own signature of it; "" if `paid` is None"""
 
     coordinator: str
     head: Head
     signature: str
+    paid: Paid | None = None
+    paid_signature: str = ""
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.head, self.paid)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The receipt as it is stored, for `head_in` and `paid_in` to read."""
+        row = {"coordinator": self.coordinator, **self.head._asdict(), "signature": self.signature}
+        if self.paid is None:
+            return row
+        return {**row, **self.paid._asdict(), "paid_signature": self.paid_signature}
 
 
 class ReceiptLog(NamedTuple):
@@ -181,15 +270,7 @@ class ReceiptLog(NamedTuple):
 
     @property
     def packed(self) -> bytes:
-        return canonical(
-            {
-                name: [
-                    {"coordinator": r.coordinator, **r.head._asdict(), "signature": r.signature}
-                    for r in listed
-                ]
-                for name, listed in self._asdict().items()
-            }
-        )
+        return canonical({name: [r.row for r in listed] for name, listed in self._asdict().items()})
 
 
 def read_receipts(path: Path, public: str) -> ReceiptLog | None:
@@ -205,7 +286,9 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
             for row in content[name]:
                 if (head := head_in(row, public)) is None:
                     return None
-                receipts.append(Receipt(str(row["coordinator"]), head, row["signature"]))
+                paid = paid_in(row, public, head)
+                by = row["paid_signature"] if paid else ""
+                receipts.append(Receipt(str(row["coordinator"]), head, row["signature"], paid, by))
             lists.append(tuple(receipts))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -73,6 +73,7 @@ from fedtune.core.ledger.files import (
     Head,
     LedgerError,
     NoRoom,
+    Paid,
     Receipt,
     head_in,
     newer_name,
@@ -80,6 +81,7 @@ from fedtune.core.ledger.files import (
     outbox_name,
     outbox_prefix,
     sealed_token,
+    signed_paid,
 )
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
@@ -651,7 +653,8 @@ class Ledger:
         - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
         - membership: the membership of a hospital that sends the token; "" for a site with a ledger
           of its own"""
-        statement = self._store.statement(self._read())
+        with self._store.writing():
+            statement = self._store.statement()
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
     def accept_receipt(
@@ -688,6 +691,10 @@ class Ledger:
             )
         with self._store.writing() as writer:
             new = Receipt(coordinator_public, head, str(statement["signature"]))
+            if "steps" in statement:  # signed here: the token is encrypted by this site, as a whole
+                paid = Paid(statement["steps"], statement["bare"])
+                signature = self.key.sign(signed_paid(head, paid))
+                new = new._replace(paid=paid, paid_signature=signature)
             after = writer.receipts.plus(new, self._store.knows(writer.sql, new.head))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)

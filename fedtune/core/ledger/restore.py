@@ -3,14 +3,29 @@
 Guarantee: a restored ledger charges at least what was spent.
 1. The base is the longest chain that verifies: that of the backup or that of the folder itself.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
-3. The anchor (the file that names the newest entry), receipts, or readable rows of the old database
-   may show that more entries were lost than step 2 charged for. Each entry beyond these is charged
-   as a round with the least σ and the most q (sampling rate), steps and k (rows of a unit in a
-   step) known.
+3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
+   were charged up to the entry that they name. Steps that the base lacks and that the step log does
+   not show are charged with the least σ and the most q (sampling rate) and k (rows of a unit in a
+   step) known. An entry after all of these counts by its row in the old database, if that can be
+   read; else as a round with the most steps known. So does each entry up to an anchor or a receipt
+   of an older release, which has no counts.
 | case                                                      | the charge                      |
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
-| lost entries, but no round known to price them            | exhausted                       |
-| the step log is behind the base, and entries are lost     | exhausted: both logs are damaged |
+| lost steps, but no round known to price them              | exhausted                       |
+| a lost charge without noise that the step log lacks       | exhausted                       |
+| the step log is behind the base, and charges are lost     | exhausted: both logs are damaged |
+Why step 3 counts all that was spent: two kinds of entries charge, "reserve" (a round, or a charge
+of an adopted ledger) and "restore", and the counts hold the charges of both in full. What was
+charged between the base and a later entry of its chain is the difference of their counts. Each of
+these steps is either among those that step 2 took from the log, or in the remainder, which step 3
+prices. What the log shows is taken off the count of the anchor alone, since the anchor names the
+newest entry: without it, or beside a branch that was rolled away, the log may show other steps than
+those that a receipt counts. Steps are counted in place of rounds since one charge of an earlier
+restore holds the steps of many.
+Why it charges no more for withdrawals, arrivals, declarations and signatures, which also are
+entries: a count holds none of them, so ε after a restore does not tell how many were lost. Where
+there are no counts, ε still does, and a charge of an adopted ledger that stands for several rounds
+then counts as one, if it is lost.
 Restored charges count against every dataset. The numbers of lost entries are never used again, so a
 receipt for a lost entry is recognised as charged. If the step log is complete, step 2 alone covers
 every update that left the site. If log and ledger were rolled back together, step 3 assumes that no
@@ -20,8 +35,8 @@ Withdrawals, refused answers and a freeze that the chain lacks are known to the 
 or from those rows of the old database that can still be read and that the site signed. They are
 entered in the new database before it is put in place, so that a ledger without them can never be
 opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any more,
-and the new ledger is frozen. A freeze is in the audit log before the new database is in place. The
-old database is locked during the restore.
+and the new ledger is frozen, whether or not anybody withdrew. A freeze is in the audit log before
+the new database is in place. The old database is locked during the restore.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost; NewerLedger
 where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -58,6 +73,7 @@ from fedtune.core.ledger.chain import (
     first_body,
     mark_receipts,
     named,
+    paid_by,
     signed_entry,
 )
 from fedtune.core.ledger.entries import EVERY, RULES, Charge, Freeze, Slot, Standing, slot_fields
@@ -71,11 +87,13 @@ from fedtune.core.ledger.files import (
     STEPS,
     Head,
     LedgerError,
+    Mark,
     NewerLedger,
+    Paid,
     ReceiptLog,
-    read_head,
+    read_anchor,
     read_receipts,
-    signed_head,
+    state,
 )
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
@@ -110,6 +128,14 @@ class _Base:
             if entry.kind == "restore":
                 charges += [Charge.read(charge) for charge in entry.body["charges"]]
         return charges
+
+    def paid(self, seq: int) -> Paid:
+        """Return what the chain's entries up to number `seq` charge."""
+        total = Paid()
+        for entry in self.entries:
+            if entry.seq <= seq:
+                total = total.plus(paid_by(entry.kind, entry.body))
+        return total
 
     @property
     def withdrawn(self) -> set[str]:
@@ -225,11 +251,11 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
-    anchor = read_head(folder / HEAD, key.public) if (folder / HEAD).exists() else None
-    heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor] if anchor else [])
+    anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
+    heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor.head] if anchor else [])
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     stands = _add_readable(stands, rows, key.public, base)
-    entry_body = _restore_body(folder, base, receipts, anchor, rows)
+    entry_body = _restore_body(folder, base, receipts, anchor, rows, key.public)
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -250,7 +276,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
             if (fields := slot_fields(slot)) not in base.refused:
                 writer.append("refuse", {**fields, "by": login()})
         is_frozen = base.is_frozen or stands.frozen is not None
-        if base.is_salt_lost and set(stands.withdrawn) - base.withdrawn:
+        if base.is_salt_lost:  # whoever withdrew: a coordinator sees that a site is frozen
             is_frozen, why = True, _say_salt_lost(len(stands.withdrawn))
             if stands.frozen:
                 why += f"; {stands.frozen.why}"
@@ -262,7 +288,10 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     if is_frozen:
         with suppress(NotGenuine, InfrastructureError):  # of a damaged log, which counts as one too
             AuditLog(folder, key).add("freeze", "--restore", once=1)
-    _install(folder, draft, base.salt, key, writer.head, receipts)
+    paid = base.paid(base.seq)
+    for entry in writer.pending:
+        paid = paid.plus(paid_by(entry.kind, entry.body))
+    _install(folder, draft, base.salt, canonical(state(key, writer.head, paid)), receipts)
 
 
 def _say_salt_lost(withdrawn: int) -> str:
@@ -285,13 +314,11 @@ def _add_readable(
     - base: the chain that is continued; its own entries are left out"""
     known = {entry.hash for entry in base.entries}
     withdrawn, refused, frozen = dict[str, int](), set[Slot](), None
-    for _, kind, packed, prev, hash_, signature in rows:
+    for row in rows:
         with suppress(ValueError, TypeError, AttributeError, KeyError):
-            if hash_ in known or entry_hash(prev, kind, packed) != hash_:
+            kind, hash_ = row[1], row[4]
+            if hash_ in known or (body := _signed_body(row, public)) is None:
                 continue
-            if not verifies(public, signed_entry(hash_), signature):
-                continue
-            body = json.loads(packed)
             if kind == "withdraw":
                 withdrawn[body["unit"]] = int(body.get("since", body["time"]))
             elif kind == "refuse":
@@ -302,6 +329,19 @@ def _add_readable(
     return Standing(
         withdrawn | dict(stands.withdrawn), stands.frozen or frozen, refused | {*stands.refused}
     )
+
+
+def _signed_body(row: tuple[Any, ...], public: str) -> dict[str, Any] | None:
+    """Return the body of an entry in a row (`_readable_rows`); None if the site did not sign it.
+    public: the public half (hexadecimal) of the site's key."""
+    _, kind, packed, prev, hash_, signature = row
+    with suppress(ValueError, TypeError, AttributeError):
+        if entry_hash(prev, kind, packed) != hash_:
+            return None
+        if not verifies(public, signed_entry(hash_), signature):
+            return None
+        return dict(json.loads(packed))
+    return None
 
 
 def _readable_rows(path: Path, highest: int = 0) -> list[tuple[Any, ...]]:
@@ -350,15 +390,14 @@ def _closed(path: Path) -> Iterator[None]:
 
 
 def _install(
-    folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: ReceiptLog | None
+    folder: Path, draft: Path, salt: bytes, anchor: bytes, receipts: ReceiptLog | None
 ) -> None:
     """Put the new files in place of the old ones, which are kept under another name.
 
     - folder: the ledger's folder
     - draft: the new database, a file in `folder`
     - salt: the salt by which the new database hashes members; the file is replaced if it differs
-    - key: the site's signing key, which signs the new anchor (the file that names the newest entry)
-    - head: the newest entry of the new database
+    - anchor: the content of the new anchor, the file that names the newest entry
     - receipts: the receipts in `folder`; None if they cannot be read, so that the file is set aside
 
     A restore that is killed at any point and begun again charges no less: database and anchor keep
@@ -379,8 +418,6 @@ def _install(
     sync_folder(folder)
     os.replace(draft, folder / DATABASE)
     sync_folder(folder)
-    signature = key.sign(signed_head(*head))
-    anchor = canonical({**head._asdict(), "signature": signature})
     replace(folder / HEAD, anchor, private=True)
     (folder / NEW).unlink(missing_ok=True)
 
@@ -481,35 +518,45 @@ def _restore_body(
     folder: Path,
     base: _Base,
     receipts: ReceiptLog | None,
-    anchor: Head | None,
+    anchor: Mark | None,
     rows: list[tuple[Any, ...]],
+    public: str,
 ) -> dict[str, Any]:
     """Return the body of the restore entry: which entries are lost, and the charges for them.
 
     - folder: the ledger's folder, with what is left of the step log
     - base: the chain that is continued
     - receipts: the receipts in `folder`; None if they cannot be read, which counts as no receipts
-    - anchor: the head that the anchor (the file that names the newest entry) holds; None if it is
-      missing or cannot be read
+    - anchor: what the anchor (the file that names the newest entry) holds; None if it is missing or
+      cannot be read
     - rows: the rows of the old database that can be read, as `_readable_rows` returns them
+    - public: the public half (hexadecimal) of the site's key
 
-    In the result, `lost` is the most entries that the base may lack, and `charges` are the charges
-    for them, against every dataset. The numbers after `base` and up to `highest` are never used
-    again. `settled` lists the [number, hash] of each entry that anchor or receipts name and the
-    base lacks, so that a later restore sees that it is charged."""
+    In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
+    the charges for them, against every dataset. The numbers after `base` and up to `highest` are
+    never used again. `settled` lists the [number, hash] of each entry that anchor or receipts name
+    and the base lacks, so that a later restore sees that it is charged."""
     log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
-    heads = [r.head for r in log.every] + ([anchor] if anchor else [])
+    heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     unknown = [head for head in heads if not base.holds(head)]
-    lost = _most_entries_lost(base, anchor, log, top)
-    logged_charges, log_complete = _unpaid_logged_charges(folder / STEPS, base)
+    logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
     known_charges = [
         c for c in (*base.charges, *readable, *logged_charges) if c.study != EXHAUSTED.study
     ]
+    round_steps = max([1, *(charge.steps for charge in known_charges)])
+    lost, branch = _most_lost(base, anchor, log, rows, public, round_steps)
     charges = list(logged_charges)
-    unexplained = max(0, lost - len(logged_charges))
+    # What the log shows beyond an anchor, or beside a branch, says nothing of what they hold.
+    explained = shown if anchor else Paid()
+    unexplained = max(0, lost.steps - explained.steps) + branch.steps
     counted = anchor is not None or bool(log.every)
-    if (not log_complete and (lost or not counted)) or (unexplained and not known_charges):
+    if (
+        (not log_complete and (any(lost.plus(branch)) or not counted))
+        or (unexplained and not known_charges)
+        or lost.bare > explained.bare
+        or branch.bare
+    ):
         charges.append(EXHAUSTED)
     elif unexplained:
         charges.append(_bound_charge(known_charges, unexplained))
@@ -519,35 +566,95 @@ def _restore_body(
     return {
         "base": base.seq,
         "highest": max([base.seq, top, *(head.seq for head in heads)]),
-        "lost": lost,
+        "lost_steps": lost.plus(branch).steps,
         "settled": [[*head] for head in unknown],
         "dataset": EVERY,
         "charges": [charge.fields() for charge in charges],
     }
 
 
-def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, top: int) -> int:
-    """Return an upper bound on the number of entries that the base lacks.
+def _most_lost(
+    base: _Base,
+    anchor: Mark | None,
+    receipts: ReceiptLog,
+    rows: list[tuple[Any, ...]],
+    public: str,
+    round_steps: int,
+) -> tuple[Paid, Paid]:
+    """Return two upper bounds on what lost entries charged, in noised steps and in charges without
+    noise: those that anchor, accepted receipts and rows show, and those of a branch of the chain
+    that only refused receipts show. Neither includes the other.
 
     - base: the chain that is continued
-    - anchor: the head in the file that names the newest entry; None if there is none that this site
-      signed
+    - anchor: the file that names the newest entry; None if there is none that this site signed
     - receipts: the heads that coordinators countersigned
-    - top: the highest number of an entry in the readable rows of the old database; 0 if there are
-      no such rows"""
-
-    def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
-        return head.seq - base.seq if head.seq > base.seq else head.seq
-
-    on = [r.head for r in receipts.accepted] + ([anchor] if anchor else [])
-    straight = [beyond(head) for head in on if not base.holds(head)] + [top - base.seq, 0]
+    - rows: the rows of the old database that can be read, as `_readable_rows` returns them
+    - public: the public half (hexadecimal) of the site's key
+    - round_steps: the most steps of a round, at which an entry counts that cannot be read"""
+    seen = [*(r.mark for r in receipts.accepted), *([anchor] if anchor else [])]
+    seen = [mark for mark in seen if not base.holds(mark.head)]
+    # A mark at or below the base's end is of another branch, and all of that branch may be missing.
+    own = base.paid(base.seq)
+    straight = [
+        mark
+        for mark in seen
+        if mark.head.seq > base.seq and (mark.paid is None or mark.paid.beyond(own) is not None)
+    ]
+    aside = [_since(mark, 0, Paid(), round_steps) for mark in seen if mark not in straight]
+    # What was charged up to a mark with counts is known. What was entered after it is in readable
+    # rows, or may have charged a round.
+    counted = [mark for mark in straight if mark.paid is not None]
+    low = max([base.seq, *(mark.head.seq for mark in counted)])
+    high = max([low, *(mark.head.seq for mark in straight), *(row[0] for row in rows)])
+    after = _charged_between(rows, low, high, public, round_steps)
+    known = _most([mark.paid.beyond(own) or Paid() for mark in counted if mark.paid])
     # A refused receipt is of a branch that split off after the same coordinator's last accepted
     # receipt; every entry of the branch from there on may be missing here.
     last = {r.coordinator: min(r.head.seq, base.seq) for r in receipts.accepted}
     branch = [
-        r.head.seq - last.get(r.coordinator, 0) for r in receipts.refused if not base.holds(r.head)
+        _since(r.mark, since := last.get(r.coordinator, 0), base.paid(since), round_steps)
+        for r in receipts.refused
+        if not base.holds(r.head)
     ]
-    return max(straight) + max([0, *branch])
+    return _most([known.plus(after), *aside]), _most(branch)
+
+
+def _most(counts: list[Paid]) -> Paid:
+    return Paid(
+        max([0, *(paid.steps for paid in counts)]), max([0, *(paid.bare for paid in counts)])
+    )
+
+
+def _since(mark: Mark, seq: int, paid: Paid, round_steps: int) -> Paid:
+    """Return an upper bound on what a branch charged after an entry that it has in common with the
+    base.
+
+    - mark: the branch's newest entry that is known
+    - seq, paid: that common entry's number, and what was charged up to it
+    - round_steps: the steps at which each entry counts if `mark` has no counts"""
+    if mark.paid is None:
+        return Paid((mark.head.seq - seq) * round_steps)
+    return mark.paid.beyond(paid) or mark.paid
+
+
+def _charged_between(
+    rows: list[tuple[Any, ...]], low: int, high: int, public: str, round_steps: int
+) -> Paid:
+    """Return an upper bound on what the entries after number `low` and up to `high` charged. A row
+    that the site signed counts by what it charges, and any other number as a round."""
+    paid, hashes, numbers = Paid(), set[str](), set[int]()
+    for row in rows:
+        seq, kind, *_, hash_, _ = row
+        body = _signed_body(row, public) if low < seq <= high and hash_ not in hashes else None
+        if body is None:
+            continue
+        with suppress(TypeError, KeyError):
+            paid = paid.plus(paid_by(kind, body))
+            hashes.add(hash_)
+            # The numbers that a restore skipped are those of entries that it charged for.
+            first = max(low, body["base"]) + 1 if kind == "restore" else seq
+            numbers.update(range(first, seq + 1))
+    return paid.plus(Paid((high - low - len(numbers)) * round_steps))
 
 
 def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
@@ -561,17 +668,18 @@ def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
     return charges, rows[-1][0] if rows else 0
 
 
-def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]:
-    """Compare the step log with the base's chain. Return a pair: a charge for each round that has
-    more noised steps in the log than the chain charged; and whether the log is complete, i.e.
-    exists and holds every noised step of the rounds that the chain released.
+def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid, bool]:
+    """Compare the step log with the base's chain. Return three: a charge for each round that has
+    more noised steps in the log than the chain charged; how much of what was lost the log so shows
+    (the steps beyond those that the chain charged, and the rounds without noise); and whether the
+    log is complete, i.e. exists and holds every noised step of the rounds that the chain released.
 
-    - path: the step log's file; if it cannot be read, the result is [] and False
+    - path: the step log's file; if it cannot be read, the result is [], nothing and False
     - base: the chain that is continued"""
     try:
         steps = StepLog(path).steps()
     except InfrastructureError:
-        return [], False
+        return [], Paid(), False
     ran = Counter(_charge_of_step(step) for step in steps)
     lines = Counter({_round_key(charge): count for charge, count in ran.items()})
     complete = path.exists() and not base.released - lines
@@ -584,12 +692,13 @@ def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]
         usual[charge.study] = max(usual[charge.study], count)
     names = {charge.study: charge.name for charge in base.charges}
     order = base.charges[0].order if base.charges else EXHAUSTED.order
-    charges = []
+    charges, shown = [], Paid()
     for charge, count in ran.items():
         if (more := count - paid[_round_key(charge)]) > 0:
+            shown = shown.plus(Paid(more) if charge.noise_multiplier > 0 else Paid(0, 1))
             steps_, name = max(more, usual[charge.study]), names.get(charge.study, "restored")
             charges.append(dataclasses.replace(charge, steps=steps_, name=name, order=order))
-    return charges, complete
+    return charges, shown, complete
 
 
 def _charge_of_step(step: Step) -> Charge:
@@ -616,17 +725,17 @@ def _round_key(charge: Charge) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _bound_charge(charges: list[Charge], times: int) -> Charge:
-    """Return one charge that costs at least as much as `times` rounds, whichever of `charges` each
-    of them repeats: the smallest σ, the largest q and k, and `times` times the largest number of
-    steps. (ε decreases in σ and increases in q, steps and k.)"""
+def _bound_charge(charges: list[Charge], steps: int) -> Charge:
+    """Return one charge that costs at least as much as `steps` steps, whichever of `charges` each
+    of them is of: the smallest σ, and the largest q and k. (ε decreases in σ and increases in q,
+    steps and k.)"""
     return Charge(
         study="restore",
         name="lost",
         round=0,
         noise_multiplier=min(charge.noise_multiplier for charge in charges),
         sampling_rate=max(charge.sampling_rate for charge in charges),
-        steps=times * max(charge.steps for charge in charges),
+        steps=steps,
         records=max(charge.records for charge in charges),
         max_grad_norm=max(charge.max_grad_norm for charge in charges),
         unit="any",

@@ -1,0 +1,302 @@
+"""What a restore charges for entries that were lost: the steps that were charged, and nothing for
+withdrawals and arrivals, which follow from people."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedtune.core.config import PolicyTable
+from fedtune.core.ledger import ledger as ledger_module
+from fedtune.core.ledger import restore as restore_module
+from fedtune.core.ledger.entries import EVERY, Earlier
+from fedtune.core.ledger.files import Paid, opened_token
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.spending import budget
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
+from tests.dp.ledger_kit import charge, covers, run_round, total, yes
+
+COUNTS = ("steps", "bare", "paid_signature")
+
+
+def as_of_an_older_release(folder: Path) -> None:
+    """Take the counts out of anchor and receipts, which older releases did not write."""
+    head = folder / "ledger.head"
+    kept = {k: v for k, v in json.loads(head.read_text()).items() if k not in COUNTS}
+    head.write_text(json.dumps(kept))
+    if (receipts := folder / "ledger.receipt").exists():
+        lists = json.loads(receipts.read_text())
+        rows = {n: [{k: r[k] for k in r if k not in COUNTS} for r in lists[n]] for n in lists}
+        receipts.write_text(json.dumps(rows))
+
+
+def enter(ledger: Ledger, what: str, number: int) -> None:
+    """Enter what follows from a person: a withdrawal, or the arrival of a patient."""
+    key = b"person %d" % number
+    if what == "withdraw":
+        ledger.withdraw(key)
+    else:
+        ledger.declare("notes", None, f"sha256:{number}", [key], keys=[key])
+
+
+def spent_after(folder: Path, what: str, lost: int, evidence: str) -> tuple[float, list[str]]:
+    """Restore a ledger that lost two rounds, and `lost` entries that follow from people. Return the
+    ε that counts, and the decisions that were kept."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann", b"bob"], keys=[b"ann", b"bob"])
+    coordinator = SigningKey()
+    for round_ in (1, 2):
+        run_round(ledger, round_)
+    ledger.accept_receipt(receipt(coordinator, ledger.head_statement()), coordinator.public)
+    copy = folder.with_name(f"{folder.name}-copy")
+    ledger.backup(copy)
+    early = shutil.copytree(folder, folder.with_name(f"{folder.name}-early"))
+    for round_ in (3, 4):
+        run_round(ledger, round_)
+        for number in range(lost):
+            enter(ledger, what, 10 * round_ + number)
+    if "receipt" in evidence:
+        late = receipt(coordinator, ledger.head_statement())
+        shutil.rmtree(folder)
+        shutil.copytree(early, folder)
+        with pytest.raises(LedgerError, match="the coordinator holds a receipt"):
+            Ledger(folder).accept_receipt(late, coordinator.public)
+    elif "rows" in evidence:
+        with closing(sqlite3.connect(folder / "ledger.db")) as database, database:
+            database.execute("UPDATE entries SET body = '{}' WHERE seq = (SELECT MAX(seq) FROM "
+                             "entries WHERE kind = 'reserve')")  # fmt: skip
+    else:
+        (folder / "ledger.db").unlink()
+    if "old" in evidence:
+        as_of_an_older_release(folder)
+    if "log" in evidence:
+        shutil.copy2(early / "steps.jsonl", folder)
+    restored = Ledger.restore(folder, copy)
+    assert covers(total(restored), {1.0: 16})
+    ours = restored.spending("notes")
+    return budget("notes", ours, PolicyTable(max_delta=1e-3)).epsilon, sorted(restored.withdrawn())
+
+
+def spent_by_count(tmp_path: Path, what: str, evidence: str) -> set[float]:
+    return {spent_after(tmp_path / f"{n}", what, n, evidence)[0] for n in (0, 1, 2)}
+
+
+@pytest.mark.parametrize("what", ["withdraw", "arrive"])
+@pytest.mark.parametrize(
+    "evidence",
+    ["anchor", "anchor, log rolled back", "receipt", "rows", "old anchor, rows"],
+)
+def test_a_restore_charges_alike_however_many_withdrew_or_arrived(
+    tmp_path: Path, what: str, evidence: str
+) -> None:
+    """A coordinator can read from refusals how much ε is left, and must not count people by it."""
+    assert len(spent_by_count(tmp_path, what, evidence)) == 1
+
+
+@pytest.mark.parametrize("evidence", ["old anchor", "old receipt"])
+def test_a_restore_that_counts_entries_is_caught(tmp_path: Path, evidence: str) -> None:
+    """The twin: anchor or receipt of an older release, which say only how many entries there were.
+    Nothing is charged too little, and ε tells the number of withdrawals."""
+    assert len(spent_by_count(tmp_path, "withdraw", evidence)) == 3
+
+
+def test_a_token_of_an_older_release_is_still_a_receipt(
+    used: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no counts; the audit log's head is where it was."""
+    coordinator, audit = SigningKey(), "41:" + "a" * 64
+
+    def sealed(key: SigningKey, statement: dict[str, object], audit: str, membership: str) -> str:
+        text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}"
+        nonce = bytes(12)
+        return (
+            nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text.encode(), None)
+        ).hex()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "sealed_token", sealed)
+        old = used.head_statement(audit)
+    assert "steps" not in opened_token(used.key, old["token"])
+    assert used.accept_receipt(receipt(coordinator, old), coordinator.public) == audit
+    assert opened_token(used.key, used.head_statement()["token"])["steps"] == 20
+    Ledger(used.folder).verify()
+
+
+def test_an_anchor_of_an_older_release_gets_the_counts_when_it_is_opened(used: Ledger) -> None:
+    as_of_an_older_release(used.folder)
+    run = Ledger(used.folder)
+    assert json.loads((used.folder / "ledger.head").read_text())["steps"] == 20
+    run_round(run, 6)
+    assert json.loads((used.folder / "ledger.head").read_text())["steps"] == 24
+
+
+def test_counts_that_the_site_did_not_sign_are_none(used: Ledger, tmp_path: Path) -> None:
+    """Else a flipped bit of the anchor hides rounds that were lost."""
+    used.backup(tmp_path / "copy")
+    early = (used.folder / "steps.jsonl").read_bytes()
+    run_round(used, 6)
+    head = used.folder / "ledger.head"
+    head.write_text(head.read_text().replace('"steps":24', '"steps":20'))
+    (used.folder / "ledger.db").unlink()
+    (used.folder / "steps.jsonl").write_bytes(early)
+    assert covers(total(Ledger.restore(used.folder, tmp_path / "copy")), {1.0: 24})
+
+
+def test_what_an_earlier_restore_charged_is_charged_again_if_it_is_lost(
+    used: Ledger, tmp_path: Path
+) -> None:
+    """The step log knows nothing of it: it was put back with the ledger."""
+    used.backup(tmp_path / "copy")
+    early = (used.folder / "steps.jsonl").read_bytes()
+    for round_ in range(6, 9):
+        run_round(used, round_)
+    for _ in range(2):
+        (used.folder / "ledger.db").unlink()
+        (used.folder / "steps.jsonl").write_bytes(early)
+        restored = Ledger.restore(used.folder, tmp_path / "copy")
+        assert total(restored) == {1.0: 32}
+
+
+@pytest.mark.parametrize("lost", [["ledger.db"], ["ledger.db", "ledger.head"]])
+@pytest.mark.parametrize("how", ["put back", "restored"])
+def test_the_step_log_explains_only_what_it_shows(
+    used: Ledger, tmp_path: Path, how: str, lost: list[str]
+) -> None:
+    """Rounds 6 and 7 are lost with the ledger and the step log, which then shows 8 and 9: rounds 8
+    and 9 do not pay for what a receipt counts."""
+    folder, coordinator = used.folder, SigningKey()
+    used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
+    used.backup(tmp_path / "copy")
+    early = shutil.copytree(folder, tmp_path / "early")
+    for round_ in (6, 7):
+        run_round(used, round_)
+    late = receipt(coordinator, used.head_statement())
+    if how == "put back":
+        shutil.rmtree(folder)
+        shutil.copytree(early, folder)
+        back = Ledger(folder)
+    else:
+        used.accept_receipt(late, coordinator.public)
+        (folder / "ledger.db").unlink()
+        shutil.copy2(early / "steps.jsonl", folder)
+        back = Ledger.restore(folder, tmp_path / "copy")
+    for round_ in (8, 9):
+        run_round(back, round_)
+    if how == "put back":
+        with pytest.raises(LedgerError, match="the coordinator holds a receipt"):
+            back.accept_receipt(late, coordinator.public)
+    for name in lost:
+        (folder / name).unlink()
+    assert total(Ledger.restore(folder, tmp_path / "copy")) == {1.0: 36}
+
+
+@pytest.mark.parametrize("kind", ["a round", "an exhausted restore", "an adopted charge"])
+def test_a_lost_charge_without_noise_is_no_round_with_noise(
+    used: Ledger, tmp_path: Path, kind: str
+) -> None:
+    """σ = 0 has no ε, and so has what replaces it."""
+    used.backup(tmp_path / "copy")
+    early = (used.folder / "steps.jsonl").read_bytes()
+    bare = replace(charge(6), noise_multiplier=0.0)
+    if kind == "a round":
+        used.reserve("notes", bare, "adapter 6", yes)
+    elif kind == "an adopted charge":
+        adopted = replace(restore_module.EXHAUSTED, membership="m", adopted=True)
+        used.enter_earlier("m", [Earlier(EVERY, adopted, "")], {}, [], "an officer")
+    else:
+        (used.folder / "ledger.db").unlink()
+        (used.folder / "steps.jsonl").unlink()
+        run = Ledger.restore(used.folder, tmp_path / "copy")
+        assert 0.0 not in total(run)  # nothing was lost: the anchor says so
+        run.reserve("notes", charge(6), "adapter 6", yes)
+        (used.folder / "ledger.db").unlink()
+        assert 0.0 in total(Ledger.restore(used.folder, tmp_path / "copy"))
+    (used.folder / "ledger.db").unlink()
+    (used.folder / "steps.jsonl").write_bytes(early)
+    assert 0.0 in total(Ledger.restore(used.folder, tmp_path / "copy"))
+
+
+class Site:
+    """A ledger to which anything happens in turn, with a backup and a copy of its step log."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.folder, self.chance, self.count = folder, chance, 0
+        self.ledger = Ledger(folder)
+        self.ledger.declare("notes", [], "sha256:0", [b"ann"], keys=[b"ann"])
+        run_round(self.ledger, 1)  # the costliest
+        self.back_up()
+
+    def back_up(self) -> None:
+        self.copy = self.folder.with_name(f"{self.folder.name}-copy-{self.count}")
+        self.ledger.backup(self.copy)
+        self.log = (self.folder / "steps.jsonl").read_bytes()
+
+    def act(self) -> None:
+        self.count += 1
+        sigma, steps = self.chance.choice([1.0, 2.0]), self.chance.choice([1, 3, 4])
+        one = charge(self.count + 1, sigma=sigma, steps=steps)
+        match self.chance.choice(
+            ["round", "round", "crash", "leave", "arrive", "adopt", "back up"]
+        ):
+            case "round":
+                run_round(self.ledger, self.count + 1, done=one)
+            case "crash":
+                self.ledger.reserve("notes", one, f"adapter {self.count}", yes)
+            case "leave":
+                enter(self.ledger, "withdraw", self.count)
+            case "arrive":
+                enter(self.ledger, "arrive", self.count)
+            case "adopt":
+                name = f"m{self.count}"
+                many = replace(one, study="restore", name="lost", steps=9)
+                theirs = [replace(c, membership=name, adopted=True) for c in (one, many)]
+                earlier = [Earlier("notes", theirs[0], f"a@{name}"), Earlier(EVERY, theirs[1], "")]
+                self.ledger.enter_earlier(name, earlier, {b"left": 1}, [], "an officer")
+            case "back up":
+                self.back_up()
+
+    def loses(self) -> bool:
+        """Lose the database, perhaps the newest lines of the step log, and perhaps the anchor's
+        counts. Return whether the restored ledger charges all that was charged before."""
+        before = total(self.ledger)
+        (self.folder / "ledger.db").unlink()
+        if self.chance.random() < 0.6:
+            (self.folder / "steps.jsonl").write_bytes(self.log)
+        if self.chance.random() < 0.2:
+            as_of_an_older_release(self.folder)
+        self.ledger = Ledger.restore(self.folder, self.copy)
+        return covers(total(self.ledger), before)
+
+
+def are_covered(tmp_path: Path, sites: int) -> list[bool]:
+    covered = []
+    for seed in range(sites):
+        chance = random.Random(seed)
+        site = Site(tmp_path / f"site-{seed}", chance)
+        for _ in range(3):
+            for _ in range(chance.randrange(6)):
+                site.act()
+            covered.append(site.loses())
+        site.ledger.verify()
+    return covered
+
+
+def test_whatever_happens_a_restore_charges_no_less_than_was_charged(tmp_path: Path) -> None:
+    assert all(are_covered(tmp_path, sites=16))
+
+
+def test_a_restore_that_goes_by_the_step_log_alone_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: where the step log was rolled back as well, rounds are missing."""
+    monkeypatch.setattr(restore_module, "_most_lost", lambda *_: (Paid(), Paid()))
+    assert not all(are_covered(tmp_path, sites=4))
