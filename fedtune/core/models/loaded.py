@@ -83,9 +83,9 @@ class LoadedModel:
     ) -> Iterator[torch.Tensor]:
         """Yield what `next_tokens` returns, (n, V), in blocks of at most `rows` of its rows. One
         block is held at a time; without positions it is empty."""
-        yield from map(
-            self._next_token_logp, self._states([ids])[0][0][torch.from_numpy(at)].split(rows)
-        )
+        states = self._states([ids])[0][0][torch.from_numpy(at)]
+        for start in range(0, max(1, len(states)), rows):
+            yield self._next_token_logp(states[start : start + rows])
 
     def _next_token_logp(self, states: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax((states @ self._inner.lm_head.weight.T).float(), dim=1)
