@@ -43,10 +43,16 @@ MADE_MUTANTS = (
     ),
     _one(
         26, "a-teacher-without-privacy-is-heard", "fedtune/core/vault/policy.py",
-        "if teacher.study is not None and not teacher.study.private:", "if False:",
-        "tests/dp/test_distill.py::"
-        "test_a_teacher_without_privacy_is_refused_unless_declared_public",
+        "if spec.digest not in trusted:", "if False:",
+        "tests/dp/test_distill.py::test_a_run_teaches_only_where_a_person_lists_its_digest",
         "a model that was fitted to the records sets their targets",
+    ),
+    _one(
+        26, "a-plan-chooses-a-records-memory", "fedtune/core/objectives/distill.py",
+        "2 <= self.top <= MOST_KEPT", "2 <= self.top",
+        "tests/dp/test_distill.py::"
+        "test_the_memory_of_a_records_targets_is_bounded_whatever_the_plan_says",
+        "a site is killed for lack of memory before it charges, by the number of its tokens",
     ),
     _one(
         "students", "the-students-base-hears-the-teacher", "fedtune/derive/distill.py",

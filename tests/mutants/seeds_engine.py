@@ -146,8 +146,8 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "hospital", "a-dataset-taken-out-stays-apart", "fedtune/core/vault/worker.py",
-        "for other in {*self.ledger.datasets} - {data.name}:",
-        "for other in {*apart} & {*self.ledger.datasets} - {data.name}:",
+        "for other in sorted({*self.ledger.datasets} - {data.name}):",
+        "for other in sorted({*apart} & {*self.ledger.datasets} - {data.name}):",
         "tests/client/test_disjoint_memberships.py::"
         "test_a_dataset_that_is_registered_no_more_is_apart_from_none",
         "what was paid for it counts against no other dataset",
