@@ -416,7 +416,9 @@ def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
     return [
         f"NO LAST ROUND: a round of {steps} step{'s' if steps > 1 else ''} every "
         f"{format_duration(schedule.every)}, counted from {schedule.start}, until the coordinator "
-        "stops it or this site leaves. Rounds begin by the clock, never because records arrived.",
+        "stops it or this site leaves. Rounds begin by the coordinator's clock, never because "
+        "records arrived. This site does not check the time: a coordinator may order them sooner, "
+        "within the same budget.",
         "Your records are read again before each round: whoever was added takes part from then "
         f"on. A patient takes part in at most {plan.rounds} rounds, fewer where this site's "
         "policy or other studies leave less, and is then left out for good. Nobody outside is "
