@@ -7,7 +7,7 @@ never finds more room than there is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from rich import box
@@ -31,6 +31,7 @@ from fedtune.core.ledger.spending import (
     study_lines,
 )
 from fedtune.core.registry.rounding import rounded_down, rounded_up
+from fedtune.core.vault.budget import say_told_otherwise
 from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"
@@ -42,7 +43,11 @@ MORE_MAY_FIT = (
 
 
 def ledger_view(
-    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+    ledger: Ledger,
+    dataset: str,
+    policy: PolicyTable,
+    unit: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Group:
     """Build what `fedtune ledger` prints about one dataset. It counts the dataset's own charges,
     and those of every other dataset, except charges that were made after the two were declared
@@ -50,8 +55,10 @@ def ledger_view(
 
     - policy: the site's policy, with δ, the ceilings and, if there is one, the hospital
     - unit: the site's unit, "patient" or "record"; None: state each study's ε for the unit that the
-      study had"""
-    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
+      study had
+    - columns: each dataset's column of patients, as the site's files are now; None: as last
+      declared"""
+    spent, cohorts = ledger.spending(dataset, columns), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     arrivals = any(cohort.arrival for cohort in cohorts)
     if spent:
@@ -65,7 +72,8 @@ def ledger_view(
         share = share_of(dataset, cohorts, policy)
         earlier = policy.membership if policy.hospital.earlier else ""
         parts.append(memberships_table(whose, policy.membership, share, earlier))
-    parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
+    unit = unit or (spent[0].charge.unit if spent else "")
+    parts += not_known(ledger, dataset, spent, unit, columns)
     if frozen := ledger.frozen:
         why = f": {frozen.why}" if frozen.why else ""
         parts.append(
@@ -263,13 +271,21 @@ def budget_table(total: DatasetBudget, membership: str = "") -> Table:
     return table
 
 
-def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
+def not_known(
+    ledger: Ledger,
+    dataset: str,
+    spent: Sequence[Spent],
+    unit: str,
+    columns: Mapping[str, str] | None = None,
+) -> list[str]:
     """Describe the rounds whose cost is not known for `unit`, and who accepted them, in a list of
     one text; [] if there are none.
 
     - spent: the charges of `dataset`
-    - unit: "patient" or "record", the unit for which ε is shown"""
-    rounds = [entry for entry in spent if not entry.charge.is_known_for(unit)]
+    - unit: "patient" or "record", the unit for which ε is shown
+    - columns: each dataset's column of patients, as the site's files are now; None: as last
+      declared"""
+    rounds = [entry for entry in spent if not entry.is_known_for(unit)]
     if not rounds:
         return []
     earlier = [entry for entry in rounds if entry.charge.rules < RULES]
@@ -283,16 +299,20 @@ def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -
             "trained, and whether they trained at all, could follow from other patients' records, "
             "so the ε beside them is not what it cost."
         )
-    if len(earlier) < len(rounds):
+    otherwise = [entry for entry in rounds if entry.charge.is_known_for(unit)]
+    if others := len(rounds) - len(earlier) - len(otherwise):
+        sentences.append(f"{others} were charged per another unit than the {unit}.")
+    if otherwise:
         sentences.append(
-            f"{len(rounds) - len(earlier)} were charged per another unit than the {unit}."
+            f"{say_told_otherwise(otherwise)}; if not, it may be too small. Whoever withdrew is "
+            "known by the earlier column's key: repeat `fedtune withdraw` with the new one."
         )
     for entry in ledger.accepted(dataset):
         why = f": {entry.why}" if entry.why else ""
         sentences.append(
             f"Accepted by {entry.who} on {_date(entry.time)}, up to entry {entry.upto}{why}"
         )
-    if ledger.unknown(dataset, unit):
+    if ledger.unknown(dataset, unit, columns):
         sentences.append(
             "Until somebody at this site accepts it, no round runs on this dataset: "
             f"fedtune ledger SITE --accept {dataset} --reason TEXT"

@@ -308,11 +308,12 @@ def ledger(
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
     The command reads the whole ledger and checks every signature first. Rounds of an earlier
-    release or of another unit are shown as unknown; no further study runs until somebody accepts
-    them (--accept). A freeze also holds for a client that is running, and for every membership of a
-    hospital."""
+    release, of another unit or by another column of patients are shown as unknown; no further study
+    runs until somebody accepts them (--accept). A freeze also holds for a client that is running,
+    and for every membership of a hospital."""
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
+    from fedtune.core.config.patient_columns import patient_columns
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.declared import check_acceptable
     from fedtune.core.ledger.ledger import Ledger
@@ -370,14 +371,16 @@ def ledger(
         book.backup(backup)
         typer.echo(f"copied to {backup}, without this site's private key")
     unit = "patient" if loaded.data.columns.patient else "record"
+    columns = patient_columns(loaded)
     if accept is not None:
-        check_acceptable(book, accept, unit)
+        check_acceptable(book, accept, unit, columns)
         acts.add("accept", "--accept", dataset=accept)
-        book.accept(accept, login(), reason)
+        book.accept(accept, login(), reason, columns)
     dataset = accept or loaded.data.name
-    Console().print(ledger_view(book, dataset, loaded.policy, unit))
+    about = dataset, loaded.policy, unit, columns
+    Console().print(ledger_view(book, *about))
     held = book.frozen
-    return facts(book, dataset, loaded.policy, unit) | {"frozen": asdict(held) if held else None}
+    return facts(book, *about) | {"frozen": asdict(held) if held else None}
 
 
 def withdraw(

@@ -24,6 +24,7 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
     """Return the figures of `fedtune ledger` for the site file `site_path`: the studies, the total
     ε, and the ε that remains. Return {"none": True, "ceiling": …} if there is no ledger yet."""
     from fedtune.core.config import load_site
+    from fedtune.core.config.patient_columns import patient_columns
     from fedtune.core.ledger.spending import facts
     from fedtune.homes.opening import find_ledger
 
@@ -31,7 +32,7 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
     if (ledger := find_ledger(site.site.ledger or site.home)) is None:
         return {"none": True, "ceiling": site.policy.ceiling}
     unit = "patient" if site.data.columns.patient else "record"
-    return facts(ledger, site.data.name, site.policy, unit)
+    return facts(ledger, site.data.name, site.policy, unit, patient_columns(site))
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A doubtful charge counts against more datasets or units, never against fewer:
 | a charge that a restore entered, against every dataset | counts against all, at any time        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
+| the column that told patients apart in a charge         | taken over, to be compared again       |
 Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Closed:
         arrive later: among them may be one whose earlier arrival the restore lost."""
         listed = list[Earlier]()
         for spent in self._account.spent():
-            charge = replace(spent.charge, membership=membership, adopted=True)
+            column = self._account.column_of(spent, *self._account.declared)
+            charge = replace(spent.charge, membership=membership, adopted=True, patient=column)
             if spent.kind == "restore":
                 listed.append(Earlier(EVERY, charge, spent.adapter))
                 continue

@@ -21,6 +21,7 @@ from fedtune.core.config import (
     load_study,
     study_from_json,
 )
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.dp.query import query_plan
@@ -319,7 +320,9 @@ def cost_refusals(
     - ledger: the site's ledger; None if there is none yet, so that nothing was spent"""
     refused, name = list[Refused](), site.data.name
     try:
-        check_known(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
+        columns = patient_columns(site)
+        unknown = ledger.unknown(name, study.unit, columns) if ledger else []
+        check_known(name, study.unit, unknown, at_site=True)
     except Refused as refusal:
         refused.append(refusal)
     charges = ledger.charges(site.data.name) if ledger else []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedtune.core.config.patient_columns import LONGEST
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.files.room import OF_A_ROUND, Room
 from fedtune.core.ledger.entries import Charge
@@ -127,10 +129,14 @@ def test_the_room_has_place_for_what_a_round_enters_at_most(tmp_path: Path) -> N
         slot = digest, policy.LAST_ROUND - number, adapter
         member = [f"record {number}".encode()]
         content = f"sha256:{number:064x}"
-        ledger.declare(name + "0", (name + "2",), content, member, name + "1", member)
+        columns = {name + "0": "c" * LONGEST}
+        ledger.declare(
+            name + "0", (name + "2",), content, member, name + "1", member, columns=columns
+        )
         about = (0.12345678901234567, 0.12345678901234567, 10_000, 1000, 0.12345678901234567)
         more = ("patient", name + "1", 1.2345678901234567, 2, 1000, 999)
         charge = Charge(digest, name + "3 (evaluation)", slot[1], *about, *more)
+        charge = replace(charge, patient="c" * LONGEST)
         reserved = ledger.reserve(name + "0", charge, adapter, lambda charges: None)
         ledger.release(reserved, b"update", held=True)
         ledger.let_go(slot, "w" * 64)

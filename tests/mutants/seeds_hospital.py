@@ -110,7 +110,7 @@ MUTANTS = (
     one(
         "hospital", "what-is-paid-while-records-are-read-is-not-asked-for",
         "fedtune/core/ledger/ledger.py",
-        "                permit_unknown(self._unknown(dataset, charge.unit))\n"
+        "                permit_unknown(self._unknown_for(dataset, charge))\n"
         "            self._ask_apart(permit_apart)\n            self._ask_all(permit_all)\n"
         "            return writer",
         "                pass\n            return writer",

@@ -13,6 +13,7 @@ NETWORK, SITE, ANSWERS = (
 )
 T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
+T_COLUMNS = "tests/client/test_patient_columns.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
 T_BEFORE = "tests/client/test_before_joining.py::"
 T_ERRORS = "tests/dp/test_errors.py::"
@@ -549,6 +550,34 @@ MUTANTS = (
         "return self.unit in (unit, \"any\")",
         T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",
         "an ε that was not true is composed with one that is",
+    ),
+    one(
+        35, "another-column-is-the-same-patient", "fedtune/core/ledger/entries.py",
+        "return self.charge.is_known_for(unit) and (unit == \"record\" or not "
+        "self.is_told_otherwise)",
+        "return self.charge.is_known_for(unit)",
+        T_COLUMNS + "test_an_epsilon_per_visit_is_not_taken_for_a_patients",
+        "a patient's visits were charged one by one: ε = 1.912 where 15.15 is true",
+    ),
+    one(
+        35, "an-acceptance-holds-for-any-column", "fedtune/core/ledger/entries.py",
+        "return self.upto >= spent.seq and seen == spent.patient_now",
+        "return self.upto >= spent.seq",
+        T_COLUMNS + "test_an_acceptance_holds_for_the_column_that_the_person_saw",
+        "a person who accepted something else has accepted a correction that came later",
+    ),
+    one(
+        35, "the-lock-knows-the-declared-column-alone", LEDGER,
+        "{**self._account.patients, **own}", "self._account.patients",
+        T_COLUMNS + "test_a_correction_in_a_home_holds_for_every_membership_at_once",
+        "a membership that reads by the old column pays beside one that reads by the new",
+    ),
+    one(
+        35, "new-keys-have-paid-nothing", "fedtune/core/ledger/account.py",
+        "return spent.dataset != dataset or spent.is_told_otherwise",
+        "return spent.dataset != dataset",
+        T_COLUMNS + "test_a_patient_who_arrives_under_a_new_key_has_paid_what_was_paid_before",
+        "in a study with a schedule everybody begins anew once the column is corrected",
     ),
     one(
         35, "the-site-composes-what-it-does-not-know", SITE,

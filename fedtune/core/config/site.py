@@ -281,7 +281,8 @@ class ShareTable(Table):
     - earlier: whether this membership owns the charges from before the ledger was the hospital's
     - declared_size: the hospital's declared size
     - memberships: all memberships; disk space is reserved for each beside the ledger
-    - disjoint_from: for each registered dataset, the datasets that share no patient with it"""
+    - disjoint_from: for each registered dataset, the datasets that share no patient with it
+    - patients: for each registered dataset, its column of patients; "" for none"""
 
     membership: Name
     max_epsilon: Positive
@@ -292,6 +293,7 @@ class ShareTable(Table):
     declared_size: Count
     memberships: tuple[Name, ...]
     disjoint_from: dict[Name, tuple[Name, ...]]
+    patients: dict[Name, str] = Field(default_factory=dict)
 
 
 class PolicyTable(Table):

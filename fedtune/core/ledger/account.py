@@ -7,7 +7,7 @@ after the entry was verified."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedtune.core.ledger.chain import Entry
@@ -39,6 +39,8 @@ class Account:
 
     def __init__(self) -> None:
         self.declared: dict[str, dict[str, Any]] = {}
+        self.patients: dict[str, str] = {}  # dataset -> its column of patients; "" for none
+        self.had: dict[str, list[str]] = {}  # dataset -> each column that it ever had, oldest first
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[tuple[int, Charge, int]] = []
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
@@ -67,8 +69,12 @@ class Account:
         if entry.kind == "declare":
             self._update_disjoint(entry.seq, body)
             self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
+            column = self.patients[body["dataset"]] = body.get("patient", "")
+            if column and column not in (had := self.had.setdefault(body["dataset"], [])):
+                had.append(column)
         elif entry.kind == "reserve":
-            charge = Charge.read(body["charge"], body.get("membership", ""))
+            beside = body.get("membership", ""), body.get("patient", "")
+            charge = Charge.read(body["charge"], *beside)
             out = frozenset(body.get("out", ()))
             self.reserved[entry.seq] = Reservation(
                 dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
@@ -94,7 +100,8 @@ class Account:
         elif entry.kind == "admit":
             self.admitted[body["plan"], body.get("membership", "")] = body["by"]
         elif entry.kind == "accept":
-            acceptance = Accepted(body["upto"], body["by"], body["why"], time)
+            patients = body.get("patients", {})
+            acceptance = Accepted(body["upto"], body["by"], body["why"], time, patients)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind == "freeze":
             self.frozen = Freeze(body["by"], body["why"], time)
@@ -131,11 +138,34 @@ class Account:
             if other != dataset and (other in disjoint_from or dataset in declared["disjoint_from"])
         ]
 
-    def against(self, dataset: str) -> list[Spent]:
+    def against(self, dataset: str, columns: Mapping[str, str] | None = None) -> list[Spent]:
         """List the charges that count against `dataset`, oldest first: its own, and those of every
         other dataset unless the two are declared disjoint (no patient or record in common). Of a
-        disjoint dataset those charges count that were made before it was declared so."""
-        return [spent for spent in self.spent() if self._counts(spent, dataset)]
+        disjoint dataset those charges count that were made before it was declared so. columns: the
+        column of patients of each dataset that has one now; None: as declared."""
+        now = self.patients if columns is None else columns
+        counting = (spent for spent in self.spent() if self._counts(spent, dataset))
+        return [self._with_columns(spent, dataset, now) for spent in counting]
+
+    def _with_columns(self, spent: Spent, dataset: str, now: Mapping[str, str]) -> Spent:
+        """Return a charge against `dataset` with the column of patients that it was made by, and
+        the one that counts now: that of the charge's own dataset or, if no table of the site has
+        that dataset any more, that of `dataset`. now: the column that each dataset has now."""
+        column = self.column_of(spent, dataset)
+        column_now = now.get(spent.dataset) or now.get(dataset, "")
+        return replace(spent, patient=column, patient_now=column_now) if column else spent
+
+    def column_of(self, spent: Spent, *datasets: str) -> str:
+        """Return the column that told patients apart in a charge's round, "" if none did or it is
+        not known. A charge that names none is an earlier release's: it counts as made by the first
+        column with which its dataset was declared. One of a dataset that has had no column, such as
+        a restore's, may have been made by any column of `datasets`, against which it counts. If
+        there are several, they are joined to a name that is none of them."""
+        if spent.charge.patient or spent.charge.unit == "record":
+            return spent.charge.patient
+        if own := self.had.get(spent.dataset):
+            return own[0]
+        return " or ".join(sorted({name for each in datasets for name in self.had.get(each, [])}))
 
     def _counts(self, spent: Spent, dataset: str) -> bool:
         since = self.apart_since.get(frozenset((spent.dataset, dataset)))
@@ -158,15 +188,20 @@ class Account:
 
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
         """Return whether a charge of `against` also counts against one cohort of `dataset`, i.e.
-        against units that arrived together. A charge of another dataset does. A charge of `dataset`
-        does if it was made after they arrived, by a round that did not leave them out. arrival: the
-        number of the entry with which they arrived."""
-        if spent.dataset != dataset:
+        against units that arrived together. A charge of another dataset does, and so does one by
+        another column of patients, under whose keys nobody is found again. Any other charge of
+        `dataset` does if it was made after they arrived, by a round that did not leave them out.
+        arrival: the number of the entry with which they arrived."""
+        if self._is_everybodys(spent, dataset):
             return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out
 
     def newcomer(self, dataset: str) -> list[Charge]:
-        return [spent.charge for spent in self.against(dataset) if spent.dataset != dataset]
+        spent = self.against(dataset)
+        return [each.charge for each in spent if self._is_everybodys(each, dataset)]
+
+    def _is_everybodys(self, spent: Spent, dataset: str) -> bool:
+        return spent.dataset != dataset or spent.is_told_otherwise
 
     def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
         """Update `apart_since` after a declaration of a dataset: which datasets are disjoint, and

@@ -13,7 +13,7 @@ All this is done at the site alone, before it connects. A refusal ends the site'
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from fedtune.core.errors import ConfigError, PolicyRefused
@@ -105,11 +105,14 @@ def has_to_accept(ledger: Ledger, dataset: str) -> bool:
         return bool(_not_accepted(ledger, dataset))
 
 
-def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
+def check_acceptable(
+    ledger: Ledger, dataset: str, unit: str, columns: Mapping[str, str] | None = None
+) -> None:
     """Check that a person has something to accept for `dataset`: charges whose ε for one `unit`
     ("patient" or "record") is not known, or a dataset that was declared public or generated since
-    the last acceptance. Errors: ConfigError if there is neither."""
-    if not (ledger.unknown(dataset, unit) or has_to_accept(ledger, dataset)):
+    the last acceptance. columns: each dataset's column of patients, as the site's files are now;
+    None: as last declared. Errors: ConfigError if there is neither."""
+    if not (ledger.unknown(dataset, unit, columns) or has_to_accept(ledger, dataset)):
         raise ConfigError(
             f"there is nothing to accept for dataset {dataset!r}",
             "rounds of unknown cost, or a declaration as public or generated since the last time",

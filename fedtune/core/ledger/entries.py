@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedtune.core.dp.accountant import Steps
@@ -67,7 +67,9 @@ class Charge:
       sum that anybody opens has the noise of n - t sites. 1 and 0 without secure aggregation
     - membership: which of a hospital's memberships paid; "" at a site that has its own ledger
     - adopted: whether the charge was made in another ledger, which the hospital's home adopted, or
-      may have been: its entry here may be later than entries of charges that were made after it"""
+      may have been: its entry here may be later than entries of charges that were made after it
+    - patient: the column whose values told patients apart (`patient_column`); "" for a charge per
+      record, of an earlier release or of a restore"""
 
     study: str  # plan digest
     name: str
@@ -85,24 +87,27 @@ class Charge:
     colluding: int = 0
     membership: str = ""
     adopted: bool = False
+    patient: str = ""
 
     @classmethod
-    def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
+    def read(cls, fields: Mapping[str, Any], membership: str = "", patient: str = "") -> Charge:
         """Build a charge from the fields of a ledger entry. An entry without `rules` was written
         before that field existed, and gets version 1. An entry of a membership without `adopted`,
         from an earlier release or of a restore, may be of an adopted ledger.
 
         - fields: the fields by name, as `fields` returns them
-        - membership: the membership that the entry names; "" if it names none"""
-        return cls(**{"rules": 1, "membership": membership, "adopted": bool(membership), **fields})
+        - membership: the membership that the entry names; "" if it names none
+        - patient: the column of patients that the entry names; "" if it names none"""
+        beside = {"membership": membership, "adopted": bool(membership), "patient": patient}
+        return cls(**{"rules": 1, **beside, **fields})
 
     def fields(self) -> dict[str, Any]:
-        """Return the charge as a dict of a ledger entry's fields, without the membership, which the
-        entry holds in a field of its own. Without secure aggregation `sites` and `colluding` are
-        left out, and outside a hospital's home `adopted`, so that the entry has the same fields as
-        in earlier releases."""
+        """Return the charge as a dict of a ledger entry's fields, without membership and column,
+        which the entry holds in fields of its own. Without secure aggregation `sites` and
+        `colluding` are left out, and outside a hospital's home `adopted`, so that the entry has the
+        same fields as in earlier releases."""
         fields = asdict(self)
-        del fields["membership"]
+        del fields["membership"], fields["patient"]
         if not self.membership:
             del fields["adopted"]
         if self.sites == 1:
@@ -116,9 +121,9 @@ class Charge:
         return self.membership == EVERY or self.membership in memberships
 
     def is_known_for(self, unit: str) -> bool:
-        """Return whether the charge gives an ε for one `unit`, which is "patient" or "record". It
-        gives none if it was made for another unit, or by an earlier release that chose records by
-        other rules."""
+        """Return whether the charge gives an ε for one `unit`, which is "patient" or "record", if
+        the column of patients is still the same (`Spent.is_known_for`). It gives none if it was
+        made for another unit, or by an earlier release that chose records by other rules."""
         return self.rules == RULES and self.unit in (unit, "any")
 
     @property
@@ -176,7 +181,10 @@ class Spent:
     - adapter: the digest of the adapter from which the round started, with the number of the
       attempt and the membership if there are any; "" for a "restore"
     - time: when it was entered, in UTC seconds
-    - released: whether the round's update was released; always True for a "restore" charge"""
+    - released: whether the round's update was released; always True for a "restore" charge
+    - patient: the column that told patients apart in the round, as far as it is known; ""
+      otherwise, and for a charge per record
+    - patient_now: the column that tells apart the same patients now; "" if none does"""
 
     seq: int
     kind: str
@@ -185,6 +193,20 @@ class Spent:
     adapter: str
     time: int
     released: bool
+    patient: str = ""
+    patient_now: str = ""
+
+    @property
+    def is_told_otherwise(self) -> bool:
+        """Whether another column tells patients apart now than in the round, so that one patient of
+        now may have been several units then."""
+        return bool(self.patient and self.patient_now) and self.patient != self.patient_now
+
+    def is_known_for(self, unit: str) -> bool:
+        """Return whether the charge gives an ε for one `unit`, which is "patient" or "record":
+        whether it was made for this unit, by this release's rules, and its column of patients is
+        still the one that counts."""
+        return self.charge.is_known_for(unit) and (unit == "record" or not self.is_told_otherwise)
 
 
 @dataclass(frozen=True)
@@ -228,12 +250,23 @@ class Accepted:
     """A person's decision to go on with a dataset although the ε of some charges is not known. It
     holds for all entries up to number `upto`.
 
-    who: the person's login; why: in that person's words; time: when, in UTC seconds."""
+    who: the person's login; why: in that person's words; time: when, in UTC seconds; patients: the
+    column of patients that each dataset had then."""
 
     upto: int
     who: str
     why: str
     time: int
+    patients: Mapping[str, str] = field(default_factory=dict)
+
+    def covers(self, spent: Spent, dataset: str) -> bool:
+        """Return whether the decision holds for a charge against `dataset`, the dataset for which
+        it was made. If another column told patients apart in the charge's round than now, it holds
+        only if the person saw the column that counts now."""
+        if spent.is_told_otherwise:
+            seen = self.patients.get(spent.dataset) or self.patients.get(dataset)
+            return self.upto >= spent.seq and seen == spent.patient_now
+        return self.upto >= spent.seq
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ Units that arrived later (`cohorts`) are charged for the dataset's rounds after 
 and not for a round that left their cohort out. Every charge of another dataset counts against them.
 | a unit known before arrivals were kept | counts as arrived with the first charge |
 A charge by an earlier release of fedtune (`Charge.rules`) gives no ε for a unit, and neither does
-one for another kind of unit, such as a record where patients are protected now. `unknown` lists
-those of these charges that nobody at the site has accepted.
+one for another kind of unit, such as a record where patients are protected now, or one by another
+column of patients. `unknown` lists those of these charges that nobody at the site has accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -145,6 +145,7 @@ class Ledger:
         cohort: str = "first",
         keys: Iterable[bytes] | None = None,
         units: Iterable[bytes] = (),
+        columns: Mapping[str, str] | None = None,
     ) -> frozenset[bytes]:
         """Enter a signed declaration of a dataset. If nothing changed since the last one, the call
         enters nothing. Without members, keys and units, it takes the same time however many
@@ -160,6 +161,9 @@ class Ledger:
           whatever any unit's records are, and all such keys are one cohort. None: no arrivals are
           recorded
         - units: patients' keys to look for in datasets disjoint from this one
+        - columns: the column of patients of each dataset that the site's or the hospital's file has
+          now, "" for none. What differs from what was last declared is declared, of other datasets
+          too; one that is not named is in the file no more. None: all columns stay as they were
 
         Returns the keys in `units` that a disjoint dataset has. They are entered neither as members
         nor as arrivals, and may not take part here: of two processes that read at the same moment,
@@ -187,10 +191,15 @@ class Ledger:
                 "content": previous.get("content", "") if content_hash is None else content_hash,
                 "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
                 "members": writer.members(dataset) if stands is None else stands,
+                **_with_column(previous, dataset, columns),
             }
             # A new content hash alone adds no entry: it depends on the plan for which data is read.
             if declaration != {**previous, "content": declaration["content"]}:
                 writer.append("declare", declaration)
+            for other, earlier in self._account.declared.items():
+                again = {**earlier, **_with_column(earlier, other, columns)}
+                if other != dataset and again != earlier:
+                    writer.append("declare", again)
             if arrival:
                 writer.append("arrive", {**arrival, "cohort": cohort})
         return frozenset(elsewhere)
@@ -234,40 +243,74 @@ class Ledger:
         with self._store.writing() as writer:
             return writer.overlap(first, second)
 
-    def unknown(self, dataset: str, unit: str) -> list[Spent]:
+    def unknown(
+        self, dataset: str, unit: str, columns: Mapping[str, str] | None = None
+    ) -> list[Spent]:
         """List charges against `dataset` that give no ε for one `unit` ("patient" or "record") and
-        that nobody at the site has accepted."""
+        that nobody at the site has accepted. columns: the column of patients of each dataset, as
+        the site's files are now; None: as they were last declared."""
         with self._store.writing():
-            return self._unknown(dataset, unit)
+            return self._unknown(dataset, unit, columns)
 
-    def _unknown(self, dataset: str, unit: str) -> list[Spent]:
+    def _unknown(
+        self, dataset: str, unit: str, columns: Mapping[str, str] | None = None
+    ) -> list[Spent]:
         accepted = self._account.accepted.get(dataset, [])
-        upto = max((acceptance.upto for acceptance in accepted), default=-1)
-        spending = self._account.against(dataset)
-        return [s for s in spending if s.seq > upto and not s.charge.is_known_for(unit)]
+        return [
+            spent
+            for spent in self._account.against(dataset, columns)
+            if not spent.is_known_for(unit)
+            and not any(acceptance.covers(spent, dataset) for acceptance in accepted)
+        ]
+
+    def _unknown_for(self, dataset: str, charge: Charge) -> list[Spent]:
+        """List the charges of unknown cost for the unit of `charge`, which is to be made. Its own
+        column counts: another membership's process may have declared another one meanwhile."""
+        own = {dataset: charge.patient} if charge.patient else {}
+        return self._unknown(dataset, charge.unit, {**self._account.patients, **own})
 
     def accepted(self, dataset: str) -> list[Accepted]:
         """List people's acceptances of charges to `dataset` whose ε is unknown, oldest first."""
         with self._store.writing():
             return list(self._account.accepted.get(dataset, []))
 
-    def accept(self, dataset: str, who: str, reason: str = "") -> None:
+    def accept(
+        self,
+        dataset: str,
+        who: str,
+        reason: str = "",
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` until now is
-        unknown. who: the person's login; reason: in that person's words, "" for none."""
+        unknown. It holds as long as the columns of patients are those of now.
+
+        - who: the person's login
+        - reason: in that person's words, "" for none
+        - columns: the column of patients of each dataset, as the site's files are now; None: as
+          they were last declared"""
         with self._store.writing() as writer:
             upto = self._store.head.seq
-            writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
+            entry = {"dataset": dataset, "upto": upto, "by": who, "why": reason}
+            now = self._account.patients if columns is None else columns
+            named = {name: column for name, column in now.items() if column}
+            writer.append("accept", entry | ({"patients": named} if named else {}))
 
     def charges(self, dataset: str) -> list[Charge]:
         """List the charges that count against `dataset`, oldest first."""
         return [spent.charge for spent in self.spending(dataset)]
 
-    def spending(self, dataset: str | None = None) -> list[Spent]:
+    def spending(
+        self, dataset: str | None = None, columns: Mapping[str, str] | None = None
+    ) -> list[Spent]:
         """List the charges that count against `dataset`, each with its entry, its time, and whether
-        its update was released. dataset: the dataset's name; None: all charges in the ledger are
-        listed."""
+        its update was released.
+
+        - dataset: the dataset's name; None: all charges in the ledger are listed
+        - columns: the column of patients of each dataset, as the site's files are now; None: as
+          they were last declared"""
+        account = self._account
         with self._store.writing():
-            return self._account.spent() if dataset is None else self._account.against(dataset)
+            return account.spent() if dataset is None else account.against(dataset, columns)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
         """List the cohorts of `dataset` (units that arrived together), oldest first. If no arrivals
@@ -398,7 +441,7 @@ class Ledger:
             self._check_not_frozen()
             self._ask(dataset, permit)
             if permit_unknown:
-                permit_unknown(self._unknown(dataset, charge.unit))
+                permit_unknown(self._unknown_for(dataset, charge))
             self._ask_apart(permit_apart)
             self._ask_all(permit_all)
             return writer.append("reserve", _reservation(dataset, charge, adapter))
@@ -449,7 +492,7 @@ class Ledger:
                 self._check_not_frozen()
                 self._ask(dataset, permit, permit_other, of_newcomers=True)
                 if permit_unknown:
-                    permit_unknown(self._unknown(dataset, charge.unit))
+                    permit_unknown(self._unknown_for(dataset, charge))
                 self._ask_apart(permit_apart)
                 self._ask_all(permit_all)
                 cohorts = self._account.cohorts(dataset)
@@ -898,4 +941,18 @@ def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
     digest of the adapter from which the round starts, with the number of the attempt and the
     membership if there are any."""
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
-    return entry | ({"membership": charge.membership} if charge.membership else {})
+    beside = {"membership": charge.membership, "patient": charge.patient}
+    return entry | {key: value for key, value in beside.items() if value}
+
+
+def _with_column(
+    declared: Mapping[str, Any], dataset: str, columns: Mapping[str, str] | None
+) -> dict[str, str]:
+    """Return the field of a declaration that names the column of patients. It is left out if the
+    dataset never had one, so that the entry has the same fields as in earlier releases.
+
+    - declared: the dataset's last declaration; {} if there is none
+    - columns: the column of patients of each dataset now; None: it stays as it was"""
+    stays = declared.get("patient", "")
+    column = stays if columns is None else columns.get(dataset, "")
+    return {"patient": column} if column or "patient" in declared else {}

@@ -4,7 +4,7 @@ with the policy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class StudyLine:
     - records: the most rows of one unit in a step (k)
     - epsilon: ε of this study alone, at the δ that the caller gave
     - first, last: when the first and the last charge were entered, in UTC seconds
-    - known: whether the charges give an ε for the unit that the caller named (Charge.is_known_for)
+    - known: whether the charges give an ε for the unit that the caller named (Spent.is_known_for)
     - fallback: with secure aggregation, the ε that this site's own noise alone gives, which holds
       whatever the other sites do; else None"""
 
@@ -105,7 +105,11 @@ def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -
 
 
 def facts(
-    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+    ledger: Ledger,
+    dataset: str,
+    policy: PolicyTable,
+    unit: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return what `fedtune ledger` shows of a dataset, as a dict for JSON: its `studies` and
     `budget`, the charges whose ε is not known (`not_known`), the site's declarations (`declared`)
@@ -115,8 +119,10 @@ def facts(
     - dataset: the dataset's name
     - policy: the site's policy, with the ceilings, δ, and the membership if the site is one
     - unit: "patient" or "record", as the site's file identifies them; None stands for the unit of
-      each study, and no charge is then listed as unknown"""
-    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
+      each study, and no charge is then listed as unknown
+    - columns: each dataset's column of patients, as the site's files are now (`patient_columns`);
+      None: as last declared"""
+    spent, cohorts = ledger.spending(dataset, columns), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
     shared = dict[str, Any]()
     if policy.hospital:
@@ -131,7 +137,7 @@ def facts(
         "studies": [asdict(line) for line in study_lines(spent, policy.delta, unit)],
         "budget": asdict(total)
         | {"remaining": total.remaining, "fallback_remaining": total.fallback_remaining},
-        "not_known": ledger.unknown(dataset, unit) if unit else [],
+        "not_known": ledger.unknown(dataset, unit, columns) if unit else [],
         **shared,
         "declared": read_declarations(ledger),
         "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
@@ -156,7 +162,7 @@ def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
         epsilon=_epsilon([c.event for c in charges], delta),
         first=min(entry.time for entry in group),
         last=max(entry.time for entry in group),
-        known=all(charge.is_known_for(unit or charge.unit) for charge in charges),
+        known=all(entry.is_known_for(unit or entry.charge.unit) for entry in group),
         fallback=_epsilon([c.fallback for c in charges], delta)
         if _is_noise_shared(group)
         else None,

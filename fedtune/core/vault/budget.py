@@ -250,7 +250,12 @@ def _exceeds_hospital() -> BudgetExceeded:
 
 
 def check_known(
-    dataset: str, unit: str, unknown: Sequence[Spent], *, in_home: bool = False
+    dataset: str,
+    unit: str,
+    unknown: Sequence[Spent],
+    *,
+    in_home: bool = False,
+    at_site: bool = False,
 ) -> None:
     """Check that the cost of every charge of a dataset is known for `unit`, or that a person at the
     site accepted the charges of unknown cost.
@@ -260,20 +265,38 @@ def check_known(
     - unknown: the charges of unknown cost that nobody accepted, from `Ledger.unknown`
     - in_home: whether a hospital's memberships share the ledger. The error then says nothing that
       this membership's coordinator must not know, such as the dataset's name
+    - at_site: whether a person at the site reads the error. It then names columns of patients,
+      which are the site's own settings
 
     Charges are public. Errors: BudgetExceeded if `unknown` is not empty."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
     why = f"they were charged per {other[0]}" if other else "an earlier release charged them"
+    otherwise = [spent for spent in unknown if spent.charge.is_known_for(unit)]
+    either = "they were charged for another unit, or by an earlier release"
+    if otherwise:  # a coordinator is not told the names of a site's columns
+        why = say_told_otherwise(otherwise) if at_site else either
     if in_home:  # not this coordinator's to know: what another's study protects, a name of both
-        why = "they were charged for another unit, or by an earlier release"
+        why = either
         dataset = "DATASET"
     raise BudgetExceeded(
         f"the cost of earlier rounds on this dataset is unknown for one {unit}: {why}",
         "a dataset whose charges are all for the study's unit, by this release's rules",
         "a person at the site reads `fedtune ledger` and, to accept this, runs it "
         f"with --accept {dataset}",
+    )
+
+
+def say_told_otherwise(spent: Sequence[Spent]) -> str:
+    """Say to a person at the site by which columns the patients of `spent` were told apart, and by
+    which they are now. spent: charges that another column told apart; at least one."""
+    earlier = ", ".join(sorted({repr(each.patient) for each in spent}))
+    now = ", ".join(sorted({repr(each.patient_now) for each in spent}))
+    return (
+        f"{len(spent)} rounds were charged when the column {earlier} told patients apart, and now "
+        f"{now} does (columns.patient), so one patient may have been several then. If the column "
+        "was only renamed, and a patient is the same by both, the ε of these rounds holds"
     )
 
 

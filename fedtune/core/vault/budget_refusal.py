@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from fedtune.core.config import PrivacyTable, Site, Study
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
@@ -36,7 +37,7 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     each with the folder of its run if this site knows it; last, what part of `study` would still
     fit. ledger: the ledger with the charges; None if there is none yet."""
     policy, name = site.policy, site.data.name
-    spent = ledger.spending(name) if ledger else []
+    spent = ledger.spending(name, patient_columns(site)) if ledger else []
     total = budget(name, spent, policy)
     lines = study_lines(spent, policy.delta, study.unit)
     runs = places(site)

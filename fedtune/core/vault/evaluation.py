@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from fedtune.core.config import Site, SiteEvaluation, Study
 from fedtune.core.config.held_out import CLASS
+from fedtune.core.config.patient_columns import patient_column
 from fedtune.core.dp.plan import DpPlan, SitePlan
 from fedtune.core.dp.query import answer, query_plan
 from fedtune.core.errors import PolicyRefused, describe, is_fault
@@ -192,6 +193,7 @@ def charge_of(
         sites=plan.sites,
         colluding=plan.colluding,
         membership=site.policy.membership,
+        patient=patient_column(site.evaluation) if plan.unit == "patient" else "",
     )
 
 

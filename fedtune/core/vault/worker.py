@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import load, save
 
 from fedtune.core.config import Site, SiteData, Study, load_site
+from fedtune.core.config.patient_columns import patient_column, patient_columns
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.group_reader import group_reader
 from fedtune.core.data.load import check_columns
@@ -277,10 +278,10 @@ class SiteWorker:
         return site
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
-        """Enter two facts about a dataset in the ledger, before its charges are read: its cohort,
-        and the datasets with which it shares no patient (from which it is disjoint). Enter the
-        second fact for every other dataset in the ledger too, as site.toml or, in a home,
-        hospital.toml has it now: its own charge may be far off, or never come.
+        """Enter three facts about a dataset in the ledger, before its charges are read: its cohort,
+        its column of patients, and the datasets with which it shares no patient (from which it is
+        disjoint). Enter the last two for every other dataset in the ledger too, as site.toml or, in
+        a home, hospital.toml has them now: its own charge may be far off, or never come.
 
         - data: the table of site.toml that names the dataset
         - study: the study that will charge it, for its unit
@@ -294,7 +295,8 @@ class SiteWorker:
         for other in sorted({*self.ledger.datasets} - {data.name}):
             # A dataset that is no longer listed is disjoint from none.
             self.ledger.declare(other, apart.get(other, ()))
-        self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
+        columns = patient_columns(site)
+        self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort, columns=columns)
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
@@ -716,6 +718,7 @@ class SiteWorker:
             sites=plan.sites if plan else 1,
             colluding=plan.colluding if plan else 0,
             membership=site.policy.membership,
+            patient=patient_column(self.site.data) if study.unit == "patient" else "",
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:

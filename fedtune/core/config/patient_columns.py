@@ -1,0 +1,37 @@
+"""The names of the columns that tell a site's patients apart, as the ledger remembers them.
+
+A charge per patient holds for whoever that column made one patient. If another column does so
+later, a person at the site decides whether the earlier charges still say what a patient spent."""
+
+from __future__ import annotations
+
+import hashlib
+
+from fedtune.core.config.site import Site, SiteData
+
+LONGEST = 64  # bytes of a name; disk space for an entry of the ledger is reserved by it
+
+
+def patient_column(data: SiteData) -> str:
+    """Return the name of the column that tells the patients of `data` apart; "" if each record is a
+    unit of its own."""
+    return shortened(data.columns.patient)
+
+
+def patient_columns(site: Site) -> dict[str, str]:
+    """Return the column of patients of each dataset, by the dataset's name: of those in the site's
+    file or, in a hospital's home, in hospital.toml, since every membership declares all of them.
+    What hospital.toml says is as of now; a membership that read its records by another column is
+    so refused until it is started again."""
+    tables = [table for table in (site.data, site.evaluation) if table]
+    registered = site.policy.hospital.patients if site.policy.hospital else {}
+    return {table.name: patient_column(table) for table in tables} | registered
+
+
+def shortened(column: str | None) -> str:
+    """Return a column's name, or its hash if the name takes more than LONGEST bytes or has a
+    character that does not print; "" for None."""
+    name = column or ""
+    if len(name.encode()) <= LONGEST and name.isprintable():
+        return name
+    return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"[:LONGEST]

@@ -1,0 +1,365 @@
+"""A charge per patient says which column told patients apart. If another column does so later, what
+one patient spent is not known, until a person at the site accepts it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.config.patient_columns import LONGEST, patient_columns, shortened
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger import ledger as ledger_module
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import budget
+from fedtune.core.vault.budget import check_known
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer.adopt import adopt
+from tests.cli_kit import run
+from tests.client import adoption_kit
+from tests.client.hospital_kit import make_hospital, study_of
+from tests.client.site_kit import begun, trains
+
+COLUMNS = 'prompt = "note", completion = "answer"'
+SITE = """
+[site]
+name = "north"
+declared_size = 12
+state = "state"
+[data]
+path = "notes.jsonl"
+name = "{name}"
+columns = {{ {columns}, patient = "{patient}" }}
+[policy]
+bases = "any"
+"""
+PER_PATIENT = SimpleNamespace(unit="patient")
+CHARGE = Charge("sha256:" + "a" * 64, "t", 1, 1.5, 1.0, 1, 1, 1.0, "patient", "first", 2.0)
+VISITS = 5  # of each patient
+
+
+def write_site(
+    folder: Path, patient: str, name: str = "records", also: str = "", columns: str = COLUMNS
+) -> Path:
+    """Lay out a site of twelve patients with five visits each; return its file."""
+    rows = [
+        {"note": f"fever {n}", "visit": f"v{n}", "pid": f"p{n // VISITS}", "answer": "yes"}
+        for n in range(12 * VISITS)
+    ]
+    (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "site.toml"
+    file.write_text(SITE.format(name=name, columns=columns, patient=patient) + also)
+    return file
+
+
+def start(folder: Path, patient: str, name: str = "records", also: str = "") -> SiteWorker:
+    """Start the site anew, with this column of patients in its file."""
+    file = write_site(folder, patient, name, also)
+    return SiteWorker(load_site(file), file)
+
+
+def declare(worker: SiteWorker) -> None:
+    """As before each charge. Errors: BudgetExceeded."""
+    worker.declare(worker.site.data, PER_PATIENT, worker.current())  # type: ignore[arg-type]
+
+
+def pay(worker: SiteWorker, label: str = "adapter") -> None:
+    declare(worker)
+    made = replace(CHARGE, patient=worker.site.data.columns.patient or "")
+    worker.ledger.reserve(worker.site.data.name, made, label, lambda _: None)
+
+
+def refusal(worker: SiteWorker) -> str:
+    """Return why the site refuses; "" if it does not."""
+    try:
+        declare(worker)
+    except BudgetExceeded as refused:
+        return str(refused)
+    return ""
+
+
+def accept(worker: SiteWorker) -> None:
+    columns = patient_columns(worker.current())
+    worker.ledger.accept(worker.site.data.name, "officer", "", columns)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break what is tested: neither charges nor declarations name a column."""
+    monkeypatch.setattr("fedtune.core.vault.worker.patient_column", lambda data: "")
+    monkeypatch.setattr(ledger_module, "_with_column", lambda *given: {})
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_epsilon_per_visit_is_not_taken_for_a_patients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """Twin: with the column nowhere, the site goes on at ε = 1.912 where 15.15 is true."""
+    if broken:
+        forget(monkeypatch)
+    before = start(tmp_path, "visit")
+    declare(before)
+    column = "" if broken else "visit"
+    before.ledger.reserve("records", replace(CHARGE, patient=column), "t", lambda _: None)
+    after = start(tmp_path, "pid")
+    stated = budget("records", after.ledger.spending("records"), after.site.policy).epsilon
+    true = epsilon([Steps(1.5, 1.0, 1, VISITS)], 1e-3)
+    assert stated == pytest.approx(1.912, abs=0.001) and true == pytest.approx(15.15, abs=0.01)
+    assert bool(refusal(after)) is not broken
+
+
+def test_a_study_waits_for_the_acceptance_and_its_coordinator_learns_no_column(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "patient"})
+    before = start(tmp_path, "visit")
+    assert before.prepare(made.study, made.frozen).admitted
+    trains(before, made, 1)
+    (paid,) = before.ledger.charges("records")
+    assert paid.patient == "visit"
+    worker = start(tmp_path, "pid")
+    told = worker.prepare(made.study, made.frozen)
+    assert not told.admitted
+    assert "they were charged for another unit, or by an earlier release" in told.reason
+    assert "visit" not in told.reason and "pid" not in told.reason
+    accept(worker)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 2)
+    assert [each.patient for each in worker.ledger.charges("records")] == ["visit", "pid"]
+    assert refusal(worker) == ""
+
+
+def test_a_running_site_goes_on_by_the_column_that_it_reads(tmp_path: Path) -> None:
+    """Another column in its file counts when the site is started again, as for what it reads."""
+    worker = start(tmp_path, "visit")
+    pay(worker)
+    write_site(tmp_path, "pid")
+    pay(worker, "second")
+    again = SiteWorker(load_site(tmp_path / "site.toml"), tmp_path / "site.toml")
+    assert len(again.ledger.spending("records")) == 2 and refusal(again)
+
+
+def test_an_acceptance_holds_for_the_column_that_the_person_saw(tmp_path: Path) -> None:
+    worker = start(tmp_path, "visit")
+    pay(worker)
+    accept(worker)  # of something else: nothing is unknown by this column
+    corrected = start(tmp_path, "pid")
+    assert refusal(corrected)
+    accept(corrected)
+    assert refusal(corrected) == ""
+    pay(corrected)
+    again = start(tmp_path, "visit")
+    assert [one.charge.patient for one in again.ledger.unknown("records", "patient")] == []
+    assert refusal(again)  # what was paid by the other column is not known for this one
+    assert [one.charge.patient for one in again.ledger.unknown("records", "patient")] == ["pid"]
+    assert refusal(start(tmp_path, "pid")) == ""
+    assert refusal(start(tmp_path, "who"))  # a third one, which nobody has seen
+
+
+def test_a_correction_under_another_name_is_seen(tmp_path: Path) -> None:
+    """The charges of a dataset that no table has any more are by the column of the one that
+    counts them. Twin: another name alone."""
+    pay(start(tmp_path, "visit"))
+    assert refusal(start(tmp_path, "visit", "newer")) == ""
+    corrected = start(tmp_path, "pid", "newest")
+    assert refusal(corrected)
+    accept(corrected)
+    assert refusal(corrected) == ""
+
+
+def test_another_dataset_has_its_own_column(tmp_path: Path) -> None:
+    """Held-out records whose column has another name are known, until that one is corrected."""
+    table = (
+        '[evaluation]\npath = "held-out.jsonl"\n'
+        'columns = {{ prompt = "note", completion = "answer", patient = "{}" }}\n'
+    )
+    worker = start(tmp_path, "pid", also=table.format("person"))
+    assert worker.site.evaluation
+    worker.declare(worker.site.evaluation, PER_PATIENT, worker.site)  # type: ignore[arg-type]
+    asked = replace(CHARGE, patient="person")
+    worker.ledger.reserve(worker.site.evaluation.name, asked, "t", lambda _: None)
+    assert refusal(worker) == ""
+    assert refusal(start(tmp_path, "pid", also=table.format("patient")))
+
+
+@pytest.mark.parametrize("first", ["visit", "pid"])
+def test_charges_of_an_earlier_release_are_by_the_first_column_that_is_declared(
+    tmp_path: Path, first: str
+) -> None:
+    """A ledger without columns: nothing is asked before one is declared, or as long as it stays."""
+    write_site(tmp_path, first)
+    book = Ledger(tmp_path / "state")
+    book.declare("records", [])
+    book.reserve("records", CHARGE, "t", lambda _: None)
+    head = book.head.seq
+    worker = start(tmp_path, first)
+    assert refusal(worker) == "" and worker.ledger.head.seq == head + 1
+    assert refusal(worker) == "" and worker.ledger.head.seq == head + 1
+    assert bool(refusal(start(tmp_path, "pid"))) is (first == "visit")
+
+
+@pytest.mark.parametrize("base", ["a backup", "what is left"])
+def test_what_a_restore_entered_is_by_the_column_of_its_time(tmp_path: Path, base: str) -> None:
+    """So are bounds on charges that were lost, which have no unit of their own."""
+    worker = start(tmp_path, "visit")
+    pay(worker)
+    worker.ledger.backup(tmp_path / "backup")
+    pay(worker, "lost")
+    state = tmp_path / "state"
+    (state / "ledger.db").unlink()
+    restored = Ledger.restore(state, tmp_path / "backup" if base == "a backup" else None)
+    entered = [spent for spent in restored.spending() if spent.kind == "restore"]
+    assert entered and {spent.charge.unit for spent in entered} == {"any"}
+    assert refusal(start(tmp_path, "visit")) == ""
+    corrected = start(tmp_path, "pid")
+    assert refusal(corrected)
+    unknown = {spent.seq for spent in corrected.ledger.unknown("records", "patient")}
+    assert unknown >= {spent.seq for spent in entered}
+    assert [one.charge.unit for one in corrected.ledger.unknown("records", "record")] == [
+        "patient" for one in restored.spending() if one.kind == "reserve"
+    ]
+
+
+def test_a_patient_who_arrives_under_a_new_key_has_paid_what_was_paid_before(
+    tmp_path: Path,
+) -> None:
+    """In a study with a schedule every patient of the corrected column is new by the key. Twin:
+    one who arrives while the column stays."""
+    worker = start(tmp_path, "visit")
+    declare(worker)
+    book = worker.ledger
+    book.declare("records", [], "hash", [b"v1"], "first", [b"v1"])
+    pay(worker)
+    assert book.newcomer("records") == []
+    corrected = start(tmp_path, "pid")
+    accept(corrected)
+    assert refusal(corrected) == ""
+    assert len(book.newcomer("records")) == 1
+    corrected.ledger.declare("records", [], "hash", [b"p1"], "second", [b"p1"])
+    assert [len(cohort.spent) for cohort in corrected.ledger.cohorts("records")] == [1, 1]
+
+
+# ------------------------------------------------------------------------------- a hospital's home
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_a_correction_in_a_home_holds_for_every_membership_at_once(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """One that is not started again reads its records by the old column: it is refused."""
+    files = make_hospital(tmp_path)
+    made = study_of("heart", tiny_base)
+    running = SiteWorker(load_site(files["cardio"]), files["cardio"])
+    assert running.prepare(made.study, made.frozen).admitted
+    trains(running, made, 1)
+    for file in (tmp_path / "hospital.toml", *files.values()):
+        edit(file, 'patient = "who"', 'patient = "person"')
+    other = SiteWorker(load_site(files["onco"]), files["onco"])
+    assert "cost of earlier rounds" in refusal(running)
+    told = refusal(other)
+    assert "they were charged for another unit, or by an earlier release" in told
+    assert "who" not in told.split() and "person at the site" in told
+    assert "'person'" not in told and "records" not in told
+    head = other.ledger.head
+    assert refusal(running) and refusal(other)
+    assert other.ledger.head == head  # neither enters its column over the other's
+    accept(other)
+    assert refusal(other) == ""
+    pay(other)
+    with pytest.raises(BudgetExceeded, match="cost of earlier rounds"):
+        running.ledger.reserve(  # it had asked before
+            "records",
+            replace(CHARGE, patient="who", membership="cardio"),
+            "t",
+            lambda _: None,
+            permit_unknown=partial(check_known, "records", "patient"),
+        )
+
+
+@pytest.mark.parametrize("dataset", ["records", "what no file holds any more"])
+def test_adopted_charges_keep_their_column(tmp_path: Path, dataset: str) -> None:
+    """Also where a home counts them against every dataset. Twin: the column stays."""
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    patients = [f"p{n}" for n in range(12)]
+    adoption_kit.write_notes(folder / "notes.jsonl", patients)
+    for name in ("cardio", "onco"):
+        file = adoption_kit.make_site(folder, name)
+        adoption_kit.spend(file, 1)
+        worker = SiteWorker(load_site(file), file)
+        declare(worker)
+        if name == "onco":
+            if dataset != "records":
+                worker.ledger.declare(dataset, [], "content", [b"gone"], columns={dataset: "who"})
+            paid = replace(CHARGE, patient="who")
+            worker.ledger.reserve(dataset, paid, "adapter", lambda _: None)
+        adopt(folder / "home", file, name)
+    home = Ledger(folder / "home")
+    (entered,) = (spent for spent in home.spending() if spent.charge.study == CHARGE.study)
+    assert entered.charge.patient == "who" and entered.charge.membership == "onco"
+    assert (entered.dataset == "records") is (dataset == "records")
+    member = SiteWorker(load_site(folder / "onco.toml"), folder / "onco.toml")
+    assert refusal(member) == ""
+    for file in (folder / "home" / "hospital.toml", folder / "cardio.toml", folder / "onco.toml"):
+        edit(file, 'patient = "who"', 'patient = "note"')
+    again = SiteWorker(load_site(folder / "onco.toml"), folder / "onco.toml")
+    assert refusal(again)
+    unknown = again.ledger.unknown("records", "patient")
+    assert len(unknown) == 3 and {spent.patient for spent in unknown} == {"who"}
+
+
+# ------------------------------------------------------------------------------------ what is said
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_person_reads_both_columns_and_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: bool
+) -> None:
+    """Whether or not the site was started since the file was corrected."""
+    monkeypatch.setenv("COLUMNS", "200")
+    pay(start(tmp_path, "visit"))
+    file = str(write_site(tmp_path, "pid"))
+    worker = SiteWorker(load_site(Path(file)), Path(file))
+    if declared:
+        assert refusal(worker)
+    shown = " ".join(run("ledger", file).output.split())
+    for words in (
+        "NOT KNOWN: what 1 of the rounds above cost one patient",
+        "1 rounds were charged when the column 'visit' told patients apart, and now 'pid' does",
+        "If the column was only renamed",
+        "repeat `fedtune withdraw` with the new one",
+        "--accept records",
+    ):
+        assert words in shown
+    assert run("ledger", file, "--accept", "records", "--reason", "renamed").exit_code == 0
+    assert refusal(worker) == ""
+    assert run("ledger", file, "--accept", "records").exit_code == 2  # nothing is left to accept
+
+
+@pytest.mark.parametrize(
+    ("name", "is_kept"),
+    [
+        (None, True),
+        ("pid", True),
+        ("größe", True),
+        ("x" * LONGEST, True),
+        ("x" * (LONGEST + 1), False),
+        ("ö" * 33, False),
+        ("a\nb", False),
+    ],
+)
+def test_a_name_in_the_ledger_has_a_bounded_length(name: str | None, is_kept: bool) -> None:
+    short = shortened(name)
+    assert (short == (name or "")) is is_kept and len(short.encode()) <= LONGEST
+    assert shortened(name) == short != shortened("x" * 66)
