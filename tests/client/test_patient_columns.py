@@ -308,7 +308,7 @@ def test_adopted_charges_keep_their_column(tmp_path: Path, dataset: str) -> None
     home = Ledger(folder / "home")
     (entered,) = (spent for spent in home.spending() if spent.charge.study == CHARGE.study)
     assert entered.charge.patient == "who" and entered.charge.membership == "onco"
-    assert (entered.dataset == "records") is (dataset == "records")
+    assert entered.dataset == f"onco/{dataset}"
     member = SiteWorker(load_site(folder / "onco.toml"), folder / "onco.toml")
     assert refusal(member) == ""
     for file in (folder / "home" / "hospital.toml", folder / "cardio.toml", folder / "onco.toml"):

@@ -100,9 +100,16 @@ MUTANTS = (
     ),
     one(
         "incidents", "the-log-explains-what-it-does-not-show", "fedtune/core/ledger/restore.py",
-        "    explained = shown if anchor else Paid()\n", "    explained = shown\n",
+        "    explained = shown if is_newest else Paid()\n", "    explained = shown\n",
         T_PRICES + "test_the_step_log_explains_only_what_it_shows",
         "rounds that a receipt counts are in no charge, since other rounds are in the step log",
+    ),
+    one(
+        "incidents", "an-anchor-that-was-put-back-is-the-newest", "fedtune/core/ledger/restore.py",
+        "is_newest = anchor and anchor.head.seq >= latest and not base.holds(anchor.head)",
+        "is_newest = anchor",
+        T_PRICES + "test_the_step_log_explains_only_what_it_shows",
+        "what a receipt counts, and no step shows, is in no charge once an old anchor was put back",
     ),
     one(
         "incidents", "what-a-restore-charged-is-not-counted", "fedtune/core/ledger/chain.py",

@@ -19,9 +19,9 @@ of an adopted ledger) and "restore", and the counts hold the charges of both in 
 charged between the base and a later entry of its chain is the difference of their counts. Each of
 these steps is either among those that step 2 took from the log, or in the remainder, which step 3
 prices. What the log shows is taken off the count of the anchor alone, since the anchor names the
-newest entry: without it, or beside a branch that was rolled away, the log may show other steps than
-those that a receipt counts. Steps are counted in place of rounds since one charge of an earlier
-restore holds the steps of many.
+newest entry: without it, with one that was put back, or beside a branch that was rolled away, the
+log may show other steps than those that a receipt counts. Steps are counted in place of rounds
+since one charge of an earlier restore holds the steps of many.
 Why it charges no more for withdrawals, arrivals, declarations and signatures, which also are
 entries: a count holds none of them, so ε after a restore does not tell how many were lost. Where
 there are no counts, ε still does, and a charge of an adopted ledger that stands for several rounds
@@ -547,8 +547,11 @@ def _restore_body(
     round_steps = max([1, *(charge.steps for charge in known_charges)])
     lost, branch = _most_lost(base, anchor, log, rows, public, round_steps)
     charges = list(logged_charges)
-    # What the log shows beyond an anchor, or beside a branch, says nothing of what they hold.
-    explained = shown if anchor else Paid()
+    # What the log shows beyond an anchor, or beside a branch, says nothing of what they hold. An
+    # anchor that the base holds, or that is older than a receipt, was put back.
+    latest = max([0, *(receipt.head.seq for receipt in log.accepted)])
+    is_newest = anchor and anchor.head.seq >= latest and not base.holds(anchor.head)
+    explained = shown if is_newest else Paid()
     unexplained = max(0, lost.steps - explained.steps) + branch.steps
     counted = anchor is not None or bool(log.every)
     if (

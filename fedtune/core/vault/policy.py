@@ -301,7 +301,7 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
     """Yield a refusal if the study has a teacher (a model that sets each record's target) for which
     no person at this site vouches: it may have been trained on the records without noise. Only
     digests are compared. Whether the model is on this machine is looked up once the plan is
-    signed, so no plan can ask which models a hospital has."""
+    admitted, so no plan can ask for models that the policy does not list."""
     spec = study.objective.resolved.teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
