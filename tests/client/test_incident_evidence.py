@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import Site, load_site
-from fedtune.core.data.identity import every_member
+from fedtune.core.data.identity import identities
 from fedtune.core.errors import ConfigError, NotGenuine
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey, canonical
@@ -38,7 +38,7 @@ def site(tmp_path: Path) -> Site:
 
 def secrets_of(site: Site) -> list[bytes]:
     book = Ledger(site.home)
-    members = [bytes.fromhex(book.hashed(member)) for member in every_member(site.data)]
+    members = [bytes.fromhex(book.hashed(member)) for member in set().union(*identities(site.data))]
     return [
         QUOTED,
         (site.home / "salt").read_bytes(),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fedtune.cli.main import app
 from fedtune.core.config import Site, load_site
-from fedtune.core.data.identity import every_member
+from fedtune.core.data.identity import identities
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import ConfigError, DataError, InputError
 from fedtune.core.files.room import Room
@@ -305,7 +305,7 @@ def paid_by_both(home: Path) -> Site:
     book = Ledger(home)
     for name, rounds in (("cardio", 2), ("onco", 5)):
         data = load_site(made[name]).data
-        book.declare(data.name, data.disjoint_from, "content", every_member(data))
+        book.declare(data.name, data.disjoint_from, "content", set().union(*identities(data)))
         for round_ in range(rounds):
             charge = replace(CHARGE, study=name, name=name, round=round_, membership=name)
             number = book.reserve(data.name, charge, f"a@{name}", lambda charges: None)
