@@ -31,7 +31,7 @@ from fedtune.core.ledger.spending import (
     study_lines,
 )
 from fedtune.core.registry.rounding import rounded_down, rounded_up
-from fedtune.core.vault.budget import say_told_otherwise
+from fedtune.core.vault.budget import describe_other_columns
 from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"
@@ -304,8 +304,8 @@ def not_known(
         sentences.append(f"{others} were charged per another unit than the {unit}.")
     if otherwise:
         sentences.append(
-            f"{say_told_otherwise(otherwise)}; if not, it may be too small. Whoever withdrew is "
-            "known by the earlier column's key: repeat `fedtune withdraw` with the new one."
+            f"{describe_other_columns(otherwise)}; if not, it may be too small. Whoever withdrew "
+            "is known by the earlier column's key: repeat `fedtune withdraw` with the new one."
         )
     for entry in ledger.accepted(dataset):
         why = f": {entry.why}" if entry.why else ""

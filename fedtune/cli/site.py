@@ -377,10 +377,10 @@ def ledger(
         acts.add("accept", "--accept", dataset=accept)
         book.accept(accept, login(), reason, columns)
     dataset = accept or loaded.data.name
-    about = dataset, loaded.policy, unit, columns
-    Console().print(ledger_view(book, *about))
+    Console().print(ledger_view(book, dataset, loaded.policy, unit, columns))
     held = book.frozen
-    return facts(book, *about) | {"frozen": asdict(held) if held else None}
+    shown = facts(book, dataset, loaded.policy, unit, columns)
+    return shown | {"frozen": asdict(held) if held else None}
 
 
 def withdraw(

@@ -19,9 +19,9 @@ from fedtune.core.bases import known_here
 from fedtune.core.bases.find import base_of_plan, find_base
 from fedtune.core.config import Study
 from fedtune.core.config.known_bases import KNOWN
-from fedtune.core.errors import ModelError, PolicyRefused
+from fedtune.core.errors import ConfigError, ModelError, PolicyRefused
 from fedtune.core.models import loaded
-from fedtune.core.models.teacher import find_teacher, teacher_for
+from fedtune.core.models.teacher import find_teacher, soft_targets_of, teacher_for
 from fedtune.core.registry import process_cache
 from fedtune.core.vault.policy import base_for
 from fedtune.core.vault.worker import SiteWorker
@@ -289,3 +289,27 @@ def test_a_place_that_is_gone_gives_way_to_one_that_this_process_knows(tmp_path:
     assert known_here.look_up(tmp_path, "sha256:1") == ("mine", mine)
     gone.mkdir()
     assert known_here.look_up(tmp_path, "sha256:1") == ("other", gone)
+
+
+def test_a_refusal_for_a_teachers_sake_names_no_folder_of_the_site(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """A run whose plan cannot be read is the site's own error, and its text stays there; what is
+    sent names digests. Twin: the same run, loaded by a person."""
+    study = begun(tiny_base).study
+    run = run_of(tmp_path / "ward7-smith", study)
+    digest = loaded.load(run).digest
+    (run / "plan.json").write_text("{}")
+    with pytest.raises(ModelError):
+        find_teacher(_teacher(distilled(study, "theirs", digest)))
+    with pytest.raises(ConfigError, match="ward7-smith"):
+        loaded.load(run, digest)
+    base = shutil.copytree(tiny_base, tmp_path / "ward8-jones")
+    spec = distilled(study, "theirs", find_base(str(base)).digest)
+    with pytest.raises(ConfigError, match="does not know") as refused:
+        soft_targets_of(
+            [loaded.load(base)],
+            spec.objective.model_copy(update={"labels": ("yes", "no")}),
+            _teacher(spec),
+        )
+    assert "ward8-jones" not in str(refused.value)

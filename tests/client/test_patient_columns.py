@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.core.config.patient_columns import LONGEST, patient_columns, shortened
+from fedtune.core.config.patient_columns import LONGEST, patient_columns, shorten_column
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger import ledger as ledger_module
@@ -360,6 +360,6 @@ def test_a_person_reads_both_columns_and_accepts(
     ],
 )
 def test_a_name_in_the_ledger_has_a_bounded_length(name: str | None, is_kept: bool) -> None:
-    short = shortened(name)
+    short = shorten_column(name)
     assert (short == (name or "")) is is_kept and len(short.encode()) <= LONGEST
-    assert shortened(name) == short != shortened("x" * 66)
+    assert shorten_column(name) == short != shorten_column("x" * 66)

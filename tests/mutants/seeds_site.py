@@ -554,7 +554,7 @@ MUTANTS = (
     one(
         35, "another-column-is-the-same-patient", "fedtune/core/ledger/entries.py",
         "return self.charge.is_known_for(unit) and (unit == \"record\" or not "
-        "self.is_told_otherwise)",
+        "self.has_other_column)",
         "return self.charge.is_known_for(unit)",
         T_COLUMNS + "test_an_epsilon_per_visit_is_not_taken_for_a_patients",
         "a patient's visits were charged one by one: ε = 1.912 where 15.15 is true",
@@ -574,7 +574,7 @@ MUTANTS = (
     ),
     one(
         35, "new-keys-have-paid-nothing", "fedtune/core/ledger/account.py",
-        "return spent.dataset != dataset or spent.is_told_otherwise",
+        "return spent.dataset != dataset or spent.has_other_column",
         "return spent.dataset != dataset",
         T_COLUMNS + "test_a_patient_who_arrives_under_a_new_key_has_paid_what_was_paid_before",
         "in a study with a schedule everybody begins anew once the column is corrected",

@@ -97,10 +97,14 @@ def parts_of(model: Any, kind: Kind) -> Components:
             ).last_hidden_state
             return states
 
-        text, projector = inner.text_model, inner.connector
-        projected = frames // int(projector.scale_factor) ** 2
         return Components(
-            text, model.lm_head, encode_pixels, projector, place, False, frames, projected
+            text=inner.text_model,
+            lm_head=model.lm_head,
+            tower=encode_pixels,
+            projector=inner.connector,
+            place=place,
+            frames=frames,
+            projected=frames // int(inner.connector.scale_factor) ** 2,
         )
 
     def feature_layers(pixels: torch.Tensor) -> torch.Tensor:
@@ -110,10 +114,17 @@ def parts_of(model: Any, kind: Kind) -> Components:
         first = int(model.config.vision_feature_select_strategy == "default")
         return torch.cat([states[:, first:] for states in chosen], dim=-1)
 
-    text, projector = inner.language_model, inner.multi_modal_projector
     if model.config.vision_feature_select_strategy != "default":
         frames += 1  # the class's state, if the tower has one
-    return Components(text, model.lm_head, feature_layers, projector, place, False, frames, frames)
+    return Components(
+        text=inner.language_model,
+        lm_head=model.lm_head,
+        tower=feature_layers,
+        projector=inner.multi_modal_projector,
+        place=place,
+        frames=frames,
+        projected=frames,
+    )
 
 
 class _Merger(nn.Module):

@@ -18,7 +18,7 @@ from typing import TypeVar
 from pydantic import Field, model_validator
 
 from fedtune.core.config.database import Url, anchor_url, databases_of
-from fedtune.core.config.patient_columns import shortened
+from fedtune.core.config.patient_columns import shorten_column
 from fedtune.core.config.site import ConsentTable, ShareTable, Site, SiteData, fits
 from fedtune.core.config.types import Count, Delta, Name, Number, Place, Positive, Table
 from fedtune.core.errors import ConfigError, FedtuneError
@@ -184,7 +184,7 @@ def share_in(
         declared_size=hospital.hospital.declared_size,
         memberships=tuple(sorted(hospital.memberships)),
         disjoint_from={name: data.disjoint_from for name, data in hospital.datasets.items()},
-        patients={name: shortened(data.patient) for name, data in hospital.datasets.items()},
+        patients={name: shorten_column(data.patient) for name, data in hospital.datasets.items()},
     )
     own = site.policy
     policy = own.model_copy(

@@ -15,7 +15,7 @@ LONGEST = 64  # bytes of a name; disk space for an entry of the ledger is reserv
 def patient_column(data: SiteData) -> str:
     """Return the name of the column that tells the patients of `data` apart; "" if each record is a
     unit of its own."""
-    return shortened(data.columns.patient)
+    return shorten_column(data.columns.patient)
 
 
 def patient_columns(site: Site) -> dict[str, str]:
@@ -28,7 +28,7 @@ def patient_columns(site: Site) -> dict[str, str]:
     return {table.name: patient_column(table) for table in tables} | registered
 
 
-def shortened(column: str | None) -> str:
+def shorten_column(column: str | None) -> str:
     """Return a column's name, or its hash if the name takes more than LONGEST bytes or has a
     character that does not print; "" for None."""
     name = column or ""

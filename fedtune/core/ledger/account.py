@@ -40,7 +40,7 @@ class Account:
     def __init__(self) -> None:
         self.declared: dict[str, dict[str, Any]] = {}
         self.patients: dict[str, str] = {}  # dataset -> its column of patients; "" for none
-        self.had: dict[str, list[str]] = {}  # dataset -> each column that it ever had, oldest first
+        self.all_columns: dict[str, list[str]] = {}  # dataset -> each it had, oldest first
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[tuple[int, Charge, int]] = []
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
@@ -69,9 +69,11 @@ class Account:
         if entry.kind == "declare":
             self._update_disjoint(entry.seq, body)
             self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
-            column = self.patients[body["dataset"]] = body.get("patient", "")
-            if column and column not in (had := self.had.setdefault(body["dataset"], [])):
-                had.append(column)
+            column = body.get("patient", "")
+            self.patients[body["dataset"]] = column
+            columns = self.all_columns.setdefault(body["dataset"], [])
+            if column and column not in columns:
+                columns.append(column)
         elif entry.kind == "reserve":
             beside = body.get("membership", ""), body.get("patient", "")
             charge = Charge.read(body["charge"], *beside)
@@ -163,9 +165,10 @@ class Account:
         there are several, they are joined to a name that is none of them."""
         if spent.charge.patient or spent.charge.unit == "record":
             return spent.charge.patient
-        if own := self.had.get(spent.dataset):
+        if own := self.all_columns.get(spent.dataset):
             return own[0]
-        return " or ".join(sorted({name for each in datasets for name in self.had.get(each, [])}))
+        named = {name for each in datasets for name in self.all_columns.get(each, [])}
+        return " or ".join(sorted(named))
 
     def _counts(self, spent: Spent, dataset: str) -> bool:
         since = self.apart_since.get(frozenset((spent.dataset, dataset)))
@@ -192,16 +195,16 @@ class Account:
         another column of patients, under whose keys nobody is found again. Any other charge of
         `dataset` does if it was made after they arrived, by a round that did not leave them out.
         arrival: the number of the entry with which they arrived."""
-        if self._is_everybodys(spent, dataset):
+        if self._counts_for_everybody(spent, dataset):
             return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out
 
     def newcomer(self, dataset: str) -> list[Charge]:
         spent = self.against(dataset)
-        return [each.charge for each in spent if self._is_everybodys(each, dataset)]
+        return [each.charge for each in spent if self._counts_for_everybody(each, dataset)]
 
-    def _is_everybodys(self, spent: Spent, dataset: str) -> bool:
-        return spent.dataset != dataset or spent.is_told_otherwise
+    def _counts_for_everybody(self, spent: Spent, dataset: str) -> bool:
+        return spent.dataset != dataset or spent.has_other_column
 
     def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
         """Update `apart_since` after a declaration of a dataset: which datasets are disjoint, and

@@ -85,7 +85,7 @@ class Entry(NamedTuple):
     hash: str
 
 
-def paid_by(kind: str, body: Mapping[str, Any]) -> Paid:
+def count_paid(kind: str, body: Mapping[str, Any]) -> Paid:
     """Return what an entry charges. Two kinds charge: "reserve", for a round or for one charge of
     an adopted ledger, and "restore", for all that a restore had to charge. kind, body: the
     entry's."""
@@ -320,7 +320,7 @@ class Database:
                 self._settled |= {Head(*pair) for pair in entry.body["settled"]}
             try:
                 self._fold(entry)
-                paid = self._paid.plus(paid_by(entry.kind, entry.body))
+                paid = self._paid.plus(count_paid(entry.kind, entry.body))
             except (TypeError, KeyError) as error:
                 raise LedgerError(
                     f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",

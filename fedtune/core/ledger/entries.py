@@ -197,7 +197,7 @@ class Spent:
     patient_now: str = ""
 
     @property
-    def is_told_otherwise(self) -> bool:
+    def has_other_column(self) -> bool:
         """Whether another column tells patients apart now than in the round, so that one patient of
         now may have been several units then."""
         return bool(self.patient and self.patient_now) and self.patient != self.patient_now
@@ -206,7 +206,7 @@ class Spent:
         """Return whether the charge gives an ε for one `unit`, which is "patient" or "record":
         whether it was made for this unit, by this release's rules, and its column of patients is
         still the one that counts."""
-        return self.charge.is_known_for(unit) and (unit == "record" or not self.is_told_otherwise)
+        return self.charge.is_known_for(unit) and (unit == "record" or not self.has_other_column)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Accepted:
         """Return whether the decision holds for a charge against `dataset`, the dataset for which
         it was made. If another column told patients apart in the charge's round than now, it holds
         only if the person saw the column that counts now."""
-        if spent.is_told_otherwise:
+        if spent.has_other_column:
             seen = self.patients.get(spent.dataset) or self.patients.get(dataset)
             return self.upto >= spent.seq and seen == spent.patient_now
         return self.upto >= spent.seq

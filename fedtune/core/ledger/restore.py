@@ -69,11 +69,11 @@ from fedtune.core.ledger.chain import (
     check_members,
     check_signature,
     connect,
+    count_paid,
     entry_hash,
     first_body,
     mark_receipts,
     named,
-    paid_by,
     signed_entry,
 )
 from fedtune.core.ledger.entries import EVERY, RULES, Charge, Freeze, Slot, Standing, slot_fields
@@ -134,7 +134,7 @@ class _Base:
         total = Paid()
         for entry in self.entries:
             if entry.seq <= seq:
-                total = total.plus(paid_by(entry.kind, entry.body))
+                total = total.plus(count_paid(entry.kind, entry.body))
         return total
 
     @property
@@ -290,7 +290,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
             AuditLog(folder, key).add("freeze", "--restore", once=1)
     paid = base.paid(base.seq)
     for entry in writer.pending:
-        paid = paid.plus(paid_by(entry.kind, entry.body))
+        paid = paid.plus(count_paid(entry.kind, entry.body))
     _install(folder, draft, base.salt, canonical(state(key, writer.head, paid)), receipts)
 
 
@@ -652,7 +652,7 @@ def _charged_between(
         if body is None:
             continue
         with suppress(TypeError, KeyError):
-            paid = paid.plus(paid_by(kind, body))
+            paid = paid.plus(count_paid(kind, body))
             hashes.add(hash_)
             # The numbers that a restore skipped are those of entries that it charged for.
             first = max(low, body["base"]) + 1 if kind == "restore" else seq

@@ -163,17 +163,15 @@ class CachedDataset:
         part."""
         if self._alone:
             return 1
-        parts = self._products_of_passage(bucket)
-        return _fit_to_vectors(PREFIX_POSITIONS[self.network.device.type] // sum(parts[:2]), *parts)
+        positions = bucket.length + self.network.frames(bucket.tiles)
+        rows = PREFIX_POSITIONS[self.network.device.type] // positions
+        return _fit_to_vectors(rows, *self._rows_of_products(bucket))
 
-    def _products_of_passage(self, bucket: Bucket) -> tuple[int, int, int]:
+    def _rows_of_products(self, bucket: Bucket) -> tuple[int, int, int]:
         """Return how many rows the products have for one passage of the bucket: in the text's
         layers, in what reads the tower's states, and in the projector."""
-        return (
-            bucket.length,
-            self.network.frames(bucket.tiles),
-            self.network.projected(bucket.tiles),
-        )
+        frames = self.network.frames(bucket.tiles)
+        return bucket.length, frames, self.network.projected(bucket.tiles)
 
     def warm(self) -> None:
         """Compute all records' states at the cut that are missing now, and report the progress."""
@@ -398,7 +396,7 @@ class CachedDataset:
             heads = self._n_passages * max(1, bucket.targets)
             heads = positions if self.network.pooled else heads
             rows = min(budget // positions, limit or budget)
-            return _fit_to_vectors(rows, *self._products_of_passage(bucket), heads)
+            return _fit_to_vectors(rows, *self._rows_of_products(bucket), heads)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
         return [(bucket, size(bucket), records) for bucket, records in groups]

@@ -25,9 +25,9 @@ from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.models.kept_state import check_order, order_of
 from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.objectives._interface import Teacher
+from fedtune.core.objectives.distill import ROWS
 from fedtune.core.registry import process_cache
 
-ROWS = 256  # positions whose probabilities over the vocabulary are held at once
 TeacherFunction = Callable[[Record, Example], SoftTargets]
 
 # The lengths of generated texts of which a teacher kept nothing, by teacher.

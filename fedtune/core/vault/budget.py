@@ -276,7 +276,7 @@ def check_known(
     otherwise = [spent for spent in unknown if spent.charge.is_known_for(unit)]
     either = "they were charged for another unit, or by an earlier release"
     if otherwise:  # a coordinator is not told the names of a site's columns
-        why = say_told_otherwise(otherwise) if at_site else either
+        why = describe_other_columns(otherwise) if at_site else either
     if in_home:  # not this coordinator's to know: what another's study protects, a name of both
         why = either
         dataset = "DATASET"
@@ -288,7 +288,7 @@ def check_known(
     )
 
 
-def say_told_otherwise(spent: Sequence[Spent]) -> str:
+def describe_other_columns(spent: Sequence[Spent]) -> str:
     """Say to a person at the site by which columns the patients of `spent` were told apart, and by
     which they are now. spent: charges that another column told apart; at least one."""
     earlier = ", ".join(sorted({repr(each.patient) for each in spent}))
