@@ -151,7 +151,9 @@ def memberships(
         typer.Option(
             "--anyway",
             help="With --end: end the membership even if its studies are under way, or if its site "
-            "file cannot be used; in the second case no file is deleted.",
+            "file cannot be used; in the second case no file is deleted. With --adopt: adopt a "
+            "later site even if it released without noise, so that no private study of the "
+            "hospital is possible any more.",
         ),
     ] = False,
     forget: Annotated[
@@ -189,13 +191,13 @@ def memberships(
             "--dataset": ("add", dataset), "--data": ("add", data),
             "--declared-size": ("add", declared_size), "--patient": ("add", patient),
             "--withdrawn": ("adopt", withdrawn),
-            "--anyway": ("end", anyway or None), "--yes": ("end", yes or None),
+            "--anyway": ("adopt" if adopt else "end", anyway or None), "--yes": ("end", yes or None),
         },
     )  # fmt: skip
     if add is not None:
         return _add(home, add, site, max_epsilon, dataset, data, declared_size, patient, name)
     if adopt is not None:
-        return _adopt(home, adopt, name, withdrawn)
+        return _adopt(home, adopt, name, withdrawn, anyway=anyway)
     if end is not None:
         return _end(home, end, anyway=anyway, yes=yes)
     if forget is not None:
@@ -286,7 +288,9 @@ def _registered(data: str, patient: str | None) -> Any:
 # ------------------------------------------------------------------------------------------ adopt
 
 
-def _adopt(home: Path, site: Path, name: str | None, withdrawn: Path | None) -> dict[str, Any]:
+def _adopt(
+    home: Path, site: Path, name: str | None, withdrawn: Path | None, *, anyway: bool
+) -> dict[str, Any]:
     from fedtune.core.files import reading
     from fedtune.officer.adopt import adopt
 
@@ -296,7 +300,7 @@ def _adopt(home: Path, site: Path, name: str | None, withdrawn: Path | None) -> 
     if withdrawn:
         lines = reading.text(withdrawn, "patient keys, one a line").splitlines()
         keys = [key for line in lines if (key := line.strip())]
-    made = adopt(home, site, name, keys)
+    made = adopt(home, site, name, keys, anyway=anyway)
     _show_adoption(made, site)
     return asdict(made)
 

@@ -116,7 +116,14 @@ class Adoption:
     restored: int = 0
 
 
-def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ()) -> Adoption:
+def adopt(
+    home: Path,
+    site_file: Path,
+    name: str,
+    withdrawn: Sequence[str] = (),
+    *,
+    anyway: bool = False,
+) -> Adoption:
     """Make the site of `site_file` the membership `name` of `home`. A home that does not exist is
     made.
 
@@ -126,6 +133,8 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
     - name: the name of the membership in hospital.toml, which no other one of this home ever had
     - withdrawn: keys of patients who withdrew from the site and have no record there any more; they
       are read only if the home had a ledger already
+    - anyway: whether to adopt a later site that once released without noise, after which no private
+      study of the hospital is possible
 
     Called again after it was killed, it finishes what is left to do.
     Errors: ConfigError, InputError, DataError, PolicyRefused, Refused (a ledger is frozen, or an
@@ -146,7 +155,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
         _check_no_copy(home, site, book)
         _check_nothing_waits(site, book)
         with closed(book) as old:
-            return _adopt_later(home, site, site_file, name, old, withdrawn)
+            return _adopt_later(home, site, site_file, name, old, withdrawn, anyway=anyway)
 
 
 def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
@@ -337,6 +346,8 @@ def _adopt_later(
     name: str,
     old: Closed,
     withdrawn: Sequence[str],
+    *,
+    anyway: bool,
 ) -> Adoption:
     """Enter a site's charges and withdrawals in the ledger of a home that has one already, and make
     the site a membership there.
@@ -346,7 +357,8 @@ def _adopt_later(
     - site_file: the absolute path of that file, which is replaced
     - name: the name of the membership
     - old: the site's own ledger, to which no other process can write meanwhile
-    - withdrawn: keys of patients who withdrew from this site and have no record there any more"""
+    - withdrawn: keys of patients who withdrew from this site and have no record there any more
+    - anyway: whether to adopt it even if no private study of the hospital is possible then"""
     state, before_it = site.site.state, (home / FILE).read_text(encoding="utf-8")
     text, hospital = before_it, load_hospital_text(home, before_it)
     there = hospital.memberships.get(name)
@@ -368,6 +380,9 @@ def _adopt_later(
         dataset: f"{name}/{datasets.get(dataset, dataset)}"
         for dataset in sorted({*old.datasets, *datasets})
     }
+    earlier = old.list_earlier(name, charged)
+    if not anyway:
+        _check_budget_remains(site, earlier)
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
     as_membership = _as_membership(site, home, name, hospital, datasets)
     membership = share_in(as_membership, hospital, site_file)
@@ -386,7 +401,6 @@ def _adopt_later(
         known = {member for record in identities(_of_everybody(table)) for member in record}
         book.declare(datasets[table.name], data.disjoint_from, None, known, data.cohort)
     StepLog(home / STEPS, name).join(state / STEPS)
-    earlier = old.list_earlier(name, charged)
     by_member = {unit_member(key): since for key, since in keys.items()}
     _copy_stored(old, name, book)
     refused = [slot_of(slot, name) for slot in old.refused]
@@ -405,6 +419,20 @@ def _adopt_later(
     return Adoption(
         home, name, copy, site_copy, False, entered, datasets, charged, receipts, restored
     )
+
+
+def _check_budget_remains(site: Site, earlier: Sequence[Earlier]) -> None:
+    """Check that none of a later site's charges was without noise, since each of them counts
+    against every dataset of the hospital. Errors: InputError."""
+    if without := sum(one.charge.noise_multiplier <= 0 for one in earlier):
+        raise InputError(
+            f"{without} charges of {site.site.name} are without noise, and what it paid counts "
+            "against every dataset of the hospital: no private study of the hospital would be "
+            "possible any more",
+            "a site whose charges all have noise",
+            f"`fedtune ledger` shows {site.site.name}'s charges. If the hospital shall take part "
+            "in no private study again, add --anyway",
+        )
 
 
 def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str, str]:

@@ -4,6 +4,7 @@ wherever it is killed, and nobody who withdrew comes back."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -580,6 +581,32 @@ def test_a_copy_of_the_homes_ledger_is_not_adopted(world: Path) -> None:
         patch.setattr(adoption, "_check_no_copy", lambda *_: None)
         adopt(world / "home", world / "copy.toml", "again")
     assert len(charges(world)) == 2 * len(spent)
+
+
+@pytest.mark.parametrize("insists", [True, False])
+def test_a_site_that_released_without_noise_is_adopted_only_if_a_person_insists(
+    world: Path, monkeypatch: pytest.MonkeyPatch, insists: bool
+) -> None:
+    """No private study of the hospital is possible afterwards, for what a later site paid counts
+    against every dataset. Twin: without the check the adoption ends them without a word."""
+    adopt_first(world)
+    file = make_site(world, "trial")
+    spend(file, 1, sigma=0.0)
+    text, spent = (world / "home" / "hospital.toml").read_text(), charges(world)
+    refused = run("memberships", world / "home", "--adopt", file, "--name", "trial")
+    assert refused.exit_code == 2 and "--anyway" in refused.output
+    assert (world / "home" / "hospital.toml").read_text() == text and charges(world) == spent
+    assert traces(world / "trial-state") and "[hospital]" not in file.read_text()
+    if insists:
+        more = ("--anyway",)
+    else:
+        more = ()
+        monkeypatch.setattr(adoption, "_check_budget_remains", lambda *_: None)
+    made = run("memberships", world / "home", "--adopt", file, "--name", "trial", *more)
+    assert made.exit_code == 0, made.output
+    policy = load_site(file).policy
+    book = Ledger(world / "home")
+    assert math.isinf(budget("records", book.spending("records"), policy).epsilon)
 
 
 def test_a_name_that_paid_before_is_not_given_again(world: Path) -> None:
