@@ -125,8 +125,9 @@ def test_a_name_of_the_release_is_always_the_releases_own() -> None:
 def test_what_is_no_plug_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"somebody_elses:Nothing is none of the fedtune\.strat"):
         STRATEGIES.load("odd")
-    with pytest.raises(ConfigError, match=", ".join([*STRATEGIES.release(), "odd", "slow"])):
+    with pytest.raises(ConfigError, match=", ".join(STRATEGIES.release())) as unknown:
         STRATEGIES.load("fast")
+    assert {"odd", "slow"} <= set(str(unknown.value).replace('"', "").split(", "))
     points = {"fedtune.strategies": {"slow": "another:Slow", "torn": "another:Slow"}}
     install(tmp_path / "twice", monkeypatch, "another", "raise RuntimeError('boom')", points)
     with pytest.raises(ConfigError, match="installed more than once"):
