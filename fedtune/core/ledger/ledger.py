@@ -169,18 +169,20 @@ class Ledger:
         nor as arrivals, and may not take part here: of two processes that read at the same moment,
         the one that enters a key first keeps its patient.
         Errors: NoRoom if the disk has too little space; nothing is entered."""
-        hashes = {self._salt_member(member) for member in members}
+        # Hashed before the lock is taken, since other processes wait a minute at most for it.
+        listed, units = None if keys is None else list(keys), list(units)
+        salted = {each: self._salt_member(each) for each in {*units, *(listed or ())}}
+        hashes = {salted.get(member) or self._salt_member(member) for member in members}
         with self._store.writing() as writer:
             previous = self._account.declared.get(dataset, {})
             stays = previous.get("disjoint_from", ())
             apart_from = set(stays if disjoint_from is None else disjoint_from)
-            salted = {unit: self._salt_member(unit) for unit in units}
-            apart = self._account.list_apart(dataset, apart_from) if salted else ()
+            apart = self._account.list_apart(dataset, apart_from) if units else ()
             there = writer.hashes(*apart) if apart else set[bytes]()
-            elsewhere = {unit: key for unit, key in salted.items() if key in there}
+            elsewhere = {unit: salted[unit] for unit in units if salted[unit] in there}
             arrival = None
-            if keys is not None:
-                salted_keys = [self._salt_member(key) for key in keys if key not in elsewhere]
+            if listed is not None:
+                salted_keys = [salted[key] for key in listed if key not in elsewhere]
                 arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)
             if hashes:
                 writer.add_members(dataset, sorted(hashes - set(elsewhere.values())))
