@@ -358,7 +358,7 @@ def test_columns_of_the_file_go_with_the_predictions(run: fedtune.Run, tmp_path:
         ("new.jsonl", "mrn", "no column 'mrn', which --id mrn names; expected one of 'note', 'id'"),
         ("new.jsonl", "reason", "--id reason: the predictions already have a column of this name"),
         ("new.jsonl", "probability.a", "the predictions already have a column of this name"),
-        ("new.txt", "id", "lines of text, and this run reads text, --id id"),
+        ("new.txt", "id", "lines of text have no columns, and this run reads text, --id id"),
     ],
 )
 def test_a_column_that_cannot_go_with_them_is_named(

@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused(tiny_encoder: Path) -> None:
         classes(tiny_encoder, start={"head": "labels", "descriptions": {"none": "x"}})
     with pytest.raises(ValueError, match="labels"):
         classes(tiny_encoder, objective={"name": "causal_lm"}, start={"head": "labels"})
-    with pytest.raises(ValueError, match=r"\[public\] table, texts with labels"):
+    with pytest.raises(ValueError, match=r"\[public\] table of texts with labels"):
         classes(tiny_encoder, start={"head": "public"})
 
 

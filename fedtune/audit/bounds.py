@@ -27,8 +27,9 @@ def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) 
     data sets apart (sensitivity / standard deviation), from the two error counts of a test; at
     least 0.
 
-    - false_alarms: how many of the trials without the audited unit the test took for trials with it
-    - misses: how many of the trials with the unit the test took for trials without it
+    - false_alarms: in how many of the trials without the audited unit the test said that it was
+      there
+    - misses: in how many of the trials with the unit the test said that it was not there
     - trials: the number of trials without the unit, and as many with it
     - confidence: the probability that the bound is at most the true μ, such as 0.95
 

@@ -87,7 +87,7 @@ MODELS = Annotated[
         min=8,
         max=1000,
         metavar="N",
-        help="Without --site: the number of models to train, with noise and again without.",
+        help="Without --site: how many models to train with noise; as many are trained without it.",
     ),
 ]
 UNITS = Annotated[
@@ -138,10 +138,12 @@ def attack(
         return _attack_sites(run, records, references or [], out, site or held_out, received)
     if received:
         raise ConfigError(
-            "--received without --records", "--received together with --records NAME=FILE"
+            "--received is given without --records", "--received together with --records NAME=FILE"
         )
     if site is None and (held_out or references):
-        raise ConfigError("--held-out or --reference without --site", "--site SITE with them")
+        raise ConfigError(
+            "--held-out or --reference is given without --site", "--site SITE with them"
+        )
     loaded = Run(run)
     result: SiteAttack | Attack
     with Watch(Console(), "attacking"):

@@ -161,10 +161,10 @@ def memberships(
         typer.Option(
             "--forget",
             metavar="PLACE",
-            help="Delete the note that another home on this machine pays for some records, if "
-            "its ledger is not used any more. PLACE: the records' path or url, or the other "
-            "home. If HOME's own ledger is lost, give HOME as PLACE, so that a new ledger can "
-            "begin there. HOME may also be a site's state folder.",
+            help="Delete this machine's note that another home pays for some records, because the "
+            "ledger of that home is of no use any more. PLACE: the path or url of the records, or "
+            "the other home. If the ledger of HOME itself is lost, give HOME as PLACE, so that a "
+            "new ledger can begin there; HOME may then also be a site's state folder.",
             show_default=False,
         ),
     ] = None,

@@ -100,7 +100,7 @@ DEADLINE = Annotated[
 
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the command on `app`. panel: the heading under which --help lists it."""
-    told = "Ctrl-C is safe: the same command with --resume goes on."
+    told = "Ctrl-C is safe: the same command with --resume continues."
     command(app, panel=panel, epilog=told)(server)
 
 

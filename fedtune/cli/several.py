@@ -148,7 +148,7 @@ def run_several(
                 f"{len(failed)} of {len(studies)} studies failed: "
                 f"{', '.join(outcome.entry.name for outcome in failed)}",
                 "every study with its report",
-                "settle what each line above names; --resume goes on with these alone",
+                "resolve what each line above names; --resume continues these studies alone",
             ),
         )
     return told

@@ -343,7 +343,11 @@ def ledger(
             "budget; --from DIR, a newer copy of the state folder or a backup, costs less"
         )
         if not typer.confirm("restore without one?"):
-            raise InputError("nothing was restored", "a person who agrees", "give it --from DIR")
+            raise InputError(
+                "nothing was restored",
+                "the answer yes",
+                "to restore from a newer copy or a backup, give --from DIR",
+            )
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:
@@ -540,7 +544,7 @@ def purge(
         "trained, and paid for, again"
     )
     if not yes and not (sys.stdin.isatty() and typer.confirm("delete these files?")):
-        raise InputError("nothing was deleted", "a person who agrees", "run it with --yes")
+        raise InputError("nothing was deleted", "the answer yes", "run the command with --yes")
     purger.purge(listing)
     typer.echo(f"deleted {len(listing.files)} files; the ledger is whole")
     return {"deleted": listing.deletable, "unknown": listing.unknown}

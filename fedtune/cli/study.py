@@ -56,7 +56,7 @@ METRICS = Annotated[
         max=65535,
         metavar="N",
         help="Serve metrics for Prometheus on 127.0.0.1:N, to programs on this machine only. "
-        "Default: do not.",
+        "Default: no metrics are served.",
         show_default=False,
     ),
 ]
@@ -226,7 +226,7 @@ def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
     if asks and not typer.confirm("pay again?"):
         raise InputError(
             "nothing was run, and nothing paid",
-            "a person who agrees",
+            "the answer yes",
             "to continue an interrupted run, use --resume; to pay without a question, use --yes",
         )
 

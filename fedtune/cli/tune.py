@@ -76,7 +76,7 @@ OUT = Annotated[
 
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the command on `app`. panel: the heading under which --help lists it."""
-    command(app, panel=panel, epilog="Ctrl-C is safe: the same command goes on.")(tune)
+    command(app, panel=panel, epilog="Ctrl-C is safe: the same command continues the search.")(tune)
 
 
 def tune(

@@ -100,7 +100,7 @@ def verify(
 
     pairs = dict(text.partition("=")[::2] for text in sites or ())
     if not all(pairs.values()):
-        raise ConfigError("--site without a fingerprint", "NAME=FINGERPRINT")
+        raise ConfigError("--site is given without a fingerprint", "NAME=FINGERPRINT")
     found = check(path, trust, pairs)
     _check_approved(path, found, approved or [])
     typer.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else _lines(found))
@@ -121,8 +121,8 @@ def verify(
     if found.dossier and not found.dossier["word by word"]:
         release = found.dossier["made by"]
         raise Refused(
-            f"the run is as shown here; the dossier's pages, which fedtune {release} wrote, are "
-            "its signer's word alone",
+            f"the run is as shown here; but fedtune {release} wrote the dossier's pages, so nobody "
+            "but its signer vouches for them",
             f"pages that fedtune {__version__} wrote",
             f"verify the dossier with fedtune {release}, or rely on what stands here",
         )

@@ -55,8 +55,8 @@ def escape_controls(text: str) -> str:
 
 
 class Stopped(BaseException):
-    """Raised when SIGTERM or SIGINT arrives, so that every block is left properly, and every
-    process that was started is stopped."""
+    """Raised when SIGTERM or SIGINT arrives, so that every `with` and `finally` block can clean up,
+    and every process that was started is stopped."""
 
     def __init__(self, signum: int) -> None:
         self.name = signal.Signals(signum).name

@@ -288,7 +288,7 @@ def keep_files_in_memory() -> None:
             # What lies behind a file's end cannot be read, and fails with another error.
             if failed and ctypes.get_errno() == errno.ENOMEM:
                 raise InfrastructureError(
-                    "too little memory to keep the libraries in it that decode files",
+                    "too little memory to keep in it the libraries that decode files",
                     "memory for all of their pages",
                     "free memory on this machine",
                 )

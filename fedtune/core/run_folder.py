@@ -58,9 +58,9 @@ def write_plan(run: Path, study: Study) -> None:
 def _with_places(study: Study, run: Path) -> Study:
     """Return a copy of a run's plan with the paths of its files on this machine. They are taken
     from the run's file of paths, if that was written for this very folder. Otherwise each file is
-    expected in the run's folder, under the name that the plan gives, and must be no link: a run
-    that somebody handed over can so name no other file of this machine. Errors: InputError for a
-    link."""
+    expected in the run's folder, under the name that the plan gives, and must be no link, so that a
+    run which somebody handed over cannot name any other file of this machine. Errors: InputError
+    for a link."""
     tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
     noted: dict[str, Any] = {}
     if tables and (run / PLACES).exists():
@@ -71,7 +71,7 @@ def _with_places(study: Study, run: Path) -> Study:
     for name, table in tables.items():
         inside = run / table.path.name
         if name not in noted and inside.is_symlink():
-            raise InputError(f"{inside}: a link", "the file itself", "put the file there")
+            raise InputError(f"{inside}: is a link", "the file itself", "put the file there")
         changes[name] = table.model_copy(update={"path": Path(str(noted.get(name, inside)))})
     return study.model_copy(update=changes)
 

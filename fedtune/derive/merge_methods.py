@@ -155,7 +155,10 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: Method
             "use linear",
         )
     if method == "regmean" and min(weights) <= 0:
-        raise ConfigError("regmean: a weight is how much an adapter counts", "weights above 0")
+        raise ConfigError(
+            "regmean: a weight is 0 or less",
+            "weights above 0: each is how much an adapter counts",
+        )
 
 
 def _zero_update(like: Factors) -> Factors:

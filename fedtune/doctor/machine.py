@@ -160,7 +160,9 @@ def disk(folder: Path, least: float) -> str:
     free = shutil.disk_usage(folder).free
     if free < least:
         raise InfrastructureError(
-            f"{folder}: {_gb(free)} free", f"{_gb(least)} at least", "free disk space, or move it"
+            f"{folder}: {_gb(free)} free",
+            f"{_gb(least)} at least",
+            "free disk space there, or use a folder on another disk",
         )
     if not os.access(folder, os.W_OK):
         raise InfrastructureError(f"{folder}: cannot be written", todo="fix its permissions")

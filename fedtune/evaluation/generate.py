@@ -212,7 +212,9 @@ def _media_and_prompt(
             raise ConfigError("no prompt", "--prompt TEXT")
         return None, prompt
     if file is None:
-        raise ConfigError(f"the base reads {reader.column} and text", "--file PATH")
+        raise ConfigError(
+            f"the base reads {reader.column} and text: no file is given", "--file PATH"
+        )
     if not file.is_file():
         raise DataError(f"{file}: no such file", f"a file of {reader.column}")
     try:

@@ -195,7 +195,7 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
     if isinstance(records, DataFile | Path | str):
         path = records.path if isinstance(records, DataFile) else Path(records)
         if path.is_dir():
-            raise DataError(f"{path}: a folder", "one file, so that its rows can be joined back")
+            raise DataError(f"{path}: is a folder", "one file, so that its rows can be joined back")
         lines = path.suffix.lower() == LINES
         source = csv.guess_format(path, asked.keys.values())
         found = _lines(path, asked) if lines else list(rows(path, asked.keys, source=source))
@@ -214,7 +214,8 @@ def _lines(path: Path, asked: _Asked) -> list[Row | str]:
     if list(asked.columns) != ["text"] or len(asked.keys) > 1:
         more = [key for key, column in asked.keys.items() if column not in asked.columns.values()]
         raise DataError(
-            f"{path}: lines of text, and this run reads {', '.join([*asked.columns, *more])}",
+            f"{path}: lines of text have no columns, and this run reads "
+            f"{', '.join([*asked.columns, *more])}",
             "a .csv, .jsonl or .parquet file",
         )
     content = reading.content(path, "one text a line", kind=DataError, most=LARGEST)
@@ -248,8 +249,8 @@ def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
 
 
 class _Predictor:
-    """Computes a run's outputs for rows: of a head its logits or score, otherwise the choices'
-    log-likelihoods. It is called with a chunk of rows at a time.
+    """Computes a run's outputs for rows: the logits or the score of its head or, if it has no head,
+    the log-likelihoods of the choices. It is called with a chunk of rows at a time.
 
     - run: the finished run, or a site's personal model
     - asked: the columns to read

@@ -126,9 +126,11 @@ def evaluator_of(
 
 
 def public_start(run: Run) -> tuple[Arrays | None, str]:
-    """Find what public text alone gave before a run's first round, to compare the run's model with
-    it. Return the arrays of the public start, and ""; or None and the reason: the study has no
-    [start], the run released its start, or this folder does not have the arrays."""
+    """Return the arrays of the run's public start, with which its model is compared, and "". The
+    public start is the model that was trained on public text alone, before the first round.
+
+    Return None and the reason if there is no such comparison: the study has no [start], the run
+    released its public start, or this folder does not have the arrays."""
     if run.study.start is None:
         return None, "the study learnt nothing from public text first"
     has_report = not isinstance(run, PersonalRun) and (run.folder / "report.json").is_file()

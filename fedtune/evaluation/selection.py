@@ -46,8 +46,8 @@ def check_apart(study: Study) -> None:
         contents[name] = {content_of(record) for record in records}
     for first, second in itertools.combinations(contents, 2):
         if shared := len(contents[first] & contents[second]):
-            did = "taught" if first == "public" else "chose"
-            then = "judge it" if second == "evaluation" else "choose its steps"
+            did = "trained" if first == "public" else "chose"
+            then = "evaluate it" if second == "evaluation" else "choose its steps"
             raise DataError(
                 f"{shared} records of [{first}] are in [{second}] too",
                 "files that share no record",

@@ -115,7 +115,8 @@ def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
 
 
 def lines(told: Sequence[Told]) -> list[str]:
-    """Describe the statements for people: one line each, sites by name; [] if there are none."""
+    """Describe for people what each site's statement says about the run's model: one line for each
+    statement; [] if there are none."""
     if not told:
         return []
     said = [

@@ -4,7 +4,8 @@ from the decisions and choices.
 
     report.json                 holds the record of versions, signed with the run
     versions/index.json         is the copy of it that the running study reads; must be equal
-    versions/looked.json        keyed digests of the public records, which show that a file is new
+    versions/looked.json        keyed digests of the records of each public file, which show which
+                                files share records
     versions/look-N.json        the records' scores in the comparison of version N
 
 Only the coordinator vouches that these scores are the models' own on the public records.

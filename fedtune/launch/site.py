@@ -550,8 +550,10 @@ def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
 
 def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
     """Open a connection on which a child process sends its events. Return this process's end, and
-    the descriptor of the child's end. ours: closes this process's end. theirs: closes this
-    process's copy of the child's end."""
+    the descriptor of the child's end.
+
+    - ours: when this stack is closed, it closes this process's end
+    - theirs: when this stack is closed, it closes this process's copy of the child's end"""
     here, there = socket.socketpair()
     theirs.enter_context(there)
     return ours.enter_context(Connection(here.detach())), there.fileno()

@@ -159,8 +159,8 @@ def _check_chooser(study: Study, records: Path | None) -> None:
         )
     if study.selection is None and (records is None or study.evaluation is None):
         raise ConfigError(
-            "there are no records to choose by: those of [evaluation] judge what was chosen, so "
-            "they choose nothing",
+            "there are no records by which to choose: those of [evaluation] only measure what was "
+            "chosen",
             "[selection] in study.toml; or [evaluation], and --records FILE with its columns",
             "set some public records apart from those of [evaluation]",
         )

@@ -469,9 +469,9 @@ def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[st
     found = {key: old.hashed(unit_member(key)) for key in keys}
     if left := set(old.withdrawn) - set(found.values()):
         raise InputError(
-            f"{len(left)} patients withdrew from {site.site.name} whose key is in no record any "
-            "more, and the ledger holds its hash alone",
-            "their keys, so that they stay left out",
+            f"{len(left)} patients withdrew from {site.site.name}, and no record has their keys "
+            "any more; the ledger holds only hashes of the keys",
+            "the keys of these patients, so that they stay left out",
             "give the keys, one a line, with --withdrawn FILE",
         )
     return {key: old.withdrawn[unit] for key, unit in found.items() if unit in old.withdrawn}

@@ -40,7 +40,7 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
             if dataset is None
             else f"{home}: has no dataset {dataset!r}",
             "one of " + (", ".join(names) or "none so far"),
-            "name one with --dataset; hospital.toml registers more",
+            "name one with --dataset, or register another in hospital.toml",
         )
     assert dataset is not None
     data, ceilings = hospital.datasets[dataset], hospital.policy

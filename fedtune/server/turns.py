@@ -47,7 +47,7 @@ class Turn:
         if time.time() >= self._deadline:
             raise DeadlinePassed(
                 f"its deadline, {format_utc(self._deadline)}, has passed",
-                todo="a later --deadline, and --resume, goes on after the last complete round",
+                todo="to go on after the last complete round, give --resume and a later --deadline",
             )
 
     def pause(self, seconds: float) -> None:

@@ -140,7 +140,7 @@ class Discriminant(Strategy):
         for what, is_so in expected.items():
             if not is_so:
                 raise ConfigError(
-                    'strategy.name = "discriminant" works on sums by class only', what
+                    'strategy.name = "discriminant" needs a study of class statistics', what
                 )
 
     def prepare(self, study: Study, frozen: Arrays) -> None:

@@ -330,7 +330,7 @@ def test_what_an_officer_decides_waits_for_no_other_memberships_file(tmp_path: P
     book = Ledger(tmp_path)
     book.declare("records", [])
     read_otherwise(files["onco"])
-    with pytest.raises(ConfigError, match="read 'records' otherwise"):
+    with pytest.raises(ConfigError, match="read 'records' differently"):
         load_site(files["cardio"])
     keys = tmp_path / "keys.txt"
     keys.write_text("p1\np2\n")

@@ -91,7 +91,7 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
             'site = "moved',
             "not the site file of membership 'onco'",
         ),
-        ("hospital.toml", "[memberships.onco]", TWICE, "are one place"),
+        ("hospital.toml", "[memberships.onco]", TWICE, "are the same place"),
         ("hospital.toml", 'patient = "who"\n', "", "columns.patient of 'records': is 'who'"),
         ("onco/site.toml", 'patient = "who"', 'patient = "answer"', "columns.patient of"),
         ("onco/site.toml", ', patient = "who"', "", "columns.patient of 'records': is None"),
@@ -528,7 +528,7 @@ def test_every_membership_reads_a_patients_key_alike(tmp_path: Path, keys: str, 
         if not says:
             load_site(path)
             continue
-        with pytest.raises(ConfigError, match="read 'records' otherwise") as refused:
+        with pytest.raises(ConfigError, match="read 'records' differently") as refused:
             load_site(path)
         assert all(str(file) in str(refused.value) for file in files.values())
     if says:
@@ -555,7 +555,7 @@ def test_a_withdrawn_patient_is_not_read_under_another_key(tmp_path: Path) -> No
     withdrawn = book.withdrawn()
     assert left_out("cardio") == left_out("onco") == ["Müller"]
     edit(files["onco"], '"../notes.csv"', CP1252)
-    with pytest.raises(ConfigError, match="read 'records' otherwise"):
+    with pytest.raises(ConfigError, match="read 'records' differently"):
         left_out("onco")
 
 

@@ -146,7 +146,7 @@ LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
     ),
     "bytes too many": (
         lambda: changed(VALUES, lambda old: body_of(old.data + b"\0" * 4096)(old)),
-        "has not the bytes of its shape",
+        "has not as many bytes as its shape needs",
     ),
     "an array too many": (
         lambda: message(ArrayRecord({**wire.record(zeros()), "x": Array(wire.numbers(2))})),

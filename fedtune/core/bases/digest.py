@@ -246,7 +246,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
                     if name in tensors:
-                        raise ModelError(f"{folder.name}: two shards hold {name}")
+                        raise ModelError(f"{folder.name}: two shards hold the tensor {name}")
                     tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError, MemoryError) as error:
             raise ModelError(

@@ -232,7 +232,7 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
     names = [name for name, other in hospital.datasets.items() if other.is_place_of(data)]
     if len(names) > 1:
         raise ConfigError(
-            f"{where}: {' and '.join(map(repr, names))} are one place",
+            f"{where}: {' and '.join(map(repr, names))} are the same place",
             "one name for each place, under which all that its patients paid is counted",
             "take one of the two out",
         )
@@ -267,7 +267,7 @@ def _check_read_alike(site: Site, hospital: Hospital, site_file: Path) -> None:
             if table.name == other.name and ours != theirs:
                 differs = [key for key in ours if ours[key] != theirs[key]]
                 raise ConfigError(
-                    f"{site_file} and {membership.site} read {table.name!r} otherwise: "
+                    f"{site_file} and {membership.site} read {table.name!r} differently: "
                     + ", ".join(f"{key} {ours[key]!r} and {theirs[key]!r}" for key in differs),
                     "one way for all memberships, so that a patient's key is the same in each",
                     "correct `source` or `options` of [data] in one of the two",

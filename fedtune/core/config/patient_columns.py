@@ -1,7 +1,8 @@
 """The names of the columns that tell a site's patients apart, as the ledger remembers them.
 
-A charge per patient holds for whoever that column made one patient. If another column does so
-later, a person at the site decides whether the earlier charges still say what a patient spent."""
+A charge per patient counts all rows with one value in that column as one patient. If another column
+tells patients apart later, a person at the site decides whether the earlier charges still say what
+a patient spent."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ def patient_column(data: SiteData) -> str:
 def patient_columns(site: Site) -> dict[str, str]:
     """Return the column of patients of each dataset, by the dataset's name: of those in the site's
     file or, in a hospital's home, in hospital.toml, since every membership declares all of them.
-    What hospital.toml says is as of now; a membership that read its records by another column is
-    so refused until it is started again."""
+    The columns of hospital.toml are those that it names now. So a membership that has read its
+    records by another column is refused until it is started again."""
     tables = [table for table in (site.data, site.evaluation) if table]
     registered = site.policy.hospital.patients if site.policy.hospital else {}
     return {table.name: patient_column(table) for table in tables} | registered

@@ -154,7 +154,7 @@ class SiteData(DataFile):
         if self.url is None and "path" not in self.model_fields_set:
             raise ValueError("path: key is missing")
         if A_URL.match(str(self.path)):  # which is not repeated: it may hold a password
-            raise ValueError("path: is a url; give it as url, without a password")
+            raise ValueError("path: is a url, which belongs in the key url, without a password")
         if self.url and self.source not in (None, SQL):
             raise ValueError(f'url: is read only by source = "{SQL}"')
         if self.options and self.source is None and not self.url:

@@ -475,16 +475,16 @@ class Study(Table):
         study."""
         start = self.start or StartTable()
         if start.steps and not self.public:
-            raise ValueError("start.steps: needs a [public] table, text with answers")
+            raise ValueError("start.steps: needs a [public] table of text with answers")
         if start.head != "zero" and not self.objective.labels:
             raise ValueError(f'start.head = "{start.head}": needs objective.labels')
         if start.head == "public" and not self.public:
-            raise ValueError('start.head = "public": needs a [public] table, texts with labels')
+            raise ValueError('start.head = "public": needs a [public] table of texts with labels')
         if unknown := sorted(set(start.descriptions) - set(self.objective.labels)):
             raise ValueError(f"start.descriptions: {unknown[0]!r} is not in objective.labels")
         if self.lora and self.lora.preconditioner:
             if not self.public:
-                raise ValueError("lora.preconditioner: needs a [public] table, text with answers")
+                raise ValueError("lora.preconditioner: needs a [public] table of text with answers")
             if self.training.weight_decay:
                 raise ValueError(
                     "training.weight_decay: must be 0 with lora.preconditioner, "

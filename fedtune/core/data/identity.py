@@ -28,9 +28,11 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
 
 def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
     """Read a site's dataset, and return for each usable record the set of its identifiers
-    (`identity_of`), and for each image, recording or clip that was read and cannot be used a set
-    with its own: a later reading may succeed. patients: whether a record's patient is among them;
-    without a patient column it never is.
+    (`identity_of`). An image, recording or clip that was read but cannot be used may be usable at a
+    later reading, so a set with its identifier alone is returned for it too.
+
+    patients: whether a record's patient is among its identifiers; without a patient column it never
+    is.
 
     Errors: DataError, ConfigError, as in `read_records`."""
     by_patient = data.columns.patient is not None

@@ -410,7 +410,7 @@ def _check_media(file: DataFile, study: Study, reader: Reader | None) -> None:
     texts = (file.columns.text, file.columns.prompt, file.columns.messages)
     if required == "video" and study.lora is None and any(texts):
         raise DataError(
-            "a head alone reads a clip and no text beside it",
+            "a study that trains a head alone reads each clip without a text",
             f"{at}.video with {at}.label, or a [lora] table",
         )
 

@@ -192,8 +192,8 @@ def total_epsilon(
     """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
 
     orders: the Rényi order of the filter, which was fixed with the dataset's first charge. Several,
-    if it is not known which of them was fixed first (`ledger.entries.orders_of`): the largest ε of
-    the filter at each of them is used, so that the ceiling holds at the one that was.
+    if it is not known which of them was fixed first (`ledger.entries.orders_of`): the filter's ε is
+    then computed at each of them, and the largest is used.
 
     samples_first: whether the first step sampled (q < 1), or may have.
 

@@ -150,19 +150,22 @@ class Account:
         return [self._with_columns(spent, dataset, now) for spent in counting]
 
     def _with_columns(self, spent: Spent, dataset: str, now: Mapping[str, str]) -> Spent:
-        """Return a charge against `dataset` with the column of patients that it was made by, and
-        the one that counts now: that of the charge's own dataset or, if no table of the site has
-        that dataset any more, that of `dataset`. now: the column that each dataset has now."""
+        """Return a charge against `dataset` with two columns: the one that told patients apart in
+        the charge's round, and the one that counts now. The latter is the column of the charge's
+        own dataset or, if no table of the site has that dataset any more, that of `dataset`. now:
+        the column that each dataset has now."""
         column = self.column_of(spent, dataset)
         column_now = now.get(spent.dataset) or now.get(dataset, "")
         return replace(spent, patient=column, patient_now=column_now) if column else spent
 
     def column_of(self, spent: Spent, *datasets: str) -> str:
-        """Return the column that told patients apart in a charge's round, "" if none did or it is
-        not known. A charge that names none is an earlier release's: it counts as made by the first
-        column with which its dataset was declared. One of a dataset that has had no column, such as
-        a restore's, may have been made by any column of `datasets`, against which it counts. If
-        there are several, they are joined to a name that is none of them."""
+        """Return the column that told patients apart in a charge's round; "" if none did, or if it
+        is not known.
+
+        A charge that names no column was made by an earlier release. It counts as made by the first
+        column with which its dataset was declared. If that dataset never had a column, as for a
+        charge that a restore entered, any column of `datasets`, against which the charge counts,
+        may have been used. Several columns are joined to one text, which equals none of them."""
         if spent.charge.patient or spent.charge.unit == "record":
             return spent.charge.patient
         if own := self.all_columns.get(spent.dataset):
@@ -191,9 +194,10 @@ class Account:
 
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
         """Return whether a charge of `against` also counts against one cohort of `dataset`, i.e.
-        against units that arrived together. A charge of another dataset does, and so does one by
-        another column of patients, under whose keys nobody is found again. Any other charge of
-        `dataset` does if it was made after they arrived, by a round that did not leave them out.
+        against units that arrived together. A charge of another dataset does. So does a charge for
+        patients whom another column told apart, since nobody is recognised by that column's keys
+        any more. Any other charge of `dataset` does if it was made after the units arrived, by a
+        round that did not leave them out.
         arrival: the number of the entry with which they arrived."""
         if self._counts_for_everybody(spent, dataset):
             return True

@@ -129,8 +129,8 @@ class AuditLog:
           returned. 0: always write
         - facts: numbers and short texts about the act, by name; of a path the last part is kept
 
-        A last line that a crash cut short is removed first, since nothing was done under it. If the
-        log was taken away, an entry of the event "cut" says so first.
+        A last line that a crash cut short is removed first: what it was to record was not done. If
+        the log was taken away, an entry of the event "cut" says so first.
         Errors: NotAuditable for a fact that may not be logged; InfrastructureError if the disk
         refuses: the caller must then not do the act."""
         said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}
@@ -210,7 +210,8 @@ def verify(folder: Path, public: str, head: str = "", *, torn: bool = False) -> 
     - folder: the folder of the log
     - public: the key (hexadecimal) that must have signed it
     - head: an entry that was noted earlier, as "SEQ:HASH", which must be in the log; "": none
-    - torn: whether to pass over a last line that a crash cut short, under which nothing was done
+    - torn: whether to pass over a last line that a crash cut short; what it was to record was not
+      done
 
     Errors: NotGenuine; InputError where there is no log."""
     entries = list[dict[str, Any]]()
@@ -306,7 +307,8 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
         raise NotGenuine(
             f"{path}: the last line is cut short",
             "complete lines",
-            "after a crash, go on: the next entry removes this line, and nothing was done under it",
+            "if this is after a crash, go on: the next entry removes this line, and what it was to "
+            "record was not done",
         )
     for number, line in enumerate(lines, 1):
         yield f"{path}: line {number}", line

@@ -374,10 +374,10 @@ class Database:
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
     def note_receipts(self, connection: sqlite3.Connection) -> None:
-        """Note in the database that receipts are stored beside it, if they are and this is not
-        noted yet, so that it is noticed if their file is taken away. The note is committed at once:
-        a receipt that names a lost entry fails the transaction that reads it. connection: in a
-        transaction that has no entry yet."""
+        """Note in the database, if the file of receipts exists and this is not noted yet, that it
+        exists: if the file is then taken away, this is noticed. The note is committed at once,
+        since the transaction that reads the receipts fails if one of them names a lost entry.
+        connection: in a transaction that has no entry yet."""
         if (self.folder / RECEIPT).exists() and not has_receipts(connection):
             mark_receipts(connection)
             connection.execute("COMMIT")

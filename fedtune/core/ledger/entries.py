@@ -66,8 +66,8 @@ class Charge:
     - sites, colluding: n and t of secure aggregation. If at most t of the n sites collude, every
       sum that anybody opens has the noise of n - t sites. 1 and 0 without secure aggregation
     - membership: which of a hospital's memberships paid; "" at a site that has its own ledger
-    - adopted: whether the charge was made in another ledger, which the hospital's home adopted, or
-      may have been: its entry here may be later than entries of charges that were made after it
+    - adopted: whether the charge was made, or may have been made, in another ledger, which the
+      hospital's home adopted later. Charges that were made after it may then have earlier entries
     - patient: the column whose values told patients apart (`patient_column`); "" for a charge per
       record, of an earlier release or of a restore"""
 
@@ -141,26 +141,26 @@ class Charge:
 
 
 def orders_of(charges: Iterable[Charge]) -> tuple[float, ...]:
-    """Return the Rényi orders at which the privacy filter composes charges, sorted: the order that
-    the first charge fixed; (2.0,) without charges, where the order does not matter. A ledger that
-    was adopted had fixed an order of its own, and perhaps before the hospital's: the hospital's may
-    then have been chosen when results were known, so both are returned. charges: in the ledger's
-    order."""
+    """Return the Rényi orders at which the privacy filter composes charges, sorted. Usually this is
+    the one order that the first charge fixed. A ledger that was adopted had fixed an order of its
+    own. If it did so before the hospital's ledger, results were known when the hospital's order was
+    fixed. Nobody knows which was first, so both are returned. Without charges the order does not
+    matter, and the result is (2.0,). charges: in the ledger's order."""
     return tuple(sorted({charge.order for charge in _first_charges(charges)})) or (2.0,)
 
 
 def samples_first(charges: Iterable[Charge]) -> bool:
-    """Return whether the first step that was charged sampled (q < 1), or may have, as where a
-    restore does not know it; True without charges. `core.dp.filter.total_epsilon` asks for it.
-    charges: in the ledger's order."""
+    """Return whether the first step that was charged sampled (q < 1), or may have done so: after a
+    restore this may not be known. Return True without charges. `core.dp.filter.total_epsilon` needs
+    the result. charges: in the ledger's order."""
     first = _first_charges(charges)
     may = (charge.sampling_rate < 1 or charge.membership == EVERY for charge in first)
     return any(may) or not first
 
 
 def _first_charges(charges: Iterable[Charge]) -> list[Charge]:
-    """List the charges of which one was made before all others: the first in the ledger, and the
-    first of each ledger that was adopted."""
+    """List the charges that may be the earliest of all: the first in the ledger, and the first of
+    each ledger that was adopted."""
     first = dict[str, Charge]()
     for charge in charges:
         if not first or charge.adopted:
@@ -182,9 +182,9 @@ class Spent:
       attempt and the membership if there are any; "" for a "restore"
     - time: when it was entered, in UTC seconds
     - released: whether the round's update was released; always True for a "restore" charge
-    - patient: the column that told patients apart in the round, as far as it is known; ""
-      otherwise, and for a charge per record
-    - patient_now: the column that tells apart the same patients now; "" if none does"""
+    - patient: the column that told patients apart in the round; "" if it is not known, and for a
+      charge per record
+    - patient_now: the column that tells the patients of this dataset apart now; "" if none does"""
 
     seq: int
     kind: str
@@ -198,8 +198,8 @@ class Spent:
 
     @property
     def has_other_column(self) -> bool:
-        """Whether another column tells patients apart now than in the round, so that one patient of
-        now may have been several units then."""
+        """Whether another column tells patients apart now than in the round. One patient may then
+        have counted as several units in the round."""
         return bool(self.patient and self.patient_now) and self.patient != self.patient_now
 
     def is_known_for(self, unit: str) -> bool:
@@ -251,7 +251,7 @@ class Accepted:
     holds for all entries up to number `upto`.
 
     who: the person's login; why: in that person's words; time: when, in UTC seconds; patients: the
-    column of patients that each dataset had then."""
+    column of patients that each dataset had at this time."""
 
     upto: int
     who: str
@@ -260,9 +260,9 @@ class Accepted:
     patients: Mapping[str, str] = field(default_factory=dict)
 
     def covers(self, spent: Spent, dataset: str) -> bool:
-        """Return whether the decision holds for a charge against `dataset`, the dataset for which
-        it was made. If another column told patients apart in the charge's round than now, it holds
-        only if the person saw the column that counts now."""
+        """Return whether the person accepted a charge against `dataset`, the dataset about which
+        the person decided. If another column told patients apart in the charge's round than now,
+        the charge is accepted only if the column of now was in the site's files at the decision."""
         if spent.has_other_column:
             seen = self.patients.get(spent.dataset) or self.patients.get(dataset)
             return self.upto >= spent.seq and seen == spent.patient_now

@@ -68,7 +68,8 @@ class Paid(NamedTuple):
     number of entries, which also counts withdrawals, arrivals and declarations.
 
     - steps: the noised steps of all charges with noise
-    - bare: the number of charges without noise (σ = 0); that of an exhausted budget is one"""
+    - bare: the number of charges without noise (σ = 0), such as the one that a restore enters to
+      exhaust the budget"""
 
     steps: int = 0
     bare: int = 0
@@ -83,7 +84,8 @@ class Paid(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A head, and what the ledger had charged up to it; None if an older release stated it."""
+    """A head, and what the ledger had charged up to it (`paid`), which is None if an older release
+    signed the head."""
 
     head: Head
     paid: Paid | None
@@ -159,10 +161,11 @@ def sealed_token(
     - membership: the membership of a hospital that sends the token, and alone can open it; "" for a
       site with a ledger of its own
 
-    A coordinator that stores the token, unread, so stores the heads of both the ledger and the
-    audit log. In clear text the sequence number would reveal to the coordinator that the data
-    changed, or that a patient withdrew. The cipher is AES-256-GCM. Only the same membership opens
-    the token, so that nobody can use tokens to test whether two sites are one hospital."""
+    A coordinator stores the token without being able to read it, and with it the heads of the
+    ledger and of the audit log. In clear text the sequence number would reveal to the coordinator
+    that the data changed, or that a patient withdrew. The cipher is AES-256-GCM. Only the same
+    membership opens the token, so that nobody can use tokens to test whether two sites are one
+    hospital."""
     head = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}"
     text = f"{head}{audit:>80}{statement['steps']:012d}{statement['bare']:012d}".encode()
     nonce = os.urandom(12)

@@ -19,8 +19,9 @@ Units that arrived later (`cohorts`) are charged for the dataset's rounds after 
 and not for a round that left their cohort out. Every charge of another dataset counts against them.
 | a unit known before arrivals were kept | counts as arrived with the first charge |
 A charge by an earlier release of fedtune (`Charge.rules`) gives no ε for a unit, and neither does
-one for another kind of unit, such as a record where patients are protected now, or one by another
-column of patients. `unknown` lists those of these charges that nobody at the site has accepted.
+one for another kind of unit, such as a record where patients are protected now, or one for patients
+whom another column told apart. `unknown` lists those of these charges that nobody at the site has
+accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -161,9 +162,10 @@ class Ledger:
           whatever any unit's records are, and all such keys are one cohort. None: no arrivals are
           recorded
         - units: patients' keys to look for in datasets disjoint from this one
-        - columns: the column of patients of each dataset that the site's or the hospital's file has
-          now, "" for none. What differs from what was last declared is declared, of other datasets
-          too; one that is not named is in the file no more. None: all columns stay as they were
+        - columns: for each dataset that the site's or the hospital's file names now, its column of
+          patients; "" if it has none. Each column that differs from the one last declared is
+          declared anew, also of other datasets; a dataset that the file no longer names has none.
+          None: all columns stay as they were
 
         Returns the keys in `units` that a disjoint dataset has. They are entered neither as members
         nor as arrivals, and may not take part here: of two processes that read at the same moment,
@@ -266,8 +268,9 @@ class Ledger:
         ]
 
     def _unknown_for(self, dataset: str, charge: Charge) -> list[Spent]:
-        """List the charges of unknown cost for the unit of `charge`, which is to be made. Its own
-        column counts: another membership's process may have declared another one meanwhile."""
+        """List the charges whose cost is not known for the unit of `charge`, a charge that is to be
+        made. They are compared with the column of patients in `charge`, since the process of
+        another membership may have declared another column meanwhile."""
         own = {dataset: charge.patient} if charge.patient else {}
         return self._unknown(dataset, charge.unit, {**self._account.patients, **own})
 
@@ -284,7 +287,7 @@ class Ledger:
         columns: Mapping[str, str] | None = None,
     ) -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` until now is
-        unknown. It holds as long as the columns of patients are those of now.
+        unknown. The acceptance holds as long as the columns of patients stay as they are now.
 
         - who: the person's login
         - reason: in that person's words, "" for none
@@ -732,7 +735,8 @@ class Ledger:
             raise LedgerError(
                 "the coordinator's receipt is not one for this site's ledger",
                 expected="a head that this site signed, countersigned by the coordinator",
-                todo="run the round again; else this is not the coordinator that sent the plan",
+                todo="run the round again; if the error comes again, this is not the coordinator "
+                "that sent the plan",
             )
         with self._store.writing() as writer:
             new = Receipt(coordinator_public, head, str(statement["signature"]))

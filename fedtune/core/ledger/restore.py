@@ -4,11 +4,12 @@ Guarantee: a restored ledger charges at least what was spent.
 1. The base is the longest chain that verifies: that of the backup or that of the folder itself.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
-   were charged up to the entry that they name. Steps that the base lacks and that the step log does
-   not show are charged with the least σ and the most q (sampling rate) and k (rows of a unit in a
-   step) known. An entry after all of these counts by its row in the old database, if that can be
-   read; else as a round with the most steps known. So does each entry up to an anchor or a receipt
-   of an older release, which has no counts.
+   were charged up to the entry that they name. Each of these steps that neither the base nor the
+   step log has is charged with the smallest σ, the largest q (sampling rate) and the largest k
+   (rows of a unit in a step) that are known. An entry that is newer than the anchor and all
+   receipts is charged by its row in the old database. If that row cannot be read, it is charged as
+   a round, with as many steps as the longest round that is known. Each lost entry is charged in
+   these two ways if only an anchor or a receipt of an older release, without counts, names it.
 | case                                                      | the charge                      |
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
 | lost steps, but no round known to price them              | exhausted                       |
@@ -18,10 +19,10 @@ Why step 3 counts all that was spent: two kinds of entries charge, "reserve" (a 
 of an adopted ledger) and "restore", and the counts hold the charges of both in full. What was
 charged between the base and a later entry of its chain is the difference of their counts. Each of
 these steps is either among those that step 2 took from the log, or in the remainder, which step 3
-prices. What the log shows is taken off the count of the anchor alone, since the anchor names the
-newest entry: without it, with one that was put back, or beside a branch that was rolled away, the
-log may show other steps than those that a receipt counts. Steps are counted in place of rounds
-since one charge of an earlier restore holds the steps of many.
+charges. The steps that the log shows are subtracted only from the count of an anchor that names the
+newest entry. If the anchor is missing or was put back, or if a receipt is of a branch that was
+rolled back, the log may show other steps than those that the receipt counts. Steps are counted in
+place of rounds, since one charge of an earlier restore holds the steps of many rounds.
 Why it charges no more for withdrawals, arrivals, declarations and signatures, which also are
 entries: a count holds none of them, so ε after a restore does not tell how many were lost. Where
 there are no counts, ε still does, and a charge of an adopted ledger that stands for several rounds
@@ -461,13 +462,13 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
 
 
 def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
-    """Return what a chain that is begun anew starts with: a salt, an empty list of entries, and
-    whether the old salt is lost.
+    """Choose the salt for a chain that is begun anew. Return the salt, the chain's entries (an
+    empty list), and whether the salt of the old ledger is lost.
 
     The salt is that of the folder's salt file, or a random one if the file is missing or has a
-    wrong length. It counts as the old one only if the folder's first entry, signed by the site's
-    key (its public half is `public`), names it: the file may be another site's, or be left by a
-    restore that was killed."""
+    wrong length. The file may be another site's, or be left by a restore that was killed. So its
+    salt counts as the old ledger's only if the first entry of that ledger names it, and the site's
+    key (its public half is `public`) signed this entry."""
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
     is_lost = _names_salt(folder, public, salt) is not True
     return (salt if len(salt) == 32 else os.urandom(32)), [], is_lost
@@ -673,8 +674,8 @@ def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid, bool]:
     """Compare the step log with the base's chain. Return three: a charge for each round that has
-    more noised steps in the log than the chain charged; how much of what was lost the log so shows
-    (the steps beyond those that the chain charged, and the rounds without noise); and whether the
+    more noised steps in the log than the chain charged; the sum of these lost charges (the steps
+    beyond those that the chain charged, and the number of rounds without noise); and whether the
     log is complete, i.e. exists and holds every noised step of the rounds that the chain released.
 
     - path: the step log's file; if it cannot be read, the result is [], nothing and False
@@ -705,8 +706,8 @@ def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid,
 
 
 def _charge_of_step(step: Step) -> Charge:
-    """Build a charge from a step of the log: that of the step's round, but with `steps` = 0. Equal
-    steps of a round so give equal charges, and a Counter of them gives the number of steps."""
+    """Build a charge from a step of the log: that of the step's round, but with `steps` = 0. So
+    equal steps of a round give equal charges, and a Counter of these gives the number of steps."""
     return Charge(
         study=step.study,
         name="",

@@ -70,7 +70,7 @@ class VideoText(Modality):
         images = ImageText().reader(base, tokenizer)
         if isinstance(images, Square):
             raise ModelError(
-                f"{base.name}: clips are not read by a base whose positions lie in a plane",
+                f"{base.name}: clips are not read by a base that gives positions two coordinates",
                 "Idefics3, SmolVLM or LLaVA",
             )
         return Clips(images)

@@ -620,13 +620,14 @@ def _warn_if_altered(error: Unavailable) -> None:
 def _fit_to_vectors(rows: int, *positions: int) -> int:
     """Return how many rows a block has, at most `rows`, and at least 1.
 
-    A processor computes functions such as `sigmoid`, `silu` and `softplus` for many numbers at a
-    time, and the rest of a tensor one by one, by other formulas: the last rows of a tensor would
-    get other last digits than the same rows at its beginning. So a tensor with one number for each
-    row must be shorter than any vector or a whole number of them, which are 8 to 64 numbers by
-    processor and precision. So must a tensor with H numbers for each position; this holds if H is a
-    multiple of 8. A base with other widths has blocks of one row (`has_whole_widths`). A loss must
-    not apply such functions to a tensor with one number for each position.
+    A processor computes functions such as `sigmoid`, `silu` and `softplus` for a vector of numbers
+    at a time: 8 to 64 numbers, by processor and precision. The numbers that are left at the end of
+    a tensor are computed one by one, by other formulas, so the last rows of a tensor would get
+    other last digits than the same rows at its beginning. Therefore a tensor with one number for
+    each row must be shorter than a vector, or as long as a whole number of vectors, whichever
+    length a vector has here. So must a tensor with H numbers for each position; this holds if H is
+    a multiple of 8. A base with other widths has blocks of one row (`has_whole_widths`). A loss
+    must not apply such functions to a tensor with one number for each position.
 
     Thus layers and head compute a multiple of 8 rows, or one record alone: these numbers of rows
     are what a machine is tried with (`places.rows_keep_digits`).

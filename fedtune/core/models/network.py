@@ -122,7 +122,7 @@ class Network:
         if directions:
             if lora:
                 raise ConfigError(
-                    "class statistics need a base that stays as it is", "no [lora] table"
+                    "class statistics are computed with the base as it is", "no [lora] table"
                 )
             self.statistics = ClassStatistics(self.hidden_size, directions, labels, self.device)
         self._split: Split | None = None

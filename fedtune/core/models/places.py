@@ -50,8 +50,8 @@ def rows_keep_digits(modules: nn.Module, positions: int, device: torch.device) -
 
 def _weights(modules: nn.Module) -> Iterator[tuple[tuple[int, int], torch.dtype]]:
     """Yield the shape and the type of each weight of `modules` by which rows are multiplied. A
-    quantised weight is multiplied in the type of the layer's other numbers, taken for fp32 and for
-    bf16."""
+    quantised weight is multiplied in the type of the layer's other numbers. This may be fp32 or
+    bf16, so both are yielded."""
     for weight in modules.parameters():
         if weight.dim() == 2 and weight.is_floating_point():
             yield (_side(weight.shape[0]), _side(weight.shape[1])), weight.dtype
@@ -94,10 +94,12 @@ def _product_keeps_digits(
 
 @cache
 def _functions_keep_digits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether numbers keep their digits in other places in tensors of whole vectors, also
-    those of the functions' gradients; and in fp32, in which losses are computed, in tensors of one
-    number for each row of a block (`cache._fit_to_vectors`). The functions of losses are tried in
-    tensors of any few numbers, too."""
+    """Return whether the results and gradients of FUNCTIONS, which include LOSSES, keep their
+    digits if the numbers are at other places in a tensor.
+
+    FUNCTIONS are tried on tensors whose length is a multiple of WHOLE; in fp32, in which losses are
+    computed, also on tensors with one number for each row of a block (`cache._fit_to_vectors`), and
+    LOSSES on tensors of any few numbers."""
     draw = torch.Generator().manual_seed(0)
     whole = [WHOLE * n for n in (1, 2, 3, 5, 7, 11)]
     few = [2**n for n in range(3, 11)] if dtype == torch.float32 else []

@@ -197,7 +197,7 @@ def factor_of(
 
     - moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue
     - rank: the number of W's columns, at most outputs - 1
-    - damping: what is added to each of G's eigenvalues over their mean; > 0
+    - damping: a number > 0, which is added to each eigenvalue of G divided by their mean
 
     For the `rank` largest eigenvalues of G, M has the eigenvalues of that matrix. All others are
     replaced by their root mean square. Errors: ModelError if G is zero or not finite."""
@@ -208,13 +208,13 @@ def factor_of(
 def factor_of_columns(
     columns: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute the preconditioner's factor W, fp32 (outputs, rank), from public gradients
-    themselves. `factor_of` does so from their sum G, which would take too much memory for a wide
-    layer.
+    """Compute the preconditioner's factor W, fp32 (outputs, rank), as `factor_of` does, but from
+    the public gradients themselves. For a wide layer the sum G of their products would take too
+    much memory.
 
     - columns: the public gradients, (outputs, n) with n < outputs; G = columns columnsᵀ
     - rank: the number of W's columns, at most outputs - 1
-    - damping: what is added to each of G's eigenvalues over their mean; > 0
+    - damping: a number > 0, which is added to each eigenvalue of G divided by their mean
 
     Errors: ModelError if the columns are all zero, or not finite."""
     vectors, singular, _ = np.linalg.svd(_require_finite(columns), full_matrices=False)
@@ -241,7 +241,7 @@ def _factor(
     - values: the n largest eigenvalues of G, ascending, (n,)
     - vectors: their eigenvectors as columns in the same order, (outputs, n)
     - rank: the number of W's columns, lowered to outputs - 1 if it is larger
-    - damping: what is added to each of G's eigenvalues over their mean; > 0"""
+    - damping: a number > 0, which is added to each eigenvalue of G divided by their mean"""
     outputs, known = vectors.shape
     mean = float(values.sum()) / outputs
     shrunk = 1 / np.sqrt(

@@ -52,9 +52,9 @@ class Budget:
     @property
     def order(self) -> float:
         """The Rényi order that a charge of this plan has. It follows from the site's ceiling and δ,
-        never from a plan (`core.dp.filter`). The first charge fixes it, before any result is known;
-        in a hospital's home the membership's own first charge, so that a ceiling which was changed
-        after another membership's charges does not show that there were any."""
+        never from a plan (`core.dp.filter`). The first charge fixes it, before any result is known.
+        In a hospital's home this is the membership's own first charge. Otherwise, if the ceiling
+        was changed in between, the order would show that another membership had paid before."""
         own = self.share.charges
         return own[0].order if own else best_order(self.policy.ceiling, self.policy.delta)
 
@@ -65,8 +65,9 @@ class Budget:
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def beside_others(self, ahead: int) -> Total:
-        """Compute what `total` will be once a study of another kind of step is paid for too, not
-        counting that study: steps of several kinds are composed by another filter."""
+        """Compute what `total` will be once a study of another kind of step is paid for too,
+        without the cost of that study itself. The result may be larger than `total`, since steps of
+        several kinds are composed by another filter."""
         events = [charge.event for charge in self.charges]
         return self._compose(events, [*self.plan.events(ahead), OTHER_KIND])
 

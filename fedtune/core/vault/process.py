@@ -55,17 +55,17 @@ def families(site: Site, processes: int) -> list[int]:
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
-    """Cut this process off the network, then test this by trying to reach one. Return the
-    confinement that is in force; its `missing` lists in words what stays open, such as a network
-    that was reached.
+    """Cut this process off the network, then test this by trying to reach one. Return what confines
+    the process now; the field `missing` lists in words what stays open, such as a network that was
+    reached.
 
     processes: how many processes share each step, the vault included."""
     return isolation.no_network(families(site, processes)) & _try_networks()
 
 
 def _try_networks() -> isolation.Confinement:
-    """Try to reach a network over IPv4 and over IPv6. Return a confinement whose `missing` (the
-    ways that stay open) names each of the two that was reached; its other fields are empty."""
+    """Try to reach a network over IPv4 and over IPv6. Return a Confinement whose field `missing`
+    names each of the two that could be reached; its other fields are empty."""
     reached = []
     for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -111,7 +111,9 @@ def mask_sum(
         if answered is None:
             answered = _mask(site, prepared, draw, asked)
         if metadata_of(answered)["set"] != set_digest(asked):
-            raise StatementError("this draw was masked for another set of sites")
+            raise StatementError(
+                "this site's noised sum (its draw) was masked for another set of sites before"
+            )
     except StatementError as error:
         log.warning("attempt %s of round %s: %s", attempt, round_, error)
         raise Void(error.happened, error.expected, error.todo) from None
@@ -163,7 +165,7 @@ def _prepare_draw(
     if prepared.study.secure_aggregation is None:
         raise PolicyRefused("the plan has no [secure_aggregation]")
     if not 1 <= attempt <= 10**6:
-        raise PolicyRefused(f"attempt {attempt} does not belong to a round")
+        raise PolicyRefused(f"attempt {attempt} does not belong to a round", "1 to 1000000")
     return prepared
 
 

@@ -281,7 +281,7 @@ class SiteWorker:
         """Enter three facts about a dataset in the ledger, before its charges are read: its cohort,
         its column of patients, and the datasets with which it shares no patient (from which it is
         disjoint). Enter the last two for every other dataset in the ledger too, as site.toml or, in
-        a home, hospital.toml has them now: its own charge may be far off, or never come.
+        a home, hospital.toml has them now, since that dataset itself may not be charged for long.
 
         - data: the table of site.toml that names the dataset
         - study: the study that will charge it, for its unit
@@ -404,12 +404,13 @@ class SiteWorker:
         return self._or_nobody(network, data, partial(self.data_for, study, network, data))
 
     def who_remain(self, data: SiteData, read: CachedDataset) -> CachedDataset:
-        """Return a dataset without the patients who withdrew since it was read, which may have
-        taken hours. Called after a charge, so that the order of the ledger's entries decides:
+        """Return a dataset without the patients who withdrew since it was read; to read it may have
+        taken hours. Call this after a charge. Then the order of the ledger's entries decides:
         whoever withdrew before the charge takes no part in what was charged.
 
         - data: the table of site.toml that names the dataset
-        - read: the dataset as `data_in_study` returned it; in memory, too, it loses them
+        - read: the dataset as `data_in_study` returned it. If this object keeps it in memory, the
+          result takes its place there
 
         Guarantee: rows are left out, and nothing else changes. If this fails for whatever reason,
         an empty dataset is returned. Errors: LedgerError."""

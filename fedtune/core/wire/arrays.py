@@ -131,7 +131,7 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
             raise WireError(f"array {name!r} is not plain {agreed[name].dtype}")
         extra = len(array.data) - agreed[name].nbytes
         if not _START < extra <= _START + _LONGEST_HEADER:
-            raise WireError(f"array {name!r} has not the bytes of its shape")
+            raise WireError(f"array {name!r} has not as many bytes as its shape needs")
 
 
 def read_agreed(record: Record, agreed: Shapes) -> Arrays:

@@ -25,5 +25,7 @@ def _build_tracker(word: str) -> Tracker:
     name, _, rest = word.partition(":")
     options = dict(pair.partition("=")[::2] for pair in rest.split(",") if pair)
     if not all(options.values()):
-        raise ConfigError(f"--tracker {word[:80]}: no value", "NAME or NAME:OPTION=VALUE")
+        raise ConfigError(
+            f"--tracker {word[:80]}: an option has no value", "NAME or NAME:OPTION=VALUE"
+        )
     return TRACKERS.build(name, options)
