@@ -79,7 +79,9 @@ class Bench:
         sites = sites if only is None else sites[only : only + 1]
         out, started = self.folder / "runs" / name, time.monotonic()
         simulate(study, sites, out)
-        steps = [StepLog(site.site.state / "steps.jsonl").steps() for site in sites]
+        logs = [StepLog(site.site.state / "steps.jsonl") for site in sites]
+        # Steps without noise are in the log, too, and have no ε.
+        steps = [[step for step in log.steps() if step.noise_multiplier > 0] for log in logs]
         shares, delta = noise_shares(study), self.dataset.delta
         joint = [
             [replace(s, noise_multiplier=joint_sigma(s.noise_multiplier, shares)) for s in logged]
