@@ -31,7 +31,7 @@ from fedtune.core.ledger.spending import (
     study_lines,
 )
 from fedtune.core.registry.rounding import rounded_down, rounded_up
-from fedtune.core.vault.budget import describe_other_columns
+from fedtune.core.vault.budget import describe_other_columns, describe_restored
 from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"
@@ -299,14 +299,18 @@ def not_known(
             "trained, and whether they trained at all, could follow from other patients' records, "
             "so the ε beside them is not what it cost."
         )
-    otherwise = [entry for entry in rounds if entry.charge.is_known_for(unit)]
-    if others := len(rounds) - len(earlier) - len(otherwise):
+    restored = [entry for entry in rounds if entry.dataset == EVERY]
+    otherwise = [entry for entry in rounds if entry.has_other_column]
+    another = [entry for entry in rounds if entry.charge.unit not in (unit, "any")]
+    if others := len([entry for entry in another if entry not in (*earlier, *restored)]):
         sentences.append(f"{others} were charged per another unit than the {unit}.")
     if otherwise:
         sentences.append(
             f"{describe_other_columns(otherwise)}; if not, it may be too small. Whoever withdrew "
             "is known by the earlier column's key: repeat `fedtune withdraw` with the new one."
         )
+    if restored:
+        sentences.append(f"{describe_restored(restored)}; if not, it may be too small.")
     for entry in ledger.accepted(dataset):
         why = f": {entry.why}" if entry.why else ""
         sentences.append(

@@ -191,7 +191,8 @@ def memberships(
             "--dataset": ("add", dataset), "--data": ("add", data),
             "--declared-size": ("add", declared_size), "--patient": ("add", patient),
             "--withdrawn": ("adopt", withdrawn),
-            "--anyway": ("adopt" if adopt else "end", anyway or None), "--yes": ("end", yes or None),
+            "--anyway": ("adopt" if adopt else "end", anyway or None),
+            "--yes": ("end", yes or None),
         },
     )  # fmt: skip
     if add is not None:

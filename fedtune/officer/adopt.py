@@ -36,6 +36,7 @@ from pathlib import Path
 from fedtune.core.config import Site, SiteData, load_site
 from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData, share_in
 from fedtune.core.config.load import load_hospital
+from fedtune.core.config.patient_columns import patient_column
 from fedtune.core.config.site import HomeTable
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import read_file, unit_member
@@ -47,7 +48,7 @@ from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import check_private
-from fedtune.core.ledger.entries import EVERY, slot_of
+from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
 from fedtune.core.ledger.files import (
     ASKED,
     DATABASE,
@@ -380,7 +381,8 @@ def _adopt_later(
         dataset: f"{name}/{datasets.get(dataset, dataset)}"
         for dataset in sorted({*old.datasets, *datasets})
     }
-    earlier = old.list_earlier(name, charged)
+    columns = {table.name: patient_column(table) for table in _tables(site)}
+    earlier = old.list_earlier(name, charged, columns)
     if not anyway:
         _check_budget_remains(site, earlier)
     site_text = _site_text(home, site, site_file, name, hospital, datasets)

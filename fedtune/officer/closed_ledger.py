@@ -6,7 +6,8 @@ A doubtful charge counts against more datasets or units, never against fewer:
 | a charge that a restore entered, against every dataset | counts against all, at any time        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
-| the column that told patients apart in a charge         | taken over, to be compared again       |
+| the column that told patients apart in a charge         | taken over, to be compared again; if   |
+|                                                         | it names none, the site file's counts  |
 Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from dataclasses import replace
 from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
+
+# Equals the column of no dataset: a name that does not print is remembered by its hash.
+NO_COLUMN = "\tnot known"
 
 
 class Closed:
@@ -50,18 +54,27 @@ class Closed:
         """Return the hash of a unit's key with this ledger's salt."""
         return self._ledger.hashed(key)
 
-    def list_earlier(self, membership: str, names: Mapping[str, str]) -> list[Earlier]:
-        """List this ledger's charges, oldest first, as charges of `membership`. names: this
-        ledger's name of each dataset → the name under which its charges count. A charge that a
-        restore entered stays one against every dataset. It then also counts against units that
-        arrive later: among them may be one whose earlier arrival the restore lost."""
+    def list_earlier(
+        self, membership: str, names: Mapping[str, str], columns: Mapping[str, str]
+    ) -> list[Earlier]:
+        """List this ledger's charges, oldest first, as charges of `membership`.
+
+        - membership: the name of the membership
+        - names: this ledger's name of each dataset → the name under which its charges count
+        - columns: the column of patients of each dataset that the site file has. By it charges
+          count for which the ledger names no column, of an earlier release
+
+        A charge that a restore entered stays one against every dataset. It then also counts against
+        units that arrive later: among them may be one whose earlier arrival the restore lost."""
         listed = list[Earlier]()
         for spent in self._account.spent():
-            column = self._account.column_of(spent, *self._account.declared)
-            charge = replace(spent.charge, membership=membership, adopted=True, patient=column)
+            charge = replace(spent.charge, membership=membership, adopted=True)
             if spent.kind == "restore":
                 listed.append(Earlier(EVERY, charge, spent.adapter))
                 continue
+            if charge.unit != "record":
+                column = self._account.column_of(spent) or columns.get(spent.dataset)
+                charge = replace(charge, patient=column or NO_COLUMN)
             slot = charge.study, charge.round, spent.adapter
             sha256 = self._account.sent[slot] if spent.released else ""
             adapter = slot_of(slot, membership)[2]

@@ -105,7 +105,8 @@ def test_what_a_later_site_spent_is_in_the_total_of_an_independent_accountant(wo
     book.verify()
     paid = book.charges("records")
     assert [c.membership for c in paid] == [""] * 3 + ["onco"] * 5
-    assert [replace(c, membership="", adopted=False) for c in paid[3:]] == spent
+    assert [replace(c, membership="", adopted=False, patient="") for c in paid[3:]] == spent
+    assert {c.patient for c in paid[3:]} == {"who"}  # of onco.toml, since its ledger names none
     policy = load_site(world / "onco.toml").policy
     total = budget("records", book.spending("records"), policy)
     every = exact_epsilon(paid, 2 * DELTA)
@@ -159,6 +160,7 @@ def test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers(w
     assert made.restored == len(restored)
     lost = [replace(s.charge, membership="onco", adopted=True) for s in restored]
     assert [charge for charge in home.newcomer("records") if charge in lost] == lost
+    assert all(charge in [s.charge for s in home.unknown("records", "patient")] for charge in lost)
 
 
 # ---------------------------------------------------------------------------------- withdrawals
@@ -252,7 +254,10 @@ def _check_whole(folder: Path, name: str, least: list[Charge]) -> None:
         return
     home = Ledger(folder / "home")
     home.verify()
-    paid = [replace(charge, membership="", adopted=False) for charge in home.charges("records")]
+    paid = [
+        replace(charge, membership="", adopted=False, patient="")
+        for charge in home.charges("records")
+    ]
     assert all(charge in paid for charge in least)
 
 

@@ -14,14 +14,16 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.config.patient_columns import LONGEST, patient_columns, shorten_column
 from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.errors import BudgetExceeded
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger import ledger as ledger_module
-from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.entries import Accepted, Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import budget
 from fedtune.core.vault.budget import check_known
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer.adopt import adopt
+from fedtune.officer.closed_ledger import NO_COLUMN, closed
 from tests.cli_kit import run
 from tests.client import adoption_kit
 from tests.client.hospital_kit import make_hospital, study_of
@@ -205,25 +207,73 @@ def test_charges_of_an_earlier_release_are_by_the_first_column_that_is_declared(
 
 
 @pytest.mark.parametrize("base", ["a backup", "what is left"])
-def test_what_a_restore_entered_is_by_the_column_of_its_time(tmp_path: Path, base: str) -> None:
-    """So are bounds on charges that were lost, which have no unit of their own."""
+def test_what_a_restore_entered_is_not_known_until_a_person_accepts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    """What was lost may have been for any unit, by any column, and a declaration of another column
+    may be lost, too. Twin: if a restored charge counts as known, a corrected column goes unseen."""
     worker = start(tmp_path, "visit")
+    if base == "a backup":
+        worker.ledger.backup(tmp_path / "backup")
     pay(worker)
-    worker.ledger.backup(tmp_path / "backup")
-    pay(worker, "lost")
+    StepLog(worker.ledger.folder / "steps.jsonl").append(
+        Step(CHARGE.study, 1, CHARGE.noise_multiplier, 1.0, 1.0, "patient"), 1
+    )
     state = tmp_path / "state"
     (state / "ledger.db").unlink()
     restored = Ledger.restore(state, tmp_path / "backup" if base == "a backup" else None)
     entered = [spent for spent in restored.spending() if spent.kind == "restore"]
-    assert entered and {spent.charge.unit for spent in entered} == {"any"}
-    assert refusal(start(tmp_path, "visit")) == ""
-    corrected = start(tmp_path, "pid")
-    assert refusal(corrected)
-    unknown = {spent.seq for spent in corrected.ledger.unknown("records", "patient")}
-    assert unknown >= {spent.seq for spent in entered}
-    assert [one.charge.unit for one in corrected.ledger.unknown("records", "record")] == [
-        "patient" for one in restored.spending() if one.kind == "reserve"
-    ]
+    assert entered and {spent.seq for spent in restored.unknown("records", "record")} == {
+        spent.seq for spent in entered
+    }
+    told = refusal(start(tmp_path, "pid"))
+    assert "by an earlier release" in told and "restored" not in told and "visit" not in told
+    with monkeypatch.context() as twin:
+        twin.setattr(Spent, "is_known_for", lambda spent, unit: not spent.has_other_column)
+        assert refusal(start(tmp_path, "pid")) == ""
+    same = start(tmp_path, "visit")
+    assert refusal(same)
+    shown = run("ledger", tmp_path / "site.toml")
+    assert "were lost before the ledger was" in " ".join(shown.output.split())
+    accept(same)
+    assert refusal(same) == "" and len(same.ledger.newcomer("records")) == len(entered)
+    assert refusal(start(tmp_path, "pid"))  # the person decided by another column
+
+
+def test_rounds_per_record_count_for_patients_who_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No key of a patient is known from them. Twin: everybody arrives now, and has paid nothing."""
+    worker = start(tmp_path, "pid")
+    book = worker.ledger
+    book.declare("records", [], "hash", [b"row"], columns={})
+    for round_ in range(3):
+        paid = replace(CHARGE, unit="record", round=round_)
+        book.reserve("records", paid, "adapter", lambda _: None)
+    assert refusal(worker)
+    accept(worker)
+    assert refusal(worker) == ""
+    book.declare("records", [], "hash", [b"p1"], "first", [b"p1"])
+    assert len(book.newcomer("records")) == 3
+    assert [len(cohort.spent) for cohort in book.cohorts("records")] == [3]
+    monkeypatch.setattr(Spent, "is_known_for", lambda spent, unit: not spent.has_other_column)
+    assert book.newcomer("records") == []
+
+
+def test_what_was_accepted_for_one_column_is_not_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever made the rounds unknown: a person who accepted few records of a visit did not
+    accept many of a patient. Twin: an acceptance that asks for its number alone."""
+    worker = start(tmp_path, "visit")
+    worker.ledger.declare("records", [], "hash", [b"row"], columns={})
+    worker.ledger.reserve("records", replace(CHARGE, unit="record"), "adapter", lambda _: None)
+    assert refusal(worker)
+    accept(worker)
+    assert refusal(worker) == ""
+    assert refusal(start(tmp_path, "pid"))
+    monkeypatch.setattr(Accepted, "covers", lambda accepted, spent, _: accepted.upto >= spent.seq)
+    assert refusal(start(tmp_path, "pid")) == ""
 
 
 def test_a_patient_who_arrives_under_a_new_key_has_paid_what_was_paid_before(
@@ -276,6 +326,9 @@ def test_a_correction_in_a_home_holds_for_every_membership_at_once(
     assert other.ledger.head == head  # neither enters its column over the other's
     accept(other)
     assert refusal(other) == ""
+    with pytest.raises(PolicyRefused, match="was changed") as told_running:
+        trains(running, made, 2)  # not even before another membership pays by the new column
+    assert "who" not in str(told_running.value).split()
     pay(other)
     with pytest.raises(BudgetExceeded, match="cost of earlier rounds"):
         running.ledger.reserve(  # it had asked before
@@ -317,6 +370,20 @@ def test_adopted_charges_keep_their_column(tmp_path: Path, dataset: str) -> None
     assert refusal(again)
     unknown = again.ledger.unknown("records", "patient")
     assert len(unknown) == 3 and {spent.patient for spent in unknown} == {"who"}
+
+
+def test_charges_without_a_column_are_adopted_by_that_of_the_site_file(tmp_path: Path) -> None:
+    """Charges of an earlier release name none. If the file has none either, it is not known."""
+    worker = start(tmp_path, "visit")
+    worker.ledger.declare("records", [], "hash", [b"v1"], columns={})
+    for unit in ("patient", "record"):
+        paid = replace(CHARGE, unit=unit, study=unit)
+        worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+    with closed(worker.ledger) as old:
+        for columns, expected in (({"records": "visit"}, "visit"), ({}, NO_COLUMN)):
+            listed = old.list_earlier("onco", {"records": "onco/records"}, columns)
+            assert [one.charge.patient for one in listed] == [expected, ""]
+    assert shorten_column(NO_COLUMN) != NO_COLUMN
 
 
 # ------------------------------------------------------------------------------------ what is said

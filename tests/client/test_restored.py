@@ -211,6 +211,7 @@ def test_an_answer_that_was_refused_for_good_stays_refused(tmp_path: Path, tiny_
             for name in ("audit.jsonl", "audit.lock"):
                 (state / name).unlink()
         assert run("ledger", asked.path, "--restore", "--from", copy).exit_code == 0
+        asked.worker.ledger.accept("records", "officer")
         text = asked.path.read_text()  # what was lost is charged dearly
         asked.path.write_text(re.sub(r"(?m)^(max_epsilon) = .*", r"\1 = 1000.0", text))
         assert asked.prepare().status == "admitted"

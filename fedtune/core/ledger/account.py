@@ -102,7 +102,7 @@ class Account:
         elif entry.kind == "admit":
             self.admitted[body["plan"], body.get("membership", "")] = body["by"]
         elif entry.kind == "accept":
-            patients = body.get("patients", {})
+            patients = body.get("patients")
             acceptance = Accepted(body["upto"], body["by"], body["why"], time, patients)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind == "freeze":
@@ -154,24 +154,19 @@ class Account:
         the charge's round, and the one that counts now. The latter is the column of the charge's
         own dataset or, if no table of the site has that dataset any more, that of `dataset`. now:
         the column that each dataset has now."""
-        column = self.column_of(spent, dataset)
         column_now = now.get(spent.dataset) or now.get(dataset, "")
-        return replace(spent, patient=column, patient_now=column_now) if column else spent
+        return replace(spent, patient=self.column_of(spent), patient_now=column_now)
 
-    def column_of(self, spent: Spent, *datasets: str) -> str:
+    def column_of(self, spent: Spent) -> str:
         """Return the column that told patients apart in a charge's round; "" if none did, or if it
         is not known.
 
         A charge that names no column was made by an earlier release. It counts as made by the first
-        column with which its dataset was declared. If that dataset never had a column, as for a
-        charge that a restore entered, any column of `datasets`, against which the charge counts,
-        may have been used. Several columns are joined to one text, which equals none of them."""
+        column with which its dataset was declared, if that dataset ever had one. Of a charge that a
+        restore entered it is never known."""
         if spent.charge.patient or spent.charge.unit == "record":
             return spent.charge.patient
-        if own := self.all_columns.get(spent.dataset):
-            return own[0]
-        named = {name for each in datasets for name in self.all_columns.get(each, [])}
-        return " or ".join(sorted(named))
+        return next(iter(self.all_columns.get(spent.dataset, [])), "")
 
     def _counts(self, spent: Spent, dataset: str) -> bool:
         since = self.apart_since.get(frozenset((spent.dataset, dataset)))
@@ -195,7 +190,7 @@ class Account:
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
         """Return whether a charge of `against` also counts against one cohort of `dataset`, i.e.
         against units that arrived together. A charge of another dataset does. So does a charge for
-        patients whom another column told apart, since nobody is recognised by that column's keys
+        records, or for patients whom another column told apart: by their keys nobody is recognised
         any more. Any other charge of `dataset` does if it was made after the units arrived, by a
         round that did not leave them out.
         arrival: the number of the entry with which they arrived."""
@@ -208,7 +203,7 @@ class Account:
         return [each.charge for each in spent if self._counts_for_everybody(each, dataset)]
 
     def _counts_for_everybody(self, spent: Spent, dataset: str) -> bool:
-        return spent.dataset != dataset or spent.has_other_column
+        return spent.dataset != dataset or not spent.is_known_for("patient")
 
     def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
         """Update `apart_since` after a declaration of a dataset: which datasets are disjoint, and

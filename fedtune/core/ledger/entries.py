@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.core.dp.accountant import Steps
@@ -19,7 +19,8 @@ RULES = 2
 Slot = tuple[str, int, str]  # (study, round, adapter): at most one update leaves the site for it
 Permit = Callable[[list["Charge"]], None]
 PermitUnknown = Callable[[list["Spent"]], None]  # called with charges whose ε is not known
-PermitApart = Callable[[dict[str, list[str]]], None]  # dataset -> those declared disjoint from it
+# dataset -> those declared disjoint from it; dataset -> its column of patients
+PermitApart = Callable[[dict[str, list[str]], dict[str, str]], None]
 
 
 def slot_of(slot: Slot, membership: str) -> Slot:
@@ -205,8 +206,11 @@ class Spent:
     def is_known_for(self, unit: str) -> bool:
         """Return whether the charge gives an ε for one `unit`, which is "patient" or "record":
         whether it was made for this unit, by this release's rules, and its column of patients is
-        still the one that counts."""
-        return self.charge.is_known_for(unit) and (unit == "record" or not self.has_other_column)
+        still the one that counts. A charge that a restore entered gives none: what was lost may
+        have been made for any unit, and by any column."""
+        if self.dataset == EVERY or not self.charge.is_known_for(unit):
+            return False
+        return unit == "record" or not self.has_other_column
 
 
 @dataclass(frozen=True)
@@ -251,22 +255,23 @@ class Accepted:
     holds for all entries up to number `upto`.
 
     who: the person's login; why: in that person's words; time: when, in UTC seconds; patients: the
-    column of patients that each dataset had at this time."""
+    column of patients that each dataset had at this time; None if an earlier release, which did not
+    remember it, entered the decision."""
 
     upto: int
     who: str
     why: str
     time: int
-    patients: Mapping[str, str] = field(default_factory=dict)
+    patients: Mapping[str, str] | None = None
 
     def covers(self, spent: Spent, dataset: str) -> bool:
         """Return whether the person accepted a charge against `dataset`, the dataset about which
-        the person decided. If another column told patients apart in the charge's round than now,
-        the charge is accepted only if the column of now was in the site's files at the decision."""
-        if spent.has_other_column:
-            seen = self.patients.get(spent.dataset) or self.patients.get(dataset)
-            return self.upto >= spent.seq and seen == spent.patient_now
-        return self.upto >= spent.seq
+        the person decided. The column that tells patients apart now must have been in the site's
+        files at the decision, since the person decided what the charge cost one patient by it."""
+        if self.patients is None:
+            return self.upto >= spent.seq and not spent.has_other_column
+        seen = self.patients.get(spent.dataset) or self.patients.get(dataset, "")
+        return self.upto >= spent.seq and seen == spent.patient_now
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ class Ledger:
             entry = {"dataset": dataset, "upto": upto, "by": who, "why": reason}
             now = self._account.patients if columns is None else columns
             named = {name: column for name, column in now.items() if column}
-            writer.append("accept", entry | ({"patients": named} if named else {}))
+            writer.append("accept", entry | {"patients": named})
 
     def charges(self, dataset: str) -> list[Charge]:
         """List the charges that count against `dataset`, oldest first."""
@@ -408,7 +408,8 @@ class Ledger:
     def _ask_apart(self, permit_apart: PermitApart | None) -> None:
         if permit_apart:
             declared = self._account.declared.items()
-            permit_apart({name: list(body["disjoint_from"]) for name, body in declared})
+            apart = {name: list(body["disjoint_from"]) for name, body in declared}
+            permit_apart(apart, dict(self._account.patients))
 
     def _ask_all(self, permit_all: Permit | None) -> None:
         if permit_all:
@@ -435,8 +436,8 @@ class Ledger:
           count, with the list of all charges that count against that dataset so far
         - permit_unknown: called with the list of the dataset's charges that give no ε for the
           charge's unit and that nobody has accepted; None: such charges do not matter
-        - permit_apart: called with a dict: each dataset's name -> the datasets from which it is
-          declared disjoint; None: this is not checked
+        - permit_apart: called with two dicts: each dataset's name -> the datasets from which it is
+          declared disjoint, and -> its column of patients; None: this is not checked
         - permit_all: called with all charges of this ledger; None: this is not checked
 
         Each of these functions refuses by raising an error; nothing is charged then. They are
@@ -477,8 +478,8 @@ class Ledger:
           charges of that dataset, whichever cohorts took part; None: `permit` is called
         - permit_unknown: called with the list of the dataset's charges whose ε for the charge's
           unit is not known and that nobody has accepted; None: such charges do not matter
-        - permit_apart: called with a dict: each dataset's name -> the datasets from which it is
-          declared disjoint; None: this is not checked
+        - permit_apart: called with two dicts: each dataset's name -> the datasets from which it is
+          declared disjoint, and -> its column of patients; None: this is not checked
         - permit_all: called with all charges of this ledger; None: this is not checked
 
         All but the calls of `permit` for cohorts are made under the write lock, and must not call

@@ -18,7 +18,7 @@ from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.files.room import Room
-from fedtune.core.ledger.entries import Charge, Spent, orders_of, samples_first
+from fedtune.core.ledger.entries import EVERY, Charge, Spent, orders_of, samples_first
 
 OTHER_KIND = Steps(1e6, 1.0, 1)  # a step that costs nothing and is of another kind than any study's
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
@@ -274,10 +274,15 @@ def check_known(
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
     why = f"they were charged per {other[0]}" if other else "an earlier release charged them"
-    otherwise = [spent for spent in unknown if spent.charge.is_known_for(unit)]
     either = "they were charged for another unit, or by an earlier release"
-    if otherwise:  # a coordinator is not told the names of a site's columns
-        why = describe_other_columns(otherwise) if at_site else either
+    restored = [spent for spent in unknown if spent.dataset == EVERY]
+    otherwise = [spent for spent in unknown if spent.has_other_column]
+    if restored or otherwise:  # a coordinator is told neither, nor the names of a site's columns
+        why = either
+    if at_site and otherwise:
+        why = describe_other_columns(otherwise)
+    elif at_site and restored:
+        why = describe_restored(restored)
     if in_home:  # not this coordinator's to know: what another's study protects, a name of both
         why = either
         dataset = "DATASET"
@@ -286,6 +291,17 @@ def check_known(
         "a dataset whose charges are all for the study's unit, by this release's rules",
         "a person at the site reads `fedtune ledger` and, to accept this, runs it "
         f"with --accept {dataset}",
+    )
+
+
+def describe_restored(spent: Sequence[Spent]) -> str:
+    """Say to a person at the site why the cost of charges that a restore entered is not known.
+    spent: these charges; at least one."""
+    return (
+        f"{len(spent)} charges stand for rounds whose own entries were lost before the ledger was "
+        "restored, so for which unit and by which column of patients they were made is not known. "
+        "If all were for the unit, and the column of patients (columns.patient), of now, their ε "
+        "holds"
     )
 
 

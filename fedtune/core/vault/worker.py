@@ -300,19 +300,34 @@ class SiteWorker:
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
-    def check_stated(self, site: Site, declared: Mapping[str, Sequence[str]]) -> None:
-        """In a hospital's home, check that the ledger's declarations of disjoint datasets are still
-        those of hospital.toml as this vault read it. This is called under the lock of the ledger,
-        just before a charge. site: the settings with hospital.toml as this vault read it; declared:
-        dataset's name -> the datasets that the ledger now has as disjoint from it.
+    def check_stated(
+        self, site: Site, declared: Mapping[str, Sequence[str]], columns: Mapping[str, str]
+    ) -> None:
+        """In a hospital's home, check that the ledger's declarations are still those of
+        hospital.toml as this vault read it, and that this vault tells patients apart by the columns
+        that are declared. This is called under the lock of the ledger, just before a charge.
+
+        - site: the settings with hospital.toml as this vault read it
+        - declared: dataset's name -> the datasets that the ledger now has as disjoint from it
+        - columns: dataset's name -> the column of patients that the ledger now has for it
 
         Errors: Unprepared if another membership's vault entered another version of hospital.toml
         meanwhile. The coordinator is told the same as after a restart, and sends the plan again;
-        this vault then reads the file anew."""
+        this vault then reads the file anew. PolicyRefused if patients are told apart by another
+        column since this vault was started: its charge would be for units that nobody is any
+        more."""
         if hospital := site.policy.hospital:
             stated = {name: sorted({*hospital.disjoint_from.get(name, ())}) for name in declared}
             if stated != declared:
                 raise build_unprepared()
+            for table in (self.site.data, self.site.evaluation):
+                if table and columns.get(table.name, "") != patient_column(table):
+                    raise PolicyRefused(
+                        "[hospital] was changed: other units are told apart since the site was "
+                        "started",
+                        "the hospital's settings as they are now",
+                        "the site may start `fedtune client` again",
+                    )
 
     def require_signature(self, study: Study, site: Site) -> None:
         """Check that a person here signed the plan, if the site's policy requires it. In a
