@@ -106,8 +106,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-adopted-charge-is-known", CLOSED,
-        "charge = replace(spent.charge, membership=membership, adopted=True,",
-        "charge = replace(spent.charge, membership=membership, adopted=True, rules=2,",
+        "charge = replace(spent.charge, membership=membership, adopted=True)",
+        "charge = replace(spent.charge, membership=membership, adopted=True, rules=2)",
         T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "a charge of unknown ε gets one by moving",
     ),

@@ -553,9 +553,7 @@ MUTANTS = (
     ),
     one(
         35, "another-column-is-the-same-patient", "fedtune/core/ledger/entries.py",
-        "return self.charge.is_known_for(unit) and (unit == \"record\" or not "
-        "self.has_other_column)",
-        "return self.charge.is_known_for(unit)",
+        "return unit == \"record\" or not self.has_other_column", "return True",
         T_COLUMNS + "test_an_epsilon_per_visit_is_not_taken_for_a_patients",
         "a patient's visits were charged one by one: ε = 1.912 where 15.15 is true",
     ),
@@ -574,10 +572,30 @@ MUTANTS = (
     ),
     one(
         35, "new-keys-have-paid-nothing", "fedtune/core/ledger/account.py",
-        "return spent.dataset != dataset or spent.has_other_column",
+        "return spent.dataset != dataset or not spent.is_known_for(\"patient\")",
         "return spent.dataset != dataset",
         T_COLUMNS + "test_a_patient_who_arrives_under_a_new_key_has_paid_what_was_paid_before",
         "in a study with a schedule everybody begins anew once the column is corrected",
+    ),
+    one(
+        35, "records-have-paid-for-no-patient", "fedtune/core/ledger/account.py",
+        "return spent.dataset != dataset or not spent.is_known_for(\"patient\")",
+        "return spent.dataset != dataset or spent.has_other_column",
+        T_COLUMNS + "test_rounds_per_record_count_for_patients_who_arrive",
+        "the whole ceiling is free again once a site names its column of patients",
+    ),
+    one(
+        35, "a-restore-knows-what-was-lost", "fedtune/core/ledger/entries.py",
+        "if self.dataset == EVERY or not self.charge.is_known_for(unit):",
+        "if not self.charge.is_known_for(unit):",
+        T_COLUMNS + "test_what_a_restore_entered_is_not_known_until_a_person_accepts_it",
+        "rounds charged per visit, lost and restored, count as if they were per patient",
+    ),
+    one(
+        "hospital", "a-membership-pays-by-the-old-column-once-more", SITE,
+        "if table and columns.get(table.name, \"\") != patient_column(table):", "if False:",
+        T_COLUMNS + "test_a_correction_in_a_home_holds_for_every_membership_at_once",
+        "one more round is charged for units that nobody is any more",
     ),
     one(
         35, "the-site-composes-what-it-does-not-know", SITE,
