@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from fedtune.core.config import Columns, PublicTable
+from fedtune.core.data import chat
 from fedtune.core.data.dataset import Example
 from fedtune.core.data.load import load_dataset
 from tests.data.data_tokens_kit import (
@@ -278,6 +280,86 @@ def test_a_long_chat_is_tokenised_no_further_than_needed(
         tokenizer,
     )
     assert len(calls) < 12
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_every_answer_of_a_chat_of_many_messages_is_found(
+    jsonl: Jsonl, study: MakeStudy, make_tokenizer: MakeTok, system: str | None
+) -> None:
+    said = [f"{role}{n}" for n in range(50) for role in ("question", "answer")]
+    template = str(make_tokenizer().chat_template).replace("|>\n'", "|>'")
+    for prefix_space in (False, True):
+        tok = make_tokenizer(prefix_space=prefix_space, template=template)
+        body = talk(*said, system=system)
+        example = one(jsonl(body), MESSAGES, study(max_length=8192), tok)
+        assert targets(tok, example) == "".join(text + "<eos>" for text in said[1::2])
+        kept = [*example.input_ids, example.target_ids[-1]]
+        assert kept == tok.apply_chat_template(body["m"])["input_ids"][: len(kept)]
+        assert not example.cut
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many messages are rendered, and how many characters are tokenised."""
+    done, render, encode = Counter[str](), chat.render, Tok.encode
+
+    def rendering(tokenizer: Tok, turns: list[dict[str, str]], **options: Any) -> Any:
+        done["messages"] += len(turns)
+        return render(tokenizer, turns, **options)
+
+    def encoding(self: Tok, text: str, **options: Any) -> Any:
+        done["characters"] += len(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(chat, "render", rendering)
+    monkeypatch.setattr(Tok, "encode", encoding)
+    return done
+
+
+def test_the_work_for_a_chat_grows_with_its_messages_and_not_with_their_square(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, work: Counter[str]
+) -> None:
+    """A coordinator waits while a site reads its records, before anything is charged."""
+    costs = []
+    for exchanges in (50, 200):
+        work.clear()
+        path = jsonl(talk(*["Hi", "Hello"] * exchanges))
+        one(path, MESSAGES, study(max_length=8192), tokenizer)
+        costs.append(dict(work))
+    assert costs[1]["messages"] < 5 * costs[0]["messages"]
+    assert costs[1]["characters"] < 5 * costs[0]["characters"]
+
+
+@pytest.mark.parametrize("overflow", ["reject", "truncate", "truncate_answer"])
+def test_of_a_chat_no_more_messages_are_rendered_than_max_length_has_tokens(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, work: Counter[str], overflow: str
+) -> None:
+    said = ["a", "b"] * 1500
+    plan = study(max_length=64, overflow=overflow)
+    if overflow == "reject":
+        path = jsonl(talk(*said), talk(*said))
+        assert "2 too long" in str(error_of(path, MESSAGES, plan, tokenizer)) and not work
+        return
+    example = one(jsonl(talk(*said)), MESSAGES, plan, tokenizer)
+    assert targets(tokenizer, example).startswith("b<eos>b<eos>") and example.cut
+    assert len(example.input_ids) <= 63 and work["messages"] < 1000
+    users = [{"role": "user", "content": "a"}] * 3000
+    path = jsonl(*[{"m": [*users, {"role": "assistant", "content": "b"}]}] * 2)
+    work.clear()
+    reason = "2 no target within max_length"
+    if overflow == "truncate":
+        reason = "2 answer too long"
+    assert reason in str(error_of(path, MESSAGES, plan, tokenizer)) and work["messages"] < 1000
+
+
+def test_a_chat_template_that_counts_messages_writes_a_long_chat_otherwise(
+    jsonl: Jsonl, study: MakeStudy, make_tokenizer: MakeTok
+) -> None:
+    counting = "{% for m in messages %}{{ loop.index ~ m['role'] ~ m['content'] }}{% endfor %}"
+    tok, plan = make_tokenizer(template=counting), study(max_length=8192)
+    assert one(jsonl(talk(*["a", "b"] * 8)), MESSAGES, plan, tok)
+    path = jsonl(*[talk(*[SECRET, "b"] * 9)] * 2)
+    assert "2 turns altered by the chat template" in str(error_of(path, MESSAGES, plan, tok))
 
 
 def test_a_text_to_classify_loses_its_end(

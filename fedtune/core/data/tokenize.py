@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,9 @@ Segment = tuple[str, bool]  # text, whether its tokens are targets
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
 USUAL = 4  # characters that count as one token in text that is not tokenised
 CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
+BLOCK = 16  # messages that are rendered together again and again, to find where each answer lies
+ALTERED = "turns altered by the chat template"  # the reason of such a conversation
+BEFORE = 256  # characters before a segment of a conversation with which it is tokenised
 
 
 class Tokenised(NamedTuple):
@@ -354,7 +357,11 @@ def _chat(
 
     Errors: Rejected."""
     most = objective.max_length
-    ids, hits, ends, whole = _conversation(messages, most, tokenizer)
+    read, complete = _first_messages(messages, most)
+    if not complete and objective.overflow == "reject":
+        raise Rejected("too long")
+    ids, hits, ends, whole = _conversation(read, most, tokenizer)
+    whole = whole and complete
     if any(hits) and whole:
         last = len(hits) - hits[::-1].index(True)
         ids, hits = ids[:last], hits[:last]
@@ -374,6 +381,27 @@ def _chat(
     return exchange, _left_out(texts, len(exchange[0]))
 
 
+def _first_messages(messages: Messages, max_length: int) -> tuple[Messages, bool]:
+    """Return the beginning of a conversation that is long enough for max_length tokens, and whether
+    it has all messages up to the last answer whole; if there is no answer, all messages.
+
+    It has at most max_length + 1 messages, since each has at least one token. No message follows
+    once there are more than 4 · CHARS · max_length characters and an answer, and of each message at
+    most so many characters stay."""
+    limit = 4 * CHARS * max_length
+    answers = [at for at, (role, _) in enumerate(messages, 1) if role == "assistant"]
+    first, last = (answers[0], answers[-1]) if answers else (0, len(messages))
+    found: list[tuple[str, str]] = []
+    characters = 0
+    for role, content in messages[: max_length + 1]:
+        if characters > limit and len(found) >= first:
+            break
+        found.append((role, content[:limit]))
+        characters += len(content)
+    cut = any(len(content) > limit for _, content in messages[:last])
+    return tuple(found), len(found) >= last and not cut
+
+
 def _first_exchange(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> Tokens:
@@ -391,12 +419,12 @@ def _first_exchange(
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
     own = first[user][1][len(lead) :].strip()[-limit:]
     first[user] = ("user", lead + own)
-    if any(len(text) > len(lead) + limit for _, text in first):
+    # The system's message may be empty; each other message has a token, and stays.
+    if len(first) > most + 1 or any(len(text) > len(lead) + limit for _, text in first):
         raise Rejected("answer too long")
     ids, hits, ends, _ = _conversation(tuple(first), len(first) * (len(lead) + limit), tokenizer)
     last = max(ends, default=0)
-    turns = [{"role": role, "content": text} for role, text in first]
-    rendered = str(chat.render(tokenizer, turns, tokenize=False))
+    rendered = _render([{"role": role, "content": text} for role, text in first], tokenizer)
     at = rendered.rfind(own, 0, max(rendered.rfind(first[-1][1].strip()), 0))
     if not last or at < 0:
         raise Rejected("too long")
@@ -431,42 +459,87 @@ def _conversation(
             if whole and hits and hits[-1]:
                 ends.append(len(hits))
             return Joined(list(encoded["input_ids"]), hits, ends, whole)
-        segments = _turns(messages_, tokenizer)
     except (TemplateError, ValueError, TypeError):
         raise Rejected("bad message roles") from None
-    return _join_segments(segments, [], max_length, tokenizer, continued=True)
+    return _join_segments(_turns(messages_, tokenizer), [], max_length, tokenizer, continued=True)
 
 
-def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Render messages by the base's chat template, and split the text into segments, each marked as
+def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Segment]:
+    """Render messages by the base's chat template, and yield the text in segments, each marked as
     target or not. The assistant's answers, each up to and with its eos, are targets. The template's
     own text (a system prompt, role headers, what follows an eos) and the other messages are not,
-    since a model never generates them. Errors: Rejected if the template alters a message."""
+    since a model never generates them.
 
-    def render(count: int, header: bool = False) -> str:
-        return str(
-            chat.render(tokenizer, turns[:count], tokenize=False, add_generation_prompt=header)
-        )
+    Where an answer lies is found by rendering the messages up to it. So that the work grows with
+    the number of messages and not with its square, this is done in blocks of BLOCK messages. Before
+    the messages of a later block stands one short exchange in place of all that precede them, and
+    what is rendered must be the text of the whole conversation at that place.
 
-    full = render(len(turns))
-    eos = tokenizer.eos_token
-    at = 0
-    segments: list[Segment] = []
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        through = render(index + 1)
-        contexts = [
-            head for head in (render(index, True), render(index)) if through.startswith(head)
-        ]
-        if not contexts or not full.startswith(through) or len(contexts[0]) < at:
-            raise Rejected("turns altered by the chat template")
-        answer = through[len(contexts[0]) :]
-        if eos and eos in answer:
-            answer = answer[: answer.rindex(eos) + len(eos)]
-        segments += [(full[at : len(contexts[0])], False), (answer, True)]
-        at = len(contexts[0]) + len(answer)
-    return segments or [(full, False)]
+    Errors: Rejected if the template refuses the messages, if it alters a message when others
+    follow, or if it writes one otherwise after a longer conversation."""
+    full = _render(turns, tokenizer)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        yield full, False
+        return
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    stand_ins = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    stand_ins = [{**turn, "content": "x"} for turn in system] + stand_ins
+    starts = [0, *range(len(system) + BLOCK, len(turns), BLOCK)]
+    at = begins = 0  # characters of `full` before the next segment, and before the block
+    for start, end in zip(starts, [*starts[1:], len(turns)], strict=True):
+        block = _Block(turns[start:end], stand_ins if start else [], tokenizer)
+        for index, turn in enumerate(block.turns):
+            if turn["role"] != "assistant":
+                continue
+            through = block.render(index + 1)
+            contexts = [
+                head
+                for head in (block.render(index, True), block.render(index))
+                if through.startswith(head)
+            ]
+            context = begins + len(contexts[0]) if contexts else -1
+            if not full.startswith(through, begins) or context < at:
+                raise Rejected(ALTERED)
+            answer = through[len(contexts[0]) :]
+            if eos := tokenizer.eos_token:
+                last = answer.rfind(eos)
+                answer = answer[: last + len(eos)] if last >= 0 else answer
+            yield full[at:context], False
+            yield answer, True
+            at = context + len(answer)
+        begins += len(block.render(len(block.turns)))
+
+
+class _Block:
+    """Messages of a conversation that follow each other, and their text by the base's chat
+    template. before: short messages that stand in place of those before the block; [] if there are
+    none."""
+
+    def __init__(
+        self,
+        turns: list[dict[str, str]],
+        before: list[dict[str, str]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.turns, self._before, self._tokenizer = turns, before, tokenizer
+        self._lead = _render(before, tokenizer) if before else ""
+
+    def render(self, count: int, header: bool = False) -> str:
+        """Return the text of the block's first `count` messages. header: whether the header of the
+        assistant's next message follows. Errors: Rejected, as for `_turns`."""
+        text = _render([*self._before, *self.turns[:count]], self._tokenizer, header)
+        if not text.startswith(self._lead):
+            raise Rejected(ALTERED)
+        return text[len(self._lead) :]
+
+
+def _render(
+    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, header: bool = False
+) -> str:
+    try:
+        return str(chat.render(tokenizer, turns, tokenize=False, add_generation_prompt=header))
+    except (TemplateError, ValueError, TypeError):
+        raise Rejected("bad message roles") from None
 
 
 class Joined(NamedTuple):
@@ -484,7 +557,7 @@ class Joined(NamedTuple):
 
 
 def _join_segments(
-    segments: list[Segment],
+    segments: Iterable[Segment],
     start: list[int],
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
@@ -499,21 +572,25 @@ def _join_segments(
       more than CHARS · max_length characters, only the first CHARS · max_length of them are read,
       and no later segment
     - tokenizer: the base's tokenizer, which adds no special tokens here
-    - continued: whether each segment is tokenised as a continuation of those before it, which is
-      needed for tokenizers that put a space in front of a text"""
+    - continued: whether each segment is tokenised as a continuation of the BEFORE characters before
+      it, which is needed for tokenizers that put a space in front of a text. If a segment's first
+      characters change the tokens before it, this and all later ones are tokenised by themselves"""
     ids = list(start)
     hits = [False] * len(start)
-    prefix = ""
+    before, read = "", 0  # the last characters that were read, and the number of all of them
     ends: list[int] = []
     for text, hit in segments:
         if len(ids) > max_length:
             return Joined(ids, hits, ends, False)
         shown = text[: CHARS * max_length]
-        new = _encode(prefix + shown, tokenizer)
+        new = list[int]()
         if continued:
-            length = len(ids)
-            new = new[length:] if new[:length] == ids else _encode(shown, tokenizer)
-            prefix += shown
+            known = ids if read <= BEFORE else _encode(before, tokenizer)
+            both = _encode(before + shown, tokenizer)
+            continued, new = both[: len(known)] == known, both[len(known) :]
+        if not continued:
+            new = _encode(shown, tokenizer)
+        before, read = (before + shown)[-BEFORE:], read + len(shown)
         ids += new
         hits += [hit] * len(new)
         if len(shown) < len(text):
