@@ -13,6 +13,9 @@ import pytest
 
 from fedtune.core.config import Columns, SiteData
 from fedtune.core.data.records import Read, read_file
+from fedtune.core.data.sources import fhir
+from fedtune.core.data.sources._interface import BadCell, Names
+from fedtune.core.data.sources.fhir import Fhir
 from fedtune.core.errors import ConfigError, DataError
 
 DATA = Path(os.environ.get("FEDTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -286,3 +289,48 @@ def test_gender_and_age_are_those_of_the_documents_own_patient(tmp_path: Path) -
     assert found.rejected == {"missing value": 2}
     ages = read(folder, columns=COLUMNS.model_copy(update={"label": "age"}))
     assert sorted((r.unit, r.label) for r in ages.records) == [("1", "69"), ("1", "70")]
+
+
+def having(number: str, said: str, patient: str = "1") -> dict[str, Any]:
+    return {
+        "resourceType": "Condition",
+        "id": said,
+        "subject": {"reference": f"Patient/{patient}"},
+        "encounter": {"reference": f"Encounter/{number}"},
+        "code": {"text": said},
+    }
+
+
+def test_the_conditions_of_a_visit_are_made_one_text_once(tmp_path: Path) -> None:
+    """The work is otherwise a visit's documents times its conditions."""
+    folder = exported(
+        tmp_path / "bulk",
+        DocumentReference=[document(f"d{n}", "1", **at("v1")) for n in range(20)],
+        Condition=[having("v1", f"condition {n:02}") for n in range(20)],
+    )
+    rows = [row for _, row in Fhir().collect(folder, Names(folder, {})) if isinstance(row, dict)]
+    assert len(rows) == 20
+    assert str(rows[0]["conditions"]).startswith("condition 00; condition 01; ")
+    assert len({id(row["conditions"]) for row in rows}) == 1
+
+
+def test_a_visit_of_too_many_conditions_rejects_its_own_documents_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fhir, "CHARACTERS", 40)
+    folder = exported(
+        tmp_path / "bulk",
+        DocumentReference=[
+            document("d1", "1", "cough", **at("v1")),
+            document("d2", "1", "fever", **at("v2")),
+            document("d3", "2", "rash", **at("v3")),
+        ],
+        Condition=[
+            *(having("v1", f"condition {n}") for n in range(4)),
+            *(having("v2", f"condition {n}") for n in range(3)),
+        ],
+    )
+    found = read(folder)
+    assert said(found) == [("1", "fever"), ("2", "rash")] and found.rejected == {"too long": 1}
+    (refused,) = [r for _, r in Fhir().collect(folder, Names(folder, {})) if isinstance(r, BadCell)]
+    assert refused.cells["patient"] == "1" and refused.cells["text"] == "cough"

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from fedtune.core.config import Columns, SiteData, load_site, save
 from fedtune.core.data.records import Read, read_file
+from fedtune.core.data.sources import sql
 from fedtune.core.errors import ConfigError, DataError
 from tests import databases
 from tests.databases import Made
@@ -124,6 +126,36 @@ def test_a_row_of_another_patient_is_not_joined(made: Made) -> None:
         read(made, options={"join": "shared", "on": "visit_id"})
     with pytest.raises(DataError, match="not a column of both tables"):
         read(made, options={"join": "shared", "on": "note_id"})
+
+
+@pytest.mark.parametrize("bound", ["JOINED", "CHARACTERS"])
+def test_a_join_that_adds_too_much_to_a_patients_rows_rejects_them_alone(
+    made: Made, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(sql, bound, {"JOINED": 8, "CHARACTERS": 90}[bound])
+    made.table("note", NOTE, [])
+    made.table("seen", ("person_id", "care_site_id", "note_id"), [])
+    join = {"join": "seen", "on": "person_id"}
+    for who, notes, visits in (("7", 4, 4), ("8", 3, 3), ("9", 9, 1), ("10", 2, 0)):
+        made.fill("note", [(f"{who}-{n}", who, f"cough {n}", "lung") for n in range(notes)])
+        made.fill("seen", [(who, "3", "-") for _ in range(visits)])
+    found = read(made, options=join, columns=COLUMNS.model_copy(update={"label": "care_site_id"}))
+    assert Counter(record.unit for record in found.records) == {"8": 9, "9": 9}
+    assert found.rejected == {"too long": 4, "missing value": 2}
+    # A refusal of consent in one of these rows counts all the same.
+    made.fill("note", [("8-9", "8", "cough", "no"), ("7-9", "7", "cough", "no")])
+    consent = {"column": "desk", "values": ("lung",)}
+    found = read(made, options=join, consent=consent)
+    assert {record.unit for record in found.records} == {"9", "10"} and not found.rejected
+
+
+def test_rows_that_all_fit_each_other_are_not_multiplied(tmp_path: Path) -> None:
+    made = databases.made("sqlite", tmp_path)
+    made.table("note", NOTE, [(str(n), "7", f"cough {n}", "lung") for n in range(2000)])
+    made.table("visit", ("person_id", "care_site_id"), [("7", str(n)) for n in range(2000)])
+    made.fill("note", [("1", "8", "fever", "heart")])
+    found = read(made, options={"join": "visit", "on": "person_id"})
+    assert records(found) == [("8", "fever", "heart")] and found.rejected == {"too long": 2000}
 
 
 def test_a_view_is_refused_until_the_site_says_that_it_is_one(made: Made) -> None:

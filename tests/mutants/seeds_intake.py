@@ -12,6 +12,7 @@ CONSENT, RECORDS, SITE = (
 SQL, DATABASES = "fedtune/core/data/sources/sql.py", "fedtune/core/data/sources/_databases.py"
 FHIR, T_FHIR = "fedtune/core/data/sources/fhir.py", "tests/data/test_fhir_source.py::"
 T_SQL = "tests/data/test_sql_source.py::"
+TOKENS, T_TOKENS = "fedtune/core/data/tokenize.py", "tests/data/test_data_tokens.py::"
 T_NEAR = "tests/data/test_neighbours.py::"
 T_CONSENT, T_PROPERTY = "tests/data/test_consent.py::", "tests/guarantee/test_property.py::"
 T_PINNED = T_PROPERTY + "test_a_case_that_broke_the_guarantee_once[opts-out-by-a-"
@@ -183,5 +184,42 @@ MUTANTS = (
         "tests/data/test_arrow_reading.py::"
         "test_a_file_that_is_cut_off_while_it_is_read_is_its_own_matter",
         "a file that is cut off while it is read ends the process that holds everybody's records",
+    ),
+    one(
+        "intake", "a-patient-multiplies-rows", SQL,
+        "elif one[-1] in too_many:", "elif not one:",
+        T_SQL + "test_rows_that_all_fit_each_other_are_not_multiplied",
+        "a few rows of one patient take the site's memory and time before anything is charged",
+    ),
+    one(
+        "intake", "conditions-for-each-document", FHIR,
+        "if key not in self._texts:", "if key in self._found or key not in self._texts:",
+        T_FHIR + "test_the_conditions_of_a_visit_are_made_one_text_once",
+        "how long a site reads grows with the square of one patient's resources",
+    ),
+    one(
+        "intake", "a-visit-of-any-length", FHIR,
+        "            raise TooLong\n", "            pass\n",
+        T_FHIR + "test_a_visit_of_too_many_conditions_rejects_its_own_documents_alone",
+        "each of a patient's documents holds a text longer than a unit may have",
+    ),
+    one(
+        "intake", "a-chat-is-rendered-for-each-answer", TOKENS,
+        "starts = [0, *range(len(system) + BLOCK, len(turns), BLOCK)]", "starts = [0]",
+        T_TOKENS + "test_the_work_for_a_chat_grows_with_its_messages_and_not_with_their_square",
+        "how long a site reads grows with the square of one record's messages",
+    ),
+    one(
+        "intake", "a-chat-is-tokenised-for-each-answer", TOKENS,
+        "before, read = (before + shown)[-BEFORE:], read", "before, read = before + shown, read",
+        T_TOKENS + "test_the_work_for_a_chat_grows_with_its_messages_and_not_with_their_square",
+        "how long a site reads grows with the square of one record's messages",
+    ),
+    one(
+        "intake", "a-chat-of-any-number-of-messages", TOKENS,
+        "for role, content in messages[: max_length + 1]:", "for role, content in messages:",
+        T_TOKENS
+        + "test_of_a_chat_no_more_messages_are_rendered_than_max_length_has_tokens[truncate]",
+        "one record's messages are rendered although none of them can be trained on",
     ),
 )  # fmt: skip

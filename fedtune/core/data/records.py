@@ -29,14 +29,13 @@ from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
 from fedtune.core.data.media import KINDS, UNIT_BYTES, Decoder, Folder, Media, UnitFiles
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
-from fedtune.core.data.sources._interface import Names, Row
+from fedtune.core.data.sources._interface import CHARACTERS, Names, Row
 from fedtune.core.data.sources.csv import guess_format
 from fedtune.core.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: a word for yes, then its no
 NO_ROW = "converted to no row"  # the reason of each row of a unit of which the conversion left none
 UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
-CHARACTERS = 16 * 2**20  # most characters of one unit: at most 64 MiB, to leave memory for others
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 

@@ -24,6 +24,9 @@ def given_bytes(rows: Sequence[Row]) -> bytes:
     """Encode one unit's rows, to be sent to the process that converts them. A value of a type that
     JSON does not have, other than bytes, becomes a text. Errors: ValueError if the result is longer
     than GIVEN_BYTES."""
+    texts = (value for row in rows for value in row.values() if isinstance(value, str))
+    if sum(map(len, texts)) > GIVEN_BYTES:  # a text that many rows share is written for each
+        raise ValueError("too long")
     written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
     content = written.encode("utf-8", "surrogatepass")
     if len(content) > GIVEN_BYTES:

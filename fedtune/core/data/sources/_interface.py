@@ -15,6 +15,7 @@ from fedtune.core.errors import DataError
 Row = dict[str, object]
 Keys = Mapping[str, str]  # a configuration key, "data.columns.text", to the column that it names
 
+CHARACTERS = 16 * 2**20  # most characters of one unit: at most 64 MiB, to leave memory for others
 SHOWN = 20  # column names in a message
 FEW = 5  # records of a file; in fewer, a key that half of them have may be a patient's name
 # Why a row cannot be used. No other words of a source are kept, since they may quote the row.

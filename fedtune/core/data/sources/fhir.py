@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row
+from fedtune.core.data.sources._interface import CHARACTERS, BadCell, Collection, Names, Row
 from fedtune.core.data.sources.jsonl import json_lines
 from fedtune.core.errors import ConfigError, DataError
 
@@ -25,6 +25,10 @@ SUFFIX = ".ndjson"
 DAY = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
 ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # for a malformed resource
 Key = tuple[str, str]  # a patient, and the id of a resource that is that patient's
+
+
+class TooLong(Exception):
+    """The conditions of an encounter have more than CHARACTERS characters together."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Fhir(Collection):
         names.header(list(COLUMNS))
         is_document = self.resource == "DocumentReference"
         encounters, people = _encounters(where), _people(where)
-        conditions = _conditions(where) if is_document else {}
+        conditions = _conditions(where) if is_document else _Conditions({})
         replaced = _list_replaced(files) if is_document else set()
         for path in files:
             try:
@@ -80,7 +84,7 @@ class Fhir(Collection):
         self,
         line: Row,
         encounters: dict[Key, dict[str, str]],
-        conditions: dict[Key, list[str]],
+        conditions: _Conditions,
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
@@ -89,13 +93,16 @@ class Fhir(Collection):
 
         - line: the resource, as its line of JSON gives it
         - encounters: the organisation of each encounter (`_encounters`)
-        - conditions: the names of the conditions of each encounter (`_conditions`); {} if the rows
-          are conditions themselves
+        - conditions: the conditions of each encounter (`_conditions`); none if the rows are
+          conditions themselves
         - replaced: the documents that another document replaces (`_list_replaced`)
         - people: gender and date of birth of each patient (`_people`)"""
         given = encounters, conditions, replaced, people
         try:
             return self._cells(line, *given)
+        except TooLong:
+            without = self._row(line, encounters, _Conditions({}), replaced, people)
+            return BadCell("too long", without.cells if isinstance(without, BadCell) else without)
         except ODD:
             pass
         try:
@@ -108,7 +115,7 @@ class Fhir(Collection):
         self,
         line: Any,
         encounters: dict[Key, dict[str, str]],
-        conditions: dict[Key, list[str]],
+        conditions: _Conditions,
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row:
@@ -153,7 +160,7 @@ class Fhir(Collection):
             "custodian": _reference(custodian, "Organization") or None,
             "site": known.get("site") or _reference(custodian, "Organization") or None,
             "site_name": known.get("site_name") or custodian.get("display"),
-            "conditions": "; ".join(sorted(set(conditions.get(key, [])))) or None,
+            "conditions": conditions.of_visit(key) or None,
         }
 
     def _text(self, line: Any) -> str | None:
@@ -259,10 +266,27 @@ def _age(born: str, date: Any) -> int | None:
     return years if years >= 0 else None
 
 
-def _conditions(where: Path) -> dict[Key, list[str]]:
-    """Return the conditions of each encounter, as a dict: (patient, the encounter's id) -> the
-    names of the conditions that refer to it. Conditions entered in error are left out."""
-    found: dict[Key, list[str]] = {}
+class _Conditions:
+    """The conditions of each encounter, as one text. `found`: (patient, the encounter's id) -> the
+    names of the conditions that refer to it."""
+
+    def __init__(self, found: dict[Key, set[str]]) -> None:
+        self._found, self._texts = found, dict[Key, str]()
+
+    def of_visit(self, key: Key) -> str:
+        """Return the names of an encounter's conditions, sorted. The text is made once, whatever
+        the number of the encounter's documents. key: (patient, the encounter's id). Errors:
+        TooLong."""
+        if key not in self._texts:
+            self._texts[key] = "; ".join(sorted(self._found.get(key, ())))
+        if len(self._texts[key]) > CHARACTERS:
+            raise TooLong
+        return self._texts[key]
+
+
+def _conditions(where: Path) -> _Conditions:
+    """Read the conditions of each encounter. Conditions entered in error are left out."""
+    found: dict[Key, set[str]] = {}
     for line in _resources(where, "Condition"):
         try:
             key = _patient(line), _reference(line.get("encounter"), "Encounter")
@@ -271,8 +295,8 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
         except ODD:
             continue
         if all(key) and said and not in_error:
-            found.setdefault(key, []).append(said)
-    return found
+            found.setdefault(key, set()).add(said)
+    return _Conditions(found)
 
 
 def _list_replaced(files: list[Path]) -> set[Key]:

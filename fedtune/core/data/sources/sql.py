@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from fedtune.core.data.sources._databases import (
     quote_name,
     require_driver,
 )
-from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row, find_unclean
+from fedtune.core.data.sources._interface import (
+    CHARACTERS,
+    BadCell,
+    Collection,
+    Names,
+    Row,
+    find_unclean,
+)
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files import reading
 
@@ -29,8 +37,15 @@ PATIENTS = frozenset(
     }
 )
 
+JOINED = 10_000  # most rows that a join may add to those of one patient
+
 
 Cells = tuple[Cell, ...]
+JoinKey = tuple[str, ...]  # what two rows that are joined have in common; last the patient
+
+
+class Overjoined(tuple[Cell, ...]):
+    """The cells of a row of a patient to whose rows the join would add too much."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,9 @@ class Sql(Collection):
     - url: the database
     - table: the table's name; "" if there is a query
     - join, on: another table, and a column that both tables have. Each row of `table` is joined to
-      the other table's rows of the same patient with the same value in `on`; "": there is no join
+      the other table's rows of the same patient with the same value in `on`; "": there is no join.
+      If this would add more than JOINED rows or CHARACTERS characters to a patient's, these rows
+      are rejected
     - view: whether `table` may be a view
     - query: a query in place of a table. With a query or a view one patient's rows may depend on
       another's, which is outside the guarantee (policy.allow_free_query)
@@ -90,10 +107,11 @@ class Sql(Collection):
             names.row = number
             yield self.table or "query", _row(columns, cells)
 
-    def _read(self, database: Database, names: Names) -> tuple[list[str], list[Cells]]:
-        """Read the table, or the query's result. Return two lists: the columns that were read, i.e.
-        those of the table that study.toml or site.toml names; and the rows, each a tuple of cells
-        in the order of these columns. Errors: DataError."""
+    def _read(self, database: Database, names: Names) -> tuple[list[str], Iterable[Cells]]:
+        """Read the table, or the query's result. Return two values: the columns that were read,
+        i.e. those of the table that study.toml or site.toml names; and the rows, to be read while
+        the database is open, each a tuple of cells in the order of these columns. Errors:
+        DataError."""
         asked = sorted(set(names.keys.values()))
         if self.query:
             own, other = database.columns_of_query(self.query), []
@@ -110,14 +128,15 @@ class Sql(Collection):
         more = [column for column in asked if column in other and column not in own]
         if not columns + more:
             return [], []
-        rows = list(_texts(database, source, [*by, *columns]))
-        if self.join:
-            beside = _texts(database, _source(self.join), [*by, *more])
-            rows = list(_join_rows(rows, beside, len(by), len(more)))
-        return columns + more, rows
+        rows = _texts(database, source, [*by, *columns])
+        if not self.join:
+            return columns, rows
+        own_rows = list(rows)  # a database may run one statement at a time
+        beside = _texts(database, _source(self.join), [*by, *more])
+        return columns + more, _join_rows(own_rows, beside, len(by), len(more))
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
-        """Return the columns by which two tables are joined: the column `on`, and the patient
+        """Return the columns by which two tables are joined: the column `on`, and last the patient
         column, so that no row is joined to another patient's. own, other: the names of each table's
         columns. Errors: DataError if a table lacks one of these two."""
         patient = _patient(names)
@@ -192,15 +211,17 @@ def _join_rows(
     """Join the rows of two tables whose first `by` cells are equal. For each such pair one row is
     yielded: the other cells of the first table's row, then those of the second table's. A row of
     the first table without a partner is yielded once, with `more` empty cells after its own. The
-    database's own = is not used, since for it "AB" and "ab" may be one patient.
+    database's own = is not used, since for it "AB" and "ab" may be one patient. If the join would
+    add too much to a patient's rows (`_list_overjoined`), each of these that has a partner is
+    yielded once, as Overjoined.
 
     - rows: the rows of the first table: the cells to join by, then the others
     - beside: the rows of the second table, in the same form
-    - by: the number of cells to join by. White space around their text does not count; a row in
-      which one of them is empty or unusable has no partner
+    - by: the number of cells to join by, of which the last is the patient. White space around their
+      text does not count; a row in which one of them is empty or unusable has no partner
     - more: how many other cells each row of the second table has"""
 
-    def key(row: Cells) -> tuple[str, ...] | None:
+    def key(row: Cells) -> JoinKey | None:
         usable = [
             cell.strip() for cell in row[:by] if isinstance(cell, str) and not find_unclean(cell)
         ]
@@ -208,14 +229,45 @@ def _join_rows(
 
     keys = [key(row) for row in rows]
     wanted = set(keys) - {None}
-    found: dict[tuple[str, ...] | None, list[Cells]] = {}
+    found: dict[JoinKey, list[Cells]] = {}
     for row in beside:
-        if (one := key(row)) in wanted:
+        if (one := key(row)) in wanted and one is not None:
             found.setdefault(one, []).append(row[by:])
+    mine: dict[JoinKey, list[Cells]] = {}
+    for row, one in zip(rows, keys, strict=True):
+        if one in found and one is not None:
+            mine.setdefault(one, []).append(row[by:])
+    too_many = _list_overjoined(mine, found)
     alone: list[Cells] = [(None,) * more]
     for row, one in zip(rows, keys, strict=True):
-        for cells in found.get(one, alone):
-            yield (*row[by:], *cells)
+        if one is None or one not in found:
+            yield (*row[by:], *alone[0])
+        elif one[-1] in too_many:
+            yield Overjoined((*row[by:], *alone[0]))
+        else:
+            for cells in found[one]:
+                yield (*row[by:], *cells)
+
+
+def _list_overjoined(
+    mine: Mapping[JoinKey, list[Cells]], found: Mapping[JoinKey, list[Cells]]
+) -> set[str]:
+    """Return the patients to whose rows a join would add more than JOINED rows, or more than
+    CHARACTERS characters, which is what the records of one unit may have at most. 2,000 rows of a
+    patient that all fit 2,000 others would otherwise become 4,000,000.
+
+    - mine: by key, the rows of the first table that have a partner; found: their partners"""
+    rows, characters = Counter[str](), Counter[str]()
+    for one, first in mine.items():
+        second = found[one]
+        rows[one[-1]] += len(first) * (len(second) - 1)
+        characters[one[-1]] += _length(first) * (len(second) - 1)
+        characters[one[-1]] += _length(second) * (len(first) - 1)
+    return {who for who in rows if rows[who] > JOINED or characters[who] > CHARACTERS}
+
+
+def _length(rows: Sequence[Cells]) -> int:
+    return sum(len(cell) for row in rows for cell in row if isinstance(cell, str))
 
 
 def _patient(names: Names) -> str:
@@ -242,6 +294,7 @@ def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
     by_column = dict(zip(columns, cells, strict=True))
     row: Row = {name: c for name, c in by_column.items() if not isinstance(c, Unusable)}
     reason = next((cell.reason for cell in cells if isinstance(cell, Unusable)), "")
+    reason = "too long" if isinstance(cells, Overjoined) else reason
     return BadCell(reason, row) if reason else row
 
 
