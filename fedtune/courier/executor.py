@@ -36,6 +36,7 @@ SAID = 4_096  # bytes of the end of a SuperNode's log that are copied to this pr
 REFUSAL = f"this site answers {', '.join(ASKED)}, no more"
 POLL_SECONDS = (0.05, 0.5)  # shortest and longest pause between two polls for a task
 GONE_SECONDS = 6.0  # without an answer for so long, the coordinator counts as gone
+LONGEST = 100  # characters of the type of a message that is refused
 LONG_SECONDS = 30.0  # a SuperNode that ran for longer does not count as a failure
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
@@ -177,6 +178,7 @@ class Executor:
         - context: Flower's context, whose settings are emptied"""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ASKED:
+            kind = kind[:LONGEST]  # the coordinator's words
             self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
             return api.error_reply(message, REFUSAL)
         context.run_config, context.node_config = {}, {}

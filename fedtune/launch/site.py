@@ -6,7 +6,8 @@ their events to the person at the screen.
 
 A parent process controls its child's environment, and neither half may control the other. So this
 process starts both: first the vault, then the courier. Each confines itself before it does anything
-else (isolation.py). If one half ends, this process ends the other and starts both again."""
+else (isolation.py). If one half ends, this process ends the other and starts both again, however
+often that happens; it gives up only halves that never come up (`Again`)."""
 
 from __future__ import annotations
 
@@ -57,8 +58,9 @@ from fedtune.observe.from_courier import from_courier, log_again
 
 log = logging.getLogger("fedtune.client")
 EVENTS_AT_ONCE = 100  # events of one half that are shown before those of the other
-LONG = 60.0  # seconds after which a start of the halves counts as successful
-FEW = 3  # the number of unsuccessful starts in a row after which they are not started again
+LONG = 60.0  # seconds after which a run of the halves counts as long
+FEW = 3  # the number of short runs in a row that may end before the halves are up
+PAUSE = 60  # most seconds between the end of a short run and the next start
 SAYS = {
     "vault": "records are read without a network",
     "courier": "what speaks to the network reads no record",
@@ -104,8 +106,8 @@ def join(
 
     Errors: those of the check; PolicyRefused if policy.isolation requires more than this machine
     supports; InfrastructureError if the coordinator still refuses this site after `patience`, or
-    the halves end again and again; KeyboardInterrupt at Ctrl-C. After SIGTERM the function returns
-    without an error."""
+    the halves end again and again before they are up; KeyboardInterrupt at Ctrl-C. After SIGTERM
+    the function returns without an error."""
     site = load_site(site_path)
     shown = Shown(site, on_event or ignore)
     with (
@@ -135,7 +137,7 @@ def join(
                 ended = halves.watch(shown)
                 if ended is None and isinstance(halves.courier, ConnectedCourier):
                     halves.courier.dismiss()
-                again.wanted = again.after(ended)
+            again.wanted = again.after(ended)  # neither half runs: the coordinator sees no site
 
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
@@ -293,31 +295,39 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
 
 
 class Again:
-    """Decides whether a site's halves are started again after one of them has ended. After a run of
-    more than LONG seconds they are always started again; after shorter runs, at most FEW times in a
-    row. They are always started again if a courier that was started elsewhere leaves."""
+    """Decides whether a site's halves are started again after one of them has ended.
+
+    The halves are up once the vault takes requests and the coordinator has accepted the courier
+    (`Shown.are_up`). Halves that were up are always started again, since a coordinator's message
+    may have ended them, and no message may end the client. So are halves that ran for more than
+    LONG seconds, and those of which a courier that was started elsewhere has left. They are given
+    up only if more than FEW shorter runs in a row end before the halves are up. After each short
+    run in a row the pause is a second longer, up to PAUSE."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
-        self._began, self._short = time.monotonic(), 0
+        self._began, self._short, self._failed = time.monotonic(), 0, 0
 
     def after(self, ended: InfrastructureError | None) -> bool:
         """Return whether the caller shall start the halves again; before it returns True, wait for
-        0 to FEW seconds. ended: the result of `Halves.watch`; None means that the halves' work is
-        done, and gives False. Errors: `ended` itself, after more than FEW short runs in a row."""
+        0 to PAUSE seconds. ended: the result of `Halves.watch`; None means that the halves' work is
+        done, and gives False. Errors: `ended` itself, after more than FEW short runs in a row that
+        ended before the halves were up."""
         if ended is None:
             return False
         lasted = time.monotonic() - self._began > LONG
         self._short = 0 if lasted else self._short + 1
+        self._failed = 0 if lasted or self._shown.are_up else self._failed + 1
         if isinstance(ended, CourierLeft):  # a courier elsewhere may come back as often as it likes
-            self._short = min(self._short, FEW)
-        if self._short > FEW:
+            self._short, self._failed = min(self._short, FEW), min(self._failed, FEW)
+        if self._failed > FEW:
             raise ended
         self._shown.flush(0)
         self._shown.begin()
+        pause = min(self._short, PAUSE)
         text = f"{ended.happened}; starting both again"
-        self._shown.notify("reconnecting", {"seconds": float(self._short), "text": text})
-        time.sleep(self._short)
+        self._shown.notify("reconnecting", {"seconds": float(pause), "text": text})
+        time.sleep(pause)
         self._began = time.monotonic()
         return True
 
@@ -368,13 +378,22 @@ class Shown:
         self._facts: deque[tuple[float, dict[str, Any]]] = deque()
         self._last: dict[str, Any] = {}  # the facts of the newest answer
         self._confined: dict[str, dict[str, Any]] = {}  # half -> how it is confined
+        self._up: set[str] = set()  # the halves that said that they are up
         self._renewed: float | None = None  # the time at which a certificate was last accepted
         self._certificate: bytes | None = None  # a certificate that is not stored yet
         self._allowance = Allowance()
 
     def begin(self) -> None:
-        """Prepare for halves that are started again: each will report anew how it is confined."""
+        """Prepare for halves that are started again: each will report anew how it is confined, and
+        that it is up."""
         self._confined.clear()
+        self._up.clear()
+
+    @property
+    def are_up(self) -> bool:
+        """Whether each half that this process started has come up since: the vault takes requests,
+        and the coordinator has accepted the courier."""
+        return self._up.issuperset(self._halves)
 
     def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
         """Show an event of the vault. Always returns False, since only the courier says when the
@@ -385,6 +404,8 @@ class Shown:
                 self.flush(0)
         elif event == "isolation":
             self._isolation("vault", facts)
+        elif event == "ready":
+            self._up.add("vault")
         elif not event:
             log.warning("an event that is none was left out")
         elif not _say_again(event, facts):
@@ -395,6 +416,8 @@ class Shown:
         """Show an event of the courier. Return True if the event says that the courier's work is
         done. Errors: the error that the courier reports; PolicyRefused if a half is not confined as
         the policy requires."""
+        if event == "joined":  # whether or not it is shown
+            self._up.add("courier")
         told = from_courier(event, facts)
         is_counted = event in FREELY or (event == "answered" and self._facts)
         if not is_counted and not self._allowance.permits(told or {}):

@@ -75,8 +75,8 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
 
     Errors: ConfigError or Refused because of the answer or the keys; PolicyRefused if
     policy.isolation requires more than this machine supports; InfrastructureError if the
-    coordinator still refuses this site after PATIENCE seconds, or the courier ends again and again;
-    KeyboardInterrupt at Ctrl-C."""
+    coordinator still refuses this site after PATIENCE seconds, or the courier ends again and again
+    before the coordinator has accepted it; KeyboardInterrupt at Ctrl-C."""
     site, spool = load_site(site_path, alone=True), Spool.at(folder)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     private_folder(link.keys / RENEWED)
@@ -106,8 +106,8 @@ def answer_requests(
 
     Events: those of the vault in `launch.site.join`. Errors: those of the checks; ConfigError if
     the folder cannot be used, or vault.run names no program; PolicyRefused if policy.isolation
-    requires more than this machine supports; InfrastructureError if the vault ends again and again;
-    KeyboardInterrupt at Ctrl-C."""
+    requires more than this machine supports; InfrastructureError if the vault ends again and again
+    before it takes requests; KeyboardInterrupt at Ctrl-C."""
     site, spool = load_site(site_path), Spool.at(folder)
     shown = Shown(site, on_event, halves=("vault",))
     with until_stopped(on_event), alone(site.site.state / FOLDER, "fedtune client"):

@@ -346,12 +346,15 @@ def test_a_request_longer_than_any_is_not_read(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_arrays_of_a_request_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = pack_arrays({name: np.ones(8, np.float32) for name in "ab"})
-    both = 2 * len(arrays["a"].data)
+    asked, both = Request("train", {}, arrays), 2 * len(arrays["a"].data)
     monkeypatch.setattr(requests, "MOST_BYTES", both)
-    assert passed(Request("train", {}, arrays), requests.receive_request).arrays == arrays
-    monkeypatch.setattr(requests, "MOST_BYTES", both - 1)
-    with pytest.raises(OSError):
-        passed(Request("train", {}, arrays), requests.receive_request)
+    assert passed(asked, requests.receive_request).arrays == arrays
+    here, there = Pipe()
+    with here, there:
+        requests.send(here, asked)
+        monkeypatch.setattr(requests, "MOST_BYTES", both - 1)
+        with pytest.raises(OSError):
+            requests.receive_request(there)
 
 
 @pytest.mark.parametrize(
@@ -469,6 +472,46 @@ def test_halves_that_last_are_started_again_and_those_that_do_not_are_given_up(
         again.after(ended)
     assert waited[-launch_site.FEW :] == [1, 2, 3]
     assert not again.after(None)
+
+
+@pytest.mark.parametrize(
+    ("halves", "up", "again"),
+    [
+        (("vault", "courier"), "vault courier", True),
+        (("vault", "courier"), "courier", False),
+        (("vault", "courier"), "vault", False),
+        (("vault",), "vault", True),
+        (("vault",), "", False),
+        (("courier",), "courier", True),
+        (("courier",), "", False),
+    ],
+)
+def test_halves_that_were_up_are_started_again_however_often_a_message_ends_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    halves: tuple[str, ...],
+    up: str,
+    again: bool,
+) -> None:
+    """The pause grows to a minute. Twin: halves of which one never came up."""
+    waited, seen = list[float](), list[float]()
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=waited.append)
+    monkeypatch.setattr(launch_site, "time", clock)
+
+    def notify(event: str, facts: dict[str, Any]) -> None:
+        if event == "reconnecting":
+            seen.append(facts["seconds"])
+
+    shown = Shown(load_site(a_site(tmp_path)), notify, halves)
+    decides, ended = Again(shown), InfrastructureError("the vault ended by itself")
+    with suppress(InfrastructureError):
+        for _ in range(70):
+            if "vault" in up:
+                shown.from_vault("ready", {})
+            if "courier" in up:
+                shown.from_courier("joined", {"text": "connected" * 1000})  # shown a few times
+            assert decides.after(ended)
+    assert waited == seen == ([*range(1, 60), *[60] * 11] if again else [1, 2, 3])
 
 
 def test_a_courier_shows_only_what_it_may(tmp_path: Path) -> None:

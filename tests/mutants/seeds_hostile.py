@@ -8,6 +8,7 @@ FIGURES = "fedtune/evidence/figures.py"
 PAGES, CONNECTIONS = "fedtune/dashboard/server.py", "fedtune/dashboard/connections.py"
 T_PAGES, T_READING = "tests/dashboard/test_server.py::", "tests/test_reading.py::"
 T_LOCKS, T_BACKUP = "tests/test_locks.py::", "tests/server/test_backup.py::"
+T_LONG = "tests/isolation/test_long_messages.py::"
 HOURS = (
     "tests/test_verify_attacks.py::"
     "test_a_log_that_would_take_the_accountant_hours_is_refused_before"
@@ -165,6 +166,40 @@ MUTANTS = (
         'return template.count("{text}") == 1', 'return "{text}" in template',
         "tests/test_config.py::test_a_template_holds_the_prompt_once",
         "a plan makes each note 2,000 times as long, and a site reads for hours before it charges",
+    ),
+    _one(
+        "hostile", "a-courier-sends-what-no-vault-reads", "fedtune/core/wire/requests.py",
+        "if _is_too_long(len(announced), len(arrays), sum(", "if len(announced) < 0 * sum((",
+        T_LONG + "test_a_message_that_no_vault_reads_is_answered_with_a_failure",
+        "a message of 250 kB of the coordinator's ends the vault, and what waits in its memory",
+    ),
+    _one(
+        "hostile", "an-answer-too-long-ends-the-vault", "fedtune/core/vault/process.py",
+        "    except RequestError as error:\n"
+        '        log.warning("%s", error)\n'
+        "        put(failure())",
+        "    except ZeroDivisionError:\n        put(failure())",
+        T_LONG + "test_an_answer_that_no_courier_reads_becomes_a_failure",
+        "an update of more than 4 GiB ends the vault that charged it",
+    ),
+    _one(
+        "hostile", "a-message-ends-a-client", "fedtune/launch/site.py",
+        "0 if lasted or self._shown.are_up else", "0 if lasted else",
+        "tests/isolation/test_halves.py::"
+        "test_halves_that_were_up_are_started_again_however_often_a_message_ends_them",
+        "four messages, each of which ends a half, end the site's client for good",
+    ),
+    _one(
+        "hostile", "a-long-event-is-the-last-that-is-shown", "fedtune/core/wire/events.py",
+        "len(content) > MOST or not self._send(content)", "not self._send(content)",
+        T_LONG + "test_a_long_event_is_left_out_and_counted_and_the_next_one_is_read",
+        "after a message with a long type the site's screen shows nothing of its courier",
+    ),
+    _one(
+        "hostile", "a-refused-type-of-any-length", "fedtune/courier/executor.py",
+        "kind = kind[:LONGEST]", "kind = kind[:]",
+        T_LONG + "test_of_a_refused_messages_type_a_screen_gets_the_start",
+        "a message whose type has two million characters is one event, longer than any is read",
     ),
     _one(
         "hostile", "a-key-of-few-records-is-a-column", "fedtune/core/data/sources/_interface.py",

@@ -170,8 +170,10 @@ def serve(
 
     place = Place(site=str(path), **given)  # type: ignore[arg-type]
     with team(path, processes), suppress(EOFError, OSError):
+        tell("ready", {})
         while True:
-            send(courier, _reply(partial(receive_request, courier), place, tell))
+            reply = _reply(partial(receive_request, courier), place, tell)
+            _pass_back(partial(send, courier), reply)
 
 
 def serve_spool(
@@ -191,11 +193,13 @@ def serve_spool(
     place, said = Place(site=str(path), **given), ""  # type: ignore[arg-type]
     spool.remove_drafts()
     with team(path, processes):
+        tell("ready", {})
         while True:
             try:
                 for name in spool.waiting():
                     if (content := spool.take(name)) is not None:
-                        spool.put(name, _reply(partial(decode_request, content), place, tell))
+                        reply = _reply(partial(decode_request, content), place, tell)
+                        _pass_back(partial(spool.put, name), reply)
                 spool.remove_answered()
                 said = ""
             except InfrastructureError as error:
@@ -239,7 +243,7 @@ def serve_request(
                 answer(place, asked)
             reply = answer_and_tell(place, request, tell)
             keep_plan_request(site, request, content, reply)
-        spool.put(name, reply)
+        _pass_back(partial(spool.put, name), reply)
 
 
 def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
@@ -252,6 +256,16 @@ def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer
         log.warning("%s", error)
         return failure()
     return answer_and_tell(place, request, tell)
+
+
+def _pass_back(put: Callable[[Answer], None], reply: Answer) -> None:
+    """Pass an answer to the courier. Pass a failure if the answer is longer than a courier reads,
+    such as an update of more than 4 GiB. put: sends an answer, or writes it to a file."""
+    try:
+        put(reply)
+    except RequestError as error:
+        log.warning("%s", error)
+        put(failure())
 
 
 def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:

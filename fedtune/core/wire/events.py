@@ -39,7 +39,9 @@ class Teller:
     reads nothing, for example while its terminal is paused, events that do not fit into the
     connection are left out and counted. A vault that waited would stop answering after a number of
     events that depends on records, and the coordinator would see when. Only `fetch` and `error`
-    wait: `fetch` for its result, `error` because this process answers nobody afterwards."""
+    wait: `fetch` for its result, `error` because this process answers nobody afterwards. An event
+    of more than MOST bytes is left out as well, since its reader would read no other one
+    afterwards."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()
@@ -52,7 +54,8 @@ class Teller:
         with self._mutex, suppress(OSError):
             if self._left_out and self._send(_not_shown(self._left_out)):
                 self._left_out = 0
-            if self._left_out or not self._send(json.dumps([event, facts])):
+            content = json.dumps([event, facts])
+            if self._left_out or len(content) > MOST or not self._send(content):
                 self._left_out += 1
 
     def fetch(self, base: str) -> None:
@@ -110,7 +113,7 @@ class Teller:
 
 
 def _not_shown(events: int) -> str:
-    text = f"{events} events were not shown: this screen stood still"
+    text = f"{events} events were not shown: they were too long, or this screen stood still"
     return json.dumps(["log", {"level": "WARNING", "text": text}])
 
 

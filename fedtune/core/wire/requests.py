@@ -45,7 +45,7 @@ class Channel(Protocol):
 
 
 class RequestError(InputError):
-    """A request or an answer does not have the agreed form."""
+    """A request or an answer does not have the agreed form, or is longer than one may be."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +84,8 @@ class Answer:
 def send(connection: Channel, sent: Request | Answer) -> None:
     """Send a request or an answer: a header, then each array's bytes as they are.
 
-    Errors: OSError if the other half has ended."""
+    Errors: RequestError if the other half would not read all of it; nothing is sent then. OSError
+    if the other half has ended."""
     header: dict[str, Any]
     if isinstance(sent, Request):
         tables = {name: _plain(table) for name, table in sent.tables.items()}
@@ -95,7 +96,14 @@ def send(connection: Channel, sent: Request | Answer) -> None:
     header["arrays"] = [
         [name, array.dtype, list(array.shape), array.stype] for name, array in arrays
     ]
-    connection.send_bytes(json.dumps(header).encode())
+    announced = json.dumps(header).encode()
+    if _is_too_long(len(announced), len(arrays), sum(len(array.data) for _, array in arrays)):
+        raise RequestError(
+            "a message longer than the other half reads",
+            f"at most {MOST_WORDS:,} bytes of tables, and {MOST_ARRAYS:,} arrays of at most "
+            f"{MOST_BYTES:,} bytes together",
+        )
+    connection.send_bytes(announced)
     for _, array in arrays:
         connection.send_bytes(array.data)
 
@@ -138,7 +146,7 @@ def _receive(connection: Channel) -> tuple[dict[str, Any], dict[str, Packed]]:
         listed = [(str(n), str(t), tuple(map(int, s)), str(k)) for n, t, s, k in header["arrays"]]
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise OSError("a message whose header does not list the arrays that follow") from None
-    if len(listed) > MOST_ARRAYS:
+    if _is_too_long(len(announced), len(listed), 0):
         raise OSError("more arrays than a message holds")
     arrays, left = dict[str, Packed](), MOST_BYTES
     for name, dtype, shape, stype in listed:
@@ -146,6 +154,17 @@ def _receive(connection: Channel) -> tuple[dict[str, Any], dict[str, Packed]]:
         left -= len(body)
         arrays[name] = Packed(dtype, shape, body, stype)
     return header, arrays
+
+
+def _is_too_long(words: int, arrays: int, data: int) -> bool:
+    """Return whether a message is longer than the half that receives it reads. Whoever sends one
+    checks this before its first byte, since the receiver of a longer one cannot find its end, and
+    so can receive no other message either.
+
+    - words: the number of bytes of its header, which holds its tables
+    - arrays: the number of its arrays
+    - data: the number of bytes of all its arrays together"""
+    return words > MOST_WORDS or arrays > MOST_ARRAYS or data > MOST_BYTES
 
 
 def _plain(table: Table) -> dict[str, Scalar]:
