@@ -27,6 +27,18 @@ MUTANTS: tuple[Mutant, ...] = (
         SYBILS, "a set may consist of sites that the coordinator enrolled for itself",
     ),
     _one(
+        AREA, "any-number-of-strangers-is-masked-for", STATEMENT,
+        "    check_work(signing, mine.signing, pinned, numbers)\n", "",
+        T_ATTACKS + "test_sites_that_nobody_pinned_cost_a_site_no_more_than_a_bound",
+        "one order that names 10,000 made-up sites keeps a site busy for most of an hour",
+    ),
+    _one(
+        AREA, "strangers-are-counted-after-the-charge", "fedtune/core/vault/secure_round.py",
+        "        check_work(asked, site.key.public, pinned, _numbers_of(prepared))\n", "",
+        T_ATTACKS + "test_sites_that_nobody_pinned_cost_a_site_no_more_than_a_bound",
+        "an attempt that will be void is paid for",
+    ),
+    _one(
         AREA, "no-pin-is-asked-for", STATEMENT, "    if known < at_least:", "    if known < 0:",
         T_ATTACKS + "test_too_few_pinned_sites_are_refused_before_anything_is_charged",
         "a site takes part in a set in which it has pinned nobody",

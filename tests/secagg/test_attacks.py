@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedtune.core.dp.plan import plan_for_site
-from fedtune.core.secagg import draw, masks
+from fedtune.core.secagg import draw, masks, statement
 from fedtune.core.secagg.masks import centre_words
 from fedtune.core.secagg.statement import Ready, set_digest
 from fedtune.core.vault.worker import SiteWorker
@@ -19,7 +19,7 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished
 from tests.secagg.model import World
-from tests.secagg.unit_sites import DRAW_LIES, LEAST, NAMES, PINNED, SIGMA, SIZES, study
+from tests.secagg.unit_sites import DIMENSION, DRAW_LIES, LEAST, NAMES, PINNED, SIGMA, SIZES, study
 
 Patch = pytest.MonkeyPatch
 
@@ -266,6 +266,26 @@ def test_too_few_pinned_sites_are_refused_before_anything_is_charged(world: Worl
     assert world.ask_ready("a", 1, 1) == "void"
     world.keys = known
     assert charges(world, "a") == 0
+
+
+def test_sites_that_nobody_pinned_cost_a_site_no_more_than_a_bound(
+    world: World, monkeypatch: Patch
+) -> None:
+    """Masks for them are made for a bounded number of numbers together; a pinned site is not
+    counted. Twin: without the bound, as many as the coordinator makes up."""
+    monkeypatch.setattr(statement, "MOST_NUMBERS", DIMENSION)  # one such site: s
+    known, sybil = world.keys, SigningKey()
+    world.keys = known | {"x": sybil.public}
+    assert world.ask_ready("a", 1, 1) == "void"
+    assert charges(world, "a") == 0, "refused before anything is charged"
+    world.keys = known
+    a, b, c, d, s = world.readied(*NAMES)
+    made_up = replace(s, signing=sybil.public, site="x", masking=masks.public_of(masks.new_key()))
+    further = replace(made_up, signature="").signed(sybil)
+    assert world.ask_words("a", [a, b, c, d, s, further]) == "void"
+    assert world.ask_words("a", [a, b, c, d, s]) == "masked"
+    monkeypatch.setattr(statement, "MOST_NUMBERS", 2 * DIMENSION)
+    assert world.ask_words("b", [a, b, c, d, s, further]) == "masked"
 
 
 # ----------------------------------------------------------------------- other ways to one site

@@ -60,6 +60,8 @@ class Stub:
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"u": torch.zeros(DIMENSION)}
 
+    update_parameters = parameters
+
     def load_trainable(self, adapter: Any) -> None:
         assert {name: array.shape for name, array in adapter.items()} == {"u": (DIMENSION,)}
 

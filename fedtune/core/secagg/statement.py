@@ -18,6 +18,9 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 PURPOSE, SET = b"fedtune ready\0", b"fedtune set\0"
 LONGEST = 2_000  # characters of one statement
 MOST = 10_000  # sites of one set
+# Numbers that a site masks for sites that it has not pinned, all these sites together: 20 s of work
+# on one core (32-bit words, an Intel Xeon with AES). A coordinator can make up any number of them.
+MOST_NUMBERS = 10**10
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY, _DIGEST = re.compile(r"[0-9a-f]{64}"), re.compile(r"sha256:[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
@@ -174,7 +177,11 @@ def set_digest(statements: Sequence[Ready]) -> str:
 
 
 def check_set(
-    statements: Sequence[Ready], mine: Ready, pinned: Collection[str], at_least: int
+    statements: Sequence[Ready],
+    mine: Ready,
+    pinned: Collection[str],
+    at_least: int,
+    numbers: int,
 ) -> None:
     """Check that a site may mask its sum for a set of ready sites.
 
@@ -182,6 +189,7 @@ def check_set(
     - mine: the statement that this site signed for its draw
     - pinned: signing keys (hexadecimal) of the other sites that this site trusts: policy.peers
     - at_least: the plan's strategy.min_sites
+    - numbers: how many numbers the sum has
 
     The rules are:
 
@@ -191,6 +199,7 @@ def check_set(
       different noise cannot be added.
     - Each name, signing key and masking key occurs once.
     - At least `at_least` signing keys are this site's own or `pinned`.
+    - The other keys are few enough (`check_work`).
 
     Errors: StatementError, which names the rule."""
     if mine not in statements:
@@ -206,7 +215,9 @@ def check_set(
     for field, what in (("site", "name"), ("signing", "signing key"), ("masking", "masking key")):
         if len({getattr(ready, field) for ready in statements}) < len(statements):
             raise StatementError(f"two of the ready sites have the same {what}")
-    check_pinned([ready.signing for ready in statements], mine.signing, pinned, at_least)
+    signing = [ready.signing for ready in statements]
+    check_pinned(signing, mine.signing, pinned, at_least)
+    check_work(signing, mine.signing, pinned, numbers)
 
 
 def check_pinned(
@@ -226,5 +237,25 @@ def check_pinned(
         raise StatementError(
             f"{known} of the {len({*signing})} sites are pinned here, itself included",
             f"at least strategy.min_sites = {at_least}",
+            "compare the peers' fingerprints, then list their keys in policy.peers",
+        )
+
+
+def check_work(signing: Collection[str], own: str, pinned: Collection[str], numbers: int) -> None:
+    """Check that the sites of a set that this site has not pinned cost it at most MOST_NUMBERS
+    numbers of masks together. Sites that it has pinned are not counted.
+
+    - signing: the public signing keys (hexadecimal) of all sites of the set
+    - own: this site's public signing key
+    - pinned: the keys of the other sites that this site trusts: policy.peers
+    - numbers: how many numbers the sum has, for each of which each site costs one number of a mask
+
+    Errors: StatementError."""
+    others = len({*signing} - {*pinned, own})
+    if others * numbers > MOST_NUMBERS:
+        raise StatementError(
+            f"{others} of the sites are not among those that are pinned here, too many to mask "
+            f"{numbers:,} numbers for",
+            f"at most {MOST_NUMBERS // max(1, numbers):,} of them",
             "compare the peers' fingerprints, then list their keys in policy.peers",
         )

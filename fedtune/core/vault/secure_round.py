@@ -29,6 +29,7 @@ from fedtune.core.secagg.statement import (
     StatementError,
     check_pinned,
     check_set,
+    check_work,
     parse,
     parse_set,
     set_digest,
@@ -139,7 +140,8 @@ def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) 
             "an attempt that was not abandoned, at a site that has not restarted "
             "since it was ready",
         )
-    check_set(asked, waiting.ready, site.current().policy.peers, study.strategy.min_sites)
+    pinned, numbers = site.current().policy.peers, len(waiting.total)
+    check_set(asked, waiting.ready, pinned, study.strategy.min_sites, numbers)
     sigma = prepared.private.noise_multiplier if prepared.private else None
     bits = bits_of(study, sigma, [r.size for r in asked], len(waiting.total))
     words = masks.mask(waiting.total, waiting.key, waiting.ready, asked, bits)
@@ -173,8 +175,14 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
     pinned, least = site.current().policy.peers, prepared.study.strategy.min_sites
     try:
         check_pinned(asked, site.key.public, pinned, least)
+        check_work(asked, site.key.public, pinned, _numbers_of(prepared))
     except StatementError as error:
         raise Void(error.happened, error.expected, error.todo) from None
+
+
+def _numbers_of(prepared: Prepared) -> int:
+    """Return how many numbers the update of a study has, and so the sum of a round."""
+    return sum(values.numel() for values in prepared.network.update_parameters().values())
 
 
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
@@ -188,7 +196,7 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
     study, plan = prepared.study, prepared.private
     current = site.permit(study, plan, prepared.coordinator, draw.round)
     charge = site.charge_of(study, plan, current, draw.round)
-    numbers = sum(values.numel() for values in prepared.network.update_parameters().values())
+    numbers = _numbers_of(prepared)
     sizes = [site.site.site.declared_size] * study.strategy.min_sites
     bits = bits_of(study, plan.noise_multiplier if plan else None, sizes, numbers)
     airlock.hold_draw(site, slot, charge, numbers * bits // 8)
