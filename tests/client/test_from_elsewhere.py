@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from fedtune.core.bases import digest as digest_module
 from fedtune.core.bases import find as base_module
 from fedtune.core.bases import known_here
 from fedtune.core.bases.find import base_of_plan, find_base
-from fedtune.core.config import Study
+from fedtune.core.config import ObjectiveTable, Study
 from fedtune.core.config.known_bases import KNOWN
+from fedtune.core.data.tokenize import passage_of
 from fedtune.core.errors import ConfigError, ModelError, PolicyRefused
 from fedtune.core.models import loaded
 from fedtune.core.models.teacher import find_teacher, soft_targets_of, teacher_for
-from fedtune.core.registry import process_cache
+from fedtune.core.registry import Group, process_cache
 from fedtune.core.vault.policy import base_for
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.runs.teacher_admission import register_teacher
@@ -313,3 +315,35 @@ def test_a_refusal_for_a_teachers_sake_names_no_folder_of_the_site(
             _teacher(spec),
         )
     assert "ward8-jones" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["theirs", "classify"])
+def test_a_teachers_own_plan_imports_no_plugin(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The teacher's plan came from elsewhere, and no policy lists what it names: such a teacher is
+    refused before there is a record. Twins: one of this release; and the first record, which would
+    have imported what the plan names."""
+    imported: list[str] = []
+
+    def load() -> Any:
+        imported.append("theirs")
+        raise RuntimeError("its module was run")
+
+    point = SimpleNamespace(name="theirs", value="elsewhere:Objective", load=load)
+    monkeypatch.setattr(Group, "_offered", lambda group: (point,) * (group.name == "objectives"))
+    own = ObjectiveTable(name=name, labels=("yes", "no"))
+    study, base = SimpleNamespace(objective=own), SimpleNamespace(kind="causal")
+    model: Any = SimpleNamespace(study=study, digest="sha256:1", head=object(), base=base)
+    asked = ObjectiveTable(name="distill", labels=("yes", "no"))
+    refused = ""
+    try:
+        soft_targets_of([model], asked, SPEC)
+    except ModelError as error:
+        refused = str(error)
+    assert ("of another distribution" in refused) is (name == "theirs") and not imported
+    if name == "theirs":
+        with pytest.raises(ConfigError, match="its module was run"):
+            passage_of("a note", "", own, None)  # type: ignore[arg-type]
+        assert imported == ["theirs"]
+
+
+SPEC: Any = SimpleNamespace(temperature=1.0, top=10)

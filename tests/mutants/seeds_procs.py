@@ -201,6 +201,12 @@ MUTANTS = (
         "a run's folder that came by mail makes the site fetch",
     ),
     one(
+        "elsewhere", "a-teachers-plan-imports-a-plugin", "fedtune/core/models/teacher.py",
+        "if model.study and model.study.objective.name not in OBJECTIVES.release():", "if False:",
+        T_ELSEWHERE + "test_a_teachers_own_plan_imports_no_plugin",
+        "at the first record a module that no policy names is run, with the records in memory",
+    ),
+    one(
         "elsewhere", "code-of-a-hub-is-loaded", "fedtune/core/boot.py",
         'sys.modules.setdefault("kernels", None)', 'sys.modules.get("kernels", None)',
         T_ELSEWHERE + "test_no_code_of_a_hub_is_loaded",

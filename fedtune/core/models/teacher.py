@@ -24,6 +24,7 @@ from fedtune.core.data.tokenize import passage_of
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.models.kept_state import check_order, order_of
 from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.objectives.distill import ROWS
 from fedtune.core.registry import process_cache
@@ -41,9 +42,10 @@ def teacher_for(study: Study) -> TeacherFunction | None:
     targets; None if the study has no teacher.
 
     First the teacher reads generated texts, up to the longest that it may be given, to check that
-    it keeps nothing of a text that it read. Errors: ModelError (the teacher has another digest, or
-    cannot be loaded); PolicyRefused (it is not on this machine); ConfigError (it writes no text, or
-    knows other labels than the plan's); KeepsState (it keeps something)."""
+    it keeps nothing of a text that it read. Errors: ModelError (the teacher has another digest,
+    cannot be loaded, or was trained for an objective that is not one of this release);
+    PolicyRefused (it is not on this machine); ConfigError (it writes no text, or knows other labels
+    than the plan's); KeepsState (it keeps something)."""
     spec = study.objective.resolved.teacher_spec
     if spec is None:
         return None
@@ -65,7 +67,8 @@ def soft_targets_of(
     - objective: the plan's objective, whose labels are used
     - spec: temperature and number of tokens
 
-    Errors: ConfigError if the teachers do not fit this objective."""
+    Errors: ConfigError if the teachers do not fit this objective; ModelError if the objective for
+    which one of them was trained is not one of this release."""
     labels = objective.labels
     for model in models:
         _check(model, labels)
@@ -122,6 +125,13 @@ def _check(model: LoadedModel, labels: Sequence[str]) -> None:
     if not labels and (model.base.kind != "causal" or model.head is not None):
         raise ConfigError(f"the teacher {model.digest} writes no text", "a language model")
     if labels:
+        # Its own plan says how it reads a text. A plug-in of another distribution would be imported
+        # for it at the first record, and no policy has named this one.
+        if model.study and model.study.objective.name not in OBJECTIVES.release():
+            raise ModelError(
+                f"the teacher {model.digest} was trained for an objective of another distribution",
+                "one of this release",
+            )
         teacher_labels = model.study.objective.labels if model.study else ()
         if model.head is None or teacher_labels != tuple(labels):
             raise ConfigError(
