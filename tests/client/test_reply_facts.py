@@ -27,6 +27,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
 from fedtune.core.registry.reasons import WAITING
 from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.vault import studies
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.process import answer_and_tell
@@ -163,18 +164,24 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
 
 
 @pytest.mark.parametrize(
-    "refused_for", ["its signature", "a rule", "it has ended", "it waits for a person", None]
+    "refused_for",
+    [
+        *("its signature", "a rule", "its cost", "there are too many", "it has ended"),
+        *("it waits for a person", None),
+    ],
 )
 def test_a_refused_plan_of_declared_data_begins_no_ledger(
     tmp_path: Path, tiny_base: Path, refused_for: str | None
 ) -> None:
-    """There would be one for each name that somebody makes up, also of studies that have ended.
-    Twin: one that is admitted does."""
+    """Nor is anything of it kept in memory: there would be one for each name that somebody makes
+    up, also of studies that have ended. Twin: one that is admitted does, and is kept, until its
+    study ends."""
     study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
     path = tmp_path / "site-north.toml"
     text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
     rule = "allow_declared_data = true\n" + "max_steps = 1\n" * (refused_for == "a rule")
     rule += 'admission = "signed"\n' * (refused_for == "it waits for a person")
+    rule += "max_epsilon = 0.001\n" * (refused_for == "its cost")
     path.write_text(text.replace("[policy]", f"[policy]\n{rule}"))
     declare(load_site(path))
     own, begun = SigningKey(), start(study)
@@ -184,6 +191,10 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
         plan |= sign_end(key, begun.study.digest)
     request = Request("prepare", {"plan": plan}, pack_arrays(begun.frozen))
     told: list[dict[str, Any]] = []
+    if refused_for == "there are too many":
+        (tmp_path / "state-north" / studies.FOLDER).mkdir(parents=True)
+        for number in range(studies.MOST):
+            (tmp_path / "state-north" / studies.FOLDER / f"{number}.json").write_text("{}")
     place = Place(site=str(path), coordinator=own.public)
     answer_and_tell(place, request, lambda _, facts: told.append(facts))  # type: ignore[arg-type,return-value]
     statuses = {"it has ended": "finished", "it waits for a person": WAITING, None: "admitted"}
@@ -191,8 +202,26 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
     assert ("planned" in told[-1]) is (refused_for in (None, "it waits for a person"))
     begun_here = len(list((tmp_path / "state-north").rglob("ledger.db"))) - 1
     assert begun_here == (refused_for is None)
-    if refused_for in ("its signature", "it has ended"):
-        assert not place.worker()._of_runs, "nothing is kept of it either"
+    kept = place.worker()._of_runs
+    assert [*kept] == ([begun.study.digest] if refused_for is None else [])
+    if refused_for is None:
+        end = Request("prepare", {"plan": plan | sign_end(own, begun.study.digest)})
+        answer_and_tell(place, end, lambda _, facts: told.append(facts))  # type: ignore[arg-type]
+        assert (told[-1]["status"], told[-1]["round"], kept) == ("finished", 0, {})
+
+
+def test_of_many_runs_of_declared_data_the_newest_are_kept(tmp_path: Path, tiny_base: Path) -> None:
+    lay_out(tmp_path, tiny_base, patients(12))
+    path = tmp_path / "site-north.toml"
+    path.write_text(path.read_text().replace("[data]", '[data]\ndeclared = "public"'))
+    site, names = worker(str(path)), [f"sha256:{number:064x}" for number in range(studies.MOST + 2)]
+    runs = {name: site.begin_run(name) for name in names}
+    for name, of_run in runs.items():
+        site.keep_run(name, of_run)
+    site.keep_run(names[2], runs[names[2]])  # admitted again
+    assert [*site._of_runs] == [*names[3:], names[2]]
+    assert all(site.of_run(name) is site.begin_run(name) is runs[name] for name in names[2:])
+    assert site.of_run(names[0]) is site, "its orders are answered: send the plan again"
 
 
 @pytest.mark.parametrize("named", ["policy.max_epsilon", "x' policy.max_epsilon"])

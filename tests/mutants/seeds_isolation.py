@@ -493,7 +493,7 @@ MUTANTS = (
     one(
         "isolation", "a-plan-that-nobody-signed-is-kept", "fedtune/core/vault/answers.py",
         "        coordinator = check_plan(plan, study.digest)\n",
-        "        site.begin_run(study.digest)\n"
+        "        site.keep_run(study.digest, site.begin_run(study.digest))\n"
         "        coordinator = check_plan(plan, study.digest)\n",
         "tests/client/test_reply_facts.py::test_a_refused_plan_of_declared_data_begins_no_ledger",
         "whoever sends plans fills the memory of the half with the records, at no cost",

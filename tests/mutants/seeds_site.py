@@ -79,11 +79,52 @@ MUTANTS = (
         "a plan of as many steps as a site allows keeps a person from reading it",
     ),
     one(
-        "orders", "an-ended-study-that-never-ran-begins-a-ledger", "fedtune/core/vault/answers.py",
-        "site.find_run(study.digest)", "site.begin_run(study.digest)",
+        "orders", "an-ended-study-that-never-ran-begins-a-ledger", SITE,
+        "self.of_run(digest).finish(digest)", "self.begin_run(digest).ledger.spending()",
         "tests/client/test_reply_facts.py::"
         "test_a_refused_plan_of_declared_data_begins_no_ledger",
         "made-up studies that have ended fill a site's disk at no cost",
+    ),
+    one(
+        "orders", "a-plan-is-kept-before-the-rules-are-asked", "fedtune/core/vault/answers.py",
+        "all_runs, site = site, site.begin_run(study.digest)\n",
+        "all_runs, site = site, site.begin_run(study.digest)\n"
+        "        all_runs.keep_run(study.digest, site)\n",
+        "tests/client/test_reply_facts.py::"
+        "test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "made-up plans that are refused fill the memory of the half with the records",
+    ),
+    one(
+        "orders", "an-ended-run-is-kept", SITE,
+        "        self._of_runs.pop(digest, None)\n\n", "\n",
+        "tests/client/test_reply_facts.py::"
+        "test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "studies that were admitted and have ended fill the memory, as many as are named",
+    ),
+    one(
+        "orders", "any-number-of-runs-is-kept", SITE,
+        "            for oldest in list(self._of_runs)[: -studies.MOST]:\n"
+        "                del self._of_runs[oldest]  # its coordinator sends the plan again\n",
+        "",
+        "tests/client/test_reply_facts.py::test_of_many_runs_of_declared_data_the_newest_are_kept",
+        "runs whose files were purged stay in memory",
+    ),
+    one(
+        "orders", "a-plan-that-nobody-can-pay-begins-a-ledger", SITE,
+        "if plan and not self.has_ledger:", "if False:",
+        "tests/client/test_reply_facts.py::"
+        "test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "plans that cost too much fill a site's disk at no cost, by made-up names",
+    ),
+    one(
+        "orders", "a-study-too-many-begins-a-ledger", SITE,
+        "            studies.check_number(self.site.site.state, study)\n"
+        "            self.permit(study, plan, coordinator)\n",
+        "            self.permit(study, plan, coordinator)\n"
+        "            studies.check_number(self.site.site.state, study)\n",
+        "tests/client/test_reply_facts.py::"
+        "test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "beyond as many studies as a site takes, each further plan fills its disk",
     ),
     one(
         "orders", "a-vault-is-started-in-an-empty-mount-point", "fedtune/launch/site.py",

@@ -129,15 +129,17 @@ def _admission(place: Place, request: Request) -> Answer:
         if plan.get("finished") is True:
             check_end(plan, study.digest, coordinator)
             fields["status"] = "finished"
-            return site.find_run(study.digest).finish(study.digest)
+            return site.end_run(study.digest)
         check_watch(study, place.watch)
-        site = site.begin_run(study.digest)
+        all_runs, site = site, site.begin_run(study.digest)
         has_basis = study.objective.basis_digest is not None
         frozen = read_frozen(request.arrays, study.lora, has_basis=has_basis)
         with site.room_to_answer():
             admission = site.prepare(study, frozen, coordinator)
             fields |= admission.fields()
             note_admission(site, study, admission)
+        if admission.admitted:
+            all_runs.keep_run(study.digest, site)
         if admission.waits:  # where the ledger's room is its own again
             keep_plan(site.current(), study)
 

@@ -44,7 +44,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
     study, facts["plan_digest"] = _study(request, site)
     name, where = "a plan", ""
     if study is not None:
-        site = site.of_run(study.digest)
+        site = site.begin_run(study.digest)  # which this module does not keep
         if site.site.data.declared:
             facts["declared"] = {site.site.site.name: site.site.data.declared}
         name = facts["study"] = study.study.name

@@ -163,30 +163,41 @@ class SiteWorker:
 
     def of_run(self, digest: str) -> SiteWorker:
         """Return the SiteWorker whose ledger is charged for the plan with this digest: the one that
-        `begin_run` made for it, else this one."""
+        `keep_run` keeps for it, else this one."""
         return self._of_runs.get(digest, self)
 
     def begin_run(self, digest: str) -> SiteWorker:
         """Return the SiteWorker whose ledger is charged for the plan with this digest. For declared
-        data in a consortium it is one of the plan's own, with a ledger of its own; both are made at
-        the first call. In all other cases it is this one. The caller has checked the plan's
+        data in a consortium it is one of the plan's own, with a ledger of its own: the one that is
+        kept, else a new one. In all other cases it is this one. The caller has checked the plan's
         signature."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
-        if digest not in self._of_runs:
+        if (of_run := self._of_runs.get(digest)) is None:
             of_run = SiteWorker(paid_by_run(self.site, run_ledger(self.site, digest)), self._path)
             of_run.home = self.home
             of_run.ranks = self.ranks
             of_run.peers = self.peers
             of_run.simulated = self.simulated
-            self._of_runs[digest] = of_run
-        return self._of_runs[digest]
+        return of_run
 
-    def find_run(self, digest: str) -> SiteWorker:
-        """Return what `begin_run` returns if the ledger of the run exists; else this SiteWorker, so
-        that the end of a study that never ran here begins no ledger."""
-        begun = (run_ledger(self.site, digest) / LEDGER).exists()
-        return self.begin_run(digest) if begun else self
+    def keep_run(self, digest: str, of_run: SiteWorker) -> None:
+        """Keep what `begin_run` returned for an admitted plan, so that its orders find the model;
+        of the plans admitted last, `studies.MOST` are kept. A plan that is not admitted leaves
+        nothing here, since anybody can make up any number of them.
+
+        digest: the plan's digest; of_run: the SiteWorker that admitted the plan"""
+        if of_run is not self:
+            self._of_runs.pop(digest, None)
+            self._of_runs[digest] = of_run
+            for oldest in list(self._of_runs)[: -studies.MOST]:
+                del self._of_runs[oldest]  # its coordinator sends the plan again
+
+    def end_run(self, digest: str) -> None:
+        """Note that the study of the plan `digest` has ended (`finish`), and keep nothing of its
+        run in memory. Errors: LedgerError."""
+        self.of_run(digest).finish(digest)
+        self._of_runs.pop(digest, None)
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
         """Admit or refuse `study`, and return the answer. On admission, build the model, and note
@@ -200,8 +211,8 @@ class SiteWorker:
         try:
             self.home.check_not_frozen()  # an order asks before its work, and under the lock
             plan = compute_plan(study, self.current(), coordinator)
-            self.permit(study, plan, coordinator)
             studies.check_number(self.site.site.state, study)
+            self.permit(study, plan, coordinator)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
                 self._cached.clear()  # an earlier study's records take no memory from this one
@@ -268,6 +279,8 @@ class SiteWorker:
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
+        if plan and not self.has_ledger:  # a plan that no budget pays for begins none
+            Budget(site.policy, plan, []).check(round_)
         check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)
         self.declare(site.data, study, site)
         charges = self.ledger.charges(self._dataset)
