@@ -73,6 +73,16 @@ def test_the_same_name_is_refused_whatever_is_in_the_file(site: Site) -> None:
         declare(relabelled(site, public(12), name="records"))
 
 
+def test_a_coordinator_learns_of_such_a_refusal_without_the_name(site: Site) -> None:
+    """Twin: the same check, for the person at the site."""
+    book = Ledger(site.site.state)
+    with pytest.raises(PolicyRefused, match="charged as private here") as sent:
+        declared_entries.check_declared(book, "records", "public")
+    assert "'records'" not in str(sent.value)
+    with pytest.raises(PolicyRefused, match="dataset 'records' was charged as private"):
+        declared_entries.check_name({"records"}, "records", "public", at_site=True)
+
+
 @pytest.mark.parametrize("which", ["all", "some", "one among public ones"])
 def test_records_once_charged_are_refused_under_another_name(site: Site, which: str) -> None:
     rows = private_rows(site)

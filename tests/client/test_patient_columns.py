@@ -24,6 +24,7 @@ from fedtune.core.vault.budget import check_known
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer.adopt import adopt
 from fedtune.officer.closed_ledger import NO_COLUMN, closed
+from fedtune.officer.review import cost_refusals
 from tests.cli_kit import run
 from tests.client import adoption_kit
 from tests.client.hospital_kit import make_hospital, study_of
@@ -135,6 +136,23 @@ def test_a_study_waits_for_the_acceptance_and_its_coordinator_learns_no_column(
     trains(worker, made, 2)
     assert [each.patient for each in worker.ledger.charges("records")] == ["visit", "pid"]
     assert refusal(worker) == ""
+
+
+def test_a_coordinator_learns_no_name_of_a_dataset_and_a_person_at_the_site_does(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Whether the site has a ledger of its own or is in a hospital's home."""
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "patient"})
+    pay(start(tmp_path, "visit", "renal-2019"))
+    worker = start(tmp_path, "pid", "renal-2019")
+    told = worker.prepare(made.study, made.frozen)
+    assert not told.admitted and "--accept DATASET" in told.reason
+    assert "renal-2019" not in told.reason
+    unknown = worker.ledger.unknown("renal-2019", "patient")
+    with pytest.raises(BudgetExceeded, match="--accept renal-2019"):
+        check_known("renal-2019", "patient", unknown, at_site=True)
+    (refused,) = cost_refusals(made.study, worker.site, None, worker.ledger)
+    assert "--accept renal-2019" in str(refused)
 
 
 def test_a_running_site_goes_on_by_the_column_that_it_reads(tmp_path: Path) -> None:

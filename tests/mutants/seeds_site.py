@@ -612,6 +612,19 @@ MUTANTS = (
         "a membership that reads by the old column pays beside one that reads by the new",
     ),
     one(
+        35, "a-coordinator-is-told-a-datasets-name", "fedtune/core/vault/budget.py",
+        "{dataset if at_site else 'DATASET'}", "{dataset}",
+        T_COLUMNS
+        + "test_a_coordinator_learns_no_name_of_a_dataset_and_a_person_at_the_site_does",
+        "a refusal names the site's own setting to its coordinator",
+    ),
+    one(
+        35, "a-coordinator-is-told-a-declared-datasets-name", "fedtune/core/ledger/declared.py",
+        'f"dataset {dataset!r}" if at_site else "this dataset"', 'f"dataset {dataset!r}"',
+        "tests/test_declared.py::test_a_coordinator_learns_of_such_a_refusal_without_the_name",
+        "a refusal names the site's own setting to its coordinator",
+    ),
+    one(
         35, "new-keys-have-paid-nothing", "fedtune/core/ledger/account.py",
         "return spent.dataset != dataset or not spent.is_known_for(\"patient\")",
         "return spent.dataset != dataset",

@@ -51,7 +51,7 @@ def declare(
     entered."""
     with ledger._store.writing() as writer:
         charged = {spent.dataset for spent in ledger._account.spent()}
-        check_name(charged, dataset, what)
+        check_name(charged, dataset, what, at_site=True)
         known = set().union(*(writer.hashes(name) for name in charged))
         private = sum(any(ledger._salt_member(m) in known for m in record) for record in records)
         if private:
@@ -128,12 +128,16 @@ def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
     return [name for name, entry in account.not_private_since.items() if entry > accepted]
 
 
-def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
+def check_name(
+    charged: Collection[str], dataset: str, what: Declared, *, at_site: bool = False
+) -> None:
     """Check that a dataset may be declared public or generated.
 
     - charged: the names of all datasets that were charged as private
     - dataset: the dataset's name
     - what: "public" or "generated", for the error's text
+    - at_site: whether a person at the site reads the error, and no coordinator. It then names the
+      dataset, which is the site's own setting
 
     Errors: PolicyRefused if `charged` contains the name, or a restore of the ledger lost charges,
     which may have been for any name."""
@@ -145,8 +149,9 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
             TODO,
         )
     if dataset in charged:
+        named = f"dataset {dataset!r}" if at_site else "this dataset"
         raise PolicyRefused(
-            f"data.declared = {what!r}, and dataset {dataset!r} was charged as private here",
+            f"data.declared = {what!r}, and {named} was charged as private here",
             "the name of a dataset that was never charged as private here",
             TODO,
         )

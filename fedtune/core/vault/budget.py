@@ -265,9 +265,9 @@ def check_known(
     - unit: the unit that the study protects: "patient" or "record"
     - unknown: the charges of unknown cost that nobody accepted, from `Ledger.unknown`
     - in_home: whether a hospital's memberships share the ledger. The error then says nothing that
-      this membership's coordinator must not know, such as the dataset's name
-    - at_site: whether a person at the site reads the error. It then names columns of patients,
-      which are the site's own settings
+      this membership's coordinator must not know, such as what another's study protects
+    - at_site: whether a person at the site reads the error, and no coordinator. It then names the
+      dataset and columns of patients, which are the site's own settings
 
     Charges are public. Errors: BudgetExceeded if `unknown` is not empty."""
     if not unknown:
@@ -283,14 +283,13 @@ def check_known(
         why = describe_other_columns(otherwise)
     elif at_site and restored:
         why = describe_restored(restored)
-    if in_home:  # not this coordinator's to know: what another's study protects, a name of both
+    if in_home:  # not this coordinator's to know: what another's study protects
         why = either
-        dataset = "DATASET"
     raise BudgetExceeded(
         f"the cost of earlier rounds on this dataset is unknown for one {unit}: {why}",
         "a dataset whose charges are all for the study's unit, by this release's rules",
         "a person at the site reads `fedtune ledger` and, to accept this, runs it "
-        f"with --accept {dataset}",
+        f"with --accept {dataset if at_site else 'DATASET'}",
     )
 
 
