@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.core.config import DataFile, Site
 from fedtune.core.data.records import unit_member
+from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.progress import OnEvent, told
 from fedtune.derive.preferences import (
     Judge,
@@ -79,10 +80,13 @@ def _source(model: str | Run) -> str:
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
     """Return the data file that `records` names, and a function that tells, for a unit's key,
     whether the unit must be left out. If `records` is a site, these are the units of patients who
-    withdrew; if it is only a file, no unit is left out."""
+    withdrew; if it is only a file, no unit is left out. Errors: PolicyRefused if site.toml names no
+    patient column any more."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if (ledger := find_ledger(records.home)) is None:  # none yet, so nobody has withdrawn
         return records.data, lambda unit: False
+    unit = "patient" if records.data.columns.patient else "record"
+    check_column_stays(ledger, records.data.name, unit, at_site=True)
     withdrawn = frozenset(ledger.withdrawn())
     return records.data, lambda unit: ledger.hashed(unit_member(unit)) in withdrawn

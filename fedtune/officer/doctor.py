@@ -22,6 +22,7 @@ from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.core.ledger.files import KEY, SALT
+from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.models.build import build
 from fedtune.core.progress import report
 from fedtune.core.training import selftest
@@ -332,6 +333,10 @@ def _ledger(site: Site) -> str:
     if (ledger := find_ledger(site.home)) is None:
         return f"{site.home}: none yet; begins with the first study"
     ledger.verify()
+    for table in filter(None, (site.data, site.evaluation)):
+        if not table.declared:
+            unit = "patient" if table.columns.patient else "record"
+            check_column_stays(ledger, table.name, unit, at_site=True)
     return f"{site.home}: whole; {len(ledger.spending())} charges"
 
 

@@ -35,6 +35,7 @@ from fedtune.core.errors import (
 )
 from fedtune.core.files import reading
 from fedtune.core.ledger.ledger import Ledger, signing_key
+from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
@@ -310,9 +311,10 @@ def _about_teacher(study: Study, site: Site) -> list[Refused]:
 def cost_refusals(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
 ) -> list[Refused]:
-    """List the refusals that the plan's cost causes: one for earlier charges whose ε is not known,
-    and one for each limit that the cost, added to what was spent, would exceed. In a study without
-    a last round, only charges that count for a patient who arrives now are added.
+    """List the refusals that the ledger causes: one if the study protects records and a column told
+    patients apart earlier, or else one for earlier charges whose ε is not known; and one for each
+    limit that the cost, added to what was spent, would exceed. In a study without a last round,
+    only charges that count for a patient who arrives now are added.
 
     - study: the plan
     - site: the site, whose policy has the limits and whose [data] names the dataset that pays
@@ -320,6 +322,8 @@ def cost_refusals(
     - ledger: the site's ledger; None if there is none yet, so that nothing was spent"""
     refused, name = list[Refused](), site.data.name
     try:
+        if ledger:
+            check_column_stays(ledger, name, study.unit, at_site=True)
         columns = patient_columns(site)
         unknown = ledger.unknown(name, study.unit, columns) if ledger else []
         check_known(name, study.unit, unknown, at_site=True)

@@ -123,7 +123,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
             "data.columns.patient in site.toml",
-            "take the patient's records out of the file",
+            "name the column again"
+            if ledger.patient_columns_of(site.data.name)
+            else "take the patient's records out of the file",
         )
     key = unit_member(patient.strip())
     datasets = {name for name in ledger.datasets if ledger.holds(name, key)}

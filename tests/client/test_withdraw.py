@@ -10,6 +10,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +19,24 @@ from typer.testing import CliRunner
 
 from fedtune.cli.main import app
 from fedtune.core.config import Site, load_site
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import unit_member
-from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.core.errors import ConfigError, DataError, InputError, PolicyRefused
 from fedtune.core.files.room import Room
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.reasons import reason_of
+from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import canonical
 from fedtune.officer import withdraw as withdrawals
+from fedtune.officer.doctor import examine
+from fedtune.officer.review import cost_refusals
 from fedtune.officer.withdraw import UnknownPatient
 from fedtune.officer.withdraw import withdraw as leave_out
+from fedtune.public.start import Start
 from tests.client.adoption_kit import CHARGE
-from tests.client.hospital_kit import make_apart
+from tests.client.hospital_kit import make_apart, make_hospital, study_of
+from tests.client.site_kit import begun, notes, trains
 from tests.disks import disk
 from tests.guarantee.search import Finder, forms
 
@@ -338,3 +346,132 @@ def test_a_patient_of_another_memberships_file_alone_is_known(tmp_path: Path) ->
     (tmp_path / "onco" / "site.toml").write_text("[site]")
     with pytest.raises(ConfigError):
         leave_out(site, "clinic-p2", Ledger(tmp_path))
+
+
+# -------------------------------------------------------------- the column of patients is taken out
+
+
+def with_notes(world: Path, patient: str = "who", name: str = "records", also: str = "") -> Site:
+    """Lay out a site whose file names this column of patients; "" for none."""
+    notes(world)
+    named = f', patient = "{patient}"' if patient else ""
+    text = f"""
+[site]
+name = "north"
+declared_size = 12
+state = "state"
+[data]
+path = "notes.jsonl"
+name = "{name}"
+columns = {{ prompt = "note", completion = "answer"{named} }}
+{also}
+[policy]
+bases = "any"
+max_delta = 1e-4
+"""
+    (world / "site.toml").write_text(text)
+    return load_site("site.toml")
+
+
+def begin(site: Site, base: Path, unit: str) -> tuple[SiteWorker, Start, str]:
+    """Start the site, and prepare a study for this unit; return both, and why it was refused."""
+    worker = SiteWorker(site, Path("site.toml"))
+    made = begun(base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": unit})
+    told = worker.prepare(made.study, made.frozen)
+    return worker, made, told.reason
+
+
+def trained(worker: SiteWorker, made: Start, round_: int, name: str = "records") -> int:
+    """Return how many records the site has trained on in a round."""
+    trains(worker, made, round_)
+    return len(worker._cached[name][1].dataset.examples)
+
+
+@pytest.mark.parametrize("withdrawn", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_study_reads_who_withdrew_as_somebody_unknown(
+    world: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, withdrawn: bool, broken: bool
+) -> None:
+    """The refusal is the same whether or not anybody withdrew, and no acceptance takes it away.
+    Twin: without it all 24 records train, also those of the patient who withdrew."""
+    worker, made, _ = begin(with_notes(world), tiny_base, "patient")
+    assert trained(worker, made, 1) == 24
+    if withdrawn:
+        leave_out(worker.site, "p2", worker.home)
+        assert trained(worker, made, 2) == 21
+    site = with_notes(world, patient="")
+    if broken:
+        monkeypatch.setattr("fedtune.core.vault.worker.check_column_stays", lambda *given: None)
+    worker, made, refused = begin(site, tiny_base, "record")
+    if broken:
+        assert "the cost of earlier rounds" in refused
+        worker.ledger.accept("records", "officer", "", patient_columns(site))
+        worker, made, refused = begin(site, tiny_base, "record")
+        assert refused == "" and trained(worker, made, 1) == 24
+        return
+    assert "no patient column is named" in refused and "names the column again" in refused
+    assert "who'" not in refused and "records'" not in refused
+    assert reason_of(refused) == "patient column"
+    worker.ledger.accept("records", "officer", "", patient_columns(site))
+    assert "no patient column is named" in begin(site, tiny_base, "record")[2]
+    (first, *_) = cost_refusals(made.study, site, None, worker.ledger)
+    assert "'who' of dataset 'records'" in str(first)
+    (found,) = [each for each in examine(Path("site.toml")) if each.name == "ledger"]
+    assert not found.good and "'who' of dataset 'records'" in found.says
+    with pytest.raises(ConfigError, match="name the column again"):
+        leave_out(site, "p3", worker.home)
+    again, made, refused = begin(with_notes(world), tiny_base, "patient")  # the column is back
+    assert refused == "" and trained(again, made, 3) == (21 if withdrawn else 24)
+
+
+def test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients(
+    world: Path, tiny_base: Path
+) -> None:
+    """The records moved to a dataset of another name, and no table names the earlier one."""
+    worker, made, _ = begin(with_notes(world), tiny_base, "patient")
+    trained(worker, made, 1)
+    assert "no patient column" in begin(with_notes(world, "", "newer"), tiny_base, "record")[2]
+    apart = 'disjoint_from = ["records"]'
+    assert begin(with_notes(world, "", "other", apart), tiny_base, "record")[2] == ""
+
+
+def test_a_dataset_that_never_had_a_column_is_read_by_record(world: Path, tiny_base: Path) -> None:
+    """The twin of the refusals, and charges of earlier releases, which name no column."""
+    worker, made, refused = begin(with_notes(world, ""), tiny_base, "record")
+    assert refused == "" and trained(worker, made, 1) == 24
+    assert worker.ledger.patient_columns_of("records") == {}
+    paid = replace(CHARGE, unit="patient")
+    worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+    assert worker.ledger.patient_columns_of("records") == {"records": []}
+    assert "no patient column" in begin(with_notes(world, ""), tiny_base, "record")[2]
+
+
+def test_in_a_home_too(tmp_path: Path, tiny_base: Path) -> None:
+    files = make_hospital(tmp_path)
+    worker = SiteWorker(load_site(files["cardio"]), files["cardio"])
+    made = study_of("heart", tiny_base)
+    assert worker.prepare(made.study, made.frozen).admitted
+    for file in (tmp_path / "hospital.toml", *files.values()):
+        lines = file.read_text().replace(', patient = "who"', "").splitlines()
+        file.write_text("\n".join(line for line in lines if line != 'patient = "who"'))
+    other = SiteWorker(load_site(files["onco"]), files["onco"])
+    assert other.site.data.columns.patient is None
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "record"})
+    told = other.prepare(made.study, made.frozen)
+    assert not told.admitted and "no patient column is named" in told.reason
+
+
+def test_held_out_records_too(world: Path) -> None:
+    table = """
+[evaluation]
+path = "held.jsonl"
+name = "held"
+columns = {{ prompt = "note", completion = "answer"{} }}
+"""
+    with_column = with_notes(world, also=table.format(', patient = "who"'))
+    worker = SiteWorker(with_column, Path("site.toml"))
+    worker.declare(with_column.evaluation, SimpleNamespace(unit="patient"), with_column)  # type: ignore[arg-type]
+    site = with_notes(world, "", also=table.format(""))
+    again = SiteWorker(site, Path("site.toml"))
+    with pytest.raises(PolicyRefused, match="no patient column is named"):
+        again.declare(site.evaluation, SimpleNamespace(unit="record"), site)  # type: ignore[arg-type]

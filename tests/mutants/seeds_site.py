@@ -14,6 +14,7 @@ NETWORK, SITE, ANSWERS = (
 T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_COLUMNS = "tests/client/test_patient_columns.py::"
+T_WITHDRAW = "tests/client/test_withdraw.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
 T_BEFORE = "tests/client/test_before_joining.py::"
 T_ERRORS = "tests/dp/test_errors.py::"
@@ -687,6 +688,26 @@ MUTANTS = (
         "tests/data/test_data_units.py::"
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "a patient who left takes a row of somebody else along",
+    ),
+    one(
+        37, "who-withdrew-comes-back-without-a-column", SITE,
+        "        check_column_stays(self.ledger, data.name, study.unit)\n", "",
+        T_WITHDRAW + "test_no_study_reads_who_withdrew_as_somebody_unknown",
+        "the column is taken out, and everybody who withdrew trains again, record by record",
+    ),
+    one(
+        37, "who-withdrew-comes-back-under-another-name", LEDGER,
+        "{name: had[name] for name in had if not account.disjoint(dataset, name)}",
+        "{name: had[name] for name in had if name == dataset}",
+        T_WITHDRAW
+        + "test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients",
+        "the records get another name, and everybody who withdrew trains again",
+    ),
+    one(
+        37, "charges-per-patient-show-no-column", LEDGER,
+        '                if spent.charge.unit == "patient":\n', "                if False:\n",
+        T_WITHDRAW + "test_a_dataset_that_never_had_a_column_is_read_by_record",
+        "the ledger of an earlier release is taken for one of records",
     ),
     one(
         36, "a-withdrawal-reads-the-files-anew", "fedtune/core/vault/worker.py",

@@ -350,6 +350,20 @@ class Ledger:
         with self._store.writing():
             return sorted(self._account.declared)
 
+    def patient_columns_of(self, dataset: str) -> dict[str, list[str]]:
+        """Return which datasets ever had a column of patients, of `dataset` and of all that may
+        have patients in common with it because they are not declared disjoint from it. The result
+        is a dict: a dataset's name -> its columns, oldest first; [] if they are not known, as where
+        an earlier release charged it per patient."""
+        with self._store.writing():
+            account = self._account
+            had = {name: list(columns) for name, columns in account.all_columns.items() if columns}
+            for spent in account.spent():
+                if spent.charge.unit == "patient":
+                    named = [spent.charge.patient] if spent.charge.patient else []
+                    had.setdefault(spent.dataset, named)
+            return {name: had[name] for name in had if not account.disjoint(dataset, name)}
+
     def ask(
         self,
         dataset: str,

@@ -28,6 +28,7 @@ from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_
 from fedtune.core.files.room import LEDGER, Room
 from fedtune.core.ledger.entries import Charge, Slot, slot_of
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom, signing_key
+from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
@@ -300,7 +301,8 @@ class SiteWorker:
         - study: the study that will charge it, for its unit
         - site: the settings of this site, with the policy that its file has now
 
-        Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown."""
+        Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown; PolicyRefused if
+        the study protects records, and the ledger remembers a column of patients."""
         tables = [table for table in (site.data, site.evaluation) if table]
         apart = {table.name: table.disjoint_from for table in tables}
         if site.policy.hospital:
@@ -310,6 +312,7 @@ class SiteWorker:
             self.ledger.declare(other, apart.get(other, ()))
         columns = patient_columns(site)
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort, columns=columns)
+        check_column_stays(self.ledger, data.name, study.unit)
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 

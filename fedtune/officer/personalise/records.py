@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from fedtune.core.data.records import Record, read_file, unit_member
 from fedtune.core.data.scan import record_scan
 from fedtune.core.errors import DataError
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.models.network import Network
 
 LEAST = 10  # patients, or records without a patient column
@@ -58,10 +60,13 @@ def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
     - network: the network of this study, whose tokenizer and file reader are used
     - ledger: the site's ledger, which knows who withdrew, and whose salt orders the patients
 
-    Errors: DataError (a file or columns that cannot be used, or fewer than LEAST patients)."""
+    Errors: DataError (a file or columns that cannot be used, or fewer than LEAST patients);
+    PolicyRefused if site.toml names no patient column any more."""
     record_format = check_columns(site.data, study, network.tokenizer, reader=network.reader)
     by_patient = site.data.columns.patient is not None
-    read = read_file(site.data, unit="patient" if by_patient else "record")
+    unit: Literal["patient", "record"] = "patient" if by_patient else "record"
+    check_column_stays(ledger, site.data.name, unit, at_site=True)
+    read = read_file(site.data, unit=unit)
     reasons = _left_out(read.records, site, ledger, by_patient)
     reader = UnitReader(
         study.objective, network.tokenizer, record_format, study.objective.resolved.outputs > 0,
@@ -74,10 +79,10 @@ def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
             by_unit.setdefault(record.unit, []).append(record)
     rejected, hashes, examples = Counter(read.rejected), list[str](), list[Example]()
     for key in sorted(by_unit, key=lambda unit: ledger.hashed(unit_member(unit))):
-        unit = reader(by_unit[key])
-        rejected.update(reason for _, reason in unit.rejected)
-        if unit.examples:
-            examples += [replace(example, unit=len(hashes)) for example in unit.examples]
+        result = reader(by_unit[key])
+        rejected.update(reason for _, reason in result.rejected)
+        if result.examples:
+            examples += [replace(example, unit=len(hashes)) for example in result.examples]
             hashes.append(ledger.hashed(unit_member(key)))
     left_out = Counter(reasons.values())
     if len(hashes) < LEAST:

@@ -1,0 +1,45 @@
+"""Check that a dataset whose patients a column once told apart still names such a column.
+
+A withdrawal, and membership in a disjoint dataset, are recognised by the patient's key. Without the
+column nobody is recognised any more, and whoever withdrew would train again.
+Guarantee: the result follows from the site's settings, from what was declared and from what was
+charged, never from a record, nor from whether anybody withdrew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedtune.core.errors import PolicyRefused
+
+if TYPE_CHECKING:
+    from fedtune.core.ledger.ledger import Ledger
+
+
+def check_column_stays(
+    ledger: Ledger, dataset: str, unit: str, *, at_site: bool = False
+) -> None:
+    """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
+    one, its records are read as those of patients for good. The same holds for a dataset under
+    another name, unless it is declared disjoint from the one that had the column.
+
+    - ledger: the ledger to which the dataset's rounds are charged
+    - dataset: the dataset's name
+    - unit: whose records a study or a command reads together: "patient", for which any column will
+      do here, or "record"
+    - at_site: whether a person at the site reads the error, and no coordinator. It then names the
+      datasets and their columns, which are the site's own settings
+
+    Errors: PolicyRefused. No acceptance takes it away."""
+    if unit == "patient" or not (had := ledger.patient_columns_of(dataset)):
+        return
+    which = ", ".join(
+        f"{' and '.join(map(repr, columns)) or 'one'} of dataset {name!r}"
+        for name, columns in had.items()
+    )
+    raise PolicyRefused(
+        "no patient column is named for records of patients whom a column told apart here: whoever "
+        "withdrew is known by that column alone" + (f" ({which})" if at_site else ""),
+        "the column that tells these patients apart",
+        "a person at the site names the column again (columns.patient), or, if nobody of those "
+        "patients is in this dataset, declares it disjoint from theirs under a name of its own",
+    )
