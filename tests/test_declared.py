@@ -17,8 +17,10 @@ from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault import declared
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker
+from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
 from fedtune.launch.site import join
+from fedtune.officer.claims import compare
 from tests.client.site_kit import begun, make_site, notes, trains
 
 NOTES = "the patient was seen with fever and a cough, for day"
@@ -389,3 +391,17 @@ def test_every_output_of_a_run_names_its_declared_sites(study: Path) -> None:
     private = {key: value for key, value in report.items() if key != "declared"}
     assert "declared" not in privacy_line(private)
     assert declared_in([report, private]) == {"simulation": True}
+
+
+def test_a_site_that_cannot_say_what_a_run_cost_it_states_no_epsilon(study: Path) -> None:
+    """Of its rounds in the run, which were charged per record, before it named its patients. Twin:
+    the site as it was."""
+    north, south = (load_site(f"{name}/site.toml") for name in ("north", "south"))
+    run = simulate(load_study(study), [north, south], "runs/a")
+    found = verify(run.folder)
+    was = compare(north, run.folder, found)
+    assert was.known and was.paid is not None and was.paid > 0
+    columns = north.data.columns.model_copy(update={"patient": "pid"})
+    data = north.data.model_copy(update={"columns": columns})
+    now = compare(north.model_copy(update={"data": data}), run.folder, found)
+    assert (now.known, now.paid, now.rounds) == (False, None, was.rounds)

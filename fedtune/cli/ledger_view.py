@@ -35,6 +35,7 @@ from fedtune.core.vault.budget import describe_other_columns, describe_restored
 from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"
+NOT_KNOWN = "not known"
 NOTHING_RUNS = "nothing more runs"
 MORE_MAY_FIT = (
     "ceiling minus spent. Studies cost less together than the sum of their ε, so one with a larger "
@@ -209,7 +210,7 @@ def memberships_table(
             escape(_payer(line.membership, earlier)),
             str(line.studies),
             str(line.charged),
-            _format_epsilon(line.epsilon),
+            _format_epsilon(line.epsilon) if line.known else NOT_KNOWN,
             left,
         )
     return table
@@ -243,8 +244,10 @@ def budget_table(total: DatasetBudget, membership: str = "") -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
     full_delta, half_delta = f"at δ = {2 * total.delta:g}", f"at δ = {total.delta:g}"
+    if not total.known:
+        table.add_row("spent", NOT_KNOWN, "some rounds give no ε; below they count as if they did")
     table.add_row(
-        "spent",
+        "spent" if total.known else "",
         _format_epsilon(total.epsilon),
         f"{full_delta}: every study, each chosen after the one before; what the ceiling holds "
         f"({total.how})",

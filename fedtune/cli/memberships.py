@@ -376,7 +376,8 @@ def _show_ending(ending: Ending) -> None:
         "not taken back   what was released: "
         + (
             "; ".join(
-                f"{dataset}, {line.studies} studies, ε = {rounded_up(line.epsilon)}"
+                f"{dataset}, {line.studies} studies, ε = "
+                + (rounded_up(line.epsilon) if line.known else "not known")
                 for dataset, line in ending.paid.items()
             )
             or "nothing"
@@ -452,7 +453,10 @@ def _consortium(one: Membership) -> str:
 def _share(one: Membership) -> str:
     from fedtune.core.registry.rounding import rounded_up
 
-    spent = [f"{name}: {rounded_up(budget.epsilon)}" for name, budget in one.share.items()]
+    spent = [
+        f"{name}: {rounded_up(budget.epsilon) if budget.known else 'not known'}"
+        for name, budget in one.share.items()
+    ]
     return "\n".join([f"ε = {one.max_epsilon:g}", *spent])
 
 

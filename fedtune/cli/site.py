@@ -462,7 +462,7 @@ def withdraw(
 def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     """Print what a withdrawal could not undo, and where its receipt lies. path: the receipt's
     file."""
-    from fedtune.core.registry.rounding import rounded_up
+    from fedtune.officer.withdraw import format_epsilon
 
     if withdrawal.in_file is None:
         typer.echo(f"  {path} cannot be read, and may still hold records")
@@ -477,10 +477,11 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     for model in withdrawal.personal:
         typer.echo(f"  {model} was trained on them: not used until `fedtune personalise` ran again")
     for release in withdrawal.releases:
+        most = "at most that much" if release.epsilon is not None else "an amount that is not known"
         typer.echo(
             f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent "
-            f"so far, ε = {rounded_up(release.epsilon)}; what is made of them keeps at most that "
-            "much, and the updates to come nothing"
+            f"so far, ε = {format_epsilon(release.epsilon)}; what is made of them keeps {most}, "
+            "and the updates to come nothing"
         )
 
 

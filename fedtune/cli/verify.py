@@ -139,9 +139,10 @@ def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> Non
 
     told = compare(load_site(own), path, found)
     cost = ""
-    if told.paid is not None:
+    if told.paid is not None or not told.known:
         stated = "nothing" if told.stated is None else f"ε = {rounded_up(told.stated)}"
-        cost = f"; the run states {stated} for it, this ledger paid ε = {rounded_up(told.paid)}"
+        paid = "not known" if told.paid is None else rounded_up(told.paid)
+        cost = f"; the run states {stated} for it, this ledger paid ε = {paid}"
     if not quiet:
         here = f"as {told.name}, {len(told.rounds)} rounds" if told.name else "took no part"
         typer.echo(escape_controls(f"this site    {here}, as its own ledger has them{cost}"))

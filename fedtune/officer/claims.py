@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.core.config import PrivacyTable, Site
-from fedtune.core.dp.accountant import epsilon
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.errors import NotGenuine
 from fedtune.core.files import reading
 from fedtune.core.ledger.ledger import signing_key
+from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.run_folder import load_plan
 from fedtune.evidence.sign import EVIDENCE, RUN
 from fedtune.evidence.verify import Verified
@@ -29,13 +30,17 @@ class Compared:
     - left_out: the rounds whose updates this site released, but which the run does not hold: the
       updates were lost on the way, came too late, or were left out
     - stated: this site's ε at the plan's δ as the run states it; None without privacy
-    - paid: this site's ε at the plan's δ by its ledger; None without privacy"""
+    - paid: this site's ε at the plan's δ by its ledger; None without privacy, or if `known` is
+      false
+    - known: whether the ledger knows what these rounds cost one unit of this site: a patient if
+      site.toml names a column of patients, else a record"""
 
     name: str
     rounds: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     stated: float | None = None
     paid: float | None = None
+    known: bool = True
 
 
 def compare(site: Site, run: Path, found: Verified) -> Compared:
@@ -69,13 +74,21 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
             "updates that this site released",
             "its signing key is in other hands, or its ledger was put back: freeze it",
         )
-    paid = None
+    paid, known = None, True
     if isinstance(study.privacy, PrivacyTable):
-        paid = epsilon([s.charge.event for s in spent], study.privacy.delta) if spent else 0.0
+        entries = {s.seq for s in spent}
+        tables = {table.name for table in (site.data, site.evaluation) if table}
+        listed = charges_with_columns(book, tables, patient_columns(site))
+        apart = [s for s in spent if s.seq not in {each.seq for each in listed}]
+        charged = [*(s for s in listed if s.seq in entries), *apart]
+        unit = "patient" if site.data.columns.patient else "record"
+        paid = known_epsilon(charged, study.privacy.delta, unit) if charged else 0.0
+        known = paid is not None
     return Compared(
         name=name,
         rounds=sorted(claimed),
         left_out=sorted(sent - claimed),
         stated=found.sites.get(name, {}).get("epsilon"),
         paid=paid,
+        known=known,
     )

@@ -6,15 +6,17 @@ folder of its own, and pays from that ledger (core/config/hospital.py)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_in
 from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import PolicyTable, Site, load_site
 from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData
 from fedtune.core.config.load import load_hospital
+from fedtune.core.config.patient_columns import shorten_column
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.core.files import locks
 from fedtune.core.files.room import ORDERS, ROOM
@@ -114,16 +116,36 @@ def list_memberships(home: Path) -> Listed:
         max_delta=ceilings.max_delta,
     )
     totals, who = list[DatasetBudget](), dict[str, list[MembershipLine]]()
+    unknown = _list_unknown(hospital, ledger) if ledger else {}
     for name in hospital.datasets:
         cohorts = ledger.cohorts(name) if ledger else []
         none_spent = DatasetBudget(name, 0.0, "", 0.0, policy.max_epsilon, policy.max_delta)
-        totals.append(find_heaviest_budget(name, cohorts, policy) if cohorts else none_spent)
-        who[name] = membership_lines(name, cohorts, policy)
-    listed = [_membership(name, hospital, ledger) for name in hospital.memberships]
+        total = find_heaviest_budget(name, cohorts, policy) if cohorts else none_spent
+        totals.append(replace_in(total, known=not unknown.get(name)))
+        who[name] = membership_lines(name, cohorts, policy, unknown.get(name, ()))
+    listed = [_membership(name, hospital, ledger, unknown) for name in hospital.memberships]
     return Listed(home, hospital, listed, totals, who)
 
 
-def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Membership:
+def _list_unknown(hospital: Hospital, ledger: Ledger) -> dict[str, set[int]]:
+    """Return each registered dataset -> the numbers of the entries of charges against it whose ε is
+    not known for its unit, a patient if hospital.toml names a column of patients, else a record."""
+    columns = {name: shorten_column(data.patient) for name, data in hospital.datasets.items()}
+    return {
+        name: {
+            spent.seq
+            for spent in ledger.spending(name, columns)
+            if not spent.is_known_for("patient" if columns[name] else "record")
+        }
+        for name in hospital.datasets
+    }
+
+
+def _membership(
+    name: str, hospital: Hospital, ledger: Ledger | None, unknown: Mapping[str, set[int]]
+) -> Membership:
+    """Describe one membership, by its name. unknown: each dataset -> the numbers of the entries of
+    charges whose ε is not known."""
     table, ceilings = hospital.memberships[name], hospital.policy
     most = table.max_epsilon or ceilings.max_epsilon
     fallback = table.max_fallback_epsilon or ceilings.max_fallback_epsilon
@@ -138,7 +160,9 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
     except FedtuneError as error:
         problem = str(error)
     share = {
-        data.name: share_of(data.name, ledger.cohorts(data.name), site.policy)
+        data.name: share_of(
+            data.name, ledger.cohorts(data.name), site.policy, unknown.get(data.name, ())
+        )
         for data in (site.data, site.evaluation)
         if data and ledger
     }

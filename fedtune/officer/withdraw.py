@@ -6,7 +6,7 @@ import calendar
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from fedtune.core.config import Site, SiteData, load_site
 from fedtune.core.config.load import load_hospital
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.data.records import read_records, unit_member
-from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.errors import (
     ConfigError,
     FedtuneError,
@@ -29,7 +29,9 @@ from fedtune.core.files.room import OFFICER
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
+from fedtune.core.ledger.entries import EVERY, Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
+from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
 
@@ -47,12 +49,13 @@ class Release:
     - name: the study's name
     - digest: the digest of its plan
     - rounds: the number of rounds whose updates were sent
-    - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private"""
+    - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private,
+      None if it is not known what they cost one patient"""
 
     name: str
     digest: str
     rounds: int
-    epsilon: float
+    epsilon: float | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Withdrawal:
 
     - in_file: number of the patient's records that the files still hold, None if a file cannot be
       read
-    - trained_on: whether the patient was ever trained on here
+    - trained_on: whether the patient was ever trained on here, or may have been under another key
     - releases: studies whose adapters may still reflect the patient
     - personal: files of the personal models that were trained on the patient's records; none of
       these models is used until it is trained again
@@ -139,6 +142,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         except FedtuneError as error:
             unread = error
     found = sum(counts.values())
+    in_files = {name for (name, _), count in counts.items() if count}
     if unread and not (datasets or found or unseen):
         raise unread
     if not (datasets or found or unseen):
@@ -152,13 +156,13 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     from fedtune.runs.personal import models_of  # imports PyTorch
 
     def enter() -> Withdrawal:
-        entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
+        entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets, in_files)
         receipt = _receipt(site, ledger, entry, releases)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
         replace(path, json.dumps(receipt, indent=1).encode(), private=True)
         personal = [path for each in sites for path in models_of(each, ledger, entry.body["unit"])]
         in_file = None if unread else found
-        return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
+        return Withdrawal(in_file, bool(datasets or releases), releases, personal, receipt, path)
 
     done = in_reserved_space(site, enter)
     acts, rule = AuditLog(ledger.folder, ledger.key), "--unseen" if unseen else ""
@@ -271,7 +275,7 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
         "time": _time_of(entry),
         "unit": entry.body["unit"],
         "releases": [
-            asdict(release) | {"epsilon": rounded_up(release.epsilon)} for release in releases
+            asdict(release) | {"epsilon": format_epsilon(release.epsilon)} for release in releases
         ],
         "key": ledger.key.public,
     }
@@ -297,18 +301,38 @@ def _count(table: SiteData, patient: str) -> int:
     return sum(record.unit == patient for record in records)
 
 
-def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
-    by_study: dict[str, list[tuple[str, Steps]]] = {}
-    for spent in ledger.spending():
+def format_epsilon(epsilon: float | None) -> str:
+    """Format the ε of a release for a receipt and for the screen: rounded up, or "not known"."""
+    return "not known" if epsilon is None else rounded_up(epsilon)
+
+
+def _releases(
+    site: Site, ledger: Ledger, datasets: Collection[str], in_files: Collection[str]
+) -> list[Release]:
+    """List the studies that sent updates which may reflect the patient.
+
+    - site: the site, with the columns of patients that its files name now
+    - ledger: the ledger with the charges
+    - datasets: the datasets in which the ledger has the patient's key
+    - in_files: the datasets whose files have it
+
+    A round counts if it was charged to one of `datasets`, or was entered by a restore, which does
+    not know to which. A round for which nobody looked up this key counts too, if the patient is in
+    a dataset against which it counts: it was charged by another column, or record by record."""
+    names = {*datasets, *in_files}
+    by_study: dict[str, list[Spent]] = {}
+    for spent in charges_with_columns(ledger, names, patient_columns(site)):
         sent = spent.released or not spent.charge.noise_multiplier
         dataset = spent.dataset.rpartition("/")[2]  # before it: a membership that was adopted
-        if sent and dataset in datasets:
-            charge = spent.charge
-            by_study.setdefault(charge.study, []).append((charge.name, charge.event))
-    releases = []
-    for digest, entries in by_study.items():
-        events = [event for _, event in entries]
-        private = all(event.noise_multiplier > 0 for event in events)
-        cost = epsilon(events, site.policy.delta) if private else float("inf")
-        releases.append(Release(entries[0][0], digest, len(entries), cost))
-    return releases
+        other_key = spent.has_other_column or spent.charge.unit == "record"
+        if sent and (dataset in datasets or spent.dataset == EVERY or other_key):
+            by_study.setdefault(spent.charge.study, []).append(spent)
+    return [
+        Release(
+            name=rounds[0].charge.name,
+            digest=digest,
+            rounds=len(rounds),
+            epsilon=known_epsilon(rounds, site.policy.delta, "patient"),
+        )
+        for digest, rounds in by_study.items()
+    ]

@@ -4,6 +4,7 @@ one patient spent is not known, until a person at the site accepts it."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,21 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.config.patient_columns import LONGEST, patient_columns, shorten_column
+from fedtune.core.data.records import unit_member
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger.entries import Accepted, Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.ledger.spending import budget
+from fedtune.core.ledger.spending import budget, charges_with_columns, known_epsilon
 from fedtune.core.vault.budget import check_known
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer.adopt import adopt
 from fedtune.officer.closed_ledger import NO_COLUMN, closed
+from fedtune.officer.memberships import list_memberships
 from fedtune.officer.review import cost_refusals
+from fedtune.officer.withdraw import check_receipt, withdraw
 from tests.cli_kit import run
 from tests.client import adoption_kit
 from tests.client.hospital_kit import make_hospital, study_of
@@ -405,6 +409,89 @@ def test_charges_without_a_column_are_adopted_by_that_of_the_site_file(tmp_path:
 
 
 # ------------------------------------------------------------------------------------ what is said
+
+
+def released(worker: SiteWorker, round_: int = 1) -> None:
+    """Charge a round by the site's column of now, and release its update."""
+    declare(worker)
+    paid = replace(CHARGE, round=round_, patient=worker.site.data.columns.patient or "")
+    number = worker.ledger.reserve("records", paid, f"adapter {round_}", lambda _: None)
+    worker.ledger.release(number, b"update")
+
+
+def enter_keys(worker: SiteWorker, *keys: str) -> None:
+    worker.ledger.declare("records", None, "hash", [unit_member(key) for key in keys])
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_receipt_states_no_epsilon_that_is_not_known(tmp_path: Path, read_again: bool) -> None:
+    """Before and after the records are read by the corrected column. Twin: a column that stays."""
+    worker = start(tmp_path, "visit")
+    released(worker)
+    enter_keys(worker, "v1", "v9")
+    before = withdraw(worker.site, "v9", worker.ledger)
+    assert [(r["rounds"], r["epsilon"]) for r in before.receipt["releases"]] == [(1, "1.912")]
+    corrected = start(tmp_path, "pid")
+    accept(corrected)
+    declare(corrected)
+    if read_again:
+        enter_keys(corrected, "p1")
+    told = withdraw(corrected.site, "p1", corrected.ledger)
+    assert told.trained_on and told.releases[0].epsilon is None
+    assert [(r["rounds"], r["epsilon"]) for r in told.receipt["releases"]] == [(1, "not known")]
+    assert check_receipt(told.receipt_file, corrected.ledger)
+    assert check_receipt(before.receipt_file, corrected.ledger)  # as earlier releases wrote them
+    unseen = withdraw(corrected.site, "nobody", corrected.ledger, unseen=True)
+    assert not unseen.trained_on and unseen.releases == []
+
+
+def test_a_receipt_lists_what_a_restore_entered(tmp_path: Path) -> None:
+    worker = start(tmp_path, "pid")
+    released(worker)
+    enter_keys(worker, "p1")
+    worker.ledger.backup(tmp_path / "backup")
+    released(worker, 2)
+    (tmp_path / "state" / "ledger.db").unlink()
+    book = Ledger.restore(tmp_path / "state", tmp_path / "backup")
+    entered = [spent for spent in book.spending() if spent.kind == "restore"]
+    assert entered
+    for patient in ("p1", "p2"):  # p2 is in the file, and may have trained in the lost round
+        told = withdraw(worker.site, patient, Ledger(tmp_path / "state"))
+        assert {r.digest for r in told.releases} >= {spent.charge.study for spent in entered}
+        assert told.trained_on
+
+
+def test_a_home_lists_no_epsilon_that_is_not_known(tmp_path: Path) -> None:
+    """Neither of all memberships, nor of one, nor as its share. Twin: before the correction."""
+    files = make_hospital(tmp_path)
+    worker = SiteWorker(load_site(files["cardio"]), files["cardio"])
+    declare(worker)
+    paid = replace(CHARGE, patient="who", membership="cardio")
+    worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+    known = list_memberships(tmp_path)
+    assert known.totals[0].known and all(line.known for line in known.who["records"])
+    assert "not known" not in run("memberships", str(tmp_path)).output
+    for file in (tmp_path / "hospital.toml", *files.values()):
+        edit(file, 'patient = "who"', 'patient = "person"')
+    listed = list_memberships(tmp_path)
+    assert not listed.totals[0].known and [x.known for x in listed.who["records"]] == [False]
+    shares = {each.name: each.share["records"].known for each in listed.memberships}
+    assert shares == {"cardio": False, "onco": True}
+    assert run("memberships", str(tmp_path)).output.count("not known") == 3
+    assert listed.facts()["datasets"][0]["known"] is False
+
+
+@pytest.mark.parametrize("unit", ["patient", "record"])
+def test_an_epsilon_is_known_if_every_charge_gives_one(tmp_path: Path, unit: str) -> None:
+    worker = start(tmp_path, "pid")
+    released(worker)
+    listed = charges_with_columns(worker.ledger, ["records"], {"records": "pid"})
+    stated = known_epsilon(listed, 1e-3, unit)
+    assert stated is None if unit == "record" else stated == pytest.approx(1.912, abs=0.5)
+    listed = charges_with_columns(worker.ledger, ["records", "other"], {"other": "visit"})
+    assert len(listed) == 1 and known_epsilon(listed, 1e-3, "patient") is None
+    none = [replace(listed[0], charge=replace(CHARGE, noise_multiplier=0.0), patient="")]
+    assert known_epsilon(none, 1e-3, "patient") == math.inf
 
 
 @pytest.mark.parametrize("declared", [False, True])

@@ -321,7 +321,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "two-coordinators-are-told-one-name", "fedtune/core/vault/budget.py",
-        '        dataset = "DATASET"\n', "",
+        "{dataset if at_site else 'DATASET'}", "{dataset}",
         T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
         "a refusal names the dataset, by which two coordinators see one hospital",
     ),

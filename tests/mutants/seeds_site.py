@@ -626,6 +626,31 @@ MUTANTS = (
         "a refusal names the site's own setting to its coordinator",
     ),
     one(
+        35, "an-epsilon-of-another-column-is-in-a-receipt", "fedtune/core/ledger/spending.py",
+        "    if not all(each.is_known_for(unit) for each in spent):\n        return None\n", "",
+        T_COLUMNS + "test_a_receipt_states_no_epsilon_that_is_not_known",
+        "a patient is told ε = 1.912 where 15.15 is true, signed",
+    ),
+    one(
+        35, "a-receipt-forgets-rounds-by-another-key", "fedtune/officer/withdraw.py",
+        'other_key = spent.has_other_column or spent.charge.unit == "record"', "other_key = False",
+        T_COLUMNS + "test_a_receipt_states_no_epsilon_that_is_not_known",
+        "a patient whose records trained by another column is told that none did",
+    ),
+    one(
+        35, "a-receipt-forgets-a-restored-round", "fedtune/officer/withdraw.py",
+        "dataset in datasets or spent.dataset == EVERY or other_key",
+        "dataset in datasets or other_key",
+        T_COLUMNS + "test_a_receipt_lists_what_a_restore_entered",
+        "a patient is not told of a round whose charge was lost and entered again",
+    ),
+    one(
+        35, "a-home-states-what-it-does-not-know", "fedtune/officer/memberships.py",
+        'if not spent.is_known_for("patient" if columns[name] else "record")', "if False",
+        T_COLUMNS + "test_a_home_lists_no_epsilon_that_is_not_known",
+        "a hospital reads an ε per visit as its patients'",
+    ),
+    one(
         35, "new-keys-have-paid-nothing", "fedtune/core/ledger/account.py",
         "return spent.dataset != dataset or not spent.is_known_for(\"patient\")",
         "return spent.dataset != dataset",

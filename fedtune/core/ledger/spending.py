@@ -4,7 +4,7 @@ with the policy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,7 +67,9 @@ class DatasetBudget:
     - delta: policy.delta
     - fallback: the ε of this site's own noise alone, computed like `epsilon`; None if no charge has
       secure aggregation, since `epsilon` then rests on this noise alone
-    - fallback_ceiling: the most that the policy allows of `fallback`; None if `fallback` is None"""
+    - fallback_ceiling: the most that the policy allows of `fallback`; None if `fallback` is None
+    - known: whether every charge gives an ε for the unit that the caller named; if not, `epsilon`
+      counts all of them as if they did"""
 
     dataset: str
     epsilon: float
@@ -77,6 +79,7 @@ class DatasetBudget:
     delta: float
     fallback: float | None = None
     fallback_ceiling: float | None = None
+    known: bool = True
 
     @property
     def remaining(self) -> float:
@@ -89,6 +92,31 @@ class DatasetBudget:
         if self.fallback is None or self.fallback_ceiling is None:
             return None
         return max(0.0, self.fallback_ceiling - self.fallback)
+
+
+def known_epsilon(spent: Sequence[Spent], delta: float, unit: str) -> float | None:
+    """Return the ε of charges composed at δ = `delta`, infinite if one is without noise. Return
+    None if it is not known, since a charge gives no ε for one `unit` ("patient" or "record").
+    spent: the charges, with their columns of patients (`charges_with_columns`)."""
+    if not all(each.is_known_for(unit) for each in spent):
+        return None
+    return _epsilon([each.charge.event for each in spent], delta)
+
+
+def charges_with_columns(
+    ledger: Ledger, datasets: Collection[str], columns: Mapping[str, str]
+) -> list[Spent]:
+    """List the charges that count against any of `datasets`, each once, oldest first. A charge that
+    counts against several is listed as for one by which its ε is not known for a patient, if there
+    is such a one. columns: each dataset's column of patients, as the site's files are now."""
+    found = dict[int, list[Spent]]()
+    for dataset in datasets:
+        for spent in ledger.spending(dataset, columns):
+            found.setdefault(spent.seq, []).append(spent)
+    return [
+        next((each for each in listed if each.has_other_column), listed[0])
+        for _, listed in sorted(found.items())
+    ]
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
@@ -123,14 +151,17 @@ def facts(
     - columns: each dataset's column of patients, as the site's files are now (`patient_columns`);
       None: as last declared"""
     spent, cohorts = ledger.spending(dataset, columns), ledger.cohorts(dataset)
-    total = find_heaviest_budget(dataset, cohorts, policy)
+    unknown = {each.seq for each in spent if unit and not each.is_known_for(unit)}
+    total = replace(find_heaviest_budget(dataset, cohorts, policy), known=not unknown)
     shared = dict[str, Any]()
     if policy.hospital:
-        share = share_of(dataset, cohorts, policy)
+        share = share_of(dataset, cohorts, policy, unknown)
         shared = {
             "membership": policy.membership,
             "share": asdict(share) | {"remaining": share.remaining},
-            "memberships": [asdict(line) for line in membership_lines(dataset, cohorts, policy)],
+            "memberships": [
+                asdict(line) for line in membership_lines(dataset, cohorts, policy, unknown)
+            ],
         }
     return {
         "dataset": dataset,
@@ -222,44 +253,61 @@ class MembershipLine:
     - studies: the number of its studies
     - charged: the number of its charges
     - epsilon: the ε of its charges, as the privacy filter bounds it, at 2 · policy.delta
-    - fallback: the ε of this site's own noise alone; None without secure aggregation"""
+    - fallback: the ε of this site's own noise alone; None without secure aggregation
+    - known: whether every charge gives an ε for the unit that the caller named"""
 
     membership: str
     studies: int
     charged: int
     epsilon: float
     fallback: float | None = None
+    known: bool = True
 
 
 def membership_lines(
-    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
+    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, unknown: Collection[int] = ()
 ) -> list[MembershipLine]:
     """Build a line for each membership that has a charge against the dataset. The total ε of the
     dataset is not the sum of the lines' ε, since it composes all charges at once.
 
     - dataset: the dataset's name
     - cohorts: the dataset's cohorts (units that arrived together), each with its charges
-    - policy: the site's policy, for δ"""
+    - policy: the site's policy, for δ
+    - unknown: the numbers of the entries of charges whose ε is not known"""
     names = {spent.charge.membership: None for cohort in cohorts for spent in cohort.spent}
-    return [_membership_line(dataset, cohorts, policy, name) for name in names]
+    return [_membership_line(dataset, cohorts, policy, name, unknown) for name in names]
 
 
 def _membership_line(
-    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, name: str
+    dataset: str,
+    cohorts: Sequence[Cohort],
+    policy: PolicyTable,
+    name: str,
+    unknown: Collection[int],
 ) -> MembershipLine:
     """Build the line of one membership.
 
     - dataset: the dataset's name
     - cohorts: its cohorts, with the charges of all memberships
     - policy: the policy whose δ holds
-    - name: the membership's name, or "" or "*" as in `MembershipLine`"""
+    - name: the membership's name, or "" or "*" as in `MembershipLine`
+    - unknown: the numbers of the entries of charges whose ε is not known"""
     own = _paid_by(lambda charge: charge.membership == name, cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}
-    return MembershipLine(name, len({*seen.values()}), len(seen), total.epsilon, total.fallback)
+    return MembershipLine(
+        membership=name,
+        studies=len({*seen.values()}),
+        charged=len(seen),
+        epsilon=total.epsilon,
+        fallback=total.fallback,
+        known=seen.keys().isdisjoint(unknown),
+    )
 
 
-def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
+def share_of(
+    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, unknown: Collection[int] = ()
+) -> DatasetBudget:
     """Return the budget of one membership's share: its own charges, and policy.max_epsilon as the
     ceiling. Charges that a restore entered count as its own. Charges from before the ledger was the
     hospital's count as its own if policy.own_memberships contains "".
@@ -267,11 +315,13 @@ def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> Da
     - dataset: the dataset's name
     - cohorts: the dataset's cohorts (units that arrived together), each with its charges of all
       memberships
-    - policy: the policy of the membership"""
+    - policy: the policy of the membership
+    - unknown: the numbers of the entries of charges whose ε is not known"""
     own = _paid_by(lambda charge: charge.is_paid_by(policy.own_memberships), cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None
-    return replace(total, ceiling=policy.max_epsilon, fallback_ceiling=ceiling)
+    known = not any(spent.seq in unknown for cohort in own for spent in cohort.spent)
+    return replace(total, ceiling=policy.max_epsilon, fallback_ceiling=ceiling, known=known)
 
 
 def _paid_by(is_own: Callable[[Charge], bool], cohorts: Sequence[Cohort]) -> list[Cohort]:
