@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import Site, load_site, load_study
+from fedtune.core.data.identity import identities
 from fedtune.core.data.records import record_member
 from fedtune.core.errors import ConfigError, FedtuneError, PolicyRefused
 from fedtune.core.ledger import declared as declared_entries
@@ -21,6 +22,7 @@ from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
 from fedtune.launch.site import join
 from fedtune.officer.claims import compare
+from tests.cli_kit import run
 from tests.client.site_kit import begun, make_site, notes, trains
 
 NOTES = "the patient was seen with fever and a cough, for day"
@@ -168,7 +170,7 @@ def test_what_was_tried_for_free_is_not_private_until_a_person_accepts_it(
     ledger = Ledger(tried.site.state)
     ledger.verify()
     assert declared_entries.has_to_accept(ledger, tried.data.name)
-    ledger.accept(tried.data.name, "an officer", "tried once, on this machine")
+    ledger.accept(tried.data.name, "an officer", "tried once, on this machine", declared=["tried"])
     assert not declared_entries.has_to_accept(Ledger(tried.site.state), tried.data.name)
     declare(tried)
     worker, made = SiteWorker(tried), begun(tiny_base)
@@ -177,6 +179,38 @@ def test_what_was_tried_for_free_is_not_private_until_a_person_accepts_it(
     data = tried.data.model_copy(update={"declared": "public"})
     with pytest.raises(PolicyRefused, match="was charged as private here"):
         declare(tried.model_copy(update={"data": data}))
+
+
+def test_an_acceptance_of_something_else_is_none_of_declared_records(tried: Site) -> None:
+    """As of a column that was only renamed. Twins: one that names what was declared, one of an
+    earlier release, which was for everything, and what is declared again afterwards."""
+    ledger, name = Ledger(tried.site.state), tried.data.name
+    ledger.accept(name, "an officer", "the column was renamed")
+    with pytest.raises(PolicyRefused, match=r"24 of 24 records .* in 'tried', "):
+        declare(tried)
+    assert declared.list_shared(tried, ledger, name) == ["tried"]
+    ledger.accept(name, "an officer", "tried once", declared=["tried"])
+    declare(tried)
+    assert declared.list_shared(tried, ledger, name) == []
+    declared_entries.declare(ledger, "later", "generated", identities(tried.data))
+    with pytest.raises(PolicyRefused, match="in 'later', "):
+        declare(tried)
+    with ledger._store.writing() as writer:
+        earlier = {"dataset": name, "upto": ledger._store.head.seq, "by": "somebody", "why": ""}
+        writer.append("accept", earlier)
+    declare(tried)
+
+
+def test_a_person_is_told_which_declared_records_are_accepted(
+    tried: Site,
+) -> None:
+    from fedtune.core.config import save
+
+    file = str(save(tried, tried.data.path.with_name("site.toml")))
+    shown = run("ledger", file, "--accept", tried.data.name, "--reason", "tried once")
+    assert shown.exit_code == 0 and "declared public or generated here, in tried" in shown.output
+    declare(tried)
+    assert run("ledger", file, "--accept", tried.data.name).exit_code == 2  # nothing is left
 
 
 def test_one_record_that_was_tried_for_free_is_enough(tried: Site) -> None:

@@ -18,7 +18,7 @@ from rich.padding import Padding
 
 from fedtune.cli.exit_codes import ErrorWithResult, command
 from fedtune.cli.study import SET, STUDY, load, say_expected_gain
-from fedtune.core.errors import ConfigError, InputError, escape_controls
+from fedtune.core.errors import ConfigError, DataError, InputError, escape_controls
 
 if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
@@ -319,6 +319,7 @@ def ledger(
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
+    from fedtune.core.vault.declared import list_shared
     from fedtune.homes.opening import find_ledger
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
@@ -377,9 +378,20 @@ def ledger(
     unit = "patient" if loaded.data.columns.patient else "record"
     columns = patient_columns(loaded)
     if accept is not None:
-        check_acceptable(book, accept, unit, columns)
+        try:
+            shared = list_shared(loaded, book, accept)
+        except DataError:  # the rounds may be accepted all the same, and no record with them
+            if not book.unknown(accept, unit, columns):
+                raise
+            shared = []
+        check_acceptable(book, accept, unit, columns, shared)
         acts.add("accept", "--accept", dataset=accept)
-        book.accept(accept, login(), reason, columns)
+        book.accept(accept, login(), reason, columns, shared)
+        if shared:
+            typer.echo(
+                f"accepted: {accept} has private records that were declared public or generated "
+                f"here, in {escape_controls(', '.join(shared))}"
+            )
     dataset = accept or loaded.data.name
     Console().print(ledger_view(book, dataset, loaded.policy, unit, columns))
     held = book.frozen

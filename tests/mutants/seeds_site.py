@@ -651,6 +651,14 @@ MUTANTS = (
         "a hospital reads an ε per visit as its patients'",
     ),
     one(
+        35, "an-acceptance-is-for-any-declared-record", "fedtune/core/ledger/entries.py",
+        "return self.upto >= entry and (self.declared is None or name in self.declared)",
+        "return self.upto >= entry",
+        "tests/test_declared.py::"
+        "test_an_acceptance_of_something_else_is_none_of_declared_records",
+        "who accepted a renamed column lets records train that were tried for free",
+    ),
+    one(
         35, "new-keys-have-paid-nothing", "fedtune/core/ledger/account.py",
         "return spent.dataset != dataset or not spent.is_known_for(\"patient\")",
         "return spent.dataset != dataset",

@@ -102,8 +102,8 @@ class Account:
         elif entry.kind == "admit":
             self.admitted[body["plan"], body.get("membership", "")] = body["by"]
         elif entry.kind == "accept":
-            patients = body.get("patients")
-            acceptance = Accepted(body["upto"], body["by"], body["why"], time, patients)
+            about = body.get("patients"), body.get("declared")
+            acceptance = Accepted(body["upto"], body["by"], body["why"], time, *about)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind == "freeze":
             self.frozen = Freeze(body["by"], body["why"], time)

@@ -84,48 +84,78 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
 
     Errors: PolicyRefused if a record was declared, until a person accepts this for `dataset`
     (`Ledger.accept`)."""
+    if not (shared := find_shared(ledger, dataset, records)):
+        return
+    count = len(set().union(*shared.values()))
+    raise PolicyRefused(
+        f"{count} of {len(records)} records of dataset {dataset!r} were declared public or "
+        f"generated here, in {', '.join(map(repr, shared))}, and what was tried with them is in no "
+        "budget",
+        "private records that were never declared",
+        "if they are not private, declare them again; if they are, a person decides: `fedtune "
+        f"ledger SITE --accept {dataset} --reason TEXT`",
+    )
+
+
+def find_shared(
+    ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]
+) -> dict[str, set[int]]:
+    """Find private records of `dataset` that were declared public or generated, and that nobody has
+    accepted. Return each declared dataset that shares some -> their positions in `records`.
+    records: for each record, the identifiers by which the ledger recognises it, as in
+    `check_private`."""
     with ledger._store.writing() as writer:
-        names = _not_accepted(ledger, dataset)
-        known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
-        shared = sum(any(ledger._salt_member(m) in known for m in record) for record in records)
-    if shared:
-        raise PolicyRefused(
-            f"{shared} of {len(records)} records of dataset {dataset!r} were declared public or "
-            "generated here, and what was tried with them is in no budget",
-            "private records that were never declared",
-            "if they are not private, declare them again; if they are, a person decides: `fedtune "
-            f"ledger SITE --accept {dataset} --reason TEXT`",
+        declared = {
+            name: writer.hashes(NOT_PRIVATE + name) for name in _not_accepted(ledger, dataset)
+        }
+    found = dict[str, set[int]]()
+    for number, record in enumerate(records if declared else ()):
+        salted = {ledger._salt_member(member) for member in record}
+        for name, hashes in declared.items():
+            if salted & hashes:
+                found.setdefault(name, set()).add(number)
+    return found
+
+
+def check_acceptable(
+    ledger: Ledger,
+    dataset: str,
+    unit: str,
+    columns: Mapping[str, str] | None = None,
+    shared: Collection[str] = (),
+) -> None:
+    """Check that a person has something to accept for `dataset`: charges whose ε for one `unit`
+    ("patient" or "record") is not known, or records that were declared public or generated.
+
+    - columns: each dataset's column of patients, as the site's files are now; None: as last
+      declared
+    - shared: the declared datasets that share records with `dataset` (`find_shared`)
+
+    Errors: ConfigError if there is neither."""
+    if not (ledger.unknown(dataset, unit, columns) or shared):
+        raise ConfigError(
+            f"there is nothing to accept for dataset {dataset!r}",
+            "rounds of unknown cost, or records that were declared public or generated",
         )
 
 
 def has_to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether a person may have to accept something for `dataset`: whether any dataset in
-    the ledger was declared public or generated after the last acceptance for `dataset`."""
+    """Return whether a person may have to accept something for `dataset`: whether any dataset was
+    declared public or generated and no acceptance for `dataset` covers it."""
     with ledger._store.writing():
         return bool(_not_accepted(ledger, dataset))
 
 
-def check_acceptable(
-    ledger: Ledger, dataset: str, unit: str, columns: Mapping[str, str] | None = None
-) -> None:
-    """Check that a person has something to accept for `dataset`: charges whose ε for one `unit`
-    ("patient" or "record") is not known, or a dataset that was declared public or generated since
-    the last acceptance. columns: each dataset's column of patients, as the site's files are now;
-    None: as last declared. Errors: ConfigError if there is neither."""
-    if not (ledger.unknown(dataset, unit, columns) or has_to_accept(ledger, dataset)):
-        raise ConfigError(
-            f"there is nothing to accept for dataset {dataset!r}",
-            "rounds of unknown cost, or a declaration as public or generated since the last time",
-        )
-
-
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
-    """List the datasets, of all in the ledger, that were declared public or generated after a
-    person's last acceptance for `dataset`. If nothing was ever accepted for `dataset`, these are
-    all declared datasets."""
+    """List the datasets, of all in the ledger, that were declared public or generated and that no
+    acceptance for `dataset` covers (`Accepted.covers_declared`)."""
     account = ledger._account
-    accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
-    return [name for name, entry in account.not_private_since.items() if entry > accepted]
+    accepted = account.accepted.get(dataset, [])
+    return [
+        name
+        for name, entry in account.not_private_since.items()
+        if not any(each.covers_declared(name, entry) for each in accepted)
+    ]
 
 
 def check_name(

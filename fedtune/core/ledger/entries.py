@@ -254,15 +254,26 @@ class Accepted:
     """A person's decision to go on with a dataset although the ε of some charges is not known. It
     holds for all entries up to number `upto`.
 
-    who: the person's login; why: in that person's words; time: when, in UTC seconds; patients: the
-    column of patients that each dataset had at this time; None if an earlier release, which did not
-    remember it, entered the decision."""
+    - who: the person's login
+    - why: in that person's words
+    - time: when, in UTC seconds
+    - patients: the column of patients that each dataset had at this time; None for an entry of an
+      earlier release, which did not say so
+    - declared: the datasets that were declared public or generated and that shared records with
+      this one, as the person was shown; None for an entry of an earlier release, which did not say
+      so and was for all of them"""
 
     upto: int
     who: str
     why: str
     time: int
     patients: Mapping[str, str] | None = None
+    declared: Collection[str] | None = None
+
+    def covers_declared(self, name: str, entry: int) -> bool:
+        """Return whether the person accepted that records of the dataset `name`, which was declared
+        public or generated, are private here. entry: the number of its newest declaration."""
+        return self.upto >= entry and (self.declared is None or name in self.declared)
 
     def covers(self, spent: Spent, dataset: str) -> bool:
         """Return whether the person accepted a charge against `dataset`, the dataset about which

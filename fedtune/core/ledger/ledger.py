@@ -285,6 +285,7 @@ class Ledger:
         who: str,
         reason: str = "",
         columns: Mapping[str, str] | None = None,
+        declared: Iterable[str] = (),
     ) -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` until now is
         unknown. The acceptance holds as long as the columns of patients stay as they are now.
@@ -292,10 +293,12 @@ class Ledger:
         - who: the person's login
         - reason: in that person's words, "" for none
         - columns: the column of patients of each dataset, as the site's files are now; None: as
-          they were last declared"""
+          they were last declared
+        - declared: the datasets that were declared public or generated and that share records with
+          `dataset`, if the person accepts this too"""
         with self._store.writing() as writer:
-            upto = self._store.head.seq
-            entry = {"dataset": dataset, "upto": upto, "by": who, "why": reason}
+            about = {"dataset": dataset, "upto": self._store.head.seq, "by": who, "why": reason}
+            entry = about | {"declared": sorted(declared)}
             now = self._account.patients if columns is None else columns
             named = {name: column for name, column in now.items() if column}
             writer.append("accept", entry | {"patients": named})

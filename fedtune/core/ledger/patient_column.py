@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.ledger import Ledger
 
 
-def check_column_stays(
-    ledger: Ledger, dataset: str, unit: str, *, at_site: bool = False
-) -> None:
+def check_column_stays(ledger: Ledger, dataset: str, unit: str, *, at_site: bool = False) -> None:
     """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
     one, its records are read as those of patients for good. The same holds for a dataset under
     another name, unless it is declared disjoint from the one that had the column.

@@ -49,6 +49,21 @@ def check_private(site: Site) -> None:
                 ledger_entries.check_private(ledger, data.name, known)
 
 
+def list_shared(site: Site, ledger: Ledger, dataset: str) -> list[str]:
+    """List the datasets that were declared public or generated and that share records with the
+    site's private `dataset`, unless a person has accepted this. If there is nothing that a person
+    may have to accept, no record is read.
+
+    ledger: the site's lifetime ledger. Errors: DataError if the dataset cannot be read;
+    LedgerError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        is_private = data.name == dataset and not data.declared
+        if is_private and ledger_entries.has_to_accept(ledger, dataset):
+            known = identities(data, patients=False)
+            return sorted(ledger_entries.find_shared(ledger, dataset, known))
+    return []
+
+
 def paid_by_run(site: Site, ledger: Path) -> Site:
     """Return a copy of a site's settings whose rounds are charged to the ledger of one run. ledger:
     the folder of this ledger."""
