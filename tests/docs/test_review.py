@@ -52,7 +52,7 @@ def test_every_block_has_its_parts_and_its_lines() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
-        ("(1,830 lines)", "(900 lines)", "3: 900 lines, which are"),
+        ("(2,034 lines)", "(900 lines)", "3: 900 lines, which are"),
         ("`core/dp/clip.py`, ", "", "5: 900 lines, which are"),
         ("| 1,030 |", "| 190 |", "7: 190 lines in the plan"),
         ("`SitePlan.step`", "`SitePlan.stride`", "core/dp/plan.py: no stride"),

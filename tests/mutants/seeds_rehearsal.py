@@ -47,7 +47,8 @@ MUTANTS = (
     ),
     one(
         "declared", "tried-for-free-then-private", DECLARED,
-        "    if shared:\n", "    if shared > len(records):\n",
+        "if not (shared := find_shared(ledger, dataset, records)):",
+        "if (shared := find_shared(ledger, dataset, records)) is not None:",
         TESTS + "test_one_record_that_was_tried_for_free_is_enough",
         "a private file is tried for free before it is paid for",
     ),
