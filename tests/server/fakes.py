@@ -94,8 +94,8 @@ class FakeSite:
     def begin_run(self, digest: str) -> FakeSite:
         return self
 
-    def find_run(self, digest: str) -> FakeSite:
-        return self
+    def keep_run(self, digest: str, of_run: FakeSite) -> None:
+        pass
 
     @property
     def room(self) -> Room:
@@ -113,7 +113,7 @@ class FakeSite:
         self.known = not self.refusal
         return Admission(self.known, self.refusal, self.name, self.size)
 
-    def finish(self, digest: str) -> None:
+    def end_run(self, digest: str) -> None:
         self.finished += 1
 
     def coordinator_of(self, digest: str) -> str:
