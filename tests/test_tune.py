@@ -68,7 +68,7 @@ def test_private_data_is_refused_before_anything_runs(declared: Path) -> None:
 
 
 def test_records_that_judge_choose_nothing(declared: Path) -> None:
-    with pytest.raises(ConfigError, match="no records to choose by"):
+    with pytest.raises(ConfigError, match="no records by which to choose"):
         tune(declared, sites(), "t")
 
 

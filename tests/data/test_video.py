@@ -339,7 +339,7 @@ def test_a_base_whose_positions_lie_in_a_plane_reads_no_clips(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        (Columns(video="video", text="t", label="label"), "no text beside it"),
+        (Columns(video="video", text="t", label="label"), "each clip without a text"),
         (Columns(image="video", label="label"), "reads no image"),
         (Columns(text="t", label="label"), "no video column"),
     ],

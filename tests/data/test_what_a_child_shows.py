@@ -365,7 +365,7 @@ def test_libraries_for_which_memory_is_short_are_an_error(monkeypatch: pytest.Mo
     failed = errno.EFAULT
     isolation.keep_files_in_memory()
     failed = errno.ENOMEM
-    with pytest.raises(InfrastructureError, match="too little memory to keep the libraries"):
+    with pytest.raises(InfrastructureError, match="too little memory to keep in it the libraries"):
         isolation.keep_files_in_memory()
 
 
