@@ -336,7 +336,7 @@ def _ledger(site: Site) -> str:
     for table in filter(None, (site.data, site.evaluation)):
         if not table.declared:
             unit = "patient" if table.columns.patient else "record"
-            check_column_stays(ledger, table.name, unit, at_site=True)
+            check_column_stays(ledger, site, table.name, unit, at_site=True)
     return f"{site.home}: whole; {len(ledger.spending())} charges"
 
 

@@ -323,7 +323,7 @@ def cost_refusals(
     refused, name = list[Refused](), site.data.name
     try:
         if ledger:
-            check_column_stays(ledger, name, study.unit, at_site=True)
+            check_column_stays(ledger, site, name, study.unit, at_site=True)
         columns = patient_columns(site)
         unknown = ledger.unknown(name, study.unit, columns) if ledger else []
         check_known(name, study.unit, unknown, at_site=True)

@@ -7,7 +7,8 @@ import math
 import random
 import re
 import shutil
-from contextlib import nullcontext
+import sqlite3
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ from fedtune.core.data.identity import identities
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import ConfigError, DataError, InputError, PolicyRefused
 from fedtune.core.files.room import Room
+from fedtune.core.ledger import patient_column
+from fedtune.core.ledger.entries import Earlier
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.vault.worker import SiteWorker
@@ -435,6 +438,49 @@ def test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients
     assert begin(with_notes(world, "", "other", apart), tiny_base, "record")[2] == ""
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_restore_keeps_the_column_with_whoever_withdrew_by_it(
+    world: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """From rows of the damaged ledger, as it does a withdrawal. Twin: without them a study on
+    records reads everybody."""
+    site = with_notes(world, "")
+    worker = SiteWorker(site, Path("site.toml"))
+    worker.ledger.backup(world / "backup")
+    worker, _, refused = begin(with_notes(world), tiny_base, "patient")
+    assert refused == ""
+    leave_out(worker.site, "p2", worker.home)
+    state = worker.home.folder
+    with closing(sqlite3.connect(state / "ledger.db")) as connection, connection:
+        connection.execute("UPDATE entries SET prev = 'x' WHERE seq = 0")
+    if broken:
+        monkeypatch.setattr("fedtune.core.ledger.restore._readable_columns", lambda *given: {})
+    restored = Ledger.restore(state, world / "backup")
+    assert restored.unknown("records", "record") == []
+    assert restored.patient_columns_of("records") == ({} if broken else {"records": ["who"]})
+    refused = begin(with_notes(world, ""), tiny_base, "record")[2]
+    assert ("no patient column is named" in refused) is not broken
+
+
+def test_charges_from_which_nothing_can_be_disjoint_lock_no_dataset_out(
+    world: Path, tiny_base: Path
+) -> None:
+    """Those of an adopted ledger, and those that a restore entered, count until a person accepts
+    them. Twin: a charge per patient of a dataset that has a name here."""
+    worker, _, refused = begin(with_notes(world, "", "images"), tiny_base, "record")
+    assert refused == ""
+    paid = replace(CHARGE, unit="patient", membership="onco", adopted=True, patient="who")
+    worker.ledger.enter_earlier(
+        "onco", [Earlier("onco/records", paid, "a@onco")], {}, [], "officer"
+    )
+    refused = begin(with_notes(world, "", "images"), tiny_base, "record")[2]
+    assert "the cost of earlier rounds" in refused
+    worker.ledger.accept("images", "officer", "", {})
+    assert begin(with_notes(world, "", "images"), tiny_base, "record")[2] == ""
+    worker.ledger.reserve("images", replace(CHARGE, unit="patient"), "adapter", lambda _: None)
+    assert "no patient column" in begin(with_notes(world, "", "images"), tiny_base, "record")[2]
+
+
 def test_a_dataset_that_never_had_a_column_is_read_by_record(world: Path, tiny_base: Path) -> None:
     """The twin of the refusals, and charges of earlier releases, which name no column."""
     worker, made, refused = begin(with_notes(world, ""), tiny_base, "record")
@@ -459,6 +505,34 @@ def test_in_a_home_too(tmp_path: Path, tiny_base: Path) -> None:
     made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "record"})
     told = other.prepare(made.study, made.frozen)
     assert not told.admitted and "no patient column is named" in told.reason
+
+
+def test_in_a_home_by_its_settings_and_not_by_what_another_coordinator_sent(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registered column counts from the start. Twin: by the ledger alone a study on records goes
+    on until another consortium's plan comes."""
+    files = make_hospital(tmp_path)
+    (tmp_path / "more.jsonl").write_text((tmp_path / "notes.jsonl").read_text())
+    hospital = tmp_path / "hospital.toml"
+    hospital.write_text(hospital.read_text() + '[datasets.more]\npath = "more.jsonl"\n')
+    text = files["cardio"].read_text().replace(', patient = "who"', "")
+    own = 'name = "more"\npath = "../more.jsonl"'
+    files["cardio"].write_text(text.replace('path = "../notes.jsonl"', own))
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "record"})
+
+    def prepare() -> str:
+        worker = SiteWorker(load_site(files["cardio"]), files["cardio"])
+        return worker.prepare(made.study, made.frozen).reason
+
+    assert "no patient column is named" in prepare()
+    with monkeypatch.context() as twin:
+        twin.setattr(patient_column, "patient_columns", lambda site: {})
+        assert prepare() == ""
+        other = SiteWorker(load_site(files["onco"]), files["onco"])
+        heart = study_of("heart", tiny_base)
+        assert other.prepare(heart.study, heart.frozen).admitted
+        assert "no patient column is named" in prepare()
 
 
 def test_held_out_records_too(world: Path) -> None:

@@ -317,7 +317,7 @@ def test_the_conditions_of_a_visit_are_made_one_text_once(tmp_path: Path) -> Non
 def test_a_visit_of_too_many_conditions_rejects_its_own_documents_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fhir, "CHARACTERS", 40)
+    monkeypatch.setattr(fhir, "SHARED", 40)
     folder = exported(
         tmp_path / "bulk",
         DocumentReference=[

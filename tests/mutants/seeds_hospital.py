@@ -347,14 +347,15 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-stale-declaration-permits-a-round", "fedtune/core/vault/worker.py",
-        "if stated != declared:", "if False:",
+        "if stated != declared or named != columns:", "if False:",
         T_APART + "test_a_stale_declaration_permits_no_round_of_another_vault",
         "each of two datasets pays for one round that counts against both",
     ),
     one(
         "hospital", "a-stale-declaration-is-told", "fedtune/core/vault/worker.py",
-        "            if stated != declared:\n                raise build_unprepared()",
-        "            if stated != declared:\n"
+        "            if stated != declared or named != columns:\n"
+        "                raise build_unprepared()",
+        "            if stated != declared or named != columns:\n"
         "                from fedtune.core.vault.prepared import Unprepared\n\n"
         '                raise Unprepared("this site reads its settings anew")',
         T_APART + "test_a_stale_declaration_permits_no_round_of_another_vault",

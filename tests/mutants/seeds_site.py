@@ -724,7 +724,7 @@ MUTANTS = (
     ),
     one(
         37, "who-withdrew-comes-back-without-a-column", SITE,
-        "        check_column_stays(self.ledger, data.name, study.unit)\n", "",
+        "        check_column_stays(self.ledger, site, data.name, study.unit)\n", "",
         T_WITHDRAW + "test_no_study_reads_who_withdrew_as_somebody_unknown",
         "the column is taken out, and everybody who withdrew trains again, record by record",
     ),
@@ -738,9 +738,29 @@ MUTANTS = (
     ),
     one(
         37, "charges-per-patient-show-no-column", LEDGER,
-        '                if spent.charge.unit == "patient":\n', "                if False:\n",
+        'if spent.charge.unit == "patient" and spent.dataset in account.declared:', "if False:",
         T_WITHDRAW + "test_a_dataset_that_never_had_a_column_is_read_by_record",
         "the ledger of an earlier release is taken for one of records",
+    ),
+    one(
+        37, "an-adopted-charge-locks-every-dataset-out", LEDGER,
+        'if spent.charge.unit == "patient" and spent.dataset in account.declared:',
+        'if spent.charge.unit == "patient":',
+        T_WITHDRAW + "test_charges_from_which_nothing_can_be_disjoint_lock_no_dataset_out",
+        "no study on records runs any more, and no person can change that",
+    ),
+    one(
+        37, "a-restore-forgets-the-column", "fedtune/core/ledger/account.py",
+        '            self._remember_columns(body.get("columns", {}))\n', "",
+        T_WITHDRAW + "test_a_restore_keeps_the_column_with_whoever_withdrew_by_it",
+        "a restored withdrawal is known by a key that nobody asks for",
+    ),
+    one(
+        37, "a-study-on-records-shows-another-coordinators-plan",
+        "fedtune/core/ledger/patient_column.py",
+        "if column and not is_disjoint:", "if False:",
+        T_WITHDRAW + "test_in_a_home_by_its_settings_and_not_by_what_another_coordinator_sent",
+        "a coordinator sees when another consortium's first plan came",
     ),
     one(
         36, "a-withdrawal-reads-the-files-anew", "fedtune/core/vault/worker.py",

@@ -6,7 +6,7 @@ after the entry was verified."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,9 +71,7 @@ class Account:
             self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
             column = body.get("patient", "")
             self.patients[body["dataset"]] = column
-            columns = self.all_columns.setdefault(body["dataset"], [])
-            if column and column not in columns:
-                columns.append(column)
+            self._remember_columns({body["dataset"]: [column]})
         elif entry.kind == "reserve":
             beside = body.get("membership", ""), body.get("patient", "")
             charge = Charge.read(body["charge"], *beside)
@@ -97,6 +95,7 @@ class Account:
         elif entry.kind == "restore":
             charges = [Charge.read(fields, EVERY) for fields in body["charges"]]
             self.restored += [(entry.seq, charge, time) for charge in charges]
+            self._remember_columns(body.get("columns", {}))
         elif entry.kind == "withdraw":
             self.withdrawn[body["unit"]] = entry
         elif entry.kind == "admit":
@@ -116,6 +115,13 @@ class Account:
                 self.not_private_members[NOT_PRIVATE + body["dataset"]] = body["members"]
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
+
+    def _remember_columns(self, columns: Mapping[str, Iterable[str]]) -> None:
+        """Add columns of patients to those that each dataset had. columns: dataset's name -> names
+        of its columns, oldest first; "" for none."""
+        for dataset, names in columns.items():
+            known = self.all_columns.setdefault(dataset, [])
+            known += [name for name in dict.fromkeys(names) if name and name not in known]
 
     @property
     def members(self) -> dict[str, str]:

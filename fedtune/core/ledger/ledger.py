@@ -362,7 +362,9 @@ class Ledger:
             account = self._account
             had = {name: list(columns) for name, columns in account.all_columns.items() if columns}
             for spent in account.spent():
-                if spent.charge.unit == "patient":
+                # Not those of a restore or an adopted ledger, from which none can be disjoint: what
+                # they had for a column is remembered beside them.
+                if spent.charge.unit == "patient" and spent.dataset in account.declared:
                     named = [spent.charge.patient] if spent.charge.patient else []
                     had.setdefault(spent.dataset, named)
             return {name: had[name] for name in had if not account.disjoint(dataset, name)}

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.errors import PolicyRefused
 
 if TYPE_CHECKING:
+    from fedtune.core.config.site import Site
     from fedtune.core.ledger.ledger import Ledger
 
 
-def check_column_stays(ledger: Ledger, dataset: str, unit: str, *, at_site: bool = False) -> None:
+def check_column_stays(
+    ledger: Ledger, site: Site, dataset: str, unit: str, *, at_site: bool = False
+) -> None:
     """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
     one, its records are read as those of patients for good. The same holds for a dataset under
-    another name, unless it is declared disjoint from the one that had the column.
+    another name, unless it is declared disjoint from the one that had the column. A column that the
+    site's files name for such a dataset now counts from the start, before any study reads that
+    dataset: otherwise the first plan for it would end other studies, and they would show it.
 
     - ledger: the ledger to which the dataset's rounds are charged
+    - site: the settings of the site, in a home with those of hospital.toml
     - dataset: the dataset's name
     - unit: whose records a study or a command reads together: "patient", for which any column will
       do here, or "record"
@@ -28,7 +35,17 @@ def check_column_stays(ledger: Ledger, dataset: str, unit: str, *, at_site: bool
       datasets and their columns, which are the site's own settings
 
     Errors: PolicyRefused. No acceptance takes it away."""
-    if unit == "patient" or not (had := ledger.patient_columns_of(dataset)):
+    if unit == "patient":
+        return
+    had = ledger.patient_columns_of(dataset)
+    apart = {table.name: table.disjoint_from for table in (site.data, site.evaluation) if table}
+    if site.policy.hospital:
+        apart = site.policy.hospital.disjoint_from
+    for name, column in patient_columns(site).items():
+        is_disjoint = name in apart.get(dataset, ()) or dataset in apart.get(name, ())
+        if column and not is_disjoint:
+            had.setdefault(name, [column])
+    if not had:
         return
     which = ", ".join(
         f"{' and '.join(map(repr, columns)) or 'one'} of dataset {name!r}"

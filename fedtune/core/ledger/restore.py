@@ -535,10 +535,12 @@ def _restore_body(
 
     In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
-    never used again. `settled` lists the [number, hash] of each entry that anchor or receipts name
-    and the base lacks, so that a later restore sees that it is charged."""
+    never used again. `columns` are the columns of patients that each dataset had, as far as rows of
+    the old database show it. `settled` lists the [number, hash] of each entry that anchor or
+    receipts name and the base lacks, so that a later restore sees that it is charged."""
     log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
+    columns = _readable_columns(rows, public)
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     unknown = [head for head in heads if not base.holds(head)]
     logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
@@ -574,6 +576,7 @@ def _restore_body(
         "settled": [[*head] for head in unknown],
         "dataset": EVERY,
         "charges": [charge.fields() for charge in charges],
+        **({"columns": columns} if columns else {}),
     }
 
 
@@ -670,6 +673,23 @@ def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
             if kind == "reserve":
                 charges.append(Charge.read(json.loads(body)["charge"]))
     return charges, rows[-1][0] if rows else 0
+
+
+def _readable_columns(rows: list[tuple[Any, ...]], public: str) -> dict[str, list[str]]:
+    """Return the columns by which rows of the old database told patients apart: dataset's name ->
+    its columns, oldest first. Whoever withdrew is known by them alone. A row counts if the site
+    signed it. public: the public half (hexadecimal) of the site's key."""
+    found = dict[str, list[str]]()
+    for row in rows:
+        with suppress(TypeError, KeyError, AttributeError):
+            body = _signed_body(row, public) or {}
+            shown = dict[str, list[str]](body.get("columns", {}))  # of an earlier restore
+            if row[1] == "declare" and body.get("patient"):
+                shown[body["dataset"]] = [body["patient"]]
+            for name, names in shown.items():
+                columns = found.setdefault(name, [])
+                columns += [each for each in names if each not in columns]
+    return found
 
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid, bool]:

@@ -312,7 +312,7 @@ class SiteWorker:
             self.ledger.declare(other, apart.get(other, ()))
         columns = patient_columns(site)
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort, columns=columns)
-        check_column_stays(self.ledger, data.name, study.unit)
+        check_column_stays(self.ledger, site, data.name, study.unit)
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
@@ -334,7 +334,8 @@ class SiteWorker:
         more."""
         if hospital := site.policy.hospital:
             stated = {name: sorted({*hospital.disjoint_from.get(name, ())}) for name in declared}
-            if stated != declared:
+            named = {name: hospital.patients.get(name, it) for name, it in columns.items()}
+            if stated != declared or named != columns:
                 raise build_unprepared()
             for table in (self.site.data, self.site.evaluation):
                 if table and columns.get(table.name, "") != patient_column(table):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedtune.core.data.sources._interface import CHARACTERS, BadCell, Collection, Names, Row
+from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row
 from fedtune.core.data.sources.jsonl import json_lines
 from fedtune.core.errors import ConfigError, DataError
 
@@ -27,8 +27,13 @@ ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # for a
 Key = tuple[str, str]  # a patient, and the id of a resource that is that patient's
 
 
+# Most characters of a text that all documents of an encounter, or of a patient, have in common:
+# each of them is a row of its own with this text, and all rows are read before a charge.
+SHARED = 100_000
+
+
 class TooLong(Exception):
-    """The conditions of an encounter have more than CHARACTERS characters together."""
+    """The conditions of an encounter have more than SHARED characters together."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ def _lines(path: Path, resource: str) -> Iterator[Any]:
 
 def _encounters(where: Path) -> dict[Key, dict[str, str]]:
     """Return the organisation of each encounter, as a dict: (patient, the encounter's id) ->
-    {"site": the organisation's id, "site_name": its name}, each "" if the export does not give it.
+    {"site": the organisation's id, "site_name": its name}, each "" if the export does not give it,
+    or if it has more than SHARED characters.
     If several encounters have the same id, the one whose content sorts first counts."""
     found: dict[Key, dict[str, str]] = {}
     for line in _resources(where, "Encounter"):
@@ -234,6 +240,7 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
             }
         except ODD:
             continue
+        site = {name: value if len(value) <= SHARED else "" for name, value in site.items()}
         if key[0] and (key not in found or sorted(site.items()) < sorted(found[key].items())):
             found[key] = site
     return found
@@ -241,12 +248,16 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
 
 def _people(where: Path) -> dict[str, dict[str, str]]:
     """Return what is known of each patient, as a dict: the patient's id -> {"gender": ..., "born":
-    date of birth}, as far as the export gives them. If several resources have the same id, the one
-    whose content sorts first counts."""
+    date of birth}, as far as the export gives them in at most SHARED characters. If several
+    resources have the same id, the one whose content sorts first counts."""
     found: dict[str, dict[str, str]] = {}
     for line in _resources(where, "Patient"):
         told = {"gender": line.get("gender"), "born": line.get("birthDate")}
-        person = {name: value for name, value in told.items() if isinstance(value, str)}
+        person = {
+            name: value
+            for name, value in told.items()
+            if isinstance(value, str) and len(value) <= SHARED
+        }
         key = line.get("id")
         if isinstance(key, str) and (
             key not in found or sorted(person.items()) < sorted(found[key].items())
@@ -279,7 +290,7 @@ class _Conditions:
         TooLong."""
         if key not in self._texts:
             self._texts[key] = "; ".join(sorted(self._found.get(key, ())))
-        if len(self._texts[key]) > CHARACTERS:
+        if len(self._texts[key]) > SHARED:
             raise TooLong
         return self._texts[key]
 
