@@ -334,3 +334,24 @@ def test_a_visit_of_too_many_conditions_rejects_its_own_documents_alone(
     assert said(found) == [("1", "fever"), ("2", "rash")] and found.rejected == {"too long": 1}
     (refused,) = [r for _, r in Fhir().collect(folder, Names(folder, {})) if isinstance(r, BadCell)]
     assert refused.cells["patient"] == "1" and refused.cells["text"] == "cough"
+
+
+def test_a_document_with_two_faults_ends_nobody_elses_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text is not base64, and its visit has too many conditions. Twin: an error that is none
+    of those for which a row is rejected ends the file, and the other patient is not read."""
+    monkeypatch.setattr(fhir, "SHARED", 40)
+    broken = document("d1", "1", "cough", **at("v1"))
+    broken["content"][0]["attachment"]["data"] = "%%%"
+    folder = exported(
+        tmp_path / "bulk",
+        DocumentReference=[broken, document("d2", "2", "rash", **at("v2"))],
+        Condition=[having("v1", f"condition {n}") for n in range(9)],
+    )
+    found = read(folder)
+    assert said(found) == [("2", "rash")] and found.rejected == {"wrong type": 1}
+    (refused,) = [r for _, r in Fhir().collect(folder, Names(folder, {})) if isinstance(r, BadCell)]
+    assert refused.cells["patient"] == "1"
+    monkeypatch.setattr(fhir, "ODD", (KeyError,))
+    assert said(read(folder, strict=False)) == []

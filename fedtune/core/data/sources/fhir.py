@@ -7,6 +7,7 @@ import binascii
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,19 +103,19 @@ class Fhir(Collection):
           conditions themselves
         - replaced: the documents that another document replaces (`_list_replaced`)
         - people: gender and date of birth of each patient (`_people`)"""
-        given = encounters, conditions, replaced, people
         try:
-            return self._cells(line, *given)
+            return self._cells(line, encounters, conditions, replaced, people)
         except TooLong:
-            without = self._row(line, encounters, _Conditions({}), replaced, people)
-            return BadCell("too long", without.cells if isinstance(without, BadCell) else without)
+            reason = "too long"
         except ODD:
-            pass
-        try:
-            rest = self._cells({**line, "content": None}, *given)
-        except ODD:
-            rest = {"patient": _patient(line) or None}
-        return BadCell("wrong type", rest)
+            reason = "wrong type"
+        # Without conditions, so that nothing but ODD can be raised: any other error would end the
+        # reading of everybody's rows after this one.
+        for shown in (line, {**line, "content": None}):
+            with suppress(*ODD):
+                cells = self._cells(shown, encounters, _Conditions({}), replaced, people)
+                return BadCell(reason, cells)
+        return BadCell(reason, {"patient": _patient(line) or None})
 
     def _cells(
         self,
