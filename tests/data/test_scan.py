@@ -26,6 +26,18 @@ from fedtune.core.registry import process_cache
 from fedtune.officer import data_scan
 from tests.cli_kit import run
 
+WORDS = [
+    *("the", "patient", "ssn", "is", "123-45-6789", "and", "nhs", "number", "943 476 5919", "ip"),
+    *("10.0.0.1", "::", "social", "security", "078-05-1120", "phone", "555-123-4567", "seen", "on"),
+    *("3 May", "by", "Dr Smith", "in", "Boston."),
+]
+
+
+def spaced(length: int) -> str:
+    """Return a text of so many characters, of words of one letter."""
+    return ("x " * length)[: length - 1] + "x"
+
+
 installed = pytest.mark.skipif(
     scan_engine.name_missing_package() != "",
     reason=f"needs fedtune[scan]: no {scan_engine.name_missing_package()}",
@@ -185,9 +197,16 @@ def test_a_record_that_is_too_long_is_left_out_unscanned_and_alone(
     lengths = list[int]()
     monkeypatch.setattr(scan, "engine", lambda: None)
     monkeypatch.setattr(scan, "_scan", lambda text: lengths.append(len(text)) or ())
-    texts = {"a": "x" * (scan.MOST - 2), "b": KEPT, "c": "x" * (scan.MOST - 3)}  # beside "yes"
+    texts = {  # beside "yes"
+        "a": spaced(scan.MOST - 2),
+        "b": KEPT,
+        "c": spaced(scan.MOST - 3),
+        "d": "x" * (scan.WORD + 1),
+        "e": "x" * scan.WORD,
+    }
     read = data(jsonl(*rows(texts)), action, study({"unit": "patient"}), tokenizer)
-    assert read.rejected["too long to scan"] == 1
+    assert read.rejected["too long to scan"] == 2
+    assert scan.WORD in lengths and scan.WORD + 1 not in lengths
     assert max(lengths) == scan.MOST - 3  # scanned; what the study's max_length says is another's
     assert KEPT in " ".join(texts_in(read, tokenizer))
 
@@ -226,6 +245,42 @@ def test_no_text_and_no_lookup_leaves_the_machine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     process_cache.clear("scanned")
     assert all(Scanner()(text) for text in TEXTS.values())
+
+
+@installed
+def test_context_is_looked_for_near_a_find_and_gives_what_presidio_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Work does not grow with the square of a text. Twin: presidio's own enhancer is given all
+    words of the text for each find, as a list."""
+    from presidio_analyzer.context_aware_enhancers import LemmaContextAwareEnhancer
+
+    from fedtune.core.data import scan_context
+
+    analyser, draw = scan.engine(), random.Random(11)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 90))) for _ in range(12)]
+    texts.append("word " * 300 + "ssn 078-05-1120 " + ":: " * 300)
+    given = list[tuple[int, type]]()
+    honest = LemmaContextAwareEnhancer._add_n_words
+
+    def add_n_words(index: int, n: int, lemmas: Any, keywords: Any, back: bool) -> list[str]:
+        given.append((len(lemmas), type(keywords)))
+        return honest(index, n, lemmas, keywords, back)
+
+    monkeypatch.setattr(LemmaContextAwareEnhancer, "_add_n_words", staticmethod(add_n_words))
+
+    def found(enhancer: LemmaContextAwareEnhancer) -> list[tuple[Finding, ...]]:
+        given.clear()
+        process_cache.clear("scanned")
+        monkeypatch.setattr(analyser, "context_aware_enhancer", enhancer)
+        return [scan._scan(text) for text in texts]
+
+    assert isinstance(analyser.context_aware_enhancer, scan_context.NearContext)
+    ours = found(scan_context.NearContext())
+    assert given and {kind for _, kind in given} == {frozenset}
+    assert max(size for size, _ in given) <= 2 * scan_context.NEAR + 1
+    assert ours == found(LemmaContextAwareEnhancer())
+    assert {kind for _, kind in given} == {list} and max(size for size, _ in given) > 600
 
 
 @pytest.mark.parametrize("length", [20_000])
@@ -390,7 +445,7 @@ def test_the_command_counts_what_it_cannot_scan_and_goes_on(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scan, "_scan", fails)
     monkeypatch.setattr(data_scan, "engine", lambda: None)
-    texts = {"a": PLANTED, "b": "x" * scan.MOST, "c": KEPT, "d": TEXTS["mrn"]}
+    texts = {"a": PLANTED, "b": spaced(scan.MOST), "c": KEPT, "d": TEXTS["mrn"]}
     jsonl(*rows(texts), name="notes.jsonl")
     (tmp_path / "site.toml").write_text(SITE)
     shown = run("data", "scan", "site.toml", "--rows")

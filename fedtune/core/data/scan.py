@@ -12,6 +12,7 @@ de-identify: identifiers that it misses stay in the text (docs/intake.md has fig
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
 
 FOUND = "an identifier was found"  # the reason of a record that is left out
-TOO_LONG = "too long to scan"  # the reason of a record of more than MOST characters
+TOO_LONG = "too long to scan"  # the reason of a record that `check_length` rejects
 MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
+# Characters without white space: spaCy takes them apart in a time that grows with their square.
+WORD = 200
 REMEMBERED = 100_000  # texts whose findings are cached, since a study reads its records repeatedly
+_LONG_WORD = re.compile(rf"\S{{{WORD + 1}}}")
 _engine = threading.Lock()
 _analysis = threading.Lock()  # a pipeline has one memory zone at a time
 _engines: dict[str, AnalyzerEngine] = process_cache.register("scanners", {})
@@ -114,8 +118,10 @@ def texts_of(record: Record) -> list[str]:
 
 
 def check_length(record: Record) -> None:
-    """Check that the texts of a record have at most MOST characters together. Errors: Rejected."""
-    if sum(map(len, texts_of(record))) > MOST:
+    """Check that the texts of a record have at most MOST characters together, and at most WORD in a
+    row without white space. Errors: Rejected."""
+    texts = texts_of(record)
+    if sum(map(len, texts)) > MOST or any(map(_LONG_WORD.search, texts)):
         raise Rejected(TOO_LONG)
 
 
@@ -127,7 +133,7 @@ def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
     |---------------------------------------|------------------------------------------------------|
     | action = redact                       | the record is returned with its identifiers replaced |
     | action = leave_out                    | raises Rejected if the record has an identifier      |
-    | a record of more than MOST characters | raises Rejected                                      |
+    | a record that is too long             | raises Rejected (`check_length`)                     |
     Errors: ModelError, InfrastructureError if the scan cannot be made."""
     if table is None or table.action == "warn":
         return None

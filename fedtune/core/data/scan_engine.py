@@ -131,6 +131,8 @@ def make() -> AnalyzerEngine:
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry, pattern_recognizer
     from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
 
+    from fedtune.core.data.scan_context import NearContext
+
     timed: Any = pattern_recognizer
     timed.REGEX_TIMEOUT_SECONDS = None  # read at each call
     with tempfile.TemporaryDirectory(prefix="fedtune-scan-") as folder:
@@ -142,7 +144,12 @@ def make() -> AnalyzerEngine:
     built: Any = SpacyNlpEngine(models=[], ner_model_configuration=configuration)
     built.nlp = {"en": nlp}
     registry = RecognizerRegistry(recognizers=_build_recognisers(), supported_languages=["en"])
-    return AnalyzerEngine(nlp_engine=built, registry=registry, supported_languages=["en"])
+    return AnalyzerEngine(
+        nlp_engine=built,
+        registry=registry,
+        supported_languages=["en"],
+        context_aware_enhancer=NearContext(),
+    )
 
 
 def _build_recognisers() -> list[EntityRecognizer]:
