@@ -104,6 +104,20 @@ MUTANTS = (
         "every record is rejected, one by one, and the site sends noise alone",
     ),
     _one(
+        "scan", "context-through-the-whole-text", "fedtune/core/data/scan_context.py",
+        "near = nlp_artifacts.lemmas[first : at + NEAR + 1]",
+        "first, near = 0, nlp_artifacts.lemmas",
+        T_SCAN + "test_context_is_looked_for_near_a_find_and_gives_what_presidio_gives",
+        "one record of 50,000 characters keeps a site busy for hours before a charge",
+    ),
+    _one(
+        "scan", "a-word-of-any-length-is-scanned", "fedtune/core/data/scan.py",
+        "if sum(map(len, texts)) > MOST or any(map(_LONG_WORD.search, texts)):",
+        "if sum(map(len, texts)) > MOST:",
+        T_SCAN + "test_a_record_that_is_too_long_is_left_out_unscanned_and_alone",
+        "symbols in a row take a time by the square of their number",
+    ),
+    _one(
         "scan", "words-outlive-their-text", "fedtune/core/data/scan.py",
         'pipelines.nlp["en"].memory_zone()', "__import__('contextlib').nullcontext()",
         T_SCAN + "test_a_word_of_another_text_that_has_the_same_hash_changes_nothing",
