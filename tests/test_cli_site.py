@@ -12,7 +12,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.core.config import Study
+from fedtune.core.config import Study, load_site
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.data.records import unit_member
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
@@ -224,7 +225,8 @@ def test_a_cost_that_nobody_knows_is_accepted_by_name_and_only_where_there_is_on
     accept = ("ledger", "site-north.toml", "--accept", "records", "--reason", "generated data")
     done = run(*accept)
     assert done.exit_code == 0 and "generated data" in " ".join(done.output.split())
-    assert Ledger(world / "state-north").unknown("records", "patient") == []
+    columns = patient_columns(load_site(world / "site-north.toml"))
+    assert Ledger(world / "state-north").unknown("records", "patient", columns) == []
     assert run(*accept).exit_code == 2
 
 

@@ -319,7 +319,6 @@ def ledger(
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
-    from fedtune.core.vault.declared import list_shared
     from fedtune.homes.opening import find_ledger
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
@@ -378,6 +377,8 @@ def ledger(
     unit = "patient" if loaded.data.columns.patient else "record"
     columns = patient_columns(loaded)
     if accept is not None:
+        from fedtune.core.vault.declared import list_shared  # loads what reads records
+
         try:
             shared = list_shared(loaded, book, accept)
         except DataError:  # the rounds may be accepted all the same, and no record with them
