@@ -304,8 +304,8 @@ def not_known(
         )
     restored = [entry for entry in rounds if entry.dataset == EVERY]
     otherwise = [entry for entry in rounds if entry.has_other_column]
-    another = [entry for entry in rounds if entry.charge.unit not in (unit, "any")]
-    if others := len([entry for entry in another if entry not in (*earlier, *restored)]):
+    current = [entry for entry in rounds if entry.charge.rules == RULES and entry.dataset != EVERY]
+    if others := sum(entry.charge.unit not in (unit, "any") for entry in current):
         sentences.append(f"{others} were charged per another unit than the {unit}.")
     if otherwise:
         sentences.append(

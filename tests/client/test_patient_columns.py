@@ -23,6 +23,7 @@ from fedtune.core.ledger.entries import Accepted, Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import budget, charges_with_columns, known_epsilon
 from fedtune.core.vault.budget import check_known
+from fedtune.core.vault.prepared import Unprepared
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer.adopt import adopt
 from fedtune.officer.closed_ledger import NO_COLUMN, closed
@@ -360,6 +361,30 @@ def test_a_correction_in_a_home_holds_for_every_membership_at_once(
             lambda _: None,
             permit_unknown=partial(check_known, "records", "patient"),
         )
+
+
+def test_held_out_records_that_nobody_declared_yet_keep_no_membership_from_training(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """They are declared with the first question about them. Twin: the ledger has another column."""
+    file = make_hospital(tmp_path)["cardio"]
+    (tmp_path / "held.jsonl").write_text((tmp_path / "notes.jsonl").read_text())
+    hospital = tmp_path / "hospital.toml"
+    hospital.write_text(
+        hospital.read_text() + '[datasets.held]\npath = "held.jsonl"\npatient = "who"\n'
+    )
+    held = 'path = "../held.jsonl"\nname = "held"\n'
+    columns = f'columns = {{ {COLUMNS}, patient = "who" }}'
+    file.write_text(file.read_text() + f"[evaluation]\n{held}{columns}\n")
+    worker = SiteWorker(load_site(file), file)
+    made = study_of("heart", tiny_base)
+    assert worker.prepare(made.study, made.frozen).admitted
+    assert worker.ledger.datasets == ["records"]
+    trains(worker, made, 1)
+    site, apart = worker.current(), {name: [] for name in worker.ledger.datasets}
+    worker.check_stated(site, apart, {"records": "who", "held": "who"})
+    with pytest.raises(Unprepared):
+        worker.check_stated(site, apart, {"records": "who", "held": "person"})
 
 
 @pytest.mark.parametrize("dataset", ["records", "what no file holds any more"])

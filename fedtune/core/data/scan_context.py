@@ -56,7 +56,7 @@ class NearContext(LemmaContextAwareEnhancer):
             return [""]
         places = nlp_artifacts.tokens_indices
         at = max(bisect_right(places, start) - 1, 0)
-        while at + 1 < len(places) and start >= places[at] + len(tokens[at]):
+        if at + 1 < len(places) and start >= places[at] + len(tokens[at]):
             at += 1  # between two tokens: the later one
         first = max(at - NEAR, 0)
         near = nlp_artifacts.lemmas[first : at + NEAR + 1]

@@ -298,9 +298,9 @@ def describe_restored(spent: Sequence[Spent]) -> str:
     spent: these charges; at least one."""
     return (
         f"{len(spent)} charges stand for rounds whose own entries were lost before the ledger was "
-        "restored, so for which unit and by which column of patients they were made is not known. "
-        "If all were for the unit, and the column of patients (columns.patient), of now, their ε "
-        "holds"
+        "restored, so nobody can tell for which unit and by which column of patients they were "
+        "made. If all these rounds had the unit of now, and the column that columns.patient names "
+        "now, their ε holds"
     )
 
 

@@ -338,7 +338,8 @@ class SiteWorker:
             if stated != declared or named != columns:
                 raise build_unprepared()
             for table in (self.site.data, self.site.evaluation):
-                if table and columns.get(table.name, "") != patient_column(table):
+                own = patient_column(table) if table else ""
+                if table and columns.get(table.name, own) != own:
                     raise PolicyRefused(
                         "[hospital] was changed: other units are told apart since the site was "
                         "started",
