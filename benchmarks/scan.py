@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedtune.core.data.scan import Finding, Scanner
+from fedtune.core.data.scan import Scanner
+from fedtune.core.data.scan_findings import Finding, choose
 
 Truth = tuple[int, int, str]  # start, end, kind
 GIVEN = "Ana Ben Chloe Dev Ewa Femi Grace Hiro Ines Jamal Kavya Liam Mei Nora Omar Priya"
@@ -111,14 +112,16 @@ def exported(folder: Path, digits: bool) -> Iterator[tuple[str, list[Truth]]]:
             yield text, truth
 
 
-def measure(notes: Iterator[tuple[str, list[Truth]]], most: int) -> dict[str, object]:
+def measure(
+    scanner: Scanner, notes: Iterator[tuple[str, list[Truth]]], most: int
+) -> dict[str, object]:
     """Count truths that a finding of any kind covers, and findings that cover no truth.
 
     A truth counts as found where no character of it stays: its kind may be another one."""
-    scanner, found, there = Scanner(), Counter[str](), Counter[str]()
+    found, there = Counter[str](), Counter[str]()
     wrong, right, characters, began, number = Counter[str](), 0, 0, time.monotonic(), 0
     for number, (text, truth) in enumerate(notes, 1):
-        findings = scanner(text)
+        findings = choose(scanner([text])[0])
         for start, end, kind in truth:
             there[kind] += 1
             found[kind] += _covered(text, start, end, findings)
@@ -160,7 +163,8 @@ def main() -> None:
         "fhir_bulk": exported(args.data / "fhir_bulk", digits=True),
         "fhir_bulk, names without digits": exported(args.data / "fhir_bulk", digits=False),
     }.items():
-        results[name] = measure(notes, args.notes)
+        with Scanner() as scanner:
+            results[name] = measure(scanner, notes, args.notes)
         print(name, json.dumps(results[name], indent=1), flush=True)
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from fedtune.core.config import Site, SiteData
 from fedtune.core.config.scan import KINDS, ScanTable
-from fedtune.core.data.files import Rejected
+from fedtune.core.data.children import ChildFailed
 from fedtune.core.data.records import Record, read_file
-from fedtune.core.data.scan import Scanner, check_length, engine, texts_of
+from fedtune.core.data.scan import TOO_LONG, Scanner, is_too_long, texts_of
+from fedtune.core.data.scan_findings import choose
 from fedtune.core.progress import report
 
 log = logging.getLogger("fedtune.data")
@@ -78,16 +79,15 @@ def data_scan(site: Site) -> DataScan:
     """
     data: SiteData = site.data
     table = data.scan or ScanTable(action="warn")
-    scanner = Scanner(table.kinds, table.threshold)
     read = read_file(data, unit="patient" if data.columns.patient else "record", labelled=False)
-    engine()  # a missing model is an error of the site, not of a record
     rows, failed = [], len(read.failed)
-    for number, record in enumerate(read.records, 1):
-        kinds = _kinds(scanner, record)
-        failed += kinds is None
-        if kinds and record.place:
-            rows.append(ScannedRow(*record.place, dict(kinds)))
-        report("scanning", number, len(read.records))
+    with Scanner(table.kinds, table.threshold) as scanner:
+        for number, record in enumerate(read.records, 1):
+            kinds = _kinds(scanner, record)
+            failed += kinds is None
+            if kinds and record.place:
+                rows.append(ScannedRow(*record.place, dict(kinds)))
+            report("scanning", number, len(read.records))
     action = data.scan.action if data.scan else ""
     return DataScan(site.site.name, action, len(read.records), failed, rows)
 
@@ -96,10 +96,11 @@ def _kinds(scanner: Scanner, record: Record) -> Counter[str] | None:
     """Count a record's findings by kind. Return None, and log a warning, if the record cannot be
     scanned. scanner: finds the identifiers in a text."""
     try:
-        check_length(record)
-        return Counter(f.kind for text in texts_of(record) for f in scanner(text))
-    except Rejected as error:
-        log.warning("a record cannot be scanned (%s)", error.reason)
-    except Exception as error:  # a library's error, whose message may quote the record
-        log.warning("a record cannot be scanned (%s)", type(error).__name__)
-    return None
+        if is_too_long(record):
+            log.warning("a record cannot be scanned (%s)", TOO_LONG)
+            return None
+        found = scanner(texts_of(record))
+    except ChildFailed:
+        log.warning("a record cannot be scanned (its scan failed or took too long)")
+        return None
+    return Counter(finding.kind for findings in found for finding in choose(findings))

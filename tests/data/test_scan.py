@@ -7,7 +7,8 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from fedtune.core.bases import wheel
 from fedtune.core.config import Columns, SiteData, Study
 from fedtune.core.config.scan import KINDS, ScanTable
 from fedtune.core.data import scan, scan_engine
+from fedtune.core.data.children import ChildFailed
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.load import load_dataset
-from fedtune.core.data.scan import FOUND, Finding, Scanner
+from fedtune.core.data.records import Record
+from fedtune.core.data.scan import FOUND, TOO_LONG, UNSCANNED, RecordScan, Scanner
+from fedtune.core.data.scan_findings import Finding, choose, pack, redact, unpack
 from fedtune.core.errors import ModelError
 from fedtune.core.registry import process_cache
 from fedtune.officer import data_scan
@@ -86,55 +90,87 @@ action = "leave_out"
 KEPT = "Cough for three days, no fever."
 
 
+@pytest.fixture(scope="module")
+def analyser() -> Any:
+    """presidio in this process, as the program that forks the children builds it."""
+    with scan_engine.model_folder() as folder:
+        return scan_engine.make(folder)
+
+
+@pytest.fixture(scope="module")
+def scanner() -> Iterator[Scanner]:
+    with Scanner() as started:
+        yield started
+
+
+@pytest.fixture
+def started(scanner: Scanner, monkeypatch: pytest.MonkeyPatch) -> Scanner:
+    """The module's scanner, for each table [data.scan]: a start takes five seconds of a core."""
+    monkeypatch.setattr(scan, "Scanner", lambda *_: nullcontext(scanner))
+    return scanner
+
+
+class Stand:
+    """Stands in for a Scanner that is started. find: what it finds in a text."""
+
+    def __init__(self, find: Callable[[str], list[Finding]]) -> None:
+        self.find = find
+
+    def __call__(self, texts: Sequence[str]) -> list[list[Finding]]:
+        return [self.find(text) for text in texts]
+
+
+def redacted(analyser: Any, text: str) -> str:
+    return redact(text, [f for f in scan_engine.find(analyser, text) if f.score >= 0.35])
+
+
+# ------------------------------------------------------------------------- what is found
+
+
 @installed
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_is_found_and_redacted(kind: str) -> None:
+def test_each_kind_is_found_and_redacted(kind: str, analyser: Any) -> None:
     text = TEXTS[kind]
-    kinds = {finding.kind for finding in Scanner()(text)}
-    assert kind in kinds
-    redacted = Scanner((kind,)).redacted(text)  # type: ignore[arg-type]
-    assert f"[{kind}]" in redacted
-    (finding,) = Scanner((kind,))(text)  # type: ignore[arg-type]
-    assert text[finding.start : finding.end] not in redacted
+    hits = [f for f in scan_engine.find(analyser, text) if f.kind == kind and f.score >= 0.35]
+    (finding,) = choose(hits)
+    without = redact(text, hits)
+    assert f"[{kind}]" in without and text[finding.start : finding.end] not in without
 
 
 @installed
-def test_clinical_numbers_are_no_identifiers() -> None:
-    assert Scanner()(CLINICAL) == []
-    assert Scanner().redacted(CLINICAL) == CLINICAL
+def test_clinical_numbers_are_no_identifiers(scanner: Scanner) -> None:
+    assert scanner([CLINICAL]) == [[]]
 
 
 @installed
-def test_a_number_without_its_check_digit_is_none() -> None:
-    assert not Scanner(("nhs_number",))("NHS 943 476 5918 on the label.")
+def test_a_number_without_its_check_digit_is_none(analyser: Any) -> None:
+    found = scan_engine.find(analyser, "NHS 943 476 5918 on the label.")
+    assert "nhs_number" not in {finding.kind for finding in found}
 
 
 @installed
-def test_a_word_of_another_text_that_has_the_same_hash_changes_nothing() -> None:
+def test_a_word_of_another_text_that_has_the_same_hash_changes_nothing(analyser: Any) -> None:
+    """tests/mutants has the twin, in which the words of one text stay for the next."""
     from spacy.strings import hash_string
 
     word, made = COLLIDING
     assert hash_string(word) == hash_string(made)
     text = f"Seen with {word} at the ward. Mary Smith, her sister, called from Leeds."
-    process_cache.clear()
-    alone = Scanner().redacted(text)
+    alone = redacted(analyser, text)
     assert "[name]" in alone and "Mary" not in alone
-    process_cache.clear()
-    Scanner().redacted(f"Reviewed {made} today, no change.")
-    assert Scanner().redacted(text) == alone
+    with scan_engine.model_folder() as folder:
+        another = scan_engine.make(folder)
+    redacted(another, f"Reviewed {made} today, no change.")
+    assert redacted(another, text) == alone
 
 
 @installed
 def test_a_text_on_which_the_analysis_stops_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    analyser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word, made = COLLIDING
     text = f"Seen with {word} at the ward. Mary Smith, her sister, called from Leeds."
-    process_cache.clear()
-    alone = Scanner().redacted(text)
-    process_cache.clear()
-    analyser: Any = scan.engine()
-    honest = analyser.analyze
+    alone, honest = redacted(analyser, text), analyser.analyze
 
     def stops(text: str, **given: Any) -> Any:
         found = honest(text, **given)
@@ -144,59 +180,132 @@ def test_a_text_on_which_the_analysis_stops_leaves_nothing(
 
     monkeypatch.setattr(analyser, "analyze", stops)
     with pytest.raises(MemoryError):
-        Scanner().redacted(f"Reviewed {made} today, no change.")
-    assert Scanner().redacted(text) == alone
+        redacted(analyser, f"Reviewed {made} today, no change.")
+    assert redacted(analyser, text) == alone
 
 
-def test_overlapping_findings_go_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = (
+def test_overlapping_findings_go_as_a_whole() -> None:
+    found = [
         Finding("name", 2, 6, 0.6),
         Finding("address", 4, 9, 0.9),
         Finding("date", 11, 12, 0.2),
-    )
-    monkeypatch.setattr(scan, "_scan", lambda text: found)
-    assert Scanner().redacted("0123456789abcdef") == "01[address]9abcdef"
-    assert Scanner()("0123456789abcdef") == [found[1]]
-    assert Scanner(threshold=0.1).redacted("0123456789abcdef") == "01[address]9a[date]cdef"
+    ]
+    assert redact("0123456789abcdef", found[:2]) == "01[address]9abcdef"
+    assert choose(found[:2]) == [found[1]]
+    assert redact("0123456789abcdef", found) == "01[address]9a[date]cdef"
 
 
-def test_what_is_chosen_is_what_comparing_all_with_all_chooses(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_chosen_is_what_comparing_all_with_all_chooses() -> None:
     draw = random.Random(0)
     for _ in range(200):
         starts = [draw.randrange(40) for _ in range(12)]
-        found = tuple(
+        found = [
             Finding(draw.choice(("name", "date")), at, at + draw.randint(1, 6), draw.random())
             for at in starts
-        )
-        monkeypatch.setattr(scan, "_scan", lambda text, found=found: found)
+        ]
         best = list[Finding]()
         for hit in sorted(found, key=lambda f: (-f.score, f.start - f.end, f.start)):
             if all(hit.end <= other.start or hit.start >= other.end for other in best):
                 best.append(hit)
-        assert Scanner(threshold=0)("x" * 50) == sorted(best, key=lambda f: f.start)
+        assert choose(found) == sorted(best, key=lambda f: f.start)
 
 
-def test_many_findings_take_no_more_than_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tuple(Finding("ip", 3 * n, 3 * n + 2, 0.9) for n in range(8000))
-    monkeypatch.setattr(scan, "_scan", lambda text: found)
+def test_many_findings_take_no_more_than_their_number() -> None:
+    found = [Finding("ip", 3 * n, 3 * n + 2, 0.9) for n in range(8000)]
     began = time.process_time()
-    assert Scanner().redacted("ab " * 8000) == "[ip] " * 8000
+    assert redact("ab " * 8000, found) == "[ip] " * 8000
     assert time.process_time() - began < 1  # all with all: 9 s
 
 
-@pytest.mark.parametrize("action", ["redact", "leave_out"])
-def test_a_record_that_is_too_long_is_left_out_unscanned_and_alone(
-    action: str,
-    jsonl: Callable[..., Path],
-    study: Callable[..., Study],
-    tokenizer: PreTrainedTokenizerBase,
+def test_the_threshold_and_the_kinds_are_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Finding("name", 0, 2, 0.4), Finding("date", 3, 5, 0.9), Finding("date", 3, 6, 0.2)]
+    scanner = Scanner(("date",), 0.5)
+    monkeypatch.setattr(scanner, "_find", lambda texts: [found for _ in texts])
+    assert scanner(["abcdefg"]) == [[found[1]]]
+
+
+# ------------------------------------------------------------------------- the child
+
+
+def test_what_a_child_answers_is_read_as_findings_in_its_text() -> None:
+    found = [Finding("name", 0, 4, 0.9), Finding("date", 2, 3, 0.1)]
+    assert unpack(pack(found), 4) == found
+    for wrong in (
+        b"{}", b"[1]", b'[["name", 0, 4]]', b'[["name", 0, 5, 0.9]]', b'[["name", -1, 4, 0.9]]',
+        b'[["name", 3, 3, 0.9]]', b'[["name", true, 4, 0.9]]', b'[["name", 0, 4, NaN]]',
+        b'[["nobody", 0, 4, 0.9]]', b'[[["name"], 0, 4, 0.9]]', b"[[[[", b"",
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):
+            unpack(wrong, 4)
+
+
+@installed
+def test_a_child_finds_what_this_process_finds(scanner: Scanner, analyser: Any) -> None:
+    process_cache.clear("scanned")
+    texts = [*TEXTS.values(), *TEXTS.values(), CLINICAL, PLANTED, "", "\n"]
+    here = [[f for f in scan_engine.find(analyser, text) if f.score >= 0.35] for text in texts]
+    assert scanner(texts) == here
+    assert scanner(texts) == here  # from the cache
+
+
+@installed
+def test_a_text_that_takes_too_long_costs_its_own_unit_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The text takes some six seconds of a core; tests/mutants has the twin without a limit."""
+    process_cache.clear("scanned")
+    monkeypatch.setattr(scan, "CPU_SECONDS", 2)
+    slow, quick = ":: " * (scan.MOST // 3 - 9), Record(unit="b", prompt=PLANTED, completion="yes")
+    units = [[quick], [Record(unit="a", prompt=slow, completion="yes"), quick], [quick]]
+    with scan.scanning(ScanTable(action="redact")) as applied:
+        assert applied is not None
+        one, two, three = ([getattr(r, "prompt", r) for r in applied(unit)] for unit in units)
+    assert two == [UNSCANNED, UNSCANNED]
+    assert one == three and "Adeyemi" not in one[0] and "[name]" in one[0]
+
+
+@installed
+def test_children_are_as_many_as_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[int]()
+    honest = scan.Children.run
+
+    def run(self: Any, inputs: Sequence[bytes], *rest: Any, **options: Any) -> Any:
+        given.append(len(inputs))
+        return honest(self, inputs, *rest, **options)
+
+    monkeypatch.setattr(scan.Children, "run", run)
+    for texts in ([PLANTED], [PLANTED, KEPT, CLINICAL]):
+        process_cache.clear("scanned")
+        given.clear()
+        with scan.scanning(ScanTable(action="redact"), 8) as applied:
+            assert applied is not None
+            for text in texts:
+                applied([Record(unit="a", prompt=text, completion="yes")])
+        assert len(given) == 10  # of eight units and a quarter
+
+
+def test_few_findings_are_cached_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    process_cache.clear("scanned")
+    asked = list[str]()
+
+    def find(_: Any, text: str) -> list[Finding]:
+        asked.append(text)
+        return [Finding("ip", n, n + 1, 0.9) for n in range(len(text))]
+
+    monkeypatch.setattr(scan_engine, "find", find)
+    scanner = Scanner()
+    scanner._analyser = object()  # type: ignore[assignment]
+    few, many = "ab", "a" * scan.CACHED_BYTES
+    for _ in range(2):
+        assert list(map(len, scanner([few, many, few]))) == [2, len(many), 2]
+    assert asked == [few, many, many]
+    process_cache.clear("scanned")
+
+
+@pytest.mark.parametrize("redacts", [True, False])
+def test_a_record_that_is_too_long_is_left_out_unscanned_and_alone(redacts: bool) -> None:
     lengths = list[int]()
-    monkeypatch.setattr(scan, "engine", lambda: None)
-    monkeypatch.setattr(scan, "_scan", lambda text: lengths.append(len(text)) or ())
+    applied = RecordScan(Stand(lambda text: lengths.append(len(text)) or []), redacts)  # type: ignore
     texts = {  # beside "yes"
         "a": spaced(scan.MOST - 2),
         "b": KEPT,
@@ -204,15 +313,17 @@ def test_a_record_that_is_too_long_is_left_out_unscanned_and_alone(
         "d": "x" * (scan.WORD + 1),
         "e": "x" * scan.WORD,
     }
-    read = data(jsonl(*rows(texts)), action, study({"unit": "patient"}), tokenizer)
-    assert read.rejected["too long to scan"] == 2
+    records = [Record(unit=k, prompt=text, completion="yes") for k, text in texts.items()]
+    read = [one if isinstance(one, str) else one.prompt for one in applied(records)]
+    assert read == [TOO_LONG, texts["b"], texts["c"], TOO_LONG, texts["e"]]
     assert scan.WORD in lengths and scan.WORD + 1 not in lengths
-    assert max(lengths) == scan.MOST - 3  # scanned; what the study's max_length says is another's
-    assert KEPT in " ".join(texts_in(read, tokenizer))
+    assert max(lengths) == scan.MOST - 3
 
 
 @installed
-def test_no_pattern_is_given_up_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pattern_is_given_up_by_the_clock(
+    analyser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """presidio goes on without a pattern that took too long on a busy machine."""
 
     class Slow:
@@ -224,31 +335,31 @@ def test_no_pattern_is_given_up_by_the_clock(monkeypatch: pytest.MonkeyPatch) ->
                 raise TimeoutError
             return self.real.finditer(text)
 
-    assert Scanner()(TEXTS["mrn"])  # every pattern is compiled
-    for recogniser in scan.engine().registry.recognizers:
+    assert scan_engine.find(analyser, TEXTS["mrn"])  # every pattern is compiled
+    for recogniser in analyser.registry.recognizers:
         for pattern in getattr(recogniser, "patterns", ()):
             monkeypatch.setattr(pattern, "compiled_regex", Slow(pattern.compiled_regex))
-    process_cache.clear("scanned")
     for kind in {*KINDS} - {"place"}:
-        assert kind in {finding.kind for finding in Scanner()(TEXTS[kind])}
+        assert kind in {finding.kind for finding in scan_engine.find(analyser, TEXTS[kind])}
 
 
 @installed
-def test_no_text_and_no_lookup_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_text_and_no_lookup_leaves_the_machine(
+    analyser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """presidio's own recogniser of e-mail addresses fetches a list from the internet."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a connection")
 
-    scan.engine()
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    process_cache.clear("scanned")
-    assert all(Scanner()(text) for text in TEXTS.values())
+    assert all(scan_engine.find(analyser, text) for text in TEXTS.values())
 
 
 @installed
 def test_context_is_looked_for_near_a_find_and_gives_what_presidio_gives(
+    analyser: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Work does not grow with the square of a text. Twin: presidio's own enhancer is given all
@@ -257,7 +368,7 @@ def test_context_is_looked_for_near_a_find_and_gives_what_presidio_gives(
 
     from fedtune.core.data import scan_context
 
-    analyser, draw = scan.engine(), random.Random(11)
+    draw = random.Random(11)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 90))) for _ in range(12)]
     texts.append("word " * 300 + "ssn 078-05-1120 " + ":: " * 300)
     given = list[tuple[int, type]]()
@@ -269,11 +380,10 @@ def test_context_is_looked_for_near_a_find_and_gives_what_presidio_gives(
 
     monkeypatch.setattr(LemmaContextAwareEnhancer, "_add_n_words", staticmethod(add_n_words))
 
-    def found(enhancer: LemmaContextAwareEnhancer) -> list[tuple[Finding, ...]]:
+    def found(enhancer: LemmaContextAwareEnhancer) -> list[list[Finding]]:
         given.clear()
-        process_cache.clear("scanned")
         monkeypatch.setattr(analyser, "context_aware_enhancer", enhancer)
-        return [scan._scan(text) for text in texts]
+        return [scan_engine.find(analyser, text) for text in texts]
 
     assert isinstance(analyser.context_aware_enhancer, scan_context.NearContext)
     ours = found(scan_context.NearContext())
@@ -340,6 +450,7 @@ def test_what_trains(
 @pytest.mark.parametrize("action", ["redact", "leave_out"])
 def test_one_record_more_changes_none_of_the_others(
     action: str,
+    started: Scanner,
     jsonl: Callable[..., Path],
     study: Callable[..., Study],
     tokenizer: PreTrainedTokenizerBase,
@@ -352,22 +463,37 @@ def test_one_record_more_changes_none_of_the_others(
         assert texts_in(read, tokenizer)[-len(without.examples) :] == texts_in(without, tokenizer)
 
 
-@installed
-def test_a_record_on_which_the_scan_fails_is_rejected_alone(
+def test_a_unit_on_which_the_scan_fails_is_left_out_alone(
     jsonl: Callable[..., Path],
     study: Callable[..., Study],
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(text: str) -> tuple[Finding, ...]:
-        if "Adeyemi" in text:
-            raise ValueError(text)
-        return ()
-
-    monkeypatch.setattr(scan, "_scan", fails)
     path = jsonl(*rows({"a": PLANTED, "b": KEPT, "c": KEPT}))
+    for error, reason in ((ChildFailed(), UNSCANNED), (ValueError(PLANTED), "cannot be read")):
+
+        def fails(text: str, error: Exception = error) -> list[Finding]:
+            if "Adeyemi" in text:
+                raise error
+            return []
+
+        monkeypatch.setattr(scan, "Scanner", lambda *_, fails=fails: nullcontext(Stand(fails)))
+        read = data(path, "redact", study({"unit": "patient"}), tokenizer)
+        assert read.n_units == 2 and read.rejected[reason] == 1
+
+
+@installed
+def test_a_text_that_is_no_unicode_is_rejected_alone(
+    started: Scanner,
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    path = jsonl(*rows({"b": KEPT}))
+    half = '{"who": "%s", "q": "Seen \\ud800 today", "a": "yes"}'
+    path.write_text("\n".join([path.read_text().strip(), half % "a", half % "b"]))
     read = data(path, "redact", study({"unit": "patient"}), tokenizer)
-    assert read.n_units == 2 and read.rejected["cannot be read"] == 1
+    assert read.n_units == 1 and KEPT in " ".join(texts_in(read, tokenizer))
 
 
 def test_without_the_package_nothing_trains_unscanned(
@@ -376,7 +502,6 @@ def test_without_the_package_nothing_trains_unscanned(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    process_cache.clear("scanners")
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     path = jsonl(*rows({"a": PLANTED, "b": KEPT}))
     with pytest.raises(ModelError, match=r"fedtune\[scan\]"):
@@ -387,20 +512,19 @@ def test_without_the_package_nothing_trains_unscanned(
 @installed
 def test_another_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
-    process_cache.clear("scanners")
 
     def download(name: str, version: str, into: Path, *options: str) -> Path:
         into.joinpath("other.whl").write_bytes(b"other")
         return into / "other.whl"
 
     monkeypatch.setattr(scan_engine, "download", download)
-    with pytest.raises(ModelError, match="its sha256 is"):
-        scan.engine()
+    with pytest.raises(ModelError, match="its sha256 is"), scan_engine.model_folder():
+        pass
     assert list((tmp_path / "scan").iterdir()) == []
     kept = tmp_path / "scan" / scan_engine.FILE
     kept.write_bytes(b"changed afterwards")
-    with pytest.raises(ModelError, match="its sha256 is"):
-        scan.engine()
+    with pytest.raises(ModelError, match="its sha256 is"), scan_engine.model_folder():
+        pass
     assert wheel.verify  # the same check as of a base
 
 
@@ -436,15 +560,14 @@ def test_the_command_counts_and_shows_no_text(
 def test_the_command_counts_what_it_cannot_scan_and_goes_on(
     jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(text: str) -> tuple[Finding, ...]:
+    def fails(text: str) -> list[Finding]:
         assert len(text) <= scan.MOST
         if "Adeyemi" in text:
-            raise ValueError(text)
-        return (Finding("mrn", 0, 3, 0.9),) if "MRN" in text else ()
+            raise ChildFailed
+        return [Finding("mrn", 0, 3, 0.9)] if "MRN" in text else []
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scan, "_scan", fails)
-    monkeypatch.setattr(data_scan, "engine", lambda: None)
+    monkeypatch.setattr(data_scan, "Scanner", lambda *_: nullcontext(Stand(fails)))
     texts = {"a": PLANTED, "b": spaced(scan.MOST), "c": KEPT, "d": TEXTS["mrn"]}
     jsonl(*rows(texts), name="notes.jsonl")
     (tmp_path / "site.toml").write_text(SITE)
@@ -460,7 +583,6 @@ def test_the_command_says_what_to_install(
     jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    process_cache.clear("scanners", "scanned")
     monkeypatch.setitem(sys.modules, "spacy", None)
     jsonl(*rows({"a": PLANTED}), name="notes.jsonl")
     (tmp_path / "site.toml").write_text(SITE)

@@ -30,6 +30,7 @@ PROGRAMS = (
     "fedtune.core.vault.process",
     "fedtune.core.data.conversion_process",
     "fedtune.core.data.media_process",
+    "fedtune.core.data.scan_process",
 )
 BY_NAME = (OBJECTIVES, MODALITIES, SOURCES)  # what a plan or a site file names a class of
 SMALL = 2  # lines of a package's __init__ that holds a docstring alone

@@ -539,8 +539,8 @@ MUTANTS = (
     ),
     one(
         33, "a-teachers-refusal-is-everybodys", TOKENS,
-        "per_unit(self._examples_with_targets, (Example, str))(pairs)\n",
-        "[self._add_targets(record, example) for record, example in pairs]\n",
+        "per_unit(self._examples_with_targets, (Example, str))(usable)\n",
+        "[self._add_targets(o.scanned, o.example) for o in usable]\n",
         T_ALONE, "one record that is too long for the teacher switches the site to noise",
     ),
     one(

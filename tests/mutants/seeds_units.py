@@ -244,8 +244,8 @@ MUTANTS = (
     ),
     one(
         "units", "an-example-knows-whose-it-is", "fedtune/core/data/load.py",
-        "        made = per_unit(self._examples, (Example, str))(nameless)\n",
-        "        made = per_unit(self._examples, (Example, str))(records)\n",
+        "        scanned = self._scan(nameless)\n",
+        "        scanned = self._scan([*records])\n",
         "tests/data/test_per_unit.py::"
         "test_what_makes_examples_learns_neither_whose_they_are_nor_where_they_stand",
         "a unit's key or place decides what is made of its rows",

@@ -63,7 +63,7 @@ WIRE_MUTANTS = (
     ),
     _one(
         "cap", "the-cap-follows-the-file's-order", TOKENS,
-        "(not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)",
+        "(not is_kept(one.record), hashlib.sha256(content_of(one.record)).hexdigest(), index)",
         "(False, '', index)",
         "tests/data/test_data_units.py::test_the_cap_depends_on_the_patients_own_records_alone",
         "which records are kept depends on others",

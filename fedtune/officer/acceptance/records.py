@@ -20,7 +20,7 @@ from fedtune.core.data.files import Place
 from fedtune.core.data.identity import identities, identity_of
 from fedtune.core.data.load import LONG, UnitReader, check_columns
 from fedtune.core.data.records import Record, content_of, read_file, record_member, unit_member
-from fedtune.core.data.scan import record_scan
+from fedtune.core.data.scan import scanning
 from fedtune.core.errors import DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.network import Network
@@ -91,18 +91,19 @@ def read_held_out(
     reasons = _left_out(read.records, site, ledger, patients, taught)
     objective = study.objective.resolved
     choices = study.evaluation.choices if study.evaluation else ()
-    reader = UnitReader(
-        study.objective, network.tokenizer, record_format, objective.outputs > 0, True,
-        network.reader, choices=choices, scan=record_scan(table.scan),
-    )  # fmt: skip
     rejected = read.rejected
     kept, examples = list[Record](), list[Example]()
-    for record in read.records:
-        if record.unit not in reasons:
-            unit = reader([record])
-            rejected.update(reason for _, reason in unit.rejected)
-            kept += unit.records
-            examples += unit.examples
+    with scanning(table.scan) as scan:
+        reader = UnitReader(
+            study.objective, network.tokenizer, record_format, objective.outputs > 0, True,
+            network.reader, choices=choices, scan=scan,
+        )  # fmt: skip
+        for record in read.records:
+            if record.unit not in reasons:
+                unit = reader([record])
+                rejected.update(reason for _, reason in unit.rejected)
+                kept += unit.records
+                examples += unit.examples
     if not kept:
         raise DataError(
             f"{table.where}: no record is left by which to judge the model (left out: "

@@ -17,7 +17,7 @@ from fedtune.core.data.dataset import Dataset, Example
 from fedtune.core.data.identity import identities, identity_of
 from fedtune.core.data.load import UnitReader, check_columns
 from fedtune.core.data.records import Record, read_file, unit_member
-from fedtune.core.data.scan import record_scan
+from fedtune.core.data.scan import scanning
 from fedtune.core.errors import DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.patient_column import check_column_stays
@@ -68,22 +68,23 @@ def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
     check_column_stays(ledger, site, site.data.name, unit, at_site=True)
     read = read_file(site.data, unit=unit)
     reasons = _left_out(read.records, site, ledger, by_patient)
-    reader = UnitReader(
-        study.objective, network.tokenizer, record_format, study.objective.resolved.outputs > 0,
-        True, network.reader, max_records=study.max_records_per_unit if by_patient else None,
-        scan=record_scan(site.data.scan),
-    )  # fmt: skip
     by_unit: dict[str, list[Record]] = {}
     for record in read.records:
         if record.unit not in reasons:
             by_unit.setdefault(record.unit, []).append(record)
     rejected, hashes, examples = Counter(read.rejected), list[str](), list[Example]()
-    for key in sorted(by_unit, key=lambda unit: ledger.hashed(unit_member(unit))):
-        result = reader(by_unit[key])
-        rejected.update(reason for _, reason in result.rejected)
-        if result.examples:
-            examples += [replace(example, unit=len(hashes)) for example in result.examples]
-            hashes.append(ledger.hashed(unit_member(key)))
+    with scanning(site.data.scan, site.data.declared_size) as scan:
+        reader = UnitReader(
+            study.objective, network.tokenizer, record_format, study.objective.resolved.outputs > 0,
+            True, network.reader, scan=scan,
+            max_records=study.max_records_per_unit if by_patient else None,
+        )  # fmt: skip
+        for key in sorted(by_unit, key=lambda unit: ledger.hashed(unit_member(unit))):
+            result = reader(by_unit[key])
+            rejected.update(reason for _, reason in result.rejected)
+            if result.examples:
+                examples += [replace(example, unit=len(hashes)) for example in result.examples]
+                hashes.append(ledger.hashed(unit_member(key)))
     left_out = Counter(reasons.values())
     if len(hashes) < LEAST:
         who = "patients" if by_patient else "records"
