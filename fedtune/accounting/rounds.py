@@ -16,7 +16,8 @@ def with_rounds(study: Study) -> Study:
         return study
     if study.training.sampling_rate is None:
         raise ConfigError(
-            "training.rounds is missing and training.expected_batch makes q differ between sites",
+            "training.rounds is missing, and cannot be computed: with training.expected_batch the "
+            "sampling rate differs between sites",
             "training.sampling_rate, or training.rounds",
         )
     rounds = resolve(study, declared_size=1).rounds

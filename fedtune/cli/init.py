@@ -196,10 +196,10 @@ COLLUDING = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Let all sites share one dose of noise (secure aggregation), so that there is "
-        "less of it. The study's ε then holds if at most N sites collude with the "
-        "coordinator; a larger ε holds in any case. Default: each site adds all of its "
-        "noise itself.",
+        help="Secure aggregation: let each site add only a part of the noise, so that the sum of "
+        "all sites has less of it. The study's ε then holds if at most N sites collude with the "
+        "coordinator; a larger ε holds in any case. Default: each site adds all of the noise that "
+        "its own update needs.",
         show_default=False,
     ),
 ]

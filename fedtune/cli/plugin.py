@@ -31,8 +31,8 @@ CHECK_PLUGIN_GROUP = Annotated[
     Groups,
     typer.Option(
         metavar="GROUP",
-        help="Kind of the plug-in. Those of other packages are found by entry points of the group "
-        "fedtune.GROUP, such as fedtune.strategies. Sources cannot come from other packages.",
+        help="Kind of the plug-in. A plug-in of another package is found by its entry point in the "
+        "group fedtune.GROUP, such as fedtune.strategies. Another package cannot bring a source.",
     ),
 ]
 CHECK_PLUGIN_OPTION = Annotated[

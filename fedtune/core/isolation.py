@@ -272,9 +272,10 @@ def hide_command_line() -> bool:
 
 def keep_files_in_memory() -> None:
     """Read every page of the files that are mapped into this process's memory, such as libraries,
-    and keep them mapped. Linux drops no page that a process has mapped only because another asks
-    for it; so nobody can tell by what comes back into memory which of them a forked process uses.
-    Before Linux 5.14 nothing is done. Linux may still drop such pages where memory is short.
+    and keep these pages mapped. As long as they are mapped, another process cannot have Linux drop
+    them from memory. Otherwise it could see which of them are read in again, and so which of them a
+    forked process uses. Before Linux 5.14 nothing is done. If memory is short, Linux may still drop
+    such pages.
 
     Errors: InfrastructureError if there is too little memory to read them."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise

@@ -258,13 +258,13 @@ def _of_call(numbers: Numbers, lines: Lines) -> Lines:
 def _if_argument(
     argument: int, values: Collection[int], mask: int = 0, given: int = ALLOW
 ) -> Lines:
-    """Build lines of a filter that decide a call by one of its arguments, and refuse it if the
-    argument has none of some values.
+    """Build lines of a filter that decide a system call by one of its arguments. If the argument is
+    one of `values`, the decision is `given`; otherwise the call is refused.
 
     - argument: where the argument stands in the call's data (FIRST, SECOND, …)
-    - values: the values for which the call is not refused
+    - values: the values with which the argument is compared
     - mask: which bits of the argument are compared; 0: all
-    - given: what is decided for these values"""
+    - given: the decision if the argument is one of `values`"""
     lines: Lines = [(LOAD, 0, 0, argument)]
     if mask:
         lines.append((MASK, 0, 0, mask))

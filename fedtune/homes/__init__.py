@@ -1,2 +1,3 @@
-"""Homes on this machine: which of them pays for which records, and whether a home's ledger is still
-there before it is opened."""
+"""Keep account of the homes on this machine. A home is a folder with a ledger. This package records
+from which home's ledger which records are paid, and checks that a home's ledger is still there
+before it is opened."""

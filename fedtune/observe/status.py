@@ -393,7 +393,8 @@ def read_status(folder: Path) -> Snapshot:
     rows = (checked.get("studies") or {}).values()
     whole = all(row and {"role", "state", "sites"} <= row.keys() for row in rows)
     if not whole or any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
-        raise InputError(f"{path}: not a status", expected, todo)
+        what = "not the status of a run, a coordinator or a site"
+        raise InputError(f"{path}: {what}", expected, todo)
     return Snapshot(folder, checked, held(folder / LOCK))
 
 

@@ -311,10 +311,12 @@ def _about_teacher(study: Study, site: Site) -> list[Refused]:
 def cost_refusals(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
 ) -> list[Refused]:
-    """List the refusals that the ledger causes: one if the study protects records and a column told
-    patients apart earlier, or else one for earlier charges whose ε is not known; and one for each
-    limit that the cost, added to what was spent, would exceed. In a study without a last round,
-    only charges that count for a patient who arrives now are added.
+    """List the refusals that the ledger causes, at most two of them.
+
+    The first is because the study protects records, although a patient column told patients apart
+    earlier. If that is not so, it is because the ε of earlier charges is not known. The second is
+    because the study's cost, added to what was spent, exceeds a limit (`Budget.check`). In a study
+    without a last round, only charges that count for a patient who arrives now are added.
 
     - study: the plan
     - site: the site, whose policy has the limits and whose [data] names the dataset that pays

@@ -56,10 +56,11 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Return for each record a part of the metric's improvement from `before` to `after`: (n,),
-    above 0 if `after` is better on the record. The parts are such that their sum rises and falls
-    with the improvement when the two scores of some records are exchanged. Return None for a metric
-    without such parts (F1)."""
+    """Return for each record its part in the metric's improvement from `before` to `after`: (n,),
+    above 0 if `after` is better on the record. If `before` and `after` exchange their scores of a
+    record, that record's part changes its sign; the sum of the parts is larger for one exchange of
+    records than for another exactly if the improvement is. Return None for a metric that has no
+    such parts (F1)."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss

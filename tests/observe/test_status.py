@@ -353,5 +353,5 @@ def test_a_status_that_fedtune_did_not_write_is_not_shown(
     (tmp_path / "status.json").write_text(json.dumps(body))
     assert run(tmp_path, "--once").exit_code == 0
     (tmp_path / "status.json").write_text(json.dumps(body | {key: value}))
-    with pytest.raises(InputError, match="not a status"):
+    with pytest.raises(InputError, match="not the status of a run"):
         read_status(tmp_path)

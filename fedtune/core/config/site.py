@@ -417,7 +417,7 @@ class VaultTable(Table):
 
     @property
     def command(self) -> list[str]:
-        """The command, split into its words."""
+        """The command of the key `run`, split into its words."""
         return shlex.split(self.run)
 
 

@@ -111,8 +111,8 @@ class _PlugIn:
             raise ConfigError(
                 f"data.convert.name = {self._name!r}: {self._value} cannot be imported "
                 f"({type(error).__name__}: {error})",
-                "modules of the plug-in, of what it requires, and of the standard library's for "
-                "text, numbers and dates",
+                "imports only of the plug-in's own modules, of packages that it requires, and of "
+                "the standard library's modules for text, numbers and dates",
             ) from None
         return CONVERTERS.build_found(self._name, self._value, found, self._options)
 

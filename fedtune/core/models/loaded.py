@@ -159,9 +159,10 @@ def load(
     - sent: whether the run was received from elsewhere. Its base is then the one in the run's own
       folder, or is found on this machine by digest, never by name
 
-    Guarantee: with `digest` given, a model that computes anything else is refused. Errors:
-    ModelError (not found, another digest, or it cannot be loaded); ConfigError (plan.json is not
-    valid); PolicyRefused (sent, and its base is not on this machine)."""
+    Guarantee: if `digest` is given, only a model with this digest is loaded. The digest covers all
+    that the model computes. Errors: ModelError (not found, another digest, or it cannot be loaded);
+    ConfigError (plan.json is not valid); PolicyRefused (sent, and its base is not on this
+    machine)."""
     run = place_of(str(source))
     study = load_plan(run) if (run / PLAN).is_file() else None
     if study and sent:

@@ -262,8 +262,9 @@ class _Bench:
 
 
 def _parity(bench: _Bench) -> float:
-    """Oracle (a): measure the largest relative difference of a row, or of the clipped sum, from
-    what plain autograd computes record by record."""
+    """Oracle (a), a check of this self-test: find each row (the gradient of a unit or of a record)
+    and the clipped sum with the engine that will train, and again with plain autograd, one record
+    at a time. Return the largest relative difference of a row or of the sum."""
     measured, reference = bench.rows(bench.data).double(), _one_by_one(bench)
     rows = float(
         ((measured - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)).max()

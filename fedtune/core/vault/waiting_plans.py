@@ -16,8 +16,8 @@ MOST_BYTES = 2**20  # largest size of a plan as JSON
 
 
 def check_plan_length(plan: str) -> None:
-    """Check that a plan, as a coordinator sent it, is no longer than any site reads. Errors:
-    PolicyRefused."""
+    """Check that a plan, as a coordinator sent it, is no longer than MOST_BYTES, the limit at every
+    site. Errors: PolicyRefused."""
     if len(plan) > MOST_BYTES or len(plan.encode()) > MOST_BYTES:
         raise PolicyRefused(
             "the plan is too large", f"at most {MOST_BYTES:,} bytes as JSON", "shorten its texts"

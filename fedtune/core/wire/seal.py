@@ -237,7 +237,9 @@ def check_end(message: Mapping[str, Any], digest: str, public: str) -> None:
 
     Errors: SealError."""
     if not verifies(public, _end(digest), str(message.get("finished_signature"))):
-        raise SealError("the end of the study is not signed by the coordinator of its plan")
+        raise SealError(
+            "the message that the study has ended is not signed by the coordinator of its plan"
+        )
 
 
 def _end(digest: str) -> bytes:

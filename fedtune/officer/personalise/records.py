@@ -1,8 +1,8 @@
 """Read the records on which a site's personal model is trained: the site's own, without those that
 are held out.
 
-Guarantee: no patient is trained on who withdrew, who did not consent, or who is recognised among
-the records of [acceptance] or [evaluation], by key or by content (`_left_out`)."""
+Guarantee: patients are left out if they withdrew, did not consent, or are recognised by key or by
+content among the records of [acceptance] or [evaluation] (`_left_out`)."""
 
 from __future__ import annotations
 
