@@ -129,8 +129,8 @@ def _unprotected(found: Documents) -> str:
     if WHEN["free query"](found):
         names = ", ".join(sorted(report["free_query"]))
         told.append(
-            f"That one patient decides in a query or a view which records of another are read, at "
-            f"{names}."
+            f"What is read of one patient, where another's rows change it in a query or a view: "
+            f"at {names}."
         )
     return "\n".join(f"- {text}" for text in told)
 
