@@ -217,11 +217,12 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 
 def begin_again(study: Study) -> Start:
     """Compute again the starting point of a finished run's study: its adapter before the first
-    round, and all else that public text gives. The digests of these in the plan are not compared,
-    since on another machine public text gives the same start only up to rounding. (The digest of a
-    basis of class statistics is ignored by `start` itself.)
+    round, and all else that is computed from public text. The results are not compared with their
+    digests in the plan, since another machine computes the same start only up to rounding. The
+    digests are removed from the plan for this, except that of a basis of class statistics, which
+    `start` never compares.
 
-    Errors: ConfigError if the public text is not here, ModelError."""
+    Errors: ConfigError if this machine does not have the public text, ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
         table = study.lora.preconditioner

@@ -151,9 +151,9 @@ def memberships(
         typer.Option(
             "--anyway",
             help="With --end: end the membership even if its studies are under way, or if its site "
-            "file cannot be used; in the second case no file is deleted. With --adopt: adopt a "
-            "later site even if it released without noise, so that no private study of the "
-            "hospital is possible any more.",
+            "file cannot be used; in the second case no file is deleted. With --adopt, if HOME has "
+            "a ledger already: adopt the site even if it released something without noise. After "
+            "that, no private study of the hospital is possible.",
         ),
     ] = False,
     forget: Annotated[

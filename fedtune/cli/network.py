@@ -158,7 +158,9 @@ def _log(home: Path) -> AuditLog:
 ADMIT_REQUESTS = Annotated[
     list[Path],
     typer.Argument(
-        metavar="REQUEST…", help="One or several requests of sites.", show_default=False
+        metavar="REQUEST…",
+        help="The files that `fedtune enroll` wrote at one or several sites.",
+        show_default=False,
     ),
 ]
 ADMIT_FINGERPRINTS = Annotated[

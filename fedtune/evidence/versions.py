@@ -1,9 +1,10 @@
-"""Check the versions of a study without a last round. Each version's verdict must follow from the
-stored comparison, its decision from the verdict and from persons' choices, and the version in use
-from the decisions and choices.
+"""Check the versions of a study that has no last round. Each version's verdict must follow from
+the stored comparison, its decision from the verdict and from people's choices, and the version in
+use from the decisions and choices.
 
     report.json                 holds the record of versions, signed with the run
-    versions/index.json         is the copy of it that the running study reads; must be equal
+    versions/index.json         holds a copy of this record, which the running study reads. The two
+                                must be equal
     versions/looked.json        keyed digests of the records of each public file, which show which
                                 files share records
     versions/look-N.json        the records' scores in the comparison of version N

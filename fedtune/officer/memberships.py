@@ -454,5 +454,5 @@ def delete_keys(site: Site) -> None:
     except OSError as error:
         raise InfrastructureError(
             f"{error.filename}: cannot be deleted ({error.strerror})",
-            todo="fix the permissions and run it again",
+            todo="fix the permissions, then run the command again",
         ) from None

@@ -147,7 +147,7 @@ def purge(contents: Listing) -> None:
         except OSError as error:
             raise InfrastructureError(
                 f"{error.filename}: cannot be deleted ({error.strerror})",
-                todo="fix the permissions and run it again",
+                todo="fix the permissions, then run the command again",
             ) from None
     if book := find_ledger(contents.home):
         book.verify()

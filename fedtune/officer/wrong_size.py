@@ -1,8 +1,8 @@
-"""Say, on the screen of a person at a site, that the declared size is far from the records' own
-number.
+"""Tell a person at a site, on the screen, that site.declared_size is far from the true number of
+units in the site's records.
 
-Guarantee: the text is for this screen alone; it is not logged or sent, and nothing depends on it
-but what the person decides."""
+Guarantee: the text is shown on this screen alone, and is neither logged nor sent. It has no effect
+but through what the person decides."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ def judge(look: Look, table: ScheduleTable) -> Judged:
     before, after = Scores.of_columns(look.before), Scores.of_columns(look.after)
     metric, level = look.metric, table.threshold
     if len(before.loss) != len(after.loss) or set(look.groups) != set(table.groups):
-        raise ValueError("not the same records, or not the plan's groups")
+        raise ValueError(
+            "the two versions were not scored on the same records, or not by the plan's groups"
+        )
     if table.margin:
         p = chance_above(changes(before, after, metric), table.margin, level)
     else:

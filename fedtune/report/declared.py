@@ -70,15 +70,16 @@ def free_query_line(report: Mapping[str, Any]) -> str:
     what this means for ε; "" if there are no such sites.
 
     >>> free_query_line({"free_query": ["north"]})
-    'A query or a view selected the records of north: what it couples between patients, as by \
-counting, ranking or averaging, is not covered by ε.'
+    "A query or a view selected the records of north: if it counts, ranks or averages, one \
+patient's rows may change what is read of another, and ε does not cover this."
     """
     names = report.get("free_query")
     if not isinstance(names, list) or not names:
         return ""
     return (
-        f"A query or a view selected the records of {' and '.join(map(str, names))}: what it "
-        "couples between patients, as by counting, ranking or averaging, is not covered by ε."
+        f"A query or a view selected the records of {' and '.join(map(str, names))}: if it "
+        "counts, ranks or averages, one patient's rows may change what is read of another, and ε "
+        "does not cover this."
     )
 
 

@@ -137,7 +137,7 @@ def refuse_second(home: Path) -> None:
     raise InfrastructureError(
         f"another coordinator of this consortium answers at {address}",
         "one coordinator at a time",
-        "stop the other one, even if only its connection was cut; then start this one again",
+        "stop the other one, even if it was only cut off for a while; then start this one again",
     )
 
 

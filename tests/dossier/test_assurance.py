@@ -295,7 +295,7 @@ def test_the_pages_example_of_a_section_is_one(signed: Any, tmp_path: Path) -> N
         ('"epsilon"]]', '"ε"]]', "row 1: unknown format 'ε'"),
         ('"epsilon"]]', '"epsilon"], "x"]', "row 1: a fact is no list"),
         ('"report.json#', '"notes.json#', "row 1: no source 'notes.json'"),
-        ('mechanism = "the', 'needs = ["luck"]\nmechanism = "the', "row 1: needs 'luck'"),
+        ('mechanism = "the', 'needs = ["luck"]\nmechanism = "the', "row 1: unknown entry 'luck'"),
         ('organisation = "Name', 'blank = "x"\norganisation = "Name', "row 2: blank 'x'"),
         ('"R2"', "7", "row 2: id is not a text"),
     ],

@@ -26,11 +26,11 @@ def given_bytes(rows: Sequence[Row]) -> bytes:
     than GIVEN_BYTES."""
     texts = (value for row in rows for value in row.values() if isinstance(value, str))
     if sum(map(len, texts)) > GIVEN_BYTES:  # a text that many rows share is written for each
-        raise ValueError("too long")
+        raise ValueError("the rows of a unit are too long to be converted")
     written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
     content = written.encode("utf-8", "surrogatepass")
     if len(content) > GIVEN_BYTES:
-        raise ValueError("too long")
+        raise ValueError("the rows of a unit are too long to be converted")
     return content
 
 
@@ -47,7 +47,7 @@ def returned_bytes(rows: object) -> bytes:
         raise TypeError("a conversion returns a list of dicts")
     content = json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
     if len(content) > BYTES:
-        raise ValueError("too long")
+        raise ValueError("the rows that the conversion returned are too long")
     return content
 
 
@@ -56,7 +56,7 @@ def returned_rows(content: bytes) -> list[Row]:
     Errors: ValueError unless they hold a list of dicts with plain, finite values by column, of at
     most BYTES bytes and VALUES values."""
     if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:
-        raise ValueError("too long")
+        raise ValueError("the rows that the conversion returned are too long")
     try:
         found = json.loads(content.decode(), parse_constant=_refuse)
     except RecursionError:

@@ -189,8 +189,8 @@ class DpPlan:
     def _drawn_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
     ) -> torch.Tensor:
-        """Draw rows, and return the sum of their clipped gradients in multiples of
-        `grid_at(dimension)`, int64 (dimension,), without noise. Arguments as for `step`."""
+        """Draw rows, and return the sum of their clipped gradients, to which no noise is added yet:
+        int64 (dimension,), in multiples of `grid_at(dimension)`. Arguments as for `step`."""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         if team is None:
             return self.clipped_sum(sampled, dimension, gradients)

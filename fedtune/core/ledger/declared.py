@@ -166,8 +166,8 @@ def check_name(
     - charged: the names of all datasets that were charged as private
     - dataset: the dataset's name
     - what: "public" or "generated", for the error's text
-    - at_site: whether a person at the site reads the error, and no coordinator. It then names the
-      dataset, which is the site's own setting
+    - at_site: whether the error is shown to a person at the site and to no coordinator. Only then
+      does the error name the dataset, since the name is the site's own setting
 
     Errors: PolicyRefused if `charged` contains the name, or a restore of the ledger lost charges,
     which may have been for any name."""

@@ -334,6 +334,6 @@ class Cohort:
 
     @property
     def entries(self) -> tuple[int, ...]:
-        """The numbers of the entries of the charges. Two cohorts with equal numbers have the same
-        charges."""
+        """The number of the ledger's entry for each charge in `spent`. Two cohorts for which these
+        numbers are equal have the same charges."""
         return tuple(spent.seq for spent in self.spent)

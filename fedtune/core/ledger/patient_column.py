@@ -31,8 +31,8 @@ def check_column_stays(
     - dataset: the dataset's name
     - unit: whose records a study or a command reads together: "patient", for which any column will
       do here, or "record"
-    - at_site: whether a person at the site reads the error, and no coordinator. It then names the
-      datasets and their columns, which are the site's own settings
+    - at_site: whether the error is shown to a person at the site and to no coordinator. Only then
+      does the error name the datasets and their columns, since these are the site's own settings
 
     Errors: PolicyRefused. No acceptance takes it away."""
     if unit == "patient":
@@ -52,9 +52,12 @@ def check_column_stays(
         for name, columns in had.items()
     )
     raise PolicyRefused(
-        "no patient column is named for records of patients whom a column told apart here: whoever "
-        "withdrew is known by that column alone" + (f" ({which})" if at_site else ""),
+        "no patient column is named, and this site has or had one"
+        + (f" ({which})" if at_site else "")
+        + " for records that may be of the same patients; without it, patients who withdrew are "
+        "not recognised",
         "the column that tells these patients apart",
-        "a person at the site names the column again (columns.patient), or, if nobody of those "
-        "patients is in this dataset, declares it disjoint from theirs under a name of its own",
+        "a person at the site names the column again (columns.patient). If none of those patients "
+        "is in this dataset, the person gives it a name of its own and lists the other dataset in "
+        "disjoint_from",
     )

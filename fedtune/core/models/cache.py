@@ -370,10 +370,11 @@ class CachedDataset:
                 on_work(done, total)
 
     def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
-        """Return how many multiplications a pass over these records in blocks takes: the total that
-        `compute_blocks` reports to `on_work`. indices: the records' places in the dataset's
-        examples; limit: the most records of a block; None: no limit but the size of a block in
-        positions."""
+        """Return how many multiplications it takes to compute these records in blocks. It is the
+        total that `compute_blocks` reports to `on_work`.
+
+        - indices: the records' places in the dataset's examples
+        - limit: the most records of a block; None: as many as BLOCK_POSITIONS positions hold"""
         return sum(
             self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
         )

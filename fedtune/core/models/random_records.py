@@ -77,11 +77,12 @@ def random_records(network: Network, study: Study, count: int = 8, length: int =
     """Generate `count` units of one record each, drawn from the study's public seed: the same
     records in every call for the same network.
 
-    - network: the network that is to read them; if its base reads files, each record has one
+    - network: the network that is to read the records; if its base reads files, each record has a
+      file
     - study: the plan, whose objective says what a record is made of
     - count: how many records
-    - length: the tokens of each passage, besides the place-holders of a file; those of the second
-      half are targets"""
+    - length: how many tokens each passage has, not counting the place-holders of a file; the tokens
+      in its second half are targets"""
     draw = np.random.default_rng(study.study.seed)
     record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))

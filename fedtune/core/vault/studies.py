@@ -35,7 +35,7 @@ def check_number(state: Path, study: Study) -> None:
         raise PolicyRefused(
             "too many studies are running at this site",
             f"at most {MOST}",
-            "end finished studies; `fedtune purge` at the site removes one",
+            "end a study that will not go on: `fedtune purge SITE --study NAME`, at the site",
         )
 
 

@@ -157,9 +157,9 @@ def _receive(connection: Channel) -> tuple[dict[str, Any], dict[str, Packed]]:
 
 
 def _is_too_long(words: int, arrays: int, data: int) -> bool:
-    """Return whether a message is longer than the half that receives it reads. Whoever sends one
-    checks this before its first byte, since the receiver of a longer one cannot find its end, and
-    so can receive no other message either.
+    """Return whether a message is longer than its receiver will read. The sender checks this before
+    it sends the first byte: a receiver cannot find the end of a message that is too long, and so
+    could not receive any later message.
 
     - words: the number of bytes of its header, which holds its tables
     - arrays: the number of its arrays

@@ -73,7 +73,7 @@ class CoordinatorPage(Page):
         return snapshot.studies if snapshot else {}
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return a row for each of the home's studies, the newest first: "name", "study" (its
+        """Return a row for each study of this coordinator, the newest first: "name", "study" (its
         status), "link" (the name of its run's page, None if there is none) and "why" (the reasons
         why it was stopped, [] if it was not)."""
         rows, runs = [], self._run_pages()

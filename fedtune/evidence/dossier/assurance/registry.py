@@ -128,7 +128,10 @@ def _unprotected(found: Documents) -> str:
     ]
     if WHEN["free query"](found):
         names = ", ".join(sorted(report["free_query"]))
-        told.append(f"What a query or a view couples between patients, at {names}.")
+        told.append(
+            f"What is read of one patient, where another's rows change it in a query or a view: "
+            f"at {names}."
+        )
     return "\n".join(f"- {text}" for text in told)
 
 

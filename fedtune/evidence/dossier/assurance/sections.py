@@ -150,7 +150,7 @@ def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
         )
     for need in row.get("needs", []):
         if need not in NEEDS:
-            raise ConfigError(f"{where}: needs {need!r}", ", ".join(NEEDS))
+            raise ConfigError(f"{where}: unknown entry {need!r} in needs", ", ".join(NEEDS))
     for fact in row.get("facts", []):
         if not (isinstance(fact, list) and len(fact) == 3 and {*map(type, fact)} == {str}):
             raise ConfigError(f"{where}: a fact is no list", '["label", "SOURCE", "FORMAT"]')
