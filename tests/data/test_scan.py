@@ -26,7 +26,6 @@ from fedtune.core.data.records import Record
 from fedtune.core.data.scan import FOUND, TOO_LONG, UNSCANNED, RecordScan, Scanner
 from fedtune.core.data.scan_findings import Finding, choose, pack, redact, unpack
 from fedtune.core.errors import ModelError
-from fedtune.core.registry import process_cache
 from fedtune.officer import data_scan
 from tests.cli_kit import run
 
@@ -241,11 +240,9 @@ def test_what_a_child_answers_is_read_as_findings_in_its_text() -> None:
 
 @installed
 def test_a_child_finds_what_this_process_finds(scanner: Scanner, analyser: Any) -> None:
-    process_cache.clear("scanned")
     texts = [*TEXTS.values(), *TEXTS.values(), CLINICAL, PLANTED, "", "\n"]
     here = [[f for f in scan_engine.find(analyser, text) if f.score >= 0.35] for text in texts]
     assert scanner(texts) == here
-    assert scanner(texts) == here  # from the cache
 
 
 @installed
@@ -253,7 +250,6 @@ def test_a_text_that_takes_too_long_costs_its_own_unit_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The text takes some six seconds of a core; tests/mutants has the twin without a limit."""
-    process_cache.clear("scanned")
     monkeypatch.setattr(scan, "CPU_SECONDS", 2)
     slow, quick = ":: " * (scan.MOST // 3 - 9), Record(unit="b", prompt=PLANTED, completion="yes")
     units = [[quick], [Record(unit="a", prompt=slow, completion="yes"), quick], [quick]]
@@ -275,7 +271,6 @@ def test_children_are_as_many_as_is_public(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(scan.Children, "run", run)
     for texts in ([PLANTED], [PLANTED, KEPT, CLINICAL]):
-        process_cache.clear("scanned")
         given.clear()
         with scan.scanning(ScanTable(action="redact"), 8) as applied:
             assert applied is not None
@@ -284,22 +279,20 @@ def test_children_are_as_many_as_is_public(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(given) == 10  # of eight units and a quarter
 
 
-def test_few_findings_are_cached_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    process_cache.clear("scanned")
-    asked = list[str]()
+@installed
+def test_a_text_costs_each_unit_the_same(scanner: Scanner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that has the same text as one before must not end sooner, and so in time."""
+    given = list[list[bytes]]()
+    honest = scan.Children.run
 
-    def find(_: Any, text: str) -> list[Finding]:
-        asked.append(text)
-        return [Finding("ip", n, n + 1, 0.9) for n in range(len(text))]
+    def run(self: Any, inputs: Sequence[bytes], *rest: Any) -> Any:
+        given.append([*inputs])
+        return honest(self, inputs, *rest)
 
-    monkeypatch.setattr(scan_engine, "find", find)
-    scanner = Scanner()
-    scanner._analyser = object()  # type: ignore[assignment]
-    few, many = "ab", "a" * scan.CACHED_BYTES
-    for _ in range(2):
-        assert list(map(len, scanner([few, many, few]))) == [2, len(many), 2]
-    assert asked == [few, many, many]
-    process_cache.clear("scanned")
+    monkeypatch.setattr(scan.Children, "run", run)
+    texts = [PLANTED, KEPT, PLANTED, ""]
+    assert scanner(texts) == scanner(texts)
+    assert given == [[PLANTED.encode(), KEPT.encode()]] * 2
 
 
 @pytest.mark.parametrize("redacts", [True, False])

@@ -15,7 +15,6 @@ child's time. A scan does not de-identify: identifiers that it misses stay in th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import sys
@@ -31,7 +30,6 @@ from fedtune.core.data import scan_engine
 from fedtune.core.data.children import ChildFailed, Children
 from fedtune.core.data.records import Record
 from fedtune.core.data.scan_findings import Finding, pack, redact, unpack
-from fedtune.core.registry import process_cache
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
@@ -48,11 +46,7 @@ UNSCANNED = "cannot be scanned"  # the reason of each record of a unit whose chi
 MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
 # Characters without white space: spaCy takes them apart in a time that grows with their square.
 WORD = 200
-# Texts whose findings are cached, since a study reads its records repeatedly, and the most bytes of
-# the findings in one of them.
-CACHED, CACHED_BYTES = 100_000, 4096
 _LONG_WORD = re.compile(rf"\S{{{WORD + 1}}}")
-_cached: dict[bytes, bytes] = process_cache.register("scanned", {})
 
 
 class Scanner:
@@ -119,25 +113,23 @@ class Scanner:
         ]
 
     def _find(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """Return all identifiers in each text, of every kind and with any score, from the cache or
-        a child. Errors: ChildFailed."""
-        answers = {text: _cached.get(_key(text), b"") for text in texts}
-        new = [text for text, answer in answers.items() if text and not answer]
-        if new and self._children is not None:
-            given = [text.encode() for text in new]
-            answers.update(zip(new, self._children.run(given, ANSWER, bytes), strict=True))
-        elif new:
-            answers.update({text: self._scan_here(text) for text in new})
+        """Return all identifiers in each text, of every kind and with any score. Errors:
+        ChildFailed.
+
+        Nothing is cached: a text that another unit has, too, would cost this unit less of its
+        child's time, so that the other unit could decide whether the child ends in time."""
+        given = list(dict.fromkeys(text for text in texts if text))
+        if self._children is None:
+            answers = [self._scan_here(text) for text in given]
+        elif given:
+            answers = self._children.run([text.encode() for text in given], ANSWER, bytes)
+        else:
+            answers = []
         try:
-            found = {text: unpack(answer or b"[]", len(text)) for text, answer in answers.items()}
+            found = {t: unpack(answer, len(t)) for t, answer in zip(given, answers, strict=True)}
         except (ValueError, TypeError, RecursionError):  # it is not what scan_process answers
             raise ChildFailed from None
-        for text in new:
-            if len(answers[text]) <= CACHED_BYTES:
-                if len(_cached) >= CACHED:
-                    _cached.clear()
-                _cached[_key(text)] = answers[text]
-        return [found[text] for text in texts]
+        return [found.get(text, []) for text in texts]
 
     def _scan_here(self, text: str) -> bytes:
         assert self._analyser is not None
@@ -147,10 +139,6 @@ class Scanner:
             raise
         except Exception:  # of a library; it may quote the text
             raise ChildFailed from None
-
-
-def _key(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
 
 
 def texts_of(record: Record) -> list[str]:
