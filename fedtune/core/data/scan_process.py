@@ -27,7 +27,7 @@ def main() -> None:
     control, settings = child_process.begin()
     logging.disable()  # a line of a log has a time, which a child may not learn
     modules: dict[str, Any] = sys.modules
-    modules["torch"] = None  # which spaCy would import, and not use here
+    modules["torch"] = modules["transformers"] = None  # which the scan would import and not use
     try:
         analyser = scan_engine.make(Path(settings["model"]))
     except Exception as error:
