@@ -259,6 +259,7 @@ def public(tiny_base: Path, tmp_path: Path) -> Study:
     )
 
 
+@pytest.mark.long
 def test_models_start_and_step_as_the_studys_do(
     public: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +320,7 @@ def test_without_the_public_text_nothing_is_attacked(public: Study) -> None:
         attack_study(public)
 
 
+@pytest.mark.long
 def test_a_finished_run_is_attacked_from_where_it_started(signed: Any, tmp_path: Path) -> None:
     folder, _ = signed
     result = attack_run(Run(folder), tmp_path / "x", canaries=10, models=8, units=20)

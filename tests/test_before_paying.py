@@ -89,6 +89,7 @@ def test_the_gain_that_is_found_lies_where_it_was_foretold(monkeypatch: pytest.M
     assert inside(20.0, 60) <= 3
 
 
+@pytest.mark.long
 def test_more_units_less_noise_and_shared_noise_are_worth_more() -> None:
     world = known()
     mean = lambda s: float(world.draw(s, 20).gains.mean())  # noqa: E731

@@ -91,6 +91,7 @@ def full_disk(made: Disk, base: Path, privacy: str, shares: list[float]) -> None
     assert stopped >= len(shares) / 2
 
 
+@pytest.mark.long
 def test_a_study_goes_on_after_its_disk_was_full(small: Disk, tiny_base: Path) -> None:
     full_disk(small, tiny_base, PRIVATE, SHARES)
 

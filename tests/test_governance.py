@@ -92,6 +92,7 @@ def done(*words: object) -> str:
     return result.stdout
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(scan_engine.name_missing_package()), reason="needs fedtune[scan]")
 @pytest.mark.parametrize("which", long_but(["invented"], ["invented", "fhir_bulk"]))
 def test_from_an_export_to_a_dossier(

@@ -140,6 +140,7 @@ def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(
     assert ids == tokenizer.encode(whole, add_special_tokens=False)  # one start token, not two
 
 
+@pytest.mark.long
 def test_labels_carry_the_unit_and_train_as_dpo(tmp_path: Path, tiny_base: Path) -> None:
     study = lay_out(tmp_path, tiny_base, '{ epsilon = 8.0, delta = 1e-3, unit = "patient" }')
     for name in ("north", "south"):

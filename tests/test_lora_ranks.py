@@ -28,6 +28,7 @@ from fedtune.core.training.local_round import local_round
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.officer.site_files import sites_in
 from tests import chance
+from tests.depth import long_but
 from tests.dp.conftest import make_plan, records, study
 from tests.lora_ranks_kit import LORA, RANKS, lay_out
 from tests.simulated import simulate
@@ -176,7 +177,7 @@ def test_removing_any_unit_moves_the_sum_by_at_most_c_and_all_of_c_is_its_own_co
         assert moved >= 0.99 * c
 
 
-@pytest.mark.parametrize("wanted", ENGINES)
+@pytest.mark.parametrize("wanted", long_but(["auto"], ENGINES))
 def test_the_sites_self_test_passes_and_is_tight_at_its_own_rank(
     tiny_base: Path, wanted: Any
 ) -> None:

@@ -61,7 +61,7 @@ MADE = {"image": (".png", image), "audio": (".wav", recording), "video": (".avi"
 BASES = {"image": idefics3, "image on a square": qwen2_vl, "audio": whisper, "video": idefics3}
 
 
-@pytest.fixture(params=long_but(["image", "audio", "video"], BASES))
+@pytest.fixture(params=long_but(["audio"], BASES))
 def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     kind, place = str(request.param).split()[0], tmp_path / "records"
     suffix, make = MADE[kind]

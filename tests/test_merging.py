@@ -124,6 +124,7 @@ def test_the_other_commands_read_it_as_a_run(parents: list[Path], merged: Path) 
     assert isinstance(before, str) and isinstance(after, str)
 
 
+@pytest.mark.long
 def test_regmean_asks_each_parents_public_text(tmp_path: Path, tiny_base: Path) -> None:
     folder = tmp_path / "studies"
     public = """

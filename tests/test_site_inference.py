@@ -252,6 +252,7 @@ def test_an_update_tells_whose_records_it_was_made_from(
         assert max(one.sites, key=lambda along: along.cosine).site == one.updates
 
 
+@pytest.mark.long
 def test_shuffled_records_tell_nothing_of_an_update(
     trained: Path, of_sites: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -339,6 +340,7 @@ def test_the_sum_has_the_noise_that_all_sites_add() -> None:
     assert joint.own_noise == pytest.approx(one.noise_multiplier * 1.5**0.5)
 
 
+@pytest.mark.long
 def test_the_command_attacks_what_is_received(
     trained: Path, of_sites: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_no_request_leaves_and_nothing_is_complained_of(
     assert any("Content Security Policy" in text for text in visit.complaints)
 
 
+@pytest.mark.long
 @needs_axe
 def test_axe_finds_nothing_and_would(browser: Any, served: Serve, places: list[Path]) -> None:
     """Twin: the same page with an image that nobody describes."""
@@ -83,6 +84,7 @@ def test_axe_finds_nothing_and_would(browser: Any, served: Serve, places: list[P
     assert "image-alt" in visit.page.evaluate(check)
 
 
+@pytest.mark.long
 def test_a_narrow_screen_has_the_whole_page(
     browser: Any, served: Serve, places: list[Path]
 ) -> None:
@@ -132,6 +134,7 @@ class Live:
         self.status("round", entry)
 
 
+@pytest.mark.long
 def test_a_live_study_moves_without_a_reload(browser: Any, serve: Serve, tmp_path: Path) -> None:
     live = Live(tmp_path / "run")
     live.round(1)

@@ -37,6 +37,7 @@ from fedtune.core.errors import ConfigError, DataError, InfrastructureError
 from fedtune.core.vault import studies
 from fedtune.officer.before_joining import check_before_joining
 from tests.data import hostile_conversions as hostile
+from tests.depth import long_but
 from tests.expected import raises_nothing
 from tests.plugins import install
 
@@ -134,7 +135,13 @@ class InThisProcess:
 # ------------------------------------------------------------------------- what is carried along
 
 
-@pytest.mark.parametrize("how", hostile.CARRY)
+KEPT = (  # one of each means: memory, a file, a process, a clock, a pipe
+    *("in_a_global", "in_a_file", "in_a_shared_page", "in_a_processs_number", "in_the_time"),
+    "in_the_pipe_that_it_is_given",
+)
+
+
+@pytest.mark.parametrize("how", long_but(KEPT, hostile.CARRY))
 def test_nothing_is_carried_from_one_unit_to_another(tmp_path: Path, how: str) -> None:
     given = {"how": how, "place": str(tmp_path)}
     with_it = read(tmp_path, ROWS, **given)

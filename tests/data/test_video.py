@@ -281,6 +281,7 @@ def mean_over_frames(states: torch.Tensor, width: int) -> torch.Tensor:
     return architecture.pool_frames(mean, width)
 
 
+@pytest.mark.long
 def test_motion_is_told_that_no_single_frame_shows(
     tmp_path: Path, seeing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

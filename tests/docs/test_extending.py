@@ -179,6 +179,7 @@ def test_a_converter_that_remembers_units_fails_its_contracts(
     assert "ok   converts: " in found.output and "ok   repeatable: " in found.output
 
 
+@pytest.mark.long
 def test_they_train_together_and_a_tracker_is_told(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ class BatchMean(Objective):
 """
 
 
+@pytest.mark.long
 def test_an_objective_that_couples_records_fails_its_contracts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,7 @@ def test_no_link_of_a_built_page_is_dead(site: Path, tmp_path: Path) -> None:
     assert dead(tmp_path) == ["a.html: b.html", "a.html: #c"]
 
 
+@pytest.mark.long
 def test_twin_a_link_that_leads_nowhere_stops_the_build(tmp_path: Path) -> None:
     pytest.importorskip("zensical", reason="zensical is in the docs extra (make docs)")
     page = tmp_path / "build" / "pages" / "docs" / "faq.md"

@@ -48,6 +48,7 @@ def address(site: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", SEARCHED)
 def test_search_finds_the_page(words: str, browser: Any, address: str) -> None:
     """Twin: what no page says is not found."""
@@ -68,6 +69,7 @@ def test_search_finds_the_page(words: str, browser: Any, address: str) -> None:
     visit.page.get_by_text("No results").first.wait_for(timeout=10_000)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_each_frequent_question_is_among_the_first_that_its_words_find(
     every: int, browser: Any, address: str
@@ -94,6 +96,7 @@ def pages(site: Path, which: str) -> list[str]:
     return [*SEEN] if which == "seen" else every
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", PAGES)
 def test_no_request_leaves_from_any_page(
     which: str, browser: Any, site: Path, address: str
@@ -146,6 +149,7 @@ def test_axe_finds_nothing_serious_and_would(
     assert "image-alt" in visit.page.evaluate(check)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", PAGES)
 def test_a_narrow_screen_has_every_page(which: str, browser: Any, site: Path, address: str) -> None:
     page = browser.new_context(viewport={"width": 360, "height": 740}).new_page()

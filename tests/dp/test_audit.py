@@ -188,6 +188,7 @@ def test_one_run_finds_something_and_stays_below_the_claim(tiny_base: Path) -> N
     assert found.passed and cannot_be_contradicted(found)
 
 
+@pytest.mark.long
 def test_one_run_where_records_of_a_patient_are_drawn(tiny_base: Path) -> None:
     drawn = of(
         tiny_base,

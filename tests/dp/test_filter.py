@@ -104,6 +104,7 @@ MIXTURES = [Steps(2 * s, q, 10, 2) for q in (0.05, 0.5) for s in (0.8, 3.0)]
 MIXTURES += [Steps(18.0, 0.02, 10, 9), Steps(18.0, 0.7, 10, 9)]
 
 
+@pytest.mark.long
 def test_the_mixture_stays_under_the_gaussian_that_dominates_it() -> None:
     for event in MIXTURES:
         upper = dominating(event)

@@ -96,6 +96,10 @@ ALSO = {  # these too are left to the long run: the default one has their kind o
     ("images, all blocks", "opacus"),
     ("Qwen2-VL, a head", "auto"),
     ("speech, cut", "auto"),
+    ("Qwen2-VL, pairs", "opacus"),
+    ("projector, many tiles", "opacus"),
+    ("projector, pairs", "auto"),
+    ("Qwen2-VL's projector", "auto"),
 }
 HOOKED = (  # what opacus's hooks meet differently: tiles, pairs, A beside B, a head, each family
     "images, all blocks",

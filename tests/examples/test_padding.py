@@ -36,6 +36,7 @@ def count_padding(name: str, columns: Columns, limit: int) -> list[Padding]:
     return [padding(sizes, batches) for batches in ([range(len(sizes))], drawn)]
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "columns", "limit"), SETS)
 def test_padding_is_a_tenth_at_most(name: str, columns: Columns, limit: int) -> None:
@@ -44,6 +45,7 @@ def test_padding_is_a_tenth_at_most(name: str, columns: Columns, limit: int) -> 
     assert epoch.blocks <= MOST_OF_EPOCH
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_coarser_buckets_are_caught() -> None:
     """The twin: buckets of a whole octave."""
@@ -51,6 +53,7 @@ def test_coarser_buckets_are_caught() -> None:
         assert min(found.records for found in count_padding("medquad", QUESTION, 512)) > MOST
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_blocks_apart_by_every_number_of_targets_have_more_padding() -> None:
     _, drawn = count_padding("medquad", QUESTION, 256)

@@ -172,6 +172,7 @@ def test_the_commands_over_a_real_set_in_order(
     assert os.listdir()
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_the_answering_examples_commands_over_few_patients(
     walk: Walk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -189,6 +190,7 @@ def test_the_answering_examples_commands_over_few_patients(
     assert "**Whatever happens, ε = 2.302 holds**" in report and "| fir | 1 | 2.302 |" in report
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_a_small_year_has_its_rounds_and_releases_by_the_plan(
     walk: Walk, capsys: pytest.CaptureFixture[str]

@@ -31,6 +31,7 @@ from tests.secagg.world import adapter_of, lay_out
 from tests.server.test_simulate import SITE, world
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
+pytestmark = pytest.mark.long
 
 __all__ = ["open_world", "world"]
 NODE = {"include_dashboard": False, "object_store_memory": 80 << 20}

@@ -237,6 +237,7 @@ def alone(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+@pytest.mark.long
 def test_a_superlink_that_dies_ends_the_study_with_a_reason(
     alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_a_superlink_that_dies_ends_the_study_with_a_reason(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signum", long_but(SIGNALS[:1], SIGNALS))
 def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
     alone: World, signum: signal.Signals
@@ -293,6 +295,7 @@ def test_a_person_who_stops_a_study_reads_of_no_error(
     assert found.type is kind
 
 
+@pytest.mark.long
 def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Path) -> None:
     with (
         coordinator.superlink(alone.home) as link,

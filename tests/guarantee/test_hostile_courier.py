@@ -12,6 +12,7 @@ import torch
 from hypothesis import Phase, given, seed, settings
 
 from fedtune.core.training import selftest
+from tests.depth import long_but, long_of
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, hostile_cases
 from tests.guarantee.property_courier import FORGERIES, MOMENTS_OF, Courier
@@ -74,7 +75,7 @@ PINNED = {
 }
 
 
-@pytest.mark.parametrize("name", PINNED)
+@pytest.mark.parametrize("name", long_of(["killed-while-it-masks"], PINNED))
 def test_each_thing_that_a_courier_can_do(
     name: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +91,7 @@ def test_each_thing_that_a_courier_can_do(
         assert killed == 2 * [*MOMENTS_OF[KILLED[name]]], "it was killed at other moments"
 
 
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("story", long_but(["continuous"], STORIES))
 def test_whatever_its_courier_does(
     story: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

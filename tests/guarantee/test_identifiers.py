@@ -80,6 +80,7 @@ def test_the_finder_finds_every_form(finder: Finder, tiny_base: Path) -> None:
     assert not finder.found(b"nothing of the kind: " + bytes(range(256)) * 50)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", long_but(["dpo"], ANSWERS))
 def test_no_identifier_is_in_anything_a_run_leaves_behind(
     objective: str,
@@ -111,6 +112,7 @@ def test_no_identifier_is_in_anything_a_run_leaves_behind(
     assert finder.found(shown.encode()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sealed", [True, False])
 def test_the_file_of_states_gives_nothing_away(
     tmp_path: Path,

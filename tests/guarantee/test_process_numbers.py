@@ -42,6 +42,7 @@ def used_up(base: Path, folder: Path) -> list[Used]:
     return [[(name, count) for name, count in json.loads(line)] for line in run.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_a_short_note_uses_up_no_number_of_a_process(base: Path, tmp_path: Path) -> None:
     """The twin: a thread starts with each block."""
     shipped, twin, shipped_with, twin_with = used_up(base, tmp_path)

@@ -36,6 +36,7 @@ from fedtune.core.vault import rank_process, secure_round, studies
 from fedtune.core.vault.reading import OF_COUNTS
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer import withdraw
+from tests.depth import long_but, long_of
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases, pairs
 from tests.guarantee.property_files import bases_of
@@ -59,7 +60,14 @@ def bases(
     return bases_of(tmp_path_factory.mktemp("property"), tiny_base, tiny_encoder)
 
 
-@pytest.mark.parametrize("name", [*pins.PINNED, *SCANNED])
+SLOW = (  # a base of its own, processes, or a disk filled to each byte
+    *("an-image-of-one-line", "class-statistics", "scanned-to-redact", "a-disk-full-of-members"),
+    *("a-disk-full-of-the-ranks-states", "a-disk-full-of-states-asked-about", "ranks-read-later"),
+    *("ranks-read-for-a-later-plan", "too-long-for-an-encoder", "a-folder-put-back-at-work"),
+)
+
+
+@pytest.mark.parametrize("name", long_of(SLOW, [*pins.PINNED, *SCANNED]))
 def test_a_case_that_broke_the_guarantee_once(name: str, bases: dict[str, Path]) -> None:
     check((pins.PINNED | SCANNED)[name], bases)
 
@@ -103,7 +111,7 @@ def gives_the_rows_up(_: Any, rows: list[int], dimension: int, clipped_sum: Any)
         return torch.zeros(dimension, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("broken", ["", "no room", "of one length"])
+@pytest.mark.parametrize("broken", long_but([""], ["", "no room", "of one length"]))
 def test_a_disk_without_room_for_members_or_an_update(
     broken: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +137,7 @@ def remembers_at_any_price(
     return frozenset(site.ledger.declare(*about))
 
 
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("story", long_of(["continuous"], STORIES))
 def test_whatever_the_records_and_whoever_the_unit(
     story: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

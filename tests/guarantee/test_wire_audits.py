@@ -50,12 +50,14 @@ def held(found: Found) -> None:
     assert found.surely <= found.claimed, found
 
 
+@pytest.mark.long
 def test_a_few_rounds_of_a_head(bases: dict[str, Path]) -> None:
     found = audit("classify, head", bases, FEW)
     held(found)
     assert found.audited > 2, found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "broken",
     [

@@ -126,6 +126,7 @@ def test_pairs_look_like_any_other_study(usual: Recorder, usual_pairs: Recorder)
         assert dict(leaves(one)) == dict(leaves(other))
 
 
+@pytest.mark.long
 def test_a_site_of_fewer_ranks_says_how_many_and_sends_narrower_arrays_and_nothing_else(
     usual: Recorder, tmp_path: Path, tiny_base: Path
 ) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.numpy import load_file
 
 from fedtune.core.processes import Child
@@ -76,6 +77,7 @@ def search(
     return found
 
 
+@pytest.mark.long
 @CONFINES
 def test_a_courier_finds_no_byte_of_a_held_answer_before_it_is_let_go(
     tmp_path: Path, tiny_base: Path

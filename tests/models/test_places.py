@@ -79,6 +79,7 @@ def test_records_share_a_block_where_rows_keep_their_digits(
     assert (data._prefix_block(Bucket(16)) > 1) is shares
 
 
+@pytest.mark.long
 def test_a_processor_without_avx2_computes_each_record_by_itself(tiny_encoder: Path) -> None:
     """As MKL and PyTorch compute there: the setting that keeps rows apart has no effect on it."""
     old = {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default"}

@@ -34,6 +34,7 @@ from fedtune.officer.review import _runs
 from fedtune.public.factor import public_factor
 from fedtune.runs.run import Run
 from tests.client.test_site import make_site
+from tests.depth import long_but
 from tests.test_merging import study as finished_study
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="pip install 'fedtune[qlora]'")
@@ -196,7 +197,7 @@ def test_a_public_factor_is_built_on_what_is_trained(tiny_base: Path) -> None:
     assert set(factor) == set(network.frozen_factor())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", long_but(["nf4"], METHODS))
 def test_a_finished_run_is_exported_with_the_weights_it_was_trained_on(
     tiny_base: Path, tmp_path: Path, method: str
 ) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedtune.core.config import load_site
 from fedtune.flower.ports import free_port
 from fedtune.officer.purge import listing
@@ -33,6 +35,7 @@ def edited(path: Path, changes: dict[str, str]) -> None:
     path.write_text(text)
 
 
+@pytest.mark.long
 def test_a_consortium_from_nothing(tmp_path: Path, tiny_base: Path) -> None:
     with consortium(tmp_path, "127.0.0.1", free_port()) as made:
         done(tmp_path, "init", "hub")

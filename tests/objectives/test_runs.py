@@ -26,6 +26,7 @@ from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
 from fedtune.officer.site_files import sites_in
 from fedtune.runs.run import Run
+from tests.depth import long_but
 from tests.simulated import noise_from, simulate
 
 STUDY = """
@@ -122,7 +123,9 @@ def test_preferences_are_learnt_and_the_report_says_so(
     assert "preference (higher is better)" in (out / "report.md").read_text()
 
 
-@pytest.mark.parametrize("lora", ["", LORA, MLP], ids=["head alone", "cut", "positions apart"])
+@pytest.mark.parametrize(
+    "lora", long_but([LORA], ["", LORA, MLP]), ids=["head alone", "cut", "positions apart"]
+)
 def test_a_reward_model_from_files_to_its_saved_head(
     tmp_path: Path, tiny_base: Path, lora: str
 ) -> None:

@@ -62,6 +62,7 @@ def trained(
     return run(lay_out(folder, base, objective, privacy=privacy, rate=rate))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.long), "kto"])
 def test_a_wrecked_model_is_not_announced_as_a_gain(
     tmp_path: Path, fluent_base: Path, objective: str

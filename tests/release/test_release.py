@@ -32,7 +32,10 @@ from tests.release.statement import NotAsReleased
 from tests.test_distribution import copy_of
 
 pytest.importorskip("hatchling", reason="hatchling is in the dev extra")
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not here")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(shutil.which("git") is None, reason="git is not here"),
+]
 SAFE = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
 
 
