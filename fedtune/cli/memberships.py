@@ -183,7 +183,9 @@ def memberships(
     given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
     acts = [key for key, value in given.items() if value is not None]
     if len(acts) > 1:
-        raise InputError(f"{NAMED[acts[0]]} and {NAMED[acts[1]]} together", "one of them")
+        raise InputError(
+            f"{NAMED[acts[0]]} and {NAMED[acts[1]]} are both given", "only one of the two"
+        )
     _check_options(
         acts[0] if acts else "",
         {
@@ -402,8 +404,8 @@ def _forget(home: Path, place: str) -> dict[str, Any]:
     for each in forgotten:
         typer.echo(f"forgot that {each} pays for {place}")
     typer.echo(
-        "what that ledger paid is in no total of this home; if it still runs, it is refused at its "
-        "next start"
+        "what that ledger paid is in no total of this home; a site that still pays from it is "
+        "refused at its next start"
     )
     return {"forgot": forgotten, "place": place}
 

@@ -72,9 +72,9 @@ def personalise(
         made = make(run, load_site(site))
     choice = made.choice
     typer.echo(
-        f"on {made.records} own records of {made.patients} units, each judged by a fit that did "
-        f"not see it: {choice.shared:.3f} nats with the released model, {choice.personal:.3f} "
-        f"with the best of the fits; it gains at least {choice.least:.3f} (95 %)"
+        f"loss on {made.records} own records of {made.patients} units, each judged by a fit that "
+        f"did not see it: {choice.shared:.3f} nats with the released model, {choice.personal:.3f} "
+        f"with the best of the fits, which gains at least {choice.least:.3f} (95 %)"
     )
     for why, number in (*made.left_out.items(), *made.rejected.items()):
         typer.echo(f"  left out: {number} {why}")
