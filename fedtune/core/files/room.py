@@ -162,8 +162,8 @@ class Room:
                     self._take(self.of_an_answer)
             except OSError as error:
                 log.warning(
-                    "%s: the ledger's room cannot be taken back (%s); no order is answered until "
-                    "it can; to do: free space",
+                    "%s: disk space for the ledger cannot be reserved again (%s); no order is "
+                    "answered until it can; to do: free space",
                     self.folder,
                     error.strerror,
                 )

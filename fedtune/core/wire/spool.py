@@ -95,7 +95,7 @@ class Spool:
         except OSError as error:
             raise ConfigError(
                 f"--spool {path}: cannot be used ({error.strerror or error})",
-                "a folder of this user's, in one that exists",
+                "a folder that only this user can write, inside a folder that exists",
             ) from None
         return spool
 
@@ -260,7 +260,9 @@ def _head(way: _InMemory) -> dict[str, Any]:
 def _check_release(head: dict[str, Any]) -> None:
     if head.get("release") != __version__:
         raise RequestError(
-            "a file of another release", f"one of {__version__}", "run one release at both ends"
+            "a file of another release",
+            f"a file of fedtune {__version__}",
+            "run the same release as vault and as courier",
         )
 
 
