@@ -220,8 +220,8 @@ def _payer(membership: str, earlier: str) -> str:
     """Return the text by which a table names who paid a charge.
 
     | membership, as the charge states it | text |
-    | "", before the hospital's home | "before the home", after the name `earlier` if it is given |
-    | EVERY, entered by a restore | that the charge counts for all memberships |
+    | "": from before the shared ledger | "before the home", after `earlier` if it is given |
+    | EVERY: entered by a restore of the ledger | that the charge counts for all memberships |
     | any other | the membership's name |
     """
     before = f"{earlier}, before the home" if earlier else "before the home"

@@ -244,7 +244,7 @@ def _add(
         if data is None or size is None:
             raise ConfigError(
                 f"{home / FILE}: no such file",
-                "a hospital's home; or --data PATH and --declared-size N, to make one",
+                "a hospital's home, or --data PATH and --declared-size N to make one",
                 "if a site here has taken part already, begin with it: --adopt SITE --name NAME",
             )
         registered = _registered(data, patient)

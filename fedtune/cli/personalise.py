@@ -53,7 +53,7 @@ def personalise(
         Path, typer.Option("--site", metavar="SITE", help="This site's site.toml.")
     ] = Path("site.toml"),
 ) -> dict[str, Any]:
-    """Train a released model further on this site's own records, for use at this site alone.
+    """Train a released model further on this site's own records, for use only at this site.
 
     How far the model may move from the released one is chosen by records of [data] that the
     training does not see; patients of [acceptance] and [evaluation] are never trained on. If those

@@ -8,7 +8,7 @@
 | with a lone surrogate, which cannot be written as UTF-8  | refused                              |
 
 Errors: of the class `kind`, by default InputError. The error's text is one line that names the
-path. Of the file's content it holds at most a key or a character of a TOML file."""
+path. Of the file's content this line has at most a key or a character of a TOML file."""
 
 from __future__ import annotations
 

@@ -382,8 +382,8 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
 
 
 class _StatedFigures(NamedTuple):
-    """The figures of a private study that follow from the plan and the declared size alone, before
-    σ is computed from ε.
+    """The figures of a private study that follow directly from the plan and the declared size,
+    before σ is computed from ε.
 
     - noise_multiplier: σ; None if the plan gives ε
     - max_grad_norm: the clipping norm C

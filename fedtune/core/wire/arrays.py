@@ -140,7 +140,7 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
     `check_agreed` has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
-        raise WireError("numbers in no known encoding")
+        raise WireError("the numbers are in no known encoding")
     check_agreed(record, layout(agreed, encoding))
     return decode(unpack_arrays(record), agreed)
 
@@ -163,12 +163,12 @@ def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False)
         check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
         return unpack_arrays(record)
     if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
-        raise WireError("arrays that the plan has no use for")
+        raise WireError("there are arrays that the plan has no use for")
     if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
-        raise WireError("more matrices, or longer names, than a network has")
+        raise WireError("there are more matrices, or longer names, than a network has")
     for name, shape in shapes.items():
         if lora is None or len(shape) != 2 or not _fits(name, *shape, lora):
-            raise WireError("a matrix of another shape than the plan gives it")
+            raise WireError("a matrix has another shape than the plan gives it")
     check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
     return unpack_arrays(record)
 
@@ -180,7 +180,7 @@ def _check_basis(shapes: Shapes) -> None:
     if set(shapes) != {CLASS_BASIS, CLASS_MEAN} or len(basis) != 2 or mean != basis[1:]:
         raise WireError("the plan names a basis of class statistics, and other arrays came with it")
     if not (0 < basis[0] <= MOST_DIRECTIONS and 0 < basis[1] <= WIDEST):
-        raise WireError("a basis of another shape than a plan can have")
+        raise WireError("the basis has another shape than a plan can have")
 
 
 def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
