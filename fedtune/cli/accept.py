@@ -95,5 +95,5 @@ def accept(
     for why, number in figures["left_out"].items():
         typer.echo(f"  left out: {number} {why}")
     typer.echo(f"read {made.folder / PAGE}")
-    typer.echo("private to this site: it follows from its records, and no ε covers it")
+    typer.echo("private to this site: all of this follows from its records, and no ε covers it")
     return {"folder": str(made.folder), **figures}

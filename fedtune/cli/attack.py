@@ -121,13 +121,14 @@ def attack(
     The result follows exactly from private records, so it must stay at the site.
 
     **Anywhere**: train models on generated records, as the run's sites trained. Each model gets
-    half of the test units (canaries), and the attack tells which. Without noise, which is tried as
-    well, the attack must succeed. For a study on text, also measure how much a model reveals of
-    planted secrets, and whether it writes them. This reads no record and costs no ε.
+    half of the test units (canaries), and the attack tells which. The same attack on models that
+    are trained without noise must succeed. For a study on text, also measure how much a model
+    reveals of planted secrets, and whether it writes them. This reads no record and costs no ε.
 
     **Between sites** (--records for each site): from the model's outputs, tell which site a record
-    is from and whose records the model learnt. Both are tested against permutations of the sites'
-    names. With --received, also tell which site sent each update. ε does not cover this attack.
+    is from and whose records the model learnt. Both results are tested against permutations of the
+    sites' names. With --received, also tell which site sent each update. ε does not cover this
+    attack.
 
     If the attack finds more than ε allows, something is broken, and the exit code is 3."""
     from fedtune.cli.watch import Watch
@@ -166,11 +167,11 @@ def attack(
         judged.append(("secrets", secrets))
     typer.echo(f"wrote {out / 'attack.json'} and {out / 'attack.png'}")
     if site is not None:
-        typer.echo("private to this site: it follows from its records")
+        typer.echo("private to this site: the result follows from its records")
     elif not result.succeeds:  # type: ignore[union-attr]
         typer.echo(
-            "too weak: the attack does not succeed without noise either, so that it says nothing "
-            "of the noise; give it more --models, or a longer study"
+            "too weak: the attack does not succeed without noise either, so it says nothing about "
+            "the noise; give more --models, or attack a run of a longer study"
         )
     if any(found.contradicts for _, found in judged):
         error = Refused(
@@ -209,7 +210,7 @@ def _attack_sites(
         typer.echo(line)
     written = ("sites.json", "received.json") if received else ("sites.json",)
     wrote = " and ".join(str(out / name) for name in written)
-    typer.echo(f"wrote {wrote}: what follows from these records, exactly")
+    typer.echo(f"wrote {wrote}: the figures follow from these records, exactly")
     return asdict(found) | ({"received": list(map(asdict, traced))} if received else {})
 
 

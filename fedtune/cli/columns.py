@@ -34,7 +34,7 @@ def named_columns(data: Path, pairs: list[str]) -> DataFile:
         return DataFile(path=data, columns=Columns(**by_part))
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--column: {message}", "such as prompt=question") from None
+        raise ConfigError(f"--column: {message}", "KEY=NAME, as prompt=question") from None
 
 
 SEEDS = 2**63 - 1

@@ -87,8 +87,8 @@ class Commands(Mapping[str, click.Command]):
 
     def describe(self, name: str, panel: str = "") -> click.Command:
         """Return a command as a list of commands shows it: name, first lines and heading. Its
-        options are not built, which would take `fedtune --help` a third longer. panel: the heading;
-        default: that of COMMANDS."""
+        options are not built: to build them would make `fedtune --help` take a third longer. panel:
+        the heading; default: the command's heading in COMMANDS."""
         module, own = self._places[name]
         part = _register(module, own)
         said = {
@@ -143,7 +143,8 @@ class DailyFirst(TyperGroup):
         formatter: click.HelpFormatter,
         epilog: str,
     ) -> None:
-        """Print the group's help as if it had these commands alone, and this epilog."""
+        """Print the group's help as if the group had only these commands, with `epilog` below
+        them."""
         shown: TyperGroup = copy.copy(self)
         shown.commands = {str(command.name): command for command in commands}
         shown.epilog = epilog

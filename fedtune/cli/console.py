@@ -155,7 +155,7 @@ def uses_of(out: Path) -> list[tuple[str, str]]:
         else (f"fedtune generate {out} {prompt}", SIDE_BY_SIDE),
         (f"fedtune evaluate {out} --data FILE", OWN_RECORDS),
     ]
-    if headed or not media:  # no format of other programs holds a base of media with an adapter
+    if headed or not media:  # other programs' formats take no adapter on a base that reads media
         why = "as one model, for other programs"
         commands.append((f"fedtune export {out} --out {out.name}-model", why))
     return commands
@@ -217,9 +217,9 @@ def versions_table(index: Index) -> Table:
     """Build the table of a run's versions with the decision about each, and mark the version in
     use."""
     table = Figures(
-        caption="against: the version in use then, on the same public records. p: how likely one "
-        "as good would be by chance; look: which comparison on those records it was. public: their "
-        "sha256.",
+        caption="against: the version in use then, on the same public records. p: how likely so "
+        "large an advantage would be by chance. look: the number of the comparison on these "
+        "records. public: the sha256 of these records.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -328,9 +328,9 @@ def fit_table(fit: Fit) -> Group:
     epsilons = next((list(row.predicted) for row in fit.rows if row.predicted), [])
     table = Figures(
         title=f"bases, by size; {fit.metric}",
-        caption="size: parameters. memory: most that a process held. tokens, records: a second, at "
-        "first sight and through a training step. alone: the untouched base. ε: predicted from "
-        "one pass over public records, not measured. up, down: a round and site.",
+        caption="size: parameters. memory: the most that a process held. tokens: per second in a "
+        "first pass. records: per second in a training step. alone: the untouched base. ε: "
+        "predicted from one pass over public records, not measured. up, down: per site and round.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

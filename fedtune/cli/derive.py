@@ -163,8 +163,8 @@ MERGE_METHOD = Annotated[
     typer.Option(
         metavar="METHOD",
         help="linear: the exact weighted sum of the updates. svd: the same sum at a smaller "
-        "rank. ties, dare: the sum of a part of each update. slerp: a point on the arc between two "
-        "updates. regmean: least squares on the public texts of each run.",
+        "rank. ties, dare: the sum of a part of each update. slerp: spherical interpolation "
+        "between two updates. regmean: least squares on the public texts of each run.",
     ),
 ]
 MERGE_WEIGHTS = Annotated[

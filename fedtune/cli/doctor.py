@@ -141,7 +141,9 @@ def doctor(
             )
     if bad := sum(not finding.good for finding in results):
         counted = "1 check" if bad == 1 else f"{bad} checks"
-        error = ConfigError(f"{counted} failed", todo="see above, then run it again")
+        error = ConfigError(
+            f"{counted} failed", todo="correct what is marked BAD above, and run the checks again"
+        )
         raise ErrorWithResult({"findings": results}, error)
     return {"findings": results}
 

@@ -45,10 +45,10 @@ def command(
     """Build a decorator that registers a command. An error of the command becomes an exit code and
     one line on stderr, with the error's notes below it.
 
-    Before the command runs, arguments are refused that no command can use: a path that no file can
+    Arguments that no command can use are refused before the command runs: a path that no file can
     have, text that is not UTF-8, a number that is not finite. A command whose function returns a
-    result, rather than None, gets the option --json. With --json stdout holds the result as JSON
-    alone, and text for people goes to stderr.
+    result, rather than None, gets the option --json. With --json, only the result goes to stdout,
+    as JSON, and text for people goes to stderr.
 
     - on: the app, or the group of commands, at which the command is registered
     - name: the command's name; None for the name of its function

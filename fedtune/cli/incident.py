@@ -96,9 +96,9 @@ def evidence(
     if not (to or signer):
         unknown = Refused(
             "consistent, signer unknown: whoever made this folder may have made its key too",
-            "the key of the role that kept it",
-            "give it with --signer, not copied from here; or compare the sha256 with the one that "
-            "was noted elsewhere",
+            "the public key of the site or coordinator that kept the evidence",
+            "give this key with --signer, not copied from here; or compare the sha256 with the one "
+            "that was noted elsewhere",
         )
         raise ErrorWithResult(asdict(kept), unknown)
     return asdict(kept)

@@ -338,7 +338,7 @@ def _describe_shared_noise(folder: Path, records: Records) -> list[str]:
     lines = shared_lines(study, records.declared_sizes)[:2]
     return [
         *lines,
-        "Between hospitals each compares the others' keys by phone before it trains: "
+        "Each hospital compares the other hospitals' keys by phone before it trains: "
         "docs/secure-aggregation.md.",
     ]
 
@@ -394,7 +394,8 @@ def _templates(
         raise ConfigError(
             f"{given[0]} without --task",
             "--task, or the value in study.toml or site.toml",
-            "leave it out: without a recipe `init` writes every key with a comment, to fill in",
+            "leave the option out: without a recipe `init` writes every key with a comment, to "
+            "fill in",
         )
     note = presets.unit_note(None, records)
     paths = templates.init(

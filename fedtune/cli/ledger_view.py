@@ -125,8 +125,8 @@ def studies_table(lines: Sequence[StudyLine], delta: float, *, arrivals: bool = 
 
 def _format_fallback(line: StudyLine) -> str:
     """Return as text the ε that a study cost at most, even if the sites that shared noise collude:
-    its fallback ε (by this site's own noise alone), or its ε if no noise was shared. Return "not
-    known" if the cost is not known."""
+    its fallback ε, which this site's own noise alone gives, or its ε if no noise was shared. Return
+    "not known" if the cost is not known."""
     if not line.known:
         return "not known"
     return _format_epsilon(line.epsilon if line.fallback is None else line.fallback)
@@ -220,8 +220,8 @@ def _payer(membership: str, earlier: str) -> str:
     """Return the text by which a table names who paid a charge.
 
     | membership, as the charge states it | text |
-    | "", before the hospital's home | "before the home", after the name `earlier` if it is given |
-    | EVERY, entered by a restore | that the charge counts for all memberships |
+    | "": from before the shared ledger | "before the home", after `earlier` if it is given |
+    | EVERY: entered by a restore of the ledger | that the charge counts for all memberships |
     | any other | the membership's name |
     """
     before = f"{earlier}, before the home" if earlier else "before the home"

@@ -9,8 +9,8 @@ from fedtune.core.errors import escape_controls
 
 
 class _Stderr(logging.Handler):
-    """Writes each log record to the stderr of the moment, which a progress bar replaces while it is
-    drawn."""
+    """Writes each log record to sys.stderr as it is at that moment, since a progress bar replaces
+    sys.stderr while it is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         name = record.name.partition(".")[0]
@@ -18,7 +18,7 @@ class _Stderr(logging.Handler):
 
 
 def use_one_style() -> None:
-    """Print each library's warning as one line that begins with the library's name. Libraries that
-    are loaded later do not change this: one such as opacus would set a format with dates for the
-    whole process, but does so only if no format is set yet."""
+    """Print each library's warning as one line that begins with the library's name. Call this
+    before libraries are loaded: a library such as opacus sets a format with dates for the whole
+    process if no format is set yet."""
     logging.basicConfig(handlers=[_Stderr()], level=logging.WARNING)

@@ -183,7 +183,9 @@ def memberships(
     given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
     acts = [key for key, value in given.items() if value is not None]
     if len(acts) > 1:
-        raise InputError(f"{NAMED[acts[0]]} and {NAMED[acts[1]]} together", "one of them")
+        raise InputError(
+            f"{NAMED[acts[0]]} and {NAMED[acts[1]]} are both given", "only one of the two"
+        )
     _check_options(
         acts[0] if acts else "",
         {
@@ -242,7 +244,7 @@ def _add(
         if data is None or size is None:
             raise ConfigError(
                 f"{home / FILE}: no such file",
-                "a hospital's home; or --data PATH and --declared-size N, to make one",
+                "a hospital's home, or --data PATH and --declared-size N to make one",
                 "if a site here has taken part already, begin with it: --adopt SITE --name NAME",
             )
         registered = _registered(data, patient)
@@ -402,8 +404,8 @@ def _forget(home: Path, place: str) -> dict[str, Any]:
     for each in forgotten:
         typer.echo(f"forgot that {each} pays for {place}")
     typer.echo(
-        "what that ledger paid is in no total of this home; if it still runs, it is refused at its "
-        "next start"
+        "what that ledger paid is in no total of this home; a site that still pays from it is "
+        "refused at its next start"
     )
     return {"forgot": forgotten, "place": place}
 

@@ -235,13 +235,13 @@ def admit(
     if not plans:
         typer.echo(
             "no plan  the answers bring none for review: no `fedtune server` runs here. Start it, "
-            "and run this\n         again when it says next; a site that joins without it reviews "
-            "the plan once its client was sent it"
+            "and run this\n         command again when it says next. A site that joins without the "
+            "plan reviews it once\n         its client has received it"
         )
     typer.echo(
         f"consortium   {answer.fingerprint}\n"
         "             this is OURS: read it out to each site over the phone\n"
-        "next   each site is asked for it, to compare, at fedtune client site.toml --answer FILE"
+        "next   fedtune client site.toml --answer FILE at each site asks for it, to compare"
     )
     return {"answers": files, "fingerprint": answer.fingerprint, "plan": plans}
 
@@ -384,7 +384,7 @@ def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Stud
     from fedtune.officer.review import review
 
     if not received.plan:
-        typer.echo("plan   none came with the answer; what the coordinator sends is shown then")
+        typer.echo("plan   none came with the answer; it is shown when the coordinator sends it")
         return None
     try:
         study = membership.plan_of(received, answer)

@@ -53,7 +53,7 @@ def personalise(
         Path, typer.Option("--site", metavar="SITE", help="This site's site.toml.")
     ] = Path("site.toml"),
 ) -> dict[str, Any]:
-    """Train a released model further on this site's own records, for use at this site alone.
+    """Train a released model further on this site's own records, for use only at this site.
 
     How far the model may move from the released one is chosen by records of [data] that the
     training does not see; patients of [acceptance] and [evaluation] are never trained on. If those
@@ -72,9 +72,9 @@ def personalise(
         made = make(run, load_site(site))
     choice = made.choice
     typer.echo(
-        f"on {made.records} own records of {made.patients} units, each judged by a fit that did "
-        f"not see it: {choice.shared:.3f} nats with the released model, {choice.personal:.3f} "
-        f"with the best of the fits; it gains at least {choice.least:.3f} (95 %)"
+        f"loss on {made.records} own records of {made.patients} units, each judged by a fit that "
+        f"did not see it: {choice.shared:.3f} nats with the released model, {choice.personal:.3f} "
+        f"with the best of the fits, which gains at least {choice.least:.3f} (95 %)"
     )
     for why, number in (*made.left_out.items(), *made.rejected.items()):
         typer.echo(f"  left out: {number} {why}")

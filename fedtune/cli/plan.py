@@ -73,7 +73,7 @@ def plan(
             asked += sites_of(study, sites, more)
         except ConfigError as error:
             if not (sites or more):
-                error.add_note("Without any: --size N, a site's patients or records, prices it.")
+                error.add_note("Without site files: give --size N, a site's patients or records.")
             raise
     from fedtune.accounting.costs import plan as compute_costs
     from fedtune.accounting.costs import query_lines, shared_lines

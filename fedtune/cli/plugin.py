@@ -121,7 +121,7 @@ def _options(options: list[str]) -> dict[str, Any]:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise ConfigError(f"--option {option}", "KEY=VALUE")
+            raise ConfigError(f"--option {option}: has no =", "KEY=VALUE")
         try:
             values[key] = float(value)
         except ValueError:

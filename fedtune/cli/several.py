@@ -52,7 +52,7 @@ def deadlines_of(given: Sequence[str], names: Sequence[str]) -> dict[str, float]
             at = None
         if at is None or at.tzinfo is None or (name and name not in names):
             raise ConfigError(
-                f"--deadline {text[:80]}",
+                f"--deadline {text[:80]}: cannot be used",
                 "TIME or STUDY=TIME, with a study's name and a time with its offset, as in "
                 "2026-12-24T18:00Z",
             )
@@ -92,12 +92,12 @@ def run_several(
     - studies: each with the folder in which its run is made
     - home: the coordinator's home
     - deadlines: each study's name -> its deadline in seconds since 1970, or infinity
-    - serve: a function that runs several studies side by side: `serve_all`, with all arguments
-      bound but the studies and the functions that are told of events and of each study's end
+    - serve: a function that runs several studies side by side: `serve_all` without the arguments
+      that this function gives it, which are the studies, `on_event` and `on_end`
     - resume: whether studies that were begun go on
 
-    Errors: ConfigError; ErrorWithResult if a study failed, with the dict that is otherwise
-    returned; those of `serve_all`."""
+    Errors: ConfigError; ErrorWithResult, with the same dict, if a study failed; the errors of
+    `serve_all`."""
     from fedtune.launch.side_by_side import Entry
 
     status, result, entries = HomeStatus(home), dict[str, dict[str, Any]](), list[Entry]()
@@ -148,7 +148,7 @@ def run_several(
                 f"{len(failed)} of {len(studies)} studies failed: "
                 f"{', '.join(outcome.entry.name for outcome in failed)}",
                 "every study with its report",
-                "resolve what each line above names; --resume continues these studies alone",
+                "correct what each line above names; with --resume only these studies go on",
             ),
         )
     return told

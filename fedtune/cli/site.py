@@ -172,7 +172,7 @@ def _left_out(plan: Study, site: Site) -> str:
 
 def _say_wrong_size(plan: Study, site: Site) -> str:
     """Print and return that site.declared_size is far from the number of units; "" if it is not, or
-    if they cannot be counted, as `_left_out` and `fedtune doctor` say."""
+    if the units cannot be counted (which `_left_out` and `fedtune doctor` then say)."""
     from fedtune.core.errors import FedtuneError
     from fedtune.officer.wrong_size import find_wrong_size
 

@@ -1,5 +1,5 @@
-"""Define the options that the commands on a study.toml share (the file, and values that replace its
-own), and print messages of the commands that run a study."""
+"""Define the options that the commands on a study.toml share (the file, and values that replace
+those in the file), and print messages of the commands that run a study."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def shares_of(given: list[str] | None) -> dict[str, float]:
             found[name] = float(share)
         except ValueError:
             raise ConfigError(
-                f"--share {text}", "CLASS=SHARE, such as 'genetic changes=0.1'"
+                f"--share {text}: no number", "CLASS=SHARE, such as 'genetic changes=0.1'"
             ) from None
     return found
 
@@ -169,16 +169,16 @@ def say_looks(console: Console, study: Study) -> None:
     for column, counted in count_groups(file, tuple(table.groups)).items() if records else ():
         sizes += [(number, table.groups[column]) for number in counted.values()]
     judged = [(number, margin) for number, margin in sizes if number >= LEAST_GROUP]
-    line = f"a version is released at p at most {table.threshold:.2g}, in {table.looks} looks at "
+    line = f"a version is released if p ≤ {table.threshold:.2g}, in {table.looks} looks at "
     line += f"the {records:,} public records" if records else "a public file"
-    line += f"; one that should not be in at most one study in {1 / table.alpha:.0f} for each file"
-    line += f", of which there are at most {table.files}"
+    line += f"; at most one study in {1 / table.alpha:.0f} releases one that it should not, for "
+    line += f"each file of public records, of which there are at most {table.files}"
     if records and METRICS[file.metric].share:
         alone = least_gain(records, table.threshold, table.margin)
         gain = least_gain(records, table.threshold, table.margin, judged)
         found = f"a gain of {100 * gain:.0f} points is" if gain <= 1 else "no gain is"
         line += f"; {found} found four times in five, if the two "
-        line += f"versions differ about {CHANGED:.0%} of the records"
+        line += f"versions give different answers for {CHANGED:.0%} of the records"
         line += f" (without groups {100 * alone:.0f} points)" if gain > alone else ""
     if few := len(sizes) - len(judged):
         line += f"; groups of fewer than {LEAST_GROUP} records decide nothing, here {few}"
@@ -204,7 +204,7 @@ def say_expected_gain(
     if gain and len(sizes) == 1:
         sites = "1 site" if study.strategy.min_sites == 1 else f"{study.strategy.min_sites} sites"
         console.print(
-            f"for {sites} of {sizes[0]:,}; `fedtune plan` with --size once for each tells of all",
+            f"for {sites} of {sizes[0]:,}; for other sizes: `fedtune plan`, --size for each site",
             highlight=False,
             markup=False,
         )

@@ -65,8 +65,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run's model on your own records, with 95 % intervals.
 
-    It is compared with what public text alone gives, if the run's folder holds that, and with the
-    base alone."""
+    The model is compared with the base alone and with what public text alone gives, if the run's
+    folder holds that."""
     from fedtune.cli.console import evaluation_table, print_verdict
 
     with Console().status("measuring the model, and what it is compared with"):
@@ -225,7 +225,7 @@ def versions(
             reason = restate(run, index, signed_by)
     Console().print(versions_table(index))
     if reason:
-        typer.echo(f"report.md has no figure of it: {reason}", err=True)
+        typer.echo(f"report.md has no figure of this version: {reason}", err=True)
     pinned = "; it stays until --unpin" if index.pinned else ""
     typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
     if (run / "report.json").is_file() and (said := site_lines(read_report(run))):

@@ -175,7 +175,7 @@ def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
     for fingerprint in wanted:
         if not any(match_fingerprints(fingerprint, one) for one in have):
             raise Refused(
-                f"{path}: nobody with the key {fingerprint} approved it",
+                f"{path}: nobody with the key {fingerprint} approved this dossier",
                 "a dossier that this key approved",
             )
 

@@ -41,13 +41,14 @@ def environment() -> dict[str, str]:
 
 
 def collect_rarely() -> None:
-    """Search this process's memory for unreachable cycles of objects as often as before where they
-    are young, but seldom among all objects, and no more when the process ends.
+    """Make Python's garbage collector search all objects of this process for unreachable cycles
+    seldom, and not at all when the process ends. Young objects are searched as often as before.
 
     PyTorch, transformers and SciPy create some 400,000 objects that live as long as the process.
     While they are imported, Python would search all of them some twenty times, and three times at
-    the end: 2 of the 6 seconds that a process takes to start and to end. So a file that is part of
-    such a cycle must be closed; what it holds is not written when the process ends."""
+    the end: 2 of the 6 seconds that a process takes to start and to end. So code must close an open
+    file that is part of such a cycle: what the file still has to write is not written when the
+    process ends."""
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, SEARCHES)
     atexit.register(gc.freeze)
@@ -62,7 +63,7 @@ def main() -> None:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
-SEARCHES = 100  # searches of the middle generation before all objects; Python's default is 10
+SEARCHES = 100  # searches of the middle generation before one of all objects; Python's own: 10
 SPINS = "10000"  # half a millisecond or so
 
 
@@ -82,14 +83,14 @@ REPRODUCIBLE = ("AVX2,STRICT", "AVX512,STRICT")  # a user's settings of MKL_CBWR
 
 def fix_products() -> None:
     """Let MKL, by which PyTorch multiplies matrices, compute each row of a product by the same
-    operations wherever the row lies in its matrix. By itself MKL does not on some Intel processors:
-    in products of one to three columns, as for a reward head, two classes or an adapter of rank 1
-    to 3, a row's last digit followed from its place, and so from which other rows were there. On
-    processors of others the setting would choose slow instructions.
+    operations wherever the row lies in its matrix. By default MKL does not do so on some Intel
+    processors: in products of one to three columns, as for a reward head, two classes or an adapter
+    of rank 1 to 3, a row's last digit followed from its place, and so from which other rows were
+    there. On processors that are not Intel's the setting would choose slow instructions.
 
-    This makes rows fast, not safe: it has no effect on processors without AVX2, nor if MKL has
+    Nothing relies on this setting: it has no effect on processors without AVX2, nor if MKL has
     already computed something in this process. Whether rows keep their digits is tried for each
-    network (core/models/places.py); if not, each record is computed by itself.
+    network (core/models/places.py); if not, each record is computed by itself, which is slower.
 
     A user's own setting of MKL_CBWR is kept if it has the same effect. Reference: Intel oneMKL
     Developer Guide, "Obtaining Numerically Reproducible Results", strict conditional numerical
@@ -109,7 +110,7 @@ def cut_off() -> None:
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         os.environ[OURS] = "1"
     os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # no such module, to all
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # to import it is an error
 
 
 QUANTISES = "bitsandbytes"
@@ -122,7 +123,7 @@ def hide_quantisation() -> None:
     use."""
     global _hidden
     if QUANTISES not in sys.modules:
-        sys.modules[QUANTISES] = None  # type: ignore[assignment]  # no such module, to all
+        sys.modules[QUANTISES] = None  # type: ignore[assignment]  # to import it is an error
         _hidden = True
 
 

@@ -148,12 +148,12 @@ def describe(walls: Sequence[str]) -> str:
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
-    """Cut this process off every network, and return what is in force. In either case raw sockets
-    and the system calls in system_calls.NEVER (such as ptrace and io_uring) are refused.
+    """Cut this process off every network, and return what is in force. Raw sockets and the system
+    calls in system_calls.NEVER (such as ptrace and io_uring) are refused too.
 
-    sockets: the families of sockets that it may still open, such as AF_UNIX. If AF_INET is one of
-    them, for a database over TCP, the process stays on the network, and the result says so in
-    `missing`.
+    sockets: the families of sockets that the process may still open, such as AF_UNIX. If AF_INET is
+    one of them, for a database over TCP, the process stays on the network; `missing` of the result
+    says so.
     Errors: InfrastructureError if threads already run, which would not be confined."""
     families = sorted({int(family) for family in sockets})
     _check_alone()
@@ -209,7 +209,7 @@ def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
 
     The length of a file and the time of its last change, the free space of a disk and the numbers
     of processes depend on what else the machine does: at a site, on records. A process that can
-    write on the ledger's disk could also take its space while a request is answered.
+    write on the ledger's disk could also fill that disk while a request is answered.
 
     The work continues in a child process, at "/"; this process waits for the child, passes signals
     on, and ends with its status. Small files of the folders `own` are copied into the view. Call
@@ -237,8 +237,9 @@ def only_computing() -> Confinement:
 
     It can open no file or socket, start no process or thread, signal no process, and learn neither
     its own number nor the time. So its results depend only on its memory and on what it reads from
-    open descriptors. A thread that runs already is not confined. If Linux cannot take the time
-    away, the restriction is not made, except on 64-bit ARM, where Linux cannot before 6.12."""
+    open descriptors. A thread that runs already is not confined. The restriction is not made if the
+    process could still read the time from memory or from the processor's counter. Only on 64-bit
+    ARM is it made although the counter can be read, since Linux cannot prevent this before 6.12."""
     stopped = _stop_clocks()
     readable = {CLOCK_IN_MEMORY} | ({COUNTER} if platform.machine() == "x86_64" else set[str]())
     if not readable.isdisjoint(stopped.missing):
@@ -249,7 +250,8 @@ def only_computing() -> Confinement:
 
 def hide_command_line() -> bool:
     """Empty the command line and the environment that Linux shows of this process and of those that
-    it forks. Return whether it worked: Linux may be built without (CONFIG_CHECKPOINT_RESTORE).
+    it forks. Return whether it worked; it does not if Linux is built without
+    CONFIG_CHECKPOINT_RESTORE.
 
     Everybody may read /proc/PID/cmdline, and Linux reads it from the process's own memory, which
     the process can overwrite."""
@@ -310,7 +312,8 @@ def _check_alone() -> None:
     with suppress(FileNotFoundError):  # no /proc: the calls themselves refuse what they can
         if len(os.listdir("/proc/self/task")) > 1:
             raise InfrastructureError(
-                "this process has threads, which would not be confined", "one thread, at its start"
+                "this process has several threads, of which only one would be confined",
+                "a process with one thread",
             )
 
 

@@ -62,7 +62,7 @@ TO_COURIER = {
     *("GRPC_VERBOSITY", "PGPASSFILE", "PGSERVICEFILE", "PGSSLKEY"),  # the last three are paths
 }
 _log = logging.getLogger("fedtune.client")
-MOST_LOGGED = 2**20  # bytes of what a half of a site says
+MOST_LOGGED = 2**20  # most bytes in the log of a process of a site
 FULL = b"\n(this log is full: nothing after it is kept until its process is started again)\n"
 STOP_SECONDS = 10.0  # pause between SIGTERM and SIGKILL
 
@@ -101,9 +101,9 @@ class Child:
     - options: its command line, after the program's name
     - home: the folder in which Flower keeps its files (FLWR_HOME), made if it is missing
     - log: the file that its output goes to, which only this user can read. Starting the program
-      empties an earlier log. Only for "rank", which starts while a site answers a request, the
-      caller has emptied the log by `begin_log` before. A process of a site (AT_A_SITE) can write
-      MOST_LOGGED bytes, and the rest is dropped
+      empties an earlier log, except for "rank", which starts while a site answers a request: its
+      caller must have emptied the log before, by `begin_log`. A process of a site (AT_A_SITE) can
+      write MOST_LOGGED bytes, and the rest is dropped
     - keep: numbers of this process's open files that the program inherits
 
     The program inherits all environment variables, except that a courier gets only those in
@@ -263,8 +263,8 @@ def begin_log(log: Path) -> None:
         with suppress(OSError):
             log.unlink()
         _log.warning(
-            "%s: its disk has not the %d bytes that it may take: what its process says is not "
-            "kept; to do: free space, then start again",
+            "%s: the disk lacks the %d bytes that this log may take, so what the process prints is "
+            "not kept; to do: free space, then start again",
             log,
             MOST_LOGGED,
         )

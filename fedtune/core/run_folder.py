@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from fedtune.core.config import Study
 
 PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
-SIGNATURE = "signature.json"  # the last file that a run writes: what has it is whole
+SIGNATURE = "signature.json"  # the last file that a run writes: a folder that has it is complete
 BASE = "base"  # a run's own base, inside it
 FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
 PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; not signed
 ANSWERS = "answers.json"  # in a run: base and adapter on the same public prompts; not signed
-LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
-ADAPTER, HEAD = "adapter", "head.safetensors"  # what a run releases; in it, its head
-TRAINED = "trained"  # what the sites trained, where the public start is released
+LEDGERS = "ledgers"  # in a run of declared data: the ledger of each site with such data
+ADAPTER, HEAD = "adapter", "head.safetensors"  # the folder that a run releases; its file of a head
+TRAINED = "trained"  # what the sites trained, if the run releases the public start instead
 
 
 def has_head(run: Path) -> bool:

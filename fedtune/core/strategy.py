@@ -37,7 +37,8 @@ class Strategy(ABC):
     Guarantee: a strategy only post-processes what the sites sent, which costs no ε."""
 
     averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
-    # Whether updates move the adapter by a constant times their weighted mean, and so does noise.
+    # Whether `apply` moves the adapter by a constant times the updates' weighted mean. The noise in
+    # the updates then moves the adapter by the same constant times the noise's weighted mean.
     is_mean: ClassVar[bool] = False
     # Whether sites send class statistics, from which `apply` makes the adapter
     # (objective.directions).

@@ -40,7 +40,7 @@ FOURTH = 40
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # Linux's numbers of the two
 
-# Calls that an argument decides.
+# Calls that are allowed or refused by one of their arguments.
 SOCKET: Numbers = (41, 198)
 SOCKETPAIR: Numbers = (53, 199)
 PRLIMIT: Numbers = (302, 261)
@@ -121,7 +121,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"getsockname": (51, 204), "getpeername": (52, 205)},
     **{"setsockopt": (54, 208), "getsockopt": (55, 209)},
 }
-# These only if one argument has one of the values: (numbers, argument, values).
+# These calls are permitted only if one argument has one of the values: (numbers, argument, values).
 ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)  # madvise: of memory's use; none that marks it as broken
 TERMINALS = (0x5401, 0x802C542A, 0x5413)  # ioctl: TCGETS, TCGETS2, TIOCGWINSZ
 DESCRIPTORS = (0x5421, 0x541B, 0x5450, 0x5451)  # FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
@@ -234,7 +234,7 @@ def _write_filter(
 def _start() -> Lines:
     """Build a filter's first lines. They refuse calls that are made in the way of another kind of
     machine, and those of the x32 interface, and load the call's number for the lines that follow.
-    (To end the process would write the call's number into the kernel's log.)"""
+    (If they ended the process instead, Linux would write the call's number into its log.)"""
     return [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 1, 0, MACHINES[platform.machine()]),

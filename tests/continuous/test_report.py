@@ -151,7 +151,7 @@ def test_a_version_that_cannot_be_measured_has_no_figure(finished: Path, tmp_pat
     number = another(run)
     (run / "test.jsonl").unlink()
     done = command("versions", run, "--rollback", number)
-    assert done.exit_code == 0 and "report.md has no figure of it" in done.output
+    assert done.exit_code == 0 and "report.md has no figure of this version" in done.output
     body = report(run)
     assert body["continuous"]["version in use"] == number
     assert body["quality"]["after"] == {} and "gain" not in body["quality"]

@@ -79,8 +79,8 @@ def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
     if descriptor is None:
         raise InfrastructureError(
             f"another {who} (process {_holder(path)}) uses {folder}",
-            "one at a time",
-            "end that one first, or give this one a folder of its own",
+            "one such process at a time",
+            "end the other process first, or give this one a folder of its own",
         )
     try:
         with mapping_errors(path):

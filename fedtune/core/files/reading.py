@@ -8,7 +8,7 @@
 | with a lone surrogate, which cannot be written as UTF-8  | refused                              |
 
 Errors: of the class `kind`, by default InputError. The error's text is one line that names the
-path. Of the file's content it holds at most a key or a character of a TOML file."""
+path. Of the file's content this line has at most a key or a character of a TOML file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LARGE = 2**28  # largest JSON file of a model: a tokenizer's has tens of megabyt
 DEPTH = 100  # fedtune's own files nest at most ten deep
 NAME, PATH = 255, 4095  # bytes that a name and a path may have
 Kind = type[FedtuneError]
-# A TOML key, whole, with a group where it has very many parts. Possessive: each character is read
-# once, however long a word or a key is.
+# Matches a whole TOML key; its group matches only if the key has more than DEPTH parts. The
+# quantifiers are possessive, so that each character is read once, however long a word or a key is.
 _PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
 _NEXT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
 _KEY = re.compile(rf"{_PART}{_NEXT}{{0,{DEPTH - 1}}}+({_NEXT})?")

@@ -48,8 +48,8 @@ class Room:
     - folder: the ledger's folder
     - declared_size: the site's or the hospital's declared number of units
     - rounds: the most rounds that the ledger pays for
-    - membership: in a hospital's home, the membership (or OFFICER) for whose writes space is freed;
-      else ""
+    - membership: if a hospital's memberships share the ledger, the membership (or OFFICER) for
+      whose writes space is freed; else ""
     - memberships: all memberships of the hospital
 
     >>> room = Room(Path("state"), 100)
@@ -100,8 +100,9 @@ class Room:
 
     @property
     def lent(self) -> int:
-        """How many bytes the users of the room may free at once, all together. The users are the
-        memberships and the officer; at a site outside a home there is only one."""
+        """How many bytes the users of the room may free at once, all together. The users of a
+        hospital's shared ledger are the memberships and the officer; another ledger has one
+        user."""
         return self.of_an_answer * max(1, len(self._users))
 
     @property
@@ -111,9 +112,9 @@ class Room:
         return self.lent + self.of_growth
 
     def of(self, membership: str) -> Room:
-        """Return the same room, but with `membership` (or OFFICER) as the one whose space is freed.
-        At a site outside a hospital's home there is one common space, and the room is returned
-        unchanged."""
+        """Return a copy of this room with `membership` (or OFFICER) as the one whose space is
+        freed. If the ledger is not shared by a hospital's memberships, there is one common space,
+        and the copy is equal to this room."""
         return replace(self, membership=membership if self.membership else "")
 
     def has_space(self, beside: int = 0) -> bool:
@@ -162,8 +163,8 @@ class Room:
                     self._take(self.of_an_answer)
             except OSError as error:
                 log.warning(
-                    "%s: the ledger's room cannot be taken back (%s); no order is answered until "
-                    "it can; to do: free space",
+                    "%s: disk space for the ledger cannot be reserved again (%s); no order is "
+                    "answered until it can; to do: free space",
                     self.folder,
                     error.strerror,
                 )
@@ -171,7 +172,7 @@ class Room:
     @contextmanager
     def _shared(self) -> Iterator[None]:
         """A context manager that holds the lock under which the room's files change, for the length
-        of the block. Outside a hospital's home there is no such lock, and none is needed."""
+        of the block. Only a ledger that a hospital's memberships share has and needs this lock."""
         with locks.hold(self.folder / SHARED) if self.membership else nullcontext():
             yield
 

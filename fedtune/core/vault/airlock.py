@@ -75,9 +75,9 @@ def _store_waiting_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int)
     - charge: what the draw will cost
     - size: number of bytes of the masked words
 
-    Of more than MOST files the oldest are deleted, since a coordinator may ask for any number of
-    draws before one is charged. If the disk's free space is all reserved for the ledger, no file is
-    written, and the draw is only logged."""
+    At most MOST files are kept: the oldest are deleted first, since a coordinator may ask for any
+    number of draws before one is charged. If all free space of the disk is reserved for the ledger,
+    no file is written, and the site only logs a warning."""
     path = waiting_draw_path(site.ledger.folder, slot)
     if path.exists():
         return
@@ -86,7 +86,7 @@ def _store_waiting_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not site.room.has_space(len(content)):
-            log.warning("%s: not kept: the disk has no space beside the ledger's room", path)
+            log.warning("%s: a draw that waits is not kept: the disk lacks free space", path)
             return
         others = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
         for old in others[: max(0, len(others) - MOST + 1)]:

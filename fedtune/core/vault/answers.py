@@ -32,16 +32,16 @@ from fedtune.core.wire.requests import FAILED, Answer, Kind, Request, Scalar
 from fedtune.core.wire.seal import SealError, body_digest, check_end, check_order, check_plan
 
 log = logging.getLogger("fedtune.client")
-ENTRY = 4096  # bytes of the audit log's entry, at most, on the disk
+ENTRY = 4096  # most bytes that an entry of the audit log takes on the disk
 site_errors: dict[
     str, FedtuneError
-] = {}  # by site file, for this process alone; `simulate` shows it
+] = {}  # site file -> the last error there in this process, for `simulate` to show
 Work = Callable[[SiteWorker, str, Request], Update]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A site whose requests this process answers, and how the site takes part.
+    """A site that answers requests in this process, and how the site takes part.
 
     - site: the path of the site file
     - coordinator: the public signing key of the coordinator with which the site enrolled; "" if any
@@ -145,7 +145,7 @@ def _admission(place: Place, request: Request) -> Answer:
 
     if failure := run_guarded(attempt, place):
         fields["status"], fields["reason"] = failure
-        if fields["key"]:  # before it, there may be no ledger here, and none is made for a refusal
+        if fields["key"]:  # else there may be no ledger here, and a refusal makes none
             note_refusal(place, failure, kind="plan")
     fields["admitted"] = fields["status"] == "admitted"
     return Answer("admission", fields)

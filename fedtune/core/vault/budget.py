@@ -1,9 +1,9 @@
 """Check one plan's cost against a site's limits and the charges of a dataset.
 
 Each charge of a private plan is checked here before it is entered in the ledger. A charge without
-noise (σ = 0) needs no check but policy.allow_privacy_off; once a dataset has such a charge, no
-private plan on it is admitted any more. The results depend on the plan, the policy and the charges
-alone, so a coordinator may see each refusal."""
+noise (σ = 0) is not checked here: policy.allow_privacy_off decides about it. Once a dataset has
+such a charge, no private plan on it is admitted any more. The results depend only on the plan, the
+policy and the charges, so a coordinator may see each refusal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedtune.core.files.room import Room
 from fedtune.core.ledger.entries import EVERY, Charge, Spent, orders_of, samples_first
 
 OTHER_KIND = Steps(1e6, 1.0, 1)  # a step that costs nothing and is of another kind than any study's
-MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
+MOST_ATTEMPTS = 8  # how often one round of a plan may be charged
 QUERIES_TODO = (
     "raise private_evaluation.noise_multiplier, or have the site declare its held-out records "
     "disjoint from those it trains on"
@@ -41,9 +41,10 @@ class Budget:
     own, `check_ceilings`). Then everything released from the dataset is (policy.ceiling, 2 ·
     policy.delta)-DP, provided that in studies with secure aggregation no more sites collude than
     the plan allows. However many collude, it is (policy.fallback_ceiling, 2 · policy.delta)-DP.
-    Both hold even if later studies were chosen by earlier results (`fedtune.core.dp.filter`). In a
-    hospital's home these ceilings are the hospital's, and what this membership alone released stays
-    within its share (policy.max_epsilon, policy.max_fallback_epsilon)."""
+    Both hold even if later studies were chosen by earlier results (`fedtune.core.dp.filter`). If
+    the memberships of a hospital share the ledger, both ceilings are the hospital's, and what this
+    membership released stays within its own share (policy.max_epsilon,
+    policy.max_fallback_epsilon)."""
 
     policy: PolicyTable
     plan: DpPlan
@@ -53,8 +54,10 @@ class Budget:
     def order(self) -> float:
         """The Rényi order that a charge of this plan has. It follows from the site's ceiling and δ,
         never from a plan (`core.dp.filter`). The first charge fixes it, before any result is known.
-        In a hospital's home this is the membership's own first charge. Otherwise, if the ceiling
-        was changed in between, the order would show that another membership had paid before."""
+
+        If the memberships of a hospital share the ledger, the membership's own first charge fixes
+        it. If another membership's charge did, and the ceiling was changed after that charge, the
+        order would show that another membership had paid before."""
         own = self.share.charges
         return own[0].order if own else best_order(self.policy.ceiling, self.policy.delta)
 
@@ -65,9 +68,9 @@ class Budget:
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def beside_others(self, ahead: int) -> Total:
-        """Compute what `total` will be once a study of another kind of step is paid for too,
-        without the cost of that study itself. The result may be larger than `total`, since steps of
-        several kinds are composed by another filter."""
+        """Compute `total` as it becomes once the dataset also pays for a study whose steps are of
+        another kind (another σ or sampling rate); the cost of that study is not counted. The result
+        may be larger than `total`, since steps of several kinds are composed by another filter."""
         events = [charge.event for charge in self.charges]
         return self._compose(events, [*self.plan.events(ahead), OTHER_KIND])
 
@@ -156,16 +159,16 @@ class Budget:
                 "the study would take this dataset past policy.max_fallback_epsilon, the ε that "
                 "holds even if secure aggregation does not",
                 f"at most ε = {policy.max_fallback_epsilon} in total",
-                "lower epsilon: with shared noise it stays below what each site would spend alone",
+                "lower epsilon: the larger ε, which each site's own noise gives, falls with it",
             )
         if policy.hospital and (self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)):
             raise _exceeds_hospital()
 
     @property
     def share(self) -> Budget:
-        """This budget with the charges of this membership alone. Without a hospital's home it has
-        all charges. A charge that a restore of the ledger entered counts against every membership's
-        share."""
+        """This budget with only the charges of this membership, or with all charges if the site has
+        a ledger of its own. A charge that a restore of the ledger entered counts against the share
+        of every membership."""
         if self.policy.hospital is None:
             return self
         mine = self.policy.own_memberships
@@ -196,9 +199,9 @@ class Budget:
 
     def check_alone(self) -> None:
         """Check that no other membership of this hospital takes part in the plan, if the plan's
-        noise is shared. If one did, a patient would be twice in the one noised sum, and would move
-        it by twice what each membership is charged for. A restore of the ledger may have entered
-        charges of this plan. They count as another membership's, since nobody knows whose they are.
+        noise is shared. If one did, a patient could be in the noised sum twice, and change it by
+        twice what each membership is charged for. Charges of this plan that a restore of the ledger
+        entered count as another membership's, since nobody knows whose they are.
 
         Errors: BudgetExceeded, which does not name the other membership."""
         if self.policy.hospital is None or self.plan.sites == 1:
@@ -265,11 +268,13 @@ def check_known(
     - unit: the unit that the study protects: "patient" or "record"
     - unknown: the charges of unknown cost that nobody accepted, from `Ledger.unknown`
     - in_home: whether a hospital's memberships share the ledger. The error then says nothing that
-      this membership's coordinator must not know, such as what another's study protects
-    - at_site: whether a person at the site reads the error, and no coordinator. It then names the
-      dataset and columns of patients, which are the site's own settings
+      this membership's coordinator must not know, such as the unit that another membership's study
+      protects
+    - at_site: whether only a person at the site reads the error, and no coordinator. The error then
+      names the dataset and the columns of patients, which are the site's own settings
 
-    Charges are public. Errors: BudgetExceeded if `unknown` is not empty."""
+    The result depends on charges, which are public. Errors: BudgetExceeded if `unknown` is not
+    empty."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
@@ -277,13 +282,13 @@ def check_known(
     either = "they were charged for another unit, or by an earlier release"
     restored = [spent for spent in unknown if spent.dataset == EVERY]
     otherwise = [spent for spent in unknown if spent.has_other_column]
-    if restored or otherwise:  # a coordinator is told neither, nor the names of a site's columns
+    if restored or otherwise:  # a coordinator learns neither, nor the names of a site's columns
         why = either
     if at_site and otherwise:
         why = describe_other_columns(otherwise)
     elif at_site and restored:
         why = describe_restored(restored)
-    if in_home:  # not this coordinator's to know: what another's study protects
+    if in_home:  # this coordinator must not know what another membership's study protects
         why = either
     raise BudgetExceeded(
         f"the cost of earlier rounds on this dataset is unknown for one {unit}: {why}",
@@ -299,8 +304,8 @@ def describe_restored(spent: Sequence[Spent]) -> str:
     return (
         f"{len(spent)} charges stand for rounds whose own entries were lost before the ledger was "
         "restored, so nobody can tell for which unit and by which column of patients they were "
-        "made. If all these rounds had the unit of now, and the column that columns.patient names "
-        "now, their ε holds"
+        "made. If all these rounds were charged for the unit that is protected now, and by the "
+        "column that columns.patient names now, their ε holds"
     )
 
 
@@ -311,8 +316,8 @@ def describe_other_columns(spent: Sequence[Spent]) -> str:
     now = ", ".join(sorted({repr(each.patient_now) for each in spent}))
     return (
         f"{len(spent)} rounds were charged when the column {earlier} told patients apart, and now "
-        f"{now} does (columns.patient), so one patient may have been several then. If the column "
-        "was only renamed, and a patient is the same by both, the ε of these rounds holds"
+        f"{now} does (columns.patient), so one patient may have counted as several then. If the "
+        "column was only renamed, and a patient is the same by both, the ε of these rounds holds"
     )
 
 
@@ -335,6 +340,6 @@ def check_rounds(charges: Sequence[Charge], policy: PolicyTable, room: Room) -> 
         raise BudgetExceeded(
             "this site's ledger has paid for policy.max_rounds rounds of all studies together",
             f"at most {most}",
-            "the site may raise policy.max_rounds (outside a hospital's home: for 8 KiB more disk "
-            "per round), and start again",
+            "the site may raise policy.max_rounds, and start again; each further round needs 8 KiB "
+            "more of the disk, unless a hospital's memberships share the ledger",
         )

@@ -26,8 +26,8 @@ SEARCH = 7  # halvings between nothing and what the plan asks for
 MOST = 4  # studies that are listed
 CEILINGS = ("policy.max_epsilon", "policy.max_fallback_epsilon", "the plan's own lifetime")
 TODO = (
-    "take what fits, or try settings on data that no patient is in (`fedtune tune`); a higher "
-    "policy.max_epsilon is for whoever answers for the data to decide"
+    "take what fits, or try settings on data that no patient is in (`fedtune tune`); whoever "
+    "answers for the data decides whether to raise policy.max_epsilon"
 )
 
 

@@ -72,8 +72,8 @@ def paid_by_run(site: Site, ledger: Path) -> Site:
 
 
 def run_ledger(site: Site, digest: str) -> Path:
-    """Return the folder of the ledger to which one run is charged at a site of a consortium whose
-    data is declared public or generated. digest: the digest of the run's plan."""
+    """Return the folder of the ledger to which one run is charged, at a site that takes part in a
+    consortium with data declared public or generated. digest: the digest of the run's plan."""
     return site.site.state / RUNS / outbox_prefix(digest)
 
 
@@ -106,7 +106,7 @@ def with_new_policy(current: Site, loaded: Site) -> Site:
     not wait for it: another [hospital] table, so that another ledger would pay; another
     data.declared; a query or a view that now selects the records, of which the coordinator was not
     informed; a policy that does not fit the declared size with which the site joined."""
-    if current.hospital != loaded.hospital:  # whose ceilings the new policy would be under
+    if current.hospital != loaded.hospital:  # its ceilings would limit the new policy
         raise PolicyRefused(
             "the table [hospital] was changed while this site takes part",
             "what it said when the site joined",

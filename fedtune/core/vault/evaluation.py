@@ -80,7 +80,7 @@ def answer_query(
         Budget(current.policy, plan, charges).check_attempts(round_)
         check_budget(current, study, training, plan, charges, round_)
 
-    prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
+    prepared.network.load_trainable(adapter)  # first: an adapter refused here costs nothing
     site.ledger.ask(held_out.name, permit)
     data = site.data_in_study(study, prepared.network, held_out)
     label = site.slot(plan.study, round_, digest(adapter))[2]
@@ -295,8 +295,8 @@ def _scores(
 def _scores_of(study: Study, network: Network, batch: Batch) -> torch.Tensor:
     """Compute each record's score, (B,) fp64, in [0, 1]. In a study of labels it is the probability
     of the record's label or, with score = "accuracy", 1 if that label is predicted and 0 if not; a
-    record whose label is not one of the study's has 0. In other studies it is exp(-loss). It is NaN
-    if the model's output is not finite."""
+    record whose label is not one of the study's has 0. In other studies it is exp(-loss). The score
+    is NaN if the model's output is not finite."""
     objective, table = study.objective.resolved, study.private_evaluation
     if objective.record_format != "label":
         return torch.exp(-objective.losses(network, batch).double())

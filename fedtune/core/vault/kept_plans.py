@@ -2,10 +2,10 @@
 (0600).
 
 A vault that is started for one request knows no study. So if the request orders a round, the vault
-first takes the stored request that brought the order's plan, and answers it as a restarted vault
-does: every rule is checked again, and this first answer is dropped. Then the vault carries out the
-order. A plan is stored while its study is running. Which plans are stored depends on messages
-alone, never on a record."""
+first takes the stored request that brought the order's plan, and answers this request as a
+restarted vault does: every rule is checked again. It drops that answer, and then carries out the
+order. A plan is stored while its study is running. Which plans are stored depends only on messages,
+never on a record."""
 
 from __future__ import annotations
 

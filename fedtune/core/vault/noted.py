@@ -20,7 +20,7 @@ def acts(site: SiteWorker) -> AuditLog:
 def accept(site: SiteWorker, receipt: str, coordinator: str) -> None:
     """Compare the ledger and the audit log with the coordinator's receipt that came with an order,
     and store this receipt if it is the newest. If the audit log lacks the entry that the receipt
-    names, enter this in the audit log.
+    names, add an entry to the audit log that says so.
 
     - site: the SiteWorker of this site, with its settings and ledger
     - receipt: the receipt as JSON; "" if the order has none, and then nothing is compared

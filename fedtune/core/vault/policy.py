@@ -57,9 +57,9 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
 
 
 def compute_within_limits(study: Study, site: Site) -> DpPlan:
-    """Compute the plan of noised steps that the site would run, of at most policy.max_steps steps
-    and an ε that is not out of the question. With more, the computation might not end, and somebody
-    who is not trusted may have chosen these figures. So a site's own code computes a plan here.
+    """Compute the plan of noised steps that the site would run, unless it has more steps than
+    policy.max_steps or an ε far too large. For such figures, which somebody may have chosen to do
+    harm, the computation might never end. So all code of a site computes plans by this function.
 
     - study: a private study
     - site: the settings of this site, with its declared size and its policy
@@ -73,7 +73,7 @@ def compute_within_limits(study: Study, site: Site) -> DpPlan:
         raise _past_ceiling(site.policy)
     try:
         return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
-    except ConfigError as error:  # of public figures alone
+    except ConfigError as error:  # its text has only public figures
         raise PolicyRefused(error.happened, error.expected, error.todo) from None
 
 
@@ -236,9 +236,9 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
     no ε covers."""
     if site.free_query and not site.policy.allow_free_query:
         yield PolicyRefused(
-            "a query or a view selects this site's records, so that one patient may decide what "
-            "becomes of another's, and policy.allow_free_query is not set",
-            "a table, and data.filter",
+            "a query or a view selects this site's records, so that one patient's rows may decide "
+            "whether another's are read, and policy.allow_free_query is not set",
+            "a table of the database, with data.filter to select rows",
         )
 
 
@@ -249,15 +249,15 @@ def pin_others(site: Site, own: str) -> Site:
 
 
 def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Yield a refusal of a study with shared noise if policy.peers lists too few of the sites that
-    share it. A person here has compared the fingerprint of each site in that list. The coordinator
-    could enrol any other site itself, and would then know that site's noise."""
+    """Yield a refusal of a study with shared noise if policy.peers lists fewer other sites than
+    strategy.min_sites - 1. A person here has compared the fingerprint of each listed site. A site
+    that is not listed may be the coordinator's own, which then knows that site's noise."""
     least = study.strategy.min_sites
     if study.secure_aggregation and len({*policy.peers}) < least - 1:
         yield PolicyRefused(
             f"policy.peers lists {len({*policy.peers})} sites besides this one, and the plan "
-            f"shares one dose of noise among {least}",
-            f"the signing keys of at least {least - 1} other sites; this site's own key is none",
+            f"shares its noise among {least} sites",
+            f"the signing keys of at least {least - 1} other sites, without this site's own key",
             "`fedtune review` shows each peer's fingerprint: compare it with that hospital, then "
             "list its key",
         )
@@ -269,8 +269,8 @@ def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
     draw is masked."""
     if study.secure_aggregation and site.vault:
         yield PolicyRefused(
-            "vault.run starts this site's vault for one request at a time, and a plan that shares "
-            "one dose of noise needs a vault that runs until its noise is masked",
+            "vault.run starts this site's vault for one request at a time, and a plan with shared "
+            "noise needs a vault that keeps running until the noise is masked",
             "a plan without [secure_aggregation], or a site.toml without [vault]",
         )
 
@@ -287,7 +287,7 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
         todo = (
             "sites of different ranks are averaged exactly only with A frozen, since a mean of "
             'products B·A is no product of means: ask for lora.train = "B" with lora.min_rank, or '
-            "for the same, lower lora.rank everywhere"
+            "for a lower lora.rank at all sites"
         )
     yield PolicyRefused(
         f"this site trains at most {rank} of an adapter's ranks (site.lora_rank) and the plan "
@@ -311,9 +311,9 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
             f"nothing says that the teacher {spec.digest} never saw this site's records, or saw "
             "them only through noise",
             "its digest in policy.teachers or, if it is a base, in policy.bases",
-            "a person at this site who knows how it was trained lists its digest in "
-            "policy.teachers; if it was fitted to the records without noise, every target would "
-            "depend on every one of them",
+            "a person at this site who knows how the teacher was trained lists its digest in "
+            "policy.teachers; if it was fitted to this site's records without noise, each target "
+            "that it sets would depend on all of these records",
         )
 
 
@@ -325,7 +325,7 @@ def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
         yield PolicyRefused(
             "this site names a patient column and the study protects single records",
             'privacy.unit = "patient"',
-            "change it in the plan: a patient with several records would get less than the ε says",
+            "change privacy.unit in the plan: ε would protect a patient of several records less",
         )
 
 
@@ -382,8 +382,8 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
 
 
 class _StatedFigures(NamedTuple):
-    """The figures of a private study that follow from the plan and the declared size alone, before
-    σ is computed from ε.
+    """The figures of a private study that follow directly from the plan and the declared size,
+    before σ is computed from ε.
 
     - noise_multiplier: σ; None if the plan gives ε
     - max_grad_norm: the clipping norm C
@@ -415,8 +415,8 @@ def _stated_figures(study: Study, size: int) -> _StatedFigures:
 def _about_cost(
     study: Study, stated: _StatedFigures, policy: PolicyTable
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal of a study that would cost more than policy.max_epsilon_per_study, by what it
-    costs at least (`_least_cost`). This is checked before ε is computed, since the larger ε is, the
+    """Yield a refusal of a study if even a lower bound of its cost (`_least_cost`) is above
+    policy.max_epsilon_per_study. This is checked before ε is computed, since the larger ε is, the
     longer its computation takes. stated: the figures that the study states."""
     if not study.continuous and _least_cost(study, stated) > policy.max_epsilon_per_study:
         yield _past_ceiling(policy)

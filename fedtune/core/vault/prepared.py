@@ -27,10 +27,10 @@ class Unprepared(Refused):
 
 
 def build_unprepared() -> Unprepared:
-    """Build the error of a site that has to be sent the plan again. Its text, which is sent, is the
-    same whatever the cause: in a hospital's home the cause may be another membership, of which this
-    one's coordinator is told nothing."""
-    return Unprepared("this site does not know the plan", todo="send it again")
+    """Build the error of a site that has to be sent the plan again. Its text, which the coordinator
+    gets, is the same whatever the cause: the cause may be another membership of the same hospital,
+    of which the coordinator must learn nothing."""
+    return Unprepared("this site does not know the plan", todo="send the plan again")
 
 
 class Unsigned(PolicyRefused):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedtune.core.vault.answers import Place
 
 log = logging.getLogger("fedtune.client")
-HOME = "ranks"  # in the state folder: the lock of the vault, and what its team leaves
+HOME = "ranks"  # folder in the state folder: the vault's lock, and files of its other processes
 LOOK = 0.2  # seconds between two looks into a spool
 LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after its client
 
@@ -134,9 +134,9 @@ def _alone(site: Site) -> Iterator[None]:
 
 @contextmanager
 def locked(site: Site, who: str) -> Iterator[None]:
-    """A context manager: during the block, hold the lock of a site's vault and, in a hospital's
-    home, the lock of its membership. who: the words by which the error names another process that
-    holds one of them. Errors: InfrastructureError if another process holds one."""
+    """A context manager: during the block, hold the lock of a site's vault and, if the site is a
+    membership of a hospital, the lock of this membership. who: the words by which the error names
+    another process that holds a lock. Errors: InfrastructureError if another process holds one."""
     with ExitStack() as held:
         held.enter_context(alone(site.site.state / HOME, who))
         if site.hospital:
@@ -145,11 +145,11 @@ def locked(site: Site, who: str) -> Iterator[None]:
 
 
 def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
-    """Return a context manager that holds, during the block, the lock of a membership's vault in
-    the hospital's home. While a vault runs it holds this lock, so that nobody restores the
-    hospital's ledger meanwhile, wherever the membership's site file lies. The value of the context
-    is True if the last process that held the lock was killed. Errors: InfrastructureError naming
-    the vault that runs."""
+    """Return a context manager that holds, during the block, the lock of a membership's vault. A
+    running vault holds this lock, so that nobody restores the hospital's ledger meanwhile. The
+    lock is in `home`, the folder of this ledger, wherever the membership's site file lies. The
+    context manager yields True if the last process that held the lock was killed. Errors:
+    InfrastructureError that names the running vault."""
     lock = home / f"vault-{membership}.lock"
     return locks.hold_alone(lock, f"vault of membership {membership!r}", home)
 

@@ -56,8 +56,8 @@ TIMEOUT = 1800.0  # seconds that rank 0 waits for the others in one exchange
 
 class Workers:
     """Starts and ends the worker processes among which a site shares each step. They start with the
-    first round that needs them, and again after a failure. Use this as a context manager; at its
-    end they end.
+    first round that needs them, and again after a failure. Use this as a context manager: at the
+    end of the block the processes end.
 
     - site: the site file
     - size: number of processes, this one (rank 0) included
@@ -73,8 +73,8 @@ class Workers:
         self._timeout = timeout
         self._open, self._sharing = ExitStack(), ExitStack()
         self._group: Group | None = None
-        self._prepared: tuple[str, ...] = ()  # the study and the factor that all ranks hold
-        self._records = ""  # the fingerprint of the records that they hold
+        self._prepared: tuple[str, ...] = ()  # study, plan and frozen arrays that all ranks hold
+        self._records = ""  # the fingerprint of the records that all ranks hold
         self.children: list[Child] = []
 
     @contextmanager

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fedtune.core.models.cache import CachedDataset
 
 log = logging.getLogger("fedtune.site")
-OF_COUNTS = 2**14  # bytes of counts.json, or a multiple of them
+OF_COUNTS = 2**14  # counts.json is padded to a multiple of this many bytes
 SHOWN = 20  # rejected rows that are listed
 shown: set[str] = set()  # texts about a site's rows that this process has shown on its screen
 HALF = 0.5  # share of a median record; if less is read, there is a warning
@@ -55,7 +55,7 @@ def read_for_training(
     - study: the study by which records are rendered, tokenised and capped
     - tokenizer: the base's tokenizer
     - reader: reads the images or other files of a record, if the base takes more than text; None:
-      it takes text alone
+      the base takes only text
     - ledger: the site's lifetime ledger, which is only read; None if the site has none yet, and
       then nobody is left out
     - soft_targets: the function that gives a teacher's targets for a record; None: no teacher
@@ -108,7 +108,7 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
         (counts.withheld, "of patients who did not agree to their use"),
         (counts.over_cap, f"over max_records_per_unit = {study.max_records_per_unit}"),
         (counts.excluded, "of patients who withdrew or take part elsewhere"),
-        (counts.duplicates, "say what an earlier row says (kept)"),
+        (counts.duplicates, "repeat an earlier row (kept)"),
     ):
         if number:
             parts.append(f"{number:,} {what}")

@@ -44,7 +44,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
     study, facts["plan_digest"] = _study(request, site)
     name, where = "a plan", ""
     if study is not None:
-        site = site.begin_run(study.digest)  # which this module does not keep
+        site = site.begin_run(study.digest)  # a new SiteWorker is not kept here
         if site.site.data.declared:
             facts["declared"] = {site.site.site.name: site.site.data.declared}
         name = facts["study"] = study.study.name
@@ -103,12 +103,12 @@ def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict
     if facts["status"] == WAITING:
         return (
             f"Nothing of it runs before a person here signs it; then {spends}. {review} says what "
-            "it means, and with --sign admits it"
+            "the plan means; with --sign the same command admits it"
         )
     return (
         f'NOBODY HERE HAS SIGNED THIS PLAN; it runs by policy.admission = "{rule}", and {spends}. '
-        f"{review} says what it means; Ctrl-C keeps this site out of it; with "
-        'policy.admission = "reviewed" the next one waits for a person'
+        f"{review} says what the plan means; Ctrl-C keeps this site out of the study; with "
+        'policy.admission = "reviewed" the next plan waits for a person'
     )
 
 
@@ -122,7 +122,7 @@ def _study(request: Request, site: SiteWorker) -> tuple[Study | None, str | None
             check_plan_length(text)
             study = study_from_json(text)
             return study, study.digest
-        digest = ":".join(str(tables["order"]["plan"]).split(":")[:2])  # less the kind of work
+        digest = ":".join(str(tables["order"]["plan"]).split(":")[:2])  # without Order.suffix
         return site.of_run(digest).study_of(digest), digest
     except (FedtuneError, KeyError):
         return None, None
@@ -165,7 +165,7 @@ def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
     held = HELD in facts["reason"]
     if status == "unprepared":
-        return "this process has yet to see it, and asked for it again"
+        return "this process does not have the plan yet, and asked for it again"
     if status == WAITING:
         return "WAITING for a person at this site" + (" to let it go" if held else "")
     if status == "finished":

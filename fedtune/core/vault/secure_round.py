@@ -97,8 +97,8 @@ def mask_sum(
       "" if it has none
 
     In the Update the masked words are named VALUES, and its `said` has the set's digest as "set".
-    Guarantee: the words leave for one set only, which the ledger's entry fixes under the write
-    lock, and only if at least strategy.min_sites of its sites are this one or pinned in
+    Guarantee: the words leave for one set of sites only; the ledger's entry fixes this set under
+    the write lock. At least strategy.min_sites of the set's sites, this one counted, are pinned in
     policy.peers.
     Errors: Unprepared, PolicyRefused, LedgerError; Void if the attempt is over for this site."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
@@ -181,7 +181,8 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _numbers_of(prepared: Prepared) -> int:
-    """Return how many numbers the update of a study has, and so the sum of a round."""
+    """Return how many numbers an update of the study has, which is also how many a round's sum
+    has."""
     return sum(values.numel() for values in prepared.network.update_parameters().values())
 
 
@@ -204,7 +205,7 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
 
 def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
     """Charge a draw, compute its noised sum, and keep the sum and a new masking key in memory until
-    its set of sites is fixed. Return what is kept.
+    the draw's set of sites is fixed. Return what is kept.
 
     - site: the SiteWorker of this site, with its settings and ledger
     - prepared: the study, as this site admitted it

@@ -21,7 +21,7 @@ from fedtune.core.ledger.files import newer_name, outbox_name, outbox_prefix
 
 FOLDER = "studies"  # in the state folder
 ENDED = ".ended"  # suffix of the file of a study that ended while the ledger was frozen
-MOST = 64  # studies under way at once: their files lie in the room that the ledger needs
+MOST = 64  # studies under way at once: their files take disk space that the ledger needs
 
 
 def check_number(state: Path, study: Study) -> None:

@@ -28,10 +28,11 @@ def keep_plan(site: Site, study: Study) -> Path:
     """Write a plan to the file in which `fedtune review` finds it, whether or not somebody here has
     signed it; return the file's path.
 
-    Of more than MOST plans the oldest are deleted. If the disk has no space for a plan, the plan is
-    not stored; the site then logs a warning, and the coordinator gets the same answer. Call this
-    while the ledger's reserve of disk space (files.room) is in place, not while it is freed for an
-    order: a plan that nobody asked for must not take the space of a charge or a withdrawal."""
+    At most MOST plans are kept: the oldest are deleted first. If the disk has no space for a plan,
+    the plan is not stored; the site then logs a warning, and the coordinator gets the same answer.
+    Call this while the ledger's reserve of disk space (files.room) is in place, not while it is
+    freed for an order: a plan that nobody asked for must not take the space of a charge or a
+    withdrawal."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

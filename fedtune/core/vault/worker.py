@@ -163,15 +163,15 @@ class SiteWorker:
         return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
-        """Return the SiteWorker whose ledger is charged for the plan with this digest: the one that
-        `keep_run` keeps for it, else this one."""
+        """Return the SiteWorker whose ledger is charged for the plan with this digest: the plan's
+        own one if `keep_run` keeps one, else this object."""
         return self._of_runs.get(digest, self)
 
     def begin_run(self, digest: str) -> SiteWorker:
         """Return the SiteWorker whose ledger is charged for the plan with this digest. For declared
-        data in a consortium it is one of the plan's own, with a ledger of its own: the one that is
-        kept, else a new one. In all other cases it is this one. The caller has checked the plan's
-        signature."""
+        data in a consortium, each plan has its own SiteWorker with its own ledger: return the one
+        that `keep_run` keeps, else a new one. In all other cases return this object. The caller has
+        checked the plan's signature."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
         if (of_run := self._of_runs.get(digest)) is None:
@@ -183,9 +183,9 @@ class SiteWorker:
         return of_run
 
     def keep_run(self, digest: str, of_run: SiteWorker) -> None:
-        """Keep what `begin_run` returned for an admitted plan, so that its orders find the model;
-        of the plans admitted last, `studies.MOST` are kept. A plan that is not admitted leaves
-        nothing here, since anybody can make up any number of them.
+        """Keep what `begin_run` returned for an admitted plan, so that the plan's orders find the
+        model. Only the `studies.MOST` plans that were admitted last are kept. A plan that is not
+        admitted leaves nothing here, since anybody can make up any number of plans.
 
         digest: the plan's digest; of_run: the SiteWorker that admitted the plan"""
         if of_run is not self:
@@ -294,8 +294,9 @@ class SiteWorker:
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
         """Enter three facts about a dataset in the ledger, before its charges are read: its cohort,
         its column of patients, and the datasets with which it shares no patient (from which it is
-        disjoint). Enter the last two for every other dataset in the ledger too, as site.toml or, in
-        a home, hospital.toml has them now, since that dataset itself may not be charged for long.
+        disjoint). Enter the last two for every other dataset in the ledger too, since it may take
+        long until that dataset itself is charged. The facts are those of site.toml now or, if a
+        hospital's memberships share the ledger, of hospital.toml.
 
         - data: the table of site.toml that names the dataset
         - study: the study that will charge it, for its unit
@@ -319,9 +320,10 @@ class SiteWorker:
     def check_stated(
         self, site: Site, declared: Mapping[str, Sequence[str]], columns: Mapping[str, str]
     ) -> None:
-        """In a hospital's home, check that the ledger's declarations are still those of
-        hospital.toml as this vault read it, and that this vault tells patients apart by the columns
-        that are declared. This is called under the lock of the ledger, just before a charge.
+        """If a hospital's memberships share the ledger, check that the ledger's declarations are
+        still those of hospital.toml as this vault read it, and that this vault tells patients apart
+        by the columns that are declared. This is called under the lock of the ledger, just before a
+        charge.
 
         - site: the settings with hospital.toml as this vault read it
         - declared: dataset's name -> the datasets that the ledger now has as disjoint from it
@@ -329,9 +331,8 @@ class SiteWorker:
 
         Errors: Unprepared if another membership's vault entered another version of hospital.toml
         meanwhile. The coordinator is told the same as after a restart, and sends the plan again;
-        this vault then reads the file anew. PolicyRefused if patients are told apart by another
-        column since this vault was started: its charge would be for units that nobody is any
-        more."""
+        this vault then reads the file anew. PolicyRefused if another column tells patients apart
+        since this vault was started: its charge would be for units by the earlier column."""
         if hospital := site.policy.hospital:
             stated = {name: sorted({*hospital.disjoint_from.get(name, ())}) for name in declared}
             named = {name: hospital.patients.get(name, it) for name, it in columns.items()}
@@ -365,11 +366,12 @@ class SiteWorker:
         )
 
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """Load one dataset for `study`. Studies that read it in the same way share the states at
-        the cut. In a study without a last round, or with data.consent, the files are read anew each
-        round. Otherwise the dataset in memory is used. A withdrawal alone must not have the files
-        read again: they may have new rows by now, whose effect would reveal the withdrawal.
-        `who_remain` leaves out who withdrew since the dataset was read.
+        """Load one dataset for `study`. Studies that read the dataset in the same way share the
+        cached outputs of the frozen layers. In a study without a last round, or with data.consent,
+        the files are read anew each round; in other studies the dataset in memory is used. A
+        withdrawal must not cause the files to be read again: they may have new rows by now, whose
+        effect would reveal the withdrawal. `who_remain` leaves out who withdrew since the dataset
+        was read.
 
         - study: the study by which records are rendered, tokenised and capped
         - network: the model that the site built for it
@@ -437,7 +439,7 @@ class SiteWorker:
         return self._or_nobody(network, data, partial(self.data_for, study, network, data))
 
     def who_remain(self, data: SiteData, read: CachedDataset) -> CachedDataset:
-        """Return a dataset without the patients who withdrew since it was read; to read it may have
+        """Return a dataset without the patients who withdrew since it was read; reading may have
         taken hours. Call this after a charge. Then the order of the ledger's entries decides:
         whoever withdrew before the charge takes no part in what was charged.
 
@@ -575,7 +577,7 @@ class SiteWorker:
         - round_: the number of the round, from 1
         - adapter: the adapter that the round starts from, fp32 by the tensors' names
         - slot: the third item of the ledger's key for the answer, which the method `slot` returns:
-          the adapter's digest, in a hospital's home with the membership's name
+          the adapter's digest, in a hospital's membership together with the membership's name
 
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; nothing is
         charged then."""
@@ -644,7 +646,7 @@ class SiteWorker:
         - round_: the number of the round, from 1
         - adapter: the adapter that the round starts from, fp32 by the tensors' names
         - digest: the third item of the ledger's key for the answer: the adapter's digest, in a
-          hospital's home with the membership's name"""
+          hospital's membership together with the membership's name"""
         study, plan = prepared.study, prepared.private
         data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing

@@ -42,18 +42,18 @@ __all__ = [
     "unpack_arrays",
 ]
 
-NPY = "numpy.ndarray"  # Flower's name of the form of an array's bytes
+NPY = "numpy.ndarray"  # Flower's name of NumPy's .npy format
 MATRICES = 10_000
 LONGEST_NAME = 512
-WIDEST = 1 << 20  # most rows or columns of a frozen matrix
+WIDEST = 1 << 20  # most rows, and most columns, of a frozen matrix
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC) + 2  # where the header's length stands, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
 # By name: as .npy bodies spell them.
 _TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1", "uint32": "<u4", "uint64": "<u8"}
-# What NumPy writes for a C-ordered array of these types and at most 8 axes, and nothing else.
-# NumPy's own reader evaluates a header as a Python literal, which a crafted one can make fail in
-# many ways.
+# Matches what NumPy writes for a C-ordered array of these types and at most 8 axes, and nothing
+# else. NumPy's own reader evaluates a header as a Python literal, and a crafted header can make it
+# fail in many ways.
 _HEADER = re.compile(
     rb"\{'descr': '(<f4|<f2|\|i1|<u4|<u8)\', 'fortran_order': False, 'shape': "
     rb"\(((?:[0-9]{1,12}, ?){0,8}[0-9]{0,12})\), \} *\n"
@@ -140,7 +140,7 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
     `check_agreed` has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
-        raise WireError("numbers in no known encoding")
+        raise WireError("the numbers are in no known encoding")
     check_agreed(record, layout(agreed, encoding))
     return decode(unpack_arrays(record), agreed)
 
@@ -163,12 +163,12 @@ def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False)
         check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
         return unpack_arrays(record)
     if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
-        raise WireError("arrays that the plan has no use for")
+        raise WireError("there are arrays that the plan has no use for")
     if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
-        raise WireError("more matrices, or longer names, than a network has")
+        raise WireError("there are more matrices, or longer names, than a network has")
     for name, shape in shapes.items():
         if lora is None or len(shape) != 2 or not _fits(name, *shape, lora):
-            raise WireError("a matrix of another shape than the plan gives it")
+            raise WireError("a matrix has another shape than the plan gives it")
     check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
     return unpack_arrays(record)
 
@@ -178,9 +178,9 @@ def _check_basis(shapes: Shapes) -> None:
     mean, (H,), and that no other array came with them. Errors: WireError."""
     basis, mean = shapes.get(CLASS_BASIS, ()), shapes.get(CLASS_MEAN, ())
     if set(shapes) != {CLASS_BASIS, CLASS_MEAN} or len(basis) != 2 or mean != basis[1:]:
-        raise WireError("no basis of class statistics, which the plan names")
+        raise WireError("the plan names a basis of class statistics, and other arrays came with it")
     if not (0 < basis[0] <= MOST_DIRECTIONS and 0 < basis[1] <= WIDEST):
-        raise WireError("a basis of another shape than a plan can have")
+        raise WireError("the basis has another shape than a plan can have")
 
 
 def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:

@@ -132,9 +132,9 @@ def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
     if values is None or set(encoded) - {VALUES, SCALES}:
         raise WireError("the message has other arrays than agreed")
     if values.shape != (_size(agreed),):
-        raise WireError("not as many numbers as agreed")
+        raise WireError("there are not as many numbers as agreed")
     if scales is None and values.dtype != np.float32:
-        raise WireError("numbers without their scales")
+        raise WireError("there are numbers without their scales")
     if scales is not None:
         values = _scale_values(values, scales, _starts(agreed))
     tensors, at = Arrays(), 0
@@ -148,11 +148,11 @@ def _scale_values(
     values: npt.NDArray[Any], scales: npt.NDArray[Any], starts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     if values.dtype.name not in ("float16", "int8") or scales.dtype != np.float32:
-        raise WireError("scales beside numbers that have none")
+        raise WireError("there are scales beside numbers that have none")
     if scales.shape != starts.shape:
-        raise WireError("not one scale for each block")
+        raise WireError("there is not one scale for each block")
     if not (np.isfinite(scales) & (scales > 0)).all():
-        raise WireError("a scale that is not a positive number")
+        raise WireError("there is a scale that is not a positive number")
     with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
         decoded = _spread(scales, starts, values.size)
         decoded *= values

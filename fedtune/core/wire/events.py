@@ -40,8 +40,7 @@ class Teller:
     connection are left out and counted. A vault that waited would stop answering after a number of
     events that depends on records, and the coordinator would see when. Only `fetch` and `error`
     wait: `fetch` for its result, `error` because this process answers nobody afterwards. An event
-    of more than MOST bytes is left out as well, since its reader would read no other one
-    afterwards."""
+    of more than MOST bytes is left out as well, since its reader could read no later event."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()

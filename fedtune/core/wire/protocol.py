@@ -11,9 +11,9 @@ replace another at either end in the middle of a study.
 |                              | or a round is charged; the other end is told both numbers       |
 | no number                    | refused: the peer's release is older than this numbering        |
 
-So that two versions can always tell this to each other, the following stays the same in every
-version: the message `query.prepare` has a record `plan`; its answer has a record `admission`; both
-records have the fields of `version_fields`, and `admission` also has `name`, `status` and
+So that two versions can always state their numbers to each other, the following stays the same in
+every version: the message `query.prepare` has a record `plan`; its answer has a record `admission`;
+both records have the fields of `version_fields`, and `admission` also has `name`, `status` and
 `reason`."""
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def check_peer(peer: str, message: Mapping[str, Any], own_role: str) -> None:
         f"{peer} speaks protocol {number} (fedtune {shown}), {own_role} protocol {PROTOCOL} "
         f"(fedtune {__version__})",
         "the same protocol at both ends",
-        "install a release with that protocol here or there; what was spent stays spent, and the "
-        "study goes on with --resume",
+        "install, at one of the two ends, a release with the other end's protocol; what was spent "
+        "stays spent, and the study goes on with --resume",
     )

@@ -99,7 +99,7 @@ def send(connection: Channel, sent: Request | Answer) -> None:
     announced = json.dumps(header).encode()
     if _is_too_long(len(announced), len(arrays), sum(len(array.data) for _, array in arrays)):
         raise RequestError(
-            "a message longer than the other half reads",
+            "the message is longer than the other half reads",
             f"at most {MOST_WORDS:,} bytes of tables, and {MOST_ARRAYS:,} arrays of at most "
             f"{MOST_BYTES:,} bytes together",
         )
@@ -131,7 +131,7 @@ def receive_answer(connection: Channel) -> Answer:
     if not (isinstance(table, str) and isinstance(name, str) and isinstance(fields, dict)):
         raise RequestError("not an answer", "one table of values, and arrays")
     if not _is_table(("", fields)) or not {"status", "reason"} <= set(fields):
-        raise RequestError("an answer without a status", "a status and a reason")
+        raise RequestError("the answer has no status or no reason", "a status and a reason")
     return Answer(table, fields, name, arrays)
 
 

@@ -95,7 +95,7 @@ class Spool:
         except OSError as error:
             raise ConfigError(
                 f"--spool {path}: cannot be used ({error.strerror or error})",
-                "a folder of this user's, in one that exists",
+                "a folder that only this user can write, inside a folder that exists",
             ) from None
         return spool
 
@@ -222,7 +222,7 @@ def decode_request(content: bytes) -> Request:
         _check_release(_head(way))
         return receive_request(way)
     except (OSError, EOFError):
-        raise RequestError("a request that is cut off, or too long") from None
+        raise RequestError("the file of a request is cut off, or too long") from None
 
 
 def _decode_answer(name: str, content: bytes) -> Answer:
@@ -231,10 +231,10 @@ def _decode_answer(name: str, content: bytes) -> Answer:
         head = _head(way)
         _check_release(head)
         if head.get("request") != name:
-            raise RequestError("the answer to another request")
+            raise RequestError("the file holds the answer to another request")
         return receive_answer(way)
     except (OSError, EOFError):
-        raise RequestError("an answer that is cut off, or too long") from None
+        raise RequestError("the file of an answer is cut off, or too long") from None
 
 
 def _encode(sent: Request | Answer, head: dict[str, str]) -> bytes:
@@ -251,16 +251,18 @@ def _head(way: _InMemory) -> dict[str, Any]:
     try:
         head = json.loads(way.recv_bytes(MOST_HEAD))
     except (ValueError, RecursionError):
-        raise RequestError("a file without the header that a spool's file has") from None
+        raise RequestError("the file has no header, which a spool's file begins with") from None
     if not isinstance(head, dict):
-        raise RequestError("a file without the header that a spool's file has")
+        raise RequestError("the file has no header, which a spool's file begins with")
     return head
 
 
 def _check_release(head: dict[str, Any]) -> None:
     if head.get("release") != __version__:
         raise RequestError(
-            "a file of another release", f"one of {__version__}", "run one release at both ends"
+            "the file is of another release",
+            f"a file of fedtune {__version__}",
+            "run the same release as vault and as courier",
         )
 
 
