@@ -181,7 +181,7 @@ def names(leaf: x509.Certificate, host: str) -> str:
     if not good:
         raise ConfigError(
             f"the coordinator's certificate is for {listed}",
-            f"{host} among these names, since sites reach the coordinator by it",
+            f"{host} among them, since sites reach the coordinator by this name",
             f"`fedtune server --name {host}`, or use one of these names in the address",
         )
     return f"{host} is among {listed}"
