@@ -107,11 +107,11 @@ cut_off()
 fix_products()
 limit_spinning()
 
-# The optional bitsandbytes warns at its first import that a hub's code is missing, and at each int8
-# layer that it rounds, although a plan asked for this.
+# The optional library bitsandbytes warns needlessly: at its first import that a hub's code is
+# missing, and for each int8 layer that it rounds the numbers, although a plan asked for this.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# The modules from which the names come; "name=other" if a module calls the name `other`.
+# Module -> the public names that come from it; "name=other" if the module itself calls it `other`.
 _MODULES = {
     "fedtune.audit": "audit_study",
     "fedtune.audit.attack": "Attack attack_run attack_study",

@@ -118,7 +118,8 @@ def test_classes_that_only_the_sites_have_are_named_and_taken_in(tmp_path: Path)
     also = replace(given, also_labels=("skin",))
     told = presets.notes("classify", also)
     assert "classes: 3 (heart, lungs, skin)\n" in told and "left out" not in told
-    assert "of 1 of them there is no public record" in told and "judges them: skin\n" in told
+    assert "of 1 of these classes there is no public record" in told
+    assert "judges them: skin\n" in told
     study = load_study(write(tmp_path / "own", "classify", also)[0])
     assert study.objective.labels == ("heart", "lungs", "skin")
 

@@ -45,11 +45,11 @@ def audit_study(
     Args:
         study: the private study whose plan, architecture and training code are attacked.
         out: the folder for audit.json, whose content is also returned.
-        trials: how many test units (canaries) of the one-step audit are in their step, and how many
-            are not.
+        trials: the number of test units (canaries) that are in their step in the audit of one step.
+            As many are not in their step.
         run: a finished run of the study. The audit then takes the smallest σ and the largest
             clipping norm of its report, measures the exposure of its adapter too, and writes
-            audit.md to its folder. None audits the plan alone.
+            audit.md to its folder. None: only the plan is audited.
         declared_size: a site's size; it matters only if the study gives expected_batch.
 
     This costs no ε: the records are generated, and a released adapter is public.

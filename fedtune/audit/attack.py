@@ -54,8 +54,7 @@ SUCCEEDS = 0.8  # area under the curve that the attack must reach without noise 
 
 @dataclass(frozen=True)
 class Secrets:
-    """How much models reveal of secrets: of 8-digit numbers, each of which is in the record of one
-    unit.
+    """How much models reveal of secrets. A secret is an 8-digit number in the record of one unit.
 
     - private, twin: the secrets' exposure (how far up the model ranks them among random numbers, in
       bits) in a model as the study trains it, and in a model without noise
@@ -81,9 +80,9 @@ class Attack:
     """The result of an attack that guesses which canaries (test units) each of several models was
     trained on.
 
-    - private: how well the attack tells members from others for models that were trained by the
-      plan
-    - twin: the same for models that were trained without noise
+    - private: how well the attack tells the canaries that a model was trained on (the members) from
+      the others, for models that were trained by the plan
+    - twin: how well it tells them apart for models that were trained without noise
     - units: the number of units of the attacked site
     - epsilon, delta: the ε and δ of training one model at this site
     - secrets: how much a model reveals of planted secrets; None for a study whose model writes no
@@ -218,9 +217,9 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 def begin_again(study: Study) -> Start:
     """Compute again the starting point of a finished run's study: its adapter before the first
     round, and all else that is computed from public text. The results are not compared with their
-    digests in the plan, since another machine computes the same start only up to rounding. The
-    digests are removed from the plan for this, except that of a basis of class statistics, which
-    `start` never compares.
+    digests in the plan, since another machine computes the same start only up to rounding. So the
+    digests are removed from the plan. Only the digest of a basis of class statistics stays, since
+    `start` never compares it.
 
     Errors: ConfigError if this machine does not have the public text, ModelError."""
     open_again: dict[str, Any] = {}
@@ -288,8 +287,8 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[
     - canaries: the number of units of which each is in half of the models
     - others: the number of units that are in every model
 
-    Returns: the canaries + others units, and the number of those with a secret: at most SECRETS,
-    and 0 if the study's records cannot hold a secret."""
+    Returns two things: the units, `canaries` + `others` in number; and how many of the units hold a
+    secret, at most SECRETS, and 0 if the study's records cannot hold one."""
     secrets = _generate_secrets(study, network, min(SECRETS, others))
     random = generate_records(
         study, network, [1] * (canaries + others - len(secrets)), stream=3
@@ -412,9 +411,9 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
     of the other models that had the canary, and of those that did not.
 
     Both means are taken over the same number of models, drawn at random. Otherwise the scores would
-    tell members from others even without any leak: a model is not its own reference, so of the
-    models with the same coin as itself there is one less, and a mean of fewer models is on average
-    further from any loss.
+    tell members from others even without any leak. A model is not its own reference, so if it had
+    the canary, one model less is left among those that had it (or else among those that did not).
+    A mean over fewer models is on average further from any loss.
 
     - losses: each canary's mean loss in each model, (models, canaries)
     - coins: whether each model was trained on each canary, bool of the same shape"""

@@ -23,9 +23,8 @@ def rate_upper(errors: int, trials: int, confidence: float) -> float:
 
 
 def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) -> float:
-    """Compute a lower bound on μ, the distance at which a Gaussian mechanism keeps two neighbouring
-    data sets apart (sensitivity / standard deviation), from the two error counts of a test; at
-    least 0.
+    """Compute a lower bound on μ, at least 0, from the two error counts of a test. μ is sensitivity
+    / standard deviation: how far apart a Gaussian mechanism keeps two neighbouring data sets.
 
     - false_alarms: in how many of the trials without the audited unit the test said that it was
       there

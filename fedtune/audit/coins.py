@@ -68,7 +68,7 @@ def one_run(
     - network: the network to train, by default the study's architecture at tiny size
     - canaries: the largest number of canaries. It is reduced to half of the number of trained
       parameters, since more canaries would hide each other. A canary is one unit: a record of
-      random tokens or, if records are drawn, as many equal records as the cap allows.
+      random tokens or, if records are drawn, as many equal records as the plan allows a unit.
     - steps: the largest number of steps; the plan's own number if that is smaller
 
     The attacker sees every update that leaves the site and knows all canaries. The optimiser is SGD

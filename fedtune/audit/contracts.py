@@ -280,16 +280,17 @@ def _tensors(study: Study, network: Network) -> float:
 
 def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     """Check a strategy: yield one result for each contract below. made: builds a new instance of
-    the strategy. Identical updates are checked only if its `averages` is true, and the weighted
-    mean only if its `is_mean` is true.
+    the strategy. "identical updates" is checked only if the strategy's `averages` is true, and
+    "weighted mean" only if its `is_mean` is true.
 
     | contract | is met if |
     | no update | a round without updates changes neither adapter nor state |
-    | identical updates | several equal updates move the adapter by that update |
+    | identical updates | several equal updates move the adapter by one of them |
     | weighted mean | updates move the adapter by a constant times their weighted mean |
-    | order of arrival | another order changes a rounding of fp32 at most, and the state by 10⁻¹² |
+    | order of arrival | in another order of updates, the adapter differs by a rounding of fp32 at |
+    | | most, and the state by 10⁻¹² at most |
     | inputs | the arrays that the strategy gets are not changed |
-    | names, shapes and type | those of the new adapter are those of the old one |
+    | names, shapes and type | the new adapter has the old one's names and shapes, in fp32 |
     | state | a strategy that is restarted with its state goes on as without the restart |
     """
     bench = _Bench(made)

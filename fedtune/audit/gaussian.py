@@ -24,7 +24,7 @@ FLOOR_FROM = 3.0
 FLOOR_TRIALS = 10_000
 TRIALS = 40_000  # at σ = 1 a step with 0.9 σ is then caught
 DIMENSION = 64  # the length of a gradient
-CANARIES = 32  # the most canaries of a step
+CANARIES = 32  # the most canaries (test units) of a step
 OTHERS = (0.5, 1.0, 8.0)  # the lengths of other units' gradients, in C
 
 
@@ -32,8 +32,8 @@ OTHERS = (0.5, 1.0, 8.0)  # the lengths of other units' gradients, in C
 class OneStep:
     """The result of the audit of one step.
 
-    - trials: how often a canary was in a step, and how often one was not
-    - claimed: the ε that one step in which every unit takes part is said to have, at `delta`
+    - trials: the number of canaries (test units) that were in their step; as many were not
+    - claimed: the ε, at `delta`, that is claimed for one step in which every unit takes part
     - audited, ceiling: lower bounds on this ε, at 95 % and at 99.9 % confidence
     - false_alarms: how many canaries that were not in their step were taken to be in it
     - misses: how many canaries that were in their step were taken not to be in it
@@ -69,16 +69,18 @@ class OneStep:
 
 
 def one_step(plan: DpPlan, trials: int = TRIALS) -> OneStep:
-    """Run steps of `plan` with canaries in them, and find out for each canary whether it was there,
-    by one projection of the noised sum: `trials` canaries are in their step, and as many are not.
+    """Run steps of `plan` with canaries (test units): `trials` of them are in their step, and as
+    many are not. Guess for each canary whether it was there, by one projection of the step's noised
+    sum. Return a OneStep, with the lower bounds on ε that follow from the wrong guesses.
 
     A canary is a unit with k rows, the most that the plan allows a unit. Its rows are gradients
-    that all point the same way and are longer than the clipping norm C. A step holds three ordinary
-    units, and each of up to CANARIES canaries or not, as a fair coin falls. All directions are
-    orthogonal: no unit moves the projection of another, and the noise of two projections is
-    independent, so that each canary is a trial of its own. Every unit is in the step (q = 1), and
-    the claim is taken at q = 1 too; the sampler has its own test. The threshold is half of the
-    shift that the plan allows, μ/2. It follows from theory, before a trial is run.
+    that all point the same way and are longer than the clipping norm C. A step belongs to up to
+    CANARIES canaries. It holds three ordinary units, and those of its canaries that a random draw
+    marks. All directions are orthogonal: no unit moves the projection of another, and the noise of
+    two projections is independent, so that each canary is a trial of its own. All units that a step
+    holds take part (q = 1), and the claim is taken at q = 1 too; the sampler has its own test. The
+    threshold is half of the shift that the plan allows, μ/2. It follows from theory, before a trial
+    is run.
 
     - plan: the plan by which steps run, with its σ, C and k
     - trials: the number of canaries that are in their step, and of those that are not
@@ -122,8 +124,8 @@ def one_step(plan: DpPlan, trials: int = TRIALS) -> OneStep:
 def _projections(
     plan: DpPlan, others: np.ndarray, directions: np.ndarray, is_there: np.ndarray
 ) -> np.ndarray:
-    """Run steps until each canary had its trial, and return the component of its step's noised sum
-    in its direction, (canaries,).
+    """Run steps until each canary had its trial. Return, for each canary, the component of its
+    step's noised sum in the canary's direction, (canaries,).
 
     - plan: the plan by which each step clips and adds noise
     - others: the gradients of the units that are in every step (units, dimension)
@@ -151,8 +153,8 @@ def _projections(
 def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
-    """Run one step and return the noised sum that an attacker sees, (dimension,). For sites that
-    share noise, this is the sum of the honest sites, all but one of which have no record.
+    """Run one step and return the noised sum that an attacker sees, (dimension,). If sites share
+    noise, this is the sum of the honest sites; only one of them has records.
 
     - plan: the plan of a site, with the divisor 1, so that the mean that a step returns is the sum
     - n_rows, dimension: the shape of the gradients at the one site that has records

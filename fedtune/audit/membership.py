@@ -5,10 +5,10 @@ A score is higher for units that more probably were trained on. The figures are 
 area under it, and the share of members that are found at a threshold which 1 % of the others
 exceed. They come with intervals over units.
 
-The threshold for 1 % is estimated from the scores of n others, as the k-th highest. The true
-probability that another unit exceeds it has the distribution Beta(k, n + 1 - k); with 10 others its
-mean is about 9 %. The share of members found is therefore compared with the bound that ε allows at
-the upper end of that probability."""
+The threshold for 1 % is estimated as the k-th highest score of n known non-members. The true
+probability that a further non-member exceeds it has the distribution Beta(k, n + 1 - k); with 10
+known non-members its mean is about 9 %. The share of members found is therefore compared with the
+bound that ε allows at the upper end of that probability."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Membership:
 
     @property
     def contradicts(self) -> bool:
-        """Whether the attack found more than ε allows: whether the lower end of an interval is
-        above the bound."""
+        """Whether the attack found more than ε allows: whether the lower end of the AUC's interval
+        is above `auc_bound`, or `surely_found` above `surely_allowed`."""
         return self.auc[1] > self.auc_bound or self.surely_found > self.surely_allowed
 
 

@@ -1,9 +1,9 @@
 """Test whether the updates that a coordinator receives tell whose records they were made from.
 
 A run keeps no update, only digests of what the sites signed. So the run's study is trained again,
-by the code of a site's round, on records that the attacker knows to be a site's. Each file's units
-are divided at random into two halves: one half is trained on, and the attacker compares the updates
-with the other.
+by the code of a site's round, on records that the attacker knows to be a site's. The units in each
+site's file are divided at random into two halves. One half is trained on, and the attacker compares
+the updates with the other half.
 
     received   what the attacker has: each site's noised update of every round or, with secure
                aggregation, only the sum of the sites' updates
@@ -55,7 +55,8 @@ SUM = "the sum"  # stands for the sender if only the sum of all sites' updates i
 class Along:
     """How far one sender's updates point along the records of one site.
 
-    - site: the site whose records are compared; records: how many they are
+    - site: the site whose records are compared
+    - records: the number of these records
     - of: the class of these records; "" for all classes
     - cosine: the mean cosine of the updates with the steps of these records, minus the mean cosine
       with all sites' records of the same classes

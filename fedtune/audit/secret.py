@@ -22,7 +22,8 @@ from fedtune.core.models.network import Network
 from fedtune.core.objectives._tokens import likelihood, select_labelled
 
 # Fixed before anything is measured.
-SECRETS, POOL = 8, 128  # number of secrets; of numbers among which each is ranked (at most 7 bits)
+# The number of secrets, and of the numbers among which each secret is ranked (so at most 7 bits).
+SECRETS, POOL = 8, 128
 CONFIDENCE = 0.999
 DIGITS = 8
 SPACE = 9 * 10 ** (DIGITS - 1)  # how many numbers a secret may be
@@ -94,8 +95,8 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     Return the secrets' exposure, and how many of them the network writes by itself. If the secrets
     were not planted, the mean exposure is what chance gives.
 
-    - network: the study's network with the adapter loaded that is examined; it is the same again
-      afterwards
+    - network: the study's network, in which the examined adapter is loaded; the network is left as
+      it was
     - study: the study whose seed and record format determine the secrets
     - secrets: how many secrets are ranked: those that `generate_secrets` makes for this number
     - pool: among how many numbers each secret is ranked, the secret included

@@ -1,8 +1,9 @@
 """Site inference: test whether a model's outputs tell which site a record is from, and whose
 records the model learnt.
 
-    guessed    each record's site. Training changed the model's outputs on the record; the guess is
-               the site whose mean change, over its other records of this class, is nearest
+    guessed    each record's site. The attacker knows how training changed the model's outputs on
+               the record, and names the site whose other records of this class have the nearest
+               mean change
     learnt     how much more the loss fell on a site's records than on all records of their classes
 
 Both are compared with chance: the sites' names are permuted among units that have records of the
@@ -268,7 +269,7 @@ def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
     for name in np.unique(asked.classes):
         here = np.flatnonzero(asked.classes == name)
         held = np.bincount(asked.sites[here], minlength=len(asked.names))
-        if (held >= 2).sum() >= 2:  # a mean without the record itself
+        if (held >= 2).sum() >= 2:  # so that a site's mean can leave out the guessed record
             rows.append(here)
     return rows, np.array([len(here) for here in rows], dtype=int)
 

@@ -10,7 +10,7 @@
 The task: send a note to the desk (A to R) of the department that must see the patient. Which letter
 stands for which department is a permutation drawn from the seed, so no base model can know it:
 chance is 1 in 18, and only the hospitals' labels teach it. Each hospital sees 70 % of its patients
-in six departments of its own, so none of them can learn all the desks well alone.
+in six departments of its own, so no hospital can learn all the desks well by itself.
 
 A note mixes a complaint, a finding, history and drugs; about a quarter of it comes from other
 departments or is denied, so a keyword does not settle the desk. The public notes share no template
@@ -34,7 +34,7 @@ NINE = DEPARTMENTS[:9]  # an easier task, of some of the benchmarks
 DESKS = tuple("ABCDEFGHIJKLMNOPQR")
 OWN_SHARE = 0.7  # share of a hospital's patients from departments of its own
 STRAY_SHARE = 0.05  # share of a patient's notes about a department other than the patient's
-NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
+NOTES = (2, 2, 2, 3, 4)  # how many notes a patient has is drawn from these numbers
 # The number of records of each set, at most.
 VALIDATION = 297
 TEST = 297

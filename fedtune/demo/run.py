@@ -30,7 +30,7 @@ def run_demo(
 
     - out: the run's folder, which must not hold a run yet
     - on_event: called with each event's kind and public facts, such as ("round", {…}); None: nobody
-      is told. "done" comes once the hospitals alone have run too.
+      is told. The event "done" comes last, after each hospital has also been trained by itself
     - seed: decides every invented note, and is the plan's study.seed
     - alone: also train each hospital by itself, for comparison; the report's "alone" holds the
       accuracy that each reaches
@@ -42,8 +42,8 @@ def run_demo(
     done_events: list[tuple[str, dict[str, Any]]] = []
 
     def forward(event: str, data: dict[str, Any]) -> None:
-        """Pass an event on to `on_event`, but keep "done" back until the hospitals alone have run
-        too."""
+        """Pass an event on to `on_event`. The event "done" is kept back until each hospital has
+        also been trained by itself."""
         if event == "done":
             done_events.append((event, data))
         elif on_event:
@@ -70,8 +70,8 @@ def run_demo(
 
 def _run_alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
     """Run the study with one hospital and a separate ledger, and return the accuracy after
-    training, as a share of the test records. In one ledger the two studies would add up, and the
-    hospital's policy would refuse the second.
+    training, as a share of the test records. In the hospital's own ledger the ε of this study and
+    of the joint one would add up, and the hospital's policy would refuse the second study.
 
     - study: the plan of the three hospitals, of which only strategy.min_sites is changed
     - site: the hospital; its ledger for this run is in state-alone, beside its own state folder

@@ -25,9 +25,11 @@ from torch import nn
 from fedtune.core.models.loaded import LoadedModel
 
 State = dict[str, torch.Tensor]
-# Powers of two, so that scaling by them does not round. LOUD: a residual vanishes beside it (fp32).
-# SMALL: tanh is the identity there. CONSTANT: beside its square, those of logits vanish. GATE: SiLU
-# and GELU are the identity there.
+# Powers of two, so that scaling by them does not round:
+# LOUD      so large that the residual, added to numbers of this size, vanishes in fp32
+# SMALL     so small that tanh is the identity
+# CONSTANT  so large that the squares of logits, added to its square, vanish in fp32
+# GATE      so large that SiLU and GELU are the identity
 LOUD = 2.0**38
 SMALL = 2.0**-20
 CONSTANT = 2.0**20

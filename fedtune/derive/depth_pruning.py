@@ -3,7 +3,7 @@
 The last matrix of the MLP before the dropped block is refitted by ridge regression on public text,
 so that it also adds the block's contribution. Blocks of the given width are compared by the KL
 divergence of the pruned base's next-token distribution from the original's; the block with the
-smallest one is dropped. Only the base and public text are read, so this costs no ε.
+smallest divergence is dropped. Only the base and public text are read, so this costs no ε.
 References: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers" (the block);
 Shopkhoev et al. 2025, "ReplaceMe" (a linear map in its place)."""
 

@@ -35,7 +35,7 @@ def derived_study(first: Study, out: Path, otherwise: str, **changes: Any) -> St
 
 def adapter_facts(table: LoraTable | None) -> dict[str, Any]:
     """Describe an adapter for a report: {"folder": "adapter"} and the fields of its LoRA table.
-    table: None if the run has a head alone."""
+    table: the run's [lora]; None if the run has only a head."""
     shape = table.model_dump(mode="json", exclude_none=True) if table else {}
     return {"folder": "adapter"} | shape
 

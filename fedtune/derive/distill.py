@@ -62,8 +62,8 @@ def distill(
     """Distil the averaged predictions of finished runs into a small student, on public prompts.
 
     Args:
-        teachers: the runs. The first one alone writes an answer to a prompt without a completion,
-            and the student's plan is made from its plan.
+        teachers: the runs. Only the first one writes an answer to a prompt without a completion,
+            and the student's plan is made from this run's plan.
         prompts: public prompts, with or without completions.
         out: the new run's folder. It is not made if an error occurs.
         student: the student's base: pypi:NAME, a folder or a hub id.
@@ -161,8 +161,8 @@ def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
     """Initialise the student's adapter from the first teacher's. Return the new values by name. An
-    array is in the result only if the teacher has the same one and its rank there is not larger; if
-    its rank is smaller, the remaining part is as in `start`.
+    array is in the result only if the teacher has an array for this layer, and its rank is not
+    larger than the student's. If it is smaller, the remaining part is as in `start`.
 
     - start: the student's trainable arrays as they were initialised so far, by name
     - teacher_arrays: the first teacher's adapter, by name
@@ -192,7 +192,7 @@ def _student_lora(
     """Build the student's LoRA table.
 
     - base: the student's base, whose kind gives the modules if nothing else names them
-    - teacher_lora: the first teacher's table; None if that run trained a head alone
+    - teacher_lora: the first teacher's table; None if this teacher trained only a head
     - kept_layers: the teacher's layers that the student keeps, by index; None if it has another
       base, and then nothing is taken from the teacher's table
     - settings: rank, modules and number of last layers. What they leave open is taken from the
@@ -230,8 +230,9 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
 
 def _default_modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
     """Return the names of the modules of a base that get an adapter if neither the settings nor a
-    teacher name them. last_layers: how many of the last layers get one; None: all. If it is 1, the
-    modules are those of the MLP alone, so that each position trains by itself."""
+    teacher name them. last_layers: how many of the last layers get one; None: all. If only one
+    layer of a language model gets one, the modules are the MLP's only, so that each position trains
+    by itself."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
     mlp = ("gate_proj", "up_proj", "down_proj")

@@ -82,7 +82,9 @@ def _check(config: dict[str, Any]) -> None:
         )
     kind = _rope(config).get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
-        raise ConfigError(f"GGUF: rotary positions of the kind {kind!r}", "default or llama3")
+        raise ConfigError(
+            f"GGUF: the base has rotary positions of the kind {kind!r}", "default, linear or llama3"
+        )
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,9 @@ class PolicyScores:
     - eval_every: steps between two evaluations
     - steps: the number of steps of the whole training
     - by_step: (number of steps, evaluation) pairs, beginning with the start's at 0 steps
-    - best: (number of steps, evaluation, adapter's arrays) of the checkpoint with the highest
-      penalised reward among those with KL ≤ max_kl; None if none has a higher one than the start
+    - best: (number of steps, evaluation, adapter's arrays) of the checkpoint that is kept. Among
+      the checkpoints with KL ≤ max_kl it has the highest penalised reward. None if no penalised
+      reward is higher than that of the start
     - stopped: why the training ended"""
 
     max_kl: float
@@ -244,8 +245,8 @@ def _restore(policy: LoadedModel, arrays: dict[str, torch.Tensor]) -> None:
 
 @dataclass
 class PolicyEvaluator:
-    """Measures the reward of a policy's answers, and the policy's KL divergence from the one with
-    which its training started.
+    """Measures the reward of a policy's answers, and the policy's KL divergence from the policy
+    with which the training started.
 
     - policy, start: the model that trains, and a copy of its start, which does not train
     - judge: scores answers by the reward run
@@ -276,8 +277,8 @@ class PolicyEvaluator:
 
     def evaluate(self, records: Sequence[Record], draws: bytes) -> PolicyEvaluation:
         """Sample answers of the policy to the first MAX_EVALUATED of `records`, and evaluate them.
-        draws: any bytes, which decide the random draws together with the seed. Two evaluations with
-        the same bytes differ by their policies alone."""
+        draws: any bytes, which decide the random draws together with the seed. With the same bytes
+        and records, two evaluations differ only because their policies differ."""
         return self._mean(self._answers(records, draws))
 
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -361,7 +362,7 @@ def _report_sections(
     - policy: the trained model
     - scores: the evaluations during training, with the best one
     - before: the starting policy's evaluations on the training and on the held-out prompts
-    - after: those of the trained policy
+    - after: the trained policy's evaluations on the same prompts
     - prompts: the public prompts; the report gets the facts about them (prompts.about)
     - settings: the settings of the training"""
     assert scores.best is not None

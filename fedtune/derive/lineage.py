@@ -50,9 +50,9 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
 def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compose the privacy of the parent runs, for the report of a model derived from them. Return
     the report's sections "private", "privacy" (with the composed ε, or a warning if a parent is not
-    private) and "parents". If the model's report must say something about the sites' data (that it
-    was declared public or generated, for example), the result has these entries, too. A run that
-    occurs twice is charged once. parents: the dicts that `parent` returned."""
+    private) and "parents". The result also has what the parents' reports say about the sites' data,
+    for example that it was declared public or generated. A run that occurs twice is charged once.
+    parents: the dicts that `parent` returned."""
     reports = {p["digest"]: p["report"] for p in parents}
     private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}

@@ -259,8 +259,8 @@ def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[flo
 
 def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
     """Return an evaluator that measures adapters with the LoRA table `table` on the study's
-    evaluation records. arrays: an adapter's arrays by name; the evaluator keeps the factors A of
-    these, so that it measures only adapters with the same A."""
+    evaluation records. arrays: an adapter's arrays by name; the evaluator takes A from them, so it
+    can measure only adapters with the same A."""
     from fedtune.evaluation.evaluator import Evaluator
 
     return Evaluator(_with_saved_factor(study, table), _select_frozen(arrays))

@@ -92,7 +92,9 @@ def merge_models(
         try:
             _run_mergekit(base.path, folders, draft, shares, method, densities, seed)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"mergekit cannot merge them ({type(error).__name__})") from None
+            raise ModelError(
+                f"mergekit cannot merge these models ({type(error).__name__})"
+            ) from None
         (draft / "mergekit_config.yml").unlink(missing_ok=True)  # this machine's paths
         for name in (*TOKENIZER, "generation_config.json"):
             if (base.path / name).is_file():
@@ -177,7 +179,7 @@ def _run_mergekit(
     if method == "slerp" and len(models) != 2:
         raise ConfigError("slerp merges exactly two models", "two models", "use linear")
     try:
-        with warnings.catch_warnings():  # of its own use of NumPy's inner names
+        with warnings.catch_warnings():  # mergekit's import warns of NumPy names that it uses
             warnings.simplefilter("ignore", DeprecationWarning)
             from mergekit.config import MergeConfiguration
             from mergekit.merge import run_merge

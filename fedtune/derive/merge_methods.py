@@ -80,10 +80,10 @@ def merge(
     | method  | the merged update of a layer                                                   |
     | linear  | Σ wᵢ · updateᵢ, exactly; its rank is Σ rᵢ                                      |
     | svd     | this sum, reduced to `rank` (default: the largest rᵢ) by singular values       |
-    | ties    | the sum of each update's largest entries, a share `density`, where signs       |
-    |         | agree; then reduced to `rank` (default: Σ rᵢ)                                  |
-    | dare    | the sum of random entries, a share `density` of each update, scaled up; then   |
-    |         | reduced as ties                                                                |
+    | ties    | of each update only the largest entries stay, a share `density` of all; they   |
+    |         | are added up where signs agree; then reduced to `rank` (default: Σ rᵢ)         |
+    | dare    | of each update only random entries stay, a share `density` of all, and are     |
+    |         | scaled up; the sum of these, reduced to `rank` (default: Σ rᵢ)                 |
     | slerp   | two updates, interpolated along the arc between them by the second's weight    |
     | regmean | the least squares fit to each update on its adapter's own inputs (`moments`,   |
     |         | one dict for each), weighted by wᵢ; its rank is Σ rᵢ                           |
@@ -169,11 +169,14 @@ def _zero_update(like: Factors) -> Factors:
 def _regmean_factors(
     parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
 ) -> list[Factors]:
-    """Return new factors for each adapter, such that their updates add up to the least squares fit
-    to all updates, each on its own adapter's inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ
-    (Σ Gⱼ)⁻¹. So each B is unchanged, and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹. parts: the layer's
-    factors in each adapter; weights: wᵢ, one for each; moments: each adapter's E[x xᵀ] of this
-    layer; None for an adapter without this layer, whose Gᵢ is zero."""
+    """Return new factors of one layer for each adapter, such that their updates add up to the least
+    squares fit to all updates, each on its own adapter's inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is
+    Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹. So each B is unchanged, and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹.
+
+    - parts: the layer's factors in each adapter
+    - weights: wᵢ, one for each adapter
+    - moments: E[x xᵀ] of this layer for each adapter; None for an adapter without this layer, whose
+      Gᵢ is zero"""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -220,7 +223,7 @@ def _layer(
     if method == "regmean":
         weights, method = [1.0] * len(parts), "linear"
     density = densities[0]
-    if method in ("ties", "dare") and len(set(densities)) > 1:  # PEFT has one for all
+    if method in ("ties", "dare") and len(set(densities)) > 1:  # PEFT takes one density for all
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The density .* no pruning will be performed")
             parts = [_prune_factors(p, d, method) for p, d in zip(parts, densities, strict=True)]
@@ -285,9 +288,9 @@ def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, fl
 def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
     """Return `merged` with an update of zero for each layer that is missing in a block. A block is
     a numbered layer of the model, and each block that occurs in `merged` gets every kind of adapted
-    layer (such as self_attn.q_proj) that any block in it has. A LoRA table lists modules, and how
-    many of the last blocks have them, so it cannot leave out a module in one block alone. merged:
-    factors by the layer's name."""
+    layer (such as self_attn.q_proj) that any block in `merged` has. This is needed since a LoRA
+    table lists modules, and how many of the last blocks have them: it cannot leave out a module in
+    one block alone. merged: factors by the layer's name."""
     places = {name: match for name in merged if (match := _LAYER.fullmatch(name))}
     kinds = {match[3]: merged[name] for name, match in places.items()}
     blocks = {(match[1], match[2]) for match in places.values()}

@@ -1,12 +1,12 @@
 """Label preferences with models at the site (RLAIF), so that no text leaves. A generator writes two
 answers to each record's prompt, and a judge chooses the better one.
 
-Guarantee: the preference of a record depends on that record, the models, the rubric and the seed
-alone. The models see one record at a time, and no example from another record. Nothing is batched,
-normalised or counted over records. So each output line depends on one unit, and a study that trains
-on the lines with DP protects the unit as it would if it trained on the unit's records. References:
-Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023, "RLAIF", section 2 (both
-orders)."""
+Guarantee: the preference of a record depends only on this record, the models, the rubric and the
+settings. The models see one record at a time, and no example from another record. Nothing is
+batched, normalised or counted over records. So each output line depends on one unit, and a study
+that trains on the lines with DP protects the unit as it would if it trained on the unit's records.
+References: Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023, "RLAIF", section 2
+(both orders)."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ def load_generator(source: str, digest: str | None = None) -> LoadedModel:
 
 def prompt_template(writer: LoadedModel) -> str | None:
     """Return the template that is put around each prompt for this writer: a text with {text} in the
-    prompt's place. If the writer is a run, this is the template of its study. If it is a base with
-    a chat template, it is a user turn of that template, since without one such a base hardly
-    answers. None for any other base: its prompts stay as they are."""
+    prompt's place. For a run this is the template of its study. For a base with a chat template it
+    is a user turn of the chat template, since without such a turn the base hardly answers. None for
+    any other base: its prompts stay as they are."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer
@@ -147,7 +147,7 @@ def prompt_template(writer: LoadedModel) -> str | None:
     turn = [{"role": "user", "content": "{text}"}]
     text = str(chat.render(tokenizer, turn, tokenize=False, add_generation_prompt=True))
     if tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(tokenizer.bos_token)  # it is put in front in any case
+        text = text.removeprefix(tokenizer.bos_token)  # the tokenizer puts it in front by itself
     return text if holds_prompt_once(text) else None
 
 

@@ -63,7 +63,7 @@ def complete_prompts(
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
     """Let `writer` complete the records that have no completion. Return two things: all usable
-    records, and a Counter from each reason for which records were left out to their number.
+    records, and a Counter that says for each reason how many records were left out for it.
 
     - records: the public prompts; the result has the same order
     - writer: the model that writes the completions

@@ -64,9 +64,9 @@ def write_pruned_base(
 
 
 def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:
-    """Find the list of the model's layers. Return the module that holds this list, and the name of
-    the attribute in which it holds it. base: names the model in the error's text. Errors:
-    ModelError if the architecture has no list in a known place."""
+    """Find the list of the model's layers. Return the module that holds this list, and the list's
+    name in the module. base: names the model in the error's text. Errors: ModelError if the
+    architecture has no list in a known place."""
     for path, name in (("model", "layers"), ("encoder", "layer")):
         holder = getattr(model, path, None)
         if isinstance(getattr(holder, name, None), nn.ModuleList):

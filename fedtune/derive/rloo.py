@@ -28,8 +28,8 @@ def train_rloo(
     on_step: OnStep,
     settings: RlooSettings,
 ) -> None:
-    """Train the adapter of `policy` towards a higher reward, in place. A penalty on the KL
-    divergence between the policy and a frozen copy of its starting adapter keeps it near its start.
+    """Train the adapter of `policy` towards a higher reward, in place. The policy is kept near its
+    start by a penalty on its KL divergence from a frozen copy of its starting adapter.
 
     - policy: the loaded run; its parameters with requires_grad are trained
     - prompts: (raw, templated) pairs; the policy gets the templated text, `reward` the raw one

@@ -91,17 +91,18 @@ def _find_version(name: str) -> str | None:
 
 def secrets(files: Iterable[Path]) -> str:
     """Check that no other user of this machine can read these secret files. A file that does not
-    exist is passed over. Return a text with the number of those that exist. Errors: ConfigError if
-    another user can read one."""
+    exist is passed over. Return a text with the number of files that exist. Errors: ConfigError if
+    another user can read one of them."""
     existing = [path for path in files if path.exists()]
     for path in existing:
         if path.stat().st_mode & OPEN:
             raise ConfigError(
                 f"{path}: other users can read it",
                 "a file that only this user can read",
-                "treat it as lost, or chmod 600 if nobody else was on this machine",
+                "treat the secret in it as known to others, and replace it; if nobody else was on "
+                "this machine, `chmod 600` is enough",
             )
-    return f"{len(existing)} files, for this user alone"
+    return f"{len(existing)} files, which only this user can read"
 
 
 class Need(NamedTuple):

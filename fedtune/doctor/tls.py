@@ -19,7 +19,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.flower import api, certs
 
 SECONDS = 20.0  # how long to wait for an answer
-LONGEST = 65_536  # bytes of one's body, at most; the rest is dropped
+LONGEST = 65_536  # the most bytes of an answer's body that are kept; the rest is dropped
 LEAF_LEFT = timedelta(days=3)  # a running client or server renews it earlier
 CA_LEFT = timedelta(days=180)  # the CA's certificate is valid for ten years
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -53,7 +53,8 @@ def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
         ) from None  # fmt: skip
     except (OSError, EOFError):
         raise InfrastructureError(
-            f"{address}: does not answer", todo="check address, proxy and firewall, or start it"
+            f"{address}: does not answer",
+            todo="check the address, the proxy and the firewall, and whether the server runs",
         ) from None
 
 
@@ -63,7 +64,7 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
 
     - dial: a function that connects to the gateway, through the site's proxy if it has one; it is
       called with the TLS context to use
-    - context: trusts the consortium's CA alone, and holds the site's certificate
+    - context: trusts only the consortium's CA, and holds the site's certificate
     - address: the gateway's HOST:PORT, for the request's header and the errors' texts
     - path: the path in the URL, such as "/fedtune/status"
 
@@ -84,13 +85,14 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
     except ssl.SSLCertVerificationError:
         raise InfrastructureError(
             f"{address}: its certificate does not verify",
-            todo="see `names` and `its certificate` above",
+            todo="see the checks `names` and `its certificate` above",
         ) from None
     except (OSError, EOFError, h11.ProtocolError):
         raise InfrastructureError(
             f"{address}: closes the connection to this site",
             "a certificate of this site that the gateway accepts",
-            "see `certificate` above; the coordinator's flower/gateway.log has the reason",
+            "see the check `certificate` above; the coordinator's flower/gateway.log has the "
+            "reason",
         ) from None
 
 
@@ -134,8 +136,8 @@ def certificate(
 
     - leaf: the certificate to check: a site's, the gateway's or the CA's own
     - authority: the certificate of the consortium's CA
-    - least: how long the certificate must still be valid; with a duration of zero it only must not
-      have expired
+    - least: how long the certificate must still be valid; if this is zero, a certificate passes
+      that has not expired yet
     - todo: what a person should do if the check fails, for the error's text
 
     Errors: ConfigError. Its advice is `todo` or, if the certificate is not valid yet, to set the
@@ -148,7 +150,7 @@ def certificate(
         leaf.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
         raise ConfigError(
-            "not signed by this consortium's CA", "a certificate that this CA signed", todo
+            "it is not signed by this consortium's CA", "a certificate that this CA signed", todo
         ) from None
     if now < start:
         raise ConfigError(
@@ -179,7 +181,7 @@ def names(leaf: x509.Certificate, host: str) -> str:
     if not good:
         raise ConfigError(
             f"the coordinator's certificate is for {listed}",
-            f"{host} among them, as sites call it",
+            f"{host} among them, since sites reach the coordinator by this name",
             f"`fedtune server --name {host}`, or use one of these names in the address",
         )
     return f"{host} is among {listed}"
@@ -197,7 +199,8 @@ def clock(ahead: float) -> str:
     if not -late < ahead < -early:
         raise ConfigError(
             f"this site's clock is {offset}",
-            f"less than {-early} s ahead and less than {late} s behind: Flower refuses other nodes",
+            f"less than {-early} s ahead and less than {late} s behind; otherwise Flower refuses "
+            "this node",
             "set the clock of this machine and the coordinator's (NTP), then start again",
         )
     return offset

@@ -80,7 +80,7 @@ def explain_no_forecast(study: Study) -> str:
     if study.continuous:
         why = "a study without a last round learns from records that are not there yet"
     elif not build_strategy(study).of_statistics:
-        why = "that holds for every plan that trains by gradients"
+        why = "no plan that trains by gradients has a forecast"
     else:
         why = f"fewer than {FOLDS} public records have a class"
     return f"{HEADING}: cannot be forecast; {why}"
@@ -94,7 +94,7 @@ def explain_who_forecasts(study: Study) -> str:
         return explain_no_forecast(study)
     return (
         f"{HEADING}: the coordinator can forecast it from public records, for all sites' declared "
-        "sizes, before anything is paid: ask for what `fedtune plan` says there"
+        "sizes, before anything is paid: ask the coordinator what `fedtune plan` says"
     )
 
 

@@ -36,7 +36,7 @@ from fedtune.core.registry.metrics import METRICS
 class Row:
     """What was measured of one candidate base.
 
-    - model: its name, followed by the quantisation if it was measured with another than the study's
+    - model: its name and, if it was not measured with the study's own quantisation, the method
     - parameters: the number of its weights
     - memory: peak memory in bytes of the process that measured it
     - tokens: how many tokens a first forward pass handles per second
@@ -97,7 +97,7 @@ def choose_base(
         models: the names of the candidates; by default the study's base and the known language
             models that need no model hub.
         sites, size: the metric is predicted for this number of sites, each of this declared size.
-        epsilons: values of ε at which to predict, besides the study's own.
+        epsilons: further values of ε at which to predict; the study's own is always among them.
         quantised: methods of quantisation, "nf4" or "int8", with which to measure each base too,
             besides the study's own.
         on_event: called with ("step", {…}) to report progress.
@@ -276,15 +276,13 @@ def _predict_accuracy(
 ) -> tuple[float, dict[str, float] | None]:
     """Measure the speed of a training step, and predict the accuracy after the study. Return two
     things: the speed, in records per second, and a dict from each ε to the accuracy predicted at
-    it. Instead of the dict None is returned if the metric is not accuracy, or there are no classes
-    or no ε.
+    this ε. If the metric is not accuracy, or there are no classes or no ε, the second is None.
 
     - study: the plan, for its objective, clipping and privacy
     - network: the model, with the arrays with which the study would start
     - data: the evaluation records, over this network
     - sites, size: the accuracy is predicted for this number of sites, each of this declared size
-    - epsilons: the values of ε; in the result, each is a key in the form in which format code g
-      writes it
+    - epsilons: the values of ε; the keys of the dict are these values as texts (format code g)
 
     The prediction imitates a whole study by one step. v is the sum of clipped gradients over half
     of the evaluation records, scaled to `sites` · `size` units; each site adds noise, whose size

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFERENCES = ("preference", "unpaired_preference")
-# File -> the hidden states of its public records at the cut. They are kept after a run, since the
-# next run in this process, such as a trial or a site alone, often measures on the same records.
+# File -> the hidden states of its public records below the first layer with an adapter. They are
+# kept after a run, since the next run in this process, such as a trial or a site alone, often
+# measures on the same records.
 _states: dict[str, list[HiddenStates]] = process_cache.register("states of public records", {})
 _MOST = 2  # the largest number of files: [selection], which chooses steps, and [evaluation]
 
@@ -337,7 +338,8 @@ class Evaluator:
 
 def _keep(file: str, states: list[HiddenStates]) -> None:
     """Keep the hidden states of a file's records in this process, so that later evaluators need not
-    compute them. Only those of the newest _MOST files stay; those of older ones are dropped."""
+    compute them. States are kept for the newest _MOST files only; those of older files are
+    dropped."""
     _states.pop(file, None)
     _states[file] = states
     for old in [*_states][:-_MOST]:

@@ -41,7 +41,7 @@ ROUGH = 0.1  # share of units in classes that public records lack, above which a
 # was chosen.
 WIDER = 2.0
 LEAST = 0.005  # the smallest difference of accuracy that counts as a gain
-FEWEST_SHARING = 3  # sites from which on they can share one dose of noise
+FEWEST_SHARING = 3  # the smallest number of sites that can share the noise of one site
 MOST_UNITS = 10_000  # the largest number of units of a site for which a gain is looked for
 # New records spread further than public ones do about their own mean and in a basis made from them.
 # So the variance of drawn records is multiplied by a factor. The factor f at which they are as hard
@@ -49,7 +49,7 @@ MOST_UNITS = 10_000  # the largest number of units of a site for which a gain is
 # factor used is f to the power WIDENED, which was chosen on two data sets.
 WIDENED = 0.6
 WIDEST = 100.0
-SEARCHED = 9  # halvings in the search for that factor, each with TRIED draws of the classes
+SEARCHED = 9  # halvings in the search for the factor f, each with TRIED draws of the classes
 TRIED = 8
 
 
@@ -105,8 +105,8 @@ class ExpectedGain:
       records would show it; 0 and None if there are none
     - worth_from: the smallest number of units for each site from which on the gain's lower bound is
       above zero; None if it is larger than MOST_UNITS
-    - shared: the gain if all sites shared one dose of noise; None if they do so already, or are too
-      few
+    - shared: the gain if all sites together added the noise that one site adds now; None if they
+      share noise already, or are too few
     - one_more: the gain if there were one more site
     - rough: classes of which there is no public record, but a declared share of units; the forecast
       for them depends on their names alone
@@ -159,7 +159,7 @@ class ExpectedGain:
         others = [
             f"{what} would give {interval}"
             for what, interval in (
-                ("one dose of noise for all sites ([secure_aggregation])", self.shared),
+                ("noise that all sites share ([secure_aggregation])", self.shared),
                 ("one more such site", self.one_more),
             )
             if interval
@@ -176,7 +176,8 @@ class ExpectedGain:
         if self.unknown:
             told.append(
                 f"cannot say what is gained on {', '.join(self.unknown)}: the public records have "
-                "none; --share 'NAME=0.1' declares which share of the sites' units a class has"
+                "none of these; --share 'NAME=0.1' declares which share of the sites' units is of "
+                "a class"
             )
         return [*told, self.warning] if self.warning else told
 
@@ -185,8 +186,8 @@ def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
     """Simulate one release of class statistics many times, and forecast how much accuracy it adds.
-    The result also says from how many units on it adds any, and what it adds with shared noise or
-    with one more site.
+    The result also says how many units each site needs for a gain, and what the gain would be with
+    shared noise or with one more site.
 
     - world: the distribution from which classes and records are drawn
     - sites: the study's sites, with their declared sizes and noise
@@ -201,7 +202,7 @@ def expected_gain(
     can_share = len(sites.sizes) >= FEWEST_SHARING and sites.doses == len(sites.sizes)
     together = replace(sites, doses=1.0)
     gain, least = world.interval(own.gains), worth_from(world, sites)
-    if gain.low > 0:  # which is drawn more often than for other sizes
+    if gain.low > 0:  # this gain is drawn more often (DRAWS) than those for other sizes (FEWER)
         least = min(least or MOST_UNITS, max(sites.sizes))
     return ExpectedGain(
         gain=gain,
@@ -303,8 +304,8 @@ class World:
         return [number for number in found if number not in self.shares]
 
     def interval(self, gains: Array) -> Interval:
-        """Summarise the gains (n,) of n simulations: their mean, and the two quantiles that COVERED
-        names as bounds, both WIDER times as far from the mean if the forecast is rough."""
+        """Summarise the gains (n,) of n simulations: their mean and, as bounds, their two quantiles
+        in COVERED. If the forecast is rough, both bounds are WIDER times as far from the mean."""
         mean, wider = float(gains.mean()), WIDER if self.rough else 1.0
         low, high = (mean + wider * (bound - mean) for bound in np.quantile(gains, COVERED))
         return Interval(mean, float(low), float(high))

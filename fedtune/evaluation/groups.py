@@ -30,8 +30,8 @@ def group_of(cell: object) -> str:
 def groups_of(
     table: EvaluationTable, columns: Sequence[str], read: Dataset
 ) -> dict[str, list[str]]:
-    """Find the group of each record in each of `columns`. Return a dict from a column to its
-    groups, a list with one name for each record in `read`.
+    """Find the group of each record in each of `columns`. Return a dict: column -> a list with the
+    name of the group of each record in `read`.
 
     - table: the records' file
     - columns: the columns whose values are groups
@@ -64,8 +64,8 @@ def groups_at(
     key: str,
     todo: str = "name another column",
 ) -> dict[str, list[str]]:
-    """Find the group of the records at `places` in each of `columns`. Return a dict from a column
-    to its groups, a list with one name for each place, in the same order.
+    """Find the group of the records at `places` in each of `columns`. Return a dict: column -> a
+    list with the name of the group at each place, in the order of `places`.
 
     - file: the records' file
     - columns: the columns whose values are groups

@@ -120,13 +120,14 @@ def pair_facts(
     | entry         | value                                                                       |
     | records       | n                                                                           |
     | preference    | "before", "after": the share of pairs in which the model prefers the chosen |
-    |               | answer, a tie being half of one; "interval": Wilson's, of "after"           |
+    |               | answer (a tie counts half); "interval": Wilson's interval of "after"        |
     | loss          | "before", "after", "change"; "own": `own_loss`. With kto the loss is minus  |
     |               | the chosen answer's log-likelihood per token, in nats                       |
     | margin        | "after": the mean of the pairs' margins; "interval": its 95 % interval. A   |
-    |               | margin is β · (log-ratio of chosen - log-ratio of rejected), log-ratios to  |
-    |               | the base summed over tokens; of a head, score of chosen - score of rejected |
-    | in_order      | share of pairs whose margin is above 0, a tie being half of one             |
+    |               | margin is β · (log-ratio of chosen - log-ratio of rejected); log-ratios are |
+    |               | to the base, summed over tokens. With a head it is the chosen answer's      |
+    |               | score minus the rejected one's                                              |
+    | in_order      | share of pairs whose margin is above 0; a margin of 0 counts half           |
     | longer,       | of the pairs whose chosen answer is the longer (the shorter) one:           |
     | shorter       | "records", their number; "before", "after": the share of them in which the  |
     |               | model prefers the chosen answer (None without such pairs)                   |

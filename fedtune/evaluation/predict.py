@@ -152,8 +152,8 @@ class _Asked(NamedTuple):
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
         """Choose which columns to read: those of the given DataFile or, if `records` is no
-        DataFile, those of the study's [evaluation] table. A part of a record, such as its prompt,
-        for which these name no column is read from the column with the part's own name.
+        DataFile, those of the study's [evaluation] table. If they name no column for a part of a
+        record, such as its prompt, the part is read from the column with the part's own name.
 
         - study: the run's plan
         - records: what `predict` was given: a file or rows, of which nothing is read yet

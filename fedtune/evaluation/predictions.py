@@ -86,10 +86,14 @@ class Predictions:
         return np.full(len(self), np.nan) if self.labels else self.outputs[:, 0]
 
     def rows(self) -> Rows:
-        """Return one flat dict for each record. It has "row" (the record's number, from 1), the
-        carried columns, "prediction" and one "probability.LABEL" for each label ("score" instead,
-        for a reward head), and "reason". A field is None if the record has no value for it. Numbers
-        are rounded to DIGITS significant digits."""
+        """Return one flat dict for each record, with these keys:
+
+        - "row": the record's number, from 1
+        - the columns that are carried over from the records
+        - "prediction", and "probability.LABEL" for each label; for a reward head "score" instead
+        - "reason": why the record cannot be used
+
+        A value is None if the record has none. Numbers are rounded to DIGITS significant digits."""
         told = dict(zip(self.labels, self.names, strict=True))
         values = zip(self.predicted, self.probabilities, self.scores, self.reasons, strict=True)
         rows: Rows = []

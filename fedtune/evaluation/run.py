@@ -24,8 +24,8 @@ from fedtune.runs.run import Run
 def evaluate(
     run: Run, data: DataFile | Path | str, metric: str | None = None, choices: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure a finished run's base, alone, after the public start, and with the adapter, on a file
-    of records.
+    """Measure three models of a finished run on a file of records: the base alone, the public start
+    (the base as trained on public text only), and the base with the run's adapter.
 
     Args:
         data: the file, either as a DataFile with its columns, or as a path; then its columns are
@@ -40,8 +40,8 @@ def evaluate(
     - rejected: reason -> how many records were left out for this reason
     - cut: how many records were cut off at objective.max_length
     - before, after: for the base alone, and with the adapter, a dict of the metric and "loss"
-    - start: such a dict for the public start, which is what public text alone gives; None if the
-      run has none to compare with, for the reason in "no start"
+    - start: such a dict for the public start; None if there is no public start to compare with, for
+      the reason in "no start"
     - no start: the reason; "" if the start was measured, or the study has none
     - interval: three 95 % intervals of the metric: "before", "after" and "change"; with a public
       start also "start", and "over_start", the change from the start to the adapter. Intervals of

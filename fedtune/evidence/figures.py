@@ -219,19 +219,22 @@ def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, A
 def count_absent(
     content: dict[str, Any], study: Study, events: dict[str, Events]
 ) -> dict[str, dict[str, Any]]:
-    """Count for each site what the evidence lacks of it. Return a dict from each site that lacks
-    something to a dict: "rounds" is the number of the plan's rounds without an update of the site,
-    "answers" the number of the plan's queries without its answer. A number of 0 is left out.
+    """Count the updates and answers of each site that the evidence lacks. Return a dict from each
+    site of which something is lacking to a dict with these entries:
+
+    - "rounds": the number of the plan's rounds without an update of the site; left out if it is 0
+    - "answers": the number of the plan's queries without an answer of the site; left out if it is 0
+    - "epsilon": the ε that the site would have spent if it had sent all updates
+    - "answers_epsilon": the ε that the answers to all queries would cost, if the plan has queries
+
+    The two ε are given only for a private study whose plan states the number of rounds, and
+    "epsilon" only if it does not take minutes to compute. They matter since the evidence does not
+    show whether a site was away or somebody left its updates out.
 
     - content: the content of evidence.json
     - study: the run's plan
     - events: a dict with the keys "update" and "answer"; each value maps a site to its step log of
-      this work, as `seals` returns them
-
-    If the plan states the number of rounds, the dict also has the ε that all updates ("epsilon")
-    and all answers ("answers_epsilon") of the site would cost. They matter since the evidence does
-    not show whether a site was away or somebody left its updates out. "epsilon" is left out where
-    it would take minutes to compute."""
+      this work, as `seals` returns them"""
     there: dict[str, Counter[str]] = {name: Counter() for name in events["update"]}
     for kind, entry in {(e["kind"], (e["site"], e["round"])) for e in content["updates"]}:
         there.setdefault(entry[0], Counter())[kind] += 1
@@ -377,7 +380,7 @@ def _logs(
         if _bound_epsilon(log, privacy, shares) <= _cap(study, privacy):
             _refuse_uncomputable(
                 run, name, log, _bound_epsilon(log, privacy)
-            )  # its own noise: the fallback too
+            )  # by the site's own noise, from which the fallback ε is computed too
     for name, log in events["answer"].items():
         agreed = Agreed(
             sampling_rate=1.0,

@@ -1,8 +1,8 @@
 """Compute the fingerprints that people read to each other by phone: of a site, a site's peer, an
 approver and a consortium.
 
-Guarantee: a fingerprint is 80 bits of SHA-256 over keys (that of a site also over its name), so
-nobody can find other keys or another name with the same fingerprint (second preimage).
+Guarantee: a fingerprint is 80 bits of SHA-256 over keys and, for a site, over the site's name too.
+So nobody can find other keys or another name with the same fingerprint (second preimage).
 """
 
 from __future__ import annotations

@@ -5,12 +5,15 @@ into a folder that nobody can change unnoticed.
     DIR/manifest.json    when, by whom, sha256 and size of every copy, signed by the role's key
 
 These are not copied: texts of records, keys, the salt, the proxy's password, and the vault's own
-log, in which a library may quote a record. Without the salt the ledger's entries name nobody, but
-they show, without noise, how many arrivals and withdrawals were entered. Of a hospital's home, the
-files of every membership are copied. Guarantee: `check` finds every copy that was changed, added or
-taken out, unless whoever did this has the role's key, i.e. the site's or coordinator's signing key.
-So let somebody else note the digest of the manifest, which `Kept` holds. A damaged ledger or audit
-log is kept as far as it can be read; the manifest and a warning say so.
+log, in which a library may quote a record. Nobody can tell without the salt whom the ledger's
+entries are about. But the entries show, without noise, how many arrivals and withdrawals were
+entered. The ledger and hospital.toml of a hospital's home concern all memberships, i.e. all sites
+that are charged to this ledger. A damaged ledger or audit log is kept as far as it can be read; the
+manifest and a warning say so.
+
+Guarantee: `check` finds every copy that was changed, added or taken out, unless whoever did this
+has the role's key, i.e. the site's or coordinator's signing key. So let somebody else note the
+digest of the manifest, which `Kept` holds.
 
 Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`."""
 
@@ -99,7 +102,7 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     if not traces(home):
         check_ledger_there(home)
         raise ConfigError(f"{home}: no ledger yet, so there is nothing to keep")
-    if not (home / KEY).exists():  # none is made: it would not be this site's
+    if not (home / KEY).exists():  # no key is made here, since it would not be this ledger's
         raise ConfigError(f"{home}: no signing key", todo="put it back from a backup")
     # A membership that never ran has no state folder, and gets its key now.
     is_lost = state.exists() and not (state / KEY).exists()
@@ -157,7 +160,7 @@ def _keep(
     owner = home or next(iter(folders.values()))[0]
     acts, damaged = AuditLog(owner, SigningKey.at(home / KEY) if home else key), list[str]()
     try:
-        acts.add("keep", "--to", folder=to)  # so that the copied log says so too
+        acts.add("keep", "--to", folder=to)  # first, so that the copied log has this entry too
     except NotGenuine as error:
         damaged.append(error.happened)
     if run is not None:
@@ -228,8 +231,8 @@ def _copy_ledger(home: Path, to: Path, damaged: list[str]) -> str:
 
 
 def _has_rows(path: Path) -> bool:
-    """Return whether a copy of a ledger holds at least one entry; copying may have broken off
-    before. path: the file of the copy."""
+    """Return whether a copy of a ledger holds at least one entry. It holds none if the copying
+    failed before the first entry. path: the file of the copy."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as copy:
         return bool(copy.execute("SELECT EXISTS (SELECT 1 FROM entries)").fetchone()[0])
     return False

@@ -1,8 +1,8 @@
 """Recognise a site's personal model, and refuse to hand it on.
 
 A personal model is computed from its site's patients without noise, so no ε covers it. It is stored
-sealed in the site's state folder (runs/personal.py), and used at the site alone. Every function
-that makes something for others out of a finished run calls `refuse_personal` first."""
+sealed in the site's state folder (runs/personal.py), and used only at the site. Every function that
+makes something for others out of a finished run calls `refuse_personal` first."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class NeverLeaves(Refused):
         super().__init__(
             f"{what}: a personal model, {MARK}",
             "the released run",
-            "predict, evaluate, generate and accept use it at its site: RUN --site SITE; to pass "
-            "something on, start a new study from the released run",
+            "use this model at its site, by `fedtune predict`, `evaluate`, `generate` or `accept` "
+            "with RUN --site SITE; to pass something on, start a new study from the released run",
         )
 
 

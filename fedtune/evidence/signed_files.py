@@ -12,7 +12,7 @@ from fedtune.core.errors import NotGenuine
 from fedtune.core.files import reading
 from fedtune.core.wire.keys import canonical
 
-# What a content of the wrong shape raises where it is read.
+# The errors that a file's content may raise where it is read, if it has the wrong shape.
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 TODO = "get the folder again from who signed it; do not use this one"
 

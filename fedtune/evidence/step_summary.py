@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SIGMA_SLACK = 0.02  # allowed share of σ's difference, since accountants differ between releases
-REPEATS = 100  # a log may have so many times the plan's steps: lost rounds are logged again
+REPEATS = 100  # the most times the plan's steps that a log has: lost rounds are logged again
 KINDS = 4  # kinds of steps in a log: a plan has one, but a new release in mid-study may change σ
 
 

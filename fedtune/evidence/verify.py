@@ -82,12 +82,12 @@ class Verified:
     - capped: whether `epsilon` is the plan's bound for one patient instead of the ε of all steps
       together; the sites leave out a patient who has reached this bound
     - released: which model is released, if the plan leaves a choice: "trained", or "start" for the
-      public start; then trained/ holds the trained model. "" if it leaves none
+      public start (then trained/ holds the trained model); "" if the plan leaves no choice
     - verdicts: for a study without a last round, verdict -> how many versions have it; each verdict
       was computed again from the version's comparison, if that is stored
-    - absent: site -> a dict of the number of rounds and of queries for which the evidence has no
-      update or answer of the site, since it was away or somebody left them out, and of the ε that
-      the site would have with all of them
+    - absent: site -> what the evidence lacks of this site, since the site was away or somebody left
+      it out: a dict of the number of rounds without an update, of the number of queries without an
+      answer, and of the ε that the site would have spent with all of them
     - dossier: for a dossier, a dict that says when it was made, which files it has, and who
       approved it"""
 
@@ -135,8 +135,8 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     fedtune.core.errors.NotGenuine: ...
 
     Errors: NotGenuine if the folder is not signed, or a file, a signature or a figure does not fit;
-    Refused if another than `trust` signed, or a site's keys do not fit `sites`; InputError if there
-    is no plan; ConfigError if the plan is malformed."""
+    Refused if the signer does not have the fingerprint `trust`, or a site's keys do not fit
+    `sites`; InputError if there is no plan; ConfigError if the plan is malformed."""
     if any(os.path.lexists(Path(run) / name) for name in DOSSIER):
         from fedtune.evidence.dossier.check import check
 
@@ -146,7 +146,7 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
     """Verify a run, or the run inside an exported model, and return what was found. Unlike
-    `verify`, this accepts no dossier; its errors are the same.
+    `verify`, this function accepts no dossier. It raises the same errors as `verify`.
 
     - run: the folder of the run or of the exported model
     - trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
@@ -229,14 +229,14 @@ def _link(run: Path, report: dict[str, Any]) -> None:
     if link.is_symlink() or table is not None:
         number = table.get("version in use") if isinstance(table, dict) else None
         if not link.is_symlink() or os.readlink(link) != f"{VERSIONS}/{number}":
-            fail(link, "is not the version that the report is of", f"{VERSIONS}/{number}")
+            fail(link, "does not lead to the version in use", f"{VERSIONS}/{number}")
 
 
 def key_of(run: Path) -> tuple[SigningKey, str] | None:
-    """Verify a run, and return the coordinator's key that signed it, so that the run can be changed
-    and signed again. It is returned with the certificate of the consortium's CA (PEM) in the run's
-    signature. Return None if there is no coordinator's home beside the folder of runs, if that home
-    has another key, or if the run does not verify.
+    """Verify a run, and return what is needed to sign it again after a change: the coordinator's
+    key that signed it, and the certificate of the consortium's CA (PEM) in its signature. Return
+    None if there is no coordinator's home beside the folder of runs, if that home has another key,
+    or if the run does not verify.
 
     Call this before the change, so that only a run that verified is signed again. Errors:
     InfrastructureError if the key cannot be read."""
@@ -292,8 +292,8 @@ def _signature(run: Path) -> dict[str, Any]:
         raise NotGenuine(
             f"{run}: is not signed",
             f"{SIGNATURE}, which a coordinator writes when a run ends",
-            "a model made from other runs is verified by those runs; an unfinished "
-            "run is continued with --resume",
+            "if the model was made from other runs, verify these runs; if the run is unfinished, "
+            "continue it with --resume",
         )
     content, _ = signed_json(path, FORMAT)
     kinds = dict.fromkeys(("format", "ca", "coordinator", "signature"), "str")

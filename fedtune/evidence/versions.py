@@ -146,7 +146,7 @@ class _Replay:
         self._numbers.append(number)
         if self.champion is None:
             if version["decision"] != FIRST:
-                self._refuse_version(number, "it is the first", FIRST)
+                self._refuse_version(number, "its decision is not that of the first version", FIRST)
             self.champion = number
             self._released.append(number)
             return
@@ -186,7 +186,7 @@ class _Replay:
         about |= {"public": public, "look": taken + 1, "metric": self._metric}
         for name, value in about.items():
             if content[name] != value:
-                self._refuse_version(number, f"its look is of another {name}", str(value)[:64])
+                self._refuse_version(number, f"its comparison has another {name}", str(value)[:64])
         judged = judge(
             Look(*(content[name] for name in ("metric", "before", "after", "groups"))), self._table
         )
@@ -200,7 +200,7 @@ class _Replay:
     def _content(self, number: int) -> dict[str, Any]:
         name = look_file(number)
         if name not in self._signed:
-            self._refuse_version(number, "what its comparison saw is not here", name)
+            self._refuse_version(number, "no signed file stores its comparison", name)
         return signed_json(self._run / name, FORMAT, LARGE)[0]
 
     def _require_equal(self, number: int, version: dict[str, Any], **follows: Any) -> None:

@@ -1,12 +1,15 @@
-"""Remember on this machine, for this user's account, which home pays for which private records.
+"""Remember on this machine, for this user's account, which home pays for which private records. A
+home is a folder with a privacy ledger; it pays for records if their ε is charged to its ledger.
 
     homes.json    in $XDG_STATE_HOME/fedtune, else ~/.local/state/fedtune; 0600
 
-If two homes paid for one dataset, each would state a part of what its patients have paid. So a site
-with records of another home is refused before it joins or is simulated. It is also refused if it
-declares these records public or generated, since only that home's ledger knows what was charged as
-private. A home without its ledger is not forgotten, since its volume may only not be mounted: a
-site does not begin a new ledger in such a home, nor in another one, until a person says that the
+If two homes paid for one dataset, each ledger would state only a part of what the patients have
+paid. So a site is refused, before it joins or is simulated, if another home pays for its records.
+The site is also refused if it declares these records public or generated, since only the other
+home's ledger knows what was charged as private.
+
+A home whose ledger is missing is not forgotten, since perhaps only its volume is not mounted. No
+site begins a new ledger for its records, in this home or in another, until a person says that the
 old ledger is of no use any more (`forget`). A ledger is recognised by its public key. Simulations
 and declared data are not noted.
 | limit                                              | what follows                     |
@@ -38,8 +41,8 @@ from fedtune.core.wire.keys import SigningKey
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
 NOT_REMEMBERED = (
-    "%s; it is not remembered which home pays for these records, so that a second one is not "
-    "noticed on this machine"
+    "%s; the home that pays for these records is not remembered, so this machine will not notice "
+    "if a second home pays for them"
 )
 Note = dict[str, Any]  # a place: {path, device, inode}, or {url, databases}; or a key: {key}
 
@@ -57,10 +60,12 @@ def path_of_notes() -> Path:
 
 
 def check_home(site: Site) -> None:
-    """Check that no other home pays for the site's private records, and note that this home does.
+    """Check that no other home pays for the site's records, and note that this home pays for the
+    private ones. If the notes cannot be read or written, a warning is logged instead.
 
-    Errors: ConfigError, which names the other home, a ledger that was never adopted, or the home
-    if the ledger that was in it is not there."""
+    Errors: ConfigError if another home pays for them, if the site belongs to a hospital but its
+    state folder holds a ledger that the hospital has not adopted, or if the ledger that was in this
+    home is not there any more."""
     _check_adopted(site)
     tables = _tables(site)
     try:
@@ -81,10 +86,10 @@ def check_home(site: Site) -> None:
 
 
 def check_ledger_there(home: Path) -> None:
-    """Check that the ledger that pays for records on this machine is still in the folder `home`, if
-    this is known of the home. An empty folder may be that of a volume which is not mounted.
-    `open_ledger` and `find_ledger` call this before they open a ledger. Errors: ConfigError if the
-    ledger is not there."""
+    """Check that the ledger which this machine's notes know in the folder `home`, if any, is still
+    there. The folder may be empty because its volume is not mounted. `open_ledger` and
+    `find_ledger` call this before they open a ledger. Errors: ConfigError if the known ledger is
+    not there."""
     try:
         _check_same_ledger(home, _read(path_of_notes()))
     except (InfrastructureError, OSError) as error:
@@ -110,8 +115,9 @@ def move_notes(state: Path, home: Path) -> None:
 
 def check_simulated(site: Site) -> None:
     """Check that no other home pays for the records of a site that is simulated; nothing is noted.
+    If the notes cannot be read, a warning is logged instead.
 
-    Errors: ConfigError, which names the other home or a ledger that was never adopted."""
+    Errors: ConfigError in the same cases as `check_home`."""
     _check_adopted(site)
     try:
         homes = _read(path_of_notes())
@@ -122,15 +128,17 @@ def check_simulated(site: Site) -> None:
 
 
 def _check_adopted(site: Site) -> None:
-    """Check that a membership's state folder holds no ledger of its own, which the hospital's home
-    would first have to adopt. Errors: ConfigError."""
+    """Check that the state folder of a hospital's membership (a site that is charged to the
+    hospital's ledger) holds no ledger of its own. The hospital's home would first have to adopt
+    such a ledger. Errors: ConfigError."""
     if site.hospital and (site.site.state / DATABASE).exists():
         raise ConfigError(
-            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
-            "count",
+            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's ledger "
+            "does not count",
             "a membership whose ledger was adopted, or that never had one",
-            "take the table [hospital] out of the site file, then `fedtune memberships HOME "
-            "--adopt SITE.toml --name NAME`; if that was interrupted, run it again",
+            "take the table [hospital] out of the site file, then give the command `fedtune "
+            "memberships HOME --adopt SITE.toml --name NAME`; if this command was interrupted, "
+            "give it again",
         )
 
 
@@ -143,17 +151,17 @@ def forget(place: str, home: Path) -> list[str]:
     note says that a home pays for some records.
 
     - place: the path or url of some records, or the path of a home
-    - home: the home for which the person acts. The notes that it pays itself are deleted only if
-      `place` is this home and the ledger that was in it is gone; a new one can then begin there.
+    - home: the home for which the person acts. The notes of what this home itself pays for are
+      deleted only if `place` is this home and its ledger is gone; a new ledger can then begin there
 
-    Errors: InputError if no such home is known to pay for `place`; ConfigError, and nothing is
-    forgotten, if another ledger is in `home` than the one that was there; InfrastructureError."""
+    Errors: InputError if no note about another home names `place`; ConfigError if the ledger in
+    `home` is not the one that was there, and then nothing is forgotten; InfrastructureError."""
     path, own, names = path_of_notes(), str(home.resolve()), _names(place)
     with locks.hold(_made(path).with_suffix(".lock")):
         homes = _read(path)
         is_lost = not (traces(home) and _has_its_ledger(home, homes))
         stays = "" if own in names and is_lost else own
-        if stays and traces(home):  # whose audit log is to have an entry of it
+        if stays and traces(home):  # the audit log in this home gets an entry about it
             _check_same_ledger(home, homes)
         kept = {
             other: [note for note in notes if other == stays or not _is_named(names, other, note)]
@@ -168,7 +176,8 @@ def forget(place: str, home: Path) -> list[str]:
         if not forgotten:
             raise InputError(
                 f"{place}: no note about another home names it",
-                "the records' path or url, or the other home, as the refusal names it",
+                "the path or url of the records, or the path of the other home, as the error names "
+                "it that refused the site",
             )
         replace(path, _encode(kept), private=True)
     return forgotten
@@ -184,7 +193,8 @@ def is_known(home: Path, place: str) -> bool:
 
 
 def _names(place: str) -> set[str]:
-    """Return the names under which notes may have a place that a person gave."""
+    """Return the texts by which a note may name a place: as the person gave it, and as an absolute
+    path."""
     return {place, str(Path(place).resolve())}
 
 
@@ -200,8 +210,8 @@ def _made(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, list[Note]]:
     """Read the notes in the file `path`: home → the places of the records for which it pays, and
-    the key of its ledger. A home is left out if the key is all that is in it, as in one that was
-    adopted. Return {} if there are no notes, or if they cannot be read."""
+    the key of its ledger. A home is left out if its folder holds nothing but the ledger's key: then
+    a hospital has adopted the ledger. Return {} if there are no notes, or they cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -209,10 +219,10 @@ def _read(path: Path) -> dict[str, list[Note]]:
         return {
             home: [dict(note) for note in notes]
             for home, notes in homes.items()
-            if traces(Path(home)) != [KEY]  # what is left of one that was adopted
+            if traces(Path(home)) != [KEY]  # the key alone is left where a ledger was adopted
         }
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
-        log.warning("%s: cannot be read, and is begun anew", path)
+        log.warning("%s: the notes cannot be read, and are begun anew", path)
         return {}
 
 
@@ -229,9 +239,9 @@ def _note_key(home: Path) -> list[Note]:
 
 
 def _has_its_ledger(home: Path, homes: dict[str, list[Note]]) -> bool:
-    """Return whether the ledger that is known to be in `home` is there, or parts of it are. Return
-    True if none is known: a site may have been refused before its ledger began. Errors:
-    InfrastructureError."""
+    """Return whether `home` still holds the ledger that the notes know there. If the key's file is
+    missing, any other part of a ledger counts. Return True if no ledger is known: a site may have
+    been refused before its ledger began. Errors: InfrastructureError."""
     keys = [note for note in homes.get(str(home.resolve()), []) if "key" in note]
     here = _note_key(home)
     return not keys or (here[0] in keys if here else bool(traces(home)))
@@ -278,9 +288,9 @@ def _is_place(note: Note, table: SiteData) -> bool:
     database; a folder in which the table's file lies; or a file in the table's folder."""
     if "path" in note:
         return any(_is_same_file(note, path) for path in _path(table))
-    if "url" not in note:  # of the ledger's key
+    if "url" not in note:  # it is the note of the ledger's key
         return False
-    # What an earlier version noted of a database is its url alone.
+    # An earlier version of fedtune noted only the url of a database.
     there = note.get("databases") or databases_of(note["url"])
     return table.url is not None and not databases_of(table.url).isdisjoint(there)
 

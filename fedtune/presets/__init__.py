@@ -1,14 +1,20 @@
 """Build ready-made studies with measured settings from one's own records: `fedtune init --task`.
 
-Each task has a file of its own. The user's public file is divided once, into selection records, by
-which the coordinator chooses how far each round moves the adapter; evaluation records, which only
-judge the result; and records to learn from before the first round. If it holds few records, all are
-for evaluation.
+Each task has a file of its own. The user's public file is divided once, into three parts:
 
-The module of a task has COLUMNS (for each field of Records that names a column, the key in
-site.toml and the column's default name), PARTS (the shares of the public records), and the
-function `study`, which composes study.toml. A task that trains an adapter gets its `study` from
-`_adapter.Recipe`, which holds the task's settings."""
+- selection records, by which the coordinator chooses how far each round moves the adapter
+- evaluation records, which only judge the result
+- records to learn from before the first round
+
+If the file holds few records, all are for evaluation.
+
+The module of a task has these names. A task that trains an adapter gets its `study` from
+`_adapter.Recipe`, which holds the task's settings.
+
+- COLUMNS: for each field of Records that names a column, the key in site.toml and the column's
+  default name
+- PARTS: the shares of the public records
+- study: a function that composes study.toml"""
 
 from __future__ import annotations
 
@@ -56,7 +62,8 @@ OPTIONS = {  # field of Records -> option of `fedtune init`
 @dataclass(frozen=True)
 class Records:
     """What a user gave to `fedtune init`: files, columns and settings, from which a preset builds a
-    study. A field that the user did not give has the stated default.
+    study. A field that the user did not give has the stated default. A unit is a patient, or a
+    record if no column names the patient.
 
     - data: each site's file or folder, or URL#TABLE
     - evaluation: a public file with answers
@@ -67,15 +74,15 @@ class Records:
     - labels: the classes; default: the classes in the public files
     - also_labels: further classes
     - base: the model; default: the task's
-    - size: the declared size of each site
+    - size: the declared size of each site, i.e. the number of its units that is made public
     - sizes: the sites' declared sizes in the order of data, if they differ
-    - epsilon: ε of the study; default: 4.9
+    - epsilon: ε of the study; default: 4.9, or less if the sites share noise
     - declared: what a person declares the sites' records to be, for a rehearsal
-    - role: the role whose files are written
+    - role: whose files are written: the coordinator's, a single site's, or both
     - name: the name of the single site, for role "site"
     - expected: the number of sites that take part, if data does not have a file for each
-    - colluding: if all sites share one dose of noise, how many of them may collude with the
-      coordinator; default: each site adds noise of its own"""
+    - colluding: how many sites may collude with the coordinator, if each site adds only a share of
+      the noise that ε needs; default: each site adds all of this noise by itself"""
 
     prompt: str = ""
     target: str = ""
@@ -121,8 +128,8 @@ class Records:
 
     @property
     def delta_note(self) -> str:
-        """The text of `delta_rule`, and what δ means for the largest site: the probabilities for
-        one of its units, and for any of them."""
+        """The text of `delta_rule`, and what δ means for the largest site: with which probability ε
+        may not hold for one unit, and with which for any unit of the site."""
         most = max(self.declared_sizes)
         return f"{self.delta_rule}; {chance(self.delta, self.unit, most)}"
 
@@ -139,9 +146,9 @@ class Records:
 
     @property
     def min_sites(self) -> str:
-        """The line about min_sites in study.toml's [strategy]. It is there if the files are those
-        of a coordinator, whose first round waits for all sites, or if the sites share noise;
-        otherwise it is ""."""
+        """The line about min_sites for study.toml's [strategy], or "" if none is needed. It is
+        needed if the sites share noise, or if the files are written for a coordinator alone, whose
+        first round waits for all sites."""
         if self.colluding is not None:
             return f"min_sites = {self.sites:<24} # without one of them there is too little noise\n"
         if self.role != "coordinator":
@@ -151,8 +158,8 @@ class Records:
 
 def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     """Write a study of `task` to a new folder. Return the paths of study.toml, the site files, and
-    the parts into which the public records are divided. For a single role, only its own files are
-    written.
+    the parts into which the public records are divided. If the role is not "both", only the files
+    of this role are written.
 
     >>> from fedtune.presets import Records, write
     >>> [path.name for path in write("triage", "classify", Records(labels=("A", "B")))]
@@ -195,9 +202,9 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
 
 def complete_records(task: str, records: Records) -> Records:
     """Fill in what the user left out: return the user's settings with the task's own column names,
-    and its ε, where the user gave none. If the sites share noise, the ε is the largest up to the
-    task's own whose fallback ε fits the sites' budget. A base that is a local folder gets its
-    absolute path.
+    and the presets' ε (4.9), where the user gave none. If the sites share noise, this ε may be
+    smaller: it is the largest at which the ε that holds whoever colludes (the fallback ε) fits the
+    sites' budget. A base that is a local folder gets its absolute path.
 
     task: a name in TASKS. records: what the user gave to `fedtune init`, not patients' records.
 
@@ -253,7 +260,10 @@ def unit_note(task: str | None, records: Records) -> str:
             names |= {"--patient": records.patient}
         columns = [name for path in records.data for name in _sites.columns_of(path, names)]
     if records.patient:
-        return f"protected: a patient, by {records.patient!r}: all records of one together"
+        return (
+            f"protected: a patient, whom the column {records.patient!r} names: all of the "
+            "patient's records together"
+        )
     # A column of the input or target is no patient's key, even if it is called "dialogue".
     found = _sites.looks_like_a_patients([c for c in columns if c not in names.values()])
     hint = f"; {found!r} looks like one: --patient {quote_string(found)}" if found else ""

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 RECORDS = 4  # the largest number of records of a patient
 NOISE = 0.3  # standard deviation of the noise in a weight after the step
 LONGEST = 150.0  # largest learning rate, for studies with hardly any noise
-# If the noise of the mean, in units of C, is larger, only few directions are trained. It is 0.004
-# for 3 sites of 100 units at ε = 4.9, and 0.002 for 9 sites of 87 units at ε = 8, where all
-# directions can be trained.
+# If the noise of the mean (`noise_of_mean`) is at least this, only few directions are trained. This
+# noise is 0.004 for 3 sites of 100 units at ε = 4.9. It is 0.002 for 9 sites of 87 units at ε = 8,
+# where all directions can be trained.
 LOUD = 0.0025
 NARROW_NOISE, NARROW_LONGEST = 0.05, 15.0  # NOISE and LONGEST for studies that train few directions
-# Shares of the public records; if --public is given, "public" is that file, and these are the
-# shares of the other public file.
+# The shares into which the file --evaluation is divided. If --public names a second file, this file
+# is the part "public", and the first file is divided into the other two parts.
 PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
 
 
@@ -37,6 +37,7 @@ PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
 class Recipe:
     """The settings of one task.
 
+    - task: the task's name, as in `fedtune init --task`
     - title: the first line of study.toml
     - records: a description of the task's public records
     - model: the base
@@ -115,7 +116,7 @@ def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = 
 
 
 NARROW = """\
-narrow = true                        # under this noise a round trains few of them alone
+narrow = true                        # trains few directions only, since the noise is large
 """
 STUDY = """\
 # {title}, trained at the sites under differential privacy. `fedtune init` without
@@ -131,7 +132,7 @@ model = {model}
 train = "B"
 a_init = "public"                    # the frozen factor comes from [public]
 
-[lora.preconditioner]                # and so does what makes the steps of all directions alike
+[lora.preconditioner]                # from [public] too: makes steps in all directions alike
 {narrow}
 [objective]
 {objective}

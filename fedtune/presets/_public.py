@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedtune.presets import Records
 
 Rows = list[dict[str, Any]]
-LEAST = 40  # public records: with fewer, all of them judge
+LEAST = 40  # if there are fewer public records, all of them are for evaluation
 LICENCE = 'licence = "as its owner allows"  # say which\n'
 MOST_CHOICES = 20
 
@@ -37,7 +37,7 @@ def divide_records(
     - asked: option of `fedtune init` -> the column that it names; a row without one of these
       columns is left out
 
-    Returns the name of each part that is not empty -> its rows, with the columns in `asked` alone.
+    Returns the name of each part that is not empty -> its rows, with only the columns in `asked`.
 
     Errors: DataError if a file has no record that can be used."""
     public: dict[str, Rows] = {}
@@ -87,8 +87,8 @@ def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
     if found and (bare := [label for label in planned if label not in found]):
         are = "is" if len(bare) == 1 else "are"
         lines.append(
-            f"of {len(bare)} of them there {are} no public record, so nothing is learnt of them "
-            f"before the rounds, and nothing public judges them: {format_classes(bare)}"
+            f"of {len(bare)} of these classes there {are} no public record, so nothing is learnt "
+            f"of them before the rounds, and nothing public judges them: {format_classes(bare)}"
         )
     return lines
 
@@ -193,10 +193,10 @@ def _read_usable(
     - path: a public file of the user
     - patient: the patient's column; None if there is none
     - asked: option of `fedtune init` -> the column that it names
-    - but: rows of a file that was read before, by this function
+    - but: rows that this function returned for another file
 
-    Returns the records grouped by patient (each by itself if it has no patient), with the columns
-    in `asked` alone, and the number of rows left out, by reason.
+    Returns two things: the records, with only the columns in `asked`, in a list for each patient
+    (or for each record without a patient); and the number of rows left out, by reason.
 
     Errors: DataError if no record can be used."""
     units: dict[Any, dict[str, dict[str, Any]]] = {}

@@ -1,9 +1,9 @@
 """Compose a preset's settings for noise that all sites share, for `fedtune init --colluding`
 (docs/secure-aggregation.md).
 
-Each site adds σ/√(n - t) in place of σ, so the study's ε holds if at most t of the n sites collude
-with the coordinator. A larger ε holds in every case, and the sites' budgets must have room for that
-one."""
+Each site adds noise of σ/√(n - t) in place of σ, so the study's ε holds if at most t of the n sites
+collude with the coordinator. A larger ε, the fallback ε, holds however many collude, and the sites'
+budgets must have room for it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def check(records: Records) -> None:
 
 
 def largest_epsilon(records: Records, most: float) -> float:
-    """Return the largest ε of a study, at most `most` and a multiple of 0.1, for which the sites'
-    budget covers the fallback ε of two attempts at its round: one that is void, and the next."""
+    """Return the largest ε of a study, at most `most` and a multiple of 0.1, whose round fits the
+    sites' budget twice, since a round that fails is repeated. What counts for the budget is the
+    fallback ε of both attempts together."""
     assert records.colluding is not None
     shares = records.sites - records.colluding
     least, above = 1, math.floor(most * TENTHS) + 1

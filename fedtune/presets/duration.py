@@ -1,10 +1,10 @@
 """Estimate how long a study takes on this machine, before it starts, from its plan, its public
 records and a measurement of a fifth of a second.
 
-Matrix products take most of the time: each record passes once through the frozen layers, then in
-each step through the layers above the cut, forward or with a gradient. The number of products
-follows from the base, and the number per second on this machine is measured. The result is an
-estimate, for a person who decides whether to wait."""
+Matrix products take most of the time. Each record passes once through the frozen layers, and in
+each step through the layers above the cut (the first layer with an adapter, and all after it),
+forward or with a gradient. The number of products follows from the base, and the number per second
+on this machine is measured. The result is an estimate, for a person who decides whether to wait."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ LONG = 20 * 60.0  # seconds; from here on, the lines say how to shorten a study
 MEASURED = 0.2  # seconds of the measurement
 CHARACTERS = 4.0  # characters in a token
 # Speeds of passes that read a few hundred positions at a time, as shares of the speed of one large
-# product of matrices; work counts as products of a forward pass. Measured: SmolLM2 on a Xeon.
+# product of matrices. The work of a gradient is counted as that of its forward pass. Measured with
+# SmolLM2 on a Xeon.
 FROZEN = 0.7
 FORWARD = 0.6
 GRADIENT = 0.35
@@ -80,18 +81,19 @@ class Forecast:
         ]
         if total > LONG:
             told.append(
-                "      it may be broken off and goes on; quicker with fewer public records (lines "
-                "of public.jsonl), --set start.steps=2, or a smaller objective.max_length"
+                "      an interrupted run can be continued; less time is needed with fewer public "
+                "records (lines of public.jsonl), --set start.steps=2, or a smaller "
+                "objective.max_length"
             )
         return told
 
 
 def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> Forecast | None:
-    """Estimate how long a study takes if all its sites, of these declared sizes, run on this
-    machine. Return None if the base's size is not known, the study has no last round, or its public
-    records cannot be read.
+    """Estimate how long a study takes if all its sites run on this machine. Return None if the
+    base's size is not known, the study has no last round, or its public records cannot be read.
 
-    speed: how many fp32 multiplications this machine does per second; None to measure it now."""
+    sizes: the sites' declared sizes. speed: how many fp32 multiplications this machine does per
+    second; None to measure it now."""
     shape = SHAPES.get(study.base.model.removeprefix(PREFIX))
     if shape is None or study.continuous:
         return None
@@ -165,7 +167,7 @@ class _Cost:
 
     @property
     def _above(self) -> int:
-        """Return the number of weights above the cut."""
+        """Return the number of weights above the cut, i.e. in the blocks with adapters."""
         lora = self.study.lora
         if lora is None:
             return 0

@@ -45,8 +45,8 @@ def rate_note(study: Study, sizes: Sequence[int]) -> str:
         return ""
     return (
         f"WARNING: training.learning_rate = {rate:g} leaves noise of {found:.2g} in each weight, "
-        f"and the recipe's is {noise:g}: it was set for another ε, δ or other sites; --set "
-        f"training.learning_rate={fitting:.2g} fits these"
+        f"and the recipe's is {noise:g}: the rate was set for another ε or δ, or for other sites; "
+        f"--set training.learning_rate={fitting:.2g} fits this plan and these sites"
     )
 
 

@@ -7,7 +7,7 @@ from fedtune.presets._adapter import PARTS, Recipe
 __all__ = ["COLUMNS", "CUT", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"media": ("audio", "audio"), "target": ("text", "text")}
 MAX_LENGTH = 64  # tokens: objective.max_length; CUT says what a longer record loses
-CUT = "longer ones are left out"
+CUT = "longer records are left out"
 
 study = Recipe(
     task="speech",

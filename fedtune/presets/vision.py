@@ -13,7 +13,7 @@ COLUMNS = {
     "target": ("completion", "answer"),
 }
 MAX_LENGTH = 128  # tokens: objective.max_length; CUT says what a longer record loses
-CUT = "longer ones are left out"
+CUT = "longer records are left out"
 
 study = Recipe(
     task="vision",

@@ -48,8 +48,8 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Compute the second moment E[x xᵀ] (inputs, inputs), fp64, of each adapted layer's input x on
     public text. The dictionary's keys are the names of the layers' A.
 
-    Inputs are taken at the positions with a target, or at the last token of a record without one.
-    They are those of the base with the adapter that is loaded in `network`."""
+    Inputs are taken at the positions with a target, or at the last token of a record without one,
+    while the base reads the text with the adapter that is loaded in `network`."""
     inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
     return {name: x.T @ x / len(x) for name, x in inputs.items()}
 

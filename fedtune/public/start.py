@@ -52,8 +52,8 @@ _APART: dict[str, Any] = {
     "private_evaluation": True,
     **dict.fromkeys(_LATER, True),
 }
-# Further tables that do not affect one computation: that of A, of W, of W under a head, and of the
-# head. The tuple is part of the stored result's key, which distinguishes a plan's computations.
+# For each computation (A, W, W under a head, the head) the further tables that do not affect it.
+# The tuple is part of the stored result's key, and so distinguishes the computations of one plan.
 _FACTOR = ("clipping", "start", "preconditioner")
 _OUTPUTS = ("clipping", "start")
 _OUTPUTS_UNDER_HEAD = ("clipping",)
@@ -68,8 +68,8 @@ class Start:
       in; its digest names the study in every ledger and seal
     - adapter: the trainable arrays of round 0
     - frozen: the arrays that sites receive and do not train: A if it comes from public text, and
-      the preconditioner if the plan has one; or the basis of class statistics. A is sent because
-      machines decompose a matrix to different results
+      the preconditioner if the plan has one; or the basis of class statistics. A is sent, since two
+      machines that compute it would get different numbers
     - strategy: the strategy's state from public records, which no site receives"""
 
     study: Study
@@ -97,7 +97,7 @@ def start(study: Study) -> Start:
     if study.start:
         if known:
             adapter = public_head(known)
-        else:  # no noise in these steps: they use all of M, even where sites use a part of it
+        else:  # without noise these steps use the whole preconditioner, sites perhaps a part of it
             with network.loaded(frozen=network.frozen_factor() | outputs):
                 adapter = _compute_start(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
@@ -242,7 +242,7 @@ def _compute_once(
 
     - study: the plan, by which a stored result is found again. Only the tables `without`, and those
       in _APART, which affect no computation on public text, may differ
-    - text: the public records; a stored result must be of the same content
+    - text: the public records; a stored result is found only if their content is the same
     - without: further tables of the plan on which this result does not depend. A stored result is
       found only with the same tuple, which distinguishes the computations for one plan.
     - make: the computation; its arguments are not compared, so they must follow from the plan and

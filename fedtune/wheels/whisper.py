@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 BIN = "model.bin"
-FORM = (6, "WhisperSpec")  # of model.bin: version, and what it holds
+FORM = (6, "WhisperSpec")  # what model.bin must begin with: its version, and what it holds
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 SPECIAL = "<|endoftext|>"
-END, START = 50256, 50257  # ids of SPECIAL, and of what a transcript begins with
+END, START = 50256, 50257  # ids of SPECIAL, and of the token with which a transcript begins
 WIDTH = 384
 CONFIG: dict[str, Any] = {
     "architectures": ["WhisperForConditionalGeneration"],
@@ -96,7 +96,9 @@ def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
     try:
         found = number("I"), word()
         if found != FORM:
-            raise ModelError(f"{BIN}: {found[1]} of version {found[0]}", f"{FORM[1]} of {FORM[0]}")
+            raise ModelError(
+                f"{BIN}: holds {found[1]} of version {found[0]}", f"{FORM[1]} of version {FORM[0]}"
+            )
         number("I")
         for _ in range(number("I")):
             name, rank = word(), number("B")

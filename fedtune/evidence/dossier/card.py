@@ -29,7 +29,7 @@ def card(content: Mapping[str, Any], found: Mapping[str, Any], run: Path) -> str
 
     - content: the content of dossier.json
     - found: the run's documents by file name
-    - run: the run's folder, from which it is read what the model does"""
+    - run: the run's folder, whose files say for which task the model is"""
     lora = bool(found["plan.json"].get("lora"))
     head = _head(found["report.json"], task=pipeline_tag(run), lora=lora)
     return f"---\n{head}\n---\n\n{card_body(content, found)}"

@@ -44,8 +44,8 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
     - trust: the consortium's fingerprint, which the signer must have; "": any signer is accepted
     - sites: site -> the fingerprint that it read out; None: no site's keys are compared
 
-    Errors: NotGenuine if something was changed, or a figure is not the run's; Refused if another
-    than `trust` signed, or a site's keys do not fit `sites`; InputError."""
+    Errors: NotGenuine if something was changed, or a figure is not the run's; Refused if the signer
+    does not have the fingerprint `trust`, or a site's keys do not fit `sites`; InputError."""
     if not (folder / RELEASE).exists():
         raise NotGenuine(f"{folder}: is a dossier that is not signed", RELEASE, TODO)
     signed, digest = read_release(folder)
@@ -132,7 +132,7 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
         fail(path, "is not what a coordinator writes")
     for name in signed["files"]:
         if name in pictures.FILES and name not in drawings:
-            fail(folder / name, "is a picture that no page shows", "those of the pages")
+            fail(folder / name, "is a picture that no page shows", "only pictures of the pages")
     compared = written | (drawings if same_release else {})
     for name, expected in compared.items():
         shown = reading.text(folder / name, "a dossier's page", TODO, NotGenuine, reading.LARGE)

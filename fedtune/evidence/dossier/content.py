@@ -16,7 +16,7 @@ fills in (details.toml). A section consists of blocks:
     table = "caption", each = SOURCE, key = "site", columns = [["ε", SOURCE, "epsilon"], …]
                                      a row for each entry at SOURCE, whose name replaces {key}
     blank = "key", label, help       a text that a person fills in
-    when = "private"                 with any of these: shown only for such runs (WHEN)"""
+    when = "private"                 in any block: it is shown only for such runs (a key of WHEN)"""
 
 from __future__ import annotations
 

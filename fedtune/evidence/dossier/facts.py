@@ -26,8 +26,8 @@ from fedtune.report.held_out import text_row
 DOCUMENTS = ("report.json", "plan.json", "evidence.json")
 MISSING = object()
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
-# The parts of a page that are not text: its head, which is matched at the beginning alone so that
-# no other text can hide in it, and pictures.
+# The parts of a page that are not text: its head and its pictures. A head is matched only at the
+# beginning of the page, so that no other text can pass for one.
 HEAD = re.compile(
     r"(?s)\A(?:<!DOCTYPE html>\n<html lang=\"en\">\n<head>.*?</head>|---\n.*?\n---\n)"
 )

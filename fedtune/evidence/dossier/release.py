@@ -71,11 +71,11 @@ def release(
         run: the run's folder.
         out: the dossier's folder, which must not exist.
         details: a blank's key -> the text that a person typed into it; other blanks stay blank.
-        home: the coordinator's home, whose key signs; by default the one beside the folder of runs.
-            A simulation has no home: its dossier is signed with a key that is made for it and not
+        home: the coordinator's home, whose key signs; by default the home beside the folder of
+            runs. A simulation has no home: its dossier is signed with a new key, which is not
             stored.
         sections: a folder with further sections of the assurance pack, such as a hospital's rules;
-            None for the sections that come with fedtune alone.
+            None: the pack has only the sections that come with fedtune.
         attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states their
             results.
 
@@ -162,8 +162,9 @@ def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[
         if "private" not in content and "one_step" not in content:
             raise Refused(
                 f"{folder / name}: is not of generated records",
-                "what `fedtune attack RUN` or `fedtune audit` wrote",
-                "leave it out: a site's own attack depends on its records, and stays there",
+                "a file that `fedtune attack RUN` or `fedtune audit` wrote",
+                "leave this file out: what a site's own attack found depends on its records, "
+                "and stays at the site",
             )
         if content.get("study") != report["study"]:
             raise ConfigError(f"{folder / name}: is of another study", str(report["study"]))
@@ -355,9 +356,9 @@ def approve(
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Errors: NotGenuine if the dossier does not verify; Refused if another than `trust` signed it;
-    InputError if the folder is no dossier, or this key approved it already; ConfigError if name,
-    role or reason is empty, too long or not on one line."""
+    Errors: NotGenuine if the dossier does not verify; Refused if the signer does not have the
+    fingerprint `trust`; InputError if the folder is no dossier, or this key approved it already;
+    ConfigError if name, role or reason is empty, too long or not on one line."""
     folder = Path(folder)
     for what, said in (("name", name), ("role", role), ("reason", reason)):
         if not said.strip() or len(said) > LONGEST or not said.isprintable():

@@ -56,10 +56,10 @@ def format_now() -> str:
 
 
 def list_covered(folder: Path) -> list[str]:
-    """List every file that a dossier's signature must cover, links included, sorted, each by its
-    path in the folder. Approvals and release.json are not covered. If the run in the dossier has a
-    link adapter/ to the version in use, this link is left out too, since the run's report names the
-    version."""
+    """List every file that a dossier's signature must cover, by its path in the folder, sorted.
+    Links count as files. Approvals and release.json are not covered. If the run in the dossier has
+    a link adapter/ to the version in use, this link is left out too, since the run's report names
+    the version."""
     names = []
     for parent, folders, files in os.walk(folder):
         at = Path(parent).relative_to(folder)
@@ -125,7 +125,7 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
             fail(folder / name, "was added after the signature", "the files that were signed")
         own = name.startswith(f"{FOLDER}/") and name.endswith(".toml")
         if name not in FILES and not own and not name.startswith(f"{RUN}/"):
-            fail(folder / name, "is no file of a dossier", "those that `fedtune release` writes")
+            fail(folder / name, "is no file of a dossier", "files that `fedtune release` writes")
     for name, digest in files.items():
         path = folder / name
         if name not in present:
@@ -179,7 +179,7 @@ def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
         if not verifies(body["key"], APPROVING + canonical(body), signature):
             fail(path, "its signature does not fit", "the signature of the key that it names")
         if body["release"] != release:
-            fail(path, "approves another release", "this one")
+            fail(path, "approves another release", "an approval of this dossier's release.json")
         read.append(body)
     return read
 
@@ -201,5 +201,5 @@ def _read(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, A
     Errors: NotGenuine."""
     body, data = signed_json(path, form)
     if {name: type(value) for name, value in body.items()} != kinds:
-        fail(path, "is not what is signed here")
+        fail(path, "does not have the fields of a signed file", ", ".join(kinds))
     return body, data

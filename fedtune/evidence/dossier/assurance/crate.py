@@ -22,7 +22,7 @@ CONTEXT = "https://w3id.org/ro/crate/1.1/context"
 CRATE = "https://w3id.org/ro/crate/1.1"
 PROCESS = "https://w3id.org/ro/wfrun/process/0.5"
 SOFTWARE = "https://pypi.org/project/fedtune/"
-LICENCE = "ro-crate/licence"  # the blank for it
+LICENCE = "ro-crate/licence"  # the key of the blank into which a person types the licence
 FORMATS = {
     **{".json": "application/json", ".jsonl": "application/jsonl", ".html": "text/html"},
     **{".md": "text/markdown", ".yaml": "application/yaml", ".toml": "application/toml"},

@@ -136,9 +136,12 @@ def _unprotected(found: Documents) -> str:
 
 
 def _parameters(privacy: dict[str, Any]) -> str:
-    """Return sentences on the run's ε: over what it is taken and, if noise is shared, under which
-    assumption it holds and what ε holds without it; and, if queries were answered, the ε for
-    somebody among the held-out records too. privacy: the table "privacy" of report.json."""
+    """Return sentences on the run's ε. privacy: the table "privacy" of report.json. The sentences
+    say:
+
+    - over which sites and rounds ε is taken
+    - if the sites share noise: under which assumption ε holds, and which larger ε holds without it
+    - if queries were answered: the ε for somebody who is also among the held-out records"""
     told = ["ε is the largest of the sites', rounded up, over all rounds."]
     if alone := fallback(privacy):
         told.append(

@@ -9,7 +9,8 @@ text = "…"                 whom the section is for, and what it leaves out; op
 id = "5.1.06"              its number in the document, or a name if the number was not read
 asks = "…"                 what it asks, in words of one's own
 importance = "mandatory"   as the document has it; optional
-mechanism = "…"            what answers it in fedtune; with tests alone it is built in, not shown
+mechanism = "…"            what answers it in fedtune; if its only evidence is tests, the answer is
+                           "built in" and not "shown"
 facts = [["label", SOURCE, FORMAT], …]   evidence: figures of the run (facts.py)
 files = ["run/plan.json"] evidence: files of the dossier; "run/adapter/" is a folder
 tests = ["tests/…"]        files of fedtune's repository that show that the mechanism works
