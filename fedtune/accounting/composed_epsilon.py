@@ -56,7 +56,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
     - report: the content of report.json
     - parent: the parent's number, from 0
 
-    Errors: InputError if the report lacks the figures of the steps that ran."""
+    Errors: InputError if the report lacks the figures of the steps that ran, or its δ is not
+    between 0 and 1."""
     privacy = report["privacy"]
     try:
         sites = privacy.get("sites") or {"": privacy}
@@ -122,9 +123,9 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
     trained on the same people. Return the first of these texts that applies:
 
     | STATED | if `disjoint`: the caller states that no person is in two parents |
-    | SAME | the two names are equal, or the two keys are |
+    | SAME | the two names are equal, or the two keys are equal |
     | APART | both sites have a name and a key, and both differ |
-    | UNKNOWN | a name or a key is missing |
+    | UNKNOWN | a site's name or key is missing |
     """
     if disjoint:
         return STATED
@@ -137,16 +138,17 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
     """Compute the privacy cost of a derived adapter from the reports of its parents, all of which
     must be private. Return the entry "privacy" of the adapter's own report.
 
-    Each site is charged for the steps of its own parent and, for every other parent, for the steps
-    of the same site in that parent. If that parent does not have the same site, the site is charged
-    for the steps of the parent's costliest site that may share people with it. The largest ε of any
-    site is the adapter's. Every ε is computed by PLD at the smallest of the parents' δ. The unit is
-    the patient only if it is the patient in all parents, else the record. If sites of a parent
-    shared noise, a second ε is composed from each site's own noise alone.
+    Each site is charged for its own steps and also, for every other parent, for the steps of the
+    same site in that parent. If the same site is not in that parent, the charge is for the steps of
+    a site of that parent that may share people with it, namely of the costliest. The largest ε of
+    any site is the adapter's. Every ε is computed by PLD at the smallest of the parents' δ. The
+    unit is the patient only if it is the patient in all parents, else the record. If the sites of a
+    parent shared noise, a second ε is composed from the noise that each site added itself.
 
-    disjoint: whether the caller states that no person is in two parents; each site is then charged
-    for its own parent alone.
-    Guarantee: the result is at least the ε of all steps in which a person at one site took part."""
+    disjoint: whether the caller states that no person is in two parents. If so, each site is
+    charged for its own steps only.
+    Guarantee: the result is at least the ε of all steps in which a person at one site took part.
+    Errors: InputError if a report lacks these figures; AccountantsDisagree from `cross_check`."""
     by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
     delta = min(float(p["delta"]) for p in privacy)
@@ -194,23 +196,21 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
 def _events_in_parent(
     site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
-    """Find the steps that another parent may have run on the people of `site`. Return these steps,
-    the same steps with the σ of each site's own noise alone, and the relation of the sites by which
-    this was decided.
+    """Find the steps that another parent may have run on the people of `site`. Return three things:
+    these steps; the same steps, each with the σ of its site's own noise alone; and a word that says
+    why these steps were chosen (`relation`): SAME, UNKNOWN, APART or STATED. With APART and STATED
+    there are no steps.
 
     - site: one site's share in one parent
     - other: the shares of all sites in the other parent
     - delta: the δ at which ε is computed, to find the costliest of several sites
-    - disjoint: whether the caller states that the two parents share nobody
-
-    The relation is SAME, UNKNOWN, APART or STATED; with one of the last two, no steps are
-    returned."""
+    - disjoint: whether the caller states that the two parents share nobody"""
 
     def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))
 
     by_relation = [(relation(site, share, disjoint), share) for share in other]
-    for why in (SAME, UNKNOWN):  # if the same site is found, no other one has its people
+    for why in (SAME, UNKNOWN):  # the people of the same site are at no other site of a parent
         if matching := [share for kind, share in by_relation if kind == why]:
             return (
                 find_worst([s.events for s in matching]),

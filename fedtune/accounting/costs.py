@@ -28,15 +28,14 @@ class SitePlan:
     - rounds, steps: the numbers of rounds and of noised steps of the whole study
     - sampling_rate: q, the probability with which a unit (or each record, if records are drawn) is
       in a step
-    - batch: the expected batch, by which a sum is divided: q · declared size, times k if records
-      are drawn
+    - batch: the expected number of rows in a step, by which the sum of their gradients is divided:
+      q · declared size and, if records are drawn, times the most records of a unit
     - noise_multiplier: σ, the noise's standard deviation as a multiple of the clipping norm
     - risk: the highest accuracy with which an attacker who knows all other records guesses a unit's
       presence
     - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
-    - fallback_epsilon: with [secure_aggregation], the ε that this site's own noise alone gives.
-      A study without [secure_aggregation] costs this ε too if the mean of its updates has as much
-      noise as with it.
+    - fallback_epsilon: with [secure_aggregation], the ε that this site's own noise alone gives. A
+      study without [secure_aggregation] whose updates have as noisy a mean costs this ε too.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -98,15 +97,16 @@ def query_lines(study: Study, sites: int) -> list[str]:
     rounds = ", ".join(map(str, study.queries))
     at = f"at each of {sites} sites" if sites > 1 else "at one site"
     apart, axes = ", ".join(study.query_axes), 1 + len(study.query_axes)
-    told = f", together and by {apart}, of each class or group alone" if apart else ""
+    told = f" for all together, and one for each class or group of {apart}" if apart else ""
     by_size = [
         f"{units}: {'no answer, lost in the noise' if spread is None else f'± {spread:.2g}'}"
         for units, spread in forecast(table.noise_multiplier, sites, axes).items()
     ]
     return [
         f"private evaluation after round {rounds}: ε = {rounded_up(query_plan(study).epsilon)} on "
-        f"the held-out {study.unit}s. The answer is a probability{told}; its noise is at most "
-        f"(2 sd), by held-out {study.unit}s {at}: {'; '.join(by_size)}."
+        f"the held-out {study.unit}s. The answer is a probability{told}. The noise in it (two "
+        f"standard deviations, at most) depends on the number of held-out {study.unit}s {at}: "
+        f"{'; '.join(by_size)}."
     ]
 
 
@@ -166,18 +166,18 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
     n, t = of_site.sites, of_site.colluding
     claimed, whatever = rounded_up(of_site.epsilon), rounded_up(of_site.fallback_epsilon)
     return [
-        f"secure aggregation: ε = {claimed} holds if {assumption(n, t)}: what anybody opens then "
-        f"has the noise of {n - t} honest sites.",
+        f"secure aggregation: ε = {claimed} holds if {assumption(n, t)}: a sum that anybody opens "
+        f"then has the noise of {n - t} honest sites.",
         f"Whatever happens, ε = {whatever} holds: by the noise that each site adds itself, "
         f"σ = {of_site.own_noise:.4g}.",
         _attempts(of_site),
-        f"It learns as if ε = {whatever} without secure aggregation, where each of {n} equal sites "
-        "adds all the noise of its ε.",
+        f"The study learns as if ε = {whatever} without secure aggregation, where each of {n} "
+        "equal sites adds all the noise of its ε.",
         *_at_one(study, of_site, max(sizes)),
-        f"A patient of two of the sites has ε = {rounded_up(_of_two(of_site, shared=True))} (each "
-        "site's own noise at this σ: "
-        f"{rounded_up(_of_two(of_site, shared=False))}): both records move one sum, against one "
-        "dose of noise.",
+        f"A patient of two of the sites has ε = {rounded_up(_of_two(of_site, shared=True))} (if "
+        "each site adds noise of this σ itself: "
+        f"{rounded_up(_of_two(of_site, shared=False))}): the records at both sites change one sum, "
+        "to which noise is added once.",
         _words(study, of_site, sizes),
     ]
 
@@ -198,8 +198,8 @@ def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
         return []
     whatever = rounded_up(first.fallback_epsilon)
     return [
-        f"Try ε = 1 first (--set privacy.epsilon=1): shared by {first.sites} it learns as if "
-        f"ε = {whatever}, and {whatever} is all that is at stake whatever happens."
+        f"Try ε = 1 first (--set privacy.epsilon=1): with noise shared by {first.sites} sites, the "
+        f"study learns as if ε = {whatever}, and whatever happens, ε is at most {whatever}."
     ]
 
 
@@ -216,8 +216,8 @@ def _attempts(of_site: DpPlan) -> str:
         whatever = accountant.epsilon(of_site.fallback_events(steps), of_site.delta)
         costs.append(f"ε = {rounded_up(claimed)} and {rounded_up(whatever)} whatever happens")
     return (
-        "An attempt at a round comes to nothing where a site restarts between its two messages, "
-        "leaves, or is not heard; the next one is drawn and paid anew. "
+        "An attempt at a round fails if a site restarts between its two messages, leaves, or is "
+        "not heard; the next attempt is drawn and paid for anew. "
         f"With one such attempt {costs[0]}; with two {costs[1]}."
     )
 
@@ -246,15 +246,17 @@ def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
     if most:
         words = f"words of {narrow} bits for an adapter of up to {most:,} numbers, else of {wide}"
     return (
-        f"A site sends {words} (sites of {', '.join(f'{size:,}' for size in listed[:6])}"
+        f"A site sends each number of its update in {words} (for declared sizes of "
+        f"{', '.join(f'{size:,}' for size in listed[:6])}"
         f"{', …' if len(listed) > 6 else ''}), on a grid of at most 2^-{FINEST} of its own noise."
     )
 
 
 def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
     """Return the largest number of adapter parameters at which a site can send each masked number
-    as a word of the smaller of the two sizes (WORDS). For this the sum over all sites must fit into
-    such a word; return 0 if it never does. More parameters need a finer grid, and so a larger word.
+    in a word of the smaller of the two sizes (WORDS), so that the sum over all sites fits into such
+    a word. Return 0 if it fits for no number. With more parameters the grid must be finer, and so
+    the word larger.
 
     - sigma: σ of the sum that is opened; None if privacy is off
     - sizes: the sites' declared sizes"""

@@ -35,7 +35,7 @@ def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
     accountant = RdpAccountant()
     for sigma, rate, count, records in events:
         if records > 1 and rate < 1:
-            raise ValueError("RDP of several rows of one unit, each sampled, is not defined here")
+            raise ValueError("no RDP bound is implemented for sampling several rows of a unit")
         step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma / records)
         if rate < 1:
             step = dp_accounting.PoissonSampledDpEvent(rate, step)

@@ -34,14 +34,15 @@ def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None
 
 
 def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]:
-    """Forecast how much of a private evaluation's answer is noise, by the number of held-out units
-    at each site. Return a dict: number of units at each site -> two standard deviations of the
-    noise, or None if the answer is lost in the noise. The keys are the numbers in HELD_OUT, and the
-    smallest number that gives an answer. The noise is that in an answer of 1, where it is largest.
+    """Forecast how much of a private evaluation's answer is noise, for several numbers of held-out
+    units at each site: those in HELD_OUT, and the smallest number that gives an answer. Return a
+    dict: number of units at each site -> two standard deviations of the noise, or None if the
+    answer is lost in the noise. The noise is that in an answer of 1, where it is largest.
 
     - sigma: private_evaluation.noise_multiplier
     - sites: how many sites answer
-    - axes: the number of axes; all records count as one
+    - axes: 1 for all records, plus 1 for the classes if they are named, plus 1 for each column of
+      groups
 
     >>> forecast(2.0, 3)[30] < 0.16 and forecast(8.0, 1)[30] is None
     True

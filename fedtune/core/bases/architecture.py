@@ -17,8 +17,8 @@ from fedtune.core.bases.digest import settings_in
 from fedtune.core.config.known_bases import Kind
 
 PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and language model
-WIDTH = 8  # numbers: blocks keep rows apart if each layer gives a multiple of so many
-SIDE = 448  # pixels, the most that a base which takes any size is shown
+WIDTH = 8  # numbers: a block may hold several records if each layer's width is a multiple of this
+SIDE = 448  # pixels: the longest side of an image for a base that takes images of any size
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def parts_of(model: Any, kind: Kind) -> Components:
         return torch.cat([states[:, first:] for states in chosen], dim=-1)
 
     if model.config.vision_feature_select_strategy != "default":
-        frames += 1  # the class's state, if the tower has one
+        frames += 1  # the state of the class token, if the tower has one
     return Components(
         text=inner.language_model,
         lm_head=model.lm_head,
@@ -217,9 +217,10 @@ def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
 
 POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
 
-# Architectures (model_type) of which several records share a block: of each, at random weights, no
-# record of a block changed by a bit, whatever tokens another one had. A block of any other
-# architecture is one record (docs/decisions/0091-what-the-digest-covers.md).
+# Architectures (model_type) with which several records may share a block. With each of them it was
+# tried, at random weights, that no record of a block changed by a bit, whatever the tokens of
+# another record. With any other architecture each block is one record
+# (docs/decisions/0091-what-the-digest-covers.md).
 _TEXTS = """
 albert apertus arcee bert camembert cohere cohere2 data2vec-text deberta deberta-v2 distilbert
 electra ernie ernie4_5 eurobert exaone4 gemma gemma2 gemma3_text glm glm4 granite helium

@@ -52,8 +52,8 @@ TEMPLATES = "additional_chat_templates"  # a folder whose default.jinja transfor
 # Keys by which a configuration asks for layers or attention that are not transformers' own. Loading
 # one with the last key changes classes of transformers for the whole process.
 LAYERS = ("attn_implementation", "_attn_implementation", "fusion_config")
-# None: of a part that has none. Of other values transformers looks for a package or, as
-# "owner/name", for a repository of kernels.
+# None: a part of the configuration that names no attention. With other values transformers looks
+# for a package or, with a value such as "owner/name", for a repository of kernels.
 ATTENTION = (None, "eager", "sdpa")
 # By these Whisper's tokenizer_config.json chooses the tokens that a transcript begins with.
 START = ("language", "task", "predict_timestamps")
@@ -280,13 +280,13 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     if os.path.lexists(jinja):
         template = reading.text(jinja, "a chat template", AGAIN, ModelError)
     special = _special(config) | {key: config[key] for key in START if config.get(key)}
-    # Beside a tokenizer_config.json without this key transformers prefers the other file.
+    # If tokenizer_config.json lacks this key, transformers prefers special_tokens_map.json.
     preferred = {} if "added_tokens_decoder" in newer else _special(older)
     if any(token not in (None, special[key]) for key, token in preferred.items()):
         raise ModelError(
             f"{folder.name}: special_tokens_map.json names other bos, eos or pad tokens than "
             "tokenizer_config.json",
-            "one of each",
+            "one bos, one eos and one pad token",
             "delete special_tokens_map.json, or copy the base without it and name the copy",
         )
     return {"json": tokenizer, "chat_template": template, "special": special}

@@ -246,7 +246,7 @@ def load_config(base: Base) -> Any:
             return AutoConfig.from_pretrained(
                 base.path, trust_remote_code=False, local_files_only=True
             )
-    except BaseException as error:  # the same
+    except BaseException as error:  # may raise anything on a config with values of other types
         if not is_fault(error) or isinstance(error, ModelError):
             raise
         raise _build_unknown_error(base, error) from error
@@ -336,7 +336,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
             chat_template=parts["chat_template"],
             **special,
         )
-    except BaseException as error:  # the same, and a panic of the tokenizers' Rust code
+    except BaseException as error:  # may raise anything, also a panic of the tokenizers' Rust code
         if not is_fault(error):
             raise
         raise ModelError(
@@ -458,13 +458,13 @@ def _kind(folder: Path) -> Kind:
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
         raise ModelError(
             f"{folder.name}: config.json names no architecture",
-            'such as "architectures": ["LlamaForCausalLM"]',
+            'a list of names, such as "architectures": ["LlamaForCausalLM"]',
             "save the model again with save_pretrained",
         )
     if not isinstance(config.get("model_type"), str):  # else transformers asks the folder's name
         raise ModelError(
             f"{folder.name}: config.json names no model_type",
-            'such as "model_type": "llama"',
+            'a name, such as "model_type": "llama"',
             "save the model again with save_pretrained",
         )
     name = listed[0]

@@ -68,7 +68,8 @@ def _write_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
         with suppress(OSError):
             draft.unlink()
         log.warning(
-            "the converted base cannot be kept (%s); it is not shared", type(error).__name__
+            "the converted base cannot be kept (%s), so each process holds a copy of its own",
+            type(error).__name__,
         )
         return False
     return True

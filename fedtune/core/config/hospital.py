@@ -1,4 +1,4 @@
-"""The tables of hospital.toml, in the home that several memberships of one hospital share.
+"""The tables of hospital.toml, in the folder (home) that several memberships of a hospital share.
 
     HOME/hospital.toml     the hospital's ceilings, its datasets and its memberships
     HOME/ledger.db …       one ledger, salt, audit log and receipts of withdrawals for all of them
@@ -93,7 +93,8 @@ class MembershipTable(Table):
 
     - site: the path of its site.toml
     - max_epsilon, max_fallback_epsilon, max_rounds: its share of each ceiling; None: all of it
-    - earlier: whether this membership owns the charges from before the ledger was the hospital's"""
+    - earlier: whether this membership owns the charges that were made before several memberships
+      shared the ledger"""
 
     site: Place
     max_epsilon: Positive | None = None
@@ -172,7 +173,8 @@ def share_in(
         raise ConfigError(
             f"site.declared_size = {site.site.declared_size}: more than the hospital declares",
             f"at most hospital.declared_size = {hospital.hospital.declared_size}, in {where}",
-            "correct one of the two; disk space beside the ledger is reserved for that many",
+            "correct one of the two: beside the ledger, disk space is reserved for as many "
+            "units as the hospital declares",
         )
     share = ShareTable(
         membership=name,

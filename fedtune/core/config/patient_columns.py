@@ -20,10 +20,10 @@ def patient_column(data: SiteData) -> str:
 
 
 def patient_columns(site: Site) -> dict[str, str]:
-    """Return the column of patients of each dataset, by the dataset's name: of those in the site's
-    file or, in a hospital's home, in hospital.toml, since every membership declares all of them.
-    The columns of hospital.toml are those that it names now. So a membership that has read its
-    records by another column is refused until it is started again."""
+    """Return each dataset's column of patients, by the dataset's name: of the datasets in the
+    site's file and, for a membership of a hospital, of all those in hospital.toml, since every
+    membership declares all of them. If a column in hospital.toml was changed, a membership that has
+    read its records by the old column is refused until it is started again."""
     tables = [table for table in (site.data, site.evaluation) if table]
     registered = site.policy.hospital.patients if site.policy.hospital else {}
     return {table.name: patient_column(table) for table in tables} | registered

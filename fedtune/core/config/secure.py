@@ -39,8 +39,8 @@ def check_secure(study: Study) -> None:
     reasons = {
         "training.local_steps: must be 1: several steps at a site need its own noised "
         "gradient, which nobody opens": t.local_steps != 1,
-        "training.expected_batch: give sampling_rate; sites of other sizes would sample, and add "
-        "noise, differently": t.sampling_rate is None,
+        "training.expected_batch: give training.sampling_rate in its place; sites of different "
+        "sizes would sample, and add noise, differently": t.sampling_rate is None,
         'strategy.weights: must be "declared": in a sum every unit weighs the same': (
             study.strategy.weights != "declared"
         ),

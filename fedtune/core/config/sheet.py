@@ -106,7 +106,7 @@ def template() -> str:
     lines = [
         "# What only people know about this site's records. Nothing here is computed from them,",
         "# and nothing here may be: write no count and no date that you looked up in the records.",
-        "# `fedtune data describe SITE` reads it again, and attests that the records are these.",
+        "# `fedtune data describe SITE` reads this file again, and attests that it describes them.",
     ]
     for name in FIELDS:
         lines += ["", f"# {ASKED[name]}", f'{name} = ""']  # type: ignore[index]

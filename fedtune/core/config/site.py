@@ -49,7 +49,8 @@ MODULES = (
 # distribution is imported only if it is named.
 Plugins = tuple[str, ...] | Literal["release"]
 # The figures by which a site may judge a model: each MetricName, and "ece", the expected
-# calibration error: how far a class's probability is from how often the class is right.
+# calibration error: how far the probability of a class is from the share of cases in which it is
+# right.
 AcceptedMetric = Literal["accuracy", "f1", "ece", "loss", "perplexity", "exact_match", "preference"]
 RELEASE: Literal["release"] = "release"
 SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
@@ -68,7 +69,8 @@ class SiteTable(Table):
     cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of all
     # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
     lora_rank: Rank | None = None
-    # The ledger of one run of declared data; `fedtune simulate` writes it into the run's own copy.
+    # The ledger of one run of declared data. `fedtune simulate` writes this key into the run's own
+    # copy of the site file.
     ledger: Place | None = None
 
     @property
@@ -132,7 +134,8 @@ class SiteData(DataFile):
     name: Name = "records"  # the budget's name; a dataset that grows keeps it
     disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
     cohort: Name = "first"  # name of the newest units; change it when patients are added
-    # What a person declares the records to be, before a study; None: private, paid for life.
+    # What a person declares the records to be, before a study; None: private records, which are
+    # charged to the ledger for life.
     declared: Literal["public", "generated"] | None = None
     source: Name | None = None  # the plug-in that reads the files; None: by suffix
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # the source's own
@@ -251,9 +254,9 @@ class AcceptanceTable(SiteData):
         for name, bound in (item for table in tables for item in table.items()):
             if name not in ("loss", "perplexity") and not 0 <= bound <= 1:
                 raise ValueError(f"{name} = {bound:g}: must be between 0 and 1")
-        if "ece" in self.gains:  # a model that knows nothing and says so has a small one
+        if "ece" in self.gains:  # a model that knows nothing and says so has a small ece
             raise ValueError("gains.ece: a gain is not measured by ece; use another figure")
-        if "ece" in self.differences:  # the fewer records, the larger
+        if "ece" in self.differences:  # the fewer records, the larger the ece
             raise ValueError(
                 "differences.ece: groups cannot be compared by ece; use another figure"
             )
@@ -278,7 +281,8 @@ class ShareTable(Table):
     - membership: the membership's name
     - max_epsilon, max_fallback_epsilon, max_delta, max_rounds: the ceilings of all memberships
       together
-    - earlier: whether this membership owns the charges from before the ledger was the hospital's
+    - earlier: whether this membership owns the charges that were made before several memberships
+      shared the ledger
     - declared_size: the hospital's declared size
     - memberships: all memberships; disk space is reserved for each beside the ledger
     - disjoint_from: for each registered dataset, the datasets that share no patient with it
@@ -311,7 +315,7 @@ class PolicyTable(Table):
     # reviewed: as signed, but joining with --answer and the fingerprint that was read out counts
     # as signing the plan in that answer.
     admission: Literal["standing", "reviewed", "signed"] = "standing"
-    min_noise_multiplier: NotNegative = 0.3  # σ that this site adds, in a round or in a query
+    min_noise_multiplier: NotNegative = 0.3  # smallest σ that this site adds in a round or a query
     min_units: Count = 10  # smallest site.declared_size
     max_grad_norm: Positive = 10.0  # largest C in training
     max_sampling_rate: Fraction = 1.0  # largest q in training
@@ -325,10 +329,11 @@ class PolicyTable(Table):
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": every base whose digest verifies
     teachers: tuple[Digest, ...] = ()  # digests that this site declares to be public
     coordinators: tuple[str, ...] = ()  # public signing keys; empty: any that passes TLS
-    # Public signing keys of the sites that share one dose of noise with this one, each compared by
-    # its fingerprint with the hospital that holds it; empty: no plan with [secure_aggregation].
+    # Public signing keys of the sites with which this site shares noise. A person compared each
+    # key's fingerprint with the hospital that holds the key. Empty: no plan with
+    # [secure_aggregation] is allowed.
     peers: tuple[PublicKey, ...] = ()
-    # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
+    # What may leave besides noised updates; "sheet": what a person typed in the data sheet.
     release: tuple[Literal["evaluation", "sheet"], ...] = ()
     data_sheet: tuple[SheetField, ...] = ()  # fields that an attested data sheet must hold
     # immediate: an answer is sent as soon as it is paid for and noised. held: it waits at the site
@@ -349,8 +354,8 @@ class PolicyTable(Table):
     @property
     def own_memberships(self) -> frozenset[str]:
         """The names under which the ledger holds this membership's entries. These are its own name
-        and, if it also owns the entries from before the hospital's home, "". For a site with a
-        ledger of its own it is "" alone."""
+        and, if it also owns the entries from before several memberships shared the ledger, "". For
+        a site with a ledger of its own it is "" alone."""
         earlier = self.hospital is None or self.hospital.earlier
         return frozenset({self.membership, *([""] if earlier else [])})
 
@@ -384,7 +389,8 @@ def fits(max_delta: float, declared_size: int) -> bool:
 
 
 class HomeTable(Table):
-    """The home that the hospital's memberships share, and this site's name as a membership."""
+    """The folder (home) that the hospital's memberships share, and this site's name as one of
+    them."""
 
     home: Place  # the folder of hospital.toml and of the hospital's ledger
     membership: Name

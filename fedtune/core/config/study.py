@@ -84,7 +84,7 @@ class BaseTable(Table):
 
     @model_validator(mode="after")
     def _check_combination(self) -> BaseTable:
-        if self.quantisation and self.dtype == "auto":  # it then decides what the base computes
+        if self.quantisation and self.dtype == "auto":  # dtype then decides what the base computes
             raise ValueError('dtype: a quantised base needs "bfloat16" or "float32"')
         return self
 
@@ -93,7 +93,7 @@ class LoraTable(Table):
     """The shape of a study's LoRA adapter, and which of its factors are trained."""
 
     rank: Rank = 8
-    # Bounded as an adapter's entries are: larger ones turn last digits into another gradient.
+    # Bounded like an adapter's entries: with a larger one, rounding would change the gradient.
     alpha: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = 16.0
     modules: Names = ("q_proj", "v_proj")
     last_layers: Layers | None = None  # adapters in the last k blocks only; None: all blocks
@@ -150,7 +150,7 @@ class ObjectiveTable(Table):
     append_eos: bool = True  # a completion or text ends with eos, itself a target
     # The public basis of class statistics; filled in when the study starts.
     basis_digest: Digest | None = Field(default=None, exclude_if=lambda digest: digest is None)
-    # of the objective itself, e.g. beta
+    # Options of the objective itself, such as beta.
     options: dict[str, Finite | str] = Field(default_factory=dict, max_length=MOST_NAMES)
 
     @model_validator(mode="after")
@@ -214,9 +214,10 @@ class PrivacyTable(Table):
     noise_multiplier: Noise | None = None  # σ, in multiples of C
     unit: Literal["record", "patient"] = "record"
     max_records_per_unit: Number = 16  # a fixed choice; a patient's other records are left out
-    # What is sampled at rate q where the unit is the patient (Charles et al. 2024): patients, their
-    # records' gradients averaged and clipped once; or records, each clipped, of which up to
-    # max_records_per_unit are one patient's (a mixture-of-Gaussians event).
+    # What is sampled at rate q if the unit is the patient (Charles et al. 2024). "unit": patients;
+    # the gradients of a patient's records are averaged, and the mean is clipped once. "record":
+    # records, each clipped; up to max_records_per_unit of them are one patient's (a
+    # mixture-of-Gaussians event).
     sampling: Literal["unit", "record"] = "unit"
 
 

@@ -22,7 +22,7 @@ class TrainingTable(Table):
     expected_batch: Count | None = None  # or: q = expected_batch / the site's declared size
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive
-    # How it falls over the rounds, to near zero. Omitted where constant, so that such plans keep
+    # How the rate falls over the rounds, to near zero. Omitted if constant, so that such plans keep
     # their digest and older releases can read them.
     learning_rate_schedule: Schedule = Field(
         default="constant", exclude_if=lambda name: name == "constant"

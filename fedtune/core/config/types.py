@@ -100,8 +100,8 @@ SheetField = Literal[  # of a site's data sheet: core/config/sheet.py
 ]
 COUNTS = re.compile(r"record|patient|unit|count|new|arriv|least|batch|threshold|size|after")
 BY_COUNT = (
-    "rounds start by the clock alone; one that starts when enough records have arrived publishes "
-    "their number"
+    "rounds start by the clock alone; a round that starts when enough records have arrived "
+    "publishes their number"
 )
 
 
@@ -193,9 +193,9 @@ class Columns(Table):
     `rejected` (a preference), `prompt` + `completion` + `label` (a judgement), `text`, or `text` +
     `label`.
 
-    One of `image`, `audio` and `video` may be named besides; `label` alone then suffices as the
-    text. Its cells hold the path of a file, relative to the data file's folder and inside that
-    folder. Records with the same value in the column `patient` are one patient's."""
+    One of `image`, `audio` and `video` may be named besides; the text may then be `label` alone.
+    The cells of that column hold the path of a file, relative to the data file's folder and inside
+    that folder. Records with the same value in the column `patient` are one patient's."""
 
     messages: str | None = None
     prompt: str | None = None

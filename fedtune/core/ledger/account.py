@@ -40,7 +40,7 @@ class Account:
     def __init__(self) -> None:
         self.declared: dict[str, dict[str, Any]] = {}
         self.patients: dict[str, str] = {}  # dataset -> its column of patients; "" for none
-        self.all_columns: dict[str, list[str]] = {}  # dataset -> each it had, oldest first
+        self.all_columns: dict[str, list[str]] = {}  # dataset -> each column it had, oldest first
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[tuple[int, Charge, int]] = []
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
@@ -138,8 +138,8 @@ class Account:
 
     def list_apart(self, dataset: str, disjoint_from: Collection[str]) -> list[str]:
         """List the datasets that will count as disjoint from `dataset` (no patient or record in
-        common) if it declares `disjoint_from`. One suffices: `dataset` names the other, or the
-        other has named it."""
+        common) if it declares `disjoint_from`. Two datasets are disjoint if either of them declares
+        it: the other may have named `dataset` before."""
         return [
             other
             for other, declared in self.declared.items()
@@ -168,8 +168,8 @@ class Account:
         is not known.
 
         A charge that names no column was made by an earlier release. It counts as made by the first
-        column with which its dataset was declared, if that dataset ever had one. Of a charge that a
-        restore entered it is never known."""
+        column with which its dataset was declared, if that dataset ever had one. For a charge that
+        a restore entered, the column is never known."""
         if spent.charge.patient or spent.charge.unit == "record":
             return spent.charge.patient
         return next(iter(self.all_columns.get(spent.dataset, [])), "")
@@ -195,11 +195,15 @@ class Account:
 
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
         """Return whether a charge of `against` also counts against one cohort of `dataset`, i.e.
-        against units that arrived together. A charge of another dataset does. So does a charge for
-        records, or for patients whom another column told apart: by their keys nobody is recognised
-        any more. Any other charge of `dataset` does if it was made after the units arrived, by a
-        round that did not leave them out.
-        arrival: the number of the entry with which they arrived."""
+        against units that arrived together. These charges do:
+
+        - a charge of another dataset
+        - a charge that gives no ε for one patient (`Spent.is_known_for`), as one for records or for
+          patients whom another column told apart: in it nobody is recognised by a key any more
+        - a charge of `dataset` that was made after the units arrived, if its round did not leave
+          them out
+
+        arrival: the number of the entry with which the units arrived."""
         if self._counts_for_everybody(spent, dataset):
             return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out

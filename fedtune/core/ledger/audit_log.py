@@ -15,10 +15,10 @@ An entry is canonical JSON, so that each content has one spelling:
 | prev            | sha256 of the line before it; 64 zeros in the first                     |
 | signature       | by the signing key of the site or coordinator, over all of the above    |
 
-Guarantee: `verify` finds an entry that was changed, moved, or taken out from between others, and a
-log that was taken away, unless audit.lock was taken away too; the log that is begun in its place
-begins with an entry of the event "cut". It does not find that the last entries were cut off, or
-that somebody with the signing key wrote another log: only a head (number and hash of the newest
+Guarantee: `verify` finds an entry that was changed, moved, or taken out from between others. It
+finds that the log was taken away, unless audit.lock was taken away too; a log that is begun in its
+place begins with an entry of the event "cut". It does not find that the last entries were cut off,
+or that somebody with the signing key wrote another log: only a head (number and hash of the newest
 entry) that is kept elsewhere shows this. A coordinator keeps a site's head, sealed, with every
 update that it counted; anybody else can note the head that `fedtune log` prints."""
 
@@ -146,7 +146,7 @@ class AuditLog:
                     _note_begun(self.folder, begun)
                 last = newest[-1] if newest else ({"seq": -1}, b"")
                 if last[0]["seq"] < begun:
-                    # Whatever is entered first, since the entry makes the log as long as noted.
+                    # Say so before any other entry: after one entry the log counts as whole again.
                     log.error("%s: was taken away; %s", self.folder / FILE, BACKUP)
                     facts = {"entry": begun}
                     cut = said | {"event": "cut", "facts": facts, "rule": "missing"}
@@ -190,9 +190,9 @@ class AuditLog:
         return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
 
     def check(self, head: str) -> None:
-        """Check that this log has the entry `head`. If it lacks it, the end of the log was cut off;
-        this is logged by an entry of the event "cut". No error is raised, since the ledger has a
-        check of its own. head: "SEQ:HASH", as a receipt of the coordinator names it; "" if the
+        """Check that this log has the entry `head`. If the log lacks this entry, its end was cut
+        off; this is logged by an entry of the event "cut". No error is raised, since the ledger has
+        a check of its own. head: "SEQ:HASH", as a receipt of the coordinator names it; "" if the
         receipt names none, and nothing is checked."""
         if not head:
             return
@@ -431,8 +431,9 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 def _append(folder: Path, line: bytes, seq: int) -> None:
     """Append the line of entry `seq` to the newest file of the log. If that file has become too
-    long, it is renamed, and a new one is begun. Only a warning says that the new file cannot be
-    noted in audit.lock. Errors: OSError; NotGenuine; NotAuditable if the line is too long."""
+    long, it is renamed, and a new one is begun. If the new file cannot be noted in audit.lock, a
+    warning is logged and no error raised. Errors: OSError; NotGenuine; NotAuditable if the line is
+    too long."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE

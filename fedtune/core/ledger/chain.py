@@ -234,8 +234,8 @@ class Transaction:
 
 
 class Database:
-    """The ledger's files in `folder`, made on first use. Every entry is verified when it is first
-    seen. fold: a function that is then called with the entry, once for each."""
+    """The ledger's files in `folder`, made on first use. fold: a function that is called once with
+    each entry, after the entry was verified."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
         self.folder = folder
@@ -300,8 +300,8 @@ class Database:
     def _catch_up(self, connection: sqlite3.Connection) -> None:
         """Verify the entries that were written since this object last looked, and pass each to
         `fold`. Then compare the newest entry with the anchor (ledger.head); if the anchor names an
-        earlier one, it is written anew. Errors: LedgerError if an entry is damaged, or if the
-        anchor names one that is not there."""
+        earlier entry, the anchor is written anew. Errors: LedgerError if an entry is damaged, or if
+        the ledger lacks the entry that the anchor names."""
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
             self._create(connection)
         ((written,),) = connection.execute("PRAGMA user_version")

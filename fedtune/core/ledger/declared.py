@@ -101,9 +101,9 @@ def find_shared(
     ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]
 ) -> dict[str, set[int]]:
     """Find private records of `dataset` that were declared public or generated, and that nobody has
-    accepted. Return each declared dataset that shares some -> their positions in `records`.
-    records: for each record, the identifiers by which the ledger recognises it, as in
-    `check_private`."""
+    accepted. Return a dict: name of each declared dataset that has such records -> the positions of
+    these records in `records`. records: for each record, the identifiers by which the ledger
+    recognises it, as in `check_private`."""
     with ledger._store.writing() as writer:
         declared = {
             name: writer.hashes(NOT_PRIVATE + name) for name in _not_accepted(ledger, dataset)

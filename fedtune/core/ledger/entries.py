@@ -50,8 +50,8 @@ def owner_of(slot: Slot) -> str:
 
 @dataclass(frozen=True)
 class Charge:
-    """The cost of one round: its noised steps, as they are reserved in the ledger. Every value is
-    public: it follows from the plan.
+    """The cost of one round: its noised steps, as they are reserved in the ledger. No value depends
+    on a record: all follow from the plan, the site's settings and earlier charges.
 
     - study, name, round: the plan's digest, the study's name, and the number of the round
     - noise_multiplier: σ, the standard deviation of the noise that this site adds, in multiples of
@@ -61,6 +61,7 @@ class Charge:
     - records: k, the most rows of one unit in a step
     - max_grad_norm: the clipping norm
     - unit: "patient" or "record"; "any" for a charge that a restore entered and that holds for both
+    - cohort: the name that the site gave the units that arrived last; "any" after a restore
     - order: the Rényi order of the site's privacy filter at the time of the charge
     - rules: the version of the rules by which records were chosen (RULES of the release that
       charged)
@@ -68,9 +69,10 @@ class Charge:
       sum that anybody opens has the noise of n - t sites. 1 and 0 without secure aggregation
     - membership: which of a hospital's memberships paid; "" at a site that has its own ledger
     - adopted: whether the charge was made, or may have been made, in another ledger, which the
-      hospital's home adopted later. Charges that were made after it may then have earlier entries
+      hospital's shared ledger adopted later. It may then be older than charges that come before it
+      in the ledger
     - patient: the column whose values told patients apart (`patient_column`); "" for a charge per
-      record, of an earlier release or of a restore"""
+      record, and for charges of an earlier release or a restore, for which no column is known"""
 
     study: str  # plan digest
     name: str
@@ -93,8 +95,9 @@ class Charge:
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "", patient: str = "") -> Charge:
         """Build a charge from the fields of a ledger entry. An entry without `rules` was written
-        before that field existed, and gets version 1. An entry of a membership without `adopted`,
-        from an earlier release or of a restore, may be of an adopted ledger.
+        before that field existed, and gets version 1. If an entry of a membership has no `adopted`,
+        as those of an earlier release or a restore, the charge counts as perhaps made in an adopted
+        ledger.
 
         - fields: the fields by name, as `fields` returns them
         - membership: the membership that the entry names; "" if it names none
@@ -104,9 +107,9 @@ class Charge:
 
     def fields(self) -> dict[str, Any]:
         """Return the charge as a dict of a ledger entry's fields, without membership and column,
-        which the entry holds in fields of its own. Without secure aggregation `sites` and
-        `colluding` are left out, and outside a hospital's home `adopted`, so that the entry has the
-        same fields as in earlier releases."""
+        which the entry holds in fields of its own. So that the entry has the same fields as in
+        earlier releases, `sites` and `colluding` are left out without secure aggregation, and
+        `adopted` without a membership."""
         fields = asdict(self)
         del fields["membership"], fields["patient"]
         if not self.membership:
@@ -278,7 +281,8 @@ class Accepted:
     def covers(self, spent: Spent, dataset: str) -> bool:
         """Return whether the person accepted a charge against `dataset`, the dataset about which
         the person decided. The column that tells patients apart now must have been in the site's
-        files at the decision, since the person decided what the charge cost one patient by it."""
+        files at the decision, since by that column the person saw what the charge cost one
+        patient."""
         if self.patients is None:
             return self.upto >= spent.seq and not spent.has_other_column
         seen = self.patients.get(spent.dataset) or self.patients.get(dataset, "")

@@ -136,8 +136,9 @@ def head_in(statement: Any, public: str) -> Head | None:
 
 def paid_in(statement: Any, public: str, head: Head) -> Paid | None:
     """Return what was charged up to the entry `head`, as a signed statement (`state`) or a row of
-    the receipts holds it. None if an older release wrote it, or if it is not signed by the key
-    `public`; a restore then counts entries, and charges no less."""
+    the receipts holds it. None if an older release wrote the statement, which then has no counts,
+    or if the key `public` did not sign the counts; a restore then counts entries, and charges no
+    less."""
     try:
         paid = Paid(statement["steps"], statement["bare"])
         if all(type(count) is int for count in paid):
@@ -181,8 +182,8 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
 
     - key: the ledger's signing key
     - token: the token in hexadecimal, as it was received
-    - memberships: the names of the memberships for which it may have been made; without any, it
-      must be of a site that is no membership"""
+    - memberships: the names of the memberships for which it may have been made; if none are given,
+      it must be of a site with a ledger of its own"""
     cipher = AESGCM(key.derive("ledger token"))
     for membership in memberships or ("",):
         with suppress(ValueError, InvalidTag):

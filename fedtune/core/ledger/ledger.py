@@ -18,10 +18,10 @@ of the later one (`disjoint_member_test`).
 Units that arrived later (`cohorts`) are charged for the dataset's rounds after their arrival only,
 and not for a round that left their cohort out. Every charge of another dataset counts against them.
 | a unit known before arrivals were kept | counts as arrived with the first charge |
-A charge by an earlier release of fedtune (`Charge.rules`) gives no ε for a unit, and neither does
-one for another kind of unit, such as a record where patients are protected now, or one for patients
-whom another column told apart. `unknown` lists those of these charges that nobody at the site has
-accepted.
+Some charges give no ε for one unit of a study: a charge by an earlier release of fedtune
+(`Charge.rules`), a charge for another kind of unit (for a record, if patients are protected now),
+and a charge for patients whom another column told apart. `unknown` lists such charges, except those
+that a person at the site has accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -149,7 +149,7 @@ class Ledger:
         columns: Mapping[str, str] | None = None,
     ) -> frozenset[bytes]:
         """Enter a signed declaration of a dataset. If nothing changed since the last one, the call
-        enters nothing. Without members, keys and units, it takes the same time however many
+        enters nothing. If no members, keys and units are given, it takes the same time however many
         members the ledger has: a plan that costs nothing is answered after such a call.
 
         - dataset: the name under which it is charged
@@ -225,8 +225,8 @@ class Ledger:
         """Return a function that takes a patient's key, and returns whether the ledger has it for
         another dataset that is declared disjoint from `dataset`. If so, the caller leaves the
         patient out of `dataset`. So a patient whose records are in two disjoint datasets takes part
-        only in the one that had the key first; in neither, if the two were declared disjoint after
-        both had it."""
+        only in the one that had the key first. If the two were declared disjoint when both had the
+        key already, the patient takes part in neither."""
         with self._store.writing() as writer:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
@@ -269,7 +269,7 @@ class Ledger:
 
     def _unknown_for(self, dataset: str, charge: Charge) -> list[Spent]:
         """List the charges whose cost is not known for the unit of `charge`, a charge that is to be
-        made. They are compared with the column of patients in `charge`, since the process of
+        made. The column of patients in `charge` counts as the present one, since the process of
         another membership may have declared another column meanwhile."""
         own = {dataset: charge.patient} if charge.patient else {}
         return self._unknown(dataset, charge.unit, {**self._account.patients, **own})
@@ -354,10 +354,10 @@ class Ledger:
             return sorted(self._account.declared)
 
     def patient_columns_of(self, dataset: str) -> dict[str, list[str]]:
-        """Return which datasets ever had a column of patients, of `dataset` and of all that may
-        have patients in common with it because they are not declared disjoint from it. The result
-        is a dict: a dataset's name -> its columns, oldest first; [] if they are not known, as where
-        an earlier release charged it per patient."""
+        """Return the columns of patients that `dataset` ever had, and those of each dataset that
+        may have patients in common with it because they are not declared disjoint. The result is a
+        dict with the datasets that ever had a column: a dataset's name -> its columns, oldest
+        first; [] if they are not known, as where an earlier release charged it per patient."""
         with self._store.writing():
             account = self._account
             had = {name: list(columns) for name, columns in account.all_columns.items() if columns}
@@ -592,9 +592,10 @@ class Ledger:
         Errors: LedgerError if the reservation is unknown or used, or if another process released
         this round first (send what `released` returns).
 
-        Guarantee: unless keeps_all, only the newest update of each study is kept, on disk or in
-        memory. So while this object lives, the disk's free space, which depends on the size of the
-        records' files, does not decide which rounds are sent again unchanged."""
+        Guarantee: unless keeps_all, or while the ledger is frozen, only the newest update of each
+        study is kept, on disk or in memory. So while this object lives, the disk's free space,
+        which depends on the size of the records' files, does not decide which rounds are sent again
+        unchanged."""
         with self._store.writing() as writer:
             reserved = self._account.reserved.get(reservation)
             if reserved is None or reservation in self._account.done:

@@ -22,19 +22,21 @@ def check_column_stays(
 ) -> None:
     """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
     one, its records are read as those of patients for good. The same holds for a dataset under
-    another name, unless it is declared disjoint from the one that had the column. A column that the
-    site's files name for such a dataset now counts from the start, before any study reads that
-    dataset: otherwise the first plan for it would end other studies, and they would show it.
+    another name, unless it is declared disjoint from the one that had the column.
+
+    For such another dataset a column counts as soon as the site's files name it, before any study
+    reads that dataset. If it counted only then, the first plan for that dataset would end other
+    studies, whose coordinators would learn of it.
 
     - ledger: the ledger to which the dataset's rounds are charged
-    - site: the settings of the site, in a home with those of hospital.toml
+    - site: the settings of the site, with those of hospital.toml if it is a membership
     - dataset: the dataset's name
-    - unit: whose records a study or a command reads together: "patient", for which any column will
-      do here, or "record"
+    - unit: "patient" or "record": whose records a study or a command reads together. With
+      "patient", some column is named, and nothing is checked here
     - at_site: whether the error is shown to a person at the site and to no coordinator. Only then
       does the error name the datasets and their columns, since these are the site's own settings
 
-    Errors: PolicyRefused. No acceptance takes it away."""
+    Errors: PolicyRefused. No person's acceptance (`Ledger.accept`) prevents it."""
     if unit == "patient":
         return
     had = ledger.patient_columns_of(dataset)

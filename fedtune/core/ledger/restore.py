@@ -750,9 +750,9 @@ def _round_key(charge: Charge) -> tuple[Any, ...]:
 
 
 def _bound_charge(charges: list[Charge], steps: int) -> Charge:
-    """Return one charge that costs at least as much as `steps` steps, whichever of `charges` each
-    of them is of: the smallest σ, and the largest q and k. (ε decreases in σ and increases in q,
-    steps and k.)"""
+    """Return one charge that costs at least as much as `steps` steps, each of which may be a step
+    of any of `charges`: it has their smallest σ, and their largest q and k. (ε decreases in σ and
+    increases in q, steps and k.)"""
     return Charge(
         study="restore",
         name="lost",

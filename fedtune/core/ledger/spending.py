@@ -106,9 +106,10 @@ def known_epsilon(spent: Sequence[Spent], delta: float, unit: str) -> float | No
 def charges_with_columns(
     ledger: Ledger, datasets: Collection[str], columns: Mapping[str, str]
 ) -> list[Spent]:
-    """List the charges that count against any of `datasets`, each once, oldest first. A charge that
-    counts against several is listed as for one by which its ε is not known for a patient, if there
-    is such a one. columns: each dataset's column of patients, as the site's files are now."""
+    """List the charges that count against any of `datasets`, each once, oldest first. If a charge
+    counts against several of them, it is listed with the columns of one for which another column
+    tells patients apart now, if there is such a dataset. columns: each dataset's column of
+    patients, as the site's files are now."""
     found = dict[int, list[Spent]]()
     for dataset in datasets:
         for spent in ledger.spending(dataset, columns):
@@ -248,8 +249,8 @@ def find_heaviest_budget(
 class MembershipLine:
     """All charges of one membership of a hospital against a dataset's budget.
 
-    - membership: its name; "" for charges from before the ledger was the hospital's, "*" for
-      charges that a restore entered
+    - membership: its name; "" for charges that were made before several memberships shared the
+      ledger, "*" for charges that a restore entered
     - studies: the number of its studies
     - charged: the number of its charges
     - epsilon: the ε of its charges, as the privacy filter bounds it, at 2 · policy.delta
@@ -309,8 +310,8 @@ def share_of(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, unknown: Collection[int] = ()
 ) -> DatasetBudget:
     """Return the budget of one membership's share: its own charges, and policy.max_epsilon as the
-    ceiling. Charges that a restore entered count as its own. Charges from before the ledger was the
-    hospital's count as its own if policy.own_memberships contains "".
+    ceiling. Charges that a restore entered count as its own. So do charges that were made before
+    several memberships shared the ledger, if policy.own_memberships contains "".
 
     - dataset: the dataset's name
     - cohorts: the dataset's cohorts (units that arrived together), each with its charges of all

@@ -17,10 +17,10 @@ AGAIN = "copy the run's folder again"
 
 
 def load_adapter(folder: Path) -> Arrays:
-    """Load all arrays of the folder in which a run's adapter is saved: those of PEFT's adapter
-    file, of head.safetensors, or of both. Return a dict from the names that a network gives them to
-    the arrays: the trained arrays, and LoRA's A, which may be frozen. Errors: ModelError if there
-    is no file, or it cannot be read."""
+    """Load all arrays of the folder in which a run's adapter is saved: those of PEFT's adapter file
+    and of head.safetensors, whichever there are. Return them in a dict by the names that a network
+    gives them. They are the trained arrays and LoRA's A, which may be frozen. Errors: ModelError if
+    there is neither file, or one of them cannot be read."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -17,14 +17,17 @@ def build(study: Study, base: Base | None = None) -> Network:
     """Build the network of a study. For equal settings this process has one network, which
     simulated sites share.
 
-    base: the base to use; None: the one that the study names, which is downloaded if it is not on
-    this machine. Give it for a study that came from elsewhere, since its name must not make this
-    machine download anything. Errors: ModelError (base missing or of another digest); ConfigError
-    (the base has no module of a name in lora.modules)."""
+    - study: the plan
+    - base: the base to use; None: the one that the study names, which is downloaded if it is not on
+      this machine. For a study that came from elsewhere, give the base: the name in such a study
+      must not make this machine download anything
+
+    Errors: ModelError (base missing or of another digest); ConfigError (the base has no module of a
+    name in lora.modules)."""
     base = base or find_base(study.base.model, study.base.digest)
     objective = study.objective.resolved
-    # Neither A's values nor their origin, nor who trains how much of it, change the network:
-    # studies that differ in them share it.
+    # The network does not depend on A's values or origin, on the rank that a site trains, or on a
+    # preconditioner: studies that differ only in these share it.
     apart = {"a_digest": None, "a_init": "seed", "min_rank": None, "preconditioner": None}
     lora = study.lora and study.lora.model_copy(update=apart)
     dtype, stored = dtype_of(study.base.dtype), study.base.quantisation

@@ -91,8 +91,8 @@ class CachedDataset:
         self._alone = alone or not network.shares_blocks
         self.dataset = dataset
         self._memory = memory
-        # How many blocks are computed at once. None: one, on all cores or on a GPU. A block of
-        # several records is never computed by more than one thread of operators.
+        # How many blocks are computed at once. None: one block, on all cores or on a GPU. A block
+        # of several records is never computed by more than one thread of operators.
         self.cores: int | None = None
         if network.keeps_apart and network.device.type == "cpu":
             self.cores = torch.get_num_threads() if network.side_by_side else 1
@@ -182,7 +182,7 @@ class CachedDataset:
         # One answer may be in several pairs: equal passages are computed once.
         new = list({self._names[row]: row for row in missing}.values())
         groups = list(_group_by_bucket(new, self._prefix_bucket, self._prefix_block))
-        # A block takes as long as its positions, however many of its rows are records.
+        # A block takes as long as its positions, also if some of its rows only fill it up.
         work = [
             self._prefix_block(bucket) * (bucket.length + self.network.frames(bucket.tiles))
             for bucket, _ in groups
@@ -217,7 +217,7 @@ class CachedDataset:
             found = compute_side_by_side(encode, missing, self.cores, positions_of=lambda _: share)
             for file, states in found:
                 self._store_tower_states(file, states)
-        except BaseException as error:  # its words may quote a record
+        except BaseException as error:  # its text may quote a record, so it is not logged
             if not is_fault(error):
                 raise
             log.error("a file cannot be read by the base (%s)", type(error).__name__)
@@ -243,12 +243,12 @@ class CachedDataset:
                     self._store(rows, states)
                     done += 1
                     yield
-            except BaseException as error:  # its words may quote a record
+            except BaseException as error:  # its text may quote a record, so it is not logged
                 if not is_fault(error):
                     raise
                 log.error("a block cannot be read by the base (%s)", type(error).__name__)
                 make_room_after(error)
-            if done < len(groups):  # what failed holds nothing any more
+            if done < len(groups):  # outside `except`, so that the error holds no memory any more
                 for row in groups[done]:
                     self._compute_alone(row)
                 done += 1
@@ -261,7 +261,7 @@ class CachedDataset:
             with self.operators():
                 tower_states = self._encode_media(self._filled([row]))
                 self._store([row], self._pass_through_prefix(([row], tower_states)))
-        except BaseException as error:  # its words may quote a record
+        except BaseException as error:  # its text may quote a record, so it is not logged
             if not is_fault(error):
                 raise
             log.error("a record cannot be read by the base (%s)", type(error).__name__)
@@ -306,8 +306,8 @@ class CachedDataset:
         micro-batch.
 
         - indices: the records' places in the dataset's examples
-        - token_budget: the most positions of a micro-batch, all of one bucket (padded shapes); it
-          holds at least one record
+        - token_budget: the most positions of a micro-batch, whose records are all of one bucket
+          (padded shapes). It may be exceeded only by a micro-batch of one record
         - on_work: called with the work done so far and the total, each time the next micro-batch is
           requested; None: not called"""
         self._ensure_warm(indices)
@@ -390,10 +390,10 @@ class CachedDataset:
 
         def size(bucket: Bucket) -> int:
             if self._alone or (self.network.head is not None and not self.network.pooled):
-                return 1  # for few rows and labels, results depend on a row's place, too
+                return 1  # with few rows and labels, results depend on a row's place all the same
             budget = BLOCK_POSITIONS[self.network.device.type]
             positions = self._positions_per_record(bucket)
-            # A record without targets has its head computed at one position all the same.
+            # For a record without targets, the head still runs at one position.
             heads = self._n_passages * max(1, bucket.targets)
             heads = positions if self.network.pooled else heads
             rows = min(budget // positions, limit or budget)
@@ -550,7 +550,7 @@ class CachedDataset:
         for index in dict.fromkeys(rows):  # a block may be filled with its first record
             state = self._states[index]
             if state is None:
-                raise RuntimeError("a record that the base could not read")
+                raise RuntimeError("the base could not read this record")
             try:
                 read[index] = state.read()
             except Unavailable as error:
@@ -581,8 +581,8 @@ class CachedDataset:
 
 def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> torch.Tensor:
     """Check that the base's tables have a row for each of `tokens`, and return `tokens`. This is
-    done before they reach a GPU, where an index beyond a table would end all work of the process,
-    also for every other record. Here only the record with that token fails.
+    done before the tokens reach a GPU, where an index beyond a table would end all work of the
+    process, on every other record too. Here only the record with that token fails.
 
     - tokens: token ids. A tokenizer may have more tokens than its base, or ids below 0
     - rows: the number of rows of the base's tables
@@ -591,7 +591,7 @@ def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> t
     Errors: IndexError if there is no row for a token."""
     known = tokens[tokens != NO_TARGET] if targets else tokens
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < rows:
-        raise IndexError("a token for which the base has no row")
+        raise IndexError("the base has no row for a token")
     return tokens
 
 
@@ -615,7 +615,7 @@ def _group_by_bucket(
 
 def _warn_if_altered(error: Unavailable) -> None:
     if isinstance(error, Altered):
-        log.warning("%s; they are computed again. Check this machine's disk", error)
+        log.warning("%s. The altered states are computed again; check this machine's disk", error)
 
 
 def _fit_to_vectors(rows: int, *positions: int) -> int:

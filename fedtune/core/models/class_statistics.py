@@ -80,8 +80,8 @@ class ClassStatistics(nn.Module):
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Load basis and mean from `arrays`, which holds both by name and nothing else. Errors:
-        ModelError if the names are others, or an array has another shape than this network's, is
-        not finite, or has an entry larger than LARGEST; nothing is loaded then."""
+        ModelError if `arrays` has other names, or an array has another shape than this network's,
+        is not finite, or has an entry larger than LARGEST; nothing is loaded then."""
         held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
         if arrays.keys() != held.keys():
             raise ModelError(

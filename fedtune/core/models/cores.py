@@ -22,14 +22,15 @@ from fedtune.core.errors import is_fault
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 
-# Positions that may be held at once, for each core: a block of 256, and whole records up to that.
+# Positions that the blocks held at once may have, for each core. A block of several records has at
+# most 256 on a processor; the rest is room for records that are longer.
 POSITIONS_PER_CORE = 1024
 
-# The threads of this process, by their number. They all start when the first is needed: if each
-# started with the block for which it is the first free one, the number of a site's blocks could be
-# read from the machine's one counter of processes and threads.
+# The threads of this process, by their number. They all start when the first is needed: if a thread
+# started only when a block needs it, the number of a site's blocks could be read from the machine's
+# one counter of processes and threads.
 _threads: dict[int, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_threads.clear)  # a fork has none of them
+os.register_at_fork(after_in_child=_threads.clear)  # a forked process has none of these threads
 
 
 def compute_side_by_side(
@@ -74,7 +75,7 @@ def compute_side_by_side(
     with one_operator_thread():
         try:
             for block, error in _made(blocks):
-                if error is not None:  # at its turn: those before it are not to blame
+                if error is not None:  # raised at its turn: the blocks before it did not fail
                     while waiting:
                         yield _take_first(waiting)
                     raise error
@@ -119,7 +120,7 @@ def _take_first(waiting: deque[tuple[Block, int, Future[Result]]]) -> tuple[Bloc
 def _submit(
     pool: ThreadPoolExecutor, compute: Callable[[Block], Result], block: Block
 ) -> Future[Result]:
-    with_gradients = torch.is_grad_enabled()  # a new thread begins with True
+    with_gradients = torch.is_grad_enabled()  # a new thread would begin with gradients enabled
 
     def run() -> Result:
         with torch.set_grad_enabled(with_gradients):

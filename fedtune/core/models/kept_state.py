@@ -27,7 +27,7 @@ from fedtune.core.objectives._interface import Batch
 from fedtune.core.registry import process_cache
 
 log = logging.getLogger("fedtune.models")
-SHORT = (1, 2, 4, 7, 8)  # tokens: every length to which so short a text is padded, and one within
+SHORT = (1, 2, 4, 7, 8)  # tokens: 1, 2, 4 and 8 are lengths of padded texts; 7 is padded to 8
 BESIDE = 8  # generated records that share a block
 
 # Network -> digests of the plans with which it was checked. A new network is checked for each plan.
@@ -40,10 +40,10 @@ def check_reads(study: Study, network: Network) -> None:
     """Check that the base can read records of the study's length on this machine and keeps nothing
     of them. This runs once per network and plan, before any record is read.
 
-    Without this check a record that is too long would fail, and so disclose its length. Errors:
-    ConfigError if the base cannot read such records; KeepsState, a kind of ConfigError, if it keeps
-    something of them. The message may leave a site, so it does not name the class of a library's
-    error, which would tell whether memory ran out."""
+    Without this check, a record that is too long for the base would fail in a round, and so
+    disclose its length. Errors: ConfigError if the base cannot read records of this length;
+    KeepsState, a kind of ConfigError, if it keeps something of them. The message may leave a site,
+    so it does not name the class of a library's error, which would tell whether memory ran out."""
     if study.digest in _checked.setdefault(network, set()):
         return
     longest = study.objective.max_length
@@ -52,7 +52,7 @@ def check_reads(study: Study, network: Network) -> None:
         rest = longest - count_placeholders(network, study)
         lengths = order_of(max(1, rest))
         if network.reader.column is not None:
-            # Each reading computes its files anew, so fewer: 8 tokens, the longest, 1, and 8 again.
+            # Each reading encodes files anew, so there are only four: 8, longest, 1 and 8 tokens.
             lengths = [*lengths[1:3], *lengths[-2:]]
         check_keeps_nothing(study, network, lengths)
     except KeepsState:
@@ -92,11 +92,11 @@ def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) 
 
     - study: the plan, which says what a record is made of
     - network: the network that is checked
-    - lengths: the records' lengths in tokens, in the order of reading. A length is read alone the
-      first time, and in a block with other records later. The shortest are always read alone, since
-      in a block they cost as much as the longest
+    - lengths: the records' lengths in tokens, in the order of reading. At the first reading of a
+      length one record is read alone, later in a block with others. Records of fewer than 8 tokens
+      are always read alone, since a block of them costs as much as a block of the longest
 
-    Errors: KeepsState if it keeps something; any error of a library that cannot read the
+    Errors: KeepsState if the network keeps something; any error of a library that cannot read the
     records."""
     generated = {n: random_records(network, study, BESIDE, n) for n in lengths}
 
@@ -134,10 +134,10 @@ def check_order(
     - read: read(length, again) returns the model's result for the text of that length; `again` is
       whether the text was read before. The first reading may add state that modules build when they
       are first used
-    - lengths: the texts' lengths in tokens, in the order of reading; one that occurs again is the
-      same text
+    - lengths: the texts' lengths in tokens, in the order of reading; a length that occurs again
+      stands for the same text
 
-    Errors: KeepsState."""
+    Errors: KeepsState if the model changed, or a text's results differ."""
     results: dict[int, torch.Tensor] = {}
     weights = sum_weights(model)
     before = describe_state(model)

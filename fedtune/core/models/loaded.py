@@ -82,7 +82,7 @@ class LoadedModel:
         self, ids: np.ndarray, at: np.ndarray, rows: int
     ) -> Iterator[torch.Tensor]:
         """Yield what `next_tokens` returns, (n, V), in blocks of at most `rows` of its rows. One
-        block is held at a time; without positions it is empty."""
+        block is held in memory at a time. If there are no positions, there is one empty block."""
         states = self._states([ids])[0][0][torch.from_numpy(at)]
         for start in range(0, max(1, len(states)), rows):
             yield self._next_token_logp(states[start : start + rows])

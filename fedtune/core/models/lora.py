@@ -45,7 +45,10 @@ def attach(
     if lora.last_layers is not None:
         total = blocks(text)
         if lora.last_layers > total:
-            raise ConfigError(f"lora.last_layers = {lora.last_layers}", f"at most {total} here")
+            raise ConfigError(
+                f"lora.last_layers = {lora.last_layers} is more blocks than this base has",
+                f"at most {total}",
+            )
         layers = list(range(total - lora.last_layers, total))
     if parts and parts.tower:
         targets, layers = _by_name(model, parts, lora, layers), None
@@ -160,7 +163,8 @@ def frozen_of_plan(
     Errors: ModelError if digests, names, shapes or ranges are not the plan's."""
     if table.a_digest not in (None, digest(factor)):
         raise ModelError(
-            "the adapter's frozen factor is not the plan's", "one with the digest lora.a_digest"
+            "the adapter's frozen factor A is not the plan's",
+            "the factor whose digest is lora.a_digest",
         )
     wanted = table.preconditioner
     if wanted is None:
@@ -184,7 +188,8 @@ def frozen_of_plan(
         preconditioner.multiplier_of(name, outputs)
     if wanted.digest not in (None, digest(outputs)):
         raise ModelError(
-            "the preconditioner is not the plan's", "one with the digest lora.preconditioner.digest"
+            "the preconditioner is not the plan's",
+            "the preconditioner whose digest is lora.preconditioner.digest",
         )
     return outputs
 

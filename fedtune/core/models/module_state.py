@@ -14,7 +14,7 @@ from torch import nn
 
 from fedtune.core.errors import ConfigError
 
-_SMALL = 2**20  # bytes of a tensor up to which its content is compared, not its writes
+_SMALL = 2**20  # bytes; of a larger tensor not the content is compared, but the count of writes
 _TABLES = ("_modules", "_parameters", "_buffers")  # attributes of a module that hold its parts
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
 _SERIES = (list, tuple, set, frozenset, deque)
@@ -53,15 +53,15 @@ def describe_state(model: nn.Module) -> dict[str, object]:
 
 def _describe(value: Any, seen: dict[int, object]) -> object:
     """Return a description of a value that compares equal to a later one as long as nothing wrote
-    to the value between them. seen: the descriptions of the objects met so far, by id; an object
-    that holds itself is so described once."""
+    to the value between them. seen: the descriptions of the objects met so far, by id. With them,
+    an object that contains itself is described only once."""
     if isinstance(value, _SIMPLE):
         return repr(value)
     if isinstance(value, torch.Tensor):
         return _describe_tensor(value)
     if id(value) in seen:
         return seen[id(value)]
-    seen[id(value)] = id(value)  # of a value that holds itself
+    seen[id(value)] = id(value)  # for a value that contains itself
     seen[id(value)] = described = repr(_describe_parts(value, seen))
     return described
 
@@ -81,7 +81,7 @@ def _describe_parts(value: Any, seen: dict[int, object]) -> object:
         return id(value)
     if held := dict(_attributes_of(value)):
         return type(value).__name__, _describe_parts(held, seen)
-    return id(value), repr(value)  # a library's own kind: an iterator's words say where it is
+    return id(value), repr(value)  # an object of a library: an iterator's repr says where it is
 
 
 def _attributes_of(value: Any) -> Iterator[tuple[str, object]]:

@@ -55,7 +55,7 @@ from fedtune.core.run_folder import HEAD
 log = logging.getLogger("fedtune.models")
 
 # Positions of a block: enough for a quick matrix product, with little padding. Passes through the
-# frozen part run once over all records, so that they may pad more.
+# frozen part may pad more, since they run once over all records.
 BLOCK_POSITIONS = {"cpu": 256, "cuda": 1024}
 PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
 
@@ -107,8 +107,9 @@ class Network:
         self._parts = parts_of(backbone, base.kind)
         # Whether no record of a block changes another's result, as far as the architecture goes.
         self.keeps_apart = may_share_blocks(backbone.config) and has_whole_widths(backbone)
-        # Whether several threads may compute with it at once: an int8 layer has one table of
-        # outliers, and an architecture that was not tried might keep something for its next layer.
+        # Whether several threads may compute with the network at once. An int8 layer has one table
+        # of outliers, and an architecture that was not tried might keep something for its next
+        # layer.
         int8 = quantisation is not None and quantisation.method == "int8"
         self.side_by_side = self.keeps_apart and not int8
         self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
@@ -157,16 +158,17 @@ class Network:
 
     @cached_property
     def shares_blocks(self) -> bool:
-        """Whether several records may be computed in one block: no record changes another's result
-        by the architecture, nor by its place on this machine, which is tried at the first use."""
+        """Whether several records may be computed in one block, so that no record changes another's
+        result. This must hold for the architecture, and for this machine: here a row's digits must
+        not depend on its place in a block, which is tried when this property is first read."""
         if not self.keeps_apart:
             return False
         most = max(BLOCK_POSITIONS[self.device.type], PREFIX_POSITIONS[self.device.type])
         if rows_keep_digits(self.modules, most, self.device):
             return True
         log.warning(
-            "on this machine a row's last digits follow from its place in a matrix, so that each "
-            "record is computed by itself; this takes longer"
+            "on this machine a row's last digits depend on its place in a matrix, so each record "
+            "is computed by itself; this takes longer"
         )
         return False
 
@@ -509,7 +511,10 @@ class Network:
             return self.draw_factor(study.study.seed)
         self.statistics.load(received)
         if expected not in (None, lora_module.digest(received)):
-            raise ModelError("the basis is not the plan's", "objective.basis_digest")
+            raise ModelError(
+                "the basis of class statistics is not the plan's",
+                "the basis whose digest is objective.basis_digest",
+            )
         return received
 
     def initial(self, factor: Arrays) -> Arrays:

@@ -18,10 +18,10 @@ from torch.nn import functional
 from fedtune.core.models.cores import one_operator_thread
 from fedtune.core.objectives._shapes import EIGHT
 
-WIDEST = 2048  # a longer side of a weight is tried at a length from half of this on
-WHOLE = 64  # numbers: the longest vector of a processor, in any precision, divides it
+WIDEST = 2048  # a weight's longer side is tried at a length from half of this up to this
+WHOLE = 64  # numbers; the length of a processor's vector, in any precision, divides this
 Function = Callable[[torch.Tensor], torch.Tensor]
-LOSSES: tuple[Function, ...] = (  # which losses apply to a few numbers, however many they are
+LOSSES: tuple[Function, ...] = (  # functions that losses apply to tensors of any few numbers
     torch.exp, torch.expm1, functional.logsigmoid, lambda numbers: torch.log(numbers.abs() + 1e-3),
 )  # fmt: skip
 FUNCTIONS: tuple[Function, ...] = (*LOSSES,
@@ -72,8 +72,8 @@ def _product_keeps_digits(
 ) -> bool:
     """Return whether the rows of a matrix keep their digits in other places in its products with a
     weight (outputs, inputs): as a layer computes its outputs, and the gradient at its inputs. Every
-    multiple of EIGHT rows up to `most` is tried: so many do layers and head compute for a block of
-    several records."""
+    multiple of EIGHT rows up to `most` is tried, since layers and head compute such a number of
+    rows for a block of several records."""
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -97,9 +97,9 @@ def _functions_keep_digits(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the results and gradients of FUNCTIONS, which include LOSSES, keep their
     digits if the numbers are at other places in a tensor.
 
-    FUNCTIONS are tried on tensors whose length is a multiple of WHOLE; in fp32, in which losses are
-    computed, also on tensors with one number for each row of a block (`cache._fit_to_vectors`), and
-    LOSSES on tensors of any few numbers."""
+    - FUNCTIONS are tried on tensors whose length is a multiple of WHOLE
+    - in fp32, in which losses are computed, FUNCTIONS are also tried on tensors with one number for
+      each row of a block (`cache._fit_to_vectors`), and LOSSES on tensors of any few numbers"""
     draw = torch.Generator().manual_seed(0)
     whole = [WHOLE * n for n in (1, 2, 3, 5, 7, 11)]
     few = [2**n for n in range(3, 11)] if dtype == torch.float32 else []

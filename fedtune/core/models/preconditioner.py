@@ -192,15 +192,16 @@ def factor_of(
     moment: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
     """Compute the preconditioner's factor W, fp32 (outputs, rank), from the sum G of public
-    gradients' products. M = b I - W Wᵀ is made to be close to (G/ḡ + damping · I)^(-1/2), scaled so
-    that the mean square of its eigenvalues is 1.
+    gradients' products. M = b I - W Wᵀ is made to be close to the matrix P = (G/ḡ + damping ·
+    I)^(-1/2), where ḡ is the mean eigenvalue of G. M is scaled so that the mean square of its
+    eigenvalues is 1.
 
-    - moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ is its mean eigenvalue
+    - moment: G (outputs, outputs), the sum of g gᵀ over public gradients
     - rank: the number of W's columns, at most outputs - 1
     - damping: a number > 0, which is added to each eigenvalue of G divided by their mean
 
-    For the `rank` largest eigenvalues of G, M has the eigenvalues of that matrix. All others are
-    replaced by their root mean square. Errors: ModelError if G is zero or not finite."""
+    In the directions of the `rank` largest eigenvalues of G, M has P's eigenvalues. In all other
+    directions it has their root mean square. Errors: ModelError if G is zero or not finite."""
     values, vectors = np.linalg.eigh(_require_finite(moment))  # ascending
     return _factor(values, vectors, rank, damping)
 

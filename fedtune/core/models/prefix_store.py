@@ -7,10 +7,11 @@ memory. Once a HiddenStates object is dropped, its key is gone, and nobody can r
 if their bytes are still on the disk.
 
 Guarantee: a full store changes how long a step takes, and nothing else. The space that the states
-need follows from the length of every record of a site, so a refused write is not an error: the
-states are computed again whenever they are read (`Unavailable`). The file leaves `LEAST_FREE` bytes
-of its disk free for files that must be written: the ledger and its outbox. It also leaves the bytes
-free that the ledger's reserve frees while a request is answered (`PrefixStore.leave_free`)."""
+need follows from the length of every record of a site, which an error would disclose. So a refused
+write is not an error: the states are computed again whenever they are read (`Unavailable`). The
+file leaves `LEAST_FREE` bytes of its disk free for files that must be written: the ledger and its
+outbox. It also leaves the bytes free that the ledger's reserve frees while a request is answered
+(`PrefixStore.leave_free`)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ from fedtune.core.errors import InfrastructureError
 
 log = logging.getLogger("fedtune.models")
 
-_NONCE = bytes(12)  # constant: a key seals one block and no other
+_NONCE = bytes(12)  # may be constant, since a key encrypts one block only
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 LEAST_FREE = 256 * 2**20  # bytes that the file of states leaves free on its disk
 
@@ -116,7 +117,7 @@ class PrefixStore:
         try:
             if (
                 self._file is None or self._file.owner != os.getpid()
-            ):  # a fork shares the file's end
+            ):  # a forked process must not write to the same file
                 self._file = _File(cache_dir())
             return _seal(states, record, self._file, self.least_free)
         except OSError as error:
@@ -169,7 +170,7 @@ class _InMemory:
 
     def read(self) -> torch.Tensor:
         if self._states is None:
-            raise Unavailable("these states at the cut made room for a row")
+            raise Unavailable("these states at the cut were dropped from memory to make room")
         return self._states
 
     def drop(self) -> None:
@@ -256,7 +257,7 @@ class _File:
 
     def write(self, block: bytes, least_free: int) -> int:
         """Write a block and return its offset. Errors: OSError, also if the disk would have less
-        than `least_free` bytes afterwards; blocks stored before stay intact."""
+        than `least_free` bytes free afterwards; blocks stored before stay intact."""
         if self.used == 0:  # everything was dropped, and goes from the disk too
             self._free.clear()
             self._end = 0

@@ -51,7 +51,7 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
     last = next((name for name in ("norm", "layer_norm") if hasattr(model, name)), "")
     if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
         return None
-    # A decoder with a table of positions adds them to its input: above the cut this was done.
+    # A decoder with a table of positions adds them to its input; above the cut it must not.
     without_positions = (
         {"embed_positions": _ZeroPositions()} if hasattr(model, "embed_positions") else {}
     )

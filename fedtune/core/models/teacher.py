@@ -88,7 +88,8 @@ def _mean_of_likeliest(
     """Compute the mean of the probabilities that several teachers give each outcome, and return the
     likeliest outcomes and the logarithms of these means, both (n, k).
 
-    - logps: what each teacher says of n targets, (n, outcomes), up to a constant for each target
+    - logps: the log-probabilities that each teacher gives the outcomes of n targets, (n, outcomes),
+      up to a constant for each target
     - spec: the temperature and, if `kept` is 0, k
     - kept: the number of all outcomes if all are returned, in their own order; else 0"""
     scaled = torch.stack([torch.log_softmax(x / spec.temperature, dim=1) for x in logps])
@@ -125,12 +126,12 @@ def _check(model: LoadedModel, labels: Sequence[str]) -> None:
     if not labels and (model.base.kind != "causal" or model.head is not None):
         raise ConfigError(f"the teacher {model.digest} writes no text", "a language model")
     if labels:
-        # Its own plan says how it reads a text. A plug-in of another distribution would be imported
-        # for it at the first record, and no policy has named this one.
+        # Its own plan says how it reads a text. For this an objective of another distribution would
+        # be imported at the first record, though no policy here has named that distribution.
         if model.study and model.study.objective.name not in OBJECTIVES.release():
             raise ModelError(
                 f"the teacher {model.digest} was trained for an objective of another distribution",
-                "one of this release",
+                "an objective of this release",
             )
         teacher_labels = model.study.objective.labels if model.study else ()
         if model.head is None or teacher_labels != tuple(labels):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.core.bases.find import Base, load_tokenizer
 
-_PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
+_PATCH, _TILE = 4, 2  # side of a patch in pixels; side of a tile in image tokens
 
 
 def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
@@ -47,7 +47,7 @@ def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names:
     tile_size = _PATCH * _TILE * scale
     vision.patch_size, vision.image_size = _PATCH, tile_size
     token = str(load_tokenizer(base).convert_ids_to_tokens(int(config.image_token_id)))
-    if hasattr(config, "vision_start_token_id"):  # of any size: one square of as many tokens
+    if hasattr(config, "vision_start_token_id"):  # images of any size become one tile
         tile_size *= vision.spatial_merge_size
         vision.embed_dim = sizes["hidden_size"]
         change: dict[str, Any] = {"size": {"shortest_edge": 1, "longest_edge": tile_size**2}}

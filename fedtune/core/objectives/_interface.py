@@ -30,13 +30,13 @@ class Network(Protocol):
         tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute last hidden states from the states at the cut: at all positions, (B, L, H), or at
-        some, (B, K, H). B is the number of passages: a record of k passages has k rows.
+        some, (B, K, H). B is here the number of passages: a record of k passages has k rows.
 
         - prefix: (B, L, H), the states at the cut
         - mask: (B, L) bool, False on padding
         - keep: (B, K) int64, the chosen positions of each row; None: all positions
-        - tower_states: the states of each row's file, as the batch has them; None where the network
-          reads no file above the cut"""
+        - tower_states: the states of each row's file, as `Batch` describes them; None if the
+          network reads no file above the cut"""
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool hidden states to one vector for each row, (B, H) fp32. hidden: (B, L, H); mask: (B,
@@ -64,9 +64,9 @@ class Network(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Batch:
-    """B records of k passages each, record by record, padded on the right to one length L: R = B·k
-    rows. All tensors are on the network's device, except index and reference_logps, which are on
-    the CPU.
+    """A micro-batch of B records of k passages each. The passages, R = B · k rows, are in the order
+    of the records, and padded on the right to one length L. All tensors are on the network's
+    device, except index and reference_logps, which are on the CPU.
 
     - prefix: (R, L, H), the states at the cut
     - mask: (R, L) bool, False on padding
@@ -74,15 +74,16 @@ class Batch:
     - label: (B,), the index of the record's label; for a judged answer 1 (desirable) or 0; else
       -100
     - index: (B,), the records' numbers in their dataset
-    - soft: a teacher's soft targets: the token ids (or labels), and their log-probabilities, each
-      (R, targets, outcomes), zero beyond a record's last target; None without a teacher
+    - soft: a teacher's soft targets, as a pair: the token ids (or labels) and their
+      log-probabilities. Both are (R, targets, outcomes), zero beyond a record's last target; None
+      without a teacher
     - tower_states: (R, tiles, P, W): for each tile of a passage's file, P states of length W; None
       unless the network's `reads_tower`
     - tiles: the number of tiles of every record of the batch
     - count: the number of real records; the records after them are copies of the first, to fill a
       block
-    - reference_logps: (N, k), for all N records of the dataset, each passage's log-likelihood under
-      the frozen base, NaN until it is computed; None: it is not kept"""
+    - reference_logps: each passage's log-likelihood under the frozen base, for all N records of the
+      dataset, (N, k), NaN until it is computed; None if these likelihoods are not kept"""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -104,7 +105,7 @@ READS: dict[RecordFormat, str] = {
     "text": "prompts with their completions, conversations, or plain text",
     "label": "texts, each with one of the study's labels",
     "preference": "pairs, a prompt with a better and a worse answer (columns prompt, chosen, "
-    "rejected); a pair is one record: what its two answers add up to is clipped once",
+    "rejected); a pair is one record: the gradient of its two answers together is clipped once",
     "unpaired_preference": "judged answers, each desirable or not (columns prompt, completion, "
     "label)",
 }
@@ -182,8 +183,9 @@ class Objective(ABC):
         - batch: the B records"""
 
 
-# Bound on every number by which an objective multiplies a record's outputs. Under a larger one, as
-# under a large entry of an adapter, rounding in a product's last digits would change the gradient.
+# Bound on every number by which an objective multiplies a record's outputs. With a larger factor,
+# rounding in a product's last digits would change the gradient, as with a large entry of an
+# adapter.
 LARGEST = 100.0
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Layers and head compute so many rows of a block, or a multiple of it, or the rows of one record
-# alone. A machine is tried with these numbers (models/places.py). It is also the least number of
-# fp32 numbers that a processor computes at a time (64-bit ARM).
+# In a block, layers and head compute a multiple of this number of rows, or the rows of one record
+# alone. A machine is tried with these numbers of rows (models/places.py). This is also the smallest
+# number of fp32 numbers that a processor computes at a time (64-bit ARM).
 EIGHT = 8
 
 
@@ -39,8 +39,8 @@ def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
     the one before.
 
     - total: the number of positions
-    - limit: the largest size, which is exceeded by up to 7 where several parts need a multiple of
-      EIGHT"""
+    - limit: the largest size of a part. If there are several parts, their size is a multiple of
+      EIGHT, and may exceed the limit by up to 7"""
     size = -(-total // max(1, -(-total // limit)))
     size = min(total, size + -size % EIGHT)
     for start in range(0, total, max(1, size)):

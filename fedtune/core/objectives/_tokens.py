@@ -30,7 +30,7 @@ class Likelihood(NamedTuple):
 def likelihood(network: Network, batch: Batch) -> Likelihood:
     """Compute the log-likelihood of each passage's targets. The head runs at more positions than
     those with a target: their number is padded, so that it follows from the record's padded shapes
-    (its bucket). Without this, the shape of a tensor would depend on all records of the batch.
+    (its bucket). If it were not padded, a tensor's shape would depend on all records of the batch.
 
     | a passage without targets | 0.0, and no gradient |
     """

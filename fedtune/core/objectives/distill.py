@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once
-MOST_KEPT = 256  # next tokens of the teacher at a target, so that a record's targets take 2 kB each
+MOST_KEPT = 256  # most next tokens of the teacher that are kept for a target: 2 kB for each target
 LEAST = 1e-6  # least probability of all other outcomes together
 
 
 @dataclass(frozen=True)
 class Distill(Objective):
-    """Distillation: a small student learns a frozen teacher's whole distribution, not its answer
-    alone. At the sites the teacher must be public, or trained under (ε, δ) itself. A teacher that
-    was fitted to the records would make each record's target depend on all the others, and no
-    clipping of the student's gradients would bound that.
+    """Distillation: a small student learns a frozen teacher's probabilities of all outcomes, not
+    only of its likeliest one. At the sites the teacher must be public, or trained under (ε, δ)
+    itself: if it had been fitted to the records, each record's target would depend on all other
+    records, and no clipping of the student's gradients would bound this dependence.
 
-    hard: weight of the usual loss on the record's own answer; top: how many of the teacher's
-    likeliest next tokens are used at each target, at most 256.
+    - hard: the weight of the usual loss on the record's own answer
+    - top: how many of the teacher's likeliest next tokens are used at each target, at most 256
+
     References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
 
     teacher: str = ""
@@ -156,8 +157,8 @@ def _next_tokens(
 
 
 def _with_rest(logp: torch.Tensor) -> torch.Tensor:
-    """Return log-probabilities (n, k) with a column more, (n, k + 1): that of the outcome "any
-    other token"."""
+    """Return log-probabilities (n, k) with one more column, (n, k + 1): the log-probability of the
+    outcome "any other token"."""
     import torch
 
     others = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()

@@ -23,8 +23,8 @@ VARIANTS = ("sigmoid", "ipo")
 
 @dataclass(frozen=True)
 class DPO(Objective):
-    """Direct preference optimisation: the better completion gains on the worse one, both measured
-    from the frozen base, with the adapter off.
+    """Direct preference optimisation: the better completion gains on the worse one. The gain is
+    measured from the frozen base, with the adapter off.
 
     References: Rafailov et al. 2023, equation 7; Mitchell 2023 (conservative); Azar et al. 2023,
     equation 17 (IPO)."""
@@ -40,7 +40,7 @@ class DPO(Objective):
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
         require(self.variant in VARIANTS, "variant", " or ".join(VARIANTS))
         is_supported = self.variant == "sigmoid" or self.label_smoothing == 0
-        require(is_supported, "label_smoothing", 'variant = "sigmoid", the only one that has it')
+        require(is_supported, "label_smoothing", '0, or variant = "sigmoid"')
 
     def may_run_beside(self, batch: Batch) -> bool:
         return knows_reference(batch)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class KTO(Objective):
     """Learning from single judgements (Kahneman–Tversky optimisation): a desirable completion
-    gains, an undesirable one loses, both measured from the frozen base, with the adapter off.
+    gains, an undesirable one loses, both compared with the frozen base, with the adapter off.
 
     Reference: Ethayarajh et al. 2024, section 4.1."""
 
@@ -59,7 +59,7 @@ class KTO(Objective):
         ratio = likelihood(network, batch).total - reference(network, batch).total
         gain = self.beta * (ratio - self.reference_point)
         is_desirable = batch.label == 1
-        # 1 - σ(x); `sigmoid` gives a tensor's last rows other last digits than the others.
+        # 1 - σ(x). The function `sigmoid` would give a tensor's last rows other last digits.
         loss = torch.exp(logsigmoid(-torch.where(is_desirable, gain, -gain)))
         weight = torch.where(is_desirable, self.lambda_desirable, self.lambda_undesirable)
         return weight * loss

@@ -18,7 +18,7 @@ from fedtune.core.objectives._tokens import likelihood
 if TYPE_CHECKING:
     import torch
 
-CERTAIN = -1e-6  # log-likelihood per token above which the odds are taken to be this large
+CERTAIN = -1e-6  # largest log-likelihood per token that the odds are computed with
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
     rank 0       samples the rows, distributes them, adds the noise, writes the step log
     other ranks  clip and sum the rows assigned to them, no more
 
-Integer addition is exact, so the sum is the one that a single process computes. It travels over
-a Unix socket in a folder of the site's user, as JSON and raw tensors, without pickle. (PyTorch's
-gloo listens on ports that every account of the machine can connect to, without authentication.)"""
+Integer addition is exact, so the sum is the one that a single process computes. The processes send
+each other JSON and raw tensors, without pickle, over a Unix socket in a folder of the site's user.
+(PyTorch's gloo listens on ports that every account of the machine can connect to, without
+authentication.)"""
 
 from __future__ import annotations
 
@@ -220,8 +221,8 @@ def sum_over_workers(
 
     Errors: InfrastructureError if another process is gone or did not sum its rows; those of
     `clipped_sum`, raised after this process has sent its zeros."""
-    # After the sum, one counter per row: how often it was added. A total alone could not tell one
-    # row missed and one doubled from none.
+    # After the sum, one counter per row: how often it was added. A total number of rows alone could
+    # not show that one row was missed and another added twice.
     counted_sum = torch.zeros(dimension + len(sampled), dtype=torch.int64)
     failure: BaseException | None = None
     try:

@@ -79,7 +79,7 @@ def local_round(
             parameter.grad = gradient.view(parameter.shape).to(parameter) + proximal
         optimizer.step()
         optimizer.zero_grad()
-        for parameter in engine.trained:  # noised values; no adapter entry is larger anywhere
+        for parameter in engine.trained:  # noised values; no adapter may have larger entries
             parameter.clamp_(-LARGEST, LARGEST)
         engine.write()
     changes = zip(network.update_parameters(), engine.trained, start, strict=True)
@@ -179,7 +179,7 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     if not lowered:
         raise ModelError(
             "a step without noise on generated records did not lower their loss",
-            "the adapter to learn",
+            "a lower loss",
             "check lora.modules and base; no ε was spent",
         )
 

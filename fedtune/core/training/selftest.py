@@ -38,9 +38,9 @@ from fedtune.core.training.unit_gradients import UnitGradientEngine
 log = logging.getLogger("fedtune.site")
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
 LENGTHS = (*SHORT, 24, 100, 500, 1000, 2048)  # of texts that the base must keep nothing of
-SAME = 1e-4  # relative: two ways to one fp32 gradient
-ROOM = 1e-5  # relative, on C: the vanishing noise; the others' rows do not move at all
-SPREAD = 0.003  # relative, on σ
+SAME = 1e-4  # relative difference of two computations of the same fp32 gradient
+ROOM = 1e-5  # relative to C: the vanishing noise; the others' rows do not move at all
+SPREAD = 0.003  # relative to σ
 COORDINATES, DRAWS = 10**6, 4
 # Noise this small (in multiples of C) is the shipped step's σ = 0: it adds 10⁻⁸ √d to a sum of
 # length C, and no call without noise has to exist.

@@ -94,8 +94,8 @@ class UnitGradientEngine:
 
     The attribute `trained` lists the tensors that a step updates. Without a preconditioner each is
     a view into a parameter. If a B has a public preconditioner M, the step updates a tensor X
-    instead, which is zero at first, with B = B₀ + M X; where g is the gradient by B, that of X is M
-    g. `write` puts B₀ + M X into the network.
+    instead, which is zero at first, with B = B₀ + M X. The gradient with respect to X is M g, where
+    g is the gradient with respect to B. `write` puts B₀ + M X into the network.
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
     (records that are computed together) whose shapes follow from the record's padded shapes (its
@@ -255,7 +255,7 @@ class UnitGradientEngine:
             for indices, per_parameter in self._of_records(list(positions), on_work, alone):
                 try:
                     for mean, gradients in zip(means, per_parameter, strict=True):
-                        # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
+                        # One by one: the atomic additions of index_add_ on a GPU have no order.
                         for i, gradient in zip(indices, gradients, strict=True):
                             mean[positions[i]] += gradient.mul_(weights[i])
                 finally:

@@ -84,7 +84,7 @@ class OnePass:
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
         try:
-            torch.autograd.backward(losses.sum())  # of tensors on a CPU it runs in this thread
+            torch.autograd.backward(losses.sum())  # for tensors on a CPU it runs in this thread
             return [self._mine.gradients.pop(id(p), None) for p in self._parameters]
         finally:
             self._clear()
