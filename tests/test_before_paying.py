@@ -215,7 +215,7 @@ def test_a_review_says_it_or_who_does(tmp_path: Path, tiny_encoder: Path) -> Non
     (tmp_path / "plan.json").write_text(start(load_study(path)).study.model_dump_json())
     for plan in (path, tmp_path / "plan.json"):
         said = run("review", plan, "--site", tmp_path / "a.toml")
-        assert "ask for what `fedtune plan` says" in " ".join(said.output.split())
+        assert "ask the coordinator what `fedtune plan` says" in " ".join(said.output.split())
     other = (
         path.read_text().replace('"discriminant"', '"fedavg"').replace('"prototypes"', '"classify"')
     )
