@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-FAR = 0.1  # share of the declared size; a larger difference to the true one is reported
+FAR = 0.1  # a difference of more than this share of the declared size is reported
 
 
 def describe_wrong_size(units: int, declared: int, unit: str) -> Iterable[str]:
