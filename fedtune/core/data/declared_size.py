@@ -15,6 +15,6 @@ def describe_wrong_size(units: int, declared: int, unit: str) -> Iterable[str]:
         twice = units >= 2 * declared or 2 * units <= declared
         yield (
             f"{'WARNING: ' if twice else ''}site.declared_size = {declared:,} and there are "
-            f"{units:,} {unit}s: rates, noise and weight follow what is declared; a person may "
-            "declare another round figure, which is public"
+            f"{units:,} {unit}s: sampling rate, noise and weight follow the declared size; a "
+            "person may declare another round figure, which is public"
         )
