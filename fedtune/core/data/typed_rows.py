@@ -71,7 +71,7 @@ def returned_rows(content: bytes) -> list[Row]:
         elif isinstance(value, list):
             waiting.extend(value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("a number that the conversion returned is not finite")
+            raise ValueError("not finite")
     return found
 
 
