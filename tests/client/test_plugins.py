@@ -123,7 +123,7 @@ def test_a_name_of_the_release_is_always_the_releases_own() -> None:
 
 
 def test_what_is_no_plug_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"somebody_elses:Nothing is none of the fedtune\.strat"):
+    with pytest.raises(ConfigError, match=r"somebody_elses:Nothing is no plug-in of fedtune\.str"):
         STRATEGIES.load("odd")
     with pytest.raises(ConfigError, match=", ".join(STRATEGIES.release())) as unknown:
         STRATEGIES.load("fast")

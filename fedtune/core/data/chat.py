@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2.debug  # noqa: F401 - at a template's first error, one record's, jinja2 imports it
+import jinja2.debug  # noqa: F401 - or jinja2 imports it when a template fails on one record
 from jinja2 import TemplateError, nodes
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,10 @@ _CODES = {
 }  # fmt: skip
 _REPLACED = "".join(f"|replace({code!r}, {text!r})" for code, text in _CODES.items())
 _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}"
-_OTHERWISE = "choose a base with another template, or columns.prompt and columns.completion"
+_OTHERWISE = (
+    "choose a base with another template, or name columns.prompt and columns.completion in place "
+    "of columns.messages"
+)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> Any:
@@ -51,7 +54,7 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     except (TemplateError, RecursionError) as error:
         raise ConfigError(
             f"the base's chat template cannot be read ({type(error).__name__})",
-            "a template of Jinja",
+            "a Jinja template",
             _OTHERWISE,
         ) from None
     draws = any(map(_may_draw, parsed.find_all(nodes.Filter)))

@@ -41,16 +41,18 @@ Work = Callable[[bytes], bytes]
 
 def begin() -> tuple[socket.socket, dict[str, Any]]:
     """Give up this process's access to every network, and forget when it was started. Return the
-    socket on which requests come, and the settings, a dict. `Children` passes the socket as
-    standard input, and the settings on it, as a line of JSON: everybody can read the command line,
-    and a setting may be a key."""
+    socket on which requests come, and the settings, a dict.
+
+    `Children` passes the socket as standard input, and then sends the settings through it as a line
+    of JSON. They are not on the command line, since every user of the machine can read that, and a
+    setting may be a secret key."""
     control = socket.socket(fileno=0)
     logging._startTime = 0  # type: ignore[attr-defined]  # a child may not learn the time
     threading.main_thread()._native_id = 0  # type: ignore[attr-defined]  # nor a process's number
     with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     cpus = sorted(os.sched_getaffinity(0))
-    with suppress(OSError):  # all children on one, as each can read the number of its own
+    with suppress(OSError):  # all children on one processor, as a child can read its number
         os.sched_setaffinity(0, {cpus[os.getppid() % len(cpus)]})
     isolation.no_network()
     return control, json.loads(read_line(control))
@@ -71,7 +73,7 @@ def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> No
     and to the other it writes `work`'s answer to each. Before each input and each answer stands its
     length.
 
-    - control: the socket on which requests come; for each, it is written there how the child ended
+    - control: the socket on which requests come; after each, how its child ended is written to it
     - work: a function of one input's bytes that returns the answer's bytes
     - settings: the limits of a child: "cpu_seconds" and "memory" (bytes)"""
     if platform.machine() not in CLONE:
@@ -104,8 +106,9 @@ def _take_turn(control: socket.socket, work: Work, settings: Mapping[str, Any]) 
     """Wait for one request, fork its child, report how the child ended, and end this process, which
     was forked for this turn; never return.
 
-    To receive descriptors and to wait leaves objects and free memory behind. In a process that went
-    on, later children would count by them how many there were before."""
+    The process ends because receiving descriptors and waiting leave objects and free memory behind.
+    If one process served several requests, a later child could count by these traces how many
+    children there were before it."""
     code = 1
     try:
         gc.enable()
@@ -115,7 +118,7 @@ def _take_turn(control: socket.socket, work: Work, settings: Mapping[str, Any]) 
             if len(descriptors) == 2:
                 reading, writing = descriptors
                 ended = _fork_and_wait(control, work, reading, writing, settings)
-            else:  # this process may not have more of them
+            else:  # this process may open no more files
                 control.recv(1)
                 ended = FAILED
             control.sendall(ended)
@@ -161,7 +164,7 @@ def _fork_and_wait(
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     """Confine this new child, answer each input from the pipe `reading` with `work`, write ENDED,
     and end the process; never return. The exit status is UNCONFINED if the child could not be
-    confined, and otherwise 0, whether `work` failed or not, since Linux tells it to everybody."""
+    confined. Else it is 0, also if `work` failed, since every user of the machine can see it."""
     code = 0
     try:
         _limit(reading, writing, settings)
@@ -185,9 +188,9 @@ def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     memory and processor time by `settings`, forbid to write to files, and let the child end without
     a word if it crashes.
 
-    Closed are also 0 to 2, although they lead nowhere: everybody can watch how often something is
-    written to /dev/null. What is printed is lost. Of a crash Linux would write addresses into its
-    log."""
+    Descriptors 0 to 2 are closed too, although they lead nowhere, since every user of the machine
+    can watch how often something is written to /dev/null. What the child prints is lost. A crash
+    must be silent, since Linux would write addresses in the child's memory to its log."""
     sys.stdout = sys.stderr = _Discarding()
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

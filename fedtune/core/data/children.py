@@ -9,7 +9,7 @@ Guarantee: what a child answers depends only on what it was given and on public 
 memory nor a file, a process, a clock or a count passes from one child to another. If anything goes
 wrong in a child, only its own piece of work fails (docs/guarantee.md says what is not covered). How
 many children run follows from the site's declared size, unless there are more pieces of work than
-the declared size and a quarter of it (`count_children`)."""
+the declared size plus a quarter of it (`count_children`)."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ class Children:
     - what: for error messages, the setting or the kind of file that the children work for
     - otherwise: for error messages, what a person can do if this machine cannot confine a child
     - cpu_seconds: the most processor time of one child
-    - seconds: the most time from a child's start to its end, which ends one that waits in vain;
-      None: SECONDS. What `take` needs for the answers (`run`) does not count
+    - seconds: the most time from a child's start to its end, so that a child that waits in vain is
+      ended; None: SECONDS. The time that `take` needs to read the answers (see `run`) does not
+      count
     - declared_size: the site's declared size if its whole dataset is read, else 0. At the end of
       the block, children without work are run until as many have run as `count_children` returns
 
@@ -120,7 +121,7 @@ class Children:
         """Fork a child, give it the inputs `given` one after another, and return a list of what
         `take` makes of each answer, once the child has ended well.
 
-        - given: the child's inputs; the next is only asked for once the last one's answer was taken
+        - given: the child's inputs; each is fetched only after `take` has read the answer before it
         - most: the most bytes that an answer may have
         - take: a function that reads an answer's bytes, which are not trusted
         - counts: whether this child had work, and so counts towards `count_children`
@@ -191,8 +192,8 @@ class Children:
         their number does not tell how many units there are."""
         if self._forked > count_children(0, self._declared_size) > 0:
             log.warning(
-                "the records hold more units than site.declared_size allows for, so that how many "
-                "processes work on them tells of it; to do: declare a larger round figure"
+                "there are more units than site.declared_size allows for, so that the number of "
+                "processes that work on them reveals this; to do: declare a larger round figure"
             )
         for _ in range(count_children(self._forked, self._declared_size) - self._forked):
             with suppress(ChildFailed, OSError):
@@ -215,7 +216,7 @@ class Children:
             ours.sendall(json.dumps({**self._settings, **limits}).encode() + b"\n")
             told = json.loads(read_line(ours))
         except (OSError, ValueError):
-            told = {"kind": "machine", "text": "it did not start"}
+            told = {"kind": "machine", "text": "the process that forks children did not start"}
         if told["kind"] == "ready":
             told = self._try()
         if told["kind"] == "ready":
@@ -270,7 +271,7 @@ def count_children(pieces: int, declared_size: int) -> int:
 
 
 class _Pipe:
-    """A new pipe. Either end can be closed again without an error once it is closed."""
+    """A new pipe. Closing an end that is closed already does nothing."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()

@@ -38,7 +38,7 @@ def with_consent(
     | a row is unusable because of another cell    | its consent cell counts                   |
     | there is no patient column                   | each row counts for itself alone          |
     | a row has no key, and there are opt-outs     | left out, as its patient may be on that list |
-    Errors: DataError if the list or its salt cannot be read, or other users may read it."""
+    Errors: DataError if the list or its salt cannot be read, or may be read by other users."""
     table = data.consent
     if table is None:
         yield from rows

@@ -49,8 +49,9 @@ class Conversion(Children):
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Convert one unit's rows, and return the rows to be read in their place.
 
-        Errors: Unconverted if the plug-in raises, hangs, exits or needs too much memory. Also if
-        its result is too long, or is not a list of rows with plain finite values (typed_rows)."""
+        Errors: Unconverted if the plug-in raises, hangs, exits or needs too much memory; if the
+        unit's rows or the result are too long; or if the result is not a list of rows with plain
+        finite values (typed_rows)."""
         try:
             (converted,) = self.run([given_bytes(rows)], BYTES, returned_rows)
         except (ChildFailed, ValueError, RecursionError):  # too long, or not of these types

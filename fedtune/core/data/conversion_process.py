@@ -25,7 +25,7 @@ from fedtune.core.data.converters import CONVERTERS, Converter
 from fedtune.core.data.typed_rows import given_rows, returned_bytes
 from fedtune.core.errors import ConfigError
 
-TEXT = 64 * 2**20  # bytes of the plug-in's modules and what they need
+TEXT = 64 * 2**20  # most bytes of the modules of the plug-in and of what it requires
 TRUSTED = ("numpy",)  # imported here if a plug-in requires it: its code is trusted anyway
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # fmt: off
@@ -111,14 +111,14 @@ class _PlugIn:
             raise ConfigError(
                 f"data.convert.name = {self._name!r}: {self._value} cannot be imported "
                 f"({type(error).__name__}: {error})",
-                "imports only of the plug-in's own modules, of packages that it requires, and of "
-                "the standard library's modules for text, numbers and dates",
+                "a plug-in that imports only its own modules, packages that it requires, and the "
+                "standard library's modules for text, numbers and dates",
             ) from None
         return CONVERTERS.build_found(self._name, self._value, found, self._options)
 
 
 class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
-    """The modules of a plug-in's distribution and of the distributions that this one requires. The
+    """The modules of a plug-in's distribution and of the distributions that it requires. The
     process that forks finds, reads and compiles them; only a child runs them."""
 
     def __init__(self, point: metadata.EntryPoint) -> None:
@@ -171,7 +171,7 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
                 f"the plug-in that data.convert names, with what it requires, has more than "
                 f"{TEXT >> 20} MiB of modules"
             )
-        with suppress(SyntaxError, ValueError):  # a template of code; a child cannot import it
+        with suppress(SyntaxError, ValueError):  # no valid code, so that no child can import it
             self._codes.setdefault(name, compile(text, str(path), "exec", dont_inherit=True))
         self._texts.setdefault(name, text)
         if is_package:

@@ -47,18 +47,19 @@ class Example:
 
     - input_ids: (L,) int32, the record's tokens
     - target_ids: (L,) int32, the token that position t must predict, or -100 if it has no loss
-    - label: the label's index in objective.labels; of a judged completion 1 (desirable) or 0; -100
-      if the record has neither
+    - label: the label's index in objective.labels; for a completion that was judged, 1 if it is
+      desirable, else 0; -100 if the record has neither a label nor a judgement
     - unit: the number of the record's unit, in 0..n_units-1
-    - rejected: of a preference pair, the passage of the same prompt with the worse completion; the
-      other fields hold the better one. None for every other record
+    - rejected: for a preference pair, the prompt with the worse completion; input_ids and
+      target_ids then hold the prompt with the better one. None for every other record
     - media: the record's image, recording or clip, if it has one
     - tiles: the number of tiles into which the base splits that file; 1 without a file
     - soft: the targets that a teacher model gives; None if there is no teacher
     - cut: the number of tokens left out so that the record fits objective.max_length
     - groups: for a held-out record, the index of its group on each axis of the plan; -1 if none
 
-    Where tokens are predicted, the last target is not an input: no loss reads the state after it.
+    If tokens are predicted, input_ids lacks the text's last token, which is a target only: no loss
+    reads the network's state after it.
     """
 
     input_ids: Ids
@@ -102,7 +103,7 @@ class Counts:
     - filtered: rows that data.filter left out
     - withheld: rows of patients who did not consent
     - duplicates: records with the content of an earlier record, of any patient
-    - over_cap: usable records over their patient's max_records_per_unit
+    - over_cap: usable records left out because their patient has more than max_records_per_unit
     - excluded: records of patients who withdrew or take part elsewhere
     - failed: the rejected rows, one object each
 
@@ -126,8 +127,8 @@ class Dataset:
       record
     - n_units: the number of units
     - rejected: the number of rejected rows, by reason
-    - members: identifiers (byte strings) of the patients that train, of the contents of records,
-      and of which record belongs to which unit. The site's ledger stores them as hashes
+    - members: byte strings that identify the patients who train, the contents of records, and
+      which record belongs to which unit. The site's ledger stores their hashes
     - keys: the key of each unit, in the form that the ledger hashes
     - counts: what became of the rows
     - trained: those of `members` that say who trained: the patients' keys and, for at most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-FAR = 0.1  # share of the declared size; a larger difference to the true one is reported
+FAR = 0.1  # a difference of more than this share of the declared size is reported
 
 
 def describe_wrong_size(units: int, declared: int, unit: str) -> Iterable[str]:
@@ -15,6 +15,6 @@ def describe_wrong_size(units: int, declared: int, unit: str) -> Iterable[str]:
         twice = units >= 2 * declared or 2 * units <= declared
         yield (
             f"{'WARNING: ' if twice else ''}site.declared_size = {declared:,} and there are "
-            f"{units:,} {unit}s: rates, noise and weight follow what is declared; a person may "
-            "declare another round figure, which is public"
+            f"{units:,} {unit}s: sampling rate, noise and weight follow the declared size; a "
+            "person may declare another round figure, which is public"
         )

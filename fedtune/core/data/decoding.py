@@ -47,10 +47,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
 def import_decoders(kind: Kind) -> None:
     """Import every module that decodes files of a kind, before a child is forked that may open no
-    file. kind: "image", "audio" or "video". Errors: ConfigError if a library is not installed
-    without which no file of this kind can be decoded."""
+    file. kind: "image", "audio" or "video". Errors: ConfigError if a library that every file of
+    this kind needs is not installed."""
     if kind == "audio":
-        with suppress(ImportError, OSError):  # without it, PCM WAV alone is decoded
+        with suppress(ImportError, OSError):  # without soundfile, only PCM WAV is decoded
             import soundfile  # noqa: F401
         return
     try:
@@ -121,9 +121,10 @@ def _turn_upright(image: Image) -> Image:
     """Return the image turned or mirrored as its EXIF orientation says. Call this before the
     image's pixels are loaded.
 
-    If a TIFF file is loaded with its orientation, Pillow writes all its other EXIF tags again,
-    which takes minutes for a file that is full of them. ImageOps.exif_transpose does the same, and
-    is therefore not used."""
+    If a TIFF file is loaded while it has an orientation, Pillow writes all its other EXIF tags
+    again, which takes minutes for a file that is full of them. So the orientation is removed before
+    the image is loaded, and Pillow's ImageOps.exif_transpose, which also writes the tags again, is
+    not used."""
     from PIL.Image import Transpose
 
     turns = {

@@ -22,7 +22,8 @@ log = logging.getLogger("fedtune.data")
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 SPREADSHEET = (
     'open it and save it under another name as "CSV UTF-8 (comma delimited)", in LibreOffice as '
-    '"Text CSV" with the character set UTF-8; one table of it, whose first row names the columns'
+    '"Text CSV" with the character set UTF-8; save only one table, whose first row names the '
+    "columns"
 )
 
 
@@ -53,14 +54,14 @@ def rows(
 
     - where: the file, or the folder whose files are read
     - keys: for each configuration key, such as "data.columns.text", the column that it names
-    - strict: whether to raise the errors so marked below, for a person who can still correct the
-      data. For a file whose error is not raised, one reason is yielded in place of the rows that
-      could not be read
+    - strict: whether to raise the errors marked "if strict" below too, for a person who can still
+      correct the data. For a file whose error is not raised, one reason is yielded in place of the
+      rows that could not be read
     - source: the source that reads the files; None if each file's suffix decides
 
-    Errors: DataError if the path is missing or is neither a file nor a folder; if strict also if
-    `where` is a file that cannot be read, for CSV that is not well-formed, and for a column that
-    `keys` names and no file has."""
+    Errors: DataError if the path is missing, is neither a file nor a folder, or leads to no file of
+    a known suffix. If strict, also if `where` is a file that cannot be read, if a CSV file is not
+    well-formed, or if no file has a column that `keys` names."""
     for _, row in placed_rows(where, keys, strict=strict, source=source):
         yield row
 
@@ -79,20 +80,21 @@ def placed_rows(
     - where: the file, or the folder whose files are read; a source that reads a database ignores it
     - keys: for each configuration key, such as "data.columns.text", the column that it names; not
       used if `names` is given, which holds them already
-    - strict: whether to raise the errors so marked below, for a person who can still correct the
-      data. For a file whose error is not raised, one reason is yielded in place of the rows that
-      could not be read
+    - strict: whether to raise the errors marked "if strict" below too, for a person who can still
+      correct the data. For a file whose error is not raised, one reason is yielded in place of the
+      rows that could not be read
     - source: the source that reads the files; None if each file's suffix decides
     - names: the object to which the names of the files' columns are added; None if the caller does
       not need these names
 
-    Errors: DataError for a path that is missing or of another kind; if strict also for a single
-    file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
-    no file has. An error names `where` only, since a file in a folder may bear a patient's name.
-    MemoryError is raised too: it is not the fault of one row or file, since it depends on how much
-    memory others take.
-    Guarantee: if not strict, what is yielded for a row follows from that row alone; of CSV only if
-    the whole file is well-formed. For a file that cannot be read one reason is yielded."""
+    Errors: DataError if the path is missing, is neither a file nor a folder, or leads to no file of
+    a known suffix. If strict, also if `where` is a file that cannot be read, if a CSV file is not
+    well-formed, or if no file has a column that `keys` names. An error names `where` only, since a
+    file in a folder may bear a patient's name. MemoryError is always raised: it is not the fault of
+    one row or file, since it depends on how much memory others take.
+    Guarantee: if not strict, what is yielded for a row follows from that row alone. A CSV file that
+    is not well-formed is the exception: none of its rows is yielded. For each file that cannot be
+    read one reason is yielded."""
     names = names or Names(where, keys)
     if isinstance(source, Collection):
         yield from _collect_rows(where, source, names, strict)

@@ -18,17 +18,17 @@ class GroupReader:
     """A function that finds the groups of one row: one on each axis by which the plan divides
     held-out records. It holds only public settings and the names of a site's columns.
 
-    - columns: for each axis, three values: the file's column ("" if the site names none), the
-      plan's names of the groups and, for a column of numbers, the edges between its bands (else
-      empty)"""
+    - columns: for each axis, three values: the file's column, "" if the site names none; the plan's
+      names of the groups; and the edges between the bands of a column of numbers, () for any other
+      column"""
 
     columns: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
 
     @property
     def keys(self) -> dict[str, str]:
-        """The file's columns that hold groups, as a dict: configuration key
-        ("evaluation.groups.NAME") -> column. It has an item for every axis of the plan to which the
-        site names a column."""
+        """The file's columns that hold groups, as a dict: "evaluation.groups." with the column's
+        name -> the column. It has an item for every axis of the plan for which the site names a
+        column."""
         return {f"evaluation.groups.{column}": column for column, _, _ in self.columns if column}
 
     def __call__(self, row: Row) -> tuple[int, ...]:

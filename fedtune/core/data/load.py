@@ -38,7 +38,7 @@ from fedtune.core.objectives._interface import RecordFormat
 
 log = logging.getLogger("fedtune.data")
 
-LONG = 40  # characters from which on a text is taken to identify its record
+LONG = 40  # a text of at least so many characters is taken to identify its record
 _PAIR = ("chosen", "rejected")
 
 
@@ -84,7 +84,8 @@ class UnitReader:
     - scan: applies a site's [data.scan] to one unit's records; None: no record is scanned
 
     Guarantee: which of a unit's records train, and on which tokens, depends on that unit's records
-    and on which of them trained before. If a library fails on a record, only that one is rejected.
+    and on which of them trained before. If a library fails on a record, only that record is
+    rejected.
     """
 
     objective: ObjectiveTable
@@ -206,8 +207,9 @@ class _Outcome:
     """What became of one record that trains.
 
     - record: the record as it was read, by which the ledger knows it
-    - scanned: what trains of it: without its unit's key, and with identifiers replaced
-    - example: the example that was made of that"""
+    - scanned: the record as it trains: without its unit's key and, if the site's scan redacts, with
+      identifiers replaced
+    - example: the example that was made of `scanned`"""
 
     record: Record
     scanned: Record
@@ -269,11 +271,12 @@ def load_dataset(
     - study: the plan, whose objective, unit and cap on a patient's records are applied
     - tokenizer: the tokenizer of the base that is trained
     - labelled: False also admits records that have nothing to predict
-    - exclude_unit: whether to leave out the patient with this key; not asked if the unit is the
-      record
-    - is_known_member: whether an earlier load of the dataset had this member. The cap prefers
-      records that it had
-    - strict: whether to raise the errors so marked below, for a person who can correct the files
+    - exclude_unit: a function that says whether to leave out the patient with a key; it is not
+      called if the unit is the record
+    - is_known_member: a function that says whether an earlier load of the dataset had a member
+      (`_trained_member`), i.e. trained on that record. The cap prefers such records
+    - strict: whether to raise the errors marked "if strict" below too, for a person who can correct
+      the files
     - soft_targets: computes a teacher's targets for one record; None: no teacher
     - reader: how the base reads records, if it reads more than text (modalities); None for text
 
@@ -281,7 +284,7 @@ def load_dataset(
     units' keys and the members by which the ledger remembers them. [public], [selection] and
     [evaluation] of a study hold no private records, and their unit is the record.
     Errors: DataError for a path or columns that cannot be used; if strict, also as in `files.rows`,
-    and if no record is usable, or all of a site's labelled records are one unit's.
+    if no record is usable, or if all of a site's labelled records belong to one unit.
     Guarantee: if not strict, whether a unit trains, and on what, depends on its own rows and on
     which of its records trained before. Adding or removing one unit changes nothing for the others.
     """
@@ -385,7 +388,7 @@ def check_columns(
     if record_format == "label":
         if columns.messages or (labelled and not columns.label):
             raise DataError(
-                "objective classify cannot use these columns", f"{at}.text and {at}.label"
+                f"objective {objective.name} cannot use these columns", f"{at}.text and {at}.label"
             )
         if labelled and not objective.labels:
             raise DataError("objective.labels is empty", "the public list of classes")
@@ -412,7 +415,7 @@ def check_columns(
 def _check_media(file: DataFile, study: Study, reader: Reader | None) -> None:
     """Check that the file's columns fit what the base reads. If it reads images, recordings or
     clips, the column of that kind must be named, and no column of another kind. A base for
-    recordings reads no prompt besides; a video base without a [lora] table reads no text besides.
+    recordings reads no prompt; a base for clips reads no text if the study has no [lora] table.
     reader: how the base reads such files; None if it reads text alone. Errors: DataError."""
     at, required = f"{table_of(file)}.columns", reader.column if reader else None
     for kind in KINDS:

@@ -47,7 +47,7 @@ Samples = npt.NDArray[np.float32]
 
 PROGRAM = "fedtune.core.data.media_process"
 CPU_SECONDS = 60  # processor time for all files of a unit
-WAITING = 600.0  # seconds, for a child that waits in vain, or a machine that is very busy
+WAITING = 600.0  # seconds that a child may live: it may wait in vain, or the machine may be busy
 BYTES = 64 * 2**20  # most bytes of one file, and of the form in which it is kept
 UNIT_BYTES = 2**30  # most bytes of a unit's files, and of all that they are decoded to
 PIXELS = 40_000_000  # most pixels of one image
@@ -134,7 +134,7 @@ class UnitFiles:
 
     - folder: the folder below which they are
     - kind: "image", "audio" or "video"
-    - most: how many bytes they may have together; a file that has more than are left is not read"""
+    - most: how many bytes they may have together; a file that would exceed this is not read"""
 
     def __init__(self, folder: Folder, kind: Kind, most: int) -> None:
         self._folder, self._kind, self._left = folder, kind, most
@@ -172,8 +172,9 @@ def read_file(path: Path, kind: Kind) -> bytes:
 
 
 def _read_open(file: io.BufferedReader, kind: Kind, most: int = BYTES) -> bytes:
-    """Return the content of an open file. A file that is larger than `most` bytes is not read, one
-    that grows meanwhile not beyond that. Errors: Rejected if it is empty, unreadable or larger."""
+    """Return the content of an open file. A file that is larger than `most` bytes is not read; of a
+    file that grows meanwhile, at most one byte more than that is read. Errors: Rejected if the file
+    is empty, unreadable or larger than `most` bytes."""
     try:
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1) if size <= most else b""
@@ -183,7 +184,7 @@ def _read_open(file: io.BufferedReader, kind: Kind, most: int = BYTES) -> bytes:
         raise Rejected(f"unreadable {kind}") from None
     if max(size, len(content)) > most:
         raise Rejected(f"{kind} too large")
-    if not content:  # a child is given nothing only to find out whether it can start
+    if not content:  # an empty input only asks a child whether it can start
         raise Rejected(f"unreadable {kind}")
     return content
 
@@ -323,8 +324,8 @@ def keep(kind: Kind, told: bytes) -> bytes | str:
 
 
 def keep_frames(frames: Sequence[Image]) -> bytes:
-    """Return the form in which images in RGB are kept: the PNG of a single image; if there are
-    several frames, the PNG of each after its length."""
+    """Return the form in which images in RGB are kept: for a single image its PNG; for several
+    frames each frame's PNG with its length in front."""
     files = [_png(frame) for frame in frames]
     if len(files) == 1:
         return files[0]
@@ -380,8 +381,8 @@ def picture(media: Media) -> Image:
 
 
 def clip(media: Media) -> list[Image]:
-    """Return the frames of the clip in `media`, of kind "video", in order and in RGB: those that
-    were sampled of the video when it was decoded (video.FRAMES)."""
+    """Return the frames of the clip in `media`, of kind "video", in order and in RGB: the few that
+    were kept when the video was decoded (video.FRAMES)."""
     frames, rest = [], media.body
     while rest:
         (length,) = LENGTH.unpack_from(rest)

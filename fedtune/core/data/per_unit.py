@@ -33,7 +33,7 @@ def per_unit(
     returns values of other types, this unit alone is left out.
     | what happens | what the returned function does                                               |
     |--------------|-------------------------------------------------------------------------------|
-    | `convert` raises, a library panics, other types | returns None                               |
+    | `convert` raises, a library panics, or the result has other types | returns None             |
     | MemoryError  | raises it, since memory that other units take decides when it occurs          |
     | ConfigError  | raises it, since a package is missing, on which no row has an influence       |
     """

@@ -31,8 +31,8 @@ class Reader(Protocol):
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
         """Return two values: a copy of the record whose text holds special tokens in the place of
-        its file, and the number of tiles (parts) into which the base splits the file; 1 if it
-        splits none. Errors: Rejected if the base cannot read the record."""
+        its file, and the number of tiles (parts) into which the base splits the file; 1 if it does
+        not split the file, or reads none. Errors: Rejected if the base cannot read the record."""
 
     def check(self, ids: list[int], tiles: int) -> None:
         """Check that a tokenised text holds the special tokens of exactly `tiles` tiles of a file,

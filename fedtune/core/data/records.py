@@ -33,8 +33,8 @@ from fedtune.core.data.sources._interface import CHARACTERS, Names, Row
 from fedtune.core.data.sources.csv import guess_format
 from fedtune.core.errors import ConfigError, DataError
 
-TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: a word for yes, then its no
-NO_ROW = "converted to no row"  # the reason of each row of a unit of which the conversion left none
+TRUTH = ("true", "false", "1", "0", "yes", "no")  # words of a judgement, in pairs: yes, then no
+NO_ROW = "converted to no row"  # the reason of each row of a unit whose conversion returned no row
 UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
@@ -53,9 +53,9 @@ class Record:
     | text + label     | prompt, label          |
     | prompt + chosen + rejected | prompt, completion, rejected |
     | prompt + completion + label | prompt, completion, label |
-    | label alone, beside image, audio or video | label |
+    | label and image, audio or video, without text | label |
 
-    - unit: the key of the record's unit; "" while one record is made of its row alone
+    - unit: the key of the record's unit; "" where only the record's content is needed
     - media: the content of the file that the column image, audio or video names
     - place: where the row was read, which only the site's own screen shows; None where `unit` is ""
     - groups: of a held-out record, the index of its group on each axis of the plan; else ()
@@ -83,8 +83,8 @@ class Read:
     - filtered_in, withheld_in: for each file's name, how many of its rows data.filter left out, and
       how many are of patients who did not consent
     - names: the names of the columns that the files have
-    - undecoded: the sha256 of each image, recording or clip that was read and cannot be used, which
-      may be only this time"""
+    - undecoded: the sha256 of each image, recording or clip that was read and could not be used;
+      it may be usable at a later reading"""
 
     records: list[Record]
     failed: list[Failed]
@@ -111,7 +111,7 @@ class Read:
 
 
 def unit_member(unit: str) -> bytes:
-    """Return the identifier of a patient that the site's ledger stores as a hash. unit: the
+    """Return the identifier that stands for a patient; the site's ledger stores its hash. unit: the
     patient's key."""
     return b"unit\0" + unit.encode()
 
@@ -126,8 +126,8 @@ def content_of(record: Record) -> bytes:
 
 
 def record_member(record: Record) -> bytes:
-    """Return the identifier of a record's content that the site's ledger stores as a hash. It is
-    the same for equal records of two patients."""
+    """Return the identifier that stands for a record's content; the site's ledger stores its hash.
+    Equal records of two patients have the same identifier."""
     return b"record\0" + content_of(record)
 
 
@@ -152,10 +152,11 @@ def read_records(
       number, which would change when another row is added or removed)
     - labelled: whether a record must have a completion, a label or an assistant turn; public text,
       for example, need not
-    - strict: whether to raise the errors so marked below, for a person who can correct the file
+    - strict: whether to raise the errors marked "if strict" below too, for a person who can correct
+      the file
 
     Errors: DataError as in `files.rows`, and if the unit is "patient" and no patient column is
-    named; if strict also if the file has no record. ConfigError as in `source_of`.
+    named; if strict, also if the file has no record. ConfigError as in `source_of`.
     Guarantee: if not strict, a record is made of its own row alone, or, with data.convert, of the
     rows of its unit alone."""
     read = read_file(file, unit=unit, labelled=labelled, strict=strict)
@@ -204,7 +205,7 @@ def read_file(
             reading.decode(decoder)
     if not count and strict:
         raise DataError(
-            f"{file.where}: the file has no records", "at least 2", f"check {table}.path"
+            f"{file.where}: the file has no records", "at least 2 records", f"check {table}.path"
         )
     undecoded = frozenset(reading.undecoded)
     return Read(reading.records, reading.failed, count, filtered_in, withheld_in, names, undecoded)
@@ -346,8 +347,9 @@ class _Reading:
         return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
 
     def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
-        """Return a function that says of a converted row whether the image, recording or clip that
-        it names is also named in one of `rows`, the unit's own; true if it names none."""
+        """Return a function that takes a row which a conversion made. It returns false if that row
+        names an image, recording or clip whose name is in no cell of `rows`, the unit's rows before
+        the conversion; else it returns true."""
         column = self._columns.media
         own = {value for row in rows for value in row.values() if isinstance(value, str)}
 
@@ -360,9 +362,9 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _RowReader:
-    """A function that makes a record of each row of a list, from that row alone. It returns a list
-    with the record or, if the row is rejected, the reason (a str). The records' unit and place are
-    not set."""
+    """A function that takes a list of rows and makes a record of each, from that row alone. It
+    returns a list that holds for each row the record or, if the row is rejected, the reason (a
+    str). The records' unit and place are not set."""
 
     columns: Columns
     labelled: bool
@@ -450,8 +452,8 @@ def _take_converted(
 
 def find_kept_values(file: DataFile) -> Mapping[str, tuple[str, ...]]:
     """Return the values by which rows are filtered, as a dict: column -> the values of which a row
-    must have one. For a column that data.filter does not name, they are those that the source
-    itself requires (`Collection.kept`)."""
+    must have one. They are the values in data.filter and, for columns that data.filter does not
+    name, the values that the source itself requires (`Collection.kept`)."""
     if not isinstance(file, SiteData):
         return {}
     source = source_of(file)
@@ -469,9 +471,10 @@ def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Plac
 
 
 def source_of(file: DataFile) -> Source | None:
-    """Return the source that reads a file: for a site's file the one that site.toml names, or None
-    if the file's suffix decides. For a public file the dialect of a CSV is guessed from its
-    content. That of a site's CSV never is, since one row would then affect how others are read.
+    """Return the source that reads a file: for a site's file the source that site.toml names, or
+    None if the file's suffix decides. For a public CSV file the delimiter and the encoding are
+    guessed from its content. For a site's CSV file they never are, since one row would then affect
+    how others are read.
 
     Errors: ConfigError if the source is not installed, does not have the options, or has a patient
     column that data.columns.patient does not name."""
@@ -484,16 +487,16 @@ def source_of(file: DataFile) -> Source | None:
         table = table_of(file)
         raise ConfigError(
             f"{table}.source = {file.source!r} has a patient column, and "
-            f"{table}.columns.patient is not set, so that a patient's records would "
-            "not be protected together",
+            f"{table}.columns.patient does not name it, so that a patient's records "
+            "would not be protected together",
             f'{table}.columns.patient = "{source.patient}"',
         )
     return source
 
 
 def keys_of(file: DataFile) -> dict[str, str]:
-    """Return the columns that a file must have, as a dict: the configuration key that names the
-    column, such as "data.columns.text" -> the column."""
+    """Return the columns that a file must have, as a dict: a configuration key, such as
+    "data.columns.text" -> the column that the key names."""
     table, named = table_of(file), file.columns.model_dump()
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     if isinstance(file, SiteData) and file.convert:  # the files need not have the others
@@ -562,8 +565,9 @@ def _truth(value: object) -> str:
 
 def _messages(value: object, labelled: bool) -> Messages:
     """Return the chat messages in a cell, each as (role, content). value: a list of messages, or
-    its JSON text. Errors: Rejected unless a user's message comes first, after at most one system
-    message, and, if labelled, there is an assistant's message."""
+    its JSON text. Errors: Rejected if `value` is no such list or is empty, if the first message
+    after at most one system message is not a user's, if a later message is neither a user's nor an
+    assistant's, or if `labelled` is true and no message is an assistant's."""
     if isinstance(value, str):  # a CSV cell, or a Parquet string column
         try:
             value = json.loads(value)

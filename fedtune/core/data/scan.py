@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedtune.data")
 PROGRAM = "fedtune.core.data.scan_process"
 CPU_SECONDS = 120  # processor time for all texts of a unit: some 2,000 notes of 2,000 characters
-WAITING = 1200.0  # seconds, for a child that waits in vain, or a machine that is very busy
+WAITING = 1200.0  # seconds that a child may live: it may wait in vain, or the machine may be busy
 ANSWER = 16 * 2**20  # most bytes of the findings in one text
 
 FOUND = "an identifier was found"  # the reason of a record that is left out
-TOO_LONG = "too long to scan"  # the reason of a record that `check_length` rejects
+TOO_LONG = "too long to scan"  # the reason of a record for which `is_too_long` is true
 UNSCANNED = "cannot be scanned"  # the reason of each record of a unit whose child failed
-MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
-# Characters without white space: spaCy takes them apart in a time that grows with their square.
+MOST = 50_000  # most characters of a record's texts: the scan's time grows faster than their length
+# Most characters without white space: spaCy splits them in a time that grows with their square.
 WORD = 200
 _LONG_WORD = re.compile(rf"\S{{{WORD + 1}}}")
 
@@ -59,8 +59,8 @@ class Scanner:
 
     Except on Linux with an x86-64 or 64-bit ARM processor, texts are scanned in this process,
     without limits of time or memory, and a warning says so. Errors, before a text is scanned:
-    ModelError if the extra is not installed or the model cannot be fetched; InfrastructureError if
-    the cache folder cannot be written or Linux refuses to confine a child."""
+    ModelError if fedtune[scan] is not installed or the model cannot be fetched; InfrastructureError
+    if the cache folder cannot be written or Linux refuses to confine a child."""
 
     def __init__(
         self, kinds: Sequence[Kind] = tuple(KINDS), threshold: float = 0.35, declared_size: int = 0
@@ -104,9 +104,10 @@ class Scanner:
         self._open.__exit__(kind, error, traceback)
 
     def __call__(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """Return, for each text, the identifiers in it of this scanner's kinds and at least its
-        threshold; of those that overlap, all. texts: those of one unit. Errors: ChildFailed if the
-        unit's child fails, is too slow or gives too long an answer."""
+        """Return, for each text, the identifiers in it that are of this scanner's kinds and have a
+        score of at least its threshold. If some overlap, all of them are returned. texts: those of
+        one unit. Errors: ChildFailed if the unit's child fails, is too slow or gives too long an
+        answer."""
         return [
             [f for f in found if f.kind in self._kinds and f.score >= self._threshold]
             for found in self._find(texts)
@@ -161,7 +162,7 @@ class RecordScan:
     | case                  | what becomes of a record                                        |
     |-----------------------|-----------------------------------------------------------------|
     | redact is True        | it is returned with its identifiers replaced by their kinds     |
-    | redact is False       | it is returned as it is, or, with an identifier, FOUND          |
+    | redact is False       | it is returned as it is; FOUND if an identifier was found in it |
     | it is too long        | TOO_LONG                                                        |
     | the unit's scan fails | UNSCANNED, in place of each record that is not too long         |
     """

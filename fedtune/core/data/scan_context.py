@@ -1,10 +1,10 @@
 """Look for words near an identifier that make it more certain, in bounded time.
 
 presidio raises the score of what its recognisers of numbers find if a word such as "ssn" is among
-the last words before it. It looks for the place of each find among all tokens of the text, and then
-for words through all that precede it, each time in a list of all words of the text. In a text made
-for that, such as "::" thousands of times, this takes hours. `NearContext` finds the place by
-bisection, looks at NEAR tokens at most, and asks a set.
+the last words before it. For each find it searches all tokens of the text for the find's place, and
+then goes back through the tokens before it, and looks up each in a list of all words of the text.
+In a text made for that, such as "::" thousands of times, this takes hours. `NearContext` finds the
+place by bisection, goes back at most NEAR tokens, and looks words up in a set.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from presidio_analyzer import EntityRecognizer, RecognizerResult
     from presidio_analyzer.nlp_engine import NlpArtifacts
 
-NEAR = 50  # tokens before and after an identifier, of which presidio takes the nearest five words
+NEAR = 50  # tokens before and after an identifier, from which presidio takes the five nearest words
 
 
 class NearContext(LemmaContextAwareEnhancer):
-    """presidio's enhancer, with the same results where the words that it takes are among the NEAR
-    tokens before an identifier."""
+    """Raises scores as presidio's enhancer does. The results differ only where presidio would take
+    a word that is more than NEAR tokens away from an identifier."""
 
     def enhance_using_context(
         self,
@@ -34,8 +34,8 @@ class NearContext(LemmaContextAwareEnhancer):
         recognizers: list[EntityRecognizer],
         context: list[str] | None = None,
     ) -> list[RecognizerResult]:
-        """Return `raw_results` with the scores raised of those that have a supporting word near
-        them. Arguments: as presidio's enhancer takes them."""
+        """Return `raw_results`, in which the score of each identifier that has a supporting word
+        near it is raised. Arguments: as presidio's enhancer takes them."""
         known: Any = copy.copy(nlp_artifacts)
         known.keywords = frozenset(known.keywords)  # it is asked for each token near each result
         found: list[RecognizerResult] = super().enhance_using_context(

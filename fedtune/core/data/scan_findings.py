@@ -24,13 +24,14 @@ class Finding(NamedTuple):
 
 
 def pack(findings: Sequence[Finding]) -> bytes:
-    """Write findings as JSON, in which a child process answers."""
+    """Return findings as JSON, the form in which a child process sends them."""
     return json.dumps(findings).encode()
 
 
 def unpack(answer: bytes, length: int) -> list[Finding]:
-    """Read what `pack` wrote. answer: bytes that are not trusted; length: characters of the text
-    that was scanned. Errors: ValueError if these are no findings in such a text."""
+    """Return the findings that `pack` wrote as JSON. answer: that JSON, from a process that is not
+    trusted; length: the number of characters of the scanned text. Errors: ValueError if `answer`
+    is no JSON, or if what it holds cannot be findings in such a text."""
     given = json.loads(answer)
     if not isinstance(given, list):
         raise ValueError("no list of findings")

@@ -44,7 +44,8 @@ def _scan(analyser: AnalyzerEngine, given: bytes) -> bytes:
 
 
 def _take_no_time() -> None:
-    """Let presidio measure no time: it does for each pattern, and a child may not learn it."""
+    """Keep presidio from asking for the time, which it does for each pattern: a child may not learn
+    the time."""
     from presidio_analyzer import pattern_recognizer
 
     timed: Any = pattern_recognizer

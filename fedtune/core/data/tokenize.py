@@ -20,10 +20,10 @@ from fedtune.core.objectives._interface import RecordFormat
 Segment = tuple[str, bool]  # text, whether its tokens are targets
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
 USUAL = 4  # characters that count as one token in text that is not tokenised
-CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
+CHARS = 40  # most characters of a text that are tokenised, for each token of max_length
 BLOCK = 16  # messages that are rendered together again and again, to find where each answer lies
-ALTERED = "turns altered by the chat template"  # the reason of such a conversation
-BEFORE = 256  # characters before a segment of a conversation with which it is tokenised
+ALTERED = "turns altered by the chat template"  # why such a conversation is rejected
+BEFORE = 256  # how many characters before a segment of a conversation are tokenised with it
 
 
 class Tokenised(NamedTuple):
@@ -47,7 +47,8 @@ def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Return the token ids of a prompt as they stand before its completion in training. They may be
-    more than objective.max_length."""
+    more than objective.max_length. Of the prompt in its template only the first
+    CHARS · max_length characters are read."""
     text = _in_template(prompt, objective)[: CHARS * objective.max_length]
     return [*_start(tokenizer), *_encode(text, tokenizer)]
 
@@ -105,21 +106,22 @@ def _tokenise(
     - tokenizer: the base's tokenizer
     - record_format: "label": a text to classify; "preference": an answer and a worse one;
       "unpaired_preference": an answer whose label is its judgement; else "text"
-    - labelled: whether a record that has nothing to predict is rejected, and so is a text to
-      classify with a label that is not in objective.labels
+    - labelled: whether to reject a record that has nothing to predict, and a text to classify whose
+      label is not in objective.labels
     - starts: whether a text to classify begins with the base's start tokens already
     - lead: text that the base puts in front of the record's own text; it is never cut
     - choices: further answers to the same prompt; if the prompt is cut, it must leave room for each
 
     Guarantee: the result depends on this record and on public values alone.
-    | a record that is too long       | by overflow = "truncate"                                |
+    | a record that is too long       | what overflow = "truncate" does                         |
     |---------------------------------|---------------------------------------------------------|
     | a prompt and its answer         | the start of the record's own prompt is left out        |
     | a conversation                  | as many exchanges stay as fit; if the first does not,   |
     |                                 | the start of its user's text is left out                |
     | plain text, a text to classify  | the end is left out                                     |
-    | an answer that does not fit     | Rejected                                                |
-    "reject" rejects each of these, and "truncate_answer" leaves out the end of each.
+    | an answer that does not fit     | the record is rejected                                  |
+    With overflow = "reject" a record that is too long is rejected, whatever it is; with
+    "truncate_answer" its end is left out.
     Errors: Rejected."""
     if record_format == "label":
         return _classify(record, objective, tokenizer, labelled, starts)
@@ -272,8 +274,8 @@ def _classify(
     labelled: bool,
     starts: bool,
 ) -> Tokenised:
-    """Tokenise a text to classify. The tokenizer adds its special tokens, which truncation keeps,
-    unless `starts` is true. White space around a label does not count. No token is a target.
+    """Tokenise a text to classify. Unless `starts` is true, the tokenizer adds its special tokens,
+    which truncation keeps. White space around a label does not count. No token is a target.
 
     - record: the text is its prompt, or its completion if it has no prompt
     - objective: the plan's objective: labels, max_length and overflow
@@ -382,12 +384,13 @@ def _chat(
 
 
 def _first_messages(messages: Messages, max_length: int) -> tuple[Messages, bool]:
-    """Return the beginning of a conversation that is long enough for max_length tokens, and whether
-    it has all messages up to the last answer whole; if there is no answer, all messages.
+    """Return two values: the beginning of a conversation, which is long enough for max_length
+    tokens, and whether it holds every message up to the last answer uncut (in a conversation
+    without an answer: every message).
 
-    It has at most max_length + 1 messages, since each has at least one token. No message follows
-    once there are more than 4 · CHARS · max_length characters and an answer, and of each message at
-    most so many characters stay."""
+    The beginning has at most max_length + 1 messages, since each has at least one token. Once it
+    has an answer and more than 4 · CHARS · max_length characters, no message follows. Of each
+    message at most 4 · CHARS · max_length characters stay."""
     limit = 4 * CHARS * max_length
     answers = [at for at, (role, _) in enumerate(messages, 1) if role == "assistant"]
     first, last = (answers[0], answers[-1]) if answers else (0, len(messages))
@@ -472,12 +475,12 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> I
     since a model never generates them.
 
     Where an answer lies is found by rendering the messages up to it. So that the work grows with
-    the number of messages and not with its square, this is done in blocks of BLOCK messages. Before
-    the messages of a later block stands one short exchange in place of all that precede them, and
-    what is rendered must be the text of the whole conversation at that place.
+    the number of messages and not with its square, this is done in blocks of BLOCK messages. When a
+    later block is rendered, one short exchange stands in place of all messages before the block.
+    The text of the block must be the same as in the whole conversation.
 
     Errors: Rejected if the template refuses the messages, if it alters a message when others
-    follow, or if it writes one otherwise after a longer conversation."""
+    follow, or if it writes a message differently after a longer conversation."""
     full = _render(turns, tokenizer)
     if not any(turn["role"] == "assistant" for turn in turns):
         yield full, False
@@ -535,8 +538,8 @@ class _Block:
 
 
 def _rfind(text: str, part: str) -> int:
-    """Return what `text.rfind(part)` does. `rfind` takes time by the product of both lengths, and
-    `find` by their sum."""
+    """Return what `text.rfind(part)` returns. The time that `rfind` takes may grow with the product
+    of both lengths; here it grows with their sum."""
     at = text[::-1].find(part[::-1])
     return -1 if at < 0 else len(text) - at - len(part)
 
@@ -582,7 +585,8 @@ def _join_segments(
     - tokenizer: the base's tokenizer, which adds no special tokens here
     - continued: whether each segment is tokenised as a continuation of the BEFORE characters before
       it, which is needed for tokenizers that put a space in front of a text. If a segment's first
-      characters change the tokens before it, this and all later ones are tokenised by themselves"""
+      characters change the tokens before it, this segment and all later ones are tokenised by
+      themselves"""
     ids = list(start)
     hits = [False] * len(start)
     before, read = "", 0  # the last characters that were read, and the number of all of them

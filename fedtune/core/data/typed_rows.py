@@ -44,7 +44,7 @@ def returned_bytes(rows: object) -> bytes:
     """Encode the rows that a conversion returned, to be sent back to the vault. Errors: TypeError
     or ValueError if they are not a list of rows of plain values, or are too long."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise TypeError("a conversion returns a list of dicts")
+        raise TypeError("a conversion must return a list of dicts")
     content = json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
     if len(content) > BYTES:
         raise ValueError("the rows that the conversion returned are too long")
@@ -60,9 +60,9 @@ def returned_rows(content: bytes) -> list[Row]:
     try:
         found = json.loads(content.decode(), parse_constant=_refuse)
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("the rows that the conversion returned are nested too deep") from None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise ValueError("not a list of rows")
+        raise ValueError("a conversion must return a list of dicts")
     waiting: list[object] = list(found)
     while waiting:
         value = waiting.pop()
@@ -89,4 +89,4 @@ def _with_bytes(found: Row) -> object:
 
 
 def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is no value")
+    raise ValueError(f"the conversion returned {constant}, which is no finite number")

@@ -15,8 +15,8 @@ def one_unit(path: Path | str, unit: str) -> DataError:
     """Return the error for a dataset whose usable records all belong to one unit. path: where the
     records are, as messages name it; unit: "record" or "patient"."""
     return DataError(
-        f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
-        "on",
+        f"{path}: all usable records belong to one {unit}, and one {unit} alone can be neither "
+        "protected nor trained on",
         f"at least 2 {unit}s",
         "add records, or check data.columns.patient",
     )
@@ -37,7 +37,7 @@ def nothing_left(
         key = "data.consent" if read.withheld else "data.filter"
         return DataError(
             f"{path}: {key} leaves none of {read.filtered + read.withheld} rows",
-            "rows with its values",
+            f"rows that {key} admits",
             f"compare {key} with the column; `fedtune data report` counts what is left out",
         )
     if set(rejected) == {"unknown label"}:
@@ -51,4 +51,6 @@ def nothing_left(
     if rejected["too long"] or rejected["answer too long"]:
         todo = 'raise objective.max_length, or set objective.overflow = "truncate"'
         todo = todo if rejected["too long"] else "raise objective.max_length"
-    return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
+    return DataError(
+        f"{path}: all records are rejected ({counts})", "at least 2 usable records", todo
+    )

@@ -92,8 +92,8 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
 
 
 def _first(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield the items: at most PACKETS, and one after them, which is the empty packet at the end.
-    Errors: Rejected if there are more."""
+    """Yield packets or frames, at most PACKETS + 1 of them: after a clip's last packet comes one
+    that is empty. Errors: Rejected if there are more."""
     for number, item in enumerate(items):
         if number > PACKETS:  # the empty one asks the decoder for the frames it still holds
             raise Rejected(LONG)
@@ -125,7 +125,7 @@ def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
 
 def _demuxer(body: bytes) -> str:
     """Return the name of the FFmpeg demuxer that reads a file, chosen by the file's first bytes.
-    Errors: Rejected if it is none of the known ones."""
+    Errors: Rejected if they are those of no known format."""
     if body[4:8] == b"ftyp":
         return "mov"
     if body[:4] == b"\x1a\x45\xdf\xa3":

@@ -24,8 +24,9 @@ _INTERVAL = 1e-4
 _POINTS = 2**18
 _MIXTURE_POINTS = 5_000
 MOST = 10**8  # steps, or thousandths of σ, that a search covers
-# A search for σ or a number of steps: the least ratio of an ε to the target that is told from 0, by
-# how much the logarithm of n changes at most, and after how many trials the rest is halved instead.
+# For a search for n, which is σ in thousandths or a number of steps: the least ratio of an ε to the
+# target that is told from 0; the most by which log n changes in one trial; and the number of trials
+# after which the search halves what is left.
 _LEAST, _FURTHEST, _TRIALS = 1e-12, math.log(4), 8
 _TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard deviations
 
@@ -157,8 +158,8 @@ def _first(
     """Find the smallest n from 1 to `most` at which the cost crosses `target`: cost(n) ≤ target
     if costs fall with n, cost(n) > target if they rise. None if there is none.
 
-    Each cost takes up to a second, so the next n is where a power of n through the last two costs
-    meets the target; bisection would compute two to three times as many.
+    Each cost takes up to a second to compute. So the next n is where a power law through the last
+    two costs meets the target; bisection would compute two to three times as many costs.
 
     - cost: ε as a function of n, which falls or rises with n
     - target: the ε that is searched for

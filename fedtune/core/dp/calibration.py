@@ -12,7 +12,7 @@ from fedtune.core.errors import ConfigError
 class Calibration(NamedTuple):
     sampling_rate: float  # q
     noise_multiplier: float  # σ, in multiples of the sensitivity
-    rounds: int  # of a study without a last one: the most that one unit takes part in
+    rounds: int  # in a study without a last round: the most in which one unit takes part
 
 
 def sampling_rate(study: Study, declared_size: int) -> float:

@@ -19,7 +19,8 @@ Mode = Literal["flat", "normalised"]
 # Room for the rounding of the fp64 norm itself, so that ≤ C holds strictly: a pairwise fp64 sum
 # over d ≤ 10⁹ squares errs by less than 10⁻¹⁴ relative.
 _SLACK = 1.0 - 1e-12
-LEAST_NORM = 1e-150  # of a row that counts: below any grid, and its inverse is far from overflowing
+# A row with a smaller norm counts as zero. This is below any grid, and its inverse cannot overflow.
+LEAST_NORM = 1e-150
 # Columns converted to fp64 at once, by kind of device and not by the number of rows: a row's norm
 # adds up over its blocks, and in other blocks it would round differently.
 _COLUMNS = {"cpu": 2**12}  # as many as stay in the processor's cache with 64 rows
@@ -31,8 +32,8 @@ class Chunk:
     """The gradients of some of the rows that were drawn for a step.
 
     - rows: the index of each of these rows, in the chunk's order
-    - parts: for each trained tensor, in the update's order, the gradients of these rows:
-      (len(rows), its size), fp32 or fp64"""
+    - parts: for each trained tensor, in the update's order, the gradients of these rows, fp32 or
+      fp64 (len(rows), the tensor's size)"""
 
     rows: Sequence[int]
     parts: Sequence[torch.Tensor]
@@ -73,8 +74,8 @@ def scales(
     """Return the factor by which each row must be multiplied to be clipped, fp64 (rows,). A row
     times its factor has an L2 norm, over all `parts`, of at most `max_grad_norm`.
 
-    - parts: the rows' gradients, for each trained tensor (rows, its size), fp32 or fp64; they are
-      not changed
+    - parts: for each trained tensor the rows' gradients, fp32 or fp64 (rows, the tensor's size);
+      they are not changed
     - max_grad_norm: C, the bound on a row's norm
     - mode: how the factor follows from the norm, "flat" or "normalised", see below
     - gamma: γ of "normalised"; "flat" does not read it

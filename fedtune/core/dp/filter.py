@@ -6,16 +6,18 @@ chosen from earlier results (Smith & Thakurta 2022). Sampled steps have no such 
 step is among others, all steps are bounded by their Rényi divergence, or by what they would cost if
 none sampled, whichever is less.
 
-ρ_i(α) is the Rényi divergence of event i at the order α. Why one order, and why before any result:
-a filter adds up ρ_i(α), where event i may have been chosen because of earlier outputs, and the sum
-is a bound only if α is a constant of the proof. The supermartingale behind it, E[exp((α − 1) ·
-(loss so far − ρ so far))] ≤ 1, is one statement for each α; it holds at whichever stopping point
-the outputs lead to, for the α that was written down first. An accountant for fixed events may take
-the best of many orders at the end; here that order would itself depend on private outputs, and none
-of the statements covers the minimum of the bounds. So one order is fixed when a dataset is first
-charged, and kept for its life. It follows from the site's ceiling and δ alone. If it followed from
-the first plan, a coordinator could choose a plan of almost no ε whose order makes every later study
-expensive, and one membership of a hospital could tell from its own ε what another had planned.
+ρ_i(α) is the Rényi divergence of event i at the order α. A filter adds up ρ_i(α) over all events i,
+each of which may have been chosen because of earlier outputs. The sum is a bound only if α is a
+constant of the proof, which rests on a supermartingale: E[exp((α − 1) · (loss so far − ρ so far))]
+≤ 1. This is a separate statement for each α. For an α that was written down first, it holds at
+whichever stopping point the outputs lead to. An accountant for fixed events may take the best of
+many orders at the end. A filter may not: the best order would itself depend on private outputs, and
+none of the statements covers the minimum of the bounds.
+
+So one order is fixed when a dataset is first charged, and kept for the dataset's life. It follows
+from the site's ceiling and δ alone. If it followed from the first plan, a coordinator could choose
+a plan of almost no ε whose order makes every later study expensive, and one membership of a
+hospital could tell from its own ε what another had planned.
 
 Orders are > 1. ρ_i is in nats and is added up over all events; their sum is converted to ε once.
 Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter" (here without
@@ -92,9 +94,9 @@ def rdp(events: Iterable[Steps], order: float) -> float:
 @lru_cache(maxsize=65536)
 def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) -> float:
     """Return the Rényi divergence at `order`, in nats, of one step with q < 1. If the integral
-    would take too long, because σ is far below k, return that of a step which takes all k rows.
-    This is an upper bound, since the Rényi divergence is quasi-convex (van Erven & Harremoës 2014,
-    theorem 13).
+    would take too long, because σ is far below k, return the divergence of a step that takes all k
+    rows. This is an upper bound, since the Rényi divergence is quasi-convex (van Erven & Harremoës
+    2014, theorem 13).
 
     - sigma: the noise multiplier, in multiples of C
     - rate: q, the probability with which a row is drawn
@@ -161,7 +163,7 @@ def filtered_epsilon(events: Iterable[Steps], order: float, delta: float) -> flo
     """Compute ε at `delta` of `events`, each of which may depend on the results of earlier ones.
     Without events it is 0.0. order: the Rényi order of the filter.
 
-    Guarantee: if every event is refused that would take this ε past a ceiling E, all that is
+    Guarantee: if every event that would take this ε past a ceiling E is refused, all that is
     released is (E, delta)-DP, provided that `order` was fixed before the first result."""
     return epsilon_of(rdp(events, order), order, delta)
 
@@ -206,10 +208,11 @@ def total_epsilon(
         as without sampling. Where no step samples, this is exact;
     (c) all charges go through the Rényi filter, at the order that was fixed.
     The smallest ε counts. Why this is a bound: the ε of each filter only grows with further
-    charges. So a transcript whose last total is below E by one of them was below E by that one from
-    its first charge on, and all such transcripts together have P ≤ e^E Q + its δ. No result
-    influenced the first step. If it does not sample, (a) is a case of (b), and (b) and (c) have
-    `delta` each; else (a) has `delta`, (c) RENYI · `delta`, and (b) the rest: 2 · `delta` in all.
+    charges. So if a transcript ends below E by one filter, it was below E by the same filter at
+    every charge. For each filter, all transcripts of this kind together have P ≤ e^E Q + the
+    filter's δ. No result influenced the first step. If the first step does not sample, (a) is a
+    case of (b), and (b) and (c) have `delta` each. Else (a) has `delta`, (c) RENYI · `delta`, and
+    (b) the rest. Both give 2 · `delta` in all.
 
     | events                           | ε |
     |----------------------------------|---|

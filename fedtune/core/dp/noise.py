@@ -48,7 +48,10 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
 
     scale = std / grid if std > 0 and grid > 0 else math.nan
     if not (math.isfinite(std) and math.isfinite(grid) and 0 < scale < 2.0**59):
-        raise ValueError("noise needs a positive standard deviation and grid")
+        raise ValueError(
+            "noise needs a standard deviation and a grid that are positive and finite, and a "
+            "standard deviation of less than 2⁵⁹ grid steps"
+        )
     noise = np.empty(dimension, dtype=np.int64)
     starts = range(0, dimension, 2 * _BLOCK)
     pairs = [min(_BLOCK, (dimension - start + 1) // 2) for start in starts]

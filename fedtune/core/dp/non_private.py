@@ -1,8 +1,8 @@
 """The steps of a study without privacy (`privacy = "off"`). They are NOT PRIVATE: there is neither
 noise nor accounting.
 
-Such a step serves to measure the cost of privacy. Every output marks it, and the default policy
-refuses it."""
+Such a study serves to measure what privacy costs. Every output of the study says that it is not
+private, and a site's default policy refuses the study."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from fedtune.core.dp.steplog import StepLog
 
 @dataclass(frozen=True)
 class NonPrivatePlan:
-    """The plan of a site in a study without privacy. A step gives the mean of the rows' gradients.
-    If the study has a [clipping] table, they are clipped as in a private study.
+    """The plan of a site in a study without privacy. A step gives the sum of the drawn rows'
+    gradients, divided by the expected number of rows. If the study has a [clipping] table, the
+    gradients are clipped as in a private study.
 
     - sampling_rate: q, the probability with which each row is drawn for a step
     - divisor: the number by which a sum is divided, q · declared size
@@ -33,8 +34,8 @@ class NonPrivatePlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Draw rows, and return the mean of their gradients without noise, fp32 (dimension,). No
-        guarantee.
+        """Draw rows, and return the sum of their gradients, divided by `divisor`, without noise,
+        fp32 (dimension,). No guarantee.
 
         - n_rows: the number of rows, each drawn with probability sampling_rate
         - dimension: the number of coordinates of a row's gradient

@@ -68,14 +68,16 @@ class DpPlan:
     - noise_multiplier: σ in multiples of C
     - max_grad_norm: C, the bound on one row
     - clipping, gamma: how a row is clipped (`clip.scales`)
-    - rounds, local_steps: the number of rounds, and of steps in each; `steps`: of all together
+    - rounds, local_steps: the number of rounds, and of the steps in each round; `steps`: of all
+      steps together
     - delta: δ of the whole study
     - divisor: the constant expected batch q · k · declared size, never the true count
     - records: k, the most rows of one unit (1 where units are drawn)
-    - lifetime: in a study without a last round, the ε that no unit exceeds; rounds and steps are
-      then the most in which one unit takes part. Else None
-    - sites, colluding: n and t of secure aggregation. This site then adds noise of σ/√(n - t); σ
-      and ε are those of the sum that is opened, to which n - t honest sites added noise
+    - lifetime: in a study without a last round, the ε that no unit exceeds; `rounds` and `steps`
+      are then the most in which one unit takes part. Else None
+    - sites, colluding: n and t of secure aggregation; without it 1 and 0. This site adds noise of
+      σ/√(n - t); σ and ε are those of the sum that is opened, to which n - t honest sites added
+      noise
 
     Guarantee, for adding or removing one unit: each call of `step` is a Gaussian mechanism on the
     clipped sum. A unit has k rows in it, each drawn with probability q: for k = 1 this is the
@@ -317,7 +319,7 @@ class SitePlan:
         except BaseException as error:
             if not is_fault(error):
                 raise
-            _log.error("rows were not summed together (%s): each is now alone", describe(error))
+            _log.error("rows could not be summed together (%s); now one by one", describe(error))
             self._free_after(error)
         added = torch.zeros(dimension, dtype=torch.int64)
         for row in rows:

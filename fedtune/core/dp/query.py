@@ -1,11 +1,12 @@
 """Answer a query: compute a noised sum of the model's scores on held-out records.
 
-A unit's row is the pair (mean score, 1) over its records. A record's score is in [0, 1]: the
-geometric mean of its targets' probabilities, or the probability of its label (both are exp of minus
-the loss), or 1 if its label is the likeliest and else 0. Two sums leave the site: Σ score and Σ 1.
-If the plan names classes or groups, a further pair follows for each class or group: the part of
-that pair which the unit's records in it contribute. The sums go through the same step as in
-training, so that sampler, clip, noise, grid, log and accountant are the same.
+A record's score is in [0, 1]: the geometric mean of its targets' probabilities, or the probability
+of its label (both are exp of minus the loss), or 1 if its label is the likeliest and else 0. A
+unit's row is the pair (mean score of its records, 1). If the plan names classes or groups, the row
+has a further pair for each class and group: the part of the first pair that the unit's records in
+this class or group contribute. What leaves the site is the noised sum of all rows, (Σ score, Σ 1)
+for each pair. It is computed by the same step as in training, so that sampler, clip, noise, grid,
+log and accountant are the same.
 
 Guarantee: a row is clipped to C = √(2 · axes), where an axis is the whole, the classes, or one
 column of groups. A row that is built as above is never longer: on one axis the parts add up to at
@@ -16,7 +17,7 @@ before the answer exists.
 |-------------------------|--------------------------------------------------|
 | no units                | noise alone                                      |
 | a record's loss is NaN, or raises | its unit contributes nothing, not even to Σ 1 |
-| a record is in no class or group of an axis | nothing to that axis' pairs |
+| a record is in no class or group of an axis | the record adds nothing to this axis' pairs |
 | a loss is infinite      | score 0                                          |
 Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism)."""
 
@@ -59,7 +60,7 @@ def query_plan(study: Study) -> DpPlan:
 class Rows(Protocol):
     """The rows of a query, one for each unit. A row is only computed when it is asked for.
 
-    - dimension: how many numbers a row has, two for each cell
+    - dimension: how many numbers a row has: two for the whole, and two for each class and group
     - of_units: returns the rows of the units with these indices, fp64 (len(units), dimension)
     - wipe: overwrites what was computed"""
 

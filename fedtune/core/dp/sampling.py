@@ -8,8 +8,8 @@ import numpy as np
 
 
 def poisson(n_units: int, sampling_rate: float) -> list[int]:
-    """Return the indices that are drawn of 0..n_units-1, each independently with probability
-    `sampling_rate`.
+    """Draw each of the indices 0..n_units-1 independently with probability `sampling_rate`, and
+    return the drawn ones in ascending order.
 
     Guarantee: the sample is as secret as the noise. There is no seed, and nothing is logged.
     | case              | result                                            |

@@ -16,8 +16,8 @@ FINEST = 16  # the grid is at most 2⁻¹⁶ of a site's own noise
 SLACK = 0.005  # share of C that rounding to the grid may add to one row's norm
 TAIL = 8.5  # standard deviations of noise that a word leaves room for: all but 2 · 10⁻¹⁷
 WORDS = (32, 64)  # bits
-LARGEST = 2**34  # numbers of an adapter
-ROWS = 2  # times the declared size that a site may hold before a sum could wrap
+LARGEST = 2**34  # most numbers of an adapter
+ROWS = 2  # a sum cannot wrap while each site has at most this many times its declared size
 
 
 def own_sigma(sigma: float, shares: int) -> float:

@@ -26,22 +26,25 @@ class Step:
     max_grad_norm: float
     unit: str
     records: int = 1  # k: the most rows of one unit
-    membership: str = ""  # a hospital's membership; "" without a home, or before there was one
+    # Which of a hospital's memberships (its part in one consortium) ran the step; "" if the site
+    # did not share a ledger with other memberships of a hospital, or did not yet.
+    membership: str = ""
 
 
 class StepLog:
     """The step log of a site: a JSONL file of `Step`.
 
     Guarantee: a step's line is complete and on disk before the noised sum of that step exists
-    anywhere else, so a crash can only over-report what was spent. Bytes after the last newline,
-    left by a crash or a full disk, are no step: no step ran, and the next line replaces them.
+    anywhere else, so after a crash the log can only state more steps than were released, never
+    fewer. Bytes after the last newline, left by a crash or a full disk, are no step: no step ran,
+    and the next line replaces them.
 
     All steps of a round share one line, which is written before the first step. So a full disk lets
     no step of the round run, and the number of lines does not grow with the number of steps. Each
     attempt at a round (`begin_round`) has a line of its own.
 
-    membership: the hospital's membership that appends here. Each of its lines names it, since two
-    memberships may run the same plan.
+    membership: the hospital's membership in a consortium that appends to this log; "" if there is
+    none. Each line names its membership, since two memberships may run the same plan.
 
     Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
 
@@ -77,10 +80,10 @@ class StepLog:
         self._round, self._ahead = step, of_round - 1
 
     def join(self, other: Path) -> None:
-        """Append the lines of another step log to this one, as lines of this membership. A second
-        call with the same log, which may have grown, appends the missing lines only: it does so if
-        the lines that this membership has here are the first lines of `other`. If they are not, all
-        lines are appended.
+        """Append the lines of another step log to this one, as lines of this membership. If the
+        lines that this membership already has here are the first lines of `other`, only the lines
+        after them are appended; so after a second call with the same log, which may have grown, no
+        line is here twice. If they are not its first lines, all lines of `other` are appended.
         Errors: InfrastructureError."""
         lines = [self._named(line) for line in _whole_lines(other)]
         there = _whole_lines(self.path)
@@ -133,7 +136,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 def _check_count(count: object) -> int:
     if type(count) is not int or count < 1:
-        raise ValueError("the number of steps is not a number")
+        raise ValueError("a line's number of steps is not a whole number of at least 1")
     return count
 
 

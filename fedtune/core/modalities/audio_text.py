@@ -42,7 +42,7 @@ class Speech:
             raise Rejected("missing value")
         if record.prompt and objective.resolved.record_format != "label":
             raise Rejected("a speech base takes no prompt")
-        # Not `sound`, which takes long: as many records as one likes may name one recording.
+        # `length`, since `sound` takes long, and any number of records may name one recording.
         samples = length(record.media, self._rate)
         if samples > self._extractor.n_samples and objective.overflow == "reject":
             raise Rejected("audio too long")

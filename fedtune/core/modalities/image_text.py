@@ -62,8 +62,8 @@ class Images:
         return self.prepare(picture(media))
 
     def prepare(self, image: Image) -> torch.Tensor:
-        """Return an image as the tensor that the tower reads, (tiles, 4, height, width): three
-        colours, and a mask that is 0 on padding."""
+        """Return an image as the tensor that the tower (the base's image encoder) reads, fp32
+        (tiles, 4, height, width): three colours, and a mask that is 0 on padding."""
         pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"]
         return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
 
@@ -72,9 +72,9 @@ class Images:
         nothing; subclasses that do split override it."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate an image of random pixels. Its size is that of the image `like`; if that is
-        None, it is square, wide or high at random, so that generated images differ in their number
-        of tiles. draw: the source of the noise."""
+        """Generate an image of random pixels, of the size of the image `like`. If `like` is None,
+        the image is square, wide or high at random, so that generated images differ in their number
+        of tiles. draw: the source of the noise and of the shape."""
         from PIL import Image as pillow
 
         shapes = ((24, 24), (24, 72), (72, 24))
@@ -149,8 +149,8 @@ class Square(Images):
         self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
 
     def prepare(self, image: Image) -> torch.Tensor:
-        """Return an image's P patches as the tensor that the tower reads, (1, P, values of a
-        patch)."""
+        """Return an image's P patches as the tensor that the tower (the base's image encoder)
+        reads, fp32 (1, P, values of a patch)."""
         from PIL import ImageOps
 
         prepare = self._processor
@@ -180,9 +180,10 @@ class ImageText(Modality):
     """Reads an image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
 
     The image processor in the base's folder resizes and normalises an image and, if configured so,
-    splits it into tiles. For each tile the text holds a run of image tokens, which the network
-    replaces by the tile's projected tower states. For Qwen2-VL, which takes images of any size,
-    every image is padded to one square, so that the positions of the text do not depend on it."""
+    splits it into tiles. For each tile the text holds a run of image tokens. In their place the
+    network puts the tile's states from the tower (the base's image encoder), projected. For
+    Qwen2-VL, which takes images of any size, every image is scaled and padded to one square, so
+    that the positions of the text's tokens do not depend on the image."""
 
     kinds = ("image_text",)
 

@@ -41,13 +41,13 @@ class Clips:
         self._images.check(ids, tiles)
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Return a clip as the tensor that the tower reads, (FRAMES, 4, height, width): three
-        colours, and a mask that is 0 on padding."""
+        """Return a clip as the tensor that the tower (the base's image encoder) reads, fp32
+        (FRAMES, 4, height, width): three colours, and a mask that is 0 on padding."""
         return torch.cat([self._images.prepare(frame) for frame in clip(media)])
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a clip of random pixels, with the width and height of the clip `like`, or 24 by
-        24 if that is None. draw: the source of the noise."""
+        """Generate a clip of random pixels, with the width and height of the clip `like`; 24 by 24
+        pixels if `like` is None. draw: the source of the noise."""
         from PIL import Image as pillow
 
         width, height = (24, 24) if like is None else clip(like)[0].size
@@ -59,10 +59,10 @@ class Clips:
 class VideoText(Modality):
     """Reads a clip and a text about it, for Idefics3, SmolVLM and LLaVA. Experimental.
 
-    FRAMES frames, evenly spaced in time, are read as that many images. A head alone reads the
-    frames' tower states in order, projected to one vector; with adapters the language model reads
-    them in order. A study must name this modality in base.modality, else these bases read images.
-    """
+    FRAMES frames, evenly spaced in time, are read as that many images, each by the tower (the
+    base's image encoder). In a study with adapters the language model reads the tower's states of
+    the frames in order; if only a head is trained, it reads the same states, projected to one
+    vector. A study must name this modality in base.modality, else these bases read images."""
 
     kinds = ("image_text",)
 
@@ -70,7 +70,7 @@ class VideoText(Modality):
         images = ImageText().reader(base, tokenizer)
         if isinstance(images, Square):
             raise ModelError(
-                f"{base.name}: clips are not read by a base that gives positions two coordinates",
+                f"{base.name}: a base that gives each position two coordinates reads no clips",
                 "Idefics3, SmolVLM or LLaVA",
             )
         return Clips(images)

@@ -32,9 +32,9 @@ class Group(Generic[T]):
     - kind: the class that plug-ins extend
     - foreign: whether other distributions may provide plug-ins, as entry points of the group
 
-    The name of a plug-in of this release always means that one, never a foreign plug-in.
-    Guarantee: a foreign plug-in is imported only by `load` and `build`, and then only the one asked
-    for."""
+    If a foreign plug-in has the same name as a plug-in of this release, the name means the latter.
+    Guarantee: a foreign plug-in is imported only by `load` and `build`, and only if it is the one
+    that is asked for."""
 
     name: str
     key: str
@@ -43,8 +43,7 @@ class Group(Generic[T]):
     foreign: bool = True
 
     def release(self) -> list[str]:
-        """Return the names of this release's plug-ins. Neither they nor their package are imported
-        for it."""
+        """Return the names of this release's plug-ins, without importing them or their package."""
         package = importlib.util.find_spec(self.package)
         path = (package.submodule_search_locations if package else None) or []
         return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
@@ -89,14 +88,14 @@ class Group(Generic[T]):
         """Return the entry points of this kind that other distributions offer."""
         if not self.foreign:
             return ()
-        from importlib import metadata  # here: with `email` it takes a tenth of `fedtune --help`
+        from importlib import metadata  # here: it takes a tenth of the time of `fedtune --help`
 
         return tuple(metadata.entry_points(group=f"fedtune.{self.name}"))
 
     def _check_kind(self, name: str, value: str, plugin: object) -> type[T]:
         if not (isinstance(plugin, type) and issubclass(plugin, self.kind)):
             raise ConfigError(
-                f"{self.key} = {name!r}: {value} is none of the fedtune.{self.name}",
+                f"{self.key} = {name!r}: {value} is no plug-in of fedtune.{self.name}",
                 f"a class that extends {self.kind.__module__}.{self.kind.__qualname__}",
             )
         return plugin

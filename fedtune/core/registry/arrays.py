@@ -5,4 +5,4 @@
 CLASS_SUMS = "statistics.weight"
 CLASS_BASIS = "statistics.basis"
 CLASS_MEAN = "statistics.mean"
-MOST_DIRECTIONS = 4096  # k, of any plan
+MOST_DIRECTIONS = 4096  # the largest k that a plan may have

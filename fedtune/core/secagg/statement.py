@@ -18,8 +18,8 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 PURPOSE, SET = b"fedtune ready\0", b"fedtune set\0"
 LONGEST = 2_000  # characters of one statement
 MOST = 10_000  # sites of one set
-# Numbers that a site masks for sites that it has not pinned, all these sites together: 20 s of work
-# on one core (32-bit words, an Intel Xeon with AES). A coordinator can make up any number of them.
+# The most numbers that a site masks for all sites together that it has not pinned: 20 s of work on
+# one core (32-bit words, an Intel Xeon with AES). A coordinator can make up any number of sites.
 MOST_NUMBERS = 10**10
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY, _DIGEST = re.compile(r"[0-9a-f]{64}"), re.compile(r"sha256:[0-9a-f]{64}")
@@ -208,8 +208,8 @@ def check_set(
         raise StatementError("the set of ready sites holds a statement about another draw")
     if any(ready.noise != mine.noise for ready in statements):
         raise StatementError(
-            "a site of the set adds another noise than this one",
-            "the same at every site: it follows from the plan",
+            "a site of the set states another noise than this site adds",
+            "the same noise at every site, since it follows from the plan",
             "compare the releases of fedtune that the sites run",
         )
     for field, what in (("site", "name"), ("signing", "signing key"), ("masking", "masking key")):
@@ -235,7 +235,7 @@ def check_pinned(
     known = len({*signing} & {*pinned, own})
     if known < at_least:
         raise StatementError(
-            f"{known} of the {len({*signing})} sites are pinned here, itself included",
+            f"{known} of the {len({*signing})} sites are pinned here, this site included",
             f"at least strategy.min_sites = {at_least}",
             "compare the peers' fingerprints, then list their keys in policy.peers",
         )
@@ -254,8 +254,8 @@ def check_work(signing: Collection[str], own: str, pinned: Collection[str], numb
     others = len({*signing} - {*pinned, own})
     if others * numbers > MOST_NUMBERS:
         raise StatementError(
-            f"{others} of the sites are not among those that are pinned here, too many to mask "
-            f"{numbers:,} numbers for",
-            f"at most {MOST_NUMBERS // max(1, numbers):,} of them",
+            f"{others} of the sites are not among those that are pinned here: too many, since this "
+            f"site would have to mask {numbers:,} numbers for each of them",
+            f"at most {MOST_NUMBERS // max(1, numbers):,} such sites",
             "compare the peers' fingerprints, then list their keys in policy.peers",
         )

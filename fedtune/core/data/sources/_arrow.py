@@ -35,7 +35,7 @@ def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
     import pyarrow as pa
 
     for zone in set().union(*map(_zones, types)):
-        with suppress(Exception):  # of a zone that nobody knows, as for its cells
+        with suppress(Exception):  # the zone is unknown; its cells are rejected one by one
             pa.scalar(0, pa.timestamp("us", zone)).as_py()
     for name in ("pandas", "pytz", "pyarrow.pandas_compat", "pyarrow.vendored.version"):
         with suppress(ImportError):
@@ -126,9 +126,9 @@ def _check(column: pa.Array) -> None:
 
 def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
     """Check where each list of a column begins and ends, and then the column of all lists'
-    elements. of_nulls: the type of the column's lists, but with nulls as elements. As lists of this
-    type they are checked, since Arrow then looks at no element. Errors: pyarrow.ArrowInvalid;
-    DataError for elements of a type that is not read."""
+    elements. The lists are checked as if their type were `of_nulls`, the same type of list but with
+    nulls as elements, since Arrow then looks at no element. Errors: pyarrow.ArrowInvalid; DataError
+    for elements of a type that is not read."""
     import pyarrow as pa
 
     values = column.values
@@ -142,7 +142,7 @@ def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
 
 def _value(cell: pa.Scalar) -> Any:
     """Return a cell as a Python value, None if it is missing. If the cell cannot be read, an
-    exception of any type is raised; whether it is depends on this cell alone."""
+    exception of any type is raised; whether one is raised depends on this cell alone."""
     import pyarrow as pa
 
     if not cell.is_valid:

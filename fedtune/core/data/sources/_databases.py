@@ -29,7 +29,7 @@ BATCH = 1000  # rows
 EXACT = Context(prec=20_000)  # more digits than PostgreSQL's numeric has after its point
 CONNECT = 30  # seconds
 DIGITS = 400  # most digits of a number that is written out; DOUBLE has 309
-FLOAT, DECIMAL = "float", "decimal"  # a column's kind of number; "": each is written in one way
+FLOAT, DECIMAL = "float", "decimal"  # a column's kind of number; "": equal ones are equal texts
 DRIVERS = {"postgresql": "psycopg", "duckdb": "duckdb"}
 LOCKED = {  # settings of DuckDB with which it reads its file, and nothing else
     "enable_external_access": "false",
@@ -274,7 +274,7 @@ def _postgresql(url: str, password: str | None) -> Iterator[Database]:
         client_encoding="UTF8",
         **secret,
     ) as connection:
-        # The session too, should a statement end the transaction.
+        # The session may not write either, in case a statement ends the transaction.
         connection.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
         connection.commit()
         connection.read_only = True
@@ -346,4 +346,7 @@ def _codec(encoding: str) -> str:
     try:
         return codecs.lookup(re.sub("^win", "cp", name)).name
     except LookupError:
-        raise DataError(f"the database's encoding is {encoding}", "UTF8") from None
+        raise DataError(
+            f"the database's encoding is {encoding}, which Python does not know",
+            "UTF8, or another encoding that Python knows",
+        ) from None

@@ -13,11 +13,11 @@ from typing import ClassVar
 from fedtune.core.errors import DataError
 
 Row = dict[str, object]
-Keys = Mapping[str, str]  # a configuration key, "data.columns.text", to the column that it names
+Keys = Mapping[str, str]  # configuration key, such as "data.columns.text" -> the column's name
 
 CHARACTERS = 16 * 2**20  # most characters of one unit: at most 64 MiB, to leave memory for others
 SHOWN = 20  # column names in a message
-FEW = 5  # records of a file; in fewer, a key that half of them have may be a patient's name
+FEW = 5  # among fewer records than this, a key that half of them have may be a patient's name
 # Why a row cannot be used. No other words of a source are kept, since they may quote the row.
 REASONS = (
     *("not JSON", "not UTF-8", "NUL byte", "too long", "wrong type", "wrong column count"),
@@ -113,8 +113,9 @@ class Names:
         self.keys_met.update(row.keys())
 
     def require(self) -> None:
-        """Check that each column that study.toml or site.toml names is in at least one file.
-        Errors: DataError, for the first that is not."""
+        """Check that each column that study.toml or site.toml names is in at least one file. If no
+        column was found at all, as in an empty file, nothing is checked unless there are `hints`.
+        Errors: DataError, for the first column that is in no file."""
         present = self.headers | set(self.keys_met)
         absent = [(key, column) for key, column in self.keys.items() if column not in present]
         if not absent or not (present or self.hints):

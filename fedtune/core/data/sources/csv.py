@@ -30,7 +30,7 @@ class Csv(Source):
     """Reads CSV files: a first line of column names, then rows.
 
     - delimiter: the character between two cells
-    - encoding: one that `encoding_of` allows"""
+    - encoding: UTF-8, or an encoding of one byte for each character (`encoding_of`)"""
 
     suffixes = (".csv",)
 
@@ -41,7 +41,8 @@ class Csv(Source):
         encoding_of(self.encoding)
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
             raise ConfigError(
-                f"data.options.delimiter = {self.delimiter!r}", 'one character, such as ";"'
+                f"data.options.delimiter = {self.delimiter!r}",
+                'one character, such as ";", that is neither a double quote nor a line end',
             )
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
@@ -68,8 +69,8 @@ class Csv(Source):
             if not header:
                 return
             self._register(header, names)
-            # All rows are read before the first is yielded: after a broken quote none can be read,
-            # and one of those may withdraw consent.
+            # All rows are read before the first is yielded: after a broken quote no row can be
+            # read, and one of the unread rows may withdraw consent.
             for number, cells in list(lines):
                 names.row = number
                 reason = find_unclean("".join(cells))
@@ -94,7 +95,7 @@ class Csv(Source):
                     names.shown = [name for name in names.shown if name != header[0]] + parts
                 toml = "\\t" if mark == "\t" else mark
                 names.suspect(
-                    f'the cells seem to be separated by {word}: in [data] source = "csv" and '
+                    f'the cells seem to be separated by {word}: set in [data] source = "csv" and '
                     f'options = {{ delimiter = "{toml}" }}'
                 )
         for key, column in names.keys.items():
@@ -117,9 +118,9 @@ class Csv(Source):
             raise NotWellFormed(
                 f"{where}: not well-formed CSV at line {reader.line_num}",
                 "fields with a quote, comma or newline in double quotes, and quotes inside doubled",
-                "export the file again, or use .jsonl; where another character than "
-                f'{self.delimiter!r} separates the cells, in [data] source = "csv" and options = '
-                '{ delimiter = ";" }',
+                "export the file again, or use .jsonl; if another character than "
+                f"{self.delimiter!r} separates the cells, name it in [data], as in: "
+                'source = "csv", options = { delimiter = ";" }',
             ) from None
 
 

@@ -29,7 +29,7 @@ Key = tuple[str, str]  # a patient, and the id of a resource that is that patien
 
 
 # Most characters of a text that all documents of an encounter, or of a patient, have in common:
-# each of them is a row of its own with this text, and all rows are read before a charge.
+# each document becomes a row with this text, and all rows are read before the ledger is charged.
 SHARED = 100_000
 
 
@@ -39,15 +39,17 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Fhir(Collection):
-    """Reads documents, or with resource = "Condition" conditions, from the .ndjson files of a bulk
+    """Reads documents or, if `resource` is "Condition", conditions from the .ndjson files of a bulk
     export. A file's name says which resources it has, as in DocumentReference.000.ndjson. Rows have
     the columns of COLUMNS, patient among them.
 
     A document's text is its first attachment of the type `content_type`, which stands in the
-    document as base64 or in a contained resource. Only documents of status "current" that no other
-    document of the patient replaces are read, unless data.filter names `status` or `replaced`. Of
-    conditions, those entered in error are left out. A reference from one resource to another counts
-    only if both belong to the same patient."""
+    document as base64 or in a contained resource. A reference from one resource to another counts
+    only if both belong to the same patient.
+
+    Left out are documents whose status is not "current" and conditions that were entered in error,
+    unless data.filter names `status`; and documents that another document of the patient replaces,
+    unless data.filter names `replaced`."""
 
     kept: ClassVar = {"status": ("current",), "replaced": ("no",)}
     patient: ClassVar = "patient"

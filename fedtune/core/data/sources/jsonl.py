@@ -18,8 +18,8 @@ LINE = 64 * 2**20  # bytes of one line
 
 @dataclass(frozen=True)
 class Jsonl(Source):
-    """Reads JSON Lines files: one JSON object on each line. encoding: one that `encoding_of`
-    allows."""
+    """Reads JSON Lines files: one JSON object on each line. encoding: UTF-8, or an encoding of one
+    byte for each character (`encoding_of`)."""
 
     suffixes = (".jsonl",)
 

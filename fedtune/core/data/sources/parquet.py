@@ -40,7 +40,7 @@ class Parquet(Source):
             raise DataError(
                 f"{names.where}: not a readable Parquet file ({kind})",
                 "a whole Parquet file",
-                "write it again",
+                "write the file again with the program that made it",
             ) from None
 
 

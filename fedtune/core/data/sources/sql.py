@@ -45,7 +45,8 @@ JoinKey = tuple[str, ...]  # what two rows that are joined have in common; last 
 
 
 class Overjoined(tuple[Cell, ...]):
-    """The cells of a row of a patient to whose rows the join would add too much."""
+    """The cells of a row that is rejected because the join would add too much to its patient's
+    rows."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Sql(Collection):
 
     - url: the database
     - table: the table's name; "" if there is a query
-    - join, on: another table, and a column that both tables have. Each row of `table` is joined to
-      the other table's rows of the same patient with the same value in `on`; "": there is no join.
-      If this would add more than JOINED rows or CHARACTERS characters to a patient's, these rows
-      are rejected
+    - join, on: another table, and a column that both tables have; "": there is no join. Each row of
+      `table` is joined to the other table's rows of the same patient with the same value in `on`.
+      If the join would add more than JOINED rows or CHARACTERS characters to a patient's rows, the
+      rows to which something would be joined are rejected
     - view: whether `table` may be a view
     - query: a query in place of a table. With a query or a view one patient's rows may depend on
       another's, which is outside the guarantee (policy.allow_free_query)
@@ -81,8 +82,8 @@ class Sql(Collection):
             )
         if bool(self.join) != bool(self.on) or (self.query and self.join):
             raise ConfigError(
-                "data.options.join lacks `on`, or `on` lacks join, or both are given with a query",
-                "table, join and `on`, the name of a column of both tables",
+                "data.options has only one of `join` and `on`, or has both with a query",
+                "table, join and `on`, where `on` is a column that both tables have",
             )
         if ";" in self.query:
             raise ConfigError(
@@ -177,8 +178,9 @@ class Sql(Collection):
             password = os.environ.get(self.password_env)
             if not password:
                 raise DataError(
-                    "data.options.password_env: there is no such environment variable",
-                    "the name of a variable, not the password",
+                    "data.options.password_env names an environment variable that is not set, or "
+                    "is empty",
+                    "the name of the variable that holds the password, not the password itself",
                 )
             return password
         if not self.password_file:
@@ -253,8 +255,8 @@ def _list_overjoined(
     mine: Mapping[JoinKey, list[Cells]], found: Mapping[JoinKey, list[Cells]]
 ) -> set[str]:
     """Return the patients to whose rows a join would add more than JOINED rows, or more than
-    CHARACTERS characters, which is what the records of one unit may have at most. 2,000 rows of a
-    patient that all fit 2,000 others would otherwise become 4,000,000.
+    CHARACTERS characters, which is the most that the records of one unit may have. For example,
+    2,000 rows of a patient that all match 2,000 rows of the other table would become 4,000,000.
 
     - mine: by key, the rows of the first table that have a partner; found: their partners"""
     rows, characters = Counter[str](), Counter[str]()
