@@ -78,7 +78,7 @@ class Roster:
     - down: site -> bytes sent to it since the newest saved round
     - up: site -> bytes received from it since the newest saved round
 
-    Guarantee: a node's reply changes the state of its own site alone."""
+    Guarantee: a node's reply changes the state of its own site only."""
 
     grid: Grid
     study: Study
@@ -432,7 +432,7 @@ class Outcome:
     update: Arrays = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)  # the site's statement of its newest entry
-    evidence: dict[str, Any] = field(default_factory=dict)  # what the site signed, less the arrays
+    evidence: dict[str, Any] = field(default_factory=dict)  # what it signed, without the arrays
 
 
 def outcome(
@@ -529,7 +529,7 @@ def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: flo
 
     - arrays: the arrays of the reply, in their encoded form
     - like: arrays with the names and shapes that the update must have
-    - encoding: how it is encoded
+    - encoding: how the update is encoded
     - longest: the largest norm of an honest update before it is encoded
 
     Returns name -> fp32 array. Errors: WireError if names, shapes, types or sizes are not as

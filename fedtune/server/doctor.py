@@ -26,7 +26,7 @@ from fedtune.flower import certs, enrol
 from fedtune.flower.ports import address_of, own_name
 
 ROUNDS_KEPT = 4  # disk space to have, in adapters per site: Flower keeps what is sent and received
-RESTORE = "restore it from a backup: sites trust no other"
+RESTORE = "restore it from a backup: sites trust no other CA"
 START = "`fedtune server` renews it when it starts, and while it runs"
 
 
@@ -210,8 +210,8 @@ def _port(place: Place) -> str:
     file = place.home / "server.pem"
     if not file.exists() or certs.certificate_in(file, "").public_key() != shown.public_key():
         raise InfrastructureError(
-            f"{at}: a server with another certificate uses it",
+            f"{at}: in use by a server with another certificate",
             "a free port, or this consortium's gateway",
-            "choose another with --port, or name that gateway's --home",
+            "choose another port with --port, or name the gateway's own home with --home",
         )
     return f"{at}: the gateway answers, with the certificate above"

@@ -24,8 +24,12 @@ from fedtune.server.store import Phase, Progress
 
 
 class Queries:
-    """Asks the sites the queries of one run about their held-out records. The pooled answer is
-    stored in the newest entry of the run's history."""
+    """Asks the sites the queries of one run about their held-out records, and stores the pooled
+    answer in the newest entry of the run's history.
+
+    - progress: the run's state
+    - roster: the sites of the run
+    - key: the coordinator's signing key"""
 
     def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
         self.progress = progress
@@ -154,7 +158,8 @@ def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[
     the sampling error of the records.
 
     | case                                                                | result           |
-    | no site answered, or n is within TOO_NOISY standard deviations of 0 | both are None    |
+    | no site answered, or n is at most TOO_NOISY standard deviations of  | both are None    |
+    | its noise                                                           |                  |
     | the noise puts the ratio outside [0, 1]                             | the mean is the  |
     |                                                                     | nearer bound     |"""
     total, variance = np.zeros(2), 0.0

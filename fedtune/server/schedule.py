@@ -18,7 +18,7 @@ from typing import Protocol
 
 from fedtune.core.config import ScheduleTable
 
-LONGEST = 30.0  # seconds of one sleep, after which the time of day, which may be set, is read again
+LONGEST = 30.0  # seconds of one sleep; then the clock, which somebody may have set, is read again
 
 
 class Clock(Protocol):

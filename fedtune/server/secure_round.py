@@ -41,7 +41,7 @@ from fedtune.server.store import Progress
 
 REPEATS = 3  # times that the sites of a set are asked again before their attempt is void
 ROUNDING = 1.01  # factor on the norm bound, since rows and noise are rounded to the sum's grid
-ADAM_EPSILON = 1e-8  # torch.optim.AdamW's
+ADAM_EPSILON = 1e-8  # the eps of torch.optim.AdamW, which its step adds to the divisor
 OnStatus = Callable[[str, str, str, int], None]
 
 
@@ -243,8 +243,8 @@ class SecureRound:
 
         - sites: the number of sites in the sum
         - rate: the sampling rate q
-        - sigma: None without privacy. No other value makes a difference: the noise follows from the
-          plan
+        - sigma: None without privacy. Every number gives the same result, since the noise follows
+          from the plan
         - divisor: q · records of a unit · units, by which the sum is divided"""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
@@ -268,7 +268,7 @@ class SecureRound:
             f"round {number}: the sum of the sites' updates {what}; one of the sites "
             "sent something else, and it cannot be known which one",
             "a sum of updates as the plan defines them",
-            "ask each site for its version and its log; nothing of this round was kept",
+            "ask each site for its release of fedtune and its log; nothing of this round was kept",
         )
 
     # ------------------------------------------------------------------------------------ helpers

@@ -44,13 +44,17 @@ def in_use(index: Index) -> dict[str, Any]:
 
 def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
     """Rewrite a run's report after a person chose the version in use. The chosen version and the
-    base are measured on the present public records, unless the report has this version's figures
-    already. If there is no report yet, nothing is written. index: the versions, after the choice.
+    base are measured on the present public records, unless the report already has the figures of
+    this version. If there is no report yet, nothing is written.
 
-    signed_by: the coordinator's key and CA, with which the report is signed again; with None it is
-    not signed. Returns "", or the reason why the version could not be measured; the report then has
-    no figures of this version. Errors: InputError if report.json is damaged; InfrastructureError if
-    the disk refuses."""
+    - run: the run's folder
+    - index: the run's versions, after the choice
+    - signed_by: the coordinator's key and CA, with which the report is signed again; with None the
+      new report is not signed
+
+    Returns "", or the reason why the version could not be measured; the report then has no figures
+    of this version. Errors: InputError if report.json is damaged; InfrastructureError if the disk
+    refuses."""
     if not (run / "report.json").is_file():
         return ""
     body, reason = read_report(run), ""
