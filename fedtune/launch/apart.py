@@ -233,7 +233,7 @@ def carry(site_path: Path, socket_path: Path, *, on_event: OnEvent) -> None:
                     # A courier whose work is done ends first; then the vault sends DONE.
                     if _is_dismissed(vault, LAST_WORD if courier.status == 0 else 0.0):
                         return
-            text = "the courier or the vault has ended; both begin anew"
+            text = "the courier or the vault has ended; both start again"
             on_event("reconnecting", {"seconds": PAUSE, "text": text})
             time.sleep(PAUSE)
 
@@ -290,11 +290,11 @@ def _receive(vault: socket.socket) -> Received:
         raise NotAccepted("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)
     try:
-        words: dict[str, Any] = json.loads(told or b'{"refused": "it has ended"}')
+        words: dict[str, Any] = json.loads(told or b'{"refused": "the vault has ended"}')
         if "refused" in words:
             raise NotAccepted(str(words["refused"]))
         if words["release"] != __version__:
-            raise NotAccepted(f"it is of release {words['release']}, and this of {__version__}")
+            raise NotAccepted(f"the vault has release {words['release']}, not {__version__}")
         asks, tells = ends
         return Received(asks, tells, words["once"] is True, float(words["patience"]))
     except BaseException as error:

@@ -134,7 +134,7 @@ def naming_stops() -> Iterator[None]:
         if stop.name == "SIGINT":  # a person pressed Ctrl-C, which is no error
             raise KeyboardInterrupt from None
         raise Terminated(
-            f"stopped by {stop.name} before the study was done", todo="start it with --resume"
+            f"stopped by {stop.name} before the study was done", todo="start it again with --resume"
         ) from None
 
 
@@ -256,7 +256,7 @@ def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, A
         f"consortium   {fingerprint}",
         "             this is OURS: read it out to each site over the phone",
         f"admitted     {', '.join(names) or 'nobody yet'}; the study needs {least}",
-        f"{plan} being made, from public records: minutes, for some studies",
+        f"{plan} being made, from public records; this takes minutes for some studies",
     ]
     facts = {"address": address, "fingerprint": fingerprint, "participants": names}
     facts |= {"study": title} if len(studies) == 1 else {}
@@ -433,8 +433,8 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
     """A context manager that starts a run at the SuperLink and yields Flower's Grid, by which the
-    rounds exchange messages with the sites. To get it, this process takes the ServerApp task of the
-    run.
+    rounds exchange messages with the sites. To get the Grid, this process takes the run's ServerApp
+    task.
     Errors: InfrastructureError if the SuperLink offers no task within CLAIM_SECONDS."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
