@@ -35,11 +35,11 @@ RELEASED = 128  # directions that sites release at most
 ENOUGH = 0.95  # the share of the separation by all directions that the released ones must keep
 WITHIN = 0.8  # assumed share of a direction's variance within classes, to guess that separation
 BETWEEN = 0.3  # assumed share of a feature's variance between classes, where labels are few
-RECORDS = 20  # the number of labelled records as which that assumption counts
+RECORDS = 20  # an assumed or unlabelled estimate weighs as much as so many labelled records
 RIDGE = 1.0  # added to the diagonal of the covariance within classes, × its mean variance
 CORRELATED = 0.7  # factor on covariances between directions: few public records estimate them badly
-# The standard deviation, times 1/K, of a class's share at the sites about its public share: for a
-# class that public records have, and for one that they lack.
+# How far a class's share at the sites is assumed to lie from its public share: a standard deviation in
+# units of 1/K, for a class that public records have, and for one that they lack.
 SEEN, UNSEEN = 0.5, 1.0
 FOLDS = 5  # parts of public records in the cross-validation of the public estimate
 NAMES = 4.0  # weight of the prior that names agree with class means, against labelled records
@@ -291,7 +291,7 @@ def held_out_hits(
     - vectors: (n, H), the base's vectors of the records
     - labels: (n,), each record's class; a number below 0: no label
     - names: (K, H), the base's vectors of the classes' names; None: without names
-    - known: the result of `summarise_public` for these
+    - known: the result of `summarise_public` for these records and names
 
     Returns (2,): the number of correct predictions, and the number of predictions; None if fewer
     than FOLDS labelled records could be predicted."""

@@ -27,5 +27,5 @@ class FedProx(FedAvg):
             raise ConfigError(
                 'strategy.name = "fedprox" with training.proximal_mu = 0 is plain fedavg',
                 "training.proximal_mu above 0",
-                "set it, or name fedavg",
+                "set training.proximal_mu, or name the strategy fedavg",
             )
