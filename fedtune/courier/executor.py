@@ -46,8 +46,8 @@ class Executor:
 
     - app: Flower's ClientApp, or a function that returns the reply to a message
     - notify: called with each event: a connection, an answer, a refusal, a failure
-    - once: whether the work is done as soon as the coordinator, after it gave this site at least
-      one task, is no longer there"""
+    - once: whether the work is done when the coordinator has given this site at least one task, and
+      is then no longer there"""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
         self._app = app

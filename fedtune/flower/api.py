@@ -117,12 +117,12 @@ CLIENT_APP = TaskType.CLIENT_APP
 AGENT_APP = TaskType.AGENT_APP
 SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
 # What a SuperNode logs if the SuperLink does not accept it. After a 401 it interrupts itself and
-# logs the second line alone.
+# logs only the second line.
 SUPERNODE_REFUSED = (
     "Failed to initialize the connection to the SuperLink",
     "SuperNode terminated gracefully.",
 )
-# The seconds, least and most, by which the SuperLink's clock may be past a node's signed timestamp.
+# How many seconds the SuperLink's clock may be past a node's signed timestamp: (least, most).
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
 OUTAGE_SECONDS = 600.0  # how long requests to a silent SuperLink or SuperNode are repeated

@@ -73,7 +73,7 @@ def has_begun(home: Path) -> bool:
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     """Return the path home/server.pem, a file with the gateway's private key and certificate. The
-    certificate holds `names`, by which sites reach the coordinator, "localhost" and "127.0.0.1",
+    certificate holds `names`, by which sites reach the coordinator; "localhost" and "127.0.0.1";
     and all names of the certificate before it.
 
     A new key and certificate are made if there is no file, if its certificate lacks a name, or if

@@ -62,12 +62,14 @@ RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its la
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
 REQUEST = FIELDS | SIGNATURES
-ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # fields, besides those of a plan
+ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # if the answer has no plan
 
 
 class Member(NamedTuple):
-    """The site to which a node of the grid belongs. name: the site's name; key: its public signing
-    key in hexadecimal, "" if it is not known."""
+    """The site to which a node of the grid belongs.
+
+    - name: the site's name
+    - key: the site's public signing key in hexadecimal; "" if it is not known"""
 
     name: str
     key: str = ""

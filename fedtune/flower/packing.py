@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.flower import api
 
-MOST = 512 << 10  # bytes; half of what a message may have besides its arrays (replies.WORDS)
+MOST = 512 << 10  # bytes; half of what a message may have without its arrays (replies.WORDS)
 PACKED = "packed"
 NEVER = "query.prepare"
 

@@ -131,7 +131,7 @@ class ConnectedCourier:
 
         - asks: descriptor of the socket on which it sends requests and receives their answers
         - tells: descriptor of the socket on which it sends events
-        - once: whether the courier ends when a coordinator has gone that gave this site work
+        - once: whether the courier ends when a coordinator that gave this site work has gone
         - patience: for how many seconds the courier tries again if the coordinator refuses this
           site
 
@@ -190,7 +190,7 @@ class Received:
 
     - asks: descriptor of the socket on which it sends requests and receives their answers
     - tells: descriptor of the socket on which it sends events
-    - once: whether the courier ends when a coordinator has gone that gave this site work
+    - once: whether the courier ends when a coordinator that gave this site work has gone
     - patience: for how many seconds the courier tries again if the coordinator refuses this site"""
 
     asks: int
@@ -242,8 +242,10 @@ def carry(site_path: Path, socket_path: Path, *, on_event: OnEvent) -> None:
 def _connect(socket_path: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
     """A context manager: connect to the vault, and try again until the vault accepts this courier.
     Yield two things: the connection, which is closed at the end of the block, and what the vault
-    passed (Received). socket_path: the path of the vault's socket; on_event: called with "waiting"
-    and a dict about it when the reason for waiting changes."""
+    passed (Received).
+
+    - socket_path: the path of the vault's socket
+    - on_event: called with "waiting" and a dict about it when the reason for waiting changes"""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:

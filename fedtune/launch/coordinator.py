@@ -106,7 +106,7 @@ def serve(
     - resume: whether to continue the run in `out`; if not, `out` must hold no run
     - on_event: called with each event's kind and data; None for nobody
     - run: called in place of server.rounds.run; None for that function
-    - terms: the settings that the starting person chooses; by default Terms()
+    - terms: the settings that the person who starts the study chooses; by default Terms()
     - deadline: the time at which a study that is not finished ends, in seconds since 1970
 
     Errors: ConfigError; InfrastructureError if the SuperLink ends, the gateway or the SuperLink
@@ -243,8 +243,11 @@ def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
 
 def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, Any]:
     """Return the fields of the event "listening": address, fingerprint, participants (the admitted
-    sites), text for the operator and, if there is only one study, study (its name). studies: the
-    studies that this coordinator runs. home: its home, where the admitted sites are registered."""
+    sites), text for the operator and, if there is only one study, study (its name).
+
+    - studies: the studies that this coordinator runs
+    - home: the coordinator's home, where the admitted sites are registered
+    - address: HOST:PORT by which sites connect"""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -299,8 +302,8 @@ class Link:
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
     """Run a SuperLink on loopback while the block runs, and yield it. It admits only registered
-    nodes and starts no process. home: the coordinator's home, of which the folder flower/ gets the
-    SuperLink's files.
+    nodes and starts no process. home: the coordinator's home; the SuperLink's files are in its
+    folder flower/.
 
     Its database is new at each start. The state that must survive a restart is in the run's
     folder."""

@@ -104,10 +104,12 @@ def join(
     finished study also study, done}, "connected" (after an interruption), "reconnecting" {seconds},
     "stopped" {reason}.
 
-    Errors: those of the check; PolicyRefused if policy.isolation requires more than this machine
-    supports; InfrastructureError if the coordinator still refuses this site after `patience`, or
-    the halves end again and again before they are up; KeyboardInterrupt at Ctrl-C. After SIGTERM
-    the function returns without an error."""
+    Errors:
+    - those of `check_before_joining`
+    - PolicyRefused if policy.isolation requires more than this machine supports
+    - InfrastructureError if the coordinator still refuses this site after `patience`, or the halves
+      end again and again before they are up
+    - KeyboardInterrupt at Ctrl-C; after SIGTERM the function returns without an error"""
     site = load_site(site_path)
     shown = Shown(site, on_event or ignore)
     with (
@@ -155,7 +157,7 @@ def place_of(link: Link, watch: bool) -> dict[str, Any]:
 def check(site: Site, path: Path) -> None:
     """Run `check_before_joining` in a separate process, so that a person at the site can correct
     errors before the site connects. path: the site file. Errors: those of `check_before_joining`;
-    InfrastructureError if the process fails otherwise."""
+    InfrastructureError if the process fails for another reason."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
         of_child, tells = connection_for(ours, theirs)
@@ -451,7 +453,7 @@ class Shown:
         """Store a renewed certificate where the courier reads it at its next start. It is written
         as soon as the vault is answering no request, and at most once in RENEWALS seconds, since
         the courier must not decide when this process writes to the disk. told: the facts of the
-        courier's event, of which "certificate" is the certificate as PEM text."""
+        courier's event; its "certificate" is the certificate as PEM text."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return

@@ -229,7 +229,8 @@ def _start_for_each(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, notify: OnEvent
 ) -> None:
     """Run the command vault.run for one request after another, without end. If a request has no
-    answer afterwards, try it again later, after the others, as long as its courier waits.
+    answer afterwards, try this request again later, after the other requests, as long as the
+    courier waits for the answer.
 
     - site, path: the site, which has vault.run, and its file, in whose folder the command runs
     - spool: the spool in which the requests lie

@@ -176,8 +176,8 @@ class Roster:
         - kind: the messages' type in Flower, such as "train"
         - contents: node -> the message that it is sent
         - group: a text that the messages of this exchange share (their group in Flower)
-        - arrays: the number of bytes that a reply's arrays may have; it may have replies.WORDS
-          bytes besides
+        - arrays: the number of bytes that a reply's arrays may have; the rest of the reply may have
+          replies.WORDS bytes
 
         A node that does not answer yields a reply without content. Errors: InfrastructureError if
         Flower's Grid fails."""
@@ -244,8 +244,8 @@ class Roster:
 
         - node: the node that answered
         - name: the name of the node's site (`_name_of`)
-        - claim: the node's answer, whose name, size, key and kind of data are compared with those
-          that are enrolled, or with which the site was admitted before
+        - claim: the node's answer. Its name, size, key and kind of data are compared with those
+          that are enrolled, or with those of the site's earlier admission.
         - rank: the rank that the site trains; 0 if the plan does not allow it, None if the plan
           leaves no choice"""
         if self.enrolled is not None and self.enrolled().get(node) != Member(name, claim.key):

@@ -119,7 +119,7 @@ def restore(file: Path, into: Path) -> dict[str, Any]:
 
 def refuse_second(home: Path) -> None:
     """Refuse to start from a restored home while another coordinator answers at the consortium's
-    address: the one that was backed up, or one restored from the same backup.
+    address: the coordinator that was backed up, or another that was restored from the same backup.
 
     A coordinator that this machine cannot reach, or that has another address, is not noticed.
     Errors: InfrastructureError if a coordinator of this consortium answers."""
@@ -137,7 +137,7 @@ def refuse_second(home: Path) -> None:
     raise InfrastructureError(
         f"another coordinator of this consortium answers at {address}",
         "one coordinator at a time",
-        "stop the other one, even if it was only cut off for a while; then start this one again",
+        "stop that coordinator, even if it was only cut off for a while; then start this one again",
     )
 
 
@@ -197,10 +197,10 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _at_rest(run: Path) -> tuple[Files, str]:
-    """Read the files of a run, which may still be going on, in such a way that all of them belong
-    to one state of the run: the arrays are those that the checkpoint's database names, and the
-    database did not change while they were read. Return path in the run's folder -> content, and
-    the target of the released adapter's link, "" if there is none.
+    """Read the files of a run so that all of them belong to one state of the run, even if the run
+    is still going on. The arrays that are read are those that the checkpoint's database names, and
+    the database did not change meanwhile. Return path in the run's folder -> content, and the
+    target of the released adapter's link, "" if there is none.
 
     Errors: InfrastructureError if the run changed during each of TRIES readings."""
     database = run / FOLDER / DATABASE

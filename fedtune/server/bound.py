@@ -178,8 +178,8 @@ class Limits:
     """Computes, from the plan, the limits that an honest site's updates do not exceed.
 
     - study: the plan
-    - budget: (study, declared size) -> the mechanism of such a site; it is called once for each
-      size"""
+    - budget: (study, declared size) -> the mechanism of a site of this size; it is called once for
+      each size"""
 
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget

@@ -31,8 +31,11 @@ START = "`fedtune server` renews it when it starts, and while it runs"
 
 
 class Place(NamedTuple):
-    """Where a coordinator runs: its home folder, the host and port at which it listens, and the
-    names by which sites reach it, as given to `fedtune server`."""
+    """Where a coordinator runs.
+
+    - home: the coordinator's home folder
+    - host, port: where the coordinator listens
+    - names: the names by which sites reach it, as in `fedtune server --name`"""
 
     home: Path
     host: str
@@ -52,8 +55,11 @@ class Place(NamedTuple):
 
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
     """Check a study and its coordinator's home and port, and yield each check's finding when the
-    check ends. path: study.toml; settings: overrides of its keys, such as "privacy.epsilon=2".
-    place: where the coordinator runs.
+    check ends.
+
+    - path: study.toml
+    - place: where the coordinator runs
+    - settings: texts that replace values of study.toml, such as "privacy.epsilon=2"
 
     Errors: ConfigError if study.toml cannot be read; every other error becomes a finding."""
     study = load_study(path, settings=settings)

@@ -90,7 +90,7 @@ class Queries:
         status ("answered" if it counts).
 
         - entry: the newest entry of the run's history, whose counts of bytes are raised
-        - answers: site -> its checked answer, to which this one is added
+        - answers: site -> its checked answer, to which this site's answer is added
         - missing: site -> the reason why it did not answer, to which the reason is added if this
           reply does not count
         - answer: the reply, with the context that its seal must state"""

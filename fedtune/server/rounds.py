@@ -64,7 +64,7 @@ def run(
     - resume: True: continue the run that `out` holds, or begin one if it holds none; False: begin a
       run, for which `out` must hold none
     - on_event: called with each event's kind and data; None for nobody
-    - parts: the functions and settings to use; None for those of this release
+    - parts: the functions and settings to use; None for the ones that this release defines
 
     Errors: ConfigError, CheckpointError (exit 2); Refused, if too many sites refused the plan (exit
     3); InfrastructureError, if too few sites answered (exit 4)."""
@@ -311,8 +311,8 @@ class _Run:
         )
 
     def _gather(self, number: int, delivered: set[str], seconds: float) -> bool:
-        """Wait until enough sites can be asked for the round to count, such as after a network that
-        was cut, and report for whom the round waits. Return whether there are enough.
+        """Wait until enough sites can be asked for the round to count, for instance after the
+        network was cut, and report for whom the round waits. Return whether there are enough.
 
         - number: the round
         - delivered: the sites whose update of the round is counted already

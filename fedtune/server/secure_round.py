@@ -97,9 +97,8 @@ class SecureRound:
     # ------------------------------------------------------------------------------------ ready
 
     def _collect(self, names: list[str], tally: Tally) -> None:
-        """Ask the sites `names` to make their draws for the current attempt. Keep the signed
-        statements by which they say that they are ready, if the statements are about this
-        attempt."""
+        """Ask the sites `names` to make their draws for the current attempt. Keep each signed
+        statement in which a site says that it is ready, if the statement is about this attempt."""
         attempt, progress = self.progress.attempt, self.progress
         asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
         record = ConfigRecord({"asked": json.dumps(sorted(asked))})
@@ -186,7 +185,7 @@ class SecureRound:
 
         - tally: the round's replies, in which a reason is noted if the words do not count
         - words: the running sum of this attempt
-        - evidence: site -> its checked reply without the words, to which this one is added
+        - evidence: site -> its checked reply without the words, to which this reply is added
         - chosen: the digest of the attempt's set of sites (`set_digest`), which the reply must name
         - answer: the reply, with the context that its seal must state"""
         name = answer.name

@@ -425,8 +425,8 @@ def _get(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _prune(folder: Path, files: dict[str, str]) -> None:
-    """Remove from the checkpoint's folder the array files that `files` does not name, which are
-    those of earlier rounds, and incomplete files that a crash left."""
+    """Remove two kinds of files from the checkpoint's folder: array files that `files` does not
+    name, which belong to earlier rounds, and incomplete files that a crash left."""
     for path in folder.iterdir():
         if path.suffix in (".safetensors", ".new") and path.name not in files:
             with suppress(OSError):  # the next save tries again

@@ -78,8 +78,8 @@ def _epsilon(
     - events: the site's step log
     - parts: the run's functions, of which `epsilon` computes ε
     - privacy: the plan's table [privacy], which gives δ
-    - shares: the number of sites whose noise adds up in the opened sum; 1 counts the site's own
-      noise alone"""
+    - shares: the number of sites whose noise adds up in the opened sum; with 1 only the site's own
+      noise counts"""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 

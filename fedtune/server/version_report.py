@@ -19,9 +19,12 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
-    """Return the entries of a report's "quality" that name the models it compares, and the records
-    on which they were measured. champion: number of the version in use; public: the fingerprint of
-    the file of public records (`reading.fingerprint`), "" if not known."""
+    """Return the entries of a report's "quality" that name the compared models, and the records on
+    which these were measured.
+
+    - champion: the number of the version in use
+    - public: the fingerprint of the file of public records (`reading.fingerprint`); "" if it is
+      not known"""
     records = "the public records"
     if public:
         records += f" in use (fingerprint {public[:8]})"

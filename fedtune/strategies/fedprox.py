@@ -18,7 +18,7 @@ class FedProx(FedAvg):
     """FedAvg at the coordinator; each site adds μ(w - w₀) to its step (training.proximal_mu).
 
     w₀ is the adapter that the site was sent, w the adapter as the site has trained it. The term
-    depends on these two alone and on no record, so it costs no ε.
+    depends only on w and w₀, and reads no record, so it costs no ε.
     Reference: Li et al. 2020 (FedProx), Algorithm 2.
     """
 
