@@ -125,7 +125,7 @@ def join(
         opened = theirs.enter_context(VaultSocket(socket_path)) if socket_path else None
         again = Again(shown)
         while again.wanted:
-            check_ledger_there(site.home)  # the ledger's disk may be unmounted by now
+            check_ledger_there(site.home)  # it may not be mounted any more
             with Halves(
                 site=site,
                 path=site_path.resolve(),
