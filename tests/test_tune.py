@@ -68,7 +68,7 @@ def test_private_data_is_refused_before_anything_runs(declared: Path) -> None:
 
 
 def test_records_that_judge_choose_nothing(declared: Path) -> None:
-    with pytest.raises(ConfigError, match="no records by which to choose"):
+    with pytest.raises(ConfigError, match="no records by which to compare trials"):
         tune(declared, sites(), "t")
 
 

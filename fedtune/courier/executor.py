@@ -46,8 +46,8 @@ class Executor:
 
     - app: Flower's ClientApp, or a function that returns the reply to a message
     - notify: called with each event: a connection, an answer, a refusal, a failure
-    - once: whether the work is done as soon as the coordinator, after it gave this site at least
-      one task, is no longer there"""
+    - once: whether the work is done when the coordinator has given this site at least one task, and
+      is then no longer there"""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
         self._app = app
@@ -208,27 +208,27 @@ def _refusal(forwarder: Forwarder) -> InfrastructureError:
     is_out = not -late < ahead < -early  # if so, the SuperLink refuses the node's signed requests
     if is_out and not why:
         direction = "ahead of" if ahead > 0 else "behind"
-        why = f"this site's clock is {abs(ahead):.0f} s {direction} its own"
+        why = f"this site's clock is {abs(ahead):.0f} s {direction} the coordinator's"
     why = f" ({why})" if why else ""
     if forwarder.clock or is_out:
         return InfrastructureError(
             f"no connection to the coordinator at {forwarder.link.address}{why}",
-            "clocks that agree, here and there",
+            "clocks that agree, at this site and at the coordinator",
             "set the clocks of both ends (NTP); `fedtune doctor` compares them",
         )
     return InfrastructureError(
         f"the coordinator at {forwarder.link.address} refuses this site{why}",
         "an admitted site whose keys no other process uses",
-        "`fedtune enroll` again, and have the request admitted",
+        "run `fedtune enroll` again, and have the request admitted",
     )
 
 
 def _distrust(link: Link) -> InfrastructureError:
     return InfrastructureError(
         f"the certificate of {link.address} does not verify",
-        "one for this address by the CA in the coordinator's answer",
-        "ask the coordinator to start with --name and this address, or for a new answer; a proxy "
-        "that opens TLS must let this address through",
+        "a certificate for this address, signed by the CA in the coordinator's answer",
+        "ask the coordinator to start its server with --name and this address, or to send a new "
+        "answer; a proxy that decrypts TLS must pass this address on unopened",
     )
 
 

@@ -77,7 +77,7 @@ def list_private(site: Site) -> Iterator[Path]:
     - its records, and the records of [evaluation] and [acceptance]
     - the files of passwords and other secrets for the databases of these records, and the files
       that their consent tables name
-    - a model that the site trained alone, which no ε covers"""
+    - a model that the site trained by itself, for comparison, and which no ε covers"""
     yield site.site.state
     if site.hospital:
         yield from (site.home / DATABASE, site.home / HOSPITAL)

@@ -62,8 +62,10 @@ class Quota:
         self._home = home
         self._burst = burst
         self._rate = rate
-        self.tokens: dict[str, tuple[float, float]] = {}  # site -> its tokens, at this time
-        self._pushed: dict[str, tuple[int, int]] = {}  # site -> number of the message, bytes since
+        # Site -> its tokens, and the time at which it had so many.
+        self.tokens: dict[str, tuple[float, float]] = {}
+        # Site -> the number of the newest message to it, and the bytes that it has pushed since.
+        self._pushed: dict[str, tuple[int, int]] = {}
 
     def request(self, name: str) -> bool:
         """Count a request of site `name`. Return whether the request is within the site's rate."""

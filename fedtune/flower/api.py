@@ -1,9 +1,9 @@
 """Call the parts of Flower that are not in its public API; fedtune/flower/private.py imports them.
 These parts are the reason why fedtune requires flwr 1.42.
 
-Flower's Runtime API gives out tasks. A SuperLink has one, which gives out a ServerApp task for each
-run; a SuperNode has one, which gives out a ClientApp task for each message. The process that claims
-a task holds its token, keeps the task alive with heartbeats, and reports how it ended."""
+Flower's Runtime API gives out tasks. The Runtime API of a SuperLink gives out a ServerApp task for
+each run; that of a SuperNode gives out a ClientApp task for each message. The process that claims
+a task holds the task's token, keeps the task alive with heartbeats, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ CLIENT_APP = TaskType.CLIENT_APP
 AGENT_APP = TaskType.AGENT_APP
 SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
 # What a SuperNode logs if the SuperLink does not accept it. After a 401 it interrupts itself and
-# logs the second line alone.
+# logs only the second line.
 SUPERNODE_REFUSED = (
     "Failed to initialize the connection to the SuperLink",
     "SuperNode terminated gracefully.",
 )
-# The seconds, least and most, by which the SuperLink's clock may be past a node's signed timestamp.
+# How many seconds the SuperLink's clock may be past a node's signed timestamp: (least, most).
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
 OUTAGE_SECONDS = 600.0  # how long requests to a silent SuperLink or SuperNode are repeated
@@ -134,11 +134,11 @@ run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-def
 
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
-    """Run Flower's SuperLink or SuperNode, with fedtune's changes, until it ends. It reads its
-    options from sys.argv."""
+    """Run Flower's SuperLink or SuperNode, with fedtune's changes, until it ends. The program
+    reads its options from sys.argv."""
     if name == "superlink":
         extensions, flower_superlink = load_superlink()
-        from starlette.middleware import Middleware  # not before: it takes long, as the above
+        from starlette.middleware import Middleware  # only here: this import takes long, too
 
         at = sys.argv.index("--superexec-auth-secret-file") + 1
         locked = Middleware(Locked, _control_key(Path(sys.argv[at]).read_bytes()))

@@ -36,7 +36,7 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import create, replace
 
 CA_DAYS, LEAF_DAYS = 3650, 30
-SKEW = timedelta(minutes=5)  # certificates begin so long ago: another machine's clock may be behind
+SKEW = timedelta(minutes=5)  # certificates begin this long ago, as other clocks may be behind
 EC = ec.EllipticCurvePrivateKey
 PEM = serialization.Encoding.PEM
 UNDER_CA = ("signing.key", "server.pem", "nodes")  # files of a home that are made after its CA
@@ -73,7 +73,7 @@ def has_begun(home: Path) -> bool:
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     """Return the path home/server.pem, a file with the gateway's private key and certificate. The
-    certificate holds `names`, by which sites reach the coordinator, "localhost" and "127.0.0.1",
+    certificate holds `names`, by which sites reach the coordinator; "localhost" and "127.0.0.1";
     and all names of the certificate before it.
 
     A new key and certificate are made if there is no file, if its certificate lacks a name, or if
@@ -183,7 +183,7 @@ def read_key(path: Path) -> EC:
     if path.stat().st_mode & 0o077:
         raise ConfigError(
             f"{path}: other users can read this private key",
-            todo="treat it as lost, or chmod 600 if nobody else was on this machine",
+            todo="treat the key as lost; if nobody else was on this machine, chmod 600 is enough",
         )
     return key
 

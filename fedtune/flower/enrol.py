@@ -14,7 +14,7 @@ key (seals). Each key signs the request, so nobody can enrol a key that they do 
 | a request under an admitted name, with other keys | refused: revoke the name first             |
 | the same keys again                               | the same record, and a new certificate     |
 | a node or TLS key that was revoked                | refused for good, under any name           |
-| a signing key, which is the ledger's              | refused under any name but its first one   |
+| a signing key that another name had before        | refused: the key is that of one ledger     |
 | a certificate near its end                        | the running client renews it: forwarder.py |
 | a certificate past its end                        | enroll and admit again, with the same keys |
 
@@ -62,12 +62,14 @@ RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its la
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
 REQUEST = FIELDS | SIGNATURES
-ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # fields, besides those of a plan
+ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # if the answer has no plan
 
 
 class Member(NamedTuple):
-    """The site to which a node of the grid belongs. name: the site's name; key: its public signing
-    key in hexadecimal, "" if it is not known."""
+    """The site to which a node of the grid belongs.
+
+    - name: the site's name
+    - key: the site's public signing key in hexadecimal; "" if it is not known"""
 
     name: str
     key: str = ""
@@ -172,7 +174,7 @@ def check_out(out: Path, fields: Set[str], what: str) -> None:
     - fields: the fields by which a file of this kind is recognised
     - what: the name of the kind, for the error's text
 
-    Errors: ConfigError if it is another file."""
+    Errors: ConfigError if there is a file of another kind."""
     if not os.path.lexists(out):
         return
     try:
@@ -242,7 +244,8 @@ def admit(home: Path, request: Request, address: str) -> Answer:
         host_and_port(address)
     except ValueError as error:
         raise ConfigError(
-            f"{address[:80]!r}: sites cannot connect there: it {error}", todo="--address HOST:PORT"
+            f"{address[:80]!r}: sites cannot connect there: it {error}",
+            todo="give --address HOST:PORT",
         ) from None
     pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     tls = tls_digest(request.tls)
@@ -398,7 +401,7 @@ def _require_distinct(new: Record, other: Record) -> None:
             raise Refused(
                 f"the {kind} key of this request {was}",
                 "keys that were never admitted",
-                "fedtune enroll --new-keys makes them",
+                "`fedtune enroll --new-keys` makes new ones",
             )
 
 

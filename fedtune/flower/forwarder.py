@@ -306,9 +306,9 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
 
 
 def find_newest_certificate(link: Link) -> x509.Certificate:
-    """Choose the newest certificate of a site: of the one in the coordinator's answer and the
-    stored renewals for the same key, the one that expires last. Return it, and write it to the file
-    link.certificate."""
+    """Choose the newest certificate of a site, return it, and write it to the file
+    link.certificate. The certificate in the coordinator's answer is compared with the stored
+    renewals for the same key; the newest is the one that expires last."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
     before = link.keys / link.certificate.name  # earlier releases stored renewals there

@@ -81,7 +81,7 @@ class Gateway:
 
     - home: the coordinator's home, with CA, registry and allowances
     - upstream: the SuperLink's URL, without a path
-    - trust: the file of the SuperLink's certificate, which alone is trusted
+    - trust: the file of the SuperLink's certificate, the only one that is trusted
     - limits: the limits on connections and requests; None for the defaults of Limits"""
 
     def __init__(
@@ -187,7 +187,7 @@ class Gateway:
             await writer.wait_closed()
         except (OSError, EOFError, h11.ProtocolError, httpx.HTTPError):
             pass  # the connection is broken, so no reason can be sent
-        except Exception as error:  # an error of our own ends this connection alone
+        except Exception as error:  # an error in this code ends only this connection
             self._count(f"internal error ({type(error).__name__})", peer.name)
         finally:
             self._peers.discard(peer)
@@ -234,7 +234,7 @@ class Gateway:
             return await self._say(peer, 200, json.dumps(about).encode())
         if call == (b"POST", RENEW):
             if size is None or size > HEAD:
-                raise Denied(413, "a signing request must state its length and be smaller")
+                raise Denied(413, f"a signing request must state its length: {HEAD} bytes at most")
             signing_request = b"".join([chunk async for chunk in self._body(peer)])
             before, now = self._renewed.get(record.name), time.monotonic()
             if before is not None and now - before < self.limits.renewal:

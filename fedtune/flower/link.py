@@ -65,8 +65,8 @@ def link(site: Site, path: Path) -> Link:
         membership.tls_key(keys)
         raise ConfigError(
             f"{path}: this site has no answer from a coordinator yet",
-            "what `fedtune admit` wrote there",
-            "`fedtune client SITE --answer FILE`",
+            "the file that `fedtune admit` wrote at the coordinator",
+            "name that file: `fedtune client SITE --answer FILE`",
         )
     host, port = _address(table.address or answer.address, path)
     return Link(name, host, port, answer, keys, table.proxy, table.proxy_ca)

@@ -136,7 +136,7 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
         raise ConfigError(
             f"{path}: nobody compared the consortium's fingerprint",
             "a person who heard it from the coordinator",
-            "call the coordinator, and give it with --fingerprint",
+            "call the coordinator, and give the fingerprint that is read out with --fingerprint",
         )
     answer = read(path, tls_key(keys), name, fingerprint)
     plan_of(answer, path)

@@ -1,10 +1,10 @@
 """Pack a short message into one record, since Flower transfers each part of a message separately.
 
 A message with a small adapter, or an update, has eight parts: the message, its dictionary, two
-records and, for the numbers and for their scales, one array and one chunk each. Each part costs
+records, two arrays (the numbers and their scales) and one chunk of each array. Each part costs
 three requests: one between coordinator and SuperLink, one between site and gateway, and one within
-the site. These are some 90 of the 170 requests of a round of three sites. A packed message has
-three parts.
+the site. Together these are some 90 of the 170 requests of a round of three sites. A packed message
+has three parts.
 
 | up to MOST bytes        | packed: one record with the dictionary in Flower's protobuf form     |
 | more than MOST bytes    | not packed: Flower sends chunks, and repeats single ones after a cut |
@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.flower import api
 
-MOST = 512 << 10  # bytes; half of what a message may have besides its arrays (replies.WORDS)
+MOST = 512 << 10  # bytes; half of what a message may have without its arrays (replies.WORDS)
 PACKED = "packed"
 NEVER = "query.prepare"
 

@@ -23,7 +23,7 @@ from fedtune.flower.api import (
 )
 from fedtune.flower.packing import unpack
 
-WORDS = 1 << 20  # largest number of bytes of a message besides its arrays' values
+WORDS = 1 << 20  # largest number of bytes of a message without its arrays' values
 
 
 PARTS, PART = 1000, 1 << 20  # an answer may have PARTS parts, and one more for each PART bytes

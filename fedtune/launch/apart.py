@@ -131,7 +131,7 @@ class ConnectedCourier:
 
         - asks: descriptor of the socket on which it sends requests and receives their answers
         - tells: descriptor of the socket on which it sends events
-        - once: whether the courier ends when a coordinator has gone that gave this site work
+        - once: whether the courier ends when a coordinator that gave this site work has gone
         - patience: for how many seconds the courier tries again if the coordinator refuses this
           site
 
@@ -190,7 +190,7 @@ class Received:
 
     - asks: descriptor of the socket on which it sends requests and receives their answers
     - tells: descriptor of the socket on which it sends events
-    - once: whether the courier ends when a coordinator has gone that gave this site work
+    - once: whether the courier ends when a coordinator that gave this site work has gone
     - patience: for how many seconds the courier tries again if the coordinator refuses this site"""
 
     asks: int
@@ -233,7 +233,7 @@ def carry(site_path: Path, socket_path: Path, *, on_event: OnEvent) -> None:
                     # A courier whose work is done ends first; then the vault sends DONE.
                     if _is_dismissed(vault, LAST_WORD if courier.status == 0 else 0.0):
                         return
-            text = "the courier or the vault has ended; both begin anew"
+            text = "the courier or the vault has ended; both start again"
             on_event("reconnecting", {"seconds": PAUSE, "text": text})
             time.sleep(PAUSE)
 
@@ -242,8 +242,10 @@ def carry(site_path: Path, socket_path: Path, *, on_event: OnEvent) -> None:
 def _connect(socket_path: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
     """A context manager: connect to the vault, and try again until the vault accepts this courier.
     Yield two things: the connection, which is closed at the end of the block, and what the vault
-    passed (Received). socket_path: the path of the vault's socket; on_event: called with "waiting"
-    and a dict about it when the reason for waiting changes."""
+    passed (Received).
+
+    - socket_path: the path of the vault's socket
+    - on_event: called with "waiting" and a dict about it when the reason for waiting changes"""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:
@@ -290,11 +292,11 @@ def _receive(vault: socket.socket) -> Received:
         raise NotAccepted("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)
     try:
-        words: dict[str, Any] = json.loads(told or b'{"refused": "it has ended"}')
+        words: dict[str, Any] = json.loads(told or b'{"refused": "the vault has ended"}')
         if "refused" in words:
             raise NotAccepted(str(words["refused"]))
         if words["release"] != __version__:
-            raise NotAccepted(f"it is of release {words['release']}, and this of {__version__}")
+            raise NotAccepted(f"the vault has release {words['release']}, not {__version__}")
         asks, tells = ends
         return Received(asks, tells, words["once"] is True, float(words["patience"]))
     except BaseException as error:

@@ -106,7 +106,7 @@ def serve(
     - resume: whether to continue the run in `out`; if not, `out` must hold no run
     - on_event: called with each event's kind and data; None for nobody
     - run: called in place of server.rounds.run; None for that function
-    - terms: the settings that the starting person chooses; by default Terms()
+    - terms: the settings that the person who starts the study chooses; by default Terms()
     - deadline: the time at which a study that is not finished ends, in seconds since 1970
 
     Errors: ConfigError; InfrastructureError if the SuperLink ends, the gateway or the SuperLink
@@ -134,7 +134,7 @@ def naming_stops() -> Iterator[None]:
         if stop.name == "SIGINT":  # a person pressed Ctrl-C, which is no error
             raise KeyboardInterrupt from None
         raise Terminated(
-            f"stopped by {stop.name} before the study was done", todo="start it with --resume"
+            f"stopped by {stop.name} before the study was done", todo="start it again with --resume"
         ) from None
 
 
@@ -243,8 +243,11 @@ def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
 
 def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, Any]:
     """Return the fields of the event "listening": address, fingerprint, participants (the admitted
-    sites), text for the operator and, if there is only one study, study (its name). studies: the
-    studies that this coordinator runs. home: its home, where the admitted sites are registered."""
+    sites), text for the operator and, if there is only one study, study (its name).
+
+    - studies: the studies that this coordinator runs
+    - home: the coordinator's home, where the admitted sites are registered
+    - address: HOST:PORT by which sites connect"""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -256,7 +259,7 @@ def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, A
         f"consortium   {fingerprint}",
         "             this is OURS: read it out to each site over the phone",
         f"admitted     {', '.join(names) or 'nobody yet'}; the study needs {least}",
-        f"{plan} being made, from public records: minutes, for some studies",
+        f"{plan} being made, from public records; this takes minutes for some studies",
     ]
     facts = {"address": address, "fingerprint": fingerprint, "participants": names}
     facts |= {"study": title} if len(studies) == 1 else {}
@@ -299,8 +302,8 @@ class Link:
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
     """Run a SuperLink on loopback while the block runs, and yield it. It admits only registered
-    nodes and starts no process. home: the coordinator's home, of which the folder flower/ gets the
-    SuperLink's files.
+    nodes and starts no process. home: the coordinator's home; the SuperLink's files are in its
+    folder flower/.
 
     Its database is new at each start. The state that must survive a restart is in the run's
     folder."""
@@ -433,8 +436,8 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
     """A context manager that starts a run at the SuperLink and yields Flower's Grid, by which the
-    rounds exchange messages with the sites. To get it, this process takes the ServerApp task of the
-    run.
+    rounds exchange messages with the sites. To get the Grid, this process takes the run's ServerApp
+    task.
     Errors: InfrastructureError if the SuperLink offers no task within CLAIM_SECONDS."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()

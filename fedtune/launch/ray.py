@@ -125,8 +125,8 @@ class RayGrid(ProcessGrid):
         if not cores:
             raise InfrastructureError(
                 "no node of the Ray cluster has a processor for a process of the sites",
-                "a node with one",
-                "add it with `ray start --address HOST:PORT`, then go on with --resume",
+                "a node with a processor",
+                "add a node with `ray start --address HOST:PORT`, then go on with --resume",
             )
         sound = set(cores) - self._lost or set(cores)
         before = Counter[str](worker.node for worker in self._workers if worker.relay)
@@ -257,8 +257,8 @@ def _connected(address: str, processes: int) -> Iterator[None]:
     _check_address(address)
     os.environ.update(THERE if address else HERE)
     if not address and not {"ray", "RAY_AUTH_MODE"} & {*sys.modules, *os.environ}:
-        # Who else is on this machine cannot run programs as this user through Ray's ports. Ray
-        # reads this once, when it is imported.
+        # With a token, nobody else on this machine can run programs as this user through Ray's
+        # ports. Ray reads these two variables once, when it is imported.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
@@ -276,12 +276,12 @@ def _connected(address: str, processes: int) -> Iterator[None]:
                 "num_cpus": processes,
                 "include_dashboard": False,
                 "_node_ip_address": LOOPBACK,
-                "_temp_dir": str(Path(folder) / "ray"),  # which Ray lets everybody write
+                "_temp_dir": str(Path(folder) / "ray"),  # Ray lets everybody write to it
             }
         try:
             with _as_before(Path(folder)):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except Exception as error:  # also Exception itself, of a node that is slow to start
+        except Exception as error:  # if a node is slow to start, Ray raises Exception itself
             ray.shutdown()
             raise _join_error(error, address) from None
         try:
@@ -383,13 +383,13 @@ def _join_error(error: Exception, address: str) -> InfrastructureError:
         return InfrastructureError(
             f"the Ray cluster at {address} has another Ray or Python: {text[:400]}",
             f"{here}, on every node",
-            "install these there, or run this command on a machine that has the cluster's",
+            "install these on the cluster, or run this command where the cluster's versions are",
         )
     if address:
         return InfrastructureError(
             f"the Ray cluster at {address} was not joined ({type(error).__name__}: {text[:200]})",
             "a running cluster of which this machine is a node",
-            "run `ray start --address HOST:PORT` here, or --head where there is none yet",
+            "run `ray start --address HOST:PORT` here; with no cluster yet, `ray start --head`",
         )
     return InfrastructureError(
         f"Ray did not start on this machine ({type(error).__name__}: {text[:200]})",
@@ -410,8 +410,8 @@ def _start_error(error: Exception) -> InfrastructureError:
         )
     return InfrastructureError(
         f"a node of the Ray cluster started no process of the sites ({type(error).__name__})",
-        f"a node that runs on, and fedtune {__version__}, as here, in the Python of its Ray",
-        "look with `ray status` whether a node was lost, or install fedtune there, then go on with "
+        f"a node that keeps running, with fedtune {__version__}, as here, in the Python of its Ray",
+        "`ray status` shows if a node was lost; if not, install fedtune there; then go on with "
         "--resume",
     )
 
@@ -428,12 +428,12 @@ def _check_node(host: str, release: str, wrong: str) -> None:
         raise InfrastructureError(
             f"node {host} of the Ray cluster has fedtune {release}",
             f"fedtune {__version__}, as here, on every node",
-            "install it there, then go on with --resume",
+            "install this release there, then go on with --resume",
         )
     if wrong:
         raise InfrastructureError(
             f"on node {host} of the Ray cluster {wrong}",
             "the run's folder, and each site's site.toml, records and state, at the same paths on "
             "a file system that all nodes share, with locks that hold among them",
-            "move them to one, or leave --address out: all sites are on this machine then",
+            "move these to such a file system, or leave --address out to run all sites here",
         )

@@ -187,7 +187,8 @@ class _Server:
                 turn = turns.line_up(entry.deadline)
                 threads.append(threading.Thread(target=work, args=(entry, turn), daemon=True))
                 threads[-1].start()
-            for _ in range(at_once):  # not `join`, which a signal leaves without knowing who lives
+            # Not by Thread.join: if a signal ended it, nobody would know which threads still live.
+            for _ in range(at_once):
                 places.acquire()
         except Stopped as stop:
             turns.end(threads, stop)
@@ -195,9 +196,12 @@ class _Server:
 
     def _run(self, entry: Entry, turn: Turn) -> None:
         """Run a study to its end, store its outcome, and pass the outcome to `on_end`. An error
-        that ends only this study is part of the outcome. entry: the study. turn: makes the study
-        wait while others work, and holds its deadline. Errors: KeyboardInterrupt, Terminated, and
-        other exceptions that end the server."""
+        that ends only this study is part of the outcome.
+
+        - entry: the study
+        - turn: makes the study wait while others work, and holds its deadline
+
+        Errors: KeyboardInterrupt, Terminated, and other exceptions that end the server."""
         report, error = None, None
         try:
             with (

@@ -50,8 +50,9 @@ def simulate(
         resume: continue the run in `out` after its last complete round.
         on_event: called in this process with each event's kind and data, such as ("round", {…}).
         engine: "in-process", or "ray": the processes run on the nodes of a Ray cluster.
-        address: of a running Ray cluster, "auto" or "HOST:PORT". All of its nodes must see the
-            run's and the sites' folders. Default: a cluster on this machine that ends with the run.
+        address: the address of a running Ray cluster, "auto" or "HOST:PORT". All of its nodes must
+            see the run's and the sites' folders. Default: a cluster on this machine that ends with
+            the run.
         processes: the number of sites that train at the same time, in processes that share the
             base's weights.
         rounds: for a study with a [schedule], the round after which to stop. The simulation does
@@ -79,7 +80,7 @@ def simulate(
         check_simulated(site)
     check_rounds(study, rounds)
     if address and engine != "ray":
-        raise ConfigError("--address is for --engine ray", "both, or neither")
+        raise ConfigError("--address is for --engine ray", "both options, or neither")
     out = new_run(study, None if out is None else Path(out), resume=resume)
     if not resume:
         check_vacant(out)
@@ -106,7 +107,7 @@ def simulate(
                 _describe_records(site, study, dataset, on_event)
         _describe_queries(study, len(sites), on_event)
         try:
-            # Files with an error leave no state folder, and so no lock in one.
+            # Locks are taken only now, so that files with an error leave no state folder behind.
             with _paying(sites), _declared(sites, out) as paying:
                 files = list(map(site_file, paying))
                 settings = Settings(
@@ -275,8 +276,11 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
     """Send events "records", for this machine's screen only, that say how much noise the answers of
-    a private evaluation will have. sites: the number of sites. on_event: called with each event;
-    None for nobody. study: the plan; one without queries sends no event."""
+    a private evaluation will have.
+
+    - study: the plan; one without queries sends no event
+    - sites: the number of sites
+    - on_event: called with each event; None for nobody"""
     from fedtune.accounting.costs import query_lines
 
     if on_event:

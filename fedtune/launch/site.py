@@ -104,10 +104,12 @@ def join(
     finished study also study, done}, "connected" (after an interruption), "reconnecting" {seconds},
     "stopped" {reason}.
 
-    Errors: those of the check; PolicyRefused if policy.isolation requires more than this machine
-    supports; InfrastructureError if the coordinator still refuses this site after `patience`, or
-    the halves end again and again before they are up; KeyboardInterrupt at Ctrl-C. After SIGTERM
-    the function returns without an error."""
+    Errors:
+    - those of `check_before_joining`
+    - PolicyRefused if policy.isolation requires more than this machine supports
+    - InfrastructureError if the coordinator still refuses this site after `patience`, or the halves
+      end again and again before they are up
+    - KeyboardInterrupt at Ctrl-C; after SIGTERM the function returns without an error"""
     site = load_site(site_path)
     shown = Shown(site, on_event or ignore)
     with (
@@ -155,7 +157,7 @@ def place_of(link: Link, watch: bool) -> dict[str, Any]:
 def check(site: Site, path: Path) -> None:
     """Run `check_before_joining` in a separate process, so that a person at the site can correct
     errors before the site connects. path: the site file. Errors: those of `check_before_joining`;
-    InfrastructureError if the process fails otherwise."""
+    InfrastructureError if the process fails for another reason."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
         of_child, tells = connection_for(ours, theirs)
@@ -298,11 +300,13 @@ class Again:
     """Decides whether a site's halves are started again after one of them has ended.
 
     The halves are up once the vault takes requests and the coordinator has accepted the courier
-    (`Shown.are_up`). Halves that were up are always started again, since a coordinator's message
-    may have ended them, and no message may end the client. So are halves that ran for more than
-    LONG seconds, and those of which a courier that was started elsewhere has left. They are given
-    up only if more than FEW shorter runs in a row end before the halves are up. After each short
-    run in a row the pause is a second longer, up to PAUSE."""
+    (`Shown.are_up`). They are always started again in three cases:
+    - they were up: a coordinator's message may have ended them, and no message may end the client
+    - they ran for more than LONG seconds
+    - they ended because a courier that was started elsewhere has left
+
+    The client gives up only if more than FEW other runs in a row end before the halves are up.
+    After each run of at most LONG seconds in a row, the pause is a second longer, up to PAUSE."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
@@ -356,7 +360,7 @@ class Allowance:
             return False
         self._left -= size
         if self._left_out:
-            log.warning("%d events of the courier's are not shown: too many", self._left_out)
+            log.warning("%d events of the courier were not shown: it sent too many", self._left_out)
             self._left_out = 0
         return True
 
@@ -407,7 +411,7 @@ class Shown:
         elif event == "ready":
             self._up.add("vault")
         elif not event:
-            log.warning("an event that is none was left out")
+            log.warning("the vault sent something that is no event: left out")
         elif not _say_again(event, facts):
             self.notify(event, facts)
         return False
@@ -423,7 +427,7 @@ class Shown:
         if not is_counted and not self._allowance.permits(told or {}):
             return False
         if told is None:
-            log.warning("the courier told what it may not")
+            log.warning("the courier sent an event that it may not send: left out")
         elif event == "answered":
             self._join_facts(told)
         elif event == "isolation":
@@ -437,7 +441,7 @@ class Shown:
         elif event == "ended":
             self.flush(0)
             return True
-        elif event == "stopped":  # by a signal that this process did not send: it is started again
+        elif event == "stopped":  # by a signal of somebody else: started again
             self.flush(0)
         elif event == "waiting" and told.pop("gone", False):
             self.notify("waiting", told | self._describe_finish())
@@ -449,7 +453,7 @@ class Shown:
         """Store a renewed certificate where the courier reads it at its next start. It is written
         as soon as the vault is answering no request, and at most once in RENEWALS seconds, since
         the courier must not decide when this process writes to the disk. told: the facts of the
-        courier's event, of which "certificate" is the certificate as PEM text."""
+        courier's event; its "certificate" is the certificate as PEM text."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return
@@ -491,7 +495,7 @@ class Shown:
     def _show(self, facts: dict[str, Any]) -> None:
         unmoved = {name: fact for name, fact in facts.items() if not name.startswith("bytes_")}
         if facts.get("status") == WAITING and unmoved == self._last:
-            return  # nobody has signed or released it since it was last asked: shown before
+            return  # nobody has signed the plan or released the answer yet: shown before
         self._last = unmoved
         self.notify("answered", facts)
 
@@ -517,15 +521,16 @@ class Shown:
 
         Errors: PolicyRefused if the policy requires more; those of `_enter_isolation`."""
         if half in self._confined:
-            log.warning("the %s tells a second time how it is confined: left out", half)
+            log.warning("the %s reports a second time how it is confined: left out", half)
             return
         words = {n: [str(w) for w in facts.get(n, [])] for n in ("means", "missing", "reasons")}
         missing = words["missing"]
         if missing and self._site.policy.isolation == "required":
             raise PolicyRefused(
-                f'policy.isolation = "required", and of the {half}: {"; ".join(missing)}',
+                f'policy.isolation = "required", but the {half} is not fully confined: '
+                f"{'; '.join(missing)}",
                 "a machine where the vault has no network and the courier reads no record",
-                'run it elsewhere, or set policy.isolation = "preferred" and know what stays open',
+                'use one, or set policy.isolation = "preferred" and accept what stays open',
             )
         self._confined[half] = {"walls": words["means"] + words["reasons"], "missing": missing}
         if len(self._confined) == len(self._halves):
@@ -538,10 +543,10 @@ class Shown:
                 self._enter_isolation(confined, still_open)
 
     def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
-        """Enter in the site's audit log how the halves are confined, unless the only space left on
-        the disk is that which is reserved for the ledger. A courier that was started elsewhere, as
-        in another container, may reconnect as often as it likes and send a different report each
-        time.
+        """Enter in the site's audit log how the halves are confined. No entry is made if one of the
+        newest REPEATS entries says the same, or if the only space left on the disk is that which is
+        reserved for the ledger: a courier that was started elsewhere, as in another container,
+        may reconnect as often as it likes and send a different report each time.
 
         - confined: half -> texts on what confines it
         - still_open: the number of accesses that remain open to the halves
@@ -556,7 +561,7 @@ class Shown:
         try:
             acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **walls)
         except NotAuditable as error:
-            log.warning("isolate is not in the audit log: the %s tells no such words", error)
+            log.warning("isolate is not in the audit log: the words of %s are not allowed", error)
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:

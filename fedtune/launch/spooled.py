@@ -58,7 +58,7 @@ from fedtune.launch.until_stopped import until_stopped
 RUN_LOG = "vault-run.log"  # in the state folder: the output of the last command
 LOOK = 0.5  # seconds between two checks for requests
 PATIENCE = 90.0  # seconds for which a refused courier tries again, as in `launch.site.join`
-AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # pauses after a command that brought no answer
+AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # pauses after a command that wrote no answer
 
 
 def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> None:
@@ -194,7 +194,7 @@ def _vault(
 
     Returns a context manager that provides the running vault (_Half), and stops it at the end.
     Errors: ConfigError if the ledger that pays is not there any more."""
-    check_ledger_there(site.home)  # it may not be mounted any more, or not on this machine
+    check_ledger_there(site.home)  # it may be unmounted by now, or on another machine
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
@@ -229,7 +229,8 @@ def _start_for_each(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, notify: OnEvent
 ) -> None:
     """Run the command vault.run for one request after another, without end. If a request has no
-    answer afterwards, try it again later, after the others, as long as its courier waits.
+    answer afterwards, try this request again later, after the other requests, as long as the
+    courier waits for the answer.
 
     - site, path: the site, which has vault.run, and its file, in whose folder the command runs
     - spool: the spool in which the requests lie
@@ -249,7 +250,7 @@ def _start_for_each(
     while True:
         waiting = spool.waiting()
         for name in [each for each in waiting if later.get(each, 0.0) <= time.monotonic()]:
-            check_ledger_there(site.home)  # it may not be mounted any more
+            check_ledger_there(site.home)  # the ledger's disk may be unmounted by now
             notify("connected", {"text": f"a request: `{command[0]}` starts the vault for it"})
             how = _run([*command, *words, name], path.parent, site.site.state / RUN_LOG)
             if name not in spool.waiting():
@@ -257,8 +258,8 @@ def _start_for_each(
             seconds = AGAIN_SECONDS[min(tried[name], len(AGAIN_SECONDS) - 1)]
             tried[name] += 1
             later[name] = time.monotonic() + seconds
-            text = f"`{command[0]}` {how} and brought no answer; again in {seconds:.0f} s; it said"
-            notify("reconnecting", {"seconds": seconds, "text": f"{text} why in {RUN_LOG}"})
+            text = f"`{command[0]}` {how} and wrote no answer; next try in {seconds:.0f} s; its"
+            notify("reconnecting", {"seconds": seconds, "text": f"{text} output is in {RUN_LOG}"})
         for gone in set(later) - set(waiting):
             del later[gone], tried[gone]
         spool.remove_answered()

@@ -143,8 +143,8 @@ def check_declared(sites: Sequence[Site]) -> None:
         raise PolicyRefused(
             f"the data of {', '.join(private)} is private, and a search would pay for every trial",
             'data.declared = "public" or "generated" at every site',
-            "search on files that no patient is in, with site.toml files of their own that declare "
-            "it; then run the private study once, with what was found",
+            "search on files that no patient is in, with site.toml files that declare this; then "
+            "run the private study once, with the settings that were found",
         )
 
 
@@ -159,8 +159,8 @@ def _check_chooser(study: Study, records: Path | None) -> None:
         )
     if study.selection is None and (records is None or study.evaluation is None):
         raise ConfigError(
-            "there are no records by which to choose: those of [evaluation] only measure what was "
-            "chosen",
+            "there are no records by which to compare trials: those of [evaluation] only measure "
+            "the trial that was chosen",
             "[selection] in study.toml; or [evaluation], and --records FILE with its columns",
             "set some public records apart from those of [evaluation]",
         )
@@ -194,8 +194,9 @@ def _values(setting: str) -> list[str]:
 def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
     """List the combinations of settings to try, each as texts "key=value". If no setting has
     several values, the combinations differ in the learning rate: a geometric grid around the plan's
-    rate, in ascending order. study: the study whose settings are varied.
+    rate, in ascending order.
 
+    - study: the study whose settings are varied
     - settings: texts "key=a,b,c"
     - trials: the number of learning rates; None for POINTS. It counts only if no setting has
       several values."""

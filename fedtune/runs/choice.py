@@ -117,9 +117,8 @@ def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any
 
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
-    """Return the folder of a finished run on account of which a command that starts or resumes this
-    study has nothing left to do. Return None if there is no such run, so that the command has work
-    to do.
+    """Return the folder of a finished run that leaves a command nothing to do, if the command
+    starts or resumes this study; None if the command has work to do.
 
     - study: the study to run
     - out: the run's folder as a person named it; None if none was named
@@ -169,7 +168,7 @@ def new_run(
     would be refused, or charged a second time."""
     if out is None and not resume and (run := find_finished(study, runs)):
         raise ConfigError(
-            f"this study is finished; {run} is there",
+            f"this study is finished: its run is {run}",
             todo=f"read {run}/report.md. For another study, change study.toml (study.name "
             "names its folder); it is paid from what `fedtune ledger SITE` shows as "
             "left. To run the same study again, and pay again for whatever must be "

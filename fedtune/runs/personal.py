@@ -4,8 +4,8 @@
 
 The file's first line says that it is a personal model. Everything else is encrypted (AES-256-GCM)
 under a key derived from the site's signing key: the trained arrays, how they were chosen, and the
-salted hashes of the patients on whose records they were trained. The first line is authenticated
-with it.
+salted hashes of the patients on whose records they were trained. The encryption also authenticates
+the first line.
 
 Guarantee: without the site's private key, only the first line and the length can be read. An opened
 model has no folder: any code that reads or writes a run's folder refuses the model
@@ -147,7 +147,7 @@ def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
 
 
 def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
-    """Encrypt a personal model and write it to a file that only this user can read. An earlier one
+    """Encrypt a personal model and write it to a file that only this user can read. An earlier file
     is replaced.
 
     - path: the file, as `personal_file` names it
@@ -179,7 +179,7 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
     content = reading.secret(path, "a personal model", most=LARGEST)
     about, arrays = _unsealed(path, content, ledger.key)
     if (about.plan, about.adapter) != (run.study.digest, digest_of_adapter(run.folder)):
-        raise InputError(f"{path}: is of another run", f"of {run.place}", AGAIN)
+        raise InputError(f"{path}: is of another run", f"a personal model of {run.place}", AGAIN)
     withdrawn = ledger.withdrawn()
     if any(unit in withdrawn for unit in about.units):
         raise _outdated(path, "a patient on whom it was trained has withdrawn")
@@ -227,7 +227,9 @@ def _cipher(key: SigningKey) -> AESGCM:
 
 def _outdated(path: Path, why: str) -> InputError:
     return InputError(
-        f"{path}: {why}", "a personal model without them", f"{AGAIN}; until then it is not used"
+        f"{path}: {why}",
+        "a personal model that was trained after this change",
+        f"{AGAIN}; until then this model is not used",
     )
 
 

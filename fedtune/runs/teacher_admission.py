@@ -19,9 +19,10 @@ from fedtune.runs.verify_model import verify
 
 
 def register_teacher(study: Study) -> None:
-    """Verify the signature of the teacher of a study that was written on this machine, and load the
-    teacher by the name that the study gives. From then on, `find_teacher` finds the teacher by its
-    digest. Nothing is done for a study without a teacher.
+    """Verify the signature of the teacher that a study names, and load the teacher by the name that
+    the study gives. From then on, `find_teacher` finds the teacher by its digest. The study must
+    have been written on this machine, where this name is valid. Nothing is done for a study without
+    a teacher.
 
     Errors: ModelError (the model is missing, or has another digest), NotGenuine (the teacher is a
     run that was changed after it was signed)."""

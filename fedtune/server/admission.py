@@ -78,7 +78,7 @@ class Roster:
     - down: site -> bytes sent to it since the newest saved round
     - up: site -> bytes received from it since the newest saved round
 
-    Guarantee: a node's reply changes the state of its own site alone."""
+    Guarantee: a node's reply changes the state of its own site only."""
 
     grid: Grid
     study: Study
@@ -176,8 +176,8 @@ class Roster:
         - kind: the messages' type in Flower, such as "train"
         - contents: node -> the message that it is sent
         - group: a text that the messages of this exchange share (their group in Flower)
-        - arrays: the number of bytes that a reply's arrays may have; it may have replies.WORDS
-          bytes besides
+        - arrays: the number of bytes that a reply's arrays may have; the rest of the reply may have
+          replies.WORDS bytes
 
         A node that does not answer yields a reply without content. Errors: InfrastructureError if
         Flower's Grid fails."""
@@ -244,8 +244,8 @@ class Roster:
 
         - node: the node that answered
         - name: the name of the node's site (`_name_of`)
-        - claim: the node's answer, whose name, size, key and kind of data are compared with those
-          that are enrolled, or with which the site was admitted before
+        - claim: the node's answer. Its name, size, key and kind of data are compared with those
+          that are enrolled, or with those of the site's earlier admission.
         - rank: the rank that the site trains; 0 if the plan does not allow it, None if the plan
           leaves no choice"""
         if self.enrolled is not None and self.enrolled().get(node) != Member(name, claim.key):
@@ -432,7 +432,7 @@ class Outcome:
     update: Arrays = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)  # the site's statement of its newest entry
-    evidence: dict[str, Any] = field(default_factory=dict)  # what the site signed, less the arrays
+    evidence: dict[str, Any] = field(default_factory=dict)  # what it signed, without the arrays
 
 
 def outcome(
@@ -529,7 +529,7 @@ def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: flo
 
     - arrays: the arrays of the reply, in their encoded form
     - like: arrays with the names and shapes that the update must have
-    - encoding: how it is encoded
+    - encoding: how the update is encoded
     - longest: the largest norm of an honest update before it is encoded
 
     Returns name -> fp32 array. Errors: WireError if names, shapes, types or sizes are not as

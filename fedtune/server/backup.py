@@ -47,7 +47,7 @@ HOME = "coordinator"
 RESTORED = "restored.json"
 NOT_KEPT = {"flower", "status.json", "status.lock", "lock", "audit.lock"}
 TRIES, PAUSE = 30, 0.5
-TODO = "name a file that `fedtune backup` wrote, or an older one of them"
+TODO = "name a file that `fedtune backup` wrote; if this is one, name an older one"
 Files = dict[str, bytes]
 
 
@@ -119,7 +119,7 @@ def restore(file: Path, into: Path) -> dict[str, Any]:
 
 def refuse_second(home: Path) -> None:
     """Refuse to start from a restored home while another coordinator answers at the consortium's
-    address: the one that was backed up, or one restored from the same backup.
+    address: the coordinator that was backed up, or another that was restored from the same backup.
 
     A coordinator that this machine cannot reach, or that has another address, is not noticed.
     Errors: InfrastructureError if a coordinator of this consortium answers."""
@@ -137,7 +137,7 @@ def refuse_second(home: Path) -> None:
     raise InfrastructureError(
         f"another coordinator of this consortium answers at {address}",
         "one coordinator at a time",
-        "stop the other one, even if it was only cut off for a while; then start this one again",
+        "stop that coordinator, even if it was only cut off for a while; then start this one again",
     )
 
 
@@ -197,10 +197,10 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _at_rest(run: Path) -> tuple[Files, str]:
-    """Read the files of a run, which may still be going on, in such a way that all of them belong
-    to one state of the run: the arrays are those that the checkpoint's database names, and the
-    database did not change while they were read. Return path in the run's folder -> content, and
-    the target of the released adapter's link, "" if there is none.
+    """Read the files of a run so that all of them belong to one state of the run, even if the run
+    is still going on. The arrays that are read are those that the checkpoint's database names, and
+    the database did not change meanwhile. Return path in the run's folder -> content, and the
+    target of the released adapter's link, "" if there is none.
 
     Errors: InfrastructureError if the run changed during each of TRIES readings."""
     database = run / FOLDER / DATABASE
@@ -217,13 +217,13 @@ def _at_rest(run: Path) -> tuple[Files, str]:
         except FileNotFoundError:  # a round was saved meanwhile, and an older one's arrays removed
             index, files = {}, {}
         if files and before == _snapshot(database) and _has_all_arrays(database, files, before):
-            # The index was read before the folders: a crash may also leave an index that is older.
+            # The index was read before the folders, so it may be older, as after a crash.
             files |= {str(p.relative_to(run)): content for p, content in index.items()}
             return files | ({f"{FOLDER}/{DATABASE}": before} if before else {}), link
         time.sleep(PAUSE)
     raise InfrastructureError(
-        f"{run}: changed each of {TRIES} times that it was read",
-        "a moment between two rounds",
+        f"{run}: changed during each of {TRIES} attempts to read it",
+        "a run that does not change while it is read, as between two rounds",
         "try again later",
     )
 
@@ -284,8 +284,8 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
         manifest = json.loads(files.pop(MANIFEST))
         if manifest["format"] != FORMAT:
             raise InputError(
-                f"{file}: of another release (format {str(manifest['format'])[:40]})",
-                FORMAT,
+                f"{file}: written by another release (format {str(manifest['format'])[:40]})",
+                f"format {FORMAT}",
                 "restore it with the release that wrote it",
             )
         sums = {name: hashlib.sha256(body).hexdigest() for name, body in files.items()}

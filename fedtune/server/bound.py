@@ -1,9 +1,12 @@
-"""Bound the norm of an honest site's update by the plan's noise, clipping and rates.
+"""Bound the norm ‖Δ‖ of an honest site's update by the plan's noise, clipping and rates.
 
-Let η be the learning rate, T = local_steps, λ the weight decay, μ the proximal term, w₀ the adapter
-that was sent, d its number of coordinates, and D = q·k·n the divisor (n: declared size, k: records
-of a unit in a step). A step's noised mean is g = (S + Z) / D. Here ‖S‖ ≤ B·C for B sampled rows,
-and Z ~ N(0, (σC)² I) is independent of everything before it.
+    η learning rate        T local_steps          λ weight decay        μ proximal term
+    q sampling rate        σ noise multiplier     C clipping norm
+    n declared size        k records of a unit in a step                D = q·k·n the divisor
+    w₀ adapter that the site was sent             d number of its coordinates
+
+A step's noised mean is g = (S + Z) / D. S is the sum of the B sampled rows, each clipped to the
+norm C, so ‖S‖ ≤ B·C. The noise Z ~ N(0, (σC)² I) is independent of everything before it.
 
 SGD (no momentum): Δ ← cΔ - ηg - ηλw₀ with c = 1 - η(λ + μ). Two bounds hold; the smaller counts.
 
@@ -44,8 +47,8 @@ from fedtune.core.dp.shared_noise import own_sigma
 from fedtune.evidence.step_summary import Agreed
 
 FAILURE = 1e-12
-# A site's true number of units may be this many times its declared size; `fedtune doctor` asks a
-# site with more to declare another size.
+# A site's true number of units may be this many times its declared size. `fedtune doctor` asks a
+# site with more units to declare another size.
 ROWS = 2
 BETA1, BETA2 = 0.9, 0.999  # torch.optim.AdamW's defaults, which sites use
 GRID = 2.0**-20  # the largest spacing of the grid on which sums are rounded, in units of σC
@@ -106,8 +109,10 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
     """Compute the bound for SGD before rounding to fp32, as this module derives it. Return the
     bound, and Σ|c|ʲ, by which the rounding grows over the steps.
 
-    study: the plan, with learning rate and steps. site: the noise, clipping and divisor of the
-    site's steps. dimension: d. start: ‖w₀‖, or an upper bound on it."""
+    - study: the plan, with learning rate and steps
+    - site: the noise, clipping and divisor of the site's steps
+    - dimension: d
+    - start: ‖w₀‖, or an upper bound on it"""
     t = study.training
     eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
     x = math.log(2 * t.local_steps / FAILURE)  # half of FAILURE for the noise, half for B*
@@ -136,7 +141,7 @@ def _bound_squared_norm(deviation: float, dimension: int, mean: float, x: float)
     - deviation: s, the standard deviation of each coordinate
     - dimension: the number of coordinates
     - mean: the norm ‖b‖ of the constant part
-    - x: minus the logarithm of that probability"""
+    - x: minus the logarithm of the probability that the bound fails"""
     center, spread = deviation**2 * dimension, deviation * math.sqrt(x)
     return center + mean**2 + 2 * spread * math.sqrt(center + 2 * mean**2) + 2 * spread**2
 
@@ -145,8 +150,10 @@ def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float,
     """Compute the bound for AdamW before rounding to fp32, as this module derives it. Return the
     bound, and the number of steps, by which the rounding grows.
 
-    study: the plan, with learning rate and steps. _: the site's noised steps, which have no
-    influence here. dimension: d. start: ‖w₀‖, or an upper bound on it."""
+    - study: the plan, with learning rate and steps
+    - _: the requirements for the site's noised steps, which have no influence here
+    - dimension: d
+    - start: ‖w₀‖, or an upper bound on it"""
     t = study.training
     keep = 1 - t.learning_rate * t.weight_decay
     step = np.arange(1, t.local_steps + 1, dtype=np.float64)
@@ -171,8 +178,8 @@ class Limits:
     """Computes, from the plan, the limits that an honest site's updates do not exceed.
 
     - study: the plan
-    - budget: (study, declared size) -> the mechanism of such a site; it is called once for each
-      size"""
+    - budget: (study, declared size) -> the mechanism of a site of this size; it is called once for
+      each size"""
 
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget
@@ -206,8 +213,8 @@ class Limits:
         - dimension: the number of entries of the update's arrays
         - start: the norm of the adapter that was sent, or an upper bound on it
         - done: the number of saved rounds in a study without a last round; None in another study.
-          It replaces the mechanism's number of rounds, which is that of one unit's life, and which
-          such a study exceeds.
+          In a study without a last round, the mechanism's number of rounds is only that of one
+          unit's life; so the site may have made the steps of done + 1 rounds instead.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:

@@ -7,7 +7,7 @@ that shares no record with it. At most schedule.files files are used. looks.py s
 each comparison.
 
 The champion is measured again in each comparison, since the public file may have been replaced: a
-champion that no longer fits newer records then shows a lower metric. Training continues from the
+champion that no longer fits newer records then measures worse. Training continues from the
 newest adapter, released or not, so a later adapter may still replace the champion. All of this is
 post-processing of noised sums, on public records, and costs no ε.
 """
@@ -72,7 +72,8 @@ class Continuous:
     def evaluator(self) -> Measures:
         """The evaluator that measures adapters on the public [evaluation] records. If their file
         was replaced, the new records are read first. If the file cannot be read, the records that
-        were read last are used. Errors: DataError if none were read before."""
+        were read last are used. Errors: DataError if the file cannot be read and no records were
+        read before."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:

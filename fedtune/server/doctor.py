@@ -26,13 +26,16 @@ from fedtune.flower import certs, enrol
 from fedtune.flower.ports import address_of, own_name
 
 ROUNDS_KEPT = 4  # disk space to have, in adapters per site: Flower keeps what is sent and received
-RESTORE = "restore it from a backup: sites trust no other"
+RESTORE = "restore it from a backup: sites trust no other CA"
 START = "`fedtune server` renews it when it starts, and while it runs"
 
 
 class Place(NamedTuple):
-    """Where a coordinator runs: its home folder, the host and port at which it listens, and the
-    names by which sites reach it, as given to `fedtune server`."""
+    """Where a coordinator runs.
+
+    - home: the coordinator's home folder
+    - host, port: where the coordinator listens
+    - names: the names by which sites reach it, as in `fedtune server --name`"""
 
     home: Path
     host: str
@@ -52,8 +55,11 @@ class Place(NamedTuple):
 
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
     """Check a study and its coordinator's home and port, and yield each check's finding when the
-    check ends. path: study.toml; settings: overrides of its keys, such as "privacy.epsilon=2".
-    place: where the coordinator runs.
+    check ends.
+
+    - path: study.toml
+    - place: where the coordinator runs
+    - settings: texts that replace values of study.toml, such as "privacy.epsilon=2"
 
     Errors: ConfigError if study.toml cannot be read; every other error becomes a finding."""
     study = load_study(path, settings=settings)
@@ -210,8 +216,8 @@ def _port(place: Place) -> str:
     file = place.home / "server.pem"
     if not file.exists() or certs.certificate_in(file, "").public_key() != shown.public_key():
         raise InfrastructureError(
-            f"{at}: a server with another certificate uses it",
+            f"{at}: in use by a server with another certificate",
             "a free port, or this consortium's gateway",
-            "choose another with --port, or name that gateway's --home",
+            "choose another port with --port, or name the gateway's own home with --home",
         )
     return f"{at}: the gateway answers, with the certificate above"

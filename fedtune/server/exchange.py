@@ -70,7 +70,7 @@ def ask(
     - most: the number of bytes that an answer may have
 
     Guarantee: at most one reply is held in memory, of at most `most` bytes. A reply that is longer,
-    unreadable or never complete counts as a failure of its node alone and delays no other.
+    unreadable or never complete counts as a failure of its node only, and delays no other node.
     Errors: InfrastructureError if Flower's Grid fails.
     """
     try:

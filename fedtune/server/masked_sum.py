@@ -32,8 +32,8 @@ class MaskedSum:
         return sorted(set(self.statements) - self._added)
 
     def add(self, site: str, words: Words) -> None:
-        """Add the masked words of one site to the sum. Errors: ValueError if the site is not one of
-        those whose statements this object was made with, or if its words were added already."""
+        """Add the masked words of one site to the sum. Errors: ValueError if the site is not in the
+        set, or its words were added already."""
         if site not in self.statements or site in self._added:
             raise ValueError(f"{site}: sends masked words that were not asked for")
         self._total += words

@@ -87,9 +87,9 @@ def exchange(
     - order: the order
     - take: called with each site's reply; checks the reply and returns its status
 
-    The status decides whether a site is asked again. At "unprepared" it is sent the plan and asked
-    once more. At WAITING (for a person's approval) it is asked again, at growing intervals, for
-    strategy.round_timeout seconds.
+    The status decides whether a site is asked again. At "unprepared" the site is sent the plan and
+    asked once more. At WAITING (for a person's approval) the site is asked again, at growing
+    intervals, for strategy.round_timeout seconds.
 
     Errors: InfrastructureError if Flower's Grid fails."""
     shared = RecordDict(dict(order.said))

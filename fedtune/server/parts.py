@@ -1,5 +1,5 @@
-"""Define the functions and settings with which a coordinator runs a study. The functions import
-their modules when they are first called; tests replace them."""
+"""Define the functions and settings with which a coordinator runs a study. Each function imports
+the modules that it needs only when it is called. Tests replace the functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
 from fedtune.server.turns import Turn
 
-Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
+Events = list[tuple[float, float, int, int]]  # (σ, sampling rate q, steps, records of one unit)
 
 
 class Started(Protocol):
@@ -41,8 +41,8 @@ class Started(Protocol):
 
 
 class Expected(Protocol):
-    """The forecast of a run's gain, with the attributes that a run uses: whether the gain is
-    nothing, a warning, and the forecast as lines and as a dict. It is an object of
+    """The forecast of a run's gain, with the attributes that a run uses: whether no gain is
+    expected, a warning, and the forecast as lines and as a dict. It is an object of
     fedtune.evaluation.expected_gain.ExpectedGain, except in tests."""
 
     @property
@@ -73,7 +73,7 @@ def _start(study: Study) -> Started:
     from fedtune.public.start import start
     from fedtune.server.step import replace_evaluation
 
-    check_evaluation(study)  # first, since it takes seconds, and A from public text minutes
+    check_evaluation(study)  # before `start`: this takes seconds, LoRA's A from public text minutes
     check_apart(study)
     if study.selection:
         check_evaluation(replace_evaluation(study))
@@ -147,9 +147,12 @@ def _teacher(study: Study) -> dict[str, Any] | None:
 
 
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
-    """Write an adapter to a folder in PEFT's format. study: the plan, which names the base and the
-    adapter's shape. adapter: the trained arrays. frozen: the arrays that sites receive and do not
-    train."""
+    """Write an adapter to a folder in PEFT's format.
+
+    - study: the plan, which names the base and the adapter's shape
+    - adapter: the trained arrays
+    - frozen: the arrays that sites receive and do not train
+    - folder: the folder to write"""
     from fedtune.core.models.build import build
 
     network = build(study)
@@ -192,12 +195,13 @@ class Settings:
       the run's checkpoint keeps them
     - plan: file in which the plan is stored as it is sent; with None it is not stored
     - ca: the consortium's certificate (PEM; "" in a simulation)
-    - registry: returns for each admitted site the public keys, other than its signing key, that its
-      fingerprint covers
+    - registry: returns, for each admitted site, the public keys that the site's fingerprint covers,
+      without the signing key
     - patience: seconds to wait at the start until strategy.min_sites sites admit the plan
     - waits: whether to wait longer than `patience` for sites, as long as none has refused
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
-    - pause: seconds before the first retry of a round (twice that before the second, and so on)
+    - pause: seconds before the first retry of a round (twice as long before the second retry, three
+      times as long before the third)
     - turn: makes the study wait for its turn among the coordinator's studies, and ends the study at
       its deadline
     - clock: for a continuous study, the clock that tells the time of day and waits for it
@@ -230,12 +234,14 @@ class Settings:
 class Dependencies:
     """The functions that a run calls, and its settings.
 
-    - start: makes what a study begins with: the study with rounds and open digests filled in, the
-      adapter, the frozen arrays, and the strategy's state
+    - start: makes what a study begins with: the study, in which the rounds and the digests that
+      study.toml left open are filled in; the adapter; the frozen arrays; the strategy's state
     - evaluator: (study, frozen arrays) -> the evaluator, which measures adapters on the study's
       [evaluation] records
-    - epsilon: (steps, δ) -> ε. Each step is (σ, q, number of steps, records of one unit).
-    - budget: (study, declared size) -> sampling rate, noise multiplier and rounds of such a site
+    - epsilon: (a list of steps, δ) -> ε. An element of the list is (σ, q, number of steps, records
+      of one unit).
+    - budget: (study, declared size) -> the sampling rate, the noise multiplier and the number of
+      rounds of a site of this size
     - expected: (study, the strategy's state before the first round, the sites' declared sizes,
       class -> its share of the sites' units, number of evaluation records) -> the forecast of the
       gain; None if it cannot be forecast
@@ -244,14 +250,14 @@ class Dependencies:
     - licence: study -> the licence of its base, for the report
     - teacher: study -> the facts about its teacher, None if it has none
     - save: (study, adapter, frozen arrays, folder) writes an adapter to a folder
-    - load: reads the adapter in such a folder: name -> array, fp32
+    - load: reads the adapter in a folder that `save` wrote: name -> array, fp32
     - fingerprint: file or folder -> sha256 of the files' names and contents; "" if there is none
     - contents: a table of public records -> the digests of the records' contents
     - report: (the run's folder, the report's content) writes the report
-    - enrolled: grid -> (node -> member) for those of its nodes that may take part now; with None
-      every connected node may
-    - expect: called with the grid, the nodes that are asked, and the number of bytes that each
-      answer may have"""
+    - enrolled: grid -> (node -> enrolled member), for the grid's nodes that may take part now; with
+      None every connected node may take part
+    - expect: called before each exchange with the grid, the nodes that are asked, and the number of
+      bytes that each answer may have"""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator

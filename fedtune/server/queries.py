@@ -24,8 +24,12 @@ from fedtune.server.store import Phase, Progress
 
 
 class Queries:
-    """Asks the sites the queries of one run about their held-out records. The pooled answer is
-    stored in the newest entry of the run's history."""
+    """Asks the sites the queries of one run about their held-out records, and stores the pooled
+    answer in the newest entry of the run's history.
+
+    - progress: the run's state
+    - roster: the sites of the run
+    - key: the coordinator's signing key"""
 
     def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
         self.progress = progress
@@ -86,7 +90,7 @@ class Queries:
         status ("answered" if it counts).
 
         - entry: the newest entry of the run's history, whose counts of bytes are raised
-        - answers: site -> its checked answer, to which this one is added
+        - answers: site -> its checked answer, to which this site's answer is added
         - missing: site -> the reason why it did not answer, to which the reason is added if this
           reply does not count
         - answer: the reply, with the context that its seal must state"""
@@ -154,7 +158,8 @@ def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[
     the sampling error of the records.
 
     | case                                                                | result           |
-    | no site answered, or n is within TOO_NOISY standard deviations of 0 | both are None    |
+    | no site answered, or n is at most TOO_NOISY standard deviations of  | both are None    |
+    | its noise                                                           |                  |
     | the noise puts the ratio outside [0, 1]                             | the mean is the  |
     |                                                                     | nearer bound     |"""
     total, variance = np.zeros(2), 0.0

@@ -11,9 +11,9 @@ from fedtune.core.models.rank_slice import Arrays, trained_slice
 
 
 def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
-    """Return the part of the adapter's `arrays` that a site trains: of an array in which sites
-    train different numbers of columns, the given `columns`; any other array as a whole. The result
-    has the names and shapes of that site's update."""
+    """Return the part of the adapter's `arrays` that a site trains, with the names and shapes of
+    the site's update. From an array in which sites train different numbers of columns, take the
+    given `columns`; take every other array as a whole."""
     return {
         name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
     }
@@ -23,8 +23,8 @@ def pad_update(
     update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
 ) -> Arrays:
     """Return a site's update in the shapes of the whole adapter `like`: the columns that the site
-    did not train are filled with zeros. update: the site's arrays, which have only the columns
-    `columns`, those that it trained."""
+    did not train are filled with zeros. update: the site's arrays. columns: the columns that
+    the site trained, in those arrays of which it trained only a part."""
     padded: Arrays = {}
     for name, array in update.items():
         padded[name] = array

@@ -23,18 +23,23 @@ def decide(
     """Decide by the plan's selection.release whether the run releases the trained model or its
     public start, and return the decision; {} if the plan has no public start or no [selection].
 
-    The decision's entries are "model", TRAINED or START; "why", the reason in words; and, if the
-    two models were compared, "metric", the number of "records", and each model's value of the
-    metric. If selection records lack classes, "lacking" lists these, and "unseen" is their share of
-    the units, if it is known.
+    - progress: the run's state
+    - selector: measures on the [selection] records; None if the plan has none
+    - figures: the sites' noised figures of each class; None if there are none
 
-    progress: the run's state. selector: measures on the [selection] records; None if the plan has
-    none. figures: the sites' noised figures of each class; None if there are none. If the selection
-    records lack a class, they cannot show what the trained model has learnt of it. Then the start
-    is released only if it would still be better if the trained model were right about every unit of
-    the missing classes. The share of these units is estimated from the noised counts.
-    The decision is TRAINED also if both models measure the same, and if records lack classes whose
-    share is not known, or which cannot be weighed since the metric is not accuracy."""
+    The decision's entries:
+    - model: TRAINED or START
+    - why: the reason in words
+    - metric, records, and each model's value, if the two models were compared: the metric's name,
+      the number of selection records, and the metric under the names TRAINED and START
+    - lacking, if selection records lack classes: the names of these classes
+    - unseen, if it is known: the share of the sites' units that is in these classes
+
+    If the selection records lack a class, they cannot show what the trained model has learnt of it.
+    Then the start is released only if it would be better even if the trained model were right about
+    every unit of the lacking classes. The share of these units is estimated from the noised counts.
+    The decision is TRAINED also if the plan says so, if both models measure the same, or if records
+    lack classes whose share is not known, or cannot be used since the metric is not accuracy."""
     study = progress.study
     if selector is None or not progress.origin or not study.start or study.selection is None:
         return {}
@@ -43,7 +48,7 @@ def decide(
     unseen = _compute_unseen_share(study, selector, figures if counts_are_told(progress) else None)
     names = ", ".join(selector.lacking)
     if unseen is None:
-        why = f"the selection records cannot see what is learnt of {names}, of which they have none"
+        why = f"the selection records cannot show what was learnt of {names}: they have none of it"
         return {"model": TRAINED, "why": why, "lacking": list(selector.lacking)}
     with stage("choosing what is released"):
         before, after = (
@@ -57,7 +62,7 @@ def decide(
     if unseen and gain < 0:
         share = f"{names}, {100 * unseen:.2g} % of the sites' units"
         if model == TRAINED:
-            why += f", but they cannot see what it learnt of {share}, which may be more"
+            why += f", but they cannot show what it learnt of {share}, which may be more"
         else:
             why += f", by more than it can have learnt of {share}, of which they have no record"
     decision = {
@@ -77,11 +82,11 @@ def _compute_unseen_share(
     study: Study, selector: Measures, figures: ClassFigures | None
 ) -> float | None:
     """Compute from the noised counts in `figures` which share of the sites' units is in classes
-    that the selection records lack; 0.0 if they lack none.
+    that the selection records lack; 0.0 if they lack none. selector: measures on the selection
+    records.
 
-    Return None if the share is not known (`figures` is None, or no count is above 0), or if it
-    cannot be used, since the metric is not accuracy. selector: measures on the selection
-    records."""
+    Returns None if the share is not known (`figures` is None, or no count is above 0), or if it
+    cannot be used, since the metric is not accuracy."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

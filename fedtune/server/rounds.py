@@ -42,7 +42,7 @@ from fedtune.server.queries import Queries
 from fedtune.server.rank_slices import pad_update, slice_update
 from fedtune.server.store import Phase, Progress
 
-RETRIES = 3  # how often a round is retried that too few sites delivered
+RETRIES = 3  # how often a round that too few sites delivered is retried
 LARGEST = 4  # a site's declared size counts for at most this many times the median
 POLL = 2.0  # seconds between checks for sites that have yet to connect
 
@@ -64,7 +64,7 @@ def run(
     - resume: True: continue the run that `out` holds, or begin one if it holds none; False: begin a
       run, for which `out` must hold none
     - on_event: called with each event's kind and data; None for nobody
-    - parts: the functions and settings to use; None for those of this release
+    - parts: the functions and settings to use; None for the ones that this release defines
 
     Errors: ConfigError, CheckpointError (exit 2); Refused, if too many sites refused the plan (exit
     3); InfrastructureError, if too few sites answered (exit 4)."""
@@ -123,7 +123,7 @@ class _Run:
         self.limits = Limits(self.study, parts.budget)
         self.settings = parts.settings
         self.receipts = store.Receipts(self.settings.receipts)
-        self.receipts.read()  # damaged, it stops the run before a site is asked
+        self.receipts.read()  # a damaged file ends the run here, before any site is asked
         receipts = progress.receipts.items()  # a resumed simulation signs with a new key
         progress.receipts = {n: r for n, r in receipts if self._is_own(r)}
         self.stored = dict(progress.receipts)
@@ -214,7 +214,8 @@ class _Run:
             raise ConfigError(
                 "; ".join(expected.lines()),
                 "a study to which its sites' records can add something",
-                "spend no ε on it; `fedtune server` and `fedtune simulate` run it with --anyway",
+                "change the study, so that no ε is spent for nothing; to run it as it is, give "
+                "--anyway to `fedtune server` or `fedtune simulate`",
             )
         for line in expected.lines():
             loud = "WARNING: " if line == expected.warning else ""
@@ -238,7 +239,7 @@ class _Run:
         except TooFew as error:
             if not self.settings.skip:
                 raise
-            self.strategy = build_strategy(self.study)  # without the updates that some sites sent
+            self.strategy = build_strategy(self.study)  # drops the updates that some sites sent
             self.strategy.load_state(self.progress.strategy)
             self.strategy.prepare(self.study, self.progress.frozen)
             self._event("step", text=str(error))
@@ -278,7 +279,7 @@ class _Run:
             self._event(
                 "step",
                 text=f"waiting for people at {', '.join(sorted(names))} to sign the plan, for up "
-                f"to {self.settings.signing / 86_400:.3g} days; it goes on by itself then",
+                f"to {self.settings.signing / 86_400:.3g} days; once they have, the run goes on",
             )
         return names
 
@@ -310,8 +311,8 @@ class _Run:
         )
 
     def _gather(self, number: int, delivered: set[str], seconds: float) -> bool:
-        """Wait until enough sites can be asked for the round to count, such as after a network that
-        was cut, and report for whom the round waits. Return whether there are enough.
+        """Wait until enough sites can be asked for the round to count, for instance after the
+        network was cut, and report for whom the round waits. Return whether there are enough.
 
         - number: the round
         - delivered: the sites whose update of the round is counted already
@@ -330,8 +331,8 @@ class _Run:
             if (out := self.roster.out()) != told:
                 told = out
                 who = "; ".join(f"{name}: {why}" for name, why in out.items()) or "nobody is there"
-                text = f"too few sites for round {number} ({who}); waits up to {duration(left)}"
-                self._event("step", text=f"{text} and goes on by itself")
+                text = f"too few sites for round {number} ({who}); the run waits up to"
+                self._event("step", text=f"{text} {duration(left)} and goes on by itself")
             waits = True
             self.settings.turn.pause(min(POLL, self.settings.patience))
 
@@ -375,9 +376,12 @@ class _Run:
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:
         """Check a site's reply to an order to train, and return the reply's status. An update that
-        counts is added to the round's mean; if one of this site is counted already, the reply is
-        dropped. start: an upper bound on the norm of the adapter that was sent. answer: the reply,
-        with the context that its seal must state. tally: the updates of the round so far."""
+        counts is added to the round's mean. If an update of this site is counted already, the reply
+        is dropped.
+
+        - tally: the updates of the round so far
+        - start: an upper bound on the norm of the adapter that was sent
+        - answer: the reply, with the context that its seal must state"""
         name, reply = answer.name, answer.reply
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
@@ -398,7 +402,7 @@ class _Run:
             result = outcome(
                 reply, part, self.study.private, before, key, answer.expected, **limits
             )
-        except ConfigError as error:  # an honest site of such a size refuses the plan itself
+        except ConfigError as error:  # an honest site of this size would refuse the plan
             result = Outcome("dropped", f"its declared size does not fit the plan: {error}")
         if result.status == "trained" and self.roster.is_stranger(reply.node, name):
             result = Outcome("refused", NOT_ENROLLED)
@@ -414,7 +418,7 @@ class _Run:
             tally.count(self.study.digest, name, result.evidence)
         else:
             tally.failures[name] += result.status != "unprepared"
-            if tally.note_missing(name, result):  # its answer still waits for a person's approval
+            if tally.note_missing(name, result):  # a person's approval is awaited, as before
                 return result.status
             if result.status == "refused":
                 self.roster.refused[name] = result.reason
@@ -520,7 +524,8 @@ class _Run:
         store.save(self.out, progress)
         receipts = progress.receipts.items()
         new = {progress.keys[n]: r for n, r in receipts if r != self.stored.get(n)}
-        self.receipts.keep(new)  # those alone: another study may have newer ones of other sites
+        # Only the changed receipts: another study may have stored newer ones of the other sites.
+        self.receipts.keep(new)
         self.stored = dict(receipts)
 
     def _measure(self, number: int) -> dict[str, float]:
@@ -570,7 +575,7 @@ class _Run:
 
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
-        if not self.settings.ca:  # `fedtune verify` also takes a run without a CA for a simulation
+        if not self.settings.ca:  # a run without a CA is a simulation, also to `fedtune verify`
             report["simulation"] = True
         if self._evaluator:
             report["quality"] |= summary.judge_adapter(

@@ -5,7 +5,7 @@
 | event                                                           | what follows                 |
 | the coordinator was away, or a round took longer than `every`   | missed rounds are left out   |
 | the coordinator starts within a slot that has not had its round | that round begins now        |
-Guarantee: the times follow from the clock and the plan alone, and from nothing that a site sends.
+Guarantee: the times follow only from the clock and the plan; nothing that a site sends changes any.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from fedtune.core.config import ScheduleTable
 
-LONGEST = 30.0  # seconds of one sleep, after which the time of day, which may be set, is read again
+LONGEST = 30.0  # seconds of one sleep; then the clock, which somebody may have set, is read again
 
 
 class Clock(Protocol):

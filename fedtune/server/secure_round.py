@@ -41,7 +41,7 @@ from fedtune.server.store import Progress
 
 REPEATS = 3  # times that the sites of a set are asked again before their attempt is void
 ROUNDING = 1.01  # factor on the norm bound, since rows and noise are rounded to the sum's grid
-ADAM_EPSILON = 1e-8  # torch.optim.AdamW's
+ADAM_EPSILON = 1e-8  # the eps of torch.optim.AdamW, which its step adds to the divisor
 OnStatus = Callable[[str, str, str, int], None]
 
 
@@ -97,9 +97,8 @@ class SecureRound:
     # ------------------------------------------------------------------------------------ ready
 
     def _collect(self, names: list[str], tally: Tally) -> None:
-        """Ask the sites `names` to make their draws for the current attempt. Keep the signed
-        statements by which they say that they are ready, if the statements are about this
-        attempt."""
+        """Ask the sites `names` to make their draws for the current attempt. Keep each signed
+        statement in which a site says that it is ready, if the statement is about this attempt."""
         attempt, progress = self.progress.attempt, self.progress
         asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
         record = ConfigRecord({"asked": json.dumps(sorted(asked))})
@@ -186,7 +185,7 @@ class SecureRound:
 
         - tally: the round's replies, in which a reason is noted if the words do not count
         - words: the running sum of this attempt
-        - evidence: site -> its checked reply without the words, to which this one is added
+        - evidence: site -> its checked reply without the words, to which this reply is added
         - chosen: the digest of the attempt's set of sites (`set_digest`), which the reply must name
         - answer: the reply, with the context that its seal must state"""
         name = answer.name
@@ -243,8 +242,8 @@ class SecureRound:
 
         - sites: the number of sites in the sum
         - rate: the sampling rate q
-        - sigma: None without privacy. No other value makes a difference: the noise follows from the
-          plan
+        - sigma: None without privacy. Every number gives the same result, since the noise follows
+          from the plan
         - divisor: q · records of a unit · units, by which the sum is divided"""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
@@ -268,7 +267,7 @@ class SecureRound:
             f"round {number}: the sum of the sites' updates {what}; one of the sites "
             "sent something else, and it cannot be known which one",
             "a sum of updates as the plan defines them",
-            "ask each site for its version and its log; nothing of this round was kept",
+            "ask each site for its release of fedtune and its log; nothing of this round was kept",
         )
 
     # ------------------------------------------------------------------------------------ helpers

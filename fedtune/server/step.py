@@ -22,8 +22,8 @@ from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
 
 MOST = 40  # halvings or doublings of the step at which the search starts, at most
-SHRINK, LEAST = 2**-0.5, 0.01  # `keep` is tried in multiples of SHRINK while it is above LEAST
-TOLERANCE = 1e-4  # a step must lower the loss by more than this share of it
+SHRINK, LEAST = 2**-0.5, 0.01  # `keep` is multiplied by SHRINK again and again while above LEAST
+TOLERANCE = 1e-4  # a step must lower the loss by more than this share of the loss
 
 
 def replace_evaluation(study: Study) -> Study:
@@ -41,15 +41,20 @@ def replace_evaluation(study: Study) -> Study:
 def choose(
     evaluator: Measures, progress: Progress, proposed: Arrays
 ) -> tuple[Arrays, dict[str, Any]]:
-    """Choose how far a round moves the adapter: by least loss on the selection records, among the
-    adapters origin + keep · (adapter - origin) + step · (proposed - adapter).
+    """Choose how far a round moves the adapter. The candidates are the adapters
+    origin + keep · (adapter - origin) + step · (proposed - adapter); the one with the least loss on
+    the selection records is chosen. Here origin is the adapter before the first round, adapter is
+    the newest one, and proposed is the adapter that the round's updates give.
 
-    Here origin is the adapter before the first round, adapter is the newest one, and proposed is
-    the adapter that the round's updates give. The search varies step, then keep, then step again.
-    It starts at the newest step that was not 0. The loss of a step of zero is known from the
-    previous round. If no other choice lowers it by more than the share TOLERANCE, the adapter stays
-    as it is. A keep below 1 averages earlier rounds with this one; the average has less noise than
-    either. evaluator: measures adapters on the selection records. progress: the run's state.
+    The search starts with keep = 1 and the newest step that was not 0. It varies step, then keep,
+    then step again. A keep below 1 averages earlier rounds with this one; the average has less
+    noise than either. A step of 0 with a keep of 1 leaves the adapter as it is, so its loss is
+    known from the previous round. The adapter stays as it is unless the chosen candidate lowers
+    this loss by more than the share TOLERANCE of it.
+
+    - evaluator: measures adapters on the selection records
+    - progress: the run's state
+    - proposed: the adapter that the round's updates give
 
     Returns the chosen adapter, and the figures for the history: "keep", "step", and "selection",
     metric -> value of the chosen adapter."""
@@ -130,7 +135,7 @@ def _combine(
     - adapter: the newest adapter
     - proposed: the adapter that the round's updates give
     - keep: how much of the earlier rounds' movement is kept, from 0 to 1
-    - factor: how far to go towards `proposed`; 0 stays"""
+    - factor: how far to go from `adapter` towards `proposed`; 0 for not at all"""
     if keep == factor == 1:
         return proposed
     combined = {}

@@ -185,7 +185,7 @@ def load(out: Path, study: Study) -> Progress | None:
     if asked != study.digest:
         raise CheckpointError(
             f"{path}: belongs to another study ({asked[:19]}…)",
-            f"this one ({study.digest[:19]}…)",
+            f"the study that is to run ({study.digest[:19]}…)",
             "continue the study with which it was made, or choose another --out",
         )
     names = ("public", "selection", "evaluation")
@@ -265,8 +265,8 @@ class Receipts:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._stamp: tuple[int, ...] = ()  # of the file when it was read last, and what it held
-        self._read: dict[str, dict[str, Any]] = {}
+        self._stamp: tuple[int, ...] = ()  # inode, time of change and size of the file last read
+        self._read: dict[str, dict[str, Any]] = {}  # what this file held
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Read the file: a site's public key -> its receipt; {} if there is no file. This is called
@@ -288,8 +288,8 @@ class Receipts:
         raise CheckpointError(
             f"{self.path}: damaged",
             "the receipts as they were written",
-            "restore it from a copy; if it is deleted, a site whose ledger was rolled back is "
-            "noticed later",
+            "restore it from a copy; if you delete it instead, a site whose ledger was rolled back "
+            "is noticed later",
         )
 
     def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
@@ -374,7 +374,7 @@ def _read(path: Path) -> Rows:
         _refuse_damaged(path)
     if run[0] != FORMAT:
         raise CheckpointError(
-            f"{path}: written by another fedtune (format {run[0]})",
+            f"{path}: written by another release of fedtune (format {run[0]})",
             FORMAT,
             "resume it with the release that wrote it; nothing was changed",
         )
@@ -425,8 +425,8 @@ def _get(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _prune(folder: Path, files: dict[str, str]) -> None:
-    """Remove from the checkpoint's folder the array files that `files` does not name, which are
-    those of earlier rounds, and incomplete files that a crash left."""
+    """Remove two kinds of files from the checkpoint's folder: array files that `files` does not
+    name, which belong to earlier rounds, and incomplete files that a crash left."""
     for path in folder.iterdir():
         if path.suffix in (".safetensors", ".new") and path.name not in files:
             with suppress(OSError):  # the next save tries again

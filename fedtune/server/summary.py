@@ -78,8 +78,8 @@ def _epsilon(
     - events: the site's step log
     - parts: the run's functions, of which `epsilon` computes ε
     - privacy: the plan's table [privacy], which gives δ
-    - shares: the number of sites whose noise adds up in the opened sum; 1 counts the site's own
-      noise alone"""
+    - shares: the number of sites whose noise adds up in the opened sum; with 1 only the site's own
+      noise counts"""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 
@@ -374,10 +374,14 @@ def classes(
     - figures: the strategy's figures of each class; None if it has none
     - released: the arrays of the released adapter
 
-    A row holds the class's "name", the released adapter's figures on the evaluation records, and,
-    with privacy and `figures`, "known_from": "public records" if it has any, "sites" if its noised
-    count exceeds the noise, both or "nothing". If `counts_are_told`, it also holds "units", their
-    noised number, and "deviation", that noise's standard deviation."""
+    A row's entries:
+    - name: the class
+    - the released adapter's figures on the evaluation records, if the plan has them
+    - known_from, with privacy and `figures`: "public records" if the class has any; "sites" if its
+      noised count exceeds EVIDENT standard deviations of the noise; "public records and sites" if
+      both are so; else "nothing"
+    - units and deviation, if `counts_are_told` too: the noised number of the class's units, and the
+      standard deviation of this noise"""
     names = progress.study.objective.labels
     if not names:
         return []

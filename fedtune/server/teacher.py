@@ -16,10 +16,13 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     """Return a student's report with its teacher in it, and with the teacher's cost added to the
     student's ε.
 
-    report: the report of the student's own rounds. teacher: its name, digest and kind ("base",
-    "run" or "unknown") and, of a run, its report. If student and teacher are private runs,
-    "epsilon" of each site becomes the ε of both trainings, composed as `fedtune merge` composes
-    parents, and "own_epsilon" is the ε of the student's rounds alone.
+    - report: the report of the student's own rounds
+    - teacher: the teacher's name, digest and kind ("base", "run" or "unknown") and, if it is a run,
+      the run's report
+
+    If student and teacher are both private runs, "epsilon" of each site becomes the ε of both
+    trainings together, composed as `fedtune merge` composes parents; "own_epsilon" is the ε of the
+    student's rounds alone.
     Guarantee: the stated ε is never less than the ε of all trainings in which one unit took part,
     unless the report says that the teacher's cost is not known, or that the teacher was trained
     without privacy.

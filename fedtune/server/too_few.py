@@ -25,5 +25,5 @@ def too_few(kind: type[E], willing: int, missing: Mapping[str, str], least: int)
     return kind(
         f"{willing} sites take part" + (f" ({reasons})" if missing else ""),
         f"at least strategy.min_sites = {least}",
-        "settle it with these sites" if missing else "start the sites, then run again",
+        "settle the reasons with these sites" if missing else "start the sites, then try again",
     )

@@ -46,7 +46,7 @@ class Turn:
         """Check that the study has time left. Errors: DeadlinePassed."""
         if time.time() >= self._deadline:
             raise DeadlinePassed(
-                f"its deadline, {format_utc(self._deadline)}, has passed",
+                f"the study's deadline, {format_utc(self._deadline)}, has passed",
                 todo="to go on after the last complete round, give --resume and a later --deadline",
             )
 
@@ -114,7 +114,7 @@ class Turns:
             ident, kind = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, kind)
         with self._changed:
-            self._changed.notify_all()  # a waiting thread raises it when it wakes
+            self._changed.notify_all()  # a waiting thread raises the exception when it wakes
         for thread in alive:
             thread.join()
 

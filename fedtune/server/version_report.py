@@ -19,9 +19,12 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
-    """Return the entries of a report's "quality" that name the models it compares, and the records
-    on which they were measured. champion: number of the version in use; public: the fingerprint of
-    the file of public records (`reading.fingerprint`), "" if not known."""
+    """Return the entries of a report's "quality" that name the compared models, and the records on
+    which these were measured.
+
+    - champion: the number of the version in use
+    - public: the fingerprint of the file of public records (`reading.fingerprint`); "" if it is
+      not known"""
     records = "the public records"
     if public:
         records += f" in use (fingerprint {public[:8]})"
@@ -44,13 +47,17 @@ def in_use(index: Index) -> dict[str, Any]:
 
 def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
     """Rewrite a run's report after a person chose the version in use. The chosen version and the
-    base are measured on the present public records, unless the report has this version's figures
-    already. If there is no report yet, nothing is written. index: the versions, after the choice.
+    base are measured on the present public records, unless the report already has the figures of
+    this version. If there is no report yet, nothing is written.
 
-    signed_by: the coordinator's key and CA, with which the report is signed again; with None it is
-    not signed. Returns "", or the reason why the version could not be measured; the report then has
-    no figures of this version. Errors: InputError if report.json is damaged; InfrastructureError if
-    the disk refuses."""
+    - run: the run's folder
+    - index: the run's versions, after the choice
+    - signed_by: the coordinator's key and CA, with which the report is signed again; with None the
+      new report is not signed
+
+    Returns "", or the reason why the version could not be measured; the report then has no figures
+    of this version. Errors: InputError if report.json is damaged; InfrastructureError if the disk
+    refuses."""
     if not (run / "report.json").is_file():
         return ""
     body, reason = read_report(run), ""

@@ -43,8 +43,8 @@ class Version:
       had pinned the champion; "not compared" if the plan allowed no comparison
     - metric: the name of the study's metric
     - value: this version's value of the metric on the public records
-    - champion: the version that was in use then
-    - champion_value: that version's value of the metric on the same records
+    - champion: the version that was in use when the decision was made
+    - champion_value: the champion's value of the metric on the same records
     - p: the comparison's p-value, the probability of so large an advantage for a version that is no
       better
     - look: the number of this comparison, counted from 1 among the comparisons on the same public
@@ -133,7 +133,7 @@ class Versions:
             return _INDEX.validate_python({**document, "versions": tuple(document["versions"])})
         except (ValueError, TypeError, KeyError):
             raise CheckpointError(
-                f"{path}: damaged, or of another version of fedtune", expected, todo
+                f"{path}: damaged, or written by another fedtune", expected, todo
             ) from None
 
     def at(self, number: int) -> Path:

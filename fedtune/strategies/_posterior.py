@@ -3,13 +3,13 @@
 Each site sums the features f(x), k numbers, of its units' records, separately for each of the K
 classes. For each unit it also adds the number `weight` to a further column. The sums form one array
 (K, k + 1), whose last column therefore counts the class's units. The array is noised once. This
-module computes from that array and from public vectors alone, so it costs no ε.
+module computes only from that array and from public vectors, so it costs no ε.
 
 The head is a linear discriminant of the classes' posterior means. A class's prior mean follows from
 its public records and the base's vector of the class's name; without such records it is this
 vector, scaled. Prior and release are weighted by the inverse of their variances from noise and
 sampling. So a direction in which noise exceeds the signal is shrunk towards the prior, and a class
-that public records lack is learnt from the release alone. The constants below were chosen on two
+that public records lack is learnt only from the release. The constants below were chosen on two
 data sets and tested on others: docs/quality.md.
 
 Reference: Snell et al. 2017, "Prototypical networks for few-shot learning"; Efron & Morris 1973,
@@ -35,11 +35,11 @@ RELEASED = 128  # directions that sites release at most
 ENOUGH = 0.95  # the share of the separation by all directions that the released ones must keep
 WITHIN = 0.8  # assumed share of a direction's variance within classes, to guess that separation
 BETWEEN = 0.3  # assumed share of a feature's variance between classes, where labels are few
-RECORDS = 20  # the number of labelled records as which that assumption counts
+RECORDS = 20  # an assumed or unlabelled estimate weighs as much as so many labelled records
 RIDGE = 1.0  # added to the diagonal of the covariance within classes, × its mean variance
 CORRELATED = 0.7  # factor on covariances between directions: few public records estimate them badly
-# The standard deviation, times 1/K, of a class's share at the sites about its public share: for a
-# class that public records have, and for one that they lack.
+# How far a class's share at the sites is assumed to lie from its public share: a standard deviation
+# in units of 1/K, for a class that public records have, and for one that they lack.
 SEEN, UNSEEN = 0.5, 1.0
 FOLDS = 5  # parts of public records in the cross-validation of the public estimate
 NAMES = 4.0  # weight of the prior that names agree with class means, against labelled records
@@ -282,7 +282,8 @@ def classes_before(basis: Basis, public: Public) -> Classes:
 def held_out_hits(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], known: Public, names: Array | None
 ) -> Array | None:
-    """Cross-validate the classifier that public data alone gives, on the labelled public records.
+    """Cross-validate, on the labelled public records, the classifier that follows from public data
+    without any release of the sites.
 
     The records are divided into FOLDS parts. Each part is predicted from the other parts, which
     also give the basis.
@@ -291,7 +292,7 @@ def held_out_hits(
     - vectors: (n, H), the base's vectors of the records
     - labels: (n,), each record's class; a number below 0: no label
     - names: (K, H), the base's vectors of the classes' names; None: without names
-    - known: the result of `summarise_public` for these
+    - known: the result of `summarise_public` for these records and names
 
     Returns (2,): the number of correct predictions, and the number of predictions; None if fewer
     than FOLDS labelled records could be predicted."""
@@ -377,7 +378,7 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
     """Return the classes' posterior means (K, d) and the inverses of their variances (K, d).
 
     - noised: the release, whose first k columns are sums of features
-    - basis: gives k, the number of released directions; 0: public data alone
+    - basis: gives k, the number of released directions; with 0 only public data count
     - public: the statistics of public records in this basis
     - counts: the number of units of each class at the sites, as `_counts` estimates it"""
     within, between = _spread(public)

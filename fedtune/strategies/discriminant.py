@@ -23,11 +23,14 @@ WEIGHT, BIAS = "head.weight", "head.bias"
 LARGEST = 1e3  # the largest entry that sites admit in an adapter (core/models/lora.py)
 SLACK = 1.01  # factor by which clipping.max_grad_norm may exceed the exact bound on a unit's array
 LEAST_VARIANCE = 1e-12  # taken for a round without noise, so that its inverse is finite
-# Names of the arrays in the state. "basis/…": directions (d, H) and mean (H,). "public/…": public
-# records' statistics in the basis: sums (K, d), counts (K,), scatter within classes and second
-# moment (d, d), and their number; the vectors of the classes' names (K, d), if there are any.
-# "noised/…": over all rounds so far, the sums (K, k + 1) divided by their noise's variance, the sum
-# of these inverse variances, and the same sum with each term times the round's units.
+# Names of the arrays in the state:
+# - basis/…: the directions (d, H) and the mean (H,) of the basis
+# - public/…: statistics of public records in the basis: sums (K, d), counts (K,), scatter within
+#   classes (d, d), second moment (d, d), the number of records and, if there are any, the vectors
+#   of the classes' names (K, d)
+# - noised/…: over all rounds so far, the sum of the rounds' class sums (K, k + 1), each divided by
+#   the variance of its noise; the sum of the inverse variances; and the sum of the inverse
+#   variances times the rounds' units
 DIRECTIONS, MEAN = "basis/directions", "basis/mean"
 SUMS = "public/sums"
 COUNTS = "public/counts"
@@ -89,7 +92,7 @@ def public_in(state: State) -> Public:
 
 def _arrays(found: Head) -> Arrays:
     """Return the weight and the bias of a head under the names that they have in an adapter, name
-    -> array in fp32."""
+    -> array in fp32. Entries beyond ±LARGEST are set to ±LARGEST."""
     arrays = {WEIGHT: found.weight, BIAS: found.bias}
     return {n: np.clip(a, -LARGEST, LARGEST).astype(np.float32) for n, a in arrays.items()}
 

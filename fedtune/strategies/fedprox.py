@@ -18,7 +18,7 @@ class FedProx(FedAvg):
     """FedAvg at the coordinator; each site adds μ(w - w₀) to its step (training.proximal_mu).
 
     w₀ is the adapter that the site was sent, w the adapter as the site has trained it. The term
-    depends on these two alone and on no record, so it costs no ε.
+    depends only on w and w₀, and reads no record, so it costs no ε.
     Reference: Li et al. 2020 (FedProx), Algorithm 2.
     """
 
@@ -27,5 +27,5 @@ class FedProx(FedAvg):
             raise ConfigError(
                 'strategy.name = "fedprox" with training.proximal_mu = 0 is plain fedavg',
                 "training.proximal_mu above 0",
-                "set it, or name fedavg",
+                "set training.proximal_mu, or name the strategy fedavg",
             )

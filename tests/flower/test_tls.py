@@ -323,7 +323,7 @@ def test_a_site_whose_clock_is_wrong_is_told_that(alone: World) -> None:
         with alone.site("a", **clock.environment) as process:
             assert process.wait(300) == InfrastructureError.exit_code
     told = alone.log("a")
-    assert "s ahead of its own" in told and "(NTP)" in told and "FAILED" not in told, told
+    assert "s ahead of the coordinator's" in told and "(NTP)" in told and "FAILED" not in told, told
 
 
 def other_home(home: Path) -> Path:

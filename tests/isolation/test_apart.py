@@ -152,7 +152,7 @@ def knocked_by_nobody(path: Path) -> str:
         ({"release": "0.0.1", "once": False, "patience": 1.0}, "release 0.0.1"),
         ({"release": __version__, "once": False, "patience": 1.0}, "another program than a vault"),
         ([], "another program than a vault"),
-        (None, "it has ended"),
+        (None, "the vault has ended"),
     ],
 )
 def test_a_courier_says_why_it_waits(told: object, why: str) -> None:

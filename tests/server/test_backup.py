@@ -175,7 +175,7 @@ def test_twin_a_backup_that_does_not_look_whether_the_arrays_are_the_databases(
         store.load(hub.parent / "torn-new/runs/small", load_study(hub / "study.toml"))
     monkeypatch.setattr(module, "_has_all_arrays", whole)
     monkeypatch.setattr(module, "TRIES", 2)
-    with pytest.raises(InfrastructureError, match="changed each of 2 times"):
+    with pytest.raises(InfrastructureError, match="changed during each of 2 attempts"):
         taken(hub, "refused")
     assert not (hub.parent / "refused").exists()
 
