@@ -97,9 +97,9 @@ class Described:
 
 
 def describe_data(site: Site, public: Path | None = None) -> Described:
-    """Write a site's data sheet beside its records, and attest that it describes them. If there is
-    no sheet.toml, only an empty one is written, for a person to fill in.
+    """Write a site's data sheet beside its records, and attest that it describes them.
 
+    If there is no sheet.toml, only an empty one is written, for a person to fill in.
     public: a file to which the typed fields, and nothing computed, are written too; policy.release
     must list "sheet" for this. None writes no such file.
 
