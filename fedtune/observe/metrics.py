@@ -269,7 +269,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
     if not ip_address(host).is_loopback:
         raise ConfigError(
             f"metrics would be served on {host}",
-            f"{HOST}, since they can be read without a password",
+            f"{HOST}, since they can be read with no password",
             "let a Prometheus agent on this machine read them, or forward the port over SSH",
         )
     try:
