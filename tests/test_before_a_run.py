@@ -90,7 +90,7 @@ def test_what_the_records_have_paid_is_said_and_asked_about(study: Path, started
     assert len(started) == 1 and not Path("again").exists()
     said = refused.output
     assert re.search(r"north: has paid ε = [\d.]+ for a study of this name already, in ", said)
-    assert "and for nothing, and others are paid again: at most ε = " in said
+    assert "and cost nothing, and other rounds are paid again: at most ε = " in said
     process_cache.clear("workers")
     in_a_pipe = run(*again)
     assert in_a_pipe.exit_code == 0 and "has paid ε = " in in_a_pipe.output

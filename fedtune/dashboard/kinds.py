@@ -19,16 +19,17 @@ EXPECTED = "a run, a folder of runs, a coordinator's home, a site.toml or its fo
 
 def page_of(path: Path, trust: str = "") -> Page:
     """Build the page for `path`, by the first line of this table that fits. trust: the consortium's
-    fingerprint, against which the page of a dossier or a run verifies the signatures; "" if it is
-    not known.
+    fingerprint, by which a page verifies the signatures of a dossier or a run; "" if it is not
+    known.
 
     | path                                          | page of          |
     | site.toml, or a folder with one               | a site           |
     | a folder with release.json or dossier.json    | a dossier        |
     | a folder with signing.key or nodes/           | a coordinator    |
-    | a folder with plan.json, or a status of a run | a run            |
+    | a folder with plan.json or status.json        | a run            |
     | a folder that contains runs                   | a folder of runs |
-    Errors: InputError for anything else; ConfigError for an invalid site.toml."""
+    No file is read here, so an invalid site.toml raises its error only when the page reads it.
+    Errors: InputError for anything else."""
     if why := reading.refuse_path(path):
         raise InputError(f"{str(path)[:80]}: {why}", EXPECTED)
     if not path.exists():

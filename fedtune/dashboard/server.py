@@ -55,7 +55,7 @@ HOST = "127.0.0.1"
 NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)
 LOOK_SECONDS = 0.5  # pause between two checks whether a page's files changed
 REST_SECONDS = 15.0  # shortest time between two computations of a slow part of a page
-WORK_SECONDS = 300.0  # time limit of such a computation: a stranger's folder may need any time
+WORK_SECONDS = 300.0  # its time limit: a folder may be made so that the computation never ends
 PING_SECONDS = 15.0
 POLICY = "; ".join(
     [
@@ -268,10 +268,10 @@ async def run_work(what: str, page: Page) -> dict[str, Any]:
         return found
     except TimeoutError:
         return {
-            "error": f"it takes more than {WORK_SECONDS:g} s; the command in a terminal goes on"
+            "error": f"this takes more than {WORK_SECONDS:g} s; a terminal command has no limit"
         }
     except ValueError:
-        return {"error": "it could not be computed; the command in a terminal says why"}
+        return {"error": "this could not be computed; the same command in a terminal says why"}
     finally:
         if child.returncode is None:
             child.kill()
@@ -305,7 +305,7 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
         listener.close()
         raise InfrastructureError(
             f"port {port} of {HOST} cannot be opened ({error.strerror})",
-            todo="choose another with --port",
+            todo="choose another port with --port",
         ) from None
     token = secrets.token_urlsafe(24)
     config = uvicorn.Config(

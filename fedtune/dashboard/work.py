@@ -55,11 +55,16 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def acts(path: Path, _: str) -> dict[str, Any]:
-    """Check all entries of the audit log. Return {"entries": the newest LATEST entries, "refusals":
-    the newest LATEST refusals, "count": the number of all entries, "signer": the key that signs
-    them, "head": the newest entry, as "SEQ:HASH"}; if no log was begun, {"entries": [], "count":
-    0}. path: a coordinator's home, or a site file. Errors: NotGenuine, also of a log that was taken
-    away."""
+    """Check all entries of the audit log, and return a dict:
+
+    - "entries": the newest entries, at most LATEST
+    - "refusals": the newest entries about refusals, at most LATEST
+    - "count": the number of all entries
+    - "signer": the key that signs the entries
+    - "head": the newest entry, as "SEQ:HASH"
+
+    If no log was begun, return {"entries": [], "count": 0}. path: a coordinator's home, or a site
+    file. Errors: NotGenuine if entries were changed, or if the log was begun and is missing now."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 

@@ -117,9 +117,10 @@ class Observer:
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:
-    """Return the fields of a "stopped" event: the error's class and, if a refusal or a failure of
-    infrastructure names one of fedtune's fixed reasons (PHRASES), that reason. If a signal stopped
-    the run, return only the signal as the reason. If `error` is None, return {}."""
+    """Return the fields of a "stopped" event: "error", the class of the error that ended the run.
+    If this is Refused or InfrastructureError, and its text contains one of fedtune's fixed reasons
+    (PHRASES), also return the reason. If a signal stopped the run, return only the signal as the
+    reason. If `error` is None, return {}."""
     if error is None:
         return {}
     if isinstance(error, KeyboardInterrupt):
@@ -180,9 +181,9 @@ def observer(
     - metrics_port: the port at which metrics are served; None to serve none
     - more: further sinks, such as the status of the coordinator's home
     - site: the site.toml whose budget the metrics show
-    - ledger: the folder of the site's ledger, if it is not `folder`. While the site is answering an
-      order, that is, any request of the coordinator except one for admission, the log and the
-      status file take no disk space.
+    - ledger: the folder of the site's ledger, if it is not `folder`. The log and the status file
+      take no disk space while the site is answering an order (any request of the coordinator except
+      one for admission), since the ledger may need this space for the order.
     - early: whether to write to the run's folder before the run begins
     - trackers: the trackers of a coordinator's run
 

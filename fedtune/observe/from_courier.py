@@ -1,5 +1,6 @@
-"""Filter the events of a site's courier before they are shown. The courier uses the network and may
-be hostile, so only known names and types pass, with bounded lengths and printable text."""
+"""Filter the events of a site's courier (its process that uses the network) before they are shown.
+The courier may be hostile, so only events and fields of known names pass, with values of known
+types, bounded lengths and printable text."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from fedtune.core.errors import escape_controls
 LONGEST = 2_000  # largest number of characters of a text from the courier
 
 
-CERTIFICATE = 16_384  # characters of a renewed certificate
+CERTIFICATE = 16_384  # largest number of characters of a renewed certificate
 
 
 FROM_COURIER = frozenset(

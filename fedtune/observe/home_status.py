@@ -1,12 +1,13 @@
-"""Write the status of a coordinator's home: its links to sites, and a row for each study.
+"""Write the status of a coordinator's home (the folder with its keys): the coordinator's links to
+sites, and a row for each study.
 
     home = HomeStatus(folder)
     home("connected", {"name": "north"})            # the home's own events
     home.study("gait", "2026-12-24T18:00:00Z")      # a sink for the events of one study
 
-status.json lists the rows under "studies", by name. Rows of studies that earlier servers of this
-home began are kept; such a study that did not end becomes "gone". Of more than MOST rows, the
-oldest are removed.
+status.json lists the rows under "studies", by name. When a server starts, it keeps the rows of the
+studies that earlier servers began here. If such a study had not ended, its state becomes "gone". If
+there are more than MOST rows, the oldest are removed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class HomeStatus(StatusFile):
 
     def study(self, name: str, deadline: str = "") -> OnEvent:
         """Add a study, which has not begun yet, to the status as the newest row. Return the
-        function that must be called with the study's events and updates that row.
+        function that must be called with each event of the study. It updates this row.
 
         name: the study's name; an earlier row of this name is replaced. deadline: the time (UTC) at
         which the study ends if it is not finished, "" if it has none."""
@@ -84,10 +85,12 @@ class HomeStatus(StatusFile):
 
 
 def row_of(status: Record) -> Record:
-    """Return the fields of a study's row, which are taken from its status: state, rounds and
-    quality; "epsilon", the largest ε that a site has spent so far; "planned", the largest ε that a
-    site will have spent by the plan; and "sites", the sites for which a reason is noted, such as a
-    refusal."""
+    """Return a study's row, made from the study's status. Its fields:
+
+    - the fields that COPIED names, such as state, rounds and quality, unchanged
+    - "epsilon": the largest ε that a site has spent so far
+    - "planned": the largest ε that a site will have spent by the plan
+    - "sites": the sites for which a reason is noted, such as a refusal"""
     row = {key: status[key] for key in COPIED if key in status}
     sites = status["sites"]
     for key in ("epsilon", "planned"):

@@ -8,10 +8,10 @@ There is no field for free text: a reason is replaced by the fixed phrase that i
 | found                           | what happens                                                 |
 | a field that is not listed      | in strict mode NotLoggable is raised; else the field is left |
 |                                 | out, and its name is listed under "dropped"                  |
-| a value of another type or form | the same; the value is neither written nor in the error      |
-| a reason with no known phrase   | "other"                                                      |
-| a number that is not finite     | null                                                         |
-| a disk that refuses             | one warning; the study goes on                               |
+| a value of another type or form | as above; the value is neither written nor in the error      |
+| a reason with no known phrase   | "other" is written                                           |
+| a number that is not finite     | null is written                                              |
+| the log cannot be written       | one warning is given, and the study goes on                  |
 Tests run in strict mode: FEDTUNE_STRICT=1 in the environment. Times are whole seconds, since the
 duration of a batch depends on how many records were drawn into it.
 """
@@ -43,7 +43,7 @@ Record = dict[str, Any]
 
 STRICT = "FEDTUNE_STRICT"
 LIMIT = 16 * 2**20  # bytes after which a log is renamed to FILE.1, which replaces the previous one
-OF_SITE = 2**20  # the same limit for a site's log, whose disk space is reserved at its start
+OF_SITE = 2**20  # in place of LIMIT for a site's log, whose disk space is reserved beforehand
 OF_A_LINE = 2**16  # largest number of bytes of a line in a site's log
 MANY = 10_000  # largest number of sites in one event
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|node \d{1,20}")
@@ -80,7 +80,7 @@ SCREEN = frozenset({"begin", "step", "records"})  # events for this machine's sc
 NEVER = frozenset(  # fields that are known and never logged: they are for the screen or the report
     {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency", "ended"}
 )
-ELSEWHERE = {("done", "quality")}  # not logged: the report has it, and each round its own figures
+ELSEWHERE = {("done", "quality")}  # (event, field), not logged: the rounds and the report have it
 RENAMED = {"name": "site"}
 
 
@@ -246,7 +246,9 @@ def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
         except (KeyError, TypeError):
             dropped.add(key if isinstance(key, str) and KEY.fullmatch(key) else "unnamed")
     if dropped and strict:
-        raise NotLoggable(f"not allowed in a log, or of another type: {', '.join(sorted(dropped))}")
+        raise NotLoggable(
+            f"fields that are not listed, or of a wrong type or form: {', '.join(sorted(dropped))}"
+        )
     return {**record, "dropped": sorted(dropped)} if dropped else record
 
 
@@ -269,7 +271,7 @@ class JsonLog:
     - role: written into each line; None writes none
     - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
       None asks the environment (FEDTUNE_STRICT=1)
-    - ledger: the folder of the site's ledger, by default that of `path`"""
+    - ledger: the folder of the site's ledger; by default the folder in which `path` lies"""
 
     def __init__(
         self,

@@ -5,9 +5,10 @@
 
 Guarantee: a figure depends on records only through DP's noise, or follows from settings that a
 person entered; a site's ε follows from its charges alone. The port asks for no token, so every
-account of the machine can read it, and so can the site's courier. Of a hospital's home it therefore
-shows the share of one membership: what the others spent would tell this one's coordinator of other
-consortia.
+account of the machine can read the figures, and so can the site's courier, the process that uses
+the network. If several memberships of a hospital share one ledger, the figures are therefore those
+of this site's membership alone: what the other memberships spent would tell this site's coordinator
+that the hospital is in other consortia too.
 
 Neither role exports the number of a ledger's entries (it grows when data changes or a patient
 withdraws), counts of records (rejected, too long, sampled), losses at a site, gradient norms, or
@@ -46,13 +47,14 @@ SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper bounds of the histog
 
 
 class Metrics:
-    """The Prometheus figures of a coordinator or a site, which follow from its events: an object is
-    called with each event, as `on_event`. The figures are served on loopback if `port` is given.
+    """The Prometheus figures of a coordinator or a site. An object is called with each event, as
+    `on_event`, and updates the figures. They are served on loopback if `port` is given.
 
     - role: whose figures are kept: a coordinator's or a site's
-    - port: 0 for any free port; the property `port` gives its number. None serves nothing.
-    - site: the site.toml whose ledger is read at the start, and at each event with an ε; None for
-      no budget
+    - port: the port, 0 for any free one; None serves nothing. The property `port` gives the number
+      of the port that is used.
+    - site: the site.toml of the site whose budget is shown. The site's ledger is read at the start,
+      and at each event with an ε. None shows no budget
     - strict: whether a field that may not be logged raises NotLoggable, in place of being left out;
       None asks the environment (FEDTUNE_STRICT=1)"""
 
@@ -116,7 +118,7 @@ def _coordinator(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], 
     done = gauge("rounds_done", "Rounds that count, of this study")
     planned = gauge("rounds_planned", "Rounds in the plan")
     trained = gauge("participants", "Sites in the last round that counts")
-    epsilon = gauge("epsilon", "Privacy spent in this study so far, from its step log", ("site",))
+    epsilon = gauge("epsilon", "ε that the site spent in this study, by its step log", ("site",))
     missing = kinds.Counter(
         "fedtune_missing", "Times that a site was missing", ("reason",), registry=registry
     )
@@ -172,13 +174,13 @@ class _Spent(NamedTuple):
 
 
 class LedgerFigures:
-    """The budget of a site as a Prometheus collector, from the ledger at the last `read`; in a
-    hospital's home, the share of one membership.
+    """The budget of a site as a Prometheus collector, from the ledger as it was at the last `read`.
+    If the ledger is shared by several memberships of a hospital, the figures are those of this
+    site's membership.
 
     | state of the ledger         | figures                                        |
     | there is no ledger yet      | ledger_readable is 1, and nothing is spent     |
-    | the ledger that was there   | ledger_readable is 0; no other figure is shown |
-    | is not there                |                                                |
+    | there was one; it is gone   | ledger_readable is 0; no other figure is shown |
     | the ledger does not verify  | ledger_readable is 0; no other figure is shown |
 
     Guarantee: a scrape does not read the ledger. The courier may scrape as often as it likes, and
@@ -205,7 +207,7 @@ class LedgerFigures:
         from prometheus_client.core import GaugeMetricFamily
 
         figures = self._shown
-        readable = "1: the ledger verifies, and the figures below are its own"
+        readable = "1: the ledger verifies, or there is none yet; 0: no other figure is shown"
         yield GaugeMetricFamily("fedtune_ledger_readable", readable, value=figures is not None)
         for name, (text, value) in (figures or {}).items():
             yield GaugeMetricFamily(f"fedtune_{name}", text, value=value)
@@ -218,8 +220,8 @@ class LedgerFigures:
         if (book := self._open(site.home)) is not None:
             spent = self._compute_spent(book, site.data.name, site.policy)
         return {
-            "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),
-            "epsilon_remaining": ("Of policy.max_epsilon", max(0.0, most - spent.epsilon)),
+            "epsilon_spent": ("ε of everything released from the dataset", spent.epsilon),
+            "epsilon_remaining": ("ε left of policy.max_epsilon", max(0.0, most - spent.epsilon)),
             "rounds_released": ("Rounds whose update may have left the site", spent.rounds),
         }
 
@@ -238,8 +240,8 @@ class LedgerFigures:
         key = book.head.hash, delta, own
         if self._cached is None or self._cached.key != key:
             charges = [each for each in book.spending(dataset) if each.charge.is_paid_by(own)]
-            # The ε of a unit that took part in every charge, whether or not there is one: the times
-            # at which units arrived depend on the records.
+            # The ε of a unit that took part in every charge, even if no unit did: which units took
+            # part depends on when they arrived, and so on the records.
             paid = [spent.charge for spent in charges]
             events = [charge.event for charge in paid]
             orders, sampled = orders_of(paid), samples_first(paid)
@@ -267,7 +269,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
     if not ip_address(host).is_loopback:
         raise ConfigError(
             f"metrics would be served on {host}",
-            f"{HOST}: they carry no password",
+            f"{HOST}, since they can be read with no password",
             "let a Prometheus agent on this machine read them, or forward the port over SSH",
         )
     try:
@@ -275,7 +277,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
     except OSError as error:
         raise InfrastructureError(
             f"metrics: port {port} of {host} cannot be opened ({error.strerror})",
-            todo="choose another with --metrics-port",
+            todo="choose another port with --metrics-port",
         ) from None
 
     def stop() -> None:

@@ -28,7 +28,7 @@ from fedtune.core.files import reading
 from fedtune.observe.log import FIELDS, LOGGABLE, Record
 
 FILE = "metrics.jsonl"
-FEW = 12  # sites with ε curves of their own; with more, the largest and smallest are kept
+FEW = 12  # of up to so many sites, each ε curve is kept; of more, only the largest and smallest ε
 NEWEST = 100  # the newest rounds, of which all fields are kept
 NAN = math.nan
 
@@ -38,8 +38,8 @@ class Rounds:
     columns are empty until the first `refresh`.
 
     - number, seconds: the columns of the rounds' numbers and durations
-    - quality, selection: name of a measure → its column, measured on the evaluation or the
-      selection records
+    - quality: name of a measure → its column, measured on the evaluation records
+    - selection: the same, measured on the selection records
     - epsilon: site → the column of its ε; {} if the run has more than FEW sites
     - largest, smallest: the columns of the largest and the smallest ε of a site
     - newest: all fields of the newest rounds, at most NEWEST"""

@@ -38,7 +38,7 @@ FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # number of newest events that the file holds
 OF_SITE = 2**14  # the length of a site's status file is a multiple of so many bytes
 ENDED = frozenset({"done", "stopped"})
-KEPT = ENDED | {"queued"}  # a state that does not need a process
+KEPT = ENDED | {"queued"}  # states that remain true after the process has ended
 BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # reason -> who stopped it
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
@@ -72,9 +72,10 @@ class StatusFile:
 
     Guarantee: a site's status file is replaced only while the site is answering no order (an order
     is any request of the coordinator except one for admission). The file's length is a multiple of
-    OF_SITE. The file lies on the ledger's disk, and the courier influences when events come. So the
-    courier can neither take disk space during an order nor change it by small amounts. Events
-    during an order are written with the next event."""
+    OF_SITE. The reason is that the file lies on the ledger's disk, and that the courier (the site's
+    process that uses the network) influences when events come. With these rules the courier can
+    neither take disk space during an order, nor change the free space by small amounts. Events
+    during an order are written together with the next event after the order."""
 
     def __init__(
         self,
@@ -291,7 +292,8 @@ class Snapshot:
 
     @property
     def failed(self) -> str:
-        """The error by which a site failed to answer its last request; "" if it answered."""
+        """The class of the error because of which a site could not answer its last request,
+        "unknown" if no class is noted; "" if the site answered, and in a coordinator's status."""
         last = (self.status.get("last") or [{}])[-1]
         failed = "failed" in (last.get("event"), last.get("status"))
         return str(last.get("error", "unknown")) if failed and self.status["role"] == "site" else ""
@@ -382,9 +384,9 @@ def read_status(folder: Path) -> Snapshot:
         raise InputError(
             f"{folder}: no {FILE} there",
             "a folder that a run, a coordinator or a site has begun to work in",
-            "start it first",
+            "check the path, or start the run, the coordinator or the site first",
         )
-    todo = "delete it: the next event writes it anew"
+    todo = "delete this file: the next event writes it anew"
     status = reading.json_in(path, expected, todo)
     try:
         checked = _STATUS(status)

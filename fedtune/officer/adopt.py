@@ -1,9 +1,11 @@
-"""Make a site with a ledger of its own a membership of a hospital's home.
+"""Make a site with a ledger of its own a membership of a hospital's home, the folder with
+hospital.toml and the one ledger from which all memberships pay.
 
-The first site's ledger becomes the hospital's, with its key, salt, audit log and receipts. A later
-site's charges are entered in that ledger as charges of its membership (closed_ledger.py), and so
-are its withdrawals. The old ledger holds hashes under another salt, so the patients who withdrew
-are found by hashing the keys in the site's records.
+The ledger of the first site that a home adopts becomes the hospital's, with its key, salt, audit
+log and receipts. The charges of a later site are entered in this ledger as charges of the site's
+membership (closed_ledger.py), and so are its withdrawals. The later site's old ledger holds hashes
+under another salt, so the patients who withdrew are found by hashing the keys in the site's
+records.
 
 The adoption keeps a whole copy of the state folder, beside it, and a copy of site.toml. Each later
 step leaves every ledger whole, and running the command again repeats no step that was done:
@@ -19,8 +21,8 @@ first, so that a process which waited for the ledger is refused.
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
 |                                       | membership                                               |
-A frozen ledger is not adopted, and a frozen home adopts none.
-Nor is a site whose audit log was taken away, until a person has looked into it.
+A site whose ledger is frozen is not adopted, and a home whose ledger is frozen adopts no site. A
+site whose audit log was taken away is adopted only after a person has looked into the loss.
 Errors: ConfigError, InputError, DataError, PolicyRefused, Refused, LedgerError, NotGenuine,
 InfrastructureError."""
 
@@ -88,7 +90,7 @@ OF_LEDGER = (  # in a state folder: what becomes the hospital's, its anchor firs
     *(f"{RECEIPTS}/*", f"{OUTBOX}/*", f"{ASKED}/*"),
 )
 NOT_COPIED = (f"{ROOM}*", "*.lock", "*/lock", "*.new")
-ACTS = 16  # an act that one of so many newest entries of the audit log states is not entered again
+ACTS = 16  # an act is not entered again if it is among so many newest entries of the audit log
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,8 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
     if link := next((p for p in _files_of(state) if p.is_symlink()), None):
         raise InputError(
             f"{link}: a symbolic link in place of a file of the ledger",
-            "plain files, which an adoption copies and takes away",
-            "put the file itself there, then run it again",
+            "plain files, which an adoption copies and then removes",
+            "put the file itself in the link's place, then run the command again",
         )
     if home == state or home.is_relative_to(state):
         raise ConfigError(f"{home}: lies in the site's state folder {state}", "a folder outside it")
@@ -283,7 +285,7 @@ def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed
     if read_head(home / HEAD, SigningKey.at(home / KEY).public) != old.head:
         raise ConfigError(
             f"{home}: was begun by an adoption that was interrupted, and the site went on since",
-            "the same ledger in both",
+            "the same ledger in the home and at the site",
             f"delete {home}, which holds nothing that {state} lacks, and run the command again",
         )
     _enter_act(home, name, first=True)
@@ -375,8 +377,8 @@ def _adopt_later(
     if there is None:
         text += write_membership(name, site_file)
     hospital = load_hospital_text(home, text)
-    # Under a name that no dataset can have, so that they count against every dataset. Whether they
-    # need not would follow from who is still in the files.
+    # The charges get names that no dataset can have, so that they count against every dataset. To
+    # charge fewer datasets, one would have to ask which patients are still in the files.
     charged = {
         dataset: f"{name}/{datasets.get(dataset, dataset)}"
         for dataset in sorted({*old.datasets, *datasets})
@@ -394,7 +396,7 @@ def _adopt_later(
         if (home / FILE).read_text(encoding="utf-8") != before_it:
             raise ConfigError(
                 f"{home / FILE}: was changed while this site was adopted",
-                "no change meanwhile, which would be lost",
+                "a file that nobody changes meanwhile, since the change would be lost",
                 "run the command again: nothing was adopted yet",
             )
         replace(home / FILE, text.encode(), private=True)
@@ -657,7 +659,8 @@ def _take_away(state: Path) -> None:
         for pattern in OF_LEDGER:
             for path in sorted(state.glob(pattern)):
                 path.unlink()
-        # Its length says that a log was begun here, which would count as taken away ever after.
+        # The length of this file says that a log was begun here. If the file stayed, the log, which
+        # now lies in the home, would count as taken away.
         (state / audit_log.LOCK).unlink(missing_ok=True)
         for folder in (RECEIPTS, OUTBOX, ASKED):
             if (state / folder).is_dir() and not any((state / folder).iterdir()):
@@ -670,5 +673,5 @@ def _take_away(state: Path) -> None:
 def _cannot(path: Path, error: OSError) -> InfrastructureError:
     return InfrastructureError(
         f"{error.filename or path}: {error.strerror}",
-        todo="free disk space or fix the permissions, then run it again",
+        todo="free disk space or fix the permissions, then run the command again",
     )

@@ -58,10 +58,10 @@ def attack_site(
     """Measure how well this site's units can be told from held-out ones by the change of their loss
     through training.
 
-    A unit's score is how far the run's loss on its records is below that of the references: the
-    untrained base, and other runs of the same adapter that did not train on them. The result is
-    computed from private records without noise, so it stays at the site: only this user can read
-    `out`.
+    A unit's score says by how much the run's mean loss on the unit's records is below the mean loss
+    of the references. The references are the untrained base and, if given, other runs of the same
+    adapter that did not train on these records. The result is computed from private records without
+    noise, so it stays at the site: only this user can read the files in `out`.
 
     Args:
         run: the finished run that is attacked.
@@ -77,8 +77,8 @@ def attack_site(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (nothing is held out, or a reference of another adapter), DataError (too few
-    units on a side), ModelError."""
+    Errors: ConfigError (no held-out records are named, or a reference has another adapter),
+    DataError (fewer than LEAST members or held-out units), ModelError."""
     study = run.study
     network = build(study)
     inside = _read(site, site.data, network, run)

@@ -17,7 +17,7 @@ from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
 
 log = logging.getLogger("fedtune.site")
-SAMPLE = 8  # the number of units whose conversion is repeated alone
+SAMPLE = 8  # the number of units that are converted a second time, without the other units
 
 
 def check_before_joining(site: Site) -> None:
@@ -31,8 +31,9 @@ def check_before_joining(site: Site) -> None:
     Errors:
     - PolicyRefused, ConfigError or InputError: settings or data sheet are wrong, another home pays
       for the same records, or data that the site declares public or generated may not be used
-    - Refused: a person here distrusts the consortium, or may have done so in an audit log that was
-      taken away; NotGenuine, where no log was begun since
+    - Refused: a person here distrusts the consortium; or an audit log, in which a person may have
+      said so, was taken away, and a new log was begun
+    - NotGenuine: such a log was taken away or changed, and no new log was begun
     - LedgerError
     - DataError or PolicyRefused because of the records, only if no study is running"""
     allow_declared(site)
@@ -51,21 +52,21 @@ def check_before_joining(site: Site) -> None:
                 raise
             log.warning(
                 "%s. This site joins all the same, since a study is under way here (%s): whether "
-                "it comes back must not follow from its records. `fedtune purge` says that it is "
-                "over",
+                "the site comes back must not depend on its records. If the study is over, "
+                "`fedtune purge` ends it here",
                 describe(error),
                 ", ".join(names.values()),
             )
 
 
 def check_records(site: Site) -> None:
-    """Check that the site has at least 2 usable units, before there is a study. If their number is
-    far from the declared size, only a warning says so. Errors: DataError."""
+    """Check that the site has at least 2 usable units, before there is a study. If the number of
+    units is far from the declared size, log a warning. Errors: DataError for fewer than 2 units."""
     unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
     records, _ = read_records(site.data, unit=unit)
     units = len({record.unit for record in records})
     for line in describe_wrong_size(units, site.site.declared_size, unit):
-        log.warning("%s; before the first study it can be changed", line)
+        log.warning("%s; site.declared_size can be changed until the first study", line)
     if units < 2:
         raise DataError(
             f"{site.data.where}: fewer than 2 usable {unit}s",

@@ -46,8 +46,8 @@ class Paid:
         where = f", in {self.run}" if self.run else ""
         return (
             f"{self.site}: has paid ε = {rounded_up(self.again)} for a study of this name "
-            f"already{where}; rounds of the same plan that it still has are sent again, the same "
-            f"and for nothing, and others are paid again: {most}"
+            f"already{where}; rounds of the same plan whose updates it still has are sent again "
+            f"and cost nothing, and other rounds are paid again: {most}"
         )
 
 
@@ -58,8 +58,9 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     study: the study, which need not have its digests yet. site: the site with its rules and ledger.
     out: the run's folder; a resumed run has already paid for a part of the plan.
     Returns: the ε that the dataset has spent so far, and would have spent after this run. It is
-    None in four cases: the site's ledger has no charge yet; its records pay only from a ledger of
-    the run; the study is not private; or the study has no last round.
+    None in four cases: the site's ledger has no charge yet; the site's data is declared public or
+    generated, so that a ledger of the run pays; the study is not private; or the study has no last
+    round.
     Errors: Refused."""
     for refusal in privacy_refusals(study, site, None):
         raise refusal
@@ -78,7 +79,7 @@ def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> P
     """Add up what the site's dataset has paid, and would have paid after one more run of the study;
     None if it has paid nothing yet, or the study has no last round.
 
-    - study: the study, whose name tells which charges are of earlier runs of it
+    - study: the study; earlier charges for a study of the same name count as its earlier runs
     - site: the site with its ceilings
     - plan: the site's part of the study
     - ledger: the site's ledger, with the charges so far"""

@@ -22,7 +22,7 @@ def main(options: list[str]) -> None:
     options: the path of site.toml, and the file descriptor to which the findings are written."""
     path, events = options
     site = load_site(Path(path))
-    confine(site, processes=1)  # what this machine lacks, the vault says, which is next
+    confine(site, processes=1)  # the vault, which starts next, says what this machine lacks
     end_with_parent()
     tell = Teller(Connection(int(events)))
     pass_warnings_on(tell)

@@ -47,8 +47,9 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
     """Verify this site's ledger, then compare a run with it. run: the folder of the run, or of its
     dossier. found: the result of verifying the run.
 
-    Errors: NotGenuine if the run has this site's name under another key, or an update under this
-    site's key that its ledger did not release (the key was stolen, or the ledger put back)."""
+    Errors: NotGenuine if the run has this site's name under another key. NotGenuine too if it has
+    an update under this site's key that this site's ledger did not release: the key was stolen, or
+    the ledger was replaced by an older copy."""
     where = run / RUN if (run / RUN / EVIDENCE).exists() else run
     study = load_plan(where)
     book = open_ledger(site.site.ledger or site.home)

@@ -3,11 +3,13 @@ the hospital's ledger can enter its charges (`Ledger.enter_earlier`).
 
 A doubtful charge counts against more datasets or units, never against fewer:
 | in the old ledger                                      | in the hospital's ledger               |
-| a charge that a restore entered, against every dataset | counts against all, at any time        |
+| a charge that a restore entered, against every dataset  | counts against every dataset and every |
+|                                                         | unit, whenever the unit arrived        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
-| the column that told patients apart in a charge         | taken over, to be compared again; if   |
-|                                                         | it names none, the site file's counts  |
+| the column that told patients apart in a charge         | taken over, to be compared again; for  |
+|                                                         | a charge without one, the column that  |
+|                                                         | the site file names                    |
 Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
 
-# Equals the column of no dataset: a name that does not print is remembered by its hash.
+# Stands for an unknown column. It equals no dataset's column, since a ledger stores a name with a
+# character that does not print, such as a tab, as a hash.
 NO_COLUMN = "\tnot known"
 
 
@@ -61,11 +64,11 @@ class Closed:
 
         - membership: the name of the membership
         - names: this ledger's name of each dataset → the name under which its charges count
-        - columns: the column of patients of each dataset that the site file has. By it charges
-          count for which the ledger names no column, of an earlier release
+        - columns: the column of patients of each dataset in the site file. It is taken for charges
+          for which the ledger names no column, since an earlier release of fedtune made them
 
-        A charge that a restore entered stays one against every dataset. It then also counts against
-        units that arrive later: among them may be one whose earlier arrival the restore lost."""
+        A charge that a restore entered stays a charge against every dataset. It also counts against
+        units that arrive later: one of them may have arrived before, and the restore lost this."""
         listed = list[Earlier]()
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership, adopted=True)
@@ -86,7 +89,7 @@ class Closed:
 def closed(ledger: Ledger) -> Iterator[Closed]:
     """A context manager that keeps every other process from writing to a ledger while its block
     runs, and yields what the ledger holds. The block must not call the ledger's own methods.
-    Errors: Refused if a person froze it; LedgerError."""
+    Errors: Refused if a person froze the ledger; LedgerError."""
     with ledger._store.writing():
         if ledger._account.frozen:
             raise frozen(ledger.folder, "adopted")

@@ -63,8 +63,8 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
 
 def _encoding(path: Path, source: object) -> str:
     """Return the name of the encoding that a file's bytes show. If this is not UTF-8, and the site
-    states another encoding by which the file is read, the returned text names that one too. source:
-    the reader of the file's format, which has this statement."""
+    states the encoding by which the file is read, the returned text names the stated encoding too.
+    source: the reader of the file's format, which holds the site's statement."""
     found, asked = found_encoding(path), str(getattr(source, "encoding", "utf-8"))
     return f"{found}, read as {asked}" if found.startswith("not") and asked != "utf-8" else found
 

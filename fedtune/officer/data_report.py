@@ -71,8 +71,10 @@ class StudyFit:
     - too_long: number of records longer than max_length
     - train: number of records that training uses
     - cut: number of these records that training cuts to max_length
-    - over_cap: number of records left out because of the cap
-    - excluded: number of records left out because their patients withdrew or count elsewhere
+    - cap: the largest number of records of one patient that the study uses; None if there is none
+    - over_cap: number of records left out because a patient has more than `cap` records
+    - excluded: number of records left out because their patients withdrew, or already take part in
+      another dataset that is declared to share no patient with this one
     - rejected: reason -> number of records"""
 
     study: str
@@ -95,10 +97,15 @@ class DataReport:
     """Counts of the rows, units and values in a site's files. `str` gives the report as text,
     `as_dict` for JSON.
 
+    - problem: why the data cannot be used, or is outside the guarantee; "" if neither is so
     - columns: the names of the files' columns, as far as a message may show them
-    - failed: the rejected rows, including those that a study rejects
-    - classes: class -> number of records. The values that are not shown are counted together, under
-      ""
+    - usable: the number of records that can be used
+    - filtered: the number of rows that data.filter leaves out
+    - withheld: the number of rows of patients who did not agree
+    - duplicates: the number of records that say what an earlier record says; they are used, too
+    - failed: the rows that cannot be used, including those that a study rejects
+    - classes: class -> number of records. Records whose value is not shown are counted together,
+      under ""
     - lengths: the spread of the lengths of the records' texts, in characters; None if there are
       none
     - per_patient: the spread of the number of records per patient; None if there are no patients"""
@@ -228,9 +235,9 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
     """Report on a site's records: columns, rows that cannot be used, classes, lengths, duplicates.
 
     Args:
-        study: report also how this study would use the records: how their tokens compare with
-            max_length, and how many records would be cut, be over the cap, or be rejected. The
-            study's base must be on this machine.
+        study: report also how this study would use the records: how many tokens they have, compared
+            with max_length, and how many records would be cut, left out because a patient has too
+            many, or rejected. The study's base must be on this machine.
         date: the name of a column of dates; the report counts records by its year.
 
     Nothing is written, and the report holds no record's content. Since it counts private records,
@@ -375,9 +382,9 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
 
 
 def _tokens(example: Example) -> int:
-    """Return the number of a record's tokens; the last target, which is no input, counts too. For a
-    preference pair it is the number of the longer passage. example: the record, as the study's base
-    reads it."""
+    """Return the number of a record's tokens. The last target is not an input, but counts too. For
+    a pair of answers, return the number of the longer passage. example: the record, as the study's
+    base reads it."""
     return max(
         len(passage.input_ids) + bool((passage.target_ids != NO_TARGET).any())
         for passage in example.passages

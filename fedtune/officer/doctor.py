@@ -1,6 +1,6 @@
 """Check a site before a study: files, ledger, certificates, network, plan, self-test.
 
-Nothing leaves this machine except a status request to the coordinator with which it is enrolled."""
+Nothing leaves this machine except a status request to the site's own coordinator."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ RENEW = (
 def examine(
     path: Path, study: Study | None = None, *, outline: bool = False, coordinator: str = ""
 ) -> Iterator[Finding]:
-    """Yield each check's finding as the check ends. With a study, also check its plan, its data and
-    the self-test.
+    """Check a site, and yield each check's finding as the check ends. If a study is given, also
+    check its plan and the data, and run the self-test.
 
     - path: the site.toml
     - study: the plan that the site would take part in; None checks the site alone
     - outline: whether the plan is an outline: digests that are filled in when the study starts may
       be missing
-    - coordinator: the public key of the coordinator whose answer holds the plan; "": the one with
-      whose answer the site joined, if any
+    - coordinator: the public key of the coordinator that sends the plan; "" stands for the
+      coordinator of the consortium that the site has joined, if any
 
     Errors: ConfigError if site.toml cannot be read; everything else is a finding."""
     site = load_site(path)
@@ -101,9 +101,9 @@ def examine(
 
 
 def _home(site: Site) -> str:
-    """Check that nobody else can change the settings of a hospital's home, and that each
-    membership's site file can be used; return a text that says so. Errors: ConfigError naming every
-    problem."""
+    """Check that nobody else can change hospital.toml or its folder, the hospital's home, and that
+    each membership's site file can be used. Return a text that says so. Errors: ConfigError, which
+    names every problem."""
     listed = list_memberships(site.home)
     open_ = [
         f"{path}: other users can change it"
@@ -214,7 +214,7 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
     report("loading the base")
     try:
         if study.private:
-            compute_within_limits(study, site)  # else the self-test might compute it without end
+            compute_within_limits(study, site)  # refuses a plan that takes the self-test for ever
         network = build(study, base)
     except FedtuneError as error:
         yield Finding("self-test", False, str(error))
@@ -227,8 +227,8 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
 
 def _network(site: Site, path: Path) -> Iterator[Finding]:
     """Check the site's enrolment, its certificate and the gateway's, and whether the gateway
-    answers and lets the site in, and yield a finding for each. The checks end at the first that
-    makes the next impossible. path: the site file."""
+    answers and lets the site in, and yield a finding for each. If a check fails without which the
+    next ones are impossible, the checks end there. path: the site file."""
     report("checking: coordinator")
     try:
         site_link = link(site, path)
@@ -248,7 +248,7 @@ def _network(site: Site, path: Path) -> Iterator[Finding]:
     except FedtuneError as error:
         yield Finding("coordinator", False, str(error))
         return
-    advice = "the address may be another's; else ask the coordinator to run `fedtune doctor`"
+    advice = "check the address; if it is right, ask the coordinator to run `fedtune doctor`"
     yield from findings(
         [
             ("names", lambda: tls.names(server_leaf, site_link.host)),
@@ -301,8 +301,9 @@ def _secrets(site: Site) -> str:
 
 
 def _records(site: Site) -> str:
-    """Compare the number of usable units with declared_size, and return both as text. Errors:
-    FedtuneError if there are fewer than 2 units, or the two differ by a factor of two or more."""
+    """Compare the number of usable units with site.declared_size, and return both numbers as text.
+    Errors: FedtuneError if there are fewer than 2 units, or if the two numbers differ by a factor
+    of two or more."""
     by_patient = site.data.columns.patient is not None
     read = read_file(site.data, unit="patient" if by_patient else "record")
     units = len({record.unit for record in read.records})

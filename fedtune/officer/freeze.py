@@ -1,9 +1,11 @@
-"""Freeze a site's ledger, so that nothing is charged, answered or deleted until a person lifts it.
+"""Freeze a site's ledger, so that nothing is charged, answered or deleted until a person lifts the
+freeze.
 
-The freeze is an entry of the ledger. Every vault of the site reads it before it charges a round and
-again before an answer leaves; in a hospital's home it stops every membership. A coordinator learns
-only that a person froze the ledger. If the person froze it because of what a record says, even that
-tells something which no ε covers."""
+The freeze is an entry of the ledger. Every process that answers for the site (a vault) reads this
+entry before it charges a round and again before an answer leaves. If several memberships of a
+hospital share the ledger, the freeze stops all of them. A coordinator learns only that a person
+froze the ledger. If the person froze it because of what a record says, even that tells something
+which no ε covers."""
 
 from __future__ import annotations
 
@@ -28,14 +30,14 @@ from fedtune.homes.opening import find_ledger, open_ledger
 from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
 FREEZE, LIFT, CUT = "freeze", "lift", "cut"  # events of the audit log
-REFUSE = "refuse"  # another one; of an answer if it names an adapter, else of a plan
+REFUSE = "refuse"  # another event: a refused answer if it names an adapter, else a refused plan
 
 log = logging.getLogger("fedtune.site")
 
 
 def freeze(site: Site, why: str) -> None:
-    """Freeze the ledger. An answer that was sent cannot be called back. A round under way is
-    charged and not answered. why: the person's reason, which the ledger's entry states.
+    """Freeze the ledger. An answer that was sent cannot be called back. A round that is under way
+    stays charged, but is not answered. why: the person's reason, which the ledger's entry states.
 
     The freeze is entered in the audit log first, so that a restore can freeze the ledger again. If
     the audit log is damaged or cannot be written, the ledger is frozen all the same, and the error
@@ -43,7 +45,7 @@ def freeze(site: Site, why: str) -> None:
     a damaged ledger, and when it is restored, that entry freezes it.
 
     Errors:
-    - ConfigError: there is no ledger (none is made), or the one that was there is not there now
+    - ConfigError: there is no ledger (none is made), or the ledger that was there is gone
     - NotGenuine: the audit log is damaged; raised after the freeze
     - LedgerError: the ledger is damaged; raised after the entry in the audit log
     - NoRoom: the disk is full, and the reserved space is used up; the ledger is not frozen
@@ -60,7 +62,7 @@ def freeze(site: Site, why: str) -> None:
         except LedgerError:
             if (site.home / KEY).exists():
                 AuditLog(site.home, SigningKey.at(site.home / KEY)).add(FREEZE, "--freeze", once=1)
-                log.warning("the freeze is in the audit log: once restored, the ledger is frozen")
+                log.warning("only the audit log has the freeze: a restored ledger will be frozen")
             raise
         try:
             AuditLog(book.folder, book.key).add(FREEZE, "--freeze", once=1)
@@ -78,11 +80,16 @@ def freeze(site: Site, why: str) -> None:
 
 
 def lift(site: Site, why: str) -> None:
-    """End a freeze. The lift is entered in the ledger before the audit log, so that a restore after
-    an interruption freezes the ledger again. If the disk has no room for the ledger, a warning says
-    that no order is answered all the same. why: the person's reason, which the ledger's entry
-    states. Errors: InputError if the ledger is not frozen; NotGenuine or InfrastructureError of an
-    audit log that is damaged or cannot be written, after the lift; LedgerError."""
+    """End a freeze. The end is entered first in the ledger, then in the audit log, so that a
+    restore after an interruption freezes the ledger again. If the disk has no room for the ledger,
+    a warning says that no order is answered in spite of this. why: the person's reason, which the
+    ledger's entry states.
+
+    Errors:
+    - InputError: the ledger is not frozen
+    - NotGenuine: the audit log is damaged; raised after the end of the freeze
+    - InfrastructureError: the audit log cannot be written; raised after the end of the freeze
+    - LedgerError"""
     book = open_ledger(site.home)
     acts = AuditLog(book.folder, book.key)
     in_reserved_space(site, lambda: book.lift(login(), why))
@@ -97,8 +104,8 @@ def lift(site: Site, why: str) -> None:
 
 
 def _build_log_error(error: FedtuneError, done: str) -> FedtuneError:
-    """Build the error of an audit log that lacks an entry about what was done. done: what was done,
-    for the error's text."""
+    """Build the error which says that something was done, but could not be entered in the audit
+    log. error: why it could not be entered. done: what was done, for the error's text."""
     return type(error)(f"{error.happened}; {done}", error.expected, error.todo)
 
 
@@ -127,8 +134,8 @@ def read_decisions(home: Path, public: str) -> Standing:
 def check_not_frozen(home: Path, what: str) -> None:
     """Check that no person froze the ledger in `home`, before files that may be evidence are
     deleted or moved. what: what would be done to the files, as a participle for the error's text,
-    such as "deleted". Errors: Refused; ConfigError if the ledger that was in `home` is not there;
-    LedgerError."""
+    such as "deleted". Errors: Refused if the ledger is frozen; ConfigError if the ledger that was
+    in `home` is gone; LedgerError."""
     if (book := find_ledger(home)) and book.frozen:
         raise frozen(home, what)
 

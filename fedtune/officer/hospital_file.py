@@ -69,7 +69,7 @@ def write_hospital(
     - name: the hospital's name
     - size: the number of units of its largest dataset, as a person declares it
     - ceilings: the most that all memberships together may spend of a dataset
-    - data: name → dataset, of those that memberships may train on. Every path in it is absolute.
+    - data: name → dataset, for the datasets that memberships may train on; every path is absolute
 
     Returns: the content of the file, with comments for the person who edits it."""
     figures = {key: quote(value) for key, value in ceilings.model_dump().items()}
@@ -140,7 +140,7 @@ def without_table(text: str, *path: str) -> str:
     lines = text.splitlines(keepends=True)
     start, end = _find(lines, path)
     while start + 1 < end < len(lines) and not lines[end - 1].partition("#")[0].strip():
-        end -= 1  # a comment above the next table is that one's
+        end -= 1  # a comment above the next table belongs to the next table
     return "".join(lines[:start] + lines[end:])
 
 
@@ -227,7 +227,8 @@ def load_hospital_text(home: Path, text: str) -> Hospital:
 
 def keep_copy(path: Path) -> Path:
     """Copy a settings file to a file beside it that only this user can read, and return the copy's
-    path. If there is a copy from today with the same content, return the path of that one."""
+    path. If there is a copy from today with the same content, return its path, and make none.
+    Errors: ConfigError if the file cannot be read, or has 999 copies already."""
     content = reading.content(path, "a settings file", kind=ConfigError)
     for number in range(1, 1000):
         copy = path.with_name(f"{path.name}.{today_suffix()}{f'-{number}' * (number > 1)}")

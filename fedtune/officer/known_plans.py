@@ -16,8 +16,8 @@ from fedtune.runs.choice import with_digests_of
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:
     """Return the study as its complete plan: with the digests filled in from an earlier run of the
     study, or from a plan that a coordinator sent to this site. Return the study unchanged if
-    neither is found. By the digests, the charges and signatures in the ledger are recognised as
-    those of this study. runs: folders to search first."""
+    neither is found. Only with its digests can the study's charges and signatures be found in the
+    ledger. runs: the folders of runs that are searched first."""
     for plan in _plans(site, runs):
         filled = with_digests_of(study, plan)
         if filled.digest == plan.digest:

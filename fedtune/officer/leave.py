@@ -60,16 +60,17 @@ def leave(site: Site, *, distrust: bool = False) -> Left:
     under way. Ledger, receipts, audit log and stored updates stay. A frozen ledger does not prevent
     this.
 
-    distrust: whether to refuse every later answer of this consortium. This is entered in the audit
-    log first, and nothing else remembers it. Without `distrust`, the site leaves even if the audit
-    log is damaged or cannot be written.
+    distrust: whether to refuse every later answer of this consortium. This decision is entered in
+    the audit log before anything is deleted, and is stored nowhere else. Without `distrust`, the
+    site leaves even if the audit log is damaged or cannot be written.
     Errors:
     - ConfigError: the site has no keys or, with `distrust`, has stored no answer that names the
       consortium
     - NotGenuine: the audit log is damaged. With `distrust` it is raised before anything is deleted,
-      otherwise after the site has left
-    - InfrastructureError: the audit log cannot be written; as for a damaged one. Or the site's
-      client runs, and nothing is done"""
+      without it after the site has left
+    - InfrastructureError: the audit log cannot be written; raised at the same moment as NotGenuine
+      for a damaged one
+    - InfrastructureError too if the site's client or vault runs; then nothing is done"""
     state = site.site.state
     keys = keys_folder(site)
     if not (traces(site.home) and network_keys(site)):
@@ -111,11 +112,11 @@ def consortium_of(site: Site) -> str:
 
 def check_trusted(folder: Path, consortium: str) -> None:
     """Check, before a consortium's answer is stored or used, that no person here declared the
-    consortium distrusted. consortium: its fingerprint. folder: where the audit log lies, which has
-    such declarations.
+    consortium distrusted. folder: the folder of the audit log, which holds such declarations.
+    consortium: the consortium's fingerprint.
 
-    Errors: Refused; NotGenuine, as `check_remembered` raises them; InputError if the log cannot be
-    read."""
+    Errors: Refused if a person did; Refused or NotGenuine if the log may have lost such a
+    declaration (`check_remembered`); InputError if the log cannot be read."""
     if consortium in (found := distrusted(folder)):
         raise Refused(
             f"this site left the consortium {consortium} on {found[consortium]} with {DISTRUST}: "
@@ -127,10 +128,10 @@ def check_trusted(folder: Path, consortium: str) -> None:
 
 
 def check_remembered(folder: Path) -> None:
-    """Check that the audit log in `folder` is whole, since it alone remembers which consortia are
-    distrusted; or that, after it was taken away, a person lifted a freeze, which says that the loss
-    was looked into. As in a restore, no other act says so. A last line that a crash cut short is no
-    loss.
+    """Check that the audit log in `folder` has lost no entry, since nothing else says which
+    consortia are distrusted. A log that was begun in place of one that was taken away also passes
+    if, after that, a person froze the ledger and lifted the freeze: the lift says that a person has
+    looked into the loss, and no other act says so. A last line that a crash cut short is no loss.
 
     Errors: Refused if a log was begun in place of one that was taken away; NotGenuine if entries
     are missing or were changed."""

@@ -4,8 +4,8 @@ The officer sees facts of the plan, a length and a cost, but not the content of 
 site's messages about a round. The reason is that a refusal reaches the coordinator: if it depended
 on the records, it would reveal something about them that no ε covers.
 
-In a hospital's home, a person decides only about the answers of the membership whose site file is
-given."""
+If several memberships of a hospital share the ledger, a person decides only about the answers of
+the membership whose site file is given."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class Waiting:
     """An answer that waits for a person, as plan and ledger describe it.
 
     - name: the name by which `decide` selects it
-    - membership: the membership that paid for it; "" without a hospital's home, or if the answer
-      was there before the home
-    - kind: ANSWER or DRAW. A draw belongs to a round of shared noise, and is not charged yet
+    - membership: the hospital's membership that paid for the answer; "" if the site is no
+      membership, or if the answer waited before the site became one
+    - kind: ANSWER or DRAW. A draw is a site's noised sum in a round whose noise several sites
+      share; it is not charged yet
     - size: length in bytes
     - epsilon: ε of this round alone, as text, at the δ of the site's ledger: policy.max_delta, or
       for a membership the hospital's
@@ -59,7 +60,8 @@ class _Found:
     """A waiting answer and the ledger that has it.
 
     - slot: (study, round, adapter), by which the ledger identifies the answer
-    - ledger: the site's own ledger or, of a run on declared data, the run's"""
+    - ledger: the site's ledger or, for a run on data that is declared public or generated, the
+      ledger of the run"""
 
     waiting: Waiting
     slot: Slot
@@ -67,9 +69,9 @@ class _Found:
 
 
 def list_waiting(site: Site) -> list[Waiting]:
-    """List the answers that wait at a site, oldest first; in a hospital's home list only the
-    answers of the site's own membership. Return [] if there is no ledger, and make none. Errors:
-    ConfigError if the ledger that was in the site's home is not there; LedgerError."""
+    """List the answers that wait at a site, oldest first. If the site is a membership of a
+    hospital, answers of other memberships are left out. Return [] if there is no ledger, and make
+    none. Errors: ConfigError if the site's ledger was there and is gone; LedgerError."""
     return [found.waiting for found in _find(site)]
 
 
@@ -77,8 +79,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
     """Release the answers that wait under `names`, or refuse them for good. Each decision is
     entered in the audit log, then in the ledger.
 
-    - site: the site where they wait; in a hospital's home only the answers of its own membership
-      are decided about
+    - site: the site where the answers wait; answers of a hospital's other memberships stay
     - names: names of answers, as `list_waiting` gives them
     - refuse: whether the answers are refused, in place of being released
     - every: decide about all answers that wait now, also those that `names` does not list

@@ -128,8 +128,9 @@ def list_memberships(home: Path) -> Listed:
 
 
 def _list_unknown(hospital: Hospital, ledger: Ledger) -> dict[str, set[int]]:
-    """Return each registered dataset -> the numbers of the entries of charges against it whose ε is
-    not known for its unit, a patient if hospital.toml names a column of patients, else a record."""
+    """Return each registered dataset -> the charges against it whose ε is not known, each as the
+    number of its entry in the ledger. The ε meant is that of one patient if hospital.toml names a
+    column of patients for the dataset, else that of one record."""
     columns = {name: shorten_column(data.patient) for name, data in hospital.datasets.items()}
     return {
         name: {
@@ -144,8 +145,11 @@ def _list_unknown(hospital: Hospital, ledger: Ledger) -> dict[str, set[int]]:
 def _membership(
     name: str, hospital: Hospital, ledger: Ledger | None, unknown: Mapping[str, set[int]]
 ) -> Membership:
-    """Describe one membership, by its name. unknown: each dataset -> the numbers of the entries of
-    charges whose ε is not known."""
+    """Describe the membership `name`.
+
+    - hospital: the content of hospital.toml
+    - ledger: the ledger of the hospital's home; None if there is none yet
+    - unknown: the result of `_list_unknown`, {} without a ledger"""
     table, ceilings = hospital.memberships[name], hospital.policy
     most = table.max_epsilon or ceilings.max_epsilon
     fallback = table.max_fallback_epsilon or ceilings.max_fallback_epsilon
@@ -197,7 +201,7 @@ def site_of(
         raise ConfigError(
             f"{path}: is not the site file of membership {membership!r}",
             f'membership = "{membership}" in its table [hospital]',
-            "correct one of the two files",
+            f"correct this file, or the membership's entry in {FILE}",
         )
     return site
 
@@ -220,7 +224,7 @@ def still(home: Path, site: Site) -> Iterator[None]:
         if membership.site.exists():
             states.add(load_site(membership.site, alone=True).site.state.resolve())
     with ExitStack() as held:
-        for name in memberships:  # wherever its site file lay when its vault started
+        for name in memberships:  # by name: a site file may have moved since its vault started
             held.enter_context(vault_of(home, name))
         for state in sorted(state for state in states if state.is_dir()):
             held.enter_context(alone(state / "flower", "fedtune client"))
@@ -318,7 +322,7 @@ def append(home: Path, table: str) -> None:
     """Append a table to hospital.toml, after a check that the new text can be read. Errors:
     ConfigError."""
     path = home / FILE
-    with locks.hold(home / EDIT_LOCK):  # of two that are added at once, both stay
+    with locks.hold(home / EDIT_LOCK):  # if two processes append at once, both tables stay
         text = path.read_text(encoding="utf-8")
         text += table if text.endswith("\n") else f"\n{table}"
         load_hospital_text(home, text)
@@ -399,12 +403,14 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     """End a membership; return the path of the copy of hospital.toml that is kept. ending: the
     result of `list_ending`. anyway: whether to end the membership in spite of `ending.anyway`.
 
-    Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
-    and so does its own signing key. Its table in hospital.toml is removed last, so that an end that
-    was killed can be repeated; from then on the site file is refused. Other changes of
-    hospital.toml, made meanwhile, stay. Errors: InputError unless `anyway`, if studies are under
-    way or the site file cannot be used; Refused if the ledger is frozen; InfrastructureError if its
-    client runs."""
+    The membership's charges, releases, receipts and acts stay in the hospital's ledger and audit
+    log for good, and its own signing key stays too. Its table in hospital.toml is removed last, so
+    that a call that was killed can be repeated; after that, the site file is refused. Other changes
+    of hospital.toml that are made meanwhile stay.
+    Errors:
+    - InputError: studies are under way or the site file cannot be used, and `anyway` is false
+    - Refused: the ledger is frozen
+    - InfrastructureError: the membership's client runs"""
     if ending.anyway and not anyway:
         raise InputError(
             ending.anyway,

@@ -15,8 +15,9 @@ from fedtune.evidence.sign import EVIDENCE, RUN
 
 
 def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
-    """Return the newest head of a site's audit log (NUMBER:HASH) that a run holds: each update of
-    the site carries the head of its time, encrypted for the site.
+    """Return the newest head (NUMBER:HASH, of the newest entry) of a site's audit log that a run
+    holds. Each update of the site carries the head that the log had when the update was made,
+    encrypted for the site.
 
     - run: the folder of the run, or of its dossier
     - state: the folder of the ledger, where the key is
@@ -39,7 +40,7 @@ def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
             continue
     if not (known := heads - {""}):
         raise InputError(
-            f"{run}: no update in it is from this site and names an entry of its log",
+            f"{run}: no update in it is from this site and holds a head of the site's audit log",
             "a run to which this site sent updates",
         )
     return max(known, key=lambda head: int(head.partition(":")[0]))

@@ -65,7 +65,7 @@ KINDS = {  # name for people -> patterns of paths in the state folder; "*" match
 OF_A_STUDY = tuple(KINDS)[:7]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
-    *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
+    *("site.key", "salt", "steps.jsonl"),  # from steps.jsonl a restore enters charges again
     f"{RECEIPTS}/*",  # what patients were told of their withdrawals
     f"{ACCEPTANCE}/*/{RECORD}",  # what was decided about a model: signed, and without a row
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
@@ -98,7 +98,8 @@ class Listing:
 
 def listing(site: Site, study: str | None = None) -> Listing:
     """List the files that `purge` would delete. study: a study's name, its digest, or at least the
-    first 8 digits of it; only the files of such studies are then listed. None lists all files.
+    first 8 digits of the digest; only the files of studies with this name or digest are listed.
+    None lists the files of all studies, and files that belong to no study.
 
     Errors: ConfigError if there is no state folder; InputError if no study has that digest or name;
     LedgerError."""
@@ -134,7 +135,8 @@ def purge(contents: Listing) -> None:
         alone(contents.state / "ranks", "the vault of a client"),
     ):
         check_not_frozen(contents.home, "deleted")
-        if book := find_ledger(contents.home):  # raises if damaged: a restore may need these
+        # Raises if the ledger is damaged: a restore of it may need the files.
+        if book := find_ledger(contents.home):
             AuditLog(contents.home, book.key).add("purge", files=len(contents.files))
         try:
             for path in contents.files:
@@ -156,8 +158,8 @@ def purge(contents: Listing) -> None:
 def _list_at_hospital(site: Site, contents: Listing) -> None:
     """Add to `contents` the files that the studies of a membership left in the hospital's home,
     beside the ledger: released updates, and notes of draws that wait for a person. Files of other
-    memberships, which may run the same plan, are not added: if their updates were deleted, they
-    would have to pay for them again. site: the membership."""
+    memberships, which may run the same plan, are not added: if an update of theirs were deleted,
+    its round would have to be paid again. site: the membership's site."""
     if (book := find_ledger(site.home)) is None:
         return
     own = site.policy.own_memberships
@@ -245,8 +247,9 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, str]:
     """Return digest -> name of the studies that `name_or_digest` means: a study's name, its digest,
-    or at least the first 8 digits of it. plans: stored plans, which name studies besides those in
-    the ledger. Errors: InputError if it means none."""
+    or at least the first 8 digits of the digest. Studies are looked for among those under way, in
+    the ledger and in `plans`, which are files of stored plans. Errors: InputError if no study
+    matches."""
     state, home = site.site.state, site.home
     book = find_ledger(home)
     spent = book.spending() if book else []

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def check_data(site: Site, study: Study, base: Base | None = None) -> Dataset:
     """Check that the site's records fit the study, and return the dataset that training would read;
-    only the site may know the result. base: the base to use; by default site.base or else the base
-    that the study names, which is right only for one's own studies.
+    only the site may know the result. base: the base to use. By default it is site.base or, if this
+    is not set, the base that the study names; leave it out only for a study of one's own.
 
     Errors: DataError."""
     base = base or find_base(site.site.base or study.base.model, study.base.digest)

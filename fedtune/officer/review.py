@@ -60,8 +60,8 @@ from fedtune.report.delta import chance, warning
 SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 
 NOT_COMPUTED = (
-    "Its noise and its ε were not computed, since it breaks a rule that bounds the computation. It "
-    "is among the rules that refuse it."
+    "The plan's noise and ε were not computed, since the plan breaks a rule that bounds the "
+    "computation. This rule is among those that refuse the plan."
 )
 
 
@@ -69,10 +69,11 @@ NOT_COMPUTED = (
 class Review:
     """The review of a plan.
 
-    - digest: the digest that is signed; "" if it needs a computation on public text first
+    - digest: the plan's digest, which is signed; "" for an outline, whose digest is not final
     - sections: pairs (heading, lines)
     - refusals: the rules that refuse the plan
-    - verdict: whether the site would refuse it today, wait for a signature, or take part"""
+    - verdict: a sentence on what the site would do with the plan today, such as refuse it, wait for
+      a signature, or take part"""
 
     digest: str
     sections: list[tuple[str, list[str]]]
@@ -83,11 +84,10 @@ class Review:
 def read_plan(
     path: Path, site: Site, settings: Sequence[str] = (), *, whole: bool = False
 ) -> Study:
-    """Read a plan from study.toml, from the coordinator's answer, or from JSON, which a coordinator
-    sent or a run folder holds.
+    """Read a plan from a study.toml, from the answer that a coordinator wrote for a site (.answer),
+    or from JSON (.json), which a coordinator sent or a run folder holds.
 
-    - path: the file; its suffix tells which of these it is: .answer, .json, or another for
-      study.toml
+    - path: the file; a suffix other than .answer and .json stands for a study.toml
     - site: the site that would take part; its policy names the plug-ins that may be imported
     - settings: for a study.toml, values in place of the file's, each "KEY=VALUE" as for `--set`
     - whole: for a study.toml, whether to compute also the parts that follow from its base and its
@@ -115,8 +115,8 @@ def read_plan(
 
 def _fill_outline(study: Study) -> Study:
     """Return `study`, as read from a study.toml, with those parts of the plan filled in that can be
-    computed without its base: the number of rounds and, if this release pins the base, the base's
-    digest."""
+    computed without its base: the number of rounds and, if this release of fedtune knows the base,
+    the base's digest."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
@@ -136,11 +136,12 @@ def is_outline(path: Path, study: Study) -> bool:
 
 
 def find_coordinator(site: Site, path: Path | None = None) -> str:
-    """Return the public key of the coordinator that sends this site its plans: the one whose answer
-    is at `path`, else the one with whose answer the site joined. Return "" if none is known.
+    """Return the public key of the coordinator that sends this site its plans. If the file `path`
+    is a coordinator's answer (.answer), the key is read from it; if not, it is read from the answer
+    with which the site joined a consortium. Return "" if the site has joined none.
 
     path: the file of a plan: the coordinator's answer, a study.toml, or JSON. Errors: ConfigError
-    or Refused if it is an answer that is not for this site."""
+    or Refused if `path` is an answer that is not for this site."""
     if path is not None and path.suffix == ".answer":
         return _read_answer(path, site).coordinator
     try:
@@ -177,8 +178,8 @@ def review(
     - study: the plan, as `read_plan` returns it
     - site: the site that would take part
     - ledger: the site's ledger, with the charges so far and the signed plans
-    - outline: whether it is an outline (`is_outline`), whose digest is not final
-    - coordinator: the public key of the coordinator that sends it; by default, that of the
+    - outline: whether the plan is an outline (`is_outline`), whose digest is not final
+    - coordinator: the public key of the coordinator that sends the plan; by default, that of the
       coordinator whose consortium the site has joined, if any"""
     plan, limit = None, None
     try:
@@ -240,8 +241,8 @@ def _describe_selection(site: Site) -> list[str]:
         return []
     return [
         "NOT COVERED: a query or a view selects this site's records. Where it counts, ranks, "
-        "limits or averages over several patients, one of them may decide what becomes of "
-        "another's records, and no ε below holds for that."
+        "limits or averages over several patients, one patient's rows may change what is read of "
+        "another, and no ε below holds for that."
     ]
 
 
@@ -311,12 +312,12 @@ def _about_teacher(study: Study, site: Site) -> list[Refused]:
 def cost_refusals(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
 ) -> list[Refused]:
-    """List the refusals that the ledger causes, at most two of them.
+    """List the refusals that the ledger causes: at most one for each of these two reasons.
 
-    The first is because the study protects records, although a patient column told patients apart
-    earlier. If that is not so, it is because the ε of earlier charges is not known. The second is
-    because the study's cost, added to what was spent, exceeds a limit (`Budget.check`). In a study
-    without a last round, only charges that count for a patient who arrives now are added.
+    1. The study protects records, although a patient column told patients apart earlier
+       (`check_column_stays`); or, if that is not so, the ε of earlier charges is not known.
+    2. The study's cost, added to what was spent, exceeds a limit (`Budget.check`). In a study
+       without a last round, only charges that count for a patient who arrives now are added.
 
     - study: the plan
     - site: the site, whose policy has the limits and whose [data] names the dataset that pays
@@ -585,9 +586,10 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
 
 
 def _beside_others(budget: Budget, after: float) -> list[str]:
-    """Return a line that says what the dataset's ε counts as once a study of another kind follows.
-    Return [] if it counts as hardly more than `after`, the ε with this study. The ε of rarely
-    sampled steps with little noise may be almost 0 and yet leave nothing for other studies."""
+    """Return a line that states how large the dataset's ε becomes once a study of another kind
+    follows, since steps of several kinds are added up by a coarser bound. Return [] if it is hardly
+    larger than `after`, the ε with this study. The ε of rarely sampled steps with little noise may
+    be almost 0 and yet leave nothing for other studies."""
     beside = budget.beside_others(ahead=budget.remaining()).epsilon
     if beside <= after + 0.1:
         return []

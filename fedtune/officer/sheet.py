@@ -33,7 +33,7 @@ from fedtune.homes.opening import find_ledger
 
 ATTESTED = "sheet.json"  # in the state folder
 CROISSANT = ".croissant.json"
-_ATTEST = "`fedtune data describe SITE`, by who attests to the records"
+_ATTEST = "the person who attests to the records runs `fedtune data describe SITE`"
 CONFORMS = ["http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0"]
 CR, RAI = "http://mlcommons.org/croissant/", "http://mlcommons.org/croissant/RAI/"
 PLAIN = (
@@ -99,8 +99,9 @@ class Described:
 def describe_data(site: Site, public: Path | None = None) -> Described:
     """Write a site's data sheet beside its records, and attest that it describes them.
 
-    public: also write the typed fields, and nothing computed, to this file, if policy.release lists
-    "sheet". If there is no sheet.toml, only an empty one is written, for a person to fill in.
+    If there is no sheet.toml, only an empty one is written, for a person to fill in.
+    public: a file to which the typed fields, and nothing computed, are written too; policy.release
+    must list "sheet" for this. None writes no such file.
 
     >>> import fedtune
     >>> _, site_file = fedtune.init("my-study")
@@ -112,7 +113,7 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
     if public and "sheet" not in site.policy.release:
         raise PolicyRefused(
             'policy.release does not list "sheet"',
-            todo="if the public sheet may leave the site, add it there",
+            todo='if the public sheet may leave the site, add "sheet" to policy.release',
         )
     if public:
         check_replaceable(public, ".json")

@@ -116,7 +116,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.
     Errors:
-    - UnknownPatient: nothing is entered, since a mistyped key would leave the patient in
+    - UnknownPatient if no record and no study here has the key, and `unseen` is false. Nothing is
+      entered: with a mistyped key, the patient's records would still be used
     - ConfigError if site.toml names no patient column
     - the error of reading a file, if the key is found neither in another file nor in the ledger
     - NotLogged if the audit log is damaged or cannot be written; the withdrawal is entered, and its
@@ -249,7 +250,7 @@ def _genuine(path: Path, public: str) -> dict[str, Any]:
     signature = str(receipt.pop("signature", ""))
     try:
         genuine = verifies(public, _encode_receipt(receipt), signature)
-    except ValueError:  # NaN or Infinity, which nothing that is signed has
+    except ValueError:  # the file has NaN or Infinity, which cannot be signed
         genuine = False
     if not genuine:
         raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
@@ -316,9 +317,11 @@ def _releases(
     - datasets: the datasets in which the ledger has the patient's key
     - in_files: the datasets whose files have it
 
-    A round counts if it was charged to one of `datasets`, or was entered by a restore, which does
-    not know to which. A round for which nobody looked up this key counts too, if the patient is in
-    a dataset against which it counts: it was charged by another column, or record by record."""
+    Of the rounds that are charged against one of all these datasets, a round counts if
+    - it was charged to one of `datasets`
+    - or a restore entered it, which does not know the dataset
+    - or it was charged by another patient column, or record by record, so that the ledger cannot
+      know whether this patient took part"""
     names = {*datasets, *in_files}
     by_study: dict[str, list[Spent]] = {}
     for spent in charges_with_columns(ledger, names, patient_columns(site)):

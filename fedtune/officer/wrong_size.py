@@ -15,8 +15,9 @@ from fedtune.core.data.records import read_records
 
 def find_wrong_size(site: Site, unit: Literal["record", "patient"]) -> str:
     """Return a sentence if site.declared_size is far from the number of usable units in the site's
-    data; "" if it is not, or if counting them takes long, since their images, recordings or clips
-    would be decoded, or their rows converted. unit: what a plan protects.
+    data; "" if it is not far. Return "" too if counting would take long, because the records have
+    images, recordings or clips, which would be decoded, or rows that a plug-in would convert. unit:
+    what a plan protects.
 
     Errors: DataError if the records cannot be read, ConfigError if their source is not installed.
     """

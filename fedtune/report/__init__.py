@@ -16,13 +16,14 @@ __all__ = ["BANNER", "jsonable", "write"]
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
-    """Write report.json, report.md and progress.png to `out` from one dict. Each file is replaced
-    as a whole, so a reader never sees half a report.
+    """Write the dict `report` to the folder `out` as report.json, report.md and progress.png. Each
+    file is replaced as a whole, so a reader never sees half a file.
 
     In the JSON, quality.headline holds the sentences about quality that every page shows. The JSON
     is canonical: keys are sorted, the encoding is UTF-8, and a number that is not finite becomes
     the text "nan" or "inf". Errors: InfrastructureError if the folder cannot be written."""
-    from fedtune.report.gain import headline  # commands that only read import none of the three
+    # Imported here, since commands that only read reports need none of these three.
+    from fedtune.report.gain import headline
     from fedtune.report.markdown import markdown
     from fedtune.report.plot import png
 

@@ -148,7 +148,7 @@ def _groups(look: Look, table: ScheduleTable, before: Scores, after: Scores) -> 
     for column, margin in table.groups.items():
         values = np.array(look.groups[column], dtype=str)
         if values.shape != before.loss.shape:
-            raise ValueError("groups of other records")
+            raise ValueError(f"the column {column!r} of groups needs one value for each record")
         for value in np.unique(values):
             parts = changes(before, after, look.metric)[values == value]
             enough = len(parts) >= LEAST_GROUP
@@ -161,7 +161,7 @@ def look_left(
     looked: Sequence[str], files: Files, apart: Collection[str], public: str, table: ScheduleTable
 ) -> tuple[int, str]:
     """Return how many looks (comparisons) were taken at a public file, and why the plan allows no
-    further look there; "" in place of the reason if it allows one.
+    further look at it; "" in place of the reason if the plan allows one.
 
     - looked: the public file (fingerprint) of each look so far
     - files: fingerprint -> the digests of the file's records, for all files so far and `public`
@@ -170,7 +170,8 @@ def look_left(
     - public: the file (fingerprint) at which the next look would be
     - table: the plan's [schedule]
 
-    Files that share records count as one file, also if both share records only with a third file.
+    Files that share records count as one file. Two files also count as one if they share records
+    only with a third file.
 
     >>> files = {"a": frozenset("xy"), "b": frozenset("y"), "c": frozenset("z")}
     >>> look_left(["a", "a"], files, (), "b", ScheduleTable(every=60, looks=2))

@@ -41,10 +41,10 @@ def assumptions(site: dict[str, Any]) -> str:
 
 
 def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the figures that hold even if all other sites collude with the coordinator. They are
-    the entry of one site in `privacy`, in which ε and noise are those that the site's own noise
-    alone gives; the site is the one for which this ε is largest. Return None if the run had no
-    secure aggregation.
+    """Return the privacy figures that hold even if all other sites collude with the coordinator,
+    so that only a site's own noise protects it. The result is a copy of one site's entry in
+    `privacy`, with the ε and the noise that this site's own noise alone gives. Of all sites, the
+    one with the largest such ε is taken. Return None if the run had no secure aggregation.
 
     privacy: a report's "privacy"; if it lists no sites, it counts as the entry of one site.
 
@@ -103,9 +103,10 @@ def _site_guess(site: dict[str, Any]) -> float:
 
 
 def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
-    """Judge by the 95 % interval of a metric's change how the later of two models compares with the
-    earlier one. Return two texts: "better than", "worse than" or "not told apart from", and the
-    interval in words. Return None if `change`, the interval, is not [lower end, upper end].
+    """Judge how the later of two models compares with the earlier one, by the 95 % interval of a
+    metric's change. Return two texts: "better than", "worse than" or "not told apart from"; and the
+    interval in words. metric: the metric's name. change: the interval, [lower end, upper end]; for
+    anything else, return None.
 
     >>> judge_change("accuracy", [0.25, 0.5])
     ('better than', 'change of accuracy +0.25 to +0.5')

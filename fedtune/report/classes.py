@@ -1,5 +1,5 @@
-"""Report for each class the sites' noised counts, what it is known from, and how many of its
-public test records are recognised."""
+"""Report for each class how many units the sites have of it (with noise), from what the model knows
+the class, and what share of the class's public test records is recognised."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def class_rows(quality: dict[str, Any]) -> list[list[str]]:
 
 
 def class_lines(quality: dict[str, Any]) -> list[str]:
-    """Return up to two lines: one that names the classes of which nothing was learnt, and one that
-    names those which occur in the test records but are never predicted. A line that would name no
-    class is left out.
+    """Return up to two lines. The first names the classes of which nothing was learnt. The second
+    names the classes that occur in the test records but are never predicted. A line that would name
+    no class is left out. quality: the report's "quality".
 
     >>> rash = {"name": "rash", "known_from": "nothing", "records": 4, "predicted": 0}
     >>> class_lines({"classes": [rash]})

@@ -12,9 +12,8 @@ INVENTED = "No patient was involved: fedtune wrote these records itself, for its
 
 
 def simulation_line(report: Mapping[str, Any]) -> str:
-    """Return a text which says that a run was a simulation, that is, one machine ran all its sites,
-    or that it was derived from such a run. Return "" if the run, and all runs from which it was
-    derived, are a consortium's.
+    """Return a text which says that a run was a simulation (one machine ran all its sites), or that
+    it was made from a simulation. Return "" if neither is so. report: the run's report.
 
     >>> simulation_line({"simulation": True})
     'One machine ran all sites. No consortium stands behind its signature, and nobody at a \
@@ -84,8 +83,8 @@ patient's rows may change what is read of another, and ε does not cover this."
 
 
 def site_lines(report: Mapping[str, Any]) -> str:
-    """Return the sentences about the sites' records: those of `declared_line`, then that of
-    `free_query_line`; "" if both are empty."""
+    """Return the sentences about the sites' records: first that of `free_query_line`, then those of
+    `declared_line`; "" if both are empty."""
     return " ".join(filter(None, [free_query_line(report), declared_line(report)]))
 
 

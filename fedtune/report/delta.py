@@ -5,7 +5,7 @@ otherwise. So among n units the records of at least one may be revealed with pro
 
 from __future__ import annotations
 
-MOST = 0.1  # the largest n · δ of a study without a warning (decision 0055)
+MOST = 0.1  # the largest n · δ, n being a site's units, without a warning (decision 0055)
 
 
 def delta_for(units: int) -> float:

@@ -17,8 +17,8 @@ NOTE = (
 
 def section(derived: dict[str, Any]) -> list[str]:
     """Return the section on a derived model as Markdown paragraphs: the runs and prompts from which
-    it was made. derived: the report's table of this name; {} if the model is not derived, which
-    gives []."""
+    it was made. derived: the report's "derived"; for {}, the model is not derived, and the result
+    is []."""
     if not derived:
         return []
     rows = [

@@ -69,12 +69,14 @@ def is_start_released(quality: dict[str, Any]) -> bool:
 
 
 def choose_better(gain: float, unseen: float = 0.0) -> str:
-    """Return the model that the rule selection.release = "better" releases. It is START only if the
-    public start is better on the selection records, and would remain better if the trained model
-    were right about every unit of the classes that these records lack; else TRAINED.
+    """Return which model the rule selection.release = "better" releases: START or TRAINED. It is
+    START only if the public start is better on the selection records, and would remain better if
+    the trained model were right about every unit of the classes that these records lack.
 
-    gain: the trained model's metric minus the start's, with its sign changed if lower is better.
-    unseen: the share of the sites' units in classes that the selection records lack.
+    - gain: the trained model's metric on the selection records minus the start's, with the sign
+      changed if lower is better
+    - unseen: the share of the sites' units in classes that the selection records lack
+
     >>> choose_better(0.0), choose_better(-0.1)
     ('trained', 'start')
     >>> choose_better(-0.1, unseen=0.05), choose_better(-0.1, unseen=0.2)
@@ -108,7 +110,7 @@ def _over_start(quality: dict[str, Any]) -> Line | None:
         return None
     metric, gain = str(quality["metric"]), quality["gain"]
     told = judge_change(metric, gain["over_start"])
-    assert told is not None  # over_start
+    assert told is not None  # since over_start returned a text
     text = (
         f"the trained model is {claim} {PUBLIC} ({number(quality['start'][metric]):.4g}, for no "
         f"ε): {told[1]}, 95 % over {gain.get('records')} records"

@@ -17,11 +17,12 @@ from typing import Any
 
 from fedtune.core.registry.rounding import number
 
-TOO_NOISY = 4.0  # a figure is shown if its count exceeds so many standard deviations of the noise
+TOO_NOISY = 4.0  # a figure is shown if its count of units exceeds this times the noise's deviation
 LEVEL = 0.95  # the probability with which all intervals of a table hold together
 NOT_TOLD_APART = "not told apart"
 EVERYBODY, EVERY_SITE = "all", "all sites together"
-Cell = tuple[str, str]  # an axis, such as a group's column, and a value on it; ("", ""): all units
+# A set of units, as (axis, value): one class, or one value of a column of groups. ("", "") is all.
+Cell = tuple[str, str]
 Row = dict[str, Any]
 
 
@@ -34,15 +35,18 @@ def make_table(
     """Make the table of one round's answers.
 
     - score: the name of a unit's score, "likelihood" or "accuracy"
-    - cells: the plan's cells in order, the cell of all units first
-    - sums: site -> Σ score and Σ 1 with noise, alternating, for each cell; under "", the sums of
-      all sites together
+    - cells: the sets of units for which figures are shown, in the plan's order: all units, then
+      each class and each group
+    - sums: site -> two numbers with noise for each cell in turn: the sum of the units' scores, and
+      the number of units. Under "", the sums of all sites together
     - variances: site, or "" -> variance of the noise in each of these numbers
 
-    Returns a dict of "score", "level" (the probability with which all intervals hold), "rows" (a
-    dict for each cell and site with by, value, site, units, score and interval; the last three are
-    None if the count is lost in its noise) and "resolved", the sentences about figures that
-    differ."""
+    Returns a dict:
+    - "score": the name of the score
+    - "level": the probability with which all intervals hold together
+    - "rows": a dict for each cell and site, with "by" and "value" (the cell), "site", "units",
+      "score" and "interval"; the last three are None if the number of units is lost in its noise
+    - "resolved": the sentences about figures that differ"""
     least = (1 - LEVEL) / (2 * max(1, len(cells) * len(sums)))
     quantile = NormalDist().inv_cdf(1 - least)
     rows = [
@@ -55,8 +59,8 @@ def make_table(
 
 
 def _figure(score: float, count: float, variance: float, quantile: float) -> Row:
-    """Return units, score and interval of one cell; all three are None unless the count exceeds
-    TOO_NOISY standard deviations of its noise.
+    """Return the "units", "score" and "interval" of one cell, a class or a group of units. All
+    three are None unless the count of units exceeds TOO_NOISY standard deviations of its noise.
 
     - score: Σ score with noise
     - count: Σ 1 with noise

@@ -30,7 +30,7 @@ SCORES = {
     "accuracy": "the share for which the model's likeliest label is the right one",
 }
 MOST_COLUMNS = 6  # the most sites that a table shows in columns beside each other
-# Entries of report.json that have a section of their own; any other one is shown as settings.
+# Entries of report.json with a section of their own. `_base` shows every other table as settings.
 ELSEWHERE = frozenset(
     {
         *("privacy", "quality", "base", "rounds", "sites", "absences", "wire", "alone", "merge"),
@@ -48,7 +48,7 @@ def markdown(report: dict[str, Any]) -> str:
     from fedtune.report.quality import section as quality
     from fedtune.report.teacher import section as teacher
 
-    ran = not {"merge", "derived"} & report.keys()  # else no round was
+    ran = not {"merge", "derived"} & report.keys()  # a merged or derived model had no round
 
     parts = [
         f"# {cell(report.get('study', 'study'))}: report",
@@ -57,7 +57,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
         f"> **Not covered.** {cell(said)}" if (said := free_query_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
-        quality(report) if "merge" not in report else "",  # told of each parent
+        quality(report) if "merge" not in report else "",  # `merged` gives it for each parent
         *derived(report.get("derived") or {}),
         *teacher(report),
         *merged(report.get("merge") or {}, report.get("privacy") or {}),
@@ -281,8 +281,9 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
 
 
 def _wire(report: dict[str, Any]) -> str:
-    """Return the section about what went over the wire: the encodings, and each site's bytes, by
-    round or, for more than MOST_COLUMNS sites, in total. Return "" if no bytes were noted."""
+    """Return the section about what was sent: the encodings, and the bytes of each site in each
+    round. For more than MOST_COLUMNS sites, only each site's total is given. Return "" if no bytes
+    were noted."""
     wire, rounds = report.get("wire") or {}, report.get("rounds") or []
     masked = fallback(report.get("privacy") or {}) is not None
     update = "masked words" if masked else cell(wire.get("update"))

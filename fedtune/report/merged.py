@@ -9,8 +9,8 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
-    """Return the section on a merged adapter as Markdown paragraphs; [] if the report is of no
-    merged adapter. merge, privacy: the report's tables of these names."""
+    """Return the section on a merged adapter as Markdown paragraphs. merge: the report's "merge";
+    for {}, the adapter is not merged, and the result is []. privacy: the report's "privacy"."""
     if not merge:
         return []
     parents = merge.get("parents") or []

@@ -20,8 +20,8 @@ from fedtune.report.scores import Scores
 
 SWAPS = 10_000
 LEAST_GROUP = 20  # records that a group needs for a test
-# The part of a test's level that is spent on the case that the versions differ about more records
-# than the upper end of that share's interval.
+# The part of a test's level that is set aside for this case: the true share of records on which the
+# versions differ lies above the upper end of its interval.
 BEYOND = 0.1
 RATES = 16  # number of values of the share of differing records at which the tail is computed
 CHANGED = 0.2  # the share of records on which two versions are assumed to differ before a study
@@ -58,8 +58,8 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
     """Return for each record its part in the metric's improvement from `before` to `after`: (n,),
     above 0 if `after` is better on the record. If `before` and `after` exchange their scores of a
-    record, that record's part changes its sign; the sum of the parts is larger for one exchange of
-    records than for another exactly if the improvement is. Return None for a metric that has no
+    record, that record's part changes its sign. The sum of the parts grows with the improvement, so
+    that it orders all such exchanges as the improvement does. Return None for a metric that has no
     such parts (F1)."""
     one, other = before, after
     if metric == "loss":
@@ -113,11 +113,11 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
     - least: a change of the share, from -1 to 1; below 0 for the most by which it may get worse
     - level: the largest p at which the hypothesis is rejected
 
-    How many records change at all is not known beforehand. So p is the largest tail probability
-    over all shares of changing records up to the upper end of that share's own interval, which is
-    taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a record that gets better
-    by half (a tie that becomes a win) does not count as better, and one that gets worse by half
-    counts as a whole record."""
+    The true share of records that change is not known. So p is the largest tail probability over
+    all values of this share, up to the upper end of an interval of the share that errs with
+    probability BEYOND · level; this probability is added to p (Berger & Boos 1994). To be on the
+    safe side, a record that gets better by half (a tie that becomes a win) does not count as
+    better, and a record that gets worse by half counts as a whole record."""
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
@@ -192,7 +192,7 @@ def _least_gain_exchanged(records: int, threshold: float, misses: float, changed
     - changed: the share of records on which the versions differ, unless the gain is larger"""
     deviations = NormalDist().inv_cdf(1 - threshold) + NormalDist().inv_cdf(1 - misses)
     gain = 0.0
-    for _ in range(50):  # at least the gain's share of records changes, so iterate
+    for _ in range(50):  # the share that changes is at least the gain, which is not known yet
         gain = deviations * math.sqrt(max(changed, gain) / records) + 1 / records
     return gain
 

@@ -13,7 +13,7 @@ from fedtune.report.gain import headline
 from fedtune.report.quality import intervals
 
 WIDE = 130  # characters in a line of the caption
-ROOM = 1.18  # length of the rounds' axis over the number of rounds: room for the last point's label
+ROOM = 1.18  # the rounds' axis is so many times longer than its data: room for the last label
 INK = "#222222"
 FAINT = "#b8b8b8"
 GOOD = "#1f6feb"
@@ -91,7 +91,7 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
         for row in quality.get("selection") or []
         if (value := number((row.get("selection") or {}).get(metric))) is not None
     ]
-    if selected:  # then the evaluation records are measured at the start and the end alone
+    if selected:  # in this case the evaluation records are measured only at the start and the end
         axes.plot(*zip(*selected, strict=True), color=GOOD, alpha=0.4, label="selection records")
         axes.plot(rounds, values, color=GOOD, marker="o", linestyle="", label="evaluation records")
         axes.legend(frameon=False, fontsize=8)

@@ -76,8 +76,8 @@ def _sentence(text: str) -> str:
 
 
 def _columns(quality: dict[str, Any]) -> tuple[str, str]:
-    """Return the heads of two columns of a table: of the figures of the base, and of the figures of
-    the released model."""
+    """Return the heads of two columns of a table: the column with the base's figures, and the
+    column with the released model's figures."""
     return (
         ("base alone", "released: public text alone")
         if is_start_released(quality)

@@ -72,7 +72,7 @@ class Scores:
         given = {name: np.array(column, float) for name, column in columns.items()}
         n = len(next(iter(given.values())))
         if any(array.shape != (n,) or not np.isfinite(array).all() for array in given.values()):
-            raise ValueError("columns of different lengths, or no finite numbers")
+            raise ValueError("the columns of scores have different lengths, or a number not finite")
         none = dict.fromkeys(("loss", "tokens", "exact", "chosen", "gold", "margin"), np.zeros(n))
         return cls(**(none | given))
 

@@ -1,8 +1,9 @@
 """Find a run's public start: the adapter or head that public records alone gave.
 
-It is in the coordinator's checkpoint, and in a file of its own in a dossier, so that a site can
-compare the model that it was given with what public records alone give. The file is not among those
-that the run's signature covers: the plan, which is, names the digest of its arrays."""
+The public start is in the coordinator's checkpoint, and in a file of its own in a dossier, so that
+a site can compare the model that it was given with what public records alone give. The run's
+signature does not cover this file, but it covers the plan, which names the digest of the file's
+arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from fedtune.core.files.writing import replace
 from fedtune.core.models.lora import Arrays, digest
 
 CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # the coordinator's file
-ORIGIN = "origin/"  # the prefix of the start's arrays in it
+ORIGIN = "origin/"  # in CHECKPOINT, the names of the start's arrays begin with this
 START = "start.safetensors"  # the file in a dossier's run
 
 
@@ -47,7 +48,7 @@ def _load(file: Path, prefix: str) -> Arrays:
     try:
         saved = load_file(file)
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, MemoryError):
-        return {}  # the last three: of types that NumPy lacks, and of files that are too large
+        return {}  # the last three are raised for types that NumPy lacks, and for files too large
     named = {name: array for name, array in saved.items() if name.startswith(prefix)}
     if any(array.dtype != np.float32 for array in named.values()):
         return {}

@@ -31,9 +31,9 @@ def section(report: dict[str, Any]) -> list[str]:
 
 
 def teacher_line(report: dict[str, Any]) -> str:
-    """State in one line, for a terminal, what the teacher cost: its ε, or why this is not known.
-    The line gives the name alone if there is nothing to add up: the teacher is a base, or the run
-    has no ε. Return "" if there is no teacher."""
+    """State in one line, for a terminal, the teacher's name and what the teacher cost: its ε, or
+    why this is not known. If the teacher is a base or the run has no ε, there is no cost to add up,
+    and the line gives only the name. Return "" if there is no teacher."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return ""

@@ -16,10 +16,10 @@ class Page(ABC):
     templates/KIND.html.
 
     - kind: the page's kind, which names its templates
-    - parts: the parts of the page that the browser fetches again whenever a file that the method
-      `files` lists changes; the template of a part is KIND_PART.html
-    - slow: the functions of work.py whose results the page shows, each computed in a child
-      process"""
+    - parts: the names of the page's parts. The browser fetches the parts again whenever one of the
+      page's `files` changes. The template of a part is templates/KIND_PART.html
+    - slow: the names of the functions of work.py whose results the page shows, each computed in a
+      child process"""
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("top", "bottom", "rounds")
@@ -43,8 +43,8 @@ class Page(ABC):
         Errors: FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:
-        """Return what the page's script needs to draw the curves by round, by name, in a form that
-        JSON can hold; None if the page has no curves."""
+        """Return the values from which the page's script draws its curves, by name. They can be
+        written as JSON. Return None if the page has no curves."""
         return None
 
     def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read
@@ -61,8 +61,8 @@ class Page(ABC):
 
     @staticmethod
     def signature(files: Iterable[Path]) -> str:
-        """Return a text that changes if one of the files changes, or if a process that held a lock
-        file among them has ended."""
+        """Return a text that is another one as soon as one of the files changes. If a status.lock
+        is among the files, the text also changes when a process locks this file or releases it."""
         marks = []
         for path in files:
             try:

@@ -13,13 +13,16 @@ from fedtune.core.registry.rounding import number
 from fedtune.core.run_folder import ANSWERS
 from fedtune.observe.log import MOMENT
 
-MOST, LONGEST = 20, 1500  # prompts, and characters of a text
+MOST, LONGEST = 20, 1500  # the most prompts, and the most characters of a text, that are shown
 
 
 def answers_in(run: Path) -> dict[str, Any]:
-    """Read a run's answers to public records, for the page. Return a dict: "made" is the time at
-    which they were made, "" if it is malformed; "rows" has a dict for each of at most MOST prompts,
-    with "prompt", "expected", and the answers "base" and "adapter" as `_answer` returns them.
+    """Read a run's answers to public records, for the page. Return a dict:
+
+    - "made": the time at which the answers were made; "" if this time is malformed
+    - "rows": a dict for each of at most MOST prompts, with the texts "prompt" and "expected", and
+      with the answers "base" and "adapter" as `_answer` returns them
+
     Return {} if there are no answers, or if they were made with another version of the adapter;
     {"error": text} if the file is damaged."""
     path = run / ANSWERS

@@ -17,13 +17,13 @@ from fedtune.flower import certs, enrol
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, reasons
 from fedtune.runs.choice import RUNS
 
-SOON_DAYS = 7  # a certificate with fewer days left raises an alarm; it should be renewed at 10
+SOON_DAYS = 7  # a certificate with fewer days left raises an alarm; it is renewed when 10 are left
 
 
 class CoordinatorPage(Page):
-    """The dashboard's page of a coordinator's home. The coordinator's runs are found beside the
-    home, or in runs/ beside the home. If the coordinator serves several studies, the page lists
-    them, and each run has its own page."""
+    """The dashboard's page of a coordinator's home, the folder with its keys and members. The
+    coordinator's runs are found beside this folder, or in runs/ beside it. If the coordinator
+    serves several studies, the page lists them, and each run has its own page."""
 
     kind = "coordinator"
     parts = RunPage.parts
@@ -46,8 +46,8 @@ class CoordinatorPage(Page):
         return [self.path / "audit.jsonl"]
 
     def run(self) -> RunPage | None:
-        """Return the page of the newest run of the study that this home serves; None if the home
-        serves several studies, or there is no such run."""
+        """Return the page of the newest run of the study that this coordinator serves; None if the
+        coordinator serves several studies, or this study has no run."""
         return self._run_pages().get(self._status().get("plan_digest"))
 
     def _run_pages(self) -> dict[str | None, RunPage]:
@@ -124,9 +124,10 @@ class CoordinatorPage(Page):
         }
 
     def _members(self, sites: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Notice]]:
-        """Return two lists: a row for each site that is in the run, admitted or revoked, with
-        "days" until its certificate expires; and the notices about certificates that expire soon.
-        sites: the rows of the sites in the run (`sites_of`)."""
+        """Return two lists: a row for each site that takes part in the run, was admitted or was
+        revoked; and the notices about certificates that expire soon. In a row, "days" says after
+        how many days the site's certificate expires; it is None if this is not known. sites: the
+        rows of the sites in the run (`sites_of`)."""
         rows, notices = {site["name"]: {**site, "days": None} for site in sites}, list[Notice]()
         empty = sites_of(None, {"privacy": {"sites": {"": {}}}})[0]
         for name, record in enrol.registry(self.path).items():

@@ -159,10 +159,10 @@ class RunPage(Page):
 
 
 def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Return, for the page's list of commands, the command that has base and trained model answer
-    the same prompts. The result is a list of one dict {"does": what it does, "line": the command
-    line}; [] if the answers exist already, or the plan has no [evaluation]. run: the run's folder;
-    plan: the content of its plan.json."""
+    """Return the entry for `fedtune answers` in the page's list of commands. This command puts the
+    same prompts to the base and to the trained model. The result is a list of one dict with "does",
+    a text for people, and "line", the command line. Return [] if the answers exist already, or the
+    plan has no [evaluation]. run: the run's folder; plan: the content of its plan.json."""
     if not plan.get("evaluation") or (run / ANSWERS).exists():
         return []
     line = f"fedtune answers {shlex.quote(str(run))}"
@@ -246,9 +246,9 @@ def alarms(
 def _quality(
     snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the values of the page's part on quality, by name: "rows" compares base and trained
-    model by each metric, with intervals. While the run continues, the trained model is that of the
-    newest measured round. Return {} for a run without a metric.
+    """Return the values of the page's part on quality, by name. "rows" has a row for each metric,
+    with the figures and intervals of the base and of the trained model. While the run continues,
+    the trained model is that of the newest measured round. Return {} for a run without a metric.
 
     - snapshot: the run's status; None if it cannot be read
     - report: the content of report.json; {} if there is none yet
@@ -320,8 +320,8 @@ def _privacy(
 
 def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the public facts about a run, such as base and objective, as pairs of label and value.
-    A fact that is in neither `plan` (the content of plan.json) nor `report` (that of report.json)
-    is left out."""
+    A fact is left out if neither plan.json nor report.json has it. plan, report: the contents of
+    these two files."""
     base = report.get("base") or plan.get("base") or {}
     adapter = plan.get("lora") or {}
     pairs = [

@@ -17,7 +17,8 @@ def build(words: Sequence[str]) -> list[Tracker]:
     """Build the trackers that a command line names. words: one text for each tracker, NAME or
     NAME:OPTION=VALUE,OPTION=VALUE,…
 
-    Errors: ConfigError for a name, an option or a package that does not exist."""
+    Errors: ConfigError if there is no such tracker or option, if an option has no value, or if the
+    tracker's package is not installed."""
     return [_build_tracker(word) for word in words]
 
 

@@ -17,8 +17,8 @@ from fedtune.observe.trackers._names import about, figures
 class WeightsAndBiases(Tracker):
     """Writes metrics by round as an offline run of Weights & Biases, in `folder` on this machine.
 
-    Nothing is sent until a person runs `wandb sync`. Nothing about the machine, the terminal and
-    the code is recorded. A resumed run becomes a new run of Weights & Biases, in the same group."""
+    Nothing is sent until a person runs `wandb sync`. Nothing about the machine, the terminal or the
+    code is recorded. A resumed run becomes a new run of Weights & Biases, in the same group."""
 
     project: str = "fedtune"
     folder: str = "."

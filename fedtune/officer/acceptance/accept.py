@@ -4,9 +4,10 @@
     STATE/acceptance/TIME/figures.json   every figure, and the rows of the worst errors
     STATE/acceptance/TIME/page.html      the same as a page to read and print
 
-Only this site's user can read them (0600). The record is signed by the site's key; the audit log
-holds its sha256, and no figure. Guarantee: no code that sends data, or prepares data to be sent,
-reads any of these files."""
+Only this site's user can read these files (0600). The record is signed by the site's key; the audit
+log holds the record's sha256, and no figure. Guarantee: no code that sends data reads any of these
+files. Only `tell`, which a person calls on purpose, copies the decision, its time and the model's
+digests from a record into a statement for the coordinator."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
 
     Patients on whom a study here trained or was to train, or who withdrew, are left out. The base,
     the public start (if the run's folder still has it) and the site's own model, if it named one,
-    are measured on the same records. If the run is a personal model, the released model from which
-    it was made is measured on them too.
+    are measured on the same records. If the run is a personal model, so is the released model from
+    which the personal one was made.
 
     run: a run, or the path of its folder or dossier. site: the site whose [acceptance] states the
     records and the rules.
@@ -116,10 +117,10 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     model (accepted, refused or not resolved), and return the decision. The statement holds no
     figure, and nothing is judged again.
 
-    A person must call this on purpose: a reader of the statement learns an exact bit about held-out
-    patients, which no ε covers. The site's audit log gets an entry of it. run: a run, or the path
-    of its folder or dossier. Errors: InputError if nothing was decided about this model, or `to`
-    exists; NeverLeaves if it is a personal model."""
+    A person must call this on purpose: a reader of the statement learns an exact fact about
+    held-out patients, which no ε covers. The site's audit log gets an entry about the statement.
+    run: a run, or the path of its folder or dossier. Errors: InputError if nothing was decided
+    about this model, or the file `to` exists; NeverLeaves if the model is a personal one."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     if isinstance(run, PersonalRun):
         raise NeverLeaves(repr(run))
@@ -133,11 +134,11 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     if not records:
         raise InputError(
             f"{run.folder}: this site has made no decision about this model",
-            "a decision that a person can read before telling it",
+            "a decision, which a person reads before it is told to the coordinator",
             "fedtune accept RUN --site SITE, without --tell",
         )
     if to.exists():
-        raise InputError(f"{to}: exists", "a new file", "name another with --tell")
+        raise InputError(f"{to}: exists", "a new file", "name another file with --tell")
     record = records[max(records)]
     statement = state(record, key)
     AuditLog(ledger.folder, ledger.key).add(
@@ -153,7 +154,7 @@ def _sign_record(
     """Build and sign the record of a decision; return it with its signature.
 
     - run: the judged run, whose plan, base and adapter the record names by their digests
-    - table: the site's [acceptance], of which the record holds the digest
+    - table: the site's [acceptance], whose digest the record holds
     - keyed: the salted digest of the held-out records (HeldOut.keyed)
     - figures: the content of figures.json; the record takes over the fields that DECIDED lists, the
       names of site and study, and the counts of earlier decisions
@@ -186,7 +187,7 @@ def _model(run: Run) -> dict[str, str]:
         "plan": run.study.digest,
         "base": run.study.base.digest or run.study.base.model,
     }
-    if isinstance(run, PersonalRun):  # of the sealed file, which says nothing of what is in it
+    if isinstance(run, PersonalRun):  # a digest of the sealed file reveals nothing of its content
         return facts | {"adapter": run.digest, "signature": ""}
     signature = run.folder / SIGNATURE
     signed = sha256(signature) if signature.is_file() else ""
@@ -207,7 +208,7 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
     body = {key: value for key, value in record.items() if key != "signature"}
     try:
         genuine = verifies(public, PURPOSE + canonical(body), str(record.get("signature")))
-    except ValueError:  # NaN or Infinity, which nothing that is signed has
+    except ValueError:  # the file has NaN or Infinity, which cannot be signed
         genuine = False
     if not genuine:
         raise InputError(f"{path}: not signed by this site", "a record as this site wrote it")

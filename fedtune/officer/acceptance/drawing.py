@@ -15,7 +15,7 @@ ROW, NAMES, WIDE = (
     24.0,
     190.0,
     330.0,
-)  # of a line of differences: height, room of names, of the axis
+)  # in a picture of differences: the height of a line, the widths of the names and of the axis
 
 
 def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
@@ -43,10 +43,13 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
 
 
 def differences(measure: str, rows: Sequence[Mapping[str, Any]], level: float) -> Picture:
-    """Draw for each group the difference from all others, with its interval. A group whose interval
-    does not contain 0 is marked. measure: the measure's name. rows: the comparisons in this
-    measure, as figures.json has them, without those that are not resolved because they have too few
-    patients. level: the confidence of each interval."""
+    """Draw for each group the difference from all other patients in one measure, with its interval.
+    A group whose interval does not contain 0 is marked.
+
+    - measure: the measure's name
+    - rows: the comparisons in this measure, as figures.json has them. Comparisons that were not
+      resolved, because there are too few patients, must not be among them
+    - level: the confidence of each interval"""
     edges = [bound for row in rows for bound in row["difference"]["interval"]]
     most = max(map(abs, edges), default=0.0) or 1.0
     height = TOP + ROW * len(rows)

@@ -92,11 +92,14 @@ def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
 
 
 def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    """List the worst errors, at most WORST: for classes the wrong predictions with the highest
-    confidence, else the records with the highest loss. Each row names the record's file and row,
-    and has its loss; for classes also the true and the predicted class, and the probability of the
-    predicted one. labels: the classes, in the order of their indices. scores: the judged model's
-    scores. held_out: the records."""
+    """List the worst errors, at most WORST: if the records have classes, the wrong predictions with
+    the highest confidence; else the records with the highest loss. The result has a dict for each
+    record, with the record's file, row and loss and, if there are classes, with the true class, the
+    predicted class and the predicted class's probability.
+
+    - scores: the judged model's scores
+    - held_out: the records
+    - labels: the classes, in the order of their indices"""
     if scores.confidence is not None:
         wrong = np.flatnonzero(scores.chosen != scores.gold)
         order = wrong[np.argsort(-scores.confidence[wrong], kind="stable")]

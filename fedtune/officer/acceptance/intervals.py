@@ -28,8 +28,8 @@ from fedtune.officer.acceptance.measures import Array, Measure
 from fedtune.report.scores import Scores
 
 RESAMPLES, SEED = 2000, 0
-BLOCK = 2**20  # resampled weights that are in memory at a time
-EXCEED = 10  # the mean number of random exchanges whose difference lies outside an interval
+BLOCK = 2**20  # about how many resampled weights are in memory at a time
+EXCEED = 10  # on average, at least so many random exchanges give a difference outside an interval
 SMALL = 1024  # number of patients up to which all resampled weights are in memory
 
 
@@ -98,7 +98,8 @@ class Sample:
             patients, records = int((counted > 0).sum()), round(counted.sum())
             return Measured(figure, interval, patients, records, weight)
         drawn = resamples(sums, measure)
-        if measure.name == "ece":  # any sample's lies above the true one, a resample's once more
+        # A sample's ece lies on average above the true one, and a resample's above the sample's.
+        if measure.name == "ece":
             drawn = drawn - (np.nanmean(drawn) - figure)
         half = (1 - level) / 2
         low, high = (float(bound) for bound in np.nanquantile(drawn, (half, 1 - half)))
@@ -116,12 +117,15 @@ class Sample:
         - start: the other model's scores on all n records
         - level: the interval's confidence
 
-        The interval holds two others. One has the quantiles of the gain on resamples of patients.
-        The other is the gain plus or minus the size that gains exceed only with probability 1 -
-        level if the two models' scores of a patient are exchanged at random. It makes sure that a
-        model that is no better is taken for better with a probability of at most (1 - level) / 2,
-        even if the two models differ on few patients. If they differ on none, that size is, for a
-        share, the bound on how often they may differ on other patients."""
+        The returned interval is the smallest that contains these two:
+        1. the interval between two quantiles of the gain on resamples of patients
+        2. the gain plus or minus a size: if the two models' scores of a patient are exchanged at
+           random, gains exceed this size only with probability 1 - level
+
+        The second interval makes sure that a model that is no better is taken for better with a
+        probability of at most (1 - level) / 2, even if the two models differ on few patients. If
+        they differ on no patient, and the measure is a share or `Measure.errs` is true, the size is
+        a bound on how often the models may differ on other patients."""
         other = Sample(start, self._units, self._rows)
         sign = 1 if measure.higher_is_better else -1
         ours, theirs = self.sums(measure), other.sums(measure)
@@ -137,11 +141,16 @@ class Sample:
         return Difference(found, Interval(min(low, found - half), max(high, found + half)))
 
     def bound_unseen(self, measure: Measure, level: float) -> float:
-        """Return an upper bound on the share of other records on which the model is wrong, if it is
-        right on all of these; if it is wrong on all of these, on the share on which it is right.
-        Return 0 if it is right on some of these, and for a measure that does not depend only on
-        which records are right and how sure the model was (`Measure.errs` is false). level: the
-        bound's confidence."""
+        """Return by how much an interval of the measure must be widened, because the records of
+        this sample show only right answers or only wrong ones.
+
+        | the model is                    | result                                            |
+        | right on all of these records   | an upper bound on the share of other records on   |
+        |                                 | which the model is wrong                          |
+        | wrong on all of these records   | an upper bound on the share of other records on   |
+        |                                 | which the model is right                          |
+        | right on some, wrong on others  | 0                                                 |
+        The result is also 0 if `measure.errs` is false. level: the bound's confidence."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
         if not measure.errs or 0 < right.mean() < 1:
             return 0.0
@@ -200,8 +209,8 @@ class Difference(NamedTuple):
 def differences(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[Difference]:
-    """Return for each measure the difference between a group and all others, with its interval at
-    this confidence.
+    """Return for each measure the difference between a group of patients and all other patients,
+    with the interval of this difference.
 
     - measures: the measures, in the order of the result
     - group: the records of the group's patients
@@ -299,6 +308,6 @@ def _choice(n: int, size: int, draws: int) -> Iterator[Array]:
         yield chosen
 
 
-@lru_cache(maxsize=4)  # of groups of one size
+@lru_cache(maxsize=4)  # groups of the same size need the same choices
 def _cached_choice(n: int, size: int, draws: int) -> Array:
     return np.concatenate([*_choice(n, size, draws)])

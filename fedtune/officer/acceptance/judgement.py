@@ -1,17 +1,17 @@
 """Judge figures by the rules that a site wrote down before: accepted, refused, or not resolved.
 
 | decision     | made if                                                                        |
-| accepted     | every figure's 95 % interval lies on the right side of its threshold           |
+| accepted     | every figure's interval lies on the right side of the figure's threshold       |
 | refused      | the interval of at least one figure lies completely on the wrong side          |
 | not resolved | neither: there are too few patients, or an interval contains its threshold     |
 
-A gain over the public start is the difference of both models on the same patients
-(`Sample.gain`).
+The intervals have a confidence of 95 %, except those of groups. A gain over the public start is the
+difference of both models on the same patients (`Sample.gain`).
 A group's figure is compared with that of all other patients by an interval at the level
 1 - 0.05 / (number of comparisons), so that the probability of finding any difference where there is
-none is at most 0.05 (Bonferroni). A group of fewer than `least_group` patients is not resolved. The
-same holds for a measure in which all classes count equally, if a class has fewer patients: its
-figure would depend more on the split of the records than on the model."""
+none is at most 0.05 (Bonferroni). A group of fewer than `least_group` patients is not resolved.
+Neither is a measure in which all classes count equally, if a class has fewer than `least_group`
+patients: the figure would depend more on the split of the records than on the model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Judged:
       how much the group is worse than all other patients
     - better_by: whether the figure says by how much the model is better than the public start
     - bound: the threshold that the site states
-    - why: the reason why it is not resolved; "" if it is accepted or refused"""
+    - decision: the decision by this figure
+    - why: the reason for the decision "not resolved"; "" for another decision"""
 
     measure: str
     of: str
@@ -58,10 +59,10 @@ class Judged:
 class Compared:
     """A group compared with all other patients in one measure.
 
-    - found: whether the group and the others differ, that is, whether the interval of the
-      difference does not contain 0; None if this is not resolved
-    - worse: whether the group is worse, by that interval
-    - why: the reason why it is not resolved"""
+    - found: whether the group and the others differ: true if the interval of the difference does
+      not contain 0, None if the comparison is not resolved
+    - worse: whether the group is worse, by this interval
+    - why: the reason why the comparison is not resolved; "" if it is"""
 
     column: str
     value: str

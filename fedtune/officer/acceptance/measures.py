@@ -36,14 +36,14 @@ GAP = "overconfidence"
 class Measure:
     """A measure of a model.
 
-    - parts: computes the numbers of each record, (n, d)
+    - parts: computes d numbers for each of n records, (n, d)
     - figure: computes the measure from the sums (…, d) of these numbers over some patients' records
-    - share: whether it is a share of records; each record has two numbers: whether it counts as a
-      success, and whether it is in the share's denominator
+    - share: whether the measure is a share of records. Each record then has two numbers: whether it
+      counts as a success, and whether it is in the share's denominator
     - macro: whether classes count equally, however few their records are
-    - errs: whether the measure depends only on which records are right, and on how sure the model
-      was. For such a measure, resamples of records without an error show nothing of the errors on
-      other records, so the interval is widened (`Sample.bound_unseen`)"""
+    - errs: true for f1 and ece. If the sample has only right answers or only wrong ones, resamples
+      show nothing of what the model does on other records, so that the interval of such a measure
+      is widened (`Sample.bound_unseen`)"""
 
     name: str
     higher_is_better: bool
@@ -55,9 +55,9 @@ class Measure:
 
 
 def measures_of(scores: Scores, labels: Sequence[str]) -> dict[str, Measure]:
-    """Return name → measure, for all measures that can be computed for the scored records. These
-    depend on what the records are: pairs of answers, texts, or records of classes. scores: a
-    model's scores on them. labels: the names of classes or choices."""
+    """Return name → measure, for all measures that can be computed for the scored records. Which
+    measures these are depends on the kind of record: pairs of answers, texts, or records of
+    classes. scores: a model's scores on the records. labels: the names of classes or choices."""
     if scores.pairs is not None or scores.margin.any():
         return {m.name: m for m in (_mean("preference", _in_order, share=True), _LOSS)}
     if scores.confidence is None:

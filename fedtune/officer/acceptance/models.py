@@ -49,7 +49,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
     - run: the run whose model is judged
     - table: the site's [acceptance], which names the records and, if there is one, the site's own
       model
-    - site: the site; patients in its [data], if that is on this machine, are left out
+    - site: the site; patients in its [data] are left out if [data] is on this machine
     - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
 
     Errors: ConfigError, DataError and ModelError, if the model cannot be loaded or the records
@@ -80,8 +80,8 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
         if (of_own := _labels(own.study, _describe_records(table, own.study))) != labels:
             raise ConfigError(
                 f"{table.alone}: its classes differ from those of this model",
-                f"{len(labels)} classes with the same names in the same order; it "
-                f"has {len(of_own)}",
+                f"{len(labels)} classes with the same names in the same order (it has "
+                f"{len(of_own)} classes)",
                 "name another run as acceptance.alone, or none",
             )
         reader, adapter = evaluator_of(
@@ -101,8 +101,8 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
 
 
 def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
-    """Return an [evaluation] table that names the records of [acceptance], by which an evaluator
-    for the study can score them."""
+    """Return an [evaluation] table that names the records of [acceptance], so that an evaluator can
+    score a model of the study on these records."""
     record_format = study.objective.resolved.record_format
     choices = study.evaluation.choices if study.evaluation else ()
     metric = "loss"

@@ -75,7 +75,7 @@ def read_held_out(
     patient's records.
 
     - table: the site's [acceptance], with the place and columns of the records
-    - site: the site, with whose [data] they are compared
+    - site: the site, with whose [data] the records are compared
     - study: the study of the model that is to be scored
     - network: the network of this study, whose tokenizer and file reader are used
     - ledger: the site's ledger, which knows the patients of its datasets and who withdrew
@@ -144,9 +144,9 @@ def _left_out(
     - taught: salted hashes of patients on whom a personal model was trained
 
     Patients count as trained on if they are in [data] now, or ever were members of a dataset of
-    this site other than its [evaluation]. They are recognised by the patient's key if both tables
-    name a patient column, and in any case by an image, a recording or a text of LONG characters; if
-    patients cannot be compared, also by a shorter record as a whole."""
+    this site other than its [evaluation]. They are always recognised by an image, a recording or a
+    text of LONG characters; if both tables name a patient column, also by the patient's key; if
+    not, also by a shorter record as a whole."""
     held_out = site.evaluation.name if site.evaluation else None
     tests = [ledger.member_test(name) for name in ledger.datasets if name != held_out]
     trained = set().union(*identities(site.data)) if _is_there(site) else set()
@@ -154,7 +154,7 @@ def _left_out(
     reasons: dict[str, str] = {}
     for record in records:
         members = identity_of(record, patients)
-        # Others may have a short text of the same words.
+        # A short record does not identify a patient: others may have one with the same words.
         if patients and _measure_longest(record) < LONG:
             members -= {record_member(record)}
         unit = ledger.hashed(unit_member(record.unit))

@@ -1,9 +1,10 @@
-"""Fit an adapter or a head to a site's own records, with a pull towards the released one.
+"""Fit a released adapter or head to a site's own records, with a pull towards its released values.
 
 The fit minimises the records' mean loss plus pull / 2 times the squared distance from the released
 arrays, by full-batch L-BFGS, so that there is no rate to choose. The pull, the number of steps and
 the share of the change that is kept are chosen by records that the fit does not see. The share
-mixes the two models: with heads, each record's logits are the same mixture of both heads' logits.
+mixes the released and the fitted model: if heads are trained, each record's logits are the same
+mixture of both heads' logits.
 
 References: Li et al. 2020, "Federated optimization in heterogeneous networks", section 3 (the
 proximal term); Li et al. 2021, "Ditto", section 3; Mansour et al. 2020, "Three approaches for

@@ -32,7 +32,8 @@ from fedtune.runs.personal import describe, personal_file, seal
 from fedtune.runs.run import Run, open_run
 
 FOLDS = 5
-# With an adapter each step passes all records through the trained layers: fewer ways, one fold.
+# If an adapter is trained, each step passes all records through the trained layers, which takes
+# long. So fewer ways to fit are tried than for a head, and on one fold only.
 ADAPTER_GRID = Grid(pulls=(0.1, 0.001), steps=(1, 2, 4, 8))
 
 
@@ -56,9 +57,9 @@ class Personal:
 
 def personalise(run: Run | Path | str, site: Site) -> Personal:
     """Train a finished run's model further on this site's own records, with a pull towards the
-    released one, and seal the result to the site's key. The result is kept only if it is better
-    than the released model on records that the fit did not see. Otherwise an earlier result is
-    deleted too.
+    released model, and seal the result to the site's key. The result is kept only if it is better
+    than the released model on records that the fit did not see. If it is not better, the result of
+    an earlier call is deleted too.
 
     The records are those of [data], without patients who withdrew or did not consent, and without
     those of [acceptance] and [evaluation]. `predict`, `evaluate`, `generate` and `accept` use the
@@ -79,7 +80,7 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     path = personal_file(site, run)
     ledger = open_ledger(site.site.ledger or site.home)
     own, choice, arrays = train(run, site, ledger)
-    # The same entry whether or not a model is kept, which is an exact fact about patients.
+    # The entry does not say whether a model is kept, since that is an exact fact about patients.
     acts = AuditLog(ledger.folder, ledger.key)
     acts.add("assess", "personalise", plan=run.study.digest, model=digest_of_adapter(run.folder))
     if arrays is not None:

@@ -23,7 +23,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.models.network import Network
 
-LEAST = 10  # patients, or records without a patient column
+LEAST = 10  # smallest number of patients; of records if there is no patient column
 HELD_OUT = "held out in [acceptance] or [evaluation]"
 WITHDREW = "withdrew"
 
@@ -52,8 +52,8 @@ class Own:
 
 
 def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
-    """Read the site's records as the study reads them, a patient's records together if the site
-    names a patient column. Patients who withdrew or are held out are left out.
+    """Read the site's records as the study reads them. If the site names a patient column, all
+    records of a patient form one unit. Patients who withdrew or are held out are left out.
 
     - site: the site, whose [data] is read; [acceptance] and [evaluation] name who is held out
     - study: the study with which the personal model is trained
@@ -112,8 +112,8 @@ def _left_out(
     - ledger: the site's ledger, which knows who withdrew
     - by_patient: whether [data] names a patient column
 
-    A held-out patient is recognised by the key, if both tables name a patient column, and in any
-    case by a whole record, an image, a recording or a long text that is held out too."""
+    A held-out patient is always recognised by a whole record, an image, a recording or a long text
+    that is held out too; if both tables name a patient column, also by the patient's key."""
     held = set[bytes]()
     for table in filter(None, (site.acceptance, site.evaluation)):
         if table.url or table.path.exists():
