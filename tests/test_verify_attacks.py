@@ -174,12 +174,12 @@ def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path)
     link = tmp_path / "dossier" / "run" / "adapter"
     link.unlink()
     link.symlink_to("versions/0")
-    with pytest.raises(NotGenuine, match="not the version that the report is of"):
+    with pytest.raises(NotGenuine, match="does not lead to the version in use"):
         verify(tmp_path / "dossier")
     in_use = os.readlink(run / "adapter")
     (run / "adapter").unlink()
     (run / "adapter").symlink_to("versions/0")
-    with pytest.raises(NotGenuine, match="not the version that the report is of"):
+    with pytest.raises(NotGenuine, match="does not lead to the version in use"):
         verify(run)
     (run / "adapter").unlink()
     (run / "adapter").symlink_to(in_use)

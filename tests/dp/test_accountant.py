@@ -217,7 +217,7 @@ def test_an_accountant_that_is_wrong_is_stopped(
 
 def test_rdp_of_sampled_rows_is_not_defined_and_the_cross_check_says_so_by_passing_it_on() -> None:
     event = Steps(4.0, 0.1, 10, 4)
-    with pytest.raises(ValueError, match="not defined"):
+    with pytest.raises(ValueError, match="no RDP bound"):
         rdp_epsilon([event], 1e-5)
     assert cross_check([event], 1e-5) == epsilon([event], 1e-5)
 
