@@ -88,7 +88,9 @@ def attack_site(
             raise DataError(
                 f"{where}: {dataset.n_units} usable {study.unit}s",
                 f"at least {LEAST} units",
-                "give more held-out records with --held-out",
+                "give more held-out records with --held-out"
+                if dataset is outside
+                else "attack at a site with more records",
             )
     told = [_scores(network, data, run, references) for data in (inside, outside)]
     claim = run.epsilon.get(site.site.name, max(run.epsilon.values(), default=None))

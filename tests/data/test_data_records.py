@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedtune.core.config import Columns, DataFile, EvaluationTable
+from fedtune.core.data.group_reader import GroupReader
 from fedtune.core.data.records import Record, read_records
 from fedtune.core.data.sources import jsonl as jsonl_module
 from fedtune.core.data.sources._interface import Names
@@ -379,3 +380,10 @@ def test_a_record_shows_nothing_of_itself(jsonl: Lines) -> None:
     records, rejected = read_records(DataFile(path=path, columns=PAIR), unit="patient")
     assert records[0].unit == SECRET
     assert SECRET not in repr(records) + str(records[0]) + repr(rejected)
+
+
+def test_a_column_of_groups_is_named_by_its_key_in_the_site_file() -> None:
+    """The key has the plan's name of the axis, and two axes may have one column."""
+    axes = (("sex", "code", ("f", "m"), ()), ("ward", "code", ("a", "b"), ()))
+    keys = {"evaluation.groups.sex": "code", "evaluation.groups.ward": "code"}
+    assert GroupReader(axes).keys == keys

@@ -111,7 +111,11 @@ def check_said(refusal: BaseException, site: int, coordinator: int) -> None:
     """The refusal names both numbers, both ends and what to do."""
     said = str(refusal)
     assert f"protocol {site} " in said and f"protocol {coordinator} " in said, said
-    assert "coordinator" in said and "site" in said and "a release with the other end's protocol" in said, said
+    assert (
+        "coordinator" in said
+        and "site" in said
+        and "a release with the other end's protocol" in said
+    ), said
 
 
 def test_the_six_pairs_are_refused_as_a_study_starts(world: World) -> None:

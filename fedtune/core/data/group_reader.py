@@ -18,18 +18,18 @@ class GroupReader:
     """A function that finds the groups of one row: one on each axis by which the plan divides
     held-out records. It holds only public settings and the names of a site's columns.
 
-    - columns: for each axis, three values: the file's column, "" if the site names none; the plan's
-      names of the groups; and the edges between the bands of a column of numbers, () for any other
-      column"""
+    - columns: for each axis, four values: the plan's name of it; the file's column, "" if the site
+      names none; the plan's names of the groups; and the edges between the bands of a column of
+      numbers, () for any other column"""
 
-    columns: tuple[tuple[str, tuple[str, ...], tuple[float, ...]], ...] = ()
+    columns: tuple[tuple[str, str, tuple[str, ...], tuple[float, ...]], ...] = ()
 
     @property
     def keys(self) -> dict[str, str]:
-        """The file's columns that hold groups, as a dict: "evaluation.groups." with the column's
-        name -> the column. It has an item for every axis of the plan for which the site names a
-        column."""
-        return {f"evaluation.groups.{column}": column for column, _, _ in self.columns if column}
+        """The file's columns that hold groups, as a dict: the key of site.toml that names it,
+        "evaluation.groups." with the plan's name of the axis -> the column. It has an item for
+        every axis of the plan for which the site names a column."""
+        return {f"evaluation.groups.{name}": column for name, column, *_ in self.columns if column}
 
     def __call__(self, row: Row) -> tuple[int, ...]:
         """Return, for each axis, the index of the row's group among the plan's values. The index is
@@ -37,7 +37,7 @@ class GroupReader:
         the value."""
         return tuple(
             _place(row.get(column) if column else None, values, edges)
-            for column, values, edges in self.columns
+            for _, column, values, edges in self.columns
         )
 
 
@@ -53,7 +53,7 @@ def group_reader(file: DataFile, study: Study | None) -> GroupReader:
         return NO_GROUPS
     return GroupReader(
         tuple(
-            (file.groups.get(name, ""), values, table.bands.get(name, ()))
+            (name, file.groups.get(name, ""), values, table.bands.get(name, ()))
             for name, values in table.columns.items()
         )
     )
