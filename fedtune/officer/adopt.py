@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -375,12 +375,7 @@ def _adopt_later(
     if there is None:
         text += write_membership(name, site_file)
     hospital = load_hospital_text(home, text)
-    # Under a name that no dataset can have, so that they count against every dataset. Whether they
-    # need not would follow from who is still in the files.
-    charged = {
-        dataset: f"{name}/{datasets.get(dataset, dataset)}"
-        for dataset in sorted({*old.datasets, *datasets})
-    }
+    charged = _charged(name, old, datasets, {*hospital.datasets, *book.datasets})
     columns = {table.name: patient_column(table) for table in _tables(site)}
     earlier = old.list_earlier(name, charged, columns)
     if not anyway:
@@ -447,12 +442,37 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
     - name: the name of the membership, with which a new name begins if the site's own is taken
     - book: the ledger in the home"""
     names = dict[str, str]()
+    charged = {spent.own_dataset for spent in book.spending()}
     for table in _tables(site):
         at = [key for key, data in hospital.datasets.items() if data.is_place_of(table)]
-        taken = {*hospital.datasets, *book.datasets, *names.values()}
-        free = (table.name, f"{name}-{table.name}"[:64], *(f"{name[:59]}-{n}" for n in range(1000)))
-        names[table.name] = at[0] if at else next(each for each in free if each not in taken)
+        taken = {*hospital.datasets, *book.datasets, *charged, *names.values()}
+        names[table.name] = at[0] if at else _find_free(table.name, name, taken)
     return names
+
+
+def _find_free(wanted: str, name: str, taken: Collection[str]) -> str:
+    """Return the dataset's name `wanted` or, if `taken` has it, a name that begins with that of the
+    membership, `name`."""
+    free = (wanted, f"{name}-{wanted}"[:64], *(f"{name[:59]}-{n}" for n in range(1000)))
+    return next(each for each in free if each not in taken)
+
+
+def _charged(
+    name: str, old: Closed, datasets: Mapping[str, str], taken: Collection[str]
+) -> dict[str, str]:
+    """Return each dataset's name in a later site's ledger or file → the name under which its
+    charges are entered in the hospital's ledger. No dataset can have such a name, so the charges
+    count against every dataset: whether they need not would follow from who is still in the files.
+
+    - name: the name of the membership
+    - old: the site's own ledger
+    - datasets: each dataset's name in the site file → its name in hospital.toml
+    - taken: the hospital's names of datasets. A dataset that the site file no longer names gets
+      none of them, since its charges would be compared with another dataset's column of patients"""
+    names = dict(datasets)
+    for dataset in sorted({*old.datasets} - {*datasets}):
+        names[dataset] = _find_free(dataset, name, {*taken, *names.values()})
+    return {dataset: f"{name}/{there}" for dataset, there in sorted(names.items())}
 
 
 def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:

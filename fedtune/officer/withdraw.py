@@ -29,7 +29,7 @@ from fedtune.core.files.room import OFFICER
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
-from fedtune.core.ledger.entries import EVERY, Spent
+from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.registry.rounding import rounded_up
@@ -316,16 +316,18 @@ def _releases(
     - datasets: the datasets in which the ledger has the patient's key
     - in_files: the datasets whose files have it
 
-    A round counts if it was charged to one of `datasets`, or was entered by a restore, which does
-    not know to which. A round for which nobody looked up this key counts too, if the patient is in
-    a dataset against which it counts: it was charged by another column, or record by record."""
-    names = {*datasets, *in_files}
+    A round counts if it was charged to one of `datasets`. It counts, too, if the ledger has no keys
+    of its dataset: a restore does not know which one was charged, and an adopted ledger may have
+    had datasets that its site's file named no longer. And a round for which nobody looked up this
+    key counts, if the patient is in a dataset against which it counts: it was charged by another
+    column, or record by record."""
+    names, known = {*datasets, *in_files}, {*ledger.datasets}
     by_study: dict[str, list[Spent]] = {}
     for spent in charges_with_columns(ledger, names, patient_columns(site)):
         sent = spent.released or not spent.charge.noise_multiplier
-        dataset = spent.dataset.rpartition("/")[2]  # before it: a membership that was adopted
         other_key = spent.has_other_column or spent.charge.unit == "record"
-        if sent and (dataset in datasets or spent.dataset == EVERY or other_key):
+        may_have_it = spent.own_dataset in datasets or spent.own_dataset not in known
+        if sent and (may_have_it or other_key):
             by_study.setdefault(spent.charge.study, []).append(spent)
     return [
         Release(

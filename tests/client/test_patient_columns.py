@@ -433,6 +433,81 @@ def test_charges_without_a_column_are_adopted_by_that_of_the_site_file(tmp_path:
     assert shorten_column(NO_COLUMN) != NO_COLUMN
 
 
+LETTERS = "[datasets.letters]"
+
+
+def make_two(folder: Path, column: str, charged: str = "letters") -> tuple[Path, Path, Path]:
+    """A home with `records` (column "who") of the membership cardio, that adopts the later site
+    onco, whose `letters` have this column, and which paid one round for the dataset `charged`.
+    Return hospital.toml and the two site files."""
+    adoption_kit.write_notes(folder / "notes.jsonl", [f"p{n}" for n in range(12)])
+    adoption_kit.write_notes(folder / "letters.jsonl", [f"q{n}" for n in range(12)])
+    cardio = adoption_kit.make_site(folder, "cardio")
+    onco = adoption_kit.make_site(folder, "onco", "letters.jsonl", "letters")
+    edit(onco, 'patient = "who"', f'patient = "{column}"')
+    adoption_kit.spend(cardio, 0)
+    book = Ledger(load_site(onco).home)
+    book.declare(charged, [], columns={charged: column})
+    number = book.reserve(charged, replace(CHARGE, patient=column), "adapter", lambda _: None)
+    book.release(number, b"update")
+    for file, name in ((cardio, "cardio"), (onco, "onco")):
+        adopt(folder / "home", file, name)
+    return folder / "home" / "hospital.toml", cardio, onco
+
+
+def correct_letters(hospital: Path, onco: Path, old: str, new: str) -> None:
+    """As a person corrects the column of `letters`, in hospital.toml and in the site file."""
+    before, _, table = hospital.read_text().partition(LETTERS)
+    assert f'patient = "{old}"' in table
+    table = table.replace(f'patient = "{old}"', f'patient = "{new}"')
+    hospital.write_text(before + LETTERS + table)
+    edit(onco, f'patient = "{old}"', f'patient = "{new}"')
+
+
+def member(file: Path) -> SiteWorker:
+    return SiteWorker(load_site(file), file)
+
+
+def test_an_adopted_charge_is_by_the_column_of_its_own_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A correction is seen by every dataset against which it counts. Twin: looked up by the name of
+    its entry, which no file has, it is compared with a column of another dataset's, which is called
+    the same."""
+    hospital, cardio, onco = make_two(tmp_path, "who")
+    assert refusal(member(cardio)) == refusal(member(onco)) == ""
+    correct_letters(hospital, onco, "who", "note")
+    assert refusal(member(cardio)) and refusal(member(onco))
+    with monkeypatch.context() as twin:
+        by_entry = lambda one, columns, name: columns.get(one.dataset) or columns.get(name, "")  # noqa: E731
+        twin.setattr(Spent, "find_column", by_entry)
+        assert refusal(member(cardio)) == "" and refusal(member(onco))
+    accept(member(cardio))
+    assert refusal(member(cardio)) == "" and refusal(member(onco))
+    correct_letters(hospital, onco, "note", "answer")
+    assert refusal(member(cardio))  # the person had seen the first correction alone
+
+
+def test_another_name_of_an_adopted_column_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Nothing was corrected: each dataset has the column that it had."""
+    _, cardio, onco = make_two(tmp_path, "note")
+    assert refusal(member(cardio)) == refusal(member(onco)) == ""
+    (adopted,) = member(cardio).ledger.spending("records")
+    assert (adopted.patient, adopted.patient_now) == ("note", "note")
+
+
+def test_an_adopted_dataset_that_is_gone_has_no_column_of_the_home(tmp_path: Path) -> None:
+    """Its name may be that of another dataset of the home, whose column says nothing of it."""
+    _, cardio, onco = make_two(tmp_path, "who", charged="records")
+    (adopted,) = member(onco).ledger.spending("letters")
+    assert adopted.dataset == "onco/onco-records"
+    file = tmp_path / "home" / "hospital.toml"
+    correct_letters(file, onco, "who", "note")
+    assert refusal(member(onco)) and refusal(member(cardio)) == ""
+    told = withdraw(member(onco).site, "fever of q3", member(onco).ledger)
+    assert [release.digest for release in told.releases] == [CHARGE.study]  # it may have had them
+
+
 # ------------------------------------------------------------------------------------ what is said
 
 

@@ -639,8 +639,8 @@ MUTANTS = (
     ),
     one(
         35, "a-receipt-forgets-a-restored-round", "fedtune/officer/withdraw.py",
-        "dataset in datasets or spent.dataset == EVERY or other_key",
-        "dataset in datasets or other_key",
+        "spent.own_dataset in datasets or spent.own_dataset not in known",
+        "spent.own_dataset in datasets",
         T_COLUMNS + "test_a_receipt_lists_what_a_restore_entered",
         "a patient is not told of a round whose charge was lost and entered again",
     ),

@@ -160,7 +160,7 @@ class Account:
         the charge's round, and the one that counts now. The latter is the column of the charge's
         own dataset or, if no table of the site has that dataset any more, that of `dataset`. now:
         the column that each dataset has now."""
-        column_now = now.get(spent.dataset) or now.get(dataset, "")
+        column_now = spent.find_column(now, dataset)
         return replace(spent, patient=self.column_of(spent), patient_now=column_now)
 
     def column_of(self, spent: Spent) -> str:

@@ -203,6 +203,18 @@ class Spent:
         have counted as several units in the round."""
         return bool(self.patient and self.patient_now) and self.patient != self.patient_now
 
+    @property
+    def own_dataset(self) -> str:
+        """The name of the charged dataset in the site's or the hospital's file. A charge of an
+        adopted ledger is entered under "MEMBERSHIP/NAME", a name that no file can have."""
+        return self.dataset.rpartition("/")[2]
+
+    def find_column(self, columns: Mapping[str, str], dataset: str) -> str:
+        """Return the column that counts for this charge: that of its own dataset or, if that one
+        has none, that of `dataset`, against which the charge counts; "" if neither has one.
+        columns: dataset's name -> its column of patients, "" for none."""
+        return columns.get(self.own_dataset) or columns.get(dataset, "")
+
     def is_known_for(self, unit: str) -> bool:
         """Return whether the charge gives an ε for one `unit`, which is "patient" or "record":
         whether it was made for this unit, by this release's rules, and its column of patients is
@@ -281,7 +293,7 @@ class Accepted:
         files at the decision, since the person decided what the charge cost one patient by it."""
         if self.patients is None:
             return self.upto >= spent.seq and not spent.has_other_column
-        seen = self.patients.get(spent.dataset) or self.patients.get(dataset, "")
+        seen = spent.find_column(self.patients, dataset)
         return self.upto >= spent.seq and seen == spent.patient_now
 
 
