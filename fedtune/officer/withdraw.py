@@ -31,6 +31,7 @@ from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
+from fedtune.core.ledger.patient_column import find_columns
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
@@ -127,7 +128,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "this site names no patient column, so nobody can tell whose record is whose",
             "data.columns.patient in site.toml",
             "name the column again"
-            if ledger.patient_columns_of(site.data.name)
+            if find_columns(ledger, site, site.data.name)
             else "take the patient's records out of the file",
         )
     key = unit_member(patient.strip())

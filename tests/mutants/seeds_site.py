@@ -729,12 +729,26 @@ MUTANTS = (
         "the column is taken out, and everybody who withdrew trains again, record by record",
     ),
     one(
-        37, "who-withdrew-comes-back-under-another-name", LEDGER,
-        "{name: had[name] for name in had if not account.disjoint(dataset, name)}",
-        "{name: had[name] for name in had if name == dataset}",
+        37, "who-withdrew-comes-back-under-another-name",
+        "fedtune/core/ledger/patient_column.py",
+        "        or not (name in apart.get(dataset, ()) or dataset in apart.get(name, ()))\n", "",
         T_WITHDRAW
         + "test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients",
         "the records get another name, and everybody who withdrew trains again",
+    ),
+    one(
+        37, "a-dataset-is-disjoint-from-itself", "fedtune/core/ledger/patient_column.py",
+        "        if name == dataset\n        or not (", "        if not (",
+        T_WITHDRAW + "test_a_plan_that_waits_for_a_person_is_judged_by_what_the_files_state",
+        "a line in the site's file lets everybody who withdrew train again",
+    ),
+    one(
+        37, "a-review-counts-what-no-charge-will", "fedtune/officer/review.py",
+        "    return ledger.as_stated(site.data.name, disjoint_datasets(site), "
+        "patient_columns(site))\n",
+        "    return ledger\n",
+        T_WITHDRAW + "test_a_plan_that_waits_for_a_person_is_judged_by_what_the_files_state",
+        "a plan that the vault would admit can be neither signed nor simulated",
     ),
     one(
         37, "charges-per-patient-show-no-column", LEDGER,
@@ -758,7 +772,7 @@ MUTANTS = (
     one(
         37, "a-study-on-records-shows-another-coordinators-plan",
         "fedtune/core/ledger/patient_column.py",
-        "if column and not is_disjoint:", "if False:",
+        "        if column:\n            had.setdefault(name, [column])", "        pass",
         T_WITHDRAW + "test_in_a_home_by_its_settings_and_not_by_what_another_coordinator_sent",
         "a coordinator sees when another consortium's first plan came",
     ),

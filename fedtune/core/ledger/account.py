@@ -6,6 +6,7 @@ after the entry was verified."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,6 +146,31 @@ class Account:
             for other, declared in self.declared.items()
             if other != dataset and (other in disjoint_from or dataset in declared["disjoint_from"])
         ]
+
+    def as_stated(
+        self,
+        dataset: str,
+        apart: Mapping[str, Collection[str]],
+        columns: Mapping[str, str],
+        seq: int,
+    ) -> Account:
+        """Return what the entries will amount to once the site's files, as they are now, are
+        declared for a charge to `dataset`. Nothing of this object is changed; the result is to be
+        read alone.
+
+        - apart: dataset's name -> the datasets from which the files declare it disjoint
+        - columns: dataset's name -> its column of patients in the files
+        - seq: the number that the next entry will have"""
+        stated = copy.copy(self)
+        stated.declared, stated.apart_since = dict(self.declared), dict(self.apart_since)
+        for name in [*sorted({*self.declared} - {dataset}), dataset]:
+            before = stated.declared.get(name, {"dataset": name, "members": ""})
+            body = {**before, "disjoint_from": sorted(apart.get(name, ()))}
+            if body != before:
+                stated._update_disjoint(seq, body)
+                stated.declared[name] = body
+        stated.patients = {name: columns.get(name, "") for name in stated.declared}
+        return stated
 
     def against(self, dataset: str, columns: Mapping[str, str] | None = None) -> list[Spent]:
         """List the charges that count against `dataset`, oldest first: its own, and those of every

@@ -29,10 +29,11 @@ Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -353,11 +354,29 @@ class Ledger:
         with self._store.writing():
             return sorted(self._account.declared)
 
-    def patient_columns_of(self, dataset: str) -> dict[str, list[str]]:
-        """Return which datasets ever had a column of patients, of `dataset` and of all that may
-        have patients in common with it because they are not declared disjoint from it. The result
-        is a dict: a dataset's name -> its columns, oldest first; [] if they are not known, as where
-        an earlier release charged it per patient."""
+    def as_stated(
+        self,
+        dataset: str,
+        apart: Mapping[str, Collection[str]],
+        columns: Mapping[str, str],
+    ) -> Ledger:
+        """Return this ledger as it will be once the site's files, as they are now, are declared for
+        a charge to `dataset`: with the datasets that they state are disjoint, and their columns of
+        patients. Nothing is entered. The result is to be read alone, and has no later entry.
+
+        - apart: dataset's name -> the datasets from which the files declare it disjoint
+        - columns: dataset's name -> its column of patients in the files"""
+        stated = copy.copy(self)
+        with self._store.writing():
+            seq = self._store.head.seq + 1
+            stated._account = self._account.as_stated(dataset, apart, columns, seq)
+        return stated
+
+    @property
+    def patient_columns(self) -> dict[str, list[str]]:
+        """Return which datasets ever had a column of patients. The result is a dict: a dataset's
+        name -> its columns, oldest first; [] if they are not known, as where an earlier release
+        charged it per patient."""
         with self._store.writing():
             account = self._account
             had = {name: list(columns) for name, columns in account.all_columns.items() if columns}
@@ -367,7 +386,7 @@ class Ledger:
                 if spent.charge.unit == "patient" and spent.dataset in account.declared:
                     named = [spent.charge.patient] if spent.charge.patient else []
                     had.setdefault(spent.dataset, named)
-            return {name: had[name] for name in had if not account.disjoint(dataset, name)}
+            return had
 
     def ask(
         self,

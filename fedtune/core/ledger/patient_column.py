@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.core.config.patient_columns import patient_columns
+from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
 from fedtune.core.errors import PolicyRefused
 
 if TYPE_CHECKING:
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def check_column_stays(
-    ledger: Ledger, site: Site, dataset: str, unit: str, *, at_site: bool = False
+    ledger: Ledger | None, site: Site, dataset: str, unit: str, *, at_site: bool = False
 ) -> None:
     """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
     one, its records are read as those of patients for good. The same holds for a dataset under
-    another name, unless it is declared disjoint from the one that had the column. A column that the
-    site's files name for such a dataset now counts from the start, before any study reads that
+    another name, unless the site's files declare it disjoint from the one that had the column; the
+    ledger has the same declared before each charge, and need not have it before that. A column that
+    the files name for such a dataset now counts from the start, before any study reads that
     dataset: otherwise the first plan for it would end other studies, and they would show it.
 
-    - ledger: the ledger to which the dataset's rounds are charged
+    - ledger: the ledger to which the dataset's rounds are charged; None if there is none yet
     - site: the settings of the site, in a home with those of hospital.toml
     - dataset: the dataset's name
     - unit: whose records a study or a command reads together: "patient", for which any column will
@@ -37,15 +38,7 @@ def check_column_stays(
     Errors: PolicyRefused. No acceptance takes it away."""
     if unit == "patient":
         return
-    had = ledger.patient_columns_of(dataset)
-    apart = {table.name: table.disjoint_from for table in (site.data, site.evaluation) if table}
-    if site.policy.hospital:
-        apart = site.policy.hospital.disjoint_from
-    for name, column in patient_columns(site).items():
-        is_disjoint = name in apart.get(dataset, ()) or dataset in apart.get(name, ())
-        if column and not is_disjoint:
-            had.setdefault(name, [column])
-    if not had:
+    if not (had := find_columns(ledger, site, dataset)):
         return
     which = ", ".join(
         f"{' and '.join(map(repr, columns)) or 'one'} of dataset {name!r}"
@@ -61,3 +54,20 @@ def check_column_stays(
         "is in this dataset, the person gives it a name of its own and lists the other dataset in "
         "disjoint_from",
     )
+
+
+def find_columns(ledger: Ledger | None, site: Site, dataset: str) -> dict[str, list[str]]:
+    """Return the columns of patients that `dataset`, and each dataset which may have patients in
+    common with it, has or ever had: dataset's name -> its columns, oldest first; [] if they are not
+    known. The site's files say which datasets are disjoint from it. ledger, site: as for
+    `check_column_stays`."""
+    had = ledger.patient_columns if ledger else {}
+    for name, column in patient_columns(site).items():
+        if column:
+            had.setdefault(name, [column])
+    apart = disjoint_datasets(site)
+    return {
+        name: columns
+        for name, columns in had.items()
+        if name == dataset or not (name in apart.get(dataset, ()) or dataset in apart.get(name, ()))
+    }

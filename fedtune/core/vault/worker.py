@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import load, save
 
 from fedtune.core.config import Site, SiteData, Study, load_site
-from fedtune.core.config.patient_columns import patient_column, patient_columns
+from fedtune.core.config.patient_columns import (
+    disjoint_datasets,
+    patient_column,
+    patient_columns,
+)
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.group_reader import group_reader
 from fedtune.core.data.load import check_columns
@@ -303,10 +307,7 @@ class SiteWorker:
 
         Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown; PolicyRefused if
         the study protects records, and the ledger remembers a column of patients."""
-        tables = [table for table in (site.data, site.evaluation) if table]
-        apart = {table.name: table.disjoint_from for table in tables}
-        if site.policy.hospital:
-            apart = site.policy.hospital.disjoint_from
+        apart = disjoint_datasets(site)
         for other in sorted({*self.ledger.datasets} - {data.name}):
             # A dataset that is no longer listed is disjoint from none.
             self.ledger.declare(other, apart.get(other, ()))
