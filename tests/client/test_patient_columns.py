@@ -21,7 +21,12 @@ from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger.entries import Accepted, Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.ledger.spending import budget, charges_with_columns, known_epsilon
+from fedtune.core.ledger.spending import (
+    budget,
+    charges_with_columns,
+    known_epsilon,
+    membership_lines,
+)
 from fedtune.core.vault.budget import check_known
 from fedtune.core.vault.prepared import Unprepared
 from fedtune.core.vault.worker import SiteWorker
@@ -559,6 +564,38 @@ def test_a_receipt_lists_what_a_restore_entered(tmp_path: Path) -> None:
         told = withdraw(worker.site, patient, Ledger(tmp_path / "state"))
         assert {r.digest for r in told.releases} >= {spent.charge.study for spent in entered}
         assert told.trained_on
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_receipt_lists_every_study_that_one_restore_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """Rounds of several studies were lost, and all their charges are in one entry. Twin: with the
+    number of the entry alone the receipt lists one round of one study."""
+    worker = start(tmp_path, "pid")
+    declare(worker)
+    enter_keys(worker, "p1")
+    worker.ledger.backup(tmp_path / "backup")
+    log = StepLog(worker.ledger.folder / "steps.jsonl")
+    studies = ["sha256:" + letter * 64 for letter in "abc"]
+    for study in studies:
+        for round_ in (1, 2):
+            paid = replace(CHARGE, study=study, round=round_, patient="pid")
+            number = worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+            log.begin_round()
+            log.append(Step(study, round_, 1.5, 1.0, 1.0, "patient"), of_round=1)
+            worker.ledger.release(number, b"update")
+    (tmp_path / "state" / "ledger.db").unlink()
+    book = Ledger.restore(tmp_path / "state", tmp_path / "backup")
+    entered = book.spending("records")
+    assert len({spent.seq for spent in entered}) == 1 < len(entered)
+    if broken:
+        monkeypatch.setattr(Spent, "number", property(lambda spent: (spent.seq, 0)))
+    told = withdraw(worker.site, "p1", Ledger(tmp_path / "state"))
+    listed = {release.digest: release.rounds for release in told.releases}
+    assert (listed == dict.fromkeys(studies, 2)) is not broken
+    (line,) = membership_lines("records", book.cohorts("records"), worker.site.policy)
+    assert ((line.studies, line.charged) == (3, 6)) is not broken
 
 
 def test_a_home_lists_no_epsilon_that_is_not_known(tmp_path: Path) -> None:

@@ -645,6 +645,12 @@ MUTANTS = (
         "a patient is not told of a round whose charge was lost and entered again",
     ),
     one(
+        35, "a-restore-has-one-charge", "fedtune/core/ledger/entries.py",
+        "return self.seq, self.place", "return self.seq, 0",
+        T_COLUMNS + "test_a_receipt_lists_every_study_that_one_restore_entered",
+        "a signed receipt lists one of three studies that had the patient's records",
+    ),
+    one(
         35, "a-home-states-what-it-does-not-know", "fedtune/officer/memberships.py",
         'if not spent.is_known_for("patient" if columns[name] else "record")', "if False",
         T_COLUMNS + "test_a_home_lists_no_epsilon_that_is_not_known",

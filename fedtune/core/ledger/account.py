@@ -43,7 +43,7 @@ class Account:
         self.patients: dict[str, str] = {}  # dataset -> its column of patients; "" for none
         self.all_columns: dict[str, list[str]] = {}  # dataset -> each it had, oldest first
         self.reserved: dict[int, Reservation] = {}
-        self.restored: list[tuple[int, Charge, int]] = []
+        self.restored: list[Spent] = []
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
@@ -95,7 +95,10 @@ class Account:
             self.refused.add(_slot(body))
         elif entry.kind == "restore":
             charges = [Charge.read(fields, EVERY) for fields in body["charges"]]
-            self.restored += [(entry.seq, charge, time) for charge in charges]
+            self.restored += [
+                Spent(entry.seq, "restore", EVERY, charge, "", time, True, place=place)
+                for place, charge in enumerate(charges)
+            ]
             self._remember_columns(body.get("columns", {}))
         elif entry.kind == "withdraw":
             self.withdrawn[body["unit"]] = entry
@@ -209,8 +212,7 @@ class Account:
             Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self.done)
             for seq, r in self.reserved.items()
         ]
-        rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self.restored]
-        return sorted(rows, key=lambda row: row.seq)
+        return sorted([*rows, *self.restored], key=lambda row: row.number)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
         spent = self.against(dataset)

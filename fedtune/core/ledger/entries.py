@@ -185,7 +185,8 @@ class Spent:
     - released: whether the round's update was released; always True for a "restore" charge
     - patient: the column that told patients apart in the round; "" if it is not known, and for a
       charge per record
-    - patient_now: the column that tells the patients of this dataset apart now; "" if none does"""
+    - patient_now: the column that tells the patients of this dataset apart now; "" if none does
+    - place: which of its entry's charges it is, from 0; only the entry of a restore has several"""
 
     seq: int
     kind: str
@@ -196,6 +197,12 @@ class Spent:
     released: bool
     patient: str = ""
     patient_now: str = ""
+    place: int = 0
+
+    @property
+    def number(self) -> tuple[int, int]:
+        """What no other charge of the ledger has: the number of its entry, and its place there."""
+        return self.seq, self.place
 
     @property
     def has_other_column(self) -> bool:

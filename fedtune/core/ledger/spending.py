@@ -109,10 +109,10 @@ def charges_with_columns(
     """List the charges that count against any of `datasets`, each once, oldest first. A charge that
     counts against several is listed as for one by which its ε is not known for a patient, if there
     is such a one. columns: each dataset's column of patients, as the site's files are now."""
-    found = dict[int, list[Spent]]()
+    found = dict[tuple[int, int], list[Spent]]()
     for dataset in datasets:
         for spent in ledger.spending(dataset, columns):
-            found.setdefault(spent.seq, []).append(spent)
+            found.setdefault(spent.number, []).append(spent)
     return [
         next((each for each in listed if each.has_other_column), listed[0])
         for _, listed in sorted(found.items())
@@ -294,14 +294,14 @@ def _membership_line(
     - unknown: the numbers of the entries of charges whose ε is not known"""
     own = _paid_by(lambda charge: charge.membership == name, cohorts)
     total = find_heaviest_budget(dataset, own, policy)
-    seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}
+    seen = {spent.number: spent for cohort in own for spent in cohort.spent}.values()
     return MembershipLine(
         membership=name,
-        studies=len({*seen.values()}),
+        studies=len({spent.charge.study for spent in seen}),
         charged=len(seen),
         epsilon=total.epsilon,
         fallback=total.fallback,
-        known=seen.keys().isdisjoint(unknown),
+        known=not any(spent.seq in unknown for spent in seen),
     )
 
 
