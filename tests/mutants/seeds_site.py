@@ -15,6 +15,7 @@ T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_COLUMNS = "tests/client/test_patient_columns.py::"
 T_WITHDRAW = "tests/client/test_withdraw.py::"
+T_DECLARED = "tests/test_declared.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
 T_BEFORE = "tests/client/test_before_joining.py::"
 T_ERRORS = "tests/dp/test_errors.py::"
@@ -655,6 +656,18 @@ MUTANTS = (
         'if not spent.is_known_for("patient" if columns[name] else "record")', "if False",
         T_COLUMNS + "test_a_home_lists_no_epsilon_that_is_not_known",
         "a hospital reads an ε per visit as its patients'",
+    ),
+    one(
+        35, "an-acceptance-of-rounds-is-one-of-declared-records", "fedtune/cli/site.py",
+        "        named = accept_declared or []\n", "        named = accept_declared or shared\n",
+        T_DECLARED + "test_declared_records_are_accepted_by_name_alone",
+        "who accepted a renamed column also lets records train that were tried for free, unasked",
+    ),
+    one(
+        35, "an-acceptance-covers-what-came-meanwhile", "fedtune/core/ledger/ledger.py",
+        "upto = newest if upto is None else min(upto, newest)", "upto = newest",
+        T_DECLARED + "test_nobody_accepts_what_comes_while_the_records_are_read",
+        "a person has accepted a round that nobody had seen",
     ),
     one(
         35, "an-acceptance-is-for-any-declared-record", "fedtune/core/ledger/entries.py",

@@ -287,18 +287,22 @@ class Ledger:
         reason: str = "",
         columns: Mapping[str, str] | None = None,
         declared: Iterable[str] = (),
+        upto: int | None = None,
     ) -> None:
-        """Enter that a person at the site accepts that the ε spent on `dataset` until now is
-        unknown. The acceptance holds as long as the columns of patients stay as they are now.
+        """Enter that a person at the site accepts that the ε spent on `dataset` is unknown. The
+        acceptance holds as long as the columns of patients stay as they are now.
 
         - who: the person's login
         - reason: in that person's words, "" for none
         - columns: the column of patients of each dataset, as the site's files are now; None: as
           they were last declared
         - declared: the datasets that were declared public or generated and that share records with
-          `dataset`, if the person accepts this too"""
+          `dataset`, if the person accepts this too
+        - upto: the number of the newest entry that the person may have seen; None: the newest"""
         with self._store.writing() as writer:
-            about = {"dataset": dataset, "upto": self._store.head.seq, "by": who, "why": reason}
+            newest = self._store.head.seq
+            upto = newest if upto is None else min(upto, newest)
+            about = {"dataset": dataset, "upto": upto, "by": who, "why": reason}
             entry = about | {"declared": sorted(declared)}
             now = self._account.patients if columns is None else columns
             named = {name: column for name, column in now.items() if column}
