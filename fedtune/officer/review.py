@@ -597,10 +597,25 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
+        *_not_known(site, plan, pays),
         *_beside_others(budget, after.epsilon),
         *_share(budget),
         *_describe_fallback(budget),
         *shared_lines(study, [site.site.declared_size]),
+    ]
+
+
+def _not_known(site: Site, plan: DpPlan, ledger: Ledger | None) -> list[str]:
+    """Return a line that says for how many rounds it is not known what they cost one unit, although
+    the total counts them, also if a person accepted this; [] if it is known for all. ledger: the
+    ledger that pays; None if there is none yet."""
+    spent = ledger.spending(site.data.name) if ledger else []
+    rounds = sum(not each.is_known_for(plan.unit) for each in spent)
+    if not rounds:
+        return []
+    return [
+        f"NOT KNOWN: what {rounds} of the rounds so far cost one {plan.unit}. The totals here "
+        "count them as if it were, and may be too small: `fedtune ledger` says why."
     ]
 
 
@@ -709,4 +724,5 @@ def _costs_for_life(
         f"{2 * policy.delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
         f"the policy's ceiling of {policy.ceiling:g} is left out, and the study goes on with "
         "the others.",
+        *_not_known(site, plan, ledger),
     ]

@@ -3,6 +3,7 @@ one patient spent is not known, until a person at the site accepts it."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from fedtune.cli.status_view import BudgetView
 from fedtune.core.config import load_site
 from fedtune.core.config.patient_columns import LONGEST, patient_columns, shorten_column
 from fedtune.core.data.records import unit_member
@@ -33,7 +36,7 @@ from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer.adopt import adopt
 from fedtune.officer.closed_ledger import NO_COLUMN, closed
 from fedtune.officer.memberships import list_memberships
-from fedtune.officer.review import cost_refusals
+from fedtune.officer.review import cost_refusals, review
 from fedtune.officer.withdraw import check_receipt, withdraw
 from tests.cli_kit import run
 from tests.client import adoption_kit
@@ -616,6 +619,40 @@ def test_a_home_lists_no_epsilon_that_is_not_known(tmp_path: Path) -> None:
     assert shares == {"cardio": False, "onco": True}
     assert run("memberships", str(tmp_path)).output.count("not known") == 3
     assert listed.facts()["datasets"][0]["known"] is False
+
+
+def test_no_total_is_shown_as_known_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> None:
+    """In the tables of `fedtune ledger` and `fedtune status`, and in a review, also after an
+    acceptance. Twin: before the correction."""
+    monkeypatch.setenv("COLUMNS", "200")
+    files = make_hospital(tmp_path)
+    worker = SiteWorker(load_site(files["cardio"]), files["cardio"])
+    declare(worker)
+    paid = replace(CHARGE, patient="who", membership="cardio")
+    worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "patient"})
+    shows = BudgetView(files["cardio"])
+
+    def shown() -> list[int]:
+        """Count what is shown as not known: total and membership, share, status, review."""
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(shows())
+        table = run("ledger", files["cardio"]).output
+        reviewed = review(made.study, load_site(files["cardio"]), Ledger(tmp_path))
+        lines = dict(reviewed.sections)["What it costs"]
+        total = sum("not known" in line for line in table.splitlines() if "spent" in line)
+        share = "if all rounds gave an ε" in table
+        status = "not known" in console.export_text()
+        return [total, share, status, any(line.startswith("NOT KNOWN") for line in lines)]
+
+    assert shown() == [0, False, False, False]
+    for file in (tmp_path / "hospital.toml", *files.values()):
+        edit(file, 'patient = "who"', 'patient = "person"')
+    assert shown() == [1, True, True, True]
+    accept(SiteWorker(load_site(files["cardio"]), files["cardio"]))
+    assert shown() == [1, True, True, True]
 
 
 @pytest.mark.parametrize("unit", ["patient", "record"])

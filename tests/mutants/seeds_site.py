@@ -646,6 +646,18 @@ MUTANTS = (
         "a patient is not told of a round whose charge was lost and entered again",
     ),
     one(
+        35, "a-view-shows-a-total-that-is-not-known", "fedtune/cli/ledger_view.py",
+        "known=not unknown)", "known=True)",
+        T_COLUMNS + "test_no_total_is_shown_as_known_that_is_not",
+        "an officer reads ε = 1.912 where 15.15 is true",
+    ),
+    one(
+        35, "a-status-shows-a-total-that-is-not-known", "fedtune/cli/status_view.py",
+        "known=not unknown)", "known=True)",
+        T_COLUMNS + "test_no_total_is_shown_as_known_that_is_not",
+        "an officer watches ε = 1.912 where 15.15 is true",
+    ),
+    one(
         35, "a-restore-has-one-charge", "fedtune/core/ledger/entries.py",
         "return self.seq, self.place", "return self.seq, 0",
         T_COLUMNS + "test_a_receipt_lists_every_study_that_one_restore_entered",
