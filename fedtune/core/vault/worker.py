@@ -138,8 +138,8 @@ class SiteWorker:
     @property
     def has_ledger(self) -> bool:
         """Whether the ledger to which rounds are charged exists already. The ledger of a run of
-        declared data is made when its plan is admitted; for the lifetime ledger this is always
-        True."""
+        declared data is made when its first round is ordered; for the lifetime ledger this is
+        always True."""
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
@@ -284,8 +284,13 @@ class SiteWorker:
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
-        if plan and not self.has_ledger:  # a plan that no budget pays for begins none
-            Budget(site.policy, plan, []).check(round_)
+        if not self.has_ledger:  # a plan that no budget pays for begins none, whoever sends it
+            check_rounds([], site.policy, self.room)
+            check_column_stays(None, site, self._dataset, study.unit)
+            if plan:
+                Budget(site.policy, plan, []).check(round_)
+            if round_ is None:
+                return site
         check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)
         self.declare(site.data, study, site)
         charges = self.ledger.charges(self._dataset)
