@@ -33,6 +33,7 @@ from fedtune.core.ledger.spending import (
 from fedtune.core.vault.budget import check_known
 from fedtune.core.vault.prepared import Unprepared
 from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import adopt
 from fedtune.officer.closed_ledger import NO_COLUMN, closed
 from fedtune.officer.memberships import list_memberships
@@ -444,20 +445,30 @@ def test_charges_without_a_column_are_adopted_by_that_of_the_site_file(tmp_path:
 LETTERS = "[datasets.letters]"
 
 
-def make_two(folder: Path, column: str, charged: str = "letters") -> tuple[Path, Path, Path]:
-    """A home with `records` (column "who") of the membership cardio, that adopts the later site
-    onco, whose `letters` have this column, and which paid one round for the dataset `charged`.
-    Return hospital.toml and the two site files."""
+def make_two(
+    folder: Path, column: str, charged: str = "letters", named: bool = True, apart: bool = False
+) -> tuple[Path, Path, Path]:
+    """Make a home with `records` (column "who") of the membership cardio, that adopts the later
+    site onco, whose `letters` have this column. Return hospital.toml and the two site files.
+
+    - charged: the dataset for which onco paid one round, by this column; "" for none
+    - named: whether onco's file still names the column
+    - apart: whether it declares its letters disjoint from `charged`"""
     adoption_kit.write_notes(folder / "notes.jsonl", [f"p{n}" for n in range(12)])
     adoption_kit.write_notes(folder / "letters.jsonl", [f"q{n}" for n in range(12)])
     cardio = adoption_kit.make_site(folder, "cardio")
     onco = adoption_kit.make_site(folder, "onco", "letters.jsonl", "letters")
     edit(onco, 'patient = "who"', f'patient = "{column}"')
+    if not named:
+        edit(onco, f', patient = "{column}"', "")
+    if apart:
+        edit(onco, 'name = "letters"', f'name = "letters"\ndisjoint_from = ["{charged}"]')
     adoption_kit.spend(cardio, 0)
     book = Ledger(load_site(onco).home)
-    book.declare(charged, [], columns={charged: column})
-    number = book.reserve(charged, replace(CHARGE, patient=column), "adapter", lambda _: None)
-    book.release(number, b"update")
+    if charged:
+        book.declare(charged, [], columns={charged: column})
+        number = book.reserve(charged, replace(CHARGE, patient=column), "adapter", lambda _: None)
+        book.release(number, b"update")
     for file, name in ((cardio, "cardio"), (onco, "onco")):
         adopt(folder / "home", file, name)
     return folder / "home" / "hospital.toml", cardio, onco
@@ -514,6 +525,61 @@ def test_an_adopted_dataset_that_is_gone_has_no_column_of_the_home(tmp_path: Pat
     assert refusal(member(onco)) and refusal(member(cardio)) == ""
     told = withdraw(member(onco).site, "fever of q3", member(onco).ledger)
     assert [release.digest for release in told.releases] == [CHARGE.study]  # it may have had them
+
+
+def take_column_out(hospital: Path, onco: Path, column: str) -> SiteWorker:
+    """As a person takes the column of `letters` out, and declares them disjoint from `records`."""
+    before, _, table = hospital.read_text().partition(LETTERS)
+    table = table.replace(f'patient = "{column}"\n', "", 1)
+    table = '\ndisjoint_from = ["records"]' + table
+    hospital.write_text(before + LETTERS + table)
+    onco.write_text(onco.read_text().replace(f', patient = "{column}"', ""))
+    return member(onco)
+
+
+def refused_by_record(worker: SiteWorker) -> str:
+    """Why a study that protects records is refused at a dataset whose rounds a person accepted."""
+    accept(worker)
+    try:
+        unit = SimpleNamespace(unit="record")
+        worker.declare(worker.site.data, unit, worker.current())  # type: ignore[arg-type]
+    except PolicyRefused as refused:
+        return str(refused)
+    return ""
+
+
+@pytest.mark.parametrize("charged", ["letters", "earlier"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_adopted_dataset_keeps_that_it_had_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charged: str, broken: bool
+) -> None:
+    """Its own, or one of a dataset that the site's file names no longer. Twin: the home forgets it,
+    and a study on records reads whoever withdrew."""
+    if broken:
+        monkeypatch.setattr(adoption, "_list_columns", lambda *given: [])
+    hospital, _, onco = make_two(tmp_path, "who", charged, named=False)
+    worker = take_column_out(hospital, onco, "who")
+    assert ("no patient column is named" in refused_by_record(worker)) is not broken
+
+
+def test_an_adopted_dataset_that_has_a_column_keeps_it(tmp_path: Path) -> None:
+    """As its file names it at the adoption, although no plan has reached the site before."""
+    hospital, cardio, onco = make_two(tmp_path, "who", charged="")
+    worker = take_column_out(hospital, onco, "who")
+    assert "no patient column is named" in refused_by_record(worker)
+    assert refusal(member(cardio)) == ""
+
+
+def test_a_dataset_that_was_disjoint_before_an_adoption_is_so_after_it(tmp_path: Path) -> None:
+    """Of the site's own ledger, and of the home. Twin: the site did not declare it."""
+    for apart in (True, False):
+        folder = tmp_path / str(apart)
+        folder.mkdir()
+        hospital, _, onco = make_two(folder, "who", "earlier", named=False, apart=apart)
+        worker = take_column_out(hospital, onco, "who")
+        assert ("no patient column is named" in refused_by_record(worker)) is not apart
+        remembered = Ledger(folder / "home").patient_columns
+        assert ("letters" in remembered) is not apart
 
 
 # ------------------------------------------------------------------------------------ what is said

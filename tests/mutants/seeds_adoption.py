@@ -152,6 +152,24 @@ MUTANTS = (
         "after an adoption every study waits for a person, although nothing was corrected",
     ),
     one(
+        "hospital", "an-adopted-column-is-forgotten", ADOPT,
+        "data.cohort, columns=now)", "data.cohort)",
+        T_COLUMNS + "test_an_adopted_dataset_that_has_a_column_keeps_it",
+        "the column is taken out, and everybody who withdrew trains again, record by record",
+    ),
+    one(
+        "hospital", "an-earlier-column-is-not-adopted", ADOPT,
+        "for column in (now[name], *earlier) if earlier else ():", "for column in ():",
+        T_COLUMNS + "test_an_adopted_dataset_keeps_that_it_had_a_column",
+        "a study on records reads whoever withdrew by a column of the site's own ledger",
+    ),
+    one(
+        "hospital", "a-disjoint-datasets-column-is-adopted", ADOPT,
+        "- named - {*apart.get(table.name, ())}", "- named",
+        T_COLUMNS + "test_a_dataset_that_was_disjoint_before_an_adoption_is_so_after_it",
+        "a dataset that shares no patient has no study on records any more after an adoption",
+    ),
+    one(
         "hospital", "a-dataset-that-is-gone-is-taken-for-another", ADOPT,
         "_find_free(dataset, name, {*taken, *names.values()})", "dataset",
         T_COLUMNS + "test_an_adopted_dataset_that_is_gone_has_no_column_of_the_home",

@@ -782,14 +782,14 @@ MUTANTS = (
         "a plan that the vault would admit can be neither signed nor simulated",
     ),
     one(
-        37, "charges-per-patient-show-no-column", LEDGER,
-        'if spent.charge.unit == "patient" and spent.dataset in account.declared:', "if False:",
+        37, "charges-per-patient-show-no-column", "fedtune/core/ledger/account.py",
+        'if spent.charge.unit == "patient" and spent.dataset in self.declared:', "if False:",
         T_WITHDRAW + "test_a_dataset_that_never_had_a_column_is_read_by_record",
         "the ledger of an earlier release is taken for one of records",
     ),
     one(
-        37, "an-adopted-charge-locks-every-dataset-out", LEDGER,
-        'if spent.charge.unit == "patient" and spent.dataset in account.declared:',
+        37, "an-adopted-charge-locks-every-dataset-out", "fedtune/core/ledger/account.py",
+        'if spent.charge.unit == "patient" and spent.dataset in self.declared:',
         'if spent.charge.unit == "patient":',
         T_WITHDRAW + "test_charges_from_which_nothing_can_be_disjoint_lock_no_dataset_out",
         "no study on records runs any more, and no person can change that",

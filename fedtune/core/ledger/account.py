@@ -127,6 +127,17 @@ class Account:
             known = self.all_columns.setdefault(dataset, [])
             known += [name for name in dict.fromkeys(names) if name and name not in known]
 
+    def list_columns(self) -> dict[str, list[str]]:
+        """List the columns of patients that datasets ever had, as `Ledger.patient_columns` does."""
+        had = {name: list(columns) for name, columns in self.all_columns.items() if columns}
+        for spent in self.spent():
+            # Not those of a restore or an adopted ledger: what they had for a column is remembered
+            # beside them, by the name of a dataset from which others can be disjoint.
+            if spent.charge.unit == "patient" and spent.dataset in self.declared:
+                named = [spent.charge.patient] if spent.charge.patient else []
+                had.setdefault(spent.dataset, named)
+        return had
+
     @property
     def members(self) -> dict[str, str]:
         """The digest of each dataset's members, i.e. the hashed identifiers of its patients and

@@ -382,15 +382,7 @@ class Ledger:
         name -> its columns, oldest first; [] if they are not known, as where an earlier release
         charged it per patient."""
         with self._store.writing():
-            account = self._account
-            had = {name: list(columns) for name, columns in account.all_columns.items() if columns}
-            for spent in account.spent():
-                # Not those of a restore or an adopted ledger, from which none can be disjoint: what
-                # they had for a column is remembered beside them.
-                if spent.charge.unit == "patient" and spent.dataset in account.declared:
-                    named = [spent.charge.patient] if spent.charge.patient else []
-                    had.setdefault(spent.dataset, named)
-            return had
+            return self._account.list_columns()
 
     def ask(
         self,
