@@ -6,15 +6,17 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.core.config import Site, load_site, load_study
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import record_member
 from fedtune.core.errors import ConfigError, FedtuneError, PolicyRefused
 from fedtune.core.ledger import declared as declared_entries
-from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.ledger import Charge, Ledger, LedgerError
 from fedtune.core.vault import declared
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker
@@ -201,16 +203,57 @@ def test_an_acceptance_of_something_else_is_none_of_declared_records(tried: Site
     declare(tried)
 
 
-def test_a_person_is_told_which_declared_records_are_accepted(
-    tried: Site,
-) -> None:
+def pay_by_earlier_rules(tried: Site, round_: int = 1) -> None:
+    """Charge a round whose cost is not known, as that of an earlier release."""
+    ledger, digest = Ledger(tried.site.state), "sha256:" + "5" * 64
+    one = Charge(digest, "old", round_, 2.0, 0.1, 1, 1, 1.0, "patient", "first", rules=1)
+    ledger.declare(tried.data.name, [])
+    ledger.reserve(tried.data.name, one, "adapter", lambda charges: None)
+
+
+def test_declared_records_are_accepted_by_name_alone(tried: Site) -> None:
+    """Whoever accepts rounds is told what is left, and accepts no record with them. Twin: the name
+    of the declared dataset is given."""
     from fedtune.core.config import save
 
-    file = str(save(tried, tried.data.path.with_name("site.toml")))
-    shown = run("ledger", file, "--accept", tried.data.name, "--reason", "tried once")
-    assert shown.exit_code == 0 and "declared public or generated here, in tried" in shown.output
+    file, name = str(save(tried, tried.data.path.with_name("site.toml"))), tried.data.name
+    left = f"NOT ACCEPTED: {name} has private records that were declared public or generated here"
+    named = "--accept-declared", "tried"
+    assert left in run("ledger", file).output  # before anything is accepted, too
+    told = run("ledger", file, "--accept", name)
+    assert told.exit_code == 2 and "--accept-declared tried" in " ".join(told.output.split())
+    pay_by_earlier_rules(tried)
+    shown = run("ledger", file, "--accept", name, "--reason", "renamed")
+    assert shown.exit_code == 0 and left in shown.output and "accepted: " not in shown.output
+    assert not Ledger(tried.site.state).unknown(name, "patient", patient_columns(tried))
+    with pytest.raises(PolicyRefused, match=r"in 'tried', .*--accept-declared tried --reason"):
+        declare(tried)
+    assert run("ledger", file, "--accept", name, "--accept-declared", "other").exit_code == 2
+    assert run("ledger", file, *named).exit_code == 2
+    shown = run("ledger", file, "--accept", name, *named, "--reason", "tried once")
+    assert shown.exit_code == 0 and "accepted: " in shown.output and left not in shown.output
     declare(tried)
-    assert run("ledger", file, "--accept", tried.data.name).exit_code == 2  # nothing is left
+    assert run("ledger", file, "--accept", name).exit_code == 2  # nothing is left
+
+
+def test_nobody_accepts_what_comes_while_the_records_are_read(
+    tried: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: a round that was there before."""
+    from fedtune.core.config import save
+
+    file, name = str(save(tried, tried.data.path.with_name("site.toml"))), tried.data.name
+    pay_by_earlier_rules(tried)
+    read = declared.list_shared
+
+    def is_charged_meanwhile(*given: Any) -> list[str]:
+        pay_by_earlier_rules(tried, 2)
+        return read(*given)
+
+    monkeypatch.setattr(declared, "list_shared", is_charged_meanwhile)
+    assert run("ledger", file, "--accept", name).exit_code == 0
+    left = Ledger(tried.site.state).unknown(name, "patient", patient_columns(tried))
+    assert [spent.charge.round for spent in left] == [2]
 
 
 def test_one_record_that_was_tried_for_free_is_enough(tried: Site) -> None:

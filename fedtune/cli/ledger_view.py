@@ -7,7 +7,8 @@ never finds more room than there is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from rich import box
@@ -65,15 +66,17 @@ def ledger_view(
     if spent:
         lines = study_lines(spent, policy.delta, unit)
         parts.append(studies_table(lines, policy.delta, arrivals=arrivals))
+    unit = unit or (spent[0].charge.unit if spent else "")
+    unknown = {each.seq for each in spent if not each.is_known_for(unit)}
     if arrivals:
-        parts.append(cohorts_table(dataset, spent, cohorts, policy))
-    parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy), policy.membership))
+        parts.append(cohorts_table(dataset, spent, cohorts, policy, unknown))
+    total = replace(find_heaviest_budget(dataset, cohorts, policy), known=not unknown)
+    parts.append(budget_table(total, policy.membership))
     if policy.hospital:
-        whose = membership_lines(dataset, cohorts, policy)
-        share = share_of(dataset, cohorts, policy)
+        whose = membership_lines(dataset, cohorts, policy, unknown)
+        share = share_of(dataset, cohorts, policy, unknown)
         earlier = policy.membership if policy.hospital.earlier else ""
         parts.append(memberships_table(whose, policy.membership, share, earlier))
-    unit = unit or (spent[0].charge.unit if spent else "")
     parts += not_known(ledger, dataset, spent, unit, columns)
     if frozen := ledger.frozen:
         why = f": {frozen.why}" if frozen.why else ""
@@ -133,7 +136,11 @@ def _format_fallback(line: StudyLine) -> str:
 
 
 def cohorts_table(
-    dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
+    dataset: str,
+    spent: Sequence[Spent],
+    cohorts: Sequence[Cohort],
+    policy: PolicyTable,
+    unknown: Collection[int] = (),
 ) -> Table:
     """Build the table of a dataset's cohorts (units that arrived together), one row each: when it
     arrived, its size, rounds and ε, and whether rounds leave it out by now because its budget is
@@ -141,7 +148,8 @@ def cohorts_table(
 
     - spent: the charges of `dataset`
     - cohorts: the dataset's cohorts, each with the charges that count for it
-    - policy: the site's policy, whose δ is used"""
+    - policy: the site's policy, whose δ is used
+    - unknown: the numbers of the entries of charges whose ε is not known"""
     last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
     table = Figures(
         title="patients by arrival",
@@ -163,7 +171,9 @@ def cohorts_table(
             f"{_date(cohort.time)} ({escape(cohort.name)})" if cohort.arrival else "before",
             str(cohort.units or "?"),
             str(len(charged)),
-            _format_epsilon(budget(dataset, cohort.spent, policy).epsilon),
+            _format_epsilon(budget(dataset, cohort.spent, policy).epsilon)
+            if {*cohort.entries}.isdisjoint(unknown)
+            else NOT_KNOWN,
             "spent: left out" if out else "",
         )
     return table
@@ -206,6 +216,7 @@ def memberships_table(
         left = ""
         if share and line.membership == membership:
             left = f"share {share.ceiling:g}: {rounded_down(share.remaining)} remains"
+            left += "" if share.known else ", if all rounds gave an ε"
         table.add_row(
             escape(_payer(line.membership, earlier)),
             str(line.studies),

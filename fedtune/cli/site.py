@@ -284,8 +284,16 @@ def ledger(
         typer.Option(
             metavar="DATASET",
             help="Accept, under your login's name, that this dataset takes part in further "
-            "studies although the cost of some rounds is not known, or records were declared "
-            "public or generated.",
+            "studies although the cost of some rounds is not known.",
+            show_default=False,
+        ),
+    ] = None,
+    accept_declared: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --accept: accept, too, that DATASET has private records which were declared "
+            "public or generated here, in the dataset NAME. May be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -309,13 +317,14 @@ def ledger(
 
     The command reads the whole ledger and checks every signature first. Rounds of an earlier
     release, of another unit or by another column of patients are shown as unknown; no further study
-    runs until somebody accepts them (--accept). A freeze also holds for a client that is running,
-    and for every membership of a hospital."""
+    runs until somebody accepts them (--accept). If a dataset was declared public or generated here,
+    the command reads the site's records, and names each such dataset with which they are shared. A
+    freeze also holds for a client that is running, and for every membership of a hospital."""
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
     from fedtune.core.config.patient_columns import patient_columns
     from fedtune.core.ledger.audit_log import AuditLog, login
-    from fedtune.core.ledger.declared import check_acceptable
+    from fedtune.core.ledger.declared import check_acceptable, describe_shared, has_to_accept
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
@@ -325,6 +334,8 @@ def ledger(
 
     if freeze and lift:
         raise ConfigError("--freeze and --lift are both given", "only one of the two")
+    if accept_declared and accept is None:
+        raise ConfigError("--accept-declared is given without --accept", "--accept DATASET, too")
     try:
         loaded = load_site(site, keys_may_differ=True)
     except ConfigError:
@@ -375,25 +386,39 @@ def ledger(
         book.backup(backup)
         typer.echo(f"copied to {backup}, without this site's private key")
     unit = "patient" if loaded.data.columns.patient else "record"
-    columns = patient_columns(loaded)
-    if accept is not None:
+    columns, dataset = patient_columns(loaded), accept or loaded.data.name
+    seen = book.head.seq  # nobody accepts what comes while the records are read
+    shared, unread = list[str](), None
+    only_shows = not (freeze or lift or restore or backup)
+    if (accept is not None or only_shows) and has_to_accept(book, dataset):
         from fedtune.core.vault.declared import list_shared  # loads what reads records
 
         try:
-            shared = list_shared(loaded, book, accept)
-        except DataError:  # the rounds may be accepted all the same, and no record with them
-            if not book.unknown(accept, unit, columns):
-                raise
-            shared = []
-        check_acceptable(book, accept, unit, columns, shared)
+            shared = list_shared(loaded, book, dataset)
+        except DataError as error:
+            unread = error
+    if accept is not None:
+        named = accept_declared or []
+        if unread and (named or not book.unknown(accept, unit, columns)):
+            raise unread
+        check_acceptable(book, accept, unit, columns, shared, named, seen)
         acts.add("accept", "--accept", dataset=accept)
-        book.accept(accept, login(), reason, columns, shared)
-        if shared:
-            typer.echo(
-                f"accepted: {accept} has private records that were declared public or generated "
-                f"here, in {escape_controls(', '.join(shared))}"
-            )
-    dataset = accept or loaded.data.name
+        book.accept(accept, login(), reason, columns, named, seen)
+        if named:
+            typer.echo(f"accepted: {escape_controls(describe_shared(accept, named))}")
+        shared = sorted({*shared} - {*named})
+    if shared:
+        options = " ".join(f"--accept-declared {name}" for name in shared)
+        typer.echo(
+            f"NOT ACCEPTED: {escape_controls(describe_shared(dataset, shared))}. No study reads "
+            f"{dataset} until somebody accepts this too: fedtune ledger SITE --accept {dataset} "
+            f"{escape_controls(options)} --reason TEXT"
+        )
+    if unread:
+        typer.echo(
+            f"whether {dataset} has records that were declared public or generated is not known, "
+            f"since it cannot be read: {escape_controls(str(unread))}"
+        )
     Console().print(ledger_view(book, dataset, loaded.policy, unit, columns))
     held = book.frozen
     shown = facts(book, dataset, loaded.policy, unit, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,30 +199,35 @@ def events_table(last: list[dict[str, Any]]) -> Table:
 
 
 class BudgetView:
-    """A site's budget as `fedtune ledger` shows it. It is computed again only if the ledger or
-    site.toml has changed."""
+    """A site's budget as `fedtune ledger` shows it. It is computed again only if the ledger,
+    site.toml or a column of patients has changed."""
 
     def __init__(self, site: Path) -> None:
         self._site = site
-        self._at: tuple[int, int] | None = None
+        self._at: tuple[object, ...] | None = None
         self._shown: RenderableType = Text()
 
     def __call__(self) -> RenderableType:
         from fedtune.cli.ledger_view import budget_table
         from fedtune.core.config import load_site
+        from fedtune.core.config.patient_columns import patient_columns
         from fedtune.core.ledger.spending import find_heaviest_budget
         from fedtune.homes.opening import find_ledger
 
         site = load_site(self._site)
         database = site.home / "ledger.db"
         written_at = database.stat().st_mtime_ns if database.exists() else 0
-        changed_at = (written_at, self._site.stat().st_mtime_ns)
+        columns = patient_columns(site)
+        changed_at = (written_at, self._site.stat().st_mtime_ns, columns)
         if changed_at != self._at:
             try:
                 if ledger := find_ledger(site.home):
-                    cohorts = ledger.cohorts(site.data.name)
-                    heaviest = find_heaviest_budget(site.data.name, cohorts, site.policy)
-                    self._shown = budget_table(heaviest)
+                    name, cohorts = site.data.name, ledger.cohorts(site.data.name)
+                    unit = "patient" if site.data.columns.patient else "record"
+                    spent = ledger.spending(name, columns)
+                    unknown = {each.seq for each in spent if not each.is_known_for(unit)}
+                    heaviest = find_heaviest_budget(name, cohorts, site.policy)
+                    self._shown = budget_table(replace(heaviest, known=not unknown))
                 else:
                     self._shown = Text("no ledger yet: it begins with the first study")
             except FedtuneError as error:

@@ -87,6 +87,7 @@ def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[s
     if (ledger := find_ledger(records.home)) is None:  # none yet, so nobody has withdrawn
         return records.data, lambda unit: False
     unit = "patient" if records.data.columns.patient else "record"
-    check_column_stays(ledger, records, records.data.name, unit, at_site=True)
+    remembers = None if records.data.declared else ledger  # no patient is in declared data
+    check_column_stays(remembers, records, records.data.name, unit, at_site=True)
     withdrawn = frozenset(ledger.withdrawn())
     return records.data, lambda unit: ledger.hashed(unit_member(unit)) in withdrawn

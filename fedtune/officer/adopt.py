@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +38,11 @@ from pathlib import Path
 from fedtune.core.config import Site, SiteData, load_site
 from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData, share_in
 from fedtune.core.config.load import load_hospital
-from fedtune.core.config.patient_columns import patient_column
+from fedtune.core.config.patient_columns import (
+    disjoint_datasets,
+    patient_column,
+    shorten_column,
+)
 from fedtune.core.config.site import HomeTable
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import read_file, unit_member
@@ -67,7 +71,7 @@ from fedtune.core.ledger.restore import backup
 from fedtune.core.wire.keys import SigningKey
 from fedtune.homes.known_homes import move_notes
 from fedtune.homes.opening import open_ledger
-from fedtune.officer.closed_ledger import Closed, closed
+from fedtune.officer.closed_ledger import NO_COLUMN, Closed, closed
 from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.hospital_file import (
     check_text,
@@ -377,12 +381,7 @@ def _adopt_later(
     if there is None:
         text += write_membership(name, site_file)
     hospital = load_hospital_text(home, text)
-    # The charges get names that no dataset can have, so that they count against every dataset. To
-    # charge fewer datasets, one would have to ask which patients are still in the files.
-    charged = {
-        dataset: f"{name}/{datasets.get(dataset, dataset)}"
-        for dataset in sorted({*old.datasets, *datasets})
-    }
+    charged = _charged(name, old, datasets, {*hospital.datasets, *book.datasets})
     columns = {table.name: patient_column(table) for table in _tables(site)}
     earlier = old.list_earlier(name, charged, columns)
     if not anyway:
@@ -401,9 +400,7 @@ def _adopt_later(
             )
         replace(home / FILE, text.encode(), private=True)
     for table in _tables(site):
-        data = hospital.datasets[datasets[table.name]]
-        known = {member for record in identities(_of_everybody(table)) for member in record}
-        book.declare(datasets[table.name], data.disjoint_from, None, known, data.cohort)
+        _declare(book, hospital, datasets[table.name], table, _list_columns(site, old, table))
     StepLog(home / STEPS, name).join(state / STEPS)
     by_member = {unit_member(key): since for key, since in keys.items()}
     _copy_stored(old, name, book)
@@ -423,6 +420,43 @@ def _adopt_later(
     return Adoption(
         home, name, copy, site_copy, False, entered, datasets, charged, receipts, restored
     )
+
+
+def _list_columns(site: Site, old: Closed, table: SiteData) -> list[str]:
+    """List the columns of patients that the hospital's ledger must remember of a later site's
+    table, oldest first: those that the dataset ever had there, and those of datasets that the site
+    file no longer names and does not declare disjoint from it. Otherwise a study that protects
+    records could read whoever withdrew, once the table names no column any more.
+
+    old: the site's own ledger"""
+    named, apart = {each.name for each in _tables(site)}, disjoint_datasets(site)
+    others = {*old.patient_columns} - named - {*apart.get(table.name, ())}
+    had = [old.patient_columns.get(name) for name in (table.name, *sorted(others))]
+    columns = [column for columns in had for column in columns or ()]
+    is_unknown = [] in had and not table.columns.patient
+    return [*dict.fromkeys(columns), *([NO_COLUMN] if is_unknown else [])]
+
+
+def _declare(
+    book: Ledger, hospital: Hospital, name: str, table: SiteData, columns: Sequence[str]
+) -> None:
+    """Declare a later site's dataset in the hospital's ledger, with all that it remembers of it.
+
+    - book: the hospital's ledger
+    - hospital: the content of hospital.toml
+    - name: the dataset's name in hospital.toml
+    - table: the table of the site file that names its records
+    - columns: the columns of patients that it had in the site's own ledger"""
+    data = hospital.datasets[name]
+    now = {key: shorten_column(each.patient) for key, each in hospital.datasets.items()}
+    # The present column comes first, as the one of charges here that name none, and stays the last.
+    there = book.patient_columns.get(name, [])
+    earlier = [column for column in columns if column not in (now[name], *there)]
+    for column in (now[name], *earlier) if earlier else ():
+        at_this_time = {**now, name: column}
+        book.declare(name, data.disjoint_from, None, (), data.cohort, columns=at_this_time)
+    known = {member for record in identities(_of_everybody(table)) for member in record}
+    book.declare(name, data.disjoint_from, None, known, data.cohort, columns=now)
 
 
 def _check_budget_remains(site: Site, earlier: Sequence[Earlier]) -> None:
@@ -449,12 +483,37 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
     - name: the name of the membership, with which a new name begins if the site's own is taken
     - book: the ledger in the home"""
     names = dict[str, str]()
+    charged = {spent.own_dataset for spent in book.spending()}
     for table in _tables(site):
         at = [key for key, data in hospital.datasets.items() if data.is_place_of(table)]
-        taken = {*hospital.datasets, *book.datasets, *names.values()}
-        free = (table.name, f"{name}-{table.name}"[:64], *(f"{name[:59]}-{n}" for n in range(1000)))
-        names[table.name] = at[0] if at else next(each for each in free if each not in taken)
+        taken = {*hospital.datasets, *book.datasets, *charged, *names.values()}
+        names[table.name] = at[0] if at else _find_free(table.name, name, taken)
     return names
+
+
+def _find_free(wanted: str, name: str, taken: Collection[str]) -> str:
+    """Return the dataset's name `wanted` or, if `taken` has it, a name that begins with that of the
+    membership, `name`."""
+    free = (wanted, f"{name}-{wanted}"[:64], *(f"{name[:59]}-{n}" for n in range(1000)))
+    return next(each for each in free if each not in taken)
+
+
+def _charged(
+    name: str, old: Closed, datasets: Mapping[str, str], taken: Collection[str]
+) -> dict[str, str]:
+    """Return each dataset's name in a later site's ledger or file → the name under which its
+    charges are entered in the hospital's ledger. No dataset can have such a name, so the charges
+    count against every dataset: whether they need not would follow from who is still in the files.
+
+    - name: the name of the membership
+    - old: the site's own ledger
+    - datasets: each dataset's name in the site file → its name in hospital.toml
+    - taken: the hospital's names of datasets. A dataset that the site file no longer names gets
+      none of them, since its charges would be compared with another dataset's column of patients"""
+    names = dict(datasets)
+    for dataset in sorted({*old.datasets} - {*datasets}):
+        names[dataset] = _find_free(dataset, name, {*taken, *names.values()})
+    return {dataset: f"{name}/{there}" for dataset, there in sorted(names.items())}
 
 
 def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:

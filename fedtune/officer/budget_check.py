@@ -20,7 +20,7 @@ from fedtune.core.vault.budget_refusal import places
 from fedtune.core.vault.policy import compute_within_limits, privacy_refusals
 from fedtune.homes.opening import open_ledger
 from fedtune.officer.known_plans import known_plan
-from fedtune.officer.review import cost_refusals
+from fedtune.officer.review import cost_refusals, find_paying
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     refusals = [*privacy_refusals(study, site, plan), *cost_refusals(study, site, plan, ledger)]
     for refused in refusals:
         raise refused
-    return _summarise_paid(study, site, plan, ledger) if plan and ledger else None
+    pays = find_paying(study, site, ledger) if ledger else None
+    return _summarise_paid(study, site, plan, pays) if plan and pays else None
 
 
 def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None:
@@ -82,7 +83,7 @@ def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> P
     - study: the study; earlier charges for a study of the same name count as its earlier runs
     - site: the site with its ceilings
     - plan: the site's part of the study
-    - ledger: the site's ledger, with the charges so far"""
+    - ledger: the ledger that pays, with the charges so far"""
     charges = ledger.charges(site.data.name)
     if not charges or study.continuous:
         return None

@@ -6,13 +6,15 @@ these."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtune.core.config import PrivacyTable, Site
+from fedtune.core.config import PrivacyTable, Site, Study
 from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.errors import NotGenuine
 from fedtune.core.files import reading
+from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import signing_key
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.run_folder import load_plan
@@ -64,9 +66,7 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
             f"{key[:16]}…, this site's signing key",
             "somebody took part in this site's name: tell the coordinator and the other sites",
         )
-    spent = [
-        s for s in book.spending() if s.charge.study == study.digest and s.charge.is_paid_by(own)
-    ]
+    spent = [each for each in book.spending() if _is_of(each, study, own)]
     sent = {s.charge.round for s in spent if s.released or not study.private}
     claimed = {e["round"] for e in content["updates"] if (e["kind"], e["site"]) == ("update", name)}
     if foreign := sorted(claimed - sent):
@@ -77,11 +77,11 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
         )
     paid, known = None, True
     if isinstance(study.privacy, PrivacyTable):
-        entries = {s.seq for s in spent}
         tables = {table.name for table in (site.data, site.evaluation) if table}
         listed = charges_with_columns(book, tables, patient_columns(site))
-        apart = [s for s in spent if s.seq not in {each.seq for each in listed}]
-        charged = [*(s for s in listed if s.seq in entries), *apart]
+        there = {each.number for each in listed}
+        charged = [each for each in listed if _is_of(each, study, own)]
+        charged += [each for each in spent if each.number not in there]
         unit = "patient" if site.data.columns.patient else "record"
         paid = known_epsilon(charged, study.privacy.delta, unit) if charged else 0.0
         known = paid is not None
@@ -93,3 +93,8 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
         paid=paid,
         known=known,
     )
+
+
+def _is_of(spent: Spent, study: Study, memberships: Collection[str]) -> bool:
+    """Return whether a charge is of `study`, and counts as paid by one of `memberships`."""
+    return spent.charge.study == study.digest and spent.charge.is_paid_by(memberships)

@@ -3,13 +3,15 @@ the hospital's ledger can enter its charges (`Ledger.enter_earlier`).
 
 A doubtful charge counts against more datasets or units, never against fewer:
 | in the old ledger                                      | in the hospital's ledger               |
-| a charge that a restore entered, against every dataset  | counts against every dataset and every |
+| a charge that a restore entered, against every dataset | counts against every dataset and every |
 |                                                         | unit, whenever the unit arrived        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
 | the column that told patients apart in a charge         | taken over, to be compared again; for  |
 |                                                         | a charge without one, the column that  |
 |                                                         | the site file names                    |
+| the columns that a dataset had, and those of datasets   | remembered of the dataset, so that it  |
+| not disjoint from it that the site file names no longer | has no study that protects records     |
 Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class Closed:
 
     - head: the ledger's newest entry, by its hash
     - withdrawn: hash of a unit's key → when the unit withdrew, in UTC seconds
+    - patient_columns: each dataset's name → the columns of patients that it ever had, oldest first;
+      [] if they are not known
     - refused: (study, round, adapter) of each answer that a person refused for good
     - stored: (study, round, adapter) of each update that was released, and may be sent again
     - path_of: returns the path at which the update of such a triple is stored"""
@@ -41,6 +45,7 @@ class Closed:
         self._ledger, self._account = ledger, ledger._account
         self.head = ledger._store.head
         self.refused = frozenset(self._account.refused)
+        self.patient_columns = self._account.list_columns()
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
         self.withdrawn = {
             unit: int(entry.body.get("since", entry.body["time"]))

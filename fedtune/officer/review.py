@@ -21,7 +21,7 @@ from fedtune.core.config import (
     load_study,
     study_from_json,
 )
-from fedtune.core.config.patient_columns import patient_columns
+from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.dp.query import query_plan
@@ -34,12 +34,15 @@ from fedtune.core.errors import (
     Refused,
 )
 from fedtune.core.files import reading
+from fedtune.core.ledger.entries import Cohort
+from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
+from fedtune.core.vault.declared import run_ledger
 from fedtune.core.vault.policy import (
     compute_within_limits,
     may_resolve,
@@ -324,23 +327,39 @@ def cost_refusals(
     - plan: the site's part of the study; None if the study is not private, so that it has no ε
     - ledger: the site's ledger; None if there is none yet, so that nothing was spent"""
     refused, name = list[Refused](), site.data.name
+    pays = find_paying(study, site, ledger)
     try:
-        if ledger:
-            check_column_stays(ledger, site, name, study.unit, at_site=True)
-        columns = patient_columns(site)
-        unknown = ledger.unknown(name, study.unit, columns) if ledger else []
+        check_column_stays(pays, site, name, study.unit, at_site=True)
+        unknown = pays.unknown(name, study.unit) if pays else []
         check_known(name, study.unit, unknown, at_site=True)
     except Refused as refusal:
         refused.append(refusal)
-    charges = ledger.charges(site.data.name) if ledger else []
+    charges = pays.charges(name) if pays else []
     if study.continuous:
-        charges = ledger.newcomer(site.data.name) if ledger else []
+        charges = pays.newcomer(name) if pays else []
     try:
         if plan:
             Budget(site.policy, plan, charges).check()
     except Refused as refusal:
         refused.append(refusal)
     return refused
+
+
+def find_paying(study: Study, site: Site, ledger: Ledger | None) -> Ledger | None:
+    """Return the ledger that would be charged for a plan, to be read alone: with the disjoint
+    datasets and the columns of patients that the site's files state now, since they are declared
+    before a charge. For data that is declared public or generated it is that of the plan's own run.
+    None if there is none yet.
+
+    - study: the plan
+    - site: the site, whose [data] names the dataset that pays
+    - ledger: the site's ledger; None if there is none yet"""
+    if site.data.declared:
+        folder = run_ledger(site, study.digest)
+        ledger = Ledger(folder) if (folder / DATABASE).exists() else None
+    if ledger is None:
+        return None
+    return ledger.as_stated(site.data.name, disjoint_datasets(site), patient_columns(site))
 
 
 def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
@@ -364,7 +383,8 @@ def _verdict(
     - refused: the rules that refuse the plan"""
     if refused:
         return "This site refuses it"
-    charges = ledger.charges(site.data.name)
+    pays = find_paying(study, site, ledger)
+    charges = pays.charges(site.data.name) if pays else []
     if plan and not study.continuous and not Budget(site.policy, plan, charges).remaining():
         return (
             "This study is over here: every round is paid for. An update that was sent can be sent "
@@ -554,8 +574,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
             "Everything: after a run without privacy no ε can be stated for this dataset, and "
             "private studies on it are refused."
         ]
-    policy = site.policy
-    budget = Budget(policy, plan, ledger.charges(site.data.name))
+    policy, pays = site.policy, find_paying(study, site, ledger)
+    budget = Budget(policy, plan, pays.charges(site.data.name) if pays else [])
     facts = {
         "epsilon": plan.epsilon,
         "delta": plan.delta,
@@ -564,7 +584,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         "steps": plan.steps,
     }
     if study.continuous:
-        return _costs_for_life(site, plan, ledger, facts)
+        return _costs_for_life(site, plan, pays, facts)
     before = budget.total(ahead=0)
     after = budget.total(ahead=budget.remaining())
     return [
@@ -578,10 +598,25 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
+        *_not_known(site, plan, pays),
         *_beside_others(budget, after.epsilon),
         *_share(budget),
         *_describe_fallback(budget),
         *shared_lines(study, [site.site.declared_size]),
+    ]
+
+
+def _not_known(site: Site, plan: DpPlan, ledger: Ledger | None) -> list[str]:
+    """Return a line that says for how many rounds it is not known what they cost one unit, although
+    the total counts them, also if a person accepted this; [] if it is known for all. ledger: the
+    ledger that pays; None if there is none yet."""
+    spent = ledger.spending(site.data.name) if ledger else []
+    rounds = sum(not each.is_known_for(plan.unit) for each in spent)
+    if not rounds:
+        return []
+    return [
+        f"NOT KNOWN: what {rounds} of the rounds so far cost one {plan.unit}. The totals here "
+        "count them as if it were, and may be too small: `fedtune ledger` says why."
     ]
 
 
@@ -664,16 +699,19 @@ def _room_for_attempts(budget: Budget) -> list[str]:
     ]
 
 
-def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
+def _costs_for_life(
+    site: Site, plan: DpPlan, ledger: Ledger | None, facts: dict[str, float]
+) -> list[str]:
     """Return lines, for a study without a last round, that state the ε which one patient pays in
     all, and the most that any patient has paid so far.
 
     - site: the site with its ceilings and its dataset
     - plan: the site's part of the study, whose rounds are the most in which one patient takes part
-    - ledger: the site's ledger, with the charges so far
+    - ledger: the ledger that pays, with the charges so far; None if there is none yet
     - facts: the plan's ε, δ, q, σ and steps, under the names that `best_guess` reads"""
     policy = site.policy
-    spent = find_heaviest_budget(site.data.name, ledger.cohorts(site.data.name), policy)
+    cohorts = ledger.cohorts(site.data.name) if ledger else [Cohort(0, "first", 0, 0, [])]
+    spent = find_heaviest_budget(site.data.name, cohorts, policy)
     most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)
     one = epsilon(plan.events(plan.local_steps), plan.delta)
     return [
@@ -688,4 +726,5 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
         f"{2 * policy.delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
         f"the policy's ceiling of {policy.ceiling:g} is left out, and the study goes on with "
         "the others.",
+        *_not_known(site, plan, ledger),
     ]

@@ -29,8 +29,9 @@ from fedtune.core.files.room import OFFICER
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
-from fedtune.core.ledger.entries import EVERY, Spent
+from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
+from fedtune.core.ledger.patient_column import find_columns
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
@@ -128,7 +129,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "this site names no patient column, so nobody can tell whose record is whose",
             "data.columns.patient in site.toml",
             "name the column again"
-            if ledger.patient_columns_of(site.data.name)
+            if find_columns(ledger, site, site.data.name)
             else "take the patient's records out of the file",
         )
     key = unit_member(patient.strip())
@@ -319,16 +320,17 @@ def _releases(
 
     Of the rounds that are charged against one of all these datasets, a round counts if
     - it was charged to one of `datasets`
-    - or a restore entered it, which does not know the dataset
+    - or the ledger has no keys of its dataset: a restore does not know which one was charged, and
+      an adopted ledger may have had datasets that its site's file named no longer
     - or it was charged by another patient column, or record by record, so that the ledger cannot
       know whether this patient took part"""
-    names = {*datasets, *in_files}
+    names, known = {*datasets, *in_files}, {*ledger.datasets}
     by_study: dict[str, list[Spent]] = {}
     for spent in charges_with_columns(ledger, names, patient_columns(site)):
         sent = spent.released or not spent.charge.noise_multiplier
-        dataset = spent.dataset.rpartition("/")[2]  # before it: a membership that was adopted
         other_key = spent.has_other_column or spent.charge.unit == "record"
-        if sent and (dataset in datasets or spent.dataset == EVERY or other_key):
+        may_have_it = spent.own_dataset in datasets or spent.own_dataset not in known
+        if sent and (may_have_it or other_key):
             by_study.setdefault(spent.charge.study, []).append(spent)
     return [
         Release(

@@ -3,6 +3,7 @@ one patient spent is not known, until a person at the site accepts it."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from fedtune.cli.status_view import BudgetView
 from fedtune.core.config import load_site
 from fedtune.core.config.patient_columns import LONGEST, patient_columns, shorten_column
 from fedtune.core.data.records import unit_member
@@ -21,14 +24,20 @@ from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger.entries import Accepted, Charge, Spent
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.ledger.spending import budget, charges_with_columns, known_epsilon
+from fedtune.core.ledger.spending import (
+    budget,
+    charges_with_columns,
+    known_epsilon,
+    membership_lines,
+)
 from fedtune.core.vault.budget import check_known
 from fedtune.core.vault.prepared import Unprepared
 from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import adopt
 from fedtune.officer.closed_ledger import NO_COLUMN, closed
 from fedtune.officer.memberships import list_memberships
-from fedtune.officer.review import cost_refusals
+from fedtune.officer.review import cost_refusals, review
 from fedtune.officer.withdraw import check_receipt, withdraw
 from tests.cli_kit import run
 from tests.client import adoption_kit
@@ -433,6 +442,146 @@ def test_charges_without_a_column_are_adopted_by_that_of_the_site_file(tmp_path:
     assert shorten_column(NO_COLUMN) != NO_COLUMN
 
 
+LETTERS = "[datasets.letters]"
+
+
+def make_two(
+    folder: Path, column: str, charged: str = "letters", named: bool = True, apart: bool = False
+) -> tuple[Path, Path, Path]:
+    """Make a home with `records` (column "who") of the membership cardio, that adopts the later
+    site onco, whose `letters` have this column. Return hospital.toml and the two site files.
+
+    - charged: the dataset for which onco paid one round, by this column; "" for none
+    - named: whether onco's file still names the column
+    - apart: whether it declares its letters disjoint from `charged`"""
+    adoption_kit.write_notes(folder / "notes.jsonl", [f"p{n}" for n in range(12)])
+    adoption_kit.write_notes(folder / "letters.jsonl", [f"q{n}" for n in range(12)])
+    cardio = adoption_kit.make_site(folder, "cardio")
+    onco = adoption_kit.make_site(folder, "onco", "letters.jsonl", "letters")
+    edit(onco, 'patient = "who"', f'patient = "{column}"')
+    if not named:
+        edit(onco, f', patient = "{column}"', "")
+    if apart:
+        edit(onco, 'name = "letters"', f'name = "letters"\ndisjoint_from = ["{charged}"]')
+    adoption_kit.spend(cardio, 0)
+    book = Ledger(load_site(onco).home)
+    if charged:
+        book.declare(charged, [], columns={charged: column})
+        number = book.reserve(charged, replace(CHARGE, patient=column), "adapter", lambda _: None)
+        book.release(number, b"update")
+    for file, name in ((cardio, "cardio"), (onco, "onco")):
+        adopt(folder / "home", file, name)
+    return folder / "home" / "hospital.toml", cardio, onco
+
+
+def correct_letters(hospital: Path, onco: Path, old: str, new: str) -> None:
+    """As a person corrects the column of `letters`, in hospital.toml and in the site file."""
+    before, _, table = hospital.read_text().partition(LETTERS)
+    assert f'patient = "{old}"' in table
+    table = table.replace(f'patient = "{old}"', f'patient = "{new}"')
+    hospital.write_text(before + LETTERS + table)
+    edit(onco, f'patient = "{old}"', f'patient = "{new}"')
+
+
+def member(file: Path) -> SiteWorker:
+    return SiteWorker(load_site(file), file)
+
+
+def test_an_adopted_charge_is_by_the_column_of_its_own_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A correction is seen by every dataset against which it counts. Twin: looked up by the name of
+    its entry, which no file has, it is compared with a column of another dataset's, which is called
+    the same."""
+    hospital, cardio, onco = make_two(tmp_path, "who")
+    assert refusal(member(cardio)) == refusal(member(onco)) == ""
+    correct_letters(hospital, onco, "who", "note")
+    assert refusal(member(cardio)) and refusal(member(onco))
+    with monkeypatch.context() as twin:
+        by_entry = lambda one, columns, name: columns.get(one.dataset) or columns.get(name, "")  # noqa: E731
+        twin.setattr(Spent, "find_column", by_entry)
+        assert refusal(member(cardio)) == "" and refusal(member(onco))
+    accept(member(cardio))
+    assert refusal(member(cardio)) == "" and refusal(member(onco))
+    correct_letters(hospital, onco, "note", "answer")
+    assert refusal(member(cardio))  # the person had seen the first correction alone
+
+
+def test_another_name_of_an_adopted_column_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Nothing was corrected: each dataset has the column that it had."""
+    _, cardio, onco = make_two(tmp_path, "note")
+    assert refusal(member(cardio)) == refusal(member(onco)) == ""
+    (adopted,) = member(cardio).ledger.spending("records")
+    assert (adopted.patient, adopted.patient_now) == ("note", "note")
+
+
+def test_an_adopted_dataset_that_is_gone_has_no_column_of_the_home(tmp_path: Path) -> None:
+    """Its name may be that of another dataset of the home, whose column says nothing of it."""
+    _, cardio, onco = make_two(tmp_path, "who", charged="records")
+    (adopted,) = member(onco).ledger.spending("letters")
+    assert adopted.dataset == "onco/onco-records"
+    file = tmp_path / "home" / "hospital.toml"
+    correct_letters(file, onco, "who", "note")
+    assert refusal(member(onco)) and refusal(member(cardio)) == ""
+    told = withdraw(member(onco).site, "fever of q3", member(onco).ledger)
+    assert [release.digest for release in told.releases] == [CHARGE.study]  # it may have had them
+
+
+def take_column_out(hospital: Path, onco: Path, column: str) -> SiteWorker:
+    """As a person takes the column of `letters` out, and declares them disjoint from `records`."""
+    before, _, table = hospital.read_text().partition(LETTERS)
+    table = table.replace(f'patient = "{column}"\n', "", 1)
+    table = '\ndisjoint_from = ["records"]' + table
+    hospital.write_text(before + LETTERS + table)
+    onco.write_text(onco.read_text().replace(f', patient = "{column}"', ""))
+    return member(onco)
+
+
+def refused_by_record(worker: SiteWorker) -> str:
+    """Why a study that protects records is refused at a dataset whose rounds a person accepted."""
+    accept(worker)
+    try:
+        unit = SimpleNamespace(unit="record")
+        worker.declare(worker.site.data, unit, worker.current())  # type: ignore[arg-type]
+    except PolicyRefused as refused:
+        return str(refused)
+    return ""
+
+
+@pytest.mark.parametrize("charged", ["letters", "earlier"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_adopted_dataset_keeps_that_it_had_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charged: str, broken: bool
+) -> None:
+    """Its own, or one of a dataset that the site's file names no longer. Twin: the home forgets it,
+    and a study on records reads whoever withdrew."""
+    if broken:
+        monkeypatch.setattr(adoption, "_list_columns", lambda *given: [])
+    hospital, _, onco = make_two(tmp_path, "who", charged, named=False)
+    worker = take_column_out(hospital, onco, "who")
+    assert ("no patient column is named" in refused_by_record(worker)) is not broken
+
+
+def test_an_adopted_dataset_that_has_a_column_keeps_it(tmp_path: Path) -> None:
+    """As its file names it at the adoption, although no plan has reached the site before."""
+    hospital, cardio, onco = make_two(tmp_path, "who", charged="")
+    worker = take_column_out(hospital, onco, "who")
+    assert "no patient column is named" in refused_by_record(worker)
+    assert refusal(member(cardio)) == ""
+
+
+def test_a_dataset_that_was_disjoint_before_an_adoption_is_so_after_it(tmp_path: Path) -> None:
+    """Of the site's own ledger, and of the home. Twin: the site did not declare it."""
+    for apart in (True, False):
+        folder = tmp_path / str(apart)
+        folder.mkdir()
+        hospital, _, onco = make_two(folder, "who", "earlier", named=False, apart=apart)
+        worker = take_column_out(hospital, onco, "who")
+        assert ("no patient column is named" in refused_by_record(worker)) is not apart
+        remembered = Ledger(folder / "home").patient_columns
+        assert ("letters" in remembered) is not apart
+
+
 # ------------------------------------------------------------------------------------ what is said
 
 
@@ -486,6 +635,38 @@ def test_a_receipt_lists_what_a_restore_entered(tmp_path: Path) -> None:
         assert told.trained_on
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_receipt_lists_every_study_that_one_restore_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """Rounds of several studies were lost, and all their charges are in one entry. Twin: with the
+    number of the entry alone the receipt lists one round of one study."""
+    worker = start(tmp_path, "pid")
+    declare(worker)
+    enter_keys(worker, "p1")
+    worker.ledger.backup(tmp_path / "backup")
+    log = StepLog(worker.ledger.folder / "steps.jsonl")
+    studies = ["sha256:" + letter * 64 for letter in "abc"]
+    for study in studies:
+        for round_ in (1, 2):
+            paid = replace(CHARGE, study=study, round=round_, patient="pid")
+            number = worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+            log.begin_round()
+            log.append(Step(study, round_, 1.5, 1.0, 1.0, "patient"), of_round=1)
+            worker.ledger.release(number, b"update")
+    (tmp_path / "state" / "ledger.db").unlink()
+    book = Ledger.restore(tmp_path / "state", tmp_path / "backup")
+    entered = book.spending("records")
+    assert len({spent.seq for spent in entered}) == 1 < len(entered)
+    if broken:
+        monkeypatch.setattr(Spent, "number", property(lambda spent: (spent.seq, 0)))
+    told = withdraw(worker.site, "p1", Ledger(tmp_path / "state"))
+    listed = {release.digest: release.rounds for release in told.releases}
+    assert (listed == dict.fromkeys(studies, 2)) is not broken
+    (line,) = membership_lines("records", book.cohorts("records"), worker.site.policy)
+    assert ((line.studies, line.charged) == (3, 6)) is not broken
+
+
 def test_a_home_lists_no_epsilon_that_is_not_known(tmp_path: Path) -> None:
     """Neither of all memberships, nor of one, nor as its share. Twin: before the correction."""
     files = make_hospital(tmp_path)
@@ -504,6 +685,40 @@ def test_a_home_lists_no_epsilon_that_is_not_known(tmp_path: Path) -> None:
     assert shares == {"cardio": False, "onco": True}
     assert run("memberships", str(tmp_path)).output.count("not known") == 3
     assert listed.facts()["datasets"][0]["known"] is False
+
+
+def test_no_total_is_shown_as_known_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> None:
+    """In the tables of `fedtune ledger` and `fedtune status`, and in a review, also after an
+    acceptance. Twin: before the correction."""
+    monkeypatch.setenv("COLUMNS", "200")
+    files = make_hospital(tmp_path)
+    worker = SiteWorker(load_site(files["cardio"]), files["cardio"])
+    declare(worker)
+    paid = replace(CHARGE, patient="who", membership="cardio")
+    worker.ledger.reserve("records", paid, "adapter", lambda _: None)
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "patient"})
+    shows = BudgetView(files["cardio"])
+
+    def shown() -> list[int]:
+        """Count what is shown as not known: total and membership, share, status, review."""
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(shows())
+        table = run("ledger", files["cardio"]).output
+        reviewed = review(made.study, load_site(files["cardio"]), Ledger(tmp_path))
+        lines = dict(reviewed.sections)["What it costs"]
+        total = sum("not known" in line for line in table.splitlines() if "spent" in line)
+        share = "if all rounds gave an ε" in table
+        status = "not known" in console.export_text()
+        return [total, share, status, any(line.startswith("NOT KNOWN") for line in lines)]
+
+    assert shown() == [0, False, False, False]
+    for file in (tmp_path / "hospital.toml", *files.values()):
+        edit(file, 'patient = "who"', 'patient = "person"')
+    assert shown() == [1, True, True, True]
+    accept(SiteWorker(load_site(files["cardio"]), files["cardio"]))
+    assert shown() == [1, True, True, True]
 
 
 @pytest.mark.parametrize("unit", ["patient", "record"])

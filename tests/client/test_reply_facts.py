@@ -48,6 +48,7 @@ from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished
 from fedtune.server.parts import Dependencies, Settings
 from tests.cli_kit import run
+from tests.client.site_kit import trains
 from tests.guarantee.world import NAMES, lay_out, patients
 from tests.site_here import SiteHere
 
@@ -167,15 +168,15 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
     "refused_for",
     [
         *("its signature", "a rule", "its cost", "there are too many", "it has ended"),
-        *("it waits for a person", None),
+        *("it waits for a person", "its base", None),
     ],
 )
 def test_a_refused_plan_of_declared_data_begins_no_ledger(
     tmp_path: Path, tiny_base: Path, refused_for: str | None
 ) -> None:
     """Nor is anything of it kept in memory: there would be one for each name that somebody makes
-    up, also of studies that have ended. Twin: one that is admitted does, and is kept, until its
-    study ends."""
+    up, also of studies that have ended. Twin: one that is admitted is kept until its study ends,
+    and its first order begins a ledger."""
     study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
     path = tmp_path / "site-north.toml"
     text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
@@ -185,6 +186,8 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
     path.write_text(text.replace("[policy]", f"[policy]\n{rule}"))
     declare(load_site(path))
     own, begun = SigningKey(), start(study)
+    if refused_for == "its base":
+        begun = replace(begun, study=begun.study.changed(base={"digest": f"sha256:{7:064x}"}))
     key = SigningKey() if refused_for == "its signature" else own
     plan = dict(plan_message(begun.study, begun.frozen, key).config_records["plan"])
     if refused_for == "it has ended":
@@ -200,14 +203,18 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(
     statuses = {"it has ended": "finished", "it waits for a person": WAITING, None: "admitted"}
     assert told[-1]["status"] == statuses.get(refused_for, "refused")
     assert ("planned" in told[-1]) is (refused_for in (None, "it waits for a person"))
-    begun_here = len(list((tmp_path / "state-north").rglob("ledger.db"))) - 1
-    assert begun_here == (refused_for is None)
+    ledgers = (tmp_path / "state-north").rglob
+    assert len([*ledgers("ledger.db")]) == 1  # the lifetime ledger
     kept = place.worker()._of_runs
     assert [*kept] == ([begun.study.digest] if refused_for is None else [])
     if refused_for is None:
         end = Request("prepare", {"plan": plan | sign_end(own, begun.study.digest)})
         answer_and_tell(place, end, lambda _, facts: told.append(facts))  # type: ignore[arg-type]
         assert (told[-1]["status"], told[-1]["round"], kept) == ("finished", 0, {})
+        assert len([*ledgers("ledger.db")]) == 1
+        answer_and_tell(place, request, lambda _, facts: told.append(facts))  # type: ignore[arg-type,return-value]
+        trains(place.worker().of_run(begun.study.digest), begun, 1)
+        assert len([*ledgers("ledger.db")]) == 2
 
 
 def test_of_many_runs_of_declared_data_the_newest_are_kept(tmp_path: Path, tiny_base: Path) -> None:

@@ -29,8 +29,10 @@ from fedtune.core.ledger import patient_column
 from fedtune.core.ledger.entries import Earlier
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.reasons import reason_of
+from fedtune.core.vault.policy import compute_within_limits
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import canonical
+from fedtune.derive.label import _file_and_exclusion
 from fedtune.officer import withdraw as withdrawals
 from fedtune.officer.doctor import examine
 from fedtune.officer.review import cost_refusals
@@ -439,6 +441,66 @@ def test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients
 
 
 @pytest.mark.parametrize("broken", [False, True])
+def test_a_plan_that_waits_for_a_person_is_judged_by_what_the_files_state(
+    world: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """A person follows the refusal: a dataset of its own, disjoint from the one that had a column,
+    and that one's rounds do not count against it. The ledger has this declared before a charge, so
+    who signs or simulates before that must not wait for it. Twin: the ledger's own declarations."""
+    worker, _, _ = begin(with_notes(world), tiny_base, "patient")
+    worker.ledger.reserve("records", replace(CHARGE, noise_multiplier=0.0), "a", lambda _: None)
+    if broken:
+        monkeypatch.setattr(patient_column, "disjoint_datasets", lambda site: {})
+        monkeypatch.setattr(Ledger, "as_stated", lambda ledger, *given: ledger)
+    site = with_notes(world, "", "labs", 'disjoint_from = ["records"]')
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "record"})
+    plan = compute_within_limits(made.study, site)
+    refused = cost_refusals(made.study, site, plan, Ledger(site.home))
+    assert len(refused) == 2 * broken
+    (found,) = [each for each in examine(Path("site.toml")) if each.name == "ledger"]
+    assert found.good is not broken
+    assert "labs" not in Ledger(site.home).datasets  # nothing was declared meanwhile
+    if not broken:
+        assert SiteWorker(site, Path("site.toml")).prepare(made.study, made.frozen).admitted
+        itself = with_notes(world, "", "records", 'disjoint_from = ["records"]')
+        assert "no patient column" in str(cost_refusals(made.study, itself, None, worker.ledger)[0])
+
+
+def test_a_declaration_that_a_restore_lost_keeps_no_dataset_from_being_disjoint(
+    world: Path, tiny_base: Path
+) -> None:
+    """The ledger remembers a column of a dataset that it has declared no more."""
+    site = with_notes(world, "")
+    SiteWorker(site, Path("site.toml")).ledger.backup(world / "backup")
+    begin(with_notes(world), tiny_base, "patient")
+    state = site.home
+    with closing(sqlite3.connect(state / "ledger.db")) as connection, connection:
+        connection.execute("UPDATE entries SET prev = 'x' WHERE seq = 0")
+    restored = Ledger.restore(state, world / "backup")
+    assert restored.datasets == [] and restored.patient_columns == {"records": ["who"]}
+    assert "no patient column" in begin(with_notes(world, "", "labs"), tiny_base, "record")[2]
+    apart = 'disjoint_from = ["records"]'
+    assert begin(with_notes(world, "", "labs", apart), tiny_base, "record")[2] == ""
+
+
+def test_declared_data_are_judged_by_the_ledger_that_pays_for_them(
+    world: Path, tiny_base: Path
+) -> None:
+    """The lifetime ledger remembers a column and a round without noise of a private dataset. Twin:
+    private data under the same name."""
+    worker, made, _ = begin(with_notes(world), tiny_base, "patient")
+    worker.ledger.reserve("records", replace(CHARGE, noise_multiplier=0.0), "a", lambda _: None)
+    made = begun(tiny_base, privacy={"epsilon": 2.0, "delta": 1e-4, "unit": "record"})
+    for also, refusals in (('declared = "public"', 0), ("", 2)):
+        site = with_notes(world, "", "open", also)
+        plan = compute_within_limits(made.study, site)
+        assert len(cost_refusals(made.study, site, plan, worker.ledger)) == refusals
+        reads = nullcontext() if also else pytest.raises(PolicyRefused, match="no patient column")
+        with reads:
+            _file_and_exclusion(site)
+
+
+@pytest.mark.parametrize("broken", [False, True])
 def test_a_restore_keeps_the_column_with_whoever_withdrew_by_it(
     world: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
@@ -457,7 +519,7 @@ def test_a_restore_keeps_the_column_with_whoever_withdrew_by_it(
         monkeypatch.setattr("fedtune.core.ledger.restore._readable_columns", lambda *given: {})
     restored = Ledger.restore(state, world / "backup")
     assert restored.unknown("records", "record") == []
-    assert restored.patient_columns_of("records") == ({} if broken else {"records": ["who"]})
+    assert restored.patient_columns == ({} if broken else {"records": ["who"]})
     refused = begin(with_notes(world, ""), tiny_base, "record")[2]
     assert ("no patient column is named" in refused) is not broken
 
@@ -485,10 +547,10 @@ def test_a_dataset_that_never_had_a_column_is_read_by_record(world: Path, tiny_b
     """The twin of the refusals, and charges of earlier releases, which name no column."""
     worker, made, refused = begin(with_notes(world, ""), tiny_base, "record")
     assert refused == "" and trained(worker, made, 1) == 24
-    assert worker.ledger.patient_columns_of("records") == {}
+    assert worker.ledger.patient_columns == {}
     paid = replace(CHARGE, unit="patient")
     worker.ledger.reserve("records", paid, "adapter", lambda _: None)
-    assert worker.ledger.patient_columns_of("records") == {"records": []}
+    assert worker.ledger.patient_columns == {"records": []}
     assert "no patient column" in begin(with_notes(world, ""), tiny_base, "record")[2]
 
 

@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant, one
 ADOPT, CLOSED = "fedtune/officer/adopt.py", "fedtune/officer/closed_ledger.py"
 HOMES, OPENING = "fedtune/homes/known_homes.py", "fedtune/homes/opening.py"
 T_ADOPT = "tests/client/test_adopt.py::"
+T_COLUMNS = "tests/client/test_patient_columns.py::"
 T_HOMES = "tests/client/test_known_homes.py::"
 
 MUTANTS = (
@@ -125,16 +126,54 @@ MUTANTS = (
     ),
     one(
         "hospital", "who-left-the-files-paid-nothing", ADOPT,
-        'dataset: f"{name}/{datasets.get(dataset, dataset)}"',
-        "dataset: datasets.get(dataset, dataset)",
+        'return {dataset: f"{name}/{there}" for dataset, there in sorted(names.items())}',
+        "return names",
         T_ADOPT + "test_what_a_later_site_paid_counts_alike_whoever_is_in_its_files",
         "a patient who comes back is a newcomer, and pays for nothing before",
     ),
     one(
         "hospital", "a-new-receipt-forgets-a-release", "fedtune/officer/withdraw.py",
-        'dataset = spent.dataset.rpartition("/")[2]', "dataset = spent.dataset",
+        "spent.own_dataset in datasets or", "spent.dataset in datasets or",
         T_ADOPT + "test_what_a_later_site_paid_counts_alike_whoever_is_in_its_files",
         "a patient is not told which models keep something",
+    ),
+    one(
+        "hospital", "an-adopted-charge-goes-by-another-datasets-column",
+        "fedtune/core/ledger/entries.py",
+        "columns.get(self.own_dataset) or", "columns.get(self.dataset) or",
+        T_COLUMNS + "test_an_adopted_charge_is_by_the_column_of_its_own_dataset",
+        "a corrected column is unseen: ε = 1.912 where 15.15 is true",
+    ),
+    one(
+        "hospital", "an-adopted-column-must-be-called-as-every-other",
+        "fedtune/core/ledger/entries.py",
+        "columns.get(self.own_dataset) or columns.get(dataset", "columns.get(dataset",
+        T_COLUMNS + "test_another_name_of_an_adopted_column_keeps_nobody_waiting",
+        "after an adoption every study waits for a person, although nothing was corrected",
+    ),
+    one(
+        "hospital", "an-adopted-column-is-forgotten", ADOPT,
+        "data.cohort, columns=now)", "data.cohort)",
+        T_COLUMNS + "test_an_adopted_dataset_that_has_a_column_keeps_it",
+        "the column is taken out, and everybody who withdrew trains again, record by record",
+    ),
+    one(
+        "hospital", "an-earlier-column-is-not-adopted", ADOPT,
+        "for column in (now[name], *earlier) if earlier else ():", "for column in ():",
+        T_COLUMNS + "test_an_adopted_dataset_keeps_that_it_had_a_column",
+        "a study on records reads whoever withdrew by a column of the site's own ledger",
+    ),
+    one(
+        "hospital", "a-disjoint-datasets-column-is-adopted", ADOPT,
+        "- named - {*apart.get(table.name, ())}", "- named",
+        T_COLUMNS + "test_a_dataset_that_was_disjoint_before_an_adoption_is_so_after_it",
+        "a dataset that shares no patient has no study on records any more after an adoption",
+    ),
+    one(
+        "hospital", "a-dataset-that-is-gone-is-taken-for-another", ADOPT,
+        "_find_free(dataset, name, {*taken, *names.values()})", "dataset",
+        T_COLUMNS + "test_an_adopted_dataset_that_is_gone_has_no_column_of_the_home",
+        "a charge is compared with the column of a dataset that it has nothing to do with",
     ),
     one(
         "hospital", "a-share-shows-nothing-earlier", "fedtune/core/ledger/spending.py",

@@ -479,16 +479,22 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-refused-plan-begins-a-ledger", "fedtune/core/vault/reply_facts.py",
-        'is_known = status == "admitted" or site.has_ledger', "is_known = True",
+        "        if site.has_ledger and (spent", "        if True and (spent",
         "tests/client/test_reply_facts.py::test_a_refused_plan_of_declared_data_begins_no_ledger",
         "whoever sends plans fills the disk beside the ledger's room, at no cost",
     ),
     one(
         "isolation", "a-waiting-plan-begins-a-ledger", "fedtune/core/vault/reply_facts.py",
-        'status == "admitted" or site.has_ledger', 'status in ("admitted", WAITING) or '
-        "site.has_ledger",
+        "        if site.has_ledger and (spent",
+        "        if (status == WAITING or site.has_ledger) and (spent",
         "tests/client/test_reply_facts.py::test_a_refused_plan_of_declared_data_begins_no_ledger",
         "whoever sends plans that wait for a person fills the disk, at no cost",
+    ),
+    one(
+        "isolation", "an-admitted-plan-begins-a-ledger", "fedtune/core/vault/worker.py",
+        "            if round_ is None:\n                return site\n", "",
+        "tests/client/test_reply_facts.py::test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "plans with made-up bases, refused after the ledger was begun, fill the disk at no cost",
     ),
     one(
         "isolation", "a-plan-that-nobody-signed-is-kept", "fedtune/core/vault/answers.py",

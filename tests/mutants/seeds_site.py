@@ -15,6 +15,7 @@ T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_COLUMNS = "tests/client/test_patient_columns.py::"
 T_WITHDRAW = "tests/client/test_withdraw.py::"
+T_DECLARED = "tests/test_declared.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
 T_BEFORE = "tests/client/test_before_joining.py::"
 T_ERRORS = "tests/dp/test_errors.py::"
@@ -639,16 +640,46 @@ MUTANTS = (
     ),
     one(
         35, "a-receipt-forgets-a-restored-round", "fedtune/officer/withdraw.py",
-        "dataset in datasets or spent.dataset == EVERY or other_key",
-        "dataset in datasets or other_key",
+        "spent.own_dataset in datasets or spent.own_dataset not in known",
+        "spent.own_dataset in datasets",
         T_COLUMNS + "test_a_receipt_lists_what_a_restore_entered",
         "a patient is not told of a round whose charge was lost and entered again",
+    ),
+    one(
+        35, "a-view-shows-a-total-that-is-not-known", "fedtune/cli/ledger_view.py",
+        "known=not unknown)", "known=True)",
+        T_COLUMNS + "test_no_total_is_shown_as_known_that_is_not",
+        "an officer reads ε = 1.912 where 15.15 is true",
+    ),
+    one(
+        35, "a-status-shows-a-total-that-is-not-known", "fedtune/cli/status_view.py",
+        "known=not unknown)", "known=True)",
+        T_COLUMNS + "test_no_total_is_shown_as_known_that_is_not",
+        "an officer watches ε = 1.912 where 15.15 is true",
+    ),
+    one(
+        35, "a-restore-has-one-charge", "fedtune/core/ledger/entries.py",
+        "return self.seq, self.place", "return self.seq, 0",
+        T_COLUMNS + "test_a_receipt_lists_every_study_that_one_restore_entered",
+        "a signed receipt lists one of three studies that had the patient's records",
     ),
     one(
         35, "a-home-states-what-it-does-not-know", "fedtune/officer/memberships.py",
         'if not spent.is_known_for("patient" if columns[name] else "record")', "if False",
         T_COLUMNS + "test_a_home_lists_no_epsilon_that_is_not_known",
         "a hospital reads an ε per visit as its patients'",
+    ),
+    one(
+        35, "an-acceptance-of-rounds-is-one-of-declared-records", "fedtune/cli/site.py",
+        "        named = accept_declared or []\n", "        named = accept_declared or shared\n",
+        T_DECLARED + "test_declared_records_are_accepted_by_name_alone",
+        "who accepted a renamed column also lets records train that were tried for free, unasked",
+    ),
+    one(
+        35, "an-acceptance-covers-what-came-meanwhile", "fedtune/core/ledger/ledger.py",
+        "upto = newest if upto is None else min(upto, newest)", "upto = newest",
+        T_DECLARED + "test_nobody_accepts_what_comes_while_the_records_are_read",
+        "a person has accepted a round that nobody had seen",
     ),
     one(
         35, "an-acceptance-is-for-any-declared-record", "fedtune/core/ledger/entries.py",
@@ -729,22 +760,36 @@ MUTANTS = (
         "the column is taken out, and everybody who withdrew trains again, record by record",
     ),
     one(
-        37, "who-withdrew-comes-back-under-another-name", LEDGER,
-        "{name: had[name] for name in had if not account.disjoint(dataset, name)}",
-        "{name: had[name] for name in had if name == dataset}",
+        37, "who-withdrew-comes-back-under-another-name",
+        "fedtune/core/ledger/patient_column.py",
+        "        or not (name in apart.get(dataset, ()) or dataset in apart.get(name, ()))\n", "",
         T_WITHDRAW
         + "test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients",
         "the records get another name, and everybody who withdrew trains again",
     ),
     one(
-        37, "charges-per-patient-show-no-column", LEDGER,
-        'if spent.charge.unit == "patient" and spent.dataset in account.declared:', "if False:",
+        37, "a-dataset-is-disjoint-from-itself", "fedtune/core/ledger/patient_column.py",
+        "        if name == dataset\n        or not (", "        if not (",
+        T_WITHDRAW + "test_a_plan_that_waits_for_a_person_is_judged_by_what_the_files_state",
+        "a line in the site's file lets everybody who withdrew train again",
+    ),
+    one(
+        37, "a-review-counts-what-no-charge-will", "fedtune/officer/review.py",
+        "    return ledger.as_stated(site.data.name, disjoint_datasets(site), "
+        "patient_columns(site))\n",
+        "    return ledger\n",
+        T_WITHDRAW + "test_a_plan_that_waits_for_a_person_is_judged_by_what_the_files_state",
+        "a plan that the vault would admit can be neither signed nor simulated",
+    ),
+    one(
+        37, "charges-per-patient-show-no-column", "fedtune/core/ledger/account.py",
+        'if spent.charge.unit == "patient" and spent.dataset in self.declared:', "if False:",
         T_WITHDRAW + "test_a_dataset_that_never_had_a_column_is_read_by_record",
         "the ledger of an earlier release is taken for one of records",
     ),
     one(
-        37, "an-adopted-charge-locks-every-dataset-out", LEDGER,
-        'if spent.charge.unit == "patient" and spent.dataset in account.declared:',
+        37, "an-adopted-charge-locks-every-dataset-out", "fedtune/core/ledger/account.py",
+        'if spent.charge.unit == "patient" and spent.dataset in self.declared:',
         'if spent.charge.unit == "patient":',
         T_WITHDRAW + "test_charges_from_which_nothing_can_be_disjoint_lock_no_dataset_out",
         "no study on records runs any more, and no person can change that",
@@ -758,7 +803,7 @@ MUTANTS = (
     one(
         37, "a-study-on-records-shows-another-coordinators-plan",
         "fedtune/core/ledger/patient_column.py",
-        "if column and not is_disjoint:", "if False:",
+        "        if column:\n            had.setdefault(name, [column])", "        pass",
         T_WITHDRAW + "test_in_a_home_by_its_settings_and_not_by_what_another_coordinator_sent",
         "a coordinator sees when another consortium's first plan came",
     ),

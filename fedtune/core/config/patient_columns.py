@@ -1,4 +1,5 @@
-"""The names of the columns that tell a site's patients apart, as the ledger remembers them.
+"""The names of the columns that tell a site's patients apart, as the ledger remembers them, and the
+datasets that share no patient.
 
 A charge per patient counts all rows with one value in that column as one patient. If another column
 tells patients apart later, a person at the site decides whether the earlier charges still say what
@@ -27,6 +28,16 @@ def patient_columns(site: Site) -> dict[str, str]:
     tables = [table for table in (site.data, site.evaluation) if table]
     registered = site.policy.hospital.patients if site.policy.hospital else {}
     return {table.name: patient_column(table) for table in tables} | registered
+
+
+def disjoint_datasets(site: Site) -> dict[str, tuple[str, ...]]:
+    """Return each dataset's name -> the datasets from which it is declared disjoint, in the site's
+    file or, in a hospital's home, in hospital.toml. A dataset that they do not name is declared
+    disjoint from none."""
+    if site.policy.hospital:
+        return dict(site.policy.hospital.disjoint_from)
+    tables = [table for table in (site.data, site.evaluation) if table]
+    return {table.name: table.disjoint_from for table in tables}
 
 
 def shorten_column(column: str | None) -> str:

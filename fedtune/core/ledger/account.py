@@ -6,6 +6,7 @@ after the entry was verified."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +43,7 @@ class Account:
         self.patients: dict[str, str] = {}  # dataset -> its column of patients; "" for none
         self.all_columns: dict[str, list[str]] = {}  # dataset -> each column it had, oldest first
         self.reserved: dict[int, Reservation] = {}
-        self.restored: list[tuple[int, Charge, int]] = []
+        self.restored: list[Spent] = []
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
@@ -94,7 +95,10 @@ class Account:
             self.refused.add(_slot(body))
         elif entry.kind == "restore":
             charges = [Charge.read(fields, EVERY) for fields in body["charges"]]
-            self.restored += [(entry.seq, charge, time) for charge in charges]
+            self.restored += [
+                Spent(entry.seq, "restore", EVERY, charge, "", time, True, place=place)
+                for place, charge in enumerate(charges)
+            ]
             self._remember_columns(body.get("columns", {}))
         elif entry.kind == "withdraw":
             self.withdrawn[body["unit"]] = entry
@@ -123,6 +127,17 @@ class Account:
             known = self.all_columns.setdefault(dataset, [])
             known += [name for name in dict.fromkeys(names) if name and name not in known]
 
+    def list_columns(self) -> dict[str, list[str]]:
+        """List the columns of patients that datasets ever had, as `Ledger.patient_columns` does."""
+        had = {name: list(columns) for name, columns in self.all_columns.items() if columns}
+        for spent in self.spent():
+            # Not those of a restore or an adopted ledger: what they had for a column is remembered
+            # beside them, by the name of a dataset from which others can be disjoint.
+            if spent.charge.unit == "patient" and spent.dataset in self.declared:
+                named = [spent.charge.patient] if spent.charge.patient else []
+                had.setdefault(spent.dataset, named)
+        return had
+
     @property
     def members(self) -> dict[str, str]:
         """The digest of each dataset's members, i.e. the hashed identifiers of its patients and
@@ -146,6 +161,31 @@ class Account:
             if other != dataset and (other in disjoint_from or dataset in declared["disjoint_from"])
         ]
 
+    def as_stated(
+        self,
+        dataset: str,
+        apart: Mapping[str, Collection[str]],
+        columns: Mapping[str, str],
+        seq: int,
+    ) -> Account:
+        """Return what the entries will amount to once the site's files, as they are now, are
+        declared for a charge to `dataset`. Nothing of this object is changed; the result is to be
+        read alone.
+
+        - apart: dataset's name -> the datasets from which the files declare it disjoint
+        - columns: dataset's name -> its column of patients in the files
+        - seq: the number that the next entry will have"""
+        stated = copy.copy(self)
+        stated.declared, stated.apart_since = dict(self.declared), dict(self.apart_since)
+        for name in [*sorted({*self.declared} - {dataset}), dataset]:
+            before = stated.declared.get(name, {"dataset": name, "members": ""})
+            body = {**before, "disjoint_from": sorted(apart.get(name, ()))}
+            if body != before:
+                stated._update_disjoint(seq, body)
+                stated.declared[name] = body
+        stated.patients = {name: columns.get(name, "") for name in stated.declared}
+        return stated
+
     def against(self, dataset: str, columns: Mapping[str, str] | None = None) -> list[Spent]:
         """List the charges that count against `dataset`, oldest first: its own, and those of every
         other dataset unless the two are declared disjoint (no patient or record in common). Of a
@@ -160,7 +200,7 @@ class Account:
         the charge's round, and the one that counts now. The latter is the column of the charge's
         own dataset or, if no table of the site has that dataset any more, that of `dataset`. now:
         the column that each dataset has now."""
-        column_now = now.get(spent.dataset) or now.get(dataset, "")
+        column_now = spent.find_column(now, dataset)
         return replace(spent, patient=self.column_of(spent), patient_now=column_now)
 
     def column_of(self, spent: Spent) -> str:
@@ -183,8 +223,7 @@ class Account:
             Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self.done)
             for seq, r in self.reserved.items()
         ]
-        rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self.restored]
-        return sorted(rows, key=lambda row: row.seq)
+        return sorted([*rows, *self.restored], key=lambda row: row.number)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
         spent = self.against(dataset)

@@ -93,7 +93,9 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
         "budget",
         "private records that were never declared",
         "if they are not private, declare them again; if they are, a person decides: `fedtune "
-        f"ledger SITE --accept {dataset} --reason TEXT`",
+        f"ledger SITE --accept {dataset} "
+        + "".join(f"--accept-declared {name} " for name in shared)
+        + "--reason TEXT`",
     )
 
 
@@ -123,6 +125,8 @@ def check_acceptable(
     unit: str,
     columns: Mapping[str, str] | None = None,
     shared: Collection[str] = (),
+    named: Collection[str] = (),
+    upto: int | None = None,
 ) -> None:
     """Check that a person has something to accept for `dataset`: charges whose ε for one `unit`
     ("patient" or "record") is not known, or records that were declared public or generated.
@@ -130,13 +134,38 @@ def check_acceptable(
     - columns: each dataset's column of patients, as the site's files are now; None: as last
       declared
     - shared: the declared datasets that share records with `dataset` (`find_shared`)
+    - named: those of them that the person names. Their records are accepted by name alone, since a
+      person who accepts charges need not have such records in mind
+    - upto: the number of the newest entry that the person may have seen; None: the newest
 
-    Errors: ConfigError if there is neither."""
-    if not (ledger.unknown(dataset, unit, columns) or shared):
+    Errors: ConfigError if there is nothing, or if `named` has a dataset that is not in `shared`."""
+    if unknown := sorted({*named} - {*shared}):
         raise ConfigError(
-            f"there is nothing to accept for dataset {dataset!r}",
-            "rounds of unknown cost, or records that were declared public or generated",
+            f"{dataset!r} has no private record to accept that is in {unknown[0]!r}",
+            f"one of {', '.join(sorted(shared))}" if shared else "no --accept-declared",
         )
+    charges = ledger.unknown(dataset, unit, columns)
+    if named or any(upto is None or spent.seq <= upto for spent in charges):
+        return
+    if shared:
+        raise ConfigError(
+            f"no round of dataset {dataset!r} is to be accepted, and "
+            + describe_shared(dataset, shared),
+            "the names of the declared datasets whose records shall count as private",
+            "add " + " ".join(f"--accept-declared {name}" for name in shared),
+        )
+    raise ConfigError(
+        f"there is nothing to accept for dataset {dataset!r}",
+        "rounds of unknown cost, or records that were declared public or generated",
+    )
+
+
+def describe_shared(dataset: str, shared: Collection[str]) -> str:
+    """Say that private records of `dataset` are in the declared datasets `shared`."""
+    return (
+        f"{dataset} has private records that were declared public or generated here, in "
+        + ", ".join(shared)
+    )
 
 
 def has_to_accept(ledger: Ledger, dataset: str) -> bool:

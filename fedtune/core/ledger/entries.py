@@ -188,7 +188,8 @@ class Spent:
     - released: whether the round's update was released; always True for a "restore" charge
     - patient: the column that told patients apart in the round; "" if it is not known, and for a
       charge per record
-    - patient_now: the column that tells the patients of this dataset apart now; "" if none does"""
+    - patient_now: the column that tells the patients of this dataset apart now; "" if none does
+    - place: which of its entry's charges it is, from 0; only the entry of a restore has several"""
 
     seq: int
     kind: str
@@ -199,12 +200,30 @@ class Spent:
     released: bool
     patient: str = ""
     patient_now: str = ""
+    place: int = 0
+
+    @property
+    def number(self) -> tuple[int, int]:
+        """What no other charge of the ledger has: the number of its entry, and its place there."""
+        return self.seq, self.place
 
     @property
     def has_other_column(self) -> bool:
         """Whether another column tells patients apart now than in the round. One patient may then
         have counted as several units in the round."""
         return bool(self.patient and self.patient_now) and self.patient != self.patient_now
+
+    @property
+    def own_dataset(self) -> str:
+        """The name of the charged dataset in the site's or the hospital's file. A charge of an
+        adopted ledger is entered under "MEMBERSHIP/NAME", a name that no file can have."""
+        return self.dataset.rpartition("/")[2]
+
+    def find_column(self, columns: Mapping[str, str], dataset: str) -> str:
+        """Return the column that counts for this charge: that of its own dataset or, if that one
+        has none, that of `dataset`, against which the charge counts; "" if neither has one.
+        columns: dataset's name -> its column of patients, "" for none."""
+        return columns.get(self.own_dataset) or columns.get(dataset, "")
 
     def is_known_for(self, unit: str) -> bool:
         """Return whether the charge gives an ε for one `unit`, which is "patient" or "record":
@@ -285,7 +304,7 @@ class Accepted:
         patient."""
         if self.patients is None:
             return self.upto >= spent.seq and not spent.has_other_column
-        seen = self.patients.get(spent.dataset) or self.patients.get(dataset, "")
+        seen = spent.find_column(self.patients, dataset)
         return self.upto >= spent.seq and seen == spent.patient_now
 
 

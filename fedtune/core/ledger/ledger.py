@@ -29,10 +29,11 @@ Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,18 +287,22 @@ class Ledger:
         reason: str = "",
         columns: Mapping[str, str] | None = None,
         declared: Iterable[str] = (),
+        upto: int | None = None,
     ) -> None:
-        """Enter that a person at the site accepts that the ε spent on `dataset` until now is
-        unknown. The acceptance holds as long as the columns of patients stay as they are now.
+        """Enter that a person at the site accepts that the ε spent on `dataset` is unknown. The
+        acceptance holds as long as the columns of patients stay as they are now.
 
         - who: the person's login
         - reason: in that person's words, "" for none
         - columns: the column of patients of each dataset, as the site's files are now; None: as
           they were last declared
         - declared: the datasets that were declared public or generated and that share records with
-          `dataset`, if the person accepts this too"""
+          `dataset`, if the person accepts this too
+        - upto: the number of the newest entry that the person may have seen; None: the newest"""
         with self._store.writing() as writer:
-            about = {"dataset": dataset, "upto": self._store.head.seq, "by": who, "why": reason}
+            newest = self._store.head.seq
+            upto = newest if upto is None else min(upto, newest)
+            about = {"dataset": dataset, "upto": upto, "by": who, "why": reason}
             entry = about | {"declared": sorted(declared)}
             now = self._account.patients if columns is None else columns
             named = {name: column for name, column in now.items() if column}
@@ -353,21 +358,31 @@ class Ledger:
         with self._store.writing():
             return sorted(self._account.declared)
 
-    def patient_columns_of(self, dataset: str) -> dict[str, list[str]]:
-        """Return the columns of patients that `dataset` ever had, and those of each dataset that
-        may have patients in common with it because they are not declared disjoint. The result is a
-        dict with the datasets that ever had a column: a dataset's name -> its columns, oldest
-        first; [] if they are not known, as where an earlier release charged it per patient."""
+    def as_stated(
+        self,
+        dataset: str,
+        apart: Mapping[str, Collection[str]],
+        columns: Mapping[str, str],
+    ) -> Ledger:
+        """Return this ledger as it will be once the site's files, as they are now, are declared for
+        a charge to `dataset`: with the datasets that they state are disjoint, and their columns of
+        patients. Nothing is entered. The result is to be read alone, and has no later entry.
+
+        - apart: dataset's name -> the datasets from which the files declare it disjoint
+        - columns: dataset's name -> its column of patients in the files"""
+        stated = copy.copy(self)
         with self._store.writing():
-            account = self._account
-            had = {name: list(columns) for name, columns in account.all_columns.items() if columns}
-            for spent in account.spent():
-                # Not those of a restore or an adopted ledger, from which none can be disjoint: what
-                # they had for a column is remembered beside them.
-                if spent.charge.unit == "patient" and spent.dataset in account.declared:
-                    named = [spent.charge.patient] if spent.charge.patient else []
-                    had.setdefault(spent.dataset, named)
-            return {name: had[name] for name in had if not account.disjoint(dataset, name)}
+            seq = self._store.head.seq + 1
+            stated._account = self._account.as_stated(dataset, apart, columns, seq)
+        return stated
+
+    @property
+    def patient_columns(self) -> dict[str, list[str]]:
+        """Return which datasets ever had a column of patients. The result is a dict: a dataset's
+        name -> its columns, oldest first; [] if they are not known, as where an earlier release
+        charged it per patient."""
+        with self._store.writing():
+            return self._account.list_columns()
 
     def ask(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.core.config.patient_columns import patient_columns
+from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
 from fedtune.core.errors import PolicyRefused
 
 if TYPE_CHECKING:
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 
 def check_column_stays(
-    ledger: Ledger, site: Site, dataset: str, unit: str, *, at_site: bool = False
+    ledger: Ledger | None, site: Site, dataset: str, unit: str, *, at_site: bool = False
 ) -> None:
     """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
     one, its records are read as those of patients for good. The same holds for a dataset under
-    another name, unless it is declared disjoint from the one that had the column.
+    another name, unless the site's files declare it disjoint from the one that had the column. The
+    ledger gets the same declared before each charge, and may lack it before that.
 
     For such another dataset a column counts as soon as the site's files name it, before any study
     reads that dataset. If it counted only then, the first plan for that dataset would end other
     studies, whose coordinators would learn of it.
 
-    - ledger: the ledger to which the dataset's rounds are charged
+    - ledger: the ledger to which the dataset's rounds are charged; None if there is none yet
     - site: the settings of the site, with those of hospital.toml if it is a membership
     - dataset: the dataset's name
     - unit: "patient" or "record": whose records a study or a command reads together. With
@@ -39,15 +40,7 @@ def check_column_stays(
     Errors: PolicyRefused. No person's acceptance (`Ledger.accept`) prevents it."""
     if unit == "patient":
         return
-    had = ledger.patient_columns_of(dataset)
-    apart = {table.name: table.disjoint_from for table in (site.data, site.evaluation) if table}
-    if site.policy.hospital:
-        apart = site.policy.hospital.disjoint_from
-    for name, column in patient_columns(site).items():
-        is_disjoint = name in apart.get(dataset, ()) or dataset in apart.get(name, ())
-        if column and not is_disjoint:
-            had.setdefault(name, [column])
-    if not had:
+    if not (had := find_columns(ledger, site, dataset)):
         return
     which = ", ".join(
         f"{' and '.join(map(repr, columns)) or 'one'} of dataset {name!r}"
@@ -63,3 +56,20 @@ def check_column_stays(
         "is in this dataset, the person gives it a name of its own and lists the other dataset in "
         "disjoint_from",
     )
+
+
+def find_columns(ledger: Ledger | None, site: Site, dataset: str) -> dict[str, list[str]]:
+    """Return the columns of patients that `dataset`, and each dataset which may have patients in
+    common with it, has or ever had: dataset's name -> its columns, oldest first; [] if they are not
+    known. The site's files say which datasets are disjoint from it. ledger, site: as for
+    `check_column_stays`."""
+    had = ledger.patient_columns if ledger else {}
+    for name, column in patient_columns(site).items():
+        if column:
+            had.setdefault(name, [column])
+    apart = disjoint_datasets(site)
+    return {
+        name: columns
+        for name, columns in had.items()
+        if name == dataset or not (name in apart.get(dataset, ()) or dataset in apart.get(name, ()))
+    }

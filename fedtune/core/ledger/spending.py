@@ -110,10 +110,10 @@ def charges_with_columns(
     counts against several of them, it is listed with the columns of one for which another column
     tells patients apart now, if there is such a dataset. columns: each dataset's column of
     patients, as the site's files are now."""
-    found = dict[int, list[Spent]]()
+    found = dict[tuple[int, int], list[Spent]]()
     for dataset in datasets:
         for spent in ledger.spending(dataset, columns):
-            found.setdefault(spent.seq, []).append(spent)
+            found.setdefault(spent.number, []).append(spent)
     return [
         next((each for each in listed if each.has_other_column), listed[0])
         for _, listed in sorted(found.items())
@@ -295,14 +295,14 @@ def _membership_line(
     - unknown: the numbers of the entries of charges whose ε is not known"""
     own = _paid_by(lambda charge: charge.membership == name, cohorts)
     total = find_heaviest_budget(dataset, own, policy)
-    seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}
+    seen = {spent.number: spent for cohort in own for spent in cohort.spent}.values()
     return MembershipLine(
         membership=name,
-        studies=len({*seen.values()}),
+        studies=len({spent.charge.study for spent in seen}),
         charged=len(seen),
         epsilon=total.epsilon,
         fallback=total.fallback,
-        known=seen.keys().isdisjoint(unknown),
+        known=not any(spent.seq in unknown for spent in seen),
     )
 
 

@@ -42,6 +42,8 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     lines = study_lines(spent, policy.delta, study.unit)
     runs = places(site)
     paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.ceiling:g}"
+    if any(not each.is_known_for(study.unit) for each in spent):
+        paid += ", as far as it is known"
     if total.fallback is not None:
         paid += f"; whatever happens ε = {rounded_up(total.fallback)} of {total.fallback_ceiling:g}"
     newest = sorted(lines, key=lambda line: -line.last)
@@ -104,6 +106,8 @@ def _study(line: StudyLine, runs: dict[str, str]) -> str:
     where = f", in {runs[line.study]}" if line.study in runs else ""
     digest = line.study.removeprefix("sha256:")[:8]
     whatever = f" ({rounded_up(line.fallback)} whatever happens)" if line.fallback else ""
+    if not line.known:
+        return f"{line.name} ({digest}, {at}): ε is not known{where}"
     return f"{line.name} ({digest}, {at}): ε = {rounded_up(line.epsilon)}{whatever} alone{where}"
 
 

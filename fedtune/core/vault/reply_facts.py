@@ -50,17 +50,16 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         name = facts["study"] = study.study.name
         rounds = study.training.rounds
         facts |= {"rounds": rounds} if rounds else {}
-        if status == "finished" and site.has_ledger:
-            charges = site.ledger.charges(site.site.data.name)
+        if status == "finished":
+            charges = site.ledger.charges(site.site.data.name) if site.has_ledger else []
             mine = (charge.round for charge in charges if charge.study == study.digest)
             facts["round"] = max(mine, default=0)  # the last one here
         if (number := _round(request)) is not None:
             facts["round"] = number
             where = f"round {number}" + (f" of {rounds}" if rounds else "")
-        # A plan that was refused, or that waits for a person, begins no ledger: there would be one
-        # for each name that somebody makes up.
-        is_known = status == "admitted" or site.has_ledger
-        if is_known and (spent := _compute_spent(study, site)) is not None:
+        # A plan begins no ledger before its first order: there would be one for each name that
+        # somebody makes up.
+        if site.has_ledger and (spent := _compute_spent(study, site)) is not None:
             facts["epsilon"] = {site.site.site.name: spent.epsilon}
             if spent.fallback is not None:
                 facts["fallback"] = {site.site.site.name: spent.fallback}
@@ -79,7 +78,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
             facts["text"] += f". {_describe_unsigned(study, site, place, facts)}"
     refused = status == "refused" and BY_CEILING.match(reason)
     if study is not None and refused:
-        ledger = site.ledger if site.has_ledger else site.home
+        ledger = site.ledger if site.has_ledger else None  # of a run that has paid nothing
         facts["text"] += f"; {'; '.join(explain(study, site.site, ledger))}; {TODO}"
     if reviewed not in ("", facts["plan_digest"]) and facts.get("signed") is False:
         facts["text"] += (

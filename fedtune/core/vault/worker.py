@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import load, save
 
 from fedtune.core.config import Site, SiteData, Study, load_site
-from fedtune.core.config.patient_columns import patient_column, patient_columns
+from fedtune.core.config.patient_columns import (
+    disjoint_datasets,
+    patient_column,
+    patient_columns,
+)
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.group_reader import group_reader
 from fedtune.core.data.load import check_columns
@@ -134,8 +138,8 @@ class SiteWorker:
     @property
     def has_ledger(self) -> bool:
         """Whether the ledger to which rounds are charged exists already. The ledger of a run of
-        declared data is made when its plan is admitted; for the lifetime ledger this is always
-        True."""
+        declared data is made when its first round is ordered; for the lifetime ledger this is
+        always True."""
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
@@ -280,8 +284,13 @@ class SiteWorker:
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
-        if plan and not self.has_ledger:  # a plan that no budget pays for begins none
-            Budget(site.policy, plan, []).check(round_)
+        if not self.has_ledger:  # a plan that no budget pays for begins none, whoever sends it
+            check_rounds([], site.policy, self.room)
+            check_column_stays(None, site, self._dataset, study.unit)
+            if plan:
+                Budget(site.policy, plan, []).check(round_)
+            if round_ is None:
+                return site
         check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)
         self.declare(site.data, study, site)
         charges = self.ledger.charges(self._dataset)
@@ -304,10 +313,7 @@ class SiteWorker:
 
         Errors: BudgetExceeded if the cost of earlier rounds on `data` is unknown; PolicyRefused if
         the study protects records, and the ledger remembers a column of patients."""
-        tables = [table for table in (site.data, site.evaluation) if table]
-        apart = {table.name: table.disjoint_from for table in tables}
-        if site.policy.hospital:
-            apart = site.policy.hospital.disjoint_from
+        apart = disjoint_datasets(site)
         for other in sorted({*self.ledger.datasets} - {data.name}):
             # A dataset that is no longer listed is disjoint from none.
             self.ledger.declare(other, apart.get(other, ()))

@@ -65,7 +65,8 @@ def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
     record_format = check_columns(site.data, study, network.tokenizer, reader=network.reader)
     by_patient = site.data.columns.patient is not None
     unit: Literal["patient", "record"] = "patient" if by_patient else "record"
-    check_column_stays(ledger, site, site.data.name, unit, at_site=True)
+    remembers = None if site.data.declared else ledger  # no patient is in declared data
+    check_column_stays(remembers, site, site.data.name, unit, at_site=True)
     read = read_file(site.data, unit=unit)
     reasons = _left_out(read.records, site, ledger, by_patient)
     by_unit: dict[str, list[Record]] = {}
