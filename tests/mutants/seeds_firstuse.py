@@ -55,7 +55,7 @@ DECIDING_MUTANTS = (
     ),
     _one(
         "review", "doctor-forgets-what-was-spent", REVIEW,
-        "    charges = ledger.charges(site.data.name) if ledger else []\n", "    charges = []\n",
+        "    charges = pays.charges(name) if pays else []\n", "    charges = []\n",
         T_CLI + "test_doctor_says_no_where_review_says_no",
         "a plan that the ceiling refuses is found good",
     ),

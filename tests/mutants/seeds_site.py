@@ -113,7 +113,7 @@ MUTANTS = (
     ),
     one(
         "orders", "a-plan-that-nobody-can-pay-begins-a-ledger", SITE,
-        "if plan and not self.has_ledger:", "if False:",
+        "        if not self.has_ledger:  # a plan", "        if False:  # a plan",
         "tests/client/test_reply_facts.py::"
         "test_a_refused_plan_of_declared_data_begins_no_ledger",
         "plans that cost too much fill a site's disk at no cost, by made-up names",
@@ -762,14 +762,14 @@ MUTANTS = (
     one(
         37, "who-withdrew-comes-back-under-another-name",
         "fedtune/core/ledger/patient_column.py",
-        "        or not (name in apart.get(dataset, ()) or dataset in apart.get(name, ()))\n", "",
+        " or not (name in apart.get(dataset, ()) or dataset in apart.get(name, ()))\n", "\n",
         T_WITHDRAW
         + "test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients",
         "the records get another name, and everybody who withdrew trains again",
     ),
     one(
         37, "a-dataset-is-disjoint-from-itself", "fedtune/core/ledger/patient_column.py",
-        "        if name == dataset\n        or not (", "        if not (",
+        "if name == dataset or not (", "if not (",
         T_WITHDRAW + "test_a_plan_that_waits_for_a_person_is_judged_by_what_the_files_state",
         "a line in the site's file lets everybody who withdrew train again",
     ),
