@@ -437,7 +437,7 @@ def test_no_plan_and_no_other_key_makes_private_data_cheap(study: Path, tmp_path
     site = Path("north/site.toml")
     text = site.read_text()
     site.write_text(text.replace("[data]", 'ledger = "elsewhere"\n[data]'))
-    with pytest.raises(ConfigError, match=r"private data is paid from the ledger in site\.state"):
+    with pytest.raises(ConfigError, match=r"site\.ledger: allowed only with data\.declared"):
         load_site(site)
 
 

@@ -331,10 +331,13 @@ def choose_base(
         ),
     ] = None,
     sites: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of sites in the prediction.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Number of sites for which the metric at an ε is predicted."
+        ),
     ] = 3,
     size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Declared size of each site in the prediction.")
+        int, typer.Option(min=1, metavar="N", help="Declared size of each of these sites.")
     ] = 200,
     epsilons: Annotated[
         list[float] | None,

@@ -52,8 +52,9 @@ def evidence(
         str,
         typer.Option(
             metavar="KEY|PATH",
-            help="Without --to: whose key must have signed the evidence: a public key, a "
-            "site.toml, or a coordinator's home. With another key the exit code is 2.",
+            help="Without --to: the key that must have signed the evidence: a public key, or the "
+            "site.toml or coordinator's home to which it belongs. With another key the exit code "
+            "is 2.",
             show_default=False,
         ),
     ] = "",

@@ -184,8 +184,9 @@ def forget(place: str, home: Path) -> list[str]:
 
 
 def is_known(home: Path, place: str) -> bool:
-    """Return whether `home` is known to pay for some records, or any home is known to pay for
-    `place`: the path or url of records, or the path of a home. Errors: InfrastructureError."""
+    """Return whether this machine's notes have the home `home`, or any home that pays for the
+    records at `place`. place: the path or url of the records, or the path of the home that pays for
+    them. Errors: InfrastructureError."""
     homes, names = _read(path_of_notes()), _names(place)
     return str(home.resolve()) in homes or any(
         _is_named(names, other, note) for other, notes in homes.items() for note in notes

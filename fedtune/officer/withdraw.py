@@ -233,9 +233,9 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
 
 
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
-    """Return the hash of each withdrawn unit's key → when the unit withdrew, in UTC seconds. They
-    are read from the receipts in `home`, beside a ledger; files that the key `public` did not sign
-    are skipped. The hashes hold only with the salt under which they were made."""
+    """Return, for each unit that withdrew, the hash of its key → when it withdrew, in UTC seconds.
+    Both are read from the receipts in `home`, the folder of a ledger; files that the key `public`
+    did not sign are skipped. A hash matches a key only under the salt with which it was made."""
     since: dict[str, int] = {}
     for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):

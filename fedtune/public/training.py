@@ -142,11 +142,12 @@ def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Add up, for each record, the gradients of its passages in one layer. Rows that only fill up
-    the block are left out.
+    """Add up, for each record, the gradients of its passages in one layer. The empty records that
+    fill up the block are left out.
 
-    gradient: (records with padding · passages, outputs, columns). Returns (batch.count, outputs,
-    columns). Errors: ModelError if the layer gave no gradient (None)."""
+    gradient: (rows, outputs, columns), with a row for each passage of each record, and of each
+    empty record. Returns (batch.count, outputs, columns). Errors: ModelError if the layer gave no
+    gradient (None)."""
     if gradient is None:
         raise ModelError("a trainable layer gave no per-record gradient")
     records = len(batch.index)

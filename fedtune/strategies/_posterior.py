@@ -140,7 +140,8 @@ class Head:
 
     - weight: (K, H); a class's logit is the product of its row and the vector, plus the bias
     - bias: (K,)
-    - figures: for each class its noised number of units, and what it is known from"""
+    - figures: for each class its noised number of units, and whether public records or this number
+      show that the class occurs"""
 
     weight: Array
     bias: Array

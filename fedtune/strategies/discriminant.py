@@ -172,8 +172,9 @@ class Discriminant(Strategy):
 
     def make_head(self) -> Head:
         """Build the head from the sites' sums of all rounds so far and the public data. The head's
-        `figures` hold for each class the noised number of units, the deviation of that noise, and
-        what the class is known from."""
+        `figures` hold for each class the noised number of units, the standard deviation of that
+        noise, whether there are public records of the class, and whether its noised number is too
+        large to be noise alone."""
         state, precision = self._state, float(self._state[PRECISION])
         noised = Noised(
             sums=state[NOISED] / precision,

@@ -97,7 +97,8 @@ def load_sheet(site: Site) -> Sheet | None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"{path}: {key[:80]}: {first['msg']}", f"texts, for {', '.join(FIELDS)}"
+            f"{path}: {key[:80]}: {first['msg']}",
+            f"a text for each of these keys, and no other key: {', '.join(FIELDS)}",
         ) from None
 
 

@@ -561,7 +561,10 @@ class Site(Table):
         if self.policy.hospital and not self.hospital:
             raise ValueError("policy.hospital: is read from hospital.toml; name its folder as home")
         if self.site.ledger and not self.data.declared:
-            raise ValueError("site.ledger: private data is paid from the ledger in site.state")
+            raise ValueError(
+                "site.ledger: allowed only with data.declared; private records are charged in the "
+                "ledger in site.state"
+            )
         for table in filter(None, (self.data, self.evaluation, self.acceptance)):
             table._declared_size = self.site.declared_size
         return self

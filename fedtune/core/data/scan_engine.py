@@ -51,8 +51,8 @@ CASED = ("name", "address", "postcode")  # their capitals are part of the patter
 
 def _after(words: str, value: str, needed: str = "?") -> str:
     """Return a regular expression that finds `value` after one of `words`, as in "patient no. 123".
-    words, value: parts of the expression. needed: whether "number", "no", "id" or "#" stands
-    between the two: "" if one of these must, "?" if it may be missing."""
+    words, value: parts of the expression. needed: "" if "number", "no", "id" or "#" must stand
+    between the two, "?" if it may be missing."""
     return rf"\b(?:{words})\s?(?:number|no\.?|id|#){needed}\s?[:#]?\s{{0,3}}{value}"
 
 

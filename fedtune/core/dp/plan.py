@@ -201,8 +201,8 @@ class DpPlan:
 
     @property
     def grid(self) -> float:
-        """The grid, in gradient units, of a site whose sum is opened by itself, i.e. without secure
-        aggregation."""
+        """The grid of a site's sum without secure aggregation: the number, in gradient units, to
+        whose multiples the sum is rounded."""
         return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
 
     def grid_at(self, dimension: int) -> float:

@@ -202,8 +202,8 @@ def check_name(
     which may have been for any name."""
     if EVERY in charged:
         raise PolicyRefused(
-            f"data.declared = {what!r}, but this ledger was restored and lost charges, in which "
-            "any dataset may have been charged as private",
+            f"data.declared = {what!r}, but this ledger was restored and lost charges, so any "
+            "dataset may have been charged as private",
             "a ledger that lost no charge",
             TODO,
         )

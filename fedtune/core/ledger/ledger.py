@@ -462,14 +462,14 @@ class Ledger:
         """Charge `dataset` with one round, if `permit` allows it; return the entry's number.
 
         - dataset: the name of a declared dataset, whose records the round reads
-        - charge: what the round costs. Its study and round, with `adapter`, are the slot of the
-          round's answer
-        - adapter: the third part of that slot: the digest of the adapter from which the round
-          starts, with the number of the attempt and the membership if there are any
+        - charge: what the round costs
+        - adapter: the digest of the adapter from which the round starts, with the number of the
+          attempt and the membership if there are any. At most one answer leaves the site for a
+          study, a round and this text
         - permit: called for `dataset` and for every other dataset against which the charge would
           count, with the list of all charges that count against that dataset so far
-        - permit_unknown: called with the list of the dataset's charges that give no ε for the
-          charge's unit and that nobody has accepted; None: such charges do not matter
+        - permit_unknown: called with the list of the dataset's charges whose ε for the charge's
+          unit is not known and that nobody has accepted; None: such charges do not matter
         - permit_apart: called with two dicts: each dataset's name -> the datasets from which it is
           declared disjoint, and -> its column of patients; None: this is not checked
         - permit_all: called with all charges of this ledger; None: this is not checked

@@ -70,8 +70,9 @@ def _side(length: int) -> int:
 def _product_keeps_digits(
     most: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Return whether the rows of a matrix keep their digits in other places in its products with a
-    weight (outputs, inputs): as a layer computes its outputs, and the gradient at its inputs. Every
+    """Return whether the product of a matrix with a weight (outputs, inputs) has the same rows, to
+    the last digit, if the rows of the matrix are put in another order. Two products are tried: that
+    by which a layer computes its outputs, and that which gives the gradient at its inputs. Every
     multiple of EIGHT rows up to `most` is tried, since layers and head compute such a number of
     rows for a block of several records."""
     draw = torch.Generator().manual_seed(0)

@@ -452,7 +452,8 @@ def _await_rank_0(site: Path) -> Path:
                 return socket_path
         time.sleep(0.1)
     raise InfrastructureError(
-        "process 0 of those that share this site's steps does not publish its address"
+        "several processes share this site's steps, and the first of them (rank 0) does not "
+        "publish its address"
     )
 
 

@@ -189,12 +189,13 @@ def _too_few(
 
 
 def _judge_one(measure: Measure, bound: float, found: Measured, few: str) -> Judged:
-    """Judge a figure of all records by its threshold.
+    """Judge a measure's figure over all records by the site's threshold.
 
     - measure: the measure, which says whether a higher value is better
     - bound: the site's threshold
     - found: the figure with its interval
-    - few: why the figure cannot be resolved; "" if it can"""
+    - few: in words, that there are too few records or patients to judge by; "" if there are
+      enough"""
     low, high = found.interval
     sign = 1 if measure.higher_is_better else -1
     decision: Decision = "not resolved"
@@ -218,7 +219,8 @@ def _judge_gain(
     - bound: the least gain, by the site's [acceptance]
     - ours: the records, scored by the model
     - start: the public start's scores on the same records, or why there are none
-    - few: why the figure cannot be resolved; "" if it can"""
+    - few: in words, that there are too few records or patients to judge by; "" if there are
+      enough"""
     if isinstance(start, str):
         nothing = Interval(math.nan, math.nan)
         why = f"the public start is not measured: {start}"

@@ -149,10 +149,11 @@ def _row(
 def _fact(
     section: Section, row: Mapping[str, Any], found: Documents, label: str, source: str, how: str
 ) -> dict[str, Any]:
-    """Look up a fact that a row names. Return {"label", "fact"}; "fact" is a dict as `look_up`
-    returns it, or None if the run has no such value.
+    """Look up a fact that a row of the assurance pack names. Return {"label", "fact"}; "fact" is a
+    dict as `look_up` returns it, or None if the run has no such value.
 
-    - section, row: the row that names the fact, and its section; an error's text gives their ids
+    - section, row: that row, and the section of the pack to which it belongs; an error's text gives
+      the ids of both
     - found: the documents of the run and of attacks on it, by file name
     - label: the figure's name for people
     - source: a document and a JSON pointer in it, as in facts.py

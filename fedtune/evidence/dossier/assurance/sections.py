@@ -165,7 +165,7 @@ def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
             raise ConfigError(f"{where}: {name} is not a list of texts", EXPECTED)
     if "blank" in row and (row["blank"] not in known or "organisation" not in row):
         raise ConfigError(
-            f"{where}: blank {row['blank']!r} is not one of the dossier's blanks, or the row has "
-            "no key organisation",
-            f"the key organisation, and as blank one of {', '.join(known)}",
+            f"{where}: the key `blank` is {row['blank']!r}, which is not one of the dossier's "
+            "blanks, or the key `organisation` is missing",
+            f"the key `organisation`, and as `blank` one of {', '.join(known)}",
         )
