@@ -86,7 +86,8 @@ def simulate(
     yes: Annotated[
         bool,
         typer.Option(
-            "--yes", help="Pay again, without asking, for a study that was paid for before."
+            "--yes",
+            help="Do not ask before records pay ε a second time for the same study.",
         ),
     ] = False,
     anyway: ANYWAY = False,

@@ -382,7 +382,8 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
             _mount(str(there[-1]), target, None, MS_BIND | MS_REC)
     for folder, files in own.items():
         if not (inside := _place(folder, [])):
-            raise FileNotFoundError(errno.ENOENT, "no place for a folder in memory", str(folder))
+            why = "a path for a folder in memory leads to nothing, or to what is mounted already"
+            raise FileNotFoundError(errno.ENOENT, why, str(folder))
         _mount("tmpfs", inside, "tmpfs", IN_MEMORY, OWN_DISK)
         for name, content in files.items():
             (inside / name).write_bytes(content)

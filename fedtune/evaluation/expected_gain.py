@@ -397,7 +397,8 @@ class World:
         return math.exp(WIDENED * middle)
 
     def _measure_start(self, random: np.random.Generator) -> float:
-        """Return the public start's accuracy on drawn records. Only classes of which there are
+        """Draw class means and then test records, and return the accuracy on these records of the
+        public start, which is the head fitted to public records alone. Only classes that have
         public records are drawn. random: the generator of this draw."""
         means, shares = self._draw_classes(random)
         shares = np.where(self.public.counts > 0, shares, 0.0)

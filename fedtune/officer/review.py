@@ -166,9 +166,9 @@ def _in_answer(path: Path, site: Site) -> Study:
         raise ConfigError(
             f"{path}: holds no plan",
             "an answer that `fedtune admit` wrote while `fedtune server` runs",
-            "join without a plan, since plans that the coordinator sends later lie in "
-            f"{site.site.plan_file('').parent} until somebody signs them; or ask for "
-            "a new answer",
+            "join without a plan: the plans that the coordinator sends afterwards lie in "
+            f"{site.site.plan_file('').parent} until somebody signs them. Or ask the coordinator "
+            "for a new answer",
         )
     return study
 
@@ -502,8 +502,8 @@ def _leaves(study: Study, site: Site) -> list[str]:
 
 
 def _describe_accepted(site: Site) -> list[str]:
-    """Return lines that say what happens to the site's exact decisions about finished models; [] if
-    the site has no [acceptance]."""
+    """Return lines about what a person decides here with `fedtune accept` on a finished model, from
+    figures without noise; [] if the site has no [acceptance]."""
     if site.acceptance is None:
         return []
     return [

@@ -191,7 +191,7 @@ ZEROS = {"a": np.zeros(BYTES, np.float32)}
 def test_of_a_long_message_not_one_byte_is_sent() -> None:
     here, there = Pipe()
     with here, there:
-        with pytest.raises(RequestError, match="longer than the other half reads"):
+        with pytest.raises(RequestError, match="too long for the process that receives it"):
             requests.send(here, Request("train", {}, pack_arrays(ZEROS)))
         assert not there.poll(0)
 

@@ -559,7 +559,10 @@ class Site(Table):
                 "table, or neither has"
             )
         if self.policy.hospital and not self.hospital:
-            raise ValueError("policy.hospital: is read from hospital.toml; name its folder as home")
+            raise ValueError(
+                "policy.hospital: is read from hospital.toml; leave it out here, and name the "
+                "folder of hospital.toml in hospital.home"
+            )
         if self.site.ledger and not self.data.declared:
             raise ValueError(
                 "site.ledger: allowed only with data.declared; private records are charged in the "

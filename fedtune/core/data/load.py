@@ -229,8 +229,8 @@ def _select_passed(
     outcomes: Iterable[tuple[Record, Record | str, Example | str]],
     rejected: list[tuple[Record, str]],
 ) -> list[_Outcome]:
-    """Return the outcome of each record that has an example. Append (record, reason) to `rejected`
-    for each of the others."""
+    """Return an _Outcome for each record of which an example was made. Append (record, reason) to
+    `rejected` for each of the others. outcomes: what `_outcomes` returned."""
     passed = list[_Outcome]()
     for record, scanned, made in outcomes:
         if isinstance(scanned, Record) and isinstance(made, Example):

@@ -53,8 +53,8 @@ def check_column_stays(
         "not recognised",
         "the column that tells these patients apart",
         "a person at the site names the column again (columns.patient). If none of those patients "
-        "is in this dataset, the person gives it a name of its own and lists the other dataset in "
-        "disjoint_from",
+        "is in this dataset, the person instead gives this dataset another name, and lists the "
+        "other dataset in its disjoint_from",
     )
 
 

@@ -1,15 +1,17 @@
 """Back up the ledger, and restore it so that lost entries are charged conservatively.
 
 Guarantee: a restored ledger charges at least what was spent.
-1. The base is the longest chain that verifies: that of the backup or that of the folder itself.
+1. The restored ledger continues a base: the longest chain of entries that verifies, which is that
+   of the backup or that of the folder itself.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
    were charged up to the entry that they name. Each of these steps that neither the base nor the
    step log has is charged with the smallest σ, the largest q (sampling rate) and the largest k
    (rows of a unit in a step) that are known. An entry that is newer than the anchor and all
    receipts is charged by its row in the old database. If that row cannot be read, it is charged as
-   a round, with as many steps as the longest round that is known. Each lost entry is charged in
-   these two ways if only an anchor or a receipt of an older release, without counts, names it.
+   a round, with as many steps as the longest round that is known. An anchor or a receipt of an
+   older release holds no counts: entries that only such a file names are charged in the same way,
+   by their rows or as rounds.
 | case                                                      | the charge                      |
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
 | lost steps, but no round known to price them              | exhausted                       |

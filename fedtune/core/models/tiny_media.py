@@ -32,14 +32,16 @@ def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: 
 
 
 def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
-    """Shrink the tower of a base that reads images, and write its processor's files. Return the
-    tokens to append to the tiny vocabulary; the last one stands for part of an image in the text.
+    """Shrink the image encoder (the tower) in `config`, and write the files of its processor to
+    `folder`. Return the tokens to append to the tiny vocabulary; the last one stands for part of an
+    image in the text.
 
     - config: the base's transformers config, which is changed
     - base: the real base, whose processor and tokenizer are read
     - folder: the folder of the tiny base
     - sizes: the sizes of the tower, by their names in a config
-    - names: how many tokens the vocabulary has already"""
+    - names: how many tokens the vocabulary has already, which is the id of the first one
+      appended"""
     vision, scale = config.vision_config, int(getattr(config, "scale_factor", 1))
     for name, value in sizes.items():
         if getattr(vision, name, None) is not None:

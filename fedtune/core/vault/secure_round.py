@@ -123,16 +123,16 @@ def mask_sum(
 
 
 def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
-    """Mask the waiting draw, store the masked words in the ledger (in its outbox), and return them
-    as the bytes of a safetensors file.
+    """Mask this site's noised sum (its draw), which waits in memory. Store the masked words in the
+    ledger (in its outbox), and return them as the bytes of a safetensors file.
 
     - site: the SiteWorker of this site, with its settings and ledger
     - prepared: the study, as this site admitted it
-    - draw: the draw to mask
+    - draw: which noised sum to mask: its plan, round, attempt and adapter
     - asked: the statements of all sites of the set, already verified
 
-    Errors: StatementError if this set is not allowed, or this process has no such draw;
-    LedgerError."""
+    Errors: StatementError if this set is not allowed, or this process does not have this noised
+    sum; LedgerError."""
     waiting, study = site.draws.find(draw), prepared.study
     if waiting is None:
         raise StatementError(

@@ -99,7 +99,7 @@ def send(connection: Channel, sent: Request | Answer) -> None:
     announced = json.dumps(header).encode()
     if _is_too_long(len(announced), len(arrays), sum(len(array.data) for _, array in arrays)):
         raise RequestError(
-            "the message is longer than the other half reads",
+            "the message is too long for the process that receives it (vault or courier)",
             f"at most {MOST_WORDS:,} bytes of tables, and {MOST_ARRAYS:,} arrays of at most "
             f"{MOST_BYTES:,} bytes together",
         )

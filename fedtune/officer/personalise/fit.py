@@ -80,11 +80,11 @@ class Choice:
 
 class Fit:
     """Fits the network's parameters to records. The methods take records by their numbers, called
-    rows. The parameters must hold the released values at first.
+    rows. When a Fit is made, the parameters must have the values of the released model.
 
     - parameters: name → the parameter of the network that is trained
-    - scales: name → the factor by which a parameter's change is multiplied; the pull acts on the
-      change before this multiplication
+    - scales: name → the factor by which a parameter's change is multiplied. The pull, which is the
+      weight of the penalty on the squared change, applies to the change before it is multiplied
     - losses: a function that takes the numbers of records and yields, batch by batch, the numbers
       and the losses of the batch's records"""
 

@@ -257,11 +257,12 @@ class _Lora(torch.autograd.Function):
 def _input_gradient(
     grad: torch.Tensor, thin: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the gradient at the layer's input, (B, …, inputs): through A and, where `weight` is
-    given, through W as well.
+    """Return the gradient at the layer's input, (records, …, inputs): through A and, where `weight`
+    is given, through W as well.
 
-    - grad: the gradient at the layer's output, (B, …, outputs)
-    - thin: s · grad B, fp32 (B, positions, rank)
+    - grad: the gradient at the layer's output, (records, …, outputs)
+    - thin: the gradient at A's output, fp32 (records, positions, rank): `grad` times the matrix B,
+      scaled
     - a: A, (rank, inputs)
     - weight: W, (outputs, inputs); None if the frozen layer computes its part of the gradient"""
     shape = (*grad.shape[:-1], a.shape[1])

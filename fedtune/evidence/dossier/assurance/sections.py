@@ -135,9 +135,9 @@ def _check_kinds(where: str, table: Mapping[str, Any], kinds: Mapping[str, type]
 
 
 def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
-    """Check that a row has the required keys, and that everything that it refers to exists: its
-    needs, the sources and formats of its facts, and its blank. where: the file and the row, for an
-    error's text; known: the names of the dossier's own blanks. Errors: ConfigError."""
+    """Check a row of a section's file: it has the required keys, and everything exists that it
+    names under `needs`, `facts` (sources and formats) and `blank`. where: the file and the row, for
+    an error's text; known: the names of the dossier's own blanks. Errors: ConfigError."""
     for name in ("id", "asks"):
         if not row.get(name):
             raise ConfigError(f"{where}: has no {name}", EXPECTED)
