@@ -35,7 +35,6 @@ from fedtune.core.errors import (
 )
 from fedtune.core.files import reading
 from fedtune.core.ledger.entries import Cohort
-from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.ledger.spending import find_heaviest_budget
@@ -55,6 +54,7 @@ from fedtune.evidence import fingerprints
 from fedtune.flower import membership
 from fedtune.flower.enrol import Answer
 from fedtune.flower.link import link
+from fedtune.homes.opening import find_ledger
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.known_plans import known_plan
 from fedtune.report.claim import assumption, best_guess, protects, strength
@@ -355,8 +355,7 @@ def find_paying(study: Study, site: Site, ledger: Ledger | None) -> Ledger | Non
     - site: the site, whose [data] names the dataset that pays
     - ledger: the site's ledger; None if there is none yet"""
     if site.data.declared:
-        folder = run_ledger(site, study.digest)
-        ledger = Ledger(folder) if (folder / DATABASE).exists() else None
+        ledger = find_ledger(run_ledger(site, study.digest))
     if ledger is None:
         return None
     return ledger.as_stated(site.data.name, disjoint_datasets(site), patient_columns(site))

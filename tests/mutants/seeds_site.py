@@ -119,16 +119,6 @@ MUTANTS = (
         "plans that cost too much fill a site's disk at no cost, by made-up names",
     ),
     one(
-        "orders", "a-study-too-many-begins-a-ledger", SITE,
-        "            studies.check_number(self.site.site.state, study)\n"
-        "            self.permit(study, plan, coordinator)\n",
-        "            self.permit(study, plan, coordinator)\n"
-        "            studies.check_number(self.site.site.state, study)\n",
-        "tests/client/test_reply_facts.py::"
-        "test_a_refused_plan_of_declared_data_begins_no_ledger",
-        "beyond as many studies as a site takes, each further plan fills its disk",
-    ),
-    one(
         "orders", "a-vault-is-started-in-an-empty-mount-point", "fedtune/launch/site.py",
         "            check_ledger_there(site.home)  # it may not be mounted any more\n", "",
         "tests/client/test_known_homes.py::"
