@@ -43,10 +43,10 @@ docs: $(READY) ## the documentation site in build/site; asks no other host when 
 	$(BIN)/python -m tests.docs.site
 
 walk: $(READY) ## follow the pages, examples and notebooks line by line; every page in a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/docs tests/examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/docs tests/examples tests/dashboard tests/dossier
 
 audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/docs --ignore tests/examples --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py --ignore tests/network --ignore tests/isolation --ignore tests/test_full_disk.py --ignore tests/test_locked_database.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/docs --ignore tests/examples --ignore tests/dashboard --ignore tests/dossier --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py --ignore tests/network --ignore tests/isolation --ignore tests/test_full_disk.py --ignore tests/test_locked_database.py
 
 chaos: $(READY) ## kill -9, power cuts, full disks, locks, lost messages: a thousand times
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py tests/server/test_model.py tests/network tests/isolation tests/test_full_disk.py tests/test_locked_database.py
