@@ -61,7 +61,7 @@ def bases(
 
 
 SLOW = (  # a base of its own, processes, or a disk filled to each byte
-    *("an-image-of-one-line", "class-statistics", "scanned-to-redact", "a-disk-full-of-members"),
+    *(*SCANNED, "an-image-of-one-line", "class-statistics", "a-disk-full-of-members"),
     *("a-disk-full-of-the-ranks-states", "a-disk-full-of-states-asked-about", "ranks-read-later"),
     *("ranks-read-for-a-later-plan", "too-long-for-an-encoder", "a-folder-put-back-at-work"),
 )
