@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.core.bases import wheel
 from fedtune.core.config import Columns, SiteData, Study
 from fedtune.core.config.scan import KINDS, ScanTable
-from fedtune.core.data import scan, scan_engine
+from fedtune.core.data import load, scan, scan_engine
 from fedtune.core.data.children import ChildFailed
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.load import load_dataset
 from fedtune.core.data.records import Record
 from fedtune.core.data.scan import FOUND, TOO_LONG, UNSCANNED, RecordScan, Scanner
 from fedtune.core.data.scan_findings import Finding, choose, pack, redact, unpack
-from fedtune.core.errors import ModelError
+from fedtune.core.errors import InfrastructureError, ModelError
 from fedtune.officer import data_scan
 from tests.cli_kit import run
 
@@ -92,8 +92,7 @@ KEPT = "Cough for three days, no fever."
 @pytest.fixture(scope="module")
 def analyser() -> Any:
     """presidio in this process, as the program that forks the children builds it."""
-    with scan_engine.model_folder() as folder:
-        return scan_engine.make(folder)
+    return scan_engine.make(scan_engine.model_folder())
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +156,7 @@ def test_a_word_of_another_text_that_has_the_same_hash_changes_nothing(analyser:
     text = f"Seen with {word} at the ward. Mary Smith, her sister, called from Leeds."
     alone = redacted(analyser, text)
     assert "[name]" in alone and "Mary" not in alone
-    with scan_engine.model_folder() as folder:
-        another = scan_engine.make(folder)
+    another = scan_engine.make(scan_engine.model_folder())
     redacted(another, f"Reviewed {made} today, no change.")
     assert redacted(another, text) == alone
 
@@ -511,14 +509,62 @@ def test_another_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return into / "other.whl"
 
     monkeypatch.setattr(scan_engine, "download", download)
-    with pytest.raises(ModelError, match="its sha256 is"), scan_engine.model_folder():
-        pass
+    with pytest.raises(ModelError, match="its sha256 is"):
+        scan_engine.model_folder()
     assert list((tmp_path / "scan").iterdir()) == []
     kept = tmp_path / "scan" / scan_engine.FILE
     kept.write_bytes(b"changed afterwards")
-    with pytest.raises(ModelError, match="its sha256 is"), scan_engine.model_folder():
-        pass
+    with pytest.raises(ModelError, match="its sha256 is"):
+        scan_engine.model_folder()
     assert wheel.verify  # the same check as of a base
+
+
+@installed
+def test_a_reading_writes_nothing_once_the_model_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free space may follow from records. A file that was changed is unpacked again."""
+    kept = scan_engine.model_folder().parent / scan_engine.FILE
+    (tmp_path / "scan").mkdir()
+    (tmp_path / "scan" / scan_engine.FILE).write_bytes(kept.read_bytes())
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    folder = scan_engine.model_folder()
+    config, honest = folder / "config.cfg", (folder / "config.cfg").read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_engine.zipfile.ZipFile, "extract", full)
+        patch.setattr(scan_engine.tempfile, "TemporaryDirectory", full)
+        assert scan_engine.model_folder() == folder
+        config.write_bytes(honest + b"#")
+        with pytest.raises(InfrastructureError, match="No space left"):
+            scan_engine.model_folder()
+    (folder / "more").write_bytes(b"x")
+    assert scan_engine.model_folder() == folder
+    assert config.read_bytes() == honest and not (folder / "more").exists()
+    assert {each.name for each in folder.parent.iterdir()} == {"model", scan_engine.FILE}
+
+
+@installed
+def test_the_scan_starts_before_a_record_is_read(
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> Path:
+        raise InfrastructureError("no space")
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("a record was read")
+
+    monkeypatch.setattr(scan_engine, "model_folder", fails)
+    monkeypatch.setattr(load, "read_file", read)
+    path = jsonl(*rows({"a": PLANTED, "b": KEPT}))
+    with pytest.raises(InfrastructureError, match="no space"):
+        data(path, "redact", study({"unit": "patient"}), tokenizer)
 
 
 def test_every_kind_has_its_paragraph() -> None:

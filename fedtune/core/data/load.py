@@ -292,15 +292,16 @@ def load_dataset(
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
     groups = group_reader(file, study)
-    read = read_file(file, unit=unit, labelled=labelled, strict=strict, groups=groups)
-    by_unit: dict[str, list[Record]] = {}
-    for record in read.records:
-        by_unit.setdefault(record.unit, []).append(record)
     cap = study.max_records_per_unit if unit == "patient" else None
     scored = study.objective.resolved.outputs > 0
     choices = file.choices if isinstance(file, EvaluationTable) else ()
+    by_unit: dict[str, list[Record]] = {}
+    # The scan starts before a record is read: a model that cannot be loaded is the site's error.
     scans = scanning(file.scan, file.declared_size) if isinstance(file, SiteData) else nullcontext()
     with scans as scan:
+        read = read_file(file, unit=unit, labelled=labelled, strict=strict, groups=groups)
+        for record in read.records:
+            by_unit.setdefault(record.unit, []).append(record)
         unit_reader = UnitReader(
             study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
             choices, scan,

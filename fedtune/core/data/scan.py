@@ -73,7 +73,7 @@ class Scanner:
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
-            model = opened.enter_context(scan_engine.model_folder())
+            model = scan_engine.model_folder()
             if sys.platform == "linux" and system_calls.is_known():
                 self._children = opened.enter_context(
                     Children(

