@@ -322,7 +322,7 @@ def ledger(
     freeze also holds for a client that is running, and for every membership of a hospital."""
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
-    from fedtune.core.config.patient_columns import patient_columns
+    from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.declared import check_acceptable, describe_shared, has_to_accept
     from fedtune.core.ledger.ledger import Ledger
@@ -388,6 +388,7 @@ def ledger(
     unit = "patient" if loaded.data.columns.patient else "record"
     columns, dataset = patient_columns(loaded), accept or loaded.data.name
     seen = book.head.seq  # nobody accepts what comes while the records are read
+    stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)  # as a plan will be judged
     shared, unread = list[str](), None
     only_shows = not (freeze or lift or restore or backup)
     if (accept is not None or only_shows) and has_to_accept(book, dataset):
@@ -399,11 +400,13 @@ def ledger(
             unread = error
     if accept is not None:
         named = accept_declared or []
-        if unread and (named or not book.unknown(accept, unit, columns)):
+        if unread and (named or not stated.unknown(accept, unit, columns)):
             raise unread
-        check_acceptable(book, accept, unit, columns, shared, named, seen)
+        check_acceptable(stated, accept, unit, columns, shared, named, seen)
         acts.add("accept", "--accept", dataset=accept)
-        book.accept(accept, login(), reason, columns, named, seen)
+        counted = stated.spending(accept, columns)
+        book.accept(accept, login(), reason, columns, named, seen, counted)
+        stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)
         if named:
             typer.echo(f"accepted: {escape_controls(describe_shared(accept, named))}")
         shared = sorted({*shared} - {*named})
@@ -419,9 +422,9 @@ def ledger(
             f"whether {dataset} has records that were declared public or generated is not known, "
             f"since it cannot be read: {escape_controls(str(unread))}"
         )
-    Console().print(ledger_view(book, dataset, loaded.policy, unit, columns))
+    Console().print(ledger_view(stated, dataset, loaded.policy, unit, columns))
     held = book.frozen
-    shown = facts(book, dataset, loaded.policy, unit, columns)
+    shown = facts(stated, dataset, loaded.policy, unit, columns)
     return shown | {"frozen": asdict(held) if held else None}
 
 

@@ -320,16 +320,18 @@ def _releases(
 
     Of the rounds that are charged against one of all these datasets, a round counts if
     - it was charged to one of `datasets`
-    - or the ledger has no keys of its dataset: a restore does not know which one was charged, and
-      an adopted ledger may have had datasets that its site's file named no longer
+    - or the ledger does not have the keys of all whom it charged: a restore does not know which
+      dataset was charged, and of an adopted ledger only the keys in the files were taken over
     - or it was charged by another patient column, or record by record, so that the ledger cannot
-      know whether this patient took part"""
+      know whether this patient took part; this is asked only if the patient is in a dataset"""
     names, known = {*datasets, *in_files}, {*ledger.datasets}
     by_study: dict[str, list[Spent]] = {}
-    for spent in charges_with_columns(ledger, names, patient_columns(site)):
+    for spent in charges_with_columns(
+        ledger, names or {*known, site.data.name}, patient_columns(site)
+    ):
         sent = spent.released or not spent.charge.noise_multiplier
-        other_key = spent.has_other_column or spent.charge.unit == "record"
-        may_have_it = spent.own_dataset in datasets or spent.own_dataset not in known
+        other_key = names and (spent.has_other_column or spent.charge.unit == "record")
+        may_have_it = spent.dataset in datasets or spent.dataset not in known
         if sent and (may_have_it or other_key):
             by_study.setdefault(spent.charge.study, []).append(spent)
     return [

@@ -22,7 +22,7 @@ from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger import ledger as ledger_module
-from fedtune.core.ledger.entries import Accepted, Charge, Spent
+from fedtune.core.ledger.entries import Accepted, Charge, Earlier, Spent
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import (
     budget,
@@ -105,6 +105,17 @@ def refusal(worker: SiteWorker) -> str:
 def accept(worker: SiteWorker) -> None:
     columns = patient_columns(worker.current())
     worker.ledger.accept(worker.site.data.name, "officer", "", columns)
+
+
+def enter(ledger: Ledger, dataset: str, charge: Charge) -> None:
+    """Enter a charge whose update was released; to "MEMBERSHIP/DATASET" as an adoption does."""
+    membership = dataset.rpartition("/")[0]
+    if membership:
+        adopted = replace(charge, membership=membership, adopted=True)
+        earlier = [Earlier(dataset, adopted, f"a@{membership}", "0" * 64)]
+        ledger.enter_earlier(membership, earlier, {}, [], "officer")
+    else:
+        ledger.release(ledger.reserve(dataset, charge, "a", lambda _: None), b"x")
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +319,49 @@ def test_what_was_accepted_for_one_column_is_not_for_the_next(
     assert refusal(start(tmp_path, "pid")) == ""
 
 
+def test_an_acceptance_holds_for_the_charges_that_counted_then(tmp_path: Path) -> None:
+    """Rounds per record of a dataset that was disjoint were not shown. Twin: an acceptance of an
+    earlier release, which did not say for which charges it was."""
+    ledger = Ledger(tmp_path)
+    ledger.declare("B", (), columns={"B": ""})
+    ledger.reserve("B", replace(CHARGE, unit="record", patient=""), "b", lambda _: None)
+    ledger.declare("A", ["B"], columns={"A": "visit", "B": ""})
+    ledger.reserve("A", replace(CHARGE, patient="visit"), "a", lambda _: None)
+    columns = {"A": "pid", "B": ""}
+    ledger.declare("A", ["B"], columns=columns)
+    assert [spent.dataset for spent in ledger.unknown("A", "patient", columns)] == ["A"]
+    ledger.accept("A", "me", "the column was renamed", columns)
+    assert ledger.unknown("A", "patient", columns) == []
+    ledger.declare("A", [], columns=columns)
+    assert [spent.dataset for spent in ledger.unknown("A", "patient")] == ["B"]
+    (accepted,) = ledger.accepted("A")
+    charge = ledger.unknown("A", "patient")[0]
+    assert replace(accepted, against=None).covers(charge, "A")
+    assert not accepted.covers(charge, "A")
+    ledger.accept("A", "me", "now with B", columns)
+    assert ledger.unknown("A", "patient") == []
+
+
+def test_who_takes_disjoint_from_back_is_shown_and_accepts_what_counts_then(
+    tmp_path: Path,
+) -> None:
+    """Before any plan is admitted, by which the ledger would have it declared."""
+    worker, site = start(tmp_path, "pid"), tmp_path / "site.toml"
+    charge = replace(CHARGE, unit="record", patient="")
+    worker.ledger.declare("others", (), columns={"others": ""})
+    worker.ledger.declare("records", ["others"], columns={"records": "pid"})
+    enter(worker.ledger, "others", charge)
+    site.write_text(site.read_text().replace("[data]", '[data]\ndisjoint_from = ["others"]'))
+    assert "not known" not in run("ledger", site).output
+    worker = start(tmp_path, "pid")
+    study = SimpleNamespace(unit="patient", continuous=False, digest="sha256:" + "b" * 64)
+    assert cost_refusals(study, worker.site, None, worker.ledger)  # type: ignore[arg-type]
+    assert "others" in run("ledger", site).output
+    told = run("ledger", site, "--accept", "records", "--reason", "few share patients")
+    assert told.exit_code == 0, told.output + told.stderr
+    assert not cost_refusals(study, worker.site, None, worker.ledger)  # type: ignore[arg-type]
+
+
 def test_a_patient_who_arrives_under_a_new_key_has_paid_what_was_paid_before(
     tmp_path: Path,
 ) -> None:
@@ -426,6 +480,19 @@ def test_adopted_charges_keep_their_column(tmp_path: Path, dataset: str) -> None
     assert refusal(again)
     unknown = again.ledger.unknown("records", "patient")
     assert len(unknown) == 3 and {spent.patient for spent in unknown} == {"who"}
+
+
+def test_a_correction_is_seen_by_adopted_charges_that_name_no_column(tmp_path: Path) -> None:
+    """Both count as made by the first column with which their own dataset is declared here."""
+    for dataset in ("notes", "cardio/notes"):
+        ledger = Ledger(tmp_path / dataset.replace("/", "-"))
+        ledger.declare("notes", (), columns=None)
+        enter(ledger, dataset, CHARGE)
+        ledger.declare("notes", (), columns={"notes": "visit"})
+        assert ledger.unknown("notes", "patient") == []
+        ledger.declare("notes", (), columns={"notes": "pid"})
+        found = ledger.unknown("notes", "patient")
+        assert [(charge.patient, charge.patient_now) for charge in found] == [("visit", "pid")]
 
 
 def test_charges_without_a_column_are_adopted_by_that_of_the_site_file(tmp_path: Path) -> None:
@@ -619,6 +686,19 @@ def test_a_receipt_states_no_epsilon_that_is_not_known(tmp_path: Path, read_agai
     assert not unseen.trained_on and unseen.releases == []
 
 
+def test_a_receipt_lists_what_was_adopted_for_whoever_left_the_file(tmp_path: Path) -> None:
+    """An adoption takes over the keys in the files alone. Twin: a round of the home's own."""
+    for dataset, listed in (("cardio/records", True), ("records", False)):
+        folder = tmp_path / dataset.replace("/", "-")
+        folder.mkdir()
+        worker = start(folder, "pid")
+        declare(worker)
+        enter_keys(worker, "p1")
+        enter(worker.ledger, dataset, replace(CHARGE, patient="pid"))
+        told = withdraw(worker.site, "gone", worker.ledger, unseen=True)
+        assert bool(told.releases) == listed == told.trained_on
+
+
 def test_a_receipt_lists_what_a_restore_entered(tmp_path: Path) -> None:
     worker = start(tmp_path, "pid")
     released(worker)
@@ -629,8 +709,10 @@ def test_a_receipt_lists_what_a_restore_entered(tmp_path: Path) -> None:
     book = Ledger.restore(tmp_path / "state", tmp_path / "backup")
     entered = [spent for spent in book.spending() if spent.kind == "restore"]
     assert entered
-    for patient in ("p1", "p2"):  # p2 is in the file, and may have trained in the lost round
-        told = withdraw(worker.site, patient, Ledger(tmp_path / "state"))
+    # p2 is in the file, and may have trained in the lost round. So may who has left the file.
+    for patient in ("p1", "p2", "gone"):
+        book = Ledger(tmp_path / "state")
+        told = withdraw(worker.site, patient, book, unseen=patient == "gone")
         assert {r.digest for r in told.releases} >= {spent.charge.study for spent in entered}
         assert told.trained_on
 

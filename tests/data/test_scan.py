@@ -531,13 +531,16 @@ def test_a_reading_writes_nothing_once_the_model_is_unpacked(
     folder = scan_engine.model_folder()
     config, honest = folder / "config.cfg", (folder / "config.cfg").read_bytes()
 
-    def full(*_: Any, **__: Any) -> None:
+    tried = list[tuple[Any, ...]]()
+
+    def full(*given: Any, **_: Any) -> None:
+        tried.append(given)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(scan_engine.zipfile.ZipFile, "extract", full)
         patch.setattr(scan_engine.tempfile, "TemporaryDirectory", full)
-        assert scan_engine.model_folder() == folder
+        assert scan_engine.model_folder() == folder and not tried
         config.write_bytes(honest + b"#")
         with pytest.raises(InfrastructureError, match="No space left"):
             scan_engine.model_folder()

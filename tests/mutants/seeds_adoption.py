@@ -215,4 +215,37 @@ MUTANTS = (
         T_HOMES + "test_what_a_home_pays_for_is_not_simulated_by_a_site_beside_it",
         "records that a home pays for are declared generated, and trained on for free",
     ),
+    one(
+        37, "an-acceptance-covers-what-was-disjoint", "fedtune/core/ledger/entries.py",
+        "if self.against is not None and spent.seq > self.against.get(spent.dataset, -1):",
+        "if False:",
+        T_COLUMNS + "test_an_acceptance_holds_for_the_charges_that_counted_then",
+        "rounds per record that nobody was shown count as if they were per patient",
+    ),
+    one(
+        37, "a-receipt-knows-every-adopted-key", "fedtune/officer/withdraw.py",
+        "may_have_it = spent.dataset in datasets or spent.dataset not in known",
+        "may_have_it = spent.dataset in datasets or spent.own_dataset not in known",
+        T_COLUMNS + "test_a_receipt_lists_what_was_adopted_for_whoever_left_the_file",
+        "a signed receipt says that no study had a patient who trained before an adoption",
+    ),
+    one(
+        37, "who-is-nowhere-was-nowhere", "fedtune/officer/withdraw.py",
+        "names or {*known, site.data.name}", "names",
+        T_COLUMNS + "test_a_receipt_lists_what_a_restore_entered",
+        "a signed receipt says that no study had a patient who left the files before a restore",
+    ),
+    one(
+        37, "an-adopted-charge-has-no-first-column", "fedtune/core/ledger/account.py",
+        "self.all_columns.get(spent.own_dataset, [])", "self.all_columns.get(spent.dataset, [])",
+        T_COLUMNS + "test_a_correction_is_seen_by_adopted_charges_that_name_no_column",
+        "a corrected column is not seen by what an earlier release adopted",
+    ),
+    one(
+        37, "a-view-judges-by-what-was-declared", "fedtune/cli/site.py",
+        "stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)  # as a plan",
+        "stated = book  # as a plan",
+        T_COLUMNS + "test_who_takes_disjoint_from_back_is_shown_and_accepts_what_counts_then",
+        "a plan can neither be signed nor its charges be accepted",
+    ),
 )  # fmt: skip

@@ -110,6 +110,13 @@ MUTANTS = (
         "a text made for it keeps a site busy for minutes before a charge",
     ),
     _one(
+        "scan", "a-model-is-unpacked-at-each-reading", "fedtune/core/data/scan_engine.py",
+        "if not _is_unpacked(archive, members, folder):\n            try",
+        "if True:\n            try",
+        T_SCAN + "test_a_reading_writes_nothing_once_the_model_is_unpacked",
+        "how much of the disk the records take decides whether anybody's train",
+    ),
+    _one(
         "scan", "as-many-scans-as-units", "fedtune/core/data/scan.py",
         "declared_size=self._declared_size,", "",
         T_SCAN + "test_children_are_as_many_as_is_public",

@@ -105,7 +105,7 @@ class Account:
         elif entry.kind == "admit":
             self.admitted[body["plan"], body.get("membership", "")] = body["by"]
         elif entry.kind == "accept":
-            about = body.get("patients"), body.get("declared")
+            about = body.get("patients"), body.get("declared"), body.get("against")
             acceptance = Accepted(body["upto"], body["by"], body["why"], time, *about)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind == "freeze":
@@ -212,7 +212,7 @@ class Account:
         a restore entered, the column is never known."""
         if spent.charge.patient or spent.charge.unit == "record":
             return spent.charge.patient
-        return next(iter(self.all_columns.get(spent.dataset, [])), "")
+        return next(iter(self.all_columns.get(spent.own_dataset, [])), "")
 
     def _counts(self, spent: Spent, dataset: str) -> bool:
         since = self.apart_since.get(frozenset((spent.dataset, dataset)))

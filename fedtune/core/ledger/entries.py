@@ -283,7 +283,9 @@ class Accepted:
       earlier release, which did not say so
     - declared: the datasets that were declared public or generated and that shared records with
       this one, as the person was shown; None for an entry of an earlier release, which did not say
-      so and was for all of them"""
+      so and was for all of them
+    - against: each dataset whose charges counted against this one at this time -> the number of the
+      newest of them; None for an entry of an earlier release, which did not say so"""
 
     upto: int
     who: str
@@ -291,6 +293,7 @@ class Accepted:
     time: int
     patients: Mapping[str, str] | None = None
     declared: Collection[str] | None = None
+    against: Mapping[str, int] | None = None
 
     def covers_declared(self, name: str, entry: int) -> bool:
         """Return whether the person accepted that records of the dataset `name`, which was declared
@@ -301,7 +304,10 @@ class Accepted:
         """Return whether the person accepted a charge against `dataset`, the dataset about which
         the person decided. The column that tells patients apart now must have been in the site's
         files at the decision, since by that column the person saw what the charge cost one
-        patient."""
+        patient. The charge must have counted against `dataset` then: a person who did not see it,
+        because its dataset was declared disjoint, has not accepted it."""
+        if self.against is not None and spent.seq > self.against.get(spent.dataset, -1):
+            return False
         if self.patients is None:
             return self.upto >= spent.seq and not spent.has_other_column
         seen = spent.find_column(self.patients, dataset)

@@ -288,9 +288,11 @@ class Ledger:
         columns: Mapping[str, str] | None = None,
         declared: Iterable[str] = (),
         upto: int | None = None,
+        counted: Iterable[Spent] | None = None,
     ) -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` is unknown. The
-        acceptance holds as long as the columns of patients stay as they are now.
+        acceptance holds for the charges that count against `dataset` now, as long as the columns of
+        patients stay as they are now.
 
         - who: the person's login
         - reason: in that person's words, "" for none
@@ -298,12 +300,18 @@ class Ledger:
           they were last declared
         - declared: the datasets that were declared public or generated and that share records with
           `dataset`, if the person accepts this too
-        - upto: the number of the newest entry that the person may have seen; None: the newest"""
+        - upto: the number of the newest entry that the person may have seen; None: the newest
+        - counted: the charges that count against `dataset`, as the site's files are now
+          (`as_stated`); None: as was last declared"""
         with self._store.writing() as writer:
             newest = self._store.head.seq
             upto = newest if upto is None else min(upto, newest)
             about = {"dataset": dataset, "upto": upto, "by": who, "why": reason}
-            entry = about | {"declared": sorted(declared)}
+            against = dict[str, int]()
+            for spent in self._account.against(dataset) if counted is None else counted:
+                if spent.seq <= upto:
+                    against[spent.dataset] = max(spent.seq, against.get(spent.dataset, 0))
+            entry = about | {"declared": sorted(declared), "against": against}
             now = self._account.patients if columns is None else columns
             named = {name: column for name, column in now.items() if column}
             writer.append("accept", entry | {"patients": named})
@@ -366,7 +374,7 @@ class Ledger:
     ) -> Ledger:
         """Return this ledger as it will be once the site's files, as they are now, are declared for
         a charge to `dataset`: with the datasets that they state are disjoint, and their columns of
-        patients. Nothing is entered. The result is to be read alone, and has no later entry.
+        patients. Nothing is entered. The result is to be read alone, and before further entries.
 
         - apart: dataset's name -> the datasets from which the files declare it disjoint
         - columns: dataset's name -> its column of patients in the files"""
