@@ -19,7 +19,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -69,30 +69,25 @@ class Scanner:
         self._declared_size = declared_size
         self._children: Children | None = None
         self._analyser: AnalyzerEngine | None = None
-        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as opened:
-            model = scan_engine.model_folder()
-            if sys.platform == "linux" and system_calls.is_known():
-                self._children = opened.enter_context(
-                    Children(
-                        PROGRAM,
-                        {"model": str(model)},
-                        what="the scan for identifiers",
-                        otherwise="let containers install seccomp filters, as they do by default",
-                        cpu_seconds=CPU_SECONDS,
-                        seconds=WAITING,
-                        declared_size=self._declared_size,
-                    )
-                )
-            else:
-                log.warning(
-                    "this machine is not Linux on x86-64 or 64-bit ARM: texts are scanned without "
-                    "a limit of time or memory, so that a hostile one can keep this process busy"
-                )
-                self._analyser = scan_engine.make(model)
-            self._open = opened.pop_all()
+        model = scan_engine.model_folder()
+        if sys.platform == "linux" and system_calls.is_known():
+            self._children = Children(
+                PROGRAM,
+                {"model": str(model)},
+                what="the scan for identifiers",
+                otherwise="let containers install seccomp filters, as they do by default",
+                cpu_seconds=CPU_SECONDS,
+                seconds=WAITING,
+                declared_size=self._declared_size,
+            ).__enter__()
+        else:
+            log.warning(
+                "this machine is not Linux on x86-64 or 64-bit ARM: texts are scanned without a "
+                "limit of time or memory, so that a hostile one can keep this process busy"
+            )
+            self._analyser = scan_engine.make(model)
         return self
 
     def __exit__(
@@ -101,7 +96,8 @@ class Scanner:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._open.__exit__(kind, error, traceback)
+        if self._children is not None:
+            self._children.__exit__(kind, error, traceback)
 
     def __call__(self, texts: Sequence[str]) -> list[list[Finding]]:
         """Return, for each text, the identifiers in it that are of this scanner's kinds and have a
