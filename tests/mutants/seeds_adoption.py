@@ -133,7 +133,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-new-receipt-forgets-a-release", "fedtune/officer/withdraw.py",
-        "spent.own_dataset in datasets or", "spent.dataset in datasets or",
+        "spent.dataset in datasets or spent.dataset not in known",
+        'spent.dataset in datasets or spent.kind == "restore"',
         T_ADOPT + "test_what_a_later_site_paid_counts_alike_whoever_is_in_its_files",
         "a patient is not told which models keep something",
     ),

@@ -624,14 +624,15 @@ MUTANTS = (
     ),
     one(
         35, "a-receipt-forgets-rounds-by-another-key", "fedtune/officer/withdraw.py",
-        'other_key = spent.has_other_column or spent.charge.unit == "record"', "other_key = False",
+        'other_key = names and (spent.has_other_column or spent.charge.unit == "record")',
+        "other_key = False",
         T_COLUMNS + "test_a_receipt_states_no_epsilon_that_is_not_known",
         "a patient whose records trained by another column is told that none did",
     ),
     one(
         35, "a-receipt-forgets-a-restored-round", "fedtune/officer/withdraw.py",
-        "spent.own_dataset in datasets or spent.own_dataset not in known",
-        "spent.own_dataset in datasets",
+        "spent.dataset in datasets or spent.dataset not in known",
+        "spent.dataset in datasets",
         T_COLUMNS + "test_a_receipt_lists_what_a_restore_entered",
         "a patient is not told of a round whose charge was lost and entered again",
     ),
