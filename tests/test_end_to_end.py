@@ -314,7 +314,7 @@ def spoil(folder: Path, how: str) -> None:
     [
         ("empty", "no records"),
         ("column", r"data\.columns"),
-        ("one", "one patient's"),
+        ("one", "belong to one patient"),
         ("long", "too long"),
         ("nul", "NUL"),
         ("digest", "digest"),

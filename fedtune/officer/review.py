@@ -41,7 +41,6 @@ from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
-from fedtune.core.vault.declared import run_ledger
 from fedtune.core.vault.policy import (
     compute_within_limits,
     may_resolve,
@@ -355,6 +354,8 @@ def find_paying(study: Study, site: Site, ledger: Ledger | None) -> Ledger | Non
     - site: the site, whose [data] names the dataset that pays
     - ledger: the site's ledger; None if there is none yet"""
     if site.data.declared:
+        from fedtune.core.vault.declared import run_ledger  # loads what reads records
+
         ledger = find_ledger(run_ledger(site, study.digest))
     if ledger is None:
         return None

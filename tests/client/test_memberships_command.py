@@ -146,7 +146,7 @@ def test_status_and_doctor_of_a_membership_work(world: Path) -> None:
 
 def test_options_that_do_not_belong_together_are_refused(world: Path) -> None:
     for options, expected in (
-        (("--add", "x", "--end", "y"), "one of them"),
+        (("--add", "x", "--end", "y"), "only one of the two"),
         (("--site", "x"), "--site is given without --add"),
         (("--add", "x"), "--add is given without --site"),
         (("--adopt", "cardio/site.toml"), "--adopt is given without --name"),

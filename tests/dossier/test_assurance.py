@@ -296,7 +296,11 @@ def test_the_pages_example_of_a_section_is_one(signed: Any, tmp_path: Path) -> N
         ('"epsilon"]]', '"epsilon"], "x"]', "row 1: a fact is no list"),
         ('"report.json#', '"notes.json#', "row 1: no source 'notes.json'"),
         ('mechanism = "the', 'needs = ["luck"]\nmechanism = "the', "row 1: unknown entry 'luck'"),
-        ('organisation = "Name', 'blank = "x"\norganisation = "Name', "row 2: blank 'x'"),
+        (
+            'organisation = "Name',
+            'blank = "x"\norganisation = "Name',
+            "row 2: the key `blank` is 'x'",
+        ),
         ('"R2"', "7", "row 2: id is not a text"),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_gateway_out_of_its_time_is_a_matter_of_clocks(
                 until(lambda: says in (way.refusal or ""))
                 assert way.clock and not way.distrust
                 told = str(executor.run_supernode(world.root / "state", way))
-                assert "compare the clocks" in told and "NTP" in told
+                assert "clocks that agree" in told and "NTP" in told
                 assert "--name" not in told and "enroll" not in told
             (world.home / "server.pem").write_bytes(good)
             with world.gateway():  # the clock is put right: the site goes on by itself
@@ -220,7 +220,8 @@ class Shifted:
 
 
 @pytest.mark.parametrize(
-    ("hours", "says"), [(1, "behind its own"), (-1, "ahead of its own"), (0, "")]
+    ("hours", "says"),
+    [(1, "behind the coordinator's"), (-1, "ahead of the coordinator's"), (0, "")],
 )
 def test_a_refusal_names_clocks_that_disagree(
     world: World, hours: int, says: str, monkeypatch: pytest.MonkeyPatch

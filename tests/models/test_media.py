@@ -325,7 +325,7 @@ def test_modules_that_are_not_there(folder: Path, tiny_base: Path) -> None:
         network_of(folder, "whisper", modules=("projector",))
     with pytest.raises(ConfigError, match=r"some of .*'projector'"):
         network_of(folder, "idefics3", modules=("fc9",))
-    with pytest.raises(ConfigError, match="at most 3 here"):
+    with pytest.raises(ConfigError, match="at most 3"):
         network_of(folder, "whisper", modules=("fc1",), last_layers=4)
 
 

@@ -363,6 +363,6 @@ def test_a_checkpoint_of_a_newer_version_says_so_and_stays(tmp_path, monkeypatch
     store.save(tmp_path, begun())
     monkeypatch.undo()
     before = (tmp_path / FOLDER / DATABASE).read_bytes()
-    with pytest.raises(CheckpointError, match=r"another fedtune.*fedtune-run-9"):
+    with pytest.raises(CheckpointError, match=r"another release of fedtune.*fedtune-run-9"):
         store.load(tmp_path, STUDY)
     assert (tmp_path / FOLDER / DATABASE).read_bytes() == before
