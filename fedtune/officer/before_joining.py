@@ -6,6 +6,7 @@ import logging
 from typing import Literal
 
 from fedtune.core.config import Site
+from fedtune.core.data import scan_engine
 from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
@@ -42,7 +43,8 @@ def check_before_joining(site: Site) -> None:
         check_trusted(site.home, consortium)
     sign_declarations(site)
     check_sheet(site)
-    for check in (check_private, check_attested_records, check_records, check_conversion):
+    checks = (check_scan, check_private, check_attested_records, check_records, check_conversion)
+    for check in checks:
         try:
             check(site)
         except LedgerError:
@@ -57,6 +59,14 @@ def check_before_joining(site: Site) -> None:
                 describe(error),
                 ", ".join(names.values()),
             )
+
+
+def check_scan(site: Site) -> None:
+    """Check that the model of the site's [data.scan] is in the cache, if records are redacted or
+    left out by it; a model that is missing is fetched. Errors: ModelError, InfrastructureError."""
+    for table in (site.data, site.evaluation):
+        if table and table.scan and table.scan.action != "warn":
+            scan_engine.model_folder()
 
 
 def check_records(site: Site) -> None:

@@ -17,7 +17,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases import wheel
-from fedtune.core.config import Columns, SiteData, Study
+from fedtune.core.config import Columns, SiteData, Study, load_site
 from fedtune.core.config.scan import KINDS, ScanTable
 from fedtune.core.data import load, scan, scan_engine
 from fedtune.core.data.children import ChildFailed
@@ -28,6 +28,7 @@ from fedtune.core.data.scan import FOUND, TOO_LONG, UNSCANNED, RecordScan, Scann
 from fedtune.core.data.scan_findings import Finding, choose, pack, redact, unpack
 from fedtune.core.errors import InfrastructureError, ModelError
 from fedtune.officer import data_scan
+from fedtune.officer.before_joining import check_before_joining
 from tests.cli_kit import run
 
 WORDS = [
@@ -595,6 +596,26 @@ def test_the_scan_starts_before_a_record_is_read(
     path = jsonl(*rows({"a": PLANTED, "b": KEPT}))
     with pytest.raises(InfrastructureError, match="no space"):
         data(path, "redact", study({"unit": "patient"}), tokenizer)
+
+
+@pytest.mark.parametrize("action", ["redact", "leave_out", "warn"])
+def test_a_site_joins_with_the_model_in_its_cache_or_not_at_all(
+    action: str,
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first reading comes when it has joined, in a process without a network."""
+    jsonl(*rows({"a": KEPT, "b": KEPT, "c": KEPT}), name="notes.jsonl")
+    (tmp_path / "site.toml").write_text(SITE.replace("leave_out", action))
+    site = load_site(tmp_path / "site.toml")
+
+    def fails() -> Path:
+        raise ModelError("the model is missing")
+
+    monkeypatch.setattr(scan_engine, "model_folder", fails)
+    with nullcontext() if action == "warn" else pytest.raises(ModelError, match="is missing"):
+        check_before_joining(site)
 
 
 def test_every_kind_has_its_paragraph() -> None:
