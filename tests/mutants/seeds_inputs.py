@@ -122,6 +122,12 @@ MUTANTS = (
         "the model that one process loads is removed by the other, and its round is of noise alone",
     ),
     _one(
+        "scan", "a-site-joins-without-its-scan", "fedtune/officer/before_joining.py",
+        "checks = (check_scan, ", "checks = (",
+        T_SCAN + "test_a_site_joins_with_the_model_in_its_cache_or_not_at_all",
+        "each round is charged and of noise alone, since a process without a network needs a model",
+    ),
+    _one(
         "scan", "as-many-scans-as-units", "fedtune/core/data/scan.py",
         "declared_size=self._declared_size,", "",
         T_SCAN + "test_children_are_as_many_as_is_public",

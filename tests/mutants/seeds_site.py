@@ -865,8 +865,8 @@ MUTANTS = (
     ),
     one(
         "restart", "what-people-typed-is-a-record", "fedtune/officer/before_joining.py",
-        "    check_sheet(site)\n    for check in (check_private,",
-        "    for check in (check_sheet, check_private,",
+        "    check_sheet(site)\n    checks = (check_scan,",
+        "    checks = (check_sheet, check_scan,",
         T_BEFORE + "test_what_people_typed_is_checked_in_mid_study_too",
         "a sheet that nobody attested to is taken for one",
     ),

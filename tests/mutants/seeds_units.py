@@ -260,7 +260,7 @@ MUTANTS = (
     ),
     one(
         "units", "no-sample-before-joining", "fedtune/officer/before_joining.py",
-        "check_records, check_conversion):", "check_records):",
+        "check_records, check_conversion)", "check_records)",
         T_CONVERSION + "test_a_sample_of_units_is_converted_again_alone",
         "nobody at the site hears of a conversion that couples units",
     ),
