@@ -168,13 +168,13 @@ class RecordScan:
 
     def __call__(self, records: list[Record]) -> list[Record | str]:
         """Return each record as it may train, or the reason (a str) why it may not."""
-        scanned = [record for record in records if not is_too_long(record)]
-        texts = list(dict.fromkeys(text for record in scanned for text in texts_of(record)))
+        read = [(record, is_too_long(record)) for record in records]
+        texts = [text for record, too_long in read if not too_long for text in texts_of(record)]
         try:
             found = dict(zip(texts, self.scanner(texts), strict=True))
         except ChildFailed:
-            return [TOO_LONG if is_too_long(record) else UNSCANNED for record in records]
-        return [TOO_LONG if is_too_long(r) else self._apply(r, found) for r in records]
+            return [TOO_LONG if too_long else UNSCANNED for _, too_long in read]
+        return [TOO_LONG if too_long else self._apply(record, found) for record, too_long in read]
 
     def _apply(self, record: Record, found: dict[str, list[Finding]]) -> Record | str:
         """Return one record as it may train. found: the findings in each of its texts."""
