@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedtune.data")
 PROGRAM = "fedtune.core.data.scan_process"
-CPU_SECONDS = 120  # processor time for all texts of a unit: some 2,000 notes of 2,000 characters
+CPU_SECONDS = 120  # processor time for all texts of a unit: some 1,200 notes of 2,000 characters
 WAITING = 1200.0  # seconds that a child may live: it may wait in vain, or the machine may be busy
 ANSWER = 16 * 2**20  # most bytes of the findings in one text
 
