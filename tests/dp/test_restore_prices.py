@@ -230,11 +230,49 @@ def test_a_lost_charge_without_noise_is_no_round_with_noise(
     assert 0.0 in total(Ledger.restore(used.folder, tmp_path / "copy"))
 
 
-class Site:
-    """A ledger to which anything happens in turn, with a backup and a copy of its step log."""
+def put_back(folder: Path, tmp_path: Path, more: int) -> dict[float, float]:
+    """Put a folder back to an earlier copy of itself, from which it goes on for `more` rounds.
+    Between the two it paid for three rounds, a person withdrew, and it was backed up. Return what
+    was paid in all."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    early = shutil.copytree(folder, tmp_path / "early")
+    for round_ in (2, 3, 4):
+        run_round(ledger, round_, done=charge(round_, sigma=0.5))
+    enter(ledger, "withdraw", 1)
+    ledger.backup(tmp_path / "copy")
+    shutil.rmtree(folder)
+    shutil.copytree(early, folder)
+    for round_ in range(more):
+        run_round(Ledger(folder), round_, done=charge(round_, study="sha256:" + "77" * 32))
+    return {1.0: 4 * (1 + more), 0.5: 12}
 
-    def __init__(self, folder: Path, chance: random.Random) -> None:
+
+@pytest.mark.parametrize("more", [2, 6])
+def test_what_only_the_copy_has_is_charged_and_decided(
+    folder: Path, tmp_path: Path, more: int
+) -> None:
+    """The folder went on from an earlier copy of itself, and has fewer entries than the backup, or
+    more. A second restore charges nothing again."""
+    paid = put_back(folder, tmp_path, more)
+    restored = Ledger.restore(folder, tmp_path / "copy")
+    assert covers(total(restored), paid)
+    if more == 6:  # the longer chain: what each of the two has is known
+        assert total(restored) == paid
+    assert restored.withdrawn()
+    before = total(restored)
+    assert total(Ledger.restore(folder, tmp_path / "copy")) == before
+
+
+class Site:
+    """A ledger to which anything happens in turn, with a backup and a copy of its step log. If
+    `damaged`, its database is never lost, but one of its first rows is; then a round may be the
+    costliest that is not in the backup."""
+
+    def __init__(self, folder: Path, chance: random.Random, damaged: bool) -> None:
         self.folder, self.chance, self.count = folder, chance, 0
+        self.damaged = damaged
         self.ledger = Ledger(folder)
         self.ledger.declare("notes", [], "sha256:0", [b"ann"], keys=[b"ann"])
         run_round(self.ledger, 1)  # the costliest
@@ -247,7 +285,8 @@ class Site:
 
     def act(self) -> None:
         self.count += 1
-        sigma, steps = self.chance.choice([1.0, 2.0]), self.chance.choice([1, 3, 4])
+        sigmas = [0.5, 1.0, 2.0] if self.damaged else [1.0, 2.0]
+        sigma, steps = self.chance.choice(sigmas), self.chance.choice([1, 3, 4])
         one = charge(self.count + 1, sigma=sigma, steps=steps)
         match self.chance.choice(
             ["round", "round", "crash", "leave", "arrive", "adopt", "back up"]
@@ -273,7 +312,11 @@ class Site:
         """Lose the database, perhaps the newest lines of the step log, and perhaps the anchor's
         counts. Return whether the restored ledger charges all that was charged before."""
         before = total(self.ledger)
-        (self.folder / "ledger.db").unlink()
+        if self.damaged:
+            with closing(sqlite3.connect(self.folder / "ledger.db")) as database, database:
+                database.execute("UPDATE entries SET hash = '' WHERE seq = 1")
+        else:
+            (self.folder / "ledger.db").unlink()
         if self.chance.random() < 0.6:
             (self.folder / "steps.jsonl").write_bytes(self.log)
         if self.chance.random() < 0.2:
@@ -282,11 +325,11 @@ class Site:
         return covers(total(self.ledger), before)
 
 
-def are_covered(tmp_path: Path, sites: int) -> list[bool]:
+def are_covered(tmp_path: Path, sites: int, damaged: bool = False) -> list[bool]:
     covered = []
     for seed in range(sites):
         chance = random.Random(seed)
-        site = Site(tmp_path / f"site-{seed}", chance)
+        site = Site(tmp_path / f"site-{seed}", chance, damaged)
         for _ in range(3):
             for _ in range(chance.randrange(6)):
                 site.act()
@@ -295,8 +338,11 @@ def are_covered(tmp_path: Path, sites: int) -> list[bool]:
     return covered
 
 
-def test_whatever_happens_a_restore_charges_no_less_than_was_charged(tmp_path: Path) -> None:
-    assert all(are_covered(tmp_path, sites=16))
+@pytest.mark.parametrize("database", ["lost", "damaged"])
+def test_whatever_happens_a_restore_charges_no_less_than_was_charged(
+    tmp_path: Path, database: str
+) -> None:
+    assert all(are_covered(tmp_path, sites=16, damaged=database == "damaged"))
 
 
 def test_a_restore_that_goes_by_the_step_log_alone_is_caught(

@@ -118,6 +118,38 @@ MUTANTS = (
         "a second restore forgets the rounds that the first one charged",
     ),
     one(
+        "incidents", "what-a-restore-charged-has-no-price", "fedtune/core/ledger/restore.py",
+        '            elif kind == "restore":\n', "            elif False:\n",
+        T_PRICES + "test_whatever_happens_a_restore_charges_no_less_than_was_charged[damaged]",
+        "a second restore charges lost rounds as rounds with more noise than they had",
+    ),
+    one(
+        "incidents", "a-restores-bound-has-no-price", "fedtune/core/ledger/restore.py",
+        "        if charge.study != EXHAUSTED.study or charge.noise_multiplier > 0\n",
+        "        if charge.study != EXHAUSTED.study\n",
+        T_PRICES + "test_whatever_happens_a_restore_charges_no_less_than_was_charged[damaged]",
+        "what a restore bounded is charged by the next one as rounds with more noise",
+    ),
+    one(
+        "incidents", "the-longer-chain-has-all", "fedtune/core/ledger/restore.py",
+        "        if local.holds(backup.head):\n", "        if local.holds(local.head):\n",
+        T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
+        "a folder that was put back and went on is restored without what only the copy paid",
+    ),
+    one(
+        "incidents", "a-copy-is-charged-at-each-restore", "fedtune/core/ledger/restore.py",
+        "    heads += [base.beside.head] if base.beside else []\n", "",
+        T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
+        "each further restore from the same copy charges its rounds again",
+    ),
+    one(
+        "incidents", "a-copys-decisions-are-lost", "fedtune/core/ledger/restore.py",
+        "        rows = sorted([*rows, *_readable_rows(base.beside.path)], key=itemgetter(0))\n",
+        "",
+        T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
+        "whoever withdrew before the folder was put back is trained on again",
+    ),
+    one(
         "incidents", "a-salt-of-the-right-length-is-the-salt", "fedtune/core/ledger/restore.py",
         "is_lost = _names_salt(folder, public, salt) is not True", "is_lost = len(salt) != 32",
         T_RESTORED + "test_only_a_first_entry_shows_that_a_salt_is_the_ledgers[another-]",

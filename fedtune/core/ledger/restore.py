@@ -2,7 +2,9 @@
 
 Guarantee: a restored ledger charges at least what was spent.
 1. The restored ledger continues a base: the longest chain of entries that verifies, which is that
-   of the backup or that of the folder itself.
+   of the backup or that of the folder itself. If the folder's is the longer one and lacks the
+   backup's newest entry, it went on from an earlier copy of itself: what the backup's entries
+   charge that it lacks is added, and their decisions count as those of the old database's rows.
 2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
    were charged up to the entry that they name. Each of these steps that neither the base nor the
@@ -37,7 +39,10 @@ restore.
 Withdrawals, refused answers and a freeze that the chain lacks are known to the caller (`Standing`),
 or from those rows of the old database that can still be read and that the site signed. They are
 entered in the new database before it is put in place, so that a ledger without them can never be
-opened, even if the restore is killed. If the salt was lost, no withdrawal is recognised any more,
+opened, even if the restore is killed. So are declarations that records are public or generated,
+with the hashes of these records, as far as both can be read. Whether or not any is lost, a restore
+that may have lost entries says so (`members_lost`): until a person accepts it, no private record is
+taken for one that was never declared. If the salt was lost, no withdrawal is recognised any more,
 and the new ledger is frozen, whether or not anybody withdrew. A freeze is in the audit log before
 the new database is in place. The old database is locked during the restore.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost; NewerLedger
@@ -55,6 +60,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +119,19 @@ class _Base:
     - salt: the salt by which the new database hashes members
     - entries: the chain's entries, oldest first
     - is_salt_lost: True if `salt` is not, or may not be, the one by which the old ledger hashed. A
-      unit then has another hash than before"""
+      unit then has another hash than before
+    - beside: the backup's chain, if it is the shorter one and this one lacks its newest entry: the
+      folder was put back to an earlier copy of itself, and went on. None: nothing is beside"""
 
     path: Path | None
     salt: bytes
     entries: list[Entry] = field(default_factory=list)
     is_salt_lost: bool = False
+    beside: _Base | None = None
+
+    @property
+    def head(self) -> Head:
+        return Head(self.entries[-1].seq, self.entries[-1].hash)
 
     @property
     def seq(self) -> int:
@@ -257,6 +270,10 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
     heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor.head] if anchor else [])
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
+    sources = [folder / DATABASE]
+    if base.beside and base.beside.path:
+        rows = sorted([*rows, *_readable_rows(base.beside.path)], key=itemgetter(0))
+        sources.append(base.beside.path)
     stands = _add_readable(stands, rows, key.public, base)
     entry_body = _restore_body(folder, base, receipts, anchor, rows, key.public)
     draft = folder / "ledger.restoring"
@@ -278,6 +295,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
         for slot in sorted(stands.refused):
             if (fields := slot_fields(slot)) not in base.refused:
                 writer.append("refuse", {**fields, "by": login()})
+        _enter_declarations(writer, sources, rows, key.public, base)
         is_frozen = base.is_frozen or stands.frozen is not None
         if base.is_salt_lost:  # whoever withdrew: a coordinator sees that a site is frozen
             is_frozen, why = True, _say_salt_lost(len(stands.withdrawn))
@@ -332,6 +350,46 @@ def _add_readable(
     return Standing(
         withdrawn | dict(stands.withdrawn), stands.frozen or frozen, refused | {*stands.refused}
     )
+
+
+def _enter_declarations(
+    writer: Transaction,
+    sources: list[Path],
+    rows: list[tuple[Any, ...]],
+    public: str,
+    base: _Base,
+) -> None:
+    """Enter again that datasets were declared public or generated, as far as rows show it that the
+    site signed, with the hashes of their records that can still be read.
+
+    - writer: a transaction on the restored database
+    - sources: the databases from which hashes are read
+    - rows: the rows of these databases that can be read, as `_readable_rows` returns them
+    - public: the public half (hexadecimal) of the site's key
+    - base: the chain that is continued; its own entries are left out"""
+    known, found = {entry.hash for entry in base.entries}, dict[str, str]()
+    for row in rows:
+        with suppress(TypeError, KeyError):
+            if row[1] == "declaration" and row[4] not in known:
+                body = _signed_body(row, public) or {}
+                found[body["dataset"]] = body["what"]
+    for dataset, what in found.items():
+        name = NOT_PRIVATE + dataset
+        for source in sources:
+            writer.add_members(name, _readable_members(source, name))
+        members = writer.members(name)
+        writer.append("declaration", {"dataset": dataset, "what": what, "members": members})
+
+
+def _readable_members(path: Path, name: str) -> set[bytes]:
+    """Return the hashes that can be read of those stored under a name in the database `path`."""
+    hashes = set[bytes]()
+    if path.exists():
+        with suppress(sqlite3.Error), closing(connect(path)) as connection:
+            query = "SELECT hash FROM members WHERE dataset = ?"
+            for (hash_,) in connection.execute(query, (name,)):
+                hashes |= {hash_} if isinstance(hash_, bytes) else set()
+    return hashes
 
 
 def _signed_body(row: tuple[Any, ...], public: str) -> dict[str, Any] | None:
@@ -455,7 +513,10 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
             todo="name another backup, or none to restore from the files that are left",
         )
     if local is not None and local.seq > backup.seq:
-        return local
+        if local.holds(backup.head):
+            return local
+        is_lost = backup.salt != local.salt
+        return dataclasses.replace(local, is_salt_lost=is_lost, beside=backup)
     # Who withdrew since a salt was made anew is known by hashes under that one alone.
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
     is_another = len(salt) == 32 and salt != backup.salt
@@ -538,18 +599,26 @@ def _restore_body(
     In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
-    the old database show it. `settled` lists the [number, hash] of each entry that anchor or
-    receipts name and the base lacks, so that a later restore sees that it is charged."""
+    the old database show it. `settled` lists the [number, hash] of each entry that anchor, receipts
+    or the backup name and the base lacks, so that a later restore sees that it is charged.
+    `members_lost` is there unless the folder's own chain is whole. Entries may then be lost, and
+    with them what the ledger knew of records: which ones were declared public or generated, and on
+    whom was trained. What follows from it does not depend on what was lost."""
     log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
     columns = _readable_columns(rows, public)
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
+    heads += [base.beside.head] if base.beside else []
     unknown = [head for head in heads if not base.holds(head)]
     logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
     known_charges = [
-        c for c in (*base.charges, *readable, *logged_charges) if c.study != EXHAUSTED.study
+        charge
+        for charge in (*base.charges, *readable, *logged_charges)
+        if charge.study != EXHAUSTED.study or charge.noise_multiplier > 0
     ]
-    round_steps = max([1, *(charge.steps for charge in known_charges)])
+    # A charge by which a restore bounded many lost rounds has a price, and is no round.
+    rounds = [charge.steps for charge in known_charges if charge.study != EXHAUSTED.study]
+    round_steps = max([1, *rounds])
     lost, branch = _most_lost(base, anchor, log, rows, public, round_steps)
     charges = list(logged_charges)
     # What the log shows beyond an anchor, or beside a branch, says nothing of what they hold. An
@@ -571,14 +640,20 @@ def _restore_body(
     # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
     rules = min((c.rules for c in (*base.charges, *readable)), default=RULES)
     charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
+    highest = max([base.seq, top, *(head.seq for head in heads)])
+    # A backup counts as older than the folder, even if nothing was entered since: whether a person
+    # withdrew after it must not decide what follows.
+    is_own = base.path == folder / DATABASE and anchor is not None
+    is_whole = is_own and not unknown and highest == base.seq
     return {
         "base": base.seq,
-        "highest": max([base.seq, top, *(head.seq for head in heads)]),
+        "highest": highest,
         "lost_steps": lost.plus(branch).steps,
         "settled": [[*head] for head in unknown],
         "dataset": EVERY,
         "charges": [charge.fields() for charge in charges],
         **({"columns": columns} if columns else {}),
+        **({} if is_whole else {"members_lost": True}),
     }
 
 
@@ -592,7 +667,7 @@ def _most_lost(
 ) -> tuple[Paid, Paid]:
     """Return two upper bounds on what lost entries charged, in noised steps and in charges without
     noise: those that anchor, accepted receipts and rows show, and those of a branch of the chain
-    that only refused receipts show. Neither includes the other.
+    that only refused receipts or the backup show. Neither includes the other.
 
     - base: the chain that is continued
     - anchor: the file that names the newest entry; None if there is none that this site signed
@@ -623,9 +698,19 @@ def _most_lost(
     branch = [
         _since(r.mark, since := last.get(r.coordinator, 0), base.paid(since), round_steps)
         for r in receipts.refused
-        if not base.holds(r.head)
+        if not (base.holds(r.head) or (base.beside and base.beside.holds(r.head)))
     ]
-    return _most([known.plus(after), *aside]), _most(branch)
+    beside = _charged_beside(base, base.beside) if base.beside else Paid()
+    return _most([known.plus(after), *aside]), _most(branch).plus(beside)
+
+
+def _charged_beside(base: _Base, other: _Base) -> Paid:
+    """Return what the entries of the chain `other` charge that the chain `base` lacks."""
+    known, paid = {entry.hash for entry in base.entries}, Paid()
+    for entry in other.entries:
+        if entry.hash not in known:
+            paid = paid.plus(count_paid(entry.kind, entry.body))
+    return paid
 
 
 def _most(counts: list[Paid]) -> Paid:
@@ -674,6 +759,8 @@ def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             if kind == "reserve":
                 charges.append(Charge.read(json.loads(body)["charge"]))
+            elif kind == "restore":
+                charges += [Charge.read(fields) for fields in json.loads(body)["charges"]]
     return charges, rows[-1][0] if rows else 0
 
 
