@@ -4,7 +4,9 @@ private."""
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,69 @@ def test_an_acceptance_of_something_else_is_none_of_declared_records(tried: Site
         earlier = {"dataset": name, "upto": ledger._store.head.seq, "by": "somebody", "why": ""}
         writer.append("accept", earlier)
     declare(tried)
+
+
+def lay_out_restore(tried: Site, tmp_path: Path, how: str) -> Ledger:
+    """Restore the ledger from a copy of before anything was declared, or from what is left."""
+    state, early = tried.site.state, tmp_path / "early"
+    if how == "nothing is lost":
+        (state / "ledger.receipt").write_bytes(b"{")
+        return Ledger.restore(state)
+    shutil.copytree(state, early)
+    with closing(sqlite3.connect(early / "ledger.db")) as database, database:
+        database.execute("DELETE FROM entries WHERE seq > 0")
+        database.execute("DELETE FROM members")
+    if how == "its row is read":  # but for the first entry, the database is whole
+        with closing(sqlite3.connect(state / "ledger.db")) as database, database:
+            database.execute("UPDATE entries SET hash = '' WHERE seq = 0")
+    else:
+        (state / "ledger.db").unlink()
+    return Ledger.restore(state, early if how != "no copy" else None)
+
+
+@pytest.mark.parametrize("how", ["a copy", "no copy", "its row is read", "nothing is lost"])
+def test_a_restore_forgets_no_declaration_without_a_word(
+    tried: Site, tmp_path: Path, how: str
+) -> None:
+    """Private records are accepted as perhaps declared, whether or not any was; what can be read of
+    a declaration is kept. Twin: nothing was lost."""
+    from fedtune.core.config import save
+
+    file, name = str(save(tried, tmp_path / "site.toml")), tried.data.name
+    ledger = lay_out_restore(tried, tmp_path, how)
+    if ledger.frozen:
+        ledger.lift("an officer", "nobody withdrew")
+    lost, read = how != "nothing is lost", how in ("its row is read", "nothing is lost")
+    shared = [*(["*"] if lost else []), *(["tried"] if read else [])]
+    assert declared.list_shared(tried, ledger, name) == shared
+    options = [word for each in shared for word in ("--accept-declared", each)]
+    told = " ".join(run("ledger", file).output.split())
+    assert ("a restore of the ledger may have lost which ones were" in told) == lost
+    assert ("--accept-declared '*'" in told) == lost and "NOT ACCEPTED" in told
+    words = (
+        ["24 of 24 records"] if read else ["a restore of the ledger may have lost which ones were"]
+    )
+    with pytest.raises(PolicyRefused, match=words[0]):
+        declare(tried)
+    accepted = run("ledger", file, "--accept", name, *options)
+    assert accepted.exit_code == 0, accepted.output
+    declare(tried)
+    assert bool(ledger.members_lost) == lost
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_restore_asks_alike_whatever_was_lost(tmp_path: Path, copy: bool) -> None:
+    """Nothing was ever declared, nor entered since the copy."""
+    site = with_long_notes(tmp_path)
+    ledger = Ledger(site.site.state)
+    ledger.declare(site.data.name, [])
+    ledger.backup(tmp_path / "copy")
+    (site.site.state / "ledger.db").unlink()
+    Ledger.restore(site.site.state, tmp_path / "copy" if copy else None)
+    with pytest.raises(
+        PolicyRefused, match="a restore of the ledger may have lost which ones were"
+    ):
+        declare(site)
 
 
 def pay_by_earlier_rules(tried: Site, round_: int = 1) -> None:

@@ -293,7 +293,8 @@ def ledger(
         typer.Option(
             metavar="NAME",
             help="With --accept: accept, too, that DATASET has private records which were declared "
-            "public or generated here, in the dataset NAME. May be given several times.",
+            "public or generated here, in the dataset NAME; after a restore, '*' stands for those "
+            "that it lost. May be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -324,7 +325,12 @@ def ledger(
     from fedtune.core.config import load_site
     from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
     from fedtune.core.ledger.audit_log import AuditLog, login
-    from fedtune.core.ledger.declared import check_acceptable, describe_shared, has_to_accept
+    from fedtune.core.ledger.declared import (
+        check_acceptable,
+        describe_shared,
+        has_to_accept,
+        options_to_accept,
+    )
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
@@ -390,7 +396,7 @@ def ledger(
     seen = book.head.seq  # nobody accepts what comes while the records are read
     stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)  # as a plan will be judged
     shared, unread = list[str](), None
-    only_shows = not (freeze or lift or restore or backup)
+    only_shows = not (freeze or lift or backup)
     if (accept is not None or only_shows) and has_to_accept(book, dataset):
         from fedtune.core.vault.declared import list_shared  # loads what reads records
 
@@ -411,11 +417,10 @@ def ledger(
             typer.echo(f"accepted: {escape_controls(describe_shared(accept, named))}")
         shared = sorted({*shared} - {*named})
     if shared:
-        options = " ".join(f"--accept-declared {name}" for name in shared)
         typer.echo(
             f"NOT ACCEPTED: {escape_controls(describe_shared(dataset, shared))}. No study reads "
             f"{dataset} until somebody accepts this too: fedtune ledger SITE --accept {dataset} "
-            f"{escape_controls(options)} --reason TEXT"
+            f"{escape_controls(options_to_accept(shared))} --reason TEXT"
         )
     if unread:
         typer.echo(

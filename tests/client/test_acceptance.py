@@ -94,6 +94,28 @@ def test_whoever_was_trained_on_is_left_out_with_all_records(world: Path) -> Non
     assert made.figures["compared_by"] == "patients" and made.figures["training_read"]
 
 
+def test_a_decision_says_that_a_restore_may_have_lost_who_trained(world: Path) -> None:
+    """The backup is from before h5 trained. Twins: no restore, and one that lost receipts alone."""
+    site, says = load_site("site.toml"), "may have lost whom it knew"
+    state = site.site.state
+    ledger = Ledger(state)
+    ledger.backup(world / "early")
+    ledger.declare("an earlier dataset", [], members=[unit_member("h5")])
+    made = judged()
+    assert made.figures["left_out"] == {TRAINED: 1} and made.figures["members_lost"] == ""
+    for lost in (False, True):
+        if lost:
+            (state / "ledger.db").unlink()
+        else:
+            (state / "ledger.receipt").write_bytes(b"{")
+        Ledger.restore(state, world / "early")
+        made = judged()
+        assert made.figures["left_out"] == ({} if lost else {TRAINED: 1})
+        record = json.loads((made.folder / "record.json").read_text())
+        assert bool(record["members_lost"]) == bool(made.figures["members_lost"]) == lost
+        assert (says in (made.folder / "page.html").read_text()) == lost
+
+
 def test_whoever_withdrew_is_left_out(world: Path) -> None:
     site = load_site("site.toml")
     Ledger(site.site.state).withdraw(unit_member("h7"))

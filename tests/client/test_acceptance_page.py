@@ -43,6 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         keyed="0" * 64,
         compared_by="contents",
         training_read=False,
+        members_lost="2026-11-28",
         groups=groups,
         left_out=Counter({TRAINED: 3}),
         rejected=Counter({"unknown label": 2}),
@@ -72,6 +73,7 @@ def test_the_page_says_all_that_there_is_to_say(written: Path) -> None:
         "left out, trained on here",
         "looked at 2 times before",
         "the ledger&#x27;s memory alone",
+        "restored on 2026-11-28 (UTC)",
         "no coordinator&#x27;s training or release may follow from it",
     ):
         assert said in text, said

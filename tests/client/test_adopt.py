@@ -18,10 +18,17 @@ from fedtune.core.config import load_site
 from fedtune.core.config.load import load_hospital
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError, Refused
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    InputError,
+    PolicyRefused,
+    Refused,
+)
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.ledger.entries import RULES, Charge
+from fedtune.core.ledger.entries import EVERY, RULES, Charge
 from fedtune.core.ledger.files import KEY, LedgerError, traces
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import budget, share_of
@@ -152,6 +159,9 @@ def test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers(w
         s for s in Ledger.restore(book.folder, world / "backup").spending() if s.kind == "restore"
     ]
     adopt_first(world)
+    with pytest.raises(PolicyRefused, match="a restore of the ledger"):
+        adopt_second(world)  # some of its records may once have been declared public
+    Ledger(book.folder).accept("records", "officer", declared=[EVERY])
     made = adopt_second(world)
     home = Ledger(world / "home")
     entered = [s.charge for s in home.spending() if s.charge.membership == "onco"]

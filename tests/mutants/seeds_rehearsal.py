@@ -98,6 +98,32 @@ MUTANTS = (
         "what a restore puts in place does not open, and the site's ledger is at its end",
     ),
     one(
+        "declared", "a-restore-says-nothing-of-lost-records", "fedtune/core/ledger/restore.py",
+        '        **({} if is_whole else {"members_lost": True}),\n', "",
+        TESTS + "test_a_restore_asks_alike_whatever_was_lost",
+        "what was tried for free with private records is forgotten with a lost ledger",
+    ),
+    one(
+        "declared", "a-lost-declaration-is-none", "fedtune/core/ledger/account.py",
+        "self.not_private_since[EVERY], self.members_lost = entry.seq, time",
+        "self.members_lost = time",
+        TESTS + "test_a_restore_forgets_no_declaration_without_a_word",
+        "private records that were tried for free train once the ledger is restored",
+    ),
+    one(
+        "declared", "a-copy-of-today-is-whole", "fedtune/core/ledger/restore.py",
+        "    is_own = base.path == folder / DATABASE and anchor is not None\n",
+        "    is_own = base.path is not None and anchor is not None\n",
+        TESTS + "test_a_restore_asks_alike_whatever_was_lost",
+        "whether a patient withdrew since the backup decides when a site comes back",
+    ),
+    one(
+        "declared", "a-declaration-that-can-be-read-is-lost", "fedtune/core/ledger/restore.py",
+        "        _enter_declarations(writer, sources, rows, key.public, base)\n", "",
+        TESTS + "test_a_restore_forgets_no_declaration_without_a_word",
+        "whoever accepts a restore accepts records that were tried for free, unseen",
+    ),
+    one(
         24, "a-restore-takes-the-anchor-away-first", "fedtune/core/ledger/restore.py",
         "os.link(folder / name, folder / f\"{name}{aside}\")",
         "os.replace(folder / name, folder / f\"{name}{aside}\")",

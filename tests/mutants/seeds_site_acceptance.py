@@ -15,6 +15,15 @@ TOLD, T_TOLD = "fedtune/evidence/told.py", "tests/client/test_told.py::"
 MUTANTS = (
     one(
         "acceptance",
+        "a-restore-is-in-no-decision",
+        RECORDS,
+        "Counter(reasons.values()), ledger.members_lost",
+        "Counter(reasons.values()), 0",
+        T_SITE + "test_a_decision_says_that_a_restore_may_have_lost_who_trained",
+        "a signed decision by patients who trained says that they were left out",
+    ),
+    one(
+        "acceptance",
         "a-gain-by-chance-is-accepted",
         INTERVALS,
         "Interval(min(low, found - half), max(high, found + half))",

@@ -57,7 +57,10 @@ class Account:
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
         self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members
-        self.not_private_since: dict[str, int] = {}  # dataset -> its newest declaration's entry
+        # Dataset -> its newest declaration's entry; EVERY -> the newest restore that may have lost
+        # one.
+        self.not_private_since: dict[str, int] = {}
+        self.members_lost = 0  # when a restore last may have lost members, in UTC seconds; 0: never
         # A pair of disjoint datasets -> the entry up to which charges count against both; 0: none.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
@@ -100,6 +103,8 @@ class Account:
                 for place, charge in enumerate(charges)
             ]
             self._remember_columns(body.get("columns", {}))
+            if body.get("members_lost"):
+                self.not_private_since[EVERY], self.members_lost = entry.seq, time
         elif entry.kind == "withdraw":
             self.withdrawn[body["unit"]] = entry
         elif entry.kind == "admit":

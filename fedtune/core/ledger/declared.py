@@ -7,12 +7,15 @@ be declared that contains a record which was charged as private. The ledger reco
 by the salted hashes of its content, its file, its longest text and its patient. These hashes stay,
 also after a withdrawal.
 | ledger that lost charges and was restored | declares nothing: any dataset may have been charged |
+| ledger that lost entries and was restored | any private record may have been declared, until a  |
+|                                           | person accepts this by the name EVERY               |
 | short text under other column names       | its record is not recognised                        |
 All this is done at the site alone, before it connects. A refusal ends the site's command.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -75,27 +78,29 @@ def declare(
 def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
     """Check that none of these private records was ever declared public or generated. A run on
     declared data is not charged to the lifetime ledger, so what it learned from a private record
-    would be in no budget.
+    would be in no budget. After a restore that may have lost a declaration, each may have been.
 
     - ledger: the site's lifetime ledger
     - dataset: the dataset that the records belong to
     - records: for each record, the identifiers by which the ledger recognises it, except the
       patient's key, since an invented patient may happen to have the key of a real one
 
-    Errors: PolicyRefused if a record was declared, until a person accepts this for `dataset`
-    (`Ledger.accept`)."""
+    Errors: PolicyRefused if a record was, or may have been, declared, until a person accepts this
+    for `dataset` (`Ledger.accept`)."""
     if not (shared := find_shared(ledger, dataset, records)):
         return
-    count = len(set().union(*shared.values()))
-    raise PolicyRefused(
+    declared = [name for name in shared if name != EVERY]
+    count = len(set().union(*(shared[name] for name in declared)))
+    found = (
         f"{count} of {len(records)} records of dataset {dataset!r} were declared public or "
-        f"generated here, in {', '.join(map(repr, shared))}, and what was tried with them is in no "
-        "budget",
+        f"generated here, in {', '.join(map(repr, declared))}"
+    )
+    raise PolicyRefused(
+        f"{found if declared else describe_shared(dataset, shared)}, and what was tried with them "
+        "is in no budget",
         "private records that were never declared",
         "if they are not private, declare them again; if they are, a person decides: `fedtune "
-        f"ledger SITE --accept {dataset} "
-        + "".join(f"--accept-declared {name} " for name in shared)
-        + "--reason TEXT`",
+        f"ledger SITE --accept {dataset} {options_to_accept(shared)} --reason TEXT`",
     )
 
 
@@ -104,13 +109,14 @@ def find_shared(
 ) -> dict[str, set[int]]:
     """Find private records of `dataset` that were declared public or generated, and that nobody has
     accepted. Return a dict: name of each declared dataset that has such records -> the positions of
-    these records in `records`. records: for each record, the identifiers by which the ledger
-    recognises it, as in `check_private`."""
+    these records in `records`. It has EVERY, with all records, if a restore may have lost what was
+    declared. records: for each record, the identifiers by which the ledger recognises it, as in
+    `check_private`."""
     with ledger._store.writing() as writer:
         declared = {
             name: writer.hashes(NOT_PRIVATE + name) for name in _not_accepted(ledger, dataset)
         }
-    found = dict[str, set[int]]()
+    found = {EVERY: {*range(len(records))}} if EVERY in declared else dict[str, set[int]]()
     for number, record in enumerate(records if declared else ()):
         salted = {ledger._salt_member(member) for member in record}
         for name, hashes in declared.items():
@@ -152,7 +158,7 @@ def check_acceptable(
             f"no round of dataset {dataset!r} is to be accepted, and "
             + describe_shared(dataset, shared),
             "the names of the declared datasets whose records shall count as private",
-            "add " + " ".join(f"--accept-declared {name}" for name in shared),
+            f"add {options_to_accept(shared)}",
         )
     raise ConfigError(
         f"there is nothing to accept for dataset {dataset!r}",
@@ -161,23 +167,36 @@ def check_acceptable(
 
 
 def describe_shared(dataset: str, shared: Collection[str]) -> str:
-    """Say that private records of `dataset` are in the declared datasets `shared`."""
-    return (
-        f"{dataset} has private records that were declared public or generated here, in "
-        + ", ".join(shared)
-    )
+    """Say that private records of `dataset` are in the declared datasets `shared`, which may
+    contain EVERY (`find_shared`)."""
+    says, declared = "private records that were declared public or generated here", {*shared}
+    parts = []
+    if named := sorted(declared - {EVERY}):
+        parts.append(f"{dataset} has {says}, in {', '.join(named)}")
+    if EVERY in declared:
+        parts.append(
+            f"{dataset} may have {says}: a restore of the ledger may have lost which ones were"
+        )
+    return "; and ".join(parts)
+
+
+def options_to_accept(shared: Collection[str]) -> str:
+    """Return the options by which a person accepts, for a shell, that private records are in the
+    declared datasets `shared` (`find_shared`)."""
+    return " ".join(f"--accept-declared {shlex.quote(name)}" for name in shared)
 
 
 def has_to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether a person may have to accept something for `dataset`: whether any dataset was
-    declared public or generated and no acceptance for `dataset` covers it."""
+    """Return whether a person may have to accept something for `dataset`: whether any dataset was,
+    or may have been, declared public or generated and no acceptance for `dataset` covers it."""
     with ledger._store.writing():
         return bool(_not_accepted(ledger, dataset))
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
     """List the datasets, of all in the ledger, that were declared public or generated and that no
-    acceptance for `dataset` covers (`Accepted.covers_declared`)."""
+    acceptance for `dataset` covers (`Accepted.covers_declared`); among them EVERY, if a restore may
+    have lost what was declared."""
     account = ledger._account
     accepted = account.accepted.get(dataset, [])
     return [

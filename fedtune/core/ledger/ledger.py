@@ -361,6 +361,13 @@ class Ledger:
             return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
 
     @property
+    def members_lost(self) -> int:
+        """When a restore last may have lost members, i.e. what the ledger knew of patients and
+        records until then, in UTC seconds; 0 if none did."""
+        with self._store.writing():
+            return self._account.members_lost
+
+    @property
     def datasets(self) -> list[str]:
         """List the names of all datasets that were declared."""
         with self._store.writing():

@@ -38,13 +38,15 @@ def sign_declarations(site: Site, sign: bool = True) -> None:
 
 def check_private(site: Site) -> None:
     """Check that no record of a site's private data (data without `declared` in site.toml) was ever
-    declared public or generated. If the site never declared any data, no record is read.
+    declared public or generated. If there is nothing that a person may have to accept, no record is
+    read.
 
-    Errors: PolicyRefused if one was declared; DataError if the data cannot be read; LedgerError."""
+    Errors: PolicyRefused if one was, or may have been, declared; DataError if the data cannot be
+    read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if not data.declared and (site.home / DATABASE).exists():
             ledger = Ledger(site.home)
-            if ledger_entries.read_declarations(ledger):
+            if ledger_entries.has_to_accept(ledger, data.name):
                 known = identities(data, patients=False)
                 ledger_entries.check_private(ledger, data.name, known)
 

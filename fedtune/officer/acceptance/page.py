@@ -238,6 +238,11 @@ def _records(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks.append(
             _text("The records of [data] are not here: the ledger's memory alone was compared.")
         )
+    if day := figures.get("members_lost"):
+        blocks.append(_text(
+            f"The ledger was restored on {day} (UTC) and may have lost whom it knew: whoever was "
+            "trained on before, and is not in [data] any more, may not have been recognised."
+        ))  # fmt: skip
     looks = figures["looks"]
     if looks["earlier"]:
         blocks.append(_text(

@@ -7,6 +7,7 @@ to train, is left out with all records, and counted for the site's own page."""
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -46,7 +47,9 @@ class HeldOut:
     - compared_by: how these records were compared with those that train: "patients", by the
       patients' keys; or "contents", if [acceptance] or [data] names no patient column
     - training_read: whether [data] was on this machine and was read for the comparison. If not,
-      only what the ledger knows of it was compared"""
+      only what the ledger knows of it was compared
+    - members_lost: the day, in UTC, of the newest restore after which the ledger may not know of
+      everybody on whom was trained before; "" if it never lost this"""
 
     dataset: Dataset
     units: np.ndarray
@@ -54,6 +57,7 @@ class HeldOut:
     keyed: str
     compared_by: str
     training_read: bool
+    members_lost: str = ""
     groups: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
@@ -112,7 +116,7 @@ def read_held_out(
         )
     keys = {unit: number for number, unit in enumerate(dict.fromkeys(r.unit for r in kept))}
     units = np.array([keys[record.unit] for record in kept])
-    left_out = Counter(reasons.values())
+    left_out, lost = Counter(reasons.values()), ledger.members_lost
     if read.withheld:
         left_out["did not agree, by record"] = read.withheld
     return HeldOut(
@@ -122,6 +126,7 @@ def read_held_out(
         keyed=_digest_records(kept, ledger),
         compared_by="patients" if patients else "contents",
         training_read=_is_there(site),
+        members_lost=time.strftime("%Y-%m-%d", time.gmtime(lost)) if lost else "",
         groups=_groups(table, [record.place for record in kept]),
         left_out=left_out,
         rejected=rejected,
