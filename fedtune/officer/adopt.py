@@ -19,6 +19,7 @@ first, so that a process which waited for the ledger is refused.
 |                                       | or not its patients are still in its files               |
 | signed plans, accepted charges        | a person signs and accepts them anew                     |
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
+| receipts that coordinators gave it    | are recognised, as for entries of the adopted ledger     |
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
 |                                       | membership                                               |
 A site whose ledger is frozen is not adopted, and a home whose ledger is frozen adopts no site. A
@@ -52,9 +53,10 @@ from fedtune.core.files import locks
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.adopted import note_adopted
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import check_private
-from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
+from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
 from fedtune.core.ledger.files import (
     ASKED,
     DATABASE,
@@ -402,7 +404,7 @@ def _adopt_later(
     for table in _tables(site):
         _declare(book, hospital, datasets[table.name], table, _list_columns(site, old, table))
     StepLog(home / STEPS, name).join(state / STEPS)
-    by_member = {unit_member(key): since for key, since in keys.items()}
+    by_member = {unit_member(key): gone for key, gone in keys.items()}
     _copy_stored(old, name, book)
     refused = [slot_of(slot, name) for slot in old.refused]
     entered = book.enter_earlier(name, earlier, by_member, refused, login())
@@ -413,6 +415,7 @@ def _adopt_later(
     for study, round_, adapter in refused:  # by which a restore of the home refuses them again
         acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
+    note_adopted(state, old.known)
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)
     _take_away(state)
@@ -516,9 +519,9 @@ def _charged(
     return {dataset: f"{name}/{there}" for dataset, there in sorted(names.items())}
 
 
-def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:
-    """Return the key of each patient who withdrew → the time in UTC seconds. The keys are those in
-    the site's records and those that are given.
+def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, Gone]:
+    """Return the key of each patient who withdrew → when that was. The keys are those in the site's
+    records and those that are given.
 
     old: the site's own ledger, which has their hashes. given: keys of patients without a record;
     keys of patients who did not withdraw are left out. Errors: InputError if the keys of some of

@@ -339,6 +339,21 @@ def test_a_receipt_names_what_every_membership_released(tmp_path: Path) -> None:
         leave_out(site, "clinic-p99", Ledger(tmp_path))
 
 
+def test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal(tmp_path: Path) -> None:
+    """Nor where the patient is withdrawn again, by a list of all keys, or its file was lost."""
+    site, book = paid_by_both(tmp_path), Ledger(tmp_path)
+    first = leave_out(site, "p-both", book)
+    given = first.receipt_file.read_bytes()
+    for study in ("cardio", "later"):
+        charge = replace(CHARGE, study=study, name=study, round=7, membership="cardio")
+        book.release(book.reserve("records", charge, "a@cardio", lambda charges: None), b"update")
+    again = leave_out(site, "p-both", book)
+    assert again.receipt_file.read_bytes() == given and again.receipt == first.receipt
+    assert [(r.name, r.rounds) for r in again.releases] == [("cardio", 2), ("onco", 5)]
+    first.receipt_file.write_text("{}")
+    assert leave_out(site, "p-both", book).receipt == first.receipt == json.loads(given)
+
+
 def test_a_patient_of_another_memberships_file_alone_is_known(tmp_path: Path) -> None:
     """Twin: if that file cannot be read, nobody knows whether the key is right; a patient who was
     found elsewhere withdraws all the same, and is told that a file was not read."""
