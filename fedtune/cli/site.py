@@ -324,7 +324,11 @@ def ledger(
     from fedtune.core.config import load_site
     from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
     from fedtune.core.ledger.audit_log import AuditLog, login
-    from fedtune.core.ledger.declared import check_acceptable, describe_shared, has_to_accept
+    from fedtune.core.ledger.declared import (
+        check_acceptable,
+        describe_shared,
+        list_not_accepted,
+    )
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts
@@ -391,7 +395,7 @@ def ledger(
     stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)  # as a plan will be judged
     shared, unread = list[str](), None
     only_shows = not (freeze or lift or restore or backup)
-    if (accept is not None or only_shows) and has_to_accept(book, dataset):
+    if (accept is not None or only_shows) and list_not_accepted(book, dataset):
         from fedtune.core.vault.declared import list_shared  # loads what reads records
 
         try:
@@ -408,7 +412,10 @@ def ledger(
         book.accept(accept, login(), reason, columns, named, seen, counted)
         stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)
         if named:
-            typer.echo(f"accepted: {escape_controls(describe_shared(accept, named))}")
+            typer.echo(
+                f"accepted: records of {escape_controls(', '.join(named))}, which were declared "
+                f"public or generated here, are private in {escape_controls(accept)}"
+            )
         shared = sorted({*shared} - {*named})
     if shared:
         options = " ".join(f"--accept-declared {name}" for name in shared)

@@ -48,14 +48,14 @@ from fedtune.core.config.site import HomeTable
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import read_file, unit_member
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import ConfigError, InfrastructureError, InputError
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError, PolicyRefused
 from fedtune.core.files import locks
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.adopted import note_adopted
 from fedtune.core.ledger.audit_log import AuditLog, login
-from fedtune.core.ledger.declared import check_private
+from fedtune.core.ledger.declared import list_not_accepted
 from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
 from fedtune.core.ledger.files import (
     ASKED,
@@ -335,9 +335,10 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
-    """Check that no answer waits for a person, and that no record was declared public or generated:
-    the hospital's ledger cannot take these over. book: the site's own ledger. Errors: InputError,
-    PolicyRefused."""
+    """Check that no answer waits for a person, and that a person accepted everything that the site
+    declared public or generated: the hospital's ledger cannot take these over. Whether the site's
+    present files have such a record does not matter, since they may have one later. book: the
+    site's own ledger. Errors: InputError, PolicyRefused."""
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",
@@ -345,7 +346,16 @@ def _check_nothing_waits(site: Site, book: Ledger) -> None:
             "`fedtune let-go SITE` lists them: let each go, or refuse it",
         )
     for table in _tables(site):
-        check_private(book, table.name, identities(_of_everybody(table), patients=False))
+        if names := list_not_accepted(book, table.name):
+            raise PolicyRefused(
+                f"{site.site.name} declared records public or generated, in "
+                f"{', '.join(map(repr, names))}; what was tried with them is in no budget, and the "
+                "hospital's ledger would not recognise them as private records",
+                "a person's acceptance that they may be private records of each dataset here",
+                f"`fedtune ledger SITE --accept {table.name} "
+                + "".join(f"--accept-declared {name} " for name in names)
+                + "--reason TEXT`",
+            )
 
 
 def _adopt_later(

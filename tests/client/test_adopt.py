@@ -18,7 +18,14 @@ from fedtune.core.config import load_site
 from fedtune.core.config.load import load_hospital
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError, Refused
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    InputError,
+    PolicyRefused,
+    Refused,
+)
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.adopted import ADOPTED
 from fedtune.core.ledger.audit_log import AuditLog
@@ -28,6 +35,7 @@ from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import budget, share_of
 from fedtune.core.processes import alone
 from fedtune.core.vault import airlock, noted
+from fedtune.core.vault.declared import declare
 from fedtune.core.vault.prepared import Void
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire import seal
@@ -712,6 +720,24 @@ def test_the_log_of_a_ledger_that_was_adopted_does_not_count_as_taken_away(world
     adopt_second(world)
     assert not audit_log.was_begun(states[1])
     assert audit_log.was_begun(world / "home")
+
+
+def test_what_a_later_site_declared_is_accepted_before_it_is_adopted(world: Path) -> None:
+    """The home does not recognise such records. None of them is in the site's files: they may come
+    later, and a refusal must not follow from a record."""
+    write_notes(world / "tried.jsonl", ["q1", "q2"])
+    more = 'declared = "generated"'
+    declare(load_site(make_site(world, "onco", path="tried.jsonl", dataset="tried", more=more)))
+    file = make_site(world, "onco")
+    adopt_first(world)
+    with pytest.raises(PolicyRefused, match=r"in 'tried'; .*--accept records --accept-declared"):
+        adopt_second(world)
+    accept = "ledger", file, "--accept", "records", "--accept-declared"
+    assert run(*accept, "other", "--reason", "none").exit_code == 2
+    said = run(*accept, "tried", "--reason", "they are private")
+    assert said.exit_code == 0 and "records of tried" in said.output
+    assert run(*accept, "tried", "--reason", "they are private").exit_code == 2
+    adopt_second(world)
 
 
 # ------------------------------------------------------------------- receipts given before

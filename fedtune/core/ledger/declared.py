@@ -134,15 +134,18 @@ def check_acceptable(
     - columns: each dataset's column of patients, as the site's files are now; None: as last
       declared
     - shared: the declared datasets that share records with `dataset` (`find_shared`)
-    - named: those of them that the person names. Their records are accepted by name alone, since a
-      person who accepts charges need not have such records in mind
+    - named: the declared datasets that the person names. Their records are accepted by name alone,
+      since a person who accepts charges need not have such records in mind. A dataset that shares
+      no record now may be named, too: before a hospital adopts the site, all must be accepted
     - upto: the number of the newest entry that the person may have seen; None: the newest
 
-    Errors: ConfigError if there is nothing, or if `named` has a dataset that is not in `shared`."""
-    if unknown := sorted({*named} - {*shared}):
+    Errors: ConfigError if there is nothing, or if `named` has a dataset that was not declared, or
+    that was accepted before."""
+    waiting = list_not_accepted(ledger, dataset) if named else []
+    if unknown := sorted({*named} - {*waiting}):
         raise ConfigError(
-            f"{dataset!r} has no private record to accept that is in {unknown[0]!r}",
-            f"one of {', '.join(sorted(shared))}" if shared else "no --accept-declared",
+            f"no record of {unknown[0]!r} is to be accepted for {dataset!r}",
+            f"one of {', '.join(sorted(waiting))}" if waiting else "no --accept-declared",
         )
     charges = ledger.unknown(dataset, unit, columns)
     if named or any(upto is None or spent.seq <= upto for spent in charges):
@@ -168,11 +171,11 @@ def describe_shared(dataset: str, shared: Collection[str]) -> str:
     )
 
 
-def has_to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether a person may have to accept something for `dataset`: whether any dataset was
-    declared public or generated and no acceptance for `dataset` covers it."""
+def list_not_accepted(ledger: Ledger, dataset: str) -> list[str]:
+    """List what a person may have to accept for `dataset`: the datasets that were declared public
+    or generated and that no acceptance for `dataset` covers."""
     with ledger._store.writing():
-        return bool(_not_accepted(ledger, dataset))
+        return _not_accepted(ledger, dataset)
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:

@@ -40,7 +40,10 @@ from fedtune.runs.run import Run, open_run
 
 FORMAT = "fedtune-acceptance-1"
 PURPOSE = b"fedtune acceptance\0"
-DECIDED = ("decision", "judged", "different", "comparisons", "patients", "records", "least_group")
+DECIDED = (
+    *("decision", "judged", "different", "comparisons", "patients", "records", "least_group"),
+    *("training_read", "known_since"),
+)
 
 
 @dataclass(frozen=True)

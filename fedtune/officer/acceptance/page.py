@@ -238,6 +238,12 @@ def _records(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks.append(
             _text("The records of [data] are not here: the ledger's memory alone was compared.")
         )
+    if figures["known_since"]:
+        blocks.append(_text(
+            f"The ledger knows who trained here since {figures['known_since']} alone: on that day "
+            "it was restored, or took over the charges of another ledger. Whoever trained before "
+            "and is in [data] no more was not found, and may be among those judged on."
+        ))  # fmt: skip
     looks = figures["looks"]
     if looks["earlier"]:
         blocks.append(_text(

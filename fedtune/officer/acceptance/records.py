@@ -7,6 +7,7 @@ to train, is left out with all records, and counted for the site's own page."""
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -46,7 +47,9 @@ class HeldOut:
     - compared_by: how these records were compared with those that train: "patients", by the
       patients' keys; or "contents", if [acceptance] or [data] names no patient column
     - training_read: whether [data] was on this machine and was read for the comparison. If not,
-      only what the ledger knows of it was compared"""
+      only what the ledger knows of it was compared
+    - known_since: the day since which the ledger knows everybody on whom a study here trained; ""
+      if it always did"""
 
     dataset: Dataset
     units: np.ndarray
@@ -57,6 +60,7 @@ class HeldOut:
     groups: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    known_since: str = ""
 
     @property
     def patients(self) -> int:
@@ -125,6 +129,7 @@ def read_held_out(
         groups=_groups(table, [record.place for record in kept]),
         left_out=left_out,
         rejected=rejected,
+        known_since=_known_since(ledger),
     )
 
 
@@ -167,6 +172,14 @@ def _left_out(
             if any(known):
                 reasons[record.unit] = TRAINED
     return reasons
+
+
+def _known_since(ledger: Ledger) -> str:
+    """Return the day (in UTC) on which the ledger last entered charges without knowing whose
+    records they read, as a restore and an adoption do: of these patients, it knows only those in
+    the site's files then or later. Return "" if it never did."""
+    entered = [s.time for s in ledger.spending() if s.kind == "restore" or s.charge.adopted]
+    return time.strftime("%Y-%m-%d", time.gmtime(max(entered))) if entered else ""
 
 
 def _is_there(site: Site) -> bool:
