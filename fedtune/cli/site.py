@@ -469,7 +469,12 @@ def withdraw(
     this site is entered only with --unseen; without it, the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.homes.opening import open_ledger
-    from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
+    from fedtune.officer.withdraw import (
+        NotLogged,
+        UnknownPatient,
+        check_receipt,
+        describe_receipts_column,
+    )
     from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site, keys_may_differ=True)
@@ -477,6 +482,8 @@ def withdraw(
     if check:
         when = check_receipt(check, book)
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
+        if said := describe_receipts_column(check, book, loaded):
+            typer.echo(f"BY ANOTHER COLUMN: {escape_controls(said)}")
         return {"receipt": check, "time": when}
     keys = _keys(file)
     unknown, damaged = 0, None
@@ -536,10 +543,10 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 def _keys(file: Path | None) -> list[str]:
     """Read patient keys, one per line, from `file`. If `file` is None, ask for one key on a
     terminal, or read keys from a pipe. Errors: InputError if no key is given."""
-    from fedtune.core.files import reading
+    from fedtune.officer.withdraw import read_keys
 
     if file:
-        lines = reading.text(file, "patient keys, one a line").splitlines()
+        lines = read_keys(file)
     elif sys.stdin.isatty():
         lines = [getpass.getpass("patient: ")]
     else:

@@ -55,7 +55,9 @@ class Closed:
         paid = [spent.seq for spent in self._account.spent()]
         self.withdrawn = {
             unit: Gone(
-                int(entry.body.get("since", entry.body["time"])), bisect_left(paid, entry.seq)
+                since=int(entry.body.get("since", entry.body["time"])),
+                paid=bisect_left(paid, entry.seq),
+                columns=self._account.withdrawn_by[unit],
             )
             for unit, entry in self._account.withdrawn.items()
         }

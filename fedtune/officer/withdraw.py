@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import io
 import json
 import logging
 import time
@@ -31,7 +32,7 @@ from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
-from fedtune.core.ledger.patient_column import find_columns
+from fedtune.core.ledger.patient_column import describe_withdrawn_before, find_columns
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
@@ -158,8 +159,11 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
     from fedtune.runs.personal import models_of  # imports PyTorch
 
+    columns = {column for column in patient_columns(site).values() if column}
+
     def enter() -> Withdrawal:
-        entry = ledger.withdraw(key)
+        is_known = found or ledger.hashed(key) not in ledger.withdrawn()
+        entry = ledger.withdraw(key, columns if is_known else ())
         releases = _releases(site, ledger, datasets, in_files, entry.seq)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
         receipt = _receipt_there(path, ledger, entry)
@@ -177,6 +181,14 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     except (NotGenuine, InfrastructureError) as error:
         raise NotLogged(done, error) from None
     return done
+
+
+def read_keys(path: Path) -> list[str]:
+    """Read patients' keys from a file, one a line. A line ends as on a terminal, and not at the
+    other characters at which `str.splitlines` ends one, since a key may contain them. Errors:
+    InputError."""
+    text = reading.text(path, "patient keys, one a line")
+    return [key for line in io.StringIO(text, newline=None) if (key := line.strip())]
 
 
 def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
@@ -234,6 +246,14 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
             "if the ledger was restored from an earlier backup, withdraw the patient again",
         )
     return str(receipt["time"])
+
+
+def describe_receipts_column(path: Path, ledger: Ledger, site: Site) -> str:
+    """Say that the patient of a receipt withdrew before a present column told patients apart
+    (`describe_withdrawn_before`); "" if not. Errors: InputError if this is not a receipt of this
+    site."""
+    unit = _genuine(path, ledger.key.public)["unit"]
+    return describe_withdrawn_before(ledger, patient_columns(site), [unit])
 
 
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:

@@ -256,10 +256,12 @@ class Gone:
     """When a unit withdrew in another ledger.
 
     - since: in UTC seconds
-    - paid: how many of that ledger's charges were entered before the withdrawal"""
+    - paid: how many of that ledger's charges were entered before the withdrawal
+    - columns: the columns that told patients apart then; none if they are not known"""
 
     since: int
     paid: int = 0
+    columns: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

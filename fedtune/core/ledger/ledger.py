@@ -593,7 +593,8 @@ class Ledger:
 
             def leave(paid: int) -> None:
                 for unit in sorted(unit for unit, when in left.items() if when.paid <= paid):
-                    writer.append("withdraw", {"unit": unit, "since": left.pop(unit).since})
+                    when = left.pop(unit)
+                    writer.append("withdraw", _withdrawal(unit, when.columns, when.since))
 
             for paid_before, one in enumerate(earlier[len(there) :], len(there)):
                 leave(paid_before)
@@ -802,14 +803,30 @@ class Ledger:
         """Return the hash of a unit's key with this site's salt, in hexadecimal."""
         return self._salt_member(unit_key).hex()
 
-    def withdraw(self, unit_key: bytes) -> Entry:
+    def withdraw(self, unit_key: bytes, columns: Collection[str] = ()) -> Entry:
         """Enter, once, that a unit's consent was withdrawn, and return this entry. The unit's
-        charges stay, since a release cannot be taken back."""
+        charges stay, since a release cannot be taken back. If the unit withdrew before, only those
+        of `columns` are added that were not entered with it.
+
+        columns: the columns that tell patients apart now, by whose keys the unit is known; none if
+        that is not known"""
         unit = self.hashed(unit_key)
         with self._store.writing() as writer:
-            if unit not in self._account.withdrawn:
-                writer.append("withdraw", {"unit": unit})
+            first = self._account.withdrawn.get(unit)
+            if first is None:
+                writer.append("withdraw", _withdrawal(unit, columns))
+            elif not self._account.withdrawn_by[unit].issuperset(columns):
+                since = first.body.get("since", first.body["time"])
+                writer.append("withdraw", _withdrawal(unit, columns, since))
         return self._account.withdrawn[unit]
+
+    @property
+    def withdrawn_by(self) -> dict[str, frozenset[str]]:
+        """Return a dict: the hash of each unit that withdrew -> the columns that told patients
+        apart when it did; none if they are not known, as for an entry of an earlier release or of a
+        restore."""
+        self._read()
+        return dict(self._account.withdrawn_by)
 
     def withdrawn(self) -> dict[str, Entry]:
         """Return a dict: the hash of each unit that withdrew -> the entry of its withdrawal."""
@@ -996,6 +1013,18 @@ def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     beside = {"membership": charge.membership, "patient": charge.patient}
     return entry | {key: value for key, value in beside.items() if value}
+
+
+def _withdrawal(
+    unit: str, columns: Collection[str], since: int | None = None
+) -> dict[str, str | int | list[str]]:
+    """Build the body of an entry that a unit withdrew. unit: the hash of its key. columns: the
+    columns that told patients apart; none if not known. since: when the unit withdrew, in UTC
+    seconds; None: now."""
+    entry: dict[str, str | int | list[str]] = {"unit": unit}
+    if since is not None:
+        entry["since"] = since
+    return entry | ({"columns": sorted(columns)} if columns else {})
 
 
 def _with_column(
