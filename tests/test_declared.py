@@ -173,9 +173,9 @@ def test_what_was_tried_for_free_is_not_private_until_a_person_accepts_it(
         declare(tried)
     ledger = Ledger(tried.site.state)
     ledger.verify()
-    assert declared_entries.has_to_accept(ledger, tried.data.name)
+    assert declared_entries.list_not_accepted(ledger, tried.data.name)
     ledger.accept(tried.data.name, "an officer", "tried once, on this machine", declared=["tried"])
-    assert not declared_entries.has_to_accept(Ledger(tried.site.state), tried.data.name)
+    assert not declared_entries.list_not_accepted(Ledger(tried.site.state), tried.data.name)
     declare(tried)
     worker, made = SiteWorker(tried), begun(tiny_base)
     assert worker.prepare(made.study, made.frozen).admitted

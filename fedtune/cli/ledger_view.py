@@ -21,6 +21,7 @@ from fedtune.core.config import PolicyTable
 from fedtune.core.ledger.declared import read_declarations
 from fedtune.core.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.patient_column import describe_withdrawn_before
 from fedtune.core.ledger.spending import (
     DatasetBudget,
     MembershipLine,
@@ -85,6 +86,8 @@ def ledger_view(
             f"{escape(why)}. Nothing is charged, answered or deleted until somebody lifts it: "
             "fedtune ledger SITE --lift"
         )
+    if columns and (said := describe_withdrawn_before(ledger, columns)):
+        parts.append(escape(f"BY ANOTHER COLUMN: {said}."))
     parts.append(footer(ledger, dataset))
     return Group(*parts)
 

@@ -294,15 +294,12 @@ def _registered(data: str, patient: str | None) -> Any:
 def _adopt(
     home: Path, site: Path, name: str | None, withdrawn: Path | None, *, anyway: bool
 ) -> dict[str, Any]:
-    from fedtune.core.files import reading
     from fedtune.officer.adopt import adopt
+    from fedtune.officer.withdraw import read_keys
 
     if name is None:
         raise InputError("--adopt is given without --name", "--name NAME, of the membership")
-    keys = list[str]()
-    if withdrawn:
-        lines = reading.text(withdrawn, "patient keys, one a line").splitlines()
-        keys = [key for line in lines if (key := line.strip())]
+    keys = read_keys(withdrawn) if withdrawn else []
     made = adopt(home, site, name, keys, anyway=anyway)
     _show_adoption(made, site)
     return asdict(made)

@@ -328,7 +328,8 @@ def ledger(
     from fedtune.core.ledger.declared import (
         check_acceptable,
         describe_shared,
-        has_to_accept,
+        describe_accepted,
+        list_not_accepted,
         options_to_accept,
     )
     from fedtune.core.ledger.ledger import Ledger
@@ -397,7 +398,7 @@ def ledger(
     stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)  # as a plan will be judged
     shared, unread = list[str](), None
     only_shows = not (freeze or lift or backup)
-    if (accept is not None or only_shows) and has_to_accept(book, dataset):
+    if (accept is not None or only_shows) and list_not_accepted(book, dataset):
         from fedtune.core.vault.declared import list_shared  # loads what reads records
 
         try:
@@ -414,7 +415,7 @@ def ledger(
         book.accept(accept, login(), reason, columns, named, seen, counted)
         stated = book.as_stated(dataset, disjoint_datasets(loaded), columns)
         if named:
-            typer.echo(f"accepted: {escape_controls(describe_shared(accept, named))}")
+            typer.echo(f"accepted: {escape_controls(describe_accepted(accept, named))}")
         shared = sorted({*shared} - {*named})
     if shared:
         typer.echo(
@@ -467,7 +468,12 @@ def withdraw(
     this site is entered only with --unseen; without it, the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.homes.opening import open_ledger
-    from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
+    from fedtune.officer.withdraw import (
+        NotLogged,
+        UnknownPatient,
+        check_receipt,
+        describe_receipts_column,
+    )
     from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site, keys_may_differ=True)
@@ -475,6 +481,8 @@ def withdraw(
     if check:
         when = check_receipt(check, book)
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
+        if said := describe_receipts_column(check, book, loaded):
+            typer.echo(f"BY ANOTHER COLUMN: {escape_controls(said)}")
         return {"receipt": check, "time": when}
     keys = _keys(file)
     unknown, damaged = 0, None
@@ -534,10 +542,10 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 def _keys(file: Path | None) -> list[str]:
     """Read patient keys, one per line, from `file`. If `file` is None, ask for one key on a
     terminal, or read keys from a pipe. Errors: InputError if no key is given."""
-    from fedtune.core.files import reading
+    from fedtune.officer.withdraw import read_keys
 
     if file:
-        lines = reading.text(file, "patient keys, one a line").splitlines()
+        lines = read_keys(file)
     elif sys.stdin.isatty():
         lines = [getpass.getpass("patient: ")]
     else:

@@ -19,6 +19,7 @@ first, so that a process which waited for the ledger is refused.
 |                                       | or not its patients are still in its files               |
 | signed plans, accepted charges        | a person signs and accepts them anew                     |
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
+| receipts that coordinators gave it    | are recognised, as for entries of the adopted ledger     |
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
 |                                       | membership                                               |
 A site whose ledger is frozen is not adopted, and a home whose ledger is frozen adopts no site. A
@@ -47,14 +48,15 @@ from fedtune.core.config.site import HomeTable
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import read_file, unit_member
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import ConfigError, InfrastructureError, InputError
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError, PolicyRefused
 from fedtune.core.files import locks
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.adopted import note_adopted
 from fedtune.core.ledger.audit_log import AuditLog, login
-from fedtune.core.ledger.declared import check_private
-from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
+from fedtune.core.ledger.declared import list_not_accepted, options_to_accept
+from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
 from fedtune.core.ledger.files import (
     ASKED,
     DATABASE,
@@ -333,9 +335,10 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
-    """Check that no answer waits for a person, and that no record was declared public or generated:
-    the hospital's ledger cannot take these over. book: the site's own ledger. Errors: InputError,
-    PolicyRefused."""
+    """Check that no answer waits for a person, and that a person accepted everything that the site
+    declared public or generated: the hospital's ledger cannot take these over. Whether the site's
+    present files have such a record does not matter, since they may have one later. book: the
+    site's own ledger. Errors: InputError, PolicyRefused."""
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",
@@ -343,7 +346,17 @@ def _check_nothing_waits(site: Site, book: Ledger) -> None:
             "`fedtune let-go SITE` lists them: let each go, or refuse it",
         )
     for table in _tables(site):
-        check_private(book, table.name, identities(_of_everybody(table), patients=False))
+        if names := list_not_accepted(book, table.name):
+            declared = ", ".join(repr(name) for name in names if name != EVERY)
+            raise PolicyRefused(
+                f"{site.site.name} "
+                + (f"declared records of {declared}" if declared else "may have declared records")
+                + " public or generated; what was tried with them is in no budget, and the "
+                "hospital's ledger would not recognise them as private records",
+                "a person's acceptance that they may be private records of each dataset here",
+                f"`fedtune ledger SITE --accept {table.name} {options_to_accept(names)} "
+                "--reason TEXT`",
+            )
 
 
 def _adopt_later(
@@ -402,7 +415,7 @@ def _adopt_later(
     for table in _tables(site):
         _declare(book, hospital, datasets[table.name], table, _list_columns(site, old, table))
     StepLog(home / STEPS, name).join(state / STEPS)
-    by_member = {unit_member(key): since for key, since in keys.items()}
+    by_member = {unit_member(key): gone for key, gone in keys.items()}
     _copy_stored(old, name, book)
     refused = [slot_of(slot, name) for slot in old.refused]
     entered = book.enter_earlier(name, earlier, by_member, refused, login())
@@ -413,6 +426,7 @@ def _adopt_later(
     for study, round_, adapter in refused:  # by which a restore of the home refuses them again
         acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
+    note_adopted(state, old.known)
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)
     _take_away(state)
@@ -516,9 +530,9 @@ def _charged(
     return {dataset: f"{name}/{there}" for dataset, there in sorted(names.items())}
 
 
-def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:
-    """Return the key of each patient who withdrew → the time in UTC seconds. The keys are those in
-    the site's records and those that are given.
+def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, Gone]:
+    """Return the key of each patient who withdrew → when that was. The keys are those in the site's
+    records and those that are given.
 
     old: the site's own ledger, which has their hashes. given: keys of patients without a record;
     keys of patients who did not withdraw are left out. Errors: InputError if the keys of some of

@@ -6,14 +6,17 @@ import logging
 from typing import Literal
 
 from fedtune.core.config import Site
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.data import scan_engine
 from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
+from fedtune.core.ledger.patient_column import describe_withdrawn_before
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
 from fedtune.homes.known_homes import check_home
+from fedtune.homes.opening import find_ledger
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
 
@@ -42,6 +45,9 @@ def check_before_joining(site: Site) -> None:
     if consortium := consortium_of(site):
         check_trusted(site.home, consortium)
     sign_declarations(site)
+    ledger = find_ledger(site.home)
+    if ledger and (said := describe_withdrawn_before(ledger, patient_columns(site))):
+        log.warning("%s", said)
     check_sheet(site)
     checks = (check_scan, check_private, check_attested_records, check_records, check_conversion)
     for check in checks:

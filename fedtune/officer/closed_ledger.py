@@ -16,11 +16,14 @@ Errors: Refused if a person froze the ledger; LedgerError."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
+from fedtune.core.ledger.adopted import Known
+from fedtune.core.ledger.chain import Transaction
+from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
 
@@ -34,21 +37,28 @@ class Closed:
     `closed` holds it.
 
     - head: the ledger's newest entry, by its hash
-    - withdrawn: hash of a unit's key → when the unit withdrew, in UTC seconds
+    - withdrawn: hash of a unit's key → when the unit withdrew
     - patient_columns: each dataset's name → the columns of patients that it ever had, oldest first;
       [] if they are not known
     - refused: (study, round, adapter) of each answer that a person refused for good
     - stored: (study, round, adapter) of each update that was released, and may be sent again
+    - known: the entries that it accounts for, by which receipts for it are recognised later
     - path_of: returns the path at which the update of such a triple is stored"""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, reader: Transaction) -> None:
         self._ledger, self._account = ledger, ledger._account
         self.head = ledger._store.head
+        self.known = Known(*ledger._store.list_known(reader.sql))
         self.refused = frozenset(self._account.refused)
         self.patient_columns = self._account.list_columns()
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
+        paid = [spent.seq for spent in self._account.spent()]
         self.withdrawn = {
-            unit: int(entry.body.get("since", entry.body["time"]))
+            unit: Gone(
+                since=int(entry.body.get("since", entry.body["time"])),
+                paid=bisect_left(paid, entry.seq),
+                columns=self._account.withdrawn_by[unit],
+            )
             for unit, entry in self._account.withdrawn.items()
         }
 
@@ -95,7 +105,7 @@ def closed(ledger: Ledger) -> Iterator[Closed]:
     """A context manager that keeps every other process from writing to a ledger while its block
     runs, and yields what the ledger holds. The block must not call the ledger's own methods.
     Errors: Refused if a person froze the ledger; LedgerError."""
-    with ledger._store.writing():
+    with ledger._store.writing() as reader:
         if ledger._account.frozen:
             raise frozen(ledger.folder, "adopted")
-        yield Closed(ledger)
+        yield Closed(ledger, reader)

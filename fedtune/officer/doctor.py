@@ -16,13 +16,14 @@ from fedtune.core.bases.find import Base, cache_dir, find_base
 from fedtune.core.config import Site, Study, load_site
 from fedtune.core.config.database import FILES, file_of, kind_of
 from fedtune.core.config.hospital import FILE
+from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.core.ledger.files import KEY, SALT
-from fedtune.core.ledger.patient_column import check_column_stays
+from fedtune.core.ledger.patient_column import check_column_stays, describe_withdrawn_before
 from fedtune.core.models.build import build
 from fedtune.core.progress import report
 from fedtune.core.training import selftest
@@ -338,7 +339,8 @@ def _ledger(site: Site) -> str:
         if not table.declared:
             unit = "patient" if table.columns.patient else "record"
             check_column_stays(ledger, site, table.name, unit, at_site=True)
-    return f"{site.home}: whole; {len(ledger.spending())} charges"
+    said = describe_withdrawn_before(ledger, patient_columns(site))
+    return f"{site.home}: whole; {len(ledger.spending())} charges" + (said and f"; {said}")
 
 
 def _same_people(site: Site) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import io
 import json
 import logging
 import time
@@ -31,7 +32,7 @@ from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
-from fedtune.core.ledger.patient_column import find_columns
+from fedtune.core.ledger.patient_column import describe_withdrawn_before, find_columns
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
@@ -112,7 +113,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
     Each withdrawal has a receipt in the folder RECEIPTS beside the ledger, signed by the ledger's
     key and readable by this user alone, with the time and the releases, but without the patient's
-    key. A second withdrawal of the same key gets the receipt of the first.
+    key. The receipt names only what was charged before the withdrawal. If the same key is withdrawn
+    again, the first receipt stays as it is, as long as its file is there.
     Guarantee: a receipt and its file's name follow from this patient's withdrawal and from the
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.
@@ -157,11 +159,17 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
     from fedtune.runs.personal import models_of  # imports PyTorch
 
+    columns = {column for column in patient_columns(site).values() if column}
+
     def enter() -> Withdrawal:
-        entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets, in_files)
-        receipt = _receipt(site, ledger, entry, releases)
+        is_known = found or ledger.hashed(key) not in ledger.withdrawn()
+        entry = ledger.withdraw(key, columns if is_known else ())
+        releases = _releases(site, ledger, datasets, in_files, entry.seq)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
-        replace(path, json.dumps(receipt, indent=1).encode(), private=True)
+        receipt = _receipt_there(path, ledger, entry)
+        if receipt is None:
+            receipt = _receipt(site, ledger, entry, releases)
+            replace(path, json.dumps(receipt, indent=1).encode(), private=True)
         personal = [path for each in sites for path in models_of(each, ledger, entry.body["unit"])]
         in_file = None if unread else found
         return Withdrawal(in_file, bool(datasets or releases), releases, personal, receipt, path)
@@ -173,6 +181,14 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     except (NotGenuine, InfrastructureError) as error:
         raise NotLogged(done, error) from None
     return done
+
+
+def read_keys(path: Path) -> list[str]:
+    """Read patients' keys from a file, one a line. A line ends as on a terminal, and not at the
+    other characters at which `str.splitlines` ends one, since a key may contain them. Errors:
+    InputError."""
+    text = reading.text(path, "patient keys, one a line")
+    return [key for line in io.StringIO(text, newline=None) if (key := line.strip())]
 
 
 def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
@@ -232,6 +248,14 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     return str(receipt["time"])
 
 
+def describe_receipts_column(path: Path, ledger: Ledger, site: Site) -> str:
+    """Say that the patient of a receipt withdrew before a present column told patients apart
+    (`describe_withdrawn_before`); "" if not. Errors: InputError if this is not a receipt of this
+    site."""
+    unit = _genuine(path, ledger.key.public)["unit"]
+    return describe_withdrawn_before(ledger, patient_columns(site), [unit])
+
+
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
     """Return, for each unit that withdrew, the hash of its key → when it withdrew, in UTC seconds.
     Both are read from the receipts in `home`, the folder of a ledger; files that the key `public`
@@ -242,6 +266,16 @@ def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
             receipt = _genuine(path, public)
             since[receipt["unit"]] = calendar.timegm(time.strptime(receipt["time"], TIME))
     return since
+
+
+def _receipt_there(path: Path, ledger: Ledger, entry: Entry) -> dict[str, Any] | None:
+    """Read the receipt that was given for a withdrawal before; None if there is none that this site
+    signed. ledger: the ledger whose key signed it. entry: the ledger's entry of the withdrawal."""
+    with suppress(InputError):
+        receipt = _genuine(path, ledger.key.public)
+        if (receipt["unit"], receipt["time"]) == (entry.body["unit"], _time_of(entry)):
+            return reading.json_in(path, "a receipt of a withdrawal")
+    return None
 
 
 def _genuine(path: Path, public: str) -> dict[str, Any]:
@@ -309,7 +343,11 @@ def format_epsilon(epsilon: float | None) -> str:
 
 
 def _releases(
-    site: Site, ledger: Ledger, datasets: Collection[str], in_files: Collection[str]
+    site: Site,
+    ledger: Ledger,
+    datasets: Collection[str],
+    in_files: Collection[str],
+    withdrawn: int,
 ) -> list[Release]:
     """List the studies that sent updates which may reflect the patient.
 
@@ -317,8 +355,10 @@ def _releases(
     - ledger: the ledger with the charges
     - datasets: the datasets in which the ledger has the patient's key
     - in_files: the datasets whose files have it
+    - withdrawn: the number of the entry of the patient's withdrawal, after which no round reads the
+      patient's records
 
-    Of the rounds that are charged against one of all these datasets, a round counts if
+    Of the rounds that were charged before it against one of all these datasets, a round counts if
     - it was charged to one of `datasets`
     - or the ledger does not have the keys of all whom it charged: a restore does not know which
       dataset was charged, and of an adopted ledger only the keys in the files were taken over
@@ -332,7 +372,7 @@ def _releases(
         sent = spent.released or not spent.charge.noise_multiplier
         other_key = names and (spent.has_other_column or spent.charge.unit == "record")
         may_have_it = spent.dataset in datasets or spent.dataset not in known
-        if sent and (may_have_it or other_key):
+        if spent.seq < withdrawn and sent and (may_have_it or other_key):
             by_study.setdefault(spent.charge.study, []).append(spent)
     return [
         Release(

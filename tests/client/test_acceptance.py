@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from fedtune.presets.templates import SITE as SITE_TEMPLATE
 from fedtune.presets.templates import acceptance
 from fedtune.report.start_file import ORIGIN
 from tests.cli_kit import run as command
+from tests.client.adoption_kit import CHARGE
 from tests.guarantee.search import Finder, forms
 from tests.heads_kit import CAUSAL_LORA, CLASSIFY, LABELS, made_run
 
@@ -96,13 +99,13 @@ def test_whoever_was_trained_on_is_left_out_with_all_records(world: Path) -> Non
 
 def test_a_decision_says_that_a_restore_may_have_lost_who_trained(world: Path) -> None:
     """The backup is from before h5 trained. Twins: no restore, and one that lost receipts alone."""
-    site, says = load_site("site.toml"), "may have lost whom it knew"
+    site, says = load_site("site.toml"), "may be among those judged on"
     state = site.site.state
     ledger = Ledger(state)
     ledger.backup(world / "early")
     ledger.declare("an earlier dataset", [], members=[unit_member("h5")])
     made = judged()
-    assert made.figures["left_out"] == {TRAINED: 1} and made.figures["members_lost"] == ""
+    assert made.figures["left_out"] == {TRAINED: 1} and made.figures["known_since"] == ""
     for lost in (False, True):
         if lost:
             (state / "ledger.db").unlink()
@@ -112,7 +115,7 @@ def test_a_decision_says_that_a_restore_may_have_lost_who_trained(world: Path) -
         made = judged()
         assert made.figures["left_out"] == ({} if lost else {TRAINED: 1})
         record = json.loads((made.folder / "record.json").read_text())
-        assert bool(record["members_lost"]) == bool(made.figures["members_lost"]) == lost
+        assert bool(record["known_since"]) == bool(made.figures["known_since"]) == lost
         assert (says in (made.folder / "page.html").read_text()) == lost
 
 
@@ -121,6 +124,27 @@ def test_whoever_withdrew_is_left_out(world: Path) -> None:
     Ledger(site.site.state).withdraw(unit_member("h7"))
     made = judged()
     assert made.figures["left_out"] == {WITHDREW: 1} and made.figures["records"] == 94
+
+
+@pytest.mark.parametrize("how", ["charged", "restored", "adopted"])
+def test_a_decision_says_since_when_the_ledger_knows_who_trained(world: Path, how: str) -> None:
+    """Of what a restore or an adoption entered, it knows only who is in the site's files then or
+    later. Twin: a ledger that lost nothing."""
+    state = load_site("site.toml").site.state
+    ledger = Ledger(state)
+    ledger.declare("records", [], members=[unit_member("h5")])
+    ledger.backup(world / "copy")
+    paid = replace(CHARGE, membership="onco" if how == "adopted" else "", adopted=how == "adopted")
+    ledger.reserve("records", paid, "adapter", lambda charges: None)
+    if how == "restored":
+        (state / "ledger.db").unlink()
+        Ledger.restore(state, world / "copy")
+    made = judged()
+    day = "" if how == "charged" else time.strftime("%Y-%m-%d", time.gmtime())
+    record = read_record(made.folder / "record.json", Ledger(state).key.public)
+    assert record["known_since"] == made.figures["known_since"] == day
+    said = f"knows who trained here since {day} alone" in (made.folder / "page.html").read_text()
+    assert said is bool(day)
 
 
 def test_a_ledger_that_is_not_mounted_does_not_say_that_nobody_withdrew(

@@ -43,7 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         keyed="0" * 64,
         compared_by="contents",
         training_read=False,
-        members_lost="2026-11-28",
+        known_since="2026-11-28",
         groups=groups,
         left_out=Counter({TRAINED: 3}),
         rejected=Counter({"unknown label": 2}),

@@ -27,21 +27,26 @@ from fedtune.core.errors import (
     Refused,
 )
 from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.adopted import ADOPTED
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import EVERY, RULES, Charge
 from fedtune.core.ledger.files import KEY, LedgerError, traces
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import budget, share_of
 from fedtune.core.processes import alone
-from fedtune.core.vault import airlock
+from fedtune.core.vault import airlock, noted
+from fedtune.core.vault.declared import declare
 from fedtune.core.vault.prepared import Void
 from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire import seal
+from fedtune.core.wire.keys import SigningKey
 from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
 from fedtune.officer.freeze import freeze, lift, read_decisions
 from fedtune.officer.leave import DISTRUST, check_trusted
 from fedtune.officer.withdraw import check_receipt
+from fedtune.server.store import Receipts
 from tests.cli_kit import run
 from tests.client.adoption_kit import (
     CHARGE,
@@ -187,6 +192,33 @@ def test_who_withdrew_from_either_stays_out_under_one_salt(world: Path) -> None:
     assert [release["rounds"] for release in told["releases"]] == [3, 5]
 
 
+def test_a_new_receipt_lists_nothing_that_was_charged_after_the_withdrawal(world: Path) -> None:
+    """Not of the adopted ledger, whose charges all get their entries at the adoption, and not of
+    one that is adopted after it; also where the adoption is begun again after more rounds."""
+    spend(world / "onco.toml", 7)
+    spend(make_site(world, "lab"), 2, withdrawn=["p3", "p5"])
+    adopt_first(world)
+    with pytest.MonkeyPatch.context() as killed:
+        killed.setattr(adoption, "withdraw", lambda *given, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adopt_second(world)
+    spend(world / "onco.toml", 9, withdrawn=["p7"])
+    receipts = {json.loads(path.read_text())["unit"]: path for path in adopt_second(world).receipts}
+    book = Ledger(world / "home")
+    rounds = {}
+    for patient in ("p5", "p7"):
+        path = receipts[book.hashed(unit_member(patient))]
+        rounds[patient] = [
+            release["rounds"] for release in json.loads(path.read_text())["releases"]
+        ]
+        assert check_receipt(path, book)
+    assert rounds == {"p5": [3, 5], "p7": [3, 5, 7, 9]}
+    given = {path: path.read_bytes() for path in (world / "home" / "withdrawals").iterdir()}
+    assert len(given) == 3
+    adopt(world / "home", world / "lab.toml", "lab")
+    assert {path: path.read_bytes() for path in given} == given
+
+
 def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: Path) -> None:
     adopt_first(world)
     write_notes(world / "notes.jsonl", [p for p in PATIENTS if p != "p5"])
@@ -199,6 +231,7 @@ def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: 
     assert said.exit_code == 0, said.output
     book = Ledger(world / "home")
     assert set(book.withdrawn()) == hashes_of(book, ["p3", "p5"])
+    assert set(book.withdrawn_by.values()) == {frozenset({"who"})}
 
 
 @pytest.mark.parametrize("left", [PATIENTS, PATIENTS[:-1]], ids=["all", "one is gone"])
@@ -691,3 +724,93 @@ def test_the_log_of_a_ledger_that_was_adopted_does_not_count_as_taken_away(world
     adopt_second(world)
     assert not audit_log.was_begun(states[1])
     assert audit_log.was_begun(world / "home")
+
+
+def test_what_a_later_site_declared_is_accepted_before_it_is_adopted(world: Path) -> None:
+    """The home does not recognise such records. None of them is in the site's files: they may come
+    later, and a refusal must not follow from a record."""
+    write_notes(world / "tried.jsonl", ["q1", "q2"])
+    more = 'declared = "generated"'
+    declare(load_site(make_site(world, "onco", path="tried.jsonl", dataset="tried", more=more)))
+    file = make_site(world, "onco")
+    adopt_first(world)
+    with pytest.raises(PolicyRefused, match=r"in 'tried'; .*--accept records --accept-declared"):
+        adopt_second(world)
+    accept = "ledger", file, "--accept", "records", "--accept-declared"
+    assert run(*accept, "other", "--reason", "none").exit_code == 2
+    said = run(*accept, "tried", "--reason", "they are private")
+    assert said.exit_code == 0 and "records of tried" in said.output
+    assert run(*accept, "tried", "--reason", "they are private").exit_code == 2
+    adopt_second(world)
+
+
+# ------------------------------------------------------------------- receipts given before
+
+
+def receive(file: Path, receipt: dict[str, Any], coordinator: SigningKey) -> None:
+    """Take an order's receipt as the site does before each order."""
+    noted.accept(SiteWorker(load_site(file), file), json.dumps(receipt), coordinator.public)
+
+
+def is_taken(file: Path, receipt: dict[str, Any], coordinator: SigningKey) -> bool:
+    with suppress(LedgerError):
+        receive(file, receipt, coordinator)
+        return True
+    return False
+
+
+def give_receipt(file: Path, coordinator: SigningKey, kept: Receipts) -> str:
+    """Sign what the site's answer stated, as a coordinator does, and store it by the site's key."""
+    worker = SiteWorker(load_site(file), file)
+    statement = worker.home.head_statement(noted.acts(worker).head, worker.site.policy.membership)
+    public = signing_key(worker.site, worker.home).public
+    kept.keep({public: seal.receipt(coordinator, statement)})
+    return public
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_receipt_from_before_an_adoption_is_one_of_the_adopted_ledger(
+    world: Path, restored: bool
+) -> None:
+    """The coordinator's next study sends it with every order, also one for an entry that a restore
+    had charged for. The answer then has a receipt of the hospital's ledger."""
+    coordinator, kept = SigningKey(), Receipts(world / "receipts.json")
+    files = {name: world / f"{name}.toml" for name in ("cardio", "onco")}
+    if restored:
+        Ledger(world / "onco-state").backup(world / "backup")
+        spend(files["onco"], 7)
+    keys = {name: give_receipt(file, coordinator, kept) for name, file in files.items()}
+    if restored:
+        (world / "onco-state" / "ledger.db").unlink()
+        Ledger.restore(world / "onco-state", world / "backup")
+    adopt_first(world)
+    adopt_second(world)
+    book = Ledger(world / "home")
+    for name, file in files.items():
+        before, acts = book.head, len(audit_log.verify(world / "home", book.key.public).entries)
+        assert is_taken(file, kept.read()[keys[name]], coordinator)
+        assert book.head == before
+        assert len(audit_log.verify(world / "home", book.key.public).entries) == acts
+        assert give_receipt(file, coordinator, kept) == keys[name]  # it answers
+        assert is_taken(file, kept.read()[keys[name]], coordinator)
+    with pytest.raises(LedgerError, match="not one for this site's ledger"):
+        receive(files["onco"], kept.read()[keys["onco"]], SigningKey())
+
+
+@pytest.mark.parametrize("rounds", [2, 9])
+def test_a_receipt_for_what_an_adopted_ledger_lacked_is_refused(world: Path, rounds: int) -> None:
+    """The site's folder had been put back, and may have gone on beyond the entry since."""
+    coordinator, kept, file = SigningKey(), Receipts(world / "receipts.json"), world / "onco.toml"
+    shutil.copytree(world / "onco-state", world / "snapshot")
+    spend(file, 7)
+    public = give_receipt(file, coordinator, kept)
+    shutil.rmtree(world / "onco-state")
+    shutil.copytree(world / "snapshot", world / "onco-state")
+    spend(file, rounds)
+    adopt_first(world)
+    adopt_second(world)
+    with pytest.raises(LedgerError, match="charges are in no ledger"):
+        receive(file, kept.read()[public], coordinator)
+    (world / "onco-state" / ADOPTED).write_text("{}")
+    with pytest.raises(LedgerError, match="damaged"):
+        receive(file, kept.read()[public], coordinator)

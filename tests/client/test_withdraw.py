@@ -34,6 +34,7 @@ from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import canonical
 from fedtune.derive.label import _file_and_exclusion
 from fedtune.officer import withdraw as withdrawals
+from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.doctor import examine
 from fedtune.officer.review import cost_refusals
 from fedtune.officer.withdraw import UnknownPatient
@@ -339,6 +340,22 @@ def test_a_receipt_names_what_every_membership_released(tmp_path: Path) -> None:
         leave_out(site, "clinic-p99", Ledger(tmp_path))
 
 
+def test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal(tmp_path: Path) -> None:
+    """Nor where the patient is withdrawn again, by a list of all keys, or its file was lost."""
+    site, book = paid_by_both(tmp_path), Ledger(tmp_path)
+    first = leave_out(site, "p-both", book)
+    given = first.receipt_file.read_bytes()
+    for study in ("cardio", "later"):
+        charge = replace(CHARGE, study=study, name=study, round=7, membership="cardio")
+        book.release(book.reserve("records", charge, "a@cardio", lambda charges: None), b"update")
+    renamed = site.site.model_copy(update={"name": "south"})
+    again = leave_out(site.model_copy(update={"site": renamed}), "p-both", book)
+    assert again.receipt_file.read_bytes() == given and again.receipt == first.receipt
+    assert [(r.name, r.rounds) for r in again.releases] == [("cardio", 2), ("onco", 5)]
+    first.receipt_file.write_text("{}")
+    assert leave_out(site, "p-both", book).receipt == first.receipt == json.loads(given)
+
+
 def test_a_patient_of_another_memberships_file_alone_is_known(tmp_path: Path) -> None:
     """Twin: if that file cannot be read, nobody knows whether the key is right; a patient who was
     found elsewhere withdraws all the same, and is told that a file was not read."""
@@ -438,6 +455,59 @@ def test_nor_under_another_name_unless_a_person_signs_that_it_has_other_patients
     assert "no patient column" in begin(with_notes(world, "", "newer"), tiny_base, "record")[2]
     apart = 'disjoint_from = ["records"]'
     assert begin(with_notes(world, "", "other", apart), tiny_base, "record")[2] == ""
+
+
+def test_who_withdrew_by_another_column_is_told_at_the_site(
+    world: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The column is corrected before any charge, by which a study would be refused. A column that
+    has another name and the same keys ends it once they are withdrawn again; the receipt stays."""
+    with_notes(world)
+    rows = [json.loads(line) for line in (world / "notes.jsonl").read_text().splitlines()]
+
+    def named(column: str, keys: str = "n") -> Site:
+        site = with_notes(world, column)
+        more = [{**row, "nhs": row["who"].replace("p", keys)} for row in rows]
+        (world / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+        return site
+
+    def told() -> list[bool]:
+        caplog.clear()
+        check_before_joining(load_site("site.toml"))
+        (doctor,) = [each.says for each in examine(Path("site.toml")) if each.name == "ledger"]
+        shown = CliRunner().invoke(app, ["ledger", "site.toml"])
+        checked = withdraw("--check", str(path))
+        assert shown.exit_code == checked.exit_code == 0 and "stands" in checked.output
+        said = [caplog.text, doctor, " ".join(shown.output.split()), checked.output]
+        return ["did so before the column 'nhs' told patients apart" in each for each in said]
+
+    named("who")
+    path = receipt_of(withdraw(keys="p2\n"))
+    given = path.read_bytes()
+    assert told() == [False] * 4
+    site = named("nhs")
+    assert told() == [True] * 4
+    worker, made, refused = begin(site, tiny_base, "patient")
+    assert refused == "" and trained(worker, made, 1) == 24  # nothing is refused by it
+    assert withdraw("--unseen", keys="p2\n").exit_code == 0
+    assert told() == [True] * 4  # no record has this key, so that nothing says it is of this column
+    named("nhs", keys="p")
+    assert withdraw(keys="p2\n").exit_code == 0
+    assert told() == [False] * 4 and path.read_bytes() == given
+    book = Ledger(world / "state")
+    assert len(book.withdrawn()) == 1 and book.withdrawn_by == {
+        unit: frozenset({"who", "nhs"}) for unit in book.withdrawn()
+    }
+
+
+def test_a_key_with_a_character_at_which_python_ends_a_line(world: Path) -> None:
+    keys = ["a\u2028b", "c\x0bd", "e\x85f"]
+    rows = [{"who": who, "q": "cough", "agreed": "yes"} for who in keys]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("keys").write_bytes("\r\n".join(keys).encode() + b"\n\n")
+    assert withdraw("--file", "keys").exit_code == 0
+    ledger = Ledger(world / "state")
+    assert set(ledger.withdrawn()) == {ledger.hashed(unit_member(key)) for key in keys}
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from fedtune.core.config import PolicyTable
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger import restore as restore_module
-from fedtune.core.ledger.entries import EVERY, Earlier
+from fedtune.core.ledger.entries import EVERY, Earlier, Gone
 from fedtune.core.ledger.files import Paid, opened_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import budget
@@ -304,7 +304,7 @@ class Site:
                 many = replace(one, study="restore", name="lost", steps=9)
                 theirs = [replace(c, membership=name, adopted=True) for c in (one, many)]
                 earlier = [Earlier("notes", theirs[0], f"a@{name}"), Earlier(EVERY, theirs[1], "")]
-                self.ledger.enter_earlier(name, earlier, {b"left": 1}, [], "an officer")
+                self.ledger.enter_earlier(name, earlier, {b"left": Gone(1)}, [], "an officer")
             case "back up":
                 self.back_up()
 

@@ -8,6 +8,7 @@ ADOPT, CLOSED = "fedtune/officer/adopt.py", "fedtune/officer/closed_ledger.py"
 HOMES, OPENING = "fedtune/homes/known_homes.py", "fedtune/homes/opening.py"
 T_ADOPT = "tests/client/test_adopt.py::"
 T_COLUMNS = "tests/client/test_patient_columns.py::"
+T_WITHDRAW = "tests/client/test_withdraw.py::"
 T_HOMES = "tests/client/test_known_homes.py::"
 
 MUTANTS = (
@@ -114,7 +115,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-adoption-pays-twice", "fedtune/core/ledger/ledger.py",
-        "for one in earlier[len(there) :]:", "for one in earlier:",
+        "one in enumerate(earlier[len(there) :], len(there)):", "one in enumerate(earlier):",
         T_ADOPT + "test_a_later_site_that_went_on_after_a_kill_pays_for_the_rest",
         "an adoption that was killed charges everything again",
     ),
@@ -248,5 +249,74 @@ MUTANTS = (
         "stated = book  # as a plan",
         T_COLUMNS + "test_who_takes_disjoint_from_back_is_shown_and_accepts_what_counts_then",
         "a plan can neither be signed nor its charges be accepted",
+    ),
+    one(
+        "hospital", "an-adopted-ledgers-receipt-is-nobodys", "fedtune/core/vault/noted.py",
+        "if site.site.hospital and is_for_adopted", "if False and is_for_adopted",
+        T_ADOPT + "test_a_receipt_from_before_an_adoption_is_one_of_the_adopted_ledger",
+        "an adopted site answers no further study of a coordinator that it knew before",
+    ),
+    one(
+        "hospital", "an-adopted-ledger-had-every-entry", "fedtune/core/ledger/adopted.py",
+        "if not _read(state / ADOPTED).has(head):",
+        "if head.seq > max(each.seq for each in _read(state / ADOPTED).heads):",
+        T_ADOPT + "test_a_receipt_for_what_an_adopted_ledger_lacked_is_refused",
+        "charges that a site lost before its adoption are in no ledger, and nobody learns of it",
+    ),
+    one(
+        "hospital", "an-adopted-withdrawal-comes-last", "fedtune/core/ledger/ledger.py",
+        "if when.paid <= paid)", "if paid == len(earlier))",
+        T_ADOPT + "test_a_new_receipt_lists_nothing_that_was_charged_after_the_withdrawal",
+        "a signed receipt lists rounds of the time after the withdrawal",
+    ),
+    one(
+        "hospital", "what-was-declared-is-left-behind", ADOPT,
+        "if names := list_not_accepted(book, table.name):", "if names := list[str]():",
+        T_ADOPT + "test_what_a_later_site_declared_is_accepted_before_it_is_adopted",
+        "records that were tried in no budget train as private ones, and nobody accepted it",
+    ),
+    one(
+        "hospital", "an-adopted-withdrawal-has-no-column", "fedtune/core/ledger/ledger.py",
+        "_withdrawal(unit, when.columns, when.since)", "_withdrawal(unit, (), when.since)",
+        T_ADOPT + "test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given",
+        "a corrected column brings back whoever withdrew before an adoption, without a word",
+    ),
+    one(
+        "acceptance", "a-decision-trusts-a-restored-ledger",
+        "fedtune/officer/acceptance/records.py",
+        "        known_since=_known_since(ledger),\n", "",
+        "tests/client/test_acceptance.py::"
+        "test_a_decision_says_since_when_the_ledger_knows_who_trained",
+        "a model is judged on patients who trained, and the signed decision does not say so",
+    ),
+    one(
+        "withdrawal", "a-receipt-lists-later-rounds", "fedtune/officer/withdraw.py",
+        "if spent.seq < withdrawn and sent", "if sent",
+        T_WITHDRAW + "test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal",
+        "a signed receipt says that rounds after the withdrawal had the patient",
+    ),
+    one(
+        "withdrawal", "a-receipt-is-given-anew", "fedtune/officer/withdraw.py",
+        "receipt = _receipt_there(path, ledger, entry)", "receipt = None",
+        T_WITHDRAW + "test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal",
+        "the receipt at the site is not the one that the patient has",
+    ),
+    one(
+        "withdrawal", "a-withdrawal-forgets-its-column", "fedtune/officer/withdraw.py",
+        "columns if is_known else ()", "()",
+        T_WITHDRAW + "test_who_withdrew_by_another_column_is_told_at_the_site",
+        "a corrected column brings back whoever withdrew, without a word",
+    ),
+    one(
+        "withdrawal", "an-unseen-key-is-of-the-new-column", "fedtune/officer/withdraw.py",
+        "is_known = found or", "is_known = True or",
+        T_WITHDRAW + "test_who_withdrew_by_another_column_is_told_at_the_site",
+        "a key that no record of the corrected column has counts as withdrawn there",
+    ),
+    one(
+        "withdrawal", "a-key-ends-where-python-ends-lines", "fedtune/officer/withdraw.py",
+        "io.StringIO(text, newline=None)", "text.splitlines()",
+        T_WITHDRAW + "test_a_key_with_a_character_at_which_python_ends_a_line",
+        "such a patient cannot be withdrawn with a list",
     ),
 )  # fmt: skip

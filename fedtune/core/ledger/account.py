@@ -53,6 +53,8 @@ class Account:
         self.let_go: set[tuple[Slot, str]] = set()
         self.refused: set[Slot] = set()  # slots that a person refused for good
         self.withdrawn: dict[str, Entry] = {}  # hash of a unit's key -> the entry of its withdrawal
+        # hash of a unit's key -> the columns of patients when it withdrew; none if not known
+        self.withdrawn_by: dict[str, frozenset[str]] = {}
         self.admitted: dict[tuple[str, str], str] = {}  # (plan, membership) -> login
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
@@ -106,7 +108,9 @@ class Account:
             if body.get("members_lost"):
                 self.not_private_since[EVERY], self.members_lost = entry.seq, time
         elif entry.kind == "withdraw":
-            self.withdrawn[body["unit"]] = entry
+            unit, columns = body["unit"], frozenset(body.get("columns", ()))
+            self.withdrawn.setdefault(unit, entry)  # a later one adds columns alone
+            self.withdrawn_by[unit] = self.withdrawn_by.get(unit, frozenset()) | columns
         elif entry.kind == "admit":
             self.admitted[body["plan"], body.get("membership", "")] = body["by"]
         elif entry.kind == "accept":

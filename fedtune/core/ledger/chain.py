@@ -373,6 +373,12 @@ class Database:
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
+    def list_known(self, connection: sqlite3.Connection) -> tuple[set[Head], list[tuple[int, int]]]:
+        """Return what `knows` accounts for: the number and hash of each entry, and the first and
+        last number of lost entries for which a restore charged."""
+        entries = connection.execute("SELECT seq, hash FROM entries")
+        return {Head(*row) for row in entries} | self._settled, list(self._gaps)
+
     def note_receipts(self, connection: sqlite3.Connection) -> None:
         """Note in the database, if the file of receipts exists and this is not noted yet, that it
         exists: if the file is then taken away, this is noticed. The note is committed at once,

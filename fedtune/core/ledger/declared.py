@@ -140,15 +140,18 @@ def check_acceptable(
     - columns: each dataset's column of patients, as the site's files are now; None: as last
       declared
     - shared: the declared datasets that share records with `dataset` (`find_shared`)
-    - named: those of them that the person names. Their records are accepted by name alone, since a
-      person who accepts charges need not have such records in mind
+    - named: the declared datasets that the person names. Their records are accepted by name alone,
+      since a person who accepts charges need not have such records in mind. A dataset that shares
+      no record now may be named, too: before a hospital adopts the site, all must be accepted
     - upto: the number of the newest entry that the person may have seen; None: the newest
 
-    Errors: ConfigError if there is nothing, or if `named` has a dataset that is not in `shared`."""
-    if unknown := sorted({*named} - {*shared}):
+    Errors: ConfigError if there is nothing, or if `named` has a dataset that was not declared, or
+    that was accepted before."""
+    waiting = list_not_accepted(ledger, dataset) if named else []
+    if unknown := sorted({*named} - {*waiting}):
         raise ConfigError(
-            f"{dataset!r} has no private record to accept that is in {unknown[0]!r}",
-            f"one of {', '.join(sorted(shared))}" if shared else "no --accept-declared",
+            f"no record of {unknown[0]!r} is to be accepted for {dataset!r}",
+            f"one of {', '.join(sorted(waiting))}" if waiting else "no --accept-declared",
         )
     charges = ledger.unknown(dataset, unit, columns)
     if named or any(upto is None or spent.seq <= upto for spent in charges):
@@ -186,17 +189,29 @@ def options_to_accept(shared: Collection[str]) -> str:
     return " ".join(f"--accept-declared {shlex.quote(name)}" for name in shared)
 
 
-def has_to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether a person may have to accept something for `dataset`: whether any dataset was,
-    or may have been, declared public or generated and no acceptance for `dataset` covers it."""
+def describe_accepted(dataset: str, named: Collection[str]) -> str:
+    """Say that the records of the declared datasets `named`, which may contain EVERY, may be
+    private records of `dataset`."""
+    records = [f"those of {name}" for name in sorted({*named} - {EVERY})]
+    if EVERY in named:
+        records.append("those of which a restore of the ledger may have lost the declaration")
+    return (
+        f"records that were declared public or generated here may be private ones of {dataset}: "
+        + ", ".join(records)
+    )
+
+
+def list_not_accepted(ledger: Ledger, dataset: str) -> list[str]:
+    """List what a person may have to accept for `dataset`: the datasets that were declared public
+    or generated and that no acceptance for `dataset` covers; among them EVERY, if a restore may
+    have lost what was declared."""
     with ledger._store.writing():
-        return bool(_not_accepted(ledger, dataset))
+        return _not_accepted(ledger, dataset)
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
     """List the datasets, of all in the ledger, that were declared public or generated and that no
-    acceptance for `dataset` covers (`Accepted.covers_declared`); among them EVERY, if a restore may
-    have lost what was declared."""
+    acceptance for `dataset` covers (`Accepted.covers_declared`)."""
     account = ledger._account
     accepted = account.accepted.get(dataset, [])
     return [

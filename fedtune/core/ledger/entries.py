@@ -252,6 +252,19 @@ class Earlier:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """When a unit withdrew in another ledger.
+
+    - since: in UTC seconds
+    - paid: how many of that ledger's charges were entered before the withdrawal
+    - columns: the columns that told patients apart then; none if they are not known"""
+
+    since: int
+    paid: int = 0
+    columns: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Held:
     """A released answer that leaves the site only when a person there approves it.
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -193,6 +194,14 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
             counts = {"steps": int(text[284:296]), "bare": int(text[296:])} if text[284:] else {}
             return statement | {"audit": text[204:284].strip()} | counts
     return {}
+
+
+def is_countersigned(receipt: Mapping[str, Any], coordinator: str) -> bool:
+    """Return whether a coordinator countersigned the token in a receipt (`wire.seal.receipt`).
+    coordinator: its public key, in hexadecimal."""
+    token, counter = {"token": receipt.get("token")}, str(receipt.get("countersignature"))
+    named = receipt.get("coordinator") == coordinator
+    return named and verifies(coordinator, b"fedtune receipt\0" + canonical(token), counter)
 
 
 def read_head(path: Path, public: str) -> Head | None:

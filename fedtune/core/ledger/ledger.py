@@ -57,6 +57,7 @@ from fedtune.core.ledger.entries import (
     Cohort,
     Earlier,
     Freeze,
+    Gone,
     Held,
     Permit,
     PermitApart,
@@ -78,6 +79,7 @@ from fedtune.core.ledger.files import (
     Paid,
     Receipt,
     head_in,
+    is_countersigned,
     newer_name,
     opened_token,
     outbox_name,
@@ -85,7 +87,7 @@ from fedtune.core.ledger.files import (
     sealed_token,
     signed_paid,
 )
-from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.core.wire.keys import SigningKey
 
 if TYPE_CHECKING:
     from fedtune.core.config import Site
@@ -563,7 +565,7 @@ class Ledger:
         self,
         membership: str,
         earlier: Sequence[Earlier],
-        withdrawn: Mapping[bytes, int],
+        withdrawn: Mapping[bytes, Gone],
         refused: Iterable[Slot],
         who: str,
     ) -> int:
@@ -574,7 +576,8 @@ class Ledger:
         - membership: its name in this hospital; each charge in `earlier` must name it
         - earlier: all charges of the earlier ledger, oldest first, each with the name of the
           dataset that it is charged to here
-        - withdrawn: the key of each unit that withdrew there → when, in UTC seconds
+        - withdrawn: the key of each unit that withdrew there → when. The withdrawal is entered
+          after those of the charges that were made before it
         - refused: slots (study, round, adapter) whose answer a person refused there for good, as
           slots of this membership
         - who: the login of the person who moves the ledger, for the entries of refused answers
@@ -592,16 +595,23 @@ class Ledger:
                     "a name under which nothing was paid yet",
                     "choose another name",
                 )
-            for one in earlier[len(there) :]:
+            gone = {self.hashed(key): when for key, when in withdrawn.items()}
+            left = {unit: gone[unit] for unit in set(gone) - set(account.withdrawn)}
+
+            def leave(paid: int) -> None:
+                for unit in sorted(unit for unit, when in left.items() if when.paid <= paid):
+                    when = left.pop(unit)
+                    writer.append("withdraw", _withdrawal(unit, when.columns, when.since))
+
+            for paid_before, one in enumerate(earlier[len(there) :], len(there)):
+                leave(paid_before)
                 entry = _reservation(one.dataset, one.charge, one.adapter)
                 number = writer.append("reserve", entry)
                 if one.sha256:
                     writer.append("release", {"reservation": number, "sha256": one.sha256})
+            leave(len(earlier))
             for slot in sorted(set(refused) - account.refused):
                 writer.append("refuse", {**slot_fields(slot), "by": who})
-            since = {self.hashed(key): at for key, at in withdrawn.items()}
-            for unit in sorted(set(since) - set(account.withdrawn)):
-                writer.append("withdraw", {"unit": unit, "since": since[unit]})
         return len(earlier) - len(there)
 
     def release(
@@ -774,15 +784,9 @@ class Ledger:
         Errors: LedgerError if it is not a receipt for this site by that coordinator; it is then
         ignored. LedgerError also if the ledger lacks the entry: the ledger was rolled back, and
         reserves nothing from now on, in any process, until it is restored."""
-        token = {"token": receipt.get("token")}
-        statement = opened_token(self.key, token["token"], *memberships)
+        statement = opened_token(self.key, receipt.get("token"), *memberships)
         head = head_in(statement, self.key.public)
-        counter = str(receipt.get("countersignature"))
-        if (
-            head is None
-            or receipt.get("coordinator") != coordinator_public
-            or not verifies(coordinator_public, b"fedtune receipt\0" + canonical(token), counter)
-        ):
+        if head is None or not is_countersigned(receipt, coordinator_public):
             raise LedgerError(
                 "the coordinator's receipt is not one for this site's ledger",
                 expected="a head that this site signed, countersigned by the coordinator",
@@ -806,14 +810,30 @@ class Ledger:
         """Return the hash of a unit's key with this site's salt, in hexadecimal."""
         return self._salt_member(unit_key).hex()
 
-    def withdraw(self, unit_key: bytes) -> Entry:
+    def withdraw(self, unit_key: bytes, columns: Collection[str] = ()) -> Entry:
         """Enter, once, that a unit's consent was withdrawn, and return this entry. The unit's
-        charges stay, since a release cannot be taken back."""
+        charges stay, since a release cannot be taken back. If the unit withdrew before, only those
+        of `columns` are added that were not entered with it.
+
+        columns: the columns that tell patients apart now, by whose keys the unit is known; none if
+        that is not known"""
         unit = self.hashed(unit_key)
         with self._store.writing() as writer:
-            if unit not in self._account.withdrawn:
-                writer.append("withdraw", {"unit": unit})
+            first = self._account.withdrawn.get(unit)
+            if first is None:
+                writer.append("withdraw", _withdrawal(unit, columns))
+            elif not self._account.withdrawn_by[unit].issuperset(columns):
+                since = first.body.get("since", first.body["time"])
+                writer.append("withdraw", _withdrawal(unit, columns, since))
         return self._account.withdrawn[unit]
+
+    @property
+    def withdrawn_by(self) -> dict[str, frozenset[str]]:
+        """Return a dict: the hash of each unit that withdrew -> the columns that told patients
+        apart when it did; none if they are not known, as for an entry of an earlier release or of a
+        restore."""
+        self._read()
+        return dict(self._account.withdrawn_by)
 
     def withdrawn(self) -> dict[str, Entry]:
         """Return a dict: the hash of each unit that withdrew -> the entry of its withdrawal."""
@@ -1000,6 +1020,18 @@ def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     beside = {"membership": charge.membership, "patient": charge.patient}
     return entry | {key: value for key, value in beside.items() if value}
+
+
+def _withdrawal(
+    unit: str, columns: Collection[str], since: int | None = None
+) -> dict[str, str | int | list[str]]:
+    """Build the body of an entry that a unit withdrew. unit: the hash of its key. columns: the
+    columns that told patients apart; none if not known. since: when the unit withdrew, in UTC
+    seconds; None: now."""
+    entry: dict[str, str | int | list[str]] = {"unit": unit}
+    if since is not None:
+        entry["since"] = since
+    return entry | ({"columns": sorted(columns)} if columns else {})
 
 
 def _with_column(

@@ -7,6 +7,7 @@ charged, never from a record, nor from whether anybody withdrew."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
@@ -55,6 +56,30 @@ def check_column_stays(
         "a person at the site names the column again (columns.patient). If none of those patients "
         "is in this dataset, the person instead gives this dataset another name, and lists the "
         "other dataset in its disjoint_from",
+    )
+
+
+def describe_withdrawn_before(
+    ledger: Ledger, columns: Mapping[str, str], units: Collection[str] | None = None
+) -> str:
+    """Say that patients withdrew before a present column told patients apart: by that column they
+    are recognised only if its keys are withdrawn, too. The text is for a person at the site alone.
+    Return "" if there are none, or none is known: an earlier release and a restore enter no column.
+
+    - ledger: the ledger with the withdrawals
+    - columns: the column of patients of each dataset, as the site's files are now; "" for none
+    - units: the hashes of the units that are looked at; None: all that withdrew"""
+    now = {column for column in columns.values() if column}
+    by = ledger.withdrawn_by
+    others = [by[unit] for unit in (by if units is None else units) if by[unit]]
+    others = [then for then in others if not now <= then]
+    if not others:
+        return ""
+    new = ", ".join(sorted(map(repr, now - frozenset.intersection(*others))))
+    return (
+        f"{len(others)} of {len(by)} who withdrew did so before the column {new} told patients "
+        "apart, and their records are left out only where that column has the same keys. If this "
+        "was not done since, repeat `fedtune withdraw` with the keys that these patients have in it"
     )
 
 

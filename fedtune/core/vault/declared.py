@@ -46,7 +46,7 @@ def check_private(site: Site) -> None:
     for data in filter(None, (site.data, site.evaluation)):
         if not data.declared and (site.home / DATABASE).exists():
             ledger = Ledger(site.home)
-            if ledger_entries.has_to_accept(ledger, data.name):
+            if ledger_entries.list_not_accepted(ledger, data.name):
                 known = identities(data, patients=False)
                 ledger_entries.check_private(ledger, data.name, known)
 
@@ -60,7 +60,7 @@ def list_shared(site: Site, ledger: Ledger, dataset: str) -> list[str]:
     LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         is_private = data.name == dataset and not data.declared
-        if is_private and ledger_entries.has_to_accept(ledger, dataset):
+        if is_private and ledger_entries.list_not_accepted(ledger, dataset):
             known = identities(data, patients=False)
             return sorted(ledger_entries.find_shared(ledger, dataset, known))
     return []

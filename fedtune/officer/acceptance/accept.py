@@ -41,9 +41,9 @@ from fedtune.runs.run import Run, open_run
 FORMAT = "fedtune-acceptance-1"
 PURPOSE = b"fedtune acceptance\0"
 DECIDED = (
-    "decision", "judged", "different", "comparisons", "patients", "records", "members_lost",
-    "least_group",
-)  # fmt: skip
+    *("decision", "judged", "different", "comparisons", "patients", "records", "least_group"),
+    *("training_read", "known_since"),
+)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
         "rejected": dict(held_out.rejected),
         "compared_by": held_out.compared_by,
         "training_read": held_out.training_read,
-        "members_lost": held_out.members_lost,
+        "known_since": held_out.known_since,
         "least_group": table.least_group,
         "models": _models(scored, judgement),
         "not_scored": scored.not_scored,

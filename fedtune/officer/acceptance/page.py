@@ -238,10 +238,11 @@ def _records(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks.append(
             _text("The records of [data] are not here: the ledger's memory alone was compared.")
         )
-    if day := figures.get("members_lost"):
+    if figures["known_since"]:
         blocks.append(_text(
-            f"The ledger was restored on {day} (UTC) and may have lost whom it knew: whoever was "
-            "trained on before, and is not in [data] any more, may not have been recognised."
+            f"The ledger knows who trained here since {figures['known_since']} alone: on that day "
+            "it was restored, or took over the charges of another ledger. Whoever trained before "
+            "and is in [data] no more was not found, and may be among those judged on."
         ))  # fmt: skip
     looks = figures["looks"]
     if looks["earlier"]:

@@ -48,8 +48,8 @@ class HeldOut:
       patients' keys; or "contents", if [acceptance] or [data] names no patient column
     - training_read: whether [data] was on this machine and was read for the comparison. If not,
       only what the ledger knows of it was compared
-    - members_lost: the day, in UTC, of the newest restore after which the ledger may not know of
-      everybody on whom was trained before; "" if it never lost this"""
+    - known_since: the day since which the ledger knows everybody on whom a study here trained; ""
+      if it always did"""
 
     dataset: Dataset
     units: np.ndarray
@@ -57,10 +57,10 @@ class HeldOut:
     keyed: str
     compared_by: str
     training_read: bool
-    members_lost: str = ""
     groups: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    known_since: str = ""
 
     @property
     def patients(self) -> int:
@@ -116,7 +116,7 @@ def read_held_out(
         )
     keys = {unit: number for number, unit in enumerate(dict.fromkeys(r.unit for r in kept))}
     units = np.array([keys[record.unit] for record in kept])
-    left_out, lost = Counter(reasons.values()), ledger.members_lost
+    left_out = Counter(reasons.values())
     if read.withheld:
         left_out["did not agree, by record"] = read.withheld
     return HeldOut(
@@ -126,10 +126,10 @@ def read_held_out(
         keyed=_digest_records(kept, ledger),
         compared_by="patients" if patients else "contents",
         training_read=_is_there(site),
-        members_lost=time.strftime("%Y-%m-%d", time.gmtime(lost)) if lost else "",
         groups=_groups(table, [record.place for record in kept]),
         left_out=left_out,
         rejected=rejected,
+        known_since=_known_since(ledger),
     )
 
 
@@ -172,6 +172,15 @@ def _left_out(
             if any(known):
                 reasons[record.unit] = TRAINED
     return reasons
+
+
+def _known_since(ledger: Ledger) -> str:
+    """Return the day (in UTC) on which the ledger last took over charges without whose records
+    they read, by a restore that may have lost this or by an adoption: of these patients, it knows
+    only those in the site's files then or later. Return "" if it never did."""
+    adopted = [spent.time for spent in ledger.spending() if spent.charge.adopted]
+    newest = max([*adopted, ledger.members_lost])
+    return time.strftime("%Y-%m-%d", time.gmtime(newest)) if newest else ""
 
 
 def _is_there(site: Site) -> bool:

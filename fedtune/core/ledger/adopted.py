@@ -1,0 +1,98 @@
+"""Recognise the entries of the ledger that a membership had before the hospital's ledger adopted
+it.
+
+    adopted.json    in the membership's state folder: number and hash of each entry of that ledger,
+                    and the numbers for which a restore of it had charged; 0600
+
+A coordinator stores the newest receipt of each site by the site's public key, which an adoption
+does not change, and sends it with each order of its next studies. Until this membership has
+answered once, that receipt is for an entry of the adopted ledger.
+| the adopted ledger                     | what follows                                            |
+| had the entry                          | its charges are in the hospital's ledger: the order     |
+|                                        | goes on                                                 |
+| lacked it, as it had been put back     | LedgerError: charges are in no ledger                   |
+| was adopted by an earlier release,     | the receipt is refused as one for no ledger of the site |
+| which did not write this file          |                                                         |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import (
+    KEY,
+    Head,
+    LedgerError,
+    head_in,
+    is_countersigned,
+    opened_token,
+)
+from fedtune.core.wire.keys import SigningKey, canonical
+
+ADOPTED = "adopted.json"
+TODO = (
+    "no command can enter them any more: lower max_epsilon in hospital.toml by what those rounds "
+    "cost that the coordinator counts and `fedtune ledger` does not list; then end this membership "
+    "and add another one"
+)
+PUT = "put the file back from a backup"
+
+
+class Known(NamedTuple):
+    """The entries that a ledger accounts for.
+
+    - heads: number and hash of each entry that it has, or for whose branch a restore charged
+    - gaps: the first and the last number of lost entries for which a restore charged"""
+
+    heads: Collection[Head]
+    gaps: Collection[tuple[int, int]]
+
+    def has(self, head: Head) -> bool:
+        return head in self.heads or any(low <= head.seq <= high for low, high in self.gaps)
+
+
+def note_adopted(state: Path, known: Known) -> None:
+    """Write down which entries the ledger in the state folder `state` accounts for, before the
+    ledger is taken away. Errors: InfrastructureError."""
+    content = {"heads": sorted(map(list, known.heads)), "gaps": sorted(map(list, known.gaps))}
+    replace(state / ADOPTED, canonical(content), private=True)
+
+
+def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) -> bool:
+    """Return whether a receipt is for an entry that the adopted ledger accounted for; False if it
+    is no receipt for that ledger, or this site never had a ledger of its own.
+
+    - state: the membership's state folder, with its key, which was the adopted ledger's
+    - receipt: the fields that the coordinator made (`wire.seal.receipt`)
+    - coordinator: the public key (hexadecimal) that must have countersigned
+
+    Errors: LedgerError if it is for an entry that the adopted ledger lacked."""
+    if not (state / ADOPTED).exists():
+        return False
+    key = SigningKey.at(state / KEY)
+    head = head_in(opened_token(key, receipt.get("token")), key.public)
+    if head is None or not is_countersigned(receipt, coordinator):
+        return False
+    if not _read(state / ADOPTED).has(head):
+        raise LedgerError(
+            f"{state}: the ledger that the hospital's ledger adopted had been put back: the "
+            f"coordinator holds a receipt for its entry {head.seq}, which was not in it, so that "
+            "charges are in no ledger",
+            "an adopted ledger that holds all that was charged",
+            TODO,
+        )
+    return True
+
+
+def _read(path: Path) -> Known:
+    try:
+        content = json.loads(reading.content(path, "a note of an adopted ledger", PUT, LedgerError))
+        heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
+        return Known(heads, [(int(low), int(high)) for low, high in content["gaps"]])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise LedgerError(f"{path}: damaged", "the note as it was written", PUT) from None
