@@ -327,8 +327,8 @@ def ledger(
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.declared import (
         check_acceptable,
-        describe_shared,
         describe_accepted,
+        describe_shared,
         list_not_accepted,
         options_to_accept,
     )
