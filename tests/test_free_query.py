@@ -46,7 +46,10 @@ def test_a_site_with_a_query_says_so_in_one_word_and_every_output_of_the_run_doe
     assert outside(grid) == ["admission.free_query: bool"]
     for one, other in zip(usual.replies, grid.replies, strict=True):
         assert {path for path, _ in {*leaves(other)} - {*leaves(one)}} <= {"admission.free_query"}
-    folder, words = tmp_path / "run", "A query or a view selected the records of north:"
+    folder, words = (
+        tmp_path / "run",
+        "A query or a view of the database selected the records of north:",
+    )
     report = read_report(folder)
     assert report["free_query"] == ["north"] and "declared" not in report
     page = markdown(build(documents(folder), {}))

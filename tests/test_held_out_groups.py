@@ -38,6 +38,13 @@ from tests.query_rows import GivenRows, all_rows
 from tests.simulated import noise_from, simulate
 
 CELLS = 1 + 2 + 2 + 3
+
+
+def columns_of(number: int) -> str:
+    """As many columns of one group each, for `groups`."""
+    return ", ".join(f'c{n} = ["a"]' for n in range(number))
+
+
 SEXES: tuple[Any, ...] = ("female", "male", " male ", "unknown", "", None, 7)
 AGES: tuple[Any, ...] = (3, "17.5", 18, 64.9, 65, "nan", "inf", "old", None)
 
@@ -210,6 +217,8 @@ def test_a_column_that_the_site_does_not_name_is_not_read(
         ('groups = { sex = ["a", " a"] }', "each value once"),
         ("bands = { age = [65, 18] }", "must rise"),
         ("bands = { age = [] }", "at least 1"),
+        (f"groups = {{ {columns_of(21)} }}", "at most 20 columns, because"),
+        (f"classes = true\ngroups = {{ {columns_of(20)} }}", "at most 19 columns beside classes"),
     ],
 )
 def test_a_plan_that_tells_nothing_apart_is_refused(

@@ -154,10 +154,11 @@ def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
     """Describe in lines of text what [secure_aggregation] does for a study at sites of these
-    declared sizes. The lines give the assumption under which the study's ε holds, the ε that holds
-    without this assumption, the larger ε at which the study would learn as much without
-    [secure_aggregation], and the number of bits of each number that a site sends. Return [] for a
-    study without [secure_aggregation] or without privacy.
+    declared sizes. The lines give the assumption under which the study's ε holds; the fallback ε,
+    which always holds, and which is also the ε at which the study would learn as much without
+    [secure_aggregation]; both ε after one and two failed attempts; advice to try ε = 1, where it
+    applies; the ε of a patient of two sites; and the number of bits of each number that a site
+    sends. Return [] for a study without [secure_aggregation] or without privacy.
 
     Errors: ConfigError if no number of rounds and no σ fit the study's budget."""
     if study.secure_aggregation is None or not study.private:

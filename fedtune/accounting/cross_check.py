@@ -16,8 +16,7 @@ ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 
 
 class AccountantsDisagree(FedtuneError):
-    """The error that ε by PLD exceeds the bound by RDP. One of the two is wrong, so neither may be
-    reported."""
+    """ε by PLD exceeds the bound by RDP. One of the two is wrong, so neither may be reported."""
 
 
 def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:

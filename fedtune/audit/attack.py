@@ -123,7 +123,8 @@ def attack_study(
     One site of `units` generated units trains alone, so that no other site's noise protects it. The
     attacker sees only the final adapter, and has the other models as references. The attack is
     repeated on models without noise. Training starts as in the study, including [public] text, and
-    the coordinator's steps are the study's. This reads no private record and costs no ε.
+    the coordinator's steps are those of the study's [strategy]; [selection] is left out. This reads
+    no private record and costs no ε.
 
     Args:
         study: the private study whose base, objective, plan and start are used.

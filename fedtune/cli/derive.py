@@ -318,8 +318,8 @@ def choose_base(
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="A base to measure; may be repeated. Default: the study's base and those "
-            "of `models list`.",
+            help="A base to measure; may be repeated. Default: the study's base and the causal "
+            "ones of `models list`.",
         ),
     ] = None,
     quantised: Annotated[

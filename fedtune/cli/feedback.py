@@ -84,8 +84,8 @@ LABEL_TEMPLATE = Annotated[
     typer.Option(
         metavar="TEXT",
         help='Template around the prompt, such as "Question: {text}"; use the same in the '
-        "DPO study. Default: the template of the run, else a chat turn of the "
-        "generator if it has a chat template.",
+        "DPO study. Default: if the generator is a run, the template of its study, if it has one; "
+        "if it is a base with a chat template, a chat turn; otherwise none.",
         show_default=False,
     ),
 ]

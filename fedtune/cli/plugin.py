@@ -31,8 +31,10 @@ CHECK_PLUGIN_GROUP = Annotated[
     Groups,
     typer.Option(
         metavar="GROUP",
-        help="Kind of the plug-in. A plug-in of another package is found by its entry point in the "
-        "group fedtune.GROUP, such as fedtune.strategies. Another package cannot bring a source.",
+        help="Kind of the plug-in: objectives, strategies, modalities, sources, converters or "
+        "trackers. A plug-in of another package is found by its entry point in the group "
+        "fedtune.GROUP, such as fedtune.strategies. Sources, which read files and databases, are "
+        "this release's own only.",
     ),
 ]
 CHECK_PLUGIN_OPTION = Annotated[

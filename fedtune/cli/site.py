@@ -292,9 +292,9 @@ def ledger(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="With --accept: accept, too, that DATASET has private records which were declared "
-            "public or generated here, in the dataset NAME; after a restore, '*' stands for those "
-            "that it lost. May be given several times.",
+            help="With --accept DATASET: also accept that some private records of DATASET were "
+            "declared public or generated here, as part of the dataset NAME; after a restore, '*' "
+            "stands for those that it may have lost. May be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -576,11 +576,13 @@ def purge(
 ) -> dict[str, Any]:
     """Delete what this site keeps of studies beside the ledger, after listing it and asking.
 
-    Deleted are released updates, plans, the client's logs, personal models, pages and figures of
-    acceptances, counts of records, what the data sheet attested, and temporary files. The ledger,
-    the step log, the audit log, patients' receipts and this site's keys stay. If the coordinator
-    asks again for a round whose update is deleted, the round is trained and paid for again, so run
-    this after a study."""
+    Deleted are released updates, draws that wait for approval or are from an earlier release,
+    plans, notes of studies and of where runs lie, the client's logs and status, training losses,
+    personal models, pages and figures of acceptances, counts of records, what the data sheet
+    attested, ledgers of runs of declared data, the space reserved for the ledger, and temporary
+    files. The site's own ledger, the step log, the audit log, patients' receipts and this site's
+    keys stay. If the coordinator asks again for a round whose update is deleted, the round is
+    trained and paid for again, so run this after a study."""
     from fedtune.cli.console import files_table
     from fedtune.core.config import load_site
     from fedtune.officer import purge as purger

@@ -38,7 +38,8 @@
     │   └── DeadlinePassed             a study's --deadline (server/turns.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 
-A message says what happened, what was expected and what to do. It never holds a record's content.
+A message says what happened and, where this helps, what was expected and what to do. It never holds
+a record's content.
 """
 
 from __future__ import annotations

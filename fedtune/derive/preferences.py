@@ -138,7 +138,8 @@ def prompt_template(writer: LoadedModel) -> str | None:
     """Return the template that is put around each prompt for this writer: a text with {text} in the
     prompt's place. For a run this is the template of its study. For a base with a chat template it
     is a user turn of the chat template, since without such a turn the base hardly answers. None for
-    any other base: its prompts stay as they are."""
+    a base without a chat template, or whose template does not write the prompt exactly once: its
+    prompts stay as they are."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer

@@ -84,9 +84,10 @@ def complete_prompts(
         report("the teacher is writing", number + 1, len(records))
     if not completed_records:
         counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
-        raise DataError(
-            f"no prompt can be used ({counts})", todo="fewer --new-tokens, or shorter prompts"
-        )
+        todo = "another teacher, or prompts with completions"
+        if "too long" in left_out:
+            todo = "fewer --new-tokens, or shorter prompts"
+        raise DataError(f"no prompt can be used ({counts})", todo=todo)
     return completed_records, left_out
 
 

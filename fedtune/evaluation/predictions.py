@@ -93,7 +93,8 @@ class Predictions:
         - "prediction", and "probability.LABEL" for each label; for a reward head "score" instead
         - "reason": why the record cannot be used
 
-        A value is None if the record has none. Numbers are rounded to DIGITS significant digits."""
+        A value is None if the record has none. Probabilities and scores are rounded to DIGITS
+        significant digits."""
         told = dict(zip(self.labels, self.names, strict=True))
         values = zip(self.predicted, self.probabilities, self.scores, self.reasons, strict=True)
         rows: Rows = []

@@ -61,7 +61,7 @@ def evaluate(
     study = run.study
     configured = study.evaluation
     if not isinstance(data, DataFile):
-        data = with_columns_of(study, Path(data))
+        data = with_columns_of(study, Path(data), "name them: --column prompt=NAME, and so on")
     table = EvaluationTable.model_validate(
         {
             "path": data.path,
@@ -150,11 +150,15 @@ def _of_the_run(run: Run) -> list[str]:
     return [line.text for line in lines if line.about != "base"]
 
 
-def with_columns_of(study: Study, data: Path) -> DataFile:
+def with_columns_of(study: Study, data: Path, todo: str = "") -> DataFile:
     """Describe the file `data` as one whose columns have the same names and uses as those of the
-    study's evaluation file.
+    study's evaluation file. todo: how the columns can be named without such a file, for an error's
+    text; "" if they cannot.
 
     Errors: ConfigError if the study has no evaluation file."""
     if study.evaluation is None:
-        raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
+        raise ConfigError(
+            "the study has no [evaluation] table, which names the columns of such a file",
+            todo=todo,
+        )
     return DataFile(path=data, columns=study.evaluation.columns)

@@ -214,7 +214,12 @@ def read_request(path: Path) -> Request:
             "ask the site for it again",
         )
     if not _is_name(fields["name"]):
-        raise ConfigError(f"{path}: not a site's name", "letters, digits, dots, dashes")
+        raise ConfigError(
+            f"{path}: the name in this request cannot be a site's",
+            "1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or "
+            "digit",
+            "ask the site to correct site.name and send a new request",
+        )
     fingerprint = _of_keys(fields["name"], fields["node"], tls, fields["signing"])
     return Request(fields["name"], fields["node"], fields["signing"], tls, fingerprint)
 

@@ -37,9 +37,10 @@ class Impatient:
     """Replaces the module `time` in Flower's code, so that Flower sleeps less between two checks.
     This matters since a round waits for the site that checks last.
 
-    Flower itself sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet. When
-    it changes from one of these lengths to the other, it waits for something else, so the pauses
-    begin anew."""
+    Flower asks for 3 s if there is no work, and for 0.5 s if an answer has not arrived yet. In
+    place of these, `sleep` makes the growing pauses of a Poll: between LOOK_SECONDS for the longer,
+    between REPLY_SECONDS for the shorter. If Flower asks for another length than the last time, it
+    has begun to wait for something else, and the pauses start short again."""
 
     def __init__(self) -> None:
         self._last = 0.0

@@ -304,8 +304,9 @@ def _path(table: SiteData) -> Iterator[Path]:
 
 
 def _is_same_file(note: Note, path: Path) -> bool:
-    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed. A
-    folder counts as the same as any file or folder in it, at any depth."""
+    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed. The
+    noted path may also be a folder above `path`, at any depth. Conversely, `path` may be a folder
+    above the noted path, but then only their names are compared."""
     noted = Path(note["path"])
     if path.is_relative_to(noted) or noted.is_relative_to(path):
         return True

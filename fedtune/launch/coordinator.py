@@ -139,7 +139,7 @@ def naming_stops() -> Iterator[None]:
 
 
 class Terminated(InfrastructureError):
-    """The error that SIGTERM ended a server before its studies were finished."""
+    """SIGTERM ended a server before its studies were finished."""
 
 
 @contextmanager

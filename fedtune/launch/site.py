@@ -511,10 +511,10 @@ class Shown:
         return {"study": last["study"], "done": rounds, "text": text}
 
     def _isolation(self, half: str, facts: dict[str, Any]) -> None:
-        """Note how one half is confined. When all halves have reported, show their reports and
-        enter them in the audit log. A half reports once, before it does anything else. Further
-        reports are left out, since through them a courier could choose when and how much the audit
-        log grows.
+        """Note how one half is confined. When all halves that this process started have reported,
+        show their reports and, if the vault is one of them, enter them in the audit log. A half
+        reports once, before it does anything else. Further reports are left out, since through them
+        a courier could choose when and how much the audit log grows.
 
         - half: "vault" or "courier"
         - facts: its report: lists of texts on what confines it, what stays open to it, and why

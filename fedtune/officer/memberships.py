@@ -443,7 +443,8 @@ def _without(home: Path, name: str) -> str:
     there, left = (set(load_hospital_text(home, one).memberships) for one in (before, text))
     if left != there - {name}:
         raise ConfigError(
-            f"{home / FILE}: [memberships.{name}] cannot be taken out by itself",
+            f"{home / FILE}: fedtune cannot take out [memberships.{name}] and leave all other "
+            "memberships as they are",
             todo="take its lines out in an editor",
         )
     return text

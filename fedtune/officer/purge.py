@@ -125,8 +125,9 @@ def listing(site: Site, study: str | None = None) -> Listing:
 
 
 def purge(contents: Listing) -> None:
-    """Delete the files that `contents` lists, and the folders that become empty. This is safe even
-    if the site's courier has removed the client's lock file, or has replaced a folder by a link.
+    """Delete the files of a listing that `fedtune.purgeable` returned (`contents`), and the folders
+    that become empty. This is safe even if the site's courier has removed the client's lock file,
+    or has replaced a folder by a link.
 
     Errors: InfrastructureError if a client runs on this state, or a file cannot be deleted; Refused
     if the ledger is frozen, or LedgerError, before anything is deleted."""

@@ -345,10 +345,10 @@ def cost_refusals(
 
 
 def find_paying(study: Study, site: Site, ledger: Ledger | None) -> Ledger | None:
-    """Return the ledger that would be charged for a plan, to be read alone: with the disjoint
-    datasets and the columns of patients that the site's files state now, since they are declared
-    before a charge. For data that is declared public or generated it is that of the plan's own run.
-    None if there is none yet.
+    """Return the ledger that would be charged for a plan, as it will be once the site's files are
+    declared: a charge first enters which datasets they state are disjoint, and their columns of
+    patients. Only read from the result, and enter nothing in it. For data that is declared public
+    or generated it is the ledger of the plan's own run. None if there is none yet.
 
     - study: the plan
     - site: the site, whose [data] names the dataset that pays

@@ -81,13 +81,13 @@ class Withdrawal:
 
 
 class UnknownPatient(InputError):
-    """The error that no record and no study at this site has this patient's key. Its message does
-    not contain the key."""
+    """No record and no study at this site has this patient's key. The message does not contain the
+    key."""
 
 
 class NotLogged(NotGenuine):
-    """The error that the audit log is damaged or cannot be written, so that a withdrawal could not
-    be entered there. The withdrawal was entered in the ledger and has its receipt.
+    """The audit log is damaged or cannot be written, so that a withdrawal could not be entered
+    there. The withdrawal was entered in the ledger and has its receipt.
 
     - withdrawal: the result of `withdraw`
     - reason: the error of the audit log"""

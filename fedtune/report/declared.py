@@ -65,20 +65,20 @@ It paid from a ledger of the run, not from a budget for life.'
 
 
 def free_query_line(report: Mapping[str, Any]) -> str:
-    """Return a sentence that names the sites whose records a query or a view selected, and says
-    what this means for ε; "" if there are no such sites.
+    """Return a sentence that names the sites whose records were selected by a query or a view of
+    their database, and says what this means for ε; "" if there are no such sites.
 
     >>> free_query_line({"free_query": ["north"]})
-    "A query or a view selected the records of north: if it counts, ranks or averages, one \
-patient's rows may change what is read of another, and ε does not cover this."
+    "A query or a view of the database selected the records of north: if it counts, ranks or \
+averages, one patient's rows may change what is read of another, and ε does not cover this."
     """
     names = report.get("free_query")
     if not isinstance(names, list) or not names:
         return ""
     return (
-        f"A query or a view selected the records of {' and '.join(map(str, names))}: if it "
-        "counts, ranks or averages, one patient's rows may change what is read of another, and ε "
-        "does not cover this."
+        "A query or a view of the database selected the records of "
+        f"{' and '.join(map(str, names))}: if it counts, ranks or averages, one patient's rows may "
+        "change what is read of another, and ε does not cover this."
     )
 
 

@@ -32,8 +32,9 @@ def section(report: dict[str, Any]) -> list[str]:
 
 def teacher_line(report: dict[str, Any]) -> str:
     """State in one line, for a terminal, the teacher's name and what the teacher cost: its ε, or
-    why this is not known. If the teacher is a base or the run has no ε, there is no cost to add up,
-    and the line gives only the name. Return "" if there is no teacher."""
+    why its cost is not known. If the teacher is a base, or its ε is known but the student (the run
+    that the report is about) has none, there is nothing to add up, and the line gives only the
+    name. Return "" if there is no teacher."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return ""

@@ -319,7 +319,8 @@ def before_asking(waited: float) -> float:
 
 class _Claim(NamedTuple):
     """What a node's reply to the plan says, before it is compared with what is known of the site:
-    status, name, declared size, signing key, and kind of data."""
+    status and reason, name, declared size, signing key, what it declares its data to be, and
+    whether a query or a view of a database selects its records."""
 
     status: str
     reason: str = ""
@@ -503,7 +504,7 @@ def outcome(
 
 
 class _DroppedUpdate(Exception):
-    """The error that a site's reply fails a check and is not counted. Its message is the reason."""
+    """A site's reply fails a check and is not counted. The message is the reason."""
 
 
 def _open_update(

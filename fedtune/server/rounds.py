@@ -88,8 +88,7 @@ def run(
 
 
 class TooFew(InfrastructureError):
-    """The error that, after all retries, fewer than strategy.min_sites sites have delivered a
-    round."""
+    """After all retries, fewer than strategy.min_sites sites have delivered a round."""
 
 
 class _Run:

@@ -60,7 +60,7 @@ Rows = tuple[list[Any], list[list[Any]], list[list[Any]]]  # run, rounds, sites
 
 
 class CheckpointError(InputError):
-    """The error that a checkpoint is damaged, or belongs to another study."""
+    """A checkpoint is damaged, or belongs to another study."""
 
 
 class Phase(StrEnum):

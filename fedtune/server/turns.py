@@ -27,7 +27,7 @@ from fedtune.server.schedule import format_utc
 
 
 class DeadlinePassed(InfrastructureError):
-    """The error that a study is not finished at its deadline."""
+    """A study is not finished at its deadline."""
 
 
 class Turn:

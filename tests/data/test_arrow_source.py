@@ -156,7 +156,7 @@ def test_a_state_that_lists_no_file_of_its_own_is_refused(tmp_path: Path, listed
     folder = saved(tmp_path / "set", [note(1, 0)])
     shutil.copy(folder / "data-00000-of-00001.arrow", tmp_path / "out.arrow")
     (folder / "state.json").write_text(json.dumps({"_data_files": listed}))
-    with pytest.raises(DataError, match="lists no data file in this folder"):
+    with pytest.raises(DataError, match="lists no data file, or one that is not in this folder"):
         read(folder)
 
 

@@ -177,7 +177,7 @@ def _codes() -> str:
     said = "0: done; 130: stopped by Ctrl-C; 141: nobody reads the output. Every error says what"
     rows = [f"| `{e.__name__}` | {e.exit_code} | {_words(e.__doc__, 1)} |" for e in errors()]
     table = ["| error | exit code | meaning |", "|---|---|---|"]
-    more = "happened, what was expected and what to do."
+    more = "happened and, where this helps, what was expected and what to do."
     return "\n".join([said, more, "", *table, *rows, ""])
 
 

@@ -19,18 +19,34 @@ Written by `make mutants` and `python -m tests.mutants.run`; not edited by hand.
 into a copy of the shipped code, alone, and named tests must fail for it by an assertion. The
 untouched code passes the same tests.
 
-**{caught} of {all} caught**; {traps} numbered ways in which DP breaks silently, and more. {whole}
+**{caught} of {all} caught**. {whole}
+
+A number in the column *way* is one of the {traps} ways in which DP breaks silently, described in
+[pitfalls.md](pitfalls.md). A word names another part of the code or another property.
 
 | bug | way | file | what it does, or what follows | |
 |---|---|---|---|---|
 """
-WHOLE = re.compile(r"All of them were last tried .*")
-NEVER = "All of them were last tried never."
+WHOLE = re.compile(r"last tried (on .* of processor time)\.")
 
 
 def whole(date: str, minutes: float) -> str:
     """Say when the whole catalogue was tried."""
-    return f"All of them were last tried on {date}, in {minutes:.0f} minutes of processor time."
+    return f"on {date}, in {minutes:.0f} minutes of processor time"
+
+
+def _tried(untried: int, when: str) -> str:
+    """Say how many bugs have not been tried, and when the others were. when: as `whole`; "" if the
+    whole catalogue never was."""
+    if not when:
+        return "The whole catalogue has not been tried yet."
+    if not untried:
+        return f"All of them were last tried {when}."
+    have = "bug has" if untried == 1 else "bugs have"
+    return (
+        f"{untried} {have} not been tried yet. The whole catalogue, as it was then, was last tried "
+        f"{when}."
+    )
 
 
 def recorded(text: str) -> dict[str, str]:
@@ -58,7 +74,7 @@ def page(mutants: Sequence[Mutant], tried: Mapping[str, str], old: str = "", sai
         caught=sum(status == "killed" for status in ended.values()),
         all=len(mutants),
         traps=len({mutant.trap for mutant in mutants if isinstance(mutant.trap, int)}),
-        whole=said or (before[0] if before else NEVER),
+        whole=_tried([*ended.values()].count(UNTRIED), said or (before[1] if before else "")),
     )
     rows = [
         f"| {m.name} | {m.trap} | `{m.file}` | {m.note} | {ended[m.name]} |\n"

@@ -17,11 +17,11 @@ HEAD = """# Ways in which DP fine-tuning breaks silently
 
 For researchers in privacy, and whoever writes a DP trainer.
 
-Written by `python -m tests.mutants.pitfalls`; not edited by hand. Each of these ends in an update
-and a stated (ε, δ), without an error that names it. For each: what goes wrong, how it shows or why
-it does not, how fedtune rules it out, and the bugs that `make mutants` seeds into a copy of the
-code, with the tests that must fail for them. How the guarantee is made and checked as a whole is in
-[guarantee.md](guarantee.md).
+Written by `python -m tests.mutants.pitfalls`; not edited by hand. This page lists {count} mistakes.
+Each ends in an update and a stated (ε, δ), without an error that names it. For each: what goes
+wrong, how it shows or why it does not, how fedtune rules it out, and the bugs that `make mutants`
+seeds into a copy of the code, with the tests that must fail for them. How the guarantee is made and
+checked as a whole is in [guarantee.md](guarantee.md).
 
 | severity | meaning |
 |---|---|
@@ -38,7 +38,8 @@ def page(traps: Sequence[Trap] = TRAPS, mutants: Sequence[Mutant] = MUTANTS) -> 
     """The whole page."""
     index = [f"| [{t.number}](#{_anchor(t)}) | {t.title} | {t.severity} |" for t in traps]
     ways = [_way(trap, [m for m in mutants if m.trap == trap.number]) for trap in traps]
-    return "\n".join([HEAD, "| | way | severity |\n|---|---|---|", *index, "", *ways])
+    head = HEAD.format(count=len(traps))
+    return "\n".join([head, "| | way | severity |\n|---|---|---|", *index, "", *ways])
 
 
 def _way(trap: Trap, mutants: Sequence[Mutant]) -> str:

@@ -94,7 +94,11 @@ def test_a_row_is_what_was_tried_last() -> None:
     new = page(others[1:], {"third": "killed"}, old)
     assert recorded(new) == {"second": "broken", "third": "killed"}
     assert "**1 of 2 caught**" in new and "2026-01-02, in 3 minutes" in new
-    assert recorded(page(others, {}, new))["first"] == UNTRIED
+    assert "All of them were last tried on 2026-01-02" in new
+    again = page(others, {}, new)
+    assert recorded(again)["first"] == UNTRIED
+    assert "1 bug has not been tried yet." in again and "last tried on 2026-01-02" in again
+    assert "The whole catalogue has not been tried yet." in page(others, {})
 
 
 def test_what_was_tried_is_kept_and_tried_again_on_other_code(

@@ -236,8 +236,9 @@ TRAPS = (
         "A teacher, judge or reference that was trained without privacy on the same records makes "
         "the target of every unit depend on all the others.",
         "The student's own steps are clipped and noised as planned.",
-        "The reference is the policy at the study's start. A teacher must be known to be public, "
-        "or be a private run; a judge sees one record at a time.",
+        "The reference is the frozen base, with the adapter off. A site takes only a teacher whose "
+        "digest a person listed, or a base that its policy lists (if that allows any base, one "
+        "that fedtune knows); a judge sees one record at a time.",
     ),
     Trap(
         27, "Batch statistics in a loss", BREAKS,
@@ -319,7 +320,8 @@ TRAPS = (
         "records. Whether the next study is admitted is then an answer about one of them.",
         "It looks like diligence: the ledger checks a declaration against the data.",
         "What is composed follows from declarations that a person signed. A patient in two "
-        "datasets takes part where the key was first.",
+        "datasets that are declared disjoint takes part where the key was first; if both had it "
+        "before the declaration, in neither.",
     ),
     Trap(
         37, "Row numbers as identities", BREAKS,

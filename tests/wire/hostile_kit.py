@@ -129,7 +129,7 @@ LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
         "'values' is not plain",
     ),
     "fp64": (
-        lambda: changed(VALUES, lambda _: Array(np.zeros(10))), "'values' is not plain",
+        lambda: changed(VALUES, lambda _: Array(np.zeros(10))), "in NumPy's format, as was agreed",
     ),
     "another encoding": (another_encoding, ""),
     "the wrong shape": (

@@ -280,12 +280,13 @@ PER_LAYER = ("hidden_size_per_layer_input",)
 
 
 def _check_plain(name: str, model: Any) -> None:
-    """Check that a base consists of modules of PyTorch and of transformers' models, and computes
-    attention with transformers' own functions.
+    """Check that a base consists of modules of PyTorch and of transformers' models, computes
+    attention with transformers' own functions, and is none of the models that compute on the
+    records of a block together (COUPLING, PER_LAYER).
 
-    A configuration can ask for others: quantised layers, compiled attention, or foreign kernels.
-    These may compute on the records of a block together, and the self-test's tiny base does not
-    have them. name: what an error's text calls the base. Errors: ModelError."""
+    A configuration can also ask for quantised layers, compiled attention or foreign kernels. These,
+    too, may compute on the records of a block together, and the self-test's tiny base does not have
+    them. name: what an error's text calls the base. Errors: ModelError."""
     homes = {type(module).__module__ for module in model.modules()}
     foreign = {home for home in homes if not home.startswith(PLAIN) or home.startswith(COUPLING)}
     if key := _key_of_more(model.config.to_dict(), PER_LAYER, (None, 0)):

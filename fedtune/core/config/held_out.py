@@ -53,7 +53,9 @@ class PrivateEvaluationTable(Table):
                 raise ValueError(f"bands.{column}: edges must rise, as in [18, 65, 80]")
         if len(self.groups) + len(self.bands) + self.classes > MOST_AXES:
             raise ValueError(
-                f"groups, bands: at most {MOST_AXES} columns, because each one adds noise"
+                f"groups, bands: at most {MOST_AXES - self.classes} columns"
+                + (" beside classes" if self.classes else "")
+                + ", because each one adds noise"
             )
         return self
 

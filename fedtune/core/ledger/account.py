@@ -178,8 +178,8 @@ class Account:
         seq: int,
     ) -> Account:
         """Return what the entries will amount to once the site's files, as they are now, are
-        declared for a charge to `dataset`. Nothing of this object is changed; the result is to be
-        read alone.
+        declared for a charge to `dataset`. Nothing of this object is changed; the result is only to
+        be read from.
 
         - apart: dataset's name -> the datasets from which the files declare it disjoint
         - columns: dataset's name -> its column of patients in the files

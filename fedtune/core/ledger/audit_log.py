@@ -386,7 +386,11 @@ def person() -> str:
     """Return the person that $FEDTUNE_PERSON names; "" if it names nobody. Errors: InputError."""
     name = os.environ.get(PERSON, "").strip()
     if not TEXT.fullmatch(name):
-        raise InputError(f"{PERSON}: not a name", "at most 200 letters, digits and signs")
+        raise InputError(
+            f"{PERSON}: not a name",
+            "at most 200 letters, digits, spaces and these signs: "
+            ". : , ; @ / + = ≤ ≥ ( ) \" ' [ ] _ -",
+        )
     return name
 
 

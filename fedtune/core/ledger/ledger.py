@@ -383,7 +383,8 @@ class Ledger:
     ) -> Ledger:
         """Return this ledger as it will be once the site's files, as they are now, are declared for
         a charge to `dataset`: with the datasets that they state are disjoint, and their columns of
-        patients. Nothing is entered. The result is to be read alone, and before further entries.
+        patients. Nothing is entered. The result is only to be read from, and only until the next
+        entry.
 
         - apart: dataset's name -> the datasets from which the files declare it disjoint
         - columns: dataset's name -> its column of patients in the files"""
@@ -734,7 +735,7 @@ class Ledger:
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
-                    f"round {slot[1]}: its answer was released before, and may have been sent",
+                    f"round {slot[1]}: its answer was approved before, and may have been sent",
                     todo="run the command again, and name the other answers only",
                 )
             if slot not in self._account.refused:

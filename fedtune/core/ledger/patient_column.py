@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 def check_column_stays(
     ledger: Ledger | None, site: Site, dataset: str, unit: str, *, at_site: bool = False
 ) -> None:
-    """Check that nobody takes the column of patients away from a dataset. If the dataset ever had
-    one, its records are read as those of patients for good. The same holds for a dataset under
-    another name, unless the site's files declare it disjoint from the one that had the column. The
-    ledger gets the same declared before each charge, and may lack it before that.
+    """Check that a dataset that has or had a column of patients is not read as single records: such
+    a dataset is read per patient for good. This also holds for `dataset` if another dataset has or
+    had such a column, unless the site's files declare the two disjoint. The site's files are asked,
+    not the ledger, which gets what they declare only at the next charge.
 
-    For such another dataset a column counts as soon as the site's files name it, before any study
-    reads that dataset. If it counted only then, the first plan for that dataset would end other
-    studies, whose coordinators would learn of it.
+    A column of another dataset counts as soon as the site's files name it, even if no study has
+    read that dataset yet. Otherwise the first plan for that dataset would end studies on `dataset`,
+    and their coordinators would see when that plan came.
 
     - ledger: the ledger to which the dataset's rounds are charged; None if there is none yet
     - site: the settings of the site, with those of hospital.toml if it is a membership

@@ -42,7 +42,8 @@ LEAST_FREE = 256 * 2**20  # bytes that the file of states leaves free on its dis
 
 
 class Unavailable(InfrastructureError):
-    """The store does not hold these states. The reader computes them again."""
+    """The store of cached hidden states does not hold those that were asked for. The reader
+    computes them again."""
 
 
 class Altered(Unavailable):

@@ -56,7 +56,7 @@ PHRASES = (
     "are pinned here", "the set of ready sites", "a statement of a ready site",
     "masked for another set", "no draw for this attempt", "its statement is about another draw",
     "it did not send its masked words", "the plan has no [secure_aggregation]",
-    "only the sum of all sites is opened", "does not belong to a round",
+    "only the sum of all sites is opened", "at a round, which is out of range",
     "stopped by SIGTERM", "stopped by SIGINT", "no reason given",
 )
 # fmt: on

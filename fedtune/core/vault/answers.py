@@ -46,7 +46,8 @@ class Place:
     - site: the path of the site file
     - coordinator: the public signing key of the coordinator with which the site enrolled; "" if any
       coordinator may ask (a simulation)
-    - watch: whether the site takes part in studies without a last round; None in a simulation
+    - watch: True if the site takes part only in studies without a last round, False if only in
+      others; None in a simulation, where either may run
     - reviewed: the digest of the plan that the coordinator sent for review when the site enrolled;
       "" if it sent none
     - simulated: whether the person who runs the study runs this site too

@@ -81,8 +81,9 @@ def run_ledger(site: Site, digest: str) -> Path:
 
 def permit_declared(site: Site, home: Ledger) -> None:
     """Check that the site may train on its declared data: the lifetime ledger has the signed
-    declaration, made before the site joined the study, and in a consortium the site's policy allows
-    such data. The result never depends on a record.
+    declaration and never charged a dataset of this name as private, and in a consortium the site's
+    policy allows such data. (The declaration is signed when the site starts, before it joins.) The
+    result never depends on a record.
 
     site: the site with the policy that its file has now (`with_new_policy`); home: its lifetime
     ledger. Errors: PolicyRefused."""

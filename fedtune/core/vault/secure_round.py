@@ -167,7 +167,10 @@ def _prepare_draw(
     if prepared.study.secure_aggregation is None:
         raise PolicyRefused("the plan has no [secure_aggregation]")
     if not 1 <= attempt <= 10**6:
-        raise PolicyRefused(f"attempt {attempt} does not belong to a round", "1 to 1000000")
+        raise PolicyRefused(
+            f"the order is for attempt {attempt} at a round, which is out of range",
+            "a number from 1 to 1000000",
+        )
     return prepared
 
 

@@ -453,8 +453,9 @@ class SiteWorker:
         - read: the dataset as `data_in_study` returned it. If this object keeps it in memory, the
           result takes its place there
 
-        Guarantee: rows are left out, and nothing else changes. If this fails for whatever reason,
-        an empty dataset is returned. Errors: LedgerError."""
+        Guarantee: rows are left out, and nothing else changes. If this fails, an empty dataset is
+        returned, except for the errors named here. Errors: a LedgerError other than NoRoom, and a
+        request to end this process."""
 
         def remaining() -> CachedDataset:
             left = without_withdrawn(read, self.home)

@@ -128,7 +128,9 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
         if tuple(array.shape) != agreed[name].shape:
             raise WireError(f"array {name!r} has another shape than agreed")
         if array.dtype != agreed[name].dtype or array.stype != NPY:
-            raise WireError(f"array {name!r} is not plain {agreed[name].dtype}")
+            raise WireError(
+                f"array {name!r} is not {agreed[name].dtype} in NumPy's format, as was agreed"
+            )
         extra = len(array.data) - agreed[name].nbytes
         if not _START < extra <= _START + _LONGEST_HEADER:
             raise WireError(f"array {name!r} has not as many bytes as its shape needs")

@@ -148,7 +148,10 @@ def _scale_values(
     values: npt.NDArray[Any], scales: npt.NDArray[Any], starts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     if values.dtype.name not in ("float16", "int8") or scales.dtype != np.float32:
-        raise WireError("there are scales beside numbers that have none")
+        raise WireError(
+            "there are scales, but the numbers are not float16 or int8, or the scales are not "
+            "float32"
+        )
     if scales.shape != starts.shape:
         raise WireError("there is not one scale for each block")
     if not (np.isfinite(scales) & (scales > 0)).all():

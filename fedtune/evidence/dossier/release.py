@@ -89,9 +89,10 @@ def release(
     the run's.
 
     Errors: NotGenuine if the run is not signed, or was changed after it was signed; ConfigError if
-    `out` exists, if the run was derived from others, if a file is no section, or if an attack is
-    not of this run; Refused if `home` lacks the key that signed the run, if the run is a site's
-    personal model, or if an attack was made at a site; InfrastructureError."""
+    `out` exists, if the run was derived from others, if `run` is an exported model, if a file is no
+    section, or if an attack is not of this run; Refused if `home` lacks the key that signed the
+    run, if the run is a site's personal model, or if an attack was made at a site;
+    InfrastructureError."""
     run, out = Path(run), Path(out)
     refuse_personal(run)
     _refuse_derived(run)

@@ -48,7 +48,7 @@ class Arrow(Source):
         names = [str(one.get("filename", "")) if isinstance(one, dict) else "" for one in files]
         if not names or not all(map(_plain, names)):
             raise DataError(
-                f"{folder / STATE}: lists no data file in this folder",
+                f"{folder / STATE}: lists no data file, or one that is not in this folder",
                 "the names of the data files that lie beside it",
             )
         return [folder / name for name in names]

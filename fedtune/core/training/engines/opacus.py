@@ -63,8 +63,8 @@ class OpacusHooks:
 
     def _take_gradients(self) -> list[torch.Tensor | None]:
         """Return Opacus' per-sample gradients, detached: for each parameter (B, *shape), None if it
-        has none. Remove them from the parameters, and set the gradients that autograd summed to
-        zero."""
+        has none. Remove them from the parameters. Overwrite with zeros the sum over the batch that
+        autograd left in `grad`, and remove it too."""
         gradients: list[torch.Tensor | None] = []
         for parameter in self._parameters:
             gradient = getattr(parameter, "grad_sample", None)

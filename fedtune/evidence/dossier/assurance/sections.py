@@ -47,6 +47,7 @@ NEEDS = {
     "consortium": "a simulation: one machine ran all sites, without a network",
 }
 EXPECTED = "a section of an assurance pack (docs/verify.md)"
+SHOWN_AT = "docs/verify.md shows a section of an assurance pack"
 SECTION = {"id": str, "title": str, "from": str, "text": str, "row": list}
 ROW = {
     **dict.fromkeys(("id", "asks", "importance", "mechanism", "organisation"), str),
@@ -71,7 +72,11 @@ def all_sections(folder: Path | None) -> list[Section]:
     found = package_sections()
     if folder is not None:
         if not (own := _load(folder)):
-            raise ConfigError(f"{folder}: holds no section", "files NAME.toml", EXPECTED)
+            raise ConfigError(
+                f"{folder}: holds no section",
+                "files NAME.toml, each a section of an assurance pack",
+                f"add one; {SHOWN_AT}",
+            )
         found += own
     names = [section["id"] for section in found]
     for name in names:
@@ -143,11 +148,15 @@ def _check_row(where: str, row: Mapping[str, Any], known: set[str]) -> None:
             raise ConfigError(f"{where}: has no {name}", EXPECTED)
     if not {"mechanism", "organisation", "unopened"} & {*row}:
         raise ConfigError(
-            f"{where}: has no answer", "mechanism, organisation or unopened", EXPECTED
+            f"{where}: has no answer",
+            "one of the keys mechanism, organisation and unopened",
+            f"add one; {SHOWN_AT}",
         )
     if "mechanism" in row and not any(row.get(name) for name in ("facts", "files", "tests")):
         raise ConfigError(
-            f"{where}: a mechanism without evidence", "facts, files or tests", EXPECTED
+            f"{where}: a mechanism without evidence",
+            "one of the keys facts, files and tests",
+            f"add one; {SHOWN_AT}",
         )
     for need in row.get("needs", []):
         if need not in NEEDS:
