@@ -361,6 +361,15 @@ class Ledger:
             return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
 
     @property
+    def lacking(self) -> set[tuple[str, str]]:
+        """Return each (plan, membership) that may have had steps of which this ledger has no charge
+        under the plan's name: it was charged, or a person signed it, before a restore charged
+        lost steps without knowing of which study they were. plan: its digest, or that of its
+        queries."""
+        self._read()
+        return set(self._account.lacking)
+
+    @property
     def datasets(self) -> list[str]:
         """List the names of all datasets that were declared."""
         with self._store.writing():
