@@ -19,6 +19,7 @@ from fedtune.homes.known_homes import check_home
 from fedtune.homes.opening import find_ledger
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
+from fedtune.officer.step_log import check_step_log
 
 log = logging.getLogger("fedtune.site")
 SAMPLE = 8  # the number of units that are converted a second time, without the other units
@@ -38,7 +39,7 @@ def check_before_joining(site: Site) -> None:
     - Refused: a person here distrusts the consortium; or an audit log, in which a person may have
       said so, was taken away, and a new log was begun
     - NotGenuine: such a log was taken away or changed, and no new log was begun
-    - LedgerError
+    - LedgerError, also if steps of a study that is running are missing in the step log
     - DataError or PolicyRefused because of the records, only if no study is running"""
     allow_declared(site)
     check_home(site)
@@ -48,6 +49,7 @@ def check_before_joining(site: Site) -> None:
     ledger = find_ledger(site.home)
     if ledger and (said := describe_withdrawn_before(ledger, patient_columns(site))):
         log.warning("%s", said)
+    check_step_log(site)
     check_sheet(site)
     checks = (check_scan, check_private, check_attested_records, check_records, check_conversion)
     for check in checks:

@@ -49,6 +49,7 @@ from fedtune.officer.memberships import list_memberships
 from fedtune.officer.reading import check_data, reading_of
 from fedtune.officer.review import find_coordinator, is_unsigned, unchecked, would_refuse
 from fedtune.officer.sheet import check_attested
+from fedtune.officer.step_log import check_step_log
 from fedtune.report.delta import warning
 
 RENEW = (
@@ -335,6 +336,7 @@ def _ledger(site: Site) -> str:
     if (ledger := find_ledger(site.home)) is None:
         return f"{site.home}: none yet; begins with the first study"
     ledger.verify()
+    check_step_log(site)
     for table in filter(None, (site.data, site.evaluation)):
         if not table.declared:
             unit = "patient" if table.columns.patient else "record"

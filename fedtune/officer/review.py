@@ -41,6 +41,7 @@ from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
+from fedtune.core.vault.logged_steps import check_none_lost
 from fedtune.core.vault.policy import (
     compute_within_limits,
     may_resolve,
@@ -319,7 +320,8 @@ def cost_refusals(
     1. The study protects records, although a patient column told patients apart earlier
        (`check_column_stays`); or, if that is not so, the ε of earlier charges is not known.
     2. The study's cost, added to what was spent, exceeds a limit (`Budget.check`). In a study
-       without a last round, only charges that count for a patient who arrives now are added.
+       without a last round, only charges that count for a patient who arrives now are added. If no
+       limit is exceeded: the ledger may have lost rounds of the study (`check_none_lost`).
 
     - study: the plan
     - site: the site, whose policy has the limits and whose [data] names the dataset that pays
@@ -339,6 +341,8 @@ def cost_refusals(
     try:
         if plan:
             Budget(site.policy, plan, charges).check()
+            if pays:
+                check_none_lost(pays, study.digest, site.policy.own_memberships)
     except Refused as refusal:
         refused.append(refusal)
     return refused

@@ -8,6 +8,7 @@ T_FREEZE = "tests/client/test_freeze.py::"
 T_EVIDENCE = "tests/client/test_incident_evidence.py::"
 T_DISTRUST = "tests/client/test_distrust.py::"
 T_RESTORED = "tests/client/test_restored.py::"
+T_LOGGED = "tests/client/test_logged_steps.py::"
 T_PRICES = "tests/dp/test_restore_prices.py::"
 
 # fmt: off
@@ -103,6 +104,94 @@ MUTANTS = (
         "    explained = shown if is_newest else Paid()\n", "    explained = shown\n",
         T_PRICES + "test_the_step_log_explains_only_what_it_shows",
         "rounds that a receipt counts are in no charge, since other rounds are in the step log",
+    ),
+    one(
+        "incidents", "lost-rounds-end-no-study", "fedtune/core/ledger/account.py",
+        "        if charge.study == LOST:\n", "        if False:\n",
+        T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
+        "a study whose rounds a restore had to charge to nobody goes past its own limit",
+    ),
+    one(
+        "incidents", "a-signed-plan-had-no-rounds", "fedtune/core/ledger/account.py",
+        "known = {*paid, *self.admitted}", "known = paid",
+        T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
+        "a plan that was signed before the copy, and ran after it, begins anew",
+    ),
+    one(
+        "incidents", "a-plan-may-lack-rounds", "fedtune/core/vault/worker.py",
+        "            check_none_lost(self.ledger, digest, own)\n", "",
+        T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
+        "a study goes on of which the site no longer knows what it cost",
+    ),
+    one(
+        "incidents", "a-review-forgets-lost-rounds", "fedtune/officer/review.py",
+        "                check_none_lost(pays, study.digest, site.policy.own_memberships)\n",
+        "                pass\n",
+        T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
+        "a person signs a plan that the site refuses for good",
+    ),
+    one(
+        "incidents", "an-adopted-loss-ends-every-study", "fedtune/core/ledger/account.py",
+        "if plan != LOST and charge.is_paid_by([name])", "if plan != LOST",
+        T_LOGGED + "test_an_adopted_ledgers_lost_rounds_are_of_its_own_studies",
+        "one consortium's study ends for good, since a later site once lost its ledger",
+    ),
+    one(
+        "incidents", "a-plan-is-admitted-without-its-steps", "fedtune/core/vault/worker.py",
+        "            if plan:\n                self.check_steps(study.digest)\n", "",
+        T_LOGGED + "test_a_site_states_no_number_of_steps_that_is_too_small[plan]",
+        "a site promises rounds that it cannot answer",
+    ),
+    one(
+        "incidents", "an-order-is-paid-without-its-steps", "fedtune/core/vault/worker.py",
+        "        if prepared.private:\n            self.check_steps(digest)\n", "",
+        T_LOGGED + "test_a_site_states_no_number_of_steps_that_is_too_small[order]",
+        "each order of a study whose step log was lost costs ε for no answer",
+    ),
+    one(
+        "incidents", "too-few-steps-are-stated", "fedtune/core/vault/worker.py",
+        "        self.check_steps(digest)\n        return step_summary(",
+        "        return step_summary(",
+        T_LOGGED + "test_a_site_states_no_number_of_steps_that_is_too_small[round]",
+        "a site signs fewer steps than it ran, and a run's ε is understated",
+    ),
+    one(
+        "incidents", "a-query-is-paid-without-its-steps", "fedtune/core/vault/worker.py",
+        "        self.check_steps(digest)\n        slot = self.slot(plan.study",
+        "        slot = self.slot(plan.study",
+        T_LOGGED + "test_a_query_is_answered_only_if_the_log_has_all_steps",
+        "each query of a study whose step log was lost costs ε for no answer",
+    ),
+    one(
+        "incidents", "an-interrupted-round-ends-a-study", "fedtune/core/vault/logged_steps.py",
+        "        if spent.released and is_own", "        if is_own",
+        T_LOGGED + "test_a_round_that_was_interrupted_before_its_steps_ends_nothing",
+        "after a crash between charge and step a site takes no further part",
+    ),
+    one(
+        "incidents", "a-restored-round-had-no-steps", "fedtune/core/vault/logged_steps.py",
+        'charge.steps if spent.kind == "reserve" else 1',
+        'charge.steps if spent.kind == "reserve" else 0',
+        T_LOGGED + "test_a_restored_round_is_looked_for_in_the_log",
+        "after a restore a step log that was put back again is not noticed",
+    ),
+    one(
+        "incidents", "a-client-joins-without-its-step-log", "fedtune/officer/before_joining.py",
+        "    check_step_log(site)\n", "",
+        T_LOGGED + "test_a_site_whose_step_log_is_gone_says_so_before_it_joins",
+        "a person learns only from a failed round that the step log is missing",
+    ),
+    one(
+        "incidents", "a-doctor-misses-the-step-log", "fedtune/officer/doctor.py",
+        "    check_step_log(site)\n", "",
+        T_LOGGED + "test_a_restore_says_which_studies_cannot_go_on",
+        "a ledger is called whole whose step log is missing",
+    ),
+    one(
+        "incidents", "a-restore-hides-which-studies-end", "fedtune/cli/site.py",
+        "            if lacking := list_lacking(book):\n", "            if lacking := []:\n",
+        T_LOGGED + "test_a_restore_says_which_studies_cannot_go_on",
+        "a person accepts charges for a study that cannot go on",
     ),
     one(
         "incidents", "an-anchor-that-was-put-back-is-the-newest", "fedtune/core/ledger/restore.py",

@@ -13,7 +13,17 @@ from typing import Any
 
 from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.cohorts import Arrivals
-from fedtune.core.ledger.entries import EVERY, Accepted, Charge, Cohort, Freeze, Held, Slot, Spent
+from fedtune.core.ledger.entries import (
+    EVERY,
+    LOST,
+    Accepted,
+    Charge,
+    Cohort,
+    Freeze,
+    Held,
+    Slot,
+    Spent,
+)
 
 NOT_PRIVATE = "\0"  # before the name under which a declared dataset's members are stored
 
@@ -44,6 +54,8 @@ class Account:
         self.all_columns: dict[str, list[str]] = {}  # dataset -> each column it had, oldest first
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[Spent] = []
+        # (plan, membership) that may have had steps of which only a restore's charge is left
+        self.lacking: set[tuple[str, str]] = set()
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
@@ -85,6 +97,7 @@ class Account:
             self.reserved[entry.seq] = Reservation(
                 dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
             )
+            self._note_lost(charge)  # adopted from a ledger that was restored
         elif entry.kind == "arrive":
             self.arrivals.fold(entry)
         elif entry.kind == "release":
@@ -104,6 +117,8 @@ class Account:
                 Spent(entry.seq, "restore", EVERY, charge, "", time, True, place=place)
                 for place, charge in enumerate(charges)
             ]
+            for charge in charges:
+                self._note_lost(charge)
             self._remember_columns(body.get("columns", {}))
             if body.get("members_lost"):
                 self.not_private_since[EVERY], self.members_lost = entry.seq, time
@@ -128,6 +143,17 @@ class Account:
                 self.not_private_members[NOT_PRIVATE + body["dataset"]] = body["members"]
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
+
+    def _note_lost(self, charge: Charge) -> None:
+        """If `charge` stands for lost steps of unknown studies, note that these may have been steps
+        of each plan that was charged or signed so far. A charge of an adopted ledger says so of
+        the plans of its own membership only."""
+        if charge.study == LOST:
+            paid = {(r.charge.study, r.charge.membership) for r in self.reserved.values()}
+            known = {*paid, *self.admitted}
+            self.lacking |= {
+                (plan, name) for plan, name in known if plan != LOST and charge.is_paid_by([name])
+            }
 
     def _remember_columns(self, columns: Mapping[str, Iterable[str]]) -> None:
         """Add columns of patients to those that each dataset had. columns: dataset's name -> names

@@ -10,6 +10,7 @@ from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.shared_noise import joint_sigma
 
 EVERY = "*"  # the dataset of a charge that counts against all of them
+LOST = "restore"  # the study of a charge for lost steps of which no file says whose they were
 
 
 # Version of the rules by which a unit's records are chosen. 1: the choice of a patient's records,

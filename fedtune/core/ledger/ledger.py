@@ -366,8 +366,17 @@ class Ledger:
     def members_lost(self) -> int:
         """When a restore last may have lost members, i.e. what the ledger knew of patients and
         records until then, in UTC seconds; 0 if none did."""
-        with self._store.writing():
-            return self._account.members_lost
+        self._read()
+        return self._account.members_lost
+
+    @property
+    def lacking(self) -> set[tuple[str, str]]:
+        """Return each (plan, membership) that may have had steps of which this ledger has no charge
+        under the plan's name: it was charged, or a person signed it, before a restore charged
+        lost steps without knowing of which study they were. plan: its digest, or that of its
+        queries."""
+        self._read()
+        return set(self._account.lacking)
 
     @property
     def datasets(self) -> list[str]:

@@ -120,6 +120,16 @@ def charges_with_columns(
     ]
 
 
+def list_lacking(ledger: Ledger) -> list[str]:
+    """List the names of private studies that get no further answer from this ledger's site, since
+    rounds of theirs may be among those that a restore charged without knowing their study."""
+    lacking = ledger.lacking
+    charges = (spent.charge for spent in ledger.spending())
+    return sorted(
+        {c.name for c in charges if (c.study, c.membership) in lacking and c.noise_multiplier > 0}
+    )
+
+
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
     """Build a line for each study and dataset with charges, in the order of their first charge.
 

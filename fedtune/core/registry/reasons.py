@@ -26,6 +26,7 @@ PHRASES = (
     "this site runs without --watch", "the plan has no [schedule]", "lifetime budget in this plan",
     "policy.bases", "policy.coordinators", "policy.release", "policy.teachers",
     "charges are all for the study's unit", "the cost of earlier rounds", "[hospital] was changed",
+    "may be missing from this site's ledger",
     "the plan leaves training.rounds open",
     "nothing says that the teacher", "site.toml names no held-out records",
     "the plan has no query after round",

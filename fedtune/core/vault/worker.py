@@ -47,6 +47,7 @@ from fedtune.core.training.local_round import local_round
 from fedtune.core.vault import airlock, evaluation, noted, studies
 from fedtune.core.vault.budget import Budget, check_known, check_rounds
 from fedtune.core.vault.declared import paid_by_run, permit_declared, run_ledger, with_new_policy
+from fedtune.core.vault.logged_steps import check_all_logged, check_none_lost
 from fedtune.core.vault.own_loss import kept
 from fedtune.core.vault.policy import (
     LAST_ROUND,
@@ -218,6 +219,8 @@ class SiteWorker:
             plan = compute_plan(study, self.current(), coordinator)
             studies.check_number(self.site.site.state, study)
             self.permit(study, plan, coordinator)
+            if plan:
+                self.check_steps(study.digest)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
                 self._cached.clear()  # an earlier study's records take no memory from this one
@@ -299,6 +302,15 @@ class SiteWorker:
         if plan:
             Budget(site.policy, plan, charges).check(round_)
         return site
+
+    def check_steps(self, digest: str) -> None:
+        """Check that ledger and step log know every step that a private plan ran here; without that
+        the plan gets no answer. digest: the plan's digest, or that of its queries. Errors:
+        BudgetExceeded, LedgerError."""
+        if self.has_ledger:
+            own = self.site.policy.own_memberships
+            check_none_lost(self.ledger, digest, own)
+            check_all_logged(self.ledger, self.log, digest, own)
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
         """Enter three facts about a dataset in the ledger, before its charges are read: its cohort,
@@ -571,6 +583,8 @@ class SiteWorker:
         if not 1 <= round_ <= last:
             raise PolicyRefused(f"round {round_} is not in the plan")
         noted.accept(self, receipt, prepared.coordinator)
+        if prepared.private:
+            self.check_steps(digest)
         return prepared
 
     def reserve(
@@ -677,7 +691,9 @@ class SiteWorker:
         """Return how many noised steps a plan ran here so far: a list with one dict for each
         combination of σ, sampling rate, clipping norm and records per unit, with its number of
         steps (`step_summary`). Only this membership's steps count, since the coordinator of another
-        membership may have sent the same plan. digest: the plan's digest."""
+        membership may have sent the same plan. digest: the plan's digest. Errors:
+        LedgerError if steps are missing; a number that is too small is never stated."""
+        self.check_steps(digest)
         return step_summary(self.log.steps(digest, self.site.policy.own_memberships))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
@@ -730,6 +746,7 @@ class SiteWorker:
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
         noted.accept(self, receipt, prepared.coordinator)
+        self.check_steps(digest)
         slot = self.slot(plan.study, round_, arrays_digest(adapter))
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)

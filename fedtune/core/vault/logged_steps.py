@@ -1,0 +1,71 @@
+"""Check that a site knows every step that a plan ran there.
+
+A site states to the coordinator how many noised steps a plan ran, by its step log, and limits what
+one plan costs by the ledger's charges for it. If either lacks a step, the site would state and
+count too few. Then the plan gets no answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from fedtune.core.config.study import QUERIES
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+
+
+def check_none_lost(ledger: Ledger, digest: str, memberships: Collection[str]) -> None:
+    """Check that no step of a plan may be among those that a restore of the ledger charged without
+    knowing of which study they were. If one may, the plan is refused for good.
+
+    - ledger: the ledger that is charged for the plan
+    - digest: the plan's digest
+    - memberships: the names under which the ledger holds this site's entries
+
+    The result depends on the ledger's charges and signatures alone. Errors: BudgetExceeded."""
+    if any(plan in _plans(digest) and owner in memberships for plan, owner in ledger.lacking):
+        raise BudgetExceeded(
+            "rounds of this plan may be missing from this site's ledger",
+            "a ledger that has each of them under the plan's name",
+            "go on without this site, which may take part in another study",
+        )
+
+
+def check_all_logged(
+    ledger: Ledger, log: StepLog, digest: str, memberships: Collection[str]
+) -> None:
+    """Check that the step log has every noised step of a plan whose answer the ledger released. The
+    ledger may have charged more: a round that was interrupted may have ended before its steps.
+
+    - ledger: the ledger that is charged for the plan
+    - log: the step log beside it
+    - digest: the plan's digest
+    - memberships: the names under which ledger and log hold this site's steps
+
+    Errors: LedgerError if steps are missing; InfrastructureError if the log cannot be read."""
+    released, plans = Counter[tuple[str, int]](), _plans(digest)
+    for spent in ledger.spending():
+        charge = spent.charge
+        is_own = charge.study in plans and charge.is_paid_by(memberships)
+        if spent.released and is_own and charge.noise_multiplier > 0:
+            # A restore charges whole rounds by the log, which may have fewer steps of the last one.
+            steps = charge.steps if spent.kind == "reserve" else 1
+            released[charge.study, charge.round] += steps
+    logged = Counter((step.study, step.round) for step in log.steps(None, memberships))
+    if missing := released - logged:
+        rounds = ", ".join(str(round_) for round_ in sorted({round_ for _, round_ in missing}))
+        raise LedgerError(
+            f"{log.path}: has no steps of round {rounds} of the plan {digest}, whose answers the "
+            "ledger released: the step log was lost, or put back to an earlier state",
+            "every step of the plan, since the site states their number with each answer",
+            "put the newest copy of the file back; if there is none, the study goes on without "
+            "this site: `fedtune purge SITE --study NAME` ends it here",
+        )
+
+
+def _plans(digest: str) -> tuple[str, str]:
+    """Return the names under which a plan's training and its queries are charged and logged.
+    digest: the plan's digest, or that of its queries."""
+    plan = digest.removesuffix(QUERIES)
+    return plan, plan + QUERIES

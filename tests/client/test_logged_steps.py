@@ -1,0 +1,240 @@
+"""A site that does not know every step of a plan answers it no more. Else it would state too few
+steps, and count too few against what one study may cost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.config import load_site, load_study
+from fedtune.core.ledger.entries import EVERY, LOST, Earlier
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.restore import EXHAUSTED
+from fedtune.core.ledger.spending import list_lacking
+from fedtune.core.vault.policy import compute_plan
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
+from fedtune.officer.before_joining import check_before_joining
+from fedtune.officer.review import cost_refusals
+from fedtune.public.start import Start, start
+from tests.cli_kit import run
+from tests.client.adoption_kit import CHARGE, spend, write_notes
+from tests.client.adoption_kit import make_site as write_site
+from tests.client.site_kit import begun, make_site, notes, trains
+from tests.expected import raises_nothing, raises_only
+from tests.private_evaluation_kit import WILLING, world
+
+pytestmark = pytest.mark.usefixtures("without_self_test")
+LACKS = "rounds of this plan may be missing"
+LOG_LACKS = "has no steps of round"
+COLUMNS = {"prompt": "note", "completion": "answer"}
+SCHEDULED = {
+    "privacy": {"epsilon": 6.0, "delta": 1e-4, "noise_multiplier": 2.0, "unit": "patient"},
+    "schedule": {"every": 3600},
+    "training": {"sampling_rate": 1.0, "learning_rate": 0.1},
+    "evaluation": {"path": "public.jsonl", "columns": COLUMNS},
+}
+WITH_ROUNDS = {"training": {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1}}
+
+
+def put_back(folder: Path, made: Start, *, before: int, lost: int) -> SiteWorker:
+    """Have a site train rounds, of which its folder knows only the first `before` after it was put
+    back to an earlier copy of itself; then the coordinator's receipt stops it, and a person
+    restores its ledger and accepts the charges. Return the site."""
+    notes(folder)
+    site = make_site(folder, {"max_epsilon": 40.0, "max_epsilon_per_study": 6.0}, patient="who")
+    coordinator, state = SigningKey(), folder / "state"
+    worker = SiteWorker(site)
+    assert worker.prepare(made.study, made.frozen, coordinator.public).admitted
+    for round_ in range(1, before + 1):
+        trains(worker, made, round_)
+    worker.home.admit("another plan", "an officer")
+    shutil.copytree(state, folder / "copy")
+    for round_ in range(before + 1, before + lost + 1):
+        trains(worker, made, round_)
+    token = json.dumps(receipt(coordinator, worker.ledger.head_statement()))
+    shutil.rmtree(state)
+    shutil.copytree(folder / "copy", state)
+    again = SiteWorker(site)
+    assert again.prepare(made.study, made.frozen, coordinator.public).admitted
+    with pytest.raises(LedgerError):
+        again.train(made.study.digest, before + lost + 1, made.adapter, token)
+    Ledger.restore(state)
+    restored = SiteWorker(site)
+    restored.home.accept("records", "an officer", "all by this column")
+    return restored
+
+
+@pytest.mark.parametrize("plan", [SCHEDULED, WITH_ROUNDS], ids=["lifetime", "per-study"])
+def test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun(
+    tmp_path: Path, tiny_base: Path, plan: dict[str, object]
+) -> None:
+    """A restore charges them to the site's total. That they were of this plan, whose own limit they
+    count against, is in no file; it went on to ε = 8.52 in place of 6, with too few steps stated.
+    Twin: a plan that begins after the restore trains."""
+    made = begun(tiny_base, **plan)
+    worker = put_back(tmp_path, made, before=1, lost=2)
+    assert LOST in [charge.study for charge in worker.ledger.charges("records")]
+    admission = worker.prepare(made.study, made.frozen)
+    assert not admission.admitted and LACKS in admission.reason
+    plan_here = compute_plan(made.study, worker.site)
+    refused = cost_refusals(made.study, worker.site, plan_here, worker.home)
+    assert [LACKS in str(each) for each in refused] == [True]
+    new = begun(tiny_base, study={"name": "another"}, **plan)
+    admission = worker.prepare(new.study, new.frozen)
+    assert admission.admitted, admission.reason
+    with raises_nothing():
+        trains(worker, new, 1)
+    assert worker.home.lacking == {(made.study.digest, ""), ("another plan", "")}
+    assert list_lacking(worker.home) == [made.study.study.name]
+
+
+def test_rounds_that_the_step_log_names_keep_their_study(tmp_path: Path, tiny_base: Path) -> None:
+    """The database alone was put back. The study goes on, with all its steps counted and stated."""
+    notes(tmp_path)
+    site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
+    worker = SiteWorker(site)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    worker.ledger.backup(tmp_path / "backup")
+    trains(worker, made, 2)
+    (tmp_path / "state" / "ledger.db").unlink()
+    restored = Ledger.restore(tmp_path / "state", tmp_path / "backup")
+    assert not restored.lacking and not list_lacking(restored)
+    restored.accept("records", "an officer", "all by this column")
+    again = SiteWorker(site)
+    with raises_nothing():
+        assert again.prepare(made.study, made.frozen).admitted
+        stated = again.train(made.study.digest, 3, made.adapter).events
+    assert [each["steps"] for each in stated] == [3 * made.study.training.local_steps]
+
+
+def test_a_restored_round_is_looked_for_in_the_log(tmp_path: Path, tiny_base: Path) -> None:
+    """Its charge names the study, and its steps count in what the site states."""
+    test_rounds_that_the_step_log_names_keep_their_study(tmp_path, tiny_base)
+    log = tmp_path / "state" / "steps.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text(lines[0] + lines[2])
+    worker, made = SiteWorker(make_site(tmp_path, patient="who")), begun(tiny_base)
+    with raises_only(LedgerError, match=f"{LOG_LACKS} 2 of"):
+        worker.prepare(made.study, made.frozen)
+
+
+def test_an_adopted_ledgers_lost_rounds_are_of_its_own_studies(tmp_path: Path) -> None:
+    book = Ledger(tmp_path)
+    book.declare("notes", ())
+    for membership in ("", "onco"):
+        paid = replace(CHARGE, study="a plan", membership=membership)
+        book.reserve("notes", paid, "adapter", lambda charges: None)
+    lost = replace(CHARGE, study=LOST, membership="onco", adopted=True)
+    earlier = [Earlier("notes", replace(CHARGE, study="a plan", membership="onco"), "adapter")]
+    book.enter_earlier("onco", [*earlier, Earlier(EVERY, lost, "")], {}, [], "an officer")
+    assert book.lacking == {("a plan", "onco")}
+    assert EXHAUSTED.study == LOST
+
+
+@pytest.mark.parametrize("when", ["plan", "order", "round", "repeat"])
+def test_a_site_states_no_number_of_steps_that_is_too_small(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The step log was lost after three rounds: the fourth was signed as the first step."""
+    notes(tmp_path)
+    site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
+    worker = SiteWorker(site)
+    worker.prepare(made.study, made.frozen)
+    for round_ in (1, 2):
+        trains(worker, made, round_)
+    log = tmp_path / "state" / "steps.jsonl"
+    if when == "round":
+        monkeypatch.setattr(worker.log, "begin_round", log.unlink)
+    else:
+        log.unlink()
+    with raises_only(LedgerError, match=f"{LOG_LACKS} 1, 2 of"):
+        if when == "plan":
+            SiteWorker(site).prepare(made.study, made.frozen)
+        else:
+            trains(worker, made, 2 if when == "repeat" else 3)
+    paid = {"round": 3}.get(when, 2)
+    spent = worker.ledger.spending()
+    assert len(spent) == paid, "a round was charged for which there is no answer"
+    assert sum(each.released for each in spent) == 2, "an answer was made"
+
+
+def test_a_query_is_answered_only_if_the_log_has_all_steps(tmp_path: Path, tiny_base: Path) -> None:
+    study = world(tmp_path, tiny_base, 60.0, policy=WILLING)
+    path, made = study.parent / "site-north.toml", start(load_study(study))
+    worker = SiteWorker(load_site(path), path)
+    assert worker.prepare(made.study, made.frozen).admitted
+    worker.evaluate(made.study.digest, 2, made.adapter)
+    (tmp_path / "state-north" / "steps.jsonl").unlink()
+    with raises_only(LedgerError, match=f"{LOG_LACKS} 2 of"):
+        worker.evaluate(made.study.digest, 3, made.adapter)
+    assert len(worker.ledger.charges("held-out")) == 1
+
+
+def test_a_round_that_was_interrupted_before_its_steps_ends_nothing(
+    worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger then has a charge that the log lacks, and no answer left the site."""
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    trains(worker, made, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(worker.log, "begin_round", _interrupt)
+        trains(worker, made, 2)
+    assert len(worker.ledger.spending()) == 2
+    with raises_nothing():
+        trains(worker, made, 2)
+        assert SiteWorker(worker.site).prepare(made.study, made.frozen).admitted
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_site_whose_step_log_is_gone_says_so_before_it_joins(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Twin: once the study is not under way any more, the site joins, for others."""
+    notes(tmp_path)
+    site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
+    worker = SiteWorker(site)
+    worker.prepare(made.study, made.frozen)
+    trains(worker, made, 1)
+    with raises_nothing():
+        check_before_joining(site)
+    (tmp_path / "state" / "steps.jsonl").unlink()
+    with raises_only(LedgerError, match=LOG_LACKS):
+        check_before_joining(site)
+    worker.finish(made.study.digest)
+    with raises_nothing():
+        check_before_joining(site)
+
+
+def test_a_restore_says_which_studies_cannot_go_on(tmp_path: Path) -> None:
+    """`fedtune doctor` says which steps are missing, as the client does before it joins."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p2"])
+    file = write_site(tmp_path, "north")
+    book, state = spend(file, 2), tmp_path / "north-state"
+    paid = book.charges("records")[0]
+    shutil.copytree(state, tmp_path / "copy")
+    book.reserve("records", replace(paid, round=2), "adapter", lambda charges: None)
+    for name in ("ledger.db", "steps.jsonl"):
+        shutil.copy(tmp_path / "copy" / name, state / name)
+    done = run("ledger", file, "--restore")
+    assert done.exit_code == 0
+    assert "get no further answer here, and others can begin: a study" in " ".join(
+        done.output.split()
+    )
+    (state / "steps.jsonl").unlink()
+    (state / "studies").mkdir()
+    running = json.dumps({"plan": paid.study, "study": paid.name})
+    (state / "studies" / "1.json").write_text(running)
+    assert f"{LOG_LACKS} 0, 1 of" in " ".join(run("doctor", file).output.split())
+    again = run("ledger", file, "--restore", "--from", tmp_path / "copy")
+    assert "no further answer" in " ".join(again.output.split()), "a later restore forgot it"
