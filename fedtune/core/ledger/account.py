@@ -103,7 +103,7 @@ class Account:
             ]
             self._remember_columns(body.get("columns", {}))
         elif entry.kind == "withdraw":
-            unit, columns = body["unit"], frozenset(body.get("columns", ()))
+            unit, columns = body["unit"], frozenset(body.get("known_by", ()))
             self.withdrawn.setdefault(unit, entry)  # a later one adds columns alone
             self.withdrawn_by[unit] = self.withdrawn_by.get(unit, frozenset()) | columns
         elif entry.kind == "admit":
