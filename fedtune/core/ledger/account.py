@@ -123,7 +123,7 @@ class Account:
             if body.get("members_lost"):
                 self.not_private_since[EVERY], self.members_lost = entry.seq, time
         elif entry.kind == "withdraw":
-            unit, columns = body["unit"], frozenset(body.get("columns", ()))
+            unit, columns = body["unit"], frozenset(body.get("known_by", ()))
             self.withdrawn.setdefault(unit, entry)  # a later one adds columns alone
             self.withdrawn_by[unit] = self.withdrawn_by.get(unit, frozenset()) | columns
         elif entry.kind == "admit":

@@ -1041,7 +1041,7 @@ def _withdrawal(
     entry: dict[str, str | int | list[str]] = {"unit": unit}
     if since is not None:
         entry["since"] = since
-    return entry | ({"columns": sorted(columns)} if columns else {})
+    return entry | ({"known_by": sorted(columns)} if columns else {})
 
 
 def _with_column(
