@@ -770,7 +770,7 @@ def _readable_columns(rows: list[tuple[Any, ...]], public: str) -> dict[str, lis
     signed it. public: the public half (hexadecimal) of the site's key."""
     found = dict[str, list[str]]()
     for row in rows:
-        with suppress(TypeError, KeyError, AttributeError):
+        with suppress(TypeError, KeyError, AttributeError, ValueError):
             body = _signed_body(row, public) or {}
             shown = dict[str, list[str]](body.get("columns", {}))  # of an earlier restore
             if row[1] == "declare" and body.get("patient"):
