@@ -50,7 +50,7 @@ class Release:
 
     - name: the study's name
     - digest: the digest of its plan
-    - rounds: the number of rounds whose updates were sent
+    - rounds: the number of rounds whose updates were sent, or wait for a person's approval
     - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private,
       None if it is not known what they cost one patient"""
 
@@ -349,7 +349,8 @@ def _releases(
     in_files: Collection[str],
     withdrawn: int,
 ) -> list[Release]:
-    """List the studies that sent updates which may reflect the patient.
+    """List the studies that sent updates which may reflect the patient, or may send such updates
+    once a person approves them. An update that a person refused for good is not listed.
 
     - site: the site, with the columns of patients that its files name now
     - ledger: the ledger with the charges
@@ -369,7 +370,8 @@ def _releases(
     for spent in charges_with_columns(
         ledger, names or {*known, site.data.name}, patient_columns(site)
     ):
-        sent = spent.released or not spent.charge.noise_multiplier
+        may_leave = spent.released and not ledger.is_refused(spent.slot)
+        sent = may_leave or not spent.charge.noise_multiplier
         other_key = names and (spent.has_other_column or spent.charge.unit == "record")
         may_have_it = spent.dataset in datasets or spent.dataset not in known
         if spent.seq < withdrawn and sent and (may_have_it or other_key):

@@ -30,19 +30,21 @@ from fedtune.core.ledger.entries import Earlier
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.vault.policy import compute_within_limits
+from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import canonical
 from fedtune.derive.label import _file_and_exclusion
 from fedtune.officer import withdraw as withdrawals
 from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.doctor import examine
+from fedtune.officer.let_go import decide
 from fedtune.officer.review import cost_refusals
 from fedtune.officer.withdraw import UnknownPatient
 from fedtune.officer.withdraw import withdraw as leave_out
 from fedtune.public.start import Start
 from tests.client.adoption_kit import CHARGE
 from tests.client.hospital_kit import make_apart, make_hospital, study_of
-from tests.client.site_kit import begun, notes, trains
+from tests.client.site_kit import begun, make_site, notes, trains
 from tests.disks import disk
 from tests.guarantee.search import Finder, forms
 
@@ -354,6 +356,23 @@ def test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal(tmp_path:
     assert [(r.name, r.rounds) for r in again.releases] == [("cardio", 2), ("onco", 5)]
     first.receipt_file.write_text("{}")
     assert leave_out(site, "p-both", book).receipt == first.receipt == json.loads(given)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_receipt_lists_no_update_that_a_person_refused(
+    tmp_path: Path, tiny_base: Path, refused: bool
+) -> None:
+    """Twin: one that still waits for a person, and may leave."""
+    notes(tmp_path)
+    site, made = make_site(tmp_path, {"answers": "held"}, patient="who"), begun(tiny_base)
+    worker = SiteWorker(site)
+    worker.prepare(made.study, made.frozen)
+    with pytest.raises(Held):
+        trains(worker, made, 1)
+    if refused:
+        decide(site, [], refuse=True, every=True)
+    releases = leave_out(site, "p1", worker.home).releases
+    assert [release.rounds for release in releases] == ([] if refused else [1])
 
 
 def test_a_patient_of_another_memberships_file_alone_is_known(tmp_path: Path) -> None:

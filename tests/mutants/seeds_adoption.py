@@ -290,6 +290,12 @@ MUTANTS = (
         "a model is judged on patients who trained, and the signed decision does not say so",
     ),
     one(
+        "withdrawal", "a-receipt-lists-what-was-refused", "fedtune/officer/withdraw.py",
+        "spent.released and not ledger.is_refused(spent.slot)", "spent.released",
+        T_WITHDRAW + "test_a_receipt_lists_no_update_that_a_person_refused",
+        "a patient's signed receipt lists an update that never left",
+    ),
+    one(
         "withdrawal", "a-receipt-lists-later-rounds", "fedtune/officer/withdraw.py",
         "if spent.seq < withdrawn and sent", "if sent",
         T_WITHDRAW + "test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal",

@@ -209,6 +209,10 @@ class Spent:
         return self.seq, self.place
 
     @property
+    def slot(self) -> Slot:
+        return self.charge.study, self.charge.round, self.adapter
+
+    @property
     def has_other_column(self) -> bool:
         """Whether another column tells patients apart now than in the round. One patient may then
         have counted as several units in the round."""
