@@ -539,8 +539,8 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
         most = "at most that much" if release.epsilon is not None else "an amount that is not known"
         typer.echo(
             f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent "
-            f"so far or wait for approval, ε = {format_epsilon(release.epsilon)}; what is made of them keeps {most}, "
-            "and the updates to come nothing"
+            f"so far or wait for approval, ε = {format_epsilon(release.epsilon)}; what is made of "
+            f"them keeps {most}, and the updates to come nothing"
         )
 
 
