@@ -18,13 +18,15 @@ from fedtune.core.data.identity import identities
 from fedtune.core.data.records import record_member
 from fedtune.core.errors import ConfigError, FedtuneError, PolicyRefused
 from fedtune.core.ledger import declared as declared_entries
+from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.ledger import Charge, Ledger, LedgerError
-from fedtune.core.vault import declared
+from fedtune.core.vault import declared, studies
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
 from fedtune.launch.site import join
+from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.claims import compare
 from tests.cli_kit import run
 from tests.client.site_kit import begun, make_site, notes, trains
@@ -266,6 +268,23 @@ def test_a_restore_asks_alike_whatever_was_lost(tmp_path: Path, copy: bool) -> N
         PolicyRefused, match="a restore of the ledger may have lost which ones were"
     ):
         declare(site)
+
+
+def test_after_a_restore_a_site_waits_for_a_person_in_mid_study_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike the records themselves, the restore may decide whether the site comes back."""
+    site = with_long_notes(tmp_path)
+    ledger, name = Ledger(site.site.state), site.data.name
+    ledger.declare(name, [])
+    monkeypatch.setattr(studies, "under_way", lambda state: {"sha256:0": "a study"})
+    check_before_joining(site)
+    (site.site.state / "ledger.db").unlink()
+    ledger = Ledger.restore(site.site.state, None)
+    with pytest.raises(PolicyRefused, match="may have lost which ones were"):
+        check_before_joining(site)
+    ledger.accept(name, "an officer", "none was ever declared", {}, [EVERY], ledger.head.seq)
+    check_before_joining(site)
 
 
 def pay_by_earlier_rules(tried: Site, round_: int = 1) -> None:

@@ -408,7 +408,7 @@ def ledger(
 
         try:
             shared = list_shared(loaded, book, dataset)
-        except DataError as error:
+        except (ConfigError, DataError) as error:
             unread = error
     if accept is not None:
         named = accept_declared or []

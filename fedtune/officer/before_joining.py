@@ -14,7 +14,12 @@ from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
 from fedtune.core.ledger.patient_column import describe_withdrawn_before
 from fedtune.core.vault import studies
-from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
+from fedtune.core.vault.declared import (
+    allow_declared,
+    check_private,
+    check_restored,
+    sign_declarations,
+)
 from fedtune.homes.known_homes import check_home
 from fedtune.homes.opening import find_ledger
 from fedtune.officer.leave import check_trusted, consortium_of
@@ -35,7 +40,8 @@ def check_before_joining(site: Site) -> None:
 
     Errors:
     - PolicyRefused, ConfigError or InputError: settings or data sheet are wrong, another home pays
-      for the same records, or data that the site declares public or generated may not be used
+      for the same records, data that the site declares public or generated may not be used, or a
+      person has yet to accept what a restore of the ledger may have lost
     - Refused: a person here distrusts the consortium; or an audit log, in which a person may have
       said so, was taken away, and a new log was begun
     - NotGenuine: such a log was taken away or changed, and no new log was begun
@@ -50,6 +56,7 @@ def check_before_joining(site: Site) -> None:
     if ledger and (said := describe_withdrawn_before(ledger, patient_columns(site))):
         log.warning("%s", said)
     check_step_log(site)
+    check_restored(site)
     check_sheet(site)
     checks = (check_scan, check_private, check_attested_records, check_records, check_conversion)
     for check in checks:

@@ -104,6 +104,12 @@ MUTANTS = (
         "what was tried for free with private records is forgotten with a lost ledger",
     ),
     one(
+        "declared", "a-restored-site-joins-in-mid-study", "fedtune/officer/before_joining.py",
+        "    check_restored(site)\n", "",
+        TESTS + "test_after_a_restore_a_site_waits_for_a_person_in_mid_study_too",
+        "private records that may have been tried for free train, and no person accepted it",
+    ),
+    one(
         "declared", "a-lost-declaration-is-none", "fedtune/core/ledger/account.py",
         "self.not_private_since[EVERY], self.members_lost = entry.seq, time",
         "self.members_lost = time",

@@ -151,7 +151,7 @@ def check_acceptable(
     if unknown := sorted({*named} - {*waiting}):
         raise ConfigError(
             f"no record of {unknown[0]!r} is to be accepted for {dataset!r}",
-            f"one of {', '.join(sorted(waiting))}" if waiting else "no --accept-declared",
+            options_to_accept(sorted(waiting)) if waiting else "no --accept-declared",
         )
     charges = ledger.unknown(dataset, unit, columns)
     if named or any(upto is None or spent.seq <= upto for spent in charges):

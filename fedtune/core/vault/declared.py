@@ -51,6 +51,15 @@ def check_private(site: Site) -> None:
                 ledger_entries.check_private(ledger, data.name, known)
 
 
+def check_restored(site: Site) -> None:
+    """Check that, if a restore of the ledger may have lost which records were declared public or
+    generated, a person accepted this for each of the site's private datasets. No record is read.
+    Errors: PolicyRefused; LedgerError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        if not data.declared and (site.home / DATABASE).exists():
+            ledger_entries.check_private(Ledger(site.home), data.name, [])
+
+
 def list_shared(site: Site, ledger: Ledger, dataset: str) -> list[str]:
     """List the datasets that were declared public or generated and that share records with the
     site's private `dataset`, unless a person has accepted this. If there is nothing that a person
