@@ -347,11 +347,12 @@ def _check_nothing_waits(site: Site, book: Ledger) -> None:
         )
     for table in _tables(site):
         if names := list_not_accepted(book, table.name):
-            declared = ", ".join(repr(name) for name in names if name != EVERY)
+            datasets = [repr(name) for name in names if name != EVERY]
+            if EVERY in names:
+                datasets.append("datasets that a restore of the ledger may have lost")
             raise PolicyRefused(
-                f"{site.site.name} "
-                + (f"declared records of {declared}" if declared else "may have declared records")
-                + " public or generated; what was tried with them is in no budget, and the "
+                f"records at {site.site.name} were declared public or generated, or may have been, "
+                f"in {', '.join(datasets)}; what was tried with them is in no budget, and the "
                 "hospital's ledger would not recognise them as private records",
                 "a person's acceptance that they may be private records of each dataset here",
                 f"`fedtune ledger SITE --accept {table.name} {options_to_accept(names)} "

@@ -73,7 +73,7 @@ def test_the_page_says_all_that_there_is_to_say(written: Path) -> None:
         "left out, trained on here",
         "looked at 2 times before",
         "the ledger&#x27;s memory alone",
-        "restored on 2026-11-28 (UTC)",
+        "knows who trained here since 2026-11-28 alone",
         "no coordinator&#x27;s training or release may follow from it",
     ):
         assert said in text, said
