@@ -113,7 +113,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-signed-plan-had-no-rounds", "fedtune/core/ledger/account.py",
-        "known = {*paid, *self.admitted}", "known = paid",
+        "known = {*paid, *self.admitted, *self.named}", "known = {*paid, *self.named}",
         T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
         "a plan that was signed before the copy, and ran after it, begins anew",
     ),
@@ -164,16 +164,46 @@ MUTANTS = (
     ),
     one(
         "incidents", "an-interrupted-round-ends-a-study", "fedtune/core/vault/logged_steps.py",
-        "        if spent.released and is_own", "        if is_own",
+        "if not spent.released or charge.study", "if charge.study",
         T_LOGGED + "test_a_round_that_was_interrupted_before_its_steps_ends_nothing",
         "after a crash between charge and step a site takes no further part",
     ),
     one(
         "incidents", "a-restored-round-had-no-steps", "fedtune/core/vault/logged_steps.py",
-        'charge.steps if spent.kind == "reserve" else 1',
-        'charge.steps if spent.kind == "reserve" else 0',
+        "restored[charge.study, charge.round] += 1", "pass",
         T_LOGGED + "test_a_restored_round_is_looked_for_in_the_log",
         "after a restore a step log that was put back again is not noticed",
+    ),
+    one(
+        "incidents", "a-restored-round-is-another-sites", "fedtune/core/vault/logged_steps.py",
+        "(step.study, step.round) for step in log.steps())",
+        "(step.study, step.round) for step in log.steps(None, memberships))",
+        T_LOGGED + "test_a_round_that_another_membership_ran_locks_out_none",
+        "after a restore a membership gets no plan that another one of the hospital ran",
+    ),
+    one(
+        "incidents", "a-plan-of-a-lost-row-is-new", "fedtune/core/ledger/restore.py",
+        "            found |= _plans_in(", "            _plans_in(",
+        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[charge]",
+        "a plan of which only the damaged database has rows begins anew, with too few steps stated",
+    ),
+    one(
+        "incidents", "a-plan-of-the-step-log-is-new", "fedtune/core/ledger/restore.py",
+        "        found = {(step.study,", "        _ = {(step.study,",
+        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[log]",
+        "a plan of which the step log has one round of many goes on past its own limit",
+    ),
+    one(
+        "incidents", "a-restore-names-plans-in-vain", "fedtune/core/ledger/account.py",
+        "known = {*paid, *self.admitted, *self.named}", "known = {*paid, *self.admitted}",
+        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[charge]",
+        "a restore names the plans that lost rounds may be of, and they begin anew",
+    ),
+    one(
+        "incidents", "an-adoption-forgets-ended-plans", "fedtune/officer/closed_ledger.py",
+        "adapter, plans=ended)", "adapter)",
+        T_LOGGED + "test_an_adoption_remembers_which_plans_a_restore_had_ended",
+        "a plan that a site's restore had ended begins anew once a hospital adopts the site",
     ),
     one(
         "incidents", "a-client-joins-without-its-step-log", "fedtune/officer/before_joining.py",

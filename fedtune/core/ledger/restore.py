@@ -599,14 +599,17 @@ def _restore_body(
     In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
-    the old database show it. `settled` lists the [number, hash] of each entry that anchor, receipts
-    or the backup name and the base lacks, so that a later restore sees that it is charged.
-    `members_lost` is there unless the folder's own chain is whole. Entries may then be lost, and
-    with them what the ledger knew of records: which ones were declared public or generated, and on
-    whom was trained. What follows from it does not depend on what was lost."""
+    the old database show it. `plans` are the plans that such a row or the step log names and the
+    base does not, each with its membership: lost steps may be theirs too. `settled` lists the
+    [number, hash] of each entry that anchor, receipts or the backup name and the base lacks, so
+    that a later restore sees that it is charged. `members_lost` is there unless the folder's own
+    chain is whole. Entries may then be lost, and with them what the ledger knew of records: which
+    ones were declared public or generated, and on whom was trained. What follows from it does not
+    depend on what was lost."""
     log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
     columns = _readable_columns(rows, public)
+    plans = _list_plans(folder / STEPS, rows, public, base)
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     heads += [base.beside.head] if base.beside else []
     unknown = [head for head in heads if not base.holds(head)]
@@ -653,6 +656,7 @@ def _restore_body(
         "dataset": EVERY,
         "charges": [charge.fields() for charge in charges],
         **({"columns": columns} if columns else {}),
+        **({"plans": plans} if plans else {}),
         **({} if is_whole else {"members_lost": True}),
     }
 
@@ -779,6 +783,34 @@ def _readable_columns(rows: list[tuple[Any, ...]], public: str) -> dict[str, lis
                 columns = found.setdefault(name, [])
                 columns += [each for each in names if each not in columns]
     return found
+
+
+def _list_plans(
+    path: Path, rows: list[tuple[Any, ...]], public: str, base: _Base
+) -> list[list[str]]:
+    """List each [plan, membership] that ran or was signed here, as far as the step log or a row of
+    the old database that the site signed shows it; those of the base's own entries are left out.
+
+    path: the step log's file. rows, public, base: as for `_restore_body`"""
+    found, known = set[tuple[str, str]](), set[tuple[str, str]]()
+    with suppress(InfrastructureError):
+        found = {(step.study, step.membership) for step in StepLog(path).steps()}
+    for entry in base.entries:
+        known |= _plans_in(entry.kind, entry.body)
+    for row in rows:
+        with suppress(TypeError, KeyError, ValueError):
+            found |= _plans_in(row[1], _signed_body(row, public) or {})
+    return [[*each] for each in sorted(found - known)]
+
+
+def _plans_in(kind: str, body: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return each (plan, membership) that an entry names. kind, body: the entry's."""
+    named = {(plan, name) for plan, name in body.get("plans", ())}
+    if kind == "reserve" and body:
+        named.add((body["charge"]["study"], body.get("membership", "")))
+    elif kind == "admit" and body:
+        named.add((body["plan"], body.get("membership", "")))
+    return named
 
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid, bool]:
