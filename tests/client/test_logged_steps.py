@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,40 @@ def test_a_plan_that_a_restore_reads_of_is_no_new_one(tmp_path: Path, named_by: 
             check_none_lost(restored, plan, [""])
     with raises_nothing():
         check_none_lost(restored, "new", [""])
+
+
+@pytest.mark.parametrize("log", ["whole", "put-back"])
+def test_what_the_backup_beside_charged_keeps_its_study(tmp_path: Path, log: str) -> None:
+    """The folder was put back and went on, and the backup knows each round that was lost. They were
+    charged as rounds of nobody, which ended every study, and once more by the step log. A receipt
+    for any entry of the backup is for a charged one. Twin: the study whose steps the step log lacks
+    gets no answer."""
+    state, early, steps = tmp_path / "state", tmp_path / "early", tmp_path / "steps.jsonl"
+    other, coordinator = replace(CHARGE, study="other"), SigningKey()
+    Ledger(state).declare("notes", ())
+    pay(state, CHARGE)
+    shutil.copytree(state, early)
+    receipts = []
+    for round_ in (1, 2):
+        pay(state, replace(other, round=round_))
+        receipts.append(receipt(coordinator, Ledger(state).head_statement()))
+    Ledger(state).backup(tmp_path / "backup")
+    shutil.copy(state / "steps.jsonl", steps)
+    shutil.rmtree(state)
+    shutil.copytree(early, state)
+    if log == "whole":
+        shutil.copy(steps, state)
+    for round_ in range(1, 6):
+        pay(state, replace(CHARGE, round=round_))
+    restored = Ledger.restore(state, tmp_path / "backup")
+    charged = Counter(charge.study for charge in restored.charges("notes"))
+    assert charged == {CHARGE.study: 6, "other": 2} and not restored.lacking
+    with raises_nothing():
+        restored.accept_receipt(receipts[0], coordinator.public)
+        check_all_logged(restored, StepLog(state / "steps.jsonl"), CHARGE.study, [""])
+    refusal = raises_only(LedgerError, match=f"{LOG_LACKS} 1, 2 of")
+    with raises_nothing() if log == "whole" else refusal:
+        check_all_logged(restored, StepLog(state / "steps.jsonl"), "other", [""])
 
 
 def test_an_adopted_ledgers_lost_rounds_are_of_its_own_studies(tmp_path: Path) -> None:

@@ -206,6 +206,24 @@ MUTANTS = (
         "a plan that a site's restore had ended begins anew once a hospital adopts the site",
     ),
     one(
+        "incidents", "a-backup-beside-is-charged-twice", "fedtune/core/ledger/restore.py",
+        "for charge in (*base.charges, *base.charges_beside):", "for charge in base.charges:",
+        T_LOGGED + "test_what_the_backup_beside_charged_keeps_its_study[whole]",
+        "rounds that backup and step log both name cost a site twice their ε",
+    ),
+    one(
+        "incidents", "a-backup-beside-is-not-charged", "fedtune/core/ledger/restore.py",
+        "charges = [*beside, *logged_charges]", "charges = [*logged_charges]",
+        T_LOGGED + "test_what_the_backup_beside_charged_keeps_its_study[put-back]",
+        "rounds that only the backup knows are in no budget after a restore",
+    ),
+    one(
+        "incidents", "a-receipt-beside-stops-a-site-again", "fedtune/core/ledger/restore.py",
+        "heads += base.heads_beside\n", "heads += base.heads_beside[-1:]\n",
+        T_LOGGED + "test_what_the_backup_beside_charged_keeps_its_study[whole]",
+        "an honest receipt stops a restored site, and the next restore charges its branch again",
+    ),
+    one(
         "incidents", "a-client-joins-without-its-step-log", "fedtune/officer/before_joining.py",
         "    check_step_log(site)\n", "",
         T_LOGGED + "test_a_site_whose_step_log_is_gone_says_so_before_it_joins",
