@@ -7,6 +7,7 @@ A doubtful charge counts against more datasets or units, never against fewer:
 |                                                         | unit, whenever the unit arrived        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
+| the plans that a restore's charge ended                 | stay ended for the membership          |
 | the column that told patients apart in a charge         | taken over, to be compared again; for  |
 |                                                         | a charge without one, the column that  |
 |                                                         | the site file names                    |
@@ -23,7 +24,7 @@ from dataclasses import replace
 
 from fedtune.core.ledger.adopted import Known
 from fedtune.core.ledger.chain import Transaction
-from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
+from fedtune.core.ledger.entries import EVERY, LOST, Earlier, Gone, slot_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
 
@@ -88,7 +89,8 @@ class Closed:
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership, adopted=True)
             if spent.kind == "restore":
-                listed.append(Earlier(EVERY, charge, spent.adapter))
+                ended = {plan for plan, _ in self._account.lacking} if charge.study == LOST else ()
+                listed.append(Earlier(EVERY, charge, spent.adapter, plans=ended))
                 continue
             if charge.unit != "record":
                 column = self._account.column_of(spent) or columns.get(spent.dataset)

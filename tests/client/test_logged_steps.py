@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedtune.core.config import load_site, load_study
-from fedtune.core.ledger.entries import EVERY, LOST, Earlier
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger.entries import EVERY, LOST, Charge, Earlier
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.restore import EXHAUSTED
 from fedtune.core.ledger.spending import list_lacking
+from fedtune.core.vault.logged_steps import check_all_logged, check_none_lost
 from fedtune.core.vault.policy import compute_plan
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
+from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.review import cost_refusals
 from fedtune.public.start import Start, start
@@ -68,6 +75,16 @@ def put_back(folder: Path, made: Start, *, before: int, lost: int) -> SiteWorker
     restored = SiteWorker(site)
     restored.home.accept("records", "an officer", "all by this column")
     return restored
+
+
+def pay(state: Path, charge: Charge, *, membership: str = "") -> None:
+    """Charge the ledger in `state` with a round, log its steps, and release its answer."""
+    book, paid = Ledger(state), replace(charge, membership=membership)
+    number = book.reserve("notes", paid, f"adapter@{membership}", lambda charges: None)
+    log = StepLog(state / "steps.jsonl", membership)
+    step = Step(paid.study, paid.round, paid.noise_multiplier, paid.sampling_rate, 1.0, paid.unit)
+    log.append(replace(step, max_grad_norm=paid.max_grad_norm, records=paid.records), paid.steps)
+    book.release(number, b"update")
 
 
 @pytest.mark.parametrize("plan", [SCHEDULED, WITH_ROUNDS], ids=["lifetime", "per-study"])
@@ -125,6 +142,95 @@ def test_a_restored_round_is_looked_for_in_the_log(tmp_path: Path, tiny_base: Pa
         worker.prepare(made.study, made.frozen)
 
 
+def test_a_round_that_another_membership_ran_locks_out_none(tmp_path: Path) -> None:
+    """A restore's charge names no membership, and the line in the log names the one that ran it.
+    Twin: without that line neither is answered."""
+    state, plan = tmp_path / "home", CHARGE.study
+    Ledger(state).declare("notes", ())
+    Ledger(state).backup(tmp_path / "backup")
+    pay(state, CHARGE, membership="onco")
+    (state / "ledger.db").unlink()
+    restored = Ledger.restore(state, tmp_path / "backup")
+    assert [charge.membership for charge in restored.charges("notes")] == [EVERY]
+    log = StepLog(state / "steps.jsonl")
+    for membership in ("onco", "cardio"):
+        with raises_nothing():
+            check_all_logged(restored, log, plan, [membership])
+    log.path.write_text("")
+    for membership in ("onco", "cardio"):
+        with raises_only(LedgerError, match=LOG_LACKS):
+            check_all_logged(restored, log, plan, [membership])
+
+
+@pytest.mark.parametrize("named_by", ["charge", "signature", "log", "restore"])
+def test_a_plan_that_a_restore_reads_of_is_no_new_one(tmp_path: Path, named_by: str) -> None:
+    """The backup knows nothing of it; a row of the damaged database, or the step log, names it. It
+    was answered as if it had run no step. Twin: a plan that nothing names is a new one."""
+    state, early, paid = tmp_path / "state", tmp_path / "early.jsonl", replace(CHARGE, study="a")
+    Ledger(state).declare("notes", ())
+    pay(state, replace(CHARGE, study="known"))
+    Ledger(state).backup(tmp_path / "backup")
+    if named_by == "signature":
+        Ledger(state).admit("a", "an officer")
+    else:
+        pay(state, paid)
+    if named_by == "restore":
+        (state / "ledger.db").unlink()
+        Ledger.restore(state, tmp_path / "backup")
+    shutil.copy(state / "steps.jsonl", early)
+    if named_by in ("charge", "restore"):
+        early.write_text(early.read_text().splitlines(keepends=True)[0])
+    for round_ in (2, 3):
+        pay(state, replace(paid, study="b", round=round_))
+    with closing(sqlite3.connect(state / "ledger.db")) as database, database:
+        newest = "(SELECT max(seq) FROM entries)"
+        lost = f"seq = 1 OR seq > {newest} - 4" if named_by != "log" else "seq > 0"
+        database.execute(f"DELETE FROM entries WHERE {lost}")
+    shutil.copy(early, state / "steps.jsonl")
+    restored = Ledger.restore(state, tmp_path / "backup")
+    assert LOST in [charge.study for charge in restored.charges("notes")]
+    assert {plan for plan, _ in restored.lacking} == {"known", "a"}
+    for plan in ("known", "a"):
+        with raises_only(BudgetExceeded, match=LACKS):
+            check_none_lost(restored, plan, [""])
+    with raises_nothing():
+        check_none_lost(restored, "new", [""])
+
+
+@pytest.mark.parametrize("log", ["whole", "put-back"])
+def test_what_the_backup_beside_charged_keeps_its_study(tmp_path: Path, log: str) -> None:
+    """The folder was put back and went on, and the backup knows each round that was lost. They were
+    charged as rounds of nobody, which ended every study, and once more by the step log. A receipt
+    for any entry of the backup is for a charged one. Twin: the study whose steps the step log lacks
+    gets no answer."""
+    state, early, steps = tmp_path / "state", tmp_path / "early", tmp_path / "steps.jsonl"
+    other, coordinator = replace(CHARGE, study="other"), SigningKey()
+    Ledger(state).declare("notes", ())
+    pay(state, CHARGE)
+    shutil.copytree(state, early)
+    receipts = []
+    for round_ in (1, 2):
+        pay(state, replace(other, round=round_))
+        receipts.append(receipt(coordinator, Ledger(state).head_statement()))
+    Ledger(state).backup(tmp_path / "backup")
+    shutil.copy(state / "steps.jsonl", steps)
+    shutil.rmtree(state)
+    shutil.copytree(early, state)
+    if log == "whole":
+        shutil.copy(steps, state)
+    for round_ in range(1, 6):
+        pay(state, replace(CHARGE, round=round_))
+    restored = Ledger.restore(state, tmp_path / "backup")
+    charged = Counter(charge.study for charge in restored.charges("notes"))
+    assert charged == {CHARGE.study: 6, "other": 2} and not restored.lacking
+    with raises_nothing():
+        restored.accept_receipt(receipts[0], coordinator.public)
+        check_all_logged(restored, StepLog(state / "steps.jsonl"), CHARGE.study, [""])
+    refusal = raises_only(LedgerError, match=f"{LOG_LACKS} 1, 2 of")
+    with raises_nothing() if log == "whole" else refusal:
+        check_all_logged(restored, StepLog(state / "steps.jsonl"), "other", [""])
+
+
 def test_an_adopted_ledgers_lost_rounds_are_of_its_own_studies(tmp_path: Path) -> None:
     book = Ledger(tmp_path)
     book.declare("notes", ())
@@ -136,6 +242,31 @@ def test_an_adopted_ledgers_lost_rounds_are_of_its_own_studies(tmp_path: Path) -
     book.enter_earlier("onco", [*earlier, Earlier(EVERY, lost, "")], {}, [], "an officer")
     assert book.lacking == {("a plan", "onco")}
     assert EXHAUSTED.study == LOST
+
+
+def test_an_adoption_remembers_which_plans_a_restore_had_ended(tmp_path: Path) -> None:
+    """A plan that was signed and has no charge is known to the site's own ledger alone."""
+    write_notes(tmp_path / "notes.jsonl", [f"p{number}" for number in range(12)])
+    spend(write_site(tmp_path, "cardio"), 3)
+    file, state, backup = write_site(tmp_path, "onco"), tmp_path / "onco-state", tmp_path / "backup"
+    book = spend(file, 2)
+    book.admit("a plan", "an officer")
+    book.backup(backup)
+    lost = replace(CHARGE, study="a plan", round=9)
+    book.reserve("records", lost, "adapter", lambda charges: None)
+    (state / "ledger.db").unlink()
+    restored = Ledger.restore(state, backup)
+    ended = restored.lacking
+    assert ("a plan", "") in ended
+    restored.accept("records", "an officer", "none was declared", declared=[EVERY])
+    adopt(tmp_path / "home", tmp_path / "cardio.toml", "cardio")
+    adopt(tmp_path / "home", file, "onco")
+    home = Ledger(tmp_path / "home")
+    assert home.lacking == {(plan, "onco") for plan, _ in ended}
+    home.backup(tmp_path / "home-backup")
+    (tmp_path / "home" / "ledger.db").unlink()
+    again = Ledger.restore(tmp_path / "home", tmp_path / "home-backup")
+    assert again.lacking >= home.lacking
 
 
 @pytest.mark.parametrize("when", ["plan", "order", "round", "repeat"])

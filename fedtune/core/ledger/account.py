@@ -56,6 +56,7 @@ class Account:
         self.restored: list[Spent] = []
         # (plan, membership) that may have had steps of which only a restore's charge is left
         self.lacking: set[tuple[str, str]] = set()
+        self.named: set[tuple[str, str]] = set()  # those that only a restore's entry names
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
@@ -98,6 +99,7 @@ class Account:
                 dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
             )
             self._note_lost(charge)  # adopted from a ledger that was restored
+            self.lacking |= {(plan, name) for plan, name in body.get("plans", ())}
         elif entry.kind == "arrive":
             self.arrivals.fold(entry)
         elif entry.kind == "release":
@@ -117,6 +119,7 @@ class Account:
                 Spent(entry.seq, "restore", EVERY, charge, "", time, True, place=place)
                 for place, charge in enumerate(charges)
             ]
+            self.named |= {(plan, name) for plan, name in body.get("plans", ())}
             for charge in charges:
                 self._note_lost(charge)
             self._remember_columns(body.get("columns", {}))
@@ -146,11 +149,11 @@ class Account:
 
     def _note_lost(self, charge: Charge) -> None:
         """If `charge` stands for lost steps of unknown studies, note that these may have been steps
-        of each plan that was charged or signed so far. A charge of an adopted ledger says so of
-        the plans of its own membership only."""
+        of each plan that was charged, signed or named by a restore so far. A charge of an adopted
+        ledger says so of the plans of its own membership only."""
         if charge.study == LOST:
             paid = {(r.charge.study, r.charge.membership) for r in self.reserved.values()}
-            known = {*paid, *self.admitted}
+            known = {*paid, *self.admitted, *self.named}
             self.lacking |= {
                 (plan, name) for plan, name in known if plan != LOST and charge.is_paid_by([name])
             }

@@ -248,12 +248,15 @@ class Earlier:
     - charge: what the round cost
     - adapter: the digest of the adapter from which the round started, with the number of the
       attempt and the membership
-    - sha256: the hash of the update that was released for the charge; "" if none was"""
+    - sha256: the hash of the update that was released for the charge; "" if none was
+    - plans: the digests of the plans that may have had steps of which only this charge is left
+      (`Ledger.lacking`)"""
 
     dataset: str
     charge: Charge
     adapter: str
     sha256: str = ""
+    plans: Collection[str] = ()
 
 
 @dataclass(frozen=True)

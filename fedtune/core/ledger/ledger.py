@@ -616,6 +616,8 @@ class Ledger:
             for paid_before, one in enumerate(earlier[len(there) :], len(there)):
                 leave(paid_before)
                 entry = _reservation(one.dataset, one.charge, one.adapter)
+                if one.plans:
+                    entry["plans"] = [[plan, membership] for plan in sorted(one.plans)]
                 number = writer.append("reserve", entry)
                 if one.sha256:
                     writer.append("release", {"reservation": number, "sha256": one.sha256})

@@ -3,9 +3,10 @@
 Guarantee: a restored ledger charges at least what was spent.
 1. The restored ledger continues a base: the longest chain of entries that verifies, which is that
    of the backup or that of the folder itself. If the folder's is the longer one and lacks the
-   backup's newest entry, it went on from an earlier copy of itself: what the backup's entries
-   charge that it lacks is added, and their decisions count as those of the old database's rows.
-2. Steps in the step log that the base did not charge are charged, whole rounds at a time.
+   backup's newest entry, it went on from an earlier copy of itself: the charges of the backup's
+   entries that it lacks are entered as they are, and their decisions count as those of the old
+   database's rows.
+2. Steps in the step log that neither charged are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
    were charged up to the entry that they name. Each of these steps that neither the base nor the
    step log has is charged with the smallest σ, the largest q (sampling rate) and the largest k
@@ -139,11 +140,28 @@ class _Base:
 
     @property
     def charges(self) -> list[Charge]:
-        charges = [Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"]
-        for entry in self.entries:
+        return _charges_of(self.entries)
+
+    @property
+    def entries_beside(self) -> list[Entry]:
+        """The entries of the chain beside this one that this one lacks, oldest first."""
+        known = {entry.hash for entry in self.entries}
+        beside = self.beside.entries if self.beside else []
+        return [entry for entry in beside if entry.hash not in known]
+
+    @property
+    def charges_beside(self) -> list[Charge]:
+        return _charges_of(self.entries_beside)
+
+    @property
+    def heads_beside(self) -> list[Head]:
+        """The heads for which the chain beside this one accounts and this one may not. A receipt
+        may name any of them."""
+        heads = [Head(entry.seq, entry.hash) for entry in self.entries_beside]
+        for entry in self.entries_beside:
             if entry.kind == "restore":
-                charges += [Charge.read(charge) for charge in entry.body["charges"]]
-        return charges
+                heads += [Head(*pair) for pair in entry.body["settled"]]
+        return heads
 
     def paid(self, seq: int) -> Paid:
         """Return what the chain's entries up to number `seq` charge."""
@@ -189,6 +207,14 @@ class _Base:
                 if gap["base"] < head.seq <= gap["highest"] or [*head] in gap["settled"]:
                     return True
         return any((entry.seq, entry.hash) == head for entry in self.entries)
+
+
+def _charges_of(entries: list[Entry]) -> list[Charge]:
+    charges = [Charge.read(e.body["charge"]) for e in entries if e.kind == "reserve"]
+    for entry in entries:
+        if entry.kind == "restore":
+            charges += [Charge.read(charge) for charge in entry.body["charges"]]
+    return charges
 
 
 def backup(folder: Path, to: Path, key: bool) -> None:
@@ -599,28 +625,32 @@ def _restore_body(
     In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
-    the old database show it. `settled` lists the [number, hash] of each entry that anchor, receipts
-    or the backup name and the base lacks, so that a later restore sees that it is charged.
-    `members_lost` is there unless the folder's own chain is whole. Entries may then be lost, and
-    with them what the ledger knew of records: which ones were declared public or generated, and on
-    whom was trained. What follows from it does not depend on what was lost."""
+    the old database show it. `plans` are the plans that such a row or the step log names and the
+    base does not, each with its membership: lost steps may be theirs too. `settled` lists the
+    [number, hash] of each entry that anchor, receipts or the backup name and the base lacks, so
+    that a later restore sees that it is charged. `members_lost` is there unless the folder's own
+    chain is whole. Entries may then be lost, and with them what the ledger knew of records: which
+    ones were declared public or generated, and on whom was trained. What follows from it does not
+    depend on what was lost."""
     log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
     columns = _readable_columns(rows, public)
+    plans = _list_plans(folder / STEPS, rows, public, base)
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
-    heads += [base.beside.head] if base.beside else []
-    unknown = [head for head in heads if not base.holds(head)]
+    heads += base.heads_beside
+    unknown = [head for head in dict.fromkeys(heads) if not base.holds(head)]
+    beside = base.charges_beside
     logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
     known_charges = [
         charge
-        for charge in (*base.charges, *readable, *logged_charges)
+        for charge in (*base.charges, *beside, *readable, *logged_charges)
         if charge.study != EXHAUSTED.study or charge.noise_multiplier > 0
     ]
     # A charge by which a restore bounded many lost rounds has a price, and is no round.
     rounds = [charge.steps for charge in known_charges if charge.study != EXHAUSTED.study]
     round_steps = max([1, *rounds])
     lost, branch = _most_lost(base, anchor, log, rows, public, round_steps)
-    charges = list(logged_charges)
+    charges = [*beside, *logged_charges]
     # What the log shows beyond an anchor, or beside a branch, says nothing of what they hold. An
     # anchor that the base holds, or that is older than a receipt, was put back.
     latest = max([0, *(receipt.head.seq for receipt in log.accepted)])
@@ -648,11 +678,12 @@ def _restore_body(
     return {
         "base": base.seq,
         "highest": highest,
-        "lost_steps": lost.plus(branch).steps,
+        "lost_steps": lost.plus(branch).plus(_sum(beside)).steps,
         "settled": [[*head] for head in unknown],
         "dataset": EVERY,
         "charges": [charge.fields() for charge in charges],
         **({"columns": columns} if columns else {}),
+        **({"plans": plans} if plans else {}),
         **({} if is_whole else {"members_lost": True}),
     }
 
@@ -667,7 +698,7 @@ def _most_lost(
 ) -> tuple[Paid, Paid]:
     """Return two upper bounds on what lost entries charged, in noised steps and in charges without
     noise: those that anchor, accepted receipts and rows show, and those of a branch of the chain
-    that only refused receipts or the backup show. Neither includes the other.
+    that only refused receipts show. Neither includes the other.
 
     - base: the chain that is continued
     - anchor: the file that names the newest entry; None if there is none that this site signed
@@ -700,17 +731,12 @@ def _most_lost(
         for r in receipts.refused
         if not (base.holds(r.head) or (base.beside and base.beside.holds(r.head)))
     ]
-    beside = _charged_beside(base, base.beside) if base.beside else Paid()
-    return _most([known.plus(after), *aside]), _most(branch).plus(beside)
+    return _most([known.plus(after), *aside]), _most(branch)
 
 
-def _charged_beside(base: _Base, other: _Base) -> Paid:
-    """Return what the entries of the chain `other` charge that the chain `base` lacks."""
-    known, paid = {entry.hash for entry in base.entries}, Paid()
-    for entry in other.entries:
-        if entry.hash not in known:
-            paid = paid.plus(count_paid(entry.kind, entry.body))
-    return paid
+def _sum(charges: list[Charge]) -> Paid:
+    bare = sum(charge.noise_multiplier <= 0 for charge in charges)
+    return Paid(sum(charge.steps for charge in charges if charge.noise_multiplier > 0), bare)
 
 
 def _most(counts: list[Paid]) -> Paid:
@@ -781,11 +807,40 @@ def _readable_columns(rows: list[tuple[Any, ...]], public: str) -> dict[str, lis
     return found
 
 
+def _list_plans(
+    path: Path, rows: list[tuple[Any, ...]], public: str, base: _Base
+) -> list[list[str]]:
+    """List each [plan, membership] that ran or was signed here, as far as the step log or a row of
+    the old database that the site signed shows it; those of the base's own entries are left out.
+
+    path: the step log's file. rows, public, base: as for `_restore_body`"""
+    found, known = set[tuple[str, str]](), set[tuple[str, str]]()
+    with suppress(InfrastructureError):
+        found = {(step.study, step.membership) for step in StepLog(path).steps()}
+    for entry in base.entries:
+        known |= _plans_in(entry.kind, entry.body)
+    for row in rows:
+        with suppress(TypeError, KeyError, ValueError):
+            found |= _plans_in(row[1], _signed_body(row, public) or {})
+    return [[*each] for each in sorted(found - known)]
+
+
+def _plans_in(kind: str, body: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return each (plan, membership) that an entry names. kind, body: the entry's."""
+    named = {(plan, name) for plan, name in body.get("plans", ())}
+    if kind == "reserve" and body:
+        named.add((body["charge"]["study"], body.get("membership", "")))
+    elif kind == "admit" and body:
+        named.add((body["plan"], body.get("membership", "")))
+    return named
+
+
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid, bool]:
     """Compare the step log with the base's chain. Return three: a charge for each round that has
-    more noised steps in the log than the chain charged; the sum of these lost charges (the steps
-    beyond those that the chain charged, and the number of rounds without noise); and whether the
-    log is complete, i.e. exists and holds every noised step of the rounds that the chain released.
+    more noised steps in the log than this chain and the one beside it charged; the sum of these
+    lost charges (the steps beyond those that were charged, and the number of rounds without noise);
+    and whether the log is complete, i.e. exists and holds every noised step of the rounds that the
+    chain released.
 
     - path: the step log's file; if it cannot be read, the result is [], nothing and False
     - base: the chain that is continued"""
@@ -798,7 +853,7 @@ def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid,
     complete = path.exists() and not base.released - lines
     paid: Counter[tuple[Any, ...]] = Counter()
     usual: Counter[str] = Counter()  # steps of a round of the study
-    for charge in base.charges:
+    for charge in (*base.charges, *base.charges_beside):
         paid[_round_key(charge)] += charge.steps
         usual[charge.study] = max(usual[charge.study], charge.steps)
     for charge, count in ran.items():

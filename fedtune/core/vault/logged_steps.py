@@ -14,6 +14,8 @@ from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 
+Rounds = Counter[tuple[str, int]]  # (plan, round) -> how many noised steps
+
 
 def check_none_lost(ledger: Ledger, digest: str, memberships: Collection[str]) -> None:
     """Check that no step of a plan may be among those that a restore of the ledger charged without
@@ -44,16 +46,20 @@ def check_all_logged(
     - memberships: the names under which ledger and log hold this site's steps
 
     Errors: LedgerError if steps are missing; InfrastructureError if the log cannot be read."""
-    released, plans = Counter[tuple[str, int]](), _plans(digest)
+    released, restored, plans = Rounds(), Rounds(), _plans(digest)
     for spent in ledger.spending():
         charge = spent.charge
-        is_own = charge.study in plans and charge.is_paid_by(memberships)
-        if spent.released and is_own and charge.noise_multiplier > 0:
-            # A restore charges whole rounds by the log, which may have fewer steps of the last one.
-            steps = charge.steps if spent.kind == "reserve" else 1
-            released[charge.study, charge.round] += steps
-    logged = Counter((step.study, step.round) for step in log.steps(None, memberships))
-    if missing := released - logged:
+        if not spent.released or charge.study not in plans or charge.noise_multiplier == 0:
+            continue
+        # A restore charges whole rounds by the log, which may have fewer steps of the last one, and
+        # does not say which membership ran them.
+        if spent.kind == "restore":
+            restored[charge.study, charge.round] += 1
+        elif charge.is_paid_by(memberships):
+            released[charge.study, charge.round] += charge.steps
+    logged = Rounds((step.study, step.round) for step in log.steps(None, memberships))
+    of_all = Rounds((step.study, step.round) for step in log.steps())
+    if missing := (released - logged) | (released + restored - of_all):
         rounds = ", ".join(str(round_) for round_ in sorted({round_ for _, round_ in missing}))
         raise LedgerError(
             f"{log.path}: has no steps of round {rounds} of the plan {digest}, whose answers the "
