@@ -21,6 +21,7 @@ from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, 
 from fedtune.core.files import reading
 from fedtune.core.files.room import ORDERS, ROOM
 from fedtune.core.files.writing import DRAFT, is_abandoned, sync_folder
+from fedtune.core.ledger.adopted import ADOPTED
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import owner_of
 from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix
@@ -66,6 +67,7 @@ OF_A_STUDY = tuple(KINDS)[:7]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # from steps.jsonl a restore enters charges again
+    ADOPTED,  # by which receipts of the ledger that a hospital's ledger adopted are recognised
     f"{RECEIPTS}/*",  # what patients were told of their withdrawals
     f"{ACCEPTANCE}/*/{RECORD}",  # what was decided about a model: signed, and without a row
     *("keys/*", "keys.old-*"),  # the site's way into its consortium

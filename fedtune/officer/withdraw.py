@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,11 +138,13 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     datasets = {name for name in ledger.datasets if ledger.holds(name, key)}
     sites, unread = _memberships(site)
     counts = dict[tuple[str, Path | str], int]()  # two memberships may read one dataset
+    found_by = set[str]()  # the columns in which the key stands
     for table in (table for each in sites for table in _tables(each)):
         try:
             count = _count(table, patient.strip())
             at = table.name, table.where
             counts[at] = max(counts.get(at, 0), count)
+            found_by |= {table.columns.patient} if count and table.columns.patient else set()
         except FedtuneError as error:
             unread = error
     found = sum(counts.values())
@@ -162,11 +164,11 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     columns = {column for column in patient_columns(site).values() if column}
 
     def enter() -> Withdrawal:
-        is_known = found or ledger.hashed(key) not in ledger.withdrawn()
-        entry = ledger.withdraw(key, columns if is_known else ())
+        is_new = ledger.hashed(key) not in ledger.withdrawn()
+        entry = ledger.withdraw(key, columns if is_new else found_by)
         releases = _releases(site, ledger, datasets, in_files, entry.seq)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
-        receipt = _receipt_there(path, ledger, entry)
+        receipt = _receipt_there(path, ledger, entry, releases)
         if receipt is None:
             receipt = _receipt(site, ledger, entry, releases)
             replace(path, json.dumps(receipt, indent=1).encode(), private=True)
@@ -268,12 +270,22 @@ def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
     return since
 
 
-def _receipt_there(path: Path, ledger: Ledger, entry: Entry) -> dict[str, Any] | None:
+def _receipt_there(
+    path: Path, ledger: Ledger, entry: Entry, releases: Sequence[Release]
+) -> dict[str, Any] | None:
     """Read the receipt that was given for a withdrawal before; None if there is none that this site
-    signed. ledger: the ledger whose key signed it. entry: the ledger's entry of the withdrawal."""
+    signed, or if it lists fewer rounds than are known now: a round that was under way when the
+    patient withdrew may have been sent since.
+
+    - ledger: the ledger whose key signed it
+    - entry: the ledger's entry of the withdrawal
+    - releases: the earlier releases that are known now"""
     with suppress(InputError):
         receipt = _genuine(path, ledger.key.public)
-        if (receipt["unit"], receipt["time"]) == (entry.body["unit"], _time_of(entry)):
+        listed = {each["digest"]: each["rounds"] for each in receipt["releases"]}
+        is_whole = all(listed.get(each.digest, 0) >= each.rounds for each in releases)
+        of_it = (receipt["unit"], receipt["time"]) == (entry.body["unit"], _time_of(entry))
+        if of_it and is_whole:
             return reading.json_in(path, "a receipt of a withdrawal")
     return None
 

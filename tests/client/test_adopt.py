@@ -799,6 +799,34 @@ def test_a_receipt_from_before_an_adoption_is_one_of_the_adopted_ledger(
         receive(files["onco"], kept.read()[keys["onco"]], SigningKey())
 
 
+def test_an_adopted_ledgers_receipt_is_refused_where_the_home_lost_the_adoption(
+    world: Path,
+) -> None:
+    """Its files were put back to a copy from before; hospital.toml names the membership still."""
+    coordinator, kept, file = SigningKey(), Receipts(world / "receipts.json"), world / "onco.toml"
+    public = give_receipt(file, coordinator, kept)
+    adopt_first(world)
+    shutil.copytree(world / "home", world / "before")
+    adopt_second(world)
+    for path in (world / "before").glob("ledger.*"):
+        shutil.copy(path, world / "home")
+    with pytest.raises(LedgerError, match="put back to before it adopted the ledger"):
+        receive(file, kept.read()[public], coordinator)
+
+
+def test_a_key_withdrawn_again_has_no_column_in_which_it_does_not_stand(world: Path) -> None:
+    """The site's held-out records tell patients apart by another column, in which it is not."""
+    file, book = world / "cardio.toml", Ledger(world / "cardio-state")
+    text = (world / "notes.jsonl").read_text().replace('"who"', '"nhs"').replace('"p', '"n')
+    (world / "held.jsonl").write_text(text)
+    columns = '{ prompt = "note", completion = "answer", patient = "nhs" }'
+    table = f'[evaluation]\npath = "held.jsonl"\nname = "held"\ncolumns = {columns}\n'
+    file.write_text(file.read_text() + table)
+    withdraw(load_site(file), "p3", book)
+    (unit,) = hashes_of(book, ["p3"])
+    assert book.withdrawn_by[unit] == {"who"}
+
+
 @pytest.mark.parametrize("rounds", [2, 9])
 def test_a_receipt_for_what_an_adopted_ledger_lacked_is_refused(world: Path, rounds: int) -> None:
     """The site's folder had been put back, and may have gone on beyond the entry since."""

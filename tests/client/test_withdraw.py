@@ -358,6 +358,19 @@ def test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal(tmp_path:
     assert leave_out(site, "p-both", book).receipt == first.receipt == json.loads(given)
 
 
+def test_a_round_under_way_at_the_withdrawal_is_in_the_next_receipt(tmp_path: Path) -> None:
+    """It was charged before the withdrawal, read the patient's records, and was sent after it."""
+    site, book = paid_by_both(tmp_path), Ledger(tmp_path)
+    charge = replace(CHARGE, study="running", name="running", round=7, membership="cardio")
+    running = book.reserve("records", charge, "a@cardio", lambda charges: None)
+    leave_out(site, "p-both", book)
+    book.release(running, b"update")
+    releases = leave_out(site, "p-both", book).receipt["releases"]
+    assert [(each["name"], each["rounds"]) for each in releases] == [
+        ("cardio", 2), ("onco", 5), ("running", 1),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_receipt_lists_no_update_that_a_person_refused(
     tmp_path: Path, tiny_base: Path, refused: bool

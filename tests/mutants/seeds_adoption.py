@@ -290,6 +290,24 @@ MUTANTS = (
         "a model is judged on patients who trained, and the signed decision does not say so",
     ),
     one(
+        "hospital", "a-home-may-lose-an-adoption", "fedtune/core/ledger/adopted.py",
+        "    if not home.accounts_for(at):\n", "    if at is None:\n",
+        T_ADOPT + "test_an_adopted_ledgers_receipt_is_refused_where_the_home_lost_the_adoption",
+        "adopted charges and withdrawals are lost with a home's copy, and nobody notices",
+    ),
+    one(
+        "withdrawal", "a-key-stands-in-every-column", "fedtune/officer/withdraw.py",
+        "columns if is_new else found_by", "columns",
+        T_ADOPT + "test_a_key_withdrawn_again_has_no_column_in_which_it_does_not_stand",
+        "a key of an earlier column, withdrawn again, silences that it withdrew by that column",
+    ),
+    one(
+        "withdrawal", "a-receipt-lacks-the-round-under-way", "fedtune/officer/withdraw.py",
+        "if of_it and is_whole:", "if of_it:",
+        T_WITHDRAW + "test_a_round_under_way_at_the_withdrawal_is_in_the_next_receipt",
+        "a patient's signed receipt says for good that a study has nothing of them",
+    ),
+    one(
         "withdrawal", "a-receipt-lists-what-was-refused", "fedtune/officer/withdraw.py",
         "spent.released and not ledger.is_refused(spent.slot)", "spent.released",
         T_WITHDRAW + "test_a_receipt_lists_no_update_that_a_person_refused",

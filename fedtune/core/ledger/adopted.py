@@ -2,7 +2,8 @@
 it.
 
     adopted.json    in the membership's state folder: number and hash of each entry of that ledger,
-                    and the numbers for which a restore of it had charged; 0600
+                    the numbers for which a restore of it had charged, and the entry of the
+                    hospital's ledger at which the adoption was complete; 0600
 
 A coordinator stores the newest receipt of each site by the site's public key, which an adoption
 does not change, and sends it with each order of its next studies. Until this membership has
@@ -11,6 +12,8 @@ answered once, that receipt is for an entry of the adopted ledger.
 | had the entry                          | its charges are in the hospital's ledger: the order     |
 |                                        | goes on                                                 |
 | lacked it, as it had been put back     | LedgerError: charges are in no ledger                   |
+| had it, but the hospital's ledger was  | LedgerError: the hospital's ledger lost the charges     |
+| put back to before the adoption        |                                                         |
 | was adopted by an earlier release,     | the receipt is refused as one for no ledger of the site |
 | which did not write this file          |                                                         |
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
@@ -33,6 +36,9 @@ from fedtune.core.ledger.files import (
     opened_token,
 )
 from fedtune.core.wire.keys import SigningKey, canonical
+
+if TYPE_CHECKING:
+    from fedtune.core.ledger.ledger import Ledger
 
 ADOPTED = "adopted.json"
 TODO = (
@@ -56,29 +62,41 @@ class Known(NamedTuple):
         return head in self.heads or any(low <= head.seq <= high for low, high in self.gaps)
 
 
-def note_adopted(state: Path, known: Known) -> None:
+def note_adopted(state: Path, known: Known, at: Head) -> None:
     """Write down which entries the ledger in the state folder `state` accounts for, before the
-    ledger is taken away. Errors: InfrastructureError."""
+    ledger is taken away. at: the newest entry of the hospital's ledger, which has all its charges
+    then. Errors: InfrastructureError."""
     content = {"heads": sorted(map(list, known.heads)), "gaps": sorted(map(list, known.gaps))}
+    content["at"] = list(at)
     replace(state / ADOPTED, canonical(content), private=True)
 
 
-def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) -> bool:
+def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, home: Ledger) -> bool:
     """Return whether a receipt is for an entry that the adopted ledger accounted for; False if it
     is no receipt for that ledger, or this site never had a ledger of its own.
 
     - state: the membership's state folder, with its key, which was the adopted ledger's
     - receipt: the fields that the coordinator made (`wire.seal.receipt`)
     - coordinator: the public key (hexadecimal) that must have countersigned
+    - home: the hospital's ledger
 
-    Errors: LedgerError if it is for an entry that the adopted ledger lacked."""
+    Errors: LedgerError if it is for an entry that the adopted ledger lacked, or if the hospital's
+    ledger lacks what it adopted."""
     if not (state / ADOPTED).exists():
         return False
     key = SigningKey.at(state / KEY)
     head = head_in(opened_token(key, receipt.get("token")), key.public)
     if head is None or not is_countersigned(receipt, coordinator):
         return False
-    if not _read(state / ADOPTED).has(head):
+    known, at = _read(state / ADOPTED)
+    if not home.accounts_for(at):
+        raise LedgerError(
+            f"{home.folder}: the hospital's ledger was put back to before it adopted the ledger of "
+            f"{state}, so that the adopted charges and withdrawals are not in it",
+            "the ledger as it was after the adoption",
+            "`fedtune ledger SITE --restore --from COPY`, with a copy that was made since",
+        )
+    if not known.has(head):
         raise LedgerError(
             f"{state}: the ledger that the hospital's ledger adopted had been put back: the "
             f"coordinator holds a receipt for its entry {head.seq}, which was not in it, so that "
@@ -89,10 +107,13 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) ->
     return True
 
 
-def _read(path: Path) -> Known:
+def _read(path: Path) -> tuple[Known, Head]:
+    """Read what `note_adopted` wrote. Errors: LedgerError."""
     try:
         content = json.loads(reading.content(path, "a note of an adopted ledger", PUT, LedgerError))
         heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
-        return Known(heads, [(int(low), int(high)) for low, high in content["gaps"]])
+        gaps = [(int(low), int(high)) for low, high in content["gaps"]]
+        seq, hash_ = content["at"]
+        return Known(heads, gaps), Head(int(seq), str(hash_))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LedgerError(f"{path}: damaged", "the note as it was written", PUT) from None

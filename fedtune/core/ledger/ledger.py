@@ -362,6 +362,12 @@ class Ledger:
             paid = {spent.charge.membership for spent in account.spent()}
             return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
 
+    def accounts_for(self, head: Head) -> bool:
+        """Return whether this ledger has the entry `head`, or lost it and a restore has charged for
+        what it may have held."""
+        with self._store.writing() as reader:
+            return self._store.knows(reader.sql, head)
+
     @property
     def members_lost(self) -> int:
         """When a restore last may have lost members, i.e. what the ledger knew of patients and

@@ -33,6 +33,6 @@ def accept(site: SiteWorker, receipt: str, coordinator: str) -> None:
     if not receipt:
         return
     given, state = json.loads(receipt), site.site.site.state
-    if site.site.hospital and is_for_adopted(state, given, coordinator):
+    if site.site.hospital and is_for_adopted(state, given, coordinator, site.home):
         return  # of a ledger with an audit log of its own, which stays in the copy
     acts(site).check(site.home.accept_receipt(given, coordinator, site.site.policy.own_memberships))
