@@ -88,14 +88,14 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-restored-charge-is-not-adopted", CLOSED,
-        "                listed.append(Earlier(EVERY, charge, spent.adapter))\n", "",
+        "                listed.append(Earlier(EVERY, charge, spent.adapter, plans=ended))\n", "",
         T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "what a restore had entered is forgotten with the old ledger",
     ),
     one(
         "hospital", "a-restored-charge-is-one-datasets", CLOSED,
-        "listed.append(Earlier(EVERY, charge, spent.adapter))",
-        "listed.append(Earlier(names[self.datasets[0]], charge, spent.adapter))",
+        "listed.append(Earlier(EVERY, charge, spent.adapter, plans=ended))",
+        "listed.append(Earlier(names[self.datasets[0]], charge, spent.adapter, plans=ended))",
         T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "a patient whose arrival a restore lost comes back to a budget of which nothing is spent",
     ),

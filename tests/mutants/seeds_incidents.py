@@ -275,7 +275,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-copy-is-charged-at-each-restore", "fedtune/core/ledger/restore.py",
-        "    heads += [base.beside.head] if base.beside else []\n", "",
+        "    heads += base.heads_beside\n", "",
         T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
         "each further restore from the same copy charges its rounds again",
     ),
