@@ -45,7 +45,7 @@ from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
 from fedtune.officer.freeze import freeze, lift, read_decisions
 from fedtune.officer.leave import DISTRUST, check_trusted
-from fedtune.officer.withdraw import check_receipt
+from fedtune.officer.withdraw import check_receipt, withdraw
 from fedtune.server.store import Receipts
 from tests.cli_kit import run
 from tests.client.adoption_kit import (

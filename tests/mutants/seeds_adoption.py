@@ -258,8 +258,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-adopted-ledger-had-every-entry", "fedtune/core/ledger/adopted.py",
-        "if not _read(state / ADOPTED).has(head):",
-        "if head.seq > max(each.seq for each in _read(state / ADOPTED).heads):",
+        "if not known.has(head):",
+        "if head.seq > max(each.seq for each in known.heads):",
         T_ADOPT + "test_a_receipt_for_what_an_adopted_ledger_lacked_is_refused",
         "charges that a site lost before its adoption are in no ledger, and nobody learns of it",
     ),
@@ -321,19 +321,19 @@ MUTANTS = (
     ),
     one(
         "withdrawal", "a-receipt-is-given-anew", "fedtune/officer/withdraw.py",
-        "receipt = _receipt_there(path, ledger, entry)", "receipt = None",
+        "receipt = _receipt_there(path, ledger, entry, releases)", "receipt = None",
         T_WITHDRAW + "test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal",
         "the receipt at the site is not the one that the patient has",
     ),
     one(
         "withdrawal", "a-withdrawal-forgets-its-column", "fedtune/officer/withdraw.py",
-        "columns if is_known else ()", "()",
+        "columns if is_new else found_by", "()",
         T_WITHDRAW + "test_who_withdrew_by_another_column_is_told_at_the_site",
         "a corrected column brings back whoever withdrew, without a word",
     ),
     one(
         "withdrawal", "an-unseen-key-is-of-the-new-column", "fedtune/officer/withdraw.py",
-        "is_known = found or", "is_known = True or",
+        "is_new = ledger.hashed(key) not in ledger.withdrawn()", "is_new = True",
         T_WITHDRAW + "test_who_withdrew_by_another_column_is_told_at_the_site",
         "a key that no record of the corrected column has counts as withdrawn there",
     ),
