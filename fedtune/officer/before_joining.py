@@ -12,7 +12,6 @@ from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import DATABASE, LedgerError
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.patient_column import describe_withdrawn_before
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import (
@@ -22,6 +21,7 @@ from fedtune.core.vault.declared import (
     sign_declarations,
 )
 from fedtune.homes.known_homes import check_home
+from fedtune.homes.opening import find_ledger
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
 from fedtune.officer.step_log import check_step_log
@@ -52,10 +52,9 @@ def check_before_joining(site: Site) -> None:
     if consortium := consortium_of(site):
         check_trusted(site.home, consortium)
     sign_declarations(site)
-    if (site.home / DATABASE).exists():
-        columns = patient_columns(site)
-        if said := describe_withdrawn_before(Ledger(site.home), columns):
-            log.warning("%s", said)
+    ledger = find_ledger(site.home) if (site.home / DATABASE).exists() else None
+    if ledger and (said := describe_withdrawn_before(ledger, patient_columns(site))):
+        log.warning("%s", said)
     check_step_log(site)
     check_restored(site)
     check_sheet(site)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fedtune.core.config import Site
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.ledger.files import DATABASE, STEPS
-from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.declared import run_ledger
 from fedtune.core.vault.logged_steps import check_all_logged
 from fedtune.core.vault.studies import under_way
+from fedtune.homes.opening import find_ledger
 
 
 def check_step_log(site: Site) -> None:
@@ -18,6 +18,6 @@ def check_step_log(site: Site) -> None:
     the log cannot be read."""
     for digest in under_way(site.site.state):
         home = run_ledger(site, digest) if site.data.declared else site.home
-        if (home / DATABASE).exists():
-            ledger, log = Ledger(home), StepLog(home / STEPS)
+        if (home / DATABASE).exists() and (ledger := find_ledger(home)):
+            log = StepLog(home / STEPS)
             check_all_logged(ledger, log, digest, site.policy.own_memberships)

@@ -482,7 +482,7 @@ def test_what_one_consortium_is_told_holds_no_round_of_another(
     with pytest.raises(LedgerError, match="has no steps of round 1 of"):
         stated("onco")  # another membership's earlier steps are not its own
     steps = StepLog.steps
-    monkeypatch.setattr(StepLog, "steps", lambda log, study, _: steps(log, study))
+    monkeypatch.setattr(StepLog, "steps", lambda log, study=None, _=None: steps(log, study))
     assert stated("onco") == 4 * per_round
 
 
