@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from fedtune.core.config import Site, SiteData, load_site
 from fedtune.core.config.load import load_hospital
-from fedtune.core.config.patient_columns import patient_columns
+from fedtune.core.config.patient_columns import patient_column, patient_columns
 from fedtune.core.data.records import read_records, unit_member
 from fedtune.core.errors import (
     ConfigError,
@@ -144,7 +144,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             count = _count(table, patient.strip())
             at = table.name, table.where
             counts[at] = max(counts.get(at, 0), count)
-            found_by |= {table.columns.patient} if count and table.columns.patient else set()
+            found_by |= {patient_column(table)} if count else set()
         except FedtuneError as error:
             unread = error
     found = sum(counts.values())

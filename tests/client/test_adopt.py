@@ -16,6 +16,7 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.config.load import load_hospital
+from fedtune.core.config.patient_columns import shorten_column
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import (
@@ -45,6 +46,7 @@ from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
 from fedtune.officer.freeze import freeze, lift, read_decisions
 from fedtune.officer.leave import DISTRUST, check_trusted
+from fedtune.officer.purge import listing
 from fedtune.officer.withdraw import check_receipt, withdraw
 from fedtune.server.store import Receipts
 from tests.cli_kit import run
@@ -810,7 +812,7 @@ def test_an_adopted_ledgers_receipt_is_refused_where_the_home_lost_the_adoption(
     adopt_second(world)
     for path in (world / "before").glob("ledger.*"):
         shutil.copy(path, world / "home")
-    with pytest.raises(LedgerError, match="put back to before it adopted the ledger"):
+    with pytest.raises(LedgerError, match=r"before it adopted the ledger.* without one, "):
         receive(file, kept.read()[public], coordinator)
 
 
@@ -825,6 +827,24 @@ def test_a_key_withdrawn_again_has_no_column_in_which_it_does_not_stand(world: P
     withdraw(load_site(file), "p3", book)
     (unit,) = hashes_of(book, ["p3"])
     assert book.withdrawn_by[unit] == {"who"}
+
+
+def test_a_key_withdrawn_again_has_its_columns_name_as_the_ledger_has_it(world: Path) -> None:
+    """A long name is entered by its hash, and is compared by it."""
+    file, book, column = world / "cardio.toml", Ledger(world / "cardio-state"), "w" * 80
+    for path in (file, world / "notes.jsonl"):
+        path.write_text(path.read_text().replace('"who"', f'"{column}"'))
+    for _ in range(2):
+        withdraw(load_site(file), "p7", book)
+    (unit,) = hashes_of(book, ["p7"])
+    assert book.withdrawn_by[unit] == {shorten_column(column)}
+
+
+def test_a_purge_knows_the_note_of_an_adopted_ledger(world: Path) -> None:
+    adopt_first(world)
+    adopt_second(world)
+    assert (world / "onco-state" / ADOPTED).exists()
+    assert listing(load_site(world / "onco.toml")).unknown == []
 
 
 @pytest.mark.parametrize("rounds", [2, 9])
@@ -842,5 +862,5 @@ def test_a_receipt_for_what_an_adopted_ledger_lacked_is_refused(world: Path, rou
     with pytest.raises(LedgerError, match="charges are in no ledger"):
         receive(file, kept.read()[public], coordinator)
     (world / "onco-state" / ADOPTED).write_text("{}")
-    with pytest.raises(LedgerError, match="damaged"):
+    with pytest.raises(LedgerError, match=r"damaged.* without one, .* end this membership"):
         receive(file, kept.read()[public], coordinator)

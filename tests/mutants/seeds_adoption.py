@@ -302,6 +302,18 @@ MUTANTS = (
         "a key of an earlier column, withdrawn again, silences that it withdrew by that column",
     ),
     one(
+        "withdrawal", "a-long-column-is-entered-as-it-is", "fedtune/officer/withdraw.py",
+        "found_by |= {patient_column(table)}", 'found_by |= {table.columns.patient or ""}',
+        T_ADOPT + "test_a_key_withdrawn_again_has_its_columns_name_as_the_ledger_has_it",
+        "an entry takes more room than is reserved for it, and nothing compares equal to it",
+    ),
+    one(
+        "retention", "a-purge-knows-no-adopted-note", "fedtune/officer/purge.py",
+        "    ADOPTED,  # by which", "    # by which",
+        T_ADOPT + "test_a_purge_knows_the_note_of_an_adopted_ledger",
+        "a person is told that nobody knows the note by which old receipts are recognised",
+    ),
+    one(
         "withdrawal", "a-receipt-lacks-the-round-under-way", "fedtune/officer/withdraw.py",
         "if of_it and is_whole:", "if of_it:",
         T_WITHDRAW + "test_a_round_under_way_at_the_withdrawal_is_in_the_next_receipt",

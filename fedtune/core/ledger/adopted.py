@@ -46,7 +46,11 @@ TODO = (
     "cost that the coordinator counts and `fedtune ledger` does not list; then end this membership "
     "and add another one"
 )
-PUT = "put the file back from a backup"
+PUT = (
+    "put the file back from a backup; without one, nobody can tell whether charges are in no "
+    "ledger: lower max_epsilon in hospital.toml by what the coordinator counts and `fedtune "
+    "ledger` does not list; then end this membership and add another one"
+)
 
 
 class Known(NamedTuple):
@@ -94,7 +98,10 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, ho
             f"{home.folder}: the hospital's ledger was put back to before it adopted the ledger of "
             f"{state}, so that the adopted charges and withdrawals are not in it",
             "the ledger as it was after the adoption",
-            "`fedtune ledger SITE --restore --from COPY`, with a copy that was made since",
+            "`fedtune ledger SITE --restore --from COPY`, with a copy that was made since; without "
+            "one, withdraw again whoever withdrew before the adoption (the copy of the state "
+            "folder that it kept has their receipts), and lower max_epsilon in hospital.toml by "
+            "what was charged in that copy; then end this membership and add another one",
         )
     if not known.has(head):
         raise LedgerError(
