@@ -102,11 +102,19 @@ def file_of(node: str) -> str:
     return node.partition("::")[0]
 
 
+def write_list(file: Path, module: str, text: str, nodes: Iterable[str]) -> None:
+    """Write the node ids of tests that `python -m MODULE choose` chose, and say what they are."""
+    written = f"# Written by python -m {module} choose: {text}.\n"
+    file.write_text(written + "".join(f"{node}\n" for node in nodes), encoding="utf-8")
+    print(text)
+
+
 # -------------------------------------------------------------------------------- running
 
 
-def read_list() -> list[str]:
-    lines = LIST.read_text(encoding="utf-8").splitlines()
+def read_list(file: Path = LIST) -> list[str]:
+    """Read the node ids of a file that `write_list` wrote."""
+    lines = file.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -169,9 +177,7 @@ def main(arguments: list[str]) -> int:
     nodes.sort(key=lambda node: (-by_file[file_of(node)], node))
     total = sum(took[node] for node in nodes)
     text = f"{len(caught)} of {len(catches)} seeded bugs in {len(nodes)} tests of {total:.0f} s"
-    written = f"# Written by python -m tests.quick choose: {text}.\n"
-    LIST.write_text(written + "".join(f"{node}\n" for node in nodes), encoding="utf-8")
-    print(text)
+    write_list(LIST, "tests.quick", text, nodes)
     return 0
 
 

@@ -5,8 +5,8 @@
 A test of tests/slow.txt counts as marked `long` (tests/conftest.py). Choosing reads how long each
 test took in a whole run (`pytest --junitxml JUNIT.xml -o junit_duration_report=call`). A test is
 chosen if it took at least so many seconds, unless a seeded bug names it, so that `make test` still
-finds every one of these bugs, or KEPT has it. A line that names no test any more does nothing, and
-the next choice leaves it out."""
+finds every one of these bugs, or KEPT has it. What is slow already was not in that run, and stays
+slow. A line that names no test any more does nothing; take it out by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from tests.quick import file_of, read_seconds
+from tests.quick import file_of, read_list, read_seconds, write_list
 
 LIST = Path(__file__).with_name("slow.txt")
 # What a change must pass, though it takes seconds and no seeded bug names it: the guarantee's own
@@ -52,15 +52,19 @@ def choose(took: Mapping[str, float], named: Iterable[str], seconds: float) -> l
 
 
 @cache
-def read_list() -> frozenset[str]:
-    """Read the node ids of tests/slow.txt."""
-    lines = LIST.read_text(encoding="utf-8").splitlines()
-    return frozenset(line for line in lines if line and not line.startswith("#"))
+def slow_tests() -> frozenset[str]:
+    """Return the node ids in tests/slow.txt."""
+    return frozenset(read_list(LIST))
+
+
+def named_by_bugs() -> set[str]:
+    """Return the tests, functions and files that seeded bugs name."""
+    from tests.mutants.catalogue import MUTANTS
+
+    return {test for bug in MUTANTS for test in bug.tests}
 
 
 def main(arguments: list[str]) -> int:
-    from tests.mutants.catalogue import MUTANTS
-
     parser = argparse.ArgumentParser(prog="python -m tests.slow", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("choose", choices=["choose"])
@@ -68,13 +72,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="from which a test is slow")
     options = parser.parse_args(arguments)
     took = read_seconds(options.junit)
-    # What is slow already was not run, and stays slow.
-    took |= dict.fromkeys(read_list() - took.keys(), float("inf"))
-    nodes = choose(took, (test for bug in MUTANTS for test in bug.tests), options.seconds)
+    took |= dict.fromkeys(slow_tests() - took.keys(), float("inf"))
+    nodes = choose(took, named_by_bugs(), options.seconds)
     text = f"{len(nodes)} tests of {options.seconds:g} s and more"
-    written = f"# Written by python -m tests.slow choose: {text}.\n"
-    LIST.write_text(written + "".join(f"{node}\n" for node in nodes), encoding="utf-8")
-    print(text)
+    write_list(LIST, "tests.slow", text, nodes)
     return 0
 
 

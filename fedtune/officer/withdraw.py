@@ -114,7 +114,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     Each withdrawal has a receipt in the folder RECEIPTS beside the ledger, signed by the ledger's
     key and readable by this user alone, with the time and the releases, but without the patient's
     key. The receipt names only what was charged before the withdrawal. If the same key is withdrawn
-    again, the first receipt stays as it is, as long as its file is there.
+    again, a receipt that is there stays as it is, unless a round that was under way at the
+    withdrawal has been sent since: then it is written anew, with this round.
     Guarantee: a receipt and its file's name follow from this patient's withdrawal and from the
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.

@@ -262,8 +262,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-restores-bound-has-no-price", "fedtune/core/ledger/restore.py",
-        "        if charge.study != EXHAUSTED.study or charge.noise_multiplier > 0\n",
-        "        if charge.study != EXHAUSTED.study\n",
+        "        if charge.study != LOST or charge.noise_multiplier > 0\n",
+        "        if charge.study != LOST\n",
         T_PRICES + "test_whatever_happens_a_restore_charges_no_less_than_was_charged[damaged]",
         "what a restore bounded is charged by the next one as rounds with more noise",
     ),

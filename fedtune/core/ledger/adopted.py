@@ -41,15 +41,14 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.ledger import Ledger
 
 ADOPTED = "adopted.json"
-TODO = (
-    "no command can enter them any more: lower max_epsilon in hospital.toml by what those rounds "
-    "cost that the coordinator counts and `fedtune ledger` does not list; then end this membership "
-    "and add another one"
+BY_HAND = (
+    "lower max_epsilon in hospital.toml by what those rounds cost that the coordinator counts and "
+    "`fedtune ledger` does not list; then end this membership and add another one"
 )
-PUT = (
+NO_COMMAND = f"no command can enter them any more: {BY_HAND}"
+PUT_BACK = (
     "put the file back from a backup; without one, nobody can tell whether charges are in no "
-    "ledger: lower max_epsilon in hospital.toml by what the coordinator counts and `fedtune "
-    "ledger` does not list; then end this membership and add another one"
+    f"ledger: {BY_HAND}"
 )
 
 
@@ -109,7 +108,7 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, ho
             f"coordinator holds a receipt for its entry {head.seq}, which was not in it, so that "
             "charges are in no ledger",
             "an adopted ledger that holds all that was charged",
-            TODO,
+            NO_COMMAND,
         )
     return True
 
@@ -117,10 +116,12 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, ho
 def _read(path: Path) -> tuple[Known, Head]:
     """Read what `note_adopted` wrote. Errors: LedgerError."""
     try:
-        content = json.loads(reading.content(path, "a note of an adopted ledger", PUT, LedgerError))
+        content = json.loads(
+            reading.content(path, "a note of an adopted ledger", PUT_BACK, LedgerError)
+        )
         heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
         gaps = [(int(low), int(high)) for low, high in content["gaps"]]
         seq, hash_ = content["at"]
         return Known(heads, gaps), Head(int(seq), str(hash_))
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise LedgerError(f"{path}: damaged", "the note as it was written", PUT) from None
+        raise LedgerError(f"{path}: damaged", "the note as it was written", PUT_BACK) from None

@@ -86,7 +86,16 @@ from fedtune.core.ledger.chain import (
     named,
     signed_entry,
 )
-from fedtune.core.ledger.entries import EVERY, RULES, Charge, Freeze, Slot, Standing, slot_fields
+from fedtune.core.ledger.entries import (
+    EVERY,
+    LOST,
+    RULES,
+    Charge,
+    Freeze,
+    Slot,
+    Standing,
+    slot_fields,
+)
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -109,7 +118,7 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
 SALT_LOST = "restored without a salt that is known to be its own"  # begins why it is frozen
 MOST_PROBED = 1_000_000  # numbers of entries between damaged pages that are looked up one by one
-EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
+EXHAUSTED = Charge(LOST, "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
 
 
 @dataclass(frozen=True)
@@ -644,10 +653,10 @@ def _restore_body(
     known_charges = [
         charge
         for charge in (*base.charges, *beside, *readable, *logged_charges)
-        if charge.study != EXHAUSTED.study or charge.noise_multiplier > 0
+        if charge.study != LOST or charge.noise_multiplier > 0
     ]
     # A charge by which a restore bounded many lost rounds has a price, and is no round.
-    rounds = [charge.steps for charge in known_charges if charge.study != EXHAUSTED.study]
+    rounds = [charge.steps for charge in known_charges if charge.study != LOST]
     round_steps = max([1, *rounds])
     lost, branch = _most_lost(base, anchor, log, rows, public, round_steps)
     charges = [*beside, *logged_charges]
@@ -898,7 +907,7 @@ def _bound_charge(charges: list[Charge], steps: int) -> Charge:
     of any of `charges`: it has their smallest σ, and their largest q and k. (ε decreases in σ and
     increases in q, steps and k.)"""
     return Charge(
-        study="restore",
+        study=LOST,
         name="lost",
         round=0,
         noise_multiplier=min(charge.noise_multiplier for charge in charges),

@@ -175,9 +175,10 @@ def _left_out(
 
 
 def _known_since(ledger: Ledger) -> str:
-    """Return the day (in UTC) on which the ledger last took over charges without whose records
-    they read, by a restore that may have lost this or by an adoption: of these patients, it knows
-    only those in the site's files then or later. Return "" if it never did."""
+    """Return the newest day (in UTC) of a restore that may have lost on whom was trained, or of an
+    adoption, which takes over charges without the patients whom they are for. Of these patients
+    the ledger knows only those who were in the site's files then or later. Return "" if there was
+    neither."""
     adopted = [spent.time for spent in ledger.spending() if spent.charge.adopted]
     newest = max([*adopted, ledger.members_lost])
     return time.strftime("%Y-%m-%d", time.gmtime(newest)) if newest else ""
