@@ -334,7 +334,7 @@ def ledger(
     )
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
-    from fedtune.core.ledger.spending import facts, list_lacking
+    from fedtune.core.ledger.spending import facts, list_ended
     from fedtune.homes.opening import find_ledger
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
@@ -377,10 +377,10 @@ def ledger(
                     f"restored, with {len(book.withdrawn())} withdrawals: those that it had lost "
                     "are entered again, by their receipts and by what was left of the ledger"
                 )
-            if lacking := list_lacking(book):
+            if ended := list_ended(book):
                 typer.echo(
-                    "rounds were lost of which no file says the study, so these get no further "
-                    f"answer here, and others can begin: {escape_controls(', '.join(lacking))}"
+                    "rounds of these studies may be missing, so they get no further answer here, "
+                    f"and others can begin: {escape_controls(', '.join(ended))}"
                 )
             if held:
                 typer.echo(f"the ledger is frozen: {escape_controls(held.why)}")

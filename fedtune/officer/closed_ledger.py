@@ -7,7 +7,7 @@ A doubtful charge counts against more datasets or units, never against fewer:
 |                                                         | unit, whenever the unit arrived        |
 | the cohorts that a charge left out, when units came     | not taken over: every unit pays        |
 | accepted charges of unknown ε, signed plans             | not taken over: a person decides anew  |
-| the plans that a restore's charge ended                 | stay ended for the membership          |
+| the plans that a restore ended                          | stay ended, for every membership       |
 | the column that told patients apart in a charge         | taken over, to be compared again; for  |
 |                                                         | a charge without one, the column that  |
 |                                                         | the site file names                    |
@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from fedtune.core.ledger.adopted import Known
 from fedtune.core.ledger.chain import Transaction
-from fedtune.core.ledger.entries import EVERY, LOST, Earlier, Gone, slot_of
+from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
 
@@ -89,16 +89,17 @@ class Closed:
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership, adopted=True)
             if spent.kind == "restore":
-                ended = {plan for plan, _ in self._account.lacking} if charge.study == LOST else ()
-                listed.append(Earlier(EVERY, charge, spent.adapter, plans=ended))
+                listed.append(Earlier(EVERY, charge, spent.adapter))
                 continue
             if charge.unit != "record":
                 column = self._account.column_of(spent) or columns.get(spent.dataset)
                 charge = replace(charge, patient=column or NO_COLUMN)
             slot = charge.study, charge.round, spent.adapter
-            sha256 = self._account.sent[slot] if spent.released else ""
+            sha256 = self._account.sent.get(slot, "") if spent.released else ""
             adapter = slot_of(slot, membership)[2]
             listed.append(Earlier(names[spent.dataset], charge, adapter, sha256))
+        if listed:
+            listed[-1] = replace(listed[-1], plans=self._account.ended)
         return listed
 
 

@@ -342,7 +342,7 @@ def cost_refusals(
         if plan:
             Budget(site.policy, plan, charges).check()
             if pays:
-                check_none_lost(pays, study.digest, site.policy.own_memberships)
+                check_none_lost(pays, study.digest)
     except Refused as refusal:
         refused.append(refusal)
     return refused

@@ -6,7 +6,7 @@ from fedtune.core.config import Site
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.ledger.files import DATABASE, STEPS
 from fedtune.core.vault.declared import run_ledger
-from fedtune.core.vault.logged_steps import check_all_logged
+from fedtune.core.vault.logged_steps import check_all_logged, has_ended
 from fedtune.core.vault.studies import under_way
 from fedtune.homes.opening import find_ledger
 
@@ -18,6 +18,7 @@ def check_step_log(site: Site) -> None:
     the log cannot be read."""
     for digest in under_way(site.site.state):
         home = run_ledger(site, digest) if site.data.declared else site.home
-        if (home / DATABASE).exists() and (ledger := find_ledger(home)):
+        ledger = find_ledger(home) if (home / DATABASE).exists() else None
+        if ledger and not has_ended(ledger, digest):
             log = StepLog(home / STEPS)
             check_all_logged(ledger, log, digest, site.policy.own_memberships)

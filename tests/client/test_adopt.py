@@ -41,6 +41,7 @@ from fedtune.core.vault.prepared import Void
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire import seal
 from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
 from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
@@ -812,6 +813,32 @@ def test_an_adopted_ledgers_receipt_is_refused_where_the_home_lost_the_adoption(
     adopt_second(world)
     for path in (world / "before").glob("ledger.*"):
         shutil.copy(path, world / "home")
+    with pytest.raises(LedgerError, match=r"before it adopted the ledger.* without one, "):
+        receive(file, kept.read()[public], coordinator)
+
+
+@pytest.mark.parametrize("later", [1, 0], ids=["gap", "named"])
+def test_a_restored_home_that_lost_an_adoption_goes_on_no_more(world: Path, later: int) -> None:
+    """It was put back to before the adoption. Another coordinator's receipt led to a restore, which
+    charges for the lost entries: for the adoption as one of many, or by its hash. Then whoever had
+    withdrawn at the adopted site is in no ledger."""
+    coordinator, kept, file = SigningKey(), Receipts(world / "receipts.json"), world / "onco.toml"
+    if later:  # whoever withdrew is known to the home all the same
+        withdraw(load_site(world / "cardio.toml"), "p5", Ledger(world / "cardio-state"))
+    public = give_receipt(file, coordinator, kept)
+    adopt_first(world)
+    shutil.copytree(world / "home", world / "before")
+    adopt_second(world)
+    other, book = SigningKey(), Ledger(world / "home")
+    for _ in range(later):
+        book.withdraw(b"a patient of the home")
+    newest = receipt(other, book.head_statement(membership="cardio"))
+    for path in (world / "before").glob("ledger.*"):
+        shutil.copy(path, world / "home")
+    with pytest.raises(LedgerError, match="rolled back"):
+        Ledger(world / "home").accept_receipt(newest, other.public, ("cardio", ""))
+    (world / "home" / "steps.jsonl").unlink()
+    assert Ledger.restore(world / "home", None).members_lost
     with pytest.raises(LedgerError, match=r"before it adopted the ledger.* without one, "):
         receive(file, kept.read()[public], coordinator)
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site, load_study
+from fedtune.core.config.study import QUERIES
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger.entries import EVERY, LOST, Charge, Earlier
 from fedtune.core.ledger.ledger import Ledger, LedgerError
-from fedtune.core.ledger.restore import EXHAUSTED
-from fedtune.core.ledger.spending import list_lacking
-from fedtune.core.vault.logged_steps import check_all_logged, check_none_lost
+from fedtune.core.ledger.spending import list_ended
+from fedtune.core.vault.logged_steps import check_none_lost
 from fedtune.core.vault.policy import compute_plan
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import SigningKey
@@ -107,12 +107,16 @@ def test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun(
     assert admission.admitted, admission.reason
     with raises_nothing():
         trains(worker, new, 1)
-    assert worker.home.lacking == {(made.study.digest, ""), ("another plan", "")}
-    assert list_lacking(worker.home) == [made.study.study.name]
+    assert worker.home.ended_plans == {made.study.digest, "another plan"}
+    assert list_ended(worker.home) == [made.study.study.name]
 
 
-def test_rounds_that_the_step_log_names_keep_their_study(tmp_path: Path, tiny_base: Path) -> None:
-    """The database alone was put back. The study goes on, with all its steps counted and stated."""
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_restore_ends_the_study_unless_the_ledger_was_whole(
+    tmp_path: Path, tiny_base: Path, lost: bool
+) -> None:
+    """The step log may name each lost round; a private study had a second life all the same, with
+    its attempts and its refused answers forgotten. A whole ledger goes on."""
     notes(tmp_path)
     site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
     worker = SiteWorker(site)
@@ -120,46 +124,49 @@ def test_rounds_that_the_step_log_names_keep_their_study(tmp_path: Path, tiny_ba
     trains(worker, made, 1)
     worker.ledger.backup(tmp_path / "backup")
     trains(worker, made, 2)
-    (tmp_path / "state" / "ledger.db").unlink()
+    if lost:
+        (tmp_path / "state" / "ledger.db").unlink()
     restored = Ledger.restore(tmp_path / "state", tmp_path / "backup")
-    assert not restored.lacking and not list_lacking(restored)
-    restored.accept("records", "an officer", "all by this column")
+    assert bool(restored.members_lost) == lost
+    assert list_ended(restored) == ([made.study.study.name] if lost else [])
+    if lost:
+        restored.accept("records", "an officer", "all by this column")
     again = SiteWorker(site)
-    with raises_nothing():
+    if lost:
+        assert LACKS in again.prepare(made.study, made.frozen).reason
+    else:
         assert again.prepare(made.study, made.frozen).admitted
         stated = again.train(made.study.digest, 3, made.adapter).events
-    assert [each["steps"] for each in stated] == [3 * made.study.training.local_steps]
+        assert [each["steps"] for each in stated] == [3 * made.study.training.local_steps]
 
 
-def test_a_restored_round_is_looked_for_in_the_log(tmp_path: Path, tiny_base: Path) -> None:
-    """Its charge names the study, and its steps count in what the site states."""
-    test_rounds_that_the_step_log_names_keep_their_study(tmp_path, tiny_base)
-    log = tmp_path / "state" / "steps.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text(lines[0] + lines[2])
-    worker, made = SiteWorker(make_site(tmp_path, patient="who")), begun(tiny_base)
-    with raises_only(LedgerError, match=f"{LOG_LACKS} 2 of"):
-        worker.prepare(made.study, made.frozen)
-
-
-def test_a_round_that_another_membership_ran_locks_out_none(tmp_path: Path) -> None:
-    """A restore's charge names no membership, and the line in the log names the one that ran it.
-    Twin: without that line neither is answered."""
-    state, plan = tmp_path / "home", CHARGE.study
+def test_a_plan_that_a_restore_ended_has_ended_for_every_membership(tmp_path: Path) -> None:
+    """Its lost rounds cost the patients whom all memberships share. Another membership of the same
+    home joined the same plan, and the patients paid more than its lifetime allows."""
+    state = tmp_path / "home"
     Ledger(state).declare("notes", ())
     Ledger(state).backup(tmp_path / "backup")
     pay(state, CHARGE, membership="onco")
     (state / "ledger.db").unlink()
     restored = Ledger.restore(state, tmp_path / "backup")
     assert [charge.membership for charge in restored.charges("notes")] == [EVERY]
-    log = StepLog(state / "steps.jsonl")
-    for membership in ("onco", "cardio"):
-        with raises_nothing():
-            check_all_logged(restored, log, plan, [membership])
-    log.path.write_text("")
-    for membership in ("onco", "cardio"):
-        with raises_only(LedgerError, match=LOG_LACKS):
-            check_all_logged(restored, log, plan, [membership])
+    for plan in (CHARGE.study, f"{CHARGE.study}{QUERIES}"):
+        with raises_only(BudgetExceeded, match=LACKS):
+            check_none_lost(restored, plan)
+
+
+def test_an_answer_under_way_at_a_backup_may_have_left(tmp_path: Path) -> None:
+    """The backup has the round's charge, and not that its update was released. Twin: in a whole
+    ledger the round has no answer."""
+    state = tmp_path / "state"
+    Ledger(state).declare("notes", ())
+    number = Ledger(state).reserve("notes", CHARGE, "adapter", lambda charges: None)
+    Ledger(state).backup(tmp_path / "backup")
+    assert [each.released for each in Ledger(state).spending()] == [False]
+    Ledger(state).release(number, b"update")
+    (state / "ledger.db").unlink()
+    restored = Ledger.restore(state, tmp_path / "backup")
+    assert [each.released for each in restored.spending() if each.seq == number] == [True]
 
 
 @pytest.mark.parametrize("named_by", ["charge", "signature", "log", "restore"])
@@ -189,27 +196,29 @@ def test_a_plan_that_a_restore_reads_of_is_no_new_one(tmp_path: Path, named_by: 
     shutil.copy(early, state / "steps.jsonl")
     restored = Ledger.restore(state, tmp_path / "backup")
     assert LOST in [charge.study for charge in restored.charges("notes")]
-    assert {plan for plan, _ in restored.lacking} == {"known", "a"}
+    assert restored.ended_plans == {"known", "a"}
     for plan in ("known", "a"):
         with raises_only(BudgetExceeded, match=LACKS):
-            check_none_lost(restored, plan, [""])
+            check_none_lost(restored, plan)
     with raises_nothing():
-        check_none_lost(restored, "new", [""])
+        check_none_lost(restored, "new")
 
 
 @pytest.mark.parametrize("log", ["whole", "put-back"])
-def test_what_the_backup_beside_charged_keeps_its_study(tmp_path: Path, log: str) -> None:
-    """The folder was put back and went on, and the backup knows each round that was lost. They were
-    charged as rounds of nobody, which ended every study, and once more by the step log. A receipt
-    for any entry of the backup is for a charged one. Twin: the study whose steps the step log lacks
-    gets no answer."""
+@pytest.mark.parametrize("longer", ["folder", "backup", "damaged"])
+def test_what_stands_beside_the_base_is_charged_as_it_is(
+    tmp_path: Path, longer: str, log: str
+) -> None:
+    """The folder was put back and went on, and a backup knows each round that was lost. One of the
+    two chains was continued, and rounds of the other were charged as nobody's, or not at all. A
+    receipt for any entry of either is for a charged one."""
     state, early, steps = tmp_path / "state", tmp_path / "early", tmp_path / "steps.jsonl"
     other, coordinator = replace(CHARGE, study="other"), SigningKey()
     Ledger(state).declare("notes", ())
     pay(state, CHARGE)
     shutil.copytree(state, early)
     receipts = []
-    for round_ in (1, 2):
+    for round_ in (1, 2) if longer == "folder" else range(1, 7):
         pay(state, replace(other, round=round_))
         receipts.append(receipt(coordinator, Ledger(state).head_statement()))
     Ledger(state).backup(tmp_path / "backup")
@@ -220,28 +229,33 @@ def test_what_the_backup_beside_charged_keeps_its_study(tmp_path: Path, log: str
         shutil.copy(steps, state)
     for round_ in range(1, 6):
         pay(state, replace(CHARGE, round=round_))
+        receipts.append(receipt(coordinator, Ledger(state).head_statement()))
+    if longer == "damaged":
+        with closing(sqlite3.connect(state / "ledger.db")) as database, database:
+            database.execute("UPDATE entries SET body = '' WHERE seq = 2")
     restored = Ledger.restore(state, tmp_path / "backup")
     charged = Counter(charge.study for charge in restored.charges("notes"))
-    assert charged == {CHARGE.study: 6, "other": 2} and not restored.lacking
+    assert charged[CHARGE.study] == 6 and charged["other"] == (2 if longer == "folder" else 6)
+    assert charged.keys() <= {CHARGE.study, "other", LOST}
+    assert (LOST in charged) == (longer == "damaged")  # its last entries are counted once more
+    assert restored.ended_plans == {CHARGE.study, "other"}
     with raises_nothing():
-        restored.accept_receipt(receipts[0], coordinator.public)
-        check_all_logged(restored, StepLog(state / "steps.jsonl"), CHARGE.study, [""])
-    refusal = raises_only(LedgerError, match=f"{LOG_LACKS} 1, 2 of")
-    with raises_nothing() if log == "whole" else refusal:
-        check_all_logged(restored, StepLog(state / "steps.jsonl"), "other", [""])
+        for each in receipts:
+            restored.accept_receipt(each, coordinator.public)
 
 
-def test_an_adopted_ledgers_lost_rounds_are_of_its_own_studies(tmp_path: Path) -> None:
+def test_an_adopted_ledgers_ended_plans_stay_ended(tmp_path: Path) -> None:
     book = Ledger(tmp_path)
     book.declare("notes", ())
-    for membership in ("", "onco"):
-        paid = replace(CHARGE, study="a plan", membership=membership)
+    for plan in ("a plan", "another"):
+        paid = replace(CHARGE, study=plan, membership="cardio")
         book.reserve("notes", paid, "adapter", lambda charges: None)
     lost = replace(CHARGE, study=LOST, membership="onco", adopted=True)
-    earlier = [Earlier("notes", replace(CHARGE, study="a plan", membership="onco"), "adapter")]
-    book.enter_earlier("onco", [*earlier, Earlier(EVERY, lost, "")], {}, [], "an officer")
-    assert book.lacking == {("a plan", "onco")}
-    assert EXHAUSTED.study == LOST
+    earlier = [Earlier(EVERY, lost, "", plans=["a plan"])]
+    book.enter_earlier("onco", earlier, {}, [], "an officer")
+    assert book.ended_plans == {"a plan"}
+    sent = {each.charge.study: each.released for each in book.spending()}
+    assert sent == {"a plan": True, "another": False, LOST: True}
 
 
 def test_an_adoption_remembers_which_plans_a_restore_had_ended(tmp_path: Path) -> None:
@@ -256,17 +270,17 @@ def test_an_adoption_remembers_which_plans_a_restore_had_ended(tmp_path: Path) -
     book.reserve("records", lost, "adapter", lambda charges: None)
     (state / "ledger.db").unlink()
     restored = Ledger.restore(state, backup)
-    ended = restored.lacking
-    assert ("a plan", "") in ended
+    ended = restored.ended_plans
+    assert "a plan" in ended
     restored.accept("records", "an officer", "none was declared", declared=[EVERY])
     adopt(tmp_path / "home", tmp_path / "cardio.toml", "cardio")
     adopt(tmp_path / "home", file, "onco")
     home = Ledger(tmp_path / "home")
-    assert home.lacking == {(plan, "onco") for plan, _ in ended}
+    assert home.ended_plans == ended
     home.backup(tmp_path / "home-backup")
     (tmp_path / "home" / "ledger.db").unlink()
     again = Ledger.restore(tmp_path / "home", tmp_path / "home-backup")
-    assert again.lacking >= home.lacking
+    assert again.ended_plans >= home.ended_plans
 
 
 @pytest.mark.parametrize("when", ["plan", "order", "round", "repeat"])
@@ -348,7 +362,6 @@ def test_a_site_whose_step_log_is_gone_says_so_before_it_joins(
 
 
 def test_a_restore_says_which_studies_cannot_go_on(tmp_path: Path) -> None:
-    """`fedtune doctor` says which steps are missing, as the client does before it joins."""
     write_notes(tmp_path / "notes.jsonl", ["p1", "p2"])
     file = write_site(tmp_path, "north")
     book, state = spend(file, 2), tmp_path / "north-state"
@@ -362,10 +375,17 @@ def test_a_restore_says_which_studies_cannot_go_on(tmp_path: Path) -> None:
     assert "get no further answer here, and others can begin: a study" in " ".join(
         done.output.split()
     )
+    again = run("ledger", file, "--restore", "--from", tmp_path / "copy")
+    assert "no further answer" in " ".join(again.output.split()), "a later restore forgot it"
+
+
+def test_the_doctor_says_which_steps_are_missing(tmp_path: Path) -> None:
+    """As the client does before it joins."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p2"])
+    file, state = write_site(tmp_path, "south"), tmp_path / "south-state"
+    paid = spend(file, 2).charges("records")[0]
     (state / "steps.jsonl").unlink()
     (state / "studies").mkdir()
     running = json.dumps({"plan": paid.study, "study": paid.name})
     (state / "studies" / "1.json").write_text(running)
     assert f"{LOG_LACKS} 0, 1 of" in " ".join(run("doctor", file).output.split())
-    again = run("ledger", file, "--restore", "--from", tmp_path / "copy")
-    assert "no further answer" in " ".join(again.output.split()), "a later restore forgot it"

@@ -21,6 +21,7 @@ from fedtune.core.ledger.account import NOT_PRIVATE
 from fedtune.core.ledger.files import salt_at
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
 from tests.dp import chaos
 from tests.dp.ledger_kit import charge, covers, run_round, total, yes
 from tests.forks import Fork
@@ -315,3 +316,25 @@ def test_a_restore_that_is_interrupted_and_begun_again_charges_no_less(
         assert covers(total(again), expected), at
         again.verify()
     assert 3 <= at < 19
+
+
+@pytest.mark.parametrize("lost", ["rounds", "receipts", "nothing"])
+def test_a_restore_that_charges_says_that_entries_were_lost(folder: Path, lost: str) -> None:
+    """Database and anchor were put back and the step log was not, so the chain looks whole. Or the
+    receipts are gone, which might say that it is not. Twin: a ledger that is whole lost nothing."""
+    ledger, coordinator = Ledger(folder), SigningKey()
+    ledger.declare("notes", ())
+    run_round(ledger, 1)
+    ledger.accept_receipt(receipt(coordinator, ledger.head_statement()), coordinator.public)
+    early = {name: (folder / name).read_bytes() for name in ("ledger.db", "ledger.head")}
+    run_round(ledger, 2)
+    del ledger
+    if lost == "rounds":
+        for name, content in early.items():
+            (folder / name).write_bytes(content)
+    elif lost == "receipts":
+        (folder / "ledger.receipt").unlink()
+    restored = Ledger.restore(folder, None)
+    assert bool(restored.members_lost) == (lost != "nothing")
+    assert bool(restored.ended_plans) == (lost != "nothing")
+    assert total(restored) == {1.0: 8}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -111,23 +111,32 @@ class StepLog:
         - memberships: the only memberships whose steps are returned; None: of all
 
         Errors: InfrastructureError if a line is no step."""
-        steps = list[Step]()
+        lines = [line for line in self._lines(memberships) if study in (None, line[0].study)]
+        return [step for step, count in lines for _ in range(count)]
+
+    def count_steps(self, memberships: Collection[str] | None = None) -> Counter[Step]:
+        """Count the steps of the log, equal ones together. The arguments and errors are those of
+        `steps`, which takes room and time for each of them."""
+        total = Counter[Step]()
+        for step, count in self._lines(memberships):
+            total[step] += count
+        return total
+
+    def _lines(self, memberships: Collection[str] | None) -> Iterator[tuple[Step, int]]:
+        """Yield for each line of these memberships (None: of all) its step, and how many it stands
+        for. Errors: InfrastructureError."""
         for number, line in enumerate(_whole_lines(self.path), 1):
             try:
                 logged = json.loads(line)
                 count = _check_count(logged.pop("steps", 1))
-                steps += [Step(**logged)] * count
+                step = Step(**logged)
             except (ValueError, TypeError):
                 raise InfrastructureError(
                     f"{self.path}: line {number} is not a step",
                     todo="restore the file from a backup; without it no budget can be stated",
                 ) from None
-        return [
-            step
-            for step in steps
-            if study in (None, step.study)
-            and (memberships is None or step.membership in memberships)
-        ]
+            if memberships is None or step.membership in memberships:
+                yield step, count
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -54,9 +54,7 @@ class Account:
         self.all_columns: dict[str, list[str]] = {}  # dataset -> each column it had, oldest first
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[Spent] = []
-        # (plan, membership) that may have had steps of which only a restore's charge is left
-        self.lacking: set[tuple[str, str]] = set()
-        self.named: set[tuple[str, str]] = set()  # those that only a restore's entry names
+        self.ended: set[str] = set()  # plans that had begun when a restore lost entries
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
@@ -98,8 +96,7 @@ class Account:
             self.reserved[entry.seq] = Reservation(
                 dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
             )
-            self._note_lost(charge)  # adopted from a ledger that was restored
-            self.lacking |= {(plan, name) for plan, name in body.get("plans", ())}
+            self.ended |= {plan for plan, _ in body.get("plans", ())}  # of an adopted ledger
         elif entry.kind == "arrive":
             self.arrivals.fold(entry)
         elif entry.kind == "release":
@@ -119,11 +116,9 @@ class Account:
                 Spent(entry.seq, "restore", EVERY, charge, "", time, True, place=place)
                 for place, charge in enumerate(charges)
             ]
-            self.named |= {(plan, name) for plan, name in body.get("plans", ())}
-            for charge in charges:
-                self._note_lost(charge)
             self._remember_columns(body.get("columns", {}))
-            if body.get("members_lost"):
+            if charges or body.get("members_lost"):
+                self._end_plans(plan for plan, _ in body.get("plans", ()))
                 self.not_private_since[EVERY], self.members_lost = entry.seq, time
         elif entry.kind == "withdraw":
             unit, columns = body["unit"], frozenset(body.get("known_by", ()))
@@ -147,16 +142,11 @@ class Account:
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
 
-    def _note_lost(self, charge: Charge) -> None:
-        """If `charge` stands for lost steps of unknown studies, note that these may have been steps
-        of each plan that was charged, signed or named by a restore so far. A charge of an adopted
-        ledger says so of the plans of its own membership only."""
-        if charge.study == LOST:
-            paid = {(r.charge.study, r.charge.membership) for r in self.reserved.values()}
-            known = {*paid, *self.admitted, *self.named}
-            self.lacking |= {
-                (plan, name) for plan, name in known if plan != LOST and charge.is_paid_by([name])
-            }
+    def _end_plans(self, named: Iterable[str]) -> None:
+        """End every plan that was charged or signed so far, since a restore may have lost rounds of
+        it. named: further plans, which only the restore's entry names."""
+        paid = {spent.charge.study for spent in self.spent()}
+        self.ended |= {*paid, *(plan for plan, _ in self.admitted), *named} - {LOST}
 
     def _remember_columns(self, columns: Mapping[str, Iterable[str]]) -> None:
         """Add columns of patients to those that each dataset had. columns: dataset's name -> names
@@ -258,10 +248,16 @@ class Account:
 
     def spent(self) -> list[Spent]:
         rows = [
-            Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self.done)
+            Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, self._may_be_out(seq))
             for seq, r in self.reserved.items()
         ]
         return sorted([*rows, *self.restored], key=lambda row: row.number)
+
+    def _may_be_out(self, seq: int) -> bool:
+        """Return whether the update of a charged round may have left the site: it was released, or
+        a restore may have lost the entry that says so. seq: the number of the charge's entry."""
+        paid = self.reserved[seq]
+        return seq in self.done or paid.dataset == EVERY or paid.charge.study in self.ended
 
     def cohorts(self, dataset: str) -> list[Cohort]:
         spent = self.against(dataset)

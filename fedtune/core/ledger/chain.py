@@ -369,9 +369,14 @@ class Database:
     def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
         """Return whether the entry `head` is accounted for: either the ledger has it, or it was
         lost and a restore has charged for what it may have held."""
-        if head in self._settled or any(low <= head.seq <= high for low, high in self._gaps):
-            return True
-        return head.hash == Transaction(connection, None, None).hash_at(head.seq)
+        is_in_gap = any(low <= head.seq <= high for low, high in self._gaps)
+        return is_in_gap or self.names(connection, head)
+
+    def names(self, connection: sqlite3.Connection, head: Head) -> bool:
+        """Return whether the ledger has the entry `head`, or a restore names it among those that it
+        charged for. Of the other numbers that a restore charged for, no hash is known."""
+        has_it = head.hash == Transaction(connection, None, None).hash_at(head.seq)
+        return has_it or head in self._settled
 
     def list_known(self, connection: sqlite3.Connection) -> tuple[set[Head], list[tuple[int, int]]]:
         """Return what `knows` accounts for: the number and hash of each entry, and the first and

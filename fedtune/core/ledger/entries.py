@@ -186,7 +186,8 @@ class Spent:
     - adapter: the digest of the adapter from which the round started, with the number of the
       attempt and the membership if there are any; "" for a "restore"
     - time: when it was entered, in UTC seconds
-    - released: whether the round's update was released; always True for a "restore" charge
+    - released: whether the round's update was released, or may have been: a restore may have lost
+      the entry that says so. Always True for a "restore" charge
     - patient: the column that told patients apart in the round; "" if it is not known, and for a
       charge per record
     - patient_now: the column that tells the patients of this dataset apart now; "" if none does
@@ -249,8 +250,7 @@ class Earlier:
     - adapter: the digest of the adapter from which the round started, with the number of the
       attempt and the membership
     - sha256: the hash of the update that was released for the charge; "" if none was
-    - plans: the digests of the plans that may have had steps of which only this charge is left
-      (`Ledger.lacking`)"""
+    - plans: the digests of the plans that get no further answer (`Ledger.ended_plans`)"""
 
     dataset: str
     charge: Charge

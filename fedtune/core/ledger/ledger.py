@@ -363,10 +363,10 @@ class Ledger:
             return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
 
     def accounts_for(self, head: Head) -> bool:
-        """Return whether this ledger has the entry `head`, or lost it and a restore has charged for
-        what it may have held."""
+        """Return whether this ledger has the entry `head`, or a restore that lost it was given its
+        hash and has charged for what it may have held."""
         with self._store.writing() as reader:
-            return self._store.knows(reader.sql, head)
+            return self._store.names(reader.sql, head)
 
     @property
     def members_lost(self) -> int:
@@ -376,13 +376,12 @@ class Ledger:
         return self._account.members_lost
 
     @property
-    def lacking(self) -> set[tuple[str, str]]:
-        """Return each (plan, membership) that may have had steps of which this ledger has no charge
-        under the plan's name: it was charged, or a person signed it, before a restore charged
-        lost steps without knowing of which study they were. plan: its digest, or that of its
-        queries."""
+    def ended_plans(self) -> set[str]:
+        """The plans that get no further answer, each by its digest or that of its queries: it was
+        charged, or a person signed it, before a restore that may have lost entries, so that rounds
+        of it may be missing from this ledger."""
         self._read()
-        return set(self._account.lacking)
+        return set(self._account.ended)
 
     @property
     def datasets(self) -> list[str]:

@@ -2,10 +2,11 @@
 
 Guarantee: a restored ledger charges at least what was spent.
 1. The restored ledger continues a base: the longest chain of entries that verifies, which is that
-   of the backup or that of the folder itself. If the folder's is the longer one and lacks the
-   backup's newest entry, it went on from an earlier copy of itself: the charges of the backup's
-   entries that it lacks are entered as they are, and their decisions count as those of the old
-   database's rows.
+   of the backup or that of the folder itself. Entries that stand beside it are of a branch: the
+   folder went on from an earlier copy of itself. They are those of the other of these two chains
+   if the base lacks its newest entry, and rows of the old database, up to the base's last number,
+   that the site signed and the base lacks. Their charges are entered as they are, and their
+   decisions count as those of all rows.
 2. Steps in the step log that neither charged are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
    were charged up to the entry that they name. Each of these steps that neither the base nor the
@@ -20,6 +21,8 @@ Guarantee: a restored ledger charges at least what was spent.
 | lost steps, but no round known to price them              | exhausted                       |
 | a lost charge without noise that the step log lacks       | exhausted                       |
 | the step log is behind the base, and charges are lost     | exhausted: both logs are damaged |
+Once there are entries beside the base, the counts of anchor and receipts start where the two
+branches part.
 Why step 3 counts all that was spent: two kinds of entries charge, "reserve" (a round, or a charge
 of an adopted ledger) and "restore", and the counts hold the charges of both in full. What was
 charged between the base and a later entry of its chain is the difference of their counts. Each of
@@ -41,11 +44,12 @@ Withdrawals, refused answers and a freeze that the chain lacks are known to the 
 or from those rows of the old database that can still be read and that the site signed. They are
 entered in the new database before it is put in place, so that a ledger without them can never be
 opened, even if the restore is killed. So are declarations that records are public or generated,
-with the hashes of these records, as far as both can be read. Whether or not any is lost, a restore
-that may have lost entries says so (`members_lost`): until a person accepts it, no private record is
-taken for one that was never declared. If the salt was lost, no withdrawal is recognised any more,
-and the new ledger is frozen, whether or not anybody withdrew. A freeze is in the audit log before
-the new database is in place. The old database is locked during the restore.
+with the hashes of these records, as far as both can be read. A restore either continues the
+folder's own whole chain and charges nothing, or entries may be lost. Then each plan that had begun
+is at its end, a charged round may have left the site, and until a person accepts it no private
+record is taken for one that was never declared. If the salt was lost, no withdrawal is recognised
+any more, and the new ledger is frozen, whether or not anybody withdrew. A freeze is in the audit
+log before the new database is in place. The old database is locked during the restore.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost; NewerLedger
 where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -82,6 +86,7 @@ from fedtune.core.ledger.chain import (
     count_paid,
     entry_hash,
     first_body,
+    has_receipts,
     mark_receipts,
     named,
     signed_entry,
@@ -130,14 +135,20 @@ class _Base:
     - entries: the chain's entries, oldest first
     - is_salt_lost: True if `salt` is not, or may not be, the one by which the old ledger hashed. A
       unit then has another hash than before
-    - beside: the backup's chain, if it is the shorter one and this one lacks its newest entry: the
-      folder was put back to an earlier copy of itself, and went on. None: nothing is beside"""
+    - beside: the shorter one of the backup's chain and the folder's, if this one lacks its newest
+      entry: the folder was put back to an earlier copy of itself, and went on. None: there is none
+    - rows_beside: the rows of the old database, up to this chain's last number, that the site
+      signed and that neither chain has
+    - part: the number of the entry after which these rows went another way, 0 if no row says it;
+      None: there are no such rows"""
 
     path: Path | None
     salt: bytes
     entries: list[Entry] = field(default_factory=list)
     is_salt_lost: bool = False
     beside: _Base | None = None
+    rows_beside: list[Entry] = field(default_factory=list)
+    part: int | None = None
 
     @property
     def head(self) -> Head:
@@ -153,10 +164,10 @@ class _Base:
 
     @property
     def entries_beside(self) -> list[Entry]:
-        """The entries of the chain beside this one that this one lacks, oldest first."""
+        """The entries beside this chain that it lacks, oldest first."""
         known = {entry.hash for entry in self.entries}
         beside = self.beside.entries if self.beside else []
-        return [entry for entry in beside if entry.hash not in known]
+        return [*(entry for entry in beside if entry.hash not in known), *self.rows_beside]
 
     @property
     def charges_beside(self) -> list[Charge]:
@@ -164,7 +175,7 @@ class _Base:
 
     @property
     def heads_beside(self) -> list[Head]:
-        """The heads for which the chain beside this one accounts and this one may not. A receipt
+        """The heads for which the entries beside this chain account and this one may not. A receipt
         may name any of them."""
         heads = [Head(entry.seq, entry.hash) for entry in self.entries_beside]
         for entry in self.entries_beside:
@@ -208,6 +219,10 @@ class _Base:
                 charge = rows[entry.body["reservation"]]
                 total[_round_key(charge)] += charge.steps
         return total
+
+    def accounts_for(self, head: Head) -> bool:
+        """Return whether this chain or the one beside it holds an entry."""
+        return self.holds(head) or (self.beside is not None and self.beside.holds(head))
 
     def holds(self, head: Head) -> bool:
         for entry in self.entries:
@@ -306,9 +321,11 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor.head] if anchor else [])
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
-    if base.beside and base.beside.path:
+    if base.beside and base.beside.path and base.beside.path not in sources:
         rows = sorted([*rows, *_readable_rows(base.beside.path)], key=itemgetter(0))
         sources.append(base.beside.path)
+    rows_beside, part = _rows_beside(base, rows, key.public)
+    base = dataclasses.replace(base, rows_beside=rows_beside, part=part)
     stands = _add_readable(stands, rows, key.public, base)
     entry_body = _restore_body(folder, base, receipts, anchor, rows, key.public)
     draft = folder / "ledger.restoring"
@@ -552,11 +569,31 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
             return local
         is_lost = backup.salt != local.salt
         return dataclasses.replace(local, is_salt_lost=is_lost, beside=backup)
+    beside = local if local is not None and not backup.holds(local.head) else None
     # Who withdrew since a salt was made anew is known by hashes under that one alone.
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
     is_another = len(salt) == 32 and salt != backup.salt
     is_lost = is_another or _names_salt(folder, public, backup.salt) is False
-    return dataclasses.replace(backup, is_salt_lost=is_lost)
+    return dataclasses.replace(backup, is_salt_lost=is_lost, beside=beside)
+
+
+def _rows_beside(
+    base: _Base, rows: list[tuple[Any, ...]], public: str
+) -> tuple[list[Entry], int | None]:
+    """Return the rows, up to the base's last number, that the site signed and that neither the base
+    nor the chain beside it has, oldest first; and the number of the base's entry after which they
+    went another way: 0 if the row after it cannot be read, None if there are no such rows.
+
+    rows, public: as for `_restore_body`"""
+    known = {entry.hash for chain_ in (base, base.beside) if chain_ for entry in chain_.entries}
+    numbers = {entry.hash: entry.seq for entry in base.entries}
+    found, part = dict[str, Entry](), None
+    for row in rows:
+        seq, kind, _, prev, hash_, _ = row
+        if hash_ not in known and seq <= base.seq and (body := _signed_body(row, public)):
+            found.setdefault(hash_, Entry(seq, kind, body, hash_))
+            part = numbers.get(prev, 0) if part is None else part
+    return list(found.values()), part
 
 
 def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
@@ -635,12 +672,12 @@ def _restore_body(
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
     the old database show it. `plans` are the plans that such a row or the step log names and the
-    base does not, each with its membership: lost steps may be theirs too. `settled` lists the
-    [number, hash] of each entry that anchor, receipts or the backup name and the base lacks, so
-    that a later restore sees that it is charged. `members_lost` is there unless the folder's own
-    chain is whole. Entries may then be lost, and with them what the ledger knew of records: which
-    ones were declared public or generated, and on whom was trained. What follows from it does not
-    depend on what was lost."""
+    the base does not, each with its membership: they had begun, too. `settled` lists the [number,
+    hash] of each entry that anchor, receipts or the backup name and the base lacks, so that a later
+    restore sees that it is charged. `members_lost` is there unless the folder's own chain is whole.
+    Entries may then be lost, as where anything is charged, and with them what the ledger knew of
+    rounds and of records: which updates it released, which records were declared public or
+    generated, and on whom was trained. What follows from it does not depend on what was lost."""
     log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
     columns = _readable_columns(rows, public)
@@ -684,6 +721,7 @@ def _restore_body(
     # withdrew after it must not decide what follows.
     is_own = base.path == folder / DATABASE and anchor is not None
     is_whole = is_own and not unknown and highest == base.seq
+    is_whole = is_whole and not _lacks_receipts(folder, receipts)
     return {
         "base": base.seq,
         "highest": highest,
@@ -695,6 +733,14 @@ def _restore_body(
         **({"plans": plans} if plans else {}),
         **({} if is_whole else {"members_lost": True}),
     }
+
+
+def _lacks_receipts(folder: Path, receipts: ReceiptLog | None) -> bool:
+    """Return whether the coordinators' receipts were taken away, or cannot be read (None)."""
+    if receipts is None:
+        return True
+    with closing(connect(folder / DATABASE)) as connection:
+        return not (folder / RECEIPT).exists() and has_receipts(connection)
 
 
 def _most_lost(
@@ -716,15 +762,19 @@ def _most_lost(
     - public: the public half (hexadecimal) of the site's key
     - round_steps: the most steps of a round, at which an entry counts that cannot be read"""
     seen = [*(r.mark for r in receipts.accepted), *([anchor] if anchor else [])]
-    seen = [mark for mark in seen if not base.holds(mark.head)]
+    seen = [mark for mark in seen if not base.accounts_for(mark.head)]
     # A mark at or below the base's end is of another branch, and all of that branch may be missing.
     own = base.paid(base.seq)
     straight = [
         mark
         for mark in seen
-        if mark.head.seq > base.seq and (mark.paid is None or mark.paid.beyond(own) is not None)
+        if base.part is None
+        and mark.head.seq > base.seq
+        and (mark.paid is None or mark.paid.beyond(own) is not None)
     ]
-    aside = [_since(mark, 0, Paid(), round_steps) for mark in seen if mark not in straight]
+    part = base.part or 0
+    others = [mark for mark in seen if mark not in straight]
+    aside = [_since(mark, part, base.paid(part), round_steps) for mark in others]
     # What was charged up to a mark with counts is known. What was entered after it is in readable
     # rows, or may have charged a round.
     counted = [mark for mark in straight if mark.paid is not None]
@@ -738,7 +788,7 @@ def _most_lost(
     branch = [
         _since(r.mark, since := last.get(r.coordinator, 0), base.paid(since), round_steps)
         for r in receipts.refused
-        if not (base.holds(r.head) or (base.beside and base.beside.holds(r.head)))
+        if not base.accounts_for(r.head)
     ]
     return _most([known.plus(after), *aside]), _most(branch)
 

@@ -120,14 +120,12 @@ def charges_with_columns(
     ]
 
 
-def list_lacking(ledger: Ledger) -> list[str]:
-    """List the names of private studies that get no further answer from this ledger's site, since
-    rounds of theirs may be among those that a restore charged without knowing their study."""
-    lacking = ledger.lacking
+def list_ended(ledger: Ledger) -> list[str]:
+    """List the names of private studies that get no further answer from this ledger's site, since a
+    restore may have lost rounds of theirs."""
+    ended = ledger.ended_plans
     charges = (spent.charge for spent in ledger.spending())
-    return sorted(
-        {c.name for c in charges if (c.study, c.membership) in lacking and c.noise_multiplier > 0}
-    )
+    return sorted({c.name for c in charges if c.study in ended and c.noise_multiplier > 0})
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:

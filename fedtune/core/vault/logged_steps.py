@@ -17,16 +17,15 @@ from fedtune.core.ledger.ledger import Ledger, LedgerError
 Rounds = Counter[tuple[str, int]]  # (plan, round) -> how many noised steps
 
 
-def check_none_lost(ledger: Ledger, digest: str, memberships: Collection[str]) -> None:
-    """Check that no step of a plan may be among those that a restore of the ledger charged without
-    knowing of which study they were. If one may, the plan is refused for good.
+def check_none_lost(ledger: Ledger, digest: str) -> None:
+    """Check that no restore of the ledger may have lost rounds of a plan. If one may, the plan is
+    refused for good, to every membership of a hospital.
 
     - ledger: the ledger that is charged for the plan
     - digest: the plan's digest
-    - memberships: the names under which the ledger holds this site's entries
 
     The result depends on the ledger's charges and signatures alone. Errors: BudgetExceeded."""
-    if any(plan in _plans(digest) and owner in memberships for plan, owner in ledger.lacking):
+    if has_ended(ledger, digest):
         raise BudgetExceeded(
             "rounds of this plan may be missing from this site's ledger",
             "a ledger that has each of them under the plan's name",
@@ -46,20 +45,15 @@ def check_all_logged(
     - memberships: the names under which ledger and log hold this site's steps
 
     Errors: LedgerError if steps are missing; InfrastructureError if the log cannot be read."""
-    released, restored, plans = Rounds(), Rounds(), _plans(digest)
+    released, logged, plans = Rounds(), Rounds(), _plans(digest)
     for spent in ledger.spending():
         charge = spent.charge
-        if not spent.released or charge.study not in plans or charge.noise_multiplier == 0:
-            continue
-        # A restore charges whole rounds by the log, which may have fewer steps of the last one, and
-        # does not say which membership ran them.
-        if spent.kind == "restore":
-            restored[charge.study, charge.round] += 1
-        elif charge.is_paid_by(memberships):
+        is_own = charge.study in plans and charge.is_paid_by(memberships)
+        if is_own and spent.released and charge.noise_multiplier > 0:
             released[charge.study, charge.round] += charge.steps
-    logged = Rounds((step.study, step.round) for step in log.steps(None, memberships))
-    of_all = Rounds((step.study, step.round) for step in log.steps())
-    if missing := (released - logged) | (released + restored - of_all):
+    for step, count in log.count_steps(memberships).items():
+        logged[step.study, step.round] += count
+    if missing := released - logged:
         rounds = ", ".join(str(round_) for round_ in sorted({round_ for _, round_ in missing}))
         raise LedgerError(
             f"{log.path}: has no steps of round {rounds} of the plan {digest}, whose answers the "
@@ -68,6 +62,12 @@ def check_all_logged(
             "put the newest copy of the file back; if there is none, the study goes on without "
             "this site: `fedtune purge SITE --study NAME` ends it here",
         )
+
+
+def has_ended(ledger: Ledger, digest: str) -> bool:
+    """Return whether a plan gets no further answer, since a restore may have lost rounds of it.
+    digest: the plan's digest, or that of its queries."""
+    return not ledger.ended_plans.isdisjoint(_plans(digest))
 
 
 def _plans(digest: str) -> tuple[str, str]:

@@ -308,9 +308,8 @@ class SiteWorker:
         the plan gets no answer. digest: the plan's digest, or that of its queries. Errors:
         BudgetExceeded, LedgerError."""
         if self.has_ledger:
-            own = self.site.policy.own_memberships
-            check_none_lost(self.ledger, digest, own)
-            check_all_logged(self.ledger, self.log, digest, own)
+            check_none_lost(self.ledger, digest)
+            check_all_logged(self.ledger, self.log, digest, self.site.policy.own_memberships)
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
         """Enter three facts about a dataset in the ledger, before its charges are read: its cohort,
