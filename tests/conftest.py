@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -50,23 +51,34 @@ REQUIRE = selftest.require
 
 
 class Shapes(set[str]):
-    """The kinds of study that this process has self-tested, of which those share one entry that
-    differ in numbers and in the draw of A alone: a self-test is half of what a tiny study costs,
-    and tests/dp/test_selftest.py has its own. What passed another function than the shipped one
-    counts for exactly that kind. `process_cache.clear` forgets them all."""
+    """The kinds of study that were self-tested, of which those share one entry that differ in
+    numbers, in the draw of A and in the base's place alone: a self-test is half of what a tiny
+    study costs, and tests/dp/test_selftest.py has its own. All processes of a run of the tests
+    share them: `folder` has an empty file for each. What passed another function than the shipped
+    one counts for exactly that kind, in this process. `process_cache.clear` forgets these alone."""
+
+    folder: Path | None = None
 
     def __contains__(self, kind: object) -> bool:
-        return super().__contains__(kind) or super().__contains__(self._shape(str(kind)))
+        return super().__contains__(kind) or self._file(str(kind)).exists()
 
     def add(self, kind: str) -> None:
-        super().add(self._shape(kind) if selftest.require is REQUIRE else kind)
+        if selftest.require is REQUIRE:
+            self._file(kind).touch()
+        else:
+            super().add(kind)
+
+    def _file(self, kind: str) -> Path:
+        assert self.folder is not None, "a self-test before the first test"
+        return self.folder / hashlib.sha256(self._shape(kind).encode()).hexdigest()
 
     @staticmethod
     def _shape(kind: str) -> str:
         study, _, lora_rank = kind.rpartition(" ")
         told: dict[str, Any] = json.loads(study)
         lora, privacy, clipping = (told.get(name) for name in ("lora", "privacy", "clipping"))
-        shape: list[Any] = [told.get("base"), told["objective"]["name"], told.get("training")]
+        base = {name: value for name, value in told["base"].items() if name != "model"}
+        shape: list[Any] = [base, told["objective"]["name"], told.get("training")]
         shape.append(lora_rank)
         shape.append(lora and [lora.get(n) for n in ("modules", "last_layers", "train", "variant")])
         shape.append(lora and [lora.get(n) is None for n in ("preconditioner", "min_rank")])
@@ -109,8 +121,16 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test, and no process that one starts, notes a home among the user's own."""
+def own_state(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """No test, and no process that one starts, notes a home among the user's own. The processes of
+    a run share what was self-tested."""
+    base = tmp_path_factory.getbasetemp()
+    Shapes.folder = (
+        base.parent if hasattr(request.config, "workerinput") else base
+    ) / "self-tested"
+    Shapes.folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
