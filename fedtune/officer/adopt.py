@@ -12,6 +12,8 @@ step leaves every ledger whole, and running the command again repeats no step th
 | the command was                     | then                                                       |
 | killed before site.toml is replaced | the site still uses its own ledger; run the command again  |
 | killed after that                   | the site is a membership; run again to remove old files    |
+| completed, and then the first site  | run again: the home's ledger stays as it is, if it has all |
+| was put back to before it           | that the site's own ledger has                             |
 Meanwhile no other process can write to the old ledger. Its anchor, the signed head, is removed
 first, so that a process which waited for the ledger is refused.
 | of the site                           | what becomes of it                                       |
@@ -170,13 +172,24 @@ def adopt(
 def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
     """Check that a site's ledger is no copy of the home's, whose charges would count twice. Errors:
     ConfigError."""
-    if (home / DATABASE).exists() and book.key.public == open_ledger(home).key.public:
-        raise ConfigError(
-            f"{site.site.state}: is a copy of the ledger that is the hospital's already",
-            "a site with a ledger of its own",
-            "its charges are in the hospital's ledger: use the membership's site file. If the copy "
-            "is the newer of the two, `fedtune ledger SITE --restore --from COPY`",
+    if not (home / DATABASE).exists():
+        return
+    there = open_ledger(home)
+    if book.key.public != there.key.public:
+        return
+    if there.accounts_for(book.head):
+        todo = "its charges are in the hospital's ledger: use the membership's site file"
+    else:
+        todo = (
+            "it went on by itself, and the hospital's ledger lacks charges that it has: `fedtune "
+            f"ledger SITE --restore --from {site.site.state}`, where SITE is the membership's site "
+            "file, enters them. Then use that file"
         )
+    raise ConfigError(
+        f"{site.site.state}: is a copy of the ledger that is the hospital's already",
+        "a site with a ledger of its own",
+        todo,
+    )
 
 
 def _finish(home: Path, site_file: Path, name: str) -> Adoption:
@@ -208,9 +221,20 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
                 "a site file without the table [hospital]",
                 "take the table out, then run the command again",
             )
-        move_notes(site.site.state, home)
-        _take_away(site.site.state)
-    return Adoption(home, name, None, None, first=bool(adopted_here[-1]["facts"]["first"]))
+        first, state = bool(adopted_here[-1]["facts"]["first"]), site.site.state
+        # It is the first file to be removed: if it is there, the whole ledger may be.
+        if first and (state / HEAD).exists():
+            head = read_head(state / HEAD, book.key.public)
+            if head is None or not book.accounts_for(head):
+                raise ConfigError(
+                    f"{state}: its own ledger was adopted once, and holds now what the hospital's "
+                    "lacks",
+                    "a ledger of which the hospital's has each entry",
+                    "take the table [hospital] out of the site file, then run the command again",
+                )
+        move_notes(state, home)
+        _take_away(state)
+    return Adoption(home, name, None, None, first=first)
 
 
 def _check(home: Path, site: Site, site_file: Path) -> None:
@@ -257,7 +281,8 @@ def _files_of(state: Path) -> Iterator[Path]:
 
 def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
     """Return whether the site's ledger becomes, or has become, the ledger of the home. That is so
-    if no home exists yet, or if the home was made by an adoption of this same site that was killed.
+    if no home exists yet, or if the home was made by an adoption of this same site: it was killed,
+    or the site's folder and its site.toml were put back to before it.
 
     - home: the folder of the hospital's home, which need not exist
     - site_file: the absolute path of the site's site.toml
@@ -275,30 +300,67 @@ def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed
     """Make a home whose ledger is this site's, and make the site the first membership of the home.
     Return the adoption, with the copies of the old state folder and site.toml.
 
-    - home: the folder of the home. It need not exist; an adoption that was killed may have made it.
+    - home: the folder of the home. It need not exist; an earlier adoption of the site may have made
+      it. It may have gone on since then, but must have all that the site's own ledger has.
     - site: the site as its site file states it now
     - site_file: the absolute path of that file, which is replaced
     - name: the name of the membership
-    - old: the site's own ledger, to which no other process can write meanwhile"""
+    - old: the site's own ledger, to which no other process can write meanwhile
+
+    Errors: ConfigError, also if the site's ledger has something that the home's lacks."""
     state, text = site.site.state, _hospital_text(site, site_file, name)
     is_new = not (home / FILE).exists()
     hospital = load_hospital_text(home.parent, text) if is_new else load_hospital(home)
     share_in(_as_membership(site, home, name, hospital, {}), hospital, site_file)
     site_text = _site_text(home, site, site_file, name, hospital, {})
+    if not is_new:
+        _check_home_has_all(home, site, site_file, hospital, old)
     copy = _keep_state(state)
     if is_new:
         _make_home(home, state, text)
-    if read_head(home / HEAD, SigningKey.at(home / KEY).public) != old.head:
-        raise ConfigError(
-            f"{home}: was begun by an adoption that was interrupted, and the site went on since",
-            "the same ledger in the home and at the site",
-            f"delete {home}, which holds nothing that {state} lacks, and run the command again",
-        )
+    _enter_distrusted(home, state, name)
     _enter_act(home, name, first=True)
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)
     _take_away(state)
     return Adoption(home, name, copy, site_copy, first=True)
+
+
+def _check_home_has_all(
+    home: Path, site: Site, site_file: Path, hospital: Hospital, old: Closed
+) -> None:
+    """Check that the home's ledger has all that the ledger of its first site has, which is taken
+    away. The error says to delete the home only if this loses nothing: no other site is a
+    membership of it, and each of its entries is in the site's own ledger.
+
+    - home: the folder of the home
+    - site: the site as its site file states it now
+    - site_file: the absolute path of that file
+    - hospital: the content of hospital.toml
+    - old: the site's own ledger, to which no other process can write meanwhile
+
+    Errors: ConfigError, LedgerError."""
+    book, state = open_ledger(home), site.site.state
+    # What a restore of the home charged for may have held a decision of a person, too.
+    has_withdrawals = {*old.withdrawn} <= {*book.withdrawn()}
+    has_decisions = has_withdrawals and all(book.is_refused(slot) for slot in old.refused)
+    if book.accounts_for(old.head) and has_decisions:
+        return
+    is_part = book.head in old.known.heads and not old.known.gaps  # no entry was ever lost here
+    if is_part and len(hospital.memberships) == 1:
+        todo = f"delete {home}, which holds nothing that {state} lacks, and run the command again"
+    else:
+        todo = (
+            f"write the table [hospital], with the keys home and membership, into {site_file}; "
+            f"`fedtune ledger {site_file} --restore --from {state}` enters what the home lacks; "
+            "then take the table out, and run the command again. Do not delete the home: it has "
+            f"entries or memberships that {state} lacks"
+        )
+    raise ConfigError(
+        f"{home}: was begun by an adoption of this site, and the site went on since by itself",
+        "a home whose ledger has all that the site's own has",
+        todo,
+    )
 
 
 def _make_home(home: Path, state: Path, text: str) -> None:
@@ -422,8 +484,7 @@ def _adopt_later(
     entered = book.enter_earlier(name, earlier, by_member, refused, login())
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
     acts = AuditLog(home, book.key)
-    for consortium in sorted(set(distrusted(state)) - set(distrusted(home))):
-        acts.add("leave", DISTRUST, consortium=consortium, membership=name, files=0)
+    _enter_distrusted(home, state, name)
     for study, round_, adapter in refused:  # by which a restore of the home refuses them again
         acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
@@ -666,6 +727,15 @@ def _switch(site_file: Path, name: str, text: str) -> Path:
     copy = keep_copy(site_file)
     replace(site_file, text.encode(), private=True)
     return copy
+
+
+def _enter_distrusted(home: Path, state: Path, name: str) -> None:
+    """Enter in the home's audit log which consortia the site left as distrusted, for every
+    membership. state: the site's state folder, with its own audit log. name: the name of the
+    membership."""
+    acts = AuditLog(home, SigningKey.at(home / KEY))
+    for consortium in sorted(set(distrusted(state)) - set(distrusted(home))):
+        acts.add("leave", DISTRUST, consortium=consortium, membership=name, files=0)
 
 
 def _enter_act(home: Path, name: str, **facts: int) -> None:

@@ -296,8 +296,20 @@ def add(
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
     """Check that a new membership may have this name: no membership has it now, and no earlier
-    membership of this name is in the home's ledger or audit log. home: the folder of the hospital's
-    home. hospital: the content of its hospital.toml. Errors: ConfigError."""
+    membership of this name is in the home's ledger or audit log. The home takes no new membership
+    while the first one, whose ledger became the hospital's, still pays from a ledger of its own,
+    since its adoption is not complete: what either ledger is charged would be in only one of them.
+    home: the folder of the hospital's home. hospital: the content of its hospital.toml. Errors:
+    ConfigError."""
+    for first, membership in hospital.memberships.items():
+        if membership.earlier and _has_own_ledger(membership.site):
+            raise ConfigError(
+                f"{membership.site}: has no table [hospital], so that membership {first!r}, whose "
+                f"ledger {home} has, still pays from its own",
+                "a home whose first adoption is complete",
+                f"`fedtune memberships {home} --adopt {membership.site} --name {first}` completes "
+                "it; then run this command again",
+            )
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     if name in earlier_names(home):
@@ -307,6 +319,14 @@ def check_new(home: Path, hospital: Hospital, name: str) -> None:
             "a name that no membership ever had",
             "choose another name: what was paid and signed under this one stays with it",
         )
+
+
+def _has_own_ledger(site_file: Path) -> bool:
+    """Return whether a site file can be read and names no hospital's home."""
+    try:
+        return load_site(site_file, alone=True).hospital is None
+    except FedtuneError:
+        return False
 
 
 def earlier_names(home: Path) -> set[str]:

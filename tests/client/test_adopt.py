@@ -374,6 +374,71 @@ def _killed_with_home(world: Path, step: int) -> bool:
     return (world / "home" / "hospital.toml").exists()
 
 
+def _put_back_after_both_were_adopted(folder: Path) -> None:
+    """The first site's folder and site.toml are those of before its adoption; p7 withdrew since."""
+    shutil.copytree(folder / "cardio-state", folder / "before")
+    text = (folder / "cardio.toml").read_text()
+    adopt_first(folder)
+    adopt_second(folder)
+    withdraw(load_site(folder / "cardio.toml"), "p7", Ledger(folder / "home"))
+    shutil.rmtree(folder / "cardio-state")
+    (folder / "before").rename(folder / "cardio-state")
+    (folder / "cardio.toml").write_text(text)
+
+
+def test_a_first_site_that_was_put_back_to_before_its_adoption_is_adopted_again(
+    world: Path,
+) -> None:
+    """The hospital's ledger has all that the site's has, and stays with all that it got since."""
+    _put_back_after_both_were_adopted(world)
+    AuditLog(world / "cardio-state", Ledger(world / "cardio-state").key).add(
+        "leave", DISTRUST, consortium="0123 4567", membership="", files=3
+    )
+    assert adopt_first(world).first
+    book = Ledger(world / "home")
+    assert len(charges(world)) == 8
+    assert {*book.withdrawn()} == hashes_of(book, ["p3", "p5", "p7"])
+    assert load_site(world / "cardio.toml").home == world / "home"
+    assert traces(world / "cardio-state") == [KEY]
+    with pytest.raises(Refused, match="trusted no more"):
+        check_trusted(world / "home", "0123 4567")
+
+
+def test_no_home_is_deleted_that_holds_what_the_site_lacks(world: Path) -> None:
+    """The first site was put back and went on: what the error advises loses no charge."""
+    _put_back_after_both_were_adopted(world)
+    spend(world / "cardio.toml", 2)
+    text, home, state = (world / "cardio.toml").read_text(), world / "home", world / "cardio-state"
+    with pytest.raises(ConfigError, match=r"--restore --from .*Do not delete the home"):
+        adopt_first(world)
+    table = f'[hospital]\nhome = "{home}"\nmembership = "cardio"\n'
+    (world / "cardio.toml").write_text(text + table)
+    with pytest.raises(ConfigError, match="holds now what the hospital's lacks"):
+        adopt_first(world)
+    done = run("ledger", world / "cardio.toml", "--restore", "--from", state)
+    assert done.exit_code == 0, done.output
+    (world / "cardio.toml").write_text(text)
+    adopt_first(world)
+    assert len(charges(world)) == 10
+    book = Ledger(home)
+    assert {*book.withdrawn()} == hashes_of(book, ["p3", "p5", "p7"])
+    assert traces(state) == [KEY]
+
+
+def test_a_home_takes_no_other_site_before_its_first_adoption_is_complete(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(adoption, "_switch", _killed)
+        with suppress(KeyboardInterrupt):
+            adopt_first(world)
+    with pytest.raises(ConfigError, match=r"first adoption is complete.*--name cardio"):
+        adopt_second(world)
+    assert len(charges(world)) == 3 and traces(world / "onco-state") != [KEY]
+    adopt_first(world)
+    assert adopt_second(world).charges == 5
+
+
 def test_a_later_site_that_went_on_after_a_kill_pays_for_the_rest(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -627,11 +692,27 @@ def test_a_copy_of_the_homes_ledger_is_not_adopted(world: Path) -> None:
     except ConfigError as error:
         said = str(error)
     assert "a copy of the ledger that is the hospital's already" in said
+    assert "its charges are in the hospital's ledger" in said
     assert charges(world) == spent and traces(world / "copy")
     with pytest.MonkeyPatch.context() as patch:  # the twin
         patch.setattr(adoption, "_check_no_copy", lambda *_: None)
         adopt(world / "home", world / "copy.toml", "again")
     assert len(charges(world)) == 2 * len(spent)
+
+
+def test_a_copy_that_went_on_is_not_said_to_be_in_the_homes_ledger(world: Path) -> None:
+    """What the error advises enters its charges."""
+    shutil.copytree(world / "cardio-state", world / "copy")
+    file = world / "copy.toml"
+    file.write_text((world / "cardio.toml").read_text().replace("cardio-state", "copy"))
+    spend(file, 2)
+    adopt_first(world)
+    for todo in ("lacks charges that it has", "its charges are in the hospital's ledger"):
+        with pytest.raises(ConfigError, match=todo):
+            adopt(world / "home", file, "again")
+        done = run("ledger", world / "cardio.toml", "--restore", "--from", world / "copy")
+        assert done.exit_code == 0, done.output
+    assert len(charges(world)) == 5
 
 
 @pytest.mark.parametrize("insists", [True, False])

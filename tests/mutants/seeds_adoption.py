@@ -327,6 +327,38 @@ MUTANTS = (
         "a patient's signed receipt lists an update that never left",
     ),
     one(
+        "hospital", "a-home-is-deleted-with-what-it-alone-holds", ADOPT,
+        "if is_part and len(hospital.memberships) == 1:", "if hospital:",
+        T_ADOPT + "test_no_home_is_deleted_that_holds_what_the_site_lacks",
+        "a person is told to delete charges and withdrawals that are in no other ledger",
+    ),
+    one(
+        "hospital", "a-home-that-lacks-charges-has-all", ADOPT,
+        "if book.accounts_for(old.head) and has_decisions:", "if has_decisions:",
+        T_ADOPT + "test_no_home_is_deleted_that_holds_what_the_site_lacks",
+        "what a site paid beside the home is taken away with its ledger",
+    ),
+    one(
+        "hospital", "an-interrupted-adoption-takes-more-away", ADOPT,
+        "if first and (state / HEAD).exists():", "if not state:",
+        T_ADOPT + "test_no_home_is_deleted_that_holds_what_the_site_lacks",
+        "what a site paid beside the home is taken away with its ledger",
+    ),
+    one(
+        "hospital", "a-copy-that-went-on-is-in-the-home", ADOPT,
+        "if there.accounts_for(book.head):", "if there:",
+        T_ADOPT + "test_a_copy_that_went_on_is_not_said_to_be_in_the_homes_ledger",
+        "a person gives up a ledger whose charges are in no other one",
+    ),
+    one(
+        "hospital", "a-home-that-is-half-made-takes-another-site",
+        "fedtune/officer/memberships.py",
+        "if membership.earlier and _has_own_ledger(membership.site):",
+        "if membership.earlier and not hospital:",
+        T_ADOPT + "test_a_home_takes_no_other_site_before_its_first_adoption_is_complete",
+        "home and first site pay from two ledgers, neither of which has all charges",
+    ),
+    one(
         "withdrawal", "a-receipt-lists-later-rounds", "fedtune/officer/withdraw.py",
         "if spent.seq < withdrawn and sent", "if sent",
         T_WITHDRAW + "test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal",
