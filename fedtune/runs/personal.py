@@ -3,11 +3,13 @@
     STATE/personal/PLAN-ADAPTER.sealed    one for each released run; 0600, in a folder of 0700
 
 The file's first line says that it is a personal model. Everything else is encrypted (AES-256-GCM)
-under a key derived from the site's signing key: the trained arrays, how they were chosen, and the
-salted hashes of the patients on whose records they were trained. The encryption also authenticates
-the first line.
+under a key derived from the site's signing key and its ledger's salt: the trained arrays, how they
+were chosen, and the salted hashes of the patients on whose records they were trained. The
+encryption also authenticates the first line.
 
-Guarantee: without the site's private key, only the first line and the length can be read. An opened
+Guarantee: without the site's private key, only the first line and the length can be read. With
+another salt, as after a restore of the ledger that made a new one, the model cannot be opened: the
+site could not tell whether a patient who withdraws is among those on whom it was trained. An opened
 model has no folder: any code that reads or writes a run's folder refuses the model
 (NeverLeaves)."""
 
@@ -32,7 +34,7 @@ from fedtune.core.files.writing import replace
 from fedtune.core.ledger.files import outbox_prefix
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.lora import Arrays, load_into
-from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.core.wire.keys import canonical
 from fedtune.evidence.personal import FOLDER, HEADER, MARK, SUFFIX, NeverLeaves
 from fedtune.evidence.told import digest_of_adapter
 from fedtune.homes.opening import open_ledger
@@ -146,14 +148,14 @@ def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
     )
 
 
-def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
+def seal(path: Path, arrays: Arrays, about: About, ledger: Ledger) -> None:
     """Encrypt a personal model and write it to a file that only this user can read. An earlier file
     is replaced.
 
     - path: the file, as `personal_file` names it
     - arrays: name -> array, for the arrays that the site trained further
     - about: the facts to seal with them
-    - key: the key of the site's ledger, from which the encryption key is derived
+    - ledger: the site's ledger, from whose key and salt the encryption key is derived
 
     Errors: InfrastructureError."""
     from safetensors.numpy import save
@@ -161,7 +163,7 @@ def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
     head = canonical({**vars(about), "units": list(about.units), "chosen": dict(about.chosen)})
     nonce = os.urandom(NONCE)
     content = len(head).to_bytes(LENGTH, "big") + head + save(arrays)
-    sealed = HEADER + nonce + _cipher(key).encrypt(nonce, content, HEADER)
+    sealed = HEADER + nonce + _cipher(ledger).encrypt(nonce, content, HEADER)
     replace(path, sealed, private=True)
 
 
@@ -177,7 +179,7 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
         raise InputError(f"{path}: this site has no personal model of {run.place}", todo=AGAIN)
     ledger = open_ledger(site.site.ledger or site.home)
     content = reading.secret(path, "a personal model", most=LARGEST)
-    about, arrays = _unsealed(path, content, ledger.key)
+    about, arrays = _unsealed(path, content, ledger)
     if (about.plan, about.adapter) != (run.study.digest, digest_of_adapter(run.folder)):
         raise InputError(f"{path}: is of another run", f"a personal model of {run.place}", AGAIN)
     withdrawn = ledger.withdrawn()
@@ -191,38 +193,40 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
 def models_of(site: Site, ledger: Ledger, unit: str) -> list[Path]:
     """List this site's personal models that were trained on a patient's records. unit: the
     patient's salted hash. A file that cannot be opened is left out: no command can use it. ledger:
-    the site's ledger, whose key opens the files."""
+    the site's ledger, whose key and salt open the files."""
     found = list[Path]()
     for path in sorted((site.site.state / FOLDER).glob(f"*{SUFFIX}")):
         with suppress(InputError):
             content = reading.secret(path, "a personal model", most=LARGEST)
-            if unit in _unsealed(path, content, ledger.key)[0].units:
+            if unit in _unsealed(path, content, ledger)[0].units:
                 found.append(path)
     return found
 
 
-def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Arrays]:
+def _unsealed(path: Path, content: bytes, ledger: Ledger) -> tuple[About, Arrays]:
     from safetensors.numpy import load
 
     body = content.removeprefix(HEADER)
     try:
         if len(body) == len(content):
             raise ValueError("another format")
-        plain = _cipher(key).decrypt(body[:NONCE], body[NONCE:], HEADER)
+        plain = _cipher(ledger).decrypt(body[:NONCE], body[NONCE:], HEADER)
     except (InvalidTag, ValueError):
         raise InputError(
-            f"{path}: cannot be opened with this site's key", "a file that this site sealed", AGAIN
+            f"{path}: cannot be opened with this site's key and its ledger's salt",
+            "a file that this site sealed, unchanged, and since its ledger's salt was last made",
+            AGAIN,
         ) from None
     size = LENGTH + int.from_bytes(plain[:LENGTH], "big")
     facts = json.loads(plain[LENGTH:size])
     return About(**facts | {"units": tuple(facts["units"])}), load(plain[size:])
 
 
-def _cipher(key: SigningKey) -> AESGCM:
-    """Return the cipher that seals and opens a site's personal models. key: the key of the ledger
-    from which the site pays. The sealed hashes of patients are made with this ledger's salt, so
-    they can be compared with no other ledger's."""
-    return AESGCM(key.derive(PURPOSE))
+def _cipher(ledger: Ledger) -> AESGCM:
+    """Return the cipher that seals and opens a site's personal models. Its key follows from the
+    ledger's key and from its salt, since the sealed hashes of patients are made with this salt and
+    can be compared with no others. ledger: the ledger from which the site pays."""
+    return AESGCM(ledger.key.derive(f"{PURPOSE} {ledger.hashed(PURPOSE.encode())}"))
 
 
 def _outdated(path: Path, why: str) -> InputError:

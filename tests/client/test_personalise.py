@@ -160,6 +160,18 @@ def test_a_copy_opens_nowhere_else_and_a_changed_one_not_at_all(world: Path) -> 
         opened()
 
 
+def test_after_a_restore_with_another_salt_it_is_trained_again(world: Path) -> None:
+    """Nobody could tell whether who withdraws is one of those on whom it was trained."""
+    made()
+    assert opened()
+    state = site().site.state
+    for name in ("ledger.db", "salt"):
+        (state / name).unlink()
+    Ledger.restore(state, None)
+    with pytest.raises(InputError, match=r"salt.*to do: fedtune personalise"):
+        opened()
+
+
 def test_it_belongs_to_the_run_that_it_was_made_of(world: Path, tiny_encoder: Path) -> None:
     path = made().file
     assert path is not None

@@ -85,7 +85,7 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     acts.add("assess", "personalise", plan=run.study.digest, model=digest_of_adapter(run.folder))
     if arrays is not None:
         about = describe(run, site, ledger, units=own.hashes, chosen=asdict(choice.way))
-        seal(path, arrays, about, ledger.key)
+        seal(path, arrays, about, ledger)
     else:
         path.unlink(missing_ok=True)
     return Personal(
