@@ -330,6 +330,12 @@ def _show_adoption(made: Adoption, site: Path) -> None:
             f"{made.restored} charges that a restore of its ledger had entered count against every "
             "dataset of the hospital, and against patients who come later"
         )
+    if made.unrecognised:
+        typer.echo(
+            f"{made.unrecognised} withdrawals from before a restore that made a new salt are not "
+            "entered, since no key matches them: who was not withdrawn again since then is not "
+            f"left out. `fedtune withdraw {site}` leaves a patient out"
+        )
     for path in made.receipts:
         typer.echo(f"a new receipt for a patient who had withdrawn: {path}")
     typer.echo(

@@ -478,6 +478,7 @@ def withdraw(
         UnknownPatient,
         check_receipt,
         describe_receipts_column,
+        describe_receipts_salt,
     )
     from fedtune.officer.withdraw import withdraw as leave_out
 
@@ -488,6 +489,8 @@ def withdraw(
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
         if said := describe_receipts_column(check, book, loaded):
             typer.echo(f"BY ANOTHER COLUMN: {escape_controls(said)}")
+        if said := describe_receipts_salt(check, book):
+            typer.echo(f"BY ANOTHER SALT: {said}")
         return {"receipt": check, "time": when}
     keys = _keys(file)
     unknown, damaged = 0, None

@@ -21,6 +21,8 @@ first, so that a process which waited for the ledger is refused.
 |                                       | or not its patients are still in its files               |
 | signed plans, accepted charges        | a person signs and accepts them anew                     |
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
+| withdrawals that a restore entered    | stay in the copy, unless a key matches their hashes: who |
+|   although the salt was lost          | was withdrawn again since is entered by that withdrawal  |
 | receipts that coordinators gave it    | are recognised, as for entries of the adopted ledger     |
 | consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
 |                                       | membership                                               |
@@ -91,7 +93,7 @@ from fedtune.officer.hospital_file import (
 from fedtune.officer.leave import DISTRUST, check_remembered, distrusted
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import EDIT_LOCK, check_new, site_of, still
-from fedtune.officer.withdraw import RECEIPTS, withdraw
+from fedtune.officer.withdraw import RECEIPTS, list_of_old_salt, withdraw
 
 OF_LEDGER = (  # in a state folder: what becomes the hospital's, its anchor first
     *(HEAD, DATABASE, "ledger.*", SALT, STEPS, "audit*.jsonl"),
@@ -113,7 +115,9 @@ class Adoption:
     - charged: each dataset's name in the site file → the name under which its charges count
     - receipts: the new receipts of patients who had withdrawn
     - restored: how many of the later site's charges a restore had entered; they count against every
-      dataset of the hospital"""
+      dataset of the hospital
+    - unrecognised: how many of the later site's withdrawals were not entered, since a restore that
+      made a new salt had left hashes that match no key"""
 
     home: Path
     name: str
@@ -125,6 +129,7 @@ class Adoption:
     charged: dict[str, str] = field(default_factory=dict)
     receipts: list[Path] = field(default_factory=list)
     restored: int = 0
+    unrecognised: int = 0
 
 
 def adopt(
@@ -165,8 +170,11 @@ def adopt(
                 return _adopt_first(home, site, site_file, name, old)
         _check_no_copy(home, site, book)
         _check_nothing_waits(site, book)
+        of_old_salt = list_of_old_salt(book)
         with closed(book) as old:
-            return _adopt_later(home, site, site_file, name, old, withdrawn, anyway=anyway)
+            return _adopt_later(
+                home, site, site_file, name, old, withdrawn, of_old_salt, anyway=anyway
+            )
 
 
 def _check_no_copy(home: Path, site: Site, book: Ledger) -> None:
@@ -429,6 +437,7 @@ def _adopt_later(
     name: str,
     old: Closed,
     withdrawn: Sequence[str],
+    of_old_salt: Collection[str],
     *,
     anyway: bool,
 ) -> Adoption:
@@ -441,6 +450,7 @@ def _adopt_later(
     - name: the name of the membership
     - old: the site's own ledger, to which no other process can write meanwhile
     - withdrawn: keys of patients who withdrew from this site and have no record there any more
+    - of_old_salt: hashes of patients who withdrew from it that may match no key any more
     - anyway: whether to adopt it even if no private study of the hospital is possible then"""
     state, before_it = site.site.state, (home / FILE).read_text(encoding="utf-8")
     text, hospital = before_it, load_hospital_text(home, before_it)
@@ -465,7 +475,7 @@ def _adopt_later(
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
     as_membership = _as_membership(site, home, name, hospital, datasets)
     membership = share_in(as_membership, hospital, site_file)
-    keys = _keys_of_withdrawn(site, old, withdrawn)
+    keys = _keys_of_withdrawn(site, old, withdrawn, of_old_salt)
     copy = _keep_state(state)
     with locks.hold(home / EDIT_LOCK):
         if (home / FILE).read_text(encoding="utf-8") != before_it:
@@ -492,9 +502,18 @@ def _adopt_later(
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)
     _take_away(state)
-    restored = sum(one.dataset == EVERY for one in earlier)
     return Adoption(
-        home, name, copy, site_copy, False, entered, datasets, charged, receipts, restored
+        home,
+        name,
+        copy,
+        site_copy,
+        first=False,
+        charges=entered,
+        datasets=datasets,
+        charged=charged,
+        receipts=receipts,
+        restored=sum(one.dataset == EVERY for one in earlier),
+        unrecognised=len(old.withdrawn) - len(keys),
     )
 
 
@@ -592,13 +611,20 @@ def _charged(
     return {dataset: f"{name}/{there}" for dataset, there in sorted(names.items())}
 
 
-def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, Gone]:
+def _keys_of_withdrawn(
+    site: Site, old: Closed, given: Sequence[str], of_old_salt: Collection[str]
+) -> dict[str, Gone]:
     """Return the key of each patient who withdrew → when that was. The keys are those in the site's
     records and those that are given.
 
-    old: the site's own ledger, which has their hashes. given: keys of patients without a record;
-    keys of patients who did not withdraw are left out. Errors: InputError if the keys of some of
-    these patients are neither in a record nor given. The error states how many."""
+    - site: the site as its site file states it now
+    - old: the site's own ledger, which has their hashes
+    - given: keys of patients without a record; keys of patients who did not withdraw are left out
+    - of_old_salt: hashes that a restore entered although the salt was lost. No key need match them:
+      a person lifted the freeze of that restore, and withdrew these patients again first
+
+    Errors: InputError if the keys of other patients who withdrew are neither in a record nor given.
+    The error states how many."""
     keys = set(given)
     if old.withdrawn:
         for table in (*_tables(site), *([site.acceptance] if site.acceptance else [])):
@@ -606,7 +632,7 @@ def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[st
                 read = read_file(_of_everybody(table), unit="patient")
                 keys |= {record.unit for record in read.records}
     found = {key: old.hashed(unit_member(key)) for key in keys}
-    if left := set(old.withdrawn) - set(found.values()):
+    if left := set(old.withdrawn) - set(found.values()) - set(of_old_salt):
         raise InputError(
             f"{len(left)} patients withdrew from {site.site.name}, and no record has their keys "
             "any more; the ledger holds only hashes of the keys",

@@ -259,6 +259,25 @@ def describe_receipts_column(path: Path, ledger: Ledger, site: Site) -> str:
     return describe_withdrawn_before(ledger, patient_columns(site), [unit])
 
 
+def list_of_old_salt(ledger: Ledger) -> set[str]:
+    """Return the hashes of patients who withdrew that a restore entered although the ledger's salt
+    was lost. They may have been made with another salt, and then match no key any more."""
+    return {unit for unit, entry in ledger.withdrawn().items() if entry.body.get("old_salt")}
+
+
+def describe_receipts_salt(path: Path, ledger: Ledger) -> str:
+    """Say that the ledger may not recognise the patient of a receipt, since a restore has made a
+    new salt since; "" if this is not so. Errors: InputError if this is not a receipt of this
+    site."""
+    if _genuine(path, ledger.key.public)["unit"] not in list_of_old_salt(ledger):
+        return ""
+    return (
+        "the ledger was restored with a new salt since, so that it may not recognise the patient "
+        "by this withdrawal. If the patient was not withdrawn again since then, withdraw the "
+        "patient now: `fedtune withdraw SITE`"
+    )
+
+
 def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
     """Return, for each unit that withdrew, the hash of its key → when it withdrew, in UTC seconds.
     Both are read from the receipts in `home`, the folder of a ledger; files that the key `public`

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,43 @@ def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: 
     book = Ledger(world / "home")
     assert set(book.withdrawn()) == hashes_of(book, ["p3", "p5"])
     assert set(book.withdrawn_by.values()) == {frozenset({"who"})}
+
+
+def _restore_without(state: Path, *names: str) -> None:
+    for name in names:
+        (state / name).unlink()
+    Ledger.restore(state, None, partial(read_decisions, state))
+
+
+def test_a_site_that_lost_its_salt_is_adopted_with_those_withdrawn_again(world: Path) -> None:
+    """No key matches what they are known by from before, and a receipt of then says so."""
+    file, state = world / "onco.toml", world / "onco-state"
+    (receipt,) = (state / "withdrawals").iterdir()
+    assert "SALT" not in run("withdraw", file, "--check", receipt).output
+    _restore_without(state, "ledger.db", "salt")
+    said = run("withdraw", file, "--check", receipt)
+    assert said.exit_code == 0 and "BY ANOTHER SALT: the ledger was restored" in said.output
+    withdraw(load_site(file), "p5", Ledger(state))
+    lift(load_site(file), "p5 is withdrawn again")
+    Ledger(state).accept("records", "officer", declared=[EVERY])
+    adopt_first(world)
+    assert adopt_second(world).unrecognised == 1
+    book = Ledger(world / "home")
+    assert set(book.withdrawn()) == hashes_of(book, ["p3", "p5"])
+
+
+def test_who_withdrew_before_a_restore_that_kept_the_salt_is_asked_for(world: Path) -> None:
+    state = world / "onco-state"
+    Ledger(state).backup(world / "backup")
+    withdraw(load_site(world / "onco.toml"), "p6", Ledger(state))
+    (state / "ledger.db").unlink()
+    Ledger.restore(state, world / "backup", partial(read_decisions, state)).accept(
+        "records", "officer", declared=[EVERY]
+    )
+    adopt_first(world)
+    write_notes(world / "notes.jsonl", [p for p in PATIENTS if p not in ("p5", "p6")])
+    with pytest.raises(InputError, match="2 patients withdrew"):
+        adopt_second(world)
 
 
 @pytest.mark.parametrize("left", [PATIENTS, PATIENTS[:-1]], ids=["all", "one is gone"])

@@ -121,7 +121,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "who-withdrew-without-a-record-comes-back", ADOPT,
-        "if left := set(old.withdrawn) - set(found.values()):", "if left := set[str]():",
+        "if left := set(old.withdrawn) - set(found.values()) - set(of_old_salt):", "if left := set[str]():",
         T_ADOPT + "test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given",
         "a withdrawal stays behind in the old ledger, under its salt",
     ),
@@ -357,6 +357,27 @@ MUTANTS = (
         "if membership.earlier and not hospital:",
         T_ADOPT + "test_a_home_takes_no_other_site_before_its_first_adoption_is_complete",
         "home and first site pay from two ledgers, neither of which has all charges",
+    ),
+    one(
+        "hospital", "who-withdrew-under-a-lost-salt-locks-the-site-out",
+        "fedtune/core/ledger/restore.py",
+        'of_salt = {"old_salt": True} if base.is_salt_lost else {}', "of_salt = {}",
+        T_ADOPT + "test_a_site_that_lost_its_salt_is_adopted_with_those_withdrawn_again",
+        "the site's budget can never be joined with the hospital's",
+    ),
+    one(
+        "withdrawal", "every-restored-withdrawal-is-of-an-old-salt",
+        "fedtune/core/ledger/restore.py",
+        'of_salt = {"old_salt": True} if base.is_salt_lost else {}',
+        'of_salt = {"old_salt": True}',
+        T_ADOPT + "test_who_withdrew_before_a_restore_that_kept_the_salt_is_asked_for",
+        "a patient who withdrew and is in no record comes back with an adoption",
+    ),
+    one(
+        "withdrawal", "a-receipt-stands-under-another-salt", "fedtune/officer/withdraw.py",
+        '"unit"] not in list_of_old_salt(ledger):', '"unit"] and ledger:',
+        T_ADOPT + "test_a_site_that_lost_its_salt_is_adopted_with_those_withdrawn_again",
+        "a patient is told to be left out whom the ledger does not recognise",
     ),
     one(
         "withdrawal", "a-receipt-lists-later-rounds", "fedtune/officer/withdraw.py",

@@ -343,7 +343,8 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
             writer.append("open", first_body(key.public, base.salt))
         writer.append("restore", entry_body, seq=entry_body["highest"] + 1)
         for unit in sorted(set(stands.withdrawn) - base.withdrawn):
-            writer.append("withdraw", {"unit": unit, "since": stands.withdrawn[unit]})
+            of_salt = {"old_salt": True} if base.is_salt_lost else {}
+            writer.append("withdraw", {"unit": unit, "since": stands.withdrawn[unit], **of_salt})
         for slot in sorted(stands.refused):
             if (fields := slot_fields(slot)) not in base.refused:
                 writer.append("refuse", {**fields, "by": login()})
