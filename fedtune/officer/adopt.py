@@ -74,6 +74,7 @@ from fedtune.core.ledger.files import (
 )
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import backup
+from fedtune.core.vault.studies import under_way
 from fedtune.core.wire.keys import SigningKey
 from fedtune.homes.known_homes import move_notes
 from fedtune.homes.opening import open_ledger
@@ -417,17 +418,50 @@ def _check_nothing_waits(site: Site, book: Ledger) -> None:
         )
     for table in _tables(site):
         if names := list_not_accepted(book, table.name):
-            datasets = [repr(name) for name in names if name != EVERY]
-            if EVERY in names:
-                datasets.append("datasets that a restore of the ledger may have lost")
             raise PolicyRefused(
                 f"records at {site.site.name} were declared public or generated, or may have been, "
-                f"in {', '.join(datasets)}; what was tried with them is in no budget, and the "
+                f"in {_list_declared(names)}; what was tried with them is in no budget, and the "
                 "hospital's ledger would not recognise them as private records",
                 "a person's acceptance that they may be private records of each dataset here",
                 f"`fedtune ledger SITE --accept {table.name} {options_to_accept(names)} "
                 "--reason TEXT`",
             )
+
+
+def _check_home_declared(site: Site, book: Ledger, datasets: Mapping[str, str]) -> None:
+    """If a study is under way at a later site, check that a person accepted, for each of its
+    datasets, everything that was declared public or generated at the home. The study's rounds would
+    train on such records unasked, since the site joins while a study is under way, whatever its
+    records are (`check_before_joining`). Without a study, the client asks before it joins.
+
+    - site: the site as its site file states it now
+    - book: the hospital's ledger
+    - datasets: each dataset's name in the site file → its name in hospital.toml
+
+    Errors: PolicyRefused."""
+    if not (studies := under_way(site.site.state)):
+        return
+    for table in _tables(site):
+        dataset = datasets[table.name]
+        if names := list_not_accepted(book, dataset):
+            raise PolicyRefused(
+                f"records were declared public or generated at {book.folder}, or may have been, in "
+                f"{_list_declared(names)}, and a study is under way at {site.site.name}: "
+                f"{', '.join(studies.values())}. It would train on such records unasked",
+                "a person's acceptance that they may be private records of each dataset here, or "
+                "no study under way",
+                f"`fedtune ledger SITE --accept {dataset} {options_to_accept(names)} --reason "
+                "TEXT`, where SITE is the site file of a membership; or wait until the study is "
+                "over",
+            )
+
+
+def _list_declared(names: Collection[str]) -> str:
+    """List declared datasets for an error's text. `names` may contain EVERY."""
+    listed = [repr(name) for name in names if name != EVERY]
+    if EVERY in names:
+        listed.append("datasets that a restore of the ledger may have lost")
+    return ", ".join(listed)
 
 
 def _adopt_later(
@@ -461,6 +495,7 @@ def _adopt_later(
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     book = open_ledger(home)
     datasets = _names(site, hospital, name, book)
+    _check_home_declared(site, book, datasets)
     for table in _tables(site):
         if datasets[table.name] not in hospital.datasets:
             text += write_data(datasets[table.name], _registered(table, datasets))

@@ -866,6 +866,48 @@ def test_what_a_later_site_declared_is_accepted_before_it_is_adopted(world: Path
     adopt_second(world)
 
 
+@pytest.mark.parametrize("has_study", [True, False])
+def test_what_the_home_declared_is_accepted_before_a_site_with_a_study_is_adopted(
+    world: Path, has_study: bool
+) -> None:
+    """A client joins while a study is under way, whatever its records are; else it asks first."""
+    write_notes(world / "tried.jsonl", ["q1", "q2"])
+    more = 'declared = "generated"'
+    declare(load_site(make_site(world, "cardio", path="tried.jsonl", dataset="tried", more=more)))
+    make_site(world, "cardio")
+    adopt_first(world)
+    begun = world / "onco-state" / "studies" / f"{'05' * 32}.json"
+    begun.parent.mkdir()
+    if has_study:
+        begun.write_text(json.dumps({"plan": f"sha256:{'05' * 32}", "study": "winter"}))
+        with pytest.raises(PolicyRefused, match=r"in 'tried', and a study .*: winter\. .*--accept"):
+            adopt_second(world)
+        assert len(charges(world)) == 3
+        accept = "--accept", "records", "--accept-declared", "tried", "--reason", "private"
+        said = run("ledger", world / "cardio.toml", *accept)
+        assert said.exit_code == 0, said.output
+    adopt_second(world)
+
+
+def test_what_the_home_declared_is_accepted_for_a_dataset_that_only_the_site_has(
+    world: Path,
+) -> None:
+    write_notes(world / "tried.jsonl", ["q1", "q2"])
+    more = 'declared = "generated"'
+    declare(load_site(make_site(world, "cardio", path="tried.jsonl", dataset="tried", more=more)))
+    make_site(world, "cardio")
+    adopt_first(world)
+    write_notes(world / "scans.jsonl", ["s1", "s2"])
+    spend(make_site(world, "scan", path="scans.jsonl", dataset="scans"), 2)
+    (world / "scan-state" / "studies").mkdir()
+    (world / "scan-state" / "studies" / "02.json").write_text("{}")
+    with pytest.raises(PolicyRefused, match="--accept scans --accept-declared tried"):
+        adopt(world / "home", world / "scan.toml", "scan")
+    accept = "--accept", "scans", "--accept-declared", "tried", "--reason", "private"
+    assert run("ledger", world / "cardio.toml", *accept).exit_code == 0
+    adopt(world / "home", world / "scan.toml", "scan")
+
+
 # ------------------------------------------------------------------- receipts given before
 
 

@@ -121,7 +121,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "who-withdrew-without-a-record-comes-back", ADOPT,
-        "if left := set(old.withdrawn) - set(found.values()) - set(of_old_salt):", "if left := set[str]():",
+        "if left := set(old.withdrawn) - set(found.values()) - set(of_old_salt):",
+        "if left := set[str]():",
         T_ADOPT + "test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given",
         "a withdrawal stays behind in the old ledger, under its salt",
     ),
@@ -378,6 +379,12 @@ MUTANTS = (
         '"unit"] not in list_of_old_salt(ledger):', '"unit"] and ledger:',
         T_ADOPT + "test_a_site_that_lost_its_salt_is_adopted_with_those_withdrawn_again",
         "a patient is told to be left out whom the ledger does not recognise",
+    ),
+    one(
+        "hospital", "what-a-home-declared-trains-unasked", ADOPT,
+        "    _check_home_declared(site, book, datasets)\n", "",
+        T_ADOPT + "test_what_the_home_declared_is_accepted_before_a_site_with_a_study_is_adopted",
+        "records that were tried for free train as private ones, and nobody was asked",
     ),
     one(
         "withdrawal", "a-receipt-lists-later-rounds", "fedtune/officer/withdraw.py",
