@@ -51,7 +51,7 @@ def run(folder: Path, sites: int, rounds: int) -> dict[str, int]:
 
     def connect(path: Path, **settings: Any) -> sqlite3.Connection:
         connection = sqlite3_connect(path, **settings)
-        if Path(path).name == "ledger.db":
+        if Path(path).name.startswith("ledger.db"):  # the ledger opens it by a URI
             connection.set_trace_callback(count)
         return connection
 

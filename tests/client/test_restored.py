@@ -106,7 +106,7 @@ def test_nobody_enters_anything_while_a_ledger_is_restored(
 
     Ledger.restore(book.folder, tmp_path / "backup", standing)
     with monkeypatch.context() as patch:
-        patch.setattr("fedtune.core.ledger.chain.connect", lambda path: waiting)
+        patch.setattr("fedtune.core.ledger.chain.connect", lambda path, **_: waiting)
         with pytest.raises(LedgerError):
             book.freeze("an officer", "too late for the ledger as it was")
     book.freeze("an officer", "again")

@@ -43,7 +43,7 @@ class Disk:
         for module in (writing, ledger_files):
             patch.setattr(module, "os", recorder)
 
-    def connect(self, path: Path) -> apsw.Connection:
+    def connect(self, path: Path, **_: bool) -> apsw.Connection:
         connection = apsw.Connection(str(path), vfs=self.name)
         for pragma in self.pragmas:
             connection.execute(f"PRAGMA {pragma}")

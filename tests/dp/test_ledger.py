@@ -343,7 +343,7 @@ def test_a_disk_that_fills_up_never_undercharges(used: Ledger, folder: Path) -> 
 def test_read_only_files_are_named_before_anything_is_charged(
     used: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def readonly(path: Path) -> sqlite3.Connection:
+    def readonly(path: Path, **_: bool) -> sqlite3.Connection:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         return sqlite3.connect(uri, uri=True, isolation_level=None)
 

@@ -137,8 +137,8 @@ class LimitedDisk:
         return self._end if self._has("states") else 0
 
     def _connect(self, honest: Callable[..., Any]) -> Callable[..., Any]:
-        def connect(path: Path) -> sqlite3.Connection:
-            connection: sqlite3.Connection = honest(path)
+        def connect(path: Path, **options: bool) -> sqlite3.Connection:
+            connection: sqlite3.Connection = honest(path, **options)
             if not self._has("state"):
                 return connection
             connection.execute(f"PRAGMA page_size = {PAGE}")  # of a new one alone

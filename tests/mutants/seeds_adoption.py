@@ -387,6 +387,13 @@ MUTANTS = (
         "records that were tried for free train as private ones, and nobody was asked",
     ),
     one(
+        "hospital", "an-empty-ledger-is-left-after-an-adoption", "fedtune/core/ledger/chain.py",
+        "    if must_exist and not os.path.lexists(path):",
+        "    must_exist = False\n    if must_exist:",
+        T_ADOPT + "test_who_waited_for_the_old_ledger_is_refused",
+        "a dashboard that was open begins a ledger again, and the site's client refuses to start",
+    ),
+    one(
         "withdrawal", "a-receipt-lists-later-rounds", "fedtune/officer/withdraw.py",
         "if spent.seq < withdrawn and sent", "if sent",
         T_WITHDRAW + "test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal",

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -105,10 +106,20 @@ def signed_entry(hash_: str) -> bytes:
     return canonical({"ledger_entry": hash_})
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, must_exist: bool = False) -> sqlite3.Connection:
     """Open a connection to the ledger's database. What is committed on it is durable. The caller
-    begins each transaction. Errors: NewerLedger if a newer release wrote the database."""
-    connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
+    begins each transaction. must_exist: whether it is an error if there is no such file; else
+    SQLite makes an empty one. Errors: LedgerError if the file is missing; NewerLedger if a newer
+    release wrote the database."""
+    # A home that adopted the ledger took it away; another process may have opened it before.
+    if must_exist and not os.path.lexists(path):
+        raise LedgerError(
+            f"{path}: missing",
+            "the ledger where it was",
+            f"if no hospital's home adopted it, {RESTORE}",
+        )
+    where = f"{path.absolute().as_uri()}?mode={'rw' if must_exist else 'rwc'}"
+    connection = sqlite3.connect(where, uri=True, timeout=BUSY, isolation_level=None)
     try:
         for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
@@ -265,7 +276,7 @@ class Database:
         block, its entries are on disk, and the anchor names the newest. If the block raises an
         exception, none of them is kept."""
         with self._mutex, named(self.folder):
-            connection = connect(self.path)
+            connection = connect(self.path, must_exist=True)
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 self._catch_up(connection)
@@ -285,7 +296,7 @@ class Database:
         """Verify every entry of the ledger from the first on: its hash, its link and its signature.
         Errors: LedgerError."""
         with self._mutex, named(self.folder):
-            connection = connect(self.path)
+            connection = connect(self.path, must_exist=True)
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 last = Head(-1, START)
