@@ -100,6 +100,20 @@ def test_a_report_with_another_delta_than_the_plans_is_refused(
         verify(forged(signed[0], tmp_path, less))
 
 
+@pytest.mark.parametrize("site", [None, "north"])
+def test_a_report_with_other_records_of_a_unit_than_the_plans_is_refused(
+    signed, tmp_path: Path, site: str | None
+) -> None:
+    """The best guess of an attacker follows from them: with fewer it would look worse."""
+
+    def less(report: dict[str, Any]) -> None:
+        table = report["privacy"]["sites"][site] if site else report["privacy"]
+        table["records_per_unit"] = 0.5
+
+    with pytest.raises(NotGenuine, match=r"records_per_unit is .*expected .*as it was signed"):
+        verify(forged(signed[0], tmp_path, less))
+
+
 def test_a_report_that_leaves_a_site_out_is_refused(signed, tmp_path: Path) -> None:
     def less(report: dict[str, Any]) -> None:
         del report["privacy"]["sites"]["north"]

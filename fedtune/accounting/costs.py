@@ -134,22 +134,34 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
 
 
 def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
-    facts: dict[str, Any] = {
+    shared = site_plan.sites > 1
+    return SitePlan(
+        name,
+        size,
+        rounds=site_plan.rounds,
+        steps=site_plan.steps,
+        sampling_rate=site_plan.sampling_rate,
+        batch=site_plan.divisor,
+        noise_multiplier=site_plan.noise_multiplier,
+        epsilon=site_plan.epsilon,
+        delta=site_plan.delta,
+        risk=best_guess(privacy_of(site_plan)),
+        own_noise_multiplier=site_plan.own_noise if shared else None,
+        fallback_epsilon=site_plan.fallback_epsilon if shared else None,
+    )
+
+
+def privacy_of(site_plan: DpPlan) -> dict[str, float]:
+    """Return what a study costs one site, under the names that a report's "privacy" has and
+    `claim.best_guess` reads."""
+    return {
         "epsilon": site_plan.epsilon,
         "delta": site_plan.delta,
         "sampling_rate": site_plan.sampling_rate,
         "noise_multiplier": site_plan.noise_multiplier,
         "steps": site_plan.steps,
+        "records_per_unit": site_plan.records,
     }
-    risk = best_guess(facts)
-    if site_plan.sites > 1:
-        facts |= {
-            "own_noise_multiplier": site_plan.own_noise,
-            "fallback_epsilon": site_plan.fallback_epsilon,
-        }
-    return SitePlan(
-        name, size, rounds=site_plan.rounds, batch=site_plan.divisor, risk=risk, **facts
-    )
 
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:

@@ -315,6 +315,8 @@ def privacy(
     for table in (said, *said["sites"].values()):
         _require_equal(path, "delta", table.get("delta"), privacy.delta)
         _require_equal(path, "unit", table.get("unit"), privacy.unit)
+        records = table.get("records_per_unit", 1)  # 1 is also what claim.best_guess takes it for
+        _require_equal(path, "records_per_unit", records, study.records_per_draw)
     spent, capped = dict[str, float](), False
     for name, log in events["update"].items():
         site = said["sites"][name]

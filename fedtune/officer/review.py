@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune import __version__
-from fedtune.accounting.costs import query_lines, shared_lines
+from fedtune.accounting.costs import privacy_of, query_lines, shared_lines
 from fedtune.accounting.rounds import with_rounds
 from fedtune.core.bases.find import known_digest
 from fedtune.core.config import (
@@ -580,13 +580,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         ]
     policy, pays = site.policy, find_paying(study, site, ledger)
     budget = Budget(policy, plan, pays.charges(site.data.name) if pays else [])
-    facts = {
-        "epsilon": plan.epsilon,
-        "delta": plan.delta,
-        "sampling_rate": plan.sampling_rate,
-        "noise_multiplier": plan.noise_multiplier / plan.records,
-        "steps": plan.steps,
-    }
+    facts = privacy_of(plan)
     if study.continuous:
         return _costs_for_life(site, plan, pays, facts)
     before = budget.total(ahead=0)
@@ -712,7 +706,7 @@ def _costs_for_life(
     - site: the site with its ceilings and its dataset
     - plan: the site's part of the study, whose rounds are the most in which one patient takes part
     - ledger: the ledger that pays, with the charges so far; None if there is none yet
-    - facts: the plan's ε, δ, q, σ and steps, under the names that `best_guess` reads"""
+    - facts: what the study costs the site, as `privacy_of` returns it"""
     policy = site.policy
     cohorts = ledger.cohorts(site.data.name) if ledger else [Cohort(0, "first", 0, 0, [])]
     spent = find_heaviest_budget(site.data.name, cohorts, policy)

@@ -84,8 +84,10 @@ def best_guess(privacy: dict[str, Any]) -> float:
 
     The attacker knows every other record and sees everything that left the sites. The result is the
     largest of the sites' bounds. A site's bound is the smaller of (e^ε + δ) / (1 + e^ε) (Kairouz et
-    al. 2015, region of an (ε, δ) test) and, if every step takes every unit (q = 1), Φ(√steps / 2σ),
-    which is exact for the Gaussian mechanism (Dong et al. 2019, Corollary 3.3)."""
+    al. 2015, region of an (ε, δ) test) and, if every step takes every unit (q = 1),
+    Φ(k √steps / 2σ), which is exact for the Gaussian mechanism (Dong et al. 2019, Corollary 3.3).
+    A unit moves a sum by up to kC: k is "records_per_unit", the most records of a unit where
+    records are drawn, each clipped to C by itself; else 1."""
     sites = list(privacy.get("sites", {}).values()) or [privacy]
     return max(_site_guess(site) for site in sites)
 
@@ -96,9 +98,10 @@ def _site_guess(site: dict[str, Any]) -> float:
         return 1.0
     bound = 1 / (1 + math.exp(-epsilon)) + delta / (1 + math.exp(min(epsilon, 700.0)))
     sigma, steps = number(site.get("noise_multiplier")), number(site.get("steps"))
+    records = number(site.get("records_per_unit")) or 1.0
     only = "events" not in site  # "events" lists all steps of a derived run
     if only and site.get("sampling_rate") == 1 and sigma and steps:
-        bound = min(bound, NormalDist().cdf(math.sqrt(steps) / (2 * sigma)))
+        bound = min(bound, NormalDist().cdf(records * math.sqrt(steps) / (2 * sigma)))
     return min(bound, 1.0)
 
 

@@ -227,10 +227,25 @@ def _sites(privacy: dict[str, Any]) -> str:
     head[2:2] = ["ε whatever happens"] if shared else []
     return (
         f"## Privacy by site\n\n{table(head, rows)}\n\n"
-        f"Clipping: {cell(privacy.get('clipping'))}. In every step each unit's gradient is cut to "
-        "length C, Gaussian noise of standard deviation σC is added to the sum, and a unit takes "
-        "part with probability q. The ε in the first line is the largest of this column.\n\n"
+        f"Clipping: {cell(privacy.get('clipping'))}. {_step(privacy)} Gaussian noise of standard "
+        "deviation σC is added to the sum. The ε in the first line is the largest of this "
+        "column.\n\n"
         f"These ε are reported ones. {THREE_EPSILONS}"
+    )
+
+
+def _step(privacy: dict[str, Any]) -> str:
+    """Return a sentence that says what is drawn and what is clipped in a step. privacy: the
+    report's "privacy"."""
+    if privacy.get("sampling") != "record":
+        return (
+            "In every step a unit takes part with probability q, and each unit's gradient is cut "
+            "to length C."
+        )
+    return (
+        "In every step a record takes part with probability q, and each record's gradient is cut "
+        "to length C, so that a unit of k records (at most "
+        f"{figure(privacy.get('records_per_unit'))}) moves the sum by up to kC."
     )
 
 

@@ -235,6 +235,19 @@ MUTANTS = (
         "a later step log that lacks the first steps passes",
     ),
     _one(
+        "evidence", "a-unit-is-guessed-by-one-of-its-records", "fedtune/report/claim.py",
+        "NormalDist().cdf(records * math.sqrt(steps)", "NormalDist().cdf(math.sqrt(steps)",
+        "tests/report/test_report.py::"
+        "test_a_unit_of_many_drawn_records_is_guessed_as_one_of_the_same_epsilon",
+        "the bound on an attacker's guesses is proven for a k-th of what a patient may move",
+    ),
+    _one(
+        "evidence", "a-report-may-say-that-a-unit-has-fewer-records", FIGURES,
+        '        _require_equal(path, "records_per_unit", records, study.records_per_draw)\n', "",
+        T + "test_a_report_with_other_records_of_a_unit_than_the_plans_is_refused",
+        "a coordinator states a lower bound on an attacker's guesses than the plan has",
+    ),
+    _one(
         "evidence", "a-forged-run-is-whole", "fedtune/runs/verify_model.py",
         "    check_signed(run)\n", "",
         ATTACKS + "test_nothing_is_made_of_a_forged_run", "models verify calls a forged run whole",

@@ -14,12 +14,14 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from matplotlib.image import imread
 
 from fedtune import report
+from fedtune.accounting.costs import SitePlan, plan
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import writing
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.report.claim import STRENGTHS, best_guess, strength
 from fedtune.server import version_report
 from tests.docs.pages import ROOT
+from tests.dp.conftest import study
 
 SITE = {
     "epsilon": 7.9841234,
@@ -308,7 +310,37 @@ def test_the_attackers_best_guess_never_flatters() -> None:
     assert best_guess({**weak, "sites": {"a": {"epsilon": 1, "delta": 0}, "b": weak}}) > 0.99
     sampled = {"noise_multiplier": 10.0, "steps": 1, "sampling_rate": 0.5}
     assert best_guess({**weak, **sampled}) == best_guess(weak)  # Φ is for q = 1 alone
+    drawn = {"epsilon": 50.0, "delta": 1e-5, "steps": 4, "sampling_rate": 1.0}
+    assert best_guess({**drawn, "noise_multiplier": 64.0, "records_per_unit": 16}) == best_guess(
+        {**drawn, "noise_multiplier": 4.0}
+    )
     assert percent(0.82101) == "82.2 %" and percent(0.99999) == "100 %"
+
+
+def test_a_unit_of_many_drawn_records_is_guessed_as_one_of_the_same_epsilon() -> None:
+    """Where a step takes every record, a unit of k records moves the sum by kC: the same mechanism
+    as one record and a k-th of the noise."""
+    training = {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1}
+    privacy: dict[str, Any] = {"delta": 1e-5, "unit": "patient", "sampling": "record"}
+
+    def site(k: int) -> SitePlan:
+        of_k = {"noise_multiplier": 4.0 * k, "max_records_per_unit": k}
+        return plan(study(training=training, privacy=privacy | of_k), [200]).sites[0]
+
+    assert site(16).epsilon == pytest.approx(site(1).epsilon, rel=1e-6)
+    assert site(16).risk == pytest.approx(site(1).risk, rel=1e-6) and site(1).risk < 0.7
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ("unit", "a unit takes part with probability q, and each unit's gradient is cut to"),
+        ("record", "so that a unit of k records (at most 16) moves the sum by up to kC. Gaussian"),
+    ],
+)
+def test_a_report_says_what_is_drawn_and_clipped(tmp_path: Path, sampling: str, says: str) -> None:
+    drawn = BODY["privacy"] | {"sampling": sampling, "records_per_unit": 16}
+    assert says in written(tmp_path, BODY | {"privacy": drawn})
 
 
 def test_epsilon_is_rounded_up() -> None:
