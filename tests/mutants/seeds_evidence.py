@@ -248,6 +248,13 @@ MUTANTS = (
         "a coordinator states a lower bound on an attacker's guesses than the plan has",
     ),
     _one(
+        "evidence", "an-epsilon-is-rounded-twice", "fedtune/core/registry/rounding.py",
+        "_rounded(n, digits, decimal.ROUND_CEILING)",
+        "_rounded(round(n, 9), digits, decimal.ROUND_CEILING)",
+        "tests/report/test_report.py::test_epsilon_is_rounded_up",
+        "an ε that is a hair above what is shown looks smaller than it is",
+    ),
+    _one(
         "evidence", "a-forged-run-is-whole", "fedtune/runs/verify_model.py",
         "    check_signed(run)\n", "",
         ATTACKS + "test_nothing_is_made_of_a_forged_run", "models verify calls a forged run whole",

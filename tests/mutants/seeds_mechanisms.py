@@ -318,7 +318,8 @@ BUDGET_MUTANTS = (
     ),
     _one(
         24, "epsilon-rounded-down-in-the-report", "fedtune/core/registry/rounding.py",
-        "up = math.ceil(round(n * scale, 6)) / scale", "up = round(n * scale) / scale",
+        "_rounded(n, digits, decimal.ROUND_CEILING)",
+        "_rounded(n, digits, decimal.ROUND_HALF_EVEN)",
         "tests/report/test_report.py::test_epsilon_is_rounded_up",
         "the ε that people read is below the one that was spent",
     ),

@@ -17,7 +17,7 @@ from fedtune import report
 from fedtune.accounting.costs import SitePlan, plan
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import writing
-from fedtune.core.registry.rounding import percent, rounded_up
+from fedtune.core.registry.rounding import percent, rounded_down, rounded_up
 from fedtune.report.claim import STRENGTHS, best_guess, strength
 from fedtune.server import version_report
 from tests.docs.pages import ROOT
@@ -348,6 +348,13 @@ def test_epsilon_is_rounded_up() -> None:
     assert rounded_up(0.0001) == "0.001" and rounded_up(None) == "none"
     for value in np.random.default_rng(0).uniform(0, 20, 200):
         assert value <= float(rounded_up(float(value))) <= value + 1.0011e-3
+    assert rounded_up(5.0000000001) == "5.001" and rounded_up(7.994) == "7.994"
+    assert rounded_up(1e300).startswith("1000") and rounded_up(math.inf) == "inf"
+
+
+def test_what_is_left_is_rounded_down() -> None:
+    assert rounded_down(0.0049999) == "0.004" and rounded_down(-0.0) == "0"
+    assert rounded_down(1234567.8919) == "1234567.891" and rounded_down(10.0, digits=0) == "10"
 
 
 def test_bytes_are_told_by_site_and_round_with_the_encoding(tmp_path: Path):
