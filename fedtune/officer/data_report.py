@@ -30,6 +30,7 @@ from fedtune.core.vault.reading import SHOWN, by_reason, read_for_training
 from fedtune.homes.opening import find_ledger
 from fedtune.officer.data_files import COUPLED, FileFacts, files_of
 from fedtune.officer.reading import reading_of
+from fedtune.officer.shared_files import SharedFiles, find_shared_files
 
 CLASSES = 50  # a label column with more distinct values is not taken to hold classes
 LONGEST = 2**20  # the largest number of tokens that is measured
@@ -104,6 +105,7 @@ class DataReport:
     - withheld: the number of rows of patients who did not agree
     - duplicates: the number of records that say what an earlier record says; they are used, too
     - failed: the rows that cannot be used, including those that a study rejects
+    - shared: the images, recordings or clips that rows of two or more units name
     - classes: class -> number of records. Records whose value is not shown are counted together,
       under ""
     - lengths: the spread of the lengths of the records' texts, in characters; None if there are
@@ -124,6 +126,7 @@ class DataReport:
     units: int
     declared_size: int
     failed: list[Failed]
+    shared: SharedFiles
     rejected: dict[str, int]
     classes: dict[str, int]
     lengths: Spread | None
@@ -133,7 +136,9 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self) | {"failed": [failed._asdict() for failed in self.failed]}
+        values = asdict(self) | {"failed": [failed._asdict() for failed in self.failed]}
+        values["shared"]["rows"] = [row._asdict() for row in self.shared.rows]
+        return values
 
     def save(self, path: Path | str) -> Path:
         """Write the report as one HTML file that only this user can read (0600).
@@ -157,7 +162,10 @@ class DataReport:
         if self.years:
             tables.append(("years", [(year, f"{n:,}") for year, n in self.years.items()]))
         if self.failed:
-            tables.append(("rows that cannot be used", self._list_failed()))
+            tables.append(("rows that cannot be used", _list_rows(self.failed)))
+        if self.shared.rows:
+            named = f"rows whose file a row of another {self.unit} names, too"
+            tables.append((named, _list_rows(self.shared.rows)))
         if self.fit:
             tables.append((f"study {self.fit.study}", self._fit(self.fit)))
         return tables
@@ -177,6 +185,8 @@ class DataReport:
         rows: list[tuple[str, ...]] = [("columns", columns)] if self.files else []
         if self.problem:
             rows.append(("PROBLEM", self.problem))
+        if warning := str(self.shared):
+            rows.append(("WARNING", warning))
         rows += [
             ("rows", f"{self.rows:,}"),
             ("usable", f"{self.usable:,}"),
@@ -205,13 +215,6 @@ class DataReport:
             for name, number in self.classes.items()
         ]
 
-    def _list_failed(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [("file", "row", "reason")]
-        rows += [(f, f"{row:,}" if row else "all", why) for f, row, why in self.failed[:SHOWN]]
-        if len(self.failed) > SHOWN:
-            rows.append(("", "", f"and {len(self.failed) - SHOWN:,} more"))
-        return rows
-
     def _fit(self, fit: StudyFit) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("PROBLEM", fit.problem)] if fit.problem else []
         rows.append(("objective.max_length", f'{fit.max_length:,}, overflow = "{fit.overflow}"'))
@@ -229,6 +232,15 @@ class DataReport:
         if fit.excluded:
             rows.append(("of patients who withdrew or are elsewhere", f"{fit.excluded:,}"))
         return rows
+
+
+def _list_rows(listed: Sequence[Failed]) -> list[tuple[str, ...]]:
+    """Return a table of the first SHOWN rows, with the reason why each is listed."""
+    rows: list[tuple[str, ...]] = [("file", "row", "reason")]
+    rows += [(f, f"{row:,}" if row else "all", why) for f, row, why in listed[:SHOWN]]
+    if len(listed) > SHOWN:
+        rows.append(("", "", f"and {len(listed) - SHOWN:,} more"))
+    return rows
 
 
 def data_report(site: Site, study: Study | None = None, *, date: str | None = None) -> DataReport:
@@ -274,6 +286,7 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
         units=len(by_unit),
         declared_size=site.site.declared_size,
         failed=failed,
+        shared=find_shared_files(read.records, unit),
         rejected=dict(read.rejected.most_common()),
         classes=_classes(read.records, study),
         lengths=Spread.of(map(_characters, read.records)),

@@ -48,6 +48,7 @@ from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import list_memberships
 from fedtune.officer.reading import check_data, reading_of
 from fedtune.officer.review import find_coordinator, is_unsigned, unchecked, would_refuse
+from fedtune.officer.shared_files import find_shared_files
 from fedtune.officer.sheet import check_attested
 from fedtune.officer.step_log import check_step_log
 from fedtune.report.delta import warning
@@ -317,6 +318,9 @@ def _records(site: Site) -> str:
         counts += f"; {read.withheld} of patients who did not agree to their use"
     if read.failed:
         counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
+    shared = find_shared_files(read.records, "patient" if by_patient else "record")
+    if shared.count:
+        counts += f"; WARNING: {shared}: {rows_of(shared.rows)}"
     if units < 2:
         raise FedtuneError(
             counts,

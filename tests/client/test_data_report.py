@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import fedtune
@@ -151,6 +152,33 @@ def test_a_wrong_file_is_a_problem_that_the_report_names(tmp_path: Path) -> None
     assert report.columns == ["note", "label"] and SECRET not in str(report)
     with pytest.raises(DataError, match="no such file"):
         fedtune.data_report(load_site(site_of(tmp_path, "none.csv", 'text = "note"')))
+
+
+def test_a_file_that_rows_of_two_patients_name_is_a_warning(tmp_path: Path) -> None:
+    for n in range(3):
+        Image.new("RGB", (16, 16), (80 * n, 0, 0)).save(tmp_path / f"scan-{n}.png")
+    rows = [("ann", "scan-0.png"), ("ann", "scan-0.png"), ("bob", "scan-1.png")]
+    columns = 'image = "scan", label = "label", patient = "who"'
+
+    def report(*more: tuple[str, str]) -> fedtune.DataReport:
+        lines = [f"{who},{scan},yes" for who, scan in (*rows, *more)]
+        (tmp_path / "data.csv").write_text("who,scan,label\n" + "\n".join(lines) + "\n")
+        return fedtune.data_report(load_site(site_of(tmp_path, "data.csv", columns)))
+
+    own = report(("cid", "scan-2.png"))
+    assert (own.shared.count, own.shared.rows) == (0, [])
+    assert "named by" not in str(own)
+    found = report(("cid", "./scan-1.png"), ("cid", "scan-2.png"))
+    reason = "names a file that another patient's row names"
+    assert [tuple(row) for row in found.shared.rows] == [
+        ("data.csv", 4, reason),
+        ("data.csv", 5, reason),
+    ]
+    assert "WARNING  1 file is named by rows of two or more patients" in str(found)
+    assert json.loads(json.dumps(found.as_dict()))["shared"]["rows"][0]["row"] == 4
+    assert "scan-1" not in str(found) and "bob" not in str(found)
+    findings = {f.name: f for f in examine(tmp_path / "site.toml")}
+    assert f"data.csv row 4, 5 ({reason})" in findings["records"].says
 
 
 # ------------------------------------------------------------------------------- with a study

@@ -85,10 +85,10 @@ class SiteTable(Table):
 
 
 class ConsentTable(Table):
-    """Patients' consent to the use of their records. A patient with any row that does not say yes
-    in `column`, or whose key is on the list `opt_outs`, is left out before anything is computed,
-    and again before each round. Guarantee: nobody outside the site can tell who was left out, or
-    how many were.
+    """Patients' consent to the use of their records. The rows of a patient with any row that does
+    not say yes in `column`, or whose key is on the list `opt_outs`, are left out before anything is
+    computed from them, and again before each round. Guarantee: nobody outside the site can tell who
+    was left out, or how many were.
 
     - opt_outs: a file of hashed keys, one per line, that only this user can read (0600)
     - hashing: how a key's text is hashed. sha256: by sha256; salted-sha256: by the sha256 of the
