@@ -193,7 +193,9 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
 
 def records_hash(site: Site) -> str:
     """Return a hash of a site's records. If they are files, it is computed from each file's name
-    and bytes; otherwise from every row, whether or not the patient consented. Errors: DataError."""
+    and bytes; otherwise from every row, whether or not the patient consented. Images, recordings
+    and clips that the rows name count only in the folder that data.path names. Errors:
+    DataError."""
     total = hashlib.sha256()
     if _in_files(site):
         for file in _files(site.data.path):

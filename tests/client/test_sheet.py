@@ -94,6 +94,17 @@ def test_the_sheet_lies_beside_the_records_with_counts_and_hashes(north: Path) -
     assert body["rai:dataCollectionTimeFrame"] == ["2019-01-01", "2023-12-31"]
 
 
+def test_what_rows_name_is_attested_in_a_folder_of_records_alone(north: Path) -> None:
+    site = load_site(north)
+    (image := north.parent / "scan.png").write_bytes(b"a scan")
+    folder = site.model_copy(
+        update={"data": site.data.model_copy(update={"path": site.data.path.parent})}
+    )
+    before = sheets.records_hash(site), sheets.records_hash(folder)
+    image.write_bytes(b"another scan")
+    assert sheets.records_hash(site) == before[0] and sheets.records_hash(folder) != before[1]
+
+
 def one_more(site: Site) -> None:
     """Add a record to a site's file, and change another."""
     lines = site.data.path.read_text().splitlines()
