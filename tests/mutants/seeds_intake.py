@@ -30,6 +30,12 @@ MUTANTS = (
         "a no that stands in a row which is selected away is not heard",
     ),
     one(
+        "data report", "a-file-of-two-patients-is-not-told", "fedtune/officer/shared_files.py",
+        "if len({record.unit for record in named}) > 1", "if len(named) > 2",
+        "tests/client/test_data_report.py::test_a_file_that_rows_of_two_patients_name_is_a_warning",
+        "nobody at the site learns that a patient's image trains through another's row",
+    ),
+    one(
         "consent", "consent-of-a-row", CONSENT,
         "withheld = not yes or key in refused", "withheld = not yes",
         T_CONSENT + "test_one_row_that_does_not_say_yes_leaves_its_patient_out",
