@@ -338,3 +338,40 @@ def test_a_restore_that_charges_says_that_entries_were_lost(folder: Path, lost: 
     assert bool(restored.members_lost) == (lost != "nothing")
     assert bool(restored.ended_plans) == (lost != "nothing")
     assert total(restored) == {1.0: 8}
+
+
+@pytest.mark.parametrize("withdrew", [False, True])
+def test_a_withdrawal_after_the_backup_does_not_decide_what_a_restore_ends(
+    folder: Path, tmp_path: Path, withdrew: bool
+) -> None:
+    """The ledger is whole, and the backup is its own. A coordinator sees which studies end."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", ())
+    run_round(ledger, 1)
+    ledger.backup(tmp_path / "backup")
+    if withdrew:
+        ledger.withdraw(b"a patient")
+    restored = Ledger.restore(folder, tmp_path / "backup")
+    assert not restored.members_lost and not restored.ended_plans
+
+
+def test_a_row_beyond_the_base_shows_that_the_branches_parted(folder: Path, tmp_path: Path) -> None:
+    """The folder was put back and went on; of its rows only the last ones can be read, and the
+    anchor counts what the backup of the other branch lacks."""
+    Ledger(folder).declare("notes", ())
+    run_round(Ledger(folder), 1)
+    shutil.copytree(folder, tmp_path / "early")
+    for round_ in (2, 3, 4):
+        run_round(Ledger(folder), round_)
+    Ledger(folder).backup(tmp_path / "backup")
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "early", folder)
+    for round_ in range(12, 18):
+        run_round(Ledger(folder), round_)
+    (folder / "steps.jsonl").unlink()
+    with closing(sqlite3.connect(tmp_path / "backup" / "ledger.db")) as database:
+        ((base,),) = database.execute("SELECT max(seq) FROM entries")
+    with closing(sqlite3.connect(folder / "ledger.db")) as database, database:
+        database.execute("DELETE FROM entries WHERE seq <= ?", (base,))
+    restored = Ledger.restore(folder, tmp_path / "backup")
+    assert covers(total(restored), {1.0: 40})

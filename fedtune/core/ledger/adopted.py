@@ -133,6 +133,10 @@ def _read(path: Path) -> tuple[Known, Head, set[str]]:
         heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
         gaps = [(int(low), int(high)) for low, high in content["gaps"]]
         seq, hash_ = content["at"]
-        return Known(heads, gaps), Head(int(seq), str(hash_)), {*map(str, content["withdrawn"])}
+        return (
+            Known(heads, gaps),
+            Head(int(seq), str(hash_)),
+            {*map(str, content.get("withdrawn", ()))},
+        )
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LedgerError(f"{path}: damaged", "the note as it was written", PUT_BACK) from None

@@ -21,8 +21,9 @@ Guarantee: a restored ledger charges at least what was spent.
 | lost steps, but no round known to price them              | exhausted                       |
 | a lost charge without noise that the step log lacks       | exhausted                       |
 | the step log is behind the base, and charges are lost     | exhausted: both logs are damaged |
-Once there are entries beside the base, the counts of anchor and receipts start where the two
-branches part.
+Once a row shows that the old database parted from the base before the base's end, the counts of
+anchor and receipts start there. If no row of that branch can be read, nothing on disk tells it from
+entries that follow the base, and its charges up to the base's last number may be missing.
 Why step 3 counts all that was spent: two kinds of entries charge, "reserve" (a round, or a charge
 of an adopted ledger) and "restore", and the counts hold the charges of both in full. What was
 charged between the base and a later entry of its chain is the difference of their counts. Each of
@@ -220,6 +221,10 @@ class _Base:
                 total[_round_key(charge)] += charge.steps
         return total
 
+    def has(self, head: Head) -> bool:
+        """Return whether an entry is in this chain itself."""
+        return any((entry.seq, entry.hash) == head for entry in self.entries)
+
     def accounts_for(self, head: Head) -> bool:
         """Return whether this chain or the one beside it holds an entry."""
         return self.holds(head) or (self.beside is not None and self.beside.holds(head))
@@ -230,7 +235,7 @@ class _Base:
                 gap = entry.body
                 if gap["base"] < head.seq <= gap["highest"] or [*head] in gap["settled"]:
                     return True
-        return any((entry.seq, entry.hash) == head for entry in self.entries)
+        return self.has(head)
 
 
 def _charges_of(entries: list[Entry]) -> list[Charge]:
@@ -565,7 +570,9 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
             expected=f"{DATABASE} and {SALT}, signed by {KEY}",
             todo="name another backup, or none to restore from the files that are left",
         )
-    if local is not None and local.seq > backup.seq:
+    # A backup with the folder's own newest entry is not taken: whether a person withdrew since it
+    # was made must not decide whether the chain is the folder's own.
+    if local is not None and local.seq >= backup.seq:
         if local.holds(backup.head):
             return local
         is_lost = backup.salt != local.salt
@@ -582,8 +589,9 @@ def _rows_beside(
     base: _Base, rows: list[tuple[Any, ...]], public: str
 ) -> tuple[list[Entry], int | None]:
     """Return the rows, up to the base's last number, that the site signed and that neither the base
-    nor the chain beside it has, oldest first; and the number of the base's entry after which they
-    went another way: 0 if the row after it cannot be read, None if there are no such rows.
+    nor the chain beside it has, oldest first; and the number of the base's entry after which the
+    old database went another way: 0 if the row after it cannot be read, None if no row shows that
+    it did.
 
     rows, public: as for `_restore_body`"""
     known = {entry.hash for chain_ in (base, base.beside) if chain_ for entry in chain_.entries}
@@ -591,10 +599,24 @@ def _rows_beside(
     found, part = dict[str, Entry](), None
     for row in rows:
         seq, kind, _, prev, hash_, _ = row
-        if hash_ not in known and seq <= base.seq and (body := _signed_body(row, public)):
+        if hash_ in known or (body := _signed_body(row, public)) is None:
+            continue
+        if seq <= base.seq:
             found.setdefault(hash_, Entry(seq, kind, body, hash_))
             part = numbers.get(prev, 0) if part is None else part
+        elif _is_of_branch(seq, kind, body, prev, base):
+            part = 0 if part is None else part
     return list(found.values()), part
+
+
+def _is_of_branch(seq: int, kind: str, body: dict[str, Any], prev: str, base: _Base) -> bool:
+    """Return whether an entry beyond the base shows that its chain parted from the base before the
+    base's end: by its predecessor's hash, or as a restore of a shorter chain.
+
+    seq, kind, body, prev: the entry's. base: the chain that is continued"""
+    if seq == base.seq + 1 and base.entries:
+        return prev != base.head.hash
+    return kind == "restore" and int(body["base"]) < base.seq
 
 
 def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
@@ -673,7 +695,7 @@ def _restore_body(
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
     the old database show it. `plans` are the plans that such a row or the step log names and the
-    the base does not, each with its membership: they had begun, too. `settled` lists the [number,
+    base does not, each with its membership: they had begun, too. `settled` lists the [number,
     hash] of each entry that anchor, receipts or the backup name and the base lacks, so that a later
     restore sees that it is charged. `members_lost` is there unless the folder's own chain is whole.
     Entries may then be lost, as where anything is charged, and with them what the ledger knew of
@@ -785,7 +807,11 @@ def _most_lost(
     known = _most([mark.paid.beyond(own) or Paid() for mark in counted if mark.paid])
     # A refused receipt is of a branch that split off after the same coordinator's last accepted
     # receipt; every entry of the branch from there on may be missing here.
-    last = {r.coordinator: min(r.head.seq, base.seq) for r in receipts.accepted}
+    last = {
+        r.coordinator: min(r.head.seq, base.seq)
+        for r in receipts.accepted
+        if base.has(r.head) or (base.part is None and r.head.seq > base.seq)
+    }
     branch = [
         _since(r.mark, since := last.get(r.coordinator, 0), base.paid(since), round_steps)
         for r in receipts.refused

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from fedtune.core.config.study import QUERIES
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 
 Rounds = Counter[tuple[str, int]]  # (plan, round) -> how many noised steps
@@ -49,6 +50,7 @@ def check_all_logged(
     for spent in ledger.spending():
         charge = spent.charge
         is_own = charge.study in plans and charge.is_paid_by(memberships)
+        is_own = is_own and spent.dataset != EVERY  # those of a restore are whole rounds
         if is_own and spent.released and charge.noise_multiplier > 0:
             released[charge.study, charge.round] += charge.steps
     for step, count in log.count_steps(memberships).items():
