@@ -226,6 +226,21 @@ MUTANTS = (
         "signed rows of a damaged database are in no budget, as the backup has other ones",
     ),
     one(
+        "incidents", "a-withdrawal-decides-what-a-restore-ends", "fedtune/core/ledger/restore.py",
+        "local is not None and local.seq >= backup.seq",
+        "local is not None and local.seq > backup.seq",
+        "tests/dp/test_ledger_restore.py::"
+        "test_a_withdrawal_after_the_backup_does_not_decide_what_a_restore_ends",
+        "a coordinator sees which studies end, and by it whether a patient withdrew",
+    ),
+    one(
+        "incidents", "a-row-beyond-the-base-shows-nothing", "fedtune/core/ledger/restore.py",
+        "        elif _is_of_branch(seq, kind, body, prev, base):\n", "        elif False:\n",
+        "tests/dp/test_ledger_restore.py::"
+        "test_a_row_beyond_the_base_shows_that_the_branches_parted",
+        "rounds of a branch of which only the last rows can be read are in no budget",
+    ),
+    one(
         "incidents", "a-restore-that-charges-lost-nothing", "fedtune/core/ledger/account.py",
         "if charges or body.get(\"members_lost\"):", "if body.get(\"members_lost\"):",
         "tests/dp/test_ledger_restore.py::test_a_restore_that_charges_says_that_entries_were_lost",
