@@ -366,9 +366,9 @@ def test_a_row_beyond_the_base_shows_that_the_branches_parted(folder: Path, tmp_
     Ledger(folder).backup(tmp_path / "backup")
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "early", folder)
-    for round_ in range(12, 18):
+    Ledger(folder).withdraw(b"a patient")
+    for round_ in range(2, 8):  # for three of them the backup's charges pay, as it seems
         run_round(Ledger(folder), round_)
-    (folder / "steps.jsonl").unlink()
     with closing(sqlite3.connect(tmp_path / "backup" / "ledger.db")) as database:
         ((base,),) = database.execute("SELECT max(seq) FROM entries")
     with closing(sqlite3.connect(folder / "ledger.db")) as database, database:
