@@ -98,7 +98,7 @@ def test_whoever_was_trained_on_is_left_out_with_all_records(world: Path) -> Non
 
 
 def test_a_decision_says_that_a_restore_may_have_lost_who_trained(world: Path) -> None:
-    """The backup is from before h5 trained. Twins: no restore, and one that lost receipts alone."""
+    """The backup is from before h5 trained. Twins: no restore, and one of a whole ledger."""
     site, says = load_site("site.toml"), "may be among those judged on"
     state = site.site.state
     ledger = Ledger(state)
@@ -109,8 +109,6 @@ def test_a_decision_says_that_a_restore_may_have_lost_who_trained(world: Path) -
     for lost in (False, True):
         if lost:
             (state / "ledger.db").unlink()
-        else:
-            (state / "ledger.receipt").write_bytes(b"{")
         Ledger.restore(state, world / "early")
         made = judged()
         assert made.figures["left_out"] == ({} if lost else {TRAINED: 1})
