@@ -178,7 +178,7 @@ MUTANTS = (
     one(
         "incidents", "a-plan-of-the-step-log-is-new", "fedtune/core/ledger/restore.py",
         "        found = {(step.study,", "        _ = {(step.study,",
-        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[log]",
+        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[restore]",
         "a plan of which the step log has one round of many goes on past its own limit",
     ),
     one(
@@ -279,7 +279,7 @@ MUTANTS = (
     one(
         "incidents", "a-doctor-misses-the-step-log", "fedtune/officer/doctor.py",
         "    check_step_log(site)\n", "",
-        T_LOGGED + "test_a_restore_says_which_studies_cannot_go_on",
+        T_LOGGED + "test_the_doctor_says_which_steps_are_missing",
         "a ledger is called whole whose step log is missing",
     ),
     one(

@@ -40,7 +40,8 @@ from tests.mutants.places import (
 
 CLIP_MUTANTS = (
     _one(
-        4, "nan-passes-the-clip", CLIP, "usable = torch.isfinite(norms)",
+        4, "nan-passes-the-clip", CLIP,
+        "usable = torch.isfinite(norms) & (norms >= LEAST_NORM)",
         "usable = torch.ones_like(norms, dtype=torch.bool)",
         T_CLIP + "test_a_non_finite_unit_contributes_zero", "min(1, C/nan) is 1",
     ),
