@@ -85,6 +85,15 @@ def adopt_second(folder: Path) -> Adoption:
     return adopt(folder / "home", folder / "onco.toml", "onco")
 
 
+def adopt_first_with_declared(folder: Path) -> None:
+    """Adopt the first site, which once declared the dataset "tried" to be generated."""
+    write_notes(folder / "tried.jsonl", ["q1", "q2"])
+    more = 'declared = "generated"'
+    declare(load_site(make_site(folder, "cardio", path="tried.jsonl", dataset="tried", more=more)))
+    make_site(folder, "cardio")
+    adopt_first(folder)
+
+
 def charges(folder: Path) -> list[Charge]:
     return Ledger(folder / "home").charges("records")
 
@@ -871,11 +880,7 @@ def test_what_the_home_declared_is_accepted_before_a_site_with_a_study_is_adopte
     world: Path, has_study: bool
 ) -> None:
     """A client joins while a study is under way, whatever its records are; else it asks first."""
-    write_notes(world / "tried.jsonl", ["q1", "q2"])
-    more = 'declared = "generated"'
-    declare(load_site(make_site(world, "cardio", path="tried.jsonl", dataset="tried", more=more)))
-    make_site(world, "cardio")
-    adopt_first(world)
+    adopt_first_with_declared(world)
     begun = world / "onco-state" / "studies" / f"{'05' * 32}.json"
     begun.parent.mkdir()
     if has_study:
@@ -892,11 +897,7 @@ def test_what_the_home_declared_is_accepted_before_a_site_with_a_study_is_adopte
 def test_what_the_home_declared_is_accepted_for_a_dataset_that_only_the_site_has(
     world: Path,
 ) -> None:
-    write_notes(world / "tried.jsonl", ["q1", "q2"])
-    more = 'declared = "generated"'
-    declare(load_site(make_site(world, "cardio", path="tried.jsonl", dataset="tried", more=more)))
-    make_site(world, "cardio")
-    adopt_first(world)
+    adopt_first_with_declared(world)
     write_notes(world / "scans.jsonl", ["s1", "s2"])
     spend(make_site(world, "scan", path="scans.jsonl", dataset="scans"), 2)
     (world / "scan-state" / "studies").mkdir()

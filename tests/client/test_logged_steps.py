@@ -20,7 +20,7 @@ from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger.entries import EVERY, LOST, Charge, Earlier
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import list_ended
-from fedtune.core.vault.logged_steps import check_none_lost
+from fedtune.core.vault.logged_steps import check_all_logged, check_none_lost
 from fedtune.core.vault.policy import compute_plan
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import SigningKey
@@ -28,6 +28,7 @@ from fedtune.core.wire.seal import receipt
 from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.review import cost_refusals
+from fedtune.officer.step_log import check_step_log
 from fedtune.public.start import Start, start
 from tests.cli_kit import run
 from tests.client.adoption_kit import CHARGE, spend, write_notes
@@ -258,6 +259,20 @@ def test_an_adopted_ledgers_ended_plans_stay_ended(tmp_path: Path) -> None:
     assert sent == {"a plan": True, "another": False, LOST: True}
 
 
+def test_an_adopted_restored_charge_needs_no_logged_steps(tmp_path: Path) -> None:
+    """It is of whole rounds, of which the log may have fewer steps. Twin: a charge of a round."""
+    book, log = Ledger(tmp_path), StepLog(tmp_path / "steps.jsonl")
+    book.declare("notes", ())
+    paid = replace(CHARGE, membership="onco", adopted=True)
+    book.enter_earlier("onco", [Earlier(EVERY, paid, "")], {}, [], "an officer")
+    with raises_nothing():
+        check_all_logged(book, log, CHARGE.study, ["onco"])
+    earlier = [Earlier(EVERY, paid, ""), Earlier("notes", paid, "adapter", "05" * 32)]
+    book.enter_earlier("onco", earlier, {}, [], "an officer")
+    with raises_only(LedgerError, match=LOG_LACKS):
+        check_all_logged(book, log, CHARGE.study, ["onco"])
+
+
 def test_an_adoption_remembers_which_plans_a_restore_had_ended(tmp_path: Path) -> None:
     """A plan that was signed and has no charge is known to the site's own ledger alone."""
     write_notes(tmp_path / "notes.jsonl", [f"p{number}" for number in range(12)])
@@ -377,6 +392,24 @@ def test_a_restore_says_which_studies_cannot_go_on(tmp_path: Path) -> None:
     )
     again = run("ledger", file, "--restore", "--from", tmp_path / "copy")
     assert "no further answer" in " ".join(again.output.split()), "a later restore forgot it"
+
+
+def test_a_study_that_has_ended_needs_no_step_log(tmp_path: Path) -> None:
+    """It gets no answer that would state its steps, and other studies go on."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p2"])
+    file, state = write_site(tmp_path, "north"), tmp_path / "north-state"
+    book = spend(file, 2)
+    paid = book.charges("records")[0]
+    (state / "studies").mkdir()
+    running = json.dumps({"plan": paid.study, "study": paid.name})
+    (state / "studies" / "1.json").write_text(running)
+    for name in ("ledger.head", "steps.jsonl"):
+        (state / name).unlink()
+    with raises_only(LedgerError, match=r"ledger\.head: missing"):
+        check_step_log(load_site(file))
+    assert paid.study in Ledger.restore(state).ended_plans
+    with raises_nothing():
+        check_step_log(load_site(file))
 
 
 def test_the_doctor_says_which_steps_are_missing(tmp_path: Path) -> None:

@@ -171,6 +171,13 @@ def apart(engine: UnitGradientEngine) -> float:
     return float(((ours - plain).norm(dim=1) / plain.norm(dim=1)).max())
 
 
+@pytest.fixture
+def shared_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All six records of `shown` are in one block: below eight, each of these has its own."""
+    monkeypatch.setitem(cache_module.BLOCK_POSITIONS, "cpu", 1024)
+
+
+@pytest.mark.usefixtures("shared_block")
 @pytest.mark.parametrize("wanted", ["auto", "opacus"])
 @pytest.mark.parametrize(("make", "tiles"), [(one_tile, 1), (idefics3, 5)])
 def test_tiles_are_added_up_before_any_norm(
@@ -267,6 +274,7 @@ def test_an_undeclared_number_of_tiles_is_an_error(
         all_rows(engine)
 
 
+@pytest.mark.usefixtures("shared_block")
 def test_a_records_image_reaches_no_other_record(bases: Callable[[Make], Path]) -> None:
     network = projecting(bases(idefics3))
     before = shown(network)

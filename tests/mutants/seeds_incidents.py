@@ -165,7 +165,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "an-interrupted-round-ends-a-study", "fedtune/core/vault/logged_steps.py",
-        "if is_own and spent.released and", "if is_own and",
+        "if is_own and is_round and spent.released:", "if is_own and is_round:",
         T_LOGGED + "test_a_round_that_was_interrupted_before_its_steps_ends_nothing",
         "after a crash between charge and step a site takes no further part",
     ),
@@ -259,16 +259,29 @@ MUTANTS = (
         "questions about held-out records go on in a study that has ended",
     ),
     one(
-        "hospital", "a-gap-stands-for-an-adoption", "fedtune/core/ledger/ledger.py",
-        "return self._store.names(reader.sql, head)", "return self._store.knows(reader.sql, head)",
-        "tests/client/test_adopt.py::test_a_restored_home_that_lost_an_adoption_goes_on_no_more[gap]",
-        "a home that lost an adoption, and was restored, goes on without the adopted charges",
+        "hospital", "a-restores-charge-stands-for-an-adoption", "fedtune/core/ledger/adopted.py",
+        "    if not home.has_entry(at):\n", "    if not home.accounts_for(at):\n",
+        "tests/client/test_adopt.py::"
+        "test_a_restored_home_that_lost_an_adoption_goes_on_no_more[named]",
+        "a home that lost an adoption goes on, and who withdrew at the adopted site takes part",
     ),
     one(
-        "hospital", "an-adoption-may-lose-who-withdrew", "fedtune/core/ledger/adopted.py",
-        " or not withdrawn <= {*home.withdrawn()}:", ":",
-        "tests/client/test_adopt.py::test_a_restored_home_that_lost_an_adoption_goes_on_no_more[named]",
-        "patients who withdrew at an adopted site take part again",
+        "incidents", "an-ended-study-keeps-a-client-away", "fedtune/officer/step_log.py",
+        "if ledger and not has_ended(ledger, digest):", "if ledger:",
+        T_LOGGED + "test_a_study_that_has_ended_needs_no_step_log",
+        "after a restore without its step log a client never starts again",
+    ),
+    one(
+        "incidents", "a-restored-charge-has-not-left", "fedtune/core/ledger/account.py",
+        "seq in self.done or paid.dataset == EVERY or", "seq in self.done or",
+        T_LOGGED + "test_an_adopted_ledgers_ended_plans_stay_ended",
+        "after an adoption a receipt lacks the rounds that a restore had entered",
+    ),
+    one(
+        "incidents", "a-restored-charge-is-a-logged-round", "fedtune/core/vault/logged_steps.py",
+        "is_round = spent.dataset != EVERY and", "is_round =",
+        T_LOGGED + "test_an_adopted_restored_charge_needs_no_logged_steps",
+        "an adopted site gets no further answer, since a restore had charged whole rounds",
     ),
     one(
         "incidents", "a-client-joins-without-its-step-log", "fedtune/officer/before_joining.py",

@@ -2,9 +2,8 @@
 it.
 
     adopted.json    in the membership's state folder: number and hash of each entry of that ledger,
-                    the numbers for which a restore of it had charged, the entry of the hospital's
-                    ledger at which the adoption was complete, and the hashes in that ledger of the
-                    patients who had withdrawn; 0600
+                    the numbers for which a restore of it had charged, and the entry of the
+                    hospital's ledger at which the adoption was complete; 0600
 
 A coordinator stores the newest receipt of each site by the site's public key, which an adoption
 does not change, and sends it with each order of its next studies. Until this membership has
@@ -66,22 +65,12 @@ class Known(NamedTuple):
         return head in self.heads or any(low <= head.seq <= high for low, high in self.gaps)
 
 
-def note_adopted(state: Path, known: Known, at: Head, withdrawn: Collection[str]) -> None:
-    """Write down what the ledger in a membership's state folder accounts for, before it is taken
-    away.
-
-    - state: the state folder
-    - known: the entries that the ledger accounts for
-    - at: the newest entry of the hospital's ledger, which has all its charges then
-    - withdrawn: the hash in the hospital's ledger of each patient who had withdrawn from the site
-
-    Errors: InfrastructureError."""
-    content = {
-        "heads": sorted(map(list, known.heads)),
-        "gaps": sorted(map(list, known.gaps)),
-        "at": list(at),
-        "withdrawn": sorted(withdrawn),
-    }
+def note_adopted(state: Path, known: Known, at: Head) -> None:
+    """Write down which entries the ledger in the state folder `state` accounts for, before the
+    ledger is taken away. at: the newest entry of the hospital's ledger, which has all its charges
+    then. Errors: InfrastructureError."""
+    content = {"heads": sorted(map(list, known.heads)), "gaps": sorted(map(list, known.gaps))}
+    content["at"] = list(at)
     replace(state / ADOPTED, canonical(content), private=True)
 
 
@@ -102,8 +91,10 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, ho
     head = head_in(opened_token(key, receipt.get("token")), key.public)
     if head is None or not is_countersigned(receipt, coordinator):
         return False
-    known, at, withdrawn = _read(state / ADOPTED)
-    if not home.accounts_for(at) or not withdrawn <= {*home.withdrawn()}:
+    known, at = _read(state / ADOPTED)
+    # A restore that lost this entry may have charged for it, but whether it also knows who had
+    # withdrawn must not decide what a coordinator is answered.
+    if not home.has_entry(at):
         raise LedgerError(
             f"{home.folder}: the hospital's ledger was put back to before it adopted the ledger of "
             f"{state}, so that the adopted charges and withdrawals are not in it",
@@ -124,7 +115,7 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, ho
     return True
 
 
-def _read(path: Path) -> tuple[Known, Head, set[str]]:
+def _read(path: Path) -> tuple[Known, Head]:
     """Read what `note_adopted` wrote. Errors: LedgerError."""
     try:
         content = json.loads(
@@ -133,10 +124,6 @@ def _read(path: Path) -> tuple[Known, Head, set[str]]:
         heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
         gaps = [(int(low), int(high)) for low, high in content["gaps"]]
         seq, hash_ = content["at"]
-        return (
-            Known(heads, gaps),
-            Head(int(seq), str(hash_)),
-            {*map(str, content.get("withdrawn", ()))},
-        )
+        return Known(heads, gaps), Head(int(seq), str(hash_))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LedgerError(f"{path}: damaged", "the note as it was written", PUT_BACK) from None

@@ -362,6 +362,11 @@ class Ledger:
             paid = {spent.charge.membership for spent in account.spent()}
             return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
 
+    def has_entry(self, head: Head) -> bool:
+        """Return whether the entry `head` is in this ledger itself."""
+        with self._store.writing() as reader:
+            return reader.hash_at(head.seq) == head.hash
+
     def accounts_for(self, head: Head) -> bool:
         """Return whether this ledger has the entry `head`, or a restore that lost it was given its
         hash and has charged for what it may have held."""

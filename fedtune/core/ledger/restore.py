@@ -140,8 +140,8 @@ class _Base:
       entry: the folder was put back to an earlier copy of itself, and went on. None: there is none
     - rows_beside: the rows of the old database, up to this chain's last number, that the site
       signed and that neither chain has
-    - part: the number of the entry after which these rows went another way, 0 if no row says it;
-      None: there are no such rows"""
+    - parted_at: the number of the entry after which the old database went another way, 0 if no row
+      says it; None: no row shows that it did"""
 
     path: Path | None
     salt: bytes
@@ -149,7 +149,7 @@ class _Base:
     is_salt_lost: bool = False
     beside: _Base | None = None
     rows_beside: list[Entry] = field(default_factory=list)
-    part: int | None = None
+    parted_at: int | None = None
 
     @property
     def head(self) -> Head:
@@ -329,8 +329,8 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     if base.beside and base.beside.path and base.beside.path not in sources:
         rows = sorted([*rows, *_readable_rows(base.beside.path)], key=itemgetter(0))
         sources.append(base.beside.path)
-    rows_beside, part = _rows_beside(base, rows, key.public)
-    base = dataclasses.replace(base, rows_beside=rows_beside, part=part)
+    rows_beside, parted_at = _rows_beside(base, rows, key.public)
+    base = dataclasses.replace(base, rows_beside=rows_beside, parted_at=parted_at)
     stands = _add_readable(stands, rows, key.public, base)
     entry_body = _restore_body(folder, base, receipts, anchor, rows, key.public)
     draft = folder / "ledger.restoring"
@@ -596,17 +596,17 @@ def _rows_beside(
     rows, public: as for `_restore_body`"""
     known = {entry.hash for chain_ in (base, base.beside) if chain_ for entry in chain_.entries}
     numbers = {entry.hash: entry.seq for entry in base.entries}
-    found, part = dict[str, Entry](), None
+    found, parted_at = dict[str, Entry](), None
     for row in rows:
         seq, kind, _, prev, hash_, _ = row
         if hash_ in known or (body := _signed_body(row, public)) is None:
             continue
         if seq <= base.seq:
             found.setdefault(hash_, Entry(seq, kind, body, hash_))
-            part = numbers.get(prev, 0) if part is None else part
+            parted_at = numbers.get(prev, 0) if parted_at is None else parted_at
         elif _is_of_branch(seq, kind, body, prev, base):
-            part = 0 if part is None else part
-    return list(found.values()), part
+            parted_at = 0 if parted_at is None else parted_at
+    return list(found.values()), parted_at
 
 
 def _is_of_branch(seq: int, kind: str, body: dict[str, Any], prev: str, base: _Base) -> bool:
@@ -791,13 +791,13 @@ def _most_lost(
     straight = [
         mark
         for mark in seen
-        if base.part is None
+        if base.parted_at is None
         and mark.head.seq > base.seq
         and (mark.paid is None or mark.paid.beyond(own) is not None)
     ]
-    part = base.part or 0
+    parted_at = base.parted_at or 0
     others = [mark for mark in seen if mark not in straight]
-    aside = [_since(mark, part, base.paid(part), round_steps) for mark in others]
+    aside = [_since(mark, parted_at, base.paid(parted_at), round_steps) for mark in others]
     # What was charged up to a mark with counts is known. What was entered after it is in readable
     # rows, or may have charged a round.
     counted = [mark for mark in straight if mark.paid is not None]
@@ -810,7 +810,7 @@ def _most_lost(
     last = {
         r.coordinator: min(r.head.seq, base.seq)
         for r in receipts.accepted
-        if base.has(r.head) or (base.part is None and r.head.seq > base.seq)
+        if base.has(r.head) or (base.parted_at is None and r.head.seq > base.seq)
     }
     branch = [
         _since(r.mark, since := last.get(r.coordinator, 0), base.paid(since), round_steps)

@@ -50,8 +50,8 @@ def check_all_logged(
     for spent in ledger.spending():
         charge = spent.charge
         is_own = charge.study in plans and charge.is_paid_by(memberships)
-        is_own = is_own and spent.dataset != EVERY  # those of a restore are whole rounds
-        if is_own and spent.released and charge.noise_multiplier > 0:
+        is_round = spent.dataset != EVERY and charge.noise_multiplier > 0  # of no restore
+        if is_own and is_round and spent.released:
             released[charge.study, charge.round] += charge.steps
     for step, count in log.count_steps(memberships).items():
         logged[step.study, step.round] += count
