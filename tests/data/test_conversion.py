@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -266,6 +268,18 @@ def serve(control, work, settings):
         control.sendall(child_process._fork_and_wait(control, work, *pipes, settings))
 child_process.serve = serve
 """
+IN_PARTS = """
+import os
+def read_parts(reading):
+    header = os.read(reading, 8)
+    if not header:
+        return None
+    content = bytearray(int.from_bytes(header, "big"))
+    with open(reading, "rb", closefd=False) as pipe:
+        pipe.readinto(content)
+    return bytes(content)
+child_process._read = read_parts
+"""
 
 
 def count_memories(
@@ -276,19 +290,42 @@ def count_memories(
     folder.mkdir()
     (folder / "whole_memory.py").write_text(program)
     monkeypatch.syspath_prepend(folder)
-    asked = {"what": "the comparison", "otherwise": "", "cpu_seconds": 60}
+    asked = {"what": "the comparison", "otherwise": "", "cpu_seconds": 60, "seconds": 20.0}
     with children.Children("whole_memory", {}, **asked) as forked:  # type: ignore[arg-type]
-        return len({forked.run([given], 2**24, bytes)[0] for _ in range(10)})
+        try:
+            return len({forked.run([given], 2**24, bytes)[0] for _ in range(10)})
+        except children.ChildFailed:
+            pytest.fail("a child did not receive its whole input")
 
 
 def test_every_child_finds_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last byte of what it can write. Twin: one process takes all requests."""
     program = WHOLE_MEMORY.replace("LOOP", "")
     assert count_memories(tmp_path / "a", monkeypatch, program) == 1
-    # More than a pipe holds at once, so that it comes in parts, as fast as this process writes.
-    assert count_memories(tmp_path / "c", monkeypatch, program, bytes(10**6)) == 1
     program = WHOLE_MEMORY.replace("LOOP", LASTING)
     assert count_memories(tmp_path / "b", monkeypatch, program) > 1
+
+
+def test_a_child_does_not_find_in_which_parts_its_input_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These say how busy the machine was. Twin: a child that reads whatever is there."""
+    write, parts = os.write, itertools.cycle((20_011, 55_001, 7, 41_999))
+
+    def write_a_part(descriptor: int, content: memoryview) -> int:
+        time.sleep(0.001)  # so that the child takes one part before the next one comes
+        return write(descriptor, content[: next(parts)])
+
+    def open_pipes() -> tuple[children._Way, children._Way]:
+        return children._Way(*os.pipe()), children._Way(*os.pipe())
+
+    monkeypatch.setattr(os, "write", write_a_part)
+    given = bytes(10**6)
+    program = WHOLE_MEMORY.replace("LOOP", "")
+    assert count_memories(tmp_path / "a", monkeypatch, program, given) == 1
+    monkeypatch.setattr(children, "_open_ways", open_pipes)
+    program = WHOLE_MEMORY.replace("LOOP", IN_PARTS)
+    assert count_memories(tmp_path / "b", monkeypatch, program, given) > 1
 
 
 WAITS = """

@@ -149,13 +149,9 @@ MUTANTS = (
         "what a child wrote before it failed is a unit's rows",
     ),
     one(
-        "units", "a-child-counts-the-parts-of-its-input", FORKS,
-        "        count = pipe.readinto(content)\n",
-        "        count = 0\n"
-        "        while part := os.read(reading, len(content) - count):\n"
-        "            content[count : count + len(part)] = part\n"
-        "            count += len(part)\n",
-        T_CONVERSION + "test_every_child_finds_the_same_memory",
+        "units", "a-child-counts-the-parts-of-its-input", CHILDREN,
+        "socket.SO_RCVLOWAT, 2**31 - 1)", "socket.SO_RCVLOWAT, 1)",
+        T_CONVERSION + "test_a_child_does_not_find_in_which_parts_its_input_came",
         "a child's memory tells how busy the machine was",
     ),
     one(

@@ -69,9 +69,9 @@ def say(control: socket.socket, kind: str, text: str = "") -> None:
 
 def serve(control: socket.socket, work: Work, settings: Mapping[str, Any]) -> None:
     """Fork a child for each request that comes on `control`, until the other side closes that
-    socket. A request brings two pipes: from one the child reads its inputs, one after the other,
-    and to the other it writes `work`'s answer to each. Before each input and each answer stands its
-    length.
+    socket. A request brings two descriptors: from one the child reads its inputs, one after the
+    other, and to the other it writes `work`'s answer to each. Before each input and each answer
+    stands its length.
 
     - control: the socket on which requests come; after each, how its child ended is written to it
     - work: a function of one input's bytes that returns the answer's bytes
@@ -132,7 +132,7 @@ def _fork_and_wait(
 ) -> bytes:
     """Fork one child, wait until it ends, and return FAILED, DONE or NOT_CONFINED. A child that
     still runs is killed when a byte comes on `control` or its other side is closed. Arguments as
-    for `serve`; reading and writing are the child's ends of its two pipes, which are closed here.
+    for `serve`; the two descriptors `reading` and `writing`, the child's, are closed here.
 
     The system call is made directly, since the C library's fork keeps the child's number in memory,
     where the child could read it."""
@@ -162,8 +162,8 @@ def _fork_and_wait(
 
 
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
-    """Confine this new child, answer each input from the pipe `reading` with `work`, write ENDED,
-    and end the process; never return. The exit status is UNCONFINED if the child could not be
+    """Confine this new child, answer each input from `reading` with `work`, write ENDED to
+    `writing`, and end the process; never return. The exit status is UNCONFINED if the child could not be
     confined. Else it is 0, also if `work` failed, since every user of the machine can see it."""
     code = 0
     try:
@@ -184,7 +184,7 @@ def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) 
 
 
 def _limit(reading: int, writing: int, settings: Mapping[str, Any]) -> None:
-    """Limit the child in which this runs: close every file descriptor except the two pipes, bound
+    """Limit the child in which this runs: close every file descriptor except these two, bound
     memory and processor time by `settings`, forbid to write to files, and let the child end without
     a word if it crashes.
 
@@ -218,13 +218,10 @@ class _Discarding(io.TextIOBase):
 
 
 def _read(reading: int) -> bytes | None:
-    """Read the child's next input from the pipe `reading`; return None when there is no further
-    one."""
-    header = os.read(reading, LENGTH)  # whole, as it is written at once
+    """Read the child's next input from `reading`; return None when there is no further one."""
+    header = os.read(reading, LENGTH)
     if not header:
         return None
-    # Not in a loop here: Python's byte code counts how often it ran, which is how many parts came.
-    content = bytearray(int.from_bytes(header, "big"))
-    with open(reading, "rb", closefd=False) as pipe:
-        count = pipe.readinto(content)
-    return bytes(memoryview(content)[:count])
+    # One read returns all of it (`children._open_ways`). Neither a loop nor a buffered file would
+    # do: Python's byte code counts how often it ran, and what a buffer last held stays in memory.
+    return os.read(reading, int.from_bytes(header, "big"))

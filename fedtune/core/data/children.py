@@ -1,6 +1,6 @@
 """Do pieces of work, each in a child process that can only compute and that ends afterwards.
 
-    this process ── two pipes for each child ──> a program that forks ──> a child for each piece
+    this process ── two ends for each child ──> a program that forks ──> a child for each piece
 
 The program that forks is started anew, without this process's memory, and reads no record. A child
 is confined before its work starts (isolation.only_computing), and its memory and time are limited.
@@ -149,7 +149,7 @@ class Children:
                 log.error("%s", describe(error))
                 raise ChildFailed from None
         assert self._control is not None
-        there, back = _make_pipes()
+        there, back = _open_ways()
         left = self._seconds or SECONDS
         self._control.settimeout(left)
         taken: list[T] = []
@@ -270,11 +270,12 @@ def count_children(pieces: int, declared_size: int) -> int:
     return children or pieces
 
 
-class _Pipe:
-    """A new pipe. Closing an end that is closed already does nothing."""
+class _Way:
+    """A way for bytes from one process to another, as the descriptors of its two ends. Closing an
+    end that is closed already does nothing."""
 
-    def __init__(self) -> None:
-        self.reading, self.writing = os.pipe()
+    def __init__(self, reading: int, writing: int) -> None:
+        self.reading, self.writing = reading, writing
 
     def close_reading(self) -> None:
         if self.reading >= 0:
@@ -291,21 +292,24 @@ class _Pipe:
         self.close_writing()
 
 
-def _make_pipes() -> tuple[_Pipe, _Pipe]:
-    """Make two pipes. Errors: OSError if this process may not open so many files; then none is left
-    open."""
-    first = _Pipe()
-    try:
-        return first, _Pipe()
-    except OSError:
-        first.close()
-        raise
+def _open_ways() -> tuple[_Way, _Way]:
+    """Open the way to a child, and the way back from it. Errors: OSError if this process may not
+    open so many files; then none is left open.
+
+    A read at the way to the child waits until all bytes that it asks for are there: in which parts
+    they came would tell the child how busy the machine was. A pipe cannot do that."""
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2**31 - 1)
+        reading.shutdown(socket.SHUT_WR)
+        back = _Way(*os.pipe())
+        return _Way(reading.detach(), writing.detach()), back
 
 
 def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -> bytes:
     """Write one input to a child, and return the child's answer to it.
 
-    - writing, reading: this process's ends of the child's two pipes
+    - writing, reading: this process's ends of the way to the child and of the way back
     - most: the most bytes that the answer may have
     - deadline: when the answer must be there, in seconds of time.monotonic
 
@@ -323,7 +327,7 @@ def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -
                 rest = rest[os.write(writing, rest[:65536]) :]
             except BlockingIOError:
                 continue
-            except BrokenPipeError:  # the child answers, or fails, without having read all of it
+            except ConnectionError:  # the child answers, or fails, without having read all of it
                 break
     header = _read(reading, LENGTH, deadline)
     length = int.from_bytes(header, "big")
