@@ -18,7 +18,9 @@ from fedtune.core.data.tokenize import prompt_ids
 from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.loaded import LoadedModel
+from fedtune.core.registry import process_cache
 from fedtune.derive.label import _file_and_exclusion
+from fedtune.derive.merge import merge_runs
 from fedtune.derive.preferences import (
     VerdictJudge,
     load_generator,
@@ -28,6 +30,7 @@ from fedtune.derive.preferences import (
 )
 from fedtune.derive.settings import LabelSettings
 from fedtune.officer.withdraw import withdraw
+from fedtune.runs.run import Run
 from tests.client.hospital_kit import load as load_hospital_sites
 from tests.simulated import simulate
 from tests.test_cli import run
@@ -221,6 +224,30 @@ def test_a_run_without_privacy_neither_writes_nor_judges(tmp_path: Path, tiny_ba
     for use in (load_generator, load_judge):
         with pytest.raises(Refused, match='privacy = "off"'):
             use(str(tmp_path / "run"))
+
+
+def test_a_merged_run_with_a_parent_without_privacy_neither_writes_nor_judges(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Whichever parent comes first, whose plan it has. Twin: both parents are private."""
+    private = "{ epsilon = 2.0, delta = 1e-3, unit = 'patient' }"
+    parents = dict[str, Run]()
+    for name, privacy in (("first", private), ("second", private), ("open", '"off"')):
+        study = lay_out(tmp_path / name, tiny_base, privacy)
+        simulate(study, sorted(study.parent.glob("site-*.toml")), study.parent / "run")
+        process_cache.clear("workers")
+        parents[name] = Run(study.parent / "run")
+
+    def merged(*names: str) -> str:
+        out = tmp_path / "-".join(names)
+        return str(merge_runs([parents[name] for name in names], out, measure=False).folder)
+
+    for order in (("first", "open"), ("open", "first")):
+        folder = merged(*order)
+        for use in (load_generator, load_judge):
+            with pytest.raises(Refused, match="privacy"):
+                use(folder)
+    assert load_generator(merged("first", "second")).study is not None
 
 
 @pytest.mark.parametrize("template", ["no place", "{text} {text}"])

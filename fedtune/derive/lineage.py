@@ -14,22 +14,22 @@ from fedtune.report.declared import declared_in
 from fedtune.runs.run import Run
 
 
-def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:
+def require_private(model: LoadedModel, role: str, source: str) -> None:
     """Check that a model may set targets for private records: it must be a base, or a run that was
-    trained under DP, or declared public by the user. With a model that was trained without noise on
-    the same records, each record's target would depend on all the other records.
+    trained under DP, as all runs from which it was derived. With a model that was trained without
+    noise on the same records, each record's target would depend on all the other records.
 
     - model: the base or run
     - role: what the error calls it, such as "judge"
-    - accepted: digests of models that the user declares to be public
+    - source: the base's name or the run's folder, from which the model was loaded
 
-    Errors: Refused."""
-    if model.study is None or model.study.private or model.digest in accepted:
+    Errors: Refused; InputError if the run has no report."""
+    if model.study is None or (model.study.private and Run(source).private):
         return
+    how = 'with privacy = "off"' if not model.study.private else "derived from one without privacy"
     raise Refused(
-        f'the {role} is a run with privacy = "off" ({model.digest})',
-        "a base, or a run that was trained under (ε, δ)",
-        "if it never saw a private record, declare its digest public",
+        f"the {role} is a run {how} ({model.digest})",
+        "a base, or a run that was trained under (ε, δ), as all runs from which it was derived",
     )
 
 

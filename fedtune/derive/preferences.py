@@ -114,9 +114,10 @@ def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> 
     - digest: the digest that the model must have; None: any
     - rubric: the question that a VerdictJudge asks; a RewardJudge does not use it
 
-    Errors: ConfigError, ModelError; Refused if the model is a run without privacy."""
+    Errors: ConfigError, ModelError; Refused if the model is a run without privacy, or was derived
+    from one; InputError if a run has no report."""
     model = load(source, digest)
-    require_private(model, "judge")
+    require_private(model, "judge", source)
     if model.study is not None and model.study.objective.resolved.scores:
         return RewardJudge(model)
     return VerdictJudge(_require_writer(model, "judge"), rubric)
@@ -128,9 +129,10 @@ def load_generator(source: str, digest: str | None = None) -> LoadedModel:
     - source: pypi:NAME, a folder (of a base or a run) or a hub id
     - digest: the digest that the model must have; None: any
 
-    Errors: ConfigError, ModelError; Refused if the model is a run without privacy."""
+    Errors: ConfigError, ModelError; Refused if the model is a run without privacy, or was derived
+    from one; InputError if a run has no report."""
     model = load(source, digest)
-    require_private(model, "generator")
+    require_private(model, "generator", source)
     return _require_writer(model, "generator")
 
 

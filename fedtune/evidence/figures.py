@@ -247,7 +247,8 @@ def count_absent(
         if any(lacks.values()):
             found[name] = {what: number for what, number in lacks.items() if number}
             if last and isinstance(study.privacy, PrivacyTable):
-                found[name] |= _of_all(study, study.privacy, events["update"][name], last)
+                log = events["update"].get(name, [])  # none of a site that only answered queries
+                found[name] |= _of_all(study, study.privacy, log, last)
     return found
 
 
@@ -256,17 +257,17 @@ def _of_all(
 ) -> dict[str, float]:
     """Compute which ε a site would have spent if it had taken part in everything. Return a dict:
     "epsilon" is for all rounds of the plan, with steps like those of `log`; "answers_epsilon" is
-    for all queries. "epsilon" is left out if there are more than MOST_STEPS steps, or if it is
-    above MOST_EPSILON; "answers_epsilon" if the plan has no queries.
+    for all queries. "epsilon" is left out if there are more than MOST_STEPS steps, if it is above
+    MOST_EPSILON, or if `log` is empty; "answers_epsilon" if the plan has no queries.
 
     - study: the run's plan
     - privacy: the plan's table [privacy]
     - log: the site's step log
     - rounds: the number of rounds that the plan states"""
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
-    shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
+    shares, whole = noise_shares(study), [event | {"steps": steps} for event in log[:1]]
     costs = dict[str, float]()
-    if steps <= MOST_STEPS and _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
+    if whole and steps <= MOST_STEPS and _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
         costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
     if table := study.private_evaluation:
         asked = Steps(table.noise_multiplier, 1.0, len(study.queries), 1)

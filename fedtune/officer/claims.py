@@ -15,9 +15,11 @@ from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.errors import NotGenuine
 from fedtune.core.files import reading
 from fedtune.core.ledger.entries import Spent
+from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import signing_key
 from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
 from fedtune.core.run_folder import load_plan
+from fedtune.core.vault.declared import run_ledger
 from fedtune.evidence.sign import EVIDENCE, RUN
 from fedtune.evidence.verify import Verified
 from fedtune.homes.opening import open_ledger
@@ -54,9 +56,9 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
     the ledger was replaced by an older copy."""
     where = run / RUN if (run / RUN / EVIDENCE).exists() else run
     study = load_plan(where)
-    book = open_ledger(site.site.ledger or site.home)
-    book.verify()
-    key, own = signing_key(site, book).public, site.policy.own_memberships
+    home = open_ledger(site.site.ledger or site.home)
+    home.verify()
+    key, own = signing_key(site, home).public, site.policy.own_memberships
     content = reading.json_in(where / EVIDENCE, "what sites signed of a run", most=reading.LARGE)
     names = {entry["signing"]: name for name, entry in content["sites"].items()}
     name = names.get(key, "")
@@ -66,6 +68,10 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
             f"{key[:16]}…, this site's signing key",
             "somebody took part in this site's name: tell the coordinator and the other sites",
         )
+    book = home
+    if site.data.declared and (run_ledger(site, study.digest) / DATABASE).exists():
+        book = open_ledger(run_ledger(site, study.digest))  # which paid for this run alone
+        book.verify()
     spent = [each for each in book.spending() if _is_of(each, study, own)]
     sent = {s.charge.round for s in spent if s.released or not study.private}
     claimed = {e["round"] for e in content["updates"] if (e["kind"], e["site"]) == ("update", name)}

@@ -163,8 +163,9 @@ def _fork_and_wait(
 
 def _child(work: Work, reading: int, writing: int, settings: Mapping[str, Any]) -> None:
     """Confine this new child, answer each input from `reading` with `work`, write ENDED to
-    `writing`, and end the process; never return. The exit status is UNCONFINED if the child could not be
-    confined. Else it is 0, also if `work` failed, since every user of the machine can see it."""
+    `writing`, and end the process; never return. The exit status is UNCONFINED if the child could
+    not be confined. Else it is 0, also if `work` failed, since every user of the machine can see
+    it."""
     code = 0
     try:
         _limit(reading, writing, settings)

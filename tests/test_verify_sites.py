@@ -1,0 +1,63 @@
+"""What `fedtune verify` says of sites that took part in an unusual way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.vault.declared import declare
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.evidence.verify import verify
+from tests.cli_kit import run as command
+from tests.guarantee.world import NAMES, patients
+from tests.guarantee.world import lay_out as lay_out_sites
+from tests.guarantee.world import run as run_study
+from tests.private_evaluation_kit import world
+from tests.simulated import simulate
+
+
+def test_a_site_that_only_answered_queries_is_listed_as_absent(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trainings failed for want of space, and its evaluations did not."""
+    study = world(tmp_path, tiny_base, 3.0)
+    for kind in ("site-{}.toml", "{}.jsonl", "held-{}.jsonl"):
+        text = (tmp_path / kind.format("south")).read_text()
+        (tmp_path / kind.format("west")).write_text(text.replace("south", "west"))
+    train = SiteWorker.train
+
+    def fail_at_west(self: SiteWorker, *arguments: Any, **options: Any) -> Any:
+        if self.site.site.name == "west":
+            raise InfrastructureError("the disk is full", "space")
+        return train(self, *arguments, **options)
+
+    monkeypatch.setattr(SiteWorker, "train", fail_at_west)
+    simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
+    found = verify(tmp_path / "run")
+    assert sorted(found.sites) == ["north", "south"]
+    assert sorted(found.absent) == ["west"]
+    assert sorted(found.absent["west"]) == ["answers_epsilon", "rounds"]
+    assert found.absent["west"]["rounds"] == 3
+    answers = epsilon([Steps(3.0, 1.0, 1, 1)], found.delta)
+    assert found.absent["west"]["answers_epsilon"] >= answers > 0
+
+
+def test_a_site_whose_data_is_declared_compares_the_runs_own_ledger(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out_sites(tmp_path, tiny_base, patients(12))
+    for name in NAMES:
+        path = study.parent / f"site-{name}.toml"
+        text = path.read_text().replace("[data]\n", '[data]\ndeclared = "generated"\n')
+        path.write_text(text.replace("[policy]\n", "[policy]\nallow_declared_data = true\n"))
+        declare(load_site(path))
+    run_study(study)
+    site = study.parent / f"site-{NAMES[0]}.toml"
+    told = command("verify", study.parent / "run", "--own", site, "--simulation")
+    assert told.exit_code == 0, told.output
+    assert f"as {NAMES[0]}, 3 rounds, as its own ledger has them" in told.output
