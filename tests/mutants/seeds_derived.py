@@ -102,6 +102,13 @@ MADE_MUTANTS = (
         "the best of several looks is told as what the policy does",
     ),
     _one(
+        "parents", "a-merged-run-is-as-private-as-its-first-parent", "fedtune/derive/lineage.py",
+        "(model.study.private and Run(source).private)", "model.study.private",
+        "tests/test_label.py::"
+        "test_a_merged_run_with_a_parent_without_privacy_neither_writes_nor_judges",
+        "other patients' records, without noise, decide each patient's preferences",
+    ),
+    _one(
         "parents", "one-parent-pays-for-all", "fedtune/derive/lineage.py",
         "privacy = composed_epsilon.compose_reports(list(reports.values()))",
         "privacy = next(iter(reports.values()))[\"privacy\"]",
