@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError, NotGenuine
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.evidence.verify import verify
@@ -38,7 +38,10 @@ def test_a_site_that_only_answered_queries_is_listed_as_absent(
 
     monkeypatch.setattr(SiteWorker, "train", fail_at_west)
     simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
-    found = verify(tmp_path / "run")
+    try:
+        found = verify(tmp_path / "run")
+    except NotGenuine as error:
+        pytest.fail(f"an honest run is refused: {error}")
     assert sorted(found.sites) == ["north", "south"]
     assert sorted(found.absent) == ["west"]
     assert sorted(found.absent["west"]) == ["answers_epsilon", "rounds"]

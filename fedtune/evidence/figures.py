@@ -262,13 +262,14 @@ def _of_all(
 
     - study: the run's plan
     - privacy: the plan's table [privacy]
-    - log: the site's step log
+    - log: the site's step log; empty if the run has no update of the site
     - rounds: the number of rounds that the plan states"""
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
-    shares, whole = noise_shares(study), [event | {"steps": steps} for event in log[:1]]
     costs = dict[str, float]()
-    if whole and steps <= MOST_STEPS and _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
-        costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
+    if log and steps <= MOST_STEPS:
+        shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
+        if _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
+            costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
     if table := study.private_evaluation:
         asked = Steps(table.noise_multiplier, 1.0, len(study.queries), 1)
         costs["answers_epsilon"] = epsilon([asked], privacy.delta)

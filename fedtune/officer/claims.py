@@ -48,8 +48,9 @@ class Compared:
 
 
 def compare(site: Site, run: Path, found: Verified) -> Compared:
-    """Verify this site's ledger, then compare a run with it. run: the folder of the run, or of its
-    dossier. found: the result of verifying the run.
+    """Verify this site's ledger, then compare a run with it. If the site's data is declared public
+    or generated, the ledger that paid for this run alone is verified and compared. run: the folder
+    of the run, or of its dossier. found: the result of verifying the run.
 
     Errors: NotGenuine if the run has this site's name under another key. NotGenuine too if it has
     an update under this site's key that this site's ledger did not release: the key was stolen, or

@@ -316,14 +316,14 @@ def test_a_child_does_not_find_in_which_parts_its_input_came(
         time.sleep(0.001)  # so that the child takes one part before the next one comes
         return write(descriptor, content[: next(parts)])
 
-    def open_pipes() -> tuple[children._Way, children._Way]:
-        return children._Way(*os.pipe()), children._Way(*os.pipe())
+    def open_pipes() -> tuple[children._Channel, children._Channel]:
+        return children._Channel(*os.pipe()), children._Channel(*os.pipe())
 
     monkeypatch.setattr(os, "write", write_a_part)
     given = bytes(10**6)
     program = WHOLE_MEMORY.replace("LOOP", "")
     assert count_memories(tmp_path / "a", monkeypatch, program, given) == 1
-    monkeypatch.setattr(children, "_open_ways", open_pipes)
+    monkeypatch.setattr(children, "_open_channels", open_pipes)
     program = WHOLE_MEMORY.replace("LOOP", IN_PARTS)
     assert count_memories(tmp_path / "b", monkeypatch, program, given) > 1
 

@@ -18,6 +18,19 @@ RECEIVED = "fedtune/audit/received.py"
 
 MUTANTS = (
     _one(
+        "evidence", "a-site-without-an-update-is-no-site", FIGURES,
+        'log = events["update"].get(name, [])  #', 'log = events["update"][name]  #',
+        "tests/test_verify_sites.py::test_a_site_that_only_answered_queries_is_listed_as_absent",
+        "an honest run is refused as not genuine",
+    ),
+    _one(
+        "evidence", "a-declared-site-asks-its-ledger-for-life", "fedtune/officer/claims.py",
+        "if site.data.declared and", "if False and",
+        "tests/test_verify_sites.py::"
+        "test_a_site_whose_data_is_declared_compares_the_runs_own_ledger",
+        "an honest site is told that its signing key was stolen",
+    ),
+    _one(
         "evidence", "a-log-that-was-taken-away-was-never-there", AUDIT,
         "if len(entries) <= begun:", "if False:",
         T_AUDIT + "test_a_log_that_was_taken_away_is_missed",

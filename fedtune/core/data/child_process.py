@@ -223,6 +223,7 @@ def _read(reading: int) -> bytes | None:
     header = os.read(reading, LENGTH)
     if not header:
         return None
-    # One read returns all of it (`children._open_ways`). Neither a loop nor a buffered file would
-    # do: Python's byte code counts how often it ran, and what a buffer last held stays in memory.
+    # One read returns all of it (`children._open_channels`). Neither a loop nor a buffered file
+    # would do: Python's byte code counts how often it ran, and what a buffer last held stays in
+    # memory.
     return os.read(reading, int.from_bytes(header, "big"))

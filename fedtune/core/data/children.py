@@ -1,6 +1,6 @@
 """Do pieces of work, each in a child process that can only compute and that ends afterwards.
 
-    this process ── two ends for each child ──> a program that forks ──> a child for each piece
+    this process ── a socket and a pipe ──> a program that forks ──> a child for each piece of work
 
 The program that forks is started anew, without this process's memory, and reads no record. A child
 is confined before its work starts (isolation.only_computing), and its memory and time are limited.
@@ -149,7 +149,7 @@ class Children:
                 log.error("%s", describe(error))
                 raise ChildFailed from None
         assert self._control is not None
-        there, back = _open_ways()
+        there, back = _open_channels()
         left = self._seconds or SECONDS
         self._control.settimeout(left)
         taken: list[T] = []
@@ -270,9 +270,9 @@ def count_children(pieces: int, declared_size: int) -> int:
     return children or pieces
 
 
-class _Way:
-    """A way for bytes from one process to another, as the descriptors of its two ends. Closing an
-    end that is closed already does nothing."""
+class _Channel:
+    """A channel for bytes from one process to another, as the descriptors of its two ends. Closing
+    an end that is closed already does nothing."""
 
     def __init__(self, reading: int, writing: int) -> None:
         self.reading, self.writing = reading, writing
@@ -292,24 +292,26 @@ class _Way:
         self.close_writing()
 
 
-def _open_ways() -> tuple[_Way, _Way]:
-    """Open the way to a child, and the way back from it. Errors: OSError if this process may not
-    open so many files; then none is left open.
+def _open_channels() -> tuple[_Channel, _Channel]:
+    """Open a channel to a child, and one back from it. Errors: OSError if this process may not open
+    so many files; then none is left open.
 
-    A read at the way to the child waits until all bytes that it asks for are there: in which parts
-    they came would tell the child how busy the machine was. A pipe cannot do that."""
+    The first channel is a socket, since a pipe's reader gets whatever is there: in which parts its
+    input came would tell the child how busy the machine was. A read from this socket returns only
+    when all bytes that it asks for are there, or the other end is closed (socket(7),
+    SO_RCVLOWAT)."""
     reading, writing = socket.socketpair()
     with reading, writing:
         reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2**31 - 1)
         reading.shutdown(socket.SHUT_WR)
-        back = _Way(*os.pipe())
-        return _Way(reading.detach(), writing.detach()), back
+        back = _Channel(*os.pipe())
+        return _Channel(reading.detach(), writing.detach()), back
 
 
 def _ask(writing: int, reading: int, given: bytes, most: int, deadline: float) -> bytes:
     """Write one input to a child, and return the child's answer to it.
 
-    - writing, reading: this process's ends of the way to the child and of the way back
+    - writing, reading: this process's ends of the channels to the child and back from it
     - most: the most bytes that the answer may have
     - deadline: when the answer must be there, in seconds of time.monotonic
 

@@ -1,7 +1,7 @@
 """Run a plug-in's conversion on the rows of one unit at a time, each in a process of its own that
 ends afterwards.
 
-    this process ── two ends for each unit ──> conversion_process ── forks ──> a child for the unit
+    this process ── a socket and a pipe ──> conversion_process ── forks ──> a child for the unit
 
 The process that forks (children.py) runs no code of the plug-in. A child imports the plug-in, reads
 its unit's rows, writes the converted rows, and ends.
