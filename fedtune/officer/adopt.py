@@ -57,7 +57,7 @@ from fedtune.core.files import locks
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
-from fedtune.core.ledger.adopted import note_adopted
+from fedtune.core.ledger.adopted import check_has_adopted, note_adopted
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import list_not_accepted, options_to_accept
 from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
@@ -210,7 +210,8 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
     - site_file: the site.toml, which names this home already
     - name: the name of the membership
 
-    Errors: ConfigError if the site is another membership, or its own ledger was never adopted."""
+    Errors: ConfigError if the site is another membership, or its own ledger was never adopted;
+    LedgerError if the hospital's ledger was put back to before it adopted the site's."""
     site = load_site(site_file)
     if (site.home, site.policy.membership) != (home, name):
         raise ConfigError(
@@ -220,6 +221,7 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
     with still(home, site):
         book = open_ledger(home)
         book.verify()
+        check_has_adopted(site.site.state, book)
         acts = audit_log.verify(home, book.key.public).entries
         adopted_here = [
             act for act in acts if act["event"] == "adopt" and act["facts"]["membership"] == name
@@ -355,8 +357,7 @@ def _check_home_has_all(
     has_decisions = has_withdrawals and all(book.is_refused(slot) for slot in old.refused)
     if book.accounts_for(old.head) and has_decisions:
         return
-    is_part = book.head in old.known.heads and not old.known.gaps  # no entry was ever lost here
-    if is_part and len(hospital.memberships) == 1:
+    if old.has_entry(book.head) and len(hospital.memberships) == 1:
         todo = f"delete {home}, which holds nothing that {state} lacks, and run the command again"
     else:
         todo = (

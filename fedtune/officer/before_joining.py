@@ -11,6 +11,7 @@ from fedtune.core.data import scan_engine
 from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
+from fedtune.core.ledger.adopted import check_has_adopted
 from fedtune.core.ledger.files import DATABASE, LedgerError
 from fedtune.core.ledger.patient_column import describe_withdrawn_before
 from fedtune.core.vault import studies
@@ -45,7 +46,8 @@ def check_before_joining(site: Site) -> None:
     - Refused: a person here distrusts the consortium; or an audit log, in which a person may have
       said so, was taken away, and a new log was begun
     - NotGenuine: such a log was taken away or changed, and no new log was begun
-    - LedgerError, also if steps of a study that is running are missing in the step log
+    - LedgerError, also if steps of a study that is running are missing in the step log, or if a
+      hospital's ledger lost what it adopted from this site
     - DataError or PolicyRefused because of the records, only if no study is running"""
     allow_declared(site)
     check_home(site)
@@ -55,6 +57,8 @@ def check_before_joining(site: Site) -> None:
     ledger = find_ledger(site.home) if (site.home / DATABASE).exists() else None
     if ledger and (said := describe_withdrawn_before(ledger, patient_columns(site))):
         log.warning("%s", said)
+    if site.hospital:
+        check_has_adopted(site.site.state, ledger)
     check_step_log(site)
     check_restored(site)
     check_sheet(site)

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from fedtune.core.ledger.adopted import Known
 from fedtune.core.ledger.chain import Transaction
 from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
+from fedtune.core.ledger.files import Head
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.officer.freeze import frozen
 
@@ -43,21 +43,25 @@ class Closed:
       [] if they are not known
     - refused: (study, round, adapter) of each answer that a person refused for good
     - stored: (study, round, adapter) of each update that was released, and may be sent again
-    - known: the entries that it accounts for, by which receipts for it are recognised later
+    - known: number and hash of each entry that it accounts for, by which receipts for it are
+      recognised later
     - path_of: returns the path at which the update of such a triple is stored"""
 
     def __init__(self, ledger: Ledger, reader: Transaction) -> None:
-        self._ledger, self._account = ledger, ledger._account
+        self._ledger, self._account, self._reader = ledger, ledger._account, reader
         self.head = ledger._store.head
-        self.known = Known(*ledger._store.list_known(reader.sql))
+        self.known = ledger._store.list_known(reader.sql)
         self.refused = frozenset(self._account.refused)
         self.patient_columns = self._account.list_columns()
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
-        paid = [spent.seq for spent in self._account.spent()]
+        charges = self._account.spent()
+        paid = [spent.seq for spent in charges]
+        # What a restore charged may be rounds that ran before a withdrawal, whenever it was.
+        upto_restore = [n for n, each in enumerate(charges, 1) if each.kind == "restore"]
         self.withdrawn = {
             unit: Gone(
                 since=int(entry.body.get("since", entry.body["time"])),
-                paid=bisect_left(paid, entry.seq),
+                paid=max([bisect_left(paid, entry.seq), *upto_restore]),
                 columns=self._account.withdrawn_by[unit],
             )
             for unit, entry in self._account.withdrawn.items()
@@ -68,6 +72,10 @@ class Closed:
         """The sorted names of all datasets that were declared or charged."""
         charged = {reserved.dataset for reserved in self._account.reserved.values()}
         return sorted({*self._account.declared, *charged})
+
+    def has_entry(self, head: Head) -> bool:
+        """Return whether an entry is in this ledger itself."""
+        return self._reader.hash_at(head.seq) == head.hash
 
     def hashed(self, key: bytes) -> str:
         """Return the hash of a unit's key with this ledger's salt."""

@@ -22,6 +22,7 @@ from fedtune.core.data.declared_size import describe_wrong_size
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.ledger.adopted import check_has_adopted
 from fedtune.core.ledger.files import KEY, SALT
 from fedtune.core.ledger.patient_column import check_column_stays, describe_withdrawn_before
 from fedtune.core.models.build import build
@@ -337,7 +338,10 @@ def _records(site: Site) -> str:
 
 
 def _ledger(site: Site) -> str:
-    if (ledger := find_ledger(site.home)) is None:
+    ledger = find_ledger(site.home)
+    if site.hospital:
+        check_has_adopted(site.site.state, ledger)
+    if ledger is None:
         return f"{site.home}: none yet; begins with the first study"
     ledger.verify()
     check_step_log(site)

@@ -392,6 +392,8 @@ def _releases(
       patient's records
 
     Of the rounds that were charged before it against one of all these datasets, a round counts if
+    it fulfils one of these conditions. So does a round that a restore charged after it: the folder
+    may have been put back to before the withdrawal, and gone on with the patient's records.
     - it was charged to one of `datasets`
     - or the ledger does not have the keys of all whom it charged: a restore does not know which
       dataset was charged, and of an adopted ledger only the keys in the files were taken over
@@ -406,7 +408,8 @@ def _releases(
         sent = may_leave or not spent.charge.noise_multiplier
         other_key = names and (spent.has_other_column or spent.charge.unit == "record")
         may_have_it = spent.dataset in datasets or spent.dataset not in known
-        if spent.seq < withdrawn and sent and (may_have_it or other_key):
+        may_be_before = spent.kind == "restore" or spent.seq < withdrawn
+        if may_be_before and sent and (may_have_it or other_key):
             by_study.setdefault(spent.charge.study, []).append(spent)
     return [
         Release(

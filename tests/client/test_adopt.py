@@ -45,7 +45,9 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
 from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
+from fedtune.officer.before_joining import check_before_joining
 from fedtune.officer.closed_ledger import Closed
+from fedtune.officer.doctor import examine
 from fedtune.officer.freeze import freeze, lift, read_decisions
 from fedtune.officer.leave import DISTRUST, check_trusted
 from fedtune.officer.purge import listing
@@ -230,6 +232,31 @@ def test_a_new_receipt_lists_nothing_that_was_charged_after_the_withdrawal(world
     assert len(given) == 3
     adopt(world / "home", world / "lab.toml", "lab")
     assert {path: path.read_bytes() for path in given} == given
+
+
+def test_a_receipt_lists_what_a_restore_charged_whenever_the_patient_withdrew(world: Path) -> None:
+    """The folder was put back to before a withdrawal, trained with the patient, and was restored
+    from a copy that knows of the withdrawal: in it, the rounds come after the withdrawal."""
+    file, state = make_site(world, "lab"), world / "lab-state"
+    spend(file, 1)
+    shutil.copytree(state, world / "before")
+    spend(file, 2, withdrawn=["p7"])
+    for key in ("a", "b", "c"):
+        Ledger(state).withdraw(unit_member(key))
+    shutil.copytree(state, world / "newer")
+    shutil.rmtree(state)
+    shutil.copytree(world / "before", state)
+    spend(file, 4)
+    book = Ledger.restore(state, world / "newer")
+    again = withdraw(load_site(file), "p7", book)
+    assert sorted(one["rounds"] for one in again.receipt["releases"]) == [1, 2, 4]
+    adopt_first(world)
+    book.accept("records", "officer", declared=[EVERY])
+    adoption_ = adopt(world / "home", file, "lab", ["a", "b", "c"])
+    receipts = [json.loads(path.read_text()) for path in adoption_.receipts]
+    hospital = Ledger(world / "home")
+    (ours,) = [one for one in receipts if one["unit"] == hospital.hashed(unit_member("p7"))]
+    assert sorted(one["rounds"] for one in ours["releases"]) == [1, 2, 3, 4]
 
 
 def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: Path) -> None:
@@ -1003,6 +1030,41 @@ def test_a_restored_home_that_lost_an_adoption_goes_on_no_more(world: Path, late
     assert Ledger.restore(world / "home", None).members_lost
     with pytest.raises(LedgerError, match=r"before it adopted the ledger.* without one, "):
         receive(file, kept.read()[public], coordinator)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("shown", ["nothing", "a receipt of the home"])
+def test_no_membership_goes_on_whose_home_lost_the_adoption(
+    world: Path, shown: str, restored: bool
+) -> None:
+    """Whatever a coordinator sends: it may be new to the site, or have a receipt for an answer that
+    the home's ledger paid for. Else whoever had withdrawn at the adopted site would take part."""
+    coordinator, kept, file = SigningKey(), Receipts(world / "receipts.json"), world / "onco.toml"
+    adopt_first(world)
+    shutil.copytree(world / "home", world / "before")
+    adopt_second(world)
+    check_before_joining(load_site(file))
+    public = give_receipt(file, coordinator, kept)
+
+    def receives() -> None:
+        given = json.dumps(kept.read()[public]) if shown != "nothing" else ""
+        noted.accept(SiteWorker(load_site(file), file), given, coordinator.public)
+
+    receives()
+    shutil.copy(world / "home" / "hospital.toml", world / "before")
+    shutil.rmtree(world / "home")
+    shutil.copytree(world / "before", world / "home")
+    if restored:
+        with suppress(LedgerError):
+            receives()
+        Ledger.restore(world / "home", None).accept("records", "officer", declared=[EVERY])
+    assert not hashes_of(Ledger(world / "home"), ["p5"]) <= {*Ledger(world / "home").withdrawn()}
+    asked = [receives, partial(check_before_joining, load_site(file)), partial(adopt_second, world)]
+    for ask in asked:
+        with pytest.raises(LedgerError, match=r"before it adopted the ledger.* without one, "):
+            ask()
+    (found,) = [each.says for each in examine(file) if each.name == "ledger"]
+    assert "before it adopted" in found
 
 
 def test_a_key_withdrawn_again_has_no_column_in_which_it_does_not_stand(world: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from fedtune.core.config import SiteTable
 from fedtune.core.ledger import chain, files
-from fedtune.core.ledger.files import sealed_token
+from fedtune.core.ledger.files import Costliest, Paid, sealed_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.wire.keys import SigningKey, canonical
@@ -278,7 +278,8 @@ def test_a_receipt_that_is_not_this_sites_is_refused_and_forgotten(used: Ledger)
     coordinator, stranger = SigningKey(), SigningKey()
     good = receipt(coordinator, used.head_statement())
     signed = stranger.sign(canonical({"ledger_seq": 99, "ledger_hash": "00" * 32}))
-    statement = {"seq": 99, "hash": "00" * 32, "signature": signed, "steps": 0, "bare": 0}
+    counts = Paid()._asdict() | Costliest()._asdict()
+    statement = {"seq": 99, "hash": "00" * 32, "signature": signed, **counts}
     foreign = {"token": sealed_token(stranger, statement)}
     inside = {"token": sealed_token(used.key, statement)}  # ours to read, another's to sign
     cut = {"token": str(good["token"])[:-2]}

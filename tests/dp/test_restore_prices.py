@@ -10,6 +10,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -18,14 +19,14 @@ from fedtune.core.config import PolicyTable
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger import restore as restore_module
 from fedtune.core.ledger.entries import EVERY, Earlier, Gone
-from fedtune.core.ledger.files import Paid, opened_token
+from fedtune.core.ledger.files import Costliest, Paid, opened_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import budget
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
 from tests.dp.ledger_kit import charge, covers, run_round, total, yes
 
-COUNTS = ("steps", "bare", "paid_signature")
+COUNTS = ("steps", "bare", *Costliest._fields, "paid_signature")
 
 
 def as_of_an_older_release(folder: Path) -> None:
@@ -265,17 +266,103 @@ def test_what_only_the_copy_has_is_charged_and_decided(
     assert total(Ledger.restore(folder, tmp_path / "copy")) == before
 
 
+def run_branch(folder: Path, rounds: int, sigma: float) -> tuple[dict[str, Any], SigningKey]:
+    """Run a coordinator's study of `rounds` rounds. Return the coordinator's receipt for the newest
+    answer, which the site has not seen yet, and the coordinator."""
+    coordinator, ledger = SigningKey(), Ledger(folder)
+    for number in range(rounds):
+        study = "sha256:" + coordinator.public
+        run_round(ledger, number, done=charge(number, sigma=sigma, study=study))
+    newest = receipt(coordinator, ledger.head_statement(coordinator=coordinator.public))
+    return newest, coordinator
+
+
+@pytest.mark.parametrize("lost", ["database", "database and step log", "newest entries", "nothing"])
+def test_a_receipt_of_a_lost_branch_is_not_taken_for_a_charge_of_its_number(
+    folder: Path, tmp_path: Path, lost: str
+) -> None:
+    """A study ran, the folder was put back to before it, and another study went on from there. Then
+    the ledger was restored for another reason, or for the other coordinator's receipt. That charges
+    for lost entries with the numbers of the first study's, which it knows nothing of."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    early = shutil.copytree(folder, tmp_path / "early")
+    first, its_coordinator = run_branch(folder, rounds=3, sigma=0.5)
+    shutil.rmtree(folder)
+    shutil.copytree(early, folder)
+    second, other_coordinator = run_branch(folder, rounds=5, sigma=1.0)
+    if "database" in lost:
+        (folder / "ledger.db").unlink()
+        if "log" in lost:
+            shutil.copy2(early / "steps.jsonl", folder)
+    elif lost == "newest entries":
+        shutil.copy2(early / "ledger.db", folder)
+    else:
+        shutil.rmtree(folder)
+        shutil.copytree(early, folder)
+        with pytest.raises(LedgerError, match="the coordinator holds a receipt"):
+            Ledger(folder).accept_receipt(second, other_coordinator.public)
+    restored = Ledger.restore(folder, early)
+    assert covers(total(restored), {1.0: 24})
+    restored.accept_receipt(second, other_coordinator.public)  # though the site never stored it
+    with pytest.raises(LedgerError, match="the coordinator holds a receipt"):
+        restored.accept_receipt(first, its_coordinator.public)
+    again = Ledger.restore(folder, early)
+    assert covers(total(again), {1.0: 24, 0.5: 12})
+    again.accept_receipt(first, its_coordinator.public)
+    run_round(again, 9)
+
+
+def test_lost_rounds_cost_what_anchor_or_receipt_says_they_cost_at_most(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Ledger and step log were put back together: nothing else says that the rounds had less noise
+    than any that is left, a larger sampling rate, and more records of a patient."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    early = shutil.copytree(folder, tmp_path / "early")
+    costly = replace(charge(2, sigma=0.5), sampling_rate=0.4, records=3)
+    run_round(ledger, 2, done=costly)
+    run_round(ledger, 3)
+    for name in ("ledger.db", "steps.jsonl"):
+        shutil.copy2(early / name, folder)
+    *_, lost = Ledger.restore(folder).charges("notes")
+    assert (lost.steps, lost.noise_multiplier) == (8, 0.5)
+    assert (lost.sampling_rate, lost.records) == (0.4, 3)
+
+
+def test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent(folder: Path) -> None:
+    """The newest may never have come there: the coordinator then sends the receipt before it. A
+    membership's last two do not displace those of another one."""
+    ledger, sent = Ledger(folder), list[dict[str, Any]]()
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    coordinators = [SigningKey(), SigningKey()]
+    for round_ in range(3):
+        run_round(ledger, round_)
+        for key in coordinators:
+            for name in ("north", "south"):
+                statement = ledger.head_statement(membership=name, coordinator=key.public)
+                sent += [receipt(key, statement)] * (round_ > 0)
+        enter(ledger, "withdraw", round_)
+    (folder / "ledger.db").unlink()
+    restored = Ledger.restore(folder)
+    for one in sent:
+        restored.accept_receipt(one, one["coordinator"], ("north", "south"))
+
+
 class Site:
     """A ledger to which anything happens in turn, with a backup and a copy of its step log. If
-    `damaged`, its database is never lost, but one of its first rows is; then a round may be the
-    costliest that is not in the backup."""
+    `damaged`, its database is never lost, but one of its first rows is. If not, the anchor may be
+    of an older release, which does not say what the costliest round cost; then the first one is."""
 
     def __init__(self, folder: Path, chance: random.Random, damaged: bool) -> None:
         self.folder, self.chance, self.count = folder, chance, 0
-        self.damaged = damaged
+        self.damaged, self.is_older = damaged, chance.random() < 0.4
         self.ledger = Ledger(folder)
         self.ledger.declare("notes", [], "sha256:0", [b"ann"], keys=[b"ann"])
-        run_round(self.ledger, 1)  # the costliest
+        run_round(self.ledger, 1)
         self.back_up()
 
     def back_up(self) -> None:
@@ -285,7 +372,7 @@ class Site:
 
     def act(self) -> None:
         self.count += 1
-        sigmas = [0.5, 1.0, 2.0] if self.damaged else [1.0, 2.0]
+        sigmas = [1.0, 2.0] if self.is_older and not self.damaged else [0.5, 1.0, 2.0]
         sigma, steps = self.chance.choice(sigmas), self.chance.choice([1, 3, 4])
         one = charge(self.count + 1, sigma=sigma, steps=steps)
         match self.chance.choice(
@@ -319,7 +406,7 @@ class Site:
             (self.folder / "ledger.db").unlink()
         if self.chance.random() < 0.6:
             (self.folder / "steps.jsonl").write_bytes(self.log)
-        if self.chance.random() < 0.2:
+        if self.is_older and self.chance.random() < 0.5:
             as_of_an_older_release(self.folder)
         self.ledger = Ledger.restore(self.folder, self.copy)
         return covers(total(self.ledger), before)

@@ -2,7 +2,7 @@
 it.
 
     adopted.json    in the membership's state folder: number and hash of each entry of that ledger,
-                    the numbers for which a restore of it had charged, and the entry of the
+                    and of each for which a restore of it had charged; and the entry of the
                     hospital's ledger at which the adoption was complete; 0600
 
 A coordinator stores the newest receipt of each site by the site's public key, which an adoption
@@ -12,8 +12,8 @@ answered once, that receipt is for an entry of the adopted ledger.
 | had the entry                          | its charges are in the hospital's ledger: the order     |
 |                                        | goes on                                                 |
 | lacked it, as it had been put back     | LedgerError: charges are in no ledger                   |
-| had it, but the hospital's ledger was  | LedgerError: the hospital's ledger lost the charges     |
-| put back to before the adoption        |                                                         |
+| had it, but the hospital's ledger was  | LedgerError, whoever sends what: the hospital's ledger  |
+| put back to before the adoption        | lost the charges (`check_has_adopted`)                  |
 | was adopted by an earlier release,     | the receipt is refused as one for no ledger of the site |
 | which did not write this file          |                                                         |
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
@@ -52,59 +52,64 @@ PUT_BACK = (
 )
 
 
-class Known(NamedTuple):
-    """The entries that a ledger accounts for.
+def note_adopted(state: Path, known: Collection[Head], at: Head) -> None:
+    """Write down which entries the ledger in a state folder accounts for, before the ledger is
+    taken away.
 
-    - heads: number and hash of each entry that it has, or for whose branch a restore charged
-    - gaps: the first and the last number of lost entries for which a restore charged"""
+    - state: the state folder
+    - known: number and hash of each entry that the ledger has, or for which a restore charged
+    - at: the newest entry of the hospital's ledger, which has all its charges then
 
-    heads: Collection[Head]
-    gaps: Collection[tuple[int, int]]
-
-    def has(self, head: Head) -> bool:
-        return head in self.heads or any(low <= head.seq <= high for low, high in self.gaps)
-
-
-def note_adopted(state: Path, known: Known, at: Head) -> None:
-    """Write down which entries the ledger in the state folder `state` accounts for, before the
-    ledger is taken away. at: the newest entry of the hospital's ledger, which has all its charges
-    then. Errors: InfrastructureError."""
-    content = {"heads": sorted(map(list, known.heads)), "gaps": sorted(map(list, known.gaps))}
-    content["at"] = list(at)
+    Errors: InfrastructureError."""
+    content = {"heads": sorted(map(list, known)), "at": list(at)}
     replace(state / ADOPTED, canonical(content), private=True)
 
 
-def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, home: Ledger) -> bool:
-    """Return whether a receipt is for an entry that the adopted ledger accounted for; False if it
-    is no receipt for that ledger, or this site never had a ledger of its own.
+def check_has_adopted(state: Path, home: Ledger | None) -> None:
+    """Check that a hospital's ledger has what it adopted from the ledger that a membership had
+    before. If it does not, the membership does nothing: its charges are in no ledger, and patients
+    who withdrew there would take part. Whether the ledger was put back, or a restore lost the
+    adoption, does not matter: a restore may have charged for the lost entry, but whether it also
+    knows who had withdrawn must not decide what a coordinator is answered.
 
-    - state: the membership's state folder, with its key, which was the adopted ledger's
-    - receipt: the fields that the coordinator made (`wire.seal.receipt`)
-    - coordinator: the public key (hexadecimal) that must have countersigned
-    - home: the hospital's ledger
+    - state: the membership's state folder
+    - home: the hospital's ledger; None if there is none
 
-    Errors: LedgerError if it is for an entry that the adopted ledger lacked, or if the hospital's
-    ledger lacks what it adopted."""
+    Errors: LedgerError."""
     if not (state / ADOPTED).exists():
-        return False
-    key = SigningKey.at(state / KEY)
-    head = head_in(opened_token(key, receipt.get("token")), key.public)
-    if head is None or not is_countersigned(receipt, coordinator):
-        return False
-    known, at = _read(state / ADOPTED)
-    # A restore that lost this entry may have charged for it, but whether it also knows who had
-    # withdrawn must not decide what a coordinator is answered.
-    if not home.has_entry(at):
+        return
+    _, at = _read(state / ADOPTED)
+    if home is None or not home.has_entry(at):
+        where = home.folder if home else "the hospital's home"
         raise LedgerError(
-            f"{home.folder}: the hospital's ledger was put back to before it adopted the ledger of "
-            f"{state}, so that the adopted charges and withdrawals are not in it",
+            f"{where}: the hospital's ledger was put back to before it adopted the ledger of "
+            f"{state}, or a restore lost the adoption, so that the adopted charges and withdrawals "
+            "are not in it",
             "the ledger as it was after the adoption",
             "`fedtune ledger SITE --restore --from COPY`, with a copy that was made since; without "
             "one, withdraw again whoever withdrew before the adoption (the copy of the state "
             "folder that it kept has their receipts), and lower max_epsilon in hospital.toml by "
             "what was charged in that copy; then end this membership and add another one",
         )
-    if not known.has(head):
+
+
+def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) -> bool:
+    """Return whether a receipt is for an entry that the adopted ledger accounted for; False if it
+    is no receipt for that ledger, or this site never had a ledger of its own.
+
+    - state: the membership's state folder, with its key, which was the adopted ledger's
+    - receipt: the fields that the coordinator made (`wire.seal.receipt`)
+    - coordinator: the public key (hexadecimal) that must have countersigned
+
+    Errors: LedgerError if it is for an entry that the adopted ledger lacked."""
+    if not (state / ADOPTED).exists():
+        return False
+    key = SigningKey.at(state / KEY)
+    head = head_in(opened_token(key, receipt.get("token")), key.public)
+    if head is None or not is_countersigned(receipt, coordinator):
+        return False
+    known, _ = _read(state / ADOPTED)
+    if head not in known:
         raise LedgerError(
             f"{state}: the ledger that the hospital's ledger adopted had been put back: the "
             f"coordinator holds a receipt for its entry {head.seq}, which was not in it, so that "
@@ -115,15 +120,14 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str, ho
     return True
 
 
-def _read(path: Path) -> tuple[Known, Head]:
+def _read(path: Path) -> tuple[set[Head], Head]:
     """Read what `note_adopted` wrote. Errors: LedgerError."""
     try:
         content = json.loads(
             reading.content(path, "a note of an adopted ledger", PUT_BACK, LedgerError)
         )
         heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
-        gaps = [(int(low), int(high)) for low, high in content["gaps"]]
         seq, hash_ = content["at"]
-        return Known(heads, gaps), Head(int(seq), str(hash_))
+        return heads, Head(int(seq), str(hash_))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LedgerError(f"{path}: damaged", "the note as it was written", PUT_BACK) from None

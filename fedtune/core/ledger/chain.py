@@ -4,7 +4,8 @@ be sent again.
 
     ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
     ledger.head     signed (seq, hash) of the newest entry, and signed counts of what was charged up
-                    to it, written after the entry is on disk
+                    to it, written after the entry is on disk; and the last heads that each
+                    coordinator was sent, by which a restore knows their receipts
     ledger.receipt  the newest heads that coordinators countersigned
     site.key, salt  this site's key (Ed25519) and the salt of the member hashes; 0600
     outbox/         updates that may be sent again
@@ -47,6 +48,7 @@ from fedtune.core.ledger.files import (
     RECEIPT,
     RESTORE,
     SALT,
+    Costliest,
     Head,
     LedgerError,
     Mark,
@@ -54,9 +56,12 @@ from fedtune.core.ledger.files import (
     NoRoom,
     Paid,
     ReceiptLog,
+    add_stated,
+    encode_anchor,
     prepare,
     read_anchor,
     read_receipts,
+    read_stated,
     salt_at,
     state,
 )
@@ -87,14 +92,29 @@ class Entry(NamedTuple):
 
 
 def count_paid(kind: str, body: Mapping[str, Any]) -> Paid:
-    """Return what an entry charges. Two kinds charge: "reserve", for a round or for one charge of
-    an adopted ledger, and "restore", for all that a restore had to charge. kind, body: the
-    entry's."""
-    charges = [body["charge"]] if kind == "reserve" else []
-    if kind == "restore":
-        charges = body["charges"]
+    """Return what an entry charges. kind, body: the entry's."""
+    charges = _charges_in(kind, body)
     noised = sum(charge["steps"] for charge in charges if charge["noise_multiplier"] > 0)
     return Paid(noised, sum(charge["noise_multiplier"] <= 0 for charge in charges))
+
+
+def find_costliest(kind: str, body: Mapping[str, Any]) -> Costliest:
+    """Return bounds on what a step costs that an entry charges. kind, body: the entry's."""
+    found = Costliest()
+    for charge in _charges_in(kind, body):
+        if charge["noise_multiplier"] > 0:
+            rate, records = float(charge["sampling_rate"]), charge["records"]
+            found = found.plus(Costliest(float(charge["noise_multiplier"]), rate, records))
+    return found
+
+
+def _charges_in(kind: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the charges of an entry. Two kinds have any: "reserve", for a round or for one charge of
+    an adopted ledger, and "restore", for all that a restore had to charge. kind, body: the
+    entry's."""
+    if kind == "restore":
+        return list(body["charges"])
+    return [body["charge"]] if kind == "reserve" else []
 
 
 def entry_hash(prev: str, kind: str, body: bytes) -> str:
@@ -254,9 +274,8 @@ class Database:
         self._fold = fold
         self._mutex = threading.RLock()
         self._head: Head | None = None
-        self._paid = Paid()  # what all entries up to `_head` charge
-        self._gaps: list[tuple[int, int]] = []  # lost entries that a restore charged for
-        self._settled: set[Head] = set()  # heads of a lost branch, likewise
+        self._paid, self._costliest = Paid(), Costliest()  # of all entries up to `_head`
+        self._settled: set[Head] = set()  # lost entries that a restore charged for
         with named(folder):
             prepare(folder)
             self.key = SigningKey.at(folder / KEY)
@@ -327,17 +346,17 @@ class Database:
             if entry.seq == 0:
                 check_first(self.path, entry, self.key.public, self.salt)
             if entry.kind == "restore":
-                self._gaps.append((entry.body["base"] + 1, entry.body["highest"]))
                 self._settled |= {Head(*pair) for pair in entry.body["settled"]}
             try:
                 self._fold(entry)
                 paid = self._paid.plus(count_paid(entry.kind, entry.body))
+                costliest = self._costliest.plus(find_costliest(entry.kind, entry.body))
             except (TypeError, KeyError) as error:
                 raise LedgerError(
                     f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",
                     todo="use the version of fedtune that wrote it, or a newer one",
                 ) from None
-            self._head, self._paid = head, paid
+            self._head, self._paid, self._costliest = head, paid, costliest
         if last is None:
             raise _build_damaged_error(self.path, "entries were taken out")
         check_signature(self.path, self.key.public, *last)
@@ -361,9 +380,9 @@ class Database:
                 raise LedgerError(
                     f"{path}: cut short, edited, or signed by another key", todo=RESTORE
                 )
-            if anchor == Mark(head, self._paid):
+            if anchor == Mark(head, self._paid, self._costliest):
                 return
-            if not self.knows(connection, anchor.head):
+            if not self.names(connection, anchor.head):
                 raise LedgerError(
                     f"{self.path}: rolled back: {HEAD} names entry {anchor.head.seq}, which is not "
                     f"in it (newest: {head.seq})",
@@ -371,29 +390,38 @@ class Database:
                 )
         elif head.seq > 0 or not (self.folder / NEW).exists():
             raise LedgerError(f"{path}: missing", todo=RESTORE)
-        replace(path, canonical(self.statement()), private=True)
+        stated = read_stated(path, self.key.public)
+        replace(path, encode_anchor(self.statement(), stated), private=True)
+
+    def note_stated(self, coordinator: str, membership: str) -> None:
+        """Note in the anchor that a coordinator is sent the newest entry's head: if the entry is
+        lost, a restore charges for it and then knows the coordinator's receipt. The caller has
+        begun a transaction.
+
+        - coordinator: its public key, in hexadecimal
+        - membership: the membership of a hospital that sends the head; "" for a site with a ledger
+          of its own"""
+        path, statement = self.folder / HEAD, self.statement()
+        stated = read_stated(path, self.key.public)
+        after = add_stated(stated, coordinator, membership, statement)
+        if after != stated:
+            replace(path, encode_anchor(statement, after), private=True)
 
     def statement(self) -> dict[str, Any]:
         """Return the signed statement of the newest entry, and of what was charged up to it."""
-        return state(self.key, self.head, self._paid)
-
-    def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
-        """Return whether the entry `head` is accounted for: either the ledger has it, or it was
-        lost and a restore has charged for what it may have held."""
-        is_in_gap = any(low <= head.seq <= high for low, high in self._gaps)
-        return is_in_gap or self.names(connection, head)
+        return state(self.key, self.head, self._paid, self._costliest)
 
     def names(self, connection: sqlite3.Connection, head: Head) -> bool:
-        """Return whether the ledger has the entry `head`, or a restore names it among those that it
-        charged for. Of the other numbers that a restore charged for, no hash is known."""
+        """Return whether the entry `head` is accounted for: the ledger has it, or it was lost and a
+        restore names it among those that it charged for. A lost entry of which no file had the hash
+        is not accounted for: its number alone does not tell it from an entry of another branch."""
         has_it = head.hash == Transaction(connection, None, None).hash_at(head.seq)
         return has_it or head in self._settled
 
-    def list_known(self, connection: sqlite3.Connection) -> tuple[set[Head], list[tuple[int, int]]]:
-        """Return what `knows` accounts for: the number and hash of each entry, and the first and
-        last number of lost entries for which a restore charged."""
+    def list_known(self, connection: sqlite3.Connection) -> set[Head]:
+        """List number and hash of each entry that is accounted for (`names`)."""
         entries = connection.execute("SELECT seq, hash FROM entries")
-        return {Head(*row) for row in entries} | self._settled, list(self._gaps)
+        return {Head(*row) for row in entries} | self._settled
 
     def note_receipts(self, connection: sqlite3.Connection) -> None:
         """Note in the database, if the file of receipts exists and this is not noted yet, that it
@@ -417,7 +445,7 @@ class Database:
         if not (receipts.every or path.exists()) and has_receipts(connection):
             raise LedgerError(f"{path}: missing", todo=f"put it back, damaged or not; or {RESTORE}")
         for receipt in receipts.every:
-            if not self.knows(connection, receipt.head):
+            if not self.names(connection, receipt.head):
                 raise LedgerError(
                     f"{self.path}: the ledger was rolled back: the coordinator holds a receipt for "
                     f"entry {receipt.head.seq}, which is not in it",

@@ -264,7 +264,7 @@ class Gone:
     """When a unit withdrew in another ledger.
 
     - since: in UTC seconds
-    - paid: how many of that ledger's charges were entered before the withdrawal
+    - paid: how many of that ledger's charges, oldest first, may be of rounds before the withdrawal
     - columns: the columns that told patients apart then; none if they are not known"""
 
     since: int

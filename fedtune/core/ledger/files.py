@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,8 @@ SALT = "salt"
 OUTBOX = "outbox"
 STEPS = "steps.jsonl"
 ASKED = "asked"  # folder beside a ledger: a file (0600) for each draw that waits for a person
+BOUNDS = ">ddQ"  # how a token holds the fields of Costliest
+STATED = 2  # how many of the heads that a coordinator was sent the anchor keeps
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
@@ -84,12 +87,38 @@ class Paid(NamedTuple):
         return more if min(more) >= 0 else None
 
 
+class Costliest(NamedTuple):
+    """Bounds on the cost of a step, which all charges with noise up to an entry keep. By them a
+    restore prices steps that were lost. All are 0 if nothing was charged with noise.
+
+    - noise_multiplier: the smallest σ
+    - sampling_rate: the largest q
+    - records: the most records of a unit that one step may take"""
+
+    noise_multiplier: float = 0.0
+    sampling_rate: float = 0.0
+    records: int = 0
+
+    def plus(self, other: Costliest) -> Costliest:
+        if not (self.records and other.records):
+            return other if other.records else self
+        return Costliest(
+            min(self.noise_multiplier, other.noise_multiplier),
+            max(self.sampling_rate, other.sampling_rate),
+            max(self.records, other.records),
+        )
+
+
 class Mark(NamedTuple):
-    """A head, and what the ledger had charged up to it (`paid`), which is None if an older release
-    signed the head."""
+    """A head, and what the ledger had charged up to it.
+
+    - head: the entry
+    - paid: how much was charged; None if an older release signed the head
+    - costliest: what a step of it cost at most; None if an older release signed the head"""
 
     head: Head
     paid: Paid | None
+    costliest: Costliest | None = None
 
 
 def signed_head(seq: int, hash_: str) -> bytes:
@@ -98,23 +127,53 @@ def signed_head(seq: int, hash_: str) -> bytes:
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
 
 
-def signed_paid(head: Head, paid: Paid) -> bytes:
+def signed_paid(head: Head, paid: Paid, costliest: Costliest | None) -> bytes:
     """Return the bytes that the site signs to state what was charged up to the entry `head`. They
     have a signature of their own, so that older releases, which do not know them, still read the
-    head."""
+    head. costliest: None for the bytes that an older release signed."""
     about = {"ledger_hash": head.hash, "ledger_seq": head.seq}
-    return canonical({**about, "ledger_steps": paid.steps, "ledger_bare": paid.bare})
+    bounds = costliest._asdict() if costliest is not None else {}
+    return canonical({**about, "ledger_steps": paid.steps, "ledger_bare": paid.bare, **bounds})
 
 
-def state(key: SigningKey, head: Head, paid: Paid) -> dict[str, Any]:
+def state(key: SigningKey, head: Head, paid: Paid, costliest: Costliest) -> dict[str, Any]:
     """Return the signed statement of a ledger's newest entry, and of what was charged up to it: the
     content of the anchor file. key: the ledger's signing key."""
     return {
         **head._asdict(),
         "signature": key.sign(signed_head(*head)),
         **paid._asdict(),
-        "paid_signature": key.sign(signed_paid(head, paid)),
+        **costliest._asdict(),
+        "paid_signature": key.sign(signed_paid(head, paid, costliest)),
     }
+
+
+def add_stated(
+    stated: Sequence[Mapping[str, Any]],
+    coordinator: str,
+    membership: str,
+    statement: Mapping[str, Any],
+) -> list[Mapping[str, Any]]:
+    """Return the heads that coordinators were sent, with that of a statement added: for each
+    coordinator and membership the newest STATED of them.
+
+    - stated: such heads, oldest first, as `read_stated` returns them
+    - coordinator: the public key (hexadecimal) of the coordinator that is sent the statement
+    - membership: the membership of a hospital that sends it; "" for a site with a ledger of its own
+    - statement: the signed statement of the ledger's newest entry (`state`)"""
+    whom = {"coordinator": coordinator, "membership": membership}
+    new = whom | {key: statement[key] for key in ("seq", "hash", "signature")}
+    same = [row for row in stated if row != new and whom.items() <= row.items()]
+    others = [row for row in stated if not whom.items() <= row.items()]
+    return [*others, *same[1 - STATED :], new]
+
+
+def encode_anchor(statement: dict[str, Any], stated: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the content of the anchor file.
+
+    - statement: the signed statement of the ledger's newest entry (`state`)
+    - stated: the newest heads that each coordinator was sent (`add_stated`)"""
+    return canonical({**statement, "stated": list(stated)} if stated else statement)
 
 
 def head_in(statement: Any, public: str) -> Head | None:
@@ -135,19 +194,28 @@ def head_in(statement: Any, public: str) -> Head | None:
     return None
 
 
-def paid_in(statement: Any, public: str, head: Head) -> Paid | None:
-    """Return what was charged up to the entry `head`, as a signed statement (`state`) or a row of
-    the receipts holds it. None if an older release wrote the statement, which then has no counts,
-    or if the key `public` did not sign the counts; a restore then counts entries, and charges no
-    less."""
+def mark_in(statement: Any, public: str, head: Head) -> Mark:
+    """Return the entry `head` with what was charged up to it, as a signed statement (`state`) or a
+    row of the receipts holds it. The counts are None if an older release wrote the statement, which
+    then has none, or if the key `public` did not sign them; a restore then counts entries, and
+    charges no less."""
     try:
-        paid = Paid(statement["steps"], statement["bare"])
-        if all(type(count) is int for count in paid):
-            signed = verifies(public, signed_paid(head, paid), statement["paid_signature"])
-            return paid if signed else None
+        paid, costliest = counts_of(statement)
+        is_whole = all(type(count) is int for count in paid)
+        signed = signed_paid(head, paid, costliest)
+        if is_whole and verifies(public, signed, statement["paid_signature"]):
+            return Mark(head, paid, costliest)
     except (ValueError, TypeError, KeyError):
         pass
-    return None
+    return Mark(head, None)
+
+
+def counts_of(statement: Mapping[str, Any]) -> tuple[Paid, Costliest | None]:
+    """Return what a statement, or a token that was opened, says was charged, without a check of who
+    signed it. Errors: KeyError if it has no counts, as that of an older release."""
+    paid, bounds = Paid(statement["steps"], statement["bare"]), Costliest._fields
+    named = all(name in statement for name in bounds)
+    return paid, Costliest(*(statement[name] for name in bounds)) if named else None
 
 
 def sealed_token(
@@ -157,8 +225,8 @@ def sealed_token(
     hexadecimal text of constant length.
 
     - key: the ledger's signing key, from which the cipher's key is derived
-    - statement: seq, hash and signature of the newest entry, with steps and bare, which were
-      charged up to it (`Database.statement`)
+    - statement: seq, hash and signature of the newest entry, with what was charged up to it
+      (`Database.statement`)
     - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
     - membership: the membership of a hospital that sends the token, and alone can open it; "" for a
       site with a ledger of its own
@@ -169,7 +237,9 @@ def sealed_token(
     membership opens the token, so that nobody can use tokens to test whether two sites are one
     hospital."""
     head = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}"
-    text = f"{head}{audit:>80}{statement['steps']:012d}{statement['bare']:012d}".encode()
+    counts = f"{statement['steps']:012d}{statement['bare']:012d}"
+    bounds = struct.pack(BOUNDS, *(statement[name] for name in Costliest._fields)).hex()
+    text = f"{head}{audit:>80}{counts}{bounds}".encode()
     nonce = os.urandom(12)
     cipher = AESGCM(key.derive("ledger token"))
     return (nonce + cipher.encrypt(nonce, text, membership.encode() or None)).hex()
@@ -177,9 +247,9 @@ def sealed_token(
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
     """Decrypt a token that `sealed_token` made for a statement of the ledger's newest entry. Return
-    that statement and the audit log's head, as {seq, hash, signature, audit, steps, bare}, without
-    the last two if an older release made the token; {} if this site did not make the token, or made
-    it for another membership.
+    that statement and the audit log's head, as {seq, hash, signature, audit} and the fields of Paid
+    and Costliest, without those that an older release did not put into the token; {} if this site
+    did not make the token, or made it for another membership.
 
     - key: the ledger's signing key
     - token: the token in hexadecimal, as it was received
@@ -187,11 +257,16 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
       it must be of a site with a ledger of its own"""
     cipher = AESGCM(key.derive("ledger token"))
     for membership in memberships or ("",):
-        with suppress(ValueError, InvalidTag):
+        with suppress(ValueError, InvalidTag, struct.error):
             raw, bound = bytes.fromhex(str(token)), membership.encode() or None
             text = cipher.decrypt(raw[:12], raw[12:], bound).decode()
             statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
-            counts = {"steps": int(text[284:296]), "bare": int(text[296:])} if text[284:] else {}
+            counts = dict[str, Any]()
+            if text[284:]:
+                counts = {"steps": int(text[284:296]), "bare": int(text[296:308])}
+            if text[308:]:
+                bounds = struct.unpack(BOUNDS, bytes.fromhex(text[308:]))
+                counts |= zip(Costliest._fields, bounds, strict=True)
             return statement | {"audit": text[204:284].strip()} | counts
     return {}
 
@@ -218,9 +293,23 @@ def read_anchor(path: Path, public: str) -> Mark | None:
     try:
         content = json.loads(_content(path))
         head = head_in(content, public)
-        return Mark(head, paid_in(content, public, head)) if head else None
+        return mark_in(content, public, head) if head else None
     except (ValueError, RecursionError):
         return None
+
+
+def read_stated(path: Path, public: str) -> list[dict[str, Any]]:
+    """Read from the anchor file `path` the newest heads that each coordinator was sent, oldest
+    first: dicts with coordinator, membership, seq, hash and signature. A row that the key `public`
+    did not sign is left out. The result is empty if there is no such file, if it is torn, or if an
+    earlier release wrote it."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(_content(path)).get("stated", [])
+        return [dict(row) for row in rows if head_in(row, public)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _content(path: Path) -> bytes:
@@ -233,26 +322,29 @@ class Receipt(NamedTuple):
     - coordinator: which coordinator countersigned
     - head: the entry, by its number and hash
     - signature: this site's own signature of the head
-    - paid: what was charged up to the head; None if an older release made the token
-    - paid_signature: this site's own signature of it; "" if `paid` is None"""
+    - paid, costliest: what was charged up to the head, as in `Mark`; None if an older release made
+      the token
+    - paid_signature: this site's own signature of the two; "" if `paid` is None"""
 
     coordinator: str
     head: Head
     signature: str
     paid: Paid | None = None
     paid_signature: str = ""
+    costliest: Costliest | None = None
 
     @property
     def mark(self) -> Mark:
-        return Mark(self.head, self.paid)
+        return Mark(self.head, self.paid, self.costliest)
 
     @property
     def row(self) -> dict[str, Any]:
-        """The receipt as it is stored, for `head_in` and `paid_in` to read."""
+        """The receipt as it is stored, for `head_in` and `mark_in` to read."""
         row = {"coordinator": self.coordinator, **self.head._asdict(), "signature": self.signature}
         if self.paid is None:
             return row
-        return {**row, **self.paid._asdict(), "paid_signature": self.paid_signature}
+        bounds = self.costliest._asdict() if self.costliest is not None else {}
+        return {**row, **self.paid._asdict(), **bounds, "paid_signature": self.paid_signature}
 
 
 class ReceiptLog(NamedTuple):
@@ -299,9 +391,10 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
             for row in content[name]:
                 if (head := head_in(row, public)) is None:
                     return None
-                paid = paid_in(row, public, head)
+                _, paid, costliest = mark_in(row, public, head)
                 by = row["paid_signature"] if paid else ""
-                receipts.append(Receipt(str(row["coordinator"]), head, row["signature"], paid, by))
+                given = str(row["coordinator"]), head, row["signature"]
+                receipts.append(Receipt(*given, paid, by, costliest))
             lists.append(tuple(receipts))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

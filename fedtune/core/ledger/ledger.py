@@ -76,8 +76,8 @@ from fedtune.core.ledger.files import (
     Head,
     LedgerError,
     NoRoom,
-    Paid,
     Receipt,
+    counts_of,
     head_in,
     is_countersigned,
     newer_name,
@@ -776,15 +776,21 @@ class Ledger:
         self._read()
         return self._released_bytes((study, round_, adapter))
 
-    def head_statement(self, audit: str = "", membership: str = "") -> dict[str, Any]:
+    def head_statement(
+        self, audit: str = "", membership: str = "", coordinator: str = ""
+    ) -> dict[str, Any]:
         """Return {"token": …}: the ledger's newest entry and the audit log's head, encrypted so
         that only this site can read them. The coordinator countersigns the token without reading
-        it.
+        it. The anchor notes first that this coordinator is sent the entry's head.
 
+        - coordinator: the public key (hexadecimal) of the coordinator; "" if no plan was signed
         - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
         - membership: the membership of a hospital that sends the token; "" for a site with a ledger
           of its own"""
         with self._store.writing():
+            # Without the note, a restore only charges more. A full disk must not end the answer.
+            with suppress(OSError, InfrastructureError):
+                self._store.note_stated(coordinator, membership)
             statement = self._store.statement()
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
@@ -818,10 +824,10 @@ class Ledger:
         with self._store.writing() as writer:
             new = Receipt(coordinator_public, head, str(statement["signature"]))
             if "steps" in statement:  # signed here: the token is encrypted by this site, as a whole
-                paid = Paid(statement["steps"], statement["bare"])
-                signature = self.key.sign(signed_paid(head, paid))
-                new = new._replace(paid=paid, paid_signature=signature)
-            after = writer.receipts.plus(new, self._store.knows(writer.sql, new.head))
+                paid, costliest = counts_of(statement)
+                signature = self.key.sign(signed_paid(head, paid, costliest))
+                new = new._replace(paid=paid, paid_signature=signature, costliest=costliest)
+            after = writer.receipts.plus(new, self._store.names(writer.sql, new.head))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
                 self._store.note_receipts(writer.sql)

@@ -9,13 +9,13 @@ Guarantee: a restored ledger charges at least what was spent.
    decisions count as those of all rows.
 2. Steps in the step log that neither charged are charged, whole rounds at a time.
 3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
-   were charged up to the entry that they name. Each of these steps that neither the base nor the
-   step log has is charged with the smallest σ, the largest q (sampling rate) and the largest k
-   (rows of a unit in a step) that are known. An entry that is newer than the anchor and all
-   receipts is charged by its row in the old database. If that row cannot be read, it is charged as
-   a round, with as many steps as the longest round that is known. An anchor or a receipt of an
-   older release holds no counts: entries that only such a file names are charged in the same way,
-   by their rows or as rounds.
+   were charged up to the entry that they name, and the smallest σ, the largest q (sampling rate)
+   and the largest k (rows of a unit in a step) of them. Each of these steps that neither the base
+   nor the step log has is charged with the smallest σ, and the largest q and k, that they or the
+   known charges have. An entry that is newer than the anchor and all receipts is charged by its row
+   in the old database. If that row cannot be read, it is charged as a round, with as many steps as
+   the longest round that is known. An anchor or a receipt of an older release holds no counts:
+   entries that only such a file names are charged in the same way, by their rows or as rounds.
 | case                                                      | the charge                      |
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
 | lost steps, but no round known to price them              | exhausted                       |
@@ -36,10 +36,12 @@ Why it charges no more for withdrawals, arrivals, declarations and signatures, w
 entries: a count holds none of them, so ε after a restore does not tell how many were lost. Where
 there are no counts, ε still does, and a charge of an adopted ledger that stands for several rounds
 then counts as one, if it is lost.
-Restored charges count against every dataset. The numbers of lost entries are never used again, so a
-receipt for a lost entry is recognised as charged. If the step log is complete, step 2 alone covers
-every update that left the site. If log and ledger were rolled back together, step 3 assumes that no
-lost round cost more than the costliest one known. No other process of the site may train during a
+Restored charges count against every dataset. A receipt for a lost entry is recognised as charged if
+anchor, receipts or rows held the entry's hash: the anchor holds the last heads that each
+coordinator was sent. The numbers of lost entries are never used again. If the step log is complete,
+step 2 alone covers every update that left the site. If log and ledger were rolled back together,
+and an older release signed the newest anchor or receipt, step 3 assumes that no lost round cost
+more than the costliest one known. No other process of the site may train during a
 restore.
 Withdrawals, refused answers and a freeze that the chain lacks are known to the caller (`Standing`),
 or from those rows of the old database that can still be read and that the site signed. They are
@@ -63,7 +65,7 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -86,6 +88,7 @@ from fedtune.core.ledger.chain import (
     connect,
     count_paid,
     entry_hash,
+    find_costliest,
     first_body,
     has_receipts,
     mark_receipts,
@@ -110,17 +113,20 @@ from fedtune.core.ledger.files import (
     RECEIPT,
     SALT,
     STEPS,
+    Costliest,
     Head,
     LedgerError,
     Mark,
     NewerLedger,
     Paid,
     ReceiptLog,
+    encode_anchor,
     read_anchor,
     read_receipts,
+    read_stated,
     state,
 )
-from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.core.wire.keys import SigningKey, verifies
 
 SALT_LOST = "restored without a salt that is known to be its own"  # begins why it is frozen
 MOST_PROBED = 1_000_000  # numbers of entries between damaged pages that are looked up one by one
@@ -184,6 +190,14 @@ class _Base:
                 heads += [Head(*pair) for pair in entry.body["settled"]]
         return heads
 
+    @property
+    def costliest(self) -> Costliest:
+        """Bounds on what a step costs that the chain charged with noise."""
+        found = Costliest()
+        for entry in self.entries:
+            found = found.plus(find_costliest(entry.kind, entry.body))
+        return found
+
     def paid(self, seq: int) -> Paid:
         """Return what the chain's entries up to number `seq` charge."""
         total = Paid()
@@ -230,12 +244,10 @@ class _Base:
         return self.holds(head) or (self.beside is not None and self.beside.holds(head))
 
     def holds(self, head: Head) -> bool:
-        for entry in self.entries:
-            if entry.kind == "restore":
-                gap = entry.body
-                if gap["base"] < head.seq <= gap["highest"] or [*head] in gap["settled"]:
-                    return True
-        return self.has(head)
+        """Return whether this chain holds an entry, or an earlier restore in it names the entry
+        among those that it charged for."""
+        restores = [entry.body for entry in self.entries if entry.kind == "restore"]
+        return self.has(head) or any([*head] in body["settled"] for body in restores)
 
 
 def _charges_of(entries: list[Entry]) -> list[Charge]:
@@ -323,6 +335,7 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
+    stated = read_stated(folder / HEAD, key.public) if anchor else []
     heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor.head] if anchor else [])
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
@@ -332,7 +345,8 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     rows_beside, parted_at = _rows_beside(base, rows, key.public)
     base = dataclasses.replace(base, rows_beside=rows_beside, parted_at=parted_at)
     stands = _add_readable(stands, rows, key.public, base)
-    entry_body = _restore_body(folder, base, receipts, anchor, rows, key.public)
+    sent = [Head(row["seq"], row["hash"]) for row in stated]
+    entry_body = _restore_body(folder, base, receipts, anchor, sent, rows, key.public)
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -367,10 +381,12 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     if is_frozen:
         with suppress(NotGenuine, InfrastructureError):  # of a damaged log, which counts as one too
             AuditLog(folder, key).add("freeze", "--restore", once=1)
-    paid = base.paid(base.seq)
+    paid, costliest = base.paid(base.seq), base.costliest
     for entry in writer.pending:
         paid = paid.plus(count_paid(entry.kind, entry.body))
-    _install(folder, draft, base.salt, canonical(state(key, writer.head, paid)), receipts)
+        costliest = costliest.plus(find_costliest(entry.kind, entry.body))
+    new_anchor = encode_anchor(state(key, writer.head, paid, costliest), stated)
+    _install(folder, draft, base.salt, new_anchor, receipts)
 
 
 def _say_salt_lost(withdrawn: int) -> str:
@@ -678,6 +694,7 @@ def _restore_body(
     base: _Base,
     receipts: ReceiptLog | None,
     anchor: Mark | None,
+    sent: list[Head],
     rows: list[tuple[Any, ...]],
     public: str,
 ) -> dict[str, Any]:
@@ -688,6 +705,8 @@ def _restore_body(
     - receipts: the receipts in `folder`; None if they cannot be read, which counts as no receipts
     - anchor: what the anchor (the file that names the newest entry) holds; None if it is missing or
       cannot be read
+    - sent: the heads that the anchor says coordinators were sent. They are of its own chain, so
+      what is charged for the anchor is charged for them
     - rows: the rows of the old database that can be read, as `_readable_rows` returns them
     - public: the public half (hexadecimal) of the site's key
 
@@ -696,8 +715,8 @@ def _restore_body(
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
     the old database show it. `plans` are the plans that such a row or the step log names and the
     base does not, each with its membership: they had begun, too. `settled` lists the [number,
-    hash] of each entry that anchor, receipts or the backup name and the base lacks, so that a later
-    restore sees that it is charged. `members_lost` is there unless the folder's own chain is whole.
+    hash] of each entry that anchor, receipts or the backup name and the base lacks: these alone
+    count as charged from now on. `members_lost` is there unless the folder's own chain is whole.
     Entries may then be lost, as where anything is charged, and with them what the ledger knew of
     rounds and of records: which updates it released, which records were declared public or
     generated, and on whom was trained. What follows from it does not depend on what was lost."""
@@ -706,7 +725,7 @@ def _restore_body(
     columns = _readable_columns(rows, public)
     plans = _list_plans(folder / STEPS, rows, public, base)
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
-    heads += base.heads_beside
+    heads += [*sent, *base.heads_beside]
     unknown = [head for head in dict.fromkeys(heads) if not base.holds(head)]
     beside = base.charges_beside
     logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
@@ -735,7 +754,9 @@ def _restore_body(
     ):
         charges.append(EXHAUSTED)
     elif unexplained:
-        charges.append(_bound_charge(known_charges, unexplained))
+        marks = [receipt.mark for receipt in log.every] + ([anchor] if anchor else [])
+        bounds = [mark.costliest for mark in marks if not base.holds(mark.head)]
+        charges.append(_bound_charge(known_charges, bounds, unexplained))
     # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
     rules = min((c.rules for c in (*base.charges, *readable)), default=RULES)
     charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
@@ -979,18 +1000,27 @@ def _round_key(charge: Charge) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _bound_charge(charges: list[Charge], steps: int) -> Charge:
-    """Return one charge that costs at least as much as `steps` steps, each of which may be a step
-    of any of `charges`: it has their smallest σ, and their largest q and k. (ε decreases in σ and
-    increases in q, steps and k.)"""
+def _bound_charge(charges: list[Charge], bounds: Sequence[Costliest | None], steps: int) -> Charge:
+    """Return one charge that costs at least as much as a number of steps, whichever they are: it
+    has the smallest σ, and the largest q and k. (ε decreases in σ and increases in q, steps and k.)
+
+    - charges: charges that are known, at least one; a step may be one of theirs
+    - bounds: what anchor and receipts say a step may cost; None where an older release wrote them
+    - steps: the number of steps"""
+    costliest = Costliest()
+    for charge in charges:
+        rate, records = charge.sampling_rate, charge.records
+        costliest = costliest.plus(Costliest(charge.noise_multiplier, rate, records))
+    for bound in bounds:
+        costliest = costliest.plus(bound or Costliest())
     return Charge(
         study=LOST,
         name="lost",
         round=0,
-        noise_multiplier=min(charge.noise_multiplier for charge in charges),
-        sampling_rate=max(charge.sampling_rate for charge in charges),
+        noise_multiplier=costliest.noise_multiplier,
+        sampling_rate=costliest.sampling_rate,
         steps=steps,
-        records=max(charge.records for charge in charges),
+        records=costliest.records,
         max_grad_norm=max(charge.max_grad_norm for charge in charges),
         unit="any",
         cohort="any",

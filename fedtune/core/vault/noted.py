@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from fedtune.core.ledger.adopted import is_for_adopted
+from fedtune.core.ledger.adopted import check_has_adopted, is_for_adopted
 from fedtune.core.ledger.audit_log import AuditLog
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ def acts(site: SiteWorker) -> AuditLog:
 
 
 def accept(site: SiteWorker, receipt: str, coordinator: str) -> None:
-    """Compare the ledger and the audit log with the coordinator's receipt that came with an order,
-    and store this receipt if it is the newest. If the audit log lacks the entry that the receipt
+    """Check that a hospital's ledger still has what it adopted from this site (`adopted.py`). Then
+    compare the ledger and the audit log with the coordinator's receipt that came with an order, and
+    store this receipt if it is the newest. If the audit log lacks the entry that the receipt
     names, add an entry to the audit log that says so.
 
     - site: the SiteWorker of this site, with its settings and ledger
@@ -29,10 +30,13 @@ def accept(site: SiteWorker, receipt: str, coordinator: str) -> None:
     - coordinator: the public key that signed the plan, and must have signed the receipt
 
     Errors: LedgerError if the receipt is not for this ledger, or the ledger lacks the entry that it
-    names."""
+    names, or what it adopted."""
+    state, is_in_home = site.site.site.state, site.site.hospital is not None
+    if is_in_home:
+        check_has_adopted(state, site.home)
     if not receipt:
         return
-    given, state = json.loads(receipt), site.site.site.state
-    if site.site.hospital and is_for_adopted(state, given, coordinator, site.home):
+    given = json.loads(receipt)
+    if is_in_home and is_for_adopted(state, given, coordinator):
         return  # of a ledger with an audit log of its own, which stays in the copy
     acts(site).check(site.home.accept_receipt(given, coordinator, site.site.policy.own_memberships))

@@ -30,6 +30,7 @@ from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.core.files.room import LEDGER, Room
+from fedtune.core.ledger.adopted import check_has_adopted
 from fedtune.core.ledger.entries import Charge, Slot, slot_of
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom, signing_key
 from fedtune.core.ledger.patient_column import check_column_stays
@@ -213,9 +214,12 @@ class SiteWorker:
         - frozen: the plan's frozen arrays that came with it, fp32 by name; {} if it has none
         - coordinator: the public key that signed the plan; "" if none did
 
-        Errors: DataError, ModelError if the site cannot take part; their text stays at the site."""
+        Errors: DataError, ModelError, LedgerError if the site cannot take part; their text stays at
+        the site."""
         try:
             self.home.check_not_frozen()  # an order asks before its work, and under the lock
+            if self.site.hospital:
+                check_has_adopted(self.site.site.state, self.home)
             plan = compute_plan(study, self.current(), coordinator)
             studies.check_number(self.site.site.state, study)
             self.permit(study, plan, coordinator)
@@ -790,16 +794,17 @@ class SiteWorker:
         - content_digest: `body_digest` of the answer's arrays and text fields
 
         Errors: Unprepared if the site does not know the plan."""
-        prepared, policy = self._require(digest), self.site.policy
+        prepared, audit = self._require(digest), noted.acts(self).head
+        membership, coordinator = self.site.policy.membership, prepared.coordinator
         header = Header(
             plan=digest,
             round=round_,
             base=prepared.study.base.digest or "",
             site=self.site.site.name,
-            receiver=prepared.coordinator,
+            receiver=coordinator,
             nonce=nonce,
             body=content_digest,
-            ledger=self.home.head_statement(noted.acts(self).head, policy.membership),
+            ledger=self.home.head_statement(audit, membership, coordinator),
         )
         return seal(self.key, header)
 
