@@ -240,7 +240,7 @@ def test_a_receipt_lists_what_a_restore_charged_whenever_the_patient_withdrew(wo
     file, state = make_site(world, "lab"), world / "lab-state"
     spend(file, 1)
     shutil.copytree(state, world / "before")
-    spend(file, 2, withdrawn=["p7"])
+    spend(file, 5, withdrawn=["p7"])
     for key in ("a", "b", "c"):
         Ledger(state).withdraw(unit_member(key))
     shutil.copytree(state, world / "newer")
@@ -249,14 +249,14 @@ def test_a_receipt_lists_what_a_restore_charged_whenever_the_patient_withdrew(wo
     spend(file, 4)
     book = Ledger.restore(state, world / "newer")
     again = withdraw(load_site(file), "p7", book)
-    assert sorted(one["rounds"] for one in again.receipt["releases"]) == [1, 2, 4]
+    assert sorted(one["rounds"] for one in again.receipt["releases"]) == [1, 4, 5]
     adopt_first(world)
     book.accept("records", "officer", declared=[EVERY])
     adoption_ = adopt(world / "home", file, "lab", ["a", "b", "c"])
     receipts = [json.loads(path.read_text()) for path in adoption_.receipts]
     hospital = Ledger(world / "home")
     (ours,) = [one for one in receipts if one["unit"] == hospital.hashed(unit_member("p7"))]
-    assert sorted(one["rounds"] for one in ours["releases"]) == [1, 2, 3, 4]
+    assert sorted(one["rounds"] for one in ours["releases"]) == [1, 3, 4, 5]
 
 
 def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: Path) -> None:
@@ -1061,8 +1061,9 @@ def test_no_membership_goes_on_whose_home_lost_the_adoption(
     assert not hashes_of(Ledger(world / "home"), ["p5"]) <= {*Ledger(world / "home").withdrawn()}
     asked = [receives, partial(check_before_joining, load_site(file)), partial(adopt_second, world)]
     for ask in asked:
-        with pytest.raises(LedgerError, match=r"before it adopted the ledger.* without one, "):
+        with pytest.raises(FedtuneError) as refused:
             ask()
+        assert "before it adopted the ledger" in str(refused.value)
     (found,) = [each.says for each in examine(file) if each.name == "ledger"]
     assert "before it adopted" in found
 

@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -347,9 +347,12 @@ def test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent(fold
                 sent += [receipt(key, statement)] * (round_ > 0)
         enter(ledger, "withdraw", round_)
     (folder / "ledger.db").unlink()
-    restored = Ledger.restore(folder)
+    restored, taken = Ledger.restore(folder), 0
     for one in sent:
-        restored.accept_receipt(one, one["coordinator"], ("north", "south"))
+        with suppress(LedgerError):
+            restored.accept_receipt(one, one["coordinator"], ("north", "south"))
+            taken += 1
+    assert taken == 8  # of each of two coordinators and two memberships the last two
 
 
 class Site:

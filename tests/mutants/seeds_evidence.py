@@ -319,8 +319,8 @@ MUTANTS = (
     ),
     _one(
         "audit log", "a-token-without-the-log", "fedtune/core/vault/worker.py",
-        "self.home.head_statement(noted.acts(self).head, policy.membership)",
-        'self.home.head_statement("", policy.membership)',
+        "self.home.head_statement(audit, membership, coordinator)",
+        'self.home.head_statement("", membership, coordinator)',
         T_CUT + "test_entries_that_were_cut_off_are_found_by_any_run_that_the_site_took_part_in",
         "what was cut off the log is missed by nobody",
     ),

@@ -297,7 +297,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "records-in-memory-are-of-both", "fedtune/core/vault/worker.py",
-        "if self.site.hospital:", "if False:",
+        "if self.site.hospital:  # which", "if False:  # which",
         T_APART + "test_who_is_in_two_datasets_that_become_disjoint_is_in_neither",
         "a patient of two datasets trains in both, and pays at neither what both spend",
     ),

@@ -206,8 +206,40 @@ MUTANTS = (
         "rounds that only the backup knows are in no budget after a restore",
     ),
     one(
+        "incidents", "a-receipt-is-charged-by-its-number", "fedtune/core/ledger/chain.py",
+        "        return has_it or head in self._settled\n",
+        "        ours = {seq for (seq,) in connection.execute('SELECT seq FROM entries')}\n"
+        "        is_lost = head.seq not in ours and head.seq < max(ours)\n"
+        "        return has_it or is_lost or head in self._settled\n",
+        T_PRICES + "test_a_receipt_of_a_lost_branch_is_not_taken_for_a_charge_of_its_number",
+        "a study of a branch that nobody charged for goes unnoticed",
+    ),
+    one(
+        "incidents", "a-restore-knows-no-receipt-that-it-never-saw",
+        "fedtune/core/ledger/restore.py",
+        "    heads += [*sent, *base.heads_beside]\n", "    heads += base.heads_beside\n",
+        T_PRICES + "test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent",
+        "each coordinator stops a restored site, and the next restore charges its rounds again",
+    ),
+    one(
+        "incidents", "the-anchor-forgets-a-head-with-the-next-entry",
+        "fedtune/core/ledger/chain.py",
+        "        stated = read_stated(path, self.key.public)\n"
+        "        replace(path, encode_anchor(self.statement(), stated), private=True)\n",
+        "        replace(path, encode_anchor(self.statement(), []), private=True)\n",
+        T_PRICES + "test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent",
+        "a receipt for an entry before a withdrawal, or a charge, is not known after a restore",
+    ),
+    one(
+        "incidents", "lost-rounds-cost-as-little-as-those-that-are-left",
+        "fedtune/core/ledger/restore.py",
+        "        costliest = costliest.plus(bound or Costliest())\n", "        del bound\n",
+        T_PRICES + "test_lost_rounds_cost_what_anchor_or_receipt_says_they_cost_at_most",
+        "rounds that were lost with the step log count with more noise than they had",
+    ),
+    one(
         "incidents", "a-receipt-beside-stops-a-site-again", "fedtune/core/ledger/restore.py",
-        "heads += base.heads_beside\n", "heads += base.heads_beside[-1:]\n",
+        "*base.heads_beside]\n", "*base.heads_beside[-1:]]\n",
         T_LOGGED + "test_what_stands_beside_the_base_is_charged_as_it_is[folder-whole]",
         "an honest receipt stops a restored site, and the next restore charges its branch again",
     ),
@@ -260,7 +292,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-restores-charge-stands-for-an-adoption", "fedtune/core/ledger/adopted.py",
-        "    if not home.has_entry(at):\n", "    if not home.accounts_for(at):\n",
+        "or not home.has_entry(at):\n", "or not home.accounts_for(at):\n",
         "tests/client/test_adopt.py::"
         "test_a_restored_home_that_lost_an_adoption_goes_on_no_more[named]",
         "a home that lost an adoption goes on, and who withdrew at the adopted site takes part",
@@ -310,7 +342,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "what-a-restore-charged-is-not-counted", "fedtune/core/ledger/chain.py",
-        "        charges = body[\"charges\"]\n", "        charges = []\n",
+        "        return list(body[\"charges\"])\n", "        return []\n",
         T_PRICES + "test_what_an_earlier_restore_charged_is_charged_again_if_it_is_lost",
         "a second restore forgets the rounds that the first one charged",
     ),
@@ -335,7 +367,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-copy-is-charged-at-each-restore", "fedtune/core/ledger/restore.py",
-        "    heads += base.heads_beside\n", "",
+        "    heads += [*sent, *base.heads_beside]\n", "    heads += sent\n",
         T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
         "each further restore from the same copy charges its rounds again",
     ),
