@@ -527,7 +527,7 @@ def _adopt_later(
     by_member = {unit_member(key): gone for key, gone in keys.items()}
     _copy_stored(old, name, book)
     refused = [slot_of(slot, name) for slot in old.refused]
-    entered = book.enter_earlier(name, earlier, by_member, refused, login())
+    entered = book.enter_earlier(name, earlier, by_member, refused, login(), old.ended)
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
     acts = AuditLog(home, book.key)
     _enter_distrusted(home, state, name)

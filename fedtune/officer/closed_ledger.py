@@ -42,6 +42,7 @@ class Closed:
     - patient_columns: each dataset's name → the columns of patients that it ever had, oldest first;
       [] if they are not known
     - refused: (study, round, adapter) of each answer that a person refused for good
+    - ended: the digest of each plan that gets no further answer (`Ledger.ended_plans`)
     - stored: (study, round, adapter) of each update that was released, and may be sent again
     - known: number and hash of each entry that it accounts for, by which receipts for it are
       recognised later
@@ -51,7 +52,7 @@ class Closed:
         self._ledger, self._account, self._reader = ledger, ledger._account, reader
         self.head = ledger._store.head
         self.known = ledger._store.list_known(reader.sql)
-        self.refused = frozenset(self._account.refused)
+        self.refused, self.ended = frozenset(self._account.refused), frozenset(self._account.ended)
         self.patient_columns = self._account.list_columns()
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
         charges = self._account.spent()
@@ -106,8 +107,6 @@ class Closed:
             sha256 = self._account.sent.get(slot, "") if spent.released else ""
             adapter = slot_of(slot, membership)[2]
             listed.append(Earlier(names[spent.dataset], charge, adapter, sha256))
-        if listed:
-            listed[-1] = replace(listed[-1], plans=self._account.ended)
         return listed
 
 

@@ -154,6 +154,9 @@ def test_a_plan_that_a_restore_ended_has_ended_for_every_membership(tmp_path: Pa
     for plan in (CHARGE.study, f"{CHARGE.study}{QUERIES}"):
         with raises_only(BudgetExceeded, match=LACKS):
             check_none_lost(restored, plan)
+        # Else a coordinator learns that the membership which it asks shares a ledger with another.
+        with raises_only(BudgetExceeded, match="does not fit into the budget of this hospital"):
+            check_none_lost(restored, plan, in_home=True)
 
 
 def test_an_answer_under_way_at_a_backup_may_have_left(tmp_path: Path) -> None:
@@ -252,8 +255,7 @@ def test_an_adopted_ledgers_ended_plans_stay_ended(tmp_path: Path) -> None:
         paid = replace(CHARGE, study=plan, membership="cardio")
         book.reserve("notes", paid, "adapter", lambda charges: None)
     lost = replace(CHARGE, study=LOST, membership="onco", adopted=True)
-    earlier = [Earlier(EVERY, lost, "", plans=["a plan"])]
-    book.enter_earlier("onco", earlier, {}, [], "an officer")
+    book.enter_earlier("onco", [Earlier(EVERY, lost, "")], {}, [], "an officer", ["a plan"])
     assert book.ended_plans == {"a plan"}
     sent = {each.charge.study: each.released for each in book.spending()}
     assert sent == {"a plan": True, "another": False, LOST: True}
@@ -273,16 +275,19 @@ def test_an_adopted_restored_charge_needs_no_logged_steps(tmp_path: Path) -> Non
         check_all_logged(book, log, CHARGE.study, ["onco"])
 
 
-def test_an_adoption_remembers_which_plans_a_restore_had_ended(tmp_path: Path) -> None:
-    """A plan that was signed and has no charge is known to the site's own ledger alone."""
+@pytest.mark.parametrize("rounds", [2, 0])
+def test_an_adoption_remembers_which_plans_a_restore_had_ended(tmp_path: Path, rounds: int) -> None:
+    """A plan that was signed and has no charge is known to the site's own ledger alone, which may
+    have no charge of any plan."""
     write_notes(tmp_path / "notes.jsonl", [f"p{number}" for number in range(12)])
     spend(write_site(tmp_path, "cardio"), 3)
     file, state, backup = write_site(tmp_path, "onco"), tmp_path / "onco-state", tmp_path / "backup"
-    book = spend(file, 2)
+    book = spend(file, rounds)
     book.admit("a plan", "an officer")
     book.backup(backup)
-    lost = replace(CHARGE, study="a plan", round=9)
-    book.reserve("records", lost, "adapter", lambda charges: None)
+    if rounds:
+        lost = replace(CHARGE, study="a plan", round=9)
+        book.reserve("records", lost, "adapter", lambda charges: None)
     (state / "ledger.db").unlink()
     restored = Ledger.restore(state, backup)
     ended = restored.ended_plans

@@ -385,3 +385,25 @@ def test_a_restore_that_is_killed_anywhere_has_its_freeze_in_the_papers(tmp_path
             assert kept or not is_frozen, f"killed at step {step}: a later restore would thaw it"
         step += 1
     assert is_frozen and kept and step > 3
+
+
+def test_a_restore_that_is_killed_anywhere_knows_that_the_salt_was_another(tmp_path: Path) -> None:
+    """The backup has an earlier salt, and nothing of the database can be read. Who withdrew since
+    is known by hashes under the other salt, which a person has to be told."""
+    step, ended = 0, False
+    while not ended:
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        write_notes(folder / "notes.jsonl", ["p1", "p2", "p3"])
+        file = make_site(folder, "north")
+        home = spend(file, 2).folder
+        Ledger(home).backup(folder / "backup")
+        (home / "salt").write_bytes(bytes(32))
+        (home / "ledger.db").write_bytes(b"no database")
+        ended = kill_at(step, partial(restore, file))
+        if not ended:
+            assert restore(file) == 0
+        frozen = Ledger(home).frozen
+        assert frozen and frozen.why.startswith(restore_module.SALT_LOST), f"killed at step {step}"
+        step += 1
+    assert step > 3

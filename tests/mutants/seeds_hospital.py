@@ -42,7 +42,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-refusal-tells-what-another-consortium-spent", BUDGET,
-        "or self._exceeds_ceiling(ahead)): raise _exceeds_hospital()",
+        "or self._exceeds_ceiling(ahead)): raise build_exceeds_hospital()",
         "or self._exceeds_ceiling(ahead)): raise BudgetExceeded(f'{self.total(0).epsilon} of all "
         "its consortia together')",
         T_HOSPITAL + "test_what_one_consortium_spent_is_not_there_for_the_other",

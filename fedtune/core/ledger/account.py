@@ -96,7 +96,9 @@ class Account:
             self.reserved[entry.seq] = Reservation(
                 dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
             )
-            self.ended |= {plan for plan, _ in body.get("plans", ())}  # of an adopted ledger
+            self.ended |= {plan for plan, _ in body.get("plans", ())}  # by an earlier release
+        elif entry.kind == "end":  # of an adopted ledger
+            self.ended |= {plan for plan, _ in body["plans"]}
         elif entry.kind == "arrive":
             self.arrivals.fold(entry)
         elif entry.kind == "release":

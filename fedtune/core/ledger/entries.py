@@ -249,14 +249,12 @@ class Earlier:
     - charge: what the round cost
     - adapter: the digest of the adapter from which the round started, with the number of the
       attempt and the membership
-    - sha256: the hash of the update that was released for the charge; "" if none was
-    - plans: the digests of the plans that get no further answer (`Ledger.ended_plans`)"""
+    - sha256: the hash of the update that was released for the charge; "" if none was"""
 
     dataset: str
     charge: Charge
     adapter: str
     sha256: str = ""
-    plans: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -588,6 +588,7 @@ class Ledger:
         withdrawn: Mapping[bytes, Gone],
         refused: Iterable[Slot],
         who: str,
+        ended: Collection[str] = (),
     ) -> int:
         """Enter the charges that a membership of this hospital has in an earlier ledger of its own;
         return how many were not there yet. No `permit` is called, since what they cost was spent
@@ -601,6 +602,7 @@ class Ledger:
         - refused: slots (study, round, adapter) whose answer a person refused there for good, as
           slots of this membership
         - who: the login of the person who moves the ledger, for the entries of refused answers
+        - ended: the digests of the plans that get no further answer there (`ended_plans`)
 
         Guarantee: either everything is entered or nothing, and repeating the call enters nothing
         twice; each charge keeps its rules, unit and order.
@@ -626,14 +628,14 @@ class Ledger:
             for paid_before, one in enumerate(earlier[len(there) :], len(there)):
                 leave(paid_before)
                 entry = _reservation(one.dataset, one.charge, one.adapter)
-                if one.plans:
-                    entry["plans"] = [[plan, membership] for plan in sorted(one.plans)]
                 number = writer.append("reserve", entry)
                 if one.sha256:
                     writer.append("release", {"reservation": number, "sha256": one.sha256})
             leave(len(earlier))
             for slot in sorted(set(refused) - account.refused):
                 writer.append("refuse", {**slot_fields(slot), "by": who})
+            if plans := sorted({*ended} - account.ended):
+                writer.append("end", {"plans": [[plan, membership] for plan in plans]})
         return len(earlier) - len(there)
 
     def release(

@@ -548,11 +548,13 @@ def _install(
     for name in (f"{DATABASE}-journal", *([RECEIPT] if receipts is None else [])):
         if (folder / name).exists():
             os.replace(folder / name, folder / f"{name}{aside}")
-    if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:
-        replace(folder / SALT, salt, private=True)
     sync_folder(folder)
     os.replace(draft, folder / DATABASE)
     sync_folder(folder)
+    # Until the salt is replaced, the ledger cannot be opened, and another restore still finds that
+    # the salt was another: who withdrew since may be known by hashes under that one alone.
+    if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:
+        replace(folder / SALT, salt, private=True)
     replace(folder / HEAD, anchor, private=True)
     (folder / NEW).unlink(missing_ok=True)
 

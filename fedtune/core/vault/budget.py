@@ -120,7 +120,7 @@ class Budget:
                 "the round would exceed privacy.epsilon, a patient's lifetime budget in this plan"
             )
         if self.policy.hospital and self._exceeds_lifetime(ahead):
-            raise _exceeds_hospital()
+            raise build_exceeds_hospital()
         self.check_ceilings(round_, more)
 
     def check_ceilings(self, round_: int | None = None, more: int = 0) -> None:
@@ -162,7 +162,7 @@ class Budget:
                 "lower epsilon: the larger ε, which each site's own noise gives, falls with it",
             )
         if policy.hospital and (self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)):
-            raise _exceeds_hospital()
+            raise build_exceeds_hospital()
 
     @property
     def share(self) -> Budget:
@@ -244,7 +244,7 @@ class Budget:
         return [charge for charge in self.charges if charge.study in plans]
 
 
-def _exceeds_hospital() -> BudgetExceeded:
+def build_exceeds_hospital() -> BudgetExceeded:
     """Build the error for a limit that other consortia's charges decide. It names no figure, since
     this coordinator must not learn what other consortia spent."""
     return BudgetExceeded(

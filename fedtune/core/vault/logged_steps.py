@@ -14,19 +14,24 @@ from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.vault.budget import build_exceeds_hospital
 
 Rounds = Counter[tuple[str, int]]  # (plan, round) -> how many noised steps
 
 
-def check_none_lost(ledger: Ledger, digest: str) -> None:
+def check_none_lost(ledger: Ledger, digest: str, *, in_home: bool = False) -> None:
     """Check that no restore of the ledger may have lost rounds of a plan. If one may, the plan is
     refused for good, to every membership of a hospital.
 
     - ledger: the ledger that is charged for the plan
     - digest: the plan's digest
+    - in_home: whether a hospital's memberships share the ledger. The error then does not say that
+      the ledger knows the plan, since it may know it from another membership
 
     The result depends on the ledger's charges and signatures alone. Errors: BudgetExceeded."""
     if has_ended(ledger, digest):
+        if in_home:
+            raise build_exceeds_hospital()
         raise BudgetExceeded(
             "rounds of this plan may be missing from this site's ledger",
             "a ledger that has each of them under the plan's name",

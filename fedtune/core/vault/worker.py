@@ -312,7 +312,7 @@ class SiteWorker:
         the plan gets no answer. digest: the plan's digest, or that of its queries. Errors:
         BudgetExceeded, LedgerError."""
         if self.has_ledger:
-            check_none_lost(self.ledger, digest)
+            check_none_lost(self.ledger, digest, in_home=self.site.hospital is not None)
             check_all_logged(self.ledger, self.log, digest, self.site.policy.own_memberships)
 
     def declare(self, data: SiteData, study: Study, site: Site) -> None:
