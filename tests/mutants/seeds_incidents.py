@@ -119,7 +119,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-plan-may-lack-rounds", "fedtune/core/vault/worker.py",
-        "            check_none_lost(self.ledger, digest)\n", "",
+        "            check_none_lost(self.ledger, digest, in_home=self.site.hospital is not None)\n",
+        "",
         T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
         "a study goes on of which the site no longer knows what it cost",
     ),
@@ -132,7 +133,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "an-adopted-loss-ends-every-study", "fedtune/core/ledger/account.py",
-        "            self.ended |= {plan for plan, _ in body.get(\"plans\", ())}",
+        "            self.ended |= {plan for plan, _ in body[\"plans\"]}",
         "            if body.get(\"plans\"):\n                self._end_plans([])",
         T_LOGGED + "test_an_adopted_ledgers_ended_plans_stay_ended",
         "one consortium's study ends for good, since a later site once lost its ledger",
@@ -188,10 +189,25 @@ MUTANTS = (
         "a restore names the plans that lost rounds may be of, and they begin anew",
     ),
     one(
-        "incidents", "an-adoption-forgets-ended-plans", "fedtune/officer/closed_ledger.py",
-        "replace(listed[-1], plans=self._account.ended)", "listed[-1]",
+        "incidents", "an-adoption-forgets-ended-plans", "fedtune/officer/adopt.py",
+        "refused, login(), old.ended)", "refused, login())",
         T_LOGGED + "test_an_adoption_remembers_which_plans_a_restore_had_ended",
         "a plan that a site's restore had ended begins anew once a hospital adopts the site",
+    ),
+    one(
+        "incidents", "an-ended-plan-links-memberships", "fedtune/core/vault/logged_steps.py",
+        "        if in_home:\n", "        if False:\n",
+        T_LOGGED + "test_a_plan_that_a_restore_ended_has_ended_for_every_membership",
+        "a coordinator learns that the plan which it sends ran at another membership of the site",
+    ),
+    one(
+        "incidents", "a-salt-is-replaced-before-the-database", "fedtune/core/ledger/restore.py",
+        "    sync_folder(folder)\n    os.replace(draft, folder / DATABASE)\n",
+        "    replace(folder / SALT, salt, private=True)\n"
+        "    sync_folder(folder)\n    os.replace(draft, folder / DATABASE)\n",
+        "tests/client/test_restored.py::"
+        "test_a_restore_that_is_killed_anywhere_knows_that_the_salt_was_another",
+        "whoever withdrew under the lost salt takes part, and nobody is asked for their keys",
     ),
     one(
         "incidents", "a-backup-beside-is-charged-twice", "fedtune/core/ledger/restore.py",
