@@ -335,6 +335,7 @@ def ledger(
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.restore import SALT_LOST
     from fedtune.core.ledger.spending import facts, list_ended
+    from fedtune.homes.known_homes import find_head
     from fedtune.homes.opening import find_ledger
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
@@ -370,7 +371,7 @@ def ledger(
     with still(loaded.home, loaded) if restore else nullcontext():
         if restore:
             standing = None if loaded.site.ledger else partial(frozen.read_decisions, folder)
-            book = Ledger.restore(folder, copy, standing)
+            book = Ledger.restore(folder, copy, standing, find_head(folder))
             held = book.frozen
             if held is None or not held.why.startswith(SALT_LOST):
                 typer.echo(

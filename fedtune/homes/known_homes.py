@@ -8,6 +8,10 @@ paid. So a site is refused, before it joins or is simulated, if another home pay
 The site is also refused if it declares these records public or generated, since only the other
 home's ledger knows what was charged as private.
 
+For each home they also name the newest entry of its ledger, as it was when a client last ran. If
+the folder is put back to an earlier copy of itself, the ledger then lacks this entry, and nothing
+is charged until it is restored (`check_head`).
+
 A home whose ledger is missing is not forgotten, since perhaps only its volume is not mounted. No
 site begins a new ledger for its records, in this home or in another, until a person says that the
 old ledger is of no use any more (`forget`). A ledger is recognised by its public key. Simulations
@@ -35,7 +39,8 @@ from fedtune.core.config.database import FILES, databases_of, file_of, kind_of, 
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import DATABASE, KEY, traces
+from fedtune.core.ledger.files import DATABASE, HEAD, KEY, read_noted, traces
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
 
 log = logging.getLogger("fedtune.site")
@@ -44,7 +49,8 @@ NOT_REMEMBERED = (
     "%s; the home that pays for these records is not remembered, so this machine will not notice "
     "if a second home pays for them"
 )
-Note = dict[str, Any]  # a place: {path, device, inode}, or {url, databases}; or a key: {key}
+# A place: {path, device, inode}, or {url, databases}; a key: {key}; or the newest entry: {head}.
+Note = dict[str, Any]
 
 
 def path_of_notes() -> Path:
@@ -85,6 +91,57 @@ def check_home(site: Site) -> None:
         log.warning(NOT_REMEMBERED, error)
 
 
+def check_head(ledger: Ledger) -> None:
+    """Check that a ledger has the entry that this machine's notes name as its newest, and note its
+    present one. The ledger stores both as receipts: if the folder is put back, it is charged what
+    was spent since. If the notes cannot be read, a warning is logged instead.
+
+    Errors: LedgerError if the ledger lacks it, as when its folder was put back to an earlier copy
+    of itself."""
+    ledger.accept_noted(find_head(ledger.folder))
+    note_head(ledger.folder)
+    ledger.accept_noted(find_head(ledger.folder))
+
+
+def find_head(home: Path) -> dict[str, Any] | None:
+    """Return what this machine noted of the newest entry of the ledger in `home`: the statement
+    that the anchor then held. None if nothing is noted, or the notes cannot be read."""
+    try:
+        noted = _read(path_of_notes()).get(str(home.resolve()), [])
+        return next((dict(note["head"]) for note in noted if "head" in note), None)
+    except (InfrastructureError, OSError, TypeError, ValueError) as error:
+        log.warning("%s; it is not known up to which entry the ledger in %s was", error, home)
+        return None
+
+
+def note_head(home: Path) -> None:
+    """Note the newest entry of the ledger in `home`, if this home is noted as one that pays for
+    private records. An entry with a larger number stays noted: the folder may have been put back
+    since. Nothing is done if the notes cannot be written: `check_home` has warned."""
+    with suppress(InfrastructureError, OSError, ValueError, AttributeError):
+        statement = json.loads((home / HEAD).read_bytes())
+        statement.pop("stated", None)
+        public = SigningKey.at(home / KEY).public
+        new, noted = read_noted(statement, public), read_noted(find_head(home), public)
+        if new is None or (noted is not None and noted.head.seq >= new.head.seq):
+            return
+        path, own = path_of_notes(), str(home.resolve())
+        with locks.hold(_made(path).with_suffix(".lock")):
+            homes = _read(path)
+            if own in homes:
+                others = [note for note in homes[own] if "head" not in note]
+                replace(path, _encode(homes | {own: [*others, {"head": statement}]}), private=True)
+
+
+def check_ledger_stands(home: Path) -> None:
+    """Check that the ledger which this machine's notes know in `home`, if any, is still there
+    (`check_ledger_there`), and was not put back to an earlier copy of itself (`check_head`).
+    Errors: ConfigError, LedgerError."""
+    check_ledger_there(home)
+    if (home / DATABASE).exists():
+        check_head(Ledger(home))
+
+
 def check_ledger_there(home: Path) -> None:
     """Check that the ledger which this machine's notes know in the folder `home`, if any, is still
     there. The folder may be empty because its volume is not mounted. `open_ledger` and
@@ -106,7 +163,7 @@ def move_notes(state: Path, home: Path) -> None:
             homes = _read(path)
             pays, own = str(home.resolve()), homes.pop(str(state.resolve()), [])
             noted = homes.get(pays, [])
-            own = [note for note in own if "key" not in note]
+            own = [note for note in own if _is_of_records(note)]
             if added := [note for note in own if note not in noted]:
                 replace(path, _encode(homes | {pays: noted + added}), private=True)
     except (InfrastructureError, OSError) as error:
@@ -117,7 +174,7 @@ def check_simulated(site: Site) -> None:
     """Check that no other home pays for the records of a site that is simulated; nothing is noted.
     If the notes cannot be read, a warning is logged instead.
 
-    Errors: ConfigError in the same cases as `check_home`."""
+    Errors: ConfigError in the same cases as `check_home`; LedgerError in those of `check_head`."""
     _check_adopted(site)
     try:
         homes = _read(path_of_notes())
@@ -125,6 +182,8 @@ def check_simulated(site: Site) -> None:
         _check_places(_tables(site), str(site.home.resolve()), homes)
     except (InfrastructureError, OSError) as error:
         log.warning("%s; it is not known whether another home pays for these records", error)
+    if (site.home / DATABASE).exists():
+        check_head(Ledger(site.home))
 
 
 def _check_adopted(site: Site) -> None:
@@ -170,7 +229,7 @@ def forget(place: str, home: Path) -> list[str]:
         kept = {
             other: notes
             for other, notes in kept.items()
-            if any("key" not in note for note in notes)  # a key alone is of no use
+            if any(_is_of_records(note) for note in notes)  # a key alone is of no use
         }
         forgotten = [other for other in homes if kept.get(other) != homes[other]]
         if not forgotten:
@@ -278,6 +337,11 @@ def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]
         )
 
 
+def _is_of_records(note: Note) -> bool:
+    """Return whether a note is about the place of records, and not about the ledger."""
+    return "path" in note or "url" in note
+
+
 def _named(note: Note) -> str:
     """Return the path or url of the records that a note is about, by which `forget` finds the
     note."""
@@ -289,7 +353,7 @@ def _is_place(note: Note, table: SiteData) -> bool:
     database; a folder in which the table's file lies; or a file in the table's folder."""
     if "path" in note:
         return any(_is_same_file(note, path) for path in _path(table))
-    if "url" not in note:  # it is the note of the ledger's key
+    if not _is_of_records(note):
         return False
     # An earlier version of fedtune noted only the url of a database.
     there = note.get("databases") or databases_of(note["url"])

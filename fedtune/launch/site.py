@@ -50,7 +50,7 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, read_reviewed_plan
-from fedtune.homes.known_homes import check_ledger_there
+from fedtune.homes.known_homes import check_ledger_stands, note_head
 from fedtune.launch.apart import ConnectedCourier, CourierLeft, VaultSocket
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.until_stopped import until_stopped
@@ -65,6 +65,7 @@ SAYS = {
     "vault": "records are read without a network",
     "courier": "what speaks to the network reads no record",
 }
+NOTED_EACH = 60.0  # seconds after which the ledger's newest entry is noted outside its folder
 RENEWALS = 60.0  # seconds between two certificates of a site; as in flower/peers.py
 # Events that Allowance does not limit: they are shown once, or not at all.
 FREELY = frozenset({"isolation", "renewed", "error", "ended"})
@@ -124,8 +125,9 @@ def join(
         shown.notify("waiting", {"address": link.address, "text": text})
         opened = theirs.enter_context(VaultSocket(socket_path)) if socket_path else None
         again = Again(shown)
+        theirs.callback(note_head, site.home)
         while again.wanted:
-            check_ledger_there(site.home)  # it may not be mounted any more
+            check_ledger_stands(site.home)  # it may not be mounted any more, or be put back
             with Halves(
                 site=site,
                 path=site_path.resolve(),
@@ -239,7 +241,11 @@ class Halves:
         Errors: the error that the courier reported; PolicyRefused if a process is not confined as
         the policy requires."""
         listeners = [self.vault_socket.listener] if self.vault_socket else []
+        noted = time.monotonic()
         while True:
+            if time.monotonic() - noted > NOTED_EACH:
+                note_head(self.site.home)
+                noted = time.monotonic()
             of_vault, of_courier = self.of_vault.fileno(), self.of_courier.fileno()
             ready = wait([of_vault, of_courier, *listeners], 0.5)
             if self.vault_socket and self.vault_socket.listener in ready:

@@ -21,7 +21,7 @@ from fedtune.core.vault.declared import (
     check_restored,
     sign_declarations,
 )
-from fedtune.homes.known_homes import check_home
+from fedtune.homes.known_homes import check_head, check_home
 from fedtune.homes.opening import find_ledger
 from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
@@ -46,8 +46,9 @@ def check_before_joining(site: Site) -> None:
     - Refused: a person here distrusts the consortium; or an audit log, in which a person may have
       said so, was taken away, and a new log was begun
     - NotGenuine: such a log was taken away or changed, and no new log was begun
-    - LedgerError, also if steps of a study that is running are missing in the step log, or if a
-      hospital's ledger lost what it adopted from this site
+    - LedgerError, also if the ledger's folder was put back to an earlier copy of itself, steps of a
+      study that is running are missing in the step log, or a hospital's ledger lost what it adopted
+      from this site
     - DataError or PolicyRefused because of the records, only if no study is running"""
     allow_declared(site)
     check_home(site)
@@ -55,6 +56,8 @@ def check_before_joining(site: Site) -> None:
         check_trusted(site.home, consortium)
     sign_declarations(site)
     ledger = find_ledger(site.home) if (site.home / DATABASE).exists() else None
+    if ledger:
+        check_head(ledger)
     if ledger and (said := describe_withdrawn_before(ledger, patient_columns(site))):
         log.warning("%s", said)
     if site.hospital:

@@ -17,6 +17,8 @@ from fedtune.core.config import load_site
 from fedtune.core.config.hospital import RegisteredData
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
+from fedtune.core.ledger.entries import EVERY
+from fedtune.core.ledger.files import LedgerError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import list_readable
@@ -547,3 +549,75 @@ def test_a_place_that_nobody_knows_is_not_forgotten(world: Path) -> None:
     with pytest.raises(InputError, match="no note about another home"):
         known_homes.forget(str(world / "notes.jsonl"), world / "home")
     assert Ledger(world / "cardio-state").head.seq > 0
+
+
+def put_back(copy: Path, home: Path) -> None:
+    shutil.rmtree(home)
+    shutil.copytree(copy, home)
+
+
+@pytest.mark.parametrize("later", [0, 9])
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_folder_that_was_put_back_is_noticed_before_anything_is_charged(
+    world: Path, stopped: bool, later: int
+) -> None:
+    """Whether or not the client ended by itself, and also if the copy went on elsewhere. What was
+    lost is charged by the restore, and then the site joins."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "cardio.toml", 4, sigma=2.0)
+    if stopped:
+        known_homes.note_head(home)
+    else:
+        join(world, "cardio")  # started again after it was killed
+    put_back(copy, home)
+    if later:
+        spend(world / "cardio.toml", later)
+    else:
+        known_homes.note_head(home)  # by a client that runs meanwhile
+    site = load_site(world / "cardio.toml")
+    asked = (check_before_joining, known_homes.check_simulated)
+    for ask in asked:
+        with pytest.raises(LedgerError, match="rolled back: this machine noted entry"):
+            ask(site)
+    with pytest.raises(LedgerError, match="rolled back"):
+        Ledger(home)
+    assert run("ledger", world / "cardio.toml", "--restore").exit_code == 0
+    charges = Ledger(home).charges("records")
+    cheap = sum(charge.steps for charge in charges if charge.noise_multiplier == 8.0)
+    costly = sum(charge.steps for charge in charges if charge.noise_multiplier == 2.0)
+    assert (cheap, costly) == (2 + 2 * later, 8)
+    Ledger(home).accept("records", "an officer", declared=[EVERY])
+    join(world, "cardio")
+
+
+def test_what_this_machine_noted_counts_in_a_restore_without_the_anchor(world: Path) -> None:
+    """Database, anchor and step log are lost: of the newest rounds nothing else is left."""
+    home = world / "cardio-state"
+    Ledger(home).backup(world / "backup")
+    steps = (home / "steps.jsonl").read_bytes()
+    join(world, "cardio")
+    spend(world / "cardio.toml", 4, sigma=2.0)
+    known_homes.note_head(home)
+    for name in ("ledger.db", "ledger.head"):
+        (home / name).unlink()
+    (home / "steps.jsonl").write_bytes(steps)
+    restore = "ledger", world / "cardio.toml", "--restore", "--from", world / "backup"
+    assert run(*restore).exit_code == 0
+    *_, lost = Ledger(home).charges("records")
+    assert (lost.steps, lost.noise_multiplier) == (8, 2.0)
+
+
+def test_a_note_of_another_ledger_is_no_receipt(world: Path) -> None:
+    home = world / "cardio-state"
+    join(world, "cardio")
+    path = known_homes.path_of_notes()
+    noted = json.loads(path.read_text())
+    foreign = json.loads((world / "onco-state" / "ledger.head").read_text())
+    for note in noted["homes"][str(home)]:
+        if "head" in note:
+            note["head"] = {**foreign, "seq": 99}
+    path.write_text(json.dumps(noted))
+    join(world, "cardio")
+    Ledger(home).verify()

@@ -119,7 +119,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-plan-may-lack-rounds", "fedtune/core/vault/worker.py",
-        "            check_none_lost(self.ledger, digest, in_home=self.site.hospital is not None)\n",
+        "            check_none_lost(self.ledger, digest, in_home=self.site.hospital "
+        "is not None)\n",
         "",
         T_LOGGED + "test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun",
         "a study goes on of which the site no longer knows what it cost",

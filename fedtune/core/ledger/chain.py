@@ -447,8 +447,8 @@ class Database:
         for receipt in receipts.every:
             if not self.names(connection, receipt.head):
                 raise LedgerError(
-                    f"{self.path}: the ledger was rolled back: the coordinator holds a receipt for "
-                    f"entry {receipt.head.seq}, which is not in it",
+                    f"{self.path}: the ledger was rolled back: {receipt.evidence}, which is not in "
+                    "it",
                     todo=RESTORE,
                 )
         return receipts

@@ -40,6 +40,7 @@ OUTBOX = "outbox"
 STEPS = "steps.jsonl"
 ASKED = "asked"  # folder beside a ledger: a file (0600) for each draw that waits for a person
 BOUNDS = ">ddQ"  # how a token holds the fields of Costliest
+HERE = "this machine"  # in place of a coordinator's key: the head is one that this machine noted
 STATED = 2  # how many of the heads that a coordinator was sent the anchor keeps
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
@@ -312,14 +313,25 @@ def read_stated(path: Path, public: str) -> list[dict[str, Any]]:
         return []
 
 
+def read_noted(statement: Any, public: str) -> Receipt | None:
+    """Read a statement that this machine noted of the ledger's newest entry (`state`). None if it
+    was altered, or the key `public` did not sign it, as where another ledger was there."""
+    if (head := head_in(statement, public)) is None:
+        return None
+    _, paid, costliest = mark_in(statement, public, head)
+    by = statement["paid_signature"] if paid else ""
+    return Receipt(HERE, head, statement["signature"], paid, by, costliest)
+
+
 def _content(path: Path) -> bytes:
     return reading.content(path, "a file of the ledger", RESTORE, LedgerError)
 
 
 class Receipt(NamedTuple):
-    """A coordinator's countersignature under a head of this site's ledger.
+    """A head of this site's ledger that a coordinator countersigned, or that this machine noted
+    outside the ledger's folder.
 
-    - coordinator: which coordinator countersigned
+    - coordinator: the public key of the coordinator that countersigned, or HERE
     - head: the entry, by its number and hash
     - signature: this site's own signature of the head
     - paid, costliest: what was charged up to the head, as in `Mark`; None if an older release made
@@ -336,6 +348,17 @@ class Receipt(NamedTuple):
     @property
     def mark(self) -> Mark:
         return Mark(self.head, self.paid, self.costliest)
+
+    @property
+    def evidence(self) -> str:
+        """What shows that the ledger had the entry, for the text of an error."""
+        named = f"entry {self.head.seq}"
+        by = (
+            "this machine noted"
+            if self.coordinator == HERE
+            else "the coordinator holds a receipt for"
+        )
+        return f"{by} {named}"
 
     @property
     def row(self) -> dict[str, Any]:

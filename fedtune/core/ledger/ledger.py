@@ -84,6 +84,7 @@ from fedtune.core.ledger.files import (
     opened_token,
     outbox_name,
     outbox_prefix,
+    read_noted,
     sealed_token,
     signed_paid,
 )
@@ -823,18 +824,34 @@ class Ledger:
                 todo="run the round again; if the error comes again, this is not the coordinator "
                 "that sent the plan",
             )
+        new = Receipt(coordinator_public, head, str(statement["signature"]))
+        if "steps" in statement:  # signed here: the token is encrypted by this site, as a whole
+            paid, costliest = counts_of(statement)
+            signature = self.key.sign(signed_paid(head, paid, costliest))
+            new = new._replace(paid=paid, paid_signature=signature, costliest=costliest)
+        self._store_receipt(new)
+        return str(statement["audit"])
+
+    def accept_noted(self, statement: Any) -> None:
+        """Check a head of this ledger that this machine noted outside its folder, and store it as a
+        receipt. A statement that this ledger's key did not sign is ignored: it is of another
+        ledger, which was in the folder before.
+
+        statement: what the anchor stated then, as it was noted
+
+        Errors: LedgerError if the ledger lacks the entry, as in `accept_receipt`."""
+        if noted := read_noted(statement, self.key.public):
+            self._store_receipt(noted)
+
+    def _store_receipt(self, new: Receipt) -> None:
+        """Store a receipt, if it is the newest of its coordinator. Errors: LedgerError if the
+        ledger lacks the entry that it is for; it is stored then, too."""
         with self._store.writing() as writer:
-            new = Receipt(coordinator_public, head, str(statement["signature"]))
-            if "steps" in statement:  # signed here: the token is encrypted by this site, as a whole
-                paid, costliest = counts_of(statement)
-                signature = self.key.sign(signed_paid(head, paid, costliest))
-                new = new._replace(paid=paid, paid_signature=signature, costliest=costliest)
             after = writer.receipts.plus(new, self._store.names(writer.sql, new.head))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
                 self._store.note_receipts(writer.sql)
                 self._store.check_receipts(writer.sql)  # as every transaction does from now on
-        return str(statement["audit"])
 
     def hashed(self, unit_key: bytes) -> str:
         """Return the hash of a unit's key with this site's salt, in hexadecimal."""
@@ -948,6 +965,7 @@ class Ledger:
         folder: Path,
         from_: Path | None = None,
         standing: Callable[[str], Standing] | None = None,
+        noted: Any = None,
     ) -> Ledger:
         """Restore the ledger in `folder`, and return it. Charges that may have been lost count as
         spent.
@@ -955,10 +973,12 @@ class Ledger:
         - folder: the ledger's folder
         - from_: the folder of a backup; None: only the files that are left are used
         - standing: called with the site's public key; returns the decisions of people that the
-          ledger must hold before it is put in place. None: none are entered again"""
+          ledger must hold before it is put in place. None: none are entered again
+        - noted: what this machine noted of the ledger's newest entry (`accept_noted`); None:
+          nothing"""
         from fedtune.core.ledger.restore import restore
 
-        restore(folder, from_, standing)
+        restore(folder, from_, standing, noted)
         return cls(folder)
 
     def _read(self) -> Head:

@@ -119,9 +119,11 @@ from fedtune.core.ledger.files import (
     Mark,
     NewerLedger,
     Paid,
+    Receipt,
     ReceiptLog,
     encode_anchor,
     read_anchor,
+    read_noted,
     read_receipts,
     read_stated,
     state,
@@ -303,7 +305,10 @@ def _copy_rows(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
 
 
 def restore(
-    folder: Path, from_: Path | None, standing: Callable[[str], Standing] | None = None
+    folder: Path,
+    from_: Path | None,
+    standing: Callable[[str], Standing] | None = None,
+    noted: Any = None,
 ) -> None:
     """Restore a ledger: install the longest chain that verifies, and charge lost entries at no less
     than they cost (see the top of this module).
@@ -312,16 +317,20 @@ def restore(
     - from_: the folder of the backup; None: only the files that are left are used
     - standing: called with the site's public key; returns the decisions of people that the ledger
       must hold, which are entered again if their entries were lost. None: none are entered
+    - noted: what this machine noted of the newest entry outside the folder, which counts as a
+      receipt; None: nothing
 
     Errors: LedgerError, NewerLedger."""
     with named(folder):
         key = _key(folder, from_)
         with _closed(folder / DATABASE):
             stands = standing(key.public) if standing else Standing({}, None)
-            _restore(folder, from_, key, stands)
+            _restore(folder, from_, key, stands, read_noted(noted, key.public))
 
 
-def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing) -> None:
+def _restore(
+    folder: Path, from_: Path | None, key: SigningKey, stands: Standing, noted: Receipt | None
+) -> None:
     """Write the restored database to a draft, and put it in place (`_install`).
 
     - folder: the ledger's folder; no other process may write to its old database
@@ -330,13 +339,17 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     - stands: the withdrawals, refusals and freeze that people decided, read from files beside the
       ledger. Those that the chain lacks are entered again, and so are those in rows of the old
       database
+    - noted: the head that this machine noted outside the folder; None if there is none
 
     Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
+    log = receipts or ReceiptLog()
+    if noted is not None and all(receipt.head != noted.head for receipt in log.every):
+        log = log.plus(noted, in_chain=True)
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
     stated = read_stated(folder / HEAD, key.public) if anchor else []
-    heads = [r.head for r in (receipts or ReceiptLog()).every] + ([anchor.head] if anchor else [])
+    heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
     if base.beside and base.beside.path and base.beside.path not in sources:
@@ -346,7 +359,8 @@ def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing
     base = dataclasses.replace(base, rows_beside=rows_beside, parted_at=parted_at)
     stands = _add_readable(stands, rows, key.public, base)
     sent = [Head(row["seq"], row["hash"]) for row in stated]
-    entry_body = _restore_body(folder, base, receipts, anchor, sent, rows, key.public)
+    is_lacking = _lacks_receipts(folder, receipts)
+    entry_body = _restore_body(folder, base, log, is_lacking, anchor, sent, rows, key.public)
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -694,7 +708,8 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 def _restore_body(
     folder: Path,
     base: _Base,
-    receipts: ReceiptLog | None,
+    log: ReceiptLog,
+    is_lacking: bool,
     anchor: Mark | None,
     sent: list[Head],
     rows: list[tuple[Any, ...]],
@@ -704,7 +719,8 @@ def _restore_body(
 
     - folder: the ledger's folder, with what is left of the step log
     - base: the chain that is continued
-    - receipts: the receipts in `folder`; None if they cannot be read, which counts as no receipts
+    - log: the receipts in `folder`, and what this machine noted; empty if they cannot be read
+    - is_lacking: whether receipts were taken away, or cannot be read
     - anchor: what the anchor (the file that names the newest entry) holds; None if it is missing or
       cannot be read
     - sent: the heads that the anchor says coordinators were sent. They are of its own chain, so
@@ -722,7 +738,6 @@ def _restore_body(
     Entries may then be lost, as where anything is charged, and with them what the ledger knew of
     rounds and of records: which updates it released, which records were declared public or
     generated, and on whom was trained. What follows from it does not depend on what was lost."""
-    log = receipts or ReceiptLog()
     readable, top = _readable_charges(rows)
     columns = _readable_columns(rows, public)
     plans = _list_plans(folder / STEPS, rows, public, base)
@@ -766,8 +781,7 @@ def _restore_body(
     # A backup counts as older than the folder, even if nothing was entered since: whether a person
     # withdrew after it must not decide what follows.
     is_own = base.path == folder / DATABASE and anchor is not None
-    is_whole = is_own and not unknown and highest == base.seq
-    is_whole = is_whole and not _lacks_receipts(folder, receipts)
+    is_whole = is_own and not unknown and highest == base.seq and not is_lacking
     return {
         "base": base.seq,
         "highest": highest,
