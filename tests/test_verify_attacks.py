@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from fedtune.core.models.teacher import find_teacher
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import load_plan
 from fedtune.core.wire.keys import SigningKey, canonical
-from fedtune.evidence import figures, sign
+from fedtune.evidence import figures, sign, step_summary
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
 from fedtune.launch import simulate as launch
 from fedtune.officer.review import would_refuse
 from fedtune.runs.teacher_admission import register_teacher
+from fedtune.server.teacher import with_teacher
 from tests.cli_kit import run as command
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
@@ -228,6 +230,60 @@ def distilled(study: Study, teacher: str, digest: str) -> Study:
     body = study.model_dump()
     body["objective"] |= {"name": "distill", "options": {"teacher": teacher, "digest": digest}}
     return Study.model_validate(body, strict=False)
+
+
+def below(table: str) -> Callable[[dict[str, Any]], None]:
+    """The ε of both trainings, of a site or of the run, is put below that of the student alone."""
+
+    def change(report: dict[str, Any]) -> None:
+        told = report["privacy"]
+        for one in (told, *told["sites"].values()) if table == "each" else (told["sites"][table],):
+            one["epsilon"] = report["teacher"]["student_epsilon"] / 2
+
+    return change
+
+
+def larger_delta(report: dict[str, Any]) -> None:
+    for table in (report["privacy"], *report["privacy"]["sites"].values()):
+        table["delta"] *= 10
+
+
+def lower_own(report: dict[str, Any]) -> None:
+    report["privacy"]["sites"]["north"]["own_epsilon"] /= 2
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (None, ""),
+        (below("north"), "north's epsilon is .* at least"),
+        (below("each"), "epsilon is .* at least"),
+        (larger_delta, "delta is .* at most the plan's"),
+        (lower_own, "north's epsilon is .* step logs"),
+        (lambda report: report["privacy"].update(epsilon=math.nan), "epsilon is nan"),
+        (lambda report: report["teacher"].update(student_epsilon=0.1), "epsilon is 0.1"),
+    ],
+)
+def test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added(
+    signed, change: Callable[[dict[str, Any]], None] | None, why: str
+) -> None:
+    """The run is its own teacher here, and a site of other patients trained the teacher alone."""
+    folder, found = signed
+    study = distilled(load_plan(folder), "runs/before", "sha256:" + "1" * 64)
+    content = json.loads((folder / sign.EVIDENCE).read_text())
+    logs = {e["site"]: step_summary.parse(e["said"]["events"]) for e in content["updates"]}
+    own = json.loads((folder / "report.json").read_text()) | {"plan_digest": study.digest}
+    parent = json.loads(json.dumps(own))
+    parent["privacy"]["sites"]["west"] = parent["privacy"]["sites"]["north"] | {"key": "7" * 64}
+    report = with_teacher(own, {"name": "b", "digest": "c", "kind": "run", "report": parent})
+    assert sorted(report["privacy"]["sites"]) == ["north", "south", "west"]
+    if change is not None:
+        change(report)
+    with pytest.raises(NotGenuine, match=why) if change else nullcontext():
+        keys, events = content["sites"], {"update": logs, "answer": {}}
+        told = figures.privacy(folder, study, report, keys, events)
+        assert told["epsilon"] == found.epsilon < told["with_teacher"]
+        assert sorted(told["sites"]) == ["north", "south"]
 
 
 def test_a_log_keeps_every_step_that_it_had() -> None:

@@ -237,6 +237,11 @@ def _lines(found: Verified) -> str:
                 f"with the answers to private queries ε = {rounded_up(found.with_queries)}, "
                 f"for a {found.unit} in both files of a site"
             )
+        if found.with_teacher is not None:
+            more.append(
+                f"with its teacher's training ε = {rounded_up(found.with_teacher)}, by the "
+                "coordinator's report: verify the teacher's run, too"
+            )
         if found.fallback is not None:
             more.append(
                 f"if {found.assumption}; whatever happens, ε = {rounded_up(found.fallback)}"

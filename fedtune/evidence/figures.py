@@ -296,7 +296,7 @@ def privacy(
     The dict always has "sites": site -> a dict of its fingerprint and its signing key and, in a
     private study, its ε and its number of steps. For a private study it also has "epsilon",
     "delta", "unit", "with_queries" and "capped"; with secure aggregation also "assumption" and
-    "fallback".
+    "fallback"; and "with_teacher" if the report states the ε of this run and its teacher together.
 
     Errors: NotGenuine."""
     path = run / "report.json"
@@ -312,7 +312,7 @@ def privacy(
     if not isinstance(privacy, PrivacyTable):
         return {"sites": shown}
     _logs(run, study, privacy, len(report["rounds"]), events)
-    said = report["privacy"]
+    said = _without_teacher(path, study, report, privacy)
     _require_equal(path, "sites", sorted(said["sites"]), sorted(events["update"]))
     for table in (said, *said["sites"].values()):
         _require_equal(path, "delta", table.get("delta"), privacy.delta)
@@ -340,11 +340,52 @@ def privacy(
     queried = _queries(path, said.get("evaluation"), events, privacy)
     claim: dict[str, Any] = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
     claim["with_queries"] = queried
+    if said is not report["privacy"]:
+        claim["with_teacher"] = report["privacy"]["epsilon"]
     if table := study.secure_aggregation:
         claim["assumption"] = assumption(study.strategy.min_sites, table.colluding)
         logs = events["update"].values()
         claim["fallback"] = max(_steps_epsilon(log, privacy) for log in logs)
     return claim | {"sites": shown, "capped": capped}
+
+
+def _without_teacher(
+    path: Path, study: Study, report: dict[str, Any], privacy: PrivacyTable
+) -> dict[str, Any]:
+    """Return the report's table "privacy" as it is for this run's own rounds. It differs from the
+    report only if the plan has a teacher and the report states the ε of both trainings together:
+    each "own_epsilon" then takes the place of the "epsilon" beside it.
+
+    The stated ε of both trainings is at least this run's own, and holds at the plan's δ or a
+    smaller one. What the teacher adds to it only the coordinator vouches for.
+
+    - path: the path of report.json, for the errors' texts
+    - study: the run's plan
+    - report: the content of report.json
+    - privacy: the plan's table [privacy]
+
+    Errors: NotGenuine if the ε of both trainings is below an ε that it must include, or holds at a
+    larger δ than the plan's."""
+    said: dict[str, Any] = report["privacy"]
+    teacher = report.get("teacher") or {}
+    if "student_epsilon" not in teacher or study.objective.resolved.teacher_spec is None:
+        return said
+    own = {"epsilon": teacher["student_epsilon"], "delta": privacy.delta}
+    own["unit"] = privacy.unit if said["unit"] == "record" else said["unit"]  # a record: the weaker
+    sites = dict[str, dict[str, Any]]()
+    for name, site in said["sites"].items():
+        _require_least(path, "epsilon", said["epsilon"], site["epsilon"])
+        if "own_epsilon" in site:  # the report also lists sites that trained the teacher alone
+            _require_least(path, f"{name}'s epsilon", site["epsilon"], site["own_epsilon"])
+            sites[name] = site | {"epsilon": site["own_epsilon"], "delta": privacy.delta}
+    for table in (said, *said["sites"].values()):
+        if not 0 < table["delta"] <= privacy.delta:
+            fail(path, f"delta is {table['delta']}", f"at most the plan's, {privacy.delta}")
+    if asked := said.get("evaluation"):
+        alone = max(site["with_training"] for site in asked["sites"].values())
+        _require_least(path, "with_training", asked["with_training"], alone)
+        own["evaluation"] = asked | {"with_training": alone}
+    return said | own | {"sites": sites}
 
 
 def _logs(
@@ -554,6 +595,21 @@ def _agree(path: Path, what: str, said: Any, computed: float) -> None:
             f"{what} is {str(said)[:24]}",
             f"{computed:.6g}, which follows from the sites' step logs",
         )
+
+
+def _require_least(path: Path, what: str, said: Any, least: float) -> None:
+    """Check that a stated figure is a number, and is at least another one up to the relative error
+    SAME.
+
+    - path: the file with the statement, for the error's text
+    - what: the figure's name, for the error's text
+    - said: the figure as the file states it, of any type
+    - least: the figure that it must include
+
+    Errors: NotGenuine."""
+    number = isinstance(said, int | float) and not isinstance(said, bool)
+    if not number or not said >= least * (1 - SAME):
+        fail(path, f"{what} is {str(said)[:24]}", f"at least {least:.6g}, which it includes")
 
 
 def _require_equal(path: Path, what: str, said: Any, proven: Any) -> None:

@@ -68,6 +68,8 @@ class Verified:
       privacy
     - with_queries: the largest ε of a site's updates and answers together, which holds for a
       patient who is also among the held-out records; None if no query was made
+    - with_teacher: the ε of this run and of its teacher's training together, as the report states
+      it; it is checked only to be at least `epsilon`. None if the report states no such sum
     - delta, unit: δ and the unit of privacy ("patient" or "record") for which ε holds; None and ""
       without privacy
     - updates, files: how many updates of sites the evidence holds, and how many files are signed
@@ -99,6 +101,7 @@ class Verified:
     simulated: bool
     epsilon: float | None = None
     with_queries: float | None = None
+    with_teacher: float | None = None
     fallback: float | None = None
     assumption: str = ""
     delta: float | None = None

@@ -28,7 +28,7 @@ from fedtune.core.config import (
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.load import load_dataset
 from fedtune.core.dp import clip
-from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.errors import ConfigError, NotGenuine, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models import teacher as teacher_module
 from fedtune.core.models.cache import CachedDataset
@@ -45,10 +45,13 @@ from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.core.vault.policy import refusals
+from fedtune.evidence.verify import verify
 from fedtune.officer.review import review
+from tests.cli_kit import run as command
 from tests.dp.conftest import study
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
+from tests.verify_kit import forged, lower
 
 LABELS = ["yes", "no", "maybe"]
 C = 0.001
@@ -436,3 +439,10 @@ def test_a_study_distils_a_paid_teacher_into_a_student(tmp_path: Path, tiny_base
     assert body["privacy"]["epsilon"] == max(site["epsilon"] for site in sites.values())
     assert body["teacher"]["digest"] == digest and body["teacher"]["student_epsilon"] <= 2.0
     assert "both trainings together" in (tmp_path / "student" / "report.md").read_text()
+    found = verify(tmp_path / "student")
+    assert found.epsilon == body["teacher"]["student_epsilon"]
+    assert found.with_teacher == body["privacy"]["epsilon"]
+    told = command("verify", tmp_path / "student", "--simulation")
+    assert told.exit_code == 0 and "with its teacher's training ε = " in told.output
+    with pytest.raises(NotGenuine, match=r"epsilon is 0\.5.* at least"):
+        verify(forged(tmp_path / "student", tmp_path, lower))

@@ -18,6 +18,19 @@ RECEIVED = "fedtune/audit/received.py"
 
 MUTANTS = (
     _one(
+        "evidence", "a-student-may-hide-its-own-epsilon", FIGURES,
+        """_require_least(path, f"{name}'s epsilon", site["epsilon"], site["own_epsilon"])""",
+        "pass",
+        ATTACKS + "test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added",
+        "a report of both trainings states less than the student alone spent",
+    ),
+    _one(
+        "evidence", "a-student-with-a-teacher-is-refused", FIGURES,
+        '"student_epsilon" not in teacher or', "True or",
+        ATTACKS + "test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added",
+        "an honest run of a distilled student is refused as not genuine",
+    ),
+    _one(
         "evidence", "a-site-without-an-update-is-no-site", FIGURES,
         'log = events["update"].get(name, [])  #', 'log = events["update"][name]  #',
         "tests/test_verify_sites.py::test_a_site_that_only_answered_queries_is_listed_as_absent",
