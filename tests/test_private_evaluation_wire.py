@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,24 @@ def test_a_bad_answer_is_listed_with_its_reason_and_the_run_goes_on(
     assert "patient" not in first["missing"]["b"]
     assert first["likelihood"] == pytest.approx(0.25)
     assert second["sites"] == ["a", "b"] and second["missing"] == {}
+
+
+def name_another(update: Update) -> Update:
+    return replace(update, said={"name": "a"})
+
+
+@pytest.mark.parametrize(
+    "answer, why", [(name_another, "names another site"), (sums(sigma=2.01, steps=2), "step log")]
+)
+def test_an_answer_that_the_run_could_not_prove_is_dropped(
+    trial: Callable[..., Trial], answer: Any, why: str
+) -> None:
+    """It names another site, or changes the steps of an earlier answer that counted."""
+    run = trial(FakeSite("a"), FakeSite("b", answers={2: answer}))
+    run.run(STUDY)
+    first, second = found(run)
+    assert first["sites"] == ["a", "b"] and second["sites"] == ["a"]
+    assert second["missing"]["b"].startswith("dropped: its ") and why in second["missing"]["b"]
 
 
 @pytest.mark.parametrize("crash", ["before the answers are kept", "before anybody is asked"])

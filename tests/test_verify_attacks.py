@@ -289,10 +289,10 @@ def test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added(
 def test_a_log_keeps_every_step_that_it_had() -> None:
     step = {"sigma": 0.5, "q": 1.0, "max_grad_norm": 1.0, "records": 1, "steps": 5}
     louder = step | {"sigma": 50.0, "steps": 6}
-    assert figures._has_grown([step], [step | {"steps": 6}])
-    assert figures._has_grown([step], [step, louder])
-    assert not figures._has_grown([step], [louder])
-    assert not figures._has_grown([step], [step])
+    assert step_summary.has_grown([step], [step | {"steps": 6}])
+    assert step_summary.has_grown([step], [step, louder])
+    assert not step_summary.has_grown([step], [louder])
+    assert not step_summary.has_grown([step], [step])
 
 
 STEP = {"q": 1.0, "max_grad_norm": 1.0, "records": 1, "steps": 1}

@@ -166,24 +166,10 @@ def seals(
         except seal.SealError as error:
             fail(where, error.happened, "what the site signed")
         log = step_summary.parse(said["events"]) if study.private else []
-        if study.private and not _has_grown(events[kind].get(entry["site"], []), log):
+        if study.private and not step_summary.has_grown(events[kind].get(entry["site"], []), log):
             fail(where, "its step log has no step for this round", "a longer log in every round")
         events[kind][entry["site"]] = log
     return events
-
-
-def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
-    """Return whether a site's step log `now` has all steps of its earlier step log `before`, and at
-    least one more."""
-
-    def count_steps(log: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
-        counts: Counter[tuple[Any, ...]] = Counter()
-        for e in log:
-            counts[e["sigma"], e["q"], e["max_grad_norm"], e["records"]] += e["steps"]
-        return counts
-
-    old, new = count_steps(before), count_steps(now)
-    return old <= new and old.total() < new.total()
 
 
 def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,19 +58,39 @@ def objection(log: Sequence[Mapping[str, Any]], agreed: Agreed) -> str:
     why not. No ε is computed, and the time that this takes does not depend on the numbers in the
     log.
 
-    - log: the step log, as `parse` returns it
+    - log: the step log, as `parse` returns it. Its steps are also compared with its first ones:
+      whoever verifies the run knows no other σ if the plan states ε
     - agreed: what the plan lays down for the site's steps"""
     for event in log:
+        rates = (agreed.sampling_rate, log[0]["q"])
+        sigmas = (agreed.noise_multiplier, log[0]["sigma"])
         same = (
-            math.isclose(event["q"], agreed.sampling_rate, rel_tol=1e-9)
+            all(math.isclose(event["q"], rate, rel_tol=1e-9) for rate in rates)
             and math.isclose(event["max_grad_norm"], agreed.max_grad_norm, rel_tol=1e-9)
             and event["records"] == agreed.records
         )
-        ratio = event["sigma"] / agreed.noise_multiplier
-        if not same or not 1 - SIGMA_SLACK <= ratio <= 1 + SIGMA_SLACK:
+        ratios = [event["sigma"] / sigma for sigma in sigmas]
+        if not same or not all(1 - SIGMA_SLACK <= ratio <= 1 + SIGMA_SLACK for ratio in ratios):
             return "its step log shows other noise than the plan's"
     if len({(event["sigma"], event["q"]) for event in log}) > KINDS:
         return "its step log shows more kinds of steps than a plan has"
     if sum(event["steps"] for event in log) > REPEATS * agreed.steps:
         return "its step log shows far more steps than the plan has"
     return ""
+
+
+def has_grown(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a site's step log `now` has all steps of its earlier step log `before`, and at
+    least one more. Steps are equal if they are of the same kind: of the same σ, rate, clipping norm
+    and number of records."""
+    old, new = _count_steps(before), _count_steps(now)
+    return old <= new and old.total() < new.total()
+
+
+def _count_steps(log: Sequence[Mapping[str, Any]]) -> Counter[tuple[Any, ...]]:
+    """Return how many steps of each kind a step log has."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for event in log:
+        kind = (event["sigma"], event["q"], event["max_grad_norm"], event["records"])
+        counts[kind] += event["steps"]
+    return counts

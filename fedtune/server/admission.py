@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -440,7 +440,7 @@ def outcome(
     reply: Reply,
     like: Arrays,
     private: bool,
-    steps_before: int,
+    before: Sequence[Mapping[str, Any]],
     key: str,
     expected: Header,
     *,
@@ -457,16 +457,17 @@ def outcome(
 
     | checked     | what must be true                                                           |
     | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
-    |             | `expected`                                                                  |
+    |             | `expected`; what it signed beside the arrays names that site, too           |
     | the arrays  | names, shapes, type and bytes of `like` in `encoding`, before any is decoded |
     | the numbers | finite, as are their scales; a norm of at most `longest` times the growth   |
     |             | that `encoding` may cause; each array's own header states the agreed type   |
-    | the log     | its steps had the plan's noise (`terms`), and are more than `steps_before`  |
+    | the log     | its steps had the plan's noise (`terms`); they are those of `before`, and   |
+    |             | more                                                                        |
 
     - reply: the node's reply, as `exchange.ask` yields it
     - like: arrays with the names and shapes that the update must have; not used if `read` is given
     - private: whether the plan adds noise, so that the reply has a step log
-    - steps_before: the number of steps in the site's step log before this reply
+    - before: the site's step log in its last reply that counted; empty if there is none
     - key: the site's public signing key, in hexadecimal
     - expected: the context that the seal must state. Its `ledger` is ignored, and its `body` is
       replaced by the digest of the reply.
@@ -495,7 +496,7 @@ def outcome(
         ledger, evidence = _open_update(site, arrays, key, expected)
         update = read(arrays) if read else _numbers(arrays, like, encoding, longest)
         events = _events(site.get("events")) if private else []
-        _check_log(events, steps_before, terms)
+        _check_log(events, before, terms)
     except (_DroppedUpdate, SealError) as error:
         return Outcome("dropped", str(error))
     except WireError as error:
@@ -518,9 +519,12 @@ def _open_update(
     - expected: the context that the seal must state (plan, round, base, site, receiver, nonce)
 
     Returns the site's statement of its ledger, and the evidence (seal, digest of the arrays, signed
-    texts) that later proves that the site sent it. Errors: SealError if the seal is not valid."""
+    texts) that later proves that the site sent it. Errors: SealError if the seal is not valid;
+    _DroppedUpdate if the signed texts name another site."""
     digest = seal.arrays_digest(bodies(arrays))
     ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
+    if site.get("name") != expected.site:
+        raise _DroppedUpdate("its update names another site than the one that signed it")
     sealed = {name: site[name] for name in seal.OUTSIDE}
     return ledger, sealed | {"arrays": digest, "said": seal.texts_of(site)}
 
@@ -555,15 +559,20 @@ def _check_numbers(update: Arrays, longest: float) -> None:
         )
 
 
-def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
-    """Check that the step log `events` agrees with the plan, and has more than `steps_before`
-    steps. terms: the plan's requirements; with None nothing is checked. Errors: _DroppedUpdate."""
+def _check_log(
+    events: list[dict[str, Any]], before: Sequence[Mapping[str, Any]], terms: Terms | None
+) -> None:
+    """Check that the step log `events` agrees with the plan, has every step of the site's earlier
+    step log `before`, and has at least one more. terms: the plan's requirements; with None nothing
+    is checked. Errors: _DroppedUpdate."""
     if terms is None:
         return
     if why := step_summary.objection(events, terms):
         raise _DroppedUpdate(why)
-    if sum(event["steps"] for event in events) <= steps_before:
-        raise _DroppedUpdate("its step log shows no new noised step for this update")
+    if not step_summary.has_grown(before, events):
+        raise _DroppedUpdate(
+            "its step log shows no new noised step for this update, or lacks an earlier one"
+        )
 
 
 def _events(text: Any) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ class Queries:
         name, reply = answer.name, answer.reply
         _add(entry["bytes_down"], name, answer.sent)
         _add(entry["bytes_up"], name, reply.size)
-        before = sum(event["steps"] for event in self.progress.queries.get(name, []))
+        before = self.progress.queries.get(name, [])
         key = self.progress.keys.get(name, "")
         kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
         like: Arrays = {"sums": np.zeros(2 * len(self.study.query_cells), np.float32)}

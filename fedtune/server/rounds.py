@@ -388,7 +388,7 @@ class _Run:
             reason = "its update of this round is counted already"
             self._on_status(name, "dropped", reason, tally.number)
             return "dropped"
-        before = sum(event["steps"] for event in self.progress.events.get(name, []))
+        before = self.progress.events.get(name, [])
         whole = self.strategy.update_like(self.progress.adapter)
         key = self.progress.keys.get(name, "")
         columns = rank_slice(self.study.lora, self.roster.lora_ranks.get(name), tally.number)

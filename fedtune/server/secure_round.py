@@ -289,7 +289,7 @@ class SecureRound:
         events = self.progress.events
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
-        before = sum(event["steps"] for event in events.get(name, []))
+        before = events.get(name, [])
         key, size = self.progress.keys.get(name, ""), self.progress.sizes[name]
         terms = self.limits.of(size, self._dimension, 0.0, None).get("terms")
         expected = answer.expected

@@ -81,7 +81,7 @@ class Coordinator:
         key = self.forge.key.public
         reply = Reply(2, content, "" if content is not None else "no answer")
         limits = {"terms": TERMS, "longest": 10.0, "encoding": self.forge.encoding}
-        return outcome(reply, zeros(), True, 0, key, WANTED, **limits)
+        return outcome(reply, zeros(), True, [], key, WANTED, **limits)
 
 
 def read(body: bytes) -> RecordDict | None:

@@ -254,7 +254,7 @@ MUTANTS = (
         "another run's proof is shown for this one",
     ),
     _one(
-        "evidence", "steps-of-less-noise-are-forgotten", FIGURES,
+        "evidence", "steps-of-less-noise-are-forgotten", "fedtune/evidence/step_summary.py",
         "    return old <= new and old.total() < new.total()\n",
         "    return old.total() < new.total()\n",
         ATTACKS + "test_a_log_keeps_every_step_that_it_had",

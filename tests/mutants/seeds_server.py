@@ -10,7 +10,36 @@ ADMISSION = "fedtune/server/admission.py"
 T_NAMES = "tests/server/test_names.py::"
 NOBODY = T_NAMES + "test_nobody_is_thrown_out_or_shadowed_by_another"
 
+STEP_LOG = "fedtune/evidence/step_summary.py"
+T_REFUSED = "tests/server/test_rounds_refused.py::"
+
 NAME_MUTANTS = (
+    _one(
+        "admission", "an-update-names-whom-it-likes", ADMISSION,
+        'if site.get("name") != expected.site:', "if False:",
+        T_REFUSED + "test_a_bad_update_is_dropped_with_a_reason_and_changes_nothing",
+        "one site's update makes a run that nobody can verify",
+    ),
+    _one(
+        "admission", "a-log-only-has-to-be-longer", ADMISSION,
+        "if not step_summary.has_grown(before, events):",
+        'if sum(e["steps"] for e in events) <= sum(e["steps"] for e in before):',
+        T_REFUSED + "test_a_log_whose_earlier_steps_changed_is_dropped_and_the_site_goes_on",
+        "a site changes what it signed of its earlier steps, and the run cannot be verified",
+    ),
+    _one(
+        "admission", "steps-of-one-log-are-compared-with-the-plan-alone", STEP_LOG,
+        '(agreed.noise_multiplier, log[0]["sigma"])', "(agreed.noise_multiplier,)",
+        T_REFUSED + "test_a_log_whose_steps_are_not_alike_is_dropped",
+        "one site's update makes a run that nobody can verify",
+    ),
+    _one(
+        "admission", "an-answer-is-compared-with-no-earlier-one", "fedtune/server/queries.py",
+        "before = self.progress.queries.get(name, [])", "before: list[dict[str, Any]] = []",
+        "tests/test_private_evaluation_wire.py::"
+        "test_an_answer_that_the_run_could_not_prove_is_dropped",
+        "a site changes what it signed of its earlier answers, and the run cannot be verified",
+    ),
     _one(
         "admission", "a-failing-site-gets-the-plan-every-two-seconds", ADMISSION,
         "pause = min(2 * known.pause, longest) if known else first", "pause = first",

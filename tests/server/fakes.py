@@ -139,7 +139,7 @@ class FakeSite:
         }
         update = Update(delta, [{**EVENT, "steps": self.steps}])
         made = self._scripted(self.script.get(len(self.calls)), update)
-        return Update(encode(made.delta, self.encoding), made.events)
+        return Update(encode(made.delta, self.encoding), made.events, made.said)
 
     def shapes(self, digest: str) -> Shapes:
         return SHAPES

@@ -43,7 +43,7 @@ def query(kind: str, content: RecordDict) -> RecordDict:
 
 KEY = SigningKey()  # the coordinator's
 WANTED = seal.Header(STUDY.digest, 1, "", "a", KEY.public, "n", "", {})
-SAID = {"status": "trained", "events": "[]"}
+SAID = {"name": "a", "status": "trained", "events": "[]"}
 
 
 def order(round_: int = 1, key: SigningKey = KEY) -> RecordDict:
@@ -268,7 +268,7 @@ def test_a_refusals_words_are_tamed():
 @pytest.mark.parametrize("site", [None, ConfigRecord({}), ConfigRecord({"status": "splendid"})])
 def test_an_odd_reply_to_train_is_a_failure(site):
     content = RecordDict({"update": ArrayRecord()} | ({"site": site} if site is not None else {}))
-    assert outcome(Reply(2, content), zeros(), True, 0, "", WANTED).status == "failed"
+    assert outcome(Reply(2, content), zeros(), True, [], "", WANTED).status == "failed"
 
 
 def test_a_huge_claim_in_a_small_message_is_not_allocated():
@@ -282,7 +282,7 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
         {**SAID, **seal.seal(site, replace(WANTED, body=body, ledger={"token": "00"}))}
     )
     content = RecordDict({"update": record, "site": said})
-    got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
+    got = outcome(Reply(2, content), zeros(), False, [], site.public, WANTED)
     assert got.status == "dropped" and "as many bytes as its shape needs" in got.reason
     assert np.prod(record[name].shape) == 10
 
@@ -296,7 +296,7 @@ def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
 
 def test_a_sealed_update_is_taken_and_its_ledger_statement_kept():
     site, record = SigningKey(), to_record(encode(zeros(), "float32"))
-    got = outcome(sealed(site, record), zeros(), False, 0, site.public, WANTED)
+    got = outcome(sealed(site, record), zeros(), False, [], site.public, WANTED)
     assert (got.status, got.ledger) == ("trained", {"token": "00"})
 
 
@@ -314,17 +314,17 @@ def test_a_sealed_update_is_taken_and_its_ledger_statement_kept():
 )
 def test_an_update_sealed_for_something_else_is_dropped(change):
     site, record = SigningKey(), to_record(encode(zeros(), "float32"))
-    got = outcome(sealed(site, record, **change), zeros(), False, 0, site.public, WANTED)
+    got = outcome(sealed(site, record, **change), zeros(), False, [], site.public, WANTED)
     assert got.status == "dropped" and next(iter(change)) in got.reason
 
 
 def test_an_update_signed_by_another_or_altered_is_dropped():
     site, record = SigningKey(), to_record(encode(zeros(), "float32"))
-    stranger = outcome(sealed(SigningKey(), record), zeros(), False, 0, site.public, WANTED)
+    stranger = outcome(sealed(SigningKey(), record), zeros(), False, [], site.public, WANTED)
     assert stranger.status == "dropped" and "not signed" in stranger.reason
     reply = sealed(site, record)
     record[VALUES].data = record[VALUES].data[:-1] + b"\x01"
-    altered = outcome(reply, zeros(), False, 0, site.public, WANTED)
+    altered = outcome(reply, zeros(), False, [], site.public, WANTED)
     assert altered.status == "dropped" and "body" in altered.reason
 
 

@@ -150,7 +150,7 @@ def judged(study: Any, update: np.ndarray, n: int, longest: float | None = None)
         "sigma": site.noise_multiplier, "q": site.sampling_rate, "records": site.records,
         "max_grad_norm": site.max_grad_norm, "steps": 1,
     }  # fmt: skip
-    said = {"status": "trained", "events": str([event]).replace("'", '"')}
+    said = {"name": "a", "status": "trained", "events": str([event]).replace("'", '"')}
     header = seal.Header(
         study.digest,
         1,
@@ -165,7 +165,7 @@ def judged(study: Any, update: np.ndarray, n: int, longest: float | None = None)
     content["site"] = ConfigRecord(content["site"])
     bound = norm_bound(study, site, update.size, 0.0) if longest is None else longest
     return outcome(
-        Reply(2, RecordDict(content)), {"w": np.zeros(update.size, np.float32)}, True, 0,
+        Reply(2, RecordDict(content)), {"w": np.zeros(update.size, np.float32)}, True, [],
         key.public, replace(header, body=""), terms=site, longest=bound,
     )  # fmt: skip
 

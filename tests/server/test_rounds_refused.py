@@ -95,7 +95,9 @@ def bad(**changes: Any):
             name: changes.get("fill", lambda a: a)(array) for name, array in update.delta.items()
         }
         return Update(
-            changes.get("delta", lambda d: d)(delta), changes.get("events", update.events)
+            changes.get("delta", lambda d: d)(delta),
+            changes.get("events", update.events),
+            changes.get("said", {}),
         )
 
     return change
@@ -115,6 +117,7 @@ BAD = {
     "sigma nan": bad(events=[{"sigma": float("nan"), "q": 0.2, "max_grad_norm": 1, "steps": 3}]),
     "q above one": bad(events=[{"sigma": 1.0, "q": 1.5, "max_grad_norm": 1.0, "steps": 3}]),
     "not a list": bad(events=3),
+    "another's name": bad(said={"name": "a"}),
 }
 
 
@@ -244,3 +247,24 @@ def test_a_log_of_other_noise_is_dropped(trial):
         run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script=script), folder=str(change))
         body = run.run(make_study(min_sites=2).model_copy(update={"training": one_round()}))
         assert body["rounds"][0]["missing"]["c"].startswith("dropped: its step log shows ")
+
+
+def test_a_log_whose_steps_are_not_alike_is_dropped(trial):
+    """Each is within 2 % of the plan's noise; but a plan that states ε names no σ."""
+    good = {"sigma": 1.475, "q": 0.25, "max_grad_norm": 1.0, "records": 1, "steps": 1}
+    for sigma, counts in ((1.5, True), (1.525, False)):
+        script = {1: bad(events=[good, good | {"sigma": sigma}])}
+        run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script=script), folder=str(sigma))
+        body = run.run(make_study(min_sites=2).model_copy(update={"training": one_round()}))
+        assert ("c" in body["rounds"][0]["participants"]) is counts
+
+
+def test_a_log_whose_earlier_steps_changed_is_dropped_and_the_site_goes_on(trial):
+    """It has more steps than before, of a noise that the plan allows."""
+    other = [{"sigma": 1.51, "q": 0.25, "max_grad_norm": 1.0, "records": 1, "steps": 2}]
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script={2: bad(events=other)}))
+    body = run.run(make_study(min_sites=2))
+    assert [len(row["participants"]) for row in body["rounds"]] == [3, 2, 3, 3]
+    why = body["rounds"][1]["missing"]["c"]
+    assert why.startswith("dropped: its step log ") and "lacks an earlier one" in why
+    assert body["privacy"]["sites"]["c"]["steps"] == 4

@@ -62,7 +62,7 @@ def message(record: ArrayRecord | None = None, key: SigningKey = KEY, **header: 
 
 def judge(content: RecordDict, wanted: seal.Header = WANTED, longest: float = 10.0) -> Outcome:
     limits: dict[str, Any] = {"terms": TERMS, "longest": longest, "encoding": wire.encoding}
-    return outcome(Reply(2, content), zeros(), True, 0, KEY.public, wanted, **limits)
+    return outcome(Reply(2, content), zeros(), True, [], KEY.public, wanted, **limits)
 
 
 def honest() -> RecordDict:

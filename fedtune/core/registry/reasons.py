@@ -45,7 +45,7 @@ PHRASES = (
     "the message could not be sent", "another node's name", "declared_size changed",
     "signing key changed", "not signed by", "sealed for another", "header of its update",
     "its update is longer", "other noise than the plan's", "more steps than the plan has",
-    "more kinds of steps", "no new noised step", "step log is malformed",
+    "more kinds of steps", "no new noised step", "names another site", "step log is malformed",
     "other names or shapes", "plain fp32", "not as agreed", "not finite",
     "more than was asked for", "declared size does not fit",
     "its answer to the plan is malformed", "its answer is malformed",
