@@ -10,6 +10,7 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.errors import InfrastructureError, NotGenuine
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.evidence.verify import verify
@@ -64,3 +65,24 @@ def test_a_site_whose_data_is_declared_compares_the_runs_own_ledger(
     told = command("verify", study.parent / "run", "--own", site, "--simulation")
     assert told.exit_code == 0, told.output
     assert f"as {NAMES[0]}, 3 rounds, as its own ledger has them" in told.output
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_round_that_a_site_released_twice_is_named_and_nobody_is_accused(
+    tmp_path: Path, tiny_base: Path, released: bool
+) -> None:
+    """A coordinator that went on from a backup asks again, too. A charge without an answer, as
+    after a crash, is not named."""
+    study = lay_out_sites(tmp_path, tiny_base, patients(12))
+    run_study(study)
+    path = study.parent / f"site-{NAMES[0]}.toml"
+    site = load_site(path)
+    ledger = Ledger(site.home)
+    (spent,) = (s for s in ledger.spending() if s.charge.round == 2)
+    number = ledger.reserve(spent.dataset, spent.charge, "another", lambda charges: None)
+    if released:
+        ledger.release(number, b"another answer")
+    told = command("verify", study.parent / "run", "--own", path, "--simulation")
+    assert told.exit_code == 0, told.output
+    text = "charged and released more than once: round 2 (2 answers);"
+    assert (text in told.output) is released

@@ -146,6 +146,14 @@ def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> Non
     if not quiet:
         here = f"as {told.name}, {len(told.rounds)} rounds" if told.name else "took no part"
         typer.echo(escape_controls(f"this site    {here}, as its own ledger has them{cost}"))
+    if told.repeated and not quiet:
+        listed = [f"round {n} ({count} answers)" for n, count in told.repeated.items()]
+        more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+        typer.echo(
+            f"{'':13}charged and released more than once: {', '.join(listed[:20])}{more};\n"
+            f"{'':13}the run holds one answer to a round at most: ask the coordinator why it asked "
+            "again"
+        )
     if told.left_out:
         numbers = ", ".join(map(str, told.left_out[:20]))
         raise Refused(

@@ -6,6 +6,7 @@ these."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,10 @@ class Compared:
     - rounds: the rounds whose updates are in the run and in this ledger
     - left_out: the rounds whose updates this site released, but which the run does not hold: the
       updates were lost on the way, came too late, or were left out
+    - repeated: round -> how many answers to it this site charged and released, of the rounds with
+      more than one. A run holds one of them at most. An honest coordinator asks again, too: after
+      it was put back to a backup, if an attempt at a sum of shared noise failed, or if this site
+      had lost what it had released
     - stated: this site's ε at the plan's δ as the run states it; None without privacy
     - paid: this site's ε at the plan's δ by its ledger; None without privacy, or if `known` is
       false
@@ -42,6 +47,7 @@ class Compared:
     name: str
     rounds: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
+    repeated: dict[int, int] = field(default_factory=dict)
     stated: float | None = None
     paid: float | None = None
     known: bool = True
@@ -96,10 +102,19 @@ def compare(site: Site, run: Path, found: Verified) -> Compared:
         name=name,
         rounds=sorted(claimed),
         left_out=sorted(sent - claimed),
+        repeated=_count_repeated(spent) if study.private else {},
         stated=found.sites.get(name, {}).get("epsilon"),
         paid=paid,
         known=known,
     )
+
+
+def _count_repeated(spent: Collection[Spent]) -> dict[int, int]:
+    """Return round -> the number of its charges whose update was released, for the rounds with more
+    than one. What a restore charged does not count: it stands for rounds that may never have been.
+    spent: the charges of one study."""
+    answers = Counter(s.charge.round for s in spent if s.released and s.kind == "reserve")
+    return {number: count for number, count in sorted(answers.items()) if count > 1}
 
 
 def _is_of(spent: Spent, study: Study, memberships: Collection[str]) -> bool:

@@ -18,6 +18,20 @@ RECEIVED = "fedtune/audit/received.py"
 
 MUTANTS = (
     _one(
+        "evidence", "a-round-that-was-released-twice-is-not-named", "fedtune/officer/claims.py",
+        "if count > 1}", "if count > 8}",
+        "tests/test_verify_sites.py::"
+        "test_a_round_that_a_site_released_twice_is_named_and_nobody_is_accused",
+        "a site is not told that a coordinator asked it for a round again",
+    ),
+    _one(
+        "evidence", "a-crash-counts-as-an-answer", "fedtune/officer/claims.py",
+        'if s.released and s.kind == "reserve")', 'if s.kind == "reserve")',
+        "tests/test_verify_sites.py::"
+        "test_a_round_that_a_site_released_twice_is_named_and_nobody_is_accused",
+        "a site that crashed is told that it released a round twice",
+    ),
+    _one(
         "evidence", "a-student-may-hide-its-own-epsilon", FIGURES,
         """_require_least(path, f"{name}'s epsilon", site["epsilon"], site["own_epsilon"])""",
         "pass",
