@@ -363,7 +363,8 @@ def _without_teacher(
         _require_least(path, "epsilon", said["epsilon"], site["epsilon"])
         if "own_epsilon" in site:  # the report also lists sites that trained the teacher alone
             _require_least(path, f"{name}'s epsilon", site["epsilon"], site["own_epsilon"])
-            sites[name] = site | {"epsilon": site["own_epsilon"], "delta": privacy.delta}
+            own_noise = _without_teachers_noise(path, name, site)
+            sites[name] = own_noise | {"epsilon": site["own_epsilon"], "delta": privacy.delta}
     for table in (said, *said["sites"].values()):
         if not 0 < table["delta"] <= privacy.delta:
             fail(path, f"delta is {table['delta']}", f"at most the plan's, {privacy.delta}")
@@ -371,7 +372,27 @@ def _without_teacher(
         alone = max(site["with_training"] for site in asked["sites"].values())
         _require_least(path, "with_training", asked["with_training"], alone)
         own["evaluation"] = asked | {"with_training": alone}
-    return said | own | {"sites": sites}
+    return _without_teachers_noise(path, "the run", said) | own | {"sites": sites}
+
+
+def _without_teachers_noise(path: Path, name: str, said: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report says of a site or of the run, with what it says of the noise that sites
+    shared in this run's own rounds alone, in place of what it says of both trainings.
+
+    - path: the path of report.json, for the errors' texts
+    - name: the site's name, or "the run", for the errors' texts
+    - said: the report's figures of this site, or of the run
+
+    Errors: NotGenuine if the ε by the site's own noise alone is below this run's own."""
+    table = said.get("secure_aggregation") or {}
+    if "assumptions" not in table:
+        return said
+    kept = {key: value for key, value in said.items() if key != "secure_aggregation"}
+    if (own := kept.pop("own_secure_aggregation", None)) is None:
+        return kept
+    what = f"{name}'s fallback ε"
+    _require_least(path, what, table.get("fallback_epsilon"), own["fallback_epsilon"])
+    return kept | {"secure_aggregation": own}
 
 
 def _logs(

@@ -59,11 +59,26 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     for name, site in own.get("sites", {}).items():
         total = sites.get(name) or {}
         spent = {key: total[key] for key in ("epsilon", "delta", "events") if key in total}
+        spent |= _with_shared_noise(site, total)
         sites[name] = site | {"own_epsilon": site["epsilon"]} | spent
     total = {key: both[key] for key in ("epsilon", "delta", "unit")}
+    total |= _with_shared_noise(own, both)
     if asked := own.get("evaluation"):
         total["evaluation"] = asked | {"with_training": _with_queries(report, parent)}
     return report | {"privacy": own | total | {"sites": sites}, "teacher": facts}
+
+
+def _with_shared_noise(own: dict[str, Any], both: dict[str, Any]) -> dict[str, Any]:
+    """Return what the result says of shared noise: under which assumptions the ε of both trainings
+    holds, and the ε that holds without them; {} if neither run shared noise. What the student's
+    report says is kept as "own_secure_aggregation".
+
+    own, both: the student's figures, and the composed ones, of a site or of the run."""
+    if (composed := both.get("secure_aggregation")) is None:
+        return {}
+    if (alone := own.get("secure_aggregation")) is None:
+        return {"secure_aggregation": composed}
+    return {"secure_aggregation": alone | composed, "own_secure_aggregation": alone}
 
 
 def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:

@@ -297,6 +297,33 @@ MUTANTS = (
         "adopted charges and withdrawals are lost with a home's copy, and nobody notices",
     ),
     one(
+        "incidents", "a-client-starts-on-a-folder-that-was-put-back",
+        "fedtune/officer/before_joining.py",
+        "    if ledger:\n        check_head(ledger)\n", "",
+        T_HOMES + "test_a_folder_that_was_put_back_is_noticed_before_anything_is_charged",
+        "rounds that were charged before a folder was put back are in no total",
+    ),
+    one(
+        "incidents", "a-simulation-starts-on-a-folder-that-was-put-back",
+        "fedtune/homes/known_homes.py",
+        "        check_head(Ledger(site.home))\n\n\ndef _check", "        pass\n\n\ndef _check",
+        T_HOMES + "test_a_folder_that_was_put_back_is_noticed_before_anything_is_charged",
+        "a researcher spends twice what the ledger says, after a backup was put back",
+    ),
+    one(
+        "incidents", "a-running-client-notes-an-earlier-entry", "fedtune/homes/known_homes.py",
+        "noted.head.seq >= new.head.seq", "noted.head == new.head",
+        T_HOMES + "test_a_folder_that_was_put_back_is_noticed_before_anything_is_charged[True-0]",
+        "a client that runs while the folder is put back forgets what was there",
+    ),
+    one(
+        "incidents", "a-restore-forgets-what-the-machine-noted", "fedtune/cli/site.py",
+        "Ledger.restore(folder, copy, standing, find_head(folder))",
+        "Ledger.restore(folder, copy, standing)",
+        T_HOMES + "test_what_this_machine_noted_counts_in_a_restore_without_the_anchor",
+        "rounds of which only homes.json tells are in no total after a restore",
+    ),
+    one(
         "hospital", "an-order-without-a-receipt-is-not-asked", "fedtune/core/vault/noted.py",
         "    if is_in_home:\n", "    if is_in_home and receipt:\n",
         T_ADOPT + "test_no_membership_goes_on_whose_home_lost_the_adoption[nothing-False]",

@@ -33,6 +33,13 @@ MADE_MUTANTS = (
         "the judge's prompt contains another patient's question",
     ),
     _one(
+        "derived", "a-teachers-own-noise-is-forgotten", "fedtune/server/teacher.py",
+        "        spent |= _with_shared_noise(site, total)\n", "",
+        "tests/server/test_teacher.py::"
+        "test_epsilon_by_a_sites_own_noise_alone_is_of_both_trainings",
+        "a report says that less of the teacher's training counts if sites collude than does",
+    ),
+    _one(
         26, "the-teacher-is-centred-over-the-batch", "fedtune/core/objectives/distill.py",
         "    tokens, teacher_logp = batch.soft\n",
         "    tokens, teacher_logp = batch.soft\n"

@@ -431,9 +431,9 @@ MUTANTS = (
     one(
         "incidents", "a-restore-is-installed-before-it-has-who-withdrew",
         "fedtune/core/ledger/restore.py",
-        "            _restore(folder, from_, key, stands)\n",
-        "            _restore(folder, from_, key, Standing({}, None))\n"
-        "            _restore(folder, None, key, stands)\n",
+        "            _restore(folder, from_, key, stands, read_noted(noted, key.public))\n",
+        "            _restore(folder, from_, key, Standing({}, None), None)\n"
+        "            _restore(folder, None, key, stands, None)\n",
         T_RESTORED + "test_a_restore_that_is_killed_anywhere_keeps_who_withdrew_and_the_freeze",
         "a patient who withdrew is trained on again after a restore that was killed",
     ),

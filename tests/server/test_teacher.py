@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fedtune.core.errors import NotGenuine
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.evidence import figures
 from fedtune.report.claim import best_guess
 from fedtune.report.markdown import markdown
 from fedtune.report.teacher import teacher_line
@@ -47,6 +52,53 @@ def test_a_student_pays_for_its_teacher_too() -> None:
     base = with_teacher(own, NAMES | {"kind": "base"})
     assert base["privacy"] == own["privacy"]
     assert "no record of the sites: no ε" in markdown(base) and "its teacher" in teacher_line(base)
+
+
+def share_noise(made: dict[str, Any], sigma: float) -> float:
+    """Have the sites of a report share noise, of which each adds `sigma` by itself. Return the ε by
+    a site's own noise alone."""
+    whatever = 0.0
+    for site in made["privacy"]["sites"].values():
+        whatever = alone((sigma, site["sampling_rate"], site["steps"]))
+        table = {"sites": 3, "colluding": 1, "own_noise_multiplier": sigma}
+        site["secure_aggregation"] = table | {"fallback_epsilon": whatever}
+        made["privacy"]["secure_aggregation"] = site["secure_aggregation"]
+    return whatever
+
+
+@pytest.mark.parametrize("shares", ["student", "teacher", "both"])
+def test_epsilon_by_a_sites_own_noise_alone_is_of_both_trainings(shares: str) -> None:
+    """And the assumption of either is one of the total. What the student's own says is kept, by
+    which `verify` compares it with the step logs; a stated total below it is refused."""
+    own, teacher = student({"north": (A, "k1")}), run_of({"north": (B, "k1")})
+    parts = {"student": (own, A), "teacher": (teacher["report"], B)}
+    steps = []
+    for name, (made, (_, rate, count)) in parts.items():
+        sigma = A[0] if name == "student" else B[0]
+        if shares in (name, "both"):
+            sigma /= 1.5
+            share_noise(made, sigma)
+        steps.append((sigma, rate, count))
+    found = with_teacher(own, teacher)
+    for table in (found["privacy"], found["privacy"]["sites"]["north"]):
+        shared = table["secure_aggregation"]
+        assert close(shared["fallback_epsilon"], alone(*steps))
+        assert shared["assumptions"] == [[3, 1]]
+    assert rounded_up(found["privacy"]["secure_aggregation"]["fallback_epsilon"]) in markdown(found)
+    plan: Any = SimpleNamespace(objective=SimpleNamespace(resolved=SimpleNamespace(teacher_spec=1)))
+    terms: Any = SimpleNamespace(delta=1e-4, unit="patient")
+
+    def take_out() -> dict[str, Any]:
+        return figures._without_teacher(Path("report.json"), plan, found, terms)
+
+    left, before = take_out(), own["privacy"]
+    assert left.get("secure_aggregation") == before.get("secure_aggregation")
+    north, north_before = left["sites"]["north"], before["sites"]["north"]
+    assert north.get("secure_aggregation") == north_before.get("secure_aggregation")
+    if shares != "teacher":
+        found["privacy"]["sites"]["north"]["secure_aggregation"]["fallback_epsilon"] = 0.01
+        with pytest.raises(NotGenuine, match="fallback"):
+            take_out()
 
 
 def test_a_site_that_trained_the_teacher_alone_is_listed() -> None:
