@@ -32,16 +32,28 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.core.config import Site, SiteData
 from fedtune.core.config.database import FILES, databases_of, file_of, kind_of, redact_url
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import DATABASE, HEAD, KEY, read_noted, traces
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.files import (
+    DATABASE,
+    HEAD,
+    KEY,
+    RESTORE,
+    Head,
+    LedgerError,
+    read_head,
+    read_noted,
+    traces,
+)
 from fedtune.core.wire.keys import SigningKey
+
+if TYPE_CHECKING:
+    from fedtune.core.ledger.ledger import Ledger
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
@@ -121,9 +133,8 @@ def note_head(home: Path) -> None:
     with suppress(InfrastructureError, OSError, ValueError, AttributeError):
         statement = json.loads((home / HEAD).read_bytes())
         statement.pop("stated", None)
-        public = SigningKey.at(home / KEY).public
-        new, noted = read_noted(statement, public), read_noted(find_head(home), public)
-        if new is None or (noted is not None and noted.head.seq >= new.head.seq):
+        new, noted = _read_heads(home)
+        if noted is not None and (new is None or noted.seq >= new.seq):
             return
         path, own = path_of_notes(), str(home.resolve())
         with locks.hold(_made(path).with_suffix(".lock")):
@@ -133,24 +144,40 @@ def note_head(home: Path) -> None:
                 replace(path, _encode(homes | {own: [*others, {"head": statement}]}), private=True)
 
 
-def check_ledger_stands(home: Path) -> None:
-    """Check that the ledger which this machine's notes know in `home`, if any, is still there
-    (`check_ledger_there`), and was not put back to an earlier copy of itself (`check_head`).
-    Errors: ConfigError, LedgerError."""
-    check_ledger_there(home)
-    if (home / DATABASE).exists():
-        check_head(Ledger(home))
-
-
 def check_ledger_there(home: Path) -> None:
     """Check that the ledger which this machine's notes know in the folder `home`, if any, is still
     there. The folder may be empty because its volume is not mounted. `open_ledger` and
     `find_ledger` call this before they open a ledger. Errors: ConfigError if the known ledger is
-    not there."""
+    not there; LedgerError if it has fewer entries than it had (`_check_not_behind`)."""
     try:
         _check_same_ledger(home, _read(path_of_notes()))
     except (InfrastructureError, OSError) as error:
         log.warning("%s; it is not known whether a ledger was in %s before", error, home)
+    _check_not_behind(home)
+
+
+def _check_not_behind(home: Path) -> None:
+    """Check that the anchor of the ledger in `home` names no earlier entry than this machine noted.
+    The ledger is not opened: this is asked often, and by processes that open none. Whether it has
+    the noted entry, `check_head` finds out. Errors: LedgerError."""
+    new, noted = _read_heads(home)
+    if new is not None and noted is not None and new.seq < noted.seq:
+        raise LedgerError(
+            f"{home}: the ledger was put back to an earlier copy of itself: its newest entry is "
+            f"{new.seq}, and this machine noted entry {noted.seq}",
+            todo=RESTORE,
+        )
+
+
+def _read_heads(home: Path) -> tuple[Head | None, Head | None]:
+    """Return the newest entry of the ledger in `home`, by its anchor, and the one that this machine
+    noted; each None if it is not known, or another key signed it."""
+    with suppress(InfrastructureError, OSError):
+        public = SigningKey.at(home / KEY).public if (home / KEY).exists() else ""
+        noted = read_noted(find_head(home), public) if public else None
+        if noted is not None:
+            return read_head(home / HEAD, public), noted.head
+    return None, None
 
 
 def move_notes(state: Path, home: Path) -> None:
@@ -174,7 +201,7 @@ def check_simulated(site: Site) -> None:
     """Check that no other home pays for the records of a site that is simulated; nothing is noted.
     If the notes cannot be read, a warning is logged instead.
 
-    Errors: ConfigError in the same cases as `check_home`; LedgerError in those of `check_head`."""
+    Errors: ConfigError in the same cases as `check_home`."""
     _check_adopted(site)
     try:
         homes = _read(path_of_notes())
@@ -182,8 +209,6 @@ def check_simulated(site: Site) -> None:
         _check_places(_tables(site), str(site.home.resolve()), homes)
     except (InfrastructureError, OSError) as error:
         log.warning("%s; it is not known whether another home pays for these records", error)
-    if (site.home / DATABASE).exists():
-        check_head(Ledger(site.home))
 
 
 def _check_adopted(site: Site) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.homes.known_homes import check_ledger_there
+from fedtune.homes.known_homes import check_head, check_ledger_there
 
 
 def open_ledger(home: Path) -> Ledger:
@@ -29,3 +29,11 @@ def find_ledger(home: Path) -> Ledger | None:
     was there is not there now; LedgerError."""
     check_ledger_there(home)
     return Ledger(home) if traces(home) else None
+
+
+def check_ledger_stands(home: Path) -> None:
+    """Check that the ledger in the folder `home`, if there is one, was not put back to an earlier
+    copy of itself, as far as this machine's notes show it (`check_head`). Errors: ConfigError if
+    the ledger that was there is not there now; LedgerError."""
+    if ledger := find_ledger(home):
+        check_head(ledger)

@@ -72,12 +72,14 @@ def simulate(
     private; Refused, before any training, if too few sites have budget left; ModelError;
     InfrastructureError, also if a site pays from its own ledger and its vault is running."""
     from fedtune.homes.known_homes import check_simulated
+    from fedtune.homes.opening import check_ledger_stands
     from fedtune.launch.budgets import explain_refusal, remember
 
     study = validate_study(study)
     check(study, sites)
     for site in sites:
         check_simulated(site)
+        check_ledger_stands(site.home)
     check_rounds(study, rounds)
     if address and engine != "ray":
         raise ConfigError("--address is for --engine ray", "both options, or neither")

@@ -94,6 +94,7 @@ def tune(
     no records by which to compare, `out` is not the folder of a search, or a setting is invalid."""
     from fedtune.core.vault.declared import declare
     from fedtune.homes.known_homes import check_simulated
+    from fedtune.homes.opening import check_ledger_stands
 
     loaded, out = (
         load_study(study, settings=[s for s in settings if len(_values(s)) < 2]),
@@ -103,6 +104,7 @@ def tune(
     _check_chooser(loaded, records)
     for site in sites:
         check_simulated(site)
+        check_ledger_stands(site.home)
         declare(site)
     metric = loaded.evaluation.metric if loaded.evaluation else "loss"
     chooser = "[selection]" if loaded.selection else str(records)
