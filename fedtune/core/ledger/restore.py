@@ -359,8 +359,7 @@ def _restore(
     base = dataclasses.replace(base, rows_beside=rows_beside, parted_at=parted_at)
     stands = _add_readable(stands, rows, key.public, base)
     sent = [Head(row["seq"], row["hash"]) for row in stated]
-    is_lacking = _lacks_receipts(folder, receipts)
-    entry_body = _restore_body(folder, base, log, is_lacking, anchor, sent, rows, key.public)
+    entry_body = _restore_body(folder, base, receipts, log, anchor, sent, rows, key.public)
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -708,8 +707,8 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 def _restore_body(
     folder: Path,
     base: _Base,
+    receipts: ReceiptLog | None,
     log: ReceiptLog,
-    is_lacking: bool,
     anchor: Mark | None,
     sent: list[Head],
     rows: list[tuple[Any, ...]],
@@ -719,8 +718,8 @@ def _restore_body(
 
     - folder: the ledger's folder, with what is left of the step log
     - base: the chain that is continued
-    - log: the receipts in `folder`, and what this machine noted; empty if they cannot be read
-    - is_lacking: whether receipts were taken away, or cannot be read
+    - receipts: the receipts in `folder`; None if they cannot be read
+    - log: these receipts, and what this machine noted
     - anchor: what the anchor (the file that names the newest entry) holds; None if it is missing or
       cannot be read
     - sent: the heads that the anchor says coordinators were sent. They are of its own chain, so
@@ -781,7 +780,8 @@ def _restore_body(
     # A backup counts as older than the folder, even if nothing was entered since: whether a person
     # withdrew after it must not decide what follows.
     is_own = base.path == folder / DATABASE and anchor is not None
-    is_whole = is_own and not unknown and highest == base.seq and not is_lacking
+    is_whole = is_own and not unknown and highest == base.seq
+    is_whole = is_whole and not _lacks_receipts(folder, receipts)
     return {
         "base": base.seq,
         "highest": highest,
