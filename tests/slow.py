@@ -1,6 +1,6 @@
 """The tests that `make test` leaves to the long suites because they are slow.
 
-    python -m tests.slow choose JUNIT.xml [--seconds 1.5]   choose them anew, and write tests/slow.txt
+    python -m tests.slow choose JUNIT.xml [--seconds 1.5]   choose anew, write tests/slow.txt
 
 A test of tests/slow.txt counts as marked `long` (tests/conftest.py). Choosing reads how long each
 test took in a whole run (`pytest --junitxml JUNIT.xml -o junit_duration_report=call`). A test is

@@ -4,6 +4,7 @@ store the path of each run in the state folders of its sites."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,39 @@ def remember(sites: Sequence[Site], run: Path) -> None:
         for site in sites:
             runs = places(site) | {digest: str(run.absolute())}
             replace(site.site.state / PLACES, json.dumps(runs, indent=1).encode(), private=True)
+
+
+def count_charges(sites: Sequence[Site]) -> dict[str, Counter[str]]:
+    """Count the charges in each site's own ledger: site's name -> plan's digest -> how many. A site
+    whose records are declared public or generated is left out: each run has a ledger of its own.
+
+    sites: the sites of the simulation. Errors: LedgerError."""
+    counts = dict[str, Counter[str]]()
+    for site in sites:
+        if not site.data.declared:
+            ledger = find_ledger(site.home)
+            spent = ledger.spending(site.data.name) if ledger else []
+            counts[site.site.name] = Counter(one.charge.study for one in spent)
+    return counts
+
+
+def say_what_was_free(run: Path, sites: Sequence[Site], before: dict[str, Counter[str]]) -> str:
+    """Say which sites paid nothing for a run, since they sent again what they had stored of an
+    earlier run of the same plan; "" if each site paid.
+
+    - run: the run's folder
+    - sites: the sites of the simulation
+    - before: what `count_charges` returned before the run
+
+    Errors: LedgerError, InputError."""
+    plan, after = load_plan(run).digest, count_charges(sites)
+    free = [name for name in after if after[name][plan] == before[name][plan] > 0]
+    if not free:
+        return ""
+    return (
+        f"{', '.join(free)}: what was stored of an earlier run of this plan was sent again, as it "
+        "was; this run cost no ε beyond that one's"
+    )
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:

@@ -73,7 +73,12 @@ def simulate(
     InfrastructureError, also if a site pays from its own ledger and its vault is running."""
     from fedtune.homes.known_homes import check_simulated
     from fedtune.homes.opening import check_ledger_stands
-    from fedtune.launch.budgets import explain_refusal, remember
+    from fedtune.launch.budgets import (
+        count_charges,
+        explain_refusal,
+        remember,
+        say_what_was_free,
+    )
 
     study = validate_study(study)
     check(study, sites)
@@ -122,7 +127,11 @@ def simulate(
                     shares=shares or {},
                 )
                 at = (engine, address, processes, _peers(study, sites))
+                before = count_charges(sites)
                 _run(study, files, out, resume, on_event, settings, at)
+                said = say_what_was_free(out, sites, before)
+                if on_event and said and not resume:
+                    on_event("records", {"name": "coordinator", "text": said})
                 return Run(out)
         except Refused as refusal:
             raise explain_refusal(refusal, study, sites) from None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,21 @@ def test_a_study_runs_from_files_to_report(world: Path):
     logged = (world / "state-a" / "steps.jsonl").read_text().splitlines()
     assert len(logged) == 2
     assert json.loads((world / "out" / "report.json").read_text())["plan_digest"].startswith("sha")
+
+
+def test_a_run_that_cost_nothing_says_so(world: Path):
+    """The sites send again what they had stored. Twin: the first run is paid for."""
+    told: list[list[str]] = []
+    for name in ("out", "again"):
+        told.append([])
+        hear = partial(_hear, told[-1])
+        simulate(world / "study.toml", sites_in(world), world / name, on_event=hear)
+    free = [[text for text in texts if "cost no ε" in text] for texts in told]
+    assert free[0] == [] and free[1][0].startswith("a, b: what was stored"), free
+
+
+def _hear(texts: list[str], event: str, data: dict[str, Any]) -> None:
+    texts.append(str(data.get("text")))
 
 
 def test_a_simulation_that_was_stopped_is_resumed_by_a_new_process(world: Path):
