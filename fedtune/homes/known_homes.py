@@ -146,20 +146,21 @@ def note_head(home: Path) -> None:
 
 def check_ledger_there(home: Path) -> None:
     """Check that the ledger which this machine's notes know in the folder `home`, if any, is still
-    there. The folder may be empty because its volume is not mounted. `open_ledger` and
-    `find_ledger` call this before they open a ledger. Errors: ConfigError if the known ledger is
-    not there; LedgerError if it has fewer entries than it had (`_check_not_behind`)."""
+    there. The folder may be empty because its volume is not mounted. Errors: ConfigError if the
+    known ledger is not there."""
     try:
         _check_same_ledger(home, _read(path_of_notes()))
     except (InfrastructureError, OSError) as error:
         log.warning("%s; it is not known whether a ledger was in %s before", error, home)
-    _check_not_behind(home)
 
 
-def _check_not_behind(home: Path) -> None:
-    """Check that the anchor of the ledger in `home` names no earlier entry than this machine noted.
-    The ledger is not opened: this is asked often, and by processes that open none. Whether it has
-    the noted entry, `check_head` finds out. Errors: LedgerError."""
+def check_not_put_back(home: Path) -> None:
+    """Check that the ledger which this machine's notes know in the folder `home`, if any, is still
+    there (`check_ledger_there`), and that its anchor names no earlier entry than this machine
+    noted. The ledger is not opened: this is asked often, and by processes that open none. Whether
+    it has the noted entry, `check_head` finds out. `open_ledger` and `find_ledger` call this before
+    they open a ledger. Errors: ConfigError if it is not there; LedgerError if it is behind."""
+    check_ledger_there(home)
     new, noted = _read_heads(home)
     if new is not None and noted is not None and new.seq < noted.seq:
         raise LedgerError(

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.homes.known_homes import check_head, check_ledger_there
+from fedtune.homes.known_homes import check_head, check_not_put_back
 
 
 def open_ledger(home: Path) -> Ledger:
     """Open the ledger in the folder `home`. If there is no ledger, and none is known to have been
     there, a new one is begun. Errors: ConfigError if the ledger that was there is not there now;
-    LedgerError."""
-    check_ledger_there(home)
+    LedgerError, also if it was put back to an earlier copy of itself."""
+    check_not_put_back(home)
     return Ledger(home)
 
 
@@ -27,7 +27,7 @@ def find_ledger(home: Path) -> Ledger | None:
     """Open the ledger in the folder `home`, and return it. Return None if there is no ledger, and
     none is known to have been there; no new one is begun. Errors: ConfigError if the ledger that
     was there is not there now; LedgerError."""
-    check_ledger_there(home)
+    check_not_put_back(home)
     return Ledger(home) if traces(home) else None
 
 

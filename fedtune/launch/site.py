@@ -50,7 +50,7 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, read_reviewed_plan
-from fedtune.homes.known_homes import check_ledger_there, note_head
+from fedtune.homes.known_homes import check_not_put_back, note_head
 from fedtune.launch.apart import ConnectedCourier, CourierLeft, VaultSocket
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.until_stopped import until_stopped
@@ -127,7 +127,7 @@ def join(
         again = Again(shown)
         theirs.callback(note_head, site.home)
         while again.wanted:
-            check_ledger_there(site.home)  # it may not be mounted any more
+            check_not_put_back(site.home)  # it may not be mounted any more
             with Halves(
                 site=site,
                 path=site_path.resolve(),

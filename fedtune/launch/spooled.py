@@ -50,7 +50,7 @@ from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import FOLDER
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
-from fedtune.homes.known_homes import check_ledger_there, note_head
+from fedtune.homes.known_homes import check_not_put_back, note_head
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
 from fedtune.launch.until_stopped import until_stopped
@@ -194,7 +194,7 @@ def _vault(
 
     Returns a context manager that provides the running vault (_Half), and stops it at the end.
     Errors: ConfigError if the ledger that pays is not there any more."""
-    check_ledger_there(site.home)  # it may be unmounted by now, or on another machine
+    check_not_put_back(site.home)  # it may be unmounted by now, or on another machine
     note_head(site.home)
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
@@ -251,7 +251,7 @@ def _start_for_each(
     while True:
         waiting = spool.waiting()
         for name in [each for each in waiting if later.get(each, 0.0) <= time.monotonic()]:
-            check_ledger_there(site.home)  # the ledger's disk may be unmounted by now
+            check_not_put_back(site.home)  # the ledger's disk may be unmounted by now
             notify("connected", {"text": f"a request: `{command[0]}` starts the vault for it"})
             how = _run([*command, *words, name], path.parent, site.site.state / RUN_LOG)
             if name not in spool.waiting():

@@ -584,7 +584,7 @@ def test_a_folder_that_was_put_back_is_noticed_first(
     if asks == "client":
         asked = [partial(check_before_joining, site)]
     if not later:  # the anchor says it, too
-        asked += [partial(open_ledger, home), partial(known_homes.check_ledger_there, home)]
+        asked += [partial(open_ledger, home), partial(known_homes.check_not_put_back, home)]
     for ask in asked:
         with pytest.raises(LedgerError, match="this machine noted entry"):
             ask()
@@ -626,3 +626,16 @@ def test_a_note_of_another_ledger_is_no_receipt(world: Path) -> None:
     path.write_text(json.dumps(noted))
     join(world, "cardio")
     Ledger(home).verify()
+
+
+def test_a_folder_that_was_put_back_can_be_frozen(world: Path) -> None:
+    """An emergency waits for no restore: the restored ledger is frozen, by the audit log."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "cardio.toml", 2)
+    known_homes.note_head(home)
+    put_back(copy, home)
+    assert run("ledger", world / "cardio.toml", "--freeze").exit_code == 4
+    assert run("ledger", world / "cardio.toml", "--restore").exit_code == 0
+    assert Ledger(home).frozen

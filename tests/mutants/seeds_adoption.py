@@ -34,13 +34,13 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-withdrawal-below-a-volume", OPENING,
-        "    check_ledger_there(home)\n    return Ledger(home)\n", "    return Ledger(home)\n",
+        "    check_not_put_back(home)\n    return Ledger(home)\n", "    return Ledger(home)\n",
         T_HOMES + "test_no_command_begins_a_ledger_in_a_folder_that_is_not_mounted[withdraw]",
         "a withdrawal is entered in a new ledger, which the mounted volume then hides",
     ),
     one(
         "hospital", "a-ledger-below-a-volume-is-none", OPENING,
-        "    check_ledger_there(home)\n    return Ledger(home) if", "    return Ledger(home) if",
+        "    check_not_put_back(home)\n    return Ledger(home) if", "    return Ledger(home) if",
         T_HOMES + "test_nobody_withdrew_is_not_said_of_a_ledger_that_is_not_mounted",
         "preferences are written from the records of patients who withdrew",
     ),
@@ -312,7 +312,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-command-opens-a-ledger-that-was-put-back", "fedtune/homes/known_homes.py",
-        "    _check_not_behind(home)\n", "",
+        "    if new is not None and noted is not None and new.seq < noted.seq:\n",
+        "    if False:\n",
         T_HOMES + "test_a_folder_that_was_put_back_is_noticed_first[True-0-client]",
         "an officer signs a plan by a ledger that forgot what was spent",
     ),

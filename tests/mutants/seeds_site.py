@@ -120,7 +120,7 @@ MUTANTS = (
     ),
     one(
         "orders", "a-vault-is-started-in-an-empty-mount-point", "fedtune/launch/site.py",
-        "            check_ledger_there(site.home)  # it may not be mounted any more\n", "",
+        "            check_not_put_back(site.home)  # it may not be mounted any more\n", "",
         "tests/client/test_known_homes.py::"
         "test_a_vault_that_is_started_again_begins_no_ledger",
         "a site whose volume is gone goes on with a ledger that knows no charge and no withdrawal",
