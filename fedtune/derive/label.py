@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.core.config import DataFile, Site
 from fedtune.core.data.records import unit_member
+from fedtune.core.ledger.adopted import check_has_adopted
 from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.progress import OnEvent, told
 from fedtune.derive.preferences import (
@@ -81,11 +82,14 @@ def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[s
     """Return the data file that `records` names, and a function that tells, for a unit's key,
     whether the unit must be left out. If `records` is a site, these are the units of patients who
     withdrew; if it is only a file, no unit is left out. Errors: PolicyRefused if site.toml names no
-    patient column any more."""
+    patient column any more; LedgerError if the hospital's ledger lost what it adopted from the
+    site, and with it who had withdrawn there."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if (ledger := find_ledger(records.home)) is None:  # none yet, so nobody has withdrawn
         return records.data, lambda unit: False
+    if records.hospital:
+        check_has_adopted(records.site.state, ledger)
     unit = "patient" if records.data.columns.patient else "record"
     remembers = None if records.data.declared else ledger  # no patient is in declared data
     check_column_stays(remembers, records, records.data.name, unit, at_site=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedtune.core.config import Site
+from fedtune.core.ledger.adopted import check_has_adopted
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.homes.known_homes import check_head, check_not_put_back
@@ -29,6 +31,16 @@ def find_ledger(home: Path) -> Ledger | None:
     was there is not there now; LedgerError."""
     check_not_put_back(home)
     return Ledger(home) if traces(home) else None
+
+
+def open_paying_ledger(site: Site) -> Ledger:
+    """Open the ledger from which a site pays for private records, and which knows who withdrew.
+    Errors: those of `open_ledger`; LedgerError if the site is a membership of a hospital whose
+    ledger lost what it adopted from this site: it would not know who had withdrawn here."""
+    ledger = open_ledger(site.site.ledger or site.home)
+    if site.hospital:
+        check_has_adopted(site.site.state, ledger)
+    return ledger
 
 
 def check_ledger_stands(home: Path) -> None:

@@ -37,7 +37,7 @@ from fedtune.core.models.lora import Arrays, load_into
 from fedtune.core.wire.keys import canonical
 from fedtune.evidence.personal import FOLDER, HEADER, MARK, SUFFIX, NeverLeaves
 from fedtune.evidence.told import digest_of_adapter
-from fedtune.homes.opening import open_ledger
+from fedtune.homes.opening import open_paying_ledger
 from fedtune.runs.run import Run
 
 PURPOSE = "personal model"
@@ -177,7 +177,7 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
     path = personal_file(site, run)
     if not os.path.lexists(path):
         raise InputError(f"{path}: this site has no personal model of {run.place}", todo=AGAIN)
-    ledger = open_ledger(site.site.ledger or site.home)
+    ledger = open_paying_ledger(site)
     content = reading.secret(path, "a personal model", most=LARGEST)
     about, arrays = _unsealed(path, content, ledger)
     if (about.plan, about.adapter) != (run.study.digest, digest_of_adapter(run.folder)):

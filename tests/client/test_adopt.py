@@ -43,7 +43,9 @@ from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire import seal
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
+from fedtune.derive import label
 from fedtune.homes.known_homes import path_of_notes
+from fedtune.homes.opening import open_paying_ledger
 from fedtune.officer import adopt as adoption
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.before_joining import check_before_joining
@@ -1061,7 +1063,10 @@ def test_no_membership_goes_on_whose_home_lost_the_adoption(
             receives()
         Ledger.restore(world / "home", None).accept("records", "officer", declared=[EVERY])
     assert not hashes_of(Ledger(world / "home"), ["p5"]) <= {*Ledger(world / "home").withdrawn()}
-    asked = [receives, partial(check_before_joining, load_site(file)), partial(adopt_second, world)]
+    site = load_site(file)
+    asked = [receives, partial(adopt_second, world)]
+    asked += [partial(ask, site) for ask in (check_before_joining, open_paying_ledger)]
+    asked += [partial(label._file_and_exclusion, site)]
     for ask in asked:
         with pytest.raises(FedtuneError) as refused:
             ask()

@@ -46,7 +46,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-command-opens-a-ledger-unasked", "fedtune/officer/acceptance/accept.py",
-        "ledger = open_ledger(site.site.ledger or site.home)\n    scored",
+        "ledger = open_paying_ledger(site)\n    scored",
         "from fedtune.core.ledger.ledger import Ledger\n"
         "    ledger = Ledger(site.site.ledger or site.home)\n    scored",
         "tests/test_structure.py::test_ledgers_are_opened_in_one_place",
@@ -55,7 +55,7 @@ MUTANTS = (
     one(
         "hospital", "a-personal-model-of-a-ledger-below-a-volume",
         "fedtune/officer/personalise/personalise.py",
-        "    ledger = open_ledger(site.site.ledger or site.home)\n    own",
+        "    ledger = open_paying_ledger(site)\n    own",
         "    from fedtune.core.ledger.ledger import Ledger\n\n"
         "    ledger = Ledger(site.site.ledger or site.home)\n    own",
         "tests/client/test_personalise.py"

@@ -30,7 +30,7 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.personal import NeverLeaves
 from fedtune.evidence.sign import sha256
 from fedtune.evidence.told import digest_of_adapter, state
-from fedtune.homes.opening import open_ledger
+from fedtune.homes.opening import open_paying_ledger
 from fedtune.officer.acceptance.figures import figures_of
 from fedtune.officer.acceptance.judgement import Decision
 from fedtune.officer.acceptance.models import score_models
@@ -91,7 +91,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
             "[acceptance] in site.toml, with records and thresholds",
             "write the rules before anybody sees a figure: docs/acceptance.md",
         )
-    ledger = open_ledger(site.site.ledger or site.home)
+    ledger = open_paying_ledger(site)
     scored = score_models(run, table, site, ledger)
     study = run.study.study.name
     study += " (this site's personal model)" if isinstance(run, PersonalRun) else ""
@@ -127,7 +127,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     if isinstance(run, PersonalRun):
         raise NeverLeaves(repr(run))
-    ledger = open_ledger(site.site.ledger or site.home)
+    ledger = open_paying_ledger(site)
     key = signing_key(site, ledger)
     model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
     for path in (site.site.state / ACCEPTANCE).glob(f"*/{RECORD}"):

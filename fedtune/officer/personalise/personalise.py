@@ -25,7 +25,7 @@ from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.objectives._interface import Batch, Objective
 from fedtune.evidence.told import digest_of_adapter
-from fedtune.homes.opening import open_ledger
+from fedtune.homes.opening import open_paying_ledger
 from fedtune.officer.personalise.fit import Choice, Fit, Grid, Losses, choose
 from fedtune.officer.personalise.records import Own, read_own
 from fedtune.runs.personal import describe, personal_file, seal
@@ -78,7 +78,7 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     InfrastructureError; NeverLeaves (`run` is a personal model)."""
     run = run if isinstance(run, Run) else open_run(run)
     path = personal_file(site, run)
-    ledger = open_ledger(site.site.ledger or site.home)
+    ledger = open_paying_ledger(site)
     own, choice, arrays = train(run, site, ledger)
     # The entry does not say whether a model is kept, since that is an exact fact about patients.
     acts = AuditLog(ledger.folder, ledger.key)
