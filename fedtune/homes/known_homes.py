@@ -132,7 +132,7 @@ def note_head(home: Path) -> None:
     since. Nothing is done if the notes cannot be written: `check_home` has warned."""
     with suppress(InfrastructureError, OSError, ValueError, AttributeError):
         statement = json.loads((home / HEAD).read_bytes())
-        statement.pop("stated", None)
+        statement = {key: value for key, value in statement.items() if "named" not in key}
         new, noted = _read_heads(home)
         if noted is not None and (new is None or noted.seq >= new.seq):
             return

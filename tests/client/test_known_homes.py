@@ -614,6 +614,45 @@ def test_what_this_machine_noted_counts_in_a_restore_without_the_anchor(world: P
     assert (lost.steps, lost.noise_multiplier) == (8, 2.0)
 
 
+def test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own notes do not know the branch. The first account's client sees that the folder was put
+    back, and its restore charges both branches."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "cardio.toml", 8, sigma=2.0)
+    known_homes.note_head(home)
+    put_back(copy, home)
+    with monkeypatch.context() as account:
+        account.setenv("XDG_STATE_HOME", str(world / "another"))
+        join(world, "cardio")
+        spend(world / "cardio.toml", 5)
+    with pytest.raises(LedgerError, match="put back"):
+        join(world, "cardio")
+    assert run("ledger", world / "cardio.toml", "--restore").exit_code == 0
+    steps = sum(charge.steps for charge in Ledger(home).charges("records"))
+    assert steps == 2 + 16 + 10
+
+
+def test_a_note_before_the_anchor_costs_nothing_where_the_database_is_lost(world: Path) -> None:
+    """The machine died within the minute after the note: the anchor names the noted entry."""
+    home = world / "cardio-state"
+    Ledger(home).backup(world / "backup")
+    join(world, "cardio")
+    spend(world / "cardio.toml", 4)
+    known_homes.note_head(home)
+    spend(world / "cardio.toml", 2)
+    (home / "ledger.db").unlink()
+    restore = "ledger", world / "cardio.toml", "--restore", "--from", world / "backup"
+    assert run(*restore).exit_code == 0
+    steps = sum(charge.steps for charge in Ledger(home).charges("records"))
+    assert steps == 2 + 8 + 4
+    Ledger(home).accept("records", "an officer", declared=[EVERY])
+    join(world, "cardio")
+
+
 def test_a_note_of_another_ledger_is_no_receipt(world: Path) -> None:
     home = world / "cardio-state"
     join(world, "cardio")

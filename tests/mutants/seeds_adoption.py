@@ -324,6 +324,21 @@ MUTANTS = (
         "a client that runs while the folder is put back forgets what was there",
     ),
     one(
+        "incidents", "a-note-is-of-the-chain-that-is-there", "fedtune/core/ledger/restore.py",
+        "in_chain=anchor is None)", "in_chain=True)",
+        T_HOMES
+        + "test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with",
+        "of two branches the one that is shorter is in no total",
+    ),
+    one(
+        "incidents", "the-anchor-names-the-newest-entry-alone", "fedtune/core/ledger/chain.py",
+        "    return tuple(Head(*row) for row in connection.execute(query, (RECENT,)))\n",
+        "    return tuple(Head(*row) for row in connection.execute(query, (RECENT,)))[:1]\n",
+        T_HOMES
+        + "test_a_note_before_the_anchor_costs_nothing_where_the_database_is_lost",
+        "a machine that died costs a site twice what it had spent since its client started",
+    ),
+    one(
         "incidents", "a-restore-forgets-what-the-machine-noted", "fedtune/cli/site.py",
         "Ledger.restore(folder, copy, standing, find_head(folder))",
         "Ledger.restore(folder, copy, standing)",

@@ -234,16 +234,15 @@ MUTANTS = (
     one(
         "incidents", "a-restore-knows-no-receipt-that-it-never-saw",
         "fedtune/core/ledger/restore.py",
-        "    heads += [*sent, *base.heads_beside]\n", "    heads += base.heads_beside\n",
+        "    heads += [*of_anchor, *base.heads_beside]\n", "    heads += base.heads_beside\n",
         T_PRICES + "test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent",
         "each coordinator stops a restored site, and the next restore charges its rounds again",
     ),
     one(
         "incidents", "the-anchor-forgets-a-head-with-the-next-entry",
         "fedtune/core/ledger/chain.py",
-        "        stated = read_stated(path, self.key.public)\n"
-        "        replace(path, encode_anchor(self.statement(), stated), private=True)\n",
-        "        replace(path, encode_anchor(self.statement(), []), private=True)\n",
+        "        self._write_anchor(connection, read_named(path, self.key.public))\n",
+        "        self._write_anchor(connection, Named())\n",
         T_PRICES + "test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent",
         "a receipt for an entry before a withdrawal, or a charge, is not known after a restore",
     ),
@@ -384,7 +383,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-copy-is-charged-at-each-restore", "fedtune/core/ledger/restore.py",
-        "    heads += [*sent, *base.heads_beside]\n", "    heads += sent\n",
+        "    heads += [*of_anchor, *base.heads_beside]\n", "    heads += of_anchor\n",
         T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
         "each further restore from the same copy charges its rounds again",
     ),

@@ -4,8 +4,8 @@ be sent again.
 
     ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
     ledger.head     signed (seq, hash) of the newest entry, and signed counts of what was charged up
-                    to it, written after the entry is on disk; and the last heads that each
-                    coordinator was sent, by which a restore knows their receipts
+                    to it, written after the entry is on disk; and earlier entries, among them
+                    the last that each coordinator was sent, by which a restore knows receipts
     ledger.receipt  the newest heads that coordinators countersigned
     site.key, salt  this site's key (Ed25519) and the salt of the member hashes; 0600
     outbox/         updates that may be sent again
@@ -46,22 +46,24 @@ from fedtune.core.ledger.files import (
     KEY,
     NEW,
     RECEIPT,
+    RECENT,
     RESTORE,
     SALT,
     Costliest,
     Head,
     LedgerError,
     Mark,
+    Named,
     NewerLedger,
     NoRoom,
     Paid,
     ReceiptLog,
-    add_stated,
+    Sent,
     encode_anchor,
     prepare,
     read_anchor,
+    read_named,
     read_receipts,
-    read_stated,
     salt_at,
     state,
 )
@@ -390,22 +392,25 @@ class Database:
                 )
         elif head.seq > 0 or not (self.folder / NEW).exists():
             raise LedgerError(f"{path}: missing", todo=RESTORE)
-        stated = read_stated(path, self.key.public)
-        replace(path, encode_anchor(self.statement(), stated), private=True)
+        self._write_anchor(connection, read_named(path, self.key.public))
 
-    def note_stated(self, coordinator: str, membership: str) -> None:
+    def _write_anchor(self, connection: sqlite3.Connection, named: Named) -> None:
+        named = named._replace(recent=list_recent(connection))
+        anchor = encode_anchor(self.key, self.statement(), named)
+        replace(self.folder / HEAD, anchor, private=True)
+
+    def note_sent(self, connection: sqlite3.Connection, coordinator: str, membership: str) -> None:
         """Note in the anchor that a coordinator is sent the newest entry's head: if the entry is
-        lost, a restore charges for it and then knows the coordinator's receipt. The caller has
-        begun a transaction.
+        lost, a restore charges for it and then knows the coordinator's receipt.
 
+        - connection: in a transaction
         - coordinator: its public key, in hexadecimal
         - membership: the membership of a hospital that sends the head; "" for a site with a ledger
           of its own"""
-        path, statement = self.folder / HEAD, self.statement()
-        stated = read_stated(path, self.key.public)
-        after = add_stated(stated, coordinator, membership, statement)
-        if after != stated:
-            replace(path, encode_anchor(statement, after), private=True)
+        named = read_named(self.folder / HEAD, self.key.public)
+        after = named.with_sent(Sent(coordinator, membership, *self.head))
+        if after != named:
+            self._write_anchor(connection, after)
 
     def statement(self) -> dict[str, Any]:
         """Return the signed statement of the newest entry, and of what was charged up to it."""
@@ -452,6 +457,12 @@ class Database:
                     todo=RESTORE,
                 )
         return receipts
+
+
+def list_recent(connection: sqlite3.Connection) -> tuple[Head, ...]:
+    """Return the newest entries, at most RECENT, which the anchor names."""
+    query = "SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT ?"
+    return tuple(Head(*row) for row in connection.execute(query, (RECENT,)))
 
 
 def has_receipts(connection: sqlite3.Connection) -> bool:

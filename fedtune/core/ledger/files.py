@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +41,8 @@ STEPS = "steps.jsonl"
 ASKED = "asked"  # folder beside a ledger: a file (0600) for each draw that waits for a person
 BOUNDS = ">ddQ"  # how a token holds the fields of Costliest
 HERE = "this machine"  # in place of a coordinator's key: the head is one that this machine noted
-STATED = 2  # how many of the heads that a coordinator was sent the anchor keeps
+RECENT = 64  # how many of the newest entries the anchor names
+SENT = 2  # how many of the heads that a coordinator was sent the anchor names
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
@@ -149,32 +150,55 @@ def state(key: SigningKey, head: Head, paid: Paid, costliest: Costliest) -> dict
     }
 
 
-def add_stated(
-    stated: Sequence[Mapping[str, Any]],
-    coordinator: str,
-    membership: str,
-    statement: Mapping[str, Any],
-) -> list[Mapping[str, Any]]:
-    """Return the heads that coordinators were sent, with that of a statement added: for each
-    coordinator and membership the newest STATED of them.
+class Sent(NamedTuple):
+    """A head that was sent to a coordinator.
 
-    - stated: such heads, oldest first, as `read_stated` returns them
-    - coordinator: the public key (hexadecimal) of the coordinator that is sent the statement
-    - membership: the membership of a hospital that sends it; "" for a site with a ledger of its own
-    - statement: the signed statement of the ledger's newest entry (`state`)"""
-    whom = {"coordinator": coordinator, "membership": membership}
-    new = whom | {key: statement[key] for key in ("seq", "hash", "signature")}
-    same = [row for row in stated if row != new and whom.items() <= row.items()]
-    others = [row for row in stated if not whom.items() <= row.items()]
-    return [*others, *same[1 - STATED :], new]
+    - coordinator: its public key (hexadecimal); "" if no plan was signed
+    - membership: the membership of a hospital that sent it; "" for a site with a ledger of its own
+    - seq, hash: the entry"""
+
+    coordinator: str
+    membership: str
+    seq: int
+    hash: str
 
 
-def encode_anchor(statement: dict[str, Any], stated: Sequence[Mapping[str, Any]]) -> bytes:
+class Named(NamedTuple):
+    """Earlier entries that the anchor names beside the newest one. All are of the same chain, so
+    what a restore charges for the anchor's entry is charged for them, too.
+
+    - recent: the newest entries, at most RECENT
+    - sent: the newest heads that each coordinator was sent, by membership, at most SENT of each;
+      oldest first"""
+
+    recent: tuple[Head, ...] = ()
+    sent: tuple[Sent, ...] = ()
+
+    @property
+    def heads(self) -> list[Head]:
+        return [*self.recent, *(Head(each.seq, each.hash) for each in self.sent)]
+
+    def with_sent(self, new: Sent) -> Named:
+        """Return these entries with a head added that a coordinator is sent."""
+        whom = new[:2]
+        same = [each for each in self.sent if each[:2] == whom and each != new]
+        others = [each for each in self.sent if each[:2] != whom]
+        return self._replace(sent=(*others, *same[1 - SENT :], new))
+
+
+def encode_anchor(key: SigningKey, statement: Mapping[str, Any], named: Named) -> bytes:
     """Return the content of the anchor file.
 
+    - key: the ledger's signing key
     - statement: the signed statement of the ledger's newest entry (`state`)
-    - stated: the newest heads that each coordinator was sent (`add_stated`)"""
-    return canonical({**statement, "stated": list(stated)} if stated else statement)
+    - named: the earlier entries that it names"""
+    listed = {"recent": list(map(list, named.recent)), "sent": list(map(list, named.sent))}
+    signature = key.sign(_signed_names(statement["hash"], listed))
+    return canonical({**statement, "named": listed, "named_signature": signature})
+
+
+def _signed_names(hash_: str, listed: Mapping[str, Any]) -> bytes:
+    return canonical({"ledger_hash": hash_, "ledger_named": listed})
 
 
 def head_in(statement: Any, public: str) -> Head | None:
@@ -299,18 +323,21 @@ def read_anchor(path: Path, public: str) -> Mark | None:
         return None
 
 
-def read_stated(path: Path, public: str) -> list[dict[str, Any]]:
-    """Read from the anchor file `path` the newest heads that each coordinator was sent, oldest
-    first: dicts with coordinator, membership, seq, hash and signature. A row that the key `public`
-    did not sign is left out. The result is empty if there is no such file, if it is torn, or if an
-    earlier release wrote it."""
+def read_named(path: Path, public: str) -> Named:
+    """Read from the anchor file `path` which earlier entries it names. The result is empty if there
+    is no such file, if it is torn, if an earlier release wrote it, or if the key `public` did not
+    sign the names."""
     if not path.exists():
-        return []
+        return Named()
     try:
-        rows = json.loads(_content(path)).get("stated", [])
-        return [dict(row) for row in rows if head_in(row, public)]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return []
+        content = json.loads(_content(path))
+        listed = content["named"]
+        if not verifies(public, _signed_names(content["hash"], listed), content["named_signature"]):
+            return Named()
+        recent = tuple(Head(*each) for each in listed["recent"])
+        return Named(recent, tuple(Sent(*each) for each in listed["sent"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Named()
 
 
 def read_noted(statement: Any, public: str) -> Receipt | None:

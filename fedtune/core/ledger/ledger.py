@@ -790,10 +790,10 @@ class Ledger:
         - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
         - membership: the membership of a hospital that sends the token; "" for a site with a ledger
           of its own"""
-        with self._store.writing():
+        with self._store.writing() as reader:
             # Without the note, a restore only charges more. A full disk must not end the answer.
             with suppress(OSError, InfrastructureError):
-                self._store.note_stated(coordinator, membership)
+                self._store.note_sent(reader.sql, coordinator, membership)
             statement = self._store.statement()
         return {"token": sealed_token(self.key, statement, audit, membership)}
 

@@ -37,11 +37,11 @@ entries: a count holds none of them, so ε after a restore does not tell how man
 there are no counts, ε still does, and a charge of an adopted ledger that stands for several rounds
 then counts as one, if it is lost.
 Restored charges count against every dataset. A receipt for a lost entry is recognised as charged if
-anchor, receipts or rows held the entry's hash: the anchor holds the last heads that each
-coordinator was sent. The numbers of lost entries are never used again. If the step log is complete,
-step 2 alone covers every update that left the site. If log and ledger were rolled back together,
-and an older release signed the newest anchor or receipt, step 3 assumes that no lost round cost
-more than the costliest one known. No other process of the site may train during a
+anchor, receipts or rows held the entry's hash: the anchor names the newest entries, and the last
+that each coordinator was sent. The numbers of lost entries are never used again. If the step log is
+complete, step 2 alone covers every update that left the site. If log and ledger were rolled back
+together, and an older release signed the newest anchor or receipt, step 3 assumes that no lost
+round cost more than the costliest one known. No other process of the site may train during a
 restore.
 Withdrawals, refused answers and a freeze that the chain lacks are known to the caller (`Standing`),
 or from those rows of the old database that can still be read and that the site signed. They are
@@ -91,6 +91,7 @@ from fedtune.core.ledger.chain import (
     find_costliest,
     first_body,
     has_receipts,
+    list_recent,
     mark_receipts,
     named,
     signed_entry,
@@ -117,15 +118,16 @@ from fedtune.core.ledger.files import (
     Head,
     LedgerError,
     Mark,
+    Named,
     NewerLedger,
     Paid,
     Receipt,
     ReceiptLog,
     encode_anchor,
     read_anchor,
+    read_named,
     read_noted,
     read_receipts,
-    read_stated,
     state,
 )
 from fedtune.core.wire.keys import SigningKey, verifies
@@ -345,11 +347,13 @@ def _restore(
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
     log = receipts or ReceiptLog()
-    if noted is not None and all(receipt.head != noted.head for receipt in log.every):
-        log = log.plus(noted, in_chain=True)
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
-    stated = read_stated(folder / HEAD, key.public) if anchor else []
+    named = read_named(folder / HEAD, key.public) if anchor else Named()
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
+    if noted is not None and noted.head not in (*heads, *named.heads):
+        # Nothing shows that it is of the anchor's chain, so it may be of a branch.
+        log = log.plus(noted, in_chain=anchor is None)
+        heads.append(noted.head)
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
     if base.beside and base.beside.path and base.beside.path not in sources:
@@ -358,8 +362,8 @@ def _restore(
     rows_beside, parted_at = _rows_beside(base, rows, key.public)
     base = dataclasses.replace(base, rows_beside=rows_beside, parted_at=parted_at)
     stands = _add_readable(stands, rows, key.public, base)
-    sent = [Head(row["seq"], row["hash"]) for row in stated]
-    entry_body = _restore_body(folder, base, receipts, log, anchor, sent, rows, key.public)
+    of_anchor = named.heads
+    entry_body = _restore_body(folder, base, receipts, log, anchor, of_anchor, rows, key.public)
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -389,6 +393,7 @@ def _restore(
             writer.append("freeze", {"by": login(), "why": why})
         elif stands.frozen and not base.is_frozen:
             writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
+        named = named._replace(recent=list_recent(connection))
         connection.execute("COMMIT")
     assert writer.head is not None
     if is_frozen:
@@ -398,7 +403,7 @@ def _restore(
     for entry in writer.pending:
         paid = paid.plus(count_paid(entry.kind, entry.body))
         costliest = costliest.plus(find_costliest(entry.kind, entry.body))
-    new_anchor = encode_anchor(state(key, writer.head, paid, costliest), stated)
+    new_anchor = encode_anchor(key, state(key, writer.head, paid, costliest), named)
     _install(folder, draft, base.salt, new_anchor, receipts)
 
 
@@ -710,7 +715,7 @@ def _restore_body(
     receipts: ReceiptLog | None,
     log: ReceiptLog,
     anchor: Mark | None,
-    sent: list[Head],
+    of_anchor: list[Head],
     rows: list[tuple[Any, ...]],
     public: str,
 ) -> dict[str, Any]:
@@ -722,8 +727,8 @@ def _restore_body(
     - log: these receipts, and what this machine noted
     - anchor: what the anchor (the file that names the newest entry) holds; None if it is missing or
       cannot be read
-    - sent: the heads that the anchor says coordinators were sent. They are of its own chain, so
-      what is charged for the anchor is charged for them
+    - of_anchor: the earlier entries that the anchor names. They are of its own chain, so what is
+      charged for the anchor is charged for them
     - rows: the rows of the old database that can be read, as `_readable_rows` returns them
     - public: the public half (hexadecimal) of the site's key
 
@@ -741,7 +746,7 @@ def _restore_body(
     columns = _readable_columns(rows, public)
     plans = _list_plans(folder / STEPS, rows, public, base)
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
-    heads += [*sent, *base.heads_beside]
+    heads += [*of_anchor, *base.heads_beside]
     unknown = [head for head in dict.fromkeys(heads) if not base.holds(head)]
     beside = base.charges_beside
     logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
