@@ -16,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.core.config import PolicyTable
+from fedtune.core.ledger import chain
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger import restore as restore_module
 from fedtune.core.ledger.entries import EVERY, Earlier, Gone
@@ -333,9 +334,13 @@ def test_lost_rounds_cost_what_anchor_or_receipt_says_they_cost_at_most(
     assert (lost.sampling_rate, lost.records) == (0.4, 3)
 
 
-def test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent(folder: Path) -> None:
+def test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The newest may never have come there: the coordinator then sends the receipt before it. A
-    membership's last two do not displace those of another one."""
+    membership's last two do not displace those of another one, and stay however many entries
+    follow."""
+    monkeypatch.setattr(chain, "RECENT", 1)
     ledger, sent = Ledger(folder), list[dict[str, Any]]()
     ledger.declare("notes", [], "sha256:0", [b"ann"])
     coordinators = [SigningKey(), SigningKey()]
