@@ -32,6 +32,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from fedtune.core.config import Site, SiteData
@@ -39,6 +40,7 @@ from fedtune.core.config.database import FILES, databases_of, file_of, kind_of, 
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
+from fedtune.core.ledger.adopted import ADOPTED
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -61,7 +63,8 @@ NOT_REMEMBERED = (
     "%s; the home that pays for these records is not remembered, so this machine will not notice "
     "if a second home pays for them"
 )
-# A place: {path, device, inode}, or {url, databases}; a key: {key}; or the newest entry: {head}.
+# A place: {path, device, inode}, or {url, databases}; a key: {key}; or the newest entry: {head,
+# account}, where `account` tells these notes from those of another account.
 Note = dict[str, Any]
 
 
@@ -120,10 +123,14 @@ def find_head(home: Path) -> dict[str, Any] | None:
     that the anchor then held. None if nothing is noted, or the notes cannot be read."""
     try:
         noted = _read(path_of_notes()).get(str(home.resolve()), [])
-        return next((dict(note["head"]) for note in noted if "head" in note), None)
+        return next(({**note["head"], **_account(note)} for note in noted if "head" in note), None)
     except (InfrastructureError, OSError, TypeError, ValueError) as error:
         log.warning("%s; it is not known up to which entry the ledger in %s was", error, home)
         return None
+
+
+def _account(note: Note) -> dict[str, Any]:
+    return {"account": note["account"]} if "account" in note else {}
 
 
 def note_head(home: Path) -> None:
@@ -141,7 +148,9 @@ def note_head(home: Path) -> None:
             homes = _read(path)
             if own in homes:
                 others = [note for note in homes[own] if "head" not in note]
-                replace(path, _encode(homes | {own: [*others, {"head": statement}]}), private=True)
+                earlier = next((note for note in homes[own] if "head" in note), {})
+                new_note = {"head": statement, "account": earlier.get("account", token_hex(8))}
+                replace(path, _encode(homes | {own: [*others, new_note]}), private=True)
 
 
 def check_ledger_there(home: Path) -> None:
@@ -305,11 +314,26 @@ def _read(path: Path) -> dict[str, list[Note]]:
         return {
             home: [dict(note) for note in notes]
             for home, notes in homes.items()
-            if traces(Path(home)) != [KEY]  # the key alone is left where a ledger was adopted
+            if not _was_adopted(Path(home), homes)
         }
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         log.warning("%s: the notes cannot be read, and are begun anew", path)
         return {}
+
+
+def _was_adopted(home: Path, homes: dict[str, list[Note]]) -> bool:
+    """Return whether a hospital's home has adopted the ledger that was in `home`: the key alone is
+    left, and either the note of an adopted ledger lies beside it, or another home has the ledger of
+    this key. A folder with the key alone may also be one whose other files were lost."""
+    if traces(home) != [KEY]:
+        return False
+    if (home / ADOPTED).exists():
+        return True
+    with suppress(InfrastructureError, OSError):
+        public = SigningKey.at(home / KEY).public
+        others = [Path(other) for other in homes if other != str(home.resolve())]
+        return any({"key": public} in homes[str(other)] for other in others)
+    return False
 
 
 def _encode(homes: dict[str, list[Note]]) -> bytes:

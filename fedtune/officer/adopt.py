@@ -76,7 +76,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import backup
 from fedtune.core.vault.studies import under_way
 from fedtune.core.wire.keys import SigningKey
-from fedtune.homes.known_homes import move_notes
+from fedtune.homes.known_homes import check_head, move_notes
 from fedtune.homes.opening import open_ledger
 from fedtune.officer.closed_ledger import NO_COLUMN, Closed, closed
 from fedtune.officer.freeze import check_not_frozen
@@ -164,6 +164,7 @@ def adopt(
     _check(home, site, site_file)
     with still(home, site):
         book = open_ledger(site.site.state)
+        check_head(book)  # what this machine noted of it is forgotten with the adoption
         book.verify()
         check_remembered(site.site.state)  # the home would not know that a log was taken away here
         if _is_first(home, site_file, name, book):
@@ -220,6 +221,7 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
         )
     with still(home, site):
         book = open_ledger(home)
+        check_head(book)
         book.verify()
         check_has_adopted(site.site.state, book)
         acts = audit_log.verify(home, book.key.public).entries
@@ -495,6 +497,7 @@ def _adopt_later(
     elif there.site.resolve() != site_file:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     book = open_ledger(home)
+    check_head(book)
     datasets = _names(site, hospital, name, book)
     _check_home_declared(site, book, datasets)
     for table in _tables(site):

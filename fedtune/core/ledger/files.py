@@ -272,9 +272,10 @@ def sealed_token(
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
     """Decrypt a token that `sealed_token` made for a statement of the ledger's newest entry. Return
-    that statement and the audit log's head, as {seq, hash, signature, audit} and the fields of Paid
-    and Costliest, without those that an older release did not put into the token; {} if this site
-    did not make the token, or made it for another membership.
+    that statement, the audit log's head and the membership that can open the token, as {seq, hash,
+    signature, audit, membership} and the fields of Paid and Costliest, without those that an older
+    release did not put into the token; {} if this site did not make the token, or made it for
+    another membership.
 
     - key: the ledger's signing key
     - token: the token in hexadecimal, as it was received
@@ -292,7 +293,8 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
             if text[308:]:
                 bounds = struct.unpack(BOUNDS, bytes.fromhex(text[308:]))
                 counts |= zip(Costliest._fields, bounds, strict=True)
-            return statement | {"audit": text[204:284].strip()} | counts
+            audit = text[204:284].strip()
+            return statement | {"audit": audit, "membership": membership} | counts
     return {}
 
 
@@ -347,7 +349,8 @@ def read_noted(statement: Any, public: str) -> Receipt | None:
         return None
     _, paid, costliest = mark_in(statement, public, head)
     by = statement["paid_signature"] if paid else ""
-    return Receipt(HERE, head, statement["signature"], paid, by, costliest)
+    account = str(statement.get("account", ""))
+    return Receipt(HERE, head, statement["signature"], paid, by, costliest, account)
 
 
 def _content(path: Path) -> bytes:
@@ -363,7 +366,9 @@ class Receipt(NamedTuple):
     - signature: this site's own signature of the head
     - paid, costliest: what was charged up to the head, as in `Mark`; None if an older release made
       the token
-    - paid_signature: this site's own signature of the two; "" if `paid` is None"""
+    - paid_signature: this site's own signature of the two; "" if `paid` is None
+    - membership: the membership of a hospital that sent the head; "" for a site with a ledger of
+      its own. For a note of this machine: the id of the account's notes"""
 
     coordinator: str
     head: Head
@@ -371,6 +376,12 @@ class Receipt(NamedTuple):
     paid: Paid | None = None
     paid_signature: str = ""
     costliest: Costliest | None = None
+    membership: str = ""
+
+    @property
+    def holder(self) -> tuple[str, str]:
+        """Who sends it: each holder's newest one is kept."""
+        return self.coordinator, self.membership
 
     @property
     def mark(self) -> Mark:
@@ -391,6 +402,7 @@ class Receipt(NamedTuple):
     def row(self) -> dict[str, Any]:
         """The receipt as it is stored, for `head_in` and `mark_in` to read."""
         row = {"coordinator": self.coordinator, **self.head._asdict(), "signature": self.signature}
+        row |= {"membership": self.membership} if self.membership else {}
         if self.paid is None:
             return row
         bounds = self.costliest._asdict() if self.costliest is not None else {}
@@ -400,7 +412,7 @@ class Receipt(NamedTuple):
 class ReceiptLog(NamedTuple):
     """The receipts that coordinators gave this site.
 
-    - accepted: each coordinator's newest receipt
+    - accepted: the newest receipt of each coordinator, by membership
     - refused: the receipts for an entry that this site's ledger lacks. Until the ledger is
       restored, and so charges for the lost entries, it reserves nothing"""
 
@@ -413,14 +425,14 @@ class ReceiptLog(NamedTuple):
 
     def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
         """Return a log with the receipt `new` added. A receipt whose entry the ledger's chain lacks
-        (not `in_chain`) is added to `refused`. Any other replaces its coordinator's receipt in
+        (not `in_chain`) is added to `refused`. Any other replaces its holder's receipt in
         `accepted`, unless that is as new or newer."""
         if not in_chain:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
-        older = [r for r in self.accepted if r.coordinator == new.coordinator]
+        older = [r for r in self.accepted if r.holder == new.holder]
         if older and older[0].head.seq >= new.head.seq:
             return self
-        others = (r for r in self.accepted if r.coordinator != new.coordinator)
+        others = (r for r in self.accepted if r.holder != new.holder)
         return self._replace(accepted=(*others, new))
 
     @property
@@ -444,7 +456,8 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
                 _, paid, costliest = mark_in(row, public, head)
                 by = row["paid_signature"] if paid else ""
                 given = str(row["coordinator"]), head, row["signature"]
-                receipts.append(Receipt(*given, paid, by, costliest))
+                membership = str(row.get("membership", ""))
+                receipts.append(Receipt(*given, paid, by, costliest, membership))
             lists.append(tuple(receipts))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

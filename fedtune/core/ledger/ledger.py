@@ -824,7 +824,8 @@ class Ledger:
                 todo="run the round again; if the error comes again, this is not the coordinator "
                 "that sent the plan",
             )
-        new = Receipt(coordinator_public, head, str(statement["signature"]))
+        membership = str(statement["membership"])
+        new = Receipt(coordinator_public, head, str(statement["signature"]), membership=membership)
         if "steps" in statement:  # signed here: the token is encrypted by this site, as a whole
             paid, costliest = counts_of(statement)
             signature = self.key.sign(signed_paid(head, paid, costliest))

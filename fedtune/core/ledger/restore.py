@@ -352,7 +352,8 @@ def _restore(
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     if noted is not None and noted.head not in (*heads, *named.heads):
         # Nothing shows that it is of the anchor's chain, so it may be of a branch.
-        log = log.plus(noted, in_chain=anchor is None)
+        part = "accepted" if anchor is None else "refused"
+        log = log._replace(**{part: (*getattr(log, part), noted)})  # beside what is stored there
         heads.append(noted.head)
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
@@ -847,15 +848,15 @@ def _most_lost(
     high = max([low, *(mark.head.seq for mark in straight), *(row[0] for row in rows)])
     after = _charged_between(rows, low, high, public, round_steps)
     known = _most([mark.paid.beyond(own) or Paid() for mark in counted if mark.paid])
-    # A refused receipt is of a branch that split off after the same coordinator's last accepted
-    # receipt; every entry of the branch from there on may be missing here.
+    # A refused receipt is of a branch that split off after the last accepted receipt of the same
+    # coordinator and membership; every entry of the branch from there on may be missing here.
     last = {
-        r.coordinator: min(r.head.seq, base.seq)
+        r.holder: min(r.head.seq, base.seq)
         for r in receipts.accepted
         if base.has(r.head) or (base.parted_at is None and r.head.seq > base.seq)
     }
     branch = [
-        _since(r.mark, since := last.get(r.coordinator, 0), base.paid(since), round_steps)
+        _since(r.mark, since := last.get(r.holder, 0), base.paid(since), round_steps)
         for r in receipts.refused
         if not base.accounts_for(r.head)
     ]
