@@ -129,6 +129,12 @@ def find_head(home: Path) -> dict[str, Any] | None:
         return None
 
 
+def _is_newer(home: Path) -> bool:
+    """Return whether the anchor of the ledger in `home` names a later entry than is noted."""
+    new, noted = _read_heads(home)
+    return noted is None or (new is not None and new.seq > noted.seq)
+
+
 def _account(note: Note) -> dict[str, Any]:
     return {"account": note["account"]} if "account" in note else {}
 
@@ -140,13 +146,12 @@ def note_head(home: Path) -> None:
     with suppress(InfrastructureError, OSError, ValueError, AttributeError):
         statement = json.loads((home / HEAD).read_bytes())
         statement = {key: value for key, value in statement.items() if "named" not in key}
-        new, noted = _read_heads(home)
-        if noted is not None and (new is None or noted.seq >= new.seq):
-            return
         path, own = path_of_notes(), str(home.resolve())
+        if not _is_newer(home):
+            return
         with locks.hold(_made(path).with_suffix(".lock")):
             homes = _read(path)
-            if own in homes:
+            if own in homes and _is_newer(home):  # another client may have noted one meanwhile
                 others = [note for note in homes[own] if "head" not in note]
                 earlier = next((note for note in homes[own] if "head" in note), {})
                 new_note = {"head": statement, "account": earlier.get("account", token_hex(8))}

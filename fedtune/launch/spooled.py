@@ -254,6 +254,7 @@ def _start_for_each(
             check_not_put_back(site.home)  # the ledger's disk may be unmounted by now
             notify("connected", {"text": f"a request: `{command[0]}` starts the vault for it"})
             how = _run([*command, *words, name], path.parent, site.site.state / RUN_LOG)
+            note_head(site.home)
             if name not in spool.waiting():
                 continue
             seconds = AGAIN_SECONDS[min(tried[name], len(AGAIN_SECONDS) - 1)]

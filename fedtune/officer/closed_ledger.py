@@ -97,8 +97,9 @@ class Closed:
         listed = list[Earlier]()
         for spent in self._account.spent():
             charge = replace(spent.charge, membership=membership, adopted=True)
+            origin = self._reader.hash_at(spent.seq) or ""
             if spent.kind == "restore":
-                listed.append(Earlier(EVERY, charge, spent.adapter))
+                listed.append(Earlier(EVERY, charge, spent.adapter, origin=origin))
                 continue
             if charge.unit != "record":
                 column = self._account.column_of(spent) or columns.get(spent.dataset)
@@ -106,7 +107,7 @@ class Closed:
             slot = charge.study, charge.round, spent.adapter
             sha256 = self._account.sent.get(slot, "") if spent.released else ""
             adapter = slot_of(slot, membership)[2]
-            listed.append(Earlier(names[spent.dataset], charge, adapter, sha256))
+            listed.append(Earlier(names[spent.dataset], charge, adapter, sha256, origin))
         return listed
 
 

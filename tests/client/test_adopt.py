@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +29,7 @@ from fedtune.core.errors import (
     PolicyRefused,
     Refused,
 )
-from fedtune.core.ledger import audit_log
+from fedtune.core.ledger import audit_log, chain
 from fedtune.core.ledger.adopted import ADOPTED
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import EVERY, RULES, Charge
@@ -260,6 +261,28 @@ def test_a_receipt_lists_what_a_restore_charged_whenever_the_patient_withdrew(wo
     hospital = Ledger(world / "home")
     (ours,) = [one for one in receipts if one["unit"] == hospital.hashed(unit_member("p7"))]
     assert sorted(one["rounds"] for one in ours["releases"]) == [1, 3, 4, 5]
+
+
+def test_a_like_charge_of_another_branch_is_no_charge_that_was_entered(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adopted site's folder and site file were put back to before its adoption, and the same
+    one-round study ran again, with other noise. Adopted again, it has paid twice."""
+    file, state = make_site(world, "lab"), world / "lab-state"
+    adopt_first(world)
+    text = file.read_text()
+    spend(file, 2)
+    shutil.copytree(state, world / "before")
+    spend(file, 1)
+    adopt(world / "home", file, "lab")
+    shutil.rmtree(state)
+    shutil.copytree(world / "before", state)
+    file.write_text(text)
+    later = time.time() + 60
+    monkeypatch.setattr(chain.time, "time", lambda: later)
+    spend(file, 1)
+    with pytest.raises(LedgerError, match="has paid for other rounds here"):
+        adopt(world / "home", file, "lab")
 
 
 def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: Path) -> None:

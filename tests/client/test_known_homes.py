@@ -636,6 +636,53 @@ def test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with(
     assert steps == 2 + 16 + 10
 
 
+def test_a_later_note_leaves_the_stored_one_known(world: Path) -> None:
+    """The ledger stores what was noted when its client started, and the client noted more since. A
+    restore without a backup settles both, so that the ledger opens."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    spend(world / "cardio.toml", 4)
+    known_homes.note_head(home)
+    for name in ("ledger.db", "ledger.head"):
+        (home / name).unlink()
+    assert run("ledger", world / "cardio.toml", "--restore").exit_code == 0
+    Ledger(home).verify()
+
+
+def test_an_adoption_asks_what_the_machine_noted(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder was put back, and withdrawals that another account entered hide it from the
+    anchor's number. An adoption forgets the note."""
+    home = world / "onco-state"
+    write_notes(world / "other.jsonl", ["x", "y"])
+    spend(make_site(world, "cardio", path="other.jsonl"), 2)
+    adopt(world / "home", world / "cardio.toml", "cardio")
+    join(world, "onco")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "onco.toml", 3)
+    known_homes.note_head(home)
+    put_back(copy, home)
+    for number in range(9):
+        Ledger(home).withdraw(b"%d" % number)
+    with pytest.raises(LedgerError, match="this machine noted entry"):
+        adopt(world / "home", world / "onco.toml", "onco")
+
+
+@pytest.mark.parametrize("left", [["site.key"], ["site.key", "salt"], []])
+def test_a_home_of_which_the_key_alone_is_left_was_not_adopted(
+    world: Path, left: list[str]
+) -> None:
+    """Its other files were lost: no other home pays for its records."""
+    join(world, "cardio")
+    for path in list((world / "cardio-state").iterdir()):
+        if path.is_file() and path.name not in left:
+            path.unlink()
+    with pytest.raises(ConfigError, match="another ledger"):
+        join(world, "onco")
+    assert known_homes.find_head(world / "cardio-state")
+
+
 def test_a_note_before_the_anchor_costs_nothing_where_the_database_is_lost(world: Path) -> None:
     """The machine died within the minute after the note: the anchor names the noted entry."""
     home = world / "cardio-state"

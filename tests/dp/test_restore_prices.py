@@ -315,6 +315,34 @@ def test_a_receipt_of_a_lost_branch_is_not_taken_for_a_charge_of_its_number(
     run_round(again, 9)
 
 
+def test_what_one_membership_was_sent_says_nothing_of_anothers_branch(
+    folder: Path, tmp_path: Path
+) -> None:
+    """One coordinator admitted two memberships. The receipt of the second, of the branch that is
+    there, does not show where the branch of the first one's receipt split off."""
+    ledger, coordinator = Ledger(folder), SigningKey()
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    early = shutil.copytree(folder, tmp_path / "early")
+
+    def run_for(name: str, rounds: int) -> dict[str, Any]:
+        for number in range(rounds):
+            done = charge(number, study="sha256:" + name)
+            run_round(Ledger(folder), number, done=done)
+        return receipt(coordinator, Ledger(folder).head_statement("", name, coordinator.public))
+
+    first = run_for("north", 5)
+    shutil.rmtree(folder)
+    shutil.copytree(early, folder)
+    second = run_for("south", 4)
+    names = ("north", "south")
+    Ledger(folder).accept_receipt(second, coordinator.public, names)
+    run_for("south", 3)
+    with pytest.raises(LedgerError, match="the coordinator holds a receipt"):
+        Ledger(folder).accept_receipt(first, coordinator.public, names)
+    assert covers(total(Ledger.restore(folder)), {1.0: 4 * (1 + 5 + 4 + 3)})
+
+
 def test_lost_rounds_cost_what_anchor_or_receipt_says_they_cost_at_most(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ class Reservation:
     adapter: str
     time: int
     out: frozenset[int] = frozenset()  # the cohorts that the round leaves out
+    origin: str = ""  # the hash of its entry in an adopted ledger
 
     @property
     def slot(self) -> Slot:
@@ -94,7 +95,12 @@ class Account:
             charge = Charge.read(body["charge"], *beside)
             out = frozenset(body.get("out", ()))
             self.reserved[entry.seq] = Reservation(
-                dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
+                dataset=body["dataset"],
+                charge=charge,
+                adapter=body["adapter"],
+                time=time,
+                out=out,
+                origin=body.get("origin", ""),
             )
             self.ended |= {plan for plan, _ in body.get("plans", ())}  # by an earlier release
         elif entry.kind == "end":  # of an adopted ledger

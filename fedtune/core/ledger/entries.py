@@ -249,12 +249,15 @@ class Earlier:
     - charge: what the round cost
     - adapter: the digest of the adapter from which the round started, with the number of the
       attempt and the membership
-    - sha256: the hash of the update that was released for the charge; "" if none was"""
+    - sha256: the hash of the update that was released for the charge; "" if none was
+    - origin: the hash of its entry in the other ledger, by which it is told from a like charge of
+      another branch of that ledger; "" if it is not known"""
 
     dataset: str
     charge: Charge
     adapter: str
     sha256: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.core.errors import InfrastructureError, InputError, PolicyRefused, Refused
 from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.account import Account
+from fedtune.core.ledger.account import Account, Reservation
 from fedtune.core.ledger.chain import (
     Database,
     Entry,
@@ -611,8 +611,7 @@ class Ledger:
         with self._store.writing() as writer:
             account = self._account
             paid = [r for r in account.reserved.values() if r.charge.membership == membership]
-            there = [(r.charge, r.adapter) for r in paid]
-            if there != [(one.charge, one.adapter) for one in earlier[: len(there)]]:
+            if len(paid) > len(earlier) or not all(map(_is_entered, paid, earlier)):
                 raise LedgerError(
                     f"{self.folder}: membership {membership!r} has paid for other rounds here",
                     "a name under which nothing was paid yet",
@@ -626,9 +625,10 @@ class Ledger:
                     when = left.pop(unit)
                     writer.append("withdraw", _withdrawal(unit, when.columns, when.since))
 
-            for paid_before, one in enumerate(earlier[len(there) :], len(there)):
+            for paid_before, one in enumerate(earlier[len(paid) :], len(paid)):
                 leave(paid_before)
                 entry = _reservation(one.dataset, one.charge, one.adapter)
+                entry |= {"origin": one.origin} if one.origin else {}
                 number = writer.append("reserve", entry)
                 if one.sha256:
                     writer.append("release", {"reservation": number, "sha256": one.sha256})
@@ -637,7 +637,7 @@ class Ledger:
                 writer.append("refuse", {**slot_fields(slot), "by": who})
             if plans := sorted({*ended} - account.ended):
                 writer.append("end", {"plans": [[plan, membership] for plan in plans]})
-        return len(earlier) - len(there)
+        return len(earlier) - len(paid)
 
     def release(
         self, reservation: int, update: bytes, *, held: bool = False, keeps_all: bool = False
@@ -1062,6 +1062,13 @@ def _refuses(permit: Permit, charges: list[Charge]) -> bool:
     except Refused:
         return True
     return False
+
+
+def _is_entered(paid: Reservation, earlier: Earlier) -> bool:
+    """Return whether a charge of this ledger is the one of an earlier ledger. Two branches of that
+    ledger may have like charges; they are of different entries."""
+    is_same = not paid.origin or paid.origin == earlier.origin  # an earlier release entered none
+    return (paid.charge, paid.adapter) == (earlier.charge, earlier.adapter) and is_same
 
 
 def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
