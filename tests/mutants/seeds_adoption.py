@@ -14,7 +14,7 @@ T_HOMES = "tests/client/test_known_homes.py::"
 MUTANTS = (
     one(
         "hospital", "a-damaged-ledger-is-no-home", HOMES,
-        "if traces(Path(home)) != [KEY]", 'if (Path(home) / "ledger.head").exists()',
+        "if not _was_adopted(Path(home), homes)", 'if (Path(home) / "ledger.head").exists()',
         T_HOMES + "test_a_home_whose_ledger_is_damaged_pays_all_the_same",
         "a second ledger is begun for the same patients before the first is restored",
     ),
@@ -88,13 +88,13 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-restored-charge-is-not-adopted", CLOSED,
-        "                listed.append(Earlier(EVERY, charge, spent.adapter))\n", "",
+        "                listed.append(Earlier(EVERY, charge, spent.adapter, origin=origin))\n", "",
         T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "what a restore had entered is forgotten with the old ledger",
     ),
     one(
         "hospital", "a-restored-charge-is-one-datasets", CLOSED,
-        "listed.append(Earlier(EVERY, charge, spent.adapter))",
+        "listed.append(Earlier(EVERY, charge, spent.adapter, origin=origin))",
         "listed.append(Earlier(names[self.datasets[0]], charge, spent.adapter))",
         T_ADOPT + "test_unknown_stays_unknown_and_what_a_restore_entered_counts_for_newcomers",
         "a patient whose arrival a restore lost comes back to a budget of which nothing is spent",
@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-adoption-pays-twice", "fedtune/core/ledger/ledger.py",
-        "one in enumerate(earlier[len(there) :], len(there)):", "one in enumerate(earlier):",
+        "one in enumerate(earlier[len(paid) :], len(paid)):", "one in enumerate(earlier):",
         T_ADOPT + "test_a_later_site_that_went_on_after_a_kill_pays_for_the_rest",
         "an adoption that was killed charges everything again",
     ),
@@ -319,16 +319,50 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-running-client-notes-an-earlier-entry", "fedtune/homes/known_homes.py",
-        "noted.seq >= new.seq", "noted == new",
+        "new.seq > noted.seq)", "new != noted)",
         T_HOMES + "test_a_folder_that_was_put_back_is_noticed_first[True-0-client]",
         "a client that runs while the folder is put back forgets what was there",
     ),
     one(
         "incidents", "a-note-is-of-the-chain-that-is-there", "fedtune/core/ledger/restore.py",
-        "in_chain=anchor is None)", "in_chain=True)",
+        'if anchor is None else "refused"', 'if True else "refused"',
         T_HOMES
         + "test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with",
         "of two branches the one that is shorter is in no total",
+    ),
+    one(
+        "incidents", "a-note-takes-the-place-of-a-stored-one", "fedtune/core/ledger/restore.py",
+        "        log = log._replace(**{part: (*getattr(log, part), noted)})  # beside what "
+        "is stored there\n",
+        "        log = log.plus(noted, part == 'accepted')\n",
+        T_HOMES + "test_a_later_note_leaves_the_stored_one_known",
+        "a site whose database was lost is locked out for good",
+    ),
+    one(
+        "hospital", "an-adoption-forgets-that-a-folder-was-put-back", ADOPT,
+        "        check_head(book)  # what this machine noted of it is forgotten with the adoption\n",
+        "",
+        T_HOMES + "test_an_adoption_asks_what_the_machine_noted",
+        "charges of a folder that was put back are in no ledger, and nothing tells of them",
+    ),
+    one(
+        "hospital", "a-key-alone-is-an-adopted-ledger", "fedtune/homes/known_homes.py",
+        "    if (home / ADOPTED).exists():\n", "    if True:\n",
+        T_HOMES + "test_a_home_of_which_the_key_alone_is_left_was_not_adopted",
+        "a second ledger is begun for records whose first one lost its files",
+    ),
+    one(
+        "hospital", "like-charges-of-two-branches-are-one", "fedtune/core/ledger/ledger.py",
+        "== (earlier.charge, earlier.adapter) and is_same", "== (earlier.charge, earlier.adapter)",
+        T_ADOPT + "test_a_like_charge_of_another_branch_is_no_charge_that_was_entered",
+        "a study that ran twice is paid for once",
+    ),
+    one(
+        "incidents", "memberships-receipts-are-of-one-branch", "fedtune/core/ledger/files.py",
+        "        return self.coordinator, self.membership\n", "        return self.coordinator, ''\n",
+        "tests/dp/test_restore_prices.py::"
+        "test_what_one_membership_was_sent_says_nothing_of_anothers_branch",
+        "rounds of a folder that was put back are charged in part",
     ),
     one(
         "incidents", "the-anchor-names-the-newest-entry-alone", "fedtune/core/ledger/chain.py",

@@ -381,9 +381,9 @@ def free(book, dataset, charge, *order, **permits):
     if charge.round not in paid:
         paid[charge.round] = reserve(book, dataset, charge, *order, **permits)
     return paid[charge.round]
-def once(book, number, *update):
+def once(book, number, *update, **options):
     if number not in sent:
-        release(book, number, *update)
+        release(book, number, *update, **options)
     sent.add(number)
 Ledger.reserve, Ledger.release, Ledger.released = free, once, lambda *_: None
 """  # a site that forgets its outbox, and trains again without a charge
