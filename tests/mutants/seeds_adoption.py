@@ -340,8 +340,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-adoption-forgets-that-a-folder-was-put-back", ADOPT,
-        "        check_head(book)  # what this machine noted of it is forgotten with the adoption\n",
-        "",
+        "        check_head(book)  # what this machine noted of it is forgotten with the "
+        "adoption\n", "",
         T_HOMES + "test_an_adoption_asks_what_the_machine_noted",
         "charges of a folder that was put back are in no ledger, and nothing tells of them",
     ),
