@@ -359,7 +359,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "memberships-receipts-are-of-one-branch", "fedtune/core/ledger/files.py",
-        "        return self.coordinator, self.membership\n", "        return self.coordinator, ''\n",
+        "        return self.coordinator, self.membership\n",
+        "        return self.coordinator, ''\n",
         "tests/dp/test_restore_prices.py::"
         "test_what_one_membership_was_sent_says_nothing_of_anothers_branch",
         "rounds of a folder that was put back are charged in part",
