@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import stat
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.loaded import LoadedModel
 from fedtune.core.registry import process_cache
+from fedtune.derive.distill import distill
 from fedtune.derive.label import _file_and_exclusion
+from fedtune.derive.lineage import require_private
 from fedtune.derive.merge import merge_runs
 from fedtune.derive.preferences import (
     VerdictJudge,
@@ -30,6 +34,7 @@ from fedtune.derive.preferences import (
 )
 from fedtune.derive.settings import LabelSettings
 from fedtune.officer.withdraw import withdraw
+from fedtune.runs import teacher_admission
 from fedtune.runs.run import Run
 from tests.client.hospital_kit import load as load_hospital_sites
 from tests.simulated import simulate
@@ -269,3 +274,36 @@ def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: LoadedMo
         text = DataFile(path=tmp_path / "records.jsonl", columns=Columns(text="q"))
         write_preferences(text, out, model, VerdictJudge(model), FAST)
     assert not out.exists()
+
+
+def test_an_exported_model_is_neither_base_nor_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights were trained by a run whose report is not its own. As generator, judge and base
+    of a student it is refused, and as a teacher its cost is not known. Twin: the same folder
+    without the report is a base."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for name in ("config.json", "report.json"):
+        (folder / name).write_text("{}")
+    model: Any = SimpleNamespace(study=None, digest="sha256:1")
+    prompts: Any = None  # not read
+    study: Any = SimpleNamespace(
+        objective=SimpleNamespace(
+            resolved=SimpleNamespace(teacher_spec=SimpleNamespace(name="t", digest="sha256:1"))
+        )
+    )
+    monkeypatch.setattr(teacher_admission, "folder_of", lambda spec: folder)
+    monkeypatch.setattr(teacher_admission, "verify", lambda source: ("t", "sha256:1"))
+
+    def describe() -> tuple[bool, str]:
+        with suppress(Refused):
+            require_private(model, "judge", str(folder))
+            return True, str((teacher_admission.describe_teacher(study) or {})["kind"])
+        return False, str((teacher_admission.describe_teacher(study) or {})["kind"])
+
+    assert describe() == (False, "unknown")
+    with pytest.raises(ConfigError, match="is an exported model"):
+        distill([], prompts, tmp_path / "out", student=str(folder))
+    (folder / "report.json").unlink()
+    assert describe() == (True, "base")

@@ -235,8 +235,9 @@ def merge(
     from rich.markdown import Markdown
 
     from fedtune.cli.console import closing
+    from fedtune.core.run_folder import is_exported
     from fedtune.derive.merge import merge_runs
-    from fedtune.derive.merge_exported import is_exported, merge_models
+    from fedtune.derive.merge_exported import merge_models
     from fedtune.report.merged import section
     from fedtune.report.run_files import read_report
     from fedtune.runs.run import Run

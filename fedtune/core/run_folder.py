@@ -31,6 +31,14 @@ def has_head(run: Path) -> bool:
     return (run / ADAPTER / HEAD).is_file()
 
 
+def is_exported(folder: Path) -> bool:
+    """Return whether `fedtune export --to hf` wrote the folder: a model with a report and no plan.
+    It is no base: it was trained by the run from which it was exported. A copy of its weights alone
+    does not show that."""
+    files = ("config.json", "report.json")
+    return all((folder / name).is_file() for name in files) and not (folder / "plan.json").exists()
+
+
 def without_places(study: Study) -> Study:
     """Return a copy of a plan that holds only the names of the coordinator's files, without their
     folders."""

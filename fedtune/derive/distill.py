@@ -30,7 +30,7 @@ from fedtune.core.models.network import Network
 from fedtune.core.models.teacher import soft_targets_of
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.progress import OnEvent, report, told
-from fedtune.core.run_folder import BASE
+from fedtune.core.run_folder import BASE, is_exported
 from fedtune.derive import derived_run
 from fedtune.derive.lineage import combined_lineage, parent
 from fedtune.derive.prompts import Prompts, complete_prompts, read
@@ -77,6 +77,11 @@ def distill(
 
     Errors: ConfigError, DataError, ModelError, InfrastructureError."""
     out, settings = Path(out), settings or DistillSettings()
+    if student and is_exported(Path(student)):
+        raise ConfigError(
+            f"the student's base {student} is an exported model, which was trained by a run",
+            "a base, so that the student costs what its teachers cost",
+        )
     first = _first_study(teachers)
     models = [load(run.folder) for run in teachers]
     if (student is None) == (layers is None):

@@ -4,11 +4,13 @@ may set targets for private records."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fedtune.accounting import composed_epsilon
 from fedtune.core.errors import Refused
 from fedtune.core.models.loaded import LoadedModel
+from fedtune.core.run_folder import is_exported
 from fedtune.evidence.verify import check_signed
 from fedtune.report.declared import declared_in
 from fedtune.runs.run import Run
@@ -24,6 +26,12 @@ def require_private(model: LoadedModel, role: str, source: str) -> None:
     - source: the base's name or the run's folder, from which the model was loaded
 
     Errors: Refused; InputError if the run has no report."""
+    if model.study is None and is_exported(Path(source)):
+        raise Refused(
+            f"the {role} is an exported model ({model.digest}), and was trained by a run",
+            "a base, or the run from which the model was exported, whose report says what it cost",
+            "name the folder of that run",
+        )
     if model.study is None or (model.study.private and Run(source).private):
         return
     how = 'with privacy = "off"' if not model.study.private else "derived from one without privacy"

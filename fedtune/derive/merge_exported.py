@@ -16,21 +16,13 @@ from fedtune.core.bases.digest import digest, read_json
 from fedtune.core.bases.find import find_base
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.files.writing import drafted
-from fedtune.core.models.loaded import PLAN
-from fedtune.core.run_folder import HEAD
+from fedtune.core.run_folder import HEAD, is_exported
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.evidence.personal import refuse_personal
 from fedtune.report.declared import declared_in
 from fedtune.report.run_files import check_new, read_report
-
-
-def is_exported(folder: Path) -> bool:
-    """Return whether `fedtune export --to hf` wrote the folder: a model with a report and no
-    plan."""
-    files = ("config.json", "report.json")
-    return all((folder / name).is_file() for name in files) and not (folder / PLAN).exists()
 
 
 def merge_models(

@@ -13,6 +13,7 @@ from fedtune.core.config import Study
 from fedtune.core.errors import FedtuneError
 from fedtune.core.models.loaded import PLAN, load
 from fedtune.core.models.teacher import folder_of
+from fedtune.core.run_folder import is_exported
 from fedtune.evidence.verify import check_signed
 from fedtune.report.run_files import read_report
 from fedtune.runs.verify_model import verify
@@ -60,6 +61,8 @@ def describe_teacher(study: Study) -> dict[str, Any] | None:
         name, digest = verify(str(folder))
         if digest != spec.digest:
             return facts
+        if is_exported(folder):
+            return facts  # trained by a run whose report is not the folder's own: cost not known
         if not (folder / PLAN).is_file():
             return facts | {"kind": "base"}
         facts |= {"name": name, "kind": "run", "report": None}
