@@ -28,6 +28,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.core.config import Site
+from fedtune.core.config.patient_columns import patient_column
 from fedtune.core.errors import InputError
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
@@ -54,7 +55,9 @@ class About:
     - site, study: the names of the site and the study
     - units: salted hashes of the patients on whose records the model was trained
     - opt_outs: a salted digest of the site's list of opt-outs at that time, "" without one
-    - chosen: the settings of the fit, as they were chosen on the site's own records"""
+    - chosen: the settings of the fit, as they were chosen on the site's own records
+    - patient: the column that told patients apart, "" without one; None if an earlier release
+      sealed the model"""
 
     plan: str
     adapter: str
@@ -63,6 +66,7 @@ class About:
     units: tuple[str, ...]
     opt_outs: str
     chosen: Mapping[str, float]
+    patient: str | None = None
 
 
 class PersonalRun(Run):
@@ -144,6 +148,7 @@ def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
         site=site.site.name,
         study=run.study.study.name,
         opt_outs=_opt_outs(site, ledger),
+        patient=patient_column(site.data),
         **trained,
     )
 
@@ -172,8 +177,8 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
 
     Errors: InputError if there is no such model, other users can read the file, it is another
     site's or another run's, or it was changed. InputError also if the model must be trained again,
-    because a patient on whose records it was trained has withdrawn, or the list of opt-outs has
-    changed. LedgerError if the ledger cannot be read."""
+    because a patient on whose records it was trained has withdrawn, another column tells patients
+    apart by now, or the list of opt-outs has changed. LedgerError if the ledger cannot be read."""
     path = personal_file(site, run)
     if not os.path.lexists(path):
         raise InputError(f"{path}: this site has no personal model of {run.place}", todo=AGAIN)
@@ -185,20 +190,28 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
     withdrawn = ledger.withdrawn()
     if any(unit in withdrawn for unit in about.units):
         raise _outdated(path, "a patient on whom it was trained has withdrawn")
+    if about.patient != patient_column(site.data):
+        raise _outdated(path, "another column tells patients apart than when it was trained")
     if about.opt_outs != _opt_outs(site, ledger):
         raise _outdated(path, "the list of opt-outs has changed since it was trained")
     return PersonalRun(run, arrays, about, hashlib.sha256(content).hexdigest())
 
 
 def models_of(site: Site, ledger: Ledger, unit: str) -> list[Path]:
-    """List this site's personal models that were trained on a patient's records. unit: the
-    patient's salted hash. A file that cannot be opened is left out: no command can use it. ledger:
-    the site's ledger, whose key and salt open the files."""
+    """List this site's personal models that were trained on a patient's records, or may have been,
+    since another column told patients apart then. A file that cannot be opened is left out: no
+    command can use it.
+
+    - site: the site
+    - ledger: the site's ledger, whose key and salt open the files
+    - unit: the patient's salted hash"""
     found = list[Path]()
     for path in sorted((site.site.state / FOLDER).glob(f"*{SUFFIX}")):
         with suppress(InputError):
             content = reading.secret(path, "a personal model", most=LARGEST)
-            if unit in _unsealed(path, content, ledger)[0].units:
+            about, _ = _unsealed(path, content, ledger)
+            # By another column the patient has another hash; no command uses the model either.
+            if unit in about.units or about.patient != patient_column(site.data):
                 found.append(path)
     return found
 

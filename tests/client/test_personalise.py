@@ -640,3 +640,19 @@ def test_seals_are_never_equal(world: Path) -> None:
     again = opened().adapter()
     assert all(np.array_equal(arrays[name], again[name]) for name in arrays), "fitted alike"
     assert personal.NONCE == 12
+
+
+@pytest.mark.parametrize("first", ["none", "another"])
+def test_a_model_of_patients_by_another_column_opens_no_more(world: Path, first: str) -> None:
+    """Whoever withdraws by the new column has another hash than the model was sealed with, so the
+    command that withdraws a patient names the model."""
+    for name in ("data.jsonl", "held.jsonl"):
+        rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        write(name, [row | {"mrn": "M" + row["who"]} for row in rows])
+    Path("site.toml").write_text(SITE.replace(', patient = "who"', "") if first == "none" else SITE)
+    made()
+    opened()
+    Path("site.toml").write_text(SITE.replace('patient = "who"', 'patient = "mrn"'))
+    with pytest.raises(InputError, match="another column tells patients apart"):
+        opened()
+    assert withdraw(site(), "M" + KEY, Ledger(Path("state"))).personal
