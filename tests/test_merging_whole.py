@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.core.errors import ConfigError
+from fedtune.core.errors import ConfigError, NotGenuine
+from fedtune.derive import merge_exported
 from fedtune.derive.export import export
 from fedtune.derive.merge import merge_runs
 from fedtune.derive.merge_exported import merge_models
@@ -78,3 +80,22 @@ def test_without_the_extra_it_says_which(
     with pytest.raises(ConfigError, match=r"mergekit.*fedtune\[merge\]"):
         merge_models(models, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_signed_run_says_counts_and_not_the_report_beside_it(
+    models: list[Path], tmp_path: Path
+) -> None:
+    """No signature covers the exported model's own report, which anybody can edit. Twin: without
+    the run beside it, nothing else says what the model cost."""
+    forged = shutil.copytree(models[1], tmp_path / "forged")
+    body = json.loads((forged / "report.json").read_text())
+    body["base"]["digest"] = "sha256:" + "0" * 64
+    (forged / "report.json").write_text(json.dumps(body))
+    true = merge_exported._reports([models[0], models[1]])
+    assert merge_exported._reports([models[0], forged]) == true
+    (forged / "run" / "report.json").write_text("{}")
+    with pytest.raises(NotGenuine):
+        merge_exported._reports([models[0], forged])
+    shutil.rmtree(forged / "run")
+    with pytest.raises(ConfigError, match="different bases"):
+        merge_exported._reports([models[0], forged])

@@ -21,6 +21,8 @@ from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.evidence.personal import refuse_personal
+from fedtune.evidence.sign import RUN
+from fedtune.evidence.verify import check_signed
 from fedtune.report.declared import declared_in
 from fedtune.report.run_files import check_new, read_report
 
@@ -114,7 +116,8 @@ def _classifies(folder: Path) -> bool:
 
 def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Check that the folders are exported language models of one base. Return the content of their
-    files report.json, in the same order. Errors: ConfigError."""
+    files report.json, in the same order, as far as they can be from the signed runs beside the
+    models. Errors: ConfigError, NotGenuine."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model given", "two or more to merge")
     if not all(map(is_exported, folders)):
@@ -125,7 +128,9 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
             "an exported classifier cannot be merged: its head is part of its weights",
             "exported language models",
         )
-    reports = [read_report(folder, "base", "base.name", "base.digest") for folder in folders]
+    reports = [
+        read_report(_signed_run(folder), "base", "base.name", "base.digest") for folder in folders
+    ]
     if len({report_body["base"]["digest"] for report_body in reports}) != 1:
         raise ConfigError(
             "the models were made from different bases", "exported runs of one base.digest"
@@ -138,6 +143,16 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
             "merge the runs in place of the exported models",
         )
     return reports
+
+
+def _signed_run(folder: Path) -> Path:
+    """Return the folder whose report.json counts for an exported model: that of the run that was
+    exported with it, verified, or the model's own if there is none. No signature covers the latter.
+    Errors: NotGenuine."""
+    if not (run := folder / RUN).is_dir():
+        return folder
+    check_signed(run)
+    return run
 
 
 # mergekit's names; all but slerp work on differences from the base.
