@@ -33,6 +33,26 @@ MADE_MUTANTS = (
         "the judge's prompt contains another patient's question",
     ),
     _one(
+        "derived", "an-exported-teacher-is-a-base", "fedtune/runs/teacher_admission.py",
+        "        if is_exported(folder):\n", "        if False:\n",
+        "tests/test_label.py::test_an_exported_model_is_neither_base_nor_known",
+        "a signed report says that a teacher which trained on the sites' records did not",
+    ),
+    _one(
+        "derived", "an-exported-judge-is-a-base", "fedtune/derive/lineage.py",
+        "    if model.study is None and is_exported(Path(source)):\n", "    if False:\n",
+        "tests/test_label.py::test_an_exported_model_is_neither_base_nor_known",
+        "a model trained without noise on the records writes their answers",
+    ),
+    _one(
+        "derived", "a-personal-model-of-another-column-opens", "fedtune/runs/personal.py",
+        "    if about.patient != patient_column(site.data):\n        raise",
+        "    if False:\n        raise",
+        "tests/client/test_personalise.py::"
+        "test_a_model_of_patients_by_another_column_opens_no_more",
+        "a model goes on being used that was trained on a patient who withdrew",
+    ),
+    _one(
         "derived", "a-teachers-own-noise-is-forgotten", "fedtune/server/teacher.py",
         "        spent |= _with_shared_noise(site, total)\n", "",
         "tests/server/test_teacher.py::"
