@@ -144,14 +144,14 @@ def note_head(home: Path) -> None:
     private records. An entry with a larger number stays noted: the folder may have been put back
     since. Nothing is done if the notes cannot be written: `check_home` has warned."""
     with suppress(InfrastructureError, OSError, ValueError, AttributeError):
-        statement = json.loads((home / HEAD).read_bytes())
-        statement = {key: value for key, value in statement.items() if "named" not in key}
-        path, own = path_of_notes(), str(home.resolve())
         if not _is_newer(home):
             return
+        path, own = path_of_notes(), str(home.resolve())
         with locks.hold(_made(path).with_suffix(".lock")):
             homes = _read(path)
             if own in homes and _is_newer(home):  # another client may have noted one meanwhile
+                anchor = json.loads((home / HEAD).read_bytes())
+                statement = {key: value for key, value in anchor.items() if "named" not in key}
                 others = [note for note in homes[own] if "head" not in note]
                 earlier = next((note for note in homes[own] if "head" in note), {})
                 new_note = {"head": statement, "account": earlier.get("account", token_hex(8))}

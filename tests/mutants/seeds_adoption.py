@@ -325,16 +325,15 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-note-is-of-the-chain-that-is-there", "fedtune/core/ledger/restore.py",
-        'if anchor is None else "refused"', 'if True else "refused"',
+        "        if anchor is None:\n            log = log._replace(acc",
+        "        if True:\n            log = log._replace(acc",
         T_HOMES
         + "test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with",
         "of two branches the one that is shorter is in no total",
     ),
     one(
         "incidents", "a-note-takes-the-place-of-a-stored-one", "fedtune/core/ledger/restore.py",
-        "        log = log._replace(**{part: (*getattr(log, part), noted)})  # beside what "
-        "is stored there\n",
-        "        log = log.plus(noted, part == 'accepted')\n",
+        "log._replace(accepted=(*log.accepted, noted))", "log.plus(noted, in_chain=True)",
         T_HOMES + "test_a_later_note_leaves_the_stored_one_known",
         "a site whose database was lost is locked out for good",
     ),

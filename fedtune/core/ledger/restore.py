@@ -351,9 +351,11 @@ def _restore(
     named = read_named(folder / HEAD, key.public) if anchor else Named()
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     if noted is not None and noted.head not in (*heads, *named.heads):
-        # Nothing shows that it is of the anchor's chain, so it may be of a branch.
-        part = "accepted" if anchor is None else "refused"
-        log = log._replace(**{part: (*getattr(log, part), noted)})  # beside what is stored there
+        # It comes beside what is stored of this machine, which the database names, too.
+        if anchor is None:
+            log = log._replace(accepted=(*log.accepted, noted))
+        else:  # nothing shows that it is of the anchor's chain, so it may be of a branch
+            log = log._replace(refused=(*log.refused, noted))
         heads.append(noted.head)
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
