@@ -129,9 +129,10 @@ def simulate(
                 at = (engine, address, processes, _peers(study, sites))
                 before = count_charges(sites)
                 _run(study, files, out, resume, on_event, settings, at)
-                said = say_what_was_free(out, sites, before)
-                if on_event and said and not resume:
-                    on_event("records", {"name": "coordinator", "text": said})
+                with suppress(FedtuneError):  # the run is finished, whatever its ledgers say now
+                    said = say_what_was_free(out, sites, before)
+                    if on_event and said and not resume:
+                        on_event("records", {"name": "coordinator", "text": said})
                 return Run(out)
         except Refused as refusal:
             raise explain_refusal(refusal, study, sites) from None
