@@ -36,7 +36,9 @@ def is_exported(folder: Path) -> bool:
     It is no base: it was trained by the run from which it was exported. A copy of its weights alone
     does not show that."""
     files = ("config.json", "report.json")
-    return all((folder / name).is_file() for name in files) and not (folder / "plan.json").exists()
+    # A name that is too long for a path is no folder either: os.path says so without an error.
+    is_model = all(os.path.isfile(folder / name) for name in files)
+    return is_model and not os.path.exists(folder / "plan.json")
 
 
 def without_places(study: Study) -> Study:
