@@ -1,6 +1,6 @@
 """The tests that `make test` leaves to the long suites because they are slow.
 
-    python -m tests.slow choose JUNIT.xml [--seconds 1.5]   choose anew, write tests/slow.txt
+    python -m tests.slow choose JUNIT.xml [--seconds 1]     choose anew, write tests/slow.txt
 
 A test of tests/slow.txt counts as marked `long` (tests/conftest.py). Choosing reads how long each
 test took in a whole run (`pytest --junitxml JUNIT.xml -o junit_duration_report=call`). A test is
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("choose", choices=["choose"])
     parser.add_argument("junit", type=Path, help="of a run of all tests but the long ones")
-    parser.add_argument("--seconds", type=float, default=1.5, help="from which a test is slow")
+    parser.add_argument("--seconds", type=float, default=1.0, help="from which a test is slow")
     options = parser.parse_args(arguments)
     took = read_seconds(options.junit)
     took |= dict.fromkeys(slow_tests() - took.keys(), float("inf"))
